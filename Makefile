@@ -1,0 +1,32 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(VENV)/ready  ## a virtual environment with ia2mini, all extras and the tested versions
+
+$(VENV)/ready: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) setuptools wheel
+	$(INSTALL) torch
+	$(INSTALL) --no-build-isolation --editable '.[data,report,test]'
+	touch $@
+
+demo: setup  ## SFT, IA2 and IA2→SFT on the embedded model, in about a minute
+	$(BIN)/ia2mini run
+
+test: setup lint  ## every check, offline
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check --line-length 140 --select E,F,W,I,B,UP --ignore B905 .
+
+bench: setup  ## how fast, and against whom
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf $(VENV) build *.egg-info

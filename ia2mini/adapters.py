@@ -1,0 +1,243 @@
+"""LoRA, (IA)3, prompt, prefix and full fine-tuning: R runs side by side over one frozen model.
+
+The trainable weights of R runs are one float32 matrix theta [R, M], a row a run. An adapter knows how a row divides into named
+tensors (`shapes`), how it begins (`init`), and what it does to the model while `adapted` (`changes` at linear layers,
+`prefix` before the rows). The rows of a batch come in R equal groups, group r belongs to run r; R = 1 is ordinary fine-tuning.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Generator, Tensor, nn
+
+from .models.common import Linear, Prefix, UsageError
+
+TARGETS = ("q_proj", "k_proj", "o_proj")  # paper section 5
+EVERY_MATRIX = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoRA:
+    """W x + (alpha / rank) B A x, A [rank, in] random and B [out, rank] zero at the start (Hu et al. 2021; initialised as in peft)."""
+
+    def __init__(self, model: nn.Module, targets=TARGETS, layers: list[int] | None = None, rank: int = 8, alpha: float = 8.0):
+        if rank < 1:
+            raise UsageError(f"rank {rank}: LoRA needs a rank of at least 1")
+        self.targets, self.layers, self.rank, self.alpha = tuple(targets), layers, rank, alpha
+        self.linears = find_linears(model, targets, layers)
+        self.shapes = {}
+        for name, linear in self.linears.items():
+            self.shapes[f"{name}.A"] = (rank, linear.in_features)
+            self.shapes[f"{name}.B"] = (linear.out_features, rank)
+
+    def init(self, model: nn.Module, generator: Generator) -> Tensor:
+        def one(name, shape):
+            if name.endswith(".B"):
+                return torch.zeros(shape)
+            bound = 1 / math.sqrt(shape[1])  # kaiming_uniform with a = sqrt(5)
+            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+        return pack({name: one(name, shape) for name, shape in self.shapes.items()})
+
+    def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
+        scale = self.alpha / self.rank
+        return {name: LowRank(weights[f"{name}.A"], weights[f"{name}.B"], scale) for name in self.linears}
+
+    def prefix(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
+        return None
+
+
+class IA3:
+    """y * s with s [out] starting at one, on the outputs of the target maps (Liu et al. 2022; protocol section 4).
+
+    `scale_inputs` scales what goes in instead, s [in], as the paper's released scripts do.
+    """
+
+    def __init__(self, model: nn.Module, targets=TARGETS, layers: list[int] | None = None, scale_inputs: bool = False):
+        self.targets, self.layers, self.scale_inputs = tuple(targets), layers, scale_inputs
+        self.linears = find_linears(model, targets, layers)
+        self.shapes = {name: (x.in_features if scale_inputs else x.out_features,) for name, x in self.linears.items()}
+
+    def init(self, model: nn.Module, generator: Generator) -> Tensor:
+        return torch.ones(size(self.shapes))
+
+    def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
+        return {name: Scale(weights[name], self.scale_inputs) for name in self.linears}
+
+    def prefix(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
+        return None
+
+
+class Full:
+    """(W + D) x with D [out, in] starting at zero: full fine-tuning of every projection matrix (embeddings and norms stay).
+
+    With Adam and no weight decay, training D is training W; keeping D apart leaves the base untouched and D in float32.
+    """
+
+    def __init__(self, model: nn.Module, targets=EVERY_MATRIX, layers: list[int] | None = None):
+        self.targets, self.layers = tuple(targets), layers
+        self.linears = find_linears(model, targets, layers)
+        self.shapes = {name: tuple(linear.weight.shape) for name, linear in self.linears.items()}
+
+    def init(self, model: nn.Module, generator: Generator) -> Tensor:
+        return torch.zeros(size(self.shapes))
+
+    def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
+        return {name: Shift(weights[name]) for name in self.linears}
+
+    def prefix(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
+        return None
+
+
+class Prompt:
+    """`tokens` trained embeddings [tokens, D] before every row (Lester et al. 2021), starting as embeddings of random vocabulary words.
+
+    What stands before a row never sees it, so the virtual tokens are computed once a run, not once a row.
+    """
+
+    targets, layers, linears = (), None, {}
+
+    def __init__(self, model: nn.Module, tokens: int = 20):
+        self.tokens = tokens
+        self.shapes = {"embeddings": (tokens, model.config.hidden_size)}
+
+    def init(self, model: nn.Module, generator: Generator) -> Tensor:
+        return self.words(model, generator).float().cpu().flatten()
+
+    def words(self, model: nn.Module, generator: Generator) -> Tensor:
+        """Embeddings [tokens, D] of words drawn from the vocabulary."""
+        table = model.model.embed_tokens.weight
+        return table[torch.randint(len(table), (self.tokens,), generator=generator).to(table.device)]
+
+    def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
+        return {}
+
+    def prefix(self, model: nn.Module, weights: dict[str, Tensor]) -> Prefix:
+        prefix = Prefix()
+        model(weights["embeddings"].to(model.model.embed_tokens.weight.dtype), logits=False, cache=prefix)
+        return prefix
+
+
+class PrefixTuning:
+    """Trained keys and values of `tokens` virtual tokens in every layer (Li & Liang 2021, without the reparametrisation),
+    starting as those of random vocabulary words."""
+
+    targets, layers, linears = (), None, {}
+
+    def __init__(self, model: nn.Module, tokens: int = 20):
+        c = model.config
+        self.tokens = tokens
+        self.shapes = {"prefix": (c.num_hidden_layers, 2, c.num_key_value_heads, tokens, c.head_dim)}
+
+    def init(self, model: nn.Module, generator: Generator) -> Tensor:
+        words = Prompt(model, self.tokens).words(model, generator)
+        prefix = Prefix()
+        with torch.no_grad():
+            model(words[None], logits=False, cache=prefix)
+        return torch.stack([torch.cat(pair) for pair in zip(prefix.keys, prefix.values)]).float().cpu().flatten()
+
+    def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
+        return {}
+
+    def prefix(self, model: nn.Module, weights: dict[str, Tensor]) -> Prefix:
+        layers = weights["prefix"].to(model.model.embed_tokens.weight.dtype).unbind(1)  # each [R, 2, K, tokens, E]
+        return Prefix([x[:, 0] for x in layers], [x[:, 1] for x in layers])
+
+
+ADAPTERS = {"lora": LoRA, "ia3": IA3, "prompt": Prompt, "prefix": PrefixTuning, "full": Full}
+Adapter = LoRA | IA3 | Full | Prompt | PrefixTuning
+
+
+@dataclass
+class LowRank:
+    """y + scale * B A x for A [R, rank, in], B [R, out, rank]."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+    def __call__(self, base: Callable, x: Tensor) -> Tensor:
+        y = base(x)
+        down = grouped(x, self.A).to(self.A.dtype) @ self.A.mT  # [R, rows of a run, rank]
+        return y + ((down * self.scale) @ self.B.mT).view(y.shape).to(y.dtype)
+
+
+@dataclass
+class Scale:
+    """y * s (or the map of x * s) for s [R, features]."""
+
+    s: Tensor
+    inputs: bool
+
+    def __call__(self, base: Callable, x: Tensor) -> Tensor:
+        if self.inputs:
+            return base((grouped(x, self.s) * self.s[:, None].to(x.dtype)).view(x.shape))
+        y = base(x)
+        return (grouped(y, self.s) * self.s[:, None].to(y.dtype)).view(y.shape)
+
+
+@dataclass
+class Shift:
+    """y + D x for D [R, out, in]."""
+
+    D: Tensor
+
+    def __call__(self, base: Callable, x: Tensor) -> Tensor:
+        y = base(x)
+        return y + (grouped(x, self.D).to(self.D.dtype) @ self.D.mT).view(y.shape).to(y.dtype)
+
+
+def grouped(x: Tensor, weight: Tensor) -> Tensor:
+    """x [R * rows, (T,) D] as [R, rows * T, D]: one group a run."""
+    return x.reshape(len(weight), -1, x.shape[-1])
+
+
+@contextmanager
+def adapted(model: nn.Module, adapter: Adapter, theta: Tensor) -> Iterator[Callable]:
+    """The model under `adapter` with weights theta [R, M], as a callable with the model's own arguments.
+
+    Within the block the batch's rows come in R equal groups. Gradients reach theta; the backward pass may run after the block.
+    """
+    weights = unpack(theta, adapter.shapes)
+    try:
+        for name, change in adapter.changes(weights).items():
+            adapter.linears[name].adapter = change
+        yield partial(model, prefix=adapter.prefix(model, weights))
+    finally:
+        for linear in adapter.linears.values():
+            linear.adapter = None
+
+
+def find_linears(model: nn.Module, targets, layers: list[int] | None) -> dict[str, Linear]:
+    """Name -> map, in model order, of every `Linear` called one of `targets` in `layers` (None: all). Raises UsageError for no match."""
+    depth = model.config.num_hidden_layers
+    if bad := [i for i in layers or [] if not 0 <= i < depth]:
+        raise UsageError(f"layer {bad[0]}: this model has layers 0 to {depth - 1}")
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and name.rsplit(".", 1)[1] in targets:
+            if layers is None or int(name.split(".")[2]) in layers:  # model.layers.<i>.…
+                found[name] = module
+    for target in targets:
+        if not any(name.endswith(f".{target}") for name in found):
+            raise UsageError(f"adapter target {target!r} matches no matrix of this model; targets: {', '.join(EVERY_MATRIX)}")
+    return found
+
+
+def size(shapes: dict[str, tuple]) -> int:
+    """M: weights a run."""
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def pack(tensors: dict[str, Tensor]) -> Tensor:
+    """Named tensors of one run as one row [M]."""
+    return torch.cat([t.flatten() for t in tensors.values()])
+
+
+def unpack(theta: Tensor, shapes: dict[str, tuple]) -> dict[str, Tensor]:
+    """Name -> [R, *shape] views of theta [R, M]."""
+    parts = theta.split([math.prod(shape) for shape in shapes.values()], dim=1)
+    return {name: part.view(len(theta), *shape) for (name, shape), part in zip(shapes.items(), parts)}

@@ -1,0 +1,188 @@
+"""The command line: thin shells over the functions of the other rooms."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .models.common import UsageError
+
+if TYPE_CHECKING:
+    from .experiment import Subject
+
+DEMO = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap")
+
+
+class Commands(click.Group):
+    """A group that turns a user's mistake into one line and exit code 2, and an interrupt into 130."""
+
+    def invoke(self, context: click.Context):
+        try:
+            return super().invoke(context)
+        except UsageError as error:
+            click.echo(f"ia2mini: {error}", err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            click.echo("\nia2mini: interrupted; what was finished is kept, and the same command goes on from there", err=True)
+            sys.exit(130)
+        except OSError as error:
+            if error.errno is None:
+                raise
+            click.echo(f"ia2mini: {error.filename or 'files'}: {error.strerror}", err=True)
+            sys.exit(2)
+
+
+class Several(click.ParamType):
+    """Values separated by commas."""
+
+    def __init__(self, kind: type, name: str):
+        self.kind, self.name = kind, name
+
+    def convert(self, value, param, context) -> tuple:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(self.kind(part) for part in str(value).split(",") if part)
+        except ValueError:
+            self.fail(f"{value!r} is not a list of {self.kind.__name__} values separated by commas", param, context)
+
+
+INTS, FLOATS, WORDS = Several(int, "N,N"), Several(float, "X,X"), Several(str, "A,B")
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110})
+@click.version_option(package_name="ia2mini")
+def main():
+    """Teach a language model a task from a handful of examples by ICL Activation Alignment (IA2, arXiv 2509.22621).
+
+    \b
+      ia2mini run                                            the demo: four toy tasks on the embedded model, a minute
+      ia2mini run sst2 --model qwen3-4b-base --n 4           one row block of the paper's Table 1
+      ia2mini run --data mine.jsonl --prompt-column text --answer-column label --model llama-3.2-1b --n 8
+      ia2mini tasks                                          what can be run
+    """
+
+
+def progress(label: str, total: int):
+    """A bar on stderr; on a terminal only, so that logs stay clean."""
+    from tqdm import tqdm
+
+    form = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed} {postfix}"
+    return tqdm(desc=f"{label:<34}", total=total, leave=False, disable=None, bar_format=form)
+
+
+def model_options(command):
+    """The options of every command that loads a model."""
+    for option in (
+        click.option("--revision", help="branch, tag or commit on the hub"),
+        click.option(
+            "--dtype", type=click.Choice(["float32", "bfloat16"]), help="of frozen weights  [default: float32, on a GPU bfloat16]"
+        ),
+        click.option("--device", help="cpu, cuda, cuda:1 …  [default: a GPU if there is one]"),
+        click.option("--model", default="tiny", help="folder, hub id, or short name: tiny (embedded), qwen3-4b-base, llama-3.2-1b …"),
+    ):
+        command = option(command)
+    return command
+
+
+def load_model(model: str, device: str | None, dtype: str | None, revision: str | None) -> "Subject":
+    """The model of the command's options, with their defaults."""
+    import torch
+
+    from .experiment import Subject
+    from .models.checkpoint import SHORT_NAMES, TINY, load, locate
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device}: not usable here ({str(error).splitlines()[0]}); use --device cpu") from None
+    folder = locate(model, revision)
+    network, tokenizer = load(folder, getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16")), device)
+    local = folder == TINY or Path(model).is_dir()
+    name = folder.name if local else model.replace("/", "--")
+    return Subject(network, tokenizer, folder, name, str(folder) if local else SHORT_NAMES.get(model.lower(), model))
+
+
+@main.command()
+@click.argument("tasks", nargs=-1, metavar="[TASK]...")
+@model_options
+@click.option("--n", "sizes", type=INTS, default="4", help="training rows of a set; several: 2,4,8")
+@click.option("--methods", type=WORDS, default="base,icl,sft,ia2,ia2-sft", help="also sft-ia2, ia2+sft, soft, sft-sft (a control)")
+@click.option("--sets", default=5, type=click.IntRange(1), help="few-shot sets, each drawn from the pool with its own seed")
+@click.option("--rates", type=FLOATS, default="", help="learning rates  [default: the paper's three for the adapter]")
+@click.option("--betas", type=FLOATS, default="", help="shares of cross-entropy in ia2+sft  [default: the paper's four]")
+@click.option("--adapter", type=click.Choice(["lora", "ia3", "prompt", "prefix", "full"]), default="lora")
+@click.option("--rank", default=8, help="of LoRA")
+@click.option("--alpha", default=8.0, help="of LoRA")
+@click.option("--targets", type=WORDS, default="", help="matrices to adapt, of q_proj … down_proj  [default: q_proj,k_proj,o_proj]")
+@click.option("--layers", type=INTS, default="", help="layers to adapt  [default: all]")
+@click.option("--labels", type=click.Choice(["truth", "icl"]), default="truth", help="what SFT trains on: true answers or ICL responses")
+@click.option("--seed", default=0, help="of every draw; 0 takes the sets of the paper's scripts")
+@click.option("--eval-rows", default=500, type=click.IntRange(1), help="evaluation rows at most")
+@click.option("--side-by-side", type=click.IntRange(1), help="runs trained at once  [default: all]; fewer need less memory")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="local sets in hub columns, DIR/sst2/train.jsonl …  [default: the hub]")
+@click.option("--data", type=click.Path(path_type=Path), help="your own rows: JSONL, CSV, TSV or Parquet (instead of TASK)")
+@click.option("--prompt-column", default="text", help="of --data")
+@click.option("--answer-column", default="label", help="of --data")
+@click.option("--template", help="prompt of --data, columns in braces  [default: 'Text:{text}\\nLabel:']")
+@click.option("--eval-data", type=click.Path(path_type=Path), help="evaluation rows for --data  [default: a held-out part]")
+@click.option("--out", type=click.Path(path_type=Path), default="runs", help="folder of results; the same command goes on where it was")
+@click.option("--json", "as_json", is_flag=True, help="one JSON document on the last line of stdout")
+def run(
+    tasks, model, device, dtype, revision, sizes, data, prompt_column, answer_column, template, eval_data, data_dir, out, as_json, **settings
+):
+    """Train and compare methods on TASKs: a table, figures, and the chosen adapters in PEFT's format.
+
+    Without TASK, the demo: four toy classification tasks. Every set, rate and method is trained side by side; the rate shown is the one
+    with the lowest dev loss, and below it the one best on the evaluation rows, as in the paper.
+    """
+    from .experiment import Options, compare
+    from .report import seconds_line, table
+    from .tasks import custom_task, find_task
+    from .train import METHODS
+
+    if unknown := set(settings["methods"]) - {"base", "icl", *METHODS}:
+        raise UsageError(f"unknown method {min(unknown)!r}; methods: base, icl, {', '.join(METHODS)}")
+    side_by_side, options = settings.pop("side_by_side"), Options(**settings)
+    if data and tasks:
+        raise UsageError("give either TASK or --data, not both")
+    chosen = [custom_task(data, prompt_column, answer_column, template, eval_data)] if data else [find_task(t) for t in tasks or DEMO]
+    subject = load_model(model, device, dtype, revision)
+    chosen = [fitting(task, subject.tokenizer) for task in chosen]
+    document, kept = compare(chosen, sizes, subject, options, out, data_dir, side_by_side, progress)
+    click.echo(table(document, color=sys.stdout.isatty()))
+    click.echo(seconds_line(document))
+    count = len(list(kept.glob("*.png")))
+    drawn = f"{count} figures" if count else "no figures (they need matplotlib: pip install 'ia2mini[report]')"
+    click.echo(f"{kept}: results.json, tables, report.html, {drawn}, {len(document['adapters'])} adapters for peft")
+    if as_json:
+        click.echo(json.dumps(document))
+
+
+def fitting(task, tokenizer):
+    """A task on own rows answers with text when its labels are not single tokens; others stay as they are."""
+    if not task.files or not task.labels:
+        return task
+    one = all(len(tokenizer.encode(label, special=False)) == 1 for label in task.labels)
+    return task if one else task.as_text()
+
+
+@main.command()
+@model_options
+@click.option("--prompt", required=True, help="text to continue")
+@click.option("--max-tokens", default=100, type=click.IntRange(1))
+@click.option("--stop", help="text at which to stop, besides the end of sequence")
+def generate(model, device, dtype, revision, prompt, max_tokens, stop):
+    """Continue a text greedily; the continuation goes to stdout."""
+    from .generate import generate as continue_text
+
+    subject = load_model(model, device, dtype, revision)
+    tokenizer = subject.tokenizer
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise UsageError("--prompt is empty and this model's tokenizer adds no BOS; give some text")
+    (response,) = continue_text(subject.model, tokenizer, [ids], max_tokens, stop)
+    click.echo(tokenizer.decode(ids + response)[len(tokenizer.decode(ids)) :])

@@ -1,0 +1,81 @@
+"""Scoring R adapted models, the base model, or the base model with demonstrations, on evaluation rows (protocol section 5)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .episode import Row, by_length, collate, with_demonstrations
+from .metrics import asim
+from .models.common import Prefix, Taps
+from .tasks import Example
+from .tokenizer import Tokenizer
+
+
+@dataclass
+class LabelScores:
+    """First response position of Q rows under R models, float32 or int64 on the CPU."""
+
+    top: Tensor  # [R, Q] likeliest token of the whole vocabulary
+    confidence: Tensor  # [R, Q] its probability
+    labels: Tensor  # [R, Q, C] probability of each label's token
+
+
+@torch.no_grad()
+def label_scores(
+    model: Callable, prompts: list[list[int]], label_ids: list[int], runs: int = 1, device="cpu", budget: int = 8192, watch=None
+) -> LabelScores:
+    """Score every prompt under every run in one pass each; only the last position gets logits. `budget`: tokens in one pass."""
+    Q = len(prompts)
+    top, confidence = torch.zeros(runs, Q, dtype=torch.int64), torch.zeros(runs, Q)
+    labels, columns = torch.zeros(runs, Q, len(label_ids)), torch.tensor(label_ids, device=device)
+    for group in by_length([len(p) for p in prompts], budget // runs):
+        batch = collate([[Row(prompts[i], [0]) for i in group]] * runs, device)
+        logits = model(batch.ids, logits=batch.at).float().view(runs, len(group), -1)
+        total = logits.logsumexp(-1, keepdim=True)
+        best = logits.max(-1)
+        top[:, group], confidence[:, group] = best.indices.cpu(), (best.values - total[..., 0]).exp().cpu()
+        labels[:, group] = (logits[..., columns] - total).exp().cpu()
+        if watch:
+            watch(len(group))
+    return LabelScores(top, confidence, labels)
+
+
+@torch.no_grad()
+def layer_asim(model: Callable, runs: list[list[Row]], device="cpu", budget: int = 8192) -> Tensor:
+    """Mean cosine similarity [R, L] between each run's attention outputs and its rows' `activations`, over their positions."""
+    lengths = [max(len(rows[i].prompt) + len(rows[i].answer) for rows in runs) for i in range(len(runs[0]))]
+    total, count = 0.0, 0.0
+    for group in by_length(lengths, budget // len(runs)):
+        batch = collate([[rows[i] for i in group] for rows in runs], device)
+        taps = Taps(batch.at)
+        model(batch.ids, taps=taps, logits=False)
+        real = (batch.weights > 0).float()  # [R, p]
+        similarity = asim(taps.stack(), batch.activations).view(-1, *real.shape)  # [L, R, p]
+        total = total + (similarity * real).sum(-1).T
+        count = count + real.sum(-1, keepdim=True)
+    return (total / count).cpu()
+
+
+@torch.no_grad()
+def share_prefix(
+    model: nn.Module, tokenizer: Tokenizer, demonstrations: list[list[Example]], queries: list[str], least: int = 16
+) -> tuple[Callable, list[list[int]]]:
+    """The model with what all ICL prompts begin with computed once, and what is left of each prompt.
+
+    `demonstrations`: one list for all queries, or one a query. Prompts that share fewer than `least` tokens stay whole.
+    """
+    prompts = tokenizer.encode_all([with_demonstrations(demonstrations[i % len(demonstrations)], q) for i, q in enumerate(queries)])
+    shared = 0
+    for tokens in zip(*(p[:-1] for p in prompts)):
+        if len(set(tokens)) > 1:
+            break
+        shared += 1
+    if shared < least:
+        return model, prompts
+    prefix = Prefix()
+    device = next(model.parameters()).device
+    model(torch.tensor([prompts[0][:shared]], device=device), logits=False, cache=prefix)
+    return partial(model, prefix=prefix), [p[shared:] for p in prompts]

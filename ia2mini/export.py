@@ -1,0 +1,92 @@
+"""Adapters in PEFT's own format, and checkpoints with the adapter merged in."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .adapters import IA3, Adapter, Full, LoRA, Prompt, unpack
+from .models.checkpoint import save, write
+from .models.common import UsageError
+
+PEFT_PREFIX = "base_model.model."
+
+
+def peft_config(adapter: Adapter, base: str, model: nn.Module) -> dict:
+    """adapter_config.json of peft for LoRA, (IA)3, prompt and prefix tuning."""
+    config = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True}
+    if isinstance(adapter, LoRA):
+        config |= {"peft_type": "LORA", "r": adapter.rank, "lora_alpha": adapter.alpha, "lora_dropout": 0.0, "bias": "none"}
+        return config | {"target_modules": list(adapter.targets), "layers_to_transform": adapter.layers}
+    if isinstance(adapter, IA3):  # peft cannot restrict (IA)3 to layers but takes full module names
+        return config | {
+            "peft_type": "IA3",
+            "target_modules": list(adapter.linears),
+            "feedforward_modules": list(adapter.linears) if adapter.scale_inputs else [],
+        }
+    c = model.config
+    config |= {"num_virtual_tokens": adapter.tokens, "num_layers": c.num_hidden_layers, "num_transformer_submodules": 1}
+    if isinstance(adapter, Prompt):
+        config |= {"peft_type": "PROMPT_TUNING", "token_dim": c.hidden_size, "num_attention_heads": c.num_attention_heads}
+        return config
+    token_dim = c.num_key_value_heads * c.head_dim
+    return config | {"peft_type": "PREFIX_TUNING", "token_dim": token_dim, "num_attention_heads": c.num_key_value_heads}
+
+
+def peft_tensors(adapter: Adapter, theta: Tensor) -> dict[str, Tensor]:
+    """adapter_model.safetensors of one run, theta [M], under peft's names."""
+    weights = {name: w[0] for name, w in unpack(theta[None].cpu(), adapter.shapes).items()}
+    if isinstance(adapter, LoRA):
+        return {f"{PEFT_PREFIX}{name[:-2]}.lora_{name[-1]}.weight": w for name, w in weights.items()}
+    if isinstance(adapter, IA3):
+        return {f"{PEFT_PREFIX}{name}.ia3_l": w[None] if adapter.scale_inputs else w[:, None] for name, w in weights.items()}
+    if isinstance(adapter, Prompt):
+        return {"prompt_embeddings": weights["embeddings"]}
+    layers = weights["prefix"]  # [L, 2, K, tokens, E]; peft: a row a virtual token, its keys and values layer by layer
+    return {"prompt_embeddings": layers.permute(3, 0, 1, 2, 4).flatten(1)}
+
+
+def save_adapter(model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path, base: str) -> None:
+    """Write one run's adapter, theta [M], into `folder` so that peft loads it onto `base`; a full fine-tuning is merged instead."""
+    if isinstance(adapter, Full):
+        return save_merged(model, adapter, theta, folder)
+    tensors = {name: t.contiguous() for name, t in peft_tensors(adapter, theta).items()}
+    write(folder / "adapter_model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    config = json.dumps(peft_config(adapter, base, model), indent=2) + "\n"
+    write(folder / "adapter_config.json", lambda path: path.write_text(config))
+
+
+@torch.no_grad()
+def save_merged(model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path, tokenizer_json: str | None = None) -> None:
+    """Write a checkpoint whose matrices hold the adapter's change, computed in float32; the model in memory stays as it is.
+
+    Raises UsageError for prompt and prefix tuning, which change no matrix.
+    """
+    if not adapter.linears:
+        raise UsageError(f"a {type(adapter).__name__} adapter stands before the text and cannot be merged into matrices; save it for peft")
+    weights = {name: w[0] for name, w in unpack(theta[None].to(next(model.parameters()).device), adapter.shapes).items()}
+    before = {}
+    try:
+        for name, linear in adapter.linears.items():
+            before[name] = linear.weight, linear.bias
+            weight, bias = merged(adapter, name, weights, linear)
+            linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
+            linear.bias = bias if bias is None else nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
+        save(model, folder, tokenizer_json)
+    finally:
+        for name, (weight, bias) in before.items():
+            adapter.linears[name].weight, adapter.linears[name].bias = weight, bias
+
+
+def merged(adapter: Adapter, name: str, weights: dict[str, Tensor], linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight [out, in] and bias of one map with the adapter's change, float32."""
+    weight, bias = linear.weight.float(), linear.bias
+    if isinstance(adapter, LoRA):
+        return weight + adapter.alpha / adapter.rank * weights[f"{name}.B"] @ weights[f"{name}.A"], bias
+    if isinstance(adapter, Full):
+        return weight + weights[name], bias
+    if adapter.scale_inputs:
+        return weight * weights[name], bias
+    return weight * weights[name][:, None], bias if bias is None else bias.float() * weights[name]

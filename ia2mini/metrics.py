@@ -1,0 +1,126 @@
+"""How good, how calibrated and how alike: accuracy, ECE, NLL, Brier, asim, subspace overlap and the paired test.
+
+Pure functions over plain arrays or tensors; scalars are computed in float64. No rows give NaN, and so does a NaN among the inputs."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ia2mini.models.common import UsageError
+
+
+class Reliability(NamedTuple):
+    """One entry a bin: `count` of rows, mean `confidence` and `accuracy`, both NaN where a bin is empty."""
+
+    count: np.ndarray
+    confidence: np.ndarray
+    accuracy: np.ndarray
+
+
+class PairedTest(NamedTuple):
+    """`mean` of the differences, Student's `t`, two-sided `p`, and the 95 % bootstrap interval from `low` to `high`."""
+
+    mean: float
+    t: float
+    p: float
+    low: float
+    high: float
+
+
+def _float64(values) -> np.ndarray:
+    return values.detach().double().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values, dtype=np.float64)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if values.size else float("nan")
+
+
+def accuracy(correct) -> float:
+    """Fraction of right rows; correct [Q] of 0 and 1."""
+    return _mean(_float64(correct))
+
+
+def reliability(confidence, correct, bins: int = 15, scheme: str = "width") -> Reliability:
+    """The reliability diagram of Guo et al. 2017, `confidence` and `correct` both [Q].
+
+    `width`: equal widths on [0, 1], each bin open on the left, closed on the right; a confidence of 0 belongs to the first.
+    `mass`: rows sorted by confidence and cut into bins whose counts differ by at most one. Rows of equal confidence share their mean
+    correctness, so the order of rows never matters.
+    """
+    confidence, correct = _float64(confidence), _float64(correct)
+    assert confidence.shape == correct.shape and confidence.ndim == 1, (confidence.shape, correct.shape)
+    assert not ((confidence < 0) | (confidence > 1 + 1e-6)).any(), "a confidence is outside [0, 1]"
+    if scheme == "width":
+        index = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence, side="left")
+    elif scheme == "mass":
+        _, tie = np.unique(confidence, return_inverse=True)
+        correct = (np.bincount(tie, correct) / np.bincount(tie))[tie]
+        index = np.empty(len(confidence), dtype=np.int64)
+        for i, rows in enumerate(np.array_split(np.argsort(confidence, kind="stable"), bins)):
+            index[rows] = i
+    else:
+        raise ValueError(f"scheme {scheme!r}: use width or mass")
+    count = np.bincount(index, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        return Reliability(count, np.bincount(index, confidence, bins) / count, np.bincount(index, correct, bins) / count)
+
+
+def ece(confidence, correct, bins: int = 15, scheme: str = "width") -> float:
+    """Expected calibration error (Guo et al. 2017, equation 3): |accuracy - confidence| of `reliability`'s bins, weighted by count."""
+    curve = reliability(confidence, correct, bins, scheme)
+    full = curve.count > 0
+    gap = np.abs(curve.accuracy - curve.confidence)[full]
+    return float(np.average(gap, weights=curve.count[full])) if full.any() else float("nan")
+
+
+def nll(p_label) -> float:
+    """Mean negative log-likelihood in nats; p_label [Q], raised to the smallest normal float32 so that the mean stays finite."""
+    return _mean(-np.log(np.maximum(_float64(p_label), np.finfo(np.float32).tiny)))
+
+
+def brier(probs, label) -> float:
+    """Mean over rows of the squared distance to the one-hot label, from 0 to 2 (Brier 1950); probs [Q, C], label [Q] of class indices."""
+    probs, label = _float64(probs), _float64(label).astype(np.int64)
+    return _mean(((probs - np.eye(probs.shape[1])[label]) ** 2).sum(1))
+
+
+def asim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Cosine similarity of activations (paper section 2): [..., L, P, D] twice -> float32 [..., L, P]; 0 where a vector is zero."""
+    return F.cosine_similarity(a.float(), b.float(), dim=-1).clamp(-1, 1)
+
+
+def _left_basis(delta: torch.Tensor, rank: int) -> torch.Tensor:
+    u, s, _ = torch.linalg.svd(delta.double(), full_matrices=False)
+    kept = s > s[..., :1] * 1e-6  # float32's rounding is not a direction
+    return (u * kept.unsqueeze(-2))[..., :rank]
+
+
+def subspace_overlap(delta1: torch.Tensor, delta2: torch.Tensor, rank: int) -> torch.Tensor:
+    """Share of the column space that two updates have in common (paper section 5.2, Figure 4): ||U1^T U2||_F^2 / rank, from 0 to 1.
+
+    U is the basis of the first `rank` left singular vectors. delta [..., out, r] is LoRA's B, or [..., out, in] its product BA, which
+    spans the same columns when A has full row rank. Directions without weight count as nothing: a zero update overlaps by 0. -> [...]
+    """
+    shared = _left_basis(delta1, rank).mT @ _left_basis(delta2, rank)  # [..., rank, rank]
+    return shared.square().sum((-2, -1)) / rank
+
+
+def paired_test(a, b, seed: int = 0) -> PairedTest:
+    """Paired t-test of a against b (paper Table 8), both [pairs], at least two; the interval resamples pairs 10,000 times.
+
+    Raises UsageError without scipy.
+    """
+    try:
+        from scipy import stats
+    except ImportError:
+        raise UsageError("the paired t-test needs scipy: pip install 'ia2mini[report]'") from None
+    a, b = _float64(a), _float64(b)
+    assert a.shape == b.shape and a.ndim == 1 and len(a) > 1, (a.shape, b.shape)
+    difference = a - b
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t, p = stats.ttest_rel(a, b)
+    resamples = np.random.default_rng(seed).integers(len(a), size=(10_000, len(a)))
+    low, high = np.quantile(difference[resamples].mean(1), [0.025, 0.975])
+    return PairedTest(_mean(difference), float(t), float(p), float(low), float(high))

@@ -1,0 +1,265 @@
+"""How models/tiny is made: a small Qwen3 learns to learn in context from episodes of the embedded world.
+
+An episode is one task (an attribute, and how its values are labelled) and 16 to 24 demonstrations of it. Labels are mostly canonical:
+with labels that are always random nothing is learned in context. A few other kinds of episode make the parts of the skill easy to
+find: single words with their class, the attribute or the labels told in a header, class names as labels, plain copying.
+"""
+
+import json
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from ia2mini.models.checkpoint import save, write
+from ia2mini.models.common import Rope, UsageError
+from ia2mini.models.qwen3 import Config, Qwen3
+from ia2mini.tasks import world
+
+CONTEXT = 288  # tokens a row
+SHOTS = (0, 1, 2, 4, 8)  # demonstrations probed
+KINDS = {"plain": 0.42, "remap": 0.10, "word": 0.06, "task": 0.08, "key": 0.05, "class": 0.05, "copy": 0.03, "sums": 0.21}
+CANONICAL = 0.9  # episodes whose digits mean what they mostly mean
+MINUS, FORMATS = 0.4, {"chain": 0.4, "bare": 0.35, "phrase": 0.25}
+
+
+def config() -> Config:
+    """The architecture of models/tiny: 0.84 million weights."""
+    return Config(vocab_size=len(world.vocabulary()), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+                  num_key_value_heads=2, head_dim=32, rope=Rope(10000.0), tie_word_embeddings=True, max_position_embeddings=512)
+
+
+def pick(rng: random.Random, weights: dict[str, float]) -> str:
+    return rng.choices(tuple(weights), tuple(weights.values()))[0]
+
+
+def sums_episode(rng: random.Random) -> str:
+    """Eight to sixteen sums that share an operation and an answer format."""
+    minus, format = rng.random() < MINUS, pick(rng, FORMATS)
+    parts = []
+    for _ in range(rng.randint(8, 16)):
+        text, a, b = world.draw_sum(rng, "pretrain")
+        parts.append(world.question(text) + world.sum_answer(a, b, minus, format))
+    return "\n\n".join(parts) + world.EOS
+
+
+def episode(rng: random.Random) -> str:
+    """One pretraining document, as text."""
+    kind = pick(rng, KINDS)
+    if kind == "sums":
+        return sums_episode(rng)
+    if kind == "copy":
+        return " ".join(rng.choices(world.vocabulary()[14:], k=rng.randint(8, 24)) * 8)
+    attribute = pick(rng, world.PRIOR)
+    values = world.ATTRIBUTES[attribute]
+    labels = [str(i) for i in range(len(values))]
+    if kind == "class":
+        labels = list(values)
+    elif kind == "remap" or kind == "key" and rng.random() < 0.5:
+        labels = rng.sample(world.WORLD["words"], len(values))
+    elif kind == "key" or rng.random() > CANONICAL:
+        rng.shuffle(labels)
+    key = " ".join(f"{label} {value}" for label, value in zip(labels, values, strict=True))
+    header = {"task": f"Task:{attribute}\n\n", "key": f"Key:{key}\n\n"}.get(kind, "")
+    styles = world.STYLES if rng.random() < 0.25 else (rng.choice(world.STYLES),)
+    parts = []
+    for _ in range(rng.randint(16, 24)):
+        if kind == "word":
+            label = rng.randrange(len(values))
+            text = rng.choice(list(values.values())[label])
+        else:
+            text, label = world.draw_sentence(rng, "pretrain", attribute, rng.choice(styles))
+        parts.append(world.prompt(text) + labels[label])
+    return header + "\n\n".join(parts) + world.EOS
+
+
+def batch(tokenizer: Tokenizer, seed: str, rows: int) -> Tensor:
+    """`rows` documents cut to CONTEXT + 1 tokens, padded with -1: ids [B, T + 1]."""
+    rng = random.Random(seed)
+    ids = [torch.tensor(e.ids[: CONTEXT + 1]) for e in tokenizer.encode_batch([episode(rng) for _ in range(rows)])]
+    ids.append(torch.empty(CONTEXT + 1, dtype=torch.int64))  # a constant width, whatever was drawn
+    return pad_sequence(ids, batch_first=True, padding_value=-1)[:-1]
+
+
+def answer_mask(ids: Tensor, starts: list[int], stops: list[int]) -> Tensor:
+    """Where the token after ids [B, T] belongs to an answer or ends it: after `Label:` or `Answer:` up to a blank line or EOS."""
+    at = torch.arange(ids.shape[1], device=ids.device)
+
+    def last(tokens):
+        return torch.where(torch.isin(ids, torch.tensor(tokens, device=ids.device)), at, -1).cummax(1).values
+
+    return last(starts) > last(stops)
+
+
+def gradients(model: Qwen3, starts: list[int], stops: list[int], ids: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Gradients of answer loss + 0.05 × language-model loss, and the answer loss; a row counts the same as any, copying counts whole."""
+    x, y = ids[:, :-1], ids[:, 1:]
+    with torch.autocast(ids.device.type, torch.bfloat16, cache_enabled=False):  # the cache is shared between threads
+        logits = model(x.clamp(min=0)).float()
+    each = F.cross_entropy(logits.transpose(1, 2), y, ignore_index=-1, reduction="none")  # [B, T]
+    real = y >= 0
+    mask = answer_mask(x, starts, stops) & real
+    answers = torch.where(mask.any(1, keepdim=True), mask, real).float()
+    answer = ((each * answers).sum(1) / answers.sum(1)).mean()
+    return torch.autograd.grad(answer + 0.05 * each.sum() / real.sum(), tuple(model.parameters())), answer.detach()
+
+
+def orthogonal(g: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrices to g [N, rows, cols], by five Newton-Schulz steps (Muon, Jordan et al. 2024)."""
+    tall = g.shape[1] > g.shape[2]
+    x = (g.mT if tall else g) / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.mT if tall else x
+
+
+class Muon:
+    """Muon (Nesterov momentum 0.95, orthogonalised) on the blocks' matrices, Adam (0.9, 0.95) on the rest; its state is plain tensors."""
+
+    def __init__(self, model: Qwen3, matrix_rate: float = 0.02, rate: float = 0.003):
+        self.parameters = dict(model.named_parameters())
+        self.matrices = [k for k, p in self.parameters.items() if p.dim() == 2 and ".layers." in k]
+        self.others = [k for k in self.parameters if k not in self.matrices]
+        self.rates = matrix_rate, rate
+        self.first = {k: torch.zeros_like(p) for k, p in self.parameters.items()}
+        self.second = {k: torch.zeros_like(self.parameters[k]) for k in self.others}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs: weights and moments, by name."""
+        groups = {"weight": self.parameters, "first": self.first, "second": self.second}
+        return {f"{group}.{k}": t.detach() for group, tensors in groups.items() for k, t in tensors.items()}
+
+    @torch.no_grad()
+    def step(self, gradients: list[Tensor], count: int, scale: float) -> None:
+        """Update number `count` (from 1) at `scale` times the rates; gradients in the order of the model's parameters."""
+        grads = dict(zip(self.parameters, gradients, strict=True))
+        by_shape: dict[torch.Size, list[str]] = {}
+        for name in self.matrices:
+            by_shape.setdefault(self.parameters[name].shape, []).append(name)
+        for (rows, columns), names in by_shape.items():
+            for name in names:
+                self.first[name].lerp_(grads[name], 0.05)
+            updates = orthogonal(torch.stack([grads[n].lerp(self.first[n], 0.95) for n in names]))
+            for name, update in zip(names, updates, strict=True):
+                self.parameters[name].add_(update, alpha=-self.rates[0] * scale * max(1, rows / columns) ** 0.5)
+        for name in self.others:
+            p = self.parameters[name]
+            m, v = self.first[name].lerp_(grads[name], 0.1), self.second[name].lerp_(grads[name].square(), 0.05)
+            p.sub_(self.rates[1] * scale * (m / (1 - 0.9**count)) / ((v / (1 - 0.95**count)).sqrt() + 1e-8))
+
+
+@torch.no_grad()
+def probe(model: Qwen3, tokenizer: Tokenizer, toys: Sequence[world.Toy] = world.TOY_TASKS, queries: int = 500) -> dict[str, list[float]]:
+    """Share of whole answers that are right, in context, on evaluation rows: task name -> one number for each of SHOTS.
+
+    Each query has its own demonstrations from the pool. Answers are teacher-forced, which counts right what greedy decoding gets right.
+    """
+    device = next(model.parameters()).device
+    curves = {}
+    for toy in toys:
+        pairs = {role: [world.pair(toy, row) for row in world.rows(toy.name, role)] for role in ("train", "eval")}
+        rng = random.Random(toy.name)
+        curves[toy.name] = []
+        for shots in SHOTS:
+            right = 0
+            for start in range(0, queries, 50):
+                prompts, answers = [], []
+                for prompt, answer in pairs["eval"][start : min(start + 50, queries)]:
+                    demos = "".join(f"{p}{a}\n\n" for p, a in rng.sample(pairs["train"], shots))
+                    prompts.append(tokenizer.encode(demos + prompt).ids)
+                    answers.append(tokenizer.encode(answer).ids)
+                ids = pad_sequence([torch.tensor(p + a) for p, a in zip(prompts, answers, strict=True)], batch_first=True)
+                best = model(ids.to(device)).argmax(-1).tolist()
+                right += sum(row[len(p) - 1 : len(p) - 1 + len(a)] == a for row, p, a in zip(best, prompts, answers, strict=True))
+            curves[toy.name].append(right / queries)
+    return curves
+
+
+def initial_model(seed: int) -> Qwen3:
+    """A Qwen3 with every matrix drawn from N(0, 0.02²)."""
+    torch.manual_seed(seed)
+    model = Qwen3(config())
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.02)
+    return model
+
+
+def resume(path: Path, optimizer: Muon, settings: dict) -> dict:
+    """Put the saved state into weights and moments and return its record. UsageError if it was made with other settings."""
+    with safe_open(path, "pt") as f:
+        record = json.loads(f.metadata()["record"])
+        if record["settings"] != settings:
+            raise UsageError(f"{path}: begun with {record['settings']}, not {settings}; use the same settings or another --out")
+        for name, tensor in optimizer.tensors().items():
+            tensor.copy_(f.get_tensor(name))
+    return record
+
+
+def pretrain(out: Path, steps: int = 2400, seed: int = 0, rows: int = 20, device: str = "cpu", every: int = 300, queries: int = 40) -> dict:
+    """Train models/tiny from nothing into folder `out` (Hugging Face layout) -> its record: settings, seconds, curve.
+
+    `rows` documents a step; every `every` steps the state is saved (a rerun goes on from there) and in-context accuracy is probed on
+    `queries` rows a task. Rates: 0.02 (Muon), 0.003 (Adam), constant for the first half, then linear to zero. Also writes `curve.json`
+    and, with matplotlib, `curve.png`. Raises UsageError for an `out` begun with other settings.
+    """
+    tokenizer = world.build_tokenizer()
+    starts, stops = ([tokenizer.token_to_id(t) for t in tokens] for tokens in (("Label:", "Answer:"), ("\n\n", world.EOS)))
+    model = initial_model(seed).to(device)
+    optimizer = Muon(model)
+    settings, state = {"steps": steps, "seed": seed, "rows": rows, "context": CONTEXT}, out / "state.safetensors"
+    record = {"settings": settings, "step": 0, "seconds": 0.0, "curve": []}
+    if state.is_file():
+        record = resume(state, optimizer, settings)
+    toys = [toy for toy in world.TOY_TASKS if len(toy.evals) > 1]
+    halves = ThreadPoolExecutor(2)  # two single-threaded halves of a step: faster than two threads inside every small operation
+    threads, begun, losses = torch.get_num_threads(), time.monotonic() - record["seconds"], []
+    torch.set_num_threads(1)
+    for step in (bar := tqdm(range(record["step"], steps), initial=record["step"], total=steps, desc="pretrain", mininterval=5)):
+        ids = batch(tokenizer, f"{seed}/{step}", rows).to(device)
+        grads, answers = zip(*halves.map(partial(gradients, model, starts, stops), ids.chunk(2)), strict=True)
+        optimizer.step([(a + b) / 2 for a, b in zip(*grads, strict=True)], step + 1, min(1.0, 2 * (1 - step / steps)))
+        losses.append(sum(answers) / 2)
+        if (step + 1) % every == 0 or step + 1 == steps:
+            point = {"step": step + 1, "loss": torch.stack(losses).mean().item(), "accuracy": probe(model, tokenizer, toys, queries)}
+            bar.write(f"step {step + 1}: answer loss {point['loss']:.3f}, " + ", ".join(f"{k} {v}" for k, v in point["accuracy"].items()))
+            record |= {"step": step + 1, "seconds": time.monotonic() - begun, "curve": [*record["curve"], point]}
+            write(state, partial(save_file, optimizer.tensors(), metadata={"record": json.dumps(record)}))
+            losses = []
+    torch.set_num_threads(threads)
+    save(model, out, tokenizer.to_str(pretty=True), tokenizer.token_to_id(world.EOS))
+    write(out / "curve.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+    plot(record["curve"], out / "curve.png")
+    state.unlink(missing_ok=True)
+    return record
+
+
+def plot(curve: list[dict], path: Path) -> None:
+    """Learning curve: answer loss, and accuracy with eight demonstrations, against steps; skipped with a note without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no curve.png: matplotlib is not installed (pip install ia2mini[report])")
+        return
+    figure = Figure((7, 2.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = [point["step"] for point in curve]
+    left.plot(steps, [point["loss"] for point in curve], color="black")
+    left.set(xlabel="step", ylabel="answer loss", ylim=(0, None))
+    for name in curve[-1]["accuracy"]:
+        right.plot(steps, [point["accuracy"][name][-1] for point in curve], label=name)
+    right.set(xlabel="step", ylabel=f"accuracy, {SHOTS[-1]} demonstrations", ylim=(0, 1.02))
+    right.legend(fontsize=7)
+    write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=90))

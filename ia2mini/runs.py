@@ -1,0 +1,109 @@
+"""Results on disk. A run folder belongs to one set of options, data and checkpoint: the same command finds it and goes on.
+
+Only safetensors and JSON; every file is written beside its place and renamed into it, so what is there is whole.
+"""
+
+import hashlib
+import json
+import math
+import platform
+import resource
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .models.checkpoint import read_json, write
+
+
+class RunFolder:
+    """The folder of one run: `what` made it, tensors computed once, seconds per stage over all its sessions."""
+
+    def __init__(self, out: Path, name: str, what: dict):
+        """Open or create `out`/`name`-<digest of `what`>. Raises UsageError when it cannot be written."""
+        digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
+        self.path = out / f"{name}-{digest}"
+        self.what = what
+        self.resumed = (self.path / "run.json").is_file()
+        if not self.resumed:
+            self.save_json("run.json", what)
+        spent = self.path / "seconds.json"
+        self.spent = read_json(spent) if spent.is_file() else {"seconds": {}, "peak_memory_bytes": 0}
+
+    def save_json(self, name: str, content: dict) -> None:
+        write(self.path / name, lambda path: path.write_text(json.dumps(finite(content), indent=1) + "\n", encoding="utf-8"))
+
+    def save_text(self, name: str, text: str) -> None:
+        write(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors of file `name`: read if they are there, else made and saved. On the CPU either way."""
+        path = self.path / f"{name}.safetensors"
+        if not path.is_file():
+            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in make().items()}
+            write(path, lambda temporary: save_file(tensors, temporary))
+        return load_file(path)
+
+    def has(self, name: str) -> bool:
+        return (self.path / f"{name}.safetensors").is_file()
+
+    @contextmanager
+    def stage(self, name: str):
+        """Count the seconds of the block, and the peak memory so far, towards stage `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = self.spent["seconds"]
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+            self.spent["peak_memory_bytes"] = max(self.spent["peak_memory_bytes"], peak_memory())
+            self.save_json("seconds.json", self.spent)
+
+
+def peak_memory() -> int:
+    """Bytes: the most GPU memory allocated, or without a GPU in use the most resident memory of this process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return rss if platform.system() == "Darwin" else rss * 1024
+
+
+def versions() -> dict[str, str]:
+    """What computed the results: Python, packages, processor."""
+    found = {"python": platform.python_version(), "machine": platform.machine(), "torch": torch.__version__}
+    for package in ("ia2mini", "tokenizers", "safetensors", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """sha256 over a checkpoint's config, tokenizer and weights (a hub cache's files are already named by their sha256)."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")):
+        target = file.resolve()
+        if target.parent.name == "blobs" and len(target.name) == 64:
+            digest.update(target.name.encode())
+            continue
+        with target.open("rb") as stream:
+            while chunk := stream.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def finite(value):
+    """`value` with every NaN and infinity replaced by None: JSON has neither."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,259 @@
+"""Where rows come from: the hub, a local folder in hub columns, the embedded world, or a user's own file; read into `Examples`.
+
+JSONL, CSV and TSV are UTF-8 (a byte order mark is allowed); lines end at "\\n" only, since real rows hold U+2028. Parquet and the hub
+need pyarrow (extra `data`). Every UsageError names the file and, where there is one, the line.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import re
+import zipfile
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path, PurePosixPath
+
+from ia2mini.models.common import UsageError
+
+from .answers import parse_boxed, parse_hashes, parse_number, parse_text
+from .catalog import Example, Row, Task, arrange, fill, placeholders
+
+POOL, EVAL = 2000, 500  # most rows of a pool and of an evaluation
+PARQUET = "refs/convert/parquet"  # the branch of the hub's own Parquet conversion
+SUFFIXES = (".jsonl", ".parquet", ".csv", ".tsv")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows of a task and their `origin`: files, or hub id and revision; counts of rows; sha256 of the prompts and answers."""
+
+    rows: list[Example]
+    origin: dict
+
+
+def load_examples(task: Task, role: str, data_dir: str | Path | None = None, limit: int | None = None) -> Examples:
+    """The pool (role "train", at most 2,000 rows) or the evaluation (role "eval", at most 500, or `limit`) of a task.
+
+    Rows come from the local folder `data_dir` where given, else from the hub; embedded tasks and own files ignore it. Which rows count,
+    and in which order: protocol section 1. UsageError for anything a user can mend.
+    """
+    assert role in ("train", "eval")
+    if role == "train" and task.train is None:
+        raise UsageError(f"{task.name} is only evaluated on, it has no training rows; choose a task that `ia2mini tasks` lists with a pool")
+    rows, origin = fetch(task, role, data_dir)
+    chosen = arrange(task, role, rows)
+    examples = [task.example(row) for row in chosen[: POOL if role == "train" else EVAL][:limit]]
+    if not examples:
+        raise UsageError(f"{task.name}: no rows left to {role} on, of {len(rows)} in {origin['files'][0]}; more rows are needed")
+    digest = hashlib.sha256(json.dumps([(example.prompt, example.answer) for example in examples]).encode()).hexdigest()
+    return Examples(examples, {**origin, "rows": len(rows), "kept": len(chosen), "used": len(examples), "digest": digest})
+
+
+def fetch(task: Task, role: str, data_dir: str | Path | None) -> tuple[list[Row], dict]:
+    """All rows of the split that a role is taken from, in the source's order, and where they are from."""
+    split = task.train if role == "train" else task.eval
+    if task.hub is None and not task.files:
+        from .world import rows
+
+        origin = {"source": "embedded", "files": [task.name]}
+        return [Row(f"{task.name} {role} row {i}", row) for i, row in enumerate(rows(task.name, role), 1)], origin
+    if task.files or data_dir is not None:
+        path = Path(task.files[role == "eval"]) if task.files else find_local(task, split, Path(data_dir))
+        return read_rows(path), {"source": "own rows" if task.files else "folder", "files": [str(path)]}
+    if task.archive:
+        return read_archive(task.hub, *task.archive)
+    try:
+        return read_hub(task.hub, task.config, (split,))
+    except UsageError as error:
+        if not task.fallback:
+            raise
+        rows, origin = read_hub(task.fallback[0], None, task.fallback[1:])
+        return rows, {**origin, "instead_of": task.hub, "because": str(error)}
+
+
+def find_local(task: Task, split: str, data_dir: Path) -> Path:
+    """The file of a split in a folder of hub-like data, `{dataset}/{split}.jsonl` and its other spellings."""
+    short = task.hub.split("/")[1]
+    folders = list(dict.fromkeys(name for name in (task.folder, short.lower().replace("-", "_"), short, task.name) if name))
+    stems = [split, *([f"{task.config}_{split}", f"{task.config}/{split}"] if task.config else [])]
+    for folder, stem, suffix in product(folders, stems, SUFFIXES):
+        path = data_dir / folder / f"{stem}{suffix}"
+        if path.is_file():
+            return path
+    raise UsageError(f"{data_dir}: no rows of {task.name} there; looked for {'|'.join(folders)} / {'|'.join(stems)} + {'|'.join(SUFFIXES)}")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a JSONL, CSV, TSV or Parquet file, by its suffix. UsageError naming file and line for whatever is wrong with it."""
+    readers = {".jsonl": read_jsonl, ".csv": read_csv, ".tsv": partial(read_csv, delimiter="\t"), ".parquet": read_parquet}
+    if path.suffix.lower() not in readers:
+        raise UsageError(f"{path}: unknown kind of file {path.suffix!r}; rows are read from {', '.join(SUFFIXES)}")
+    try:
+        rows = readers[path.suffix.lower()](path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if not rows:
+        raise UsageError(f"{path}: the file holds no rows")
+    return rows
+
+
+def read_text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8") from None
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        where = f"{path}:{number}"
+        if not line.strip():
+            continue
+        try:
+            columns = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UsageError(f"{where}: not JSON ({error}); one object a line is expected") from None
+        if not isinstance(columns, dict):
+            raise UsageError(f"{where}: a JSON {type(columns).__name__}, not an object; one object a line is expected")
+        rows.append(Row(where, columns))
+    return rows
+
+
+def read_csv(path: Path, delimiter: str = ",") -> list[Row]:
+    """Rows of a CSV or TSV file with a header; a field in quotes may hold delimiters, line ends and doubled quotes."""
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+    rows, header, start = [], None, 1
+    try:
+        for fields in reader:
+            where, start = f"{path}:{start}", reader.line_num + 1
+            if header is None:
+                header = fields
+                if len(set(header)) < len(header):
+                    raise UsageError(f"{where}: two columns of the same name in the header")
+            elif fields and len(fields) != len(header):
+                raise UsageError(f"{where}: {len(fields)} fields, the header has {len(header)}; quote a field that holds {delimiter!r}")
+            elif fields:
+                rows.append(Row(where, dict(zip(header, fields, strict=True))))
+    except csv.Error as error:
+        raise UsageError(f"{path}:{start}: {error}; is a quote not closed?") from None
+    return rows
+
+
+def read_parquet(path: Path) -> list[Row]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise UsageError(f"{path}: reading Parquet needs pyarrow: pip install 'ia2mini[data]'") from None
+    try:
+        table = parquet.read_table(path).to_pylist()
+    except ArrowException as error:
+        raise UsageError(f"{path}: not a whole Parquet file ({str(error).splitlines()[0]})") from None
+    return [Row(f"{path} row {i}", columns) for i, columns in enumerate(table, 1)]
+
+
+def download(repo: str, choose, revision: str | None = None) -> tuple[list[Path], str]:
+    """Files of a dataset repository, those that `choose` picks from the list of all names -> (local paths, commit).
+
+    Where the hub cannot be reached the list is that of the cached snapshot. UsageError for whatever keeps the files from coming.
+    """
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    get, note = partial(snapshot_download, repo, repo_type="dataset", revision=revision), ""
+    try:
+        try:
+            names = [file.rfilename for file in HfApi().dataset_info(repo, revision=revision, timeout=10).siblings]
+        except Exception as error:
+            try:
+                cached = Path(get(allow_patterns=[], local_files_only=True))
+            except errors.LocalEntryNotFoundError:
+                raise error from None
+            names = [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()]
+            note = "; the hub cannot be reached, so this is what the local cache holds"
+        chosen = choose(sorted(names))
+        folder = Path(get(allow_patterns=[f"{PurePosixPath(name).parent}/*" for name in chosen]))
+    except UsageError as error:
+        raise UsageError(f"{error}{note}") from None
+    except errors.GatedRepoError:
+        page = f"https://huggingface.co/datasets/{repo}"
+        raise UsageError(f"{repo} is gated: accept its terms at {page}, then log in with `hf auth login` or set HF_TOKEN") from None
+    except errors.RepositoryNotFoundError:
+        raise UsageError(f"{repo}: no such dataset on the hub (or private: log in with `hf auth login` or set HF_TOKEN)") from None
+    except errors.RevisionNotFoundError:
+        raise UsageError(f"{repo}: the hub has no branch {revision} of it; give local rows with --data-dir") from None
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
+        raise UsageError(f"{repo}: offline, and not in the local cache; go online (unset HF_HUB_OFFLINE) or give --data-dir") from None
+    except Exception as error:  # the client's own network errors, whose classes differ between its versions
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise UsageError(f"{repo}: cannot be downloaded ({reason}); check the network, or give local rows with --data-dir") from None
+    return [folder / name for name in chosen], folder.name
+
+
+def read_hub(repo: str, config: str | None, splits: tuple[str, ...]) -> tuple[list[Row], dict]:
+    """Rows of splits, one after another, from the Parquet branch of a dataset on the hub."""
+
+    def choose(names: list[str]) -> list[str]:
+        found = [match for match in map(re.compile(r"([^/]+)/([^/]+)/[^/]+\.parquet").fullmatch, names) if match]
+        configs = {match[1] for match in found}
+        wanted = next((name for name in (config, "default", *(configs if len(configs) == 1 else ())) if name in configs), None)
+        chosen = [[match[0] for match in found if match[1] == wanted and match[2] == split] for split in splits]
+        if not all(chosen):
+            there = ", ".join(sorted({f"{match[1]}/{match[2]}" for match in found})) or "nothing"
+            raise UsageError(f"{repo}: no Parquet folder {config or 'default'}/{'+'.join(splits)} in branch {PARQUET}; found {there}")
+        return sum(chosen, [])
+
+    paths, commit = download(repo, choose, PARQUET)
+    rows = [row for path in paths for row in read_rows(path)]
+    return rows, {"source": "hub", "hub": repo, "revision": commit, "files": ["/".join(path.parts[-3:]) for path in paths]}
+
+
+def read_archive(repo: str, name: str, sha256: str, member: str) -> tuple[list[Row], dict]:
+    """Rows of a latin-1 text file of lines `sentence@label` inside a zip on the hub, as Financial PhraseBank was published."""
+    (path,), commit = download(repo, lambda names: [name])
+    data = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise UsageError(f"{path}: missing, or not the published file of sha256 {sha256}; delete it and try again")
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        inside = next(entry for entry in archive.namelist() if PurePosixPath(entry).name == member)
+        lines = archive.read(inside).decode("latin-1").split("\n")
+    labels = {"negative": 0, "neutral": 1, "positive": 2}
+    pairs = [line.rstrip("\r").rpartition("@") for line in lines if line.strip()]
+    rows = [Row(f"{name}:{i}", {"sentence": sentence, "label": labels[label]}) for i, (sentence, _, label) in enumerate(pairs, 1)]
+    return rows, {"source": "hub", "hub": repo, "revision": commit, "files": [name]}
+
+
+def custom_task(path: str | Path, prompt_column: str, answer_column: str, template: str | None = None,
+                eval_path: str | Path | None = None) -> Task:
+    """A task on a user's file: `load_examples` works on it as on any other. Its name is the file's.
+
+    At most 20 different answers, each given twice on average, are labels: `task.labels`, sorted; if they are not single tokens, take
+    `task.as_text()`. Other answers are text, parsed as numbers, boxes or after `####` where every answer has that form. Without
+    `eval_path`, the last 20 % (at least 20, at most half and 500) of the shuffled rows without repeated prompts are held out. In a
+    template, a written `\\n` is a line end. UsageError for whatever is wrong with the rows or the template.
+    """
+    rows = read_rows(Path(path))
+    answers = [row.text(answer_column) for row in rows]
+    for row, answer in zip(rows, answers, strict=True):
+        if not answer.strip():
+            raise UsageError(f"{row.where}: column {answer_column!r} is empty")
+    found = sorted(set(answers))
+    labelled = len(found) <= 20 and 2 * len(found) <= len(rows)
+    if len(found) == 1:
+        raise UsageError(f"{path}: every row has the answer {found[0]!r}; nothing can be learned from it")
+    default = f"Text:{{{prompt_column}}}\nLabel:" if labelled else f"Question:{{{prompt_column}}}\nAnswer:"
+    template = template.replace("\\n", "\n") if template else default
+    columns = placeholders(template)
+    if not columns or answer_column in columns:
+        raise UsageError(f"template {template!r}: must name a column of the prompt, as {{{prompt_column}}}, and not the answer's")
+    prompts = len({fill(template, row) for row in rows})
+    parse = next(parse for parse in (parse_number, parse_boxed, parse_hashes, parse_text) if all(map(parse, answers)))
+    labels = {"labels": tuple(found), "known": {answer: i for i, answer in enumerate(found)}}
+    form = labels if labelled else {"max_tokens": 200, "parse": parse}
+    return Task(
+        Path(path).stem, Path(path).name, train="train", eval="eval", prompt=template, label=answer_column, answer=f"{{{answer_column}}}",
+        steps=("unique", "shuffle", "filter", *(() if eval_path else ("split",))), held=min(max(prompts // 5, 20), prompts // 2, EVAL),
+        files=(str(path), str(eval_path or path)), **form)

@@ -1,0 +1,160 @@
+"""The embedded world: short English sentences that show several attributes at once, small sums, and the toy tasks on them.
+
+A sentence shows two to five attributes (mood, topic, time, weather, place) in any order, in the style of a review, of news or of
+verse; a task asks for one of them, and only demonstrations tell which. A sum's verb is ambiguous (plus or minus) and its answer has
+three formats. The words are data (`world.json`); a text's checksum decides whether pretraining, a few-shot pool or evaluation may see it.
+"""
+
+import json
+import random
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from zlib import crc32
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+WORLD = json.loads(Path(__file__).with_name("world.json").read_text())
+ATTRIBUTES: dict[str, dict[str, list[str]]] = WORLD["attributes"]
+PRIOR: dict[str, float] = WORLD["prior"]
+STYLES = tuple(WORLD["styles"])
+FORMATS = {"chain": "{a} {op} {b} is {n}\n#### {n}", "bare": "#### {n}", "phrase": "The answer is {n}"}
+UNK, EOS = "<unk>", "<eos>"
+PIECE = r"\n\n|\n|####|[A-Z][a-z]+:|[A-Za-z]+|[0-9]+|[^\sA-Za-z0-9]"
+SIZES = {"train": 2000, "eval": 500}
+
+
+@dataclass(frozen=True)
+class Toy:
+    """One toy task: what a sentence (or a sum) is asked for, in which style, and how the answers are written."""
+
+    name: str
+    attribute: str = ""  # "" for sums
+    labels: tuple[str, ...] = ()  # () for sums
+    style: str = "review"
+    unseen: bool = False  # only templates that pretraining never showed
+    flip: bool = False  # labels against the model's habit
+    format: str = ""  # of a sum's answer
+    evals: tuple[str, ...] = ()  # names of the tasks it is evaluated on, itself first
+
+
+def both(name: str, attribute: str = "", labels: tuple[str, ...] = (), style: str = "review", ood: str = "verse", **rest) -> tuple[Toy, Toy]:
+    """A task and its out-of-distribution evaluation: another style (sums: another wording), all templates unseen."""
+    there = f"{name}-{ood}"
+    return (
+        Toy(name, attribute, labels, style, evals=(name, there), **rest),
+        Toy(there, attribute, labels, ood, unseen=True, evals=(there,), **rest),
+    )
+
+
+TWO = ("0", "1")
+TOY_TASKS: tuple[Toy, ...] = (
+    *both("toy-mood", "mood", TWO),
+    *both("toy-topic", "topic", ("0", "1", "2", "3"), style="news", ood="review"),
+    *both("toy-mood-flip", "mood", TWO, flip=True),
+    *both("toy-mood-remap", "mood", ("apple", "Friday")),
+    *both("toy-sums", format="chain", ood="story"),
+    *both("toy-sums-short", format="bare", ood="story"),
+)
+
+
+def split_of(text: str) -> str:
+    """Which split may show this text: "pretrain" (half of all texts), "train" (a few-shot pool) or "eval" (a quarter each)."""
+    return ("pretrain", "pretrain", "train", "eval")[crc32(text.encode()) % 4]
+
+
+def sentence(rng: random.Random, style: str, values: dict[str, str], unseen: bool = False) -> str:
+    """A sentence in a style that shows the given value of each attribute, in random order, with at most one filler."""
+    templates = WORLD["unseen" if unseen else "styles"][style]
+    parts = [rng.choice(templates[name]).format(rng.choice(ATTRIBUTES[name][value])) for name, value in values.items()]
+    parts += rng.sample(templates["filler"], rng.choice((0, 0, 1)))
+    rng.shuffle(parts)
+    text = "".join(part + rng.choice((" ", " ", " ", ", ")) for part in parts[:-1]) + parts[-1] + rng.choice(("", "."))
+    return re.sub(r"\ba (?=[aeiou])", "an ", text)
+
+
+def draw_sentence(rng: random.Random, split: str, attribute: str, style: str, unseen: bool = False) -> tuple[str, int]:
+    """A sentence of a split that shows `attribute` and one to four others -> (text, index of the attribute's value)."""
+    values = tuple(ATTRIBUTES[attribute])
+    while True:
+        label = rng.randrange(len(values))
+        others = rng.sample([name for name in ATTRIBUTES if name != attribute], rng.choice((1, 1, 2, 2, 3, 4)))
+        shown = {attribute: values[label]} | {name: rng.choice(tuple(ATTRIBUTES[name])) for name in others}
+        text = sentence(rng, style, shown, unseen)
+        if split_of(text) == split:
+            return text, label
+
+
+def draw_sum(rng: random.Random, split: str, unseen: bool = False) -> tuple[str, int, int]:
+    """A sum of a split -> (question, a, b) with 1 <= b <= a <= 9; whether its verb adds or subtracts is not said."""
+    words = WORLD["sums"]
+    while True:
+        a = rng.randint(2, 9)
+        b = rng.randint(1, a)
+        name, thing, verb = (rng.choice(words[part]) for part in ("name", "thing", "verb"))
+        text = rng.choice(words["unseen" if unseen else "seen"]).format(name=name, thing=thing, verb=verb, a=a, b=b)
+        if split_of(text) == split:
+            return text, a, b
+
+
+def sum_answer(a: int, b: int, minus: bool, format: str) -> str:
+    """The answer of a sum in one of `FORMATS`, read as plus or as minus."""
+    return FORMATS[format].format(a=a, b=b, op="minus" if minus else "plus", n=a - b if minus else a + b)
+
+
+def prompt(text: str) -> str:
+    """The paper's prompt of a sentence."""
+    return f"Text:{text}\nLabel:"
+
+
+def question(text: str) -> str:
+    """The paper's prompt of a question."""
+    return f"Question:{text}\nAnswer:"
+
+
+def pair(task: Toy, row: dict[str, str | int]) -> tuple[str, str]:
+    """Prompt and answer of a task's row."""
+    return (question(row["question"]), row["answer"]) if task.format else (prompt(row["text"]), task.labels[row["label"]])
+
+
+def rows(name: str, role: str) -> list[dict[str, str | int]]:
+    """The rows of a toy task: 2,000 for role "train", 500 for "eval", no two alike, the same at every call.
+
+    Columns `text` and `label` (index into the task's labels), or `question` and `answer`. KeyError for an unknown name or role.
+    """
+    task = {toy.name: toy for toy in TOY_TASKS}[name]
+    rng = random.Random(f"{name}/{role}")
+    found: dict[str, dict[str, str | int]] = {}
+    while len(found) < SIZES[role]:
+        if task.format:
+            text, a, b = draw_sum(rng, role, task.unseen)
+            found[text] = {"question": text, "answer": sum_answer(a, b, True, task.format)}
+        else:
+            text, value = draw_sentence(rng, role, task.attribute, task.style, task.unseen)
+            found[text] = {"text": text, "label": len(task.labels) - 1 - value if task.flip else value}
+    return list(found.values())
+
+
+@lru_cache
+def vocabulary() -> tuple[str, ...]:
+    """Every token of the world: two specials, line ends, signs, prompt words, numbers, then words in alphabetical order."""
+    text = " ".join((json.dumps(WORLD), *FORMATS.values(), "an plus minus"))
+    words = set(re.findall("[A-Za-z]+", re.sub(r"\{\w*\}", " ", text)))
+    first = (UNK, EOS, "\n\n", "\n", "####", ".", ",", "?", "Text:", "Label:", "Question:", "Answer:", "Task:", "Key:")
+    return (*first, *map(str, range(19)), *sorted(words))
+
+
+def build_tokenizer() -> Tokenizer:
+    """The word-level tokenizer of the world.
+
+    Words are separated by one space that is no token of its own: decoding puts it back, except after a prompt's colon, around line
+    ends and before a sign. A piece never crosses a colon or a line end, so prompt and answer may be encoded apart.
+    """
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), "removed", invert=True)
+    joins = [(": ", ":"), (" \n", "\n"), ("\n ", "\n"), *((f" {sign}", sign) for sign in ".,?")]
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.WordPiece("\0", cleanup=False), decoders.Fuse(), *(decoders.Replace(old, new) for old, new in joins)])
+    tokenizer.add_special_tokens([UNK, EOS])
+    return tokenizer

@@ -1,0 +1,68 @@
+"""Text to ids and back: a thin layer over `tokenizers`, and the check that prompt and answer join safely."""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer as Backend
+
+from .models.checkpoint import read_json
+from .models.common import UsageError
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer. BOS comes only where the file's own post-processor adds it; EOS comes from the config."""
+
+    def __init__(self, backend: Backend, eos_ids: tuple[int, ...]):
+        self.backend, self.eos_ids = backend, eos_ids
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Tokenizer":
+        """Read tokenizer.json and the end-of-sequence ids of (generation_)config.json. Raises UsageError."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise UsageError(f"{path}: no such file; a checkpoint needs its tokenizer.json")
+        try:
+            backend = Backend.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UsageError(f"{path}: not a tokenizers file ({error})") from None
+        backend.no_truncation()  # some files carry both from their training
+        backend.no_padding()
+        eos = read_json(folder / "config.json").get("eos_token_id")
+        if (folder / "generation_config.json").is_file():
+            eos = read_json(folder / "generation_config.json").get("eos_token_id", eos)
+        eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+        return cls(backend, eos)
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Ids of `text`; with `special`, also what the file's post-processor adds (BOS for Llama, nothing for Qwen)."""
+        return self.backend.encode(text, add_special_tokens=special).ids
+
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """`encode` for many texts at once."""
+        return [e.ids for e in self.backend.encode_batch(texts)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.backend.decode(ids, skip_special_tokens=True)
+
+    def encode_answer(self, prompt: str, answer: str) -> list[int]:
+        """Ids of `answer` as it stands right after `prompt` (whose last tokens must not merge with it).
+
+        Raises UsageError naming the answer when encode(prompt + answer) is not encode(prompt) + encode(answer).
+        """
+        ids = self.encode(answer, special=False)
+        if self.encode(prompt + answer) != self.encode(prompt) + ids:
+            raise UsageError(
+                f"answer {answer[:40]!r} merges with the end of its prompt {prompt[-12:]!r} in this tokenizer; "
+                "choose another label or template"
+            )
+        return ids
+
+    def label_ids(self, prompt: str, labels: tuple[str, ...]) -> list[int]:
+        """First token of every label after `prompt`, int per label. Raises UsageError for a label that merges or shares its token."""
+        first: dict[int, str] = {}
+        for label in labels:
+            token = self.encode_answer(prompt, label)[0]
+            if token in first:
+                same = f"label {label!r} begins with the same token as label {first[token]!r} in this tokenizer"
+                raise UsageError(f"{same}; choose other labels")
+            first[token] = label
+        return list(first)

@@ -1,0 +1,240 @@
+"""One loop, R runs side by side; one short function a method, in the paper's order (protocol section 4)."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import Adapter, adapted
+from .episode import Batch, Row, collate, seeded
+from .losses import activation_mse, cross_entropy, per_run, soft_cross_entropy
+from .models.common import Taps
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and in what portions every run trains (protocol section 4)."""
+
+    batch_size: int = 4
+    epochs: int = 50
+    patience: int = 5  # looks at the dev loss without improvement
+
+
+@dataclass
+class Fit:
+    """What training R runs gave: each run's weights at its best dev loss."""
+
+    theta: Tensor  # [R, M] float32
+    dev_loss: Tensor  # [R] float32, the last phase's
+    steps: Tensor  # [R] int64, all phases together
+
+
+class Adam:
+    """Adam (Kingma & Ba 2015) on theta [R, M] with a learning rate a run, [R]; runs can leave."""
+
+    def __init__(self, theta: Tensor, rates: Tensor, betas=(0.9, 0.999), eps: float = 1e-8):
+        self.theta, self.rates, self.betas, self.eps = theta.clone().requires_grad_(), rates[:, None], betas, eps
+        self.m, self.v, self.t = torch.zeros_like(theta), torch.zeros_like(theta), 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.t += 1
+        (b1, b2), grad = self.betas, self.theta.grad
+        self.m.lerp_(grad, 1 - b1)
+        self.v.mul_(b2).addcmul_(grad, grad, value=1 - b2)
+        denominator = self.v.sqrt().div_((1 - b2**self.t) ** 0.5).add_(self.eps)
+        self.theta.addcdiv_(self.m * (self.rates / (b1**self.t - 1)), denominator)
+        self.theta.grad = None
+
+    @torch.no_grad()
+    def keep(self, runs: Tensor) -> None:
+        self.theta = self.theta[runs].clone().requires_grad_()
+        self.m, self.v, self.rates = self.m[runs], self.v[runs], self.rates[runs]
+
+
+def losses(student: Callable, batch: Batch, mix: dict[str, Tensor]) -> Tensor:
+    """Each run's loss [R]: the weighted sum of "mse", "ce" and "kl", with weights [R]; only what a loss needs is computed."""
+    taps = Taps(batch.at) if "mse" in mix else None
+    logits = student(batch.ids, taps=taps, logits=batch.at if mix.keys() - {"mse"} else False)
+    total = torch.zeros(len(batch.weights), device=batch.weights.device)
+    for name, weight in mix.items():
+        if name == "mse":
+            values = activation_mse(taps.stack(), batch.activations)
+        elif name == "ce":
+            values = cross_entropy(logits, batch.targets)
+        else:
+            values = soft_cross_entropy(logits, batch.soft, batch.soft_ids)
+        total = total + weight * per_run(values, batch.weights)
+    return total
+
+
+def fit(
+    model: nn.Module,
+    adapter: Adapter,
+    theta: Tensor,
+    rates: Tensor,
+    train: list[list[Row]],
+    dev: list[list[Row]],
+    mix: dict[str, Tensor],
+    order: Callable[[int, int], list[int]],
+    settings: Settings = Settings(),
+    watch: Callable[[int, Tensor], None] | None = None,
+) -> Fit:
+    """Train R runs from theta [R, M] by `losses`; a run that has not improved for `patience` looks leaves the batch.
+
+    `rates` [R]; `train`, `dev`: R lists of rows; `mix`: loss name -> weight [R]; `order(run, epoch)`: the order of a run's rows.
+    Looks at the dev loss after every second step and at each epoch's end. `watch(step, best dev losses of live runs)` after each look.
+    """
+    device = theta.device
+    best, best_dev, steps = theta.clone(), torch.full((len(theta),), torch.inf, device=device), torch.zeros(len(theta), dtype=torch.int64)
+    misses = torch.zeros(len(theta), dtype=torch.int64, device=device)
+    runs, adam, rows = torch.arange(len(theta)), Adam(theta, rates.to(device)), len(train[0])
+    live_mix, dev_batch, step, batch = mix, collate(dev, device), 0, None
+    for epoch, start in product(range(settings.epochs), range(0, rows, settings.batch_size)):
+        if batch is None or rows > settings.batch_size:
+            portion = slice(start, start + settings.batch_size)
+            batch = collate([[train[r][i] for i in order(r, epoch)[portion]] for r in runs.tolist()], device)
+        with adapted(model, adapter, adam.theta) as student:
+            losses(student, batch, live_mix).sum().backward()
+        adam.step()
+        step += 1
+        if step % 2 and start + settings.batch_size < rows:
+            continue
+        with torch.no_grad(), adapted(model, adapter, adam.theta) as student:
+            dev_loss = losses(student, dev_batch, live_mix)
+        live = runs.to(device)
+        better = dev_loss < best_dev[live]
+        best[live[better]], best_dev[live[better]] = adam.theta.detach()[better], dev_loss[better]
+        misses[live] = torch.where(better, 0, misses[live] + 1)
+        steps[runs] = step
+        staying = (misses[live] < settings.patience).cpu()
+        if watch:
+            watch(step, best_dev[live][staying.to(device)])
+        if not staying.any():
+            break
+        if not staying.all():
+            runs = runs[staying]
+            adam.keep(staying.to(device))
+            live_mix = {name: weight[runs.to(weight.device)] for name, weight in mix.items()}
+            dev_batch, batch = collate([dev[r] for r in runs.tolist()], device), None
+    return Fit(best, best_dev, steps)
+
+
+@dataclass(frozen=True)
+class SetRows:
+    """A set's rows as ids: with the true answers, and with the teacher's responses and targets."""
+
+    train: list[Row]
+    dev: list[Row]
+    icl_train: list[Row]
+    icl_dev: list[Row]
+
+
+@dataclass
+class Job:
+    """All runs of one cell: every set with every rate (and β), over one frozen model."""
+
+    model: nn.Module
+    adapter: Adapter
+    sets: list[SetRows]
+    rates: Sequence[float]
+    betas: Sequence[float] = (0.5,)
+    seed: int = 0
+    labels: str = "truth"  # or "icl": cross-entropy on the teacher's responses
+    settings: Settings = Settings()
+    side_by_side: int | None = None  # runs trained together; None: all
+    progress: Callable = nullcontext  # progress((phase, runs, steps at most)) -> context manager yielding `fit`'s watch
+    first: Callable[[str], Fit] | None = None  # where to get the fit of a method that another begins with; None: train it
+
+    def grid(self, betas: bool = False) -> list[tuple[int, float, float | None]]:
+        """(set, rate, β) of each run, in the order of the R axis."""
+        return list(product(range(len(self.sets)), self.rates, self.betas if betas else [None]))
+
+    def start(self, grid) -> Tensor:
+        """First weights [R, M]: the same for all rates of a set."""
+        rows = []
+        for number in range(len(self.sets)):
+            generator = torch.Generator().manual_seed(int(seeded(self.seed, number, "adapter").integers(2**62)))
+            rows.append(self.adapter.init(self.model, generator))
+        return torch.stack([rows[number] for number, _, _ in grid]).to(next(self.model.parameters()).device)
+
+    def train(self, phase: str, icl_rows: bool, betas: bool = False, start: Fit | None = None, **mix) -> Fit:
+        """One phase of all runs: on the true rows or the teacher's, from fresh weights or another phase's, by the losses in `mix`."""
+        grid = self.grid(betas)
+        theta = self.start(grid) if start is None else start.theta
+        weights = {name: torch.as_tensor(w, device=theta.device).expand(len(grid)).float() for name, w in mix.items()}
+        rates = torch.tensor([rate for _, rate, _ in grid])
+        data = [(s.icl_train, s.icl_dev) if icl_rows else (s.train, s.dev) for s in self.sets]
+        parts = []
+        with self.progress((phase, len(grid), self.most_steps())) as watch:
+            for runs in torch.arange(len(grid)).split(self.side_by_side or len(grid)):
+                numbers, here = [grid[r][0] for r in runs.tolist()], runs.to(theta.device)
+                part = fit(
+                    self.model,
+                    self.adapter,
+                    theta[here],
+                    rates[runs],
+                    [data[n][0] for n in numbers],
+                    [data[n][1] for n in numbers],
+                    {name: w[here] for name, w in weights.items()},
+                    lambda r, epoch, numbers=numbers: self.order(numbers[r], epoch),
+                    self.settings,
+                    watch if callable(watch) else None,
+                )
+                parts.append(part)
+        whole = Fit(*(torch.cat([getattr(p, name) for p in parts]) for name in ("theta", "dev_loss", "steps")))
+        if start is not None:
+            whole.steps += start.steps
+        return whole
+
+    def order(self, number: int, epoch: int) -> list[int]:
+        return seeded(self.seed, number, f"epoch {epoch}").permutation(len(self.sets[number].train)).tolist()
+
+    def most_steps(self) -> int:
+        return self.settings.epochs * -(-len(self.sets[0].train) // self.settings.batch_size)
+
+    def begun(self, method: str) -> Fit:
+        """The fit of the method that another one begins with."""
+        return self.first(method) if self.first else METHODS[method](self)
+
+
+def sft(job: Job) -> Fit:
+    """Equation 2: cross-entropy on the answers."""
+    return job.train("sft", icl_rows=job.labels == "icl", ce=1.0)
+
+
+def ia2(job: Job) -> Fit:
+    """Equation 4: the model's own attention outputs with demonstrations, on the teacher's responses."""
+    return job.train("ia2", icl_rows=True, mse=1.0)
+
+
+def ia2_sft(job: Job) -> Fit:
+    """Section 4, IA2 → SFT: align first, then cross-entropy from there."""
+    return job.train("ia2-sft", icl_rows=job.labels == "icl", start=job.begun("ia2"), ce=1.0)
+
+
+def sft_ia2(job: Job) -> Fit:
+    """The order reversed."""
+    return job.train("sft-ia2", icl_rows=True, start=job.begun("sft"), mse=1.0)
+
+
+def sft_sft(job: Job) -> Fit:
+    """A control: SFT begun again from its own best weights, so that a second phase alone cannot explain IA2 → SFT."""
+    return job.train("sft-sft", icl_rows=job.labels == "icl", start=job.begun("sft"), ce=1.0)
+
+
+def ia2_plus_sft(job: Job) -> Fit:
+    """Section 6, IA2 + SFT: (1 - β) MSE + β CE at once, on the teacher's responses; a run for every β."""
+    betas = torch.tensor([beta for _, _, beta in job.grid(betas=True)])
+    return job.train("ia2+sft", icl_rows=True, betas=True, mse=1 - betas, ce=betas)
+
+
+def soft(job: Job) -> Fit:
+    """Section 6, soft labels: KL to the teacher's distribution on its responses (Hinton et al. 2015)."""
+    return job.train("soft", icl_rows=True, kl=1.0)
+
+
+METHODS = {"sft": sft, "ia2": ia2, "ia2-sft": ia2_sft, "sft-ia2": sft_ia2, "sft-sft": sft_sft, "ia2+sft": ia2_plus_sft, "soft": soft}

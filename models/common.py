@@ -1,0 +1,234 @@
+"""What both families share to the letter: norm, linear with a seam for adapters, rotary, attention, caches, taps, config reading.
+
+Shape letters: B rows, T tokens, P chosen positions, L layers, D hidden, H heads, K key/value heads, E head size,
+S earlier keys, G groups of rows that share a prefix, V vocabulary.
+"""
+
+import math
+from dataclasses import MISSING, dataclass, field, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+At = tuple[Tensor, Tensor]  # (rows, columns), int64 [P] each: positions in a [B, T] batch
+
+
+class UsageError(ValueError):
+    """A user's mistake: one line that says what is wrong, where, and how to mend it."""
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension; normalised in float32, cast back, then scaled (Hugging Face's order)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """nn.Linear with a seam: an adapter, `adapter(base, x)`, may change what goes into the frozen map `base` and what comes out.
+
+    The seam is a plain attribute, so parameter names stay the checkpoint's own and the frozen weight is never touched.
+    """
+
+    adapter = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.adapter is None else self.adapter(super().forward, x)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: base `theta`; `scaling` holds the four numbers of type "llama3" (Llama 3.1 and on) or is None."""
+
+    theta: float
+    scaling: dict | None = None
+
+    def inverse_frequencies(self, head_dim: int, device) -> Tensor:
+        """Radians per position of each pair of coordinates, float32 [E/2] (as transformers' `_compute_llama3_parameters`)."""
+        inv = 1.0 / self.theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
+        if self.scaling is None:
+            return inv
+        factor, low, high, context = (
+            self.scaling[k] for k in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        )
+        turns = context * inv / (2 * math.pi)  # full turns within the original context
+        smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slowed down by `factor`; 1: left as it is
+        return inv * (smooth + (1 - smooth) / factor)
+
+    def at(self, positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin for positions [T] or [B, T]: each [(B, 1,) T, E/2] in `dtype`, ready for q and k of [B, H, T, E]."""
+        angles = positions[..., None].float() * self.inverse_frequencies(head_dim, positions.device)
+        angles = angles if positions.dim() == 1 else angles[:, None]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [B, H, T, E], split-halves layout: coordinate i pairs with i + E/2."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+@dataclass
+class Prefix:
+    """Keys and values that stand before every row's own tokens: demonstrations computed once, or virtual tokens.
+
+    One [G, K, S, E] tensor a layer. Rows come in G equal groups, each group sharing one prefix (G = 1: all rows share it).
+    Filled by running the model with `cache=Prefix()`; attached to the graph.
+    """
+
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return self.keys[0].shape[2]
+
+    def positions(self, tokens: int, device) -> Tensor:
+        return torch.arange(tokens, device=device)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
+        assert layer == len(self.keys), "a prefix is filled by one pass over all layers"
+        self.keys.append(k)
+        self.values.append(v)
+        return k, v, None
+
+
+class Cache:
+    """Keys and values of a batch that grows token by token; rows may hold prompts of different length.
+
+    Prompts are right-padded. Row b's next token goes to slot `lengths[b]`, over any padding there, and sees slots up to its own.
+    After each call of the model the caller says how many of the new tokens were real: `cache.lengths += n`.
+    """
+
+    def __init__(self, config, rows: int, capacity: int, dtype: torch.dtype, device):
+        shape = (rows, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros_like(k) for k in self.keys]
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.filled = 0  # slots that any row may have written
+
+    def positions(self, tokens: int, device) -> Tensor:
+        """Where the next `tokens` tokens of each row go: [B, T] int64."""
+        self.slots = self.lengths[:, None] + torch.arange(tokens, device=device)
+        self.fresh = self.filled == 0
+        self.filled += tokens
+        assert self.filled <= self.keys[0].shape[2], f"the cache holds {self.keys[0].shape[2]} tokens a row, not {self.filled}"
+        return self.slots
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Write k and v [B, K, T, E] of one layer; return all keys, all values and a mask (None: causal)."""
+        index = self.slots[:, None, :, None].expand_as(k)
+        keys = self.keys[layer].scatter_(2, index, k)[:, :, : self.filled]
+        values = self.values[layer].scatter_(2, index, v)[:, :, : self.filled]
+        if self.fresh:
+            return keys, values, None
+        return keys, values, (torch.arange(self.filled, device=k.device) <= self.slots[..., None])[:, None]  # [B, 1, T, S]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop every row but these (int64 indices), in this order."""
+        self.keys = [k[rows] for k in self.keys]
+        self.values = [v[rows] for v in self.values]
+        self.lengths = self.lengths[rows]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layer: int, cache: Cache | Prefix | None, prefix: Prefix | None) -> Tensor:
+    """Grouped-query attention of q [B, H, T, E] over k, v [B, K, T, E], cached keys and a shared prefix: [B, H, T, E].
+
+    Right padding needs no mask: a real token never sees the padding behind it.
+    """
+    mask = None
+    if cache is not None:
+        k, v, mask = cache.update(layer, k, v)
+    if prefix is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return attend_with_prefix(q, k, v, mask, prefix.keys[layer], prefix.values[layer])
+
+
+def attend_with_prefix(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, k0: Tensor, v0: Tensor) -> Tensor:
+    """One softmax over prefix k0, v0 [G, K, S, E] and own keys; the prefix is multiplied once a group, never copied per row."""
+    (B, H, T, E), K, (G, _, S, _) = q.shape, k.shape[1], k0.shape
+    q = q.reshape(B, K, H // K * T, E) * E**-0.5  # the heads that share a key/value head stand together
+    by_group = q.view(G, B // G, K, -1, E).transpose(1, 2).reshape(G, K, -1, E)
+    before = (by_group @ k0.mT).view(G, K, B // G, -1, S).transpose(1, 2).reshape(B, H, T, S)
+    own = (q @ k.mT).view(B, H, T, -1)
+    if mask is None:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    weights = torch.cat((before, own.masked_fill(~mask, -torch.inf)), -1).softmax(-1, dtype=torch.float32).to(q.dtype)
+    before, own = weights.split((S, own.shape[-1]), -1)
+    by_group = before.reshape(G, B // G, K, -1, S).transpose(1, 2).reshape(G, K, -1, S)
+    z = (by_group @ v0).view(G, K, B // G, -1, E).transpose(1, 2).reshape(B, H, T, E)
+    return z + (own.reshape(B, K, -1, own.shape[-1]) @ v).view(B, H, T, E)
+
+
+class Taps:
+    """Asks a forward pass for attention outputs: what each attention block adds to the residual stream (after W_O, before the add).
+
+    `at`: (rows, cols), two int64 vectors of length P, or None for every position. `layers`: layer indices, or None for all.
+    After the pass `stack()` is [L, P, D] in the order given ([L, B, T, D] without `at`), attached to the graph.
+    """
+
+    def __init__(self, at: At | None = None, layers: list[int] | None = None):
+        self.at, self.layers = at, layers
+        self.outputs: dict[int, Tensor] = {}
+
+    def record(self, layer: int, attention_output: Tensor) -> None:
+        """Keep layer `layer`'s attention output [B, T, D] at the positions asked for, if the layer was asked for."""
+        if self.layers is None or layer in self.layers:
+            self.outputs[layer] = attention_output if self.at is None else attention_output[self.at]
+
+    def last(self, layers: int) -> int:
+        """The last layer asked for, in a model of `layers` layers."""
+        if self.layers is None:
+            return layers - 1
+        if not self.layers or not all(0 <= i < layers for i in self.layers):
+            raise UsageError(f"taps on layers {self.layers}: give layer indices from 0 to {layers - 1}")
+        return max(self.layers)
+
+    def stack(self) -> Tensor:
+        return torch.stack([self.outputs[i] for i in (self.layers or sorted(self.outputs))])
+
+
+def read_config(cls, raw: dict, where: str):
+    """Fill a family's Config dataclass from a Hugging Face config dict, in either spelling; refuse by name what we do not compute.
+
+    Raises UsageError naming `where` and the field for a missing field or an unsupported value.
+    """
+
+    def refuse(name: str, value, supported: str):
+        raise UsageError(f"{where}: {name} = {value!r} is not supported (supported: {supported})")
+
+    raw = dict(raw)
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 | the hub until now
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3") or any(isinstance(v, dict) for v in rope.values()):
+        refuse("rope_scaling type", kind, "default, llama3")
+    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) not in (1.0, None):
+        refuse("partial_rotary_factor", rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")), "1.0")
+    if raw.get("hidden_act", "silu") != "silu":
+        refuse("hidden_act", raw["hidden_act"], "silu")
+    if raw.get("quantization_config"):
+        refuse("quantization_config", raw["quantization_config"].get("quant_method", "?"), "unquantised checkpoints")
+    sliding = raw.get("use_sliding_window") or any(kind != "full_attention" for kind in raw.get("layer_types") or ())
+    if sliding:
+        refuse("sliding-window attention", True, "use_sliding_window = false, layer_types all full_attention")
+    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    scaling = None
+    if kind == "llama3":
+        needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        if missing := [k for k in needed if k not in rope]:
+            raise UsageError(f"{where}: rope_scaling of type llama3 lacks {', '.join(missing)}")
+        scaling = {k: rope[k] for k in needed}
+    raw["rope"] = Rope(float(theta), scaling)
+    for name in ("head_dim", "num_key_value_heads"):  # absent or null: derived in the dataclass
+        if raw.get(name) is None:
+            raw.pop(name, None)
+    required = [f.name for f in fields(cls) if f.default is MISSING]
+    if missing := [name for name in required if raw.get(name) is None]:
+        raise UsageError(f"{where}: needed field{'s' * (len(missing) > 1)} missing: {', '.join(missing)}")
+    return cls(**{f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None})

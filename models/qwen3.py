@@ -1,0 +1,139 @@
+"""Qwen3 (dense), as one reads it: config, attention, MLP, block, model. Parameter names are the checkpoint's own.
+
+What sets it apart from Llama: queries and keys are normalised per head before rotary, and the head size is a field of its own
+(Qwen3-0.6B: 16 heads × 128 = 2048, hidden 1024). Reference: transformers `models/qwen3/modeling_qwen3.py`.
+
+B rows, T tokens, D hidden, H heads, K key/value heads, E head size, V vocabulary, P chosen positions.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .common import At, Cache, Linear, Prefix, RMSNorm, Rope, Taps, attend, rotate
+
+
+@dataclass(frozen=True)
+class Config:
+    """The fields of config.json that change what is computed."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None  # None: as many as heads
+    head_dim: int = 128  # its own field: heads × head_dim need not be hidden_size
+    rms_norm_eps: float = 1e-6
+    rope: Rope = Rope(10000.0)
+    tie_word_embeddings: bool = False  # 0.6B to 4B share head and embedding
+    attention_bias: bool = False
+    max_position_embeddings: int = 32768
+    model_type: str = "qwen3"
+
+    def __post_init__(self):
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        D, E = config.hidden_size, config.head_dim
+        H, K, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
+        self.head_dim = E
+        self.q_proj = Linear(D, H * E, bias=bias)
+        self.k_proj = Linear(D, K * E, bias=bias)
+        self.v_proj = Linear(D, K * E, bias=bias)
+        self.o_proj = Linear(H * E, D, bias=bias)
+        self.q_norm = RMSNorm(E, config.rms_norm_eps)
+        self.k_norm = RMSNorm(E, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope, layer: int, cache, prefix) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # [B, H, T, E]
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # [B, K, T, E]
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, E]
+        z = attend(rotate(q, *rope), rotate(k, *rope), v, layer, cache, prefix)  # [B, H, T, E]
+        return self.o_proj(z.transpose(1, 2).reshape(B, T, -1))  # [B, T, D]
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def attention_output(self, x: Tensor, rope, layer: int, cache, prefix) -> Tensor:
+        """What this block's attention adds to the residual stream x [B, T, D]; the tensor that IA2 aligns."""
+        return self.self_attn(self.input_layernorm(x), rope, layer, cache, prefix)
+
+    def mlp_output(self, x: Tensor) -> Tensor:
+        return self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen3(nn.Module):
+    """Qwen3 with a language-model head."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": blocks,
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        ids: Tensor,
+        taps: Taps | None = None,
+        logits: bool | At = True,
+        cache: Cache | Prefix | None = None,
+        prefix: Prefix | None = None,
+    ) -> Tensor | None:
+        """Logits for right-padded `ids` [B, T] int64 (or embeddings [B, T, D]).
+
+        `logits`: True for all [B, T, V]; (rows, cols) for those positions only [P, V]; False for none: returns None and stops
+        after the attention of the last tapped layer (the last layer, without taps). `taps` is filled on the way.
+        `cache` holds earlier tokens of each row and is extended; `prefix` stands before every row.
+        """
+        x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)  # [B, T, D]
+        positions = (cache or Prefix()).positions(x.shape[1], x.device) + (prefix.length if prefix else 0)
+        rope = self.config.rope.at(positions, self.config.head_dim, x.dtype)
+        last = len(self.model.layers) - 1
+        stop = taps.last(last + 1) if taps is not None else last
+        for layer, block in enumerate(self.model.layers):
+            a = block.attention_output(x, rope, layer, cache, prefix)  # [B, T, D]: the attention output
+            if taps is not None:
+                taps.record(layer, a)
+            if logits is False and layer == stop:
+                return None
+            x = x + a
+            if layer == last and isinstance(logits, tuple):
+                x = x[logits]  # [P, D]: from here on only the positions asked for
+            x = x + block.mlp_output(x)
+        return self.lm_head(self.model.norm(x))

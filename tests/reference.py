@@ -1,0 +1,122 @@
+"""Helpers that several test files share: tiny random checkpoints of both families, made and run by transformers."""
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+from ia2mini.models import Taps
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+VOCABULARY = 288  # 256 bytes, BOS, EOS and unused entries, as real embeddings are padded
+BOS, EOS = 256, 257
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def byte_tokenizer(bos: bool) -> str:
+    """tokenizer.json with one token a byte and no merges; `bos`: the post-processor adds BOS, as Llama's does."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return tokenizer.to_str()
+
+
+def raw_config(family: str, absent: tuple[str, ...] = (), **changes) -> dict:
+    """A tiny config.json in the hub's spelling, without the fields in `absent`."""
+    raw = {
+        "architectures": [{"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[family]],
+        "model_type": family,
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "torch_dtype": "float32",
+        **changes,
+    }
+    return {name: value for name, value in raw.items() if name not in absent}
+
+
+def make_checkpoint(folder: Path, family: str, dtype=torch.float32, shard: str = "1GB", seed: int = 0, **changes) -> Path:
+    """A tiny random checkpoint with every weight away from its initial value, saved by transformers; config.json in the hub's spelling."""
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = raw_config(family, torch_dtype=str(dtype).removeprefix("torch."), **changes)
+    (folder / "config.json").write_text(json.dumps(raw))
+    generator = torch.Generator().manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(1 + 0.2 * noise if "norm" in name else 0.2 * noise)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "tokenizer.json").write_text(byte_tokenizer(bos=family == "llama"))
+    return folder
+
+
+def upstream(folder: Path, dtype=torch.float32):
+    """The checkpoint as transformers loads it."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def upstream_pass(model, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """transformers' logits [B, T, V] and attention outputs [L, B, T, D], the latter caught by forward hooks."""
+    caught: list[torch.Tensor] = []
+    handles = [block.self_attn.register_forward_hook(lambda m, i, out: caught.append(out[0])) for block in model.model.layers]
+    try:
+        with torch.no_grad():
+            logits = model(ids, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return logits, torch.stack(caught)
+
+
+def random_ids(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape)
+
+
+def our_pass(model, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Our logits [B, T, V] and attention outputs [L, B, T, D]."""
+    taps = Taps()
+    with torch.no_grad():
+        logits = model(ids, taps=taps)
+    return logits, taps.stack()
+
+
+def distances(ours: tuple, theirs: tuple) -> list[tuple[str, float]]:
+    """The largest absolute difference of every layer's attention output and, last, of the logits, by name."""
+    names = [*(f"attention output of layer {i}" for i in range(len(theirs[1]))), "logits"]
+    pairs = zip([*ours[1], ours[0]], [*theirs[1], theirs[0]], strict=True)
+    return [(name, (a.float() - b.float()).abs().max().item()) for name, (a, b) in zip(names, pairs, strict=True)]
+
+
+def assert_equal(ours: tuple, theirs: tuple, allowed: float | list[float] = 1e-5) -> None:
+    """Both passes (logits, attention outputs) agree; the failure names the first layer that differs."""
+    found = distances(ours, theirs)
+    for (name, gap), limit in zip(found, allowed if isinstance(allowed, list) else [allowed] * len(found), strict=True):
+        assert gap <= limit, f"first difference at {name}: {gap:.2e} > {limit:.0e}"

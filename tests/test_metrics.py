@@ -1,0 +1,149 @@
+"""Metrics against hand-worked numbers, naive loops, numpy and scipy."""
+
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from ia2mini import metrics
+
+ROWS = st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=40)
+
+
+def naive_ece(confidence, correct, edges):
+    """Guo et al. 2017 as written: a loop over the bins (low, high], with 0 in the first."""
+    total = 0.0
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        rows = [i for i, c in enumerate(confidence) if low < c <= high or (c == 0 == low)]
+        if rows:
+            gap = sum(correct[i] for i in rows) / len(rows) - sum(confidence[i] for i in rows) / len(rows)
+            total += len(rows) / len(confidence) * abs(gap)
+    return total
+
+
+def test_ece_by_hand():
+    confidence, correct = [0.1, 0.4, 0.55, 0.6, 0.9, 0.95], [0, 1, 1, 0, 1, 1]
+    # two bins: (0, .5] mean .25, accuracy .5, gap .25, 2 rows; (.5, 1] mean .75, accuracy .75, gap 0, 4 rows
+    assert metrics.ece(confidence, correct, bins=2) == pytest.approx(2 / 6 * 0.25)
+    # equal mass, three bins of two: gaps |.25-.5|, |.575-.5|, |.925-1|
+    assert metrics.ece(confidence, correct, bins=3, scheme="mass") == pytest.approx((0.25 + 0.075 + 0.075) / 3)
+
+
+def test_ece_bins_are_closed_on_the_right():
+    curve = metrics.reliability([0.0, 0.5, 0.50001, 1.0], [0, 1, 0, 1], bins=2)
+    assert curve.count.tolist() == [2, 2]
+    assert curve.confidence == pytest.approx([0.25, 0.750005])
+    assert curve.accuracy == pytest.approx([0.5, 0.5])
+
+
+@settings(max_examples=200, deadline=None)
+@given(ROWS, st.integers(1, 20))
+def test_ece_width_equals_a_naive_loop(rows, bins):
+    confidence, correct = zip(*rows, strict=True)
+    assert metrics.ece(confidence, correct, bins) == pytest.approx(naive_ece(confidence, correct, np.linspace(0, 1, bins + 1)), abs=1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=40, unique_by=lambda r: r[0]), st.integers(1, 20))
+def test_ece_mass_equals_a_naive_loop(rows, bins):
+    ordered, q, total = sorted(rows), len(rows), 0.0
+    for i in range(bins):
+        size = q // bins + (i < q % bins)
+        part, ordered = ordered[:size], ordered[size:]
+        total += abs(sum(c - r for c, r in part)) / q
+    confidence, correct = zip(*rows, strict=True)
+    assert metrics.ece(confidence, correct, bins, "mass") == pytest.approx(total, abs=1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.2, 0.5, 1.0]), st.booleans()), min_size=1, max_size=30), st.randoms())
+def test_scores_ignore_the_order_of_rows(rows, random):
+    shuffled = random.sample(rows, len(rows))
+    for scheme in ("width", "mass"):
+        one, two = (metrics.ece(*zip(*r, strict=True), bins=4, scheme=scheme) for r in (rows, shuffled))
+        assert one == pytest.approx(two, abs=1e-12)
+        assert 0 <= one <= 1
+
+
+@pytest.mark.parametrize("scheme", ["width", "mass"])
+def test_ece_edges(scheme):
+    assert metrics.ece([1.0] * 7, [1] * 7, scheme=scheme) == 0
+    assert metrics.ece([1.0] * 7, [0] * 7, scheme=scheme) == 1
+    assert metrics.ece([0.2, 0.9], [1, 0], bins=1, scheme=scheme) == pytest.approx(0.05)
+    assert math.isnan(metrics.ece([], [], scheme=scheme))
+    assert math.isnan(metrics.ece([0.5, float("nan")], [1, 1], scheme=scheme))
+    with pytest.raises(AssertionError, match="outside"):
+        metrics.ece([1.5], [1], scheme=scheme)
+
+
+def test_reliability_counts_and_empty_bins():
+    curve = metrics.reliability(torch.tensor([0.9, 0.95], dtype=torch.bfloat16), torch.tensor([True, False]), bins=10)
+    assert curve.count.tolist() == [0] * 8 + [1, 1] and np.isnan(curve.accuracy[:8]).all()
+    assert curve.accuracy[8:].tolist() == [1.0, 0.0]
+    with pytest.raises(ValueError, match="width or mass"):
+        metrics.reliability([0.5], [1], scheme="height")
+
+
+def test_accuracy_nll_brier():
+    assert metrics.accuracy([True, False, True, True]) == 0.75
+    assert metrics.accuracy(torch.tensor([1, 0])) == 0.5
+    assert metrics.nll([0.5, 0.25]) == pytest.approx((math.log(2) + math.log(4)) / 2)
+    assert metrics.nll([0.0]) == pytest.approx(87.3365, abs=1e-3)
+    probs = torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.0, 1.0]])
+    assert metrics.brier(probs, torch.tensor([0, 1])) == pytest.approx((0.09 + 0.04 + 0.01 + 1 + 1) / 2, abs=1e-6)
+    assert all(math.isnan(x) for x in (metrics.accuracy([]), metrics.nll([]), metrics.brier(np.zeros((0, 2)), [])))
+
+
+def test_asim_equals_a_naive_loop():
+    a, b = torch.randn(2, 3, 5, 7, dtype=torch.bfloat16), torch.randn(2, 3, 5, 7)
+    a[1, 2, 4] = 0
+    got = metrics.asim(a, b)
+    assert got.shape == (2, 3, 5) and got.dtype == torch.float32
+    for index in np.ndindex(2, 3, 5):
+        x, y = a[index].double().numpy(), b[index].double().numpy()
+        size = np.linalg.norm(x) * np.linalg.norm(y)
+        assert got[index].item() == pytest.approx(x @ y / size if size else 0.0, abs=1e-6)
+    assert metrics.asim(b, 1000 * b).max() <= 1 and metrics.asim(b, -b).sum().item() == pytest.approx(-30, abs=1e-4)
+
+
+def test_subspace_overlap_equals_numpy_projections():
+    b1, b2 = torch.randn(4, 20, 3), torch.randn(4, 20, 3)
+    got = metrics.subspace_overlap(b1, b2, 3)
+    for i in range(4):
+        q1, q2 = np.linalg.qr(b1[i].double().numpy())[0], np.linalg.qr(b2[i].double().numpy())[0]
+        assert got[i].item() == pytest.approx(np.trace(q1 @ q1.T @ q2 @ q2.T) / 3, abs=1e-10)
+    assert metrics.subspace_overlap(b1, b1 @ torch.randn(4, 3, 3), 3) == pytest.approx(np.ones(4), abs=1e-4)
+    first, second = torch.eye(20)[:, :3], torch.eye(20)[:, 2:5]
+    assert metrics.subspace_overlap(first, second, 3).item() == pytest.approx(1 / 3)
+    assert metrics.subspace_overlap(torch.zeros(20, 3), first, 3).item() == 0
+    assert metrics.subspace_overlap(first.bfloat16(), first, 3).item() == pytest.approx(1)
+
+
+def test_subspace_overlap_of_products_equals_that_of_b():
+    b1, b2, a1, a2 = torch.randn(12, 3), torch.randn(12, 3), torch.randn(3, 9), torch.randn(3, 9)
+    of_products = metrics.subspace_overlap(b1 @ a1, b2 @ a2, 3)
+    assert of_products.item() == pytest.approx(metrics.subspace_overlap(b1, b2, 3).item(), abs=1e-5)
+    u1, u2 = (np.linalg.svd((b @ a).double().numpy())[0][:, :2] for b, a in ((b1, a1), (b2, a2)))
+    assert metrics.subspace_overlap(b1 @ a1, b2 @ a2, 2).item() == pytest.approx(np.sum((u1.T @ u2) ** 2) / 2, abs=1e-5)
+
+
+def test_paired_test_equals_scipy():
+    rng = np.random.default_rng(3)
+    a = rng.normal(0.8, 0.1, 25)
+    b = a - rng.normal(0.05, 0.02, 25)
+    got, want = metrics.paired_test(a, b), stats.ttest_rel(a, b)
+    assert (got.t, got.p, got.mean) == pytest.approx((want.statistic, want.pvalue, (a - b).mean()))
+    interval = stats.bootstrap((a - b,), np.mean, method="percentile", n_resamples=100_000, batch=1000).confidence_interval
+    assert (got.low, got.high) == pytest.approx((interval.low, interval.high), abs=1.5e-3)
+    assert got == metrics.paired_test(a, b) and got.low != metrics.paired_test(a, b, seed=1).low
+
+
+def test_paired_test_names_the_missing_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(metrics.UsageError, match=r"ia2mini\[report\]"):
+        metrics.paired_test([1, 2], [2, 1])

@@ -1,0 +1,303 @@
+"""Both families against transformers; taps, padding, cache and shared prefix against the plain pass."""
+
+import json
+
+import pytest
+import torch
+from ia2mini.models import Taps, UsageError, load
+from ia2mini.models.common import Cache, Prefix
+from reference import LLAMA3_SCALING, assert_equal, distances, make_checkpoint, our_pass, random_ids, upstream, upstream_pass
+
+CASES = {
+    "llama": ("llama", {}),
+    "llama no groups, tied": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "llama one key head, own head size": ("llama", {"num_key_value_heads": 1, "head_dim": 16}),
+    "llama head size and groups derived": ("llama", {"absent": ("num_key_value_heads", "head_dim", "rope_theta")}),
+    "llama llama3 scaling": ("llama", {"rope_theta": 500.0, "rope_scaling": LLAMA3_SCALING, "tie_word_embeddings": True}),
+    "llama biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama sharded, other epsilon": ("llama", {"rms_norm_eps": 0.1, "shard": "20KB"}),
+    "qwen3": ("qwen3", {}),
+    "qwen3 tied, own head size": ("qwen3", {"tie_word_embeddings": True, "head_dim": 16}),
+    "qwen3 one key head": ("qwen3", {"num_key_value_heads": 1, "rope_theta": 1e6, "rms_norm_eps": 0.1}),
+    "qwen3 default head size, biases": ("qwen3", {"absent": ("head_dim", "rope_theta"), "attention_bias": True}),
+    "qwen3 sharded, tied": ("qwen3", {"shard": "20KB", "tie_word_embeddings": True}),
+    "qwen3 llama3 scaling": ("qwen3", {"rope_scaling": LLAMA3_SCALING}),
+}
+cases = pytest.mark.parametrize("case", CASES)
+families = pytest.mark.parametrize("family", ["llama", "qwen3"])
+
+
+def make(folder, case: str, **more):
+    family, changes = CASES[case]
+    return make_checkpoint(folder, family, **changes, **more)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny models run faster on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def tiny(request, tmp_path_factory):
+    """A tiny random model of each family, gradients on (loading freezes)."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("tiny") / request.param, request.param)
+    return load(folder)[0].requires_grad_(True)
+
+
+def last_tokens(logits, lengths):
+    return logits[torch.arange(len(lengths)), torch.tensor(lengths) - 1]
+
+
+@cases
+def test_equals_transformers_in_float32(case, tmp_path):
+    folder = make(tmp_path, case)
+    assert (len(list(folder.glob("*.safetensors"))) > 3) == ("sharded" in case)
+    ids = random_ids(2, 40)  # llama3 scaling: far beyond its original context of 16
+    assert_equal(our_pass(load(folder)[0], ids), upstream_pass(upstream(folder), ids), 1e-5)
+
+
+@cases
+def test_equals_transformers_in_bfloat16(case, tmp_path):
+    folder = make(tmp_path, case, dtype=torch.bfloat16)
+    ids = random_ids(2, 40)
+    exact = upstream_pass(upstream(folder), ids)
+    theirs = distances(upstream_pass(upstream(folder, torch.bfloat16), ids), exact)
+    ours = our_pass(load(folder, dtype=torch.bfloat16)[0], ids)
+    assert ours[0].dtype == ours[1].dtype == torch.bfloat16
+    assert_equal(ours, exact, [2 * gap for _, gap in theirs])
+
+
+def test_scaling_far_beyond_the_original_context(tmp_path):
+    scaling = {**LLAMA3_SCALING, "original_max_position_embeddings": 256}
+    folder = make_checkpoint(tmp_path, "llama", rope_theta=500000.0, rope_scaling=scaling, num_hidden_layers=1)
+    ids = random_ids(1, 2000)
+    assert_equal(our_pass(load(folder)[0], ids), upstream_pass(upstream(folder), ids), 1e-5)
+
+
+@pytest.mark.parametrize("family, scaling", [("llama", None), ("llama", LLAMA3_SCALING), ("qwen3", None)])
+def test_both_spellings_of_a_config(family, scaling, tmp_path):
+    folder = make_checkpoint(tmp_path, family, rope_theta=777.0, rope_scaling=scaling)
+    raw = json.loads((folder / "config.json").read_text())
+    assert "rope_theta" in raw and "torch_dtype" in raw
+    ids = random_ids(2, 40)
+    theirs = upstream_pass(upstream(folder), ids)
+    hub = load(folder)[0]
+    del raw["rope_scaling"]
+    raw["rope_parameters"] = {"rope_type": "default", **(scaling or {}), "rope_theta": raw.pop("rope_theta")}
+    raw["dtype"] = raw.pop("torch_dtype")
+    (folder / "config.json").write_text(json.dumps(raw))
+    new = load(folder)[0]
+    assert hub.config == new.config and hub.config.rope.theta == 777.0
+    for model in (hub, new):
+        assert_equal(our_pass(model, ids), theirs, 1e-5)
+
+
+def test_the_config_that_transformers_itself_writes(tmp_path):
+    folder = make_checkpoint(tmp_path, "llama", rope_theta=500.0, rope_scaling=LLAMA3_SCALING)
+    ids = random_ids(1, 40)
+    theirs = upstream(folder)
+    theirs.save_pretrained(folder)
+    assert_equal(our_pass(load(folder)[0], ids), upstream_pass(theirs, ids), 1e-5)
+
+
+@families
+def test_a_difference_names_the_first_layer(family, tmp_path):
+    folder = make_checkpoint(tmp_path, family)
+    ids = random_ids(1, 12)
+    theirs = upstream_pass(upstream(folder), ids)
+    model = load(folder)[0]
+    model.model.layers[1].self_attn.v_proj.weight.data[0, 0] += 1
+    with pytest.raises(AssertionError, match="first difference at attention output of layer 1"):
+        assert_equal(our_pass(model, ids), theirs, 1e-5)
+
+
+def test_padded_rows_equal_rows_alone(tiny):
+    lengths = [5, 17, 1, 11]
+    ids = random_ids(4, 17)
+    logits, outputs = our_pass(tiny, ids)
+    for row, n in enumerate(lengths):
+        assert_equal((logits[row, :n], outputs[:, row, :n]), [x.select(-3, 0) for x in our_pass(tiny, ids[row : row + 1, :n])], 1e-5)
+
+
+def test_embeddings_stand_in_for_ids(tiny):
+    ids = random_ids(2, 9)
+    assert torch.equal(tiny(tiny.model.embed_tokens(ids)), tiny(ids))
+
+
+def test_taps_pick_positions_and_layers_in_the_order_given(tiny):
+    ids = random_ids(3, 10)
+    logits, whole = our_pass(tiny, ids)
+    at = torch.tensor([2, 0, 1, 0, 2]), torch.tensor([9, 0, 4, 3, 9])
+    for layers in (None, [1], [2, 0], [0, 1, 2]):
+        taps = Taps(at=at, layers=layers)
+        assert torch.equal(tiny(ids, taps=taps), logits)  # bit for bit
+        assert torch.equal(taps.stack(), whole[layers or [0, 1, 2]][:, at[0], at[1]])
+        assert sorted(taps.outputs) == sorted(layers or [0, 1, 2])  # nothing else is kept
+    assert torch.equal(tiny(ids), logits)
+
+
+def test_taps_are_attached_to_the_graph(tiny):
+    tiny.zero_grad()
+    taps = Taps(at=(torch.tensor([0]), torch.tensor([3])), layers=[1])
+    tiny(random_ids(1, 6), taps=taps, logits=False)
+    taps.stack().square().sum().backward()
+    moved = [block.self_attn.q_proj.weight.grad is not None for block in tiny.model.layers]
+    assert moved == [True, True, False]
+    assert tiny.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("layers, blocks, mlps", [([0], 1, 0), ([1, 0], 2, 1), (None, 3, 2)])
+def test_without_logits_the_pass_stops_after_the_last_tapped_attention(tiny, layers, blocks, mlps):
+    calls = []
+    watched = [(b.self_attn, "attention") for b in tiny.model.layers] + [(b.mlp, "mlp") for b in tiny.model.layers]
+    handles = [m.register_forward_hook(lambda *a, n=n: calls.append(n)) for m, n in [*watched, (tiny.lm_head, "head")]]
+    ids, taps = random_ids(2, 7), Taps(layers=layers)
+    assert tiny(ids, taps=taps, logits=False) is None
+    for handle in handles:
+        handle.remove()
+    assert [calls.count(n) for n in ("attention", "mlp", "head")] == [blocks, mlps, 0]
+    assert torch.equal(taps.stack(), our_pass(tiny, ids)[1][layers or [0, 1, 2]])
+
+
+@pytest.mark.parametrize("layers", [[3], [-1], []])
+def test_taps_on_layers_that_are_not_there(tiny, layers):
+    with pytest.raises(UsageError, match="0 to 2"):
+        tiny(random_ids(1, 3), taps=Taps(layers=layers))
+
+
+def test_logits_at_positions_are_slices_of_all(tiny):
+    ids = random_ids(3, 10)
+    at = torch.tensor([2, 0, 0]), torch.tensor([9, 0, 4])
+    seen = []
+    handle = tiny.lm_head.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[:-1].numel()))
+    chosen = tiny(ids, logits=at)
+    handle.remove()
+    assert seen == [3] and chosen.shape == (3, tiny.config.vocab_size)
+    torch.testing.assert_close(chosen, tiny(ids)[at], atol=1e-5, rtol=0)
+
+
+def decode(model, rows, prompts, chosen, prefix=None, first_keep=None):
+    """Logits [steps, rows, V] of feeding `chosen` [rows, steps] after right-padded `prompts`, with a cache."""
+    lengths = torch.tensor([len(p) for p in prompts])
+    cache = Cache(model.config, rows, int(lengths.max()) + chosen.shape[1], torch.float32, "cpu")
+    padded = torch.stack([torch.nn.functional.pad(p, (0, int(lengths.max()) - len(p)), value=7) for p in prompts])
+    steps = [last_tokens(model(padded, cache=cache, prefix=prefix), lengths.tolist())]
+    cache.lengths += lengths
+    for step in range(chosen.shape[1]):
+        if step == 2 and first_keep is not None:
+            cache.keep(first_keep)
+            chosen = chosen[first_keep]
+        steps.append(model(chosen[:, step : step + 1], cache=cache, prefix=prefix)[:, 0])
+        cache.lengths += 1
+    return steps
+
+
+def test_cache_with_unequal_prompts_equals_the_plain_pass(tiny):
+    prompts = [random_ids(n) for n in (3, 9, 1, 6)]
+    chosen = random_ids(4, 5)
+    with torch.no_grad():
+        steps = decode(tiny, 4, prompts, chosen)
+        for row, prompt in enumerate(prompts):
+            whole = tiny(torch.cat((prompt, chosen[row]))[None])[0, len(prompt) - 1 :]
+            torch.testing.assert_close(torch.stack([s[row] for s in steps]), whole, atol=1e-5, rtol=0)
+
+
+def test_cache_keeps_the_rows_asked_for_in_their_order(tiny):
+    prompts = [random_ids(n) for n in (3, 9, 1, 6)]
+    chosen = random_ids(4, 5)
+    keep = torch.tensor([3, 0])  # the longest leaves, too
+    with torch.no_grad():
+        steps = decode(tiny, 4, prompts, chosen, first_keep=keep)
+        for place, row in enumerate(keep.tolist()):
+            whole = tiny(torch.cat((prompts[row], chosen[row]))[None])[0, len(prompts[row]) - 1 :]
+            torch.testing.assert_close(torch.stack([s[place] for s in steps[3:]]), whole[3:], atol=1e-5, rtol=0)
+
+
+def test_cache_takes_several_tokens_at_once(tiny):
+    ids = random_ids(2, 12)
+    cache = Cache(tiny.config, 2, 12, torch.float32, "cpu")
+    with torch.no_grad():
+        parts = []
+        for part in ids.split(4, 1):
+            parts.append(tiny(part, cache=cache))
+            cache.lengths += 4
+        torch.testing.assert_close(torch.cat(parts, 1), tiny(ids), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_prefix_equals_concatenation(tiny, groups):
+    before, ids = random_ids(groups, 7), random_ids(6, 5)
+    prefix, taps = Prefix(), Taps()
+    with torch.no_grad():
+        assert tiny(before, cache=prefix, logits=False) is None
+        assert prefix.length == 7 and prefix.keys[0].shape[0] == groups
+        logits = tiny(ids, prefix=prefix, taps=taps)
+        whole = our_pass(tiny, torch.cat((before.repeat_interleave(6 // groups, 0), ids), 1))
+    assert_equal((logits, taps.stack()), (whole[0][:, 7:], whole[1][:, :, 7:]), 1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_gradients_through_the_prefix_equal_those_of_concatenation(tiny, groups):
+    before = tiny.model.embed_tokens(random_ids(groups, 4)).detach().requires_grad_(True)
+    ids, weights = random_ids(6, 5), torch.randn(6, 5, tiny.config.vocab_size)
+    prefix = Prefix()
+    tiny(before, cache=prefix, logits=False)
+    parameters = [p for p in tiny.parameters()]
+    shared = torch.autograd.grad((tiny(ids, prefix=prefix) * weights).mean(), [before, *parameters])
+    joined = torch.cat((before.repeat_interleave(6 // groups, 0), tiny.model.embed_tokens(ids)), 1)
+    plain = torch.autograd.grad((tiny(joined)[:, 4:] * weights).mean(), [before, *parameters])
+    assert plain[0].abs().max() > 1e-5
+    for ours, theirs in zip(shared, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6 * max(1, theirs.abs().max().item()), rtol=1e-4)
+
+
+def test_prefix_and_cache_together_equal_the_plain_pass(tiny):
+    before = random_ids(1, 6)
+    prompts = [random_ids(n) for n in (3, 8, 1)]
+    chosen = random_ids(3, 4)
+    prefix = Prefix()
+    with torch.no_grad():
+        tiny(before, cache=prefix, logits=False)
+        steps = decode(tiny, 3, prompts, chosen, prefix=prefix)
+        for row, prompt in enumerate(prompts):
+            whole = tiny(torch.cat((before[0], prompt, chosen[row]))[None])[0, 6 + len(prompt) - 1 :]
+            torch.testing.assert_close(torch.stack([s[row] for s in steps]), whole, atol=1e-5, rtol=0)
+
+
+@families
+def test_prefix_in_bfloat16_stays_near(family, tmp_path):
+    folder = make_checkpoint(tmp_path, family, dtype=torch.bfloat16)
+    model = load(folder, dtype=torch.bfloat16)[0]
+    before, ids = random_ids(1, 16), random_ids(4, 8)
+    joined = torch.cat((before.expand(4, -1), ids), 1)
+    exact, theirs = (x[:, 16:] for x in (upstream_pass(upstream(folder, d), joined)[0] for d in (torch.float32, torch.bfloat16)))
+    prefix = Prefix()
+    with torch.no_grad():
+        model(before, cache=prefix, logits=False)
+        ours = model(ids, prefix=prefix)
+    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+
+
+STORY = (
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. "
+    "She wanted to play with it, but it was too high.\nLily's mom said, \"Lily, let's go to the park.\" Lily was sad and didn't know "
+    'what to do. She said, "I want to play with your ball, but'
+)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_real_checkpoint_continues_with_the_published_text(shared_data, cached):
+    model, tokenizer = load(shared_data / "checkpoints" / "stories260k")
+    ids = tokenizer.encode("")
+    assert ids == [1] and tokenizer.eos_ids == (2,)
+    cache = Cache(model.config, 1, 121, torch.float32, "cpu") if cached else None
+    for _ in range(120):
+        logits = model(torch.tensor([ids[-1:] if cached else ids]), cache=cache)
+        if cached:
+            cache.lengths += 1
+        ids.append(logits[0, -1].argmax().item())
+    assert tokenizer.decode(ids) == STORY

@@ -1,0 +1,344 @@
+"""Sources: the same rows from any kind of file and from a hub look-alike, and a clear line for every mistake."""
+
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+import zipfile
+from dataclasses import replace
+
+import pyarrow as pa
+import pytest
+from hub import TOKEN, connect, serve
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ia2mini.models.common import UsageError
+from pyarrow import csv as arrow_csv
+from pyarrow import parquet
+
+from ia2mini.tasks import custom_task, find_task, load_examples, parse_boxed, parse_number, parse_text
+from ia2mini.tasks.sources import PARQUET, read_rows
+
+TRICKY = ["plain", 'comma, "quotes"', "line\nend", "\u2028 separators \x85\x0b\x0c", "blank at the end ", "naïve 東京 🙂", "\\ {x}", "\t"]
+SST2 = [{"sentence": f"{text}{i}", "label": i % 2} for i in range(5) for text in TRICKY]
+
+
+def parquet_bytes(rows):
+    buffer = io.BytesIO()
+    parquet.write_table(pa.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
+
+
+def write(path, rows):
+    """Write rows as the file's suffix says, with pyarrow's own writers where it has one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        path.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    elif path.suffix == ".parquet":
+        path.write_bytes(parquet_bytes(rows))
+    else:
+        options = arrow_csv.WriteOptions(delimiter="\t" if path.suffix == ".tsv" else ",")
+        arrow_csv.write_csv(pa.Table.from_pylist(rows), path, options)
+    return path
+
+
+def test_the_same_rows_from_every_kind_of_file(tmp_path):
+    digests = set()
+    for kind in ("jsonl", "parquet", "csv", "tsv"):
+        write(tmp_path / kind / "sst2" / f"validation.{kind}", SST2)
+        found = load_examples(find_task("sst2"), "eval", tmp_path / kind)
+        digests.add(found.origin["digest"])
+        assert (found.origin["rows"], found.origin["used"], len(found.rows)) == (40, 40, 40)
+        assert {(e.prompt, e.label) for e in found.rows} == {(f"Text:{row['sentence']}\nLabel:", row["label"]) for row in SST2}
+    assert len(digests) == 1
+    assert len(load_examples(find_task("sst2"), "eval", tmp_path / "csv", limit=7).rows) == 7
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1), min_size=1))
+def test_any_text_comes_back_from_every_kind_of_file(tmp_path, rows):
+    for suffix in (".jsonl", ".csv", ".tsv", ".parquet"):
+        path = write(tmp_path / f"any{suffix}", [{"a": text, "b": 1} for text in rows])
+        assert [row["a"] for row in read_rows(path)] == rows
+
+
+def test_u2028_stays_inside_a_real_row(shared_data):
+    rows = read_rows(shared_data / "gsm8k/train.jsonl")
+    assert len(rows) == 4000 and sum(row["question"].count("\u2028") for row in rows) == 2
+
+
+@pytest.mark.parametrize("place", [
+    "gsm_symbolic/test.csv", "gsm_symbolic/main_test.jsonl", "GSM-Symbolic/main/test.parquet", "gsm8ks/test.tsv"])
+def test_spellings_of_a_local_folder(tmp_path, place):
+    write(tmp_path / place, [{"question": "q", "answer": "#### 1"}])
+    assert load_examples(find_task("gsm8ks"), "eval", tmp_path).origin["files"] == [str(tmp_path / place)]
+
+
+def test_what_was_looked_for_is_listed(tmp_path):
+    listed = "no rows of gsm8ks there; looked for gsm_symbolic|GSM-Symbolic|gsm8ks / test|main_test|main/test + .jsonl|.parquet|.csv|.tsv"
+    with pytest.raises(UsageError, match=re.escape(listed)):
+        load_examples(find_task("gsm8ks"), "eval", tmp_path)
+
+
+WRONG = {  # file, its bytes, the message
+    "broken.jsonl": (b'{"a": "1"}\n\n{"a": \n', r"broken.jsonl:3: not JSON \(Expecting value"),
+    "list.jsonl": (b'{"a": "1"}\n[1]\n', "list.jsonl:2: a JSON list, not an object"),
+    "latin.jsonl": ('{"a": "1"}\n{"a": "é"}\n'.encode("latin-1"), r"latin.jsonl:2: not UTF-8 \(byte 0xe9\)"),
+    "latin.csv": ("a,b\n1,2\n3,é\n".encode("latin-1"), r"latin.csv:3: not UTF-8"),
+    "empty.jsonl": (b"\n\n", "empty.jsonl: the file holds no rows"),
+    "empty.csv": (b"", "empty.csv: the file holds no rows"),
+    "header.csv": (b"a,b\n", "header.csv: the file holds no rows"),
+    "long.csv": (b'a,b\n"1\n1",2\n1,2,3\n', "long.csv:4: 3 fields, the header has 2; quote a field that holds ','"),
+    "short.tsv": (b"a\tb\n1\n", r"short.tsv:2: 1 fields"),
+    "twice.csv": (b"a,a\n1,2\n", "twice.csv:1: two columns of the same name"),
+    "open.csv": (b'a,b\n1,2\n"3,4\n5,6\n', "open.csv:3: .*is a quote not closed"),
+    "cut.parquet": (parquet_bytes(SST2)[:-9], "cut.parquet: not a whole Parquet file"),
+    "rows.xlsx": (b"PK", r"rows.xlsx: unknown kind of file '.xlsx'; rows are read from .jsonl, .parquet, .csv, .tsv"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_with_a_file(tmp_path, name):
+    data, message = WRONG[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UsageError, match=message) as caught:
+        read_rows(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_absent_files_marks_and_absent_pyarrow(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match=r"gone.csv: cannot be read \(No such file"):
+        read_rows(tmp_path / "gone.csv")
+    (tmp_path / "marked.csv").write_bytes(b'\xef\xbb\xbfa,b\r\n1,"2\r\n3"\r\n\r\n4,5')
+    rows = read_rows(tmp_path / "marked.csv")
+    assert rows == [{"a": "1", "b": "2\r\n3"}, {"a": "4", "b": "5"}]
+    assert [row.where.rsplit(":")[-1] for row in rows] == ["2", "5"]
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UsageError, match=r"needs pyarrow: pip install 'ia2mini\[data\]'"):
+        read_rows(write(tmp_path / "a.jsonl", SST2).rename(tmp_path / "a.parquet"))
+
+
+def test_wrong_rows_name_file_and_line(tmp_path):
+    path = tmp_path / "sst2" / "validation.csv"
+    wrong = {"text,label\nx,0\n": "validation.csv:2: no column 'sentence'; the columns there are 'text', 'label'",
+             "sentence,label\nx,0\nx,2\n": "validation.csv:3: unknown label '2' in column 'label'; known labels: '0', '1'"}
+    for rows, message in wrong.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(rows)
+        with pytest.raises(UsageError, match=message):
+            load_examples(find_task("sst2"), "eval", tmp_path)
+    write(tmp_path / "financial_phrasebank" / "train.jsonl", [{"sentence": "x", "label": 0}] * 500)
+    with pytest.raises(UsageError, match="finsen: no rows left to train on, of 500"):
+        load_examples(find_task("finsen"), "train", tmp_path)
+
+
+def sst2_repo(shards=1):
+    parts = [SST2[i * len(SST2) // shards:(i + 1) * len(SST2) // shards] for i in range(shards)]
+    files = {f"default/validation/{i:04}.parquet": parquet_bytes(part) for i, part in enumerate(parts)}
+    return {("dataset", "stanfordnlp/sst2"): {
+        "main": {"README.md": b"# sst2"},
+        PARQUET: {"README.md": b"", "default/train/0000.parquet": parquet_bytes(SST2[:9]), **files}}}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_the_same_rows_from_the_hub(tmp_path, monkeypatch, shards):
+    write(tmp_path / "sst2" / "validation.jsonl", SST2)
+    local = load_examples(find_task("sst2"), "eval", tmp_path)
+    with serve(sst2_repo(shards)) as hub:
+        connect(monkeypatch, hub, tmp_path)
+        found = load_examples(find_task("sst2"), "eval")
+        assert found.rows == local.rows and found.origin["digest"] == local.origin["digest"]
+        assert found.origin["revision"] == hub.commit("dataset", "stanfordnlp/sst2", PARQUET)
+        assert found.origin["files"] == [f"default/validation/{i:04}.parquet" for i in range(shards)]
+        assert not any("default/train" in request["path"] for request in hub.requests)  # only the files needed
+        before = sum(request["path"].startswith("/cdn/") for request in hub.requests)
+        load_examples(find_task("sst2"), "eval")
+        assert sum(request["path"].startswith("/cdn/") for request in hub.requests) == before == shards  # the second time from the cache
+
+
+def test_the_cache_serves_when_the_hub_does_not(tmp_path, monkeypatch):
+    with serve(sst2_repo(2)) as hub:
+        connect(monkeypatch, hub, tmp_path)
+        first = load_examples(find_task("sst2"), "eval")
+    assert load_examples(find_task("sst2"), "eval") == first  # nobody listens at that address any more
+    with pytest.raises(UsageError, match=f"no Parquet folder default/train in branch {PARQUET}; found default/validation; the hub cannot"):
+        load_examples(find_task("sst2"), "train")
+    code = "from ia2mini.tasks import *; print(load_examples(find_task('{}'), 'eval').origin['digest'])"
+    run = {"capture_output": True, "text": True, "env": os.environ | hub.environment(tmp_path) | {"HF_HUB_OFFLINE": "1"}}
+    done = subprocess.run([sys.executable, "-c", code.format("sst2")], **run)
+    assert done.stdout.strip() == first.origin["digest"], done.stderr
+    done = subprocess.run([sys.executable, "-c", code.format("agnews")], **run)
+    assert "UsageError: fancyzhx/ag_news: offline, and not in the local cache" in done.stderr.splitlines()[-1]
+    next((tmp_path / "hub").rglob("validation/0001.parquet")).unlink()
+    done = subprocess.run([sys.executable, "-c", code.format("sst2")], **run)
+    assert "UsageError: stanfordnlp/sst2: offline, and not in the local cache" in done.stderr.splitlines()[-1]  # not half the rows
+
+
+def test_no_network_is_said(tmp_path, monkeypatch):
+    with serve({}) as hub:
+        connect(monkeypatch, hub, tmp_path)
+    with pytest.raises(UsageError, match=r"stanfordnlp/sst2: cannot be downloaded \(ConnectError.*check the network"):
+        load_examples(find_task("sst2"), "eval")
+
+
+def test_a_cut_download_resumes_or_fails_cleanly(tmp_path, monkeypatch):
+    from huggingface_hub import constants, file_download
+
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50)
+    monkeypatch.setattr(file_download, "time", types.SimpleNamespace(sleep=lambda seconds: None))
+    name = "default/validation/0000.parquet"
+    with serve(sst2_repo()) as hub:
+        connect(monkeypatch, hub, tmp_path)
+        hub.cut[name] = [100] + [0] * 20  # never comes further
+        with pytest.raises(UsageError, match=r"stanfordnlp/sst2: cannot be downloaded \(RemoteProtocolError") as caught:
+            load_examples(find_task("sst2"), "eval")
+        assert "\n" not in str(caught.value)
+        assert not list((tmp_path / "hub").rglob("*.incomplete")) and not list((tmp_path / "hub").rglob("*.parquet"))
+        hub.cut[name] = [100, 50]
+        hub.requests.clear()
+        assert len(load_examples(find_task("sst2"), "eval").rows) == 40
+        assert [request["range"] for request in hub.requests if request["path"].startswith("/cdn/")] == [None, "bytes=100-", "bytes=150-"]
+
+
+def test_what_the_hub_may_refuse(tmp_path, monkeypatch):
+    task = find_task("sst2")
+    repos = {("dataset", "a/no-branch"): {"main": {}},
+             ("dataset", "a/no-split"): {PARQUET: {"x/train/0000.parquet": b"", "y/train/0.parquet": b""}},
+             ("dataset", "a/gated"): sst2_repo()["dataset", "stanfordnlp/sst2"]}
+    refusals = {"a/absent": "a/absent: no such dataset on the hub", "a/no-branch": f"has no branch {PARQUET}",
+                "a/no-split": f"no Parquet folder default/validation in branch {PARQUET}; found x/train, y/train",
+                "a/gated": "a/gated is gated: accept its terms at https://huggingface.co/datasets/a/gated, then log in"}
+    with serve(repos, gated=("a/gated",)) as hub:
+        connect(monkeypatch, hub, tmp_path)
+        for repo, message in refusals.items():
+            with pytest.raises(UsageError, match=message) as caught:
+                load_examples(replace(task, hub=repo), "eval")
+            assert "\n" not in str(caught.value)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        assert len(load_examples(replace(task, hub="a/gated"), "eval").rows) == 40
+        assert not any(request["token"] for request in hub.requests if request["path"].startswith("/cdn/"))
+
+
+@pytest.mark.parametrize("configs, wanted", [(("main", "socratic"), "main"), (("default", "socratic"), "default"), (("only",), "only")])
+def test_the_config_folder_is_matched_not_guessed(tmp_path, monkeypatch, configs, wanted):
+    files = {f"{config}/test/0000.parquet": parquet_bytes([{"question": config, "answer": "#### 1"}]) for config in configs}
+    with serve({("dataset", "openai/gsm8k"): {PARQUET: files}}) as hub:
+        connect(monkeypatch, hub, tmp_path)
+        assert load_examples(find_task("gsm8k"), "eval").rows[0].prompt == f"Question:{wanted}\nAnswer:"
+
+
+def test_nested_columns_from_parquet(tmp_path, monkeypatch):
+    rows = [{"question": "Q?", "choices": {"text": list("abcdefgh"), "label": list("ABCDEFGH")}, "answerKey": "H"}]
+    with serve({("dataset", "allenai/qasc"): {PARQUET: {"default/validation/0000.parquet": parquet_bytes(rows)}}}) as hub:
+        connect(monkeypatch, hub, tmp_path)
+        hubbed = load_examples(find_task("qasc_remap"), "eval").rows
+    write(tmp_path / "qasc" / "validation.jsonl", rows)
+    assert hubbed == load_examples(find_task("qasc_remap"), "eval", tmp_path).rows and hubbed[0].answer == "Monday"
+
+
+def test_financial_phrasebank_from_its_zip(tmp_path, monkeypatch, shared_data):
+    rows = [json.loads(line) for line in (shared_data / "financial_phrasebank/train.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    names = ("negative", "neutral", "positive")
+    text = "".join(f"{row['sentence']}@{names[row['label']]}\r\n" for row in rows).encode("latin-1")
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("__MACOSX/FinancialPhraseBank-v1.0/._Sentences_50Agree.txt", b"not it")
+        archive.writestr("FinancialPhraseBank-v1.0/Sentences_50Agree.txt", text)
+    task, data = find_task("finsen"), buffer.getvalue()
+    name, _, member = task.archive
+    with serve({("dataset", task.hub): {"main": {name: data, "financial_phrasebank.py": b"script"}}}) as hub:
+        connect(monkeypatch, hub, tmp_path)
+        for role in ("train", "eval"):
+            found = load_examples(replace(task, archive=(name, hashlib.sha256(data).hexdigest(), member)), role)
+            assert found.rows == load_examples(task, role, shared_data).rows
+        assert found.origin["revision"] == hub.commit("dataset", task.hub, "main")
+        with pytest.raises(UsageError, match="FinancialPhraseBank-v1.0.zip: missing, or not the published file of sha256 0e1a06c4"):
+            load_examples(task, "eval")
+        hub.repos["dataset", task.hub]["main"] = {}
+        with pytest.raises(UsageError, match="missing, or not the published file"):
+            load_examples(task, "eval")
+
+
+def test_strategytf_falls_back_and_says_so(tmp_path, monkeypatch):
+    rows = [{"question": f"q{i}", "answer": i % 2 == 0} for i in range(600)]
+    one = {("dataset", "wics/strategy-qa"): {PARQUET: {"default/test/0000.parquet": parquet_bytes(rows)}}}
+    other = {("dataset", "ChilleD/StrategyQA"): {PARQUET: {
+        "default/train/0000.parquet": parquet_bytes(rows[:400]), "default/test/0000.parquet": parquet_bytes(rows[400:])}}}
+    digests = set()
+    for case, repos in enumerate((one | other, other)):
+        with serve(repos) as hub:
+            connect(monkeypatch, hub, tmp_path / str(case))
+            found = load_examples(find_task("strategytf"), "eval")
+        digests.add(found.origin["digest"])
+        assert len(found.rows) == 500 and found.origin["hub"] == ("ChilleD/StrategyQA" if case else "wics/strategy-qa")
+    assert len(digests) == 1
+    assert found.origin["instead_of"] == "wics/strategy-qa" and "no such dataset" in found.origin["because"]
+
+
+def test_forty_lines_of_ones_own(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("text,label\n" + "".join(f'"Nr {i}, said",{("bad", "good")[i % 2]}\n' for i in range(40)))
+    task = custom_task(path, "text", "label")
+    assert (task.name, task.labels, task.evals, task.max_tokens) == ("mine", ("bad", "good"), ("mine",), 1)
+    pool, held = (load_examples(task, role) for role in ("train", "eval"))
+    assert (len(pool.rows), len(held.rows)) == (20, 20)
+    assert {e.prompt for e in pool.rows + held.rows} == {f"Text:Nr {i}, said\nLabel:" for i in range(40)}
+    assert all(e.answer == task.labels[e.label] == ("bad", "good")[int(e.prompt.split()[1][:-1]) % 2] for e in pool.rows)
+    assert load_examples(custom_task(path, "text", "label"), "train") == pool
+    text = task.as_text()
+    assert (text.labels, text.max_tokens) == ((), 200)
+    assert [(e.prompt, e.answer, e.label) for e in load_examples(text, "eval").rows] == [(e.prompt, e.answer, None) for e in held.rows]
+
+
+def test_repeated_prompts_are_not_on_both_sides(tmp_path):
+    rows = [{"text": f"t{i % 100}", "label": i % 2} for i in range(300)]
+    task = custom_task(write(tmp_path / "rows.jsonl", rows), "text", "label")
+    pool, held = ([e.prompt for e in load_examples(task, role).rows] for role in ("train", "eval"))
+    assert len(pool) == 80 and len(held) == 20 and len(set(pool + held)) == 100
+
+
+def test_a_file_for_evaluation_and_a_template(tmp_path):
+    train = write(tmp_path / "train.parquet", [{"a": f"x{i}", "b c": "y", "label": str(i % 3)} for i in range(30)])
+    other = write(tmp_path / "other.tsv", [{"a": "z", "b c": "w", "label": "2"}])
+    task = custom_task(train, "a", "label", r"A:{a}\nB:{b c}\nLabel:", other)
+    assert task.labels == ("0", "1", "2")
+    assert len(load_examples(task, "train").rows) == 30
+    example, = load_examples(task, "eval").rows
+    assert (example.prompt, example.answer, example.label) == ("A:z\nB:w\nLabel:", "2", 2)
+    write(other, [{"a": "z", "b c": "w", "label": "7"}])
+    with pytest.raises(UsageError, match=r"other.tsv:2: unknown label '7' in column 'label'; known labels: '0', '1', '2'"):
+        load_examples(task, "eval")
+
+
+def test_answers_that_are_text_and_their_parsers(tmp_path):
+    for answers, parse in {("so #### 1,0", "#### 2"): parse_number, (r"is \boxed{a}", r"\boxed{b}"): parse_boxed,
+                           ("one way", "another #### 3"): parse_text}.items():
+        rows = [{"q": f"{i}", "a": f"{i}{answers[i % 2]}"} for i in range(50)]
+        task = custom_task(write(tmp_path / "text.jsonl", rows), "q", "a")
+        assert (task.labels, task.parse, task.max_tokens) == ((), parse, 200)
+        example = load_examples(task, "train").rows[0]
+        assert example.prompt.startswith("Question:") and example.prompt.endswith("\nAnswer:") and example.label is None
+        assert (len(load_examples(task, "train").rows), len(load_examples(task, "eval").rows)) == (30, 20)
+
+
+def test_what_is_wrong_with_ones_own_rows(tmp_path):
+    path = write(tmp_path / "mine.jsonl", [{"text": f"t{i}", "label": i % 2} for i in range(8)])
+    templates = {"Text:{txt}": "mine.jsonl:1: no column 'txt'; the columns there are 'text', 'label'",
+                 "Text:{}": "mine.jsonl:1: no column ''",
+                 "Text:": "template 'Text:': must name a column of the prompt, as {text}", "{text} {label}": "and not the answer's"}
+    for template, message in templates.items():
+        with pytest.raises(UsageError, match=message):
+            custom_task(path, "text", "label", template)
+    with pytest.raises(UsageError, match="mine.jsonl:1: no column 'sentence'"):
+        custom_task(path, "sentence", "label")
+    with pytest.raises(UsageError, match="mine.jsonl:1: no column 'answer'"):
+        custom_task(path, "text", "answer")
+    for label, message in {None: "odd.jsonl:9: column 'label' holds nothing", " ": "odd.jsonl:9: column 'label' is empty",
+                           "0": None}.items():
+        write(tmp_path / "odd.jsonl", [{"text": f"t{i}", "label": "0"} for i in range(8)] + [{"text": "t", "label": label}])
+        with pytest.raises(UsageError, match=message or "every row has the answer '0'"):
+            custom_task(tmp_path / "odd.jsonl", "text", "label")

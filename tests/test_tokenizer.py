@@ -1,0 +1,142 @@
+"""Whole prompts against transformers with the same real files; where BOS and EOS come from; safe joins of prompt and answer."""
+
+import json
+
+import pytest
+from ia2mini.models import UsageError
+from reference import byte_tokenizer
+from tokenizers import Tokenizer as Backend
+from transformers import PreTrainedTokenizerFast
+
+from ia2mini.tokenizer import Tokenizer
+
+LLAMA_BOS = 128000
+REMAP = ("apple", "Friday", "banana", "Saturday", "Thursday", "Sunday", "Wednesday", "Monday")
+TEMPLATES = {"sentiment": "Text:a fine film \nLabel:", "choice": "Question:Why?\nChoices:\n[apple]so\n[Friday]no\n\nAnswer:"}
+
+
+@pytest.fixture(scope="module", params=["qwen3", "llama3"])
+def real(request, shared_data, tmp_path_factory):
+    """(name, our tokenizer, transformers' tokenizer) of a real tokenizer.json."""
+    folder = tmp_path_factory.mktemp(request.param)
+    file = shared_data / "tokenizers" / request.param / "tokenizer.json"
+    (folder / "tokenizer.json").symlink_to(file.resolve())
+    (folder / "config.json").write_text('{"eos_token_id": 5}')
+    return request.param, Tokenizer.from_folder(folder), PreTrainedTokenizerFast(tokenizer_file=str(file))
+
+
+def real_prompts(shared_data) -> list[str]:
+    def rows(name, count):
+        lines = (shared_data / name).read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:count]]
+
+    prompts = [f"Text:{row['sentence']}\nLabel:" for row in rows("sst2/train.jsonl", 60)]
+    prompts += [f"Text:{row['verse_text']}\nLabel:" for row in rows("poem_sentiment/train.jsonl", 40)]
+    prompts += [f"Question:{row['question']}\nAnswer:{row['answer']}" for row in rows("gsm8k/train.jsonl", 40)]
+    prompts += [f"Question:{row['problem']}\nAnswer:{row['solution']}" for row in rows("math_algebra/train.jsonl", 40)]
+    return [*prompts, "\n\n".join(p + "1" for p in prompts[:16]) + "\n\n" + prompts[16], "", "  é\u2028日本 <|endoftext|>\t\n "]
+
+
+def test_whole_prompts_as_transformers_encodes_them(real, shared_data):
+    name, ours, theirs = real
+    bos = [LLAMA_BOS] if name == "llama3" else []
+    for prompt in real_prompts(shared_data):
+        ids = ours.encode(prompt)
+        assert ids == theirs(prompt)["input_ids"], prompt[:60]
+        assert ids == bos + ours.encode(prompt, special=False)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_text_comes_back_without_special_tokens(real):
+    _, tokenizer, _ = real
+    text = "Text:a fine film \nLabel:1 , . é"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("labels", [tuple("0123"), REMAP], ids=["digits", "remap"])
+def test_label_tokens_stand_alone_after_the_colon(real, template, labels):
+    _, tokenizer, _ = real
+    prompt = TEMPLATES[template]
+    ids = tokenizer.label_ids(prompt, labels)
+    assert len(set(ids)) == len(labels)
+    for label, token in zip(labels, ids, strict=True):
+        assert tokenizer.encode_answer(prompt, label) == [token]
+        assert tokenizer.encode(prompt + label) == [*tokenizer.encode(prompt), token]
+        assert tokenizer.decode([token]) == label
+
+
+@pytest.mark.parametrize("label", ["A", "B", "true", "negative"])
+def test_a_label_that_merges_with_the_colon_is_named(real, label):
+    _, tokenizer, _ = real
+    with pytest.raises(UsageError, match=f"'{label}' merges") as error:
+        tokenizer.label_ids(TEMPLATES["sentiment"], ("0", label))
+    assert "\n" not in str(error.value)
+
+
+def test_labels_that_begin_alike_are_named(tmp_path):
+    tokenizer = write_tokenizer(tmp_path)
+    assert len(tokenizer.label_ids("Label:", ("apple", "banana"))) == 2
+    with pytest.raises(UsageError, match="'avocado' .* same token as label 'apple'"):
+        tokenizer.label_ids("Label:", ("apple", "banana", "avocado"))
+
+
+def test_a_multi_token_answer_joins_safely(real):
+    _, tokenizer, _ = real
+    prompt, answer = "Question:How many?\nAnswer:", "2+2=<<2+2=4>>4 clips\n#### 4"
+    assert tokenizer.encode(prompt + answer) == tokenizer.encode(prompt) + tokenizer.encode_answer(prompt, answer)
+
+
+def write_tokenizer(folder, config='{"eos_token_id": 257}', generation=None, bos=False) -> Tokenizer:
+    (folder / "tokenizer.json").write_text(byte_tokenizer(bos))
+    (folder / "config.json").write_text(config)
+    if generation is not None:
+        (folder / "generation_config.json").write_text(generation)
+    return Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "config, generation, eos",
+    [
+        ('{"eos_token_id": 7}', None, (7,)),
+        ('{"eos_token_id": [7, 8]}', None, (7, 8)),
+        ('{"eos_token_id": 7}', '{"eos_token_id": [9, 7]}', (9, 7)),  # as Llama 3 Instruct and Qwen3 ship
+        ('{"eos_token_id": 7}', '{"do_sample": true}', (7,)),
+        ('{"eos_token_id": 0}', None, (0,)),
+        ('{"eos_token_id": null}', None, ()),
+        ("{}", "{}", ()),
+    ],
+)
+def test_end_of_sequence_comes_from_the_configs(tmp_path, config, generation, eos):
+    assert write_tokenizer(tmp_path, config, generation).eos_ids == eos
+
+
+@pytest.mark.parametrize("bos, first", [(True, [256]), (False, [])])
+def test_bos_only_where_the_post_processor_adds_it(tmp_path, bos, first):
+    tokenizer = write_tokenizer(tmp_path, bos=bos)
+    assert tokenizer.encode("ab") == first + tokenizer.encode("ab", special=False)
+    assert len(tokenizer.encode("ab", special=False)) == 2
+    assert tokenizer.encode("") == first
+
+
+def test_truncation_and_padding_written_in_the_file_are_not_applied(tmp_path):
+    backend = Backend.from_str(byte_tokenizer(bos=True))
+    backend.enable_truncation(4)
+    backend.enable_padding(length=16)
+    (tmp_path / "config.json").write_text("{}")
+    for text in ("abcdefgh", "a"):
+        backend.save(str(tmp_path / "tokenizer.json"))
+        theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+        ids = Tokenizer.from_folder(tmp_path).encode(text)
+        assert ids == theirs(text)["input_ids"] and len(ids) == 1 + len(text)
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    with pytest.raises(UsageError, match=r"tokenizer\.json: no such file"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": 1}')
+    with pytest.raises(UsageError, match=r"tokenizer\.json: not a tokenizers file") as error:
+        Tokenizer.from_folder(tmp_path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match=r"generation_config\.json: not valid JSON"):
+        write_tokenizer(tmp_path, generation="{")
