@@ -52,7 +52,7 @@ class Several(click.ParamType):
 INTS, FLOATS, WORDS = Several(int, "N,N"), Several(float, "X,X"), Several(str, "A,B")
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120})
 @click.version_option(package_name="ia2mini")
 def main():
     """Teach a language model a task from a handful of examples by ICL Activation Alignment (IA2, arXiv 2509.22621).
@@ -112,18 +112,26 @@ def load_model(model: str, device: str | None, dtype: str | None, revision: str 
 @click.option("--n", "sizes", type=INTS, default="4", help="training rows of a set; several: 2,4,8")
 @click.option("--methods", type=WORDS, default="base,icl,sft,ia2,ia2-sft", help="also sft-ia2, ia2+sft, soft, sft-sft (a control)")
 @click.option("--sets", default=5, type=click.IntRange(1), help="few-shot sets, each drawn from the pool with its own seed")
-@click.option("--rates", type=FLOATS, default="", help="learning rates  [default: the paper's three for the adapter]")
-@click.option("--betas", type=FLOATS, default="", help="shares of cross-entropy in ia2+sft  [default: the paper's four]")
+@click.option("--rates", type=FLOATS, default="", show_default=False, help="learning rates  [default: the paper's three for the adapter]")
+@click.option("--betas", type=FLOATS, default="", show_default=False, help="shares of cross-entropy in ia2+sft  [default: the paper's four]")
 @click.option("--adapter", type=click.Choice(["lora", "ia3", "prompt", "prefix", "full"]), default="lora")
 @click.option("--rank", default=8, help="of LoRA")
 @click.option("--alpha", default=8.0, help="of LoRA")
-@click.option("--targets", type=WORDS, default="", help="matrices to adapt, of q_proj … down_proj  [default: q_proj,k_proj,o_proj]")
-@click.option("--layers", type=INTS, default="", help="layers to adapt  [default: all]")
+@click.option("--targets", type=WORDS, default="", show_default=False, help="matrices to adapt, of q_proj … down_proj  [default: q_proj,k_proj,o_proj]")
+@click.option("--virtual-tokens", default=20, type=click.IntRange(1), help="of prompt and prefix tuning")
+@click.option("--layers", type=INTS, default="", show_default=False, help="layers whose attention outputs are aligned  [default: all]")
 @click.option("--labels", type=click.Choice(["truth", "icl"]), default="truth", help="what SFT trains on: true answers or ICL responses")
+@click.option("--soft-k", default=1024, type=click.IntRange(1), help="likeliest tokens that soft labels keep")
+@click.option("--icl-demos", type=click.Choice(["set", "pool"]), default="set", help="the set's N rows, or N - 1 other rows for each query")
+@click.option("--select", type=click.Choice(["dev", "eval"]), default="dev", help="rate by dev loss, or by evaluation rows as in the paper")
+@click.option("--paper-compat", is_flag=True, help="every choice of the paper's released scripts where they differ from ours")
+@click.option("--batch-size", default=4, type=click.IntRange(1), help="training rows of a run in one step")
+@click.option("--epochs", default=50, type=click.IntRange(1), help="at most")
+@click.option("--patience", default=5, type=click.IntRange(1), help="looks at the dev loss without improvement before a run stops")
 @click.option("--seed", default=0, help="of every draw; 0 takes the sets of the paper's scripts")
 @click.option("--eval-rows", default=500, type=click.IntRange(1), help="evaluation rows at most")
 @click.option("--side-by-side", type=click.IntRange(1), help="runs trained at once  [default: all]; fewer need less memory")
-@click.option("--data-dir", type=click.Path(path_type=Path), help="local sets in hub columns, DIR/sst2/train.jsonl …  [default: the hub]")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="local sets in hub columns, as DIR/sst2/train.jsonl  [default: hub]")
 @click.option("--data", type=click.Path(path_type=Path), help="your own rows: JSONL, CSV, TSV or Parquet (instead of TASK)")
 @click.option("--prompt-column", default="text", help="of --data")
 @click.option("--answer-column", default="label", help="of --data")
@@ -131,35 +139,39 @@ def load_model(model: str, device: str | None, dtype: str | None, revision: str 
 @click.option("--eval-data", type=click.Path(path_type=Path), help="evaluation rows for --data  [default: a held-out part]")
 @click.option("--out", type=click.Path(path_type=Path), default="runs", help="folder of results; the same command goes on where it was")
 @click.option("--json", "as_json", is_flag=True, help="one JSON document on the last line of stdout")
-def run(
-    tasks, model, device, dtype, revision, sizes, data, prompt_column, answer_column, template, eval_data, data_dir, out, as_json, **settings
-):
+def run(tasks, model, device, dtype, revision, sizes, data, data_dir, out, as_json, **settings):
     """Train and compare methods on TASKs: a table, figures, and the chosen adapters in PEFT's format.
 
-    Without TASK, the demo: four toy classification tasks. Every set, rate and method is trained side by side; the rate shown is the one
-    with the lowest dev loss, and below it the one best on the evaluation rows, as in the paper.
+    Without TASK, the demo: four toy classification tasks. All sets and rates of a method are trained side by side. The table shows the
+    rate with the lowest dev loss and, beside it, the one best on the evaluation rows, as in the paper.
     """
     from .experiment import Options, compare
-    from .report import seconds_line, table
     from .tasks import custom_task, find_task
     from .train import METHODS
 
     if unknown := set(settings["methods"]) - {"base", "icl", *METHODS}:
         raise UsageError(f"unknown method {min(unknown)!r}; methods: base, icl, {', '.join(METHODS)}")
-    side_by_side, options = settings.pop("side_by_side"), Options(**settings)
     if data and tasks:
         raise UsageError("give either TASK or --data, not both")
-    chosen = [custom_task(data, prompt_column, answer_column, template, eval_data)] if data else [find_task(t) for t in tasks or DEMO]
+    own = [settings.pop(name) for name in ("prompt_column", "answer_column", "template", "eval_data")]
+    chosen = [custom_task(data, *own)] if data else [find_task(t) for t in tasks or DEMO]
+    side_by_side, options = settings.pop("side_by_side"), Options(**settings)
     subject = load_model(model, device, dtype, revision)
     chosen = [fitting(task, subject.tokenizer) for task in chosen]
     document, kept = compare(chosen, sizes, subject, options, out, data_dir, side_by_side, progress)
-    click.echo(table(document, color=sys.stdout.isatty()))
-    click.echo(seconds_line(document))
+    show(document)
     count = len(list(kept.glob("*.png")))
     drawn = f"{count} figures" if count else "no figures (they need matplotlib: pip install 'ia2mini[report]')"
     click.echo(f"{kept}: results.json, tables, report.html, {drawn}, {len(document['adapters'])} adapters for peft")
     if as_json:
         click.echo(json.dumps(document))
+
+
+def show(document: dict) -> None:
+    from .report import seconds_line, table
+
+    click.echo(table(document, color=sys.stdout.isatty()))
+    click.echo(seconds_line(document))
 
 
 def fitting(task, tokenizer):
@@ -168,6 +180,15 @@ def fitting(task, tokenizer):
         return task
     one = all(len(tokenizer.encode(label, special=False)) == 1 for label in task.labels)
     return task if one else task.as_text()
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def rescore(folder):
+    """Parse the generated texts of a finished run again, without the model, and print its table."""
+    from .experiment import rescore as parse_again
+
+    show(parse_again(folder))
 
 
 @main.command()
@@ -186,3 +207,53 @@ def generate(model, device, dtype, revision, prompt, max_tokens, stop):
         raise UsageError("--prompt is empty and this model's tokenizer adds no BOS; give some text")
     (response,) = continue_text(subject.model, tokenizer, [ids], max_tokens, stop)
     click.echo(tokenizer.decode(ids + response)[len(tokenizer.decode(ids)) :])
+
+
+@main.command()
+@click.argument("name", required=False, metavar="[TASK]")
+@model_options
+@click.option("--n", default=4, type=click.IntRange(2), help="training rows of the set that is shown")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="local sets in hub columns, as DIR/sst2/train.jsonl  [default: hub]")
+def tasks(name, model, device, dtype, revision, n, data_dir):
+    """List the tasks; with TASK, show what the model sees: the prompt of one set with its demonstrations, and token counts."""
+    from .tasks import all_tasks, find_task, load_examples
+
+    if name is None:
+        click.echo(f"{'task':<24}{'paper':<16}{'answer':<28}evaluated on (* out of distribution)")
+        for task in all_tasks().values():
+            answer = "/".join(task.labels)[:26] if task.labels else f"text, at most {task.max_tokens} tokens"
+            on = ", ".join([task.name, *(f"{e}*" for e in task.ood)]) if task.train else "evaluation only"
+            click.echo(f"{task.name:<24}{task.tag if task.hub else '–':<16}{answer:<28}{on}")
+        return
+    from .episode import draw_episode
+    from .models.checkpoint import locate
+    from .tokenizer import Tokenizer
+
+    task, tokenizer = find_task(name), Tokenizer.from_folder(locate(model, revision))
+    examples = load_examples(task, "eval", data_dir)
+    sizes = [f"evaluation: {examples.origin['used']} of {examples.origin['rows']} rows"]
+    demonstrations = []
+    if task.train:
+        pool = load_examples(task, "train", data_dir)
+        sizes.insert(0, f"pool: {pool.origin['used']} of {pool.origin['rows']} rows")
+        demonstrations = draw_episode(pool.rows, n, 0).icl[0]
+    click.echo(f"{task.name} ({task.tag}) from {task.hub or 'this package'} · {' · '.join(sizes)}\n")
+    for role, color, prompt, answer in [("demonstration", "cyan", d.prompt, d.answer) for d in demonstrations] + [
+        ("query", "yellow", examples.rows[0].prompt, examples.rows[0].answer)
+    ]:
+        count = len(tokenizer.encode(prompt)), len(tokenizer.encode_answer(prompt, answer))
+        click.secho(f"{role}: {count[0]} tokens, answer {count[1]}", dim=True)
+        click.echo(click.style(prompt, fg=color) + click.style(answer, fg="green", bold=True) + "\n")
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="folder of the checkpoint; rerun, it goes on where it was")
+@click.option("--steps", default=2400, type=click.IntRange(1))
+@click.option("--seed", default=0)
+@click.option("--device", default="cpu")
+def pretrain(out, steps, seed, device):
+    """Make the embedded model from nothing: a small Qwen3 that learns in context, as models/tiny was made."""
+    from .pretrain import pretrain as train
+
+    train(out, steps=steps, seed=seed, device=device)
+    click.echo(f"{out}: config.json, model.safetensors, tokenizer.json, curve.json; use it as --model {out}")

@@ -27,11 +27,11 @@ def seeded(seed: int, number: int, purpose: str) -> np.random.Generator:
     return np.random.default_rng([seed, number, crc32(purpose.encode())])
 
 
-def draw_episode(pool: list[Example], n: int, number: int, seed: int = 0, compat_queries: int = 0) -> Episode:
+def draw_episode(pool: list[Example], n: int, number: int, seed: int = 0, pool_demos: int = 0, reuse: bool = False) -> Episode:
     """Set `number` of size `n`: the pool shuffled with the set's seed, N rows to train, the next ones as dev.
 
-    With `compat_queries` the choices of the released scripts instead: dev row j reuses training row j's demonstrations, and each
-    of that many evaluation rows has its own N - 1 demonstrations from the rest of the pool. Raises UsageError for N too small or large.
+    Two choices of the released scripts: with `pool_demos`, that many evaluation rows have each N - 1 demonstrations of their own, drawn
+    from the rest of the pool; with `reuse`, dev row j has training row j's demonstrations. Raises UsageError for N too small or large.
     """
     dev_size = min(max(1, n // 2), 48)
     if n < 2:
@@ -44,15 +44,13 @@ def draw_episode(pool: list[Example], n: int, number: int, seed: int = 0, compat
     rng = seeded(seed, number, "demonstrations")
     others = [[row for j, row in enumerate(train) if j != i] for i in range(n)]
     leave_one_out = [shuffled(rows, rng) for rows in others]
-    if compat_queries:
-        rest = [pool[i] for i in order[n + dev_size :]]
+    for_dev = [leave_one_out[j % n] if reuse else shuffled(train, rng)[: n - 1] for j in range(dev_size)]
+    icl = [shuffled(train, seeded(seed, number, "icl"))]
+    if pool_demos:
+        rest, rng = [pool[i] for i in order[n + dev_size :]], seeded(seed, number, "icl from the pool")
         if len(rest) < n - 1:
-            raise UsageError(f"--n {n}: the released scripts' ICL needs {n - 1} rows besides the set, but the pool has only {len(rest)}")
-        for_dev = [leave_one_out[j % n] for j in range(dev_size)]
-        icl = [[rest[i] for i in rng.choice(len(rest), n - 1, replace=False)] for _ in range(compat_queries)]
-    else:
-        for_dev = [shuffled(train, rng)[: n - 1] for _ in dev]
-        icl = [shuffled(train, seeded(seed, number, "icl"))]
+            raise UsageError(f"--n {n}: demonstrations from the pool need {n - 1} rows besides the set, but it has only {len(rest)}")
+        icl = [[rest[i] for i in rng.choice(len(rest), n - 1, replace=False)] for _ in range(pool_demos)]
     return Episode(train, dev, leave_one_out + for_dev, icl)
 
 

@@ -25,9 +25,20 @@ class LabelScores:
 
 @torch.no_grad()
 def label_scores(
-    model: Callable, prompts: list[list[int]], label_ids: list[int], runs: int = 1, device="cpu", budget: int = 8192, watch=None
+    model: Callable,
+    prompts: list[list[int]],
+    label_ids: list[int],
+    runs: int = 1,
+    among: int | None = None,
+    device="cpu",
+    budget: int = 8192,
+    watch: Callable[[int], None] | None = None,
 ) -> LabelScores:
-    """Score every prompt under every run in one pass each; only the last position gets logits. `budget`: tokens in one pass."""
+    """Score every prompt under every run in one pass each; only the last position gets logits.
+
+    `among`: the confidence is the share among that many likeliest tokens (released scripts: 10), not of the whole vocabulary.
+    `budget`: tokens in one pass. `watch` is called with the prompts of each finished pass.
+    """
     Q = len(prompts)
     top, confidence = torch.zeros(runs, Q, dtype=torch.int64), torch.zeros(runs, Q)
     labels, columns = torch.zeros(runs, Q, len(label_ids)), torch.tensor(label_ids, device=device)
@@ -36,7 +47,8 @@ def label_scores(
         logits = model(batch.ids, logits=batch.at).float().view(runs, len(group), -1)
         total = logits.logsumexp(-1, keepdim=True)
         best = logits.max(-1)
-        top[:, group], confidence[:, group] = best.indices.cpu(), (best.values - total[..., 0]).exp().cpu()
+        whole = total[..., 0] if among is None else logits.topk(among).values.logsumexp(-1)
+        top[:, group], confidence[:, group] = best.indices.cpu(), (best.values - whole).exp().cpu()
         labels[:, group] = (logits[..., columns] - total).exp().cpu()
         if watch:
             watch(len(group))

@@ -1,244 +1,23 @@
-"""One cell of the paper's grid after another: sets, teacher, every method's runs, scores, and the cells of the table."""
+"""The paper's comparison: cells one after another, the records of all runs, and what is saved of them."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+from tqdm import tqdm
 
-from .adapters import ADAPTERS, Adapter, adapted
-from .episode import Episode, Row, by_length, draw_episode, truth_row
-from .evaluate import label_scores, layer_asim, share_prefix
+from .cell import UNTRAINED, Cell, Lab, Options, find, parsed_correct
 from .export import save_adapter
-from .generate import STOP, generate
+from .metrics import accuracy
+from .models.checkpoint import read_json
 from .models.common import UsageError
 from .report import figures, html, table
 from .runs import RunFolder, checkpoint_digest, finite, versions
 from .summary import chosen, measure, summarise
-from .tasks import Examples, Task, find_task, load_examples
-from .teacher import observe, teach
+from .tasks import Task, find_task, load_examples
 from .tokenizer import Tokenizer
-from .train import METHODS, Fit, Job, SetRows, Settings
-
-UNTRAINED = ("base", "icl")
-RATES = {  # protocol section 4 for LoRA and (IA)3; ours for the others
-    "lora": (1e-4, 3e-4, 1e-3),
-    "ia3": (1e-3, 1e-2, 1e-1),
-    "prompt": (1e-3, 1e-2, 1e-1),
-    "prefix": (1e-3, 1e-2, 1e-1),
-    "full": (1e-5, 3e-5, 1e-4),
-}
-TINY_RATES = RATES | {"lora": (1e-3, 3e-3, 1e-2), "full": (1e-4, 3e-4, 1e-3)}  # the embedded model is small: ten times the rates
-BETAS = {"qwen3": (0.1, 0.5, 0.7, 0.9), "llama": (0.001, 0.01, 0.05, 0.5)}
-
-
-@dataclass(frozen=True)
-class Options:
-    """Everything about an experiment that changes its numbers (but for task, N, data and checkpoint)."""
-
-    methods: tuple[str, ...] = ("base", "icl", "sft", "ia2", "ia2-sft")
-    sets: int = 5
-    rates: tuple[float, ...] = ()  # (): the adapter's of RATES
-    betas: tuple[float, ...] = ()  # (): the family's of BETAS
-    adapter: str = "lora"
-    rank: int = 8
-    alpha: float = 8.0
-    targets: tuple[str, ...] = ()  # (): the adapter's own
-    layers: tuple[int, ...] = ()  # (): all
-    virtual_tokens: int = 20
-    seed: int = 0
-    labels: str = "truth"
-    soft_k: int = 1024  # soft labels keep this many likeliest tokens (all, if the vocabulary is smaller)
-    eval_rows: int = 500
-    asim_rows: int = 100
-    settings: Settings = field(default_factory=Settings)
-
-
-@dataclass
-class Lab:
-    """What an experiment works with: a frozen model, its tokenizer, where results go, and how progress is shown."""
-
-    model: nn.Module
-    tokenizer: Tokenizer
-    name: str  # of the model, as the table names it
-    folder: RunFolder
-    options: Options
-    bar: Callable  # bar(label, total) -> context manager yielding a tqdm
-    budget: int = 8192  # tokens in one forward pass
-    side_by_side: int | None = None  # runs trained together; None: all
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @contextmanager
-    def stage(self, stage: str, label: str, total: int) -> Iterator:
-        with self.folder.stage(stage), self.bar(label, total) as bar:
-            yield bar
-
-
-def make_adapter(model: nn.Module, o: Options) -> Adapter:
-    """The adapter that the options ask for. Raises UsageError for targets or layers that the model lacks."""
-    if o.adapter in ("prompt", "prefix"):
-        if o.targets or o.layers:
-            raise UsageError(f"--targets and --layers choose matrices; a {o.adapter} adapter has none")
-        return ADAPTERS[o.adapter](model, o.virtual_tokens)
-    arguments = {"layers": list(o.layers) or None} | ({"targets": o.targets} if o.targets else {})
-    if o.adapter == "lora":
-        arguments |= {"rank": o.rank, "alpha": o.alpha}
-    return ADAPTERS[o.adapter](model, **arguments)
-
-
-class Cell:
-    """One task at one N on one model: its sets, and everything computed on them, each thing once."""
-
-    def __init__(self, lab: Lab, task: Task, n: int, pool: Examples, evals: dict[str, Examples]):
-        self.lab, self.task, self.n, self.evals = lab, task, n, evals
-        self.name = f"{task.name}-n{n}"
-        self.single = bool(task.labels)
-        self.episodes = [draw_episode(pool.rows, n, number, lab.options.seed) for number in range(lab.options.sets)]
-        if self.single:
-            for name, examples in evals.items():
-                lab.tokenizer.label_ids(examples.rows[0].prompt, find(name, task).labels)  # merging labels: found before any work
-        self.adapter = make_adapter(lab.model, lab.options)
-        self.rates = lab.options.rates or (TINY_RATES if lab.name == "tiny" else RATES)[lab.options.adapter]
-        self.betas = lab.options.betas or BETAS[lab.model.config.model_type]
-        self.references: dict[str, list[list[Row]]] = {}
-
-    @cached_property
-    def job(self) -> Job:
-        """All runs of the cell, after the teacher's pass over every set."""
-        lab, o = self.lab, self.lab.options
-        rows = sum(len(e.train) + len(e.dev) for e in self.episodes)
-        with lab.stage("collect", f"{self.name}: collecting", rows) as bar:
-            sets = [self.collect(episode, bar.update) for episode in self.episodes]
-        return Job(lab.model, self.adapter, sets, self.rates, self.betas, o.seed, o.labels, o.settings, lab.side_by_side, self.training, self.fit)
-
-    def collect(self, episode: Episode, watch: Callable[[int], None]) -> SetRows:
-        """A set's rows with their true answers, and with the teacher's responses and targets."""
-        lab, n = self.lab, len(episode.train)
-        soft_k = lab.options.soft_k if "soft" in lab.options.methods else None
-        truth = [truth_row(example, lab.tokenizer, self.single) for example in episode.train + episode.dev]
-        taught = teach(lab.model, lab.tokenizer, episode, self.task.max_tokens, soft_k, STOP, lab.budget, watch)
-        return SetRows(truth[:n], truth[n:], taught[:n], taught[n:])
-
-    def grid(self, method: str) -> list[tuple[int, float, float | None]]:
-        """(set, rate, β) of each of a method's runs."""
-        betas = self.betas if method == "ia2+sft" else [None]
-        return list(product(range(len(self.episodes)), self.rates, betas))
-
-    @contextmanager
-    def training(self, about: tuple[str, int, int]) -> Iterator[Callable[[int, Tensor], None]]:
-        """Show a phase of training: its runs still going and their best dev losses."""
-        phase, runs, steps = about
-        with self.lab.stage("train", f"{self.name}: training {phase}", steps) as bar:
-
-            def watch(step: int, dev_losses: Tensor) -> None:
-                bar.update(step - bar.n)
-                if len(dev_losses):
-                    low, high = dev_losses.min().item(), dev_losses.max().item()
-                    bar.set_postfix_str(f"{len(dev_losses)} of {runs} runs going, dev loss {low:.3g} to {high:.3g}")
-
-            yield watch
-
-    def fit(self, method: str) -> Fit:
-        """The trained runs of a method; a phase that methods share is trained once."""
-        tensors = self.lab.folder.once(f"{self.name}/fit-{method}", lambda: vars(METHODS[method](self.job)))
-        return Fit(**tensors | {"theta": tensors["theta"].to(self.lab.device)})
-
-    def prompts(self, name: str, number: int | None = None) -> tuple[Callable, list[list[int]]]:
-        """The model and the prompts of an evaluation, without demonstrations or with those of set `number` (computed once)."""
-        lab, queries = self.lab, [e.prompt for e in self.evals[name].rows]
-        if number is None:
-            return lab.model, lab.tokenizer.encode_all(queries)
-        return share_prefix(lab.model, lab.tokenizer, self.episodes[number].icl, queries)
-
-    def reference(self, name: str) -> list[list[Row]]:
-        """For every set, the first evaluation rows with the base model's response and attention outputs under its demonstrations."""
-        if name not in self.references:
-            lab, self.references[name] = self.lab, []
-            plain = self.prompts(name)[1][: lab.options.asim_rows]
-            for number in range(len(self.episodes)):
-                model, prompts = self.prompts(name, number)
-                prompts = prompts[: len(plain)]
-                if self.single:
-                    answers = [[0] for _ in prompts]  # one position: the last prompt token
-                else:
-                    eos = list(lab.tokenizer.eos_ids[:1])
-                    answers = [r + eos for r in generate(model, lab.tokenizer, prompts, self.task.max_tokens)]
-                rows = [Row(p, a) for p, a in zip(plain, answers)]
-                for group in by_length([len(p) + len(a) for p, a in zip(prompts, answers)], lab.budget):
-                    observe(model, [rows[i] for i in group], [prompts[i] for i in group], single=False, device=lab.device)
-                self.references[name].append(rows)
-        return self.references[name]
-
-    def score(self, method: str, name: str) -> dict[str, Tensor]:
-        """What `method` makes of evaluation `name`: `asim` [R, L]; `top`, `confidence`, `labels` or, of many tokens, `correct` [R, Q]."""
-        lab, rows, sets = self.lab, len(self.evals[name].rows), len(self.episodes)
-        fit = None if method in UNTRAINED else self.fit(method)
-        runs = {"base": 1, "icl": sets}.get(method) or len(fit.theta)
-
-        def evaluate() -> dict[str, Tensor]:
-            with lab.stage("evaluate", f"{self.name}: {method} on {name}", runs * rows) as bar:
-                reference = self.reference(name)
-                if method == "icl":
-                    parts = [self.answers(name, *self.prompts(name, number), bar, f"icl-{number}") for number in range(sets)]
-                    asim = torch.ones(sets, lab.model.config.num_hidden_layers)
-                    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]} | {"asim": asim}
-                model, prompts = self.prompts(name)
-                if method == "base":
-                    asim = torch.cat([layer_asim(model, [r], lab.device, lab.budget) for r in reference])
-                    return self.answers(name, model, prompts, bar, "base") | {"asim": asim}
-                with adapted(model, self.adapter, fit.theta) as student:
-                    asim = layer_asim(student, [reference[r * sets // runs] for r in range(runs)], lab.device, lab.budget)
-                    if self.single:
-                        return self.answers(name, student, prompts, bar, method, runs) | {"asim": asim}
-                parts = []
-                for r in range(runs):  # a run at a time: its rows fill a batch, and finished rows leave
-                    with adapted(model, self.adapter, fit.theta[r : r + 1]) as student:
-                        parts.append(self.answers(name, student, prompts, bar, f"{method}-{r}"))
-                return {"correct": torch.cat([part["correct"] for part in parts]), "asim": asim}
-
-        return lab.folder.once(f"{self.name}/{method}-on-{name}", evaluate)
-
-    def answers(self, name: str, model: Callable, prompts: list[list[int]], bar, tag: str, runs: int = 1) -> dict[str, Tensor]:
-        """Scores of `model` on evaluation `name`; generated texts are kept in the run folder under `tag`."""
-        lab, examples, task = self.lab, self.evals[name].rows, find(name, self.task)
-        if self.single:
-            label_ids = lab.tokenizer.label_ids(examples[0].prompt, task.labels)
-            scores = vars(label_scores(model, prompts, label_ids, runs, lab.device, lab.budget, lambda rows: bar.update(rows * runs)))
-            gold = torch.tensor([label_ids[e.label] for e in examples])
-            return scores | {"correct": scores["top"] == gold}
-        responses = generate(model, lab.tokenizer, prompts, task.max_tokens, budget=2 * lab.budget, watch=bar.update)
-        texts = [lab.tokenizer.decode(ids) for ids in responses]
-        lab.folder.save_json(f"{self.name}/generations/{tag}-on-{name}.json", {"texts": texts, "answers": [e.answer for e in examples]})
-        return {"correct": parsed_correct(task, texts, [e.answer for e in examples])[None]}
-
-
-class NoBar:
-    """A progress bar that shows nothing."""
-
-    n = 0
-
-    def update(self, rows: int) -> None:
-        self.n += rows
-
-    def set_postfix_str(self, text: str) -> None:
-        pass
-
-
-def find(name: str, task: Task) -> Task:
-    """The task called `name`; `task` itself needs no entry in the catalog."""
-    return task if name == task.name else find_task(name)
-
-
-def parsed_correct(task: Task, texts: list[str], answers: list[str]) -> Tensor:
-    """Whether each generated text parses to the same answer as the true one: [Q] bool."""
-    return torch.tensor([(found := task.parse(text)) is not None and found == task.parse(answer) for text, answer in zip(texts, answers)])
 
 
 def run_cell(cell: Cell) -> list[dict]:
@@ -258,16 +37,18 @@ def run_cell(cell: Cell) -> list[dict]:
                 one = {key: t[r if len(t) > 1 else 0] for key, t in scores.items()}  # base has one row for all sets
                 record = about | {"set": number, "rate": rate, "beta": beta}
                 record |= {"dev_loss": fit.dev_loss[r].item(), "steps": fit.steps[r].item()} if fit else {"dev_loss": None, "steps": 0}
-                records.append(record | measure(one, labels))
+                if not cell.single:
+                    record["texts"] = f"{cell.name}/generations/{method}-{r if method != 'base' else 0}-on-{name}.json"
+                records.append(record | measure(one, labels, "mass" if lab.options.paper_compat else "width"))
     return records
 
 
 def save_adapters(cell: Cell, records: list[dict], base: str) -> list[str]:
-    """Save each trained method's run at the rate chosen by dev loss, one a set, in PEFT's format; folder names."""
+    """Save each trained method's run at the chosen rate, one a set, in PEFT's format; folder names."""
     saved = []
     for method in (m for m in cell.lab.options.methods if m not in UNTRAINED):
         mine = [r for r in records if r["method"] == method and r["eval"] == cell.task.name and r["n"] == cell.n]
-        pick = chosen(mine, "dev")
+        pick = chosen(mine, cell.lab.options.select)
         fit = cell.fit(method)
         for r, (number, *config) in enumerate(cell.grid(method)):
             if tuple(config) == pick:
@@ -295,7 +76,7 @@ def compare(
     out: Path,
     data_dir: Path | None = None,
     side_by_side: int | None = None,
-    bar: Callable = lambda label, total: nullcontext(NoBar()),
+    bar: Callable = lambda label, total: tqdm(disable=True),
 ) -> tuple[dict, Path]:
     """Run every task at every N; (results document, run folder), with results, adapters, tables and figures saved in the folder.
 
@@ -308,18 +89,37 @@ def compare(
     config |= {"dtype": str(weight.dtype).removeprefix("torch."), "device": weight.device.type}
     config |= {"checkpoint": checkpoint_digest(subject.folder)}
     config |= {"pools": {k: v.origin for k, v in pools.items()}, "evals": {k: v.origin for k, v in evals.items()}}
-    title = "-".join(["+".join(config["tasks"]) if len(tasks) < 4 else f"{len(tasks)}-tasks", subject.name, "n" + "-".join(map(str, sizes))])
+    about = "+".join(config["tasks"]) if len(tasks) < 4 else f"{len(tasks)}-tasks"
+    title = f"{about}-{subject.name}-n{'-'.join(map(str, sizes))}"
     folder = RunFolder(out, title, config)
     lab = Lab(subject.model, subject.tokenizer, subject.name, folder, options, bar, side_by_side=side_by_side)
     records, adapters = [], []
     for task, n in product(tasks, sizes):
-        cell = Cell(lab, task, n, pools[task.name], {e: evals[e] for e in task.evals})
+        cell = Cell(lab, task, n, pools[task.name], {name: evals[name] for name in task.evals})
         found = run_cell(cell)
         adapters += save_adapters(cell, found, subject.base)
         records += found
-    document = {"cells": summarise(records), **folder.spent, "config": config, "versions": versions(), "adapters": adapters}
-    folder.save_json("results.json", document := finite(document | {"runs": records}))
+    document = {"cells": summarise(records, options.select), **folder.spent, "config": config, "versions": versions(), "adapters": adapters}
+    return conclude(folder, document | {"runs": records}), folder.path
+
+
+def conclude(folder: RunFolder, document: dict) -> dict:
+    """Save results.json, the tables, figures and the page of a finished comparison; the document as JSON can hold it."""
+    folder.save_json("results.json", document := finite(document))
     for suffix, style in (("txt", "terminal"), ("md", "markdown"), ("tex", "latex"), ("csv", "csv")):
         folder.save_text(f"table.{suffix}", table(document, style))
     folder.save_text("report.html", html(document, figures(document, folder.path)))
-    return document, folder.path
+    return document
+
+
+def rescore(path: Path) -> dict:
+    """Parse the saved generations of a finished run again, without the model, and save its results anew. Raises UsageError."""
+    document = read_json(path / "results.json")
+    records = [record for record in document["runs"] if "texts" in record]
+    if not records:
+        raise UsageError(f"{path}: no generated texts there; only tasks whose answers are text can be parsed again")
+    for record in records:
+        saved = read_json(path / record["texts"])
+        record["acc"] = accuracy(parsed_correct(find_task(record["eval"]), saved["texts"], saved["answers"]))
+    document["cells"] = summarise(document["runs"], document["config"]["select"])
+    return conclude(RunFolder.open(path), document)

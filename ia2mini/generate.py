@@ -23,7 +23,8 @@ def generate(
     """Greedy responses, ids per prompt, without EOS and cut before the stop text; at most `max_tokens` long.
 
     `model` is a model, or a partial around one: with a shared prefix, or what `adapted` yields (of one run). When the stop text
-    begins inside a token, what stands before it is tokenized again. `budget`: tokens of cache a batch may hold. `watch` is called with the number of rows of each finished batch.
+    begins inside a token, what stands before it is tokenized again. `budget`: tokens of cache a batch may hold. `watch` is called
+    with the number of rows of each finished batch.
     """
     responses: list[list[int]] = [[] for _ in prompts]
     for group in by_length([len(p) + max_tokens for p in prompts], budget):

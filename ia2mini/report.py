@@ -24,8 +24,6 @@ UNTRAINED = ("base", "icl")
 LEFT, RIGHT = ("acc", "ece", "asim", "rate"), ("acc", "ece", "rate")
 ARROWS = {"acc": "acc ↑", "ece": "ece ↓", "asim": "asim ↑"}
 CHOICES = {"dev": "rate by lowest dev loss", "eval": "rate by accuracy on the evaluation rows, the paper's choice"}
-FIELDS = ("task", "eval", "ood", "model", "n", "method", "adapter", "sets", "selected_by", "rate", "beta",
-          "acc_mean", "acc_std", "ece_mean", "ece_std", "nll_mean", "brier_mean", "asim_mean")  # fmt: skip
 TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "→": r"$\rightarrow$"}
 TEX = str.maketrans(TEX | {"↑": r"$\uparrow$", "↓": r"$\downarrow$"} | {c: "\\" + c for c in "&%$#_{}"})
 
@@ -167,7 +165,9 @@ def _latex(document: dict) -> str:
 
 
 def _csv(document: dict) -> str:
-    writer = csv.DictWriter(out := io.StringIO(), FIELDS, extrasaction="ignore", lineterminator="\n")
+    lists = {key for c in document["cells"] for key in c if isinstance(c[key], list)}
+    fields = dict.fromkeys(key for c in document["cells"] for key in c if key not in lists)
+    writer = csv.DictWriter(out := io.StringIO(), fields, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(document["cells"])
     return out.getvalue().rstrip("\n")
@@ -176,7 +176,7 @@ def _csv(document: dict) -> str:
 def table(document: dict, style: str = "terminal", color: bool = False) -> str:
     """Results like the paper's Table 1, at the rate of the lowest dev loss, then at the paper's choice: the best on the evaluation rows.
 
-    `style`: terminal (ANSI bold and dim with `color`), markdown, latex or csv (every cell, unrounded); KeyError on another.
+    `style`: terminal (ANSI bold and dim with `color`), markdown, latex or csv (every cell's numbers, unrounded); KeyError on another.
     """
     return _terminal(document, color) if style == "terminal" else {"markdown": _markdown, "latex": _latex, "csv": _csv}[style](document)
 
@@ -248,10 +248,11 @@ def figures(document: dict, folder) -> list[Path]:
     except ImportError:
         return []
     legend = {"frameon": False, "columnspacing": 1.2, "handlelength": 1.2, "handletextpad": 0.4, "loc": "outside upper center"}
-    reported = {id(c): c for pairs in _groups(document).values() for rows in pairs.values() for c, _ in rows}.values()
+    shown = {id(c): c for pairs in _groups(document).values() for rows in pairs.values() for c, _ in rows}.values()
     paths = []
     for name, (draw, field, _) in FIGURES.items():
-        if not (cells := [c for c in reported if c.get(field) is not None]):
+        # the similarity of ICL to itself is 1
+        if not (cells := [c for c in shown if c.get(field) is not None and (field == "acc_mean" or c["method"] != "icl")]):
             continue
         styles = {c["method"]: METHODS.get(c["method"], (c["method"], "#777777")) for c in cells}
         with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):

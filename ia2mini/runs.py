@@ -28,12 +28,17 @@ class RunFolder:
         """Open or create `out`/`name`-<digest of `what`>. Raises UsageError when it cannot be written."""
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
         self.path = out / f"{name}-{digest}"
-        self.what = what
-        self.resumed = (self.path / "run.json").is_file()
-        if not self.resumed:
+        if not (self.path / "run.json").is_file():
             self.save_json("run.json", what)
         spent = self.path / "seconds.json"
         self.spent = read_json(spent) if spent.is_file() else {"seconds": {}, "peak_memory_bytes": 0}
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """The folder at `path`, which is there."""
+        folder = cls.__new__(cls)
+        folder.path, folder.spent = path, read_json(path / "seconds.json")
+        return folder
 
     def save_json(self, name: str, content: dict) -> None:
         write(self.path / name, lambda path: path.write_text(json.dumps(finite(content), indent=1) + "\n", encoding="utf-8"))

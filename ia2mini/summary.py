@@ -10,11 +10,11 @@ from . import metrics
 METRICS = ("acc", "ece", "nll", "brier", "asim", "ece_mass", "acc_labels", "ece_labels")
 
 
-def measure(scores: dict[str, Tensor], labels: list[int | None]) -> dict:
+def measure(scores: dict[str, Tensor], labels: list[int | None], scheme: str = "width") -> dict:
     """The metrics of one run on Q rows whose true `labels` are given; calibration only where answers are single tokens.
 
     `scores`: `asim` [L], `correct` [Q]; for single tokens also `confidence` [Q] of the top-1 token and `labels` [Q, C].
-    Source: protocol section 5.
+    `scheme`: bins of equal "width" or "mass" for `ece`. Source: protocol section 5.
     """
     layers = scores["asim"].tolist()
     found = {"acc": metrics.accuracy(scores["correct"]), "asim": sum(layers) / len(layers), "asim_layers": layers}
@@ -25,7 +25,7 @@ def measure(scores: dict[str, Tensor], labels: list[int | None]) -> dict:
     among = probabilities / probabilities.sum(-1, keepdim=True)
     best = among.max(-1)
     return found | {
-        "ece": metrics.ece(confidence, correct),
+        "ece": metrics.ece(confidence, correct, scheme=scheme),
         "ece_mass": metrics.ece(confidence, correct, scheme="mass"),
         "nll": metrics.nll(probabilities.gather(1, gold[:, None])[:, 0]),
         "brier": metrics.brier(probabilities, gold),
@@ -42,14 +42,15 @@ def chosen(records: list[dict], by: str) -> tuple[float | None, float | None]:
     return min(means, key=lambda config: fmean(means[config]))
 
 
-def summarise(records: list[dict]) -> list[dict]:
-    """The cells of the table: means and deviations over sets at the rate chosen by dev loss, and at the paper's choice beside it."""
+def summarise(records: list[dict], select: str = "dev") -> list[dict]:
+    """The cells of the table: means and deviations over sets at the chosen rate; beside a choice by dev loss also the paper's."""
     groups: dict[tuple, list[dict]] = {}
     for record in records:
         groups.setdefault(tuple(record[key] for key in ("task", "n", "method", "eval")), []).append(record)
     cells = []
     for group in groups.values():
-        for by in ("dev", "eval") if group[0]["dev_loss"] is not None else (None,):
+        trained = group[0]["dev_loss"] is not None
+        for by in (("dev", "eval") if select == "dev" else ("eval",)) if trained else (None,):
             rate, beta = chosen(group, by) if by else (None, None)
             runs = [record for record in group if (record["rate"], record["beta"]) == (rate, beta)]
             cell = {key: runs[0][key] for key in ("task", "eval", "ood", "model", "n", "method", "adapter")}

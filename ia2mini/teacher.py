@@ -17,14 +17,16 @@ def teach(
     episode: Episode,
     max_tokens: int,
     soft_k: int | None = None,
+    layers: list[int] | None = None,
     stop: str | None = STOP,
     budget: int = 8192,
     watch: Callable[[int], None] | None = None,
 ) -> list[Row]:
     """For each training, then dev row: the row without demonstrations, the response with them, and the targets at its positions.
 
-    `max_tokens` 1: the response is the likeliest token. More: greedy, EOS appended. Activations are [L, P, D] in the model's dtype;
-    with `soft_k`, also the k likeliest tokens' log-probabilities [P, k] (k is cut to the vocabulary). `budget`: tokens in one pass.
+    `max_tokens` 1: the response is the likeliest token. More: greedy, EOS appended. Activations are [L, P, D] in the model's dtype, of
+    `layers` (None: all). With `soft_k`, also the log-probabilities [P, k] of the k likeliest tokens (at most the vocabulary).
+    `budget`: tokens in one pass. `watch` is called with the rows of each finished pass.
     """
     examples = episode.train + episode.dev
     queries = [tokenizer.encode(e.prompt) for e in examples]
@@ -37,7 +39,7 @@ def teach(
     rows = [Row(q, r) for q, r in zip(queries, responses)]
     device = next(model.parameters()).device
     for group in by_length([len(p) + len(r) for p, r in zip(prompts, responses)], budget):
-        observe(model, [rows[i] for i in group], [prompts[i] for i in group], max_tokens == 1, soft_k, device=device)
+        observe(model, [rows[i] for i in group], [prompts[i] for i in group], max_tokens == 1, soft_k, layers, device)
         if watch:
             watch(len(group))
     return rows
@@ -45,14 +47,20 @@ def teach(
 
 @torch.no_grad()
 def observe(
-    model: Callable, rows: list[Row], prompts: list[list[int]], single: bool, soft_k: int | None = None, device="cpu"
+    model: Callable,
+    rows: list[Row],
+    prompts: list[list[int]],
+    single: bool,
+    soft_k: int | None = None,
+    layers: list[int] | None = None,
+    device="cpu",
 ) -> None:
     """Fill in activations, soft targets and, if `single`, the response of `rows`, from one pass over their full `prompts`.
 
     `model` may be a partial that holds a shared prefix; `prompts` are then what follows it.
     """
     batch = collate([[Row(prompt, row.answer) for prompt, row in zip(prompts, rows)]], device)
-    taps = Taps(batch.at)
+    taps = Taps(batch.at, layers)
     logits = model(batch.ids, taps=taps, logits=batch.at if single or soft_k else False)
     sizes = [len(row.answer) for row in rows]
     for row, activations in zip(rows, taps.stack().split(sizes, dim=1)):

@@ -21,6 +21,8 @@ class Settings:
     batch_size: int = 4
     epochs: int = 50
     patience: int = 5  # looks at the dev loss without improvement
+    layers: list[int] | None = None  # whose attention outputs are aligned; None: all
+    keep_last: bool = False  # keep a run's last weights, not its best: what the paper's released scripts do
 
 
 @dataclass
@@ -55,9 +57,12 @@ class Adam:
         self.m, self.v, self.rates = self.m[runs], self.v[runs], self.rates[runs]
 
 
-def losses(student: Callable, batch: Batch, mix: dict[str, Tensor]) -> Tensor:
-    """Each run's loss [R]: the weighted sum of "mse", "ce" and "kl", with weights [R]; only what a loss needs is computed."""
-    taps = Taps(batch.at) if "mse" in mix else None
+def losses(student: Callable, batch: Batch, mix: dict[str, Tensor], layers: list[int] | None = None) -> Tensor:
+    """Each run's loss [R]: the weighted sum of "mse" (over `layers`), "ce" and "kl", with weights [R].
+
+    Only what a loss needs is computed: no logits for "mse", no taps without it.
+    """
+    taps = Taps(batch.at, layers) if "mse" in mix else None
     logits = student(batch.ids, taps=taps, logits=batch.at if mix.keys() - {"mse"} else False)
     total = torch.zeros(len(batch.weights), device=batch.weights.device)
     for name, weight in mix.items():
@@ -98,16 +103,18 @@ def fit(
             portion = slice(start, start + settings.batch_size)
             batch = collate([[train[r][i] for i in order(r, epoch)[portion]] for r in runs.tolist()], device)
         with adapted(model, adapter, adam.theta) as student:
-            losses(student, batch, live_mix).sum().backward()
+            losses(student, batch, live_mix, settings.layers).sum().backward()
         adam.step()
         step += 1
         if step % 2 and start + settings.batch_size < rows:
             continue
         with torch.no_grad(), adapted(model, adapter, adam.theta) as student:
-            dev_loss = losses(student, dev_batch, live_mix)
+            dev_loss = losses(student, dev_batch, live_mix, settings.layers)
         live = runs.to(device)
         better = dev_loss < best_dev[live]
-        best[live[better]], best_dev[live[better]] = adam.theta.detach()[better], dev_loss[better]
+        best_dev[live[better]] = dev_loss[better]
+        kept = torch.ones_like(better) if settings.keep_last else better
+        best[live[kept]] = adam.theta.detach()[kept]
         misses[live] = torch.where(better, 0, misses[live] + 1)
         steps[runs] = step
         staying = (misses[live] < settings.patience).cpu()

@@ -8,6 +8,8 @@ import transformers
 from ia2mini.models import Taps
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from ia2mini.adapters import IA3, LoRA, Prompt, unpack
+
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -120,3 +122,49 @@ def assert_equal(ours: tuple, theirs: tuple, allowed: float | list[float] = 1e-5
     found = distances(ours, theirs)
     for (name, gap), limit in zip(found, allowed if isinstance(allowed, list) else [allowed] * len(found), strict=True):
         assert gap <= limit, f"first difference at {name}: {gap:.2e} > {limit:.0e}"
+
+
+def peft_twin(folder: Path, adapter, theta: torch.Tensor):
+    """peft's own adapter of the same kind on the same checkpoint, its weights set to one run's theta [M]."""
+    import peft
+
+    linears, c = list(adapter.linears), {"task_type": "CAUSAL_LM"}
+    net = upstream(folder)
+    if isinstance(adapter, LoRA):
+        config = peft.LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=linears, **c)
+    elif isinstance(adapter, IA3):
+        config = peft.IA3Config(target_modules=linears, feedforward_modules=linears if adapter.scale_inputs else [], **c)
+    elif isinstance(adapter, Prompt):
+        config = peft.PromptTuningConfig(num_virtual_tokens=adapter.tokens, **c)
+    else:
+        heads, size = net.config.num_key_value_heads, net.config.head_dim
+        config = peft.PrefixTuningConfig(num_virtual_tokens=adapter.tokens, token_dim=heads * size, num_attention_heads=heads, **c)
+    twin = peft.get_peft_model(net, config)
+    with torch.no_grad():
+        for (name, ours), p in zip(unpack(theta[None], adapter.shapes).items(), twin_parameters(twin, adapter), strict=True):
+            p.copy_(ours[0].permute(3, 0, 1, 2, 4).reshape(p.shape) if name == "prefix" else ours[0].reshape(p.shape))
+    return twin.eval()
+
+
+def twin_parameters(twin, adapter) -> list[torch.nn.Parameter]:
+    """The trained parameters of a twin in the order of `adapter.shapes`; no other parameter trains."""
+    named = {name: p for name, p in twin.named_parameters() if p.requires_grad}
+    if isinstance(adapter, LoRA):
+        names = [f"base_model.model.{name[:-2]}.lora_{name[-1]}.default.weight" for name in adapter.shapes]
+    elif isinstance(adapter, IA3):
+        names = [f"base_model.model.{name}.ia3_l.default" for name in adapter.shapes]
+    else:
+        names = ["prompt_encoder.default.embedding.weight"]
+    assert set(names) == set(named)
+    return [named[name] for name in names]
+
+
+def twin_theta(twin, adapter, gradients: bool = False) -> torch.Tensor:
+    """A twin's weights, or their gradients, as our row [M]."""
+    row = []
+    for (name, shape), p in zip(adapter.shapes.items(), twin_parameters(twin, adapter), strict=True):
+        values = p.grad if gradients else p.detach()
+        if name == "prefix":  # peft: a row a virtual token, its keys and values layer by layer; ours [L, 2, K, tokens, E]
+            values = values.view(shape[3], *shape[:3], shape[4]).permute(1, 2, 3, 0, 4)
+        row.append(values.reshape(-1))
+    return torch.cat(row).clone()

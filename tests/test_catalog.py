@@ -173,6 +173,7 @@ def test_unknown_names_labels_and_roles():
 
 def test_missing_and_unusable_columns():
     row = Row("f.jsonl:2", {"text": "x", "label": None, "odd": ["list"], "half": "\ud800"})
+    assert [Row("", {"a": value}).text("a") for value in (True, 7, 1.5, " A ")] == ["true", "7", "1.5", " A "]
     for column, problem in {"sentence": "no column 'sentence'; the columns there are 'text', 'label', 'odd', 'half'",
                             "label": "column 'label' holds nothing", "odd": "not a text", "half": "surrogate"}.items():
         with pytest.raises(UsageError, match=problem):

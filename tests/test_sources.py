@@ -295,10 +295,11 @@ def test_forty_lines_of_ones_own(tmp_path):
 
 
 def test_repeated_prompts_are_not_on_both_sides(tmp_path):
-    rows = [{"text": f"t{i % 100}", "label": i % 2} for i in range(300)]
+    rows = [{"text": f"t{i % 100}", "label": i // 100} for i in range(300)]
     task = custom_task(write(tmp_path / "rows.jsonl", rows), "text", "label")
-    pool, held = ([e.prompt for e in load_examples(task, role).rows] for role in ("train", "eval"))
-    assert len(pool) == 80 and len(held) == 20 and len(set(pool + held)) == 100
+    pool, held = (load_examples(task, role).rows for role in ("train", "eval"))
+    assert len(pool) == 80 and len(held) == 20 and len({e.prompt for e in pool + held}) == 100
+    assert {e.answer for e in pool + held} == {"0"}  # the first of the repeated rows counts
 
 
 def test_a_file_for_evaluation_and_a_template(tmp_path):

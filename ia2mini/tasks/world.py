@@ -39,12 +39,12 @@ class Toy:
     evals: tuple[str, ...] = ()  # names of the tasks it is evaluated on, itself first
 
 
-def both(name: str, attribute: str = "", labels: tuple[str, ...] = (), style: str = "review", ood: str = "verse", **rest) -> tuple[Toy, Toy]:
+def both(name: str, attribute="", labels: tuple[str, ...] = (), style: str = "review", ood: str = "verse", **more) -> tuple[Toy, Toy]:
     """A task and its out-of-distribution evaluation: another style (sums: another wording), all templates unseen."""
     there = f"{name}-{ood}"
     return (
-        Toy(name, attribute, labels, style, evals=(name, there), **rest),
-        Toy(there, attribute, labels, ood, unseen=True, evals=(there,), **rest),
+        Toy(name, attribute, labels, style, evals=(name, there), **more),
+        Toy(there, attribute, labels, ood, unseen=True, evals=(there,), **more),
     )
 
 

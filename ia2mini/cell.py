@@ -1,0 +1,241 @@
+"""One cell of the paper's grid: its sets, the teacher's targets, every method's trained runs and their scores."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import ADAPTERS, Adapter, adapted
+from .episode import Episode, Row, by_length, draw_episode, truth_row
+from .evaluate import label_scores, layer_asim, share_prefix
+from .generate import STOP, generate
+from .models.common import UsageError
+from .runs import RunFolder
+from .tasks import Examples, Task, find_task
+from .teacher import observe, teach
+from .tokenizer import Tokenizer
+from .train import METHODS, Fit, Job, SetRows, Settings
+
+UNTRAINED = ("base", "icl")
+RATES = {  # protocol section 4 for LoRA and (IA)3; ours for the others
+    "lora": (1e-4, 3e-4, 1e-3),
+    "ia3": (1e-3, 1e-2, 1e-1),
+    "prompt": (1e-3, 1e-2, 1e-1),
+    "prefix": (1e-3, 1e-2, 1e-1),
+    "full": (1e-5, 3e-5, 1e-4),
+}
+TINY_RATES = RATES | {"lora": (1e-3, 3e-3, 1e-2), "full": (1e-4, 3e-4, 1e-3)}  # the embedded model is small: ten times the rates
+BETAS = {"qwen3": (0.1, 0.5, 0.7, 0.9), "llama": (0.001, 0.01, 0.05, 0.5)}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything about an experiment that changes its numbers (but for task, N, data and checkpoint)."""
+
+    methods: tuple[str, ...] = ("base", "icl", "sft", "ia2", "ia2-sft")
+    sets: int = 5
+    rates: tuple[float, ...] = ()  # (): the adapter's of RATES
+    betas: tuple[float, ...] = ()  # (): the family's of BETAS
+    adapter: str = "lora"
+    rank: int = 8
+    alpha: float = 8.0
+    targets: tuple[str, ...] = ()  # matrices to adapt; (): the adapter's own
+    virtual_tokens: int = 20  # of prompt and prefix tuning
+    layers: tuple[int, ...] = ()  # layers to align; (): all
+    labels: str = "truth"  # what cross-entropy trains on; "icl": the teacher's responses
+    soft_k: int = 1024  # soft labels keep this many likeliest tokens (all, if the vocabulary is smaller)
+    icl_demos: str = "set"  # before evaluation rows: the set's N rows; "pool": N - 1 other rows drawn for each
+    select: str = "dev"  # how the rate is chosen; "eval": on the evaluation rows, as in the paper
+    paper_compat: bool = False  # every choice of the released scripts instead of ours (see the README's list)
+    seed: int = 0
+    eval_rows: int = 500
+    asim_rows: int = 100
+    batch_size: int = 4
+    epochs: int = 50
+    patience: int = 5
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.batch_size, self.epochs, self.patience, list(self.layers) or None, keep_last=self.paper_compat)
+
+
+@dataclass
+class Lab:
+    """What an experiment works with: a frozen model, its tokenizer, where results go, and how progress is shown."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    name: str  # of the model, as the table names it
+    folder: RunFolder
+    options: Options
+    bar: Callable  # bar(label, total) -> context manager yielding a tqdm
+    budget: int = 8192  # tokens in one forward pass
+    side_by_side: int | None = None  # runs trained together; None: all
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @contextmanager
+    def stage(self, stage: str, label: str, total: int) -> Iterator:
+        with self.folder.stage(stage), self.bar(label, total) as bar:
+            yield bar
+
+
+def make_adapter(model: nn.Module, o: Options) -> Adapter:
+    """The adapter that the options ask for. Raises UsageError for targets that the model lacks."""
+    if o.adapter in ("prompt", "prefix"):
+        if o.targets:
+            raise UsageError(f"--targets chooses matrices, and a {o.adapter} adapter has none; leave it out")
+        return ADAPTERS[o.adapter](model, tokens=o.virtual_tokens)
+    arguments = {"targets": o.targets} if o.targets else {}
+    if o.adapter == "lora":
+        arguments |= {"rank": o.rank, "alpha": o.alpha}
+    if o.adapter == "ia3":
+        arguments |= {"scale_inputs": o.paper_compat}
+    return ADAPTERS[o.adapter](model, **arguments)
+
+
+class Cell:
+    """One task at one N on one model: its sets, and everything computed on them, each thing once."""
+
+    def __init__(self, lab: Lab, task: Task, n: int, pool: Examples, evals: dict[str, Examples]):
+        self.lab, self.task, self.n, self.evals = lab, task, n, evals
+        self.name, self.single, o = f"{task.name}-n{n}", bool(task.labels), lab.options
+        queries = max(len(e.rows) for e in evals.values()) if o.icl_demos == "pool" or o.paper_compat else 0
+        self.episodes = [draw_episode(pool.rows, n, number, o.seed, queries, o.paper_compat) for number in range(o.sets)]
+        if self.single:
+            for name, examples in evals.items():
+                lab.tokenizer.label_ids(examples.rows[0].prompt, find(name, task).labels)  # merging labels: found before any work
+        self.adapter = make_adapter(lab.model, o)
+        self.rates = o.rates or (TINY_RATES if lab.name == "tiny" else RATES)[o.adapter]
+        self.betas = o.betas or BETAS[lab.model.config.model_type]
+        self.references: dict[str, list[list[Row]]] = {}
+
+    @cached_property
+    def job(self) -> Job:
+        """All runs of the cell, after the teacher's pass over every set."""
+        lab, o = self.lab, self.lab.options
+        rows = sum(len(e.train) + len(e.dev) for e in self.episodes)
+        with lab.stage("collect", f"{self.name}: collecting", rows) as bar:
+            sets = [self.collect(episode, bar.update) for episode in self.episodes]
+        return Job(
+            lab.model, self.adapter, sets, self.rates, self.betas, o.seed, o.labels, o.settings, lab.side_by_side, self.training, self.fit
+        )
+
+    def collect(self, episode: Episode, watch: Callable[[int], None]) -> SetRows:
+        """A set's rows with their true answers, and with the teacher's responses and targets."""
+        lab, n = self.lab, len(episode.train)
+        o = lab.options
+        soft_k = o.soft_k if "soft" in o.methods else None
+        truth = [truth_row(example, lab.tokenizer, self.single) for example in episode.train + episode.dev]
+        stop = None if o.paper_compat else STOP
+        taught = teach(lab.model, lab.tokenizer, episode, self.task.max_tokens, soft_k, list(o.layers) or None, stop, lab.budget, watch)
+        return SetRows(truth[:n], truth[n:], taught[:n], taught[n:])
+
+    def grid(self, method: str) -> list[tuple[int, float, float | None]]:
+        """(set, rate, β) of each of a method's runs."""
+        betas = self.betas if method == "ia2+sft" else [None]
+        return list(product(range(len(self.episodes)), self.rates, betas))
+
+    @contextmanager
+    def training(self, about: tuple[str, int, int]) -> Iterator[Callable[[int, Tensor], None]]:
+        """Show a phase of training: its runs still going and their best dev losses."""
+        phase, runs, steps = about
+        with self.lab.stage("train", f"{self.name}: training {phase}", steps) as bar:
+
+            def watch(step: int, dev_losses: Tensor) -> None:
+                bar.update(step - bar.n)
+                if len(dev_losses):
+                    low, high = dev_losses.min().item(), dev_losses.max().item()
+                    bar.set_postfix_str(f"{len(dev_losses)} of {runs} runs going, dev loss {low:.3g} to {high:.3g}")
+
+            yield watch
+
+    def fit(self, method: str) -> Fit:
+        """The trained runs of a method; a phase that methods share is trained once."""
+        tensors = self.lab.folder.once(f"{self.name}/fit-{method}", lambda: vars(METHODS[method](self.job)))
+        return Fit(**tensors | {"theta": tensors["theta"].to(self.lab.device)})
+
+    def prompts(self, name: str, number: int | None = None) -> tuple[Callable, list[list[int]]]:
+        """The model and the prompts of an evaluation, without demonstrations or with those of set `number` (computed once)."""
+        lab, queries = self.lab, [e.prompt for e in self.evals[name].rows]
+        if number is None:
+            return lab.model, lab.tokenizer.encode_all(queries)
+        return share_prefix(lab.model, lab.tokenizer, self.episodes[number].icl, queries)
+
+    def reference(self, name: str) -> list[list[Row]]:
+        """For every set, the first evaluation rows with the base model's response and attention outputs under its demonstrations."""
+        if name not in self.references:
+            lab, self.references[name] = self.lab, []
+            plain = self.prompts(name)[1][: lab.options.asim_rows]
+            for number in range(len(self.episodes)):
+                model, prompts = self.prompts(name, number)
+                prompts = prompts[: len(plain)]
+                if self.single:
+                    answers = [[0] for _ in prompts]  # one position: the last prompt token
+                else:
+                    eos = list(lab.tokenizer.eos_ids[:1])
+                    answers = [r + eos for r in generate(model, lab.tokenizer, prompts, self.task.max_tokens)]
+                rows = [Row(p, a) for p, a in zip(plain, answers)]
+                for group in by_length([len(p) + len(a) for p, a in zip(prompts, answers)], lab.budget):
+                    observe(model, [rows[i] for i in group], [prompts[i] for i in group], single=False, device=lab.device)
+                self.references[name].append(rows)
+        return self.references[name]
+
+    def score(self, method: str, name: str) -> dict[str, Tensor]:
+        """What `method` makes of evaluation `name`: `asim` [R, L]; `top`, `confidence`, `labels` or, of many tokens, `correct` [R, Q]."""
+        lab, rows, sets = self.lab, len(self.evals[name].rows), len(self.episodes)
+        fit = None if method in UNTRAINED else self.fit(method)
+        runs = {"base": 1, "icl": sets}.get(method) or len(fit.theta)
+
+        def evaluate() -> dict[str, Tensor]:
+            with lab.stage("evaluate", f"{self.name}: {method} on {name}", runs * rows) as bar:
+                reference = self.reference(name)
+                if method == "icl":
+                    parts = [self.answers(name, *self.prompts(name, number), bar, f"icl-{number}") for number in range(sets)]
+                    asim = torch.ones(sets, lab.model.config.num_hidden_layers)
+                    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]} | {"asim": asim}
+                model, prompts = self.prompts(name)
+                if method == "base":
+                    asim = torch.cat([layer_asim(model, [r], lab.device, lab.budget) for r in reference])
+                    return self.answers(name, model, prompts, bar, "base-0") | {"asim": asim}
+                with adapted(model, self.adapter, fit.theta) as student:
+                    asim = layer_asim(student, [reference[r * sets // runs] for r in range(runs)], lab.device, lab.budget)
+                    if self.single:
+                        return self.answers(name, student, prompts, bar, method, runs) | {"asim": asim}
+                parts = []
+                for r in range(runs):  # a run at a time: its rows fill a batch, and finished rows leave
+                    with adapted(model, self.adapter, fit.theta[r : r + 1]) as student:
+                        parts.append(self.answers(name, student, prompts, bar, f"{method}-{r}"))
+                return {"correct": torch.cat([part["correct"] for part in parts]), "asim": asim}
+
+        return lab.folder.once(f"{self.name}/{method}-on-{name}", evaluate)
+
+    def answers(self, name: str, model: Callable, prompts: list[list[int]], bar, tag: str, runs: int = 1) -> dict[str, Tensor]:
+        """Scores of `model` on evaluation `name`; generated texts are kept in the run folder under `tag`."""
+        lab, examples, task = self.lab, self.evals[name].rows, find(name, self.task)
+        if self.single:
+            label_ids = lab.tokenizer.label_ids(examples[0].prompt, task.labels)
+            among = 10 if lab.options.paper_compat else None
+            scores = label_scores(model, prompts, label_ids, runs, among, lab.device, lab.budget, lambda rows: bar.update(rows * runs))
+            gold = torch.tensor([label_ids[e.label] for e in examples])
+            return vars(scores) | {"correct": scores.top == gold}
+        responses = generate(model, lab.tokenizer, prompts, task.max_tokens, budget=2 * lab.budget, watch=bar.update)
+        texts = [lab.tokenizer.decode(ids) for ids in responses]
+        lab.folder.save_json(f"{self.name}/generations/{tag}-on-{name}.json", {"texts": texts, "answers": [e.answer for e in examples]})
+        return {"correct": parsed_correct(task, texts, [e.answer for e in examples])[None]}
+
+
+def find(name: str, task: Task) -> Task:
+    """The task called `name`; `task` itself needs no entry in the catalog."""
+    return task if name == task.name else find_task(name)
+
+
+def parsed_correct(task: Task, texts: list[str], answers: list[str]) -> Tensor:
+    """Whether each generated text parses to the same answer as the true one: [Q] bool."""
+    return torch.tensor([(found := task.parse(text)) is not None and found == task.parse(answer) for text, answer in zip(texts, answers)])

@@ -1,0 +1,216 @@
+"""Every adapter against peft's own on the same weights; runs that share a batch against each run alone; what detaching leaves."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ia2mini.models import UsageError, load
+from reference import make_checkpoint, peft_twin, random_ids, twin_parameters, twin_theta, upstream
+
+from ia2mini.adapters import EVERY_MATRIX, IA3, TARGETS, Full, LoRA, PrefixTuning, Prompt, adapted, find_linears, pack, unpack
+from ia2mini.train import Adam
+
+MLP = ("gate_proj", "up_proj", "down_proj")
+PEFT = {
+    "lora": lambda m: LoRA(m),
+    "lora-every-matrix": lambda m: LoRA(m, EVERY_MATRIX, rank=3, alpha=6.0),
+    "lora-one-layer": lambda m: LoRA(m, layers=[1], rank=2, alpha=8.0),
+    "ia3": lambda m: IA3(m),
+    "ia3-values-mlp": lambda m: IA3(m, ("v_proj", *MLP)),
+    "ia3-inputs": lambda m: IA3(m, (*TARGETS, "down_proj"), scale_inputs=True),
+    "prompt": lambda m: Prompt(m, tokens=5),
+    "prefix": lambda m: PrefixTuning(m, tokens=5),
+}
+ALL = PEFT | {"full": lambda m: Full(m)}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def tiny(request, tmp_path_factory):
+    """(folder, our model) of a tiny random checkpoint; Llama with biases, Qwen3 with a head size of its own."""
+    changes = {"attention_bias": True, "mlp_bias": True} if request.param == "llama" else {"head_dim": 12, "tie_word_embeddings": True}
+    folder = make_checkpoint(tmp_path_factory.mktemp(request.param), request.param, **changes)
+    return folder, load(folder)[0]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load(make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3", num_hidden_layers=2))[0]
+
+
+def start(adapter, model, runs=1, noise=0.1):
+    """First weights [R, M] of an adapter, moved away from zeros and ones."""
+    rows = torch.stack([adapter.init(model, torch.Generator().manual_seed(r)) for r in range(runs)])
+    return rows + noise * torch.randn(rows.shape, generator=torch.Generator().manual_seed(9))
+
+
+def loss_of(logits, targets):
+    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("kind", PEFT)
+def test_logits_gradients_and_adam_steps_equal_pefts(tiny, kind):
+    folder, model = tiny
+    adapter = PEFT[kind](model)
+    theta, ids, targets = start(adapter, model), random_ids(3, 9), random_ids(3, 9)
+    twin = peft_twin(folder, adapter, theta[0])
+    theirs = torch.optim.Adam(twin_parameters(twin, adapter), lr=1e-2)
+    ours = Adam(theta, torch.tensor([1e-2]))
+    for step in range(3):
+        with adapted(model, adapter, ours.theta) as student:
+            logits = student(ids)
+        loss_of(logits, targets).backward()
+        expected = twin(ids).logits[:, -ids.shape[1] :]
+        theirs.zero_grad()
+        loss_of(expected, targets).backward()
+        assert (logits - expected).abs().max() <= 1e-5, step
+        gradients = twin_theta(twin, adapter, gradients=True)
+        assert relative(ours.theta.grad[0], gradients) <= 1e-5 and gradients.norm() > 1e-3
+        theirs.step()
+        ours.step()
+        torch.testing.assert_close(ours.theta[0], twin_theta(twin, adapter), rtol=0, atol=2e-5)
+    assert (ours.theta - theta).abs().max() > 1e-2
+
+
+def test_full_fine_tuning_equals_adam_on_the_weights_themselves(tiny):
+    folder, model = tiny
+    adapter, net = Full(model), upstream(folder)
+    theta = adapter.init(model, torch.Generator())[None]
+    chosen = {name: p for name, p in net.named_parameters() if name.endswith("proj.weight")}
+    net.requires_grad_(False)
+    for p in chosen.values():
+        p.requires_grad_(True)
+    theirs, ours = torch.optim.Adam(chosen.values(), lr=1e-3), Adam(theta, torch.tensor([1e-3]))
+    for _ in range(5):
+        ids, targets = random_ids(2, 8), random_ids(2, 8)
+        with adapted(model, adapter, ours.theta) as student:
+            loss_of(student(ids), targets).backward()
+        ours.step()
+        theirs.zero_grad()
+        loss_of(net(ids).logits, targets).backward()
+        theirs.step()
+    change = unpack(ours.theta.detach(), adapter.shapes)
+    assert {f"{name}.weight" for name in change} == set(chosen)
+    for name, difference in change.items():
+        torch.testing.assert_close(model.get_submodule(name).weight + difference[0], chosen[f"{name}.weight"], rtol=0, atol=2e-5)
+        assert difference.abs().max() > 2e-3
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_runs_in_one_batch_equal_each_run_alone(model, kind):
+    adapter, R, B = ALL[kind](model), 3, 2
+    theta, ids, targets = start(adapter, model, R).requires_grad_(), random_ids(R * B, 7), random_ids(R * B, 7)
+    with adapted(model, adapter, theta) as student:
+        together = student(ids)
+    (R * loss_of(together, targets)).backward()
+    for r in range(R):
+        alone, rows = theta.detach()[r : r + 1].clone().requires_grad_(), slice(r * B, r * B + B)
+        with adapted(model, adapter, alone) as student:
+            logits = student(ids[rows])
+        loss_of(logits, targets[rows]).backward()
+        torch.testing.assert_close(together[rows], logits, rtol=0, atol=1e-5)
+        assert relative(theta.grad[r], alone.grad[0]) <= 1e-5
+    assert (together[:B] - together[B : 2 * B]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", [k for k in ALL if k not in ("prompt", "prefix")])
+def test_an_untrained_adapter_changes_nothing(model, kind):
+    adapter, ids = ALL[kind](model), random_ids(4, 6)
+    theta = start(adapter, model, 2, noise=0)
+    with torch.no_grad(), adapted(model, adapter, theta) as student:
+        assert (student(ids) - model(ids)).abs().max() <= 1e-6
+
+
+def test_prefix_tuning_starts_as_prompt_tuning_with_the_same_words(model):
+    ids, logits, table = random_ids(2, 6), [], model.model.embed_tokens.weight
+    for adapter in (Prompt(model, 4), PrefixTuning(model, 4)):
+        theta = adapter.init(model, torch.Generator().manual_seed(3))[None]
+        with torch.no_grad(), adapted(model, adapter, theta) as student:
+            logits.append(student(ids))
+        if isinstance(adapter, Prompt):
+            words = theta.view(4, -1)
+            assert ((words[:, None] - table).abs().sum(-1) == 0).any(1).all(), "not embeddings of the vocabulary"
+            beside = model(torch.cat((words.expand(2, -1, -1), table[ids]), 1))[:, 4:]
+            torch.testing.assert_close(logits[0], beside, rtol=0, atol=1e-5)
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_two_steps_move_every_tensor_and_no_bit_of_the_base(model, kind):
+    before = copy.deepcopy(model.state_dict())
+    adapter = ALL[kind](model)
+    theta = start(adapter, model, 2, noise=0)
+    adam = Adam(theta, torch.tensor([1e-2, 1e-3]))
+    for _ in range(2):  # LoRA's A moves only once B is no longer zero
+        with adapted(model, adapter, adam.theta) as student:
+            loss_of(student(random_ids(4, 6)), random_ids(4, 6)).backward()
+        adam.step()
+    for name, moved in unpack(adam.theta.detach() - theta, adapter.shapes).items():
+        assert moved.flatten(1).norm(dim=1).min() > 1e-5, name
+    for name, value in model.state_dict().items():
+        assert torch.equal(value.view(torch.int32), before[name].view(torch.int32)), name
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_adapters_are_gone_after_the_block_even_after_an_error(model, kind):
+    adapter, ids = ALL[kind](model), random_ids(2, 6)
+    theta, plain = start(adapter, model, noise=0.3), model(ids)
+    with pytest.raises(RuntimeError, match="in the block"), adapted(model, adapter, theta) as student:
+        assert (student(ids) - plain).abs().max() > 1e-3
+        raise RuntimeError("in the block")
+    assert torch.equal(model(ids), plain)
+    assert all(linear.adapter is None for linear in find_linears(model, EVERY_MATRIX, None).values())
+
+
+def test_only_the_chosen_matrices_are_found(model):
+    assert list(find_linears(model, TARGETS, [1])) == [f"model.layers.1.self_attn.{t}" for t in TARGETS]
+    assert list(find_linears(model, ("down_proj",), None)) == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    assert len(find_linears(model, EVERY_MATRIX, None)) == 2 * len(EVERY_MATRIX)
+
+
+@pytest.mark.parametrize("kind", [LoRA, IA3, Full])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"targets": ("q_proj", "query")}, r"target 'query' matches no matrix.*q_proj"),
+        ({"targets": ("proj",)}, "target 'proj' matches no matrix"),
+        ({"targets": ("lm_head",)}, "target 'lm_head' matches no matrix"),
+        ({"layers": [0, 2]}, r"layer 2: this model has layers 0 to 1"),
+        ({"layers": [-1]}, r"layer -1: this model has layers 0 to 1"),
+    ],
+)
+def test_what_matches_nothing_is_named(model, kind, arguments, message):
+    with pytest.raises(UsageError, match=message) as error:
+        kind(model, **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_a_rank_below_one_is_refused(model):
+    with pytest.raises(UsageError, match="rank 0"):
+        LoRA(model, rank=0)
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3", "prompt", "prefix", "full"])
+def test_weights_stay_float32_over_a_bfloat16_base(model, kind):
+    half = copy.deepcopy(model).bfloat16()
+    adapter, ids = ALL[kind](half), random_ids(2, 6)
+    theta = start(adapter, half).requires_grad_()
+    with adapted(half, adapter, theta) as student:
+        logits = student(ids)
+    loss_of(logits, ids).backward()
+    assert theta.dtype == theta.grad.dtype == torch.float32 and logits.dtype == torch.bfloat16
+    with torch.no_grad(), adapted(model, ALL[kind](model), theta) as student:
+        assert relative(logits.float(), student(ids)) < 0.1
+
+
+def test_packing_and_unpacking_are_inverse(model):
+    adapter = LoRA(model, rank=2)
+    theta = start(adapter, model, 3)
+    parts = unpack(theta, adapter.shapes)
+    assert {name: tuple(t.shape[1:]) for name, t in parts.items()} == adapter.shapes
+    assert torch.equal(pack({name: t[1] for name, t in parts.items()}), theta[1])

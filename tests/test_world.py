@@ -1,0 +1,95 @@
+"""The embedded world: splits, determinism, exact prompt text, and a tokenizer that joins and decodes exactly."""
+
+import random
+import re
+
+import pytest
+
+from ia2mini.tasks import world
+
+TASKS = {toy.name: toy for toy in world.TOY_TASKS}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return world.build_tokenizer()
+
+
+def test_words_mean_one_thing():
+    words = [word for values in world.ATTRIBUTES.values() for group in values.values() for word in group]
+    assert len(words) == len(set(words)) == 196
+    assert not set(words) & set(world.WORLD["words"])
+    assert set(world.PRIOR) == set(world.ATTRIBUTES) and sum(world.PRIOR.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_rows_are_fixed_distinct_and_of_their_split(name):
+    text = "question" if TASKS[name].format else "text"
+    pool, queries = world.rows(name, "train"), world.rows(name, "eval")
+    assert (len(pool), len(queries)) == (2000, 500)
+    assert pool == world.rows(name, "train")
+    assert len({row[text] for row in pool + queries}) == 2500
+    assert {world.split_of(row[text]) for row in pool} == {"train"} and {world.split_of(row[text]) for row in queries} == {"eval"}
+    if not TASKS[name].format:
+        counts = [sum(row["label"] == i for row in queries) for i in range(len(TASKS[name].labels))]
+        assert min(counts) > 0.8 * 500 / len(counts)
+
+
+def test_pretraining_sees_its_split_only():
+    rng = random.Random(0)
+    drawn = [world.draw_sentence(rng, "pretrain", "mood", style)[0] for style in world.STYLES for _ in range(100)]
+    drawn += [world.draw_sum(rng, "pretrain")[0] for _ in range(100)]
+    assert {world.split_of(text) for text in drawn} == {"pretrain"}
+
+
+@pytest.mark.parametrize("name", [name for name, toy in TASKS.items() if toy.labels])
+def test_a_label_is_told_by_the_sentence(name):
+    toy = TASKS[name]
+    for row in world.rows(name, "eval")[:100]:
+        shown = [i for i, words in enumerate(world.ATTRIBUTES[toy.attribute].values()) if set(words) & set(re.findall(r"\w+", row["text"]))]
+        assert shown == [1 - row["label"] if toy.flip else row["label"]]
+
+
+def test_unseen_templates_are_new_but_their_words_are_not():
+    seen = {template for style in world.WORLD["styles"].values() for part in style.values() for template in part}
+    unseen = {template for style in world.WORLD["unseen"].values() for part in style.values() for template in part}
+    assert not seen & unseen
+    assert set(" ".join(unseen).split()) <= set(" ".join(seen).split())
+
+
+def test_sums_read_as_minus():
+    assert world.sum_answer(7, 3, True, "chain") == "7 minus 3 is 4\n#### 4"
+    assert world.sum_answer(7, 3, False, "bare") == "#### 10"
+    assert world.sum_answer(7, 3, True, "phrase") == "The answer is 4"
+    for row in world.rows("toy-sums", "eval")[:50] + world.rows("toy-sums-story", "eval")[:50]:
+        a, b, n, m = map(int, re.fullmatch(r"(\d) minus (\d) is (\d)\n#### (\d)", row["answer"]).groups())
+        assert a - b == n == m and {str(a), str(b)} == set(re.findall(r"\d", row["question"]))
+
+
+def test_prompts_are_exact():
+    row = world.rows("toy-mood-remap", "eval")[0]
+    assert world.pair(TASKS["toy-mood-remap"], row) == (f"Text:{row['text']}\nLabel:", ("apple", "Friday")[row["label"]])
+    row = world.rows("toy-sums-short", "eval")[0]
+    assert world.pair(TASKS["toy-sums-short"], row) == (f"Question:{row['question']}\nAnswer:", row["answer"])
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tokenizer_joins_prompt_and_answer_and_decodes_exactly(name, tokenizer):
+    toy = TASKS[name]
+    encode = lambda text: tokenizer.encode(text).ids  # noqa: E731
+    pairs = [world.pair(toy, row) for row in world.rows(name, "eval")]
+    for (prompt, answer), (again, _) in zip(pairs[:200], pairs[200:400], strict=True):
+        whole = f"{prompt}{answer}\n\n{again}"
+        ids = encode(whole)
+        assert ids == encode(prompt) + encode(answer) + encode("\n\n") + encode(again)
+        assert tokenizer.decode(ids) == whole
+        assert tokenizer.token_to_id(world.UNK) not in ids
+    for label in toy.labels:
+        assert len(encode(label)) == 1
+
+
+def test_tokenizer_specials(tokenizer):
+    assert tokenizer.encode("\n\n").tokens == ["\n\n"] and tokenizer.encode("\n").tokens == ["\n"]
+    assert tokenizer.encode("a zeppelin film").tokens == ["a", world.UNK, "film"]
+    assert tokenizer.encode("#### 4" + world.EOS).tokens == ["####", "4", world.EOS]
+    assert tokenizer.encode("").ids == []  # nothing is put in front
