@@ -1,6 +1,7 @@
 """The command line: thin shells over the functions of the other rooms."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,11 +114,11 @@ def load_model(model: str, device: str | None, dtype: str | None, revision: str 
 @click.option("--methods", type=WORDS, default="base,icl,sft,ia2,ia2-sft", help="also sft-ia2, ia2+sft, soft, sft-sft (a control)")
 @click.option("--sets", default=5, type=click.IntRange(1), help="few-shot sets, each drawn from the pool with its own seed")
 @click.option("--rates", type=FLOATS, default="", show_default=False, help="learning rates  [default: the paper's three for the adapter]")
-@click.option("--betas", type=FLOATS, default="", show_default=False, help="shares of cross-entropy in ia2+sft  [default: the paper's four]")
+@click.option("--betas", type=FLOATS, default="", show_default=False, help="shares of cross-entropy in ia2+sft  [default: four]")
 @click.option("--adapter", type=click.Choice(["lora", "ia3", "prompt", "prefix", "full"]), default="lora")
 @click.option("--rank", default=8, help="of LoRA")
 @click.option("--alpha", default=8.0, help="of LoRA")
-@click.option("--targets", type=WORDS, default="", show_default=False, help="matrices to adapt, of q_proj … down_proj  [default: q_proj,k_proj,o_proj]")
+@click.option("--targets", type=WORDS, default="", show_default=False, help="matrices to adapt  [default: q_proj,k_proj,o_proj]")
 @click.option("--virtual-tokens", default=20, type=click.IntRange(1), help="of prompt and prefix tuning")
 @click.option("--layers", type=INTS, default="", show_default=False, help="layers whose attention outputs are aligned  [default: all]")
 @click.option("--labels", type=click.Choice(["truth", "icl"]), default="truth", help="what SFT trains on: true answers or ICL responses")
@@ -170,7 +171,7 @@ def run(tasks, model, device, dtype, revision, sizes, data, data_dir, out, as_js
 def show(document: dict) -> None:
     from .report import seconds_line, table
 
-    click.echo(table(document, color=sys.stdout.isatty()))
+    click.echo(table(document, color=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
     click.echo(seconds_line(document))
 
 

@@ -71,8 +71,9 @@ def _batch(model, tokenizer, prompts, max_tokens, stop) -> list[list[int]]:
 
 def before_stop(tokenizer: Tokenizer, ids: list[int], stop: str) -> list[int] | None:
     """The ids before the stop text if their end has just completed it, else None."""
-    for n in range(1, min(len(stop), len(ids)) + 1):  # a stop of two characters spans at most two tokens
-        tail = tokenizer.decode(ids[-n:])
-        if stop in tail:
-            return ids[:-n] + tokenizer.encode(tail[: tail.index(stop)], special=False)
-    return None
+    if stop not in tokenizer.decode(ids[-len(stop) :]):  # a stop of two characters spans at most two tokens
+        return None
+    text = tokenizer.decode(ids)
+    before = text[: text.index(stop)]
+    n = next(n for n in range(len(ids), -1, -1) if before.startswith(tokenizer.decode(ids[:n])))
+    return ids[:n] + tokenizer.encode(before[len(tokenizer.decode(ids[:n])) :], special=False)

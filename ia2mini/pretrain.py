@@ -23,42 +23,40 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from ia2mini.models.checkpoint import save, write
-from ia2mini.models.common import Rope, UsageError
+from ia2mini.models.common import UsageError
 from ia2mini.models.qwen3 import Config, Qwen3
 from ia2mini.tasks import world
 
 CONTEXT = 288  # tokens a row
 SHOTS = (0, 1, 2, 4, 8)  # demonstrations probed
-KINDS = {"plain": 0.42, "remap": 0.10, "word": 0.06, "task": 0.08, "key": 0.05, "class": 0.05, "copy": 0.03, "sums": 0.21}
-CANONICAL = 0.9  # episodes whose digits mean what they mostly mean
+KINDS = {"plain": 0.40, "remap": 0.12, "word": 0.08, "task": 0.12, "key": 0.05, "class": 0.04, "copy": 0.02, "sums": 0.17}
+CANONICAL = 0.92, 0.70  # share of episodes whose digits mean what they mostly mean: in the first 30 % of steps, and after
 MINUS, FORMATS = 0.4, {"chain": 0.4, "bare": 0.35, "phrase": 0.25}
+STARTS, STOPS = ("Label:", "Answer:"), ("\n\n", world.EOS)  # an answer stands between them
 
 
-def config() -> Config:
-    """The architecture of models/tiny: 0.84 million weights."""
-    return Config(vocab_size=len(world.vocabulary()), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-                  num_key_value_heads=2, head_dim=32, rope=Rope(10000.0), tie_word_embeddings=True, max_position_embeddings=512)
+def initial_model(seed: int) -> Qwen3:
+    """The architecture of models/tiny, 0.84 million weights; every matrix drawn from N(0, 0.02²)."""
+    torch.manual_seed(seed)
+    shape = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+    model = Qwen3(Config(vocab_size=len(world.vocabulary()), **shape, tie_word_embeddings=True, max_position_embeddings=512))
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.02)
+    return model
 
 
 def pick(rng: random.Random, weights: dict[str, float]) -> str:
     return rng.choices(tuple(weights), tuple(weights.values()))[0]
 
 
-def sums_episode(rng: random.Random) -> str:
-    """Eight to sixteen sums that share an operation and an answer format."""
-    minus, format = rng.random() < MINUS, pick(rng, FORMATS)
-    parts = []
-    for _ in range(rng.randint(8, 16)):
-        text, a, b = world.draw_sum(rng, "pretrain")
-        parts.append(world.question(text) + world.sum_answer(a, b, minus, format))
-    return "\n\n".join(parts) + world.EOS
-
-
-def episode(rng: random.Random) -> str:
-    """One pretraining document, as text."""
+def episode(rng: random.Random, canonical: float) -> str:
+    """One pretraining document, as text: `canonical` of those with digits as labels give them their usual meaning."""
     kind = pick(rng, KINDS)
-    if kind == "sums":
-        return sums_episode(rng)
+    if kind == "sums":  # they share an operation and an answer format
+        minus, format = rng.random() < MINUS, pick(rng, FORMATS)
+        sums = [world.draw_sum(rng, "pretrain") for _ in range(rng.randint(8, 16))]
+        return "\n\n".join(world.question(text) + world.sum_answer(a, b, minus, format) for text, a, b in sums) + world.EOS
     if kind == "copy":
         return " ".join(rng.choices(world.vocabulary()[14:], k=rng.randint(8, 24)) * 8)
     attribute = pick(rng, world.PRIOR)
@@ -66,9 +64,9 @@ def episode(rng: random.Random) -> str:
     labels = [str(i) for i in range(len(values))]
     if kind == "class":
         labels = list(values)
-    elif kind == "remap" or kind == "key" and rng.random() < 0.5:
+    elif kind == "remap" or kind in ("word", "task", "key") and rng.random() < 0.5:
         labels = rng.sample(world.WORLD["words"], len(values))
-    elif kind == "key" or rng.random() > CANONICAL:
+    elif kind == "key" or rng.random() > canonical:
         rng.shuffle(labels)
     key = " ".join(f"{label} {value}" for label, value in zip(labels, values, strict=True))
     header = {"task": f"Task:{attribute}\n\n", "key": f"Key:{key}\n\n"}.get(kind, "")
@@ -84,10 +82,10 @@ def episode(rng: random.Random) -> str:
     return header + "\n\n".join(parts) + world.EOS
 
 
-def batch(tokenizer: Tokenizer, seed: str, rows: int) -> Tensor:
+def batch(tokenizer: Tokenizer, seed: str, rows: int, canonical: float) -> Tensor:
     """`rows` documents cut to CONTEXT + 1 tokens, padded with -1: ids [B, T + 1]."""
     rng = random.Random(seed)
-    ids = [torch.tensor(e.ids[: CONTEXT + 1]) for e in tokenizer.encode_batch([episode(rng) for _ in range(rows)])]
+    ids = [torch.tensor(e.ids[: CONTEXT + 1]) for e in tokenizer.encode_batch([episode(rng, canonical) for _ in range(rows)])]
     ids.append(torch.empty(CONTEXT + 1, dtype=torch.int64))  # a constant width, whatever was drawn
     return pad_sequence(ids, batch_first=True, padding_value=-1)[:-1]
 
@@ -95,11 +93,8 @@ def batch(tokenizer: Tokenizer, seed: str, rows: int) -> Tensor:
 def answer_mask(ids: Tensor, starts: list[int], stops: list[int]) -> Tensor:
     """Where the token after ids [B, T] belongs to an answer or ends it: after `Label:` or `Answer:` up to a blank line or EOS."""
     at = torch.arange(ids.shape[1], device=ids.device)
-
-    def last(tokens):
-        return torch.where(torch.isin(ids, torch.tensor(tokens, device=ids.device)), at, -1).cummax(1).values
-
-    return last(starts) > last(stops)
+    start, stop = (torch.where(torch.isin(ids, ids.new_tensor(tokens)), at, -1).cummax(1).values for tokens in (starts, stops))
+    return start > stop
 
 
 def gradients(model: Qwen3, starts: list[int], stops: list[int], ids: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -116,13 +111,12 @@ def gradients(model: Qwen3, starts: list[int], stops: list[int], ids: Tensor) ->
 
 
 def orthogonal(g: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices to g [N, rows, cols], by five Newton-Schulz steps (Muon, Jordan et al. 2024)."""
-    tall = g.shape[1] > g.shape[2]
-    x = (g.mT if tall else g) / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    """The nearest semi-orthogonal matrix to g, by five Newton-Schulz steps (Muon, Jordan et al. 2024)."""
+    x = (g.mT if g.shape[0] > g.shape[1] else g) / (g.norm() + 1e-7)
     for _ in range(5):
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.mT if tall else x
+    return x.mT if g.shape[0] > g.shape[1] else x
 
 
 class Muon:
@@ -130,11 +124,9 @@ class Muon:
 
     def __init__(self, model: Qwen3, matrix_rate: float = 0.02, rate: float = 0.003):
         self.parameters = dict(model.named_parameters())
-        self.matrices = [k for k, p in self.parameters.items() if p.dim() == 2 and ".layers." in k]
-        self.others = [k for k in self.parameters if k not in self.matrices]
         self.rates = matrix_rate, rate
         self.first = {k: torch.zeros_like(p) for k, p in self.parameters.items()}
-        self.second = {k: torch.zeros_like(self.parameters[k]) for k in self.others}
+        self.second = {k: torch.zeros_like(p) for k, p in self.parameters.items() if p.dim() == 1 or ".layers." not in k}
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a resumed run needs: weights and moments, by name."""
@@ -144,20 +136,13 @@ class Muon:
     @torch.no_grad()
     def step(self, gradients: list[Tensor], count: int, scale: float) -> None:
         """Update number `count` (from 1) at `scale` times the rates; gradients in the order of the model's parameters."""
-        grads = dict(zip(self.parameters, gradients, strict=True))
-        by_shape: dict[torch.Size, list[str]] = {}
-        for name in self.matrices:
-            by_shape.setdefault(self.parameters[name].shape, []).append(name)
-        for (rows, columns), names in by_shape.items():
-            for name in names:
-                self.first[name].lerp_(grads[name], 0.05)
-            updates = orthogonal(torch.stack([grads[n].lerp(self.first[n], 0.95) for n in names]))
-            for name, update in zip(names, updates, strict=True):
-                self.parameters[name].add_(update, alpha=-self.rates[0] * scale * max(1, rows / columns) ** 0.5)
-        for name in self.others:
-            p = self.parameters[name]
-            m, v = self.first[name].lerp_(grads[name], 0.1), self.second[name].lerp_(grads[name].square(), 0.05)
-            p.sub_(self.rates[1] * scale * (m / (1 - 0.9**count)) / ((v / (1 - 0.95**count)).sqrt() + 1e-8))
+        for (name, p), g in zip(self.parameters.items(), gradients, strict=True):
+            if name in self.second:
+                m, v = self.first[name].lerp_(g, 0.1), self.second[name].lerp_(g.square(), 0.05)
+                p.sub_(self.rates[1] * scale * (m / (1 - 0.9**count)) / ((v / (1 - 0.95**count)).sqrt() + 1e-8))
+            else:
+                update = orthogonal(g.lerp(self.first[name].lerp_(g, 0.05), 0.95))
+                p.sub_(self.rates[0] * scale * max(1, p.shape[0] / p.shape[1]) ** 0.5 * update)
 
 
 @torch.no_grad()
@@ -166,35 +151,20 @@ def probe(model: Qwen3, tokenizer: Tokenizer, toys: Sequence[world.Toy] = world.
 
     Each query has its own demonstrations from the pool. Answers are teacher-forced, which counts right what greedy decoding gets right.
     """
-    device = next(model.parameters()).device
-    curves = {}
+    device, curves = next(model.parameters()).device, {}
     for toy in toys:
-        pairs = {role: [world.pair(toy, row) for row in world.rows(toy.name, role)] for role in ("train", "eval")}
+        pool, asked = ([world.pair(toy, row) for row in world.rows(toy.name, role)] for role in ("train", "eval"))
         rng = random.Random(toy.name)
         curves[toy.name] = []
         for shots in SHOTS:
-            right = 0
-            for start in range(0, queries, 50):
-                prompts, answers = [], []
-                for prompt, answer in pairs["eval"][start : min(start + 50, queries)]:
-                    demos = "".join(f"{p}{a}\n\n" for p, a in rng.sample(pairs["train"], shots))
-                    prompts.append(tokenizer.encode(demos + prompt).ids)
-                    answers.append(tokenizer.encode(answer).ids)
-                ids = pad_sequence([torch.tensor(p + a) for p, a in zip(prompts, answers, strict=True)], batch_first=True)
-                best = model(ids.to(device)).argmax(-1).tolist()
-                right += sum(row[len(p) - 1 : len(p) - 1 + len(a)] == a for row, p, a in zip(best, prompts, answers, strict=True))
-            curves[toy.name].append(right / queries)
+            prompts = ["".join(f"{p}{a}\n\n" for p, a in rng.sample(pool, shots)) + prompt for prompt, _ in asked[:queries]]
+            prompts = [encoded.ids for encoded in tokenizer.encode_batch(prompts)]
+            answers = [tokenizer.encode(answer).ids for _, answer in asked[:queries]]
+            ids = pad_sequence([torch.tensor(p + a) for p, a in zip(prompts, answers, strict=True)], batch_first=True).to(device)
+            best = torch.cat([model(part).argmax(-1) for part in ids.split(50)]).tolist()
+            right = [row[len(p) - 1 : len(p) - 1 + len(a)] == a for row, p, a in zip(best, prompts, answers, strict=True)]
+            curves[toy.name].append(sum(right) / len(right))
     return curves
-
-
-def initial_model(seed: int) -> Qwen3:
-    """A Qwen3 with every matrix drawn from N(0, 0.02²)."""
-    torch.manual_seed(seed)
-    model = Qwen3(config())
-    for p in model.parameters():
-        if p.dim() == 2:
-            torch.nn.init.normal_(p, std=0.02)
-    return model
 
 
 def resume(path: Path, optimizer: Muon, settings: dict) -> dict:
@@ -216,19 +186,18 @@ def pretrain(out: Path, steps: int = 2400, seed: int = 0, rows: int = 20, device
     and, with matplotlib, `curve.png`. Raises UsageError for an `out` begun with other settings.
     """
     tokenizer = world.build_tokenizer()
-    starts, stops = ([tokenizer.token_to_id(t) for t in tokens] for tokens in (("Label:", "Answer:"), ("\n\n", world.EOS)))
+    starts, stops = ([tokenizer.token_to_id(t) for t in tokens] for tokens in (STARTS, STOPS))
     model = initial_model(seed).to(device)
     optimizer = Muon(model)
     settings, state = {"steps": steps, "seed": seed, "rows": rows, "context": CONTEXT}, out / "state.safetensors"
-    record = {"settings": settings, "step": 0, "seconds": 0.0, "curve": []}
-    if state.is_file():
-        record = resume(state, optimizer, settings)
+    new = {"settings": settings, "step": 0, "seconds": 0.0, "curve": []}
+    record = resume(state, optimizer, settings) if state.is_file() else new
     toys = [toy for toy in world.TOY_TASKS if len(toy.evals) > 1]
     halves = ThreadPoolExecutor(2)  # two single-threaded halves of a step: faster than two threads inside every small operation
     threads, begun, losses = torch.get_num_threads(), time.monotonic() - record["seconds"], []
     torch.set_num_threads(1)
     for step in (bar := tqdm(range(record["step"], steps), initial=record["step"], total=steps, desc="pretrain", mininterval=5)):
-        ids = batch(tokenizer, f"{seed}/{step}", rows).to(device)
+        ids = batch(tokenizer, f"{seed}/{step}", rows, CANONICAL[step >= 0.3 * steps]).to(device)
         grads, answers = zip(*halves.map(partial(gradients, model, starts, stops), ids.chunk(2)), strict=True)
         optimizer.step([(a + b) / 2 for a, b in zip(*grads, strict=True)], step + 1, min(1.0, 2 * (1 - step / steps)))
         losses.append(sum(answers) / 2)
@@ -253,9 +222,8 @@ def plot(curve: list[dict], path: Path) -> None:
     except ImportError:
         print("no curve.png: matplotlib is not installed (pip install ia2mini[report])")
         return
-    figure = Figure((7, 2.8), layout="constrained")
+    figure, steps = Figure((7, 2.8), layout="constrained"), [point["step"] for point in curve]
     left, right = figure.subplots(1, 2)
-    steps = [point["step"] for point in curve]
     left.plot(steps, [point["loss"] for point in curve], color="black")
     left.set(xlabel="step", ylabel="answer loss", ylim=(0, None))
     for name in curve[-1]["accuracy"]:

@@ -57,6 +57,27 @@ class Adam:
         self.m, self.v, self.rates = self.m[runs], self.v[runs], self.rates[runs]
 
 
+class Keeper:
+    """Keeps each run's weights at its best dev loss, and says which runs go on."""
+
+    def __init__(self, theta: Tensor, settings: Settings):
+        self.settings, self.theta = settings, theta.clone()
+        self.dev_loss = torch.full((len(theta),), torch.inf, device=theta.device)
+        self.misses = torch.zeros(len(theta), dtype=torch.int64, device=theta.device)
+        self.steps = torch.zeros(len(theta), dtype=torch.int64)
+
+    def look(self, runs: Tensor, theta: Tensor, dev_loss: Tensor, step: int) -> Tensor:
+        """Take note of the weights [r, M] and dev losses [r] of `runs` after `step`; which of them go on, [r] bool on the CPU."""
+        live = runs.to(theta.device)
+        better = dev_loss < self.dev_loss[live]
+        kept = torch.ones_like(better) if self.settings.keep_last else better
+        self.theta[live[kept]] = theta[kept]
+        self.dev_loss[live[better]] = dev_loss[better]
+        self.misses[live] = torch.where(better, 0, self.misses[live] + 1)
+        self.steps[runs] = step
+        return (self.misses[live] < self.settings.patience).cpu()
+
+
 def losses(student: Callable, batch: Batch, mix: dict[str, Tensor], layers: list[int] | None = None) -> Tensor:
     """Each run's loss [R]: the weighted sum of "mse" (over `layers`), "ce" and "kl", with weights [R].
 
@@ -93,11 +114,10 @@ def fit(
     `rates` [R]; `train`, `dev`: R lists of rows; `mix`: loss name -> weight [R]; `order(run, epoch)`: the order of a run's rows.
     Looks at the dev loss after every second step and at each epoch's end. `watch(step, best dev losses of live runs)` after each look.
     """
-    device = theta.device
-    best, best_dev, steps = theta.clone(), torch.full((len(theta),), torch.inf, device=device), torch.zeros(len(theta), dtype=torch.int64)
-    misses = torch.zeros(len(theta), dtype=torch.int64, device=device)
-    runs, adam, rows = torch.arange(len(theta)), Adam(theta, rates.to(device)), len(train[0])
-    live_mix, dev_batch, step, batch = mix, collate(dev, device), 0, None
+    device, rows = theta.device, len(train[0])
+    keeper, adam = Keeper(theta, settings), Adam(theta, rates.to(device))
+    runs = torch.arange(len(theta))  # those still training, in the order of the batch
+    live_mix, dev_batch, batch, step = mix, collate(dev, device), None, 0
     for epoch, start in product(range(settings.epochs), range(0, rows, settings.batch_size)):
         if batch is None or rows > settings.batch_size:
             portion = slice(start, start + settings.batch_size)
@@ -109,25 +129,17 @@ def fit(
         if step % 2 and start + settings.batch_size < rows:
             continue
         with torch.no_grad(), adapted(model, adapter, adam.theta) as student:
-            dev_loss = losses(student, dev_batch, live_mix, settings.layers)
-        live = runs.to(device)
-        better = dev_loss < best_dev[live]
-        best_dev[live[better]] = dev_loss[better]
-        kept = torch.ones_like(better) if settings.keep_last else better
-        best[live[kept]] = adam.theta.detach()[kept]
-        misses[live] = torch.where(better, 0, misses[live] + 1)
-        steps[runs] = step
-        staying = (misses[live] < settings.patience).cpu()
+            staying = keeper.look(runs, adam.theta.detach(), losses(student, dev_batch, live_mix, settings.layers), step)
         if watch:
-            watch(step, best_dev[live][staying.to(device)])
+            watch(step, keeper.dev_loss[runs[staying].to(device)])
         if not staying.any():
             break
         if not staying.all():
             runs = runs[staying]
             adam.keep(staying.to(device))
-            live_mix = {name: weight[runs.to(weight.device)] for name, weight in mix.items()}
+            live_mix = {name: weight[runs.to(device)] for name, weight in mix.items()}
             dev_batch, batch = collate([dev[r] for r in runs.tolist()], device), None
-    return Fit(best, best_dev, steps)
+    return Fit(keeper.theta, keeper.dev_loss, keeper.steps)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ S earlier keys, G groups of rows that share a prefix, V vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 
 import torch
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 At = tuple[Tensor, Tensor]  # (rows, columns), int64 [P] each: positions in a [B, T] batch
+Past = tuple[Tensor, Tensor]  # a prefix's keys and values of one layer, [G, K, S, E] each
+Update = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]  # a cache's `update` of one layer
 
 
 class UsageError(ValueError):
@@ -92,6 +95,9 @@ class Prefix:
     def positions(self, tokens: int, device) -> Tensor:
         return torch.arange(tokens, device=device)
 
+    def layer(self, layer: int) -> Past:
+        return self.keys[layer], self.values[layer]
+
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
         assert layer == len(self.keys), "a prefix is filled by one pass over all layers"
         self.keys.append(k)
@@ -137,17 +143,17 @@ class Cache:
         self.lengths = self.lengths[rows]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layer: int, cache: Cache | Prefix | None, prefix: Prefix | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, update: Update | None, past: Past | None) -> Tensor:
     """Grouped-query attention of q [B, H, T, E] over k, v [B, K, T, E], cached keys and a shared prefix: [B, H, T, E].
 
     Right padding needs no mask: a real token never sees the padding behind it.
     """
     mask = None
-    if cache is not None:
-        k, v, mask = cache.update(layer, k, v)
-    if prefix is None:
+    if update is not None:
+        k, v, mask = update(k, v)
+    if past is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return attend_with_prefix(q, k, v, mask, prefix.keys[layer], prefix.values[layer])
+    return attend_with_prefix(q, k, v, mask, *past)
 
 
 def attend_with_prefix(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, k0: Tensor, v0: Tensor) -> Tensor:

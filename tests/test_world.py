@@ -50,11 +50,13 @@ def test_a_label_is_told_by_the_sentence(name):
         assert shown == [1 - row["label"] if toy.flip else row["label"]]
 
 
-def test_unseen_templates_are_new_but_their_words_are_not():
-    seen = {template for style in world.WORLD["styles"].values() for part in style.values() for template in part}
-    unseen = {template for style in world.WORLD["unseen"].values() for part in style.values() for template in part}
-    assert not seen & unseen
-    assert set(" ".join(unseen).split()) <= set(" ".join(seen).split())
+def test_unseen_templates_are_new_to_their_style_but_their_words_are_not():
+    words = set(" ".join(template for style in world.WORLD["styles"].values() for part in style.values() for template in part).split())
+    for style, parts in world.WORLD["unseen"].items():
+        assert set(parts) == set(world.WORLD["styles"][style])
+        for part, templates in parts.items():
+            assert not set(templates) & set(world.WORLD["styles"][style][part])
+            assert set(" ".join(templates).split()) <= words
 
 
 def test_sums_read_as_minus():

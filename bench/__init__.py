@@ -1,0 +1,1 @@
+"""How fast, and against whom: `python -m bench --help`, or bench/README.md."""

@@ -1,0 +1,117 @@
+"""What a bench says: a table for people, one JSON line for programs, a dated file if asked."""
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+
+import click
+import torch
+
+from ia2mini.models.checkpoint import write
+from ia2mini.runs import finite, versions
+
+from .timing import Timing
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Line:
+    """One measured thing under one stack: "us", "(a)", "(b)" or another named contestant."""
+
+    what: str
+    stack: str
+    timing: Timing | None = None
+    unit: str = ""  # what one run of the timing was: "run and step", "cell" …
+    rates: dict[str, float] = field(default_factory=dict)  # tokens/s, runs/hour, FLOP/s, share of the GEMM ceiling, bytes …
+    note: str = ""  # extrapolated from what, and the like
+
+
+@dataclass
+class Result:
+    """A bench's lines, under which conditions, and its ratios: name -> value."""
+
+    bench: str
+    about: str
+    lines: list[Line]
+    ratios: dict[str, float] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+    def ratio(self, name: str, slow: Timing, fast: Timing) -> None:
+        self.ratios[name] = slow.seconds / fast.seconds
+
+
+def amount(name: str, value: float) -> str:
+    """A rate in words: 152 GFLOP/s, 87 % of GEMM, 1.2 GB, 3,400 tokens/s."""
+    if name == "GEMM":
+        return f"{100 * value:.0f} % of GEMM"
+    if name.startswith("FLOP"):
+        return f"{value / 1e9:,.1f} GFLOP/s"
+    if name.startswith("bytes"):
+        text = f"{value / 1e9:.2f} GB" if abs(value) >= 1e9 else f"{value / 1e6:.1f} MB"
+        return f"{text} {name[6:]}".strip()
+    return f"{value:,.3g} {name}" if abs(value) < 100 else f"{value:,.0f} {name}"
+
+
+def show(result: Result) -> None:
+    click.secho(f"\n{result.bench}", bold=True, nl=False)
+    click.echo(f"  {result.about}")
+    widths = [max([len(getattr(line, key)) for line in result.lines] or [0]) for key in ("what", "stack")]
+    for line in result.lines:
+        spent = f"{line.timing}{' a ' + line.unit if line.unit else ''}" if line.timing else ""
+        rates = " · ".join(amount(name, value) for name, value in line.rates.items())
+        text = f"  {line.what:<{widths[0]}}  {line.stack:<{widths[1]}}  {spent:<38} {rates}"
+        click.echo(text.rstrip() + (f"  ({line.note})" if line.note else ""))
+    for name, value in result.ratios.items():
+        click.echo(f"  {name}: {value:.3g}")
+    for remark in result.remarks:
+        click.echo(f"  {remark}")
+
+
+def hardware() -> dict:
+    """The machine, in words and numbers."""
+    name = platform.processor() or platform.machine()
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    found = {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
+    if torch.cuda.is_available():
+        found |= {"gpu": torch.cuda.get_device_name(), "gpu_bytes": torch.cuda.get_device_properties(0).total_memory}
+    return found
+
+
+def finish(results: list[Result], command: str, save: bool) -> None:
+    """Print the JSON line; with `save`, keep it and the machine in bench/results/<date>-<command>.json."""
+    import peft
+    import transformers
+
+    machine = hardware()
+    document = {
+        "date": date.today().isoformat(),
+        "command": command,
+        "hardware": machine,
+        "versions": versions() | {"transformers": transformers.__version__, "peft": peft.__version__},
+        "results": [asdict(result) for result in results],
+    }
+    document = finite(document)
+    if save:
+        name = command.removeprefix("python -m bench").replace("--save", "").replace("--", "").split()
+        kind = machine.get("gpu", "cpu").replace(" ", "-")
+        path = RESULTS / f"{document['date']}-{'-'.join(name) or 'all'}-{kind}.json"
+        write(path, lambda temporary: temporary.write_text(json.dumps(document, indent=1) + "\n"))
+        click.echo(f"\nsaved in {path}")
+    click.echo(json.dumps(document))
+
+
+def agree(what: str, ours, theirs, tolerance: float = 1e-3) -> str:
+    """Check that two stacks computed the same numbers, relative to their size, before either is timed; a remark saying how closely."""
+    ours, theirs = torch.as_tensor(ours).float().cpu(), torch.as_tensor(theirs).float().cpu()
+    assert ours.shape == theirs.shape, f"{what}: shapes differ, {tuple(ours.shape)} and {tuple(theirs.shape)}"
+    gap = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item()
+    assert gap <= tolerance, f"{what}: the stacks differ by {gap:.1e} of the largest value, more than {tolerance:.0e}; nothing was timed"
+    return f"same {what} in both stacks, to {gap:.0e} of the largest value"

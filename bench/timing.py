@@ -1,0 +1,133 @@
+"""Fair measuring: contestants in turn, warmed up and synchronised; peak memory in a process of its own; FLOPs and the GEMM ceiling."""
+
+import multiprocessing
+import re
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds: the median of `repeats` runs, the fastest and the slowest."""
+
+    seconds: float
+    low: float
+    high: float
+    repeats: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> "Timing":
+        return cls(median(seconds), min(seconds), max(seconds), len(seconds))
+
+    def scaled(self, factor: float) -> "Timing":
+        return Timing(self.seconds * factor, self.low * factor, self.high * factor, self.repeats)
+
+    def __str__(self) -> str:
+        unit, factor = ("s", 1.0) if self.seconds >= 1 else ("ms", 1e3)
+        return f"{self.seconds * factor:.3g} {unit} [{self.low * factor:.3g}–{self.high * factor:.3g}]"
+
+
+def synchronize(device) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def clock(run: Callable[[], object], device="cpu") -> float:
+    """Seconds that `run` takes, the device's queue empty before and after."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def race(stacks: dict[str, Callable[[], object]], repeats: int = 5, seconds: float = 20.0, device="cpu", warm: bool = True) -> dict[str, Timing]:
+    """Time the stacks in turn, round after round, so that a busy spell of the machine meets all of them.
+
+    One round to warm up (unless not `warm`), then `repeats` rounds, fewer once `seconds` are over but at least two.
+    """
+    if warm:
+        for run in stacks.values():
+            run()
+    times: dict[str, list[float]] = {name: [] for name in stacks}
+    start = time.perf_counter()
+    for done in range(repeats):
+        if done >= 2 and time.perf_counter() - start > seconds:
+            break
+        for name, run in stacks.items():
+            times[name].append(clock(run, device))
+    return {name: Timing.of(values) for name, values in times.items()}
+
+
+def gemm_rate(rows: int, inputs: int, outputs: int, device="cpu", dtype=torch.float32, seconds: float = 0.5) -> float:
+    """FLOP/s of x [rows, inputs] @ W^T [inputs, outputs]: the best of as many rounds as fit into `seconds`."""
+    x, w = torch.randn(rows, inputs, device=device, dtype=dtype), torch.randn(outputs, inputs, device=device, dtype=dtype)
+    times, start = [], time.perf_counter()
+    while time.perf_counter() - start < seconds or len(times) < 3:
+        times.append(clock(lambda: torch.nn.functional.linear(x, w), device))
+    return 2 * rows * inputs * outputs / min(times)
+
+
+def gemm_ceiling(config, rows: int, device="cpu", dtype=torch.float32) -> float:
+    """The machine's matrix rate, FLOP/s: the better of a 2048-cube and of the model's own MLP map over `rows` tokens."""
+    own = gemm_rate(rows, config.hidden_size, config.intermediate_size, device, dtype)
+    return max(own, gemm_rate(2048, 2048, 2048, device, dtype))
+
+
+def flops(config, rows: int, tokens: int, positions: int, head: bool, backward: bool = False, rank: int = 0) -> float:
+    """FLOPs that a pass over `rows` rows of `tokens` tokens needs; a multiply-add counts two, norms and softmax nothing.
+
+    Forward, a layer: every frozen map 2 · in · out a token; scores and mix 4 · tokens · H · E a token (the causal half not deducted);
+    with `rank`, LoRA on q, k and o 2 · rank · (in + out) a token. The last MLP and the `head` only at `positions` answer positions
+    in all, not at all without a head. `backward` adds the gradient of every input once more, of attention and LoRA twice more (their
+    both operands need one), but nothing below the first layer's LoRA.
+    """
+    D, I, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    Q, K = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    n = rows * tokens
+    qkv, out, mlp = 2 * D * (Q + 2 * K), 2 * Q * D, 6 * D * I
+    attention, lora = 4 * tokens * Q, 2 * rank * ((D + Q) + (D + K) + (Q + D))
+    last = positions * (mlp + 2 * D * config.vocab_size) if head else 0
+    total = L * n * (qkv + out + attention + lora) + (L - 1) * n * mlp + last
+    if backward:
+        total += (L - 1) * n * (qkv + out + mlp) + n * out + L * n * 2 * (attention + lora) + last
+        total -= n * 2 * rank * 2 * D  # no gradient reaches the embeddings: A of the first q and k
+    return float(total)
+
+
+def resident() -> tuple[int, int]:
+    """Bytes resident now, and the most since `reset_peak` (or since the start, where the kernel cannot reset it)."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return tuple(int(re.search(rf"{key}:\s+(\d+)", status)[1]) * 1024 for key in ("VmRSS", "VmHWM"))
+    except OSError:
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most, most
+
+
+def reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def memory(device="cpu") -> tuple[int, int]:
+    """(bytes in use, most bytes in use since `reset_peak`), of the GPU if that is the device, else resident memory."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    return resident()
+
+
+def in_child(function: Callable, *args):
+    """What `function(*args)` returns when run in a fresh process, so that no earlier memory counts."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
