@@ -20,7 +20,28 @@ TARGETS = ("q_proj", "k_proj", "o_proj")  # paper section 5
 EVERY_MATRIX = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-class LoRA:
+class Adapter:
+    """What all adapters have: `shapes` of one run's named tensors, `linears` they change, and `init`, `changes`, `prefix`."""
+
+    targets: tuple[str, ...] = ()
+    layers: list[int] | None = None
+    linears: dict[str, Linear] = {}
+    shapes: dict[str, tuple]
+
+    def init(self, model: nn.Module, generator: Generator) -> Tensor:
+        """First weights of one run, [M] float32 on the CPU."""
+        raise NotImplementedError
+
+    def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
+        """Name of a map -> what its seam shall do, from weights of R runs."""
+        return {}
+
+    def prefix(self, model: nn.Module, weights: dict[str, Tensor]) -> Prefix | None:
+        """What stands before every row, from weights of R runs."""
+        return None
+
+
+class LoRA(Adapter):
     """W x + (alpha / rank) B A x, A [rank, in] random and B [out, rank] zero at the start (Hu et al. 2021; initialised as in peft)."""
 
     def __init__(self, model: nn.Module, targets=TARGETS, layers: list[int] | None = None, rank: int = 8, alpha: float = 8.0):
@@ -46,11 +67,8 @@ class LoRA:
         scale = self.alpha / self.rank
         return {name: LowRank(weights[f"{name}.A"], weights[f"{name}.B"], scale) for name in self.linears}
 
-    def prefix(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
-        return None
 
-
-class IA3:
+class IA3(Adapter):
     """y * s with s [out] starting at one, on the outputs of the target maps (Liu et al. 2022; protocol section 4).
 
     `scale_inputs` scales what goes in instead, s [in], as the paper's released scripts do.
@@ -67,11 +85,8 @@ class IA3:
     def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
         return {name: Scale(weights[name], self.scale_inputs) for name in self.linears}
 
-    def prefix(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
-        return None
 
-
-class Full:
+class Full(Adapter):
     """(W + D) x with D [out, in] starting at zero: full fine-tuning of every projection matrix (embeddings and norms stay).
 
     With Adam and no weight decay, training D is training W; keeping D apart leaves the base untouched and D in float32.
@@ -88,17 +103,12 @@ class Full:
     def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
         return {name: Shift(weights[name]) for name in self.linears}
 
-    def prefix(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
-        return None
 
-
-class Prompt:
+class Prompt(Adapter):
     """`tokens` trained embeddings [tokens, D] before every row (Lester et al. 2021), starting as embeddings of random vocabulary words.
 
     What stands before a row never sees it, so the virtual tokens are computed once a run, not once a row.
     """
-
-    targets, layers, linears = (), None, {}
 
     def __init__(self, model: nn.Module, tokens: int = 20):
         self.tokens = tokens
@@ -112,20 +122,15 @@ class Prompt:
         table = model.model.embed_tokens.weight
         return table[torch.randint(len(table), (self.tokens,), generator=generator).to(table.device)]
 
-    def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
-        return {}
-
     def prefix(self, model: nn.Module, weights: dict[str, Tensor]) -> Prefix:
         prefix = Prefix()
         model(weights["embeddings"].to(model.model.embed_tokens.weight.dtype), logits=False, cache=prefix)
         return prefix
 
 
-class PrefixTuning:
+class PrefixTuning(Adapter):
     """Trained keys and values of `tokens` virtual tokens in every layer (Li & Liang 2021, without the reparametrisation),
     starting as those of random vocabulary words."""
-
-    targets, layers, linears = (), None, {}
 
     def __init__(self, model: nn.Module, tokens: int = 20):
         c = model.config
@@ -139,16 +144,12 @@ class PrefixTuning:
             model(words[None], logits=False, cache=prefix)
         return torch.stack([torch.cat(pair) for pair in zip(prefix.keys, prefix.values)]).float().cpu().flatten()
 
-    def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
-        return {}
-
     def prefix(self, model: nn.Module, weights: dict[str, Tensor]) -> Prefix:
         layers = weights["prefix"].to(model.model.embed_tokens.weight.dtype).unbind(1)  # each [R, 2, K, tokens, E]
         return Prefix([x[:, 0] for x in layers], [x[:, 1] for x in layers])
 
 
 ADAPTERS = {"lora": LoRA, "ia3": IA3, "prompt": Prompt, "prefix": PrefixTuning, "full": Full}
-Adapter = LoRA | IA3 | Full | Prompt | PrefixTuning
 
 
 @dataclass

@@ -15,12 +15,13 @@ from .evaluate import label_scores, layer_asim, share_prefix
 from .generate import STOP, generate
 from .models.common import UsageError
 from .runs import RunFolder
-from .tasks import Examples, Task, find_task
+from .tasks import Examples, Task, find_task, parse_boxed, parse_hashes, parse_number, parse_text
 from .teacher import observe, teach
 from .tokenizer import Tokenizer
 from .train import METHODS, Fit, Job, SetRows, Settings
 
 UNTRAINED = ("base", "icl")
+PARSERS = {parse.__name__: parse for parse in (parse_boxed, parse_hashes, parse_number, parse_text)}
 RATES = {  # protocol section 4 for LoRA and (IA)3; ours for the others
     "lora": (1e-4, 3e-4, 1e-3),
     "ia3": (1e-3, 1e-2, 1e-1),
@@ -111,7 +112,9 @@ class Cell:
         if self.single:
             for name, examples in evals.items():
                 lab.tokenizer.label_ids(examples.rows[0].prompt, find(name, task).labels)  # merging labels: found before any work
-        self.adapter = make_adapter(lab.model, o)
+        self.adapter, depth = make_adapter(lab.model, o), lab.model.config.num_hidden_layers
+        if bad := [layer for layer in o.layers if not 0 <= layer < depth]:
+            raise UsageError(f"--layers {bad[0]}: this model has layers 0 to {depth - 1}")
         self.rates = o.rates or (TINY_RATES if lab.name == "tiny" else RATES)[o.adapter]
         self.betas = o.betas or BETAS[lab.model.config.model_type]
         self.references: dict[str, list[list[Row]]] = {}
@@ -227,8 +230,9 @@ class Cell:
             return vars(scores) | {"correct": scores.top == gold}
         responses = generate(model, lab.tokenizer, prompts, task.max_tokens, budget=2 * lab.budget, watch=bar.update)
         texts = [lab.tokenizer.decode(ids) for ids in responses]
-        lab.folder.save_json(f"{self.name}/generations/{tag}-on-{name}.json", {"texts": texts, "answers": [e.answer for e in examples]})
-        return {"correct": parsed_correct(task, texts, [e.answer for e in examples])[None]}
+        kept = {"texts": texts, "answers": [e.answer for e in examples], "parser": task.parse.__name__}
+        lab.folder.save_json(f"{self.name}/generations/{tag}-on-{name}.json", kept)
+        return {"correct": parsed_correct(task.parse, texts, kept["answers"])[None]}
 
 
 def find(name: str, task: Task) -> Task:
@@ -236,6 +240,6 @@ def find(name: str, task: Task) -> Task:
     return task if name == task.name else find_task(name)
 
 
-def parsed_correct(task: Task, texts: list[str], answers: list[str]) -> Tensor:
+def parsed_correct(parse: Callable, texts: list[str], answers: list[str]) -> Tensor:
     """Whether each generated text parses to the same answer as the true one: [Q] bool."""
-    return torch.tensor([(found := task.parse(text)) is not None and found == task.parse(answer) for text, answer in zip(texts, answers)])
+    return torch.tensor([(found := parse(text)) is not None and found == parse(answer) for text, answer in zip(texts, answers)])

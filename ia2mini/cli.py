@@ -25,6 +25,9 @@ class Commands(click.Group):
         except UsageError as error:
             click.echo(f"ia2mini: {error}", err=True)
             sys.exit(2)
+        except click.UsageError as error:
+            click.echo(f"ia2mini: {error.format_message()} `{error.ctx.command_path} --help` lists what there is", err=True)
+            sys.exit(2)
         except KeyboardInterrupt:
             click.echo("\nia2mini: interrupted; what was finished is kept, and the same command goes on from there", err=True)
             sys.exit(130)
@@ -45,7 +48,7 @@ class Several(click.ParamType):
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(self.kind(part) for part in str(value).split(",") if part)
+            return tuple(dict.fromkeys(self.kind(part) for part in str(value).split(",") if part))
         except ValueError:
             self.fail(f"{value!r} is not a list of {self.kind.__name__} values separated by commas", param, context)
 
@@ -152,8 +155,15 @@ def run(tasks, model, device, dtype, revision, sizes, data, data_dir, out, as_js
 
     if unknown := set(settings["methods"]) - {"base", "icl", *METHODS}:
         raise UsageError(f"unknown method {min(unknown)!r}; methods: base, icl, {', '.join(METHODS)}")
+    for option, given in (("--n", sizes), ("--methods", settings["methods"])):
+        if not given:
+            raise UsageError(f"{option}: give at least one")
+    if bad := [rate for rate in settings["rates"] if not 0 < rate < float("inf")]:
+        raise UsageError(f"--rates {bad[0]:g}: a learning rate is a positive number")
     if data and tasks:
         raise UsageError("give either TASK or --data, not both")
+    if not data and (settings["template"] or settings["eval_data"]):
+        raise UsageError("--template and --eval-data say how your own rows are read; give --data too")
     own = [settings.pop(name) for name in ("prompt_column", "answer_column", "template", "eval_data")]
     chosen = [custom_task(data, *own)] if data else [find_task(t) for t in tasks or DEMO]
     side_by_side, options = settings.pop("side_by_side"), Options(**settings)

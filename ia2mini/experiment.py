@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 from tqdm import tqdm
 
-from .cell import UNTRAINED, Cell, Lab, Options, find, parsed_correct
+from .cell import PARSERS, UNTRAINED, Cell, Lab, Options, find, parsed_correct
 from .export import save_adapter
 from .metrics import accuracy
 from .models.checkpoint import read_json
@@ -16,7 +16,7 @@ from .models.common import UsageError
 from .report import figures, html, table
 from .runs import RunFolder, checkpoint_digest, finite, versions
 from .summary import chosen, measure, summarise
-from .tasks import Task, find_task, load_examples
+from .tasks import Task, load_examples
 from .tokenizer import Tokenizer
 
 
@@ -93,9 +93,11 @@ def compare(
     title = f"{about}-{subject.name}-n{'-'.join(map(str, sizes))}"
     folder = RunFolder(out, title, config)
     lab = Lab(subject.model, subject.tokenizer, subject.name, folder, options, bar, side_by_side=side_by_side)
+    cells = [Cell(lab, task, n, pools[task.name], {e: evals[e] for e in task.evals}) for task, n in product(tasks, sizes)]
+    folder.begin()  # every mistake in tasks, sizes and options has shown by now
     records, adapters = [], []
-    for task, n in product(tasks, sizes):
-        cell = Cell(lab, task, n, pools[task.name], {name: evals[name] for name in task.evals})
+    while cells:
+        cell = cells.pop(0)  # what it holds leaves memory with it
         found = run_cell(cell)
         adapters += save_adapters(cell, found, subject.base)
         records += found
@@ -120,6 +122,6 @@ def rescore(path: Path) -> dict:
         raise UsageError(f"{path}: no generated texts there; only tasks whose answers are text can be parsed again")
     for record in records:
         saved = read_json(path / record["texts"])
-        record["acc"] = accuracy(parsed_correct(find_task(record["eval"]), saved["texts"], saved["answers"]))
+        record["acc"] = accuracy(parsed_correct(PARSERS[saved["parser"]], saved["texts"], saved["answers"]))
     document["cells"] = summarise(document["runs"], document["config"]["select"])
     return conclude(RunFolder.open(path), document)

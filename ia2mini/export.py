@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .adapters import IA3, Adapter, Full, LoRA, Prompt, unpack
 from .models.checkpoint import save, write
 from .models.common import UsageError
+from .tokenizer import Tokenizer
 
 PEFT_PREFIX = "base_model.model."
 
@@ -48,10 +49,12 @@ def peft_tensors(adapter: Adapter, theta: Tensor) -> dict[str, Tensor]:
     return {"prompt_embeddings": layers.permute(3, 0, 1, 2, 4).flatten(1)}
 
 
-def save_adapter(model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path, base: str) -> None:
+def save_adapter(
+    model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path, base: str, tokenizer: Tokenizer | None = None
+) -> None:
     """Write one run's adapter, theta [M], into `folder` so that peft loads it onto `base`; a full fine-tuning is merged instead."""
     if isinstance(adapter, Full):
-        return save_merged(model, adapter, theta, folder)
+        return save_merged(model, adapter, theta, folder, tokenizer)
     tensors = {name: t.contiguous() for name, t in peft_tensors(adapter, theta).items()}
     write(folder / "adapter_model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     config = json.dumps(peft_config(adapter, base, model), indent=2) + "\n"
@@ -59,9 +62,10 @@ def save_adapter(model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path
 
 
 @torch.no_grad()
-def save_merged(model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path, tokenizer_json: str | None = None) -> None:
+def save_merged(model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path, tokenizer: Tokenizer | None = None) -> None:
     """Write a checkpoint whose matrices hold the adapter's change, computed in float32; the model in memory stays as it is.
 
+    With `tokenizer` the checkpoint is complete: its tokenizer.json and its end-of-sequence ids are written too.
     Raises UsageError for prompt and prefix tuning, which change no matrix.
     """
     if not adapter.linears:
@@ -74,7 +78,7 @@ def save_merged(model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path,
             weight, bias = merged(adapter, name, weights, linear)
             linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
             linear.bias = bias if bias is None else nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
-        save(model, folder, tokenizer_json)
+        save(model, folder, *((tokenizer.backend.to_str(), list(tokenizer.eos_ids) or None) if tokenizer else ()))
     finally:
         for name, (weight, bias) in before.items():
             adapter.linears[name].weight, adapter.linears[name].bias = weight, bias

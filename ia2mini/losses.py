@@ -1,5 +1,10 @@
 """The three losses, each a value per answer position in float32; `per_run` turns positions into one loss a run (protocol section 4)."""
 
+import warnings
+from collections.abc import Callable, Sequence
+from functools import wraps
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,9 +14,52 @@ def per_run(values: Tensor, weights: Tensor) -> Tensor:
     return (values.view(weights.shape) * weights).sum(1)
 
 
-def activation_mse(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Equation 4: squared difference of attention outputs [L, P, D], mean over hidden units, summed over layers: [P]."""
-    return (outputs.float() - targets.float()).square().mean(-1).sum(0)
+def activation_mse(outputs: Sequence[Tensor], targets: Tensor) -> Tensor:
+    """Equation 4: squared difference of attention outputs, L times [P, D], and targets [L, P, D]: mean over hidden units, summed over
+    layers, [P]."""
+    return sum(SquaredError.apply(output, target) for output, target in zip(outputs, targets, strict=True))
+
+
+class SquaredError(torch.autograd.Function):
+    """Mean over D of (output - target)² in float32, [P, D] twice -> [P]. Keeps its inputs as they are: no float32 copy lives on."""
+
+    @staticmethod
+    def forward(ctx, output: Tensor, target: Tensor) -> Tensor:
+        ctx.save_for_backward(output, target)
+        return squared_error(output, target)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return squared_error_gradient(*ctx.saved_tensors, grad), None
+
+
+def fused(function: Callable) -> Callable:
+    """`function` as one kernel on a GPU, through torch.compile; as it is on a CPU, or where no compiler works."""
+    compiled = torch.compile(function, dynamic=True)
+    broken = False
+
+    @wraps(function)
+    def call(*tensors: Tensor) -> Tensor:
+        nonlocal broken
+        if tensors[0].is_cuda and not broken:
+            try:
+                return compiled(*tensors)
+            except Exception as error:  # a missing compiler shows as one of many
+                broken = True
+                warnings.warn(f"{function.__name__} runs unfused: {type(error).__name__}", stacklevel=2)
+        return function(*tensors)
+
+    return call
+
+
+@fused
+def squared_error(output: Tensor, target: Tensor) -> Tensor:
+    return (output.float() - target.float()).square().mean(-1)
+
+
+@fused
+def squared_error_gradient(output: Tensor, target: Tensor, grad: Tensor) -> Tensor:
+    return ((output.float() - target.float()) * (grad[:, None] * (2 / output.shape[-1]))).to(output.dtype)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

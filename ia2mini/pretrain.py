@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,8 +30,35 @@ from ia2mini.tasks import world
 
 CONTEXT = 288  # tokens a row
 SHOTS = (0, 1, 2, 4, 8)  # demonstrations probed
-KINDS = {"plain": 0.40, "remap": 0.12, "word": 0.08, "task": 0.12, "key": 0.05, "class": 0.04, "copy": 0.02, "sums": 0.17}
-CANONICAL = 0.92, 0.70  # share of episodes whose digits mean what they mostly mean: in the first 30 % of steps, and after
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What episodes are drawn, until a share of all steps is done."""
+
+    until: float
+    prior: dict[str, float]  # of attributes
+    kinds: dict[str, float]  # plain, words alone, task or label key in a header, class names as labels, copying, sums
+    remapped: dict[str, float]  # share of a kind whose labels are unrelated words, told by the demonstrations alone
+    canonical: float  # of the episodes with digits: share where a digit means what it mostly means
+
+
+STAGES = (
+    Stage(  # words get their meaning, digits theirs: only then is there something to match in context
+        0.3,
+        {"mood": 0.36, "topic": 0.24, "time": 0.16, "weather": 0.12, "place": 0.12},
+        {"plain": 0.52, "word": 0.06, "task": 0.08, "key": 0.05, "class": 0.05, "copy": 0.03, "sums": 0.21},
+        {"plain": 0.19, "key": 0.5},
+        0.9,
+    ),
+    Stage(
+        1.0,
+        world.PRIOR,
+        {"plain": 0.54, "word": 0.12, "task": 0.12, "key": 0.04, "class": 0.04, "copy": 0.02, "sums": 0.12},
+        {"plain": 0.35, "word": 0.7, "task": 0.5, "key": 0.5},
+        0.8,
+    ),
+)
 MINUS, FORMATS = 0.4, {"chain": 0.4, "bare": 0.35, "phrase": 0.25}
 STARTS, STOPS = ("Label:", "Answer:"), ("\n\n", world.EOS)  # an answer stands between them
 
@@ -50,23 +78,23 @@ def pick(rng: random.Random, weights: dict[str, float]) -> str:
     return rng.choices(tuple(weights), tuple(weights.values()))[0]
 
 
-def episode(rng: random.Random, canonical: float) -> str:
-    """One pretraining document, as text: `canonical` of those with digits as labels give them their usual meaning."""
-    kind = pick(rng, KINDS)
+def episode(rng: random.Random, stage: Stage) -> str:
+    """One pretraining document, as text."""
+    kind = pick(rng, stage.kinds)
     if kind == "sums":  # they share an operation and an answer format
         minus, format = rng.random() < MINUS, pick(rng, FORMATS)
         sums = [world.draw_sum(rng, "pretrain") for _ in range(rng.randint(8, 16))]
         return "\n\n".join(world.question(text) + world.sum_answer(a, b, minus, format) for text, a, b in sums) + world.EOS
     if kind == "copy":
         return " ".join(rng.choices(world.vocabulary()[14:], k=rng.randint(8, 24)) * 8)
-    attribute = pick(rng, world.PRIOR)
+    attribute = pick(rng, stage.prior)
     values = world.ATTRIBUTES[attribute]
-    labels = [str(i) for i in range(len(values))]
-    if kind == "class":
-        labels = list(values)
-    elif kind == "remap" or kind in ("word", "task", "key") and rng.random() < 0.5:
+    words = list(values.values())
+    labels = list(values) if kind == "class" else [str(i) for i in range(len(values))]
+    if rng.random() < stage.remapped.get(kind, 0):
         labels = rng.sample(world.WORLD["words"], len(values))
-    elif kind == "key" or rng.random() > canonical:
+        words = [rng.sample(group, 4) for group in words]  # few, so that they come again
+    elif kind == "key" or kind != "class" and rng.random() > stage.canonical:
         rng.shuffle(labels)
     key = " ".join(f"{label} {value}" for label, value in zip(labels, values, strict=True))
     header = {"task": f"Task:{attribute}\n\n", "key": f"Key:{key}\n\n"}.get(kind, "")
@@ -75,17 +103,17 @@ def episode(rng: random.Random, canonical: float) -> str:
     for _ in range(rng.randint(16, 24)):
         if kind == "word":
             label = rng.randrange(len(values))
-            text = rng.choice(list(values.values())[label])
+            text = rng.choice(words[label])
         else:
             text, label = world.draw_sentence(rng, "pretrain", attribute, rng.choice(styles))
         parts.append(world.prompt(text) + labels[label])
     return header + "\n\n".join(parts) + world.EOS
 
 
-def batch(tokenizer: Tokenizer, seed: str, rows: int, canonical: float) -> Tensor:
+def batch(tokenizer: Tokenizer, seed: str, rows: int, stage: Stage) -> Tensor:
     """`rows` documents cut to CONTEXT + 1 tokens, padded with -1: ids [B, T + 1]."""
     rng = random.Random(seed)
-    ids = [torch.tensor(e.ids[: CONTEXT + 1]) for e in tokenizer.encode_batch([episode(rng, canonical) for _ in range(rows)])]
+    ids = [torch.tensor(e.ids[: CONTEXT + 1]) for e in tokenizer.encode_batch([episode(rng, stage) for _ in range(rows)])]
     ids.append(torch.empty(CONTEXT + 1, dtype=torch.int64))  # a constant width, whatever was drawn
     return pad_sequence(ids, batch_first=True, padding_value=-1)[:-1]
 
@@ -178,7 +206,7 @@ def resume(path: Path, optimizer: Muon, settings: dict) -> dict:
     return record
 
 
-def pretrain(out: Path, steps: int = 2400, seed: int = 0, rows: int = 20, device: str = "cpu", every: int = 300, queries: int = 40) -> dict:
+def pretrain(out: Path, steps: int = 3000, seed: int = 0, rows: int = 20, device: str = "cpu", every: int = 300, queries: int = 40) -> dict:
     """Train models/tiny from nothing into folder `out` (Hugging Face layout) -> its record: settings, seconds, curve.
 
     `rows` documents a step; every `every` steps the state is saved (a rerun goes on from there) and in-context accuracy is probed on
@@ -197,7 +225,7 @@ def pretrain(out: Path, steps: int = 2400, seed: int = 0, rows: int = 20, device
     threads, begun, losses = torch.get_num_threads(), time.monotonic() - record["seconds"], []
     torch.set_num_threads(1)
     for step in (bar := tqdm(range(record["step"], steps), initial=record["step"], total=steps, desc="pretrain", mininterval=5)):
-        ids = batch(tokenizer, f"{seed}/{step}", rows, CANONICAL[step >= 0.3 * steps]).to(device)
+        ids = batch(tokenizer, f"{seed}/{step}", rows, next(s for s in STAGES if step < s.until * steps)).to(device)
         grads, answers = zip(*halves.map(partial(gradients, model, starts, stops), ids.chunk(2)), strict=True)
         optimizer.step([(a + b) / 2 for a, b in zip(*grads, strict=True)], step + 1, min(1.0, 2 * (1 - step / steps)))
         losses.append(sum(answers) / 2)

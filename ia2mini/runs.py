@@ -25,13 +25,16 @@ class RunFolder:
     """The folder of one run: `what` made it, tensors computed once, seconds per stage over all its sessions."""
 
     def __init__(self, out: Path, name: str, what: dict):
-        """Open or create `out`/`name`-<digest of `what`>. Raises UsageError when it cannot be written."""
+        """Open `out`/`name`-<digest of `what`>; nothing is written before `begin`."""
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
-        self.path = out / f"{name}-{digest}"
-        if not (self.path / "run.json").is_file():
-            self.save_json("run.json", what)
+        self.path, self.what = out / f"{name}-{digest}", what
         spent = self.path / "seconds.json"
         self.spent = read_json(spent) if spent.is_file() else {"seconds": {}, "peak_memory_bytes": 0}
+
+    def begin(self) -> None:
+        """Create the folder, if it is not there, with what made it. Raises UsageError when it cannot be written."""
+        if not (self.path / "run.json").is_file():
+            self.save_json("run.json", self.what)
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":

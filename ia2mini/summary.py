@@ -1,5 +1,6 @@
 """From scores to the cells of the table: the metrics of a run, the choice of a rate, means and deviations over sets."""
 
+from math import inf
 from statistics import fmean, pstdev
 
 import torch
@@ -38,7 +39,8 @@ def chosen(records: list[dict], by: str) -> tuple[float | None, float | None]:
     """(rate, β) of one method's records: lowest mean dev loss over sets (`by` "dev"), or highest mean accuracy ("eval", the paper's)."""
     means: dict[tuple, list[float]] = {}
     for record in records:
-        means.setdefault((record["rate"], record["beta"]), []).append(record["dev_loss"] if by == "dev" else -record["acc"])
+        dev_loss = inf if record["dev_loss"] is None else record["dev_loss"]  # a file's null is a run that diverged
+        means.setdefault((record["rate"], record["beta"]), []).append(dev_loss if by == "dev" else -record["acc"])
     return min(means, key=lambda config: fmean(means[config]))
 
 
@@ -49,7 +51,7 @@ def summarise(records: list[dict], select: str = "dev") -> list[dict]:
         groups.setdefault(tuple(record[key] for key in ("task", "n", "method", "eval")), []).append(record)
     cells = []
     for group in groups.values():
-        trained = group[0]["dev_loss"] is not None
+        trained = group[0]["rate"] is not None
         for by in (("dev", "eval") if select == "dev" else ("eval",)) if trained else (None,):
             rate, beta = chosen(group, by) if by else (None, None)
             runs = [record for record in group if (record["rate"], record["beta"]) == (rate, beta)]

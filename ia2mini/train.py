@@ -88,7 +88,7 @@ def losses(student: Callable, batch: Batch, mix: dict[str, Tensor], layers: list
     total = torch.zeros(len(batch.weights), device=batch.weights.device)
     for name, weight in mix.items():
         if name == "mse":
-            values = activation_mse(taps.stack(), batch.activations)
+            values = activation_mse(taps.each(), batch.activations)
         elif name == "ce":
             values = cross_entropy(logits, batch.targets)
         else:

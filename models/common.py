@@ -196,8 +196,12 @@ class Taps:
             raise UsageError(f"taps on layers {self.layers}: give layer indices from 0 to {layers - 1}")
         return max(self.layers)
 
+    def each(self) -> list[Tensor]:
+        """The attention outputs, a tensor a layer, in the order of `layers`."""
+        return [self.outputs[i] for i in (self.layers or sorted(self.outputs))]
+
     def stack(self) -> Tensor:
-        return torch.stack([self.outputs[i] for i in (self.layers or sorted(self.outputs))])
+        return torch.stack(self.each())
 
 
 def read_config(cls, raw: dict, where: str):

@@ -125,6 +125,13 @@ def test_an_untrained_adapter_changes_nothing(model, kind):
         assert (student(ids) - model(ids)).abs().max() <= 1e-6
 
 
+def test_lora_starts_as_pefts_does(model):
+    adapter = LoRA(model, ("q_proj", "down_proj"), rank=64)
+    for name, value in unpack(start(adapter, model, noise=0), adapter.shapes).items():
+        bound = 0.0 if name.endswith("B") else value.shape[-1] ** -0.5  # kaiming_uniform_(a=√5): uniform within 1 / √in
+        assert 0.98 * bound <= value.abs().max() <= bound and value.std() == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
 def test_prefix_tuning_starts_as_prompt_tuning_with_the_same_words(model):
     ids, logits, table = random_ids(2, 6), [], model.model.embed_tokens.weight
     for adapter in (Prompt(model, 4), PrefixTuning(model, 4)):

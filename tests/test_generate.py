@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ia2mini.models import load
-from reference import EOS, byte_tokenizer, make_checkpoint, random_ids, upstream, upstream_pass
+from reference import EOS, make_checkpoint, random_ids, upstream, upstream_pass
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -22,15 +22,16 @@ def story(shared_data):
     """(our model, tokenizer, 50 prompts of 1 to 25 tokens, transformers' 24 greedy tokens for each)."""
     folder = shared_data / "checkpoints/stories260k"
     (model, tokenizer), net = load(folder), upstream(folder)
-    ids, g, eos = tokenizer.encode(STORY), torch.Generator().manual_seed(1), tokenizer.encode("big.")[-1]
+    ids, g, eos = tokenizer.encode(STORY), torch.Generator().manual_seed(1), tokenizer.encode("it was")[-1]
     places = [[int(torch.randint(0, high, (), generator=g)) for high in (25, 25)] for _ in range(50)]
     prompts = [ids[:1] + ids[1 + at : 1 + at + length] for at, length in places]
     expected = [None] * 50
     for length in {len(p) for p in prompts}:  # equal lengths together: no padding
         same = [i for i, p in enumerate(prompts) if len(p) == length]
         batch = torch.tensor([prompts[i] for i in same])
-        arguments = {"attention_mask": torch.ones_like(batch), "max_new_tokens": 24, "do_sample": False, "eos_token_id": eos, "pad_token_id": 0}
-        for i, row in zip(same, net.generate(batch, **arguments)[:, length:].tolist(), strict=True):
+        tokens = {"max_new_tokens": 24, "eos_token_id": eos, "pad_token_id": 0}
+        found = net.generate(batch, attention_mask=torch.ones_like(batch), do_sample=False, **tokens)
+        for i, row in zip(same, found[:, length:].tolist(), strict=True):
             expected[i] = row[: row.index(eos)] if eos in row else row
     return model, Tokenizer(tokenizer.backend, (eos,)), prompts, expected
 
@@ -48,7 +49,7 @@ def test_fifty_prompts_in_one_batch_equal_transformers(story):
 
 def test_rows_stop_where_the_text_of_the_whole_answer_is_cut(story):
     model, tokenizer, prompts, expected = story
-    stop = " the"
+    stop = ". "
     found = generate(model, tokenizer, prompts, 24, stop=stop)
     begun = [len(tokenizer.decode(p)) for p in prompts]
     texts = [tokenizer.decode(p + e)[n:] for p, e, n in zip(prompts, expected, begun, strict=True)]
@@ -169,12 +170,13 @@ def naive_teacher(net, tokenizer, demonstrations, prompt, most, eos):
 def test_the_teacher_in_one_pass_equals_one_pass_a_token(tiny, most, k):
     folder, model, tokenizer = tiny
     episode, net = small_episode(), upstream(folder)
-    plain = [naive_teacher(net, tokenizer, d, e.prompt, 6, None)[0] for d, e in zip(episode.demonstrations, episode.train + episode.dev)]
+    shown_rows = list(zip(episode.demonstrations, episode.train + episode.dev, strict=True))
+    plain = [naive_teacher(net, tokenizer, shown, example.prompt, 6, None)[0] for shown, example in shown_rows]
     said = [token for answer in plain for token in answer]
     eos = max(said, key=lambda t: len({a.index(t) if t in a else 9 for a in plain}))  # a token that ends rows in different places
     sizes, watched = set(), []
     rows = teach(model, Tokenizer(tokenizer.backend, (eos,)), episode, most, k, stop=None, budget=300, watch=watched.append)
-    for row, shown, example in zip(rows, episode.demonstrations, episode.train + episode.dev, strict=True):
+    for row, (shown, example) in zip(rows, shown_rows, strict=True):
         answer, outputs, distributions = naive_teacher(net, tokenizer, shown, example.prompt, most, eos)
         assert row.prompt == tokenizer.encode(example.prompt) and row.answer == answer
         assert (row.activations - outputs).abs().max() <= 1e-4 and row.activations.shape == outputs.shape
@@ -203,6 +205,13 @@ def test_the_teachers_response_ends_before_the_stop_text_and_with_eos(tiny):
         assert row.answer == (long.answer if cut is None else long.answer[:cut] + [EOS])
         assert row.activations.shape[1] == len(row.answer)
     assert any(len(row.answer) < 6 for row in rows)
+
+
+def test_the_teacher_notes_only_the_chosen_layers(tiny):
+    _, model, tokenizer = tiny
+    whole, some = (teach(model, tokenizer, small_episode(), 1, layers=layers) for layers in (None, [2, 0]))
+    for a, b in zip(whole, some, strict=True):
+        torch.testing.assert_close(a.activations[[2, 0]], b.activations, rtol=0, atol=1e-6)
 
 
 def test_the_teacher_reads_the_demonstrations(tiny):

@@ -1,0 +1,131 @@
+"""`collect`: the teacher's pass over long answers; `icl`: queries behind shared demonstrations; `generate`: batched greedy decoding."""
+
+import torch
+
+from ia2mini.episode import Episode, Row, collate, with_demonstrations
+from ia2mini.evaluate import label_scores, share_prefix
+from ia2mini.generate import generate as our_generate
+from ia2mini.models.common import Taps
+from ia2mini.teacher import teach
+
+from .peers import AsReleased, UsedWell
+from .report import Line, Result, agree
+from .shapes import LABELS, SST2_LENGTHS, Stand
+from .timing import Timing, clock, flops, gemm_ceiling, race
+
+QUESTION, ANSWER = 60, 120  # tokens of a GSM8K row, roughly, under Qwen3's tokenizer
+
+
+def spread(tokens: int, count: int) -> list[int]:
+    """`count` of `tokens` generated tokens, evenly: a forward's cost grows nearly linearly, so their mean stands for all."""
+    return [int((i + 0.5) * tokens / count) for i in range(count)]
+
+
+def collect(stand: Stand, rows: int = 8, tokens: int = 200, demonstrations: int = 3, sample: int = 4, seconds: float = 25.0) -> Result:
+    """Responses of `tokens` tokens and their attention outputs for `rows` rows; peer (a) measured on `sample` of its passes."""
+    pool = stand.examples(rows * (demonstrations + 1), (QUESTION,), ANSWER)
+    shown = [pool[rows + i * demonstrations :][:demonstrations] for i in range(rows)]
+    episode = Episode(pool[:rows], [], shown, [])
+    queries = [stand.tokenizer.encode(e.prompt) for e in pool[:rows]]
+    prompts = [stand.tokenizer.encode(with_demonstrations(d, e.prompt)) for d, e in zip(shown, pool)]
+    length = len(prompts[0])
+    about = f"{stand.about}; {rows} rows of {length} tokens with {demonstrations} demonstrations, {tokens} tokens generated"
+    result = Result("collect", about, [])
+    a, b = AsReleased(stand), UsedWell(stand)
+    theirs = b.collect(queries[:2], prompts[:2], 8)
+    ours = teach(stand.model, stand.tokenizer, Episode(pool[:2], [], shown[:2], []), 8)
+    result.remarks.append(agree("attention outputs", torch.stack([r.activations for r in ours]), torch.stack([r.activations for r in theirs])))
+    agree("responses", [r.answer for r in ours], [r.answer for r in theirs], 0)
+    agree("attention outputs", ours[0].activations, a.collect(queries[:1], prompts[:1], 8)[0].activations)
+
+    times = race(
+        {"us": lambda: teach(stand.model, stand.tokenizer, episode, tokens), "(b)": lambda: b.collect(queries, prompts, tokens)},
+        3, seconds, stand.device,
+    )  # fmt: skip
+    some = race({"(a)": lambda: a.collect(queries[:1], prompts[:1], tokens, spread(tokens, sample))}, 2, seconds / 2, stand.device, warm=False)
+    times["(a)"] = some["(a)"].scaled(rows * tokens / sample)
+    for name, timing in times.items():
+        note = f"extrapolated from {sample} of {rows * tokens} passes" if name == "(a)" else ""
+        result.lines.append(Line("collect", name, timing, "set", {"answer tokens/s": rows * tokens / timing.seconds}, note))
+    for name in ("(a)", "(b)"):
+        result.ratio(f"{name} / us", times[name], times["us"])
+    overhead(stand, result, prompts, tokens, seconds / 2)
+    return result
+
+
+@torch.no_grad()
+def overhead(stand: Stand, result: Result, prompts: list[list[int]], tokens: int, seconds: float) -> None:
+    """What taps at the answer positions add to a plain forward."""
+    batch = collate([[Row(p, p[:tokens]) for p in prompts]], stand.device)
+    last = (batch.at[0][tokens - 1 :: tokens], batch.at[1][tokens - 1 :: tokens])
+    stacks = {
+        "plain": lambda: stand.model(batch.ids, logits=last),
+        "tapped": lambda: stand.model(batch.ids, taps=Taps(batch.at), logits=last),
+    }
+    times = race(stacks, 5, seconds, stand.device)
+    work = flops(stand.config, *batch.ids.shape, len(last[0]), head=True)
+    ceiling = gemm_ceiling(stand.config, batch.ids.numel(), stand.device, stand.model.lm_head.weight.dtype)
+    for name, timing in times.items():
+        rates = {"FLOP/s": work / timing.seconds, "GEMM": work / timing.seconds / ceiling}
+        result.lines.append(Line("forward pass", name, timing, "pass", rates))
+    result.ratio("tapped / plain", times["tapped"], times["plain"])
+
+
+def icl(stand: Stand, queries: int = 500, shown: int = 30, size: int = 33, sample: int = 16, seconds: float = 20.0) -> Result:
+    """`queries` single-token queries behind the same ~1k tokens of demonstrations; the peers on `sample` (with a cache, 128) of them."""
+    pool = stand.examples(shown, (size,))
+    texts = [e.prompt for e in stand.examples(queries, SST2_LENGTHS, seed=1)]
+    prefix = [t for e in pool for t in stand.tokenizer.encode(e.prompt + e.answer)]
+    ids = stand.tokenizer.encode_all(texts)
+    labels = stand.tokenizer.label_ids("w20", LABELS)
+    a, b = AsReleased(stand), UsedWell(stand)
+
+    def ours(count: int = queries):
+        model, rest = share_prefix(stand.model, stand.tokenizer, [pool], texts[:count])
+        return label_scores(model, rest, labels, device=stand.device)
+
+    about = f"{stand.about}; {queries} queries with SST2's lengths, {len(prefix)} tokens of demonstrations"
+    result = Result("icl", about, [])
+    whole = [prefix + query for query in ids]
+    with a.net.disable_adapter(), b.net.disable_adapter():
+        mine = ours(8)
+        for found in (a.score(whole[:8], labels), b.score(whole[:8], labels), b.score(ids[:8], labels, prefix=prefix)):
+            remark = agree("top-1 probabilities", mine.confidence[0], found[0])
+            agree("label probabilities", mine.labels[0], found[1])
+        result.remarks.append(remark)
+        cached = min(128, queries)
+        stacks = {
+            "us": ours,
+            "(b)": lambda: b.score(whole[:sample], labels, sample),
+            "(b) with a copied cache": lambda: b.score(ids[:cached], labels, prefix=prefix),
+        }
+        times = race(stacks, 3, seconds, stand.device)
+        times["(a)"] = Timing.of([clock(lambda: a.score(whole[:8], labels), stand.device)])
+    counts = {"us": queries, "(b)": sample, "(b) with a copied cache": cached, "(a)": 8}
+    for name, timing in times.items():
+        times[name] = timing = timing.scaled(queries / counts[name])
+        note = f"extrapolated from {counts[name]} queries" if counts[name] < queries else ""
+        result.lines.append(Line("ICL evaluation", name, timing, f"{queries} queries", {"queries/s": queries / timing.seconds}, note))
+    for name in list(times)[1:]:
+        result.ratio(f"{name} / us", times[name], times["us"])
+    return result
+
+
+def generate(stand: Stand, rows: int = 16, length: int = 64, tokens: int = 64, sample: int = 4, seconds: float = 15.0) -> Result:
+    """`tokens` greedy tokens after `rows` prompts of `length` tokens, nothing ending early; peer (a) on `sample` passes."""
+    prompts = stand.prompts(rows, (length,))
+    a, b = AsReleased(stand), UsedWell(stand)
+    result = Result("generate", f"{stand.about}; {rows} prompts of {length} tokens, {tokens} new tokens each", [])
+    mine = our_generate(stand.model, stand.tokenizer, prompts[:4], 16)
+    result.remarks.append(agree("tokens", mine, b.generate(prompts[:4], 16), 0))
+    agree("tokens", mine[:1], a.generate(prompts[:1], 16), 0)
+    stacks = {"us": lambda: our_generate(stand.model, stand.tokenizer, prompts, tokens), "(b)": lambda: b.generate(prompts, tokens)}
+    times = race(stacks, 5, seconds, stand.device)
+    some = race({"(a)": lambda: a.generate(prompts[:1], tokens, spread(tokens, sample))}, 3, seconds / 2, stand.device)
+    times["(a)"] = some["(a)"].scaled(rows * tokens / sample)
+    for name, timing in times.items():
+        note = f"extrapolated from {sample} of {rows * tokens} passes" if name == "(a)" else ""
+        result.lines.append(Line("generate", name, timing, "batch", {"new tokens/s": rows * tokens / timing.seconds}, note))
+    for name in ("(a)", "(b)"):
+        result.ratio(f"{name} / us", times[name], times["us"])
+    return result

@@ -1,0 +1,344 @@
+"""The commands as a user types them: what `run` prints and saves, going on after an interrupt, own rows, and every mistake in one line."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from hub import connect, serve
+from ia2mini.models import load
+from ia2mini.models.checkpoint import save
+from ia2mini.models.qwen3 import Config, Qwen3
+from reference import EOS, make_checkpoint, random_ids, upstream
+from safetensors.torch import load_file
+
+import ia2mini.runs
+import ia2mini.train
+from ia2mini.adapters import LoRA, adapted
+from ia2mini.cli import main
+
+SMALL = "--n 4 --sets 2 --rates 1e-2,3e-2 --epochs 3 --eval-rows 10 --device cpu".split()
+CELL = {"task", "eval", "ood", "model", "n", "method", "adapter", "sets", "selected_by", "rate", "beta", "acc", "ece", "asim_layers"}
+CELL |= {f"{metric}_{kind}" for metric in ("acc", "ece", "nll", "brier", "asim") for kind in ("mean", "std")}
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory) -> Path:
+    """A folder of checkpoints and row files, good and bad."""
+    torch.set_num_threads(1)
+    g = tmp_path_factory.mktemp("ground")
+    net = upstream(make_checkpoint(g / "model", "qwen3", num_hidden_layers=2))
+    net.lm_head.weight.data[EOS] *= 3  # generations end soon
+    net.save_pretrained(g / "new")
+    (g / "new/model.safetensors").replace(g / "model/model.safetensors")
+    words = ["grand", "dull", "sweet", "stale"]
+    rows = [(f"a {words[i % 4]} tale, number {i}", "xy"[i % 2]) for i in range(40)]
+    (g / "mine.csv").write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in rows))
+    (g / "mine.jsonl").write_text("".join(json.dumps({"body": text, "kind": ["good", "so so"]["xy".index(y)]}) + "\n" for text, y in rows))
+    (g / "other.csv").write_text("text,label\na new tale,z\n")
+    (g / "empty.csv").write_text("")
+    (g / "header.csv").write_text("text,label\n")
+    (g / "broken.jsonl").write_text('{"text": "a", "label": "x"}\n{"text": "b", "label"\n')
+    (g / "hub/sst2").mkdir(parents=True)
+    lines = [json.dumps({"sentence": f"line {i}", "label": 7 if i == 2 else i % 2}) + "\n" for i in range(30)]
+    (g / "hub/sst2/train.jsonl").write_text("".join(lines))
+    for name in ("cut", "garbage", "unsaid", "shape"):
+        shutil.copytree(g / "model", g / name)
+    weights = (g / "model/model.safetensors").read_bytes()
+    (g / "cut/model.safetensors").write_bytes(weights[: len(weights) // 2])
+    (g / "garbage/model.safetensors").write_bytes(b"\xff" * 400)
+    config = json.loads((g / "model/config.json").read_text())
+    (g / "unsaid/config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "num_attention_heads"}))
+    (g / "shape/config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    return g
+
+
+def invoke(*arguments) -> Result:
+    return CliRunner().invoke(main, list(map(str, arguments)))
+
+
+def toy(ground: Path, out: Path, *more) -> list:
+    return ["run", "toy-mood", "--model", ground / "model", "--out", out, "--json", *SMALL, *more]
+
+
+def numbers(folder: Path) -> dict:
+    """results.json but for what depends on the clock and the machine."""
+    document = json.loads((folder / "results.json").read_text())
+    assert document.pop("peak_memory_bytes") > 0 and all(seconds >= 0 for seconds in document.pop("seconds").values())
+    return document
+
+
+@pytest.fixture(scope="module")
+def finished(ground) -> tuple[Result, Path]:
+    """A whole run and its folder."""
+    result = invoke(*toy(ground, ground / "runs"))
+    assert result.exit_code == 0, result.output
+    (folder,) = (ground / "runs").iterdir()
+    return result, folder
+
+
+def test_run_prints_a_table_and_one_json_document(finished):
+    result, folder = finished
+    *before, last = result.stdout.splitlines()
+    document = json.loads(last)
+    assert set(document) >= {"cells", "seconds", "peak_memory_bytes", "config", "versions"}
+    assert set(document["seconds"]) == {"collect", "train", "evaluate"}
+    assert all(CELL <= set(cell) for cell in document["cells"])
+    found = [(c["method"], c["eval"], c["selected_by"]) for c in document["cells"]]
+    expected = [(m, e, by) for m in ("base", "icl", "sft", "ia2", "ia2-sft") for e in ("toy-mood", "toy-mood-verse")
+                for by in ((None,) if m in ("base", "icl") else ("dev", "eval"))]  # fmt: skip
+    assert found == expected
+    for cell in document["cells"]:
+        assert (cell["task"], cell["model"], cell["n"], cell["ood"]) == ("toy-mood", "model", 4, cell["eval"] != "toy-mood")
+        assert cell["sets"] == len(cell["acc"]) == len(cell["ece"]) == 2 and len(cell["asim_layers"]) == 2
+        assert (cell["rate"] in (1e-2, 3e-2)) == (cell["adapter"] == "lora") == (cell["method"] not in ("base", "icl"))
+    table = "\n".join(before)
+    assert all(word in table for word in ("acc", "ece", "asim", "ia2-sft", "toy-mood-verse*", "N = 4", "2 sets", str(folder)))
+    assert json.loads((folder / "results.json").read_text()) == document
+
+
+def test_run_folder_holds_everything_and_nothing_half(finished):
+    _, folder = finished
+    names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert {"run.json", "results.json", "seconds.json", "report.html", *(f"table.{s}" for s in ("txt", "md", "tex", "csv"))} <= names
+    assert {f"toy-mood-n4/fit-{m}.safetensors" for m in ("sft", "ia2", "ia2-sft")} <= names
+    assert {f"adapters/toy-mood-n4-{m}-set{s}/adapter_model.safetensors" for m in ("sft", "ia2", "ia2-sft") for s in (0, 1)} <= names
+    assert not [name for name in names if Path(name).name.startswith(".")]
+    what = json.loads((folder / "run.json").read_text())
+    assert what["pools"]["toy-mood"]["digest"] and what["checkpoint"] and what["rates"] == [1e-2, 3e-2]
+
+
+def test_peft_loads_the_saved_adapters_with_equal_logits(ground, finished):
+    peft = pytest.importorskip("peft")
+    document, folder = json.loads((finished[1] / "results.json").read_text()), finished[1]
+    (cell,) = [c for c in document["cells"] if (c["method"], c["eval"], c["selected_by"]) == ("ia2-sft", "toy-mood", "dev")]
+    model, ids = load(ground / "model")[0], random_ids(2, 12)
+    theta = load_file(folder / "toy-mood-n4/fit-ia2-sft.safetensors")["theta"]
+    for number in (0, 1):
+        saved = folder / f"adapters/toy-mood-n4-ia2-sft-set{number}"
+        base = json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"]
+        twin = peft.PeftModel.from_pretrained(upstream(base), saved)
+        run = 2 * number + (1e-2, 3e-2).index(cell["rate"])  # sets by rates
+        with torch.no_grad(), adapted(model, LoRA(model), theta[run : run + 1]) as student:
+            assert (twin(ids).logits - student(ids)).abs().max() <= 1e-5 < (model(ids) - student(ids)).abs().max()
+
+
+def forbid(monkeypatch, name: str, after: int = 0):
+    """Let ia2mini.train.`name` raise as an interrupt does, after so many calls."""
+    calls, function = [], getattr(ia2mini.train, name)
+
+    def stop(*arguments):
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    monkeypatch.setattr(ia2mini.train, name, stop)
+
+
+def test_the_same_command_does_not_train_again(ground, finished, monkeypatch):
+    before = (finished[1] / "results.json").read_bytes()
+    forbid(monkeypatch, "fit")
+    result = invoke(*toy(ground, ground / "runs"))
+    assert result.exit_code == 0 and [p.name for p in (ground / "runs").iterdir()] == [finished[1].name]
+    assert (finished[1] / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("where", ["fit", "losses"])
+def test_an_interrupted_run_goes_on_to_the_same_numbers(where, ground, finished, tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        forbid(m, where, after=2 if where == "fit" else 9)  # between methods, or between steps
+        result = invoke(*toy(ground, tmp_path))
+    (line,) = result.stderr.strip().splitlines()
+    assert result.exit_code == 130 and line.startswith("ia2mini: interrupted")
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "toy-mood-n4/fit-sft.safetensors").is_file() and not (folder / "results.json").exists()
+    assert not (folder / "toy-mood-n4/fit-ia2-sft.safetensors").exists() and not list(folder.rglob(".*"))
+    forbid(monkeypatch, "sft")
+    assert invoke(*toy(ground, tmp_path)).exit_code == 0
+    assert json.dumps(numbers(folder)) == json.dumps(numbers(finished[1]))
+
+
+def test_a_real_interrupt_in_another_process(ground, finished, tmp_path):
+    command = [sys.executable, "-c", "from ia2mini.cli import main; main(prog_name='ia2mini')", *map(str, toy(ground, tmp_path))]
+    pipes, environment = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}, os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, text=True, env=environment, **pipes)
+    while process.poll() is None and not list(tmp_path.glob("*/run.json")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130 and stdout == "" and stderr.strip().startswith("ia2mini: interrupted") and "Traceback" not in stderr
+    (folder,) = tmp_path.iterdir()
+    assert not (folder / "results.json").exists()
+    assert invoke(*toy(ground, tmp_path)).exit_code == 0
+    assert json.dumps(numbers(folder)) == json.dumps(numbers(finished[1]))
+
+
+def test_own_rows_with_single_token_labels(ground, tmp_path):
+    result = invoke("run", "--data", ground / "mine.csv", "--model", ground / "model", "--out", tmp_path, *SMALL, "--methods", "icl,sft")
+    assert result.exit_code == 0 and "mine" in result.stdout and "sft" in result.stdout, result.output
+    (folder,) = tmp_path.iterdir()
+    document = json.loads((folder / "results.json").read_text())
+    assert document["config"]["pools"]["mine"]["used"] == document["config"]["evals"]["mine"]["rows"] - 20 == 20
+    assert all(cell["ece_mean"] is not None for cell in document["cells"])
+
+
+def test_own_rows_with_answers_in_words_and_rescoring(ground, tmp_path):
+    columns = ["--prompt-column", "body", "--answer-column", "kind", "--template", "{body}\\nKind:"]
+    small = "--n 2 --sets 1 --rates 1e-2 --epochs 2 --eval-rows 3 --methods base,sft --device cpu".split()
+    result = invoke("run", "--data", ground / "mine.jsonl", *columns, "--model", ground / "model", "--out", tmp_path, *small)
+    assert result.exit_code == 0 and "mine" in result.stdout, result.output
+    (folder,) = tmp_path.iterdir()
+    document = json.loads((folder / "results.json").read_text())
+    for record in (r for r in document["runs"] if r["method"] == "sft"):
+        saved = json.loads((folder / record["texts"]).read_text())
+        assert len(saved["texts"]) == 3 and set(saved["answers"]) <= {"good", "so so"}
+        saved["texts"] = saved["answers"][:2] + ["nonsense"]
+        (folder / record["texts"]).write_text(json.dumps(saved))
+    result = invoke("rescore", folder)
+    assert result.exit_code == 0 and "66.7" in result.stdout, result.output
+    again = json.loads((folder / "results.json").read_text())
+    assert {c["acc_mean"] for c in again["cells"] if c["method"] == "sft"} == {pytest.approx(2 / 3)}
+    assert again["seconds"] == document["seconds"] and again["config"] == document["config"]
+
+
+def test_tasks_and_what_the_model_sees(ground):
+    listed = invoke("tasks")
+    assert listed.exit_code == 0 and all(name in listed.stdout for name in ("sst2", "gsm8ks", "toy-mood", "finsen*", "evaluation only"))
+    shown = invoke("tasks", "toy-mood", "--model", ground / "model", "--n", "2")
+    assert shown.exit_code == 0 and shown.stdout.count("demonstration:") == 2 and shown.stdout.count("query:") == 1
+    prompt = shown.stdout.split("query:")[1].split("\n", 1)[1].rstrip()
+    count = int(shown.stdout.split("query: ")[1].split()[0])
+    assert prompt[:-1].endswith("\nLabel:") and count == len(prompt[:-1].encode())  # one token a byte
+    assert "pool: 2000 of 2000 rows" in shown.stdout
+
+
+def test_generate_continues_a_real_model(shared_data):
+    folder = shared_data / "checkpoints/stories260k"
+    result = invoke("generate", "--model", folder, "--prompt", "Once upon a time, there was a", "--max-tokens", "24")
+    assert result.exit_code == 0
+    assert " little girl named Lily. She loved to play outside in the park.".startswith(result.stdout.rstrip("\n"))
+    assert len(result.stdout) > 25
+
+
+@pytest.mark.parametrize("command", [None, *main.commands])
+def test_help_tells_the_defaults(command):
+    result = invoke(*([command] if command else []), "--help")
+    assert result.exit_code == 0 and result.stdout.startswith("Usage:")
+    options = [p for p in (main.commands[command].params if command else []) if isinstance(p, click.Option) and not p.required]
+    with_default = [p.name for p in options if p.default and not p.is_flag]
+    assert result.stdout.count("[default: ") >= len(with_default), with_default
+
+
+MISTAKES = {
+    "task": ("run sstt2", "unknown task 'sstt2'", "did you mean 'sst2'"),
+    "model": ("run toy-mood --model qwen3-4b-bse", "unknown model 'qwen3-4b-bse'", "did you mean 'qwen3-4b-base'"),
+    "method": ("run toy-mood --methods base,ia3", "unknown method 'ia3'", "ia2-sft"),
+    "only evaluated": ("run poems", "poems is only evaluated on"),
+    "column": ("run --data {g}/mine.csv --prompt-column body", "mine.csv:2: no column 'body'", "'text', 'label'"),
+    "template column": ("run --data {g}/mine.csv --template {{body}}:", "mine.csv:2: no column 'body'", "'text', 'label'"),
+    "label": ("run sst2 --data-dir {g}/hub", "sst2/train.jsonl:3: unknown label '7'", "known labels: '0', '1'"),
+    "label of own rows": ("run --data {g}/mine.csv --eval-data {g}/other.csv", "other.csv:2: unknown label 'z'", "'x', 'y'"),
+    "empty file": ("run --data {g}/empty.csv", "empty.csv: the file holds no rows"),
+    "only a header": ("run --data {g}/header.csv", "header.csv: the file holds no rows"),
+    "not JSON": ("run --data {g}/broken.jsonl", "broken.jsonl:2: not JSON", "one object a line"),
+    "no such file": ("run --data {g}/nowhere.csv", "nowhere.csv: cannot be read", "No such file"),
+    "no such folder": ("run sst2 --data-dir {g}/nowhere", "nowhere: no rows of sst2 there", ".jsonl"),
+    "task and data": ("run sst2 --data {g}/mine.csv", "either TASK or --data"),
+    "template without data": ("run toy-mood --template {{text}}:", "--template", "give --data"),
+    "too many rows": ("run --data {g}/mine.csv --n 16", "--n 16: needs 16 training and 8 dev rows", "holds only 20", "smaller --n"),
+    "one row": ("run toy-mood --n 4,1", "--n 1: ", "no demonstration", "--n 2"),
+    "cut weights": ("run toy-mood --model {g}/cut", "cut/model.safetensors: truncated or corrupt", "download it again"),
+    "corrupt weights": ("run toy-mood --model {g}/garbage", "garbage/model.safetensors: truncated or corrupt", "download it again"),
+    "config field": ("run toy-mood --model {g}/unsaid", "unsaid/config.json: needed field missing: num_attention_heads"),
+    "config against weights": ("run toy-mood --model {g}/shape", "has shape", "config.json asks for"),
+    "out under a file": ("run toy-mood --out {g}/mine.csv/runs", "mine.csv/runs", "cannot write there", "--out"),
+    "read-only out": ("run toy-mood --out /proc/runs", "/proc/runs", "cannot write there", "--out"),
+    "rates in words": ("run toy-mood --rates fast", "--rates", "'fast' is not a list of float values separated by commas"),
+    "rate of nothing": ("run toy-mood --rates 1e-3,0", "--rates 0", "positive"),
+    "rate nan": ("run toy-mood --rates nan", "--rates nan", "positive"),
+    "n in words": ("run toy-mood --n abc", "--n", "'abc' is not a list of int values separated by commas"),
+    "no n": ("run toy-mood --n ,", "--n", "at least one"),
+    "no method": ("run toy-mood --methods ,", "--methods", "at least one"),
+    "option": ("run toy-mood --setz 3", "--setz", "--sets"),
+    "command": ("rum", "rum"),
+    "layer": ("run toy-mood --layers 99", "--layers 99: this model has layers 0 to 1"),
+    "target": ("run toy-mood --targets nonsense", "'nonsense' matches no matrix", "q_proj"),
+    "targets of a prompt": ("run toy-mood --adapter prompt --targets q_proj", "--targets", "prompt adapter", "leave it out"),
+    "device": ("run toy-mood --device tpu9", "--device tpu9", "use --device cpu"),
+    "rescore nothing": ("rescore {g}/nowhere", "nowhere/results.json: no such file"),
+    "empty prompt": ("generate --model {g}/model --prompt=", "--prompt is empty"),
+}  # fmt: skip
+
+
+def refused(out: Path, arguments: list, *words: str) -> None:
+    """The command fails with one line that holds the words, and leaves nothing in `out`."""
+    result = invoke(*arguments)
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("ia2mini: ") and all(word in line for word in words), line
+    assert result.stdout == "" and not list(out.rglob("*"))
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(mistake, ground, tmp_path):
+    command, *words = MISTAKES[mistake]
+    arguments = command.format(g=ground).split(" ")
+    if arguments[0] == "run":
+        arguments += ["--model", ground / "model"] * ("--model" not in arguments) + ["--out", tmp_path] * ("--out" not in arguments)
+    refused(tmp_path, arguments, *words)
+
+
+def test_no_network(ground, tmp_path, monkeypatch):
+    with serve({}) as hub:
+        pass  # its port is closed now
+    connect(monkeypatch, hub, tmp_path / "cache")
+    out = tmp_path / "out"
+    refused(out, ["run", "toy-mood", "--model", "owner/name", "--out", out], "owner/name: cannot be downloaded", "check the network")
+    refused(out, ["run", "sst2", "--model", ground / "model", "--out", out], "stanfordnlp/sst2: cannot be downloaded", "--data-dir")
+    connect(monkeypatch, hub, tmp_path / "cache", offline=True)
+    refused(out, ["run", "toy-mood", "--model", "qwen3-4b-base", "--out", out], "Qwen/Qwen3-4B-Base", "not in the local cache")
+    refused(out, ["run", "sst2", "--model", ground / "model", "--out", out], "stanfordnlp/sst2: offline", "HF_HUB_OFFLINE", "--data-dir")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_in_another_process(ground, tmp_path):
+    command = [sys.executable, "-m", "ia2mini.cli", *map(str, toy(ground, tmp_path / "out")), "--device", "cuda"]
+    command[1:3] = ["-c", "from ia2mini.cli import main; main(prog_name='ia2mini')"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 2 and line.startswith("ia2mini: --device cuda: not usable here") and "--device cpu" in line
+    assert result.stdout == "" and not (tmp_path / "out").exists()
+
+
+def test_a_full_disk(ground, tmp_path, monkeypatch):
+    def full(tensors, path):
+        Path(path).write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ia2mini.runs, "save_file", full)
+    result = invoke(*toy(ground, tmp_path))
+    (line,) = result.stderr.splitlines()
+    assert result.exit_code == 2 and "base-on-toy-mood.safetensors: cannot be written (No space left on device); free some space" in line
+    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {"run.json", "seconds.json"}
+
+
+def test_labels_that_merge_with_the_colon(shared_data, ground, tmp_path):
+    """Qwen3 reads ":A" and ":true" as one token: the label is named, and another template mends it."""
+    model = Qwen3(Config(151936, 16, 32, 1, 2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True))
+    save(model, tmp_path / "model", (shared_data / "tokenizers/qwen3/tokenizer.json").read_text(encoding="utf-8"), 151643)
+    for labels in (("A", "B"), ("true", "false"), ("negative", "positive")):
+        rows = (ground / "mine.csv").read_text().replace(",x\n", f",{labels[0]}\n").replace(",y\n", f",{labels[1]}\n")
+        (tmp_path / "mine.csv").write_text(rows)
+        command = ["run", "--data", tmp_path / "mine.csv", "--model", tmp_path / "model", "--out", tmp_path / "out", *SMALL]
+        refused(tmp_path / "out", command, f"answer {min(labels)!r} merges", "'\\nLabel:'", "choose another label or template")
+    mended = [*command, "--template", "Text:{text}\\nLabel:\\n", "--methods", "icl,sft", "--sets", "1", "--rates", "1e-3", "--epochs", "1"]
+    assert invoke(*mended).exit_code == 0

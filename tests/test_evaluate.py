@@ -1,0 +1,148 @@
+"""Scores and activation similarity against naive loops over transformers, runs side by side, and demonstrations computed once."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ia2mini.models import load
+from reference import make_checkpoint, peft_twin, random_ids, upstream, upstream_pass
+
+from ia2mini.adapters import IA3, LoRA, PrefixTuning, Prompt, adapted
+from ia2mini.episode import Row, with_demonstrations
+from ia2mini.evaluate import label_scores, layer_asim, share_prefix
+from ia2mini.generate import generate
+from ia2mini.tasks import Example
+from ia2mini.teacher import observe
+
+LABELS = [48, 70, 49]
+ADAPTERS = {"lora": LoRA, "ia3": IA3, "prompt": lambda m: Prompt(m, 3), "prefix": lambda m: PrefixTuning(m, 3)}
+PROMPTS = [random_ids(length).tolist() for length in (4, 11, 7, 7, 1, 9, 2)]
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def tiny(request, tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = make_checkpoint(tmp_path_factory.mktemp(request.param), request.param, num_hidden_layers=2)
+    return folder, *load(folder)
+
+
+def trained(model, kind, runs):
+    adapter = ADAPTERS[kind](model)
+    theta = torch.stack([adapter.init(model, torch.Generator().manual_seed(r)) for r in range(runs)])
+    return adapter, theta + 0.1 * torch.randn(theta.shape, generator=torch.Generator().manual_seed(1))
+
+
+def check_scores(scores, run, net, prompts, among=None):
+    for q, prompt in enumerate(prompts):
+        with torch.no_grad():
+            logits = net(torch.tensor([prompt])).logits[0, -1].tolist()
+        e = [2.718281828459045 ** (x - max(logits)) for x in logits]
+        top = logits.index(max(logits))
+        assert scores.top[run, q] == top
+        confidence = e[top] / sum(sorted(e)[-among:] if among else e)
+        assert scores.confidence[run, q].item() == pytest.approx(confidence, abs=1e-5)
+        assert scores.labels[run, q].tolist() == pytest.approx([e[i] / sum(e) for i in LABELS], abs=1e-5)
+
+
+@pytest.mark.parametrize("budget, among", [(8192, None), (1, None), (20, 10)])
+def test_scores_equal_a_naive_loop(tiny, budget, among):
+    folder, model, _ = tiny
+    watched = []
+    scores = label_scores(model, PROMPTS, LABELS, among=among, budget=budget, watch=watched.append)
+    check_scores(scores, 0, upstream(folder), PROMPTS, among)
+    assert sum(watched) == len(PROMPTS) and len(watched) == {8192: 1, 1: 7, 20: 4}[budget]
+    assert scores.top.shape == (1, 7) and scores.labels.shape == (1, 7, 3)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_each_run_scores_as_its_own_model_does(tiny, kind):
+    folder, model, _ = tiny
+    adapter, theta = trained(model, kind, 3)
+    with adapted(model, adapter, theta) as student:
+        scores = label_scores(student, PROMPTS, LABELS, runs=3, budget=60)
+    for r in (0, 2):
+        check_scores(scores, r, peft_twin(folder, adapter, theta[r]), PROMPTS)
+    assert not torch.equal(scores.confidence[0], scores.confidence[1])
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(order=st.permutations(range(len(PROMPTS))), budget=st.integers(1, 80))
+def test_any_order_of_rows_gives_the_same_scores(tiny, order, budget):
+    _, model, _ = tiny
+    expected = label_scores(model, PROMPTS, LABELS)
+    found = label_scores(model, [PROMPTS[i] for i in order], LABELS, budget=budget)
+    assert torch.equal(found.top, expected.top[:, order])
+    torch.testing.assert_close(found.confidence, expected.confidence[:, order], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.labels, expected.labels[:, order], rtol=0, atol=1e-5)
+
+
+DEMONSTRATIONS = [Example(f"Text:example {i} of some\nLabel:", str(i % 2), i % 2) for i in range(3)]
+QUERIES = ["Text:a film\nLabel:", "Text:another, longer one\nLabel:", "Text:x\nLabel:"]
+
+
+def test_demonstrations_computed_once_equal_whole_prompts(tiny):
+    _, model, tokenizer = tiny
+    whole = [tokenizer.encode(with_demonstrations(DEMONSTRATIONS, q)) for q in QUERIES]
+    student, rest = share_prefix(model, tokenizer, [DEMONSTRATIONS], QUERIES)
+    assert [len(w) - len(r) for w, r in zip(whole, rest, strict=True)] == [student.keywords["prefix"].length] * 3
+    bos = len(tokenizer.encode(""))
+    assert student.keywords["prefix"].length == bos + len("\n\n".join(d.prompt + d.answer for d in DEMONSTRATIONS) + "\n\nText:")
+    assert all(w[-len(r) :] == r for w, r in zip(whole, rest, strict=True))
+    expected, found = label_scores(model, whole, LABELS), label_scores(student, rest, LABELS)
+    assert torch.equal(expected.top, found.top)
+    assert (expected.confidence - found.confidence).abs().max() <= 1e-5 and (expected.labels - found.labels).abs().max() <= 1e-5
+    assert generate(student, tokenizer, rest, 6, stop=None) == generate(model, tokenizer, whole, 6, stop=None)
+    answers = [[1, 2], [3], [4, 5, 6]]
+    targets = [[Row(p, a) for p, a in zip(prompts, answers, strict=True)] for prompts in (whole, rest)]
+    observe(model, targets[0], whole, single=False)
+    observe(student, targets[1], rest, single=False)
+    assert all((a.activations - b.activations).abs().max() <= 1e-5 for a, b in zip(*targets, strict=True))
+
+
+def test_one_query_keeps_its_last_token(tiny):
+    _, model, tokenizer = tiny
+    student, rest = share_prefix(model, tokenizer, [DEMONSTRATIONS], QUERIES[:1])
+    whole = tokenizer.encode(with_demonstrations(DEMONSTRATIONS, QUERIES[0]))
+    assert rest == [whole[-1:]]
+    torch.testing.assert_close(label_scores(student, rest, LABELS).labels, label_scores(model, [whole], LABELS).labels, rtol=0, atol=1e-5)
+
+
+def test_demonstrations_a_query_stay_whole(tiny):
+    _, model, tokenizer = tiny
+    shown = [DEMONSTRATIONS[i:] + DEMONSTRATIONS[:i] for i in range(3)]
+    same, prompts = share_prefix(model, tokenizer, shown, QUERIES, least=40)
+    assert same is model
+    assert prompts == [tokenizer.encode(with_demonstrations(s, q)) for s, q in zip(shown, QUERIES, strict=True)]
+
+
+def test_similarity_equals_a_naive_loop(tiny):
+    folder, model, _ = tiny
+    adapter, theta = trained(model, "lora", 2)
+    rows = [Row([5, 6, 7], [1, 2, 3]), Row([8], [4]), Row([9, 10, 11, 12, 13], [5, 6])]
+    runs = [[Row(row.prompt, row.answer, torch.randn(2, len(row.answer), 32)) for row in rows] for _ in range(2)]
+    runs[1][0] = Row([20, 21, 22, 23], [1], torch.randn(2, 1, 32))  # a run's responses have their own lengths
+    for budget in (8192, 1):
+        with adapted(model, adapter, theta) as student:
+            found = layer_asim(student, runs, budget=budget)
+        assert found.shape == (2, 2)
+        for r in range(2):
+            net, similar = peft_twin(folder, adapter, theta[r]).base_model.model, [[], []]
+            for row in runs[r]:
+                _, outputs = upstream_pass(net, torch.tensor([row.prompt + row.answer[:-1]]))
+                for layer in range(2):
+                    for p in range(len(row.answer)):
+                        ours, target = outputs[layer, 0, len(row.prompt) - 1 + p], row.activations[layer, p]
+                        similar[layer].append((ours @ target / ours.norm() / target.norm()).item())
+            assert found[r].tolist() == pytest.approx([sum(s) / len(s) for s in similar], abs=1e-5)
+
+
+def test_a_model_is_entirely_similar_to_itself(tiny):
+    _, model, _ = tiny
+    rows = [Row(p, [3, 4][: 1 + i % 2]) for i, p in enumerate(PROMPTS)]
+    observe(model, rows, PROMPTS, single=False)
+    torch.testing.assert_close(layer_asim(model, [rows], budget=30), torch.ones(1, 2), rtol=0, atol=1e-5)
+    for row in rows:
+        row.activations = -row.activations
+    torch.testing.assert_close(layer_asim(model, [rows]), -torch.ones(1, 2), rtol=0, atol=1e-5)
+    assert F.cosine_similarity(rows[0].activations[0, 0], -rows[0].activations[0, 0], dim=0) == pytest.approx(-1, abs=1e-6)

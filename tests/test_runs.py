@@ -1,0 +1,216 @@
+"""Run folders: computed once, whole or absent, found again by what made them; and the summary against numpy."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from ia2mini.models.common import UsageError
+from safetensors.torch import load_file
+
+from ia2mini import runs
+from ia2mini.runs import RunFolder, checkpoint_digest, finite, peak_memory, versions
+from ia2mini.summary import METRICS, chosen, measure, summarise
+
+
+def files(folder) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_once_computes_once_and_reads_back(tmp_path):
+    folder, calls = RunFolder(tmp_path, "name", {"n": 4}), []
+
+    def make():
+        calls.append(1)
+        return {"a": torch.arange(6.0).view(2, 3).T, "b": torch.tensor([1, 2])}
+
+    assert not folder.has("cell/fit")
+    first = folder.once("cell/fit", make)
+    again = RunFolder(tmp_path, "name", {"n": 4}).once("cell/fit", make)
+    assert calls == [1] and folder.has("cell/fit")
+    for found in (first, again, load_file(folder.path / "cell/fit.safetensors")):
+        assert torch.equal(found["a"], torch.arange(6.0).view(2, 3).T) and torch.equal(found["b"], torch.tensor([1, 2]))
+
+
+def test_once_leaves_nothing_of_a_failing_maker_and_goes_on_later(tmp_path):
+    folder = RunFolder(tmp_path, "name", {})
+    before = files(tmp_path)
+
+    def fail():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        folder.once("fit", fail)
+    assert files(tmp_path) == before and not folder.has("fit")
+    assert folder.once("fit", lambda: {"a": torch.ones(1)})["a"] == 1
+
+
+def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path, "name", {})
+    folder.save_json("results.json", {"a": 1})
+
+    def cut(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs, "save_file", cut)
+    with pytest.raises(UsageError, match="fit.safetensors: cannot be written .No space left.*free some space"):
+        folder.once("fit", lambda: {"a": torch.ones(1)})
+    with pytest.raises(TypeError):
+        folder.save_json("results.json", {"a": object()})
+    assert json.loads((folder.path / "results.json").read_text()) == {"a": 1}
+    assert not any(name.startswith(".") or "fit" in name for name in files(folder.path))
+
+
+def test_seconds_add_up_over_sessions(tmp_path, monkeypatch):
+    clock = iter([10.0, 12.5, 20.0, 21.0, 30.0, 34.0])
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: next(clock))
+    memory = iter([300, 700, 500])
+    monkeypatch.setattr(runs, "peak_memory", lambda: next(memory))
+    first = RunFolder(tmp_path, "name", {})
+    with first.stage("train"):
+        pass
+    with pytest.raises(KeyboardInterrupt), first.stage("train"):
+        raise KeyboardInterrupt
+    second = RunFolder(tmp_path, "name", {})
+    with second.stage("evaluate"):
+        pass
+    expected = {"seconds": {"train": 3.5, "evaluate": 4.0}, "peak_memory_bytes": 700}
+    assert second.spent == expected == RunFolder.open(second.path).spent
+
+
+def test_a_folder_belongs_to_what_made_it(tmp_path):
+    what = {"rates": (1e-3,), "n": (4,), "seed": 0}
+    folder = RunFolder(tmp_path, "name", what)
+    assert RunFolder(tmp_path, "name", dict(reversed(what.items()))).path == folder.path  # order says nothing
+    assert RunFolder(tmp_path, "name", {"rates": [1e-3], "n": [4], "seed": 0}).path == folder.path
+    for change in ({"seed": 1}, {"rates": (1e-4,)}, {"n": (4, 8)}):
+        assert RunFolder(tmp_path, "name", what | change).path != folder.path
+    assert folder.path.parent == tmp_path and folder.path.name.startswith("name-")
+    assert RunFolder(tmp_path / "elsewhere", "name", what).path.name == folder.path.name
+
+
+def test_checkpoint_digest_sees_every_byte_of_config_tokenizer_and_weights(tmp_path):
+    names = ("config.json", "tokenizer.json", "model.safetensors")
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode() * 10)
+    (tmp_path / "README.md").write_text("a page")
+    first = checkpoint_digest(tmp_path)
+    (tmp_path / "README.md").write_text("another page")
+    assert checkpoint_digest(tmp_path) == first
+    for name in names:
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        assert checkpoint_digest(tmp_path) != first
+        (tmp_path / name).write_bytes(data)
+    assert checkpoint_digest(tmp_path) == first
+
+
+def test_checkpoint_digest_takes_the_hub_caches_names_for_large_files(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    snapshot = tmp_path / "snapshots/1"
+    snapshot.mkdir(parents=True)
+    digests = set()
+    for name in ("a" * 64, "b" * 64):
+        (tmp_path / "blobs" / name).write_bytes(b"not read")
+        (snapshot / "model.safetensors").unlink(missing_ok=True)
+        (snapshot / "model.safetensors").symlink_to(tmp_path / "blobs" / name)
+        digests.add(checkpoint_digest(snapshot))
+    assert len(digests) == 2
+
+
+def test_finite_makes_json_of_anything_we_hold():
+    value = {"a": [1, math.nan, (math.inf, -math.inf, 2.5)], "b": {"c": None, "d": True, "e": "NaN"}}
+    assert finite(value) == {"a": [1, None, [None, None, 2.5]], "b": {"c": None, "d": True, "e": "NaN"}}
+    json.dumps(finite(value), allow_nan=False)
+
+
+def test_versions_and_memory_are_told():
+    found = versions()
+    assert found["torch"] == torch.__version__ and found["numpy"] == np.__version__ and {"python", "machine", "ia2mini"} <= set(found)
+    before = peak_memory()
+    held = torch.ones(64 << 20, dtype=torch.uint8)  # 64 MiB
+    assert 10 << 20 < before <= peak_memory() < 1 << 40 and len(held)
+
+
+def test_measure_on_a_written_out_example():
+    p = np.array([[0.6, 0.2], [0.3, 0.5], [0.02, 0.2], [0.45, 0.4]])
+    confidence, correct, gold = np.array([0.6, 0.5, 0.7, 0.45]), np.array([1, 0, 0, 1]), [0, 0, 1, 0]
+    scores = {"asim": torch.tensor([0.5, 0.75]), "correct": torch.tensor(correct).bool(), "top": torch.zeros(4, dtype=torch.int64)}
+    scores |= {"confidence": torch.tensor(confidence), "labels": torch.tensor(p)}
+    found = measure(scores, gold)
+    share = p / p.sum(1, keepdims=True)
+    right = share.argmax(1) == gold
+    gap = np.abs  # no two rows share a bin
+    assert found.pop("asim_layers") == [0.5, 0.75]
+    assert found == pytest.approx({
+        "acc": 0.5,
+        "asim": 0.625,
+        "ece": (gap(1 - 0.6) + gap(0 - 0.5) + gap(0 - 0.7) + gap(1 - 0.45)) / 4,
+        "ece_mass": (gap(1 - 0.6) + gap(0 - 0.5) + gap(0 - 0.7) + gap(1 - 0.45)) / 4,
+        "nll": -np.log([0.6, 0.3, 0.2, 0.45]).mean(),
+        "brier": np.mean([0.4**2 + 0.2**2, 0.7**2 + 0.5**2, 0.02**2 + 0.8**2, 0.55**2 + 0.4**2]),
+        "acc_labels": right.mean(),
+        "ece_labels": gap(right - share.max(1)).mean(),
+    }, rel=1e-6)
+
+
+def test_measure_bins_as_asked():
+    confidence = torch.tensor([0.02] * 20 + [0.03] * 10 + [0.9] * 30)
+    correct = torch.tensor([True] * 15 + [False] * 45)
+    scores = {"asim": torch.ones(1), "correct": correct, "confidence": confidence, "labels": torch.full((60, 2), 0.5)}
+    found = measure(scores, [0] * 60)
+    width = (abs(15 - 20 * 0.02 - 10 * 0.03) + 30 * 0.9) / 60  # 0.02 and 0.03 share the first fifteenth, not a mass bin
+    mass = (abs(15 - 20 * 0.02) + 10 * 0.03 + 30 * 0.9) / 60
+    assert (found["ece"], found["ece_mass"]) == pytest.approx((width, mass), abs=1e-6)
+    assert measure(scores, [0] * 60, "mass")["ece"] == pytest.approx(mass, abs=1e-6)
+
+
+def test_measure_of_texts_has_no_calibration():
+    found = measure({"asim": torch.tensor([1.0, 0.0]), "correct": torch.tensor([True, False, True])}, [None] * 3)
+    assert found["acc"] == pytest.approx(2 / 3) and found["asim"] == 0.5
+    assert all(found[name] is None for name in ("ece", "ece_mass", "nll", "brier", "acc_labels", "ece_labels"))
+    assert set(METRICS) <= set(found)
+
+
+def record(number, rate, dev_loss, acc, method="sft", evaluation="t", ece=0.1) -> dict:
+    about = {"task": "t", "eval": evaluation, "ood": evaluation != "t", "model": "m", "n": 4, "method": method, "adapter": "lora"}
+    numbers = {name: 0.5 for name in METRICS} | {"acc": acc, "ece": ece, "asim_layers": [acc, number]}
+    return about | {"set": number, "rate": rate, "beta": None, "dev_loss": dev_loss, "steps": 3} | numbers
+
+
+RECORDS = [  # a low dev loss in one set does not win; nor does one good set
+    record(0, 1e-4, 0.9, 0.5, ece=0.3), record(0, 1e-3, 0.1, 0.9), record(0, 1e-2, 0.5, 0.6),
+    record(1, 1e-4, 0.9, 0.7, ece=0.1), record(1, 1e-3, 2.9, 0.2), record(1, 1e-2, 0.6, 0.5),
+]  # fmt: skip
+
+
+def test_chosen_by_means_over_sets():
+    assert chosen(RECORDS, "dev") == (1e-2, None)  # means 0.9, 1.5, 0.55
+    assert chosen(RECORDS, "eval") == (1e-4, None)  # means 0.6, 0.55, 0.55
+    mixed = [{**r, "beta": beta, "dev_loss": r["dev_loss"] + beta} for r in RECORDS for beta in (0.5, 0.1)]
+    assert chosen(mixed, "dev") == (1e-2, 0.1)
+
+
+def test_summarise_against_numpy():
+    base = [record(s, None, None, 0.25, "base") for s in range(2)]
+    other = [{**r, "eval": "u", "ood": True, "acc": 1 - r["acc"]} for r in RECORDS]
+    cells = summarise(base + RECORDS + other)
+    keys = [(c["method"], c["eval"], c["selected_by"], c["rate"]) for c in cells]
+    assert keys == [("base", "t", None, None), ("sft", "t", "dev", 1e-2), ("sft", "t", "eval", 1e-4),
+                    ("sft", "u", "dev", 1e-2), ("sft", "u", "eval", 1e-3)]  # fmt: skip
+    paper = cells[2]
+    assert (paper["acc"], paper["ece"], paper["sets"], paper["ood"]) == ([0.5, 0.7], [0.3, 0.1], 2, False)
+    for metric, values in (("acc", [0.5, 0.7]), ("ece", [0.3, 0.1])):
+        assert paper[f"{metric}_mean"] == pytest.approx(np.mean(values)) and paper[f"{metric}_std"] == pytest.approx(np.std(values))
+    assert paper["asim_layers"] == pytest.approx(np.mean([[0.5, 0], [0.7, 1]], axis=0))
+    assert [c["selected_by"] for c in summarise(RECORDS, "eval")] == ["eval"]
+    texts = summarise([{**r, "ece": None} for r in RECORDS])[0]
+    assert texts["ece_mean"] is None and texts["ece_std"] is None
+
+
+def test_a_run_that_diverged_is_never_chosen_also_from_the_saved_file():
+    diverged = [{**r, "dev_loss": math.inf} if r["rate"] in (1e-4, 1e-2) else r for r in RECORDS]
+    assert chosen(diverged, "dev") == chosen(finite(diverged), "dev") == (1e-3, None)  # JSON holds no infinity
+    assert summarise(finite(diverged)) == summarise(diverged)
