@@ -1,11 +1,11 @@
 """`collect`: the teacher's pass over long answers; `icl`: queries behind shared demonstrations; `generate`: batched greedy decoding."""
 
 import torch
+from ia2mini.models.common import Taps
 
 from ia2mini.episode import Episode, Row, collate, with_demonstrations
 from ia2mini.evaluate import label_scores, share_prefix
 from ia2mini.generate import generate as our_generate
-from ia2mini.models.common import Taps
 from ia2mini.teacher import teach
 
 from .peers import AsReleased, UsedWell
@@ -34,7 +34,8 @@ def collect(stand: Stand, rows: int = 8, tokens: int = 200, demonstrations: int 
     a, b = AsReleased(stand), UsedWell(stand)
     theirs = b.collect(queries[:2], prompts[:2], 8)
     ours = teach(stand.model, stand.tokenizer, Episode(pool[:2], [], shown[:2], []), 8)
-    result.remarks.append(agree("attention outputs", torch.stack([r.activations for r in ours]), torch.stack([r.activations for r in theirs])))
+    pair = [torch.stack([row.activations for row in rows]) for rows in (ours, theirs)]
+    result.remarks.append(agree("attention outputs", *pair))
     agree("responses", [r.answer for r in ours], [r.answer for r in theirs], 0)
     agree("attention outputs", ours[0].activations, a.collect(queries[:1], prompts[:1], 8)[0].activations)
 
@@ -42,7 +43,8 @@ def collect(stand: Stand, rows: int = 8, tokens: int = 200, demonstrations: int 
         {"us": lambda: teach(stand.model, stand.tokenizer, episode, tokens), "(b)": lambda: b.collect(queries, prompts, tokens)},
         3, seconds, stand.device,
     )  # fmt: skip
-    some = race({"(a)": lambda: a.collect(queries[:1], prompts[:1], tokens, spread(tokens, sample))}, 2, seconds / 2, stand.device, warm=False)
+    passes = spread(tokens, sample)
+    some = race({"(a)": lambda: a.collect(queries[:1], prompts[:1], tokens, passes)}, 2, seconds / 2, stand.device, warm=False)
     times["(a)"] = some["(a)"].scaled(rows * tokens / sample)
     for name, timing in times.items():
         note = f"extrapolated from {sample} of {rows * tokens} passes" if name == "(a)" else ""

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 import torch
-
 from ia2mini.models.checkpoint import write
+
 from ia2mini.runs import finite, versions
 
 from .timing import Timing

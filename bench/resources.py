@@ -8,30 +8,30 @@ import tempfile
 from pathlib import Path
 
 import torch
+from ia2mini.models.checkpoint import save
 from torch import Tensor
 
 from ia2mini.episode import Row
 from ia2mini.losses import activation_mse
-from ia2mini.models.checkpoint import save
 
 from . import timing
 from .peers import PEERS
 from .report import Line, Result, agree
-from .shapes import Stand, stand
+from .shapes import stand
 from .timing import Timing, in_child, race
 from .training import PHASES, OurStep
 
 
-def plain_mse(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Equation 4 as it is written, whole tensors at a time: [L, P, D] twice -> [P]."""
-    return ((outputs.float() - targets.float()) ** 2).mean(-1).sum(0)
+def plain_mse(outputs: list[Tensor], targets: Tensor) -> Tensor:
+    """Equation 4 as it is written, whole tensors at a time: L times [P, D] and [L, P, D] -> [P]."""
+    return ((torch.stack(outputs).float() - targets.float()) ** 2).mean(-1).sum(0)
 
 
 def both_ways(loss, outputs: list[Tensor], targets: Tensor) -> Tensor:
     """Forward and backward of the loss from the taps of L layers; the gradient of the first."""
     for x in outputs:
         x.grad = None
-    loss(torch.stack(outputs), targets).mean().backward()
+    loss(outputs, targets).mean().backward()
     return outputs[0].grad
 
 
@@ -42,7 +42,7 @@ def kernel(device: str = "cpu", dtype=torch.bfloat16, layers: int | None = None,
     for D, P in ((2048, 1), (2048, 64), (2048, 1024), (5120, 1024), (2048, 16384)):
         outputs = [torch.randn(P, D, device=device, dtype=dtype).requires_grad_() for _ in range(layers)]
         targets = torch.randn(layers, P, D, device=device, dtype=dtype)
-        agree("loss", activation_mse(torch.stack(outputs), targets).detach(), plain_mse(torch.stack(outputs), targets).detach(), 1e-4)
+        agree("loss", activation_mse(outputs, targets).detach(), plain_mse(outputs, targets).detach(), 1e-4)
         agree("gradient", both_ways(activation_mse, outputs, targets).clone(), both_ways(plain_mse, outputs, targets), 1e-2)
         other = torch.empty_like(targets)
         stacks = {
@@ -75,7 +75,8 @@ def _kernel_peak(loss, layers: int, device: str, dtype) -> int:
 
 def memory(shape: str = "100m", device: str = "cpu", dtype=torch.float32, tokens: int = 200) -> Result:
     """The peak of one training step of 4 rows with 26 + `tokens` tokens, each stack in a process of its own."""
-    result = Result("memory", f"{shape}, {str(dtype)[6:]}, {device}: one step of 4 rows of 26 tokens with answers of {tokens}, a process each", [])
+    about = f"{shape}, {str(dtype)[6:]}, {device}: one step of 4 rows of 26 tokens with answers of {tokens}, a process each"
+    result = Result("memory", about, [])
     extra = {}
     for method in PHASES:
         for name, runs in (("us", 1), ("us, 15 runs", 15), ("(a)", 1), ("(b)", 1)):

@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import torch
+from ia2mini.models import llama, qwen3
+from ia2mini.models.common import Rope
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 from torch import Tensor, nn
 
 from ia2mini.adapters import LoRA, unpack
-from ia2mini.models import llama, qwen3
-from ia2mini.models.common import Rope
 from ia2mini.tasks import Example
 from ia2mini.tokenizer import Tokenizer
 

@@ -47,7 +47,7 @@ def clock(run: Callable[[], object], device="cpu") -> float:
     return time.perf_counter() - start
 
 
-def race(stacks: dict[str, Callable[[], object]], repeats: int = 5, seconds: float = 20.0, device="cpu", warm: bool = True) -> dict[str, Timing]:
+def race(stacks: dict[str, Callable], repeats: int = 5, seconds: float = 20.0, device="cpu", warm: bool = True) -> dict[str, Timing]:
     """Time the stacks in turn, round after round, so that a busy spell of the machine meets all of them.
 
     One round to warm up (unless not `warm`), then `repeats` rounds, fewer once `seconds` are over but at least two.
@@ -88,10 +88,10 @@ def flops(config, rows: int, tokens: int, positions: int, head: bool, backward: 
     in all, not at all without a head. `backward` adds the gradient of every input once more, of attention and LoRA twice more (their
     both operands need one), but nothing below the first layer's LoRA.
     """
-    D, I, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    D, M, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     Q, K = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     n = rows * tokens
-    qkv, out, mlp = 2 * D * (Q + 2 * K), 2 * Q * D, 6 * D * I
+    qkv, out, mlp = 2 * D * (Q + 2 * K), 2 * Q * D, 6 * D * M
     attention, lora = 4 * tokens * Q, 2 * rank * ((D + Q) + (D + K) + (Q + D))
     last = positions * (mlp + 2 * D * config.vocab_size) if head else 0
     total = L * n * (qkv + out + attention + lora) + (L - 1) * n * mlp + last

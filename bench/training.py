@@ -1,12 +1,13 @@
 """`step`: one training step; `cell`: everything that one cell of the paper's grid costs."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ia2mini.adapters import adapted
-from ia2mini.episode import Row, collate, draw_episode, truth_row
+from ia2mini.episode import Row, collate, draw_episode, truth_row, with_demonstrations
 from ia2mini.evaluate import label_scores
 from ia2mini.teacher import teach
 from ia2mini.train import METHODS, Adam, Fit, Job, SetRows, Settings, losses
@@ -118,7 +119,8 @@ class Size:
     def said(self, whole: "Size") -> str:
         if self == whole:
             return "whole"
-        return f"extrapolated from {3 * self.runs} of {3 * whole.runs} runs, {self.steps} of {whole.steps} steps, {self.rows} of {whole.rows} rows"
+        counts = ((3 * self.runs, 3 * whole.runs, "runs"), (self.steps, whole.steps, "steps"), (self.rows, whole.rows, "rows"))
+        return "extrapolated from " + ", ".join(f"{here} of {there} {what}" for here, there, what in counts if here != there)
 
 
 RATES = (1e-4, 3e-4, 1e-3)
@@ -161,7 +163,8 @@ def peer_cell(peer: Peer, size: Size) -> tuple[dict[str, float], Tensor]:
             pool = stand.examples(size.n + max(1, size.n // 2), SST2_LENGTHS, 1, seed=i)
             episode = draw_episode(pool, size.n, i)
             truth = [truth_row(example, stand.tokenizer, True) for example in episode.train + episode.dev]
-            full = [[t for e in d for t in stand.tokenizer.encode(e.prompt + e.answer)] + r.prompt for d, r in zip(episode.demonstrations, truth)]
+            shown = zip(episode.demonstrations, episode.train + episode.dev)
+            full = [stand.tokenizer.encode(with_demonstrations(demonstrations, e.prompt)) for demonstrations, e in shown]
             taught = peer.collect([r.prompt for r in truth], full, 1)
             sets.append(SetRows(truth[: size.n], truth[size.n :], taught[: size.n], taught[size.n :]))
 
@@ -185,7 +188,8 @@ def peer_cell(peer: Peer, size: Size) -> tuple[dict[str, float], Tensor]:
 
             seconds["train"] += clock(train, stand.device)
             with peer.merged():
-                seconds["evaluate"] += clock(lambda run=run, method=method: tops.update({(method, run): peer.score(prompts, labels)[0]}), stand.device)
+                score = partial(peer.score, prompts, labels)
+                seconds["evaluate"] += clock(lambda at=(method, run), score=score: tops.update({at: score()[0]}), stand.device)
     return seconds, torch.stack([torch.stack([tops[m, r] for r in range(size.runs)]) for m in ("sft", "ia2", "ia2-sft")])
 
 
@@ -202,8 +206,8 @@ def cell(stand: Stand, whole: Size = Size(), parts: dict[str, Size] | None = Non
     """A cell under every stack; `parts`: how much of it each one does, the rest is extrapolated."""
     parts = parts or {}
     parts = {name: parts.get(name, whole) for name in ("us", *PEERS)}
-    about = f"{stand.about}; {whole.sets} sets × {whole.rates} rates × (sft, ia2, ia2-sft), N = {whole.n}, {whole.steps} steps a run with a look "
-    about += f"after each, {whole.rows} evaluation rows, prompt lengths of SST2"
+    about = f"{stand.about}; {whole.sets} sets × {whole.rates} rates × (sft, ia2, ia2-sft), N = {whole.n}, prompt lengths of SST2, "
+    about += f"{whole.steps} steps a run with a look after each, {whole.rows} evaluation rows"
     result = Result("cell", about, [], remarks=[check_cell(stand)])
     peers = {name: kind(stand) for name, kind in PEERS.items()}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in parts}

@@ -5,6 +5,8 @@ import json
 import os
 import struct
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -66,22 +68,33 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
 def download(hub_id: str, revision: str | None) -> Path:
     """The snapshot folder of a model repository on the hub, fetching only the files needed. Raises UsageError."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    try:
+    with hub_errors(hub_id, "model", revision, "give a folder"):
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=FILES))
-    except GatedRepoError:
-        raise UsageError(
-            f"{hub_id} is gated: accept its licence at https://huggingface.co/{hub_id}, then log in with `hf auth login` or set HF_TOKEN"
-        ) from None
-    except RepositoryNotFoundError:
-        raise UsageError(f"{hub_id}: no such model on the hub (or private: log in with `hf auth login` or set HF_TOKEN)") from None
-    except RevisionNotFoundError:
-        raise UsageError(f"{hub_id}: no revision {revision!r} on the hub") from None
+
+
+@contextmanager
+def hub_errors(repo: str, kind: str, revision: str | None, instead: str) -> Iterator[None]:
+    """Turn whatever goes wrong with repository `repo` (a "model" or "dataset") on the hub into a UsageError; `instead`: a way around."""
+    from huggingface_hub import errors
+
+    log_in = "log in with `hf auth login` or set HF_TOKEN"
+    try:
+        yield
+    except UsageError:
+        raise
+    except errors.GatedRepoError:
+        page = f"https://huggingface.co/{'datasets/' * (kind == 'dataset')}{repo}"
+        raise UsageError(f"{repo} is gated: accept its terms at {page}, then {log_in}") from None
+    except errors.RepositoryNotFoundError:
+        raise UsageError(f"{repo}: no such {kind} on the hub (or private: {log_in})") from None
+    except errors.RevisionNotFoundError:
+        raise UsageError(f"{repo}: the hub has no revision {revision} of it; {instead}") from None
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
+        raise UsageError(f"{repo}: not in the local cache, and the hub is out of reach; check the network, or {instead}") from None
     except Exception as error:  # bad ids and the client's own network errors, whose classes differ between its versions
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        problem = f"{hub_id}: cannot be downloaded and is not in the local cache ({reason})"
-        raise UsageError(f"{problem}; check the network or give a folder") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise UsageError(f"{repo}: cannot be downloaded ({reason}); check the network, or {instead}") from None
 
 
 def read_json(path: Path) -> dict:

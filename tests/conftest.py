@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+torch.set_num_threads(1)  # models here are tiny: threads would only wait for each other
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:

@@ -26,6 +26,7 @@ from ia2mini.adapters import LoRA, adapted
 from ia2mini.cli import main
 
 SMALL = "--n 4 --sets 2 --rates 1e-2,3e-2 --epochs 3 --eval-rows 10 --device cpu".split()
+PROGRAM = [sys.executable, "-c", "from ia2mini.cli import main; main(prog_name='ia2mini')"]
 CELL = {"task", "eval", "ood", "model", "n", "method", "adapter", "sets", "selected_by", "rate", "beta", "acc", "ece", "asim_layers"}
 CELL |= {f"{metric}_{kind}" for metric in ("acc", "ece", "nll", "brier", "asim") for kind in ("mean", "std")}
 
@@ -128,7 +129,9 @@ def test_peft_loads_the_saved_adapters_with_equal_logits(ground, finished):
         twin = peft.PeftModel.from_pretrained(upstream(base), saved)
         run = 2 * number + (1e-2, 3e-2).index(cell["rate"])  # sets by rates
         with torch.no_grad(), adapted(model, LoRA(model), theta[run : run + 1]) as student:
-            assert (twin(ids).logits - student(ids)).abs().max() <= 1e-5 < (model(ids) - student(ids)).abs().max()
+            ours = student(ids)
+        with torch.no_grad():
+            assert (twin(ids).logits - ours).abs().max() <= 1e-5 < (model(ids) - ours).abs().max()
 
 
 def forbid(monkeypatch, name: str, after: int = 0):
@@ -168,9 +171,8 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(where, ground, finished,
 
 
 def test_a_real_interrupt_in_another_process(ground, finished, tmp_path):
-    command = [sys.executable, "-c", "from ia2mini.cli import main; main(prog_name='ia2mini')", *map(str, toy(ground, tmp_path))]
     pipes, environment = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}, os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, text=True, env=environment, **pipes)
+    process = subprocess.Popen([*PROGRAM, *map(str, toy(ground, tmp_path))], text=True, env=environment, **pipes)
     while process.poll() is None and not list(tmp_path.glob("*/run.json")):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -183,12 +185,13 @@ def test_a_real_interrupt_in_another_process(ground, finished, tmp_path):
 
 
 def test_own_rows_with_single_token_labels(ground, tmp_path):
-    result = invoke("run", "--data", ground / "mine.csv", "--model", ground / "model", "--out", tmp_path, *SMALL, "--methods", "icl,sft")
+    own = ["run", "--data", ground / "mine.csv", "--model", ground / "model", "--out", tmp_path]
+    result = invoke(*own, *SMALL, "--methods", "icl,sft,sft")
     assert result.exit_code == 0 and "mine" in result.stdout and "sft" in result.stdout, result.output
     (folder,) = tmp_path.iterdir()
     document = json.loads((folder / "results.json").read_text())
     assert document["config"]["pools"]["mine"]["used"] == document["config"]["evals"]["mine"]["rows"] - 20 == 20
-    assert all(cell["ece_mean"] is not None for cell in document["cells"])
+    assert all(cell["ece_mean"] is not None and cell["sets"] == 2 for cell in document["cells"])  # a method given twice counts once
 
 
 def test_own_rows_with_answers_in_words_and_rescoring(ground, tmp_path):
@@ -206,7 +209,7 @@ def test_own_rows_with_answers_in_words_and_rescoring(ground, tmp_path):
     result = invoke("rescore", folder)
     assert result.exit_code == 0 and "66.7" in result.stdout, result.output
     again = json.loads((folder / "results.json").read_text())
-    assert {c["acc_mean"] for c in again["cells"] if c["method"] == "sft"} == {pytest.approx(2 / 3)}
+    assert {c["acc_mean"] for c in again["cells"] if c["method"] == "sft"} == {2 / 3}
     assert again["seconds"] == document["seconds"] and again["config"] == document["config"]
 
 
@@ -225,8 +228,7 @@ def test_generate_continues_a_real_model(shared_data):
     folder = shared_data / "checkpoints/stories260k"
     result = invoke("generate", "--model", folder, "--prompt", "Once upon a time, there was a", "--max-tokens", "24")
     assert result.exit_code == 0
-    assert " little girl named Lily. She loved to play outside in the park.".startswith(result.stdout.rstrip("\n"))
-    assert len(result.stdout) > 25
+    assert result.stdout == " little girl named Lily. She loved to play outside in the park. One\n"  # as shared/data's page has it
 
 
 @pytest.mark.parametrize("command", [None, *main.commands])
@@ -234,7 +236,7 @@ def test_help_tells_the_defaults(command):
     result = invoke(*([command] if command else []), "--help")
     assert result.exit_code == 0 and result.stdout.startswith("Usage:")
     options = [p for p in (main.commands[command].params if command else []) if isinstance(p, click.Option) and not p.required]
-    with_default = [p.name for p in options if p.default and not p.is_flag]
+    with_default = [p.name for p in options if isinstance(p.default, (str, int, float)) and p.default and not p.is_flag]
     assert result.stdout.count("[default: ") >= len(with_default), with_default
 
 
@@ -300,19 +302,16 @@ def test_a_mistake_is_one_line(mistake, ground, tmp_path):
 def test_no_network(ground, tmp_path, monkeypatch):
     with serve({}) as hub:
         pass  # its port is closed now
-    connect(monkeypatch, hub, tmp_path / "cache")
     out = tmp_path / "out"
-    refused(out, ["run", "toy-mood", "--model", "owner/name", "--out", out], "owner/name: cannot be downloaded", "check the network")
-    refused(out, ["run", "sst2", "--model", ground / "model", "--out", out], "stanfordnlp/sst2: cannot be downloaded", "--data-dir")
-    connect(monkeypatch, hub, tmp_path / "cache", offline=True)
-    refused(out, ["run", "toy-mood", "--model", "qwen3-4b-base", "--out", out], "Qwen/Qwen3-4B-Base", "not in the local cache")
-    refused(out, ["run", "sst2", "--model", ground / "model", "--out", out], "stanfordnlp/sst2: offline", "HF_HUB_OFFLINE", "--data-dir")
+    for offline in (False, True):
+        connect(monkeypatch, hub, tmp_path / "cache", offline)
+        refused(out, ["run", "toy-mood", "--model", "qwen3-4b-base", "--out", out], "Qwen/Qwen3-4B-Base: ", "network", "give a folder")
+        refused(out, ["run", "sst2", "--model", ground / "model", "--out", out], "stanfordnlp/sst2: ", "network", "--data-dir")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_in_another_process(ground, tmp_path):
-    command = [sys.executable, "-m", "ia2mini.cli", *map(str, toy(ground, tmp_path / "out")), "--device", "cuda"]
-    command[1:3] = ["-c", "from ia2mini.cli import main; main(prog_name='ia2mini')"]
+    command = [*PROGRAM, *map(str, toy(ground, tmp_path / "out")), "--device", "cuda"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     (line,) = result.stderr.splitlines()
     assert result.returncode == 2 and line.startswith("ia2mini: --device cuda: not usable here") and "--device cpu" in line
@@ -339,6 +338,6 @@ def test_labels_that_merge_with_the_colon(shared_data, ground, tmp_path):
         rows = (ground / "mine.csv").read_text().replace(",x\n", f",{labels[0]}\n").replace(",y\n", f",{labels[1]}\n")
         (tmp_path / "mine.csv").write_text(rows)
         command = ["run", "--data", tmp_path / "mine.csv", "--model", tmp_path / "model", "--out", tmp_path / "out", *SMALL]
-        refused(tmp_path / "out", command, f"answer {min(labels)!r} merges", "'\\nLabel:'", "choose another label or template")
+        refused(tmp_path / "out", command, f"answer {min(labels)!r} merges", "\\nLabel:'", "choose another label or template")
     mended = [*command, "--template", "Text:{text}\\nLabel:\\n", "--methods", "icl,sft", "--sets", "1", "--rates", "1e-3", "--epochs", "1"]
     assert invoke(*mended).exit_code == 0

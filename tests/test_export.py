@@ -55,6 +55,8 @@ def test_peft_loads_what_we_save(tiny, tmp_path, kind):
     config = json.loads((tmp_path / "new" / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(folder)
     theirs = peft.PeftModel.from_pretrained(upstream(folder), tmp_path / "new" / "adapter")
+    added = [p for name, p in theirs.named_parameters() if any(part in name for part in ("lora_", "ia3_l", "prompt_encoder"))]
+    assert sum(p.numel() for p in added) == theta.numel(), "peft added weights that we do not have"
     with torch.no_grad():
         expected = theirs(ids).logits[:, -ids.shape[1] :]
         assert (our_logits(model, adapter, theta, ids) - expected).abs().max() <= 1e-5

@@ -169,14 +169,14 @@ def test_the_cache_serves_when_the_hub_does_not(tmp_path, monkeypatch):
         load_examples(find_task("sst2"), "train")
     connect(monkeypatch, hub, tmp_path, offline=True)
     assert load_examples(find_task("sst2"), "eval") == first
-    with pytest.raises(UsageError, match="fancyzhx/ag_news: offline, and not in the local cache"):
+    with pytest.raises(UsageError, match="fancyzhx/ag_news: not in the local cache"):
         load_examples(find_task("agnews"), "eval")
     code = "from ia2mini.tasks import *; print(load_examples(find_task('sst2'), 'eval').origin['digest'])"
     environment = os.environ | hub.environment(tmp_path) | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == first.origin["digest"], done.stderr
     next((tmp_path / "hub").rglob("validation/0001.parquet")).unlink()
-    with pytest.raises(UsageError, match="stanfordnlp/sst2: offline, and not in the local cache"):  # rather than half the rows
+    with pytest.raises(UsageError, match="stanfordnlp/sst2: not in the local cache"):  # rather than half the rows
         load_examples(find_task("sst2"), "eval")
 
 
@@ -211,7 +211,7 @@ def test_what_the_hub_may_refuse(tmp_path, monkeypatch):
     repos = {("dataset", "a/no-branch"): {"main": {}},
              ("dataset", "a/no-split"): {PARQUET: {"x/validation/0000.parquet": b"", "y/validation/0.parquet": b""}},
              ("dataset", "a/gated"): sst2_repo()["dataset", "stanfordnlp/sst2"]}
-    refusals = {"a/absent": "a/absent: no such dataset on the hub", "a/no-branch": f"has no branch {PARQUET}",
+    refusals = {"a/absent": "a/absent: no such dataset on the hub", "a/no-branch": f"has no revision {PARQUET}",
                 "a/no-split": f"no Parquet folder default/validation in branch {PARQUET}; found x/validation, y/validation",
                 "a/gated": "a/gated is gated: accept its terms at https://huggingface.co/datasets/a/gated, then log in"}
     with serve(repos, gated=("a/gated",)) as hub:

@@ -1,4 +1,4 @@
-"""Losses against naive loops, the loop and every method against transformers one row at a time, runs side by side against alone."""
+"""The loop and every method against transformers one row at a time, runs side by side against alone."""
 
 import math
 from contextlib import contextmanager
@@ -12,7 +12,6 @@ from reference import VOCABULARY, make_checkpoint, peft_twin, twin_parameters, t
 
 from ia2mini.adapters import IA3, Full, LoRA, PrefixTuning, Prompt, adapted, unpack
 from ia2mini.episode import Row, collate
-from ia2mini.losses import activation_mse, cross_entropy, per_run, soft_cross_entropy
 from ia2mini.train import METHODS, Adam, Job, SetRows, Settings, fit, losses
 
 ADAPTERS = {"lora": LoRA, "ia3": IA3, "prompt": lambda m: Prompt(m, 3), "prefix": lambda m: PrefixTuning(m, 3), "full": Full}
@@ -99,35 +98,6 @@ def in_order(run, epoch):
     return np.random.default_rng([run, epoch]).permutation(4).tolist()
 
 
-def test_losses_equal_naive_loops():
-    outputs, targets = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
-    logits, answer, teacher = torch.randn(3, 7), torch.tensor([4, 0, 6]), torch.randn(3, 7).log_softmax(-1)
-    top, ids = teacher.topk(3)
-    expected = {"mse": [], "ce": [], "kl": [], "top": []}
-    for p in range(3):
-        probabilities = [math.exp(x) / sum(math.exp(y) for y in logits[p].tolist()) for x in logits[p].tolist()]
-        layers = [[(outputs[m, p, d] - targets[m, p, d]).item() ** 2 for d in range(5)] for m in range(2)]
-        expected["mse"].append(sum(layers[0]) / 5 + sum(layers[1]) / 5)
-        expected["ce"].append(-math.log(probabilities[answer[p]]))
-        expected["kl"].append(sum(math.exp(t) * (t - math.log(q)) for t, q in zip(teacher[p].tolist(), probabilities, strict=True)))
-        kept = [math.exp(t) / sum(math.exp(u) for u in top[p].tolist()) for t in top[p].tolist()]
-        expected["top"].append(sum(t * (math.log(t) - math.log(probabilities[i])) for t, i in zip(kept, ids[p].tolist(), strict=True)))
-    every = torch.arange(7).expand(3, 7)
-    found = {"mse": activation_mse(outputs, targets), "ce": cross_entropy(logits, answer)}
-    found |= {"kl": soft_cross_entropy(logits, teacher, every), "top": soft_cross_entropy(logits, top, ids)}
-    for name, values in expected.items():
-        torch.testing.assert_close(found[name], torch.tensor(values), rtol=1e-5, atol=1e-6)
-    assert soft_cross_entropy(teacher, teacher, every).abs().max() < 1e-6
-    assert activation_mse(outputs.bfloat16(), targets.bfloat16()).dtype == cross_entropy(logits.bfloat16(), answer).dtype == torch.float32
-
-
-def test_a_run_averages_over_positions_then_over_rows():
-    rows = [Row([1], [1, 2]), Row([1], [3])], [Row([1], [1]), Row([1], [2])]
-    weights = collate(list(rows)).weights
-    values = torch.tensor([1.0, 3.0, 10.0, 5.0, 7.0, 1000.0])  # the last one stands on padding
-    assert per_run(values, weights).tolist() == [((1 + 3) / 2 + 10) / 2, (5 + 7) / 2]
-
-
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("kind", ["lora", "prompt", "prefix"])
 def test_losses_of_a_batch_equal_the_plain_ones(folder, model, kind, mix):
@@ -173,7 +143,7 @@ def test_runs_side_by_side_equal_alone_in_any_order(model, kind, mix):
 
     together, shuffled = train_runs([0, 1, 2, 3, 4, 5]), train_runs([4, 2, 5, 0, 3, 1])
     assert together.steps.tolist() == [20] * R
-    for r in range(R):
+    for r in range(R) if kind == "lora" else (1, 4):
         alone, again = train_runs([r]), [4, 2, 5, 0, 3, 1].index(r)
         assert relative(together.theta[r], alone.theta[0]) <= 1e-5
         assert relative(shuffled.theta[again], alone.theta[0]) <= 1e-5
@@ -181,11 +151,12 @@ def test_runs_side_by_side_equal_alone_in_any_order(model, kind, mix):
         assert relative(alone.theta[0], theta[r]) > 1e-3
 
 
-def test_runs_that_stop_at_different_steps_equal_alone(model):
-    adapter, R, settings = LoRA(model), 6, Settings(batch_size=2, epochs=12, patience=2)
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_runs_that_stop_at_different_steps_equal_alone(model, batch_size):
+    adapter, R, settings = LoRA(model), 6, Settings(batch_size, epochs=12, patience=2)
     theta, rates = starts(adapter, model, R), torch.tensor([1e-1, 1e-4, 3e-2, 1e-3, 5e-2, 1e-2])
-    train, dev, beta = [make_rows(4, r) for r in range(R)], [make_rows(2, 50 + r) for r in range(R)], torch.linspace(0.1, 0.9, R)
-    seen = []
+    train, dev = [make_rows(4, r) for r in range(R)], [make_rows(2, 50 + r) for r in range(R)]
+    beta, seen = torch.linspace(0.1, 0.9, R), []
 
     def train_runs(runs, watch=None):
         weights, rows = {"mse": 1 - beta[runs], "ce": beta[runs]}, [[data[r] for r in runs] for data in (train, dev)]
@@ -193,7 +164,8 @@ def test_runs_that_stop_at_different_steps_equal_alone(model):
 
     together = train_runs(list(range(R)), lambda step, live: seen.append((step, len(live))))
     assert len(set(together.steps.tolist())) >= 3
-    assert all(live == (together.steps > step).sum() for step, live in seen if step < 24) and seen[-1][0] == max(together.steps)
+    assert seen[-1][0] == max(together.steps)
+    assert all(live == (together.steps > step).sum() for step, live in seen if step < 48 / batch_size)
     for r in range(R):
         alone = train_runs([r])
         assert together.steps[r] == alone.steps[0]

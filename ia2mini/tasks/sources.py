@@ -15,6 +15,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path, PurePosixPath
 
+from ia2mini.models.checkpoint import hub_errors
 from ia2mini.models.common import UsageError
 
 from .answers import parse_boxed, parse_hashes, parse_number, parse_text
@@ -164,7 +165,7 @@ def download(repo: str, choose, revision: str | None = None) -> tuple[list[Path]
     from huggingface_hub import HfApi, errors, snapshot_download
 
     get, note = partial(snapshot_download, repo, repo_type="dataset", revision=revision), ""
-    try:
+    with hub_errors(repo, "dataset", revision, "give local rows with --data-dir"):
         try:
             names = [file.rfilename for file in HfApi().dataset_info(repo, revision=revision, timeout=10).siblings]
         except Exception as error:
@@ -174,22 +175,11 @@ def download(repo: str, choose, revision: str | None = None) -> tuple[list[Path]
                 raise error from None
             names = [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()]
             note = "; the hub cannot be reached, so this is what the local cache holds"
-        chosen = choose(sorted(names))
+        try:
+            chosen = choose(sorted(names))
+        except UsageError as error:
+            raise UsageError(f"{error}{note}") from None
         folder = Path(get(allow_patterns=[f"{PurePosixPath(name).parent}/*" for name in chosen]))
-    except UsageError as error:
-        raise UsageError(f"{error}{note}") from None
-    except errors.GatedRepoError:
-        page = f"https://huggingface.co/datasets/{repo}"
-        raise UsageError(f"{repo} is gated: accept its terms at {page}, then log in with `hf auth login` or set HF_TOKEN") from None
-    except errors.RepositoryNotFoundError:
-        raise UsageError(f"{repo}: no such dataset on the hub (or private: log in with `hf auth login` or set HF_TOKEN)") from None
-    except errors.RevisionNotFoundError:
-        raise UsageError(f"{repo}: the hub has no branch {revision} of it; give local rows with --data-dir") from None
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
-        raise UsageError(f"{repo}: offline, and not in the local cache; go online (unset HF_HUB_OFFLINE) or give --data-dir") from None
-    except Exception as error:  # the client's own network errors, whose classes differ between its versions
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise UsageError(f"{repo}: cannot be downloaded ({reason}); check the network, or give local rows with --data-dir") from None
     return [folder / name for name in chosen], folder.name
 
 

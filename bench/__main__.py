@@ -1,0 +1,118 @@
+"""`python -m bench [collect|step|cell|icl|generate|kernel|memory|load|effect|scale]`; without a name all but `effect`."""
+
+import time
+import warnings
+
+import click
+import torch
+
+from . import inference, resources, training
+from .effect import SIZES, effect
+from .report import Result, finish, show
+from .scale import scale
+from .shapes import SHAPES, stand
+
+CPU_SHAPES, GPU_SHAPES = ("tiny", "100m"), ("qwen3-0.6b", "qwen3-4b")
+
+
+def shapes(shape: str | None, device: str) -> tuple[str, ...]:
+    return (shape,) if shape else (CPU_SHAPES if device == "cpu" else GPU_SHAPES)
+
+
+def run(name: str, shape: str | None, device: str, dtype: torch.dtype) -> list[Result]:
+    """The results of one bench, shown as they come."""
+    found = []
+
+    def done(result: Result) -> None:
+        show(result)
+        found.append(result)
+
+    benches = {"step": training.step, "collect": inference.collect, "icl": inference.icl, "generate": inference.generate}
+    largest = shapes(shape, device)[-1]
+    if name == "kernel":
+        done(resources.kernel(device))
+    elif name == "memory":
+        done(resources.memory(largest, device, dtype))
+    elif name == "load":
+        done(resources.load(largest, device))
+    elif name == "scale":
+        done(scale(shapes(shape, device)[0], device, dtype))
+    else:
+        for each in shapes(shape, device):
+            ground = stand(each, device, dtype)
+            if name == "cell":
+                done(training.cell(ground, *training.portions(each, device)))
+            else:
+                done(benches[name](ground))
+    return found
+
+
+BENCHES = ("step", "cell", "collect", "icl", "generate", "kernel", "memory", "load", "scale")
+
+
+def options(command):
+    """What every bench but `effect` asks."""
+    usual = f"{' and '.join(CPU_SHAPES)}; on a GPU {' and '.join(GPU_SHAPES)}"
+    for option in (
+        click.option("--save", is_flag=True, help="keep the results in bench/results/, with the date and the machine"),
+        click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="[default: float32, on a GPU bfloat16]"),
+        click.option("--device", help="[default: a GPU if there is one]"),
+        click.option("--shape", type=click.Choice(list(SHAPES)), help=f"[default: {usual}]"),
+    ):
+        command = option(command)
+    return command
+
+
+def several(names: tuple[str, ...], shape, device, dtype, save) -> None:
+    warnings.simplefilter("ignore")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
+    start, results = time.perf_counter(), []
+    for name in names:
+        results += run(name, shape, device, kind)
+    click.echo(f"\n{time.perf_counter() - start:.0f} s in all")
+    asked = [names[0]] if len(names) == 1 else []
+    asked += [f"--{key} {value}" for key, value in (("shape", shape), ("dtype", dtype)) if value]
+    finish(results, " ".join(["python -m bench", *asked]), save)
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@options
+@click.pass_context
+def main(context, **asked):
+    """How fast ia2mini is, against transformers with peft as (a) the paper's scripts use them and (b) used well.
+
+    Without a command: every bench but `effect`, in under 15 minutes on two quiet cores.
+    """
+    if context.invoked_subcommand is None:
+        several(BENCHES, **asked)
+    elif any(asked.values()):
+        raise click.UsageError(f"options come after the command: python -m bench {context.invoked_subcommand} …")
+
+
+def add(name: str, about: str) -> None:
+    main.command(name, help=about)(options(lambda **asked: several((name,), **asked)))
+
+
+for name, module in (("step", training), ("cell", training), *((n, inference) for n in ("collect", "icl", "generate"))):
+    add(name, getattr(module, name).__doc__)
+for name in ("kernel", "memory", "load"):
+    add(name, getattr(resources, name).__doc__)
+add("scale", scale.__doc__)
+
+
+@main.command("effect", help=effect.__doc__)
+@click.option("--model", default="tiny", show_default=True)
+@click.option("--n", "sizes", default=",".join(map(str, SIZES)), show_default=True)
+@click.option("--sets", default=10, show_default=True)
+@click.option("--eval-rows", default=500, show_default=True)
+@click.option("--sum-rows", default=100, show_default=True)
+@click.option("--save", is_flag=True)
+def effect_command(model, sizes, sets, eval_rows, sum_rows, save):
+    result = effect(model, tuple(int(n) for n in sizes.split(",")), sets, eval_rows, sum_rows)
+    show(result)
+    finish([result], "python -m bench effect", save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""bench: the FLOP formula against torch's own counter, the peers against us, and the honesty of what is extrapolated."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench import inference, report, timing, training  # noqa: E402
+from bench.shapes import stand  # noqa: E402
+
+from ia2mini.episode import Row  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return stand("tiny", layers=2)
+
+
+@pytest.mark.parametrize("method", ["ia2", "sft"])
+def test_flops_formula_matches_torch_counter(tiny, method):
+    phase, head = training.PHASES[method][0], method == "sft"
+    target = torch.zeros(2, 3, tiny.config.hidden_size)
+    rows = [Row(list(range(20, 28)), [1, 2, 3], target) for _ in range(4)]
+    step = training.OurStep(tiny, [rows], phase, tiny.theta())
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        step.gradient()
+    formula = timing.flops(tiny.config, rows=4, tokens=10, positions=12, head=head, backward=True, rank=8)
+    assert formula == pytest.approx(counter.get_total_flops(), rel=0.01)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        tiny.model(step.batch.ids, logits=step.batch.at if head else False)
+    assert timing.flops(tiny.config, 4, 10, 12, head) == counter.get_total_flops()
+
+
+def test_both_peers_compute_what_we_compute(tiny):
+    for method in training.PHASES:
+        assert "same" in training.check_step(tiny, training.set_rows(tiny, 4, 0, (5, 9), 3).icl_train, method)
+    assert "same" in training.check_cell(tiny)
+
+
+def test_disagreement_stops_the_bench():
+    with pytest.raises(AssertionError, match="loss: the stacks differ by 1.0e-02"):
+        report.agree("loss", 1.01, 1.0, 1e-3)
+
+
+def test_extrapolation_scales_each_stage_by_its_own_count_and_says_so():
+    whole, some = training.Size(), training.Size(sets=1, rates=1, steps=10, rows=50)
+    scaled = some.times({"collect": 1.0, "train": 1.0, "evaluate": 1.0}, whole)
+    assert scaled == {"collect": 5.0, "train": 75.0, "evaluate": 150.0}
+    assert some.said(whole) == "extrapolated from 3 of 45 runs, 10 of 50 steps, 50 of 500 rows" and whole.said(whole) == "whole"
+
+
+def test_race_takes_turns_and_reports_median_and_spread():
+    turns = []
+    times = timing.race({"us": lambda: turns.append("us"), "them": lambda: turns.append("them")}, repeats=3)
+    assert turns == ["us", "them"] * 4  # a round to warm up, then three
+    assert times["us"].repeats == 3 and times["us"].low <= times["us"].seconds <= times["us"].high
+
+
+def test_peak_memory_of_a_child_is_its_own():
+    torch.ones(50_000_000)  # 200 MB here
+    assert timing.in_child(held, 25_000_000) == pytest.approx(100e6, rel=0.2)
+
+
+def held(numbers: int) -> int:
+    timing.reset_peak()
+    before = timing.memory()[0]
+    torch.ones(numbers)
+    return timing.memory()[1] - before
+
+
+def test_inference_benches_agree_and_name_what_is_extrapolated(tiny):
+    found = inference.collect(tiny, rows=2, tokens=8, sample=2, seconds=0)
+    assert {"(a) / us", "(b) / us", "tapped / plain"} == found.ratios.keys()
+    assert [line.note for line in found.lines if line.stack == "(a)"] == ["extrapolated from 2 of 16 passes"]
+    assert inference.generate(tiny, 4, 8, 16, seconds=0).ratios["(a) / us"] > 0
+    assert "(b) with a copied cache / us" in inference.icl(tiny, queries=20, shown=3, sample=8, seconds=0).ratios

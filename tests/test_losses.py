@@ -1,0 +1,50 @@
+"""Losses and their gradients against naive loops."""
+
+import math
+
+import pytest
+import torch
+
+from ia2mini.episode import Row, collate
+from ia2mini.losses import activation_mse, cross_entropy, per_run, soft_cross_entropy
+
+
+def test_losses_equal_naive_loops():
+    outputs, targets = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    logits, answer, teacher = torch.randn(3, 7), torch.tensor([4, 0, 6]), torch.randn(3, 7).log_softmax(-1)
+    top, ids = teacher.topk(3)
+    expected = {"mse": [], "ce": [], "kl": [], "top": []}
+    for p in range(3):
+        probabilities = [math.exp(x) / sum(math.exp(y) for y in logits[p].tolist()) for x in logits[p].tolist()]
+        layers = [[(outputs[m, p, d] - targets[m, p, d]).item() ** 2 for d in range(5)] for m in range(2)]
+        expected["mse"].append(sum(layers[0]) / 5 + sum(layers[1]) / 5)
+        expected["ce"].append(-math.log(probabilities[answer[p]]))
+        expected["kl"].append(sum(math.exp(t) * (t - math.log(q)) for t, q in zip(teacher[p].tolist(), probabilities, strict=True)))
+        kept = [math.exp(t) / sum(math.exp(u) for u in top[p].tolist()) for t in top[p].tolist()]
+        expected["top"].append(sum(t * (math.log(t) - math.log(probabilities[i])) for t, i in zip(kept, ids[p].tolist(), strict=True)))
+    every = torch.arange(7).expand(3, 7)
+    found = {"mse": activation_mse(outputs, targets), "ce": cross_entropy(logits, answer)}
+    found |= {"kl": soft_cross_entropy(logits, teacher, every), "top": soft_cross_entropy(logits, top, ids)}
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], torch.tensor(values), rtol=1e-5, atol=1e-6)
+    assert soft_cross_entropy(teacher, teacher, every).abs().max() < 1e-6
+    assert activation_mse(outputs.bfloat16(), targets.bfloat16()).dtype == cross_entropy(logits.bfloat16(), answer).dtype == torch.float32
+
+
+def test_a_run_averages_over_positions_then_over_rows():
+    rows = [Row([1], [1, 2]), Row([1], [3])], [Row([1], [1]), Row([1], [2])]
+    weights = collate(list(rows)).weights
+    values = torch.tensor([1.0, 3.0, 10.0, 5.0, 7.0, 1000.0])  # the last one stands on padding
+    assert per_run(values, weights).tolist() == [((1 + 3) / 2 + 10) / 2, (5 + 7) / 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_the_squared_error_equal_autograds(dtype):
+    outputs = [torch.randn(4, 6).to(dtype).requires_grad_() for _ in range(3)]
+    targets, weights = torch.randn(3, 4, 6).to(dtype), torch.tensor([0.5, 0.0, 2.0, 1.0])
+    (activation_mse(outputs, targets) * weights).sum().backward()
+    for output, target in zip(outputs, targets, strict=True):
+        copy = output.detach().double().requires_grad_()
+        (sum((copy - target.double()).T ** 2) / 6 * weights).sum().backward()
+        assert output.grad.dtype == dtype
+        torch.testing.assert_close(output.grad, copy.grad.to(dtype), rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
