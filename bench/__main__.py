@@ -11,6 +11,7 @@ from .effect import SIZES, effect
 from .report import Result, finish, show
 from .scale import scale
 from .shapes import SHAPES, stand
+from .timing import Bystanders
 
 CPU_SHAPES, GPU_SHAPES = ("tiny", "100m"), ("qwen3-0.6b", "qwen3-4b")
 
@@ -69,7 +70,11 @@ def several(names: tuple[str, ...], shape, device, dtype, save) -> None:
     kind = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
     start, results = time.perf_counter(), []
     for name in names:
-        results += run(name, shape, device, kind)
+        with Bystanders() as others:
+            results += run(name, shape, device, kind)
+        results[-1].ratios["share of the processors used by other programs meanwhile"] = others.share
+        if others.share > 0.05:
+            click.secho(f"  other programs used {others.share:.0%} of the processors meanwhile: do not trust these numbers", fg="red")
     click.echo(f"\n{time.perf_counter() - start:.0f} s in all")
     asked = [names[0]] if len(names) == 1 else []
     asked += [f"--{key} {value}" for key, value in (("shape", shape), ("dtype", dtype)) if value]

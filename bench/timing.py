@@ -1,6 +1,7 @@
 """Fair measuring: contestants in turn, warmed up and synchronised; peak memory in a process of its own; FLOPs and the GEMM ceiling."""
 
 import multiprocessing
+import os
 import re
 import resource
 import time
@@ -99,6 +100,28 @@ def flops(config, rows: int, tokens: int, positions: int, head: bool, backward: 
         total += (L - 1) * n * (qkv + out + mlp) + n * out + L * n * 2 * (attention + lora) + last
         total -= n * 2 * rank * 2 * D  # no gradient reaches the embeddings: A of the first q and k
     return float(total)
+
+
+class Bystanders:
+    """How much of the processors other processes used while a block ran: `share`, 0 to 1 (0 where /proc is not there)."""
+
+    def __enter__(self) -> "Bystanders":
+        self.start, self.share = self.spent(), 0.0
+        return self
+
+    def __exit__(self, *error) -> None:
+        wall, busy, own = (b - a for a, b in zip(self.start, self.spent()))
+        self.share = max(0.0, busy - own) / max(wall * (os.cpu_count() or 1), 1e-9)
+
+    @staticmethod
+    def spent() -> tuple[float, float, float]:
+        """Seconds: on the clock, of all processors busy, of this process and its children."""
+        try:
+            user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
+            busy = (user + nice + system) / os.sysconf("SC_CLK_TCK")
+        except OSError:
+            busy = 0.0
+        return time.perf_counter(), busy, sum(os.times()[:4])
 
 
 def resident() -> tuple[int, int]:

@@ -183,7 +183,7 @@ class Cell:
                     answers = [[0] for _ in prompts]  # one position: the last prompt token
                 else:
                     eos = list(lab.tokenizer.eos_ids[:1])
-                    answers = [r + eos for r in generate(model, lab.tokenizer, prompts, self.task.max_tokens)]
+                    answers = [(r + eos)[: self.task.max_tokens] for r in generate(model, lab.tokenizer, prompts, self.task.max_tokens)]
                 rows = [Row(p, a) for p, a in zip(plain, answers)]
                 for group in by_length([len(p) + len(a) for p, a in zip(prompts, answers)], lab.budget):
                     observe(model, [rows[i] for i in group], [prompts[i] for i in group], single=False, device=lab.device)

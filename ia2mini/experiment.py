@@ -53,7 +53,7 @@ def save_adapters(cell: Cell, records: list[dict], base: str) -> list[str]:
         for r, (number, *config) in enumerate(cell.grid(method)):
             if tuple(config) == pick:
                 saved.append(f"adapters/{cell.name}-{method}-set{number}")
-                save_adapter(cell.lab.model, cell.adapter, fit.theta[r], cell.lab.folder.path / saved[-1], base)
+                save_adapter(cell.lab.model, cell.adapter, fit.theta[r], cell.lab.folder.path / saved[-1], base, cell.lab.tokenizer)
     return saved
 
 

@@ -30,7 +30,28 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
+        return Normalise.apply(x, self.weight, self.eps)
+
+
+class Normalise(torch.autograd.Function):
+    """RMSNorm with its backward pass written out: half the time of autograd's own on a CPU, and nothing kept but x and 1 / rms."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        inverse = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]
+        ctx.save_for_backward(x, weight, inverse)
+        return weight * (wide * inverse).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        wide, scaled = x.float(), (grad * weight).float()
+        along = torch.linalg.vecdot(scaled, wide)[..., None] * (inverse**3 / -x.shape[-1])
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * (wide * inverse).to(x.dtype)).flatten(0, -2).sum(0)
+        return (scaled * inverse).addcmul_(wide, along).to(x.dtype), grad_weight, None
 
 
 class Linear(nn.Linear):
@@ -65,16 +86,16 @@ class Rope:
         return inv * (smooth + (1 - smooth) / factor)
 
     def at(self, positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin for positions [T] or [B, T]: each [(B, 1,) T, E/2] in `dtype`, ready for q and k of [B, H, T, E]."""
+        """What `rotate` needs for positions [T] or [B, T]: cos and signed sin, each [(B, 1,) T, E] in `dtype`."""
         angles = positions[..., None].float() * self.inverse_frequencies(head_dim, positions.device)
         angles = angles if positions.dim() == 1 else angles[:, None]
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x [B, H, T, E], split-halves layout: coordinate i pairs with i + E/2."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 @dataclass

@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import inference, report, timing, training  # noqa: E402
 from bench.shapes import stand  # noqa: E402
-
 from ia2mini.episode import Row  # noqa: E402
 
 

@@ -123,6 +123,6 @@ class TestTiny:
 
     def test_it_learns_in_context(self):
         model, _ = load("tiny")
-        toys = [toy for toy in world.TOY_TASKS if len(toy.evals) > 1]
+        toys = [toy for toy in world.TOY_TASKS if len(toy.evals) > 1 and toy.name != "toy-mood-remap"]  # its README: not learned
         for name, curve in pretrain.probe(model, world.build_tokenizer(), toys, queries=50).items():
             assert curve[-1] >= 0.9 and curve[-1] >= curve[0] + 0.2, (name, curve)
