@@ -1,7 +1,9 @@
 """Text to ids and back: a thin layer over `tokenizers`, and the check that prompt and answer join safely."""
 
+import warnings
 from pathlib import Path
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from .models.checkpoint import read_json
@@ -13,6 +15,8 @@ class Tokenizer:
 
     def __init__(self, backend: Backend, eos_ids: tuple[int, ...]):
         self.backend, self.eos_ids = backend, eos_ids
+        unknown = getattr(backend.model, "unk_token", None)
+        self.unknown = unknown and backend.token_to_id(unknown)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
@@ -34,11 +38,18 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Ids of `text`; with `special`, also what the file's post-processor adds (BOS for Llama, nothing for Qwen)."""
-        return self.backend.encode(text, add_special_tokens=special).ids
+        return self.known(text, self.backend.encode(text, add_special_tokens=special))
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
         """`encode` for many texts at once."""
-        return [e.ids for e in self.backend.encode_batch(texts)]
+        return [self.known(text, encoding) for text, encoding in zip(texts, self.backend.encode_batch(texts))]
+
+    def known(self, text: str, encoding: Encoding) -> list[int]:
+        """The ids of an encoding; a word that the vocabulary lacks costs a warning (it is encoded as the unknown token)."""
+        if self.unknown is not None and self.unknown in encoding.ids:
+            start, end = encoding.offsets[encoding.ids.index(self.unknown)]
+            warnings.warn(f"{text[start:end]!r} is not in the vocabulary and is read as an unknown word", stacklevel=3)
+        return encoding.ids
 
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=True)

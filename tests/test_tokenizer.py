@@ -1,11 +1,13 @@
 """Whole prompts against transformers with the same real files; where BOS and EOS come from; safe joins of prompt and answer."""
 
 import json
+import warnings
 
 import pytest
 from ia2mini.models import UsageError
 from reference import byte_tokenizer
 from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ia2mini.tokenizer import Tokenizer
@@ -140,3 +142,14 @@ def test_missing_and_broken_files_are_named(tmp_path):
     assert "\n" not in str(error.value)
     with pytest.raises(UsageError, match=r"generation_config\.json: not valid JSON"):
         write_tokenizer(tmp_path, generation="{")
+
+
+def test_an_unknown_word_costs_a_warning():
+    words = Backend(models.WordLevel({"<unk>": 0, "known": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = Tokenizer(words, ())
+    with pytest.warns(UserWarning, match="'stranger' is not in the vocabulary"):
+        assert tokenizer.encode("known stranger") == [1, 0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tokenizer.encode_all(["known"]) == [[1]]
