@@ -171,8 +171,11 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(where, ground, finished,
 
 
 def test_a_real_interrupt_in_another_process(ground, finished, tmp_path):
+    def heed():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and so would theirs
+
     pipes, environment = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}, os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*PROGRAM, *map(str, toy(ground, tmp_path))], text=True, env=environment, **pipes)
+    process = subprocess.Popen([*PROGRAM, *map(str, toy(ground, tmp_path))], text=True, env=environment, preexec_fn=heed, **pipes)
     while process.poll() is None and not list(tmp_path.glob("*/run.json")):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
