@@ -207,10 +207,11 @@ class Cell:
                 if method == "base":
                     asim = torch.cat([layer_asim(model, [r], lab.device, lab.budget) for r in reference])
                     return self.answers(name, model, prompts, bar, "base-0") | {"asim": asim}
+                like = [reference[r * sets // runs] for r in range(runs)]
                 with adapted(model, self.adapter, fit.theta) as student:
-                    asim = layer_asim(student, [reference[r * sets // runs] for r in range(runs)], lab.device, lab.budget)
                     if self.single:
-                        return self.answers(name, student, prompts, bar, method, runs) | {"asim": asim}
+                        return self.answers(name, student, prompts, bar, method, runs, like)
+                    asim = layer_asim(student, like, lab.device, lab.budget)
                 parts = []
                 for r in range(runs):  # a run at a time: its rows fill a batch, and finished rows leave
                     with adapted(model, self.adapter, fit.theta[r : r + 1]) as student:
@@ -219,15 +220,18 @@ class Cell:
 
         return lab.folder.once(f"{self.name}/{method}-on-{name}", evaluate)
 
-    def answers(self, name: str, model: Callable, prompts: list[list[int]], bar, tag: str, runs: int = 1) -> dict[str, Tensor]:
-        """Scores of `model` on evaluation `name`; generated texts are kept in the run folder under `tag`."""
+    def answers(
+        self, name: str, model: Callable, prompts: list[list[int]], bar, tag: str, runs: int = 1, like: list[list[Row]] | None = None
+    ) -> dict[str, Tensor]:
+        """Scores of `model` on evaluation `name`, with `asim` to the rows `like`; generated texts are kept in the folder under `tag`."""
         lab, examples, task = self.lab, self.evals[name].rows, find(name, self.task)
         if self.single:
             label_ids = lab.tokenizer.label_ids(examples[0].prompt, task.labels)
             among = 10 if lab.options.paper_compat else None
-            scores = label_scores(model, prompts, label_ids, runs, among, lab.device, lab.budget, lambda rows: bar.update(rows * runs))
-            gold = torch.tensor([label_ids[e.label] for e in examples])
-            return vars(scores) | {"correct": scores.top == gold}
+            device, budget = lab.device, lab.budget
+            scores = vars(label_scores(model, prompts, label_ids, runs, among, like, device, budget, lambda q: bar.update(q * runs)))
+            correct = scores["top"] == torch.tensor([label_ids[e.label] for e in examples])
+            return {key: value for key, value in scores.items() if value is not None} | {"correct": correct}
         responses = generate(model, lab.tokenizer, prompts, task.max_tokens, budget=2 * lab.budget, watch=bar.update)
         texts = [lab.tokenizer.decode(ids) for ids in responses]
         kept = {"texts": texts, "answers": [e.answer for e in examples], "parser": task.parse.__name__}

@@ -21,6 +21,7 @@ class LabelScores:
     top: Tensor  # [R, Q] likeliest token of the whole vocabulary
     confidence: Tensor  # [R, Q] its probability
     labels: Tensor  # [R, Q, C] probability of each label's token
+    asim: Tensor | None = None  # [R, L] mean similarity to the activations that were given
 
 
 @torch.no_grad()
@@ -30,21 +31,31 @@ def label_scores(
     label_ids: list[int],
     runs: int = 1,
     among: int | None = None,
+    like: list[list[Row]] | None = None,
     device="cpu",
     budget: int = 8192,
     watch: Callable[[int], None] | None = None,
 ) -> LabelScores:
     """Score every prompt under every run in one pass each; only the last position gets logits.
 
+    `like`: for each run, rows of the first prompts with `activations` at their one position, to measure `asim` in the same pass.
     `among`: the confidence is the share among that many likeliest tokens (released scripts: 10), not of the whole vocabulary.
     `budget`: tokens in one pass. `watch` is called with the prompts of each finished pass.
     """
     Q = len(prompts)
     top, confidence = torch.zeros(runs, Q, dtype=torch.int64), torch.zeros(runs, Q)
     labels, columns = torch.zeros(runs, Q, len(label_ids)), torch.tensor(label_ids, device=device)
-    for group in by_length([len(p) for p in prompts], budget // runs):
-        batch = collate([[Row(prompts[i], [0]) for i in group]] * runs, device)
-        logits = model(batch.ids, logits=batch.at).float().view(runs, len(group), -1)
+    tapped, lengths, similarity = len(like[0]) if like else 0, [len(p) for p in prompts], 0.0
+    groups = by_length(lengths[:tapped], budget // runs)
+    groups += [[tapped + i for i in group] for group in by_length(lengths[tapped:], budget // runs)]
+    for group in groups:
+        with_taps = group[0] < tapped
+        rows = [[known[i] for i in group] for known in like] if with_taps else [[Row(prompts[i], [0]) for i in group]] * runs
+        batch = collate(rows, device)
+        taps = Taps(batch.at) if with_taps else None
+        logits = model(batch.ids, taps=taps, logits=batch.at).float().view(runs, len(group), -1)
+        if with_taps:
+            similarity = similarity + asim(taps.stack(), batch.activations).view(-1, runs, len(group)).sum(-1).T
         total = logits.logsumexp(-1, keepdim=True)
         best = logits.max(-1)
         whole = total[..., 0] if among is None else logits.topk(among).values.logsumexp(-1)
@@ -52,7 +63,7 @@ def label_scores(
         labels[:, group] = (logits[..., columns] - total).exp().cpu()
         if watch:
             watch(len(group))
-    return LabelScores(top, confidence, labels)
+    return LabelScores(top, confidence, labels, (similarity / tapped).cpu() if tapped else None)
 
 
 @torch.no_grad()
