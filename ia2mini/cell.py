@@ -51,7 +51,7 @@ class Options:
     soft_k: int = 1024  # soft labels keep this many likeliest tokens (all, if the vocabulary is smaller)
     icl_demos: str = "set"  # before evaluation rows: the set's N rows; "pool": N - 1 other rows drawn for each
     select: str = "dev"  # how the rate is chosen; "eval": on the evaluation rows, as in the paper
-    paper_compat: bool = False  # every choice of the released scripts instead of ours (see the README's list)
+    paper_compat: bool = False  # choices of the released scripts instead of ours: docs/reference.md lists them
     seed: int = 0
     eval_rows: int = 500
     asim_rows: int = 100

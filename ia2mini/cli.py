@@ -141,7 +141,7 @@ def load_model(model: str, device: str | None, dtype: str | None, revision: str 
 @click.option("--soft-k", default=1024, type=click.IntRange(1), help="likeliest tokens that soft labels keep")
 @click.option("--icl-demos", type=click.Choice(["set", "pool"]), default="set", help="the set's N rows, or N - 1 other rows for each query")
 @click.option("--select", type=click.Choice(["dev", "eval"]), default="dev", help="rate by dev loss, or by evaluation rows as in the paper")
-@click.option("--paper-compat", is_flag=True, help="every choice of the paper's released scripts where they differ from ours")
+@click.option("--paper-compat", is_flag=True, help="the released scripts' choices where they differ from ours (docs/reference.md)")
 @click.option("--batch-size", default=4, type=click.IntRange(1), help="training rows of a run in one step")
 @click.option("--epochs", default=50, type=click.IntRange(1), help="at most")
 @click.option("--patience", default=5, type=click.IntRange(1), help="looks at the dev loss without improvement before a run stops")
