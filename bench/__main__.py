@@ -6,6 +6,8 @@ import warnings
 import click
 import torch
 
+from ia2mini.cli import keep_freed_memory
+
 from . import inference, resources, training
 from .effect import SIZES, effect
 from .report import Result, finish, show
@@ -66,6 +68,7 @@ def options(command):
 
 def several(names: tuple[str, ...], shape, device, dtype, save) -> None:
     warnings.simplefilter("ignore")
+    keep_freed_memory()  # for all stacks alike
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
     start, results = time.perf_counter(), []

@@ -38,7 +38,7 @@ class OurStep:
     """The body of `train.fit`'s loop for R runs whose rows stay the same."""
 
     def __init__(self, stand: Stand, runs: list[list[Row]], phase: str, theta: Tensor, rate: float = 1e-3):
-        self.stand, self.batch = stand, collate(runs, stand.device)
+        self.stand, self.batch = stand, collate(runs, stand.device, pack=True)
         self.mix = {phase: torch.ones(len(runs), device=stand.device)}
         self.optimizer = Adam(theta, torch.full((len(runs),), rate, device=stand.device))
 

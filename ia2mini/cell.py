@@ -112,6 +112,8 @@ class Cell:
         if self.single:
             for name, examples in evals.items():
                 lab.tokenizer.label_ids(examples.rows[0].prompt, find(name, task).labels)  # merging labels: found before any work
+        elif not lab.tokenizer.eos_ids:
+            raise UsageError(f"{task.name}: its answers end with EOS, but the checkpoint's config.json names no eos_token_id; add it there")
         self.adapter, depth = make_adapter(lab.model, o), lab.model.config.num_hidden_layers
         if bad := [layer for layer in o.layers if not 0 <= layer < depth]:
             raise UsageError(f"--layers {bad[0]}: this model has layers 0 to {depth - 1}")
@@ -182,8 +184,7 @@ class Cell:
                 if self.single:
                     answers = [[0] for _ in prompts]  # one position: the last prompt token
                 else:
-                    eos = list(lab.tokenizer.eos_ids[:1])
-                    answers = [(r + eos)[: self.task.max_tokens] for r in generate(model, lab.tokenizer, prompts, self.task.max_tokens)]
+                    answers = [self.ended(r) for r in generate(model, lab.tokenizer, prompts, self.task.max_tokens)]
                 rows = [Row(p, a) for p, a in zip(plain, answers)]
                 for group in by_length([len(p) + len(a) for p, a in zip(prompts, answers)], lab.budget):
                     observe(model, [rows[i] for i in group], [prompts[i] for i in group], single=False, device=lab.device)
@@ -205,18 +206,16 @@ class Cell:
                     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]} | {"asim": asim}
                 model, prompts = self.prompts(name)
                 if method == "base":
-                    asim = torch.cat([layer_asim(model, [r], lab.device, lab.budget) for r in reference])
-                    return self.answers(name, model, prompts, bar, "base-0") | {"asim": asim}
+                    return self.answers(name, model, prompts, bar, "base-0", 1, reference)
                 like = [reference[r * sets // runs] for r in range(runs)]
-                with adapted(model, self.adapter, fit.theta) as student:
-                    if self.single:
+                if self.single:
+                    with adapted(model, self.adapter, fit.theta) as student:
                         return self.answers(name, student, prompts, bar, method, runs, like)
-                    asim = layer_asim(student, like, lab.device, lab.budget)
                 parts = []
                 for r in range(runs):  # a run at a time: its rows fill a batch, and finished rows leave
                     with adapted(model, self.adapter, fit.theta[r : r + 1]) as student:
-                        parts.append(self.answers(name, student, prompts, bar, f"{method}-{r}"))
-                return {"correct": torch.cat([part["correct"] for part in parts]), "asim": asim}
+                        parts.append(self.answers(name, student, prompts, bar, f"{method}-{r}", like=[like[r]]))
+                return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
         return lab.folder.once(f"{self.name}/{method}-on-{name}", evaluate)
 
@@ -228,15 +227,33 @@ class Cell:
         if self.single:
             label_ids = lab.tokenizer.label_ids(examples[0].prompt, task.labels)
             among = 10 if lab.options.paper_compat else None
-            device, budget = lab.device, lab.budget
+            device, budget, alike = lab.device, lab.budget, {}
+            if like and len(like) > runs:  # the base model, beside every set
+                alike = {"asim": torch.cat([layer_asim(model, [rows], device, budget) for rows in like])}
+                like = None
             scores = vars(label_scores(model, prompts, label_ids, runs, among, like, device, budget, lambda q: bar.update(q * runs)))
             correct = scores["top"] == torch.tensor([label_ids[e.label] for e in examples])
-            return {key: value for key, value in scores.items() if value is not None} | {"correct": correct}
+            return {key: value for key, value in scores.items() if value is not None} | alike | {"correct": correct}
         responses = generate(model, lab.tokenizer, prompts, task.max_tokens, budget=2 * lab.budget, watch=bar.update)
         texts = [lab.tokenizer.decode(ids) for ids in responses]
         kept = {"texts": texts, "answers": [e.answer for e in examples], "parser": task.parse.__name__}
         lab.folder.save_json(f"{self.name}/generations/{tag}-on-{name}.json", kept)
-        return {"correct": parsed_correct(task.parse, texts, kept["answers"])[None]}
+        found = {"correct": parsed_correct(task.parse, texts, kept["answers"])[None]}
+        if like:
+            if lab.options.paper_compat:
+                like = [[cut(row, self.ended(response)) for row, response in zip(rows, responses)] for rows in like]
+            found["asim"] = torch.cat([layer_asim(model, [rows], lab.device, lab.budget) for rows in like])
+        return found
+
+    def ended(self, response: list[int]) -> list[int]:
+        """A generated response with the end-of-sequence token, unless it was cut."""
+        return (response + list(self.lab.tokenizer.eos_ids[:1]))[: self.task.max_tokens]
+
+
+def cut(row: Row, response: list[int]) -> Row:
+    """The row with another response in place of its own, both cut to the shorter: what the released scripts compare."""
+    response = response[: len(row.answer)]
+    return Row(row.prompt, response, row.activations[:, : len(response)])
 
 
 def find(name: str, task: Task) -> Task:

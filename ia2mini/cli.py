@@ -19,23 +19,25 @@ DEMO, DEMO_ROWS = ("toy-mood", "toy-topic", "toy-mood-flip"), 100  # tasks whose
 class Commands(click.Group):
     """A group that turns a user's mistake into one line and exit code 2, and an interrupt into 130."""
 
-    def invoke(self, context: click.Context):
+    def main(self, *args, **more):
         try:
-            return super().invoke(context)
+            sys.exit(super().main(*args, **more | {"standalone_mode": False}))
         except UsageError as error:
-            click.echo(f"ia2mini: {error}", err=True)
-            sys.exit(2)
+            mistake(str(error))
         except click.UsageError as error:
-            click.echo(f"ia2mini: {error.format_message()} `{error.ctx.command_path} --help` lists what there is", err=True)
-            sys.exit(2)
-        except KeyboardInterrupt:
+            mistake(f"{error.format_message()} `{error.ctx.command_path} --help` lists what there is")
+        except click.Abort:
             click.echo("\nia2mini: interrupted; what was finished is kept, and the same command goes on from there", err=True)
             sys.exit(130)
         except OSError as error:
             if error.errno is None:
                 raise
-            click.echo(f"ia2mini: {error.filename or 'files'}: {error.strerror}", err=True)
-            sys.exit(2)
+            mistake(f"{error.filename or 'files'}: {error.strerror}")
+
+
+def mistake(text: str) -> None:
+    click.echo(f"ia2mini: {text}", err=True)
+    sys.exit(2)
 
 
 class Several(click.ParamType):
@@ -56,9 +58,13 @@ class Several(click.ParamType):
 INTS, FLOATS, WORDS = Several(int, "N,N"), Several(float, "X,X"), Several(str, "A,B")
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120})
+SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120}
+
+
+@click.group(cls=Commands, invoke_without_command=True, context_settings=SETTINGS)
 @click.version_option(package_name="ia2mini")
-def main():
+@click.pass_context
+def main(context):
     """Teach a language model a task from a handful of examples by ICL Activation Alignment (IA2, arXiv 2509.22621).
 
     \b
@@ -67,6 +73,8 @@ def main():
       ia2mini run --data mine.jsonl --prompt-column text --answer-column label --model llama-3.2-1b --n 8
       ia2mini tasks                                          what can be run
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
     keep_freed_memory()
 
 
@@ -119,7 +127,7 @@ def load_model(model: str, device: str | None, dtype: str | None, revision: str 
     folder = locate(model, revision)
     network, tokenizer = load(folder, getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16")), device)
     local = folder == TINY or Path(model).is_dir()
-    name = folder.name if local else model.replace("/", "--")
+    name = folder.resolve().name if local else model.replace("/", "--")
     return Subject(network, tokenizer, folder, name, str(folder) if local else SHORT_NAMES.get(model.lower(), model))
 
 
@@ -148,6 +156,8 @@ def load_model(model: str, device: str | None, dtype: str | None, revision: str 
 @click.option("--seed", default=0, help="of every draw; 0 takes the sets of the paper's scripts")
 @click.option("--eval-rows", type=click.IntRange(1), help=f"evaluation rows at most  [default: 500; the demo {DEMO_ROWS}]")
 @click.option("--side-by-side", type=click.IntRange(1), help="runs trained at once  [default: all]; fewer need less memory")
+@click.option("--compile/--no-compile", "compiling", default=None, help="fuse small operations with torch.compile, a minute first  [default: on a GPU]")
+@click.option("--checkpointing", is_flag=True, help="keep less for the backward pass and compute it again: for long answers")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="local sets in hub columns, as DIR/sst2/train.jsonl  [default: hub]")
 @click.option("--data", type=click.Path(path_type=Path), help="your own rows: JSONL, CSV, TSV or Parquet (instead of TASK)")
 @click.option("--prompt-column", default="text", help="of --data")
@@ -156,13 +166,14 @@ def load_model(model: str, device: str | None, dtype: str | None, revision: str 
 @click.option("--eval-data", type=click.Path(path_type=Path), help="evaluation rows for --data  [default: a held-out part]")
 @click.option("--out", type=click.Path(path_type=Path), default="runs", help="folder of results; the same command goes on where it was")
 @click.option("--json", "as_json", is_flag=True, help="one JSON document on the last line of stdout")
-def run(tasks, model, device, dtype, revision, sizes, data, data_dir, out, as_json, **settings):
+def run(tasks, model, device, dtype, revision, sizes, compiling, checkpointing, data, data_dir, out, as_json, **settings):
     """Train and compare methods on TASKs: a table, figures, and the chosen adapters in PEFT's format.
 
     Without TASK, the demo: three toy classification tasks. All sets and rates of a method are trained side by side. The table shows the
     rate with the lowest dev loss and, beside it, the one best on the evaluation rows, as in the paper.
     """
     from .experiment import Options, compare
+    from .models.common import checkpointed, compiled, wrap_blocks
     from .tasks import custom_task, find_task
     from .train import METHODS
 
@@ -177,11 +188,15 @@ def run(tasks, model, device, dtype, revision, sizes, data, data_dir, out, as_js
         raise UsageError("give either TASK or --data, not both")
     if not data and (settings["template"] or settings["eval_data"]):
         raise UsageError("--template and --eval-data say how your own rows are read; give --data too")
+    if settings["paper_compat"]:
+        settings["select"] = "eval"
     settings["eval_rows"] = settings["eval_rows"] or (500 if tasks or data else DEMO_ROWS)
     own = [settings.pop(name) for name in ("prompt_column", "answer_column", "template", "eval_data")]
     chosen = [custom_task(data, *own)] if data else [find_task(t) for t in tasks or DEMO]
     side_by_side, options = settings.pop("side_by_side"), Options(**settings)
     subject = load_model(model, device, dtype, revision)
+    compiling = next(subject.model.parameters()).is_cuda if compiling is None else compiling
+    wrap_blocks(subject.model, *[compiled] * compiling, *[checkpointed] * checkpointing)
     chosen = [fitting(task, subject.tokenizer) for task in chosen]
     document, kept = compare(chosen, sizes, subject, options, out, data_dir, side_by_side, progress)
     show(document)

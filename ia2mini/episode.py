@@ -7,9 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .models.common import At, UsageError
+from .models.common import At, Packed, UsageError
 from .tasks import Example
 from .tokenizer import Tokenizer
+
+PACKED = 512  # tokens: the attention of a line is computed whole, for the most part in vain
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,13 @@ def truth_row(example: Example, tokenizer: Tokenizer, single: bool) -> Row:
 
 @dataclass
 class Batch:
-    """Rows of R runs, right-padded, run by run; positions are padded to equally many a run (weight 0)."""
+    """Rows of R runs, run by run: each right-padded, or all of a run one after another in a single line (`packed`).
 
-    ids: Tensor  # [R * B, T]
+    Positions are padded to equally many a run (weight 0).
+    """
+
+    ids: Tensor  # [R * B, T], packed [R, T]
+    packed: Packed | None
     at: At  # rows and columns of the P answer positions, run by run
     targets: Tensor  # [P] answer tokens
     weights: Tensor  # [R, P / R]: each run's sum to one: mean over positions of a row, mean over rows
@@ -93,31 +99,36 @@ class Batch:
     soft_ids: Tensor | None  # [P, k]
 
 
-def collate(runs: list[list[Row]], device="cpu") -> Batch:
-    """One batch of R lists of equally many rows; T is the longest row."""
-    rows = [row for run in runs for row in run]
-    ids = np.zeros((len(rows), max(len(r.prompt) + len(r.answer) - 1 for r in rows)), dtype=np.int64)
-    for i, row in enumerate(rows):
-        sequence = row.prompt + row.answer[:-1]  # the last answer token predicts nothing
-        ids[i, : len(sequence)] = sequence
+def collate(runs: list[list[Row]], device="cpu", pack: bool = False) -> Batch:
+    """One batch of R lists of equally many rows. `pack`: without padding between a run's rows, where they have at most PACKED tokens."""
+    lengths = np.array([[len(row.prompt) + len(row.answer) - 1 for row in run] for run in runs])  # the last answer token predicts nothing
+    (R, B), totals = lengths.shape, lengths.sum(1)
+    pack = pack and B > 1 and totals.max() <= PACKED
+    lines = np.arange(R)[:, None].repeat(B, 1) if pack else np.arange(R * B).reshape(R, B)
+    starts = lengths.cumsum(1) - lengths if pack else np.zeros_like(lengths)
+    ids = np.zeros((R, totals.max()) if pack else (R * B, lengths.max()), np.int64)
+    documents, places = np.full(ids.shape, -1), np.zeros_like(ids)
     most = max(sum(len(row.answer) for row in run) for run in runs)
-    shape = len(runs), most
-    at, targets, weights = np.zeros((2, *shape), np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+    at, targets, weights = np.zeros((2, R, most), np.int64), np.zeros((R, most), np.int64), np.zeros((R, most), np.float32)
+    at[0] = lines[:, :1]  # positions of no weight stay within the run
     for r, run in enumerate(runs):
         p = 0
-        at[0, r] = r * len(run)  # padding positions stay within the run
         for i, row in enumerate(run):
+            line, here = lines[r, i], slice(starts[r, i], starts[r, i] + lengths[r, i])
+            ids[line, here] = row.prompt + row.answer[:-1]
+            documents[line, here], places[line, here] = i, np.arange(lengths[r, i])
             span = slice(p, p := p + len(row.answer))
-            at[0, r, span] = r * len(run) + i
-            at[1, r, span] = len(row.prompt) - 1 + np.arange(len(row.answer))
+            at[0, r, span] = line
+            at[1, r, span] = here.start + len(row.prompt) - 1 + np.arange(len(row.answer))
             targets[r, span] = row.answer
-            weights[r, span] = 1 / (len(row.answer) * len(run))
+            weights[r, span] = 1 / (len(row.answer) * B)
 
     def send(array):
         return torch.from_numpy(array).to(device, non_blocking=True)
 
     return Batch(
         send(ids),
+        Packed(send(documents), send(places)) if pack else None,
         (send(at[0].reshape(-1)), send(at[1].reshape(-1))),
         send(targets.reshape(-1)),
         send(weights),

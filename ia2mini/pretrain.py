@@ -28,37 +28,12 @@ from ia2mini.models.common import UsageError
 from ia2mini.models.qwen3 import Config, Qwen3
 from ia2mini.tasks import world
 
-CONTEXT = 288  # tokens a row
+CONTEXT = 320  # tokens a row
 SHOTS = (0, 1, 2, 4, 8)  # demonstrations probed
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What episodes are drawn, until a share of all steps is done."""
-
-    until: float
-    prior: dict[str, float]  # of attributes
-    kinds: dict[str, float]  # plain, words alone, task or label key in a header, class names as labels, copying, sums
-    remapped: dict[str, float]  # share of a kind whose labels are unrelated words, told by the demonstrations alone
-    canonical: float  # of the episodes with digits: share where a digit means what it mostly means
-
-
-STAGES = (
-    Stage(  # words get their meaning, digits theirs: only then is there something to match in context
-        0.3,
-        {"mood": 0.36, "topic": 0.24, "time": 0.16, "weather": 0.12, "place": 0.12},
-        {"plain": 0.52, "word": 0.06, "task": 0.08, "key": 0.05, "class": 0.05, "copy": 0.03, "sums": 0.21},
-        {"plain": 0.19, "key": 0.5},
-        0.9,
-    ),
-    Stage(
-        1.0,
-        world.PRIOR,
-        {"plain": 0.54, "word": 0.12, "task": 0.12, "key": 0.04, "class": 0.04, "copy": 0.02, "sums": 0.12},
-        {"plain": 0.35, "word": 0.7, "task": 0.5, "key": 0.5},
-        0.8,
-    ),
-)
+KINDS = {"plain": 0.58, "word": 0.1, "task": 0.1, "key": 0.05, "class": 0.05, "copy": 0.02, "sums": 0.1}
+NOTES = {0.3: 0.8, 1.0: 0.1}  # until a share of all steps is done: share of texts that are bare words, where what matters is soon found
+CANONICAL = 0.9  # share of the other episodes in which a label means what it mostly means
+REMAPPED = 0.2  # share of episodes whose labels are unrelated words instead of digits
 MINUS, FORMATS = 0.4, {"chain": 0.4, "bare": 0.35, "phrase": 0.25}
 STARTS, STOPS = ("Label:", "Answer:"), ("\n\n", world.EOS)  # an answer stands between them
 
@@ -78,42 +53,42 @@ def pick(rng: random.Random, weights: dict[str, float]) -> str:
     return rng.choices(tuple(weights), tuple(weights.values()))[0]
 
 
-def episode(rng: random.Random, stage: Stage) -> str:
-    """One pretraining document, as text."""
-    kind = pick(rng, stage.kinds)
+def episode(rng: random.Random, notes: float) -> str:
+    """One pretraining document, as text; `notes`: share of those whose texts are bare words."""
+    kind = pick(rng, KINDS)
     if kind == "sums":  # they share an operation and an answer format
         minus, format = rng.random() < MINUS, pick(rng, FORMATS)
         sums = [world.draw_sum(rng, "pretrain") for _ in range(rng.randint(8, 16))]
         return "\n\n".join(world.question(text) + world.sum_answer(a, b, minus, format) for text, a, b in sums) + world.EOS
     if kind == "copy":
         return " ".join(rng.choices(world.vocabulary()[14:], k=rng.randint(8, 24)) * 8)
-    attribute = pick(rng, stage.prior)
+    attribute = pick(rng, world.PRIOR)
     values = world.ATTRIBUTES[attribute]
-    words = list(values.values())
     labels = list(values) if kind == "class" else [str(i) for i in range(len(values))]
-    if rng.random() < stage.remapped.get(kind, 0):
-        labels = rng.sample(world.WORLD["words"], len(values))
-        words = [rng.sample(group, 4) for group in words]  # few, so that they come again
-    elif kind == "key" or kind != "class" and rng.random() > stage.canonical:
+    if kind != "class" and rng.random() < REMAPPED:
+        labels = [rng.choice(world.WORLD["words"][i::4]) for i in range(len(values))]
+    if kind == "key" or kind != "class" and rng.random() > CANONICAL:
         rng.shuffle(labels)
     key = " ".join(f"{label} {value}" for label, value in zip(labels, values, strict=True))
     header = {"task": f"Task:{attribute}\n\n", "key": f"Key:{key}\n\n"}.get(kind, "")
-    styles = world.STYLES if rng.random() < 0.25 else (rng.choice(world.STYLES),)
+    styles = world.STYLES[1:] if rng.random() < 0.25 else (rng.choice(world.STYLES[1:]),)
+    if rng.random() < notes:
+        styles = ("notes",)
     parts = []
     for _ in range(rng.randint(16, 24)):
         if kind == "word":
             label = rng.randrange(len(values))
-            text = rng.choice(words[label])
+            text = rng.choice(values[list(values)[label]])
         else:
             text, label = world.draw_sentence(rng, "pretrain", attribute, rng.choice(styles))
         parts.append(world.prompt(text) + labels[label])
     return header + "\n\n".join(parts) + world.EOS
 
 
-def batch(tokenizer: Tokenizer, seed: str, rows: int, stage: Stage) -> Tensor:
+def batch(tokenizer: Tokenizer, seed: str, rows: int, notes: float) -> Tensor:
     """`rows` documents cut to CONTEXT + 1 tokens, padded with -1: ids [B, T + 1]."""
     rng = random.Random(seed)
-    ids = [torch.tensor(e.ids[: CONTEXT + 1]) for e in tokenizer.encode_batch([episode(rng, stage) for _ in range(rows)])]
+    ids = [torch.tensor(e.ids[: CONTEXT + 1]) for e in tokenizer.encode_batch([episode(rng, notes) for _ in range(rows)])]
     ids.append(torch.empty(CONTEXT + 1, dtype=torch.int64))  # a constant width, whatever was drawn
     return pad_sequence(ids, batch_first=True, padding_value=-1)[:-1]
 
@@ -225,7 +200,7 @@ def pretrain(out: Path, steps: int = 3000, seed: int = 0, rows: int = 20, device
     threads, begun, losses = torch.get_num_threads(), time.monotonic() - record["seconds"], []
     torch.set_num_threads(1)
     for step in (bar := tqdm(range(record["step"], steps), initial=record["step"], total=steps, desc="pretrain", mininterval=5)):
-        ids = batch(tokenizer, f"{seed}/{step}", rows, next(s for s in STAGES if step < s.until * steps)).to(device)
+        ids = batch(tokenizer, f"{seed}/{step}", rows, next(notes for until, notes in NOTES.items() if step < until * steps)).to(device)
         grads, answers = zip(*halves.map(partial(gradients, model, starts, stops), ids.chunk(2)), strict=True)
         optimizer.step([(a + b) / 2 for a, b in zip(*grads, strict=True)], step + 1, min(1.0, 2 * (1 - step / steps)))
         losses.append(sum(answers) / 2)

@@ -1,4 +1,4 @@
-"""What the results document of `runs.py` shows: tables (terminal, Markdown, LaTeX, CSV), seconds, the paper's figures, one HTML page."""
+"""What the results document of `runs.py` shows: tables (terminal, Markdown, LaTeX, CSV), seconds, figures, one HTML page."""
 
 import base64
 import csv
@@ -233,15 +233,28 @@ def _draw_scatter(figure, cells: list[dict], methods: dict):
         axis.set_xlabel("asim with ICL")
 
 
+def _draw_reliability(figure, cells: list[dict], methods: dict):
+    curves, where = figure.subplots(1, 2)
+    curves.plot([0, 1], [0, 1], color="#dddddd", zorder=0)
+    for method, style in methods.items():
+        rows, confidence, right = np.sum([c["reliability"] for c in cells if c["method"] == method], 0).T  # of each bin
+        full = rows >= 0.005 * rows.sum()  # a bin of a few rows is noise
+        curves.plot(confidence[full] / rows[full], right[full] / rows[full], marker="o", ms=3, **style)
+        where.plot((np.arange(len(rows)) + 0.5) / len(rows), 100 * rows / rows.sum(), color=style["color"])
+    curves.set(xlabel="confidence", ylabel="accuracy")
+    where.set(xlabel="confidence", ylabel="rows (%)")
+
+
 FIGURES = {  # name: what draws it, the field it needs, caption
     "methods": (_draw_methods, "acc_mean", "Means and standard deviations over sets, averaged over evaluations (paper Figure 1)."),
     "asim_layers": (_draw_layers, "asim_layers", "Similarity to ICL by layer, mean and deviation over evaluations (paper Figure 2)."),
     "asim_scatter": (_draw_scatter, "asim_mean", "A point an evaluation, hollow out of distribution; large: the mean (paper Figure 3)."),
+    "reliability": (_draw_reliability, "reliability", "Accuracy of rows with equal confidence, all sets and evaluations together."),
 }
 
 
 def figures(document: dict, folder) -> list[Path]:
-    """The paper's Figures 1 to 3 of the reported cells as PNG files in `folder`, those that have data; none without matplotlib."""
+    """The paper's Figures 1 to 3, and the reliability curve, of the reported cells as PNG files in `folder`, those that have data; none without matplotlib."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -252,7 +265,7 @@ def figures(document: dict, folder) -> list[Path]:
     paths = []
     for name, (draw, field, _) in FIGURES.items():
         # the similarity of ICL to itself is 1
-        if not (cells := [c for c in shown if c.get(field) is not None and (field == "acc_mean" or c["method"] != "icl")]):
+        if not (cells := [c for c in shown if c.get(field) is not None and not (c["method"] == "icl" and "asim" in field)]):
             continue
         styles = {c["method"]: METHODS.get(c["method"], (c["method"], "#777777")) for c in cells}
         with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):

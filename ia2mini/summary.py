@@ -3,6 +3,7 @@
 from math import inf
 from statistics import fmean, pstdev
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,12 +21,14 @@ def measure(scores: dict[str, Tensor], labels: list[int | None], scheme: str = "
     layers = scores["asim"].tolist()
     found = {"acc": metrics.accuracy(scores["correct"]), "asim": sum(layers) / len(layers), "asim_layers": layers}
     if "labels" not in scores:
-        return found | dict.fromkeys(("ece", "ece_mass", "nll", "brier", "acc_labels", "ece_labels"))
+        return found | dict.fromkeys(("ece", "ece_mass", "nll", "brier", "acc_labels", "ece_labels", "reliability"))
     gold = torch.tensor(labels)
     probabilities, confidence, correct = scores["labels"], scores["confidence"], scores["correct"]
     among = probabilities / probabilities.sum(-1, keepdim=True)
-    best = among.max(-1)
+    best, curve = among.max(-1), metrics.reliability(confidence, correct)
+    sums = [curve.count, *(np.nan_to_num(mean) * curve.count for mean in (curve.confidence, curve.accuracy))]
     return found | {
+        "reliability": np.stack(sums, 1).tolist(),  # a bin: rows, their confidences summed, how many are right
         "ece": metrics.ece(confidence, correct, scheme=scheme),
         "ece_mass": metrics.ece(confidence, correct, scheme="mass"),
         "nll": metrics.nll(probabilities.gather(1, gold[:, None])[:, 0]),
@@ -61,6 +64,8 @@ def summarise(records: list[dict], select: str = "dev") -> list[dict]:
                 values = [record[metric] for record in runs]
                 known = values[0] is not None
                 cell |= {f"{metric}_mean": fmean(values) if known else None, f"{metric}_std": pstdev(values) if known else None}
+            if runs[0].get("reliability"):
+                cell["reliability"] = np.sum([record["reliability"] for record in runs], 0).tolist()
             layers = [fmean(layer) for layer in zip(*(record["asim_layers"] for record in runs))]
             cells.append(cell | {"acc": [r["acc"] for r in runs], "ece": [r["ece"] for r in runs], "asim_layers": layers})
     return cells

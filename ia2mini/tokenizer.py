@@ -63,7 +63,7 @@ class Tokenizer:
         if self.encode(prompt + answer) != self.encode(prompt) + ids:
             raise UsageError(
                 f"answer {answer[:40]!r} merges with the end of its prompt {prompt[-12:]!r} in this tokenizer; "
-                "choose another label or template"
+                "choose another label, or a template that ends in a line end"
             )
         return ids
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .adapters import Adapter, adapted
 from .episode import Batch, Row, collate, seeded
-from .losses import activation_mse, cross_entropy, per_run, soft_cross_entropy
+from .losses import activation_mse, cross_entropy, fused, per_run, soft_cross_entropy
 from .models.common import Taps
 
 
@@ -37,19 +37,25 @@ class Fit:
 class Adam:
     """Adam (Kingma & Ba 2015) on theta [R, M] with a learning rate a run, [R]; runs can leave."""
 
-    def __init__(self, theta: Tensor, rates: Tensor, betas=(0.9, 0.999), eps: float = 1e-8):
-        self.theta, self.rates, self.betas, self.eps = theta.clone().requires_grad_(), rates[:, None], betas, eps
+    b1, b2, eps = 0.9, 0.999, 1e-8
+
+    def __init__(self, theta: Tensor, rates: Tensor):
+        self.theta, self.rates = theta.clone().requires_grad_(), rates[:, None]
         self.m, self.v, self.t = torch.zeros_like(theta), torch.zeros_like(theta), 0
 
     @torch.no_grad()
     def step(self) -> None:
         self.t += 1
-        (b1, b2), grad = self.betas, self.theta.grad
-        self.m.lerp_(grad, 1 - b1)
-        self.v.mul_(b2).addcmul_(grad, grad, value=1 - b2)
-        denominator = self.v.sqrt().div_((1 - b2**self.t) ** 0.5).add_(self.eps)
-        self.theta.addcdiv_(self.m * (self.rates / (b1**self.t - 1)), denominator)
+        root = torch.full((), (1 - self.b2**self.t) ** 0.5, device=self.theta.device)
+        self.update(self.theta.detach(), self.theta.grad, self.m, self.v, self.rates / (self.b1**self.t - 1), root)
         self.theta.grad = None
+
+    @staticmethod
+    @fused
+    def update(theta: Tensor, grad: Tensor, m: Tensor, v: Tensor, rates: Tensor, root: Tensor) -> None:
+        m.lerp_(grad, 1 - Adam.b1)
+        v.mul_(Adam.b2).addcmul_(grad, grad, value=1 - Adam.b2)
+        theta.addcdiv_(m * rates, v.sqrt().div_(root).add_(Adam.eps))
 
     @torch.no_grad()
     def keep(self, runs: Tensor) -> None:
@@ -84,7 +90,7 @@ def losses(student: Callable, batch: Batch, mix: dict[str, Tensor], layers: list
     Only what a loss needs is computed: no logits for "mse", no taps without it.
     """
     taps = Taps(batch.at, layers) if "mse" in mix else None
-    logits = student(batch.ids, taps=taps, logits=batch.at if mix.keys() - {"mse"} else False)
+    logits = student(batch.ids, taps=taps, logits=batch.at if mix.keys() - {"mse"} else False, cache=batch.packed)
     total = torch.zeros(len(batch.weights), device=batch.weights.device)
     for name, weight in mix.items():
         if name == "mse":
@@ -117,11 +123,11 @@ def fit(
     device, rows = theta.device, len(train[0])
     keeper, adam = Keeper(theta, settings), Adam(theta, rates.to(device))
     runs = torch.arange(len(theta))  # those still training, in the order of the batch
-    live_mix, dev_batch, batch, step = mix, collate(dev, device), None, 0
+    live_mix, dev_batch, batch, step = mix, collate(dev, device, pack=True), None, 0
     for epoch, start in product(range(settings.epochs), range(0, rows, settings.batch_size)):
         if batch is None or rows > settings.batch_size:
             portion = slice(start, start + settings.batch_size)
-            batch = collate([[train[r][i] for i in order(r, epoch)[portion]] for r in runs.tolist()], device)
+            batch = collate([[train[r][i] for i in order(r, epoch)[portion]] for r in runs.tolist()], device, pack=True)
         with adapted(model, adapter, adam.theta) as student:
             losses(student, batch, live_mix, settings.layers).sum().backward()
         adam.step()
@@ -138,7 +144,7 @@ def fit(
             runs = runs[staying]
             adam.keep(staying.to(device))
             live_mix = {name: weight[runs.to(device)] for name, weight in mix.items()}
-            dev_batch, batch = collate([dev[r] for r in runs.tolist()], device), None
+            dev_batch, batch = collate([dev[r] for r in runs.tolist()], device, pack=True), None
     return Fit(keeper.theta, keeper.dev_loss, keeper.steps)
 
 

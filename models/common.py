@@ -7,14 +7,16 @@ S earlier keys, G groups of rows that share a prefix, V vocabulary.
 import math
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 At = tuple[Tensor, Tensor]  # (rows, columns), int64 [P] each: positions in a [B, T] batch
 Past = tuple[Tensor, Tensor]  # a prefix's keys and values of one layer, [G, K, S, E] each
-Update = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]  # a cache's `update` of one layer
+Update = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]  # a cache's part in one layer: k, v -> all k, all v, mask
 
 
 class UsageError(ValueError):
@@ -119,11 +121,34 @@ class Prefix:
     def layer(self, layer: int) -> Past:
         return self.keys[layer], self.values[layer]
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
+    def update(self, layer: int) -> Update:
+        return partial(self.extend, layer)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
         assert layer == len(self.keys), "a prefix is filled by one pass over all layers"
         self.keys.append(k)
         self.values.append(v)
         return k, v, None
+
+
+class Packed:
+    """Passed as `cache`, it keeps apart documents that stand one after another in a row: each sees itself alone and counts from 0.
+
+    `documents` [B, T]: which document of its row a token belongs to; `positions` [B, T]: its place there, both int64.
+    """
+
+    def __init__(self, documents: Tensor, positions: Tensor):
+        self.places = positions
+        self.mask = (documents[:, None, :, None] == documents[:, None, None, :]).tril()  # [B, 1, T, T]
+
+    def positions(self, tokens: int, device) -> Tensor:
+        return self.places
+
+    def update(self, layer: int) -> Update:
+        return self.mask_only
+
+    def mask_only(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return k, v, self.mask
 
 
 class Cache:
@@ -148,7 +173,10 @@ class Cache:
         assert self.filled <= self.keys[0].shape[2], f"the cache holds {self.keys[0].shape[2]} tokens a row, not {self.filled}"
         return self.slots
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def update(self, layer: int) -> Update:
+        return partial(self.extend, layer)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Write k and v [B, K, T, E] of one layer; return all keys, all values and a mask (None: causal)."""
         index = self.slots[:, None, :, None].expand_as(k)
         keys = self.keys[layer].scatter_(2, index, k)[:, :, : self.filled]
@@ -191,6 +219,28 @@ def attend_with_prefix(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, k0:
     by_group = before.reshape(G, B // G, K, -1, S).transpose(1, 2).reshape(G, K, -1, S)
     z = (by_group @ v0).view(G, K, B // G, -1, E).transpose(1, 2).reshape(B, H, T, E)
     return z + (own.reshape(B, K, -1, own.shape[-1]) @ v).view(B, H, T, E)
+
+
+def wrap_blocks(model: nn.Module, *wraps: Callable) -> None:
+    """Put `wraps`, the first one innermost, around both halves of every block; each half stands in one function for all layers.
+
+    `compiled` fuses what is small in them (one compilation, whatever layer and length), `checkpointed` trades time for memory.
+    """
+    for half in ("attention_output", "mlp_output"):
+        function = getattr(type(model.model.layers[0]), half)
+        for wrap in wraps:
+            function = wrap(function)
+        for block in model.model.layers:
+            setattr(block, half, partial(function, block))
+
+
+def compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=True)
+
+
+def checkpointed(function: Callable) -> Callable:
+    """`function` that keeps only its inputs for the backward pass, where it is computed again."""
+    return partial(checkpoint, function, use_reentrant=False)
 
 
 class Taps:

@@ -7,12 +7,11 @@ B rows, T tokens, D hidden, H heads, K key/value heads, E head size, V vocabular
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import At, Cache, Linear, Past, Prefix, RMSNorm, Rope, Taps, Update, attend, rotate
+from .common import At, Cache, Linear, Packed, Past, Prefix, RMSNorm, Rope, Taps, Update, attend, rotate
 
 
 @dataclass(frozen=True)
@@ -113,14 +112,14 @@ class Qwen3(nn.Module):
         ids: Tensor,
         taps: Taps | None = None,
         logits: bool | At = True,
-        cache: Cache | Prefix | None = None,
+        cache: Cache | Packed | Prefix | None = None,
         prefix: Prefix | None = None,
     ) -> Tensor | None:
         """Logits for right-padded `ids` [B, T] int64 (or embeddings [B, T, D]).
 
         `logits`: True for all [B, T, V]; (rows, cols) for those positions only [P, V]; False for none: returns None and stops
         after the attention of the last tapped layer (the last layer, without taps). `taps` is filled on the way.
-        `cache` holds earlier tokens of each row and is extended; `prefix` stands before every row.
+        `cache` holds earlier tokens of each row and is extended, or keeps packed documents apart; `prefix` stands before every row.
         """
         x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)  # [B, T, D]
         positions = (cache or Prefix()).positions(x.shape[1], x.device) + (prefix.length if prefix else 0)
@@ -128,7 +127,7 @@ class Qwen3(nn.Module):
         last = len(self.model.layers) - 1
         stop = taps.last(last + 1) if taps is not None else last
         for layer, block in enumerate(self.model.layers):
-            update = partial(cache.update, layer) if cache is not None else None
+            update = cache.update(layer) if cache is not None else None
             past = prefix.layer(layer) if prefix is not None else None
             a = block.attention_output(x, rope, update, past)  # [B, T, D]: the attention output
             if taps is not None:

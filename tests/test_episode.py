@@ -11,6 +11,7 @@ from ia2mini.models import UsageError
 from reference import EOS, byte_tokenizer
 from tokenizers import Tokenizer as Backend
 
+from ia2mini import episode
 from ia2mini.episode import Row, by_length, collate, draw_episode, seeded, truth_row, with_demonstrations
 from ia2mini.tasks import Example
 from ia2mini.tokenizer import Tokenizer
@@ -154,6 +155,21 @@ def test_every_position_of_a_batch_predicts_its_answer_token(shape):
         assert sequences[row][column + 1] == target and batch.ids[row, column] == sequences[row][column]
     group = batch.at[0].view(len(runs), -1) // 3
     assert (group == torch.arange(len(runs))[:, None]).all()
+
+
+def test_a_packed_batch_written_out(monkeypatch):
+    runs = [[Row([10, 11], [1, 2]), Row([20], [4])], [Row([30], [5]), Row([40], [6])]]
+    batch = collate(runs, pack=True)
+    assert batch.ids.tolist() == [[10, 11, 1, 20], [30, 40, 0, 0]]
+    assert batch.packed.places.tolist() == [[0, 1, 2, 0], [0, 0, 0, 0]]
+    assert batch.packed.mask[:, 0].int().tolist() == [
+        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]],
+        [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]],  # the padding sees only itself
+    ]
+    assert [x.tolist() for x in batch.at] == [[0, 0, 0, 1, 1, 1], [1, 2, 3, 0, 1, 0]]
+    assert collate([[Row([1], [2])]], pack=True).packed is None  # nothing to pack
+    monkeypatch.setattr(episode, "PACKED", 3)
+    assert collate(runs, pack=True).packed is None  # too long a line
 
 
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 200))

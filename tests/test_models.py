@@ -1,12 +1,16 @@
 """Both families against transformers; taps, padding, cache and shared prefix against the plain pass."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from ia2mini.models import Taps, UsageError, load
-from ia2mini.models.common import Cache, Prefix
+from ia2mini.models.common import Cache, Packed, Prefix, checkpointed, wrap_blocks
 from reference import LLAMA3_SCALING, assert_equal, distances, make_checkpoint, our_pass, random_ids, upstream, upstream_pass
+from torch._dynamo.testing import CompileCounter
+
+from ia2mini.adapters import LoRA, adapted
 
 CASES = {
     "llama": ("llama", {}),
@@ -301,3 +305,38 @@ def test_a_real_checkpoint_continues_with_the_published_text(shared_data, cached
             cache.lengths += 1
         ids.append(logits[0, -1].argmax().item())
     assert tokenizer.decode(ids) == STORY
+
+
+def test_packed_documents_are_computed_as_if_alone(tiny):
+    lengths = (5, 1, 7)
+    documents = [random_ids(1, length) for length in lengths]
+    packed = Packed(*(torch.cat(x)[None] for x in zip(*((torch.full((n,), i), torch.arange(n)) for i, n in enumerate(lengths)))))
+    taps = Taps()
+    logits = tiny(torch.cat(documents, 1), taps=taps, cache=packed)
+    alone, outputs = zip(*(our_pass(tiny, ids) for ids in documents))
+    torch.testing.assert_close(logits, torch.cat(alone, 1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(taps.stack(), torch.cat(outputs, 2), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("wrap", ["checkpointed", "compiled"])
+def test_wrapped_blocks_compute_the_same(family, wrap, tmp_path):
+    folder, counter = make_checkpoint(tmp_path, family), CompileCounter()
+    plain, wrapped = (load(folder)[0] for _ in range(2))
+    compiled = partial(torch.compile, backend=counter, dynamic=True, fullgraph=True)
+    wrap_blocks(wrapped, {"checkpointed": checkpointed, "compiled": compiled}[wrap])
+    adapter = LoRA(plain, rank=2)
+    theta = adapter.init(plain, torch.Generator().manual_seed(0)).expand(2, -1) + 0.1
+    for tokens in (5, 9, 7):
+        ids, found = random_ids(4, tokens), []
+        for model in (plain, wrapped):
+            leaf = theta.clone().requires_grad_()
+            with adapted(model, LoRA(model, rank=2), leaf) as student:
+                taps = Taps()
+                logits = student(ids, taps=taps)
+                (logits.square().mean() + taps.stack().square().mean()).backward()
+            found.append((logits, leaf.grad))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    # whatever the length: attention of the first layer, whose input needs no gradient, of the others, and the MLP
+    assert counter.frame_count == 3 * (wrap == "compiled")

@@ -92,7 +92,7 @@ def joined(demonstrations: list[Example]) -> str:
 def teacher(base: Plain, demonstrations, prompt: str, single: bool, most: int) -> PlainRow:
     """The row as the teacher answers it, with its attention outputs behind the demonstrations."""
     ids = base.tokenizer.encode(joined(demonstrations) + prompt)
-    answer = base.respond(ids, most)[:1] if single else (base.respond(ids, most) + list(base.tokenizer.eos_ids))[:most]
+    answer = [base(ids, [0])[0][0].argmax().item()] if single else (base.respond(ids, most) + list(base.tokenizer.eos_ids))[:most]
     return PlainRow(base.tokenizer.encode(prompt), answer, base(ids, answer)[1])
 
 
@@ -247,6 +247,23 @@ def test_compare_equals_the_plain_protocol(kind, folder, tmp_path, monkeypatch):
             assert (cell[f"{metric}_mean"], cell[f"{metric}_std"]) == pytest.approx((fmean(values), pstdev(values)), abs=5e-4)
     sft = [run["acc"] for run in document["runs"] if run["method"] == "sft"]
     assert kind == "multi" or max(sft) > 0, "nothing learned: the comparison would be of zeros"
+
+
+def test_paper_compat_compares_each_model_on_its_own_response(folder, tmp_path):
+    task, o = replace(find_task("toy-sums-short"), max_tokens=6, ood=()), Options(("base",), 1, eval_rows=4, asim_rows=3, paper_compat=True)
+    model, tokenizer = load(folder)
+    document, _ = compare([task], (4,), Subject(model, tokenizer, folder, "random", str(folder)), o, tmp_path)
+    base, pool = Plain(upstream(folder), tokenizer), load_examples(task, "train").rows
+    shown, alike, lengths = draw_episode(pool, 4, 0, 0, 4, True).icl, [], []
+    for demonstrations, row in zip(shown, load_examples(task, "eval", limit=3).rows, strict=False):
+        prompts = [tokenizer.encode(text + row.prompt) for text in (joined(demonstrations), "")]
+        own = [(base.respond(prompt, 6) + list(tokenizer.eos_ids))[:6] for prompt in prompts]
+        outputs = [base(prompt, response)[1] for prompt, response in zip(prompts, own, strict=True)]
+        lengths.append([x.shape[1] for x in outputs])
+        shorter = min(lengths[-1])
+        alike.append(F.cosine_similarity(*(x[:, :shorter] for x in outputs), dim=-1))
+    assert any(a != b for a, b in lengths), "nothing was cut"
+    assert document["runs"][0]["asim"] == pytest.approx(torch.cat(alike, 1).mean().item(), abs=1e-5)
 
 
 REAL = [  # the first rows of set 0 of the real SST2 rows, as the model must read them

@@ -175,6 +175,17 @@ def test_figures_of_multi_token_cells_and_of_none(document, tmp_path):
     assert [p.name for p in report.figures({"cells": [cell("base", 0.5, None)]}, tmp_path)] == ["methods.png"]
 
 
+def test_reliability_shows_every_method_icl_too(tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    cells = [cell(method, 0.9, 0.1, reliability=[[0, 0, 0]] * 13 + [[90, 80.0, 60], [10, 9.9, 10]]) for method in ("icl", "base")]
+    path = report.figures({"cells": cells}, tmp_path)[-1]
+    assert path.name == "reliability.png"
+    pixels = np.round(image.imread(path)[..., :3] * 255).astype(int)
+    for method in ("icl", "base"):
+        colour = [int(report.METHODS[method][1][i : i + 2], 16) for i in (1, 3, 5)]
+        assert (np.abs(pixels - colour).max(-1) <= 2).sum() > 100, method
+
+
 def test_no_matplotlib_means_no_figures(document, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert report.figures(document, tmp_path) == [] == list(tmp_path.iterdir())

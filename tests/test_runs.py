@@ -144,6 +144,8 @@ def test_measure_on_a_written_out_example():
     right = share.argmax(1) == gold
     gap = np.abs  # no two rows share a bin
     assert found.pop("asim_layers") == [0.5, 0.75]
+    bins = {i: sums for i, sums in enumerate(found.pop("reliability")) if sums[0]}
+    assert bins == {6: [1, pytest.approx(0.45), 1], 7: [1, pytest.approx(0.5), 0], 8: [1, pytest.approx(0.6), 1], 10: [1, pytest.approx(0.7), 0]}
     assert found == pytest.approx({
         "acc": 0.5,
         "asim": 0.625,
@@ -170,7 +172,7 @@ def test_measure_bins_as_asked():
 def test_measure_of_texts_has_no_calibration():
     found = measure({"asim": torch.tensor([1.0, 0.0]), "correct": torch.tensor([True, False, True])}, [None] * 3)
     assert found["acc"] == pytest.approx(2 / 3) and found["asim"] == 0.5
-    assert all(found[name] is None for name in ("ece", "ece_mass", "nll", "brier", "acc_labels", "ece_labels"))
+    assert all(found[name] is None for name in ("ece", "ece_mass", "nll", "brier", "acc_labels", "ece_labels", "reliability"))
     assert set(METRICS) <= set(found)
 
 
@@ -207,7 +209,13 @@ def test_summarise_against_numpy():
     assert paper["asim_layers"] == pytest.approx(np.mean([[0.5, 0], [0.7, 1]], axis=0))
     assert [c["selected_by"] for c in summarise(RECORDS, "eval")] == ["eval"]
     texts = summarise([{**r, "ece": None} for r in RECORDS])[0]
-    assert texts["ece_mean"] is None and texts["ece_std"] is None
+    assert texts["ece_mean"] is None and texts["ece_std"] is None and "reliability" not in texts
+
+
+def test_reliability_is_pooled_over_sets():
+    curves = [[[3, 0.6, 1], [0, 0.0, 0]], [[1, 0.1, 0], [2, 1.9, 2]]]
+    (summary,) = summarise([{**record(s, None, None, 0.5, "base"), "reliability": curve} for s, curve in enumerate(curves)])
+    assert summary["reliability"] == [[4, pytest.approx(0.7), 1], [2, 1.9, 2]]
 
 
 def test_a_run_that_diverged_is_never_chosen_also_from_the_saved_file():

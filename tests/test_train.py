@@ -98,14 +98,15 @@ def in_order(run, epoch):
     return np.random.default_rng([run, epoch]).permutation(4).tolist()
 
 
+@pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("kind", ["lora", "prompt", "prefix"])
-def test_losses_of_a_batch_equal_the_plain_ones(folder, model, kind, mix):
+def test_losses_of_a_batch_equal_the_plain_ones(folder, model, kind, mix, pack):
     adapter = ADAPTERS[kind](model)
     theta = starts(adapter, model, 2) + 0.05 * torch.randn(2, 1)
     rows = [make_rows(3, seed) for seed in range(2)]
     with torch.no_grad(), adapted(model, adapter, theta) as student:
-        found = losses(student, collate(rows), {name: torch.tensor([w, 2 * w]) for name, w in MIXES[mix].items()})
+        found = losses(student, collate(rows, pack=pack), {name: torch.tensor([w, 2 * w]) for name, w in MIXES[mix].items()})
         for r in range(2):
             twin = peft_twin(folder, adapter, theta[r])
             expected = sum(plain_loss(twin, row, MIXES[mix]).item() for row in rows[r]) / 3

@@ -79,7 +79,7 @@ def draw_sentence(rng: random.Random, split: str, attribute: str, style: str, un
     values = tuple(ATTRIBUTES[attribute])
     while True:
         label = rng.randrange(len(values))
-        others = rng.sample([name for name in ATTRIBUTES if name != attribute], rng.choice((1, 1, 2, 2, 3, 4)))
+        others = rng.sample([name for name in ATTRIBUTES if name != attribute], rng.choice((1, 2, 2, 3, 3, 4)))
         shown = {attribute: values[label]} | {name: rng.choice(tuple(ATTRIBUTES[name])) for name in others}
         text = sentence(rng, style, shown, unseen)
         if split_of(text) == split:
