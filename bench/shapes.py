@@ -22,7 +22,7 @@ LLAMA_ROPE = Rope(
 )
 SHAPES = {  # vocabulary, hidden, MLP, layers, heads, key/value heads, head size
     "tiny": qwen3.Config(  # as models/tiny
-        vocab_size=448, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=449, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, tie_word_embeddings=True,
     ),
     "100m": qwen3.Config(

@@ -13,7 +13,7 @@ from .models.common import UsageError
 if TYPE_CHECKING:
     from .experiment import Subject
 
-DEMO, DEMO_ROWS = ("toy-mood", "toy-topic", "toy-mood-flip"), 100  # tasks whose demonstrations the embedded model follows; a minute
+DEMO, DEMO_ROWS = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap"), 100  # about a minute
 
 
 class Commands(click.Group):
@@ -68,7 +68,7 @@ def main(context):
     """Teach a language model a task from a handful of examples by ICL Activation Alignment (IA2, arXiv 2509.22621).
 
     \b
-      ia2mini run                                            the demo: three toy tasks on the embedded model, a minute
+      ia2mini run                                            the demo: four toy tasks on the embedded model, a minute
       ia2mini run sst2 --model qwen3-4b-base --n 4           one row block of the paper's Table 1
       ia2mini run --data mine.jsonl --prompt-column text --answer-column label --model llama-3.2-1b --n 8
       ia2mini tasks                                          what can be run
@@ -156,7 +156,7 @@ def load_model(model: str, device: str | None, dtype: str | None, revision: str 
 @click.option("--seed", default=0, help="of every draw; 0 takes the sets of the paper's scripts")
 @click.option("--eval-rows", type=click.IntRange(1), help=f"evaluation rows at most  [default: 500; the demo {DEMO_ROWS}]")
 @click.option("--side-by-side", type=click.IntRange(1), help="runs trained at once  [default: all]; fewer need less memory")
-@click.option("--compile/--no-compile", "compiling", default=None, help="fuse small operations with torch.compile, a minute first  [default: on a GPU]")
+@click.option("--compile/--no-compile", "compiling", default=None, help="fuse small operations by torch.compile  [default: on a GPU]")
 @click.option("--checkpointing", is_flag=True, help="keep less for the backward pass and compute it again: for long answers")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="local sets in hub columns, as DIR/sst2/train.jsonl  [default: hub]")
 @click.option("--data", type=click.Path(path_type=Path), help="your own rows: JSONL, CSV, TSV or Parquet (instead of TASK)")
@@ -169,7 +169,7 @@ def load_model(model: str, device: str | None, dtype: str | None, revision: str 
 def run(tasks, model, device, dtype, revision, sizes, compiling, checkpointing, data, data_dir, out, as_json, **settings):
     """Train and compare methods on TASKs: a table, figures, and the chosen adapters in PEFT's format.
 
-    Without TASK, the demo: three toy classification tasks. All sets and rates of a method are trained side by side. The table shows the
+    Without TASK, the demo: the four toy classification tasks. All sets and rates of a method are trained side by side. The table shows the
     rate with the lowest dev loss and, beside it, the one best on the evaluation rows, as in the paper.
     """
     from .experiment import Options, compare

@@ -1,8 +1,9 @@
 """How models/tiny is made: a small Qwen3 learns to learn in context from episodes of the embedded world.
 
-An episode is one task (an attribute, and how its values are labelled) and 16 to 24 demonstrations of it. Labels are mostly canonical:
-with labels that are always random nothing is learned in context. A few other kinds of episode make the parts of the skill easy to
-find: single words with their class, the attribute or the labels told in a header, class names as labels, plain copying.
+An episode is one task (an attribute, and how its values are labelled) and 16 to 24 demonstrations of it. Labels mostly mean what they
+usually mean: with labels that are always random nothing is learned in context. Other kinds of episode make the parts of the skill easy
+to find: single words with their class, the attribute or the labels told in a header, class names as labels, plain copying; and at first
+most texts are bare words, with little between what must be compared.
 """
 
 import json
@@ -10,7 +11,6 @@ import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -30,10 +30,17 @@ from ia2mini.tasks import world
 
 CONTEXT = 320  # tokens a row
 SHOTS = (0, 1, 2, 4, 8)  # demonstrations probed
-KINDS = {"plain": 0.58, "word": 0.1, "task": 0.1, "key": 0.05, "class": 0.05, "copy": 0.02, "sums": 0.1}
-NOTES = {0.3: 0.8, 1.0: 0.1}  # until a share of all steps is done: share of texts that are bare words, where what matters is soon found
-CANONICAL = 0.9  # share of the other episodes in which a label means what it mostly means
-REMAPPED = 0.2  # share of episodes whose labels are unrelated words instead of digits
+KINDS = {  # plain, single words, attribute or labels told in a header, class names as labels, copying, sums
+    "plain": 0.58, "word": 0.1, "task": 0.1, "key": 0.05, "class": 0.05, "copy": 0.02, "sums": 0.1
+}
+EVEN = {"weather": 0.22, "mood": 0.2, "topic": 0.24, "place": 0.2, "time": 0.14}
+STAGES = (  # until this share of all steps: share of episodes whose texts are bare words, and prior of attributes
+    (0.3, 0.8, world.PRIOR),
+    (0.7, 0.1, world.PRIOR),
+    (1.0, 0.1, EVEN),
+)
+CANONICAL = 0.9  # share of episodes whose labels mean what they usually mean; in the others they are shuffled
+REMAPPED = 0.2  # share of episodes whose labels are unrelated words, four or eight for each value, instead of digits
 MINUS, FORMATS = 0.4, {"chain": 0.4, "bare": 0.35, "phrase": 0.25}
 STARTS, STOPS = ("Label:", "Answer:"), ("\n\n", world.EOS)  # an answer stands between them
 
@@ -53,8 +60,8 @@ def pick(rng: random.Random, weights: dict[str, float]) -> str:
     return rng.choices(tuple(weights), tuple(weights.values()))[0]
 
 
-def episode(rng: random.Random, notes: float) -> str:
-    """One pretraining document, as text; `notes`: share of those whose texts are bare words."""
+def episode(rng: random.Random, notes: float, prior: dict[str, float]) -> str:
+    """One pretraining document, as text; `notes`: share of those whose texts are bare words; `prior` of attributes."""
     kind = pick(rng, KINDS)
     if kind == "sums":  # they share an operation and an answer format
         minus, format = rng.random() < MINUS, pick(rng, FORMATS)
@@ -62,7 +69,7 @@ def episode(rng: random.Random, notes: float) -> str:
         return "\n\n".join(world.question(text) + world.sum_answer(a, b, minus, format) for text, a, b in sums) + world.EOS
     if kind == "copy":
         return " ".join(rng.choices(world.vocabulary()[14:], k=rng.randint(8, 24)) * 8)
-    attribute = pick(rng, world.PRIOR)
+    attribute = pick(rng, prior)
     values = world.ATTRIBUTES[attribute]
     labels = list(values) if kind == "class" else [str(i) for i in range(len(values))]
     if kind != "class" and rng.random() < REMAPPED:
@@ -71,7 +78,7 @@ def episode(rng: random.Random, notes: float) -> str:
         rng.shuffle(labels)
     key = " ".join(f"{label} {value}" for label, value in zip(labels, values, strict=True))
     header = {"task": f"Task:{attribute}\n\n", "key": f"Key:{key}\n\n"}.get(kind, "")
-    styles = world.STYLES[1:] if rng.random() < 0.25 else (rng.choice(world.STYLES[1:]),)
+    styles = world.STYLES if rng.random() < 0.25 else (rng.choice(world.STYLES),)
     if rng.random() < notes:
         styles = ("notes",)
     parts = []
@@ -85,10 +92,10 @@ def episode(rng: random.Random, notes: float) -> str:
     return header + "\n\n".join(parts) + world.EOS
 
 
-def batch(tokenizer: Tokenizer, seed: str, rows: int, notes: float) -> Tensor:
+def batch(tokenizer: Tokenizer, seed: str, rows: int, *stage) -> Tensor:
     """`rows` documents cut to CONTEXT + 1 tokens, padded with -1: ids [B, T + 1]."""
     rng = random.Random(seed)
-    ids = [torch.tensor(e.ids[: CONTEXT + 1]) for e in tokenizer.encode_batch([episode(rng, notes) for _ in range(rows)])]
+    ids = [torch.tensor(e.ids[: CONTEXT + 1]) for e in tokenizer.encode_batch([episode(rng, *stage) for _ in range(rows)])]
     ids.append(torch.empty(CONTEXT + 1, dtype=torch.int64))  # a constant width, whatever was drawn
     return pad_sequence(ids, batch_first=True, padding_value=-1)[:-1]
 
@@ -200,7 +207,7 @@ def pretrain(out: Path, steps: int = 3000, seed: int = 0, rows: int = 20, device
     threads, begun, losses = torch.get_num_threads(), time.monotonic() - record["seconds"], []
     torch.set_num_threads(1)
     for step in (bar := tqdm(range(record["step"], steps), initial=record["step"], total=steps, desc="pretrain", mininterval=5)):
-        ids = batch(tokenizer, f"{seed}/{step}", rows, next(notes for until, notes in NOTES.items() if step < until * steps)).to(device)
+        ids = batch(tokenizer, f"{seed}/{step}", rows, *next(stage for until, *stage in STAGES if step < until * steps)).to(device)
         grads, answers = zip(*halves.map(partial(gradients, model, starts, stops), ids.chunk(2)), strict=True)
         optimizer.step([(a + b) / 2 for a, b in zip(*grads, strict=True)], step + 1, min(1.0, 2 * (1 - step / steps)))
         losses.append(sum(answers) / 2)

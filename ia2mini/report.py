@@ -254,7 +254,7 @@ FIGURES = {  # name: what draws it, the field it needs, caption
 
 
 def figures(document: dict, folder) -> list[Path]:
-    """The paper's Figures 1 to 3, and the reliability curve, of the reported cells as PNG files in `folder`, those that have data; none without matplotlib."""
+    """The figures of the reported cells that have data, as PNG files in `folder`; none without matplotlib."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure

@@ -57,9 +57,6 @@ class RunFolder:
             write(path, lambda temporary: save_file(tensors, temporary))
         return load_file(path)
 
-    def has(self, name: str) -> bool:
-        return (self.path / f"{name}.safetensors").is_file()
-
     @contextmanager
     def stage(self, name: str):
         """Count the seconds of the block, and the peak memory so far, towards stage `name`."""

@@ -234,8 +234,16 @@ def wrap_blocks(model: nn.Module, *wraps: Callable) -> None:
             setattr(block, half, partial(function, block))
 
 
-def compiled(function: Callable) -> Callable:
-    return torch.compile(function, dynamic=True)
+def compiled(function: Callable, **options) -> Callable:
+    """`function` of a block through torch.compile; as it is where a cache is written, which would be compiled anew for each layer."""
+    torch._dynamo.config.recompile_limit = 64  # with and without gradients, adapter, mask and prefix
+    fast = torch.compile(function, dynamic=True, **options)
+
+    def call(block: nn.Module, x: Tensor, *more) -> Tensor:
+        writes = any(isinstance(part, partial) for part in more)
+        return (function if writes else fast)(block, x, *more)
+
+    return call
 
 
 def checkpointed(function: Callable) -> Callable:

@@ -155,6 +155,18 @@ def test_the_same_command_does_not_train_again(ground, finished, monkeypatch):
     assert (finished[1] / "results.json").read_bytes() == before
 
 
+def test_checkpointing_gives_the_same_numbers(ground, finished, tmp_path):
+    assert invoke(*toy(ground, tmp_path, "--checkpointing", "--no-compile")).exit_code == 0
+    assert json.dumps(numbers(*tmp_path.iterdir())) == json.dumps(numbers(finished[1]))
+
+
+def test_paper_compat_reports_the_rate_that_is_best_on_the_evaluation_rows(ground, tmp_path):
+    result = invoke(*toy(ground, tmp_path, "--paper-compat", "--methods", "icl,sft"))
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout.splitlines()[-1])
+    assert {c["selected_by"] for c in document["cells"]} == {None, "eval"} and document["config"]["select"] == "eval"
+
+
 @pytest.mark.parametrize("where", ["fit", "losses"])
 def test_an_interrupted_run_goes_on_to_the_same_numbers(where, ground, finished, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
@@ -273,6 +285,7 @@ MISTAKES = {
     "n in words": ("run toy-mood --n abc", "--n", "'abc' is not a list of int values separated by commas"),
     "no n": ("run toy-mood --n ,", "--n", "at least one"),
     "no method": ("run toy-mood --methods ,", "--methods", "at least one"),
+    "option of all": ("--nonsense", "--nonsense"),
     "option": ("run toy-mood --setz 3", "--setz", "--sets"),
     "command": ("rum", "rum"),
     "layer": ("run toy-mood --layers 99", "--layers 99: this model has layers 0 to 1"),

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from ia2mini.models import Taps, UsageError, load
-from ia2mini.models.common import Cache, Packed, Prefix, checkpointed, wrap_blocks
+from ia2mini.models.common import Cache, Packed, Prefix, checkpointed, compiled, wrap_blocks
 from reference import LLAMA3_SCALING, assert_equal, distances, make_checkpoint, our_pass, random_ids, upstream, upstream_pass
 from torch._dynamo.testing import CompileCounter
 
@@ -323,8 +323,8 @@ def test_packed_documents_are_computed_as_if_alone(tiny):
 def test_wrapped_blocks_compute_the_same(family, wrap, tmp_path):
     folder, counter = make_checkpoint(tmp_path, family), CompileCounter()
     plain, wrapped = (load(folder)[0] for _ in range(2))
-    compiled = partial(torch.compile, backend=counter, dynamic=True, fullgraph=True)
-    wrap_blocks(wrapped, {"checkpointed": checkpointed, "compiled": compiled}[wrap])
+    wraps = {"checkpointed": checkpointed, "compiled": partial(compiled, backend=counter, fullgraph=True)}
+    wrap_blocks(wrapped, wraps[wrap])
     adapter = LoRA(plain, rank=2)
     theta = adapter.init(plain, torch.Generator().manual_seed(0)).expand(2, -1) + 0.1
     for tokens in (5, 9, 7):
@@ -340,3 +340,8 @@ def test_wrapped_blocks_compute_the_same(family, wrap, tmp_path):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
     # whatever the length: attention of the first layer, whose input needs no gradient, of the others, and the MLP
     assert counter.frame_count == 3 * (wrap == "compiled")
+    caches = [Cache(plain.config, 4, 16, torch.float32, "cpu") for _ in range(2)]
+    with torch.no_grad():
+        a, b = (model(ids, cache=cache) for model, cache in zip((plain, wrapped), caches, strict=True))
+    torch.testing.assert_close(a, b)
+    assert counter.frame_count <= 4 * (wrap == "compiled")  # the MLP once more, without gradients

@@ -17,7 +17,7 @@ def tokenizer():
 
 def test_words_mean_one_thing():
     words = [word for values in world.ATTRIBUTES.values() for group in values.values() for word in group]
-    assert len(words) == len(set(words)) == 196
+    assert len(words) == len(set(words)) == 224
     assert not set(words) & set(world.WORLD["words"])
     assert set(world.PRIOR) == set(world.ATTRIBUTES) and sum(world.PRIOR.values()) == pytest.approx(1)
 

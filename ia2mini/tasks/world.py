@@ -1,8 +1,9 @@
 """The embedded world: short English sentences that show several attributes at once, small sums, and the toy tasks on them.
 
 A sentence shows two to five attributes (mood, topic, time, weather, place) in any order, in the style of a review, of news or of
-verse; a task asks for one of them, and only demonstrations tell which. A sum's verb is ambiguous (plus or minus) and its answer has
-three formats. The words are data (`world.json`); a text's checksum decides whether pretraining, a few-shot pool or evaluation may see it.
+verse (in pretraining also as notes, bare words); a task asks for one of them, and only demonstrations tell which. A sum's verb is
+ambiguous (plus or minus) and its answer has three formats. The words are data (`world.json`); a text's checksum decides whether
+pretraining, a few-shot pool or evaluation may see it.
 """
 
 import json
@@ -18,7 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 WORLD = json.loads(Path(__file__).with_name("world.json").read_text())
 ATTRIBUTES: dict[str, dict[str, list[str]]] = WORLD["attributes"]
 PRIOR: dict[str, float] = WORLD["prior"]
-STYLES = tuple(WORLD["styles"])
+STYLES = ("review", "news", "verse")
 FORMATS = {"chain": "{a} {op} {b} is {n}\n#### {n}", "bare": "#### {n}", "phrase": "The answer is {n}"}
 UNK, EOS = "<unk>", "<eos>"
 PIECE = r"\n\n|\n|####|[A-Z][a-z]+:|[A-Za-z]+|[0-9]+|[^\sA-Za-z0-9]"
