@@ -13,7 +13,7 @@ from .models.common import UsageError
 if TYPE_CHECKING:
     from .experiment import Subject
 
-DEMO, DEMO_ROWS = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap"), 100  # about a minute
+DEMO, DEMO_ROWS = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap"), 60  # about a minute
 
 
 class Commands(click.Group):

@@ -11,7 +11,7 @@ from .models.common import At, Packed, UsageError
 from .tasks import Example
 from .tokenizer import Tokenizer
 
-PACKED = 512  # tokens: the attention of a line is computed whole, for the most part in vain
+PACKED, WORTH = 512, 0.8  # tokens in a line, and share of the padded ones: its attention is computed whole, mostly in vain
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,11 @@ class Batch:
 
 
 def collate(runs: list[list[Row]], device="cpu", pack: bool = False) -> Batch:
-    """One batch of R lists of equally many rows. `pack`: without padding between a run's rows, where they have at most PACKED tokens."""
+    """One batch of R lists of equally many rows. `pack`: without padding between a run's rows, where they are short and that is worth it.
+    """
     lengths = np.array([[len(row.prompt) + len(row.answer) - 1 for row in run] for run in runs])  # the last answer token predicts nothing
     (R, B), totals = lengths.shape, lengths.sum(1)
-    pack = pack and B > 1 and totals.max() <= PACKED
+    pack = pack and totals.max() <= min(PACKED, WORTH * B * lengths.max())
     lines = np.arange(R)[:, None].repeat(B, 1) if pack else np.arange(R * B).reshape(R, B)
     starts = lengths.cumsum(1) - lengths if pack else np.zeros_like(lengths)
     ids = np.zeros((R, totals.max()) if pack else (R * B, lengths.max()), np.int64)

@@ -168,6 +168,7 @@ def test_a_packed_batch_written_out(monkeypatch):
     ]
     assert [x.tolist() for x in batch.at] == [[0, 0, 0, 1, 1, 1], [1, 2, 3, 0, 1, 0]]
     assert collate([[Row([1], [2])]], pack=True).packed is None  # nothing to pack
+    assert collate([[Row([1, 2], [3]), Row([4, 5], [6])]], pack=True).packed is None  # nothing saved
     monkeypatch.setattr(episode, "PACKED", 3)
     assert collate(runs, pack=True).packed is None  # too long a line
 
