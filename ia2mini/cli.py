@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -197,7 +198,7 @@ def run(tasks, model, device, dtype, revision, sizes, compiling, checkpointing, 
     subject = load_model(model, device, dtype, revision)
     compiling = next(subject.model.parameters()).is_cuda if compiling is None else compiling
     wrap_blocks(subject.model, *[compiled] * compiling, *[checkpointed] * checkpointing)
-    chosen = [fitting(task, subject.tokenizer) for task in chosen]
+    chosen = [fitting(task, subject.tokenizer, own[2]) for task in chosen]
     document, kept = compare(chosen, sizes, subject, options, out, data_dir, side_by_side, progress)
     show(document)
     count = len(list(kept.glob("*.png")))
@@ -214,12 +215,21 @@ def show(document: dict) -> None:
     click.echo(seconds_line(document))
 
 
-def fitting(task, tokenizer):
-    """A task on own rows answers with text when its labels are not single tokens; others stay as they are."""
-    if not task.files or not task.labels:
+def fitting(task, tokenizer, template: str | None):
+    """A task on own rows as this tokenizer can read it; others stay as they are.
+
+    Labels of several tokens are generated as text. Where an answer would merge with the default template, a line end keeps them apart.
+    """
+    from .tasks import load_examples
+
+    if not task.files:
         return task
-    one = all(len(tokenizer.encode(label, special=False)) == 1 for label in task.labels)
-    return task if one else task.as_text()
+    if any(len(tokenizer.encode(label, special=False)) > 1 for label in task.labels):
+        task = task.as_text()
+    if template is None and any(tokenizer.merges(e.prompt, e.answer) for e in load_examples(task, "train").rows):
+        task = replace(task, prompt=task.prompt + "\n")
+        click.echo(f"answers would merge with the end of the template in this tokenizer, so it is now {task.prompt!r}", err=True)
+    return task
 
 
 @main.command()

@@ -59,13 +59,16 @@ class Tokenizer:
 
         Raises UsageError naming the answer when encode(prompt + answer) is not encode(prompt) + encode(answer).
         """
-        ids = self.encode(answer, special=False)
-        if self.encode(prompt + answer) != self.encode(prompt) + ids:
+        if self.merges(prompt, answer):
             raise UsageError(
                 f"answer {answer[:40]!r} merges with the end of its prompt {prompt[-12:]!r} in this tokenizer; "
                 "choose another label, or a template that ends in a line end"
             )
-        return ids
+        return self.encode(answer, special=False)
+
+    def merges(self, prompt: str, answer: str) -> bool:
+        """Whether prompt and answer share a token when they stand together."""
+        return self.encode(prompt + answer) != self.encode(prompt) + self.encode(answer, special=False)
 
     def label_ids(self, prompt: str, labels: tuple[str, ...]) -> list[int]:
         """First token of every label after `prompt`, int per label. Raises UsageError for a label that merges or shares its token."""

@@ -347,13 +347,14 @@ def test_a_full_disk(ground, tmp_path, monkeypatch):
 
 
 def test_labels_that_merge_with_the_colon(shared_data, ground, tmp_path):
-    """Qwen3 reads ":A" and ":true" as one token: the label is named, and another template mends it."""
+    """Qwen3 reads ":A" and ":true" as one token: our template gives way, the user's own is refused and the label named."""
     model = Qwen3(Config(151936, 16, 32, 1, 2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True))
     save(model, tmp_path / "model", (shared_data / "tokenizers/qwen3/tokenizer.json").read_text(encoding="utf-8"), 151643)
     for labels in (("A", "B"), ("true", "false"), ("negative", "positive")):
         rows = (ground / "mine.csv").read_text().replace(",x\n", f",{labels[0]}\n").replace(",y\n", f",{labels[1]}\n")
         (tmp_path / "mine.csv").write_text(rows)
         command = ["run", "--data", tmp_path / "mine.csv", "--model", tmp_path / "model", "--out", tmp_path / "out", *SMALL]
-        refused(tmp_path / "out", command, f"answer {min(labels)!r} merges", "\\nLabel:'", "choose another label or template")
-    mended = [*command, "--template", "Text:{text}\\nLabel:\\n", "--methods", "icl,sft", "--sets", "1", "--rates", "1e-3", "--epochs", "1"]
-    assert invoke(*mended).exit_code == 0
+        own = [*command, "--template", "Text:{text}\\nLabel:"]
+        refused(tmp_path / "out", own, f"answer {min(labels)!r} merges", "\\nLabel:'", "choose another label, or a template that ends")
+    result = invoke(*command, "--methods", "icl,sft", "--sets", "1", "--rates", "1e-3", "--epochs", "1")
+    assert result.exit_code == 0 and "'Text:{text}\\nLabel:\\n'" in result.stderr
