@@ -113,13 +113,14 @@ add("scale", scale.__doc__)
 @click.option("--model", default="tiny", show_default=True)
 @click.option("--n", "sizes", default=",".join(map(str, SIZES)), show_default=True)
 @click.option("--sets", default=10, show_default=True)
+@click.option("--part", type=click.Choice(["all", "classification", "sums"]), default="all", show_default=True)
 @click.option("--eval-rows", default=500, show_default=True)
 @click.option("--sum-rows", default=100, show_default=True)
 @click.option("--save", is_flag=True)
-def effect_command(model, sizes, sets, eval_rows, sum_rows, save):
-    result = effect(model, tuple(int(n) for n in sizes.split(",")), sets, eval_rows, sum_rows)
+def effect_command(model, sizes, sets, part, eval_rows, sum_rows, save):
+    result = effect(model, tuple(int(n) for n in sizes.split(",")), sets, part, eval_rows, sum_rows)
     show(result)
-    finish([result], "python -m bench effect", save)
+    finish([result], "python -m bench effect" + f" --part {part}" * (part != "all"), save)
 
 
 if __name__ == "__main__":

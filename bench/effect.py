@@ -24,13 +24,17 @@ METHODS = ("base", "icl", "sft", "sft-sft", "ia2", "ia2-sft")
 PAIRS = (("ia2", "ia2-sft"), ("sft", "ia2"), ("sft", "ia2-sft"), ("sft", "sft-sft"))
 
 
-def effect(model: str = "tiny", sizes: tuple[int, ...] = SIZES, sets: int = 10, eval_rows: int = 500, sum_rows: int = 100) -> Result:
-    """All toy tasks at every N; goes on where an interrupted call was. Sums are evaluated on `sum_rows` rows."""
+def effect(
+    model: str = "tiny", sizes: tuple[int, ...] = SIZES, sets: int = 10, part: str = "all", eval_rows: int = 500, sum_rows: int = 100
+) -> Result:
+    """All toy tasks at every N, or the `part` "classification" or "sums" (on `sum_rows` rows); goes on where an interrupted call was."""
     folder = locate(model)
     network, tokenizer = load(folder)
     subject = Subject(network, tokenizer, folder, "tiny", model)
     result = Result("effect", f"{model}: {sets} sets, rates chosen by dev loss; gains in points of accuracy, paired by task and set", [])
     for about, names, rows in (("classification", CLASSES, eval_rows), ("sums", SUMS, sum_rows)):
+        if part not in ("all", about):
+            continue
         options = Options(methods=METHODS, sets=sets, eval_rows=rows)
         document, kept = compare([find_task(name) for name in names], sizes, subject, options, Path("runs"), bar=progress)
         for n in sizes:

@@ -237,6 +237,7 @@ def wrap_blocks(model: nn.Module, *wraps: Callable) -> None:
 def compiled(function: Callable, **options) -> Callable:
     """`function` of a block through torch.compile; as it is where a cache is written, which would be compiled anew for each layer."""
     torch._dynamo.config.recompile_limit = 64  # with and without gradients, adapter, mask and prefix
+    torch._dynamo.config.suppress_errors = not options.get("fullgraph")  # where no compiler works it runs as it is, with a warning
     fast = torch.compile(function, dynamic=True, **options)
 
     def call(block: nn.Module, x: Tensor, *more) -> Tensor:
