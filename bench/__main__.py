@@ -90,7 +90,7 @@ def several(names: tuple[str, ...], shape, device, dtype, save) -> None:
 def main(context, **asked):
     """How fast ia2mini is, against transformers with peft as (a) the paper's scripts use them and (b) used well.
 
-    Without a command: every bench but `effect`, in under 15 minutes on two quiet cores.
+    Without a command: every bench but `effect`; on two cores half an hour.
     """
     if context.invoked_subcommand is None:
         several(BENCHES, **asked)
