@@ -120,7 +120,8 @@ add("scale", scale.__doc__)
 def effect_command(model, sizes, sets, part, eval_rows, sum_rows, save):
     result = effect(model, tuple(int(n) for n in sizes.split(",")), sets, part, eval_rows, sum_rows)
     show(result)
-    finish([result], "python -m bench effect" + f" --part {part}" * (part != "all"), save)
+    asked = f"--model {model} --n {sizes} --sets {sets} --part {part} --eval-rows {eval_rows} --sum-rows {sum_rows}"
+    finish([result], f"python -m bench effect {asked}", save, name=f"effect-{part}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ def effect(
     folder = locate(model)
     network, tokenizer = load(folder)
     subject = Subject(network, tokenizer, folder, "tiny", model)
-    result = Result("effect", f"{model}: {sets} sets, rates chosen by dev loss; gains in points of accuracy, paired by task and set", [])
+    about = f"{model}: {sets} sets, {eval_rows} evaluation rows (sums {sum_rows}), rates chosen by dev loss"
+    result = Result("effect", f"{about}; gains in points of accuracy, paired by task and set", [])
     for about, names, rows in (("classification", CLASSES, eval_rows), ("sums", SUMS, sum_rows)):
         if part not in ("all", about):
             continue
@@ -93,4 +94,3 @@ def overlaps(result: Result, what: str, document: dict, kept: Path, n: int, name
             found[one, other].append(fmean(each))
     for (one, other), overlap in found.items():
         result.ratios[f"{what}: subspace overlap {one} with {other}"] = fmean(overlap)
-

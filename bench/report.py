@@ -85,7 +85,7 @@ def hardware() -> dict:
     return found
 
 
-def finish(results: list[Result], command: str, save: bool) -> None:
+def finish(results: list[Result], command: str, save: bool, name: str | None = None) -> None:
     """Print the JSON line; with `save`, keep it and the machine in bench/results/<date>-<command>.json."""
     import peft
     import transformers
@@ -100,7 +100,7 @@ def finish(results: list[Result], command: str, save: bool) -> None:
     }
     document = finite(document)
     if save:
-        name = command.removeprefix("python -m bench").replace("--save", "").replace("--", "").split()
+        name = [name] if name else command.removeprefix("python -m bench").replace("--save", "").replace("--", "").split()
         kind = machine.get("gpu", "cpu").replace(" ", "-")
         path = RESULTS / f"{document['date']}-{'-'.join(name) or 'all'}-{kind}.json"
         write(path, lambda temporary: temporary.write_text(json.dumps(document, indent=1) + "\n"))

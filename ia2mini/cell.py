@@ -229,8 +229,7 @@ class Cell:
             among = 10 if lab.options.paper_compat else None
             device, budget, alike = lab.device, lab.budget, {}
             if like and len(like) > runs:  # the base model, beside every set
-                alike = {"asim": torch.cat([layer_asim(model, [rows], device, budget) for rows in like])}
-                like = None
+                alike, like = {"asim": self.likeness(model, like)}, None
             scores = vars(label_scores(model, prompts, label_ids, runs, among, like, device, budget, lambda q: bar.update(q * runs)))
             correct = scores["top"] == torch.tensor([label_ids[e.label] for e in examples])
             return {key: value for key, value in scores.items() if value is not None} | alike | {"correct": correct}
@@ -242,8 +241,12 @@ class Cell:
         if like:
             if lab.options.paper_compat:
                 like = [[cut(row, self.ended(response)) for row, response in zip(rows, responses)] for rows in like]
-            found["asim"] = torch.cat([layer_asim(model, [rows], lab.device, lab.budget) for rows in like])
+            found["asim"] = self.likeness(model, like)
         return found
+
+    def likeness(self, model: Callable, like: list[list[Row]]) -> Tensor:
+        """asim of one model to several lists of rows, [lists, L]."""
+        return torch.cat([layer_asim(model, [rows], self.lab.device, self.lab.budget) for rows in like])
 
     def ended(self, response: list[int]) -> list[int]:
         """A generated response with the end-of-sequence token, unless it was cut."""

@@ -192,13 +192,14 @@ def run(tasks, model, device, dtype, revision, sizes, compiling, checkpointing, 
     if settings["paper_compat"]:
         settings["select"] = "eval"
     settings["eval_rows"] = settings["eval_rows"] or (500 if tasks or data else DEMO_ROWS)
+    template = settings["template"]
     own = [settings.pop(name) for name in ("prompt_column", "answer_column", "template", "eval_data")]
     chosen = [custom_task(data, *own)] if data else [find_task(t) for t in tasks or DEMO]
     side_by_side, options = settings.pop("side_by_side"), Options(**settings)
     subject = load_model(model, device, dtype, revision)
     compiling = next(subject.model.parameters()).is_cuda if compiling is None else compiling
     wrap_blocks(subject.model, *[compiled] * compiling, *[checkpointed] * checkpointing)
-    chosen = [fitting(task, subject.tokenizer, own[2]) for task in chosen]
+    chosen = [fitting(task, subject.tokenizer, template) for task in chosen]
     document, kept = compare(chosen, sizes, subject, options, out, data_dir, side_by_side, progress)
     show(document)
     count = len(list(kept.glob("*.png")))

@@ -100,8 +100,7 @@ class Batch:
 
 
 def collate(runs: list[list[Row]], device="cpu", pack: bool = False) -> Batch:
-    """One batch of R lists of equally many rows. `pack`: without padding between a run's rows, where they are short and that is worth it.
-    """
+    """One batch of R lists of equally many rows. `pack`: no padding between a run's rows, where they are short and it is worth it."""
     lengths = np.array([[len(row.prompt) + len(row.answer) - 1 for row in run] for run in runs])  # the last answer token predicts nothing
     (R, B), totals = lengths.shape, lengths.sum(1)
     pack = pack and totals.max() <= min(PACKED, WORTH * B * lengths.max())

@@ -40,7 +40,7 @@ STAGES = (  # until this share of all steps: share of episodes whose texts are b
     (1.0, 0.1, EVEN),
 )
 CANONICAL = 0.9  # share of episodes whose labels mean what they usually mean; in the others they are shuffled
-REMAPPED = 0.2  # share of episodes whose labels are unrelated words, four or eight for each value, instead of digits
+REMAPPED = 0.2  # share of episodes whose labels are unrelated words, eight for each value, instead of digits
 MINUS, FORMATS = 0.4, {"chain": 0.4, "bare": 0.35, "phrase": 0.25}
 STARTS, STOPS = ("Label:", "Answer:"), ("\n\n", world.EOS)  # an answer stands between them
 
