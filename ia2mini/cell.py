@@ -1,7 +1,7 @@
 """One cell of the paper's grid: its sets, the teacher's targets, every method's trained runs and their scores."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -119,7 +119,7 @@ class Cell:
             raise UsageError(f"--layers {bad[0]}: this model has layers 0 to {depth - 1}")
         self.rates = o.rates or (TINY_RATES if lab.name == "tiny" else RATES)[o.adapter]
         self.betas = o.betas or BETAS[lab.model.config.model_type]
-        self.references: dict[str, list[list[Row]]] = {}
+        self.references: dict[str, tuple] = {}
 
     @cached_property
     def job(self) -> Job:
@@ -173,80 +173,92 @@ class Cell:
             return lab.model, lab.tokenizer.encode_all(queries)
         return share_prefix(lab.model, lab.tokenizer, self.episodes[number].icl, queries)
 
-    def reference(self, name: str) -> list[list[Row]]:
-        """For every set, the first evaluation rows with the base model's response and attention outputs under its demonstrations."""
+    def reference(self, name: str) -> tuple[list[dict[str, Tensor]], Tensor | list[list[Row]]]:
+        """What the base model does with each set's demonstrations: its scores, and the attention outputs that `asim` compares with.
+
+        Those of the first evaluation rows: [L, sets, rows, D]; where answers have many tokens, rows that hold them, a list a set.
+        """
         if name not in self.references:
-            lab, self.references[name] = self.lab, []
-            plain = self.prompts(name)[1][: lab.options.asim_rows]
-            for number in range(len(self.episodes)):
-                model, prompts = self.prompts(name, number)
-                prompts = prompts[: len(plain)]
-                if self.single:
-                    answers = [[0] for _ in prompts]  # one position: the last prompt token
-                else:
-                    answers = [self.ended(r) for r in generate(model, lab.tokenizer, prompts, self.task.max_tokens)]
-                rows = [Row(p, a) for p, a in zip(plain, answers)]
-                for group in by_length([len(p) + len(a) for p, a in zip(prompts, answers)], lab.budget):
-                    observe(model, [rows[i] for i in group], [prompts[i] for i in group], single=False, device=lab.device)
-                self.references[name].append(rows)
+            lab, o, parts, alike = self.lab, self.lab.options, [], []
+            count = min(len(self.evals[name].rows), lab.options.eval_rows if "icl" in o.methods else o.asim_rows)
+            with lab.stage("evaluate", f"{self.name}: icl on {name}", count * len(self.episodes)) as bar:
+                for number in range(len(self.episodes)):
+                    model, prompts = self.prompts(name, number)
+                    if self.single:
+                        part = self.labelled(name, model, prompts[:count], bar, keep=o.asim_rows)
+                        alike.append(part.pop("outputs"))
+                    else:
+                        responses, correct = self.generated(name, model, prompts[:count], bar, f"icl-{number}")
+                        part = {"correct": correct}
+                        alike.append(self.observed(name, model, prompts[: o.asim_rows], responses))
+                    parts.append(part)
+            self.references[name] = parts, torch.cat(alike, 1) if self.single else alike
         return self.references[name]
+
+    def observed(self, name: str, model: Callable, prompts: list[list[int]], responses: list[list[int]]) -> list[Row]:
+        """The first evaluation rows without demonstrations, with the responses and attention outputs of `prompts`, which have them."""
+        lab, plain = self.lab, self.prompts(name)[1]
+        rows = [Row(p, self.ended(r)) for p, r, _ in zip(plain, responses, prompts)]
+        for group in by_length([len(p) + len(row.answer) for p, row in zip(prompts, rows)], lab.budget):
+            observe(model, [rows[i] for i in group], [prompts[i] for i in group], single=False, device=lab.device)
+        return rows
 
     def score(self, method: str, name: str) -> dict[str, Tensor]:
         """What `method` makes of evaluation `name`: `asim` [R, L]; `top`, `confidence`, `labels` or, of many tokens, `correct` [R, Q]."""
-        lab, rows, sets = self.lab, len(self.evals[name].rows), len(self.episodes)
+        lab, sets = self.lab, len(self.episodes)
         fit = None if method in UNTRAINED else self.fit(method)
-        runs = {"base": 1, "icl": sets}.get(method) or len(fit.theta)
 
         def evaluate() -> dict[str, Tensor]:
-            with lab.stage("evaluate", f"{self.name}: {method} on {name}", runs * rows) as bar:
-                reference = self.reference(name)
-                if method == "icl":
-                    parts = [self.answers(name, *self.prompts(name, number), bar, f"icl-{number}") for number in range(sets)]
-                    asim = torch.ones(sets, lab.model.config.num_hidden_layers)
-                    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]} | {"asim": asim}
-                model, prompts = self.prompts(name)
-                if method == "base":
-                    return self.answers(name, model, prompts, bar, "base-0", 1, reference)
-                like = [reference[r * sets // runs] for r in range(runs)]
-                if self.single:
-                    with adapted(model, self.adapter, fit.theta) as student:
-                        return self.answers(name, student, prompts, bar, method, runs, like)
-                parts = []
-                for r in range(runs):  # a run at a time: its rows fill a batch, and finished rows leave
-                    with adapted(model, self.adapter, fit.theta[r : r + 1]) as student:
-                        parts.append(self.answers(name, student, prompts, bar, f"{method}-{r}", like=[like[r]]))
-                return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+            parts, alike = self.reference(name)
+            if method == "icl":
+                asim = torch.ones(sets, lab.model.config.num_hidden_layers)
+                return {key: torch.cat([part[key] for part in parts]) for key in parts[0]} | {"asim": asim}
+            model, prompts = self.prompts(name)
+            thetas = [None] if fit is None else fit.theta.split(len(fit.theta) if self.single else 1)
+            parts, runs = [], 1 if fit is None else len(fit.theta)
+            with lab.stage("evaluate", f"{self.name}: {method} on {name}", runs * len(prompts)) as bar:
+                for r, theta in enumerate(thetas):  # long answers: a run at a time, whose rows fill a batch and leave when finished
+                    with nullcontext(model) if theta is None else adapted(model, self.adapter, theta) as student:
+                        if self.single:
+                            parts.append(self.labelled(name, student, prompts, bar, runs, like=alike))
+                        else:
+                            responses, correct = self.generated(name, student, prompts, bar, f"{method}-{r}")
+                            mine = alike if theta is None else [alike[r * sets // runs]]
+                            parts.append({"correct": correct, "asim": self.likeness(student, mine, responses)})
+            return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
         return lab.folder.once(f"{self.name}/{method}-on-{name}", evaluate)
 
-    def answers(
-        self, name: str, model: Callable, prompts: list[list[int]], bar, tag: str, runs: int = 1, like: list[list[Row]] | None = None
-    ) -> dict[str, Tensor]:
-        """Scores of `model` on evaluation `name`, with `asim` to the rows `like`; generated texts are kept in the folder under `tag`."""
-        lab, examples, task = self.lab, self.evals[name].rows, find(name, self.task)
-        if self.single:
-            label_ids = lab.tokenizer.label_ids(examples[0].prompt, task.labels)
-            among = 10 if lab.options.paper_compat else None
-            device, budget, alike = lab.device, lab.budget, {}
-            if like and len(like) > runs:  # the base model, beside every set
-                alike, like = {"asim": self.likeness(model, like)}, None
-            scores = vars(label_scores(model, prompts, label_ids, runs, among, like, device, budget, lambda q: bar.update(q * runs)))
-            correct = scores["top"] == torch.tensor([label_ids[e.label] for e in examples])
-            return {key: value for key, value in scores.items() if value is not None} | alike | {"correct": correct}
-        responses = generate(model, lab.tokenizer, prompts, task.max_tokens, budget=2 * lab.budget, watch=bar.update)
-        texts = [lab.tokenizer.decode(ids) for ids in responses]
-        kept = {"texts": texts, "answers": [e.answer for e in examples], "parser": task.parse.__name__}
-        lab.folder.save_json(f"{self.name}/generations/{tag}-on-{name}.json", kept)
-        found = {"correct": parsed_correct(task.parse, texts, kept["answers"])[None]}
-        if like:
-            if lab.options.paper_compat:
-                like = [[cut(row, self.ended(response)) for row, response in zip(rows, responses)] for rows in like]
-            found["asim"] = self.likeness(model, like)
-        return found
+    def labelled(self, name: str, model: Callable, prompts: list[list[int]], bar, runs: int = 1, **taps) -> dict[str, Tensor]:
+        """`label_scores` of `model` on evaluation `name`, and which rows are right; `taps`: its `keep` or `like`."""
+        lab, examples, labels = self.lab, self.evals[name].rows, find(name, self.task).labels
+        label_ids = lab.tokenizer.label_ids(examples[0].prompt, labels)
+        among = 10 if lab.options.paper_compat else None
 
-    def likeness(self, model: Callable, like: list[list[Row]]) -> Tensor:
-        """asim of one model to several lists of rows, [lists, L]."""
-        return torch.cat([layer_asim(model, [rows], self.lab.device, self.lab.budget) for rows in like])
+        def watch(queries: int) -> None:
+            bar.update(queries * runs)
+
+        scores = vars(label_scores(model, prompts, label_ids, runs, among, device=lab.device, budget=lab.budget, watch=watch, **taps))
+        correct = scores["top"] == torch.tensor([label_ids[e.label] for e in examples[: len(prompts)]])
+        return {key: value for key, value in scores.items() if value is not None} | {"correct": correct}
+
+    def generated(self, name: str, model: Callable, prompts: list[list[int]], bar, tag: str) -> tuple[list[list[int]], Tensor]:
+        """Greedy responses of `model` on evaluation `name`, and which are right, [1, Q]; kept in the folder under `tag`."""
+        lab, task, answers = self.lab, find(name, self.task), [e.answer for e in self.evals[name].rows[: len(prompts)]]
+
+        def make() -> dict:
+            ids = generate(model, lab.tokenizer, prompts, task.max_tokens, budget=2 * lab.budget, watch=bar.update)
+            texts = [lab.tokenizer.decode(response) for response in ids]
+            return {"texts": texts, "answers": answers, "parser": task.parse.__name__, "ids": ids}
+
+        kept = lab.folder.json_once(f"{self.name}/generations/{tag}-on-{name}.json", make)
+        return kept["ids"], parsed_correct(task.parse, kept["texts"], answers)[None]
+
+    def likeness(self, model: Callable, like: list[list[Row]], responses: list[list[int]]) -> Tensor:
+        """asim of one model to several lists of rows, [lists, L]; as the released scripts take it, on the model's own `responses`."""
+        if self.lab.options.paper_compat:
+            like = [[cut(row, self.ended(response)) for row, response in zip(rows, responses)] for rows in like]
+        return torch.stack([layer_asim(model, rows, self.lab.device, self.lab.budget) for rows in like])
 
     def ended(self, response: list[int]) -> list[int]:
         """A generated response with the end-of-sequence token, unless it was cut."""

@@ -21,7 +21,8 @@ class LabelScores:
     top: Tensor  # [R, Q] likeliest token of the whole vocabulary
     confidence: Tensor  # [R, Q] its probability
     labels: Tensor  # [R, Q, C] probability of each label's token
-    asim: Tensor | None = None  # [R, L] mean similarity to the activations that were given
+    outputs: Tensor | None = None  # [L, R, n, D] attention outputs of the first n rows, on the device
+    asim: Tensor | None = None  # [R, L] mean similarity to the attention outputs that were given
 
 
 @torch.no_grad()
@@ -31,31 +32,35 @@ def label_scores(
     label_ids: list[int],
     runs: int = 1,
     among: int | None = None,
-    like: list[list[Row]] | None = None,
+    keep: int = 0,
+    like: Tensor | None = None,
     device="cpu",
     budget: int = 8192,
     watch: Callable[[int], None] | None = None,
 ) -> LabelScores:
     """Score every prompt under every run in one pass each; only the last position gets logits.
 
-    `like`: for each run, rows of the first prompts with `activations` at their one position, to measure `asim` in the same pass.
-    `among`: the confidence is the share among that many likeliest tokens (released scripts: 10), not of the whole vocabulary.
-    `budget`: tokens in one pass. `watch` is called with the prompts of each finished pass.
+    `keep`: of how many of the first prompts the attention outputs are returned. `like` [L, S, n, D]: outputs of the first n prompts
+    under S sets, to measure `asim` to: one run is compared with every set, S × k runs k by k with each. `among`: the confidence is
+    the share among that many likeliest tokens (released scripts: 10), not of the whole vocabulary. `budget`: tokens in one pass.
+    `watch` is called with the prompts of each finished pass.
     """
-    Q = len(prompts)
+    Q, sets = len(prompts), 1 if like is None else like.shape[1]
     top, confidence = torch.zeros(runs, Q, dtype=torch.int64), torch.zeros(runs, Q)
     labels, columns = torch.zeros(runs, Q, len(label_ids)), torch.tensor(label_ids, device=device)
-    tapped, lengths, similarity = len(like[0]) if like else 0, [len(p) for p in prompts], 0.0
+    tapped, lengths, kept, similarity = min(Q, keep if like is None else like.shape[2]), [len(p) for p in prompts], [], 0.0
     groups = by_length(lengths[:tapped], budget // runs)
+    order = torch.tensor(sum(groups, []), dtype=torch.int64, device=device)
     groups += [[tapped + i for i in group] for group in by_length(lengths[tapped:], budget // runs)]
     for group in groups:
-        with_taps = group[0] < tapped
-        rows = [[known[i] for i in group] for known in like] if with_taps else [[Row(prompts[i], [0]) for i in group]] * runs
-        batch = collate(rows, device)
-        taps = Taps(batch.at) if with_taps else None
+        batch = collate([[Row(prompts[i], [0]) for i in group]] * runs, device)
+        taps = Taps(batch.at) if group[0] < tapped else None
         logits = model(batch.ids, taps=taps, logits=batch.at).float().view(runs, len(group), -1)
-        if with_taps:
-            similarity = similarity + asim(taps.stack(), batch.activations).view(-1, runs, len(group)).sum(-1).T
+        if taps and like is None:
+            kept.append(taps.stack().unflatten(1, (runs, -1)))
+        elif taps:
+            outputs = taps.stack().unflatten(1, (min(sets, runs), -1, len(group)))  # [L, sets, runs a set, rows, D]
+            similarity = similarity + asim(outputs, like[:, :, None, group]).sum(-1).flatten(1).T
         total = logits.logsumexp(-1, keepdim=True)
         best = logits.max(-1)
         whole = total[..., 0] if among is None else logits.topk(among).values.logsumexp(-1)
@@ -63,22 +68,20 @@ def label_scores(
         labels[:, group] = (logits[..., columns] - total).exp().cpu()
         if watch:
             watch(len(group))
-    return LabelScores(top, confidence, labels, (similarity / tapped).cpu() if tapped else None)
+    outputs = torch.cat(kept, 2)[:, :, order.argsort()] if kept else None
+    return LabelScores(top, confidence, labels, outputs, None if like is None else (similarity / tapped).cpu())
 
 
 @torch.no_grad()
-def layer_asim(model: Callable, runs: list[list[Row]], device="cpu", budget: int = 8192) -> Tensor:
-    """Mean cosine similarity [R, L] between each run's attention outputs and its rows' `activations`, over their positions."""
-    lengths = [max(len(rows[i].prompt) + len(rows[i].answer) for rows in runs) for i in range(len(runs[0]))]
-    total, count = 0.0, 0.0
-    for group in by_length(lengths, budget // len(runs)):
-        batch = collate([[rows[i] for i in group] for rows in runs], device)
+def layer_asim(model: Callable, rows: list[Row], device="cpu", budget: int = 8192) -> Tensor:
+    """Mean cosine similarity [L] between the model's attention outputs and the rows' `activations`, over all their positions."""
+    total, count = 0.0, 0
+    for group in by_length([len(row.prompt) + len(row.answer) for row in rows], budget):
+        batch = collate([[rows[i] for i in group]], device)
         taps = Taps(batch.at)
         model(batch.ids, taps=taps, logits=False)
-        real = (batch.weights > 0).float()  # [R, p]
-        similarity = asim(taps.stack(), batch.activations).view(-1, *real.shape)  # [L, R, p]
-        total = total + (similarity * real).sum(-1).T
-        count = count + real.sum(-1, keepdim=True)
+        total = total + asim(taps.stack(), batch.activations).sum(-1)
+        count += len(batch.targets)
     return (total / count).cpu()
 
 

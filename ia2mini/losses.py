@@ -35,19 +35,20 @@ class SquaredError(torch.autograd.Function):
 
 def fused(function: Callable) -> Callable:
     """`function` as one kernel on a GPU, through torch.compile; as it is on a CPU, or where no compiler works."""
-    compiled = torch.compile(function, dynamic=True)
-    broken = False
+    kernel = None
 
     @wraps(function)
     def call(*tensors: Tensor) -> Tensor:
-        nonlocal broken
-        if tensors[0].is_cuda and not broken:
-            try:
-                return compiled(*tensors)
-            except Exception as error:  # a missing compiler shows as one of many
-                broken = True
-                warnings.warn(f"{function.__name__} runs unfused: {type(error).__name__}", stacklevel=2)
-        return function(*tensors)
+        nonlocal kernel
+        if not tensors[0].is_cuda or kernel is function:
+            return function(*tensors)
+        kernel = kernel or torch.compile(function, dynamic=True)  # only now: the compiler alone takes seconds to import
+        try:
+            return kernel(*tensors)
+        except Exception as error:  # a missing compiler shows as one of many
+            warnings.warn(f"{function.__name__} runs unfused: {type(error).__name__}", stacklevel=2)
+            kernel = function
+            return function(*tensors)
 
     return call
 

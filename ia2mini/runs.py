@@ -57,6 +57,12 @@ class RunFolder:
             write(path, lambda temporary: save_file(tensors, temporary))
         return load_file(path)
 
+    def json_once(self, name: str, make: Callable[[], dict]) -> dict:
+        """The content of JSON file `name`: read if it is there, else made and saved."""
+        if not (self.path / name).is_file():
+            self.save_json(name, make())
+        return read_json(self.path / name)
+
     @contextmanager
     def stage(self, name: str):
         """Count the seconds of the block, and the peak memory so far, towards stage `name`."""

@@ -68,6 +68,13 @@ class Linear(nn.Linear):
         return super().forward(x) if self.adapter is None else self.adapter(super().forward, x)
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding without first weights: they come from a checkpoint, or from whoever trains from nothing."""
+
+    def reset_parameters(self) -> None:
+        """No draw: on the meta device it would import torch's compiler, a second at every start."""
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary embedding: base `theta`; `scaling` holds the four numbers of type "llama3" (Llama 3.1 and on) or is None."""

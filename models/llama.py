@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import At, Cache, Linear, Packed, Past, Prefix, RMSNorm, Rope, Taps, Update, attend, rotate
+from .common import At, Cache, Embedding, Linear, Packed, Past, Prefix, RMSNorm, Rope, Taps, Update, attend, rotate
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Llama(nn.Module):
         blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.model = nn.ModuleDict(
             {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "embed_tokens": Embedding(config.vocab_size, config.hidden_size),
                 "layers": blocks,
                 "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
             }

@@ -349,6 +349,7 @@ def test_a_full_disk(ground, tmp_path, monkeypatch):
 def test_labels_that_merge_with_the_colon(shared_data, ground, tmp_path):
     """Qwen3 reads ":A" and ":true" as one token: our template gives way, the user's own is refused and the label named."""
     model = Qwen3(Config(151936, 16, 32, 1, 2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True))
+    torch.nn.init.normal_(model.lm_head.weight)
     save(model, tmp_path / "model", (shared_data / "tokenizers/qwen3/tokenizer.json").read_text(encoding="utf-8"), 151643)
     for labels in (("A", "B"), ("true", "false"), ("negative", "positive")):
         rows = (ground / "mine.csv").read_text().replace(",x\n", f",{labels[0]}\n").replace(",y\n", f",{labels[1]}\n")

@@ -123,9 +123,11 @@ def test_similarity_equals_a_naive_loop(tiny):
     runs = [[Row(row.prompt, row.answer, torch.randn(2, len(row.answer), 32)) for row in rows] for _ in range(2)]
     runs[1][0] = Row([20, 21, 22, 23], [1], torch.randn(2, 1, 32))  # a run's responses have their own lengths
     for budget in (8192, 1):
-        with adapted(model, adapter, theta) as student:
-            found = layer_asim(student, runs, budget=budget)
-        assert found.shape == (2, 2)
+        found = []
+        for r in range(2):
+            with adapted(model, adapter, theta[r : r + 1]) as student:
+                found.append(layer_asim(student, runs[r], budget=budget))
+        assert found[0].shape == (2,)
         for r in range(2):
             net, similar = peft_twin(folder, adapter, theta[r]).base_model.model, [[], []]
             for row in runs[r]:
@@ -137,12 +139,35 @@ def test_similarity_equals_a_naive_loop(tiny):
             assert found[r].tolist() == pytest.approx([sum(s) / len(s) for s in similar], abs=1e-5)
 
 
+@pytest.mark.parametrize("budget", [8192, 20])
+def test_scores_come_with_the_similarity_of_the_same_pass(tiny, budget):
+    """Outputs kept of the base model; one run compared with two sets, four runs two by two."""
+    _, model, _ = tiny
+    adapter, theta = trained(model, "lora", 4)
+    kept = label_scores(model, PROMPTS, LABELS, keep=5, budget=budget).outputs
+    rows = [Row(p, [0]) for p in PROMPTS[:5]]
+    observe(model, rows, PROMPTS[:5], single=False)
+    torch.testing.assert_close(kept[:, 0], torch.cat([row.activations for row in rows], 1), rtol=0, atol=1e-5)
+    like = kept + 0.5 * torch.randn(kept.shape[0], 2, *kept.shape[2:], generator=torch.Generator().manual_seed(0))
+
+    def similar(student, number):
+        return layer_asim(student, [Row(p, [0], like[:, number, i : i + 1]) for i, p in enumerate(PROMPTS[:5])])
+
+    found = label_scores(model, PROMPTS, LABELS, like=like, budget=budget).asim
+    torch.testing.assert_close(found, torch.stack([similar(model, 0), similar(model, 1)]), rtol=0, atol=1e-5)
+    with adapted(model, adapter, theta) as student:
+        found = label_scores(student, PROMPTS, LABELS, runs=4, like=like, budget=budget).asim
+    for r in range(4):
+        with adapted(model, adapter, theta[r : r + 1]) as student:
+            torch.testing.assert_close(found[r], similar(student, r // 2), rtol=0, atol=1e-5)
+
+
 def test_a_model_is_entirely_similar_to_itself(tiny):
     _, model, _ = tiny
     rows = [Row(p, [3, 4][: 1 + i % 2]) for i, p in enumerate(PROMPTS)]
     observe(model, rows, PROMPTS, single=False)
-    torch.testing.assert_close(layer_asim(model, [rows], budget=30), torch.ones(1, 2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(layer_asim(model, rows, budget=30), torch.ones(2), rtol=0, atol=1e-5)
     for row in rows:
         row.activations = -row.activations
-    torch.testing.assert_close(layer_asim(model, [rows]), -torch.ones(1, 2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(layer_asim(model, rows), -torch.ones(2), rtol=0, atol=1e-5)
     assert F.cosine_similarity(rows[0].activations[0, 0], -rows[0].activations[0, 0], dim=0) == pytest.approx(-1, abs=1e-6)
