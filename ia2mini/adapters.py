@@ -142,11 +142,11 @@ class PrefixTuning(Adapter):
         prefix = Prefix()
         with torch.no_grad():
             model(words[None], logits=False, cache=prefix)
-        return torch.stack([torch.cat(pair) for pair in zip(prefix.keys, prefix.values)]).float().cpu().flatten()
+        return torch.stack([torch.cat(pair) for pair in prefix.layers]).float().cpu().flatten()
 
     def prefix(self, model: nn.Module, weights: dict[str, Tensor]) -> Prefix:
         layers = weights["prefix"].to(model.model.embed_tokens.weight.dtype).unbind(1)  # each [R, 2, K, tokens, E]
-        return Prefix([x[:, 0] for x in layers], [x[:, 1] for x in layers])
+        return Prefix(layer.unbind(1) for layer in layers)
 
 
 ADAPTERS = {"lora": LoRA, "ia3": IA3, "prompt": Prompt, "prefix": PrefixTuning, "full": Full}

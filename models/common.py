@@ -5,9 +5,10 @@ S earlier keys, G groups of rows that share a prefix, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, dataclass, fields
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 At = tuple[Tensor, Tensor]  # (rows, columns), int64 [P] each: positions in a [B, T] batch
 Past = tuple[Tensor, Tensor]  # a prefix's keys and values of one layer, [G, K, S, E] each
-Update = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]  # a cache's part in one layer: k, v -> all k, all v, mask
 
 
 class UsageError(ValueError):
@@ -107,35 +107,50 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
-@dataclass
+class LayerCache(NamedTuple):
+    """A cache's part in one layer: what a row's tokens see of one another and of earlier ones, and where their keys and values go."""
+
+    mask: Tensor | None = None  # [B, 1, T, S], True where seen; None: each sees its own row up to itself
+    stored: Past | None = None  # [B, K, S, E] each, written into …
+    slots: Tensor | None = None  # … at these places [B, T]
+    kept: list[Tensor] | None = None  # is given keys and values as they are
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put new k, v [B, K, T, E] where they go; the keys and values to attend to."""
+        if self.kept is not None:
+            self.kept.extend((k, v))
+        if self.stored is None:
+            return k, v
+        index = self.slots[:, None, :, None].expand_as(k)
+        stored = self.stored[0].scatter_(2, index, k), self.stored[1].scatter_(2, index, v)
+        return (k, v) if self.mask is None else stored
+
+
 class Prefix:
     """Keys and values that stand before every row's own tokens: demonstrations computed once, or virtual tokens.
 
-    One [G, K, S, E] tensor a layer. Rows come in G equal groups, each group sharing one prefix (G = 1: all rows share it).
+    One [G, K, S, E] tensor of each a layer. Rows come in G equal groups, each group sharing one prefix (G = 1: all rows share it).
     Filled by running the model with `cache=Prefix()`; attached to the graph.
     """
 
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
+    def __init__(self, layers: Iterable[Sequence[Tensor]] = ()):
+        self.layers = list(layers)  # keys, values
 
     @property
     def length(self) -> int:
-        return self.keys[0].shape[2]
+        return self.layers[0][0].shape[2]
 
     def positions(self, tokens: int, device) -> Tensor:
         return torch.arange(tokens, device=device)
 
-    def layer(self, layer: int) -> Past:
-        return self.keys[layer], self.values[layer]
+    def past(self, layer: int) -> Past:
+        k, v, *_ = self.layers[layer]  # a checkpointed block computes them once more
+        return k, v
 
-    def update(self, layer: int) -> Update:
-        return partial(self.extend, layer)
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
-        assert layer == len(self.keys), "a prefix is filled by one pass over all layers"
-        self.keys.append(k)
-        self.values.append(v)
-        return k, v, None
+    def layer(self, layer: int) -> LayerCache:
+        assert layer == len(self.layers), "a prefix is filled by one pass over all layers"
+        self.layers.append([])
+        return LayerCache(kept=self.layers[-1])
 
 
 class Packed:
@@ -151,11 +166,8 @@ class Packed:
     def positions(self, tokens: int, device) -> Tensor:
         return self.places
 
-    def update(self, layer: int) -> Update:
-        return self.mask_only
-
-    def mask_only(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return k, v, self.mask
+    def layer(self, layer: int) -> LayerCache:
+        return LayerCache(self.mask)
 
 
 class Cache:
@@ -174,23 +186,14 @@ class Cache:
 
     def positions(self, tokens: int, device) -> Tensor:
         """Where the next `tokens` tokens of each row go: [B, T] int64."""
-        self.slots = self.lengths[:, None] + torch.arange(tokens, device=device)
-        self.fresh = self.filled == 0
+        self.slots, fresh = self.lengths[:, None] + torch.arange(tokens, device=device), self.filled == 0
         self.filled += tokens
         assert self.filled <= self.keys[0].shape[2], f"the cache holds {self.keys[0].shape[2]} tokens a row, not {self.filled}"
+        self.mask = None if fresh else (torch.arange(self.filled, device=device) <= self.slots[..., None])[:, None]  # [B, 1, T, S]
         return self.slots
 
-    def update(self, layer: int) -> Update:
-        return partial(self.extend, layer)
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Write k and v [B, K, T, E] of one layer; return all keys, all values and a mask (None: causal)."""
-        index = self.slots[:, None, :, None].expand_as(k)
-        keys = self.keys[layer].scatter_(2, index, k)[:, :, : self.filled]
-        values = self.values[layer].scatter_(2, index, v)[:, :, : self.filled]
-        if self.fresh:
-            return keys, values, None
-        return keys, values, (torch.arange(self.filled, device=k.device) <= self.slots[..., None])[:, None]  # [B, 1, T, S]
+    def layer(self, layer: int) -> LayerCache:
+        return LayerCache(self.mask, (self.keys[layer][:, :, : self.filled], self.values[layer][:, :, : self.filled]), self.slots)
 
     def keep(self, rows: Tensor) -> None:
         """Drop every row but these (int64 indices), in this order."""
@@ -199,14 +202,15 @@ class Cache:
         self.lengths = self.lengths[rows]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, update: Update | None, past: Past | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, past: Past | None) -> Tensor:
     """Grouped-query attention of q [B, H, T, E] over k, v [B, K, T, E], cached keys and a shared prefix: [B, H, T, E].
 
     Right padding needs no mask: a real token never sees the padding behind it.
     """
     mask = None
-    if update is not None:
-        k, v, mask = update(k, v)
+    if cache is not None:
+        k, v = cache.update(k, v)
+        mask = cache.mask
     if past is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return attend_with_prefix(q, k, v, mask, *past)
@@ -242,16 +246,10 @@ def wrap_blocks(model: nn.Module, *wraps: Callable) -> None:
 
 
 def compiled(function: Callable, **options) -> Callable:
-    """`function` of a block through torch.compile; as it is where a cache is written, which would be compiled anew for each layer."""
-    torch._dynamo.config.recompile_limit = 64  # with and without gradients, adapter, mask and prefix
+    """`function` of a block through torch.compile."""
+    torch._dynamo.config.recompile_limit = 64  # with and without gradients, adapter, mask, cache and prefix
     torch._dynamo.config.suppress_errors = not options.get("fullgraph")  # where no compiler works it runs as it is, with a warning
-    fast = torch.compile(function, dynamic=True, **options)
-
-    def call(block: nn.Module, x: Tensor, *more) -> Tensor:
-        writes = any(isinstance(part, partial) for part in more)
-        return (function if writes else fast)(block, x, *more)
-
-    return call
+    return torch.compile(function, dynamic=True, **options)
 
 
 def checkpointed(function: Callable) -> Callable:

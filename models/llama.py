@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import At, Cache, Embedding, Linear, Packed, Past, Prefix, RMSNorm, Rope, Taps, Update, attend, rotate
+from .common import At, Cache, Embedding, LayerCache, Linear, Packed, Past, Prefix, RMSNorm, Rope, Taps, attend, rotate
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Attention(nn.Module):
         self.v_proj = Linear(D, K * E, bias=bias)
         self.o_proj = Linear(H * E, D, bias=bias)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], update: Update | None, past: Past | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None, past: Past | None) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H, T, E]
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, E]
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, E]
-        z = attend(rotate(q, *rope), rotate(k, *rope), v, update, past)  # [B, H, T, E]
+        z = attend(rotate(q, *rope), rotate(k, *rope), v, cache, past)  # [B, H, T, E]
         return self.o_proj(z.transpose(1, 2).reshape(B, T, -1))  # [B, T, D]
 
 
@@ -79,9 +79,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def attention_output(self, x: Tensor, rope: tuple[Tensor, Tensor], update: Update | None, past: Past | None) -> Tensor:
+    def attention_output(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None, past: Past | None) -> Tensor:
         """What this block's attention adds to the residual stream x [B, T, D]; the tensor that IA2 aligns."""
-        return self.self_attn(self.input_layernorm(x), rope, update, past)
+        return self.self_attn(self.input_layernorm(x), rope, cache, past)
 
     def mlp_output(self, x: Tensor) -> Tensor:
         return self.mlp(self.post_attention_layernorm(x))
@@ -128,9 +128,8 @@ class Llama(nn.Module):
         last = len(self.model.layers) - 1
         stop = taps.last(last + 1) if taps is not None else last
         for layer, block in enumerate(self.model.layers):
-            update = cache.update(layer) if cache is not None else None
-            past = prefix.layer(layer) if prefix is not None else None
-            a = block.attention_output(x, rope, update, past)  # [B, T, D]: the attention output
+            past = prefix.past(layer) if prefix is not None else None
+            a = block.attention_output(x, rope, cache.layer(layer) if cache is not None else None, past)  # [B, T, D]: the attention output
             if taps is not None:
                 taps.record(layer, a)
             if logits is False and layer == stop:

@@ -238,7 +238,7 @@ def test_prefix_equals_concatenation(tiny, groups):
     prefix, taps = Prefix(), Taps()
     with torch.no_grad():
         assert tiny(before, cache=prefix, logits=False) is None
-        assert prefix.length == 7 and prefix.keys[0].shape[0] == groups
+        assert prefix.length == 7 and prefix.past(0)[0].shape[0] == groups
         logits = tiny(ids, prefix=prefix, taps=taps)
         whole = our_pass(tiny, torch.cat((before.repeat_interleave(6 // groups, 0), ids), 1))
     assert_equal((logits, taps.stack()), (whole[0][:, 7:], whole[1][:, :, 7:]), 1e-5)
@@ -340,8 +340,17 @@ def test_wrapped_blocks_compute_the_same(family, wrap, tmp_path):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
     # whatever the length: attention of the first layer, whose input needs no gradient, of the others, and the MLP
     assert counter.frame_count == 3 * (wrap == "compiled")
-    caches = [Cache(plain.config, 4, 16, torch.float32, "cpu") for _ in range(2)]
+    caches, prefixes, counts = [Cache(plain.config, 4, 16, torch.float32, "cpu") for _ in range(2)], [Prefix(), Prefix()], []
     with torch.no_grad():
-        a, b = (model(ids, cache=cache) for model, cache in zip((plain, wrapped), caches, strict=True))
-    torch.testing.assert_close(a, b)
-    assert counter.frame_count <= 4 * (wrap == "compiled")  # the MLP once more, without gradients
+        for part in (ids, *random_ids(4, 4).split(1, 1)):
+            a, b = (model(part, cache=cache) for model, cache in zip((plain, wrapped), caches, strict=True))
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+            counts.append(counter.frame_count)
+            for cache in caches:
+                cache.lengths += part.shape[1]
+        assert counts[2:] == counts[2:3] * 3  # neither a layer nor a longer cache compiles anew
+        before, ids = random_ids(1, 6), random_ids(4, 5)
+        for model, prefix in zip((plain, wrapped), prefixes, strict=True):
+            model(before, cache=prefix, logits=False)
+        a, b = (model(ids, prefix=prefix) for model, prefix in zip((plain, wrapped), prefixes, strict=True))
+    torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
