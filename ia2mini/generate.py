@@ -3,12 +3,14 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from .episode import by_length
-from .models.common import Cache
+from .models.common import Cache, Taps
 from .tokenizer import Tokenizer
 
 STOP = "\n\n"  # what separates demonstrations
+Observer = Callable[[list[int], list[int], Tensor, Tensor], None]
 
 
 def generate(
@@ -19,37 +21,42 @@ def generate(
     stop: str | None = STOP,
     budget: int = 16384,
     watch: Callable[[int], None] | None = None,
+    observer: Observer | None = None,
+    layers: list[int] | None = None,
 ) -> list[list[int]]:
     """Greedy responses, ids per prompt, without EOS and cut before the stop text; at most `max_tokens` long.
 
     `model` is a model, or a partial around one: with a shared prefix, or what `adapted` yields (of one run). When the stop text
     begins inside a token, what stands before it is tokenized again. `budget`: tokens of cache a batch may hold. `watch` is called
-    with the number of rows of each finished batch.
+    with the number of rows of each finished batch. `observer` is told every step: which prompts still go on, the token of each, the
+    logits [b, V] it came from and the attention outputs [L, b, D] of `layers` (None: all) there.
     """
     responses: list[list[int]] = [[] for _ in prompts]
     for group in by_length([len(p) + max_tokens for p in prompts], budget):
-        for i, response in zip(group, _batch(model, tokenizer, [prompts[i] for i in group], max_tokens, stop)):
-            responses[i] = response
+        _batch(model, tokenizer, prompts, group, responses, max_tokens, stop, observer, layers)
         if watch:
             watch(len(group))
     return responses
 
 
 @torch.inference_mode()
-def _batch(model, tokenizer, prompts, max_tokens, stop) -> list[list[int]]:
+def _batch(model, tokenizer, prompts, live: list[int], responses, max_tokens, stop, observer, layers) -> None:
+    """Write the responses to the prompts `live`; they leave it, and with it the cache, as they end."""
     network = getattr(model, "func", model)
     weight = network.model.embed_tokens.weight
-    lengths = torch.tensor([len(p) for p in prompts], device=weight.device)
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(weight.device)
-    cache = Cache(network.config, len(prompts), ids.shape[1] + max_tokens, weight.dtype, weight.device)
-    responses: list[list[int]] = [[] for _ in prompts]
-    live = list(range(len(prompts)))  # the row of `prompts` in each row of the cache
-    logits = model(ids, cache=cache, logits=(torch.arange(len(prompts), device=weight.device), lengths - 1))
-    cache.lengths += lengths
+    lengths = torch.tensor([len(prompts[i]) for i in live], device=weight.device)
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompts[i]) for i in live], batch_first=True).to(weight.device)
+    cache, last = Cache(network.config, len(live), ids.shape[1] + max_tokens, weight.dtype, weight.device), lengths - 1
     for step in range(max_tokens):
+        at = torch.arange(len(live), device=weight.device), last
+        taps = Taps(at, layers) if observer else None
+        logits = model(ids, cache=cache, logits=at, taps=taps)
+        cache.lengths += last + 1
         tokens = logits.argmax(-1)
-        staying = []
-        for row, (i, token) in enumerate(zip(live, tokens.tolist())):
+        chosen, staying = tokens.tolist(), []
+        if observer:
+            observer(live, chosen, logits, taps.stack())
+        for row, (i, token) in enumerate(zip(live, chosen)):
             if token in tokenizer.eos_ids:
                 continue
             responses[i].append(token)
@@ -64,9 +71,7 @@ def _batch(model, tokenizer, prompts, max_tokens, stop) -> list[list[int]]:
             rows = torch.tensor(staying, device=weight.device)
             cache.keep(rows)
             tokens = tokens[rows]
-        logits = model(tokens[:, None], cache=cache)[:, -1]
-        cache.lengths += 1
-    return responses
+        ids, last = tokens[:, None], torch.zeros_like(tokens)
 
 
 def before_stop(tokenizer: Tokenizer, ids: list[int], stop: str) -> list[int] | None:

@@ -1,9 +1,10 @@
 """The pass with demonstrations, once a set: what the base model answers, its attention outputs and distributions (protocol section 3)."""
 
 from collections.abc import Callable
+from itertools import repeat
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .episode import Episode, Row, by_length, collate, with_demonstrations
 from .generate import STOP, generate
@@ -29,20 +30,58 @@ def teach(
     `budget`: tokens in one pass. `watch` is called with the rows of each finished pass.
     """
     examples = episode.train + episode.dev
-    queries = [tokenizer.encode(e.prompt) for e in examples]
     prompts = [tokenizer.encode(with_demonstrations(d, e.prompt)) for d, e in zip(episode.demonstrations, examples)]
-    if max_tokens == 1:
-        responses = [[0] for _ in prompts]  # read off the pass below; the last answer token is never fed
-    else:
-        eos = list(tokenizer.eos_ids[:1])
-        responses = [(r + eos)[:max_tokens] for r in generate(model, tokenizer, prompts, max_tokens, stop)]
-    rows = [Row(q, r) for q, r in zip(queries, responses)]
+    rows, rest = [Row(tokenizer.encode(e.prompt), [0]) for e in examples], list(range(len(examples)))
+    if max_tokens > 1:
+        rest = respond(model, tokenizer, rows, prompts, max_tokens, soft_k, layers, stop, budget, watch)
     device = next(model.parameters()).device
-    for group in by_length([len(p) + len(r) for p, r in zip(prompts, responses)], budget):
+    for group in by_length([len(prompts[i]) + len(rows[i].answer) for i in rest], budget):
+        group = [rest[i] for i in group]
         observe(model, [rows[i] for i in group], [prompts[i] for i in group], max_tokens == 1, soft_k, layers, device)
-        if watch:
+        if watch and max_tokens == 1:
             watch(len(group))
     return rows
+
+
+def respond(
+    model: Callable,
+    tokenizer: Tokenizer,
+    rows: list[Row],
+    prompts: list[list[int]],
+    max_tokens: int,
+    soft_k: int | None = None,
+    layers: list[int] | None = None,
+    stop: str | None = STOP,
+    budget: int = 8192,
+    watch: Callable[[int], None] | None = None,
+) -> list[int]:
+    """Fill in the responses of `rows` to their full `prompts`, and the activations and soft targets met on the way.
+
+    Returns the indices of rows that still lack these: the stop text began inside a token, so that the response was tokenized again.
+    """
+    steps: list[list[tuple]] = [[] for _ in prompts]
+
+    def observer(live: list[int], tokens: list[int], logits: Tensor, outputs: Tensor) -> None:
+        soft = zip(*top(logits, soft_k)) if soft_k else repeat((None, None))
+        for i, token, output, (log_probabilities, ids) in zip(live, tokens, outputs.unbind(1), soft):
+            steps[i].append((token, output, log_probabilities, ids))
+
+    responses, rest = generate(model, tokenizer, prompts, max_tokens, stop, budget, watch, observer, layers), []
+    for i, (row, response) in enumerate(zip(rows, responses)):
+        row.answer = (response + list(tokenizer.eos_ids[:1]))[:max_tokens]
+        tokens, outputs, *soft = zip(*steps[i][: len(row.answer)])
+        if list(tokens[: len(response)]) != response:
+            rest.append(i)
+            continue
+        row.activations = torch.stack(outputs, 1)
+        if soft_k:
+            row.soft, row.soft_ids = map(torch.stack, soft)
+    return rest
+
+
+def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the k likeliest tokens and these tokens, [P, k] each, from logits [P, V]."""
+    return logits.float().log_softmax(-1).topk(min(k, logits.shape[-1]))
 
 
 @torch.no_grad()
@@ -69,6 +108,5 @@ def observe(
         for row, token in zip(rows, logits.argmax(-1).tolist()):
             row.answer = [token]
     if soft_k:
-        soft, ids = logits.float().log_softmax(-1).topk(min(soft_k, logits.shape[-1]))
-        for row, s, i in zip(rows, soft.split(sizes), ids.split(sizes)):
+        for row, s, i in zip(rows, *(t.split(sizes) for t in top(logits, soft_k))):
             row.soft, row.soft_ids = s, i

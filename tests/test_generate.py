@@ -7,11 +7,12 @@ from reference import EOS, make_checkpoint, random_ids, upstream, upstream_pass
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+import ia2mini.teacher
 from ia2mini.adapters import LoRA, Prompt, adapted
-from ia2mini.episode import Episode, by_length, with_demonstrations
+from ia2mini.episode import Episode, Row, by_length, with_demonstrations
 from ia2mini.generate import before_stop, generate
 from ia2mini.tasks import Example
-from ia2mini.teacher import teach
+from ia2mini.teacher import observe, teach
 from ia2mini.tokenizer import Tokenizer
 
 STORY = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park with her big red ball and her dog."
@@ -66,11 +67,10 @@ class Chain(torch.nn.Module):
         self.config = type("Config", (), {"num_key_value_heads": 1, "head_dim": 4, "num_hidden_layers": 1})
         self.table, self.rows = torch.tensor([following.get(i, i) for i in range(300)]), []
 
-    def forward(self, ids, cache=None, logits=True):
+    def forward(self, ids, cache=None, logits=True, taps=None):
         self.rows.append(len(ids))
         cache.positions(ids.shape[1], ids.device)
-        scores = torch.nn.functional.one_hot(self.table[ids], 300).float()
-        return scores[logits] if isinstance(logits, tuple) else scores
+        return torch.nn.functional.one_hot(self.table[ids], 300).float()[logits]
 
 
 def newline_tokenizer() -> tuple[dict[str, int], str, Tokenizer]:
@@ -205,6 +205,26 @@ def test_the_teachers_response_ends_before_the_stop_text_and_with_eos(tiny):
         assert row.answer == (long.answer if cut is None else long.answer[:cut] + [EOS])
         assert row.activations.shape[1] == len(row.answer)
     assert any(len(row.answer) < 6 for row in rows)
+
+
+def test_a_response_that_is_tokenized_again_gets_a_pass_of_its_own(tiny, monkeypatch):
+    _, model, tokenizer = tiny
+
+    def again(*args):
+        responses = generate(*args)
+        return [responses[0][:1] + [7, 8], *responses[1:]]
+
+    usual = teach(model, tokenizer, small_episode(), 6, 5, stop=None)
+    monkeypatch.setattr(ia2mini.teacher, "generate", again)
+    rows = teach(model, tokenizer, small_episode(), 6, 5, stop=None)
+    shown = tokenizer.encode(with_demonstrations(small_episode().demonstrations[0], small_episode().train[0].prompt))
+    plain = Row(rows[0].prompt, usual[0].answer[:1] + [7, 8, EOS])
+    observe(model, [plain], [shown], single=False, soft_k=5)
+    assert rows[0].answer == plain.answer
+    for name in ("activations", "soft"):
+        torch.testing.assert_close(getattr(rows[0], name), getattr(plain, name), rtol=0, atol=1e-5)
+        for a, b in zip(rows[1:], usual[1:], strict=True):
+            assert torch.equal(getattr(a, name), getattr(b, name))
 
 
 def test_the_teacher_notes_only_the_chosen_layers(tiny):
