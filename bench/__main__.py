@@ -75,6 +75,7 @@ def several(names: tuple[str, ...], shape, device, dtype, save) -> None:
     for name in names:
         with Bystanders() as others:
             results += run(name, shape, device, kind)
+        click.echo(f"  {name}: {time.perf_counter() - start:.0f} s so far")
         results[-1].ratios["share of the processors used by other programs meanwhile"] = others.share
         if others.share > 0.05:
             click.secho(f"  other programs used {others.share:.0%} of the processors meanwhile: do not trust these numbers", fg="red")

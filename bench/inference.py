@@ -44,7 +44,7 @@ def collect(stand: Stand, rows: int = 8, tokens: int = 200, demonstrations: int 
         3, seconds, stand.device,
     )  # fmt: skip
     passes = spread(tokens, sample)
-    some = race({"(a)": lambda: a.collect(queries[:1], prompts[:1], tokens, passes)}, 2, seconds / 2, stand.device, warm=False)
+    some = race({"(a)": lambda: a.collect(queries[:1], prompts[:1], tokens, passes)}, 2, seconds / 2, stand.device)
     times["(a)"] = some["(a)"].scaled(rows * tokens / sample)
     for name, timing in times.items():
         note = f"extrapolated from {sample} of {rows * tokens} passes" if name == "(a)" else ""

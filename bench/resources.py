@@ -159,7 +159,7 @@ def checkpoint(shape: str, folder: Path, dtype=torch.float32) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
-def load(shape: str = "100m", device: str = "cpu", repeats: int = 3) -> Result:
+def load(shape: str = "100m", device: str = "cpu", repeats: int = 2) -> Result:
     """A checkpoint from disk (in the page cache) to a model that has made a pass; and the command line to its first tokens."""
     result = Result("load", f"{shape} and tiny, random weights, {device}; a fresh process each, files in the page cache", [])
     folder = Path(tempfile.mkdtemp(prefix="ia2mini-bench-"))
@@ -183,7 +183,7 @@ def load(shape: str = "100m", device: str = "cpu", repeats: int = 3) -> Result:
         code = f"from ia2mini.cli import main; main({command!r})"
         them = FIRST.format(folder=str(folder / "tiny"))
         assert python(code).split() == python(them).split(), "ia2mini and transformers continue the prompt differently"
-        times = race({"us": lambda: python(code), "transformers": lambda: python(them)}, repeats, 60, warm=False)
+        times = race({"us": lambda: python(code), "transformers": lambda: python(them)}, repeats, 60)
         for name, timed in times.items():
             result.lines.append(Line("command to first tokens", name, timed))
         result.ratio("first tokens: us / transformers", times["us"], times["transformers"])

@@ -3,7 +3,7 @@
 import copy
 import random
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from ia2mini.models import llama, qwen3
@@ -101,6 +101,7 @@ class Stand:
         return self.tokenizer.encode_all([e.prompt for e in self.examples(count, lengths, seed=seed)])
 
 
+@cache
 def stand(shape: str, device: str = "cpu", dtype: torch.dtype = torch.float32, layers: int | None = None) -> Stand:
     """Build a shape; on a CPU the large ones at CPU_DEPTH, unless `layers` says otherwise."""
     import transformers

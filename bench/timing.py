@@ -48,21 +48,21 @@ def clock(run: Callable[[], object], device="cpu") -> float:
     return time.perf_counter() - start
 
 
-def race(stacks: dict[str, Callable], repeats: int = 5, seconds: float = 20.0, device="cpu", warm: bool = True) -> dict[str, Timing]:
+def race(stacks: dict[str, Callable], repeats: int = 5, seconds: float = 20.0, device="cpu") -> dict[str, Timing]:
     """Time the stacks in turn, round after round, so that a busy spell of the machine meets all of them.
 
-    One round to warm up (unless not `warm`), then `repeats` rounds, fewer once `seconds` are over but at least two.
+    `repeats` rounds after one to warm up, fewer once `seconds` are over but at least two. A first round that takes a third of
+    `seconds` counts as any other: what is long needs no warming.
     """
-    if warm:
-        for run in stacks.values():
-            run()
-    times: dict[str, list[float]] = {name: [] for name in stacks}
-    start = time.perf_counter()
-    for done in range(repeats):
-        if done >= 2 and time.perf_counter() - start > seconds:
-            break
+    start, times, done, first = time.perf_counter(), {name: [] for name in stacks}, 0, True
+    while done < repeats and (done < 2 or time.perf_counter() - start < seconds):
         for name, run in stacks.items():
             times[name].append(clock(run, device))
+        if first and time.perf_counter() - start < seconds / 3:
+            times = {name: [] for name in stacks}
+        else:
+            done += 1
+        first = False
     return {name: Timing.of(values) for name, values in times.items()}
 
 

@@ -74,7 +74,7 @@ class Lab:
     folder: RunFolder
     options: Options
     bar: Callable  # bar(label, total) -> context manager yielding a tqdm
-    budget: int = 8192  # tokens in one forward pass
+    budget: int = 4096  # tokens in one forward pass
     side_by_side: int | None = None  # runs trained together; None: all
 
     @property
@@ -247,7 +247,7 @@ class Cell:
         lab, task, answers = self.lab, find(name, self.task), [e.answer for e in self.evals[name].rows[: len(prompts)]]
 
         def make() -> dict:
-            ids = generate(model, lab.tokenizer, prompts, task.max_tokens, budget=2 * lab.budget, watch=bar.update)
+            ids = generate(model, lab.tokenizer, prompts, task.max_tokens, budget=4 * lab.budget, watch=bar.update)
             texts = [lab.tokenizer.decode(response) for response in ids]
             return {"texts": texts, "answers": answers, "parser": task.parse.__name__, "ids": ids}
 

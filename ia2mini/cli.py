@@ -14,7 +14,7 @@ from .models.common import UsageError
 if TYPE_CHECKING:
     from .experiment import Subject
 
-DEMO, DEMO_ROWS = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap"), 60  # about a minute
+DEMO, DEMO_ROWS = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap"), 40  # about a minute
 
 
 class Commands(click.Group):
@@ -27,6 +27,8 @@ class Commands(click.Group):
             mistake(str(error))
         except click.UsageError as error:
             mistake(f"{error.format_message()} `{error.ctx.command_path} --help` lists what there is")
+        except click.ClickException as error:
+            mistake(error.format_message())
         except click.Abort:
             click.echo("\nia2mini: interrupted; what was finished is kept, and the same command goes on from there", err=True)
             sys.exit(130)

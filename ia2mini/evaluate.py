@@ -35,7 +35,7 @@ def label_scores(
     keep: int = 0,
     like: Tensor | None = None,
     device="cpu",
-    budget: int = 8192,
+    budget: int = 4096,
     watch: Callable[[int], None] | None = None,
 ) -> LabelScores:
     """Score every prompt under every run in one pass each; only the last position gets logits.
@@ -73,7 +73,7 @@ def label_scores(
 
 
 @torch.no_grad()
-def layer_asim(model: Callable, rows: list[Row], device="cpu", budget: int = 8192) -> Tensor:
+def layer_asim(model: Callable, rows: list[Row], device="cpu", budget: int = 4096) -> Tensor:
     """Mean cosine similarity [L] between the model's attention outputs and the rows' `activations`, over all their positions."""
     total, count = 0.0, 0
     for group in by_length([len(row.prompt) + len(row.answer) for row in rows], budget):

@@ -20,14 +20,14 @@ def teach(
     soft_k: int | None = None,
     layers: list[int] | None = None,
     stop: str | None = STOP,
-    budget: int = 8192,
+    budget: int = 4096,
     watch: Callable[[int], None] | None = None,
 ) -> list[Row]:
     """For each training, then dev row: the row without demonstrations, the response with them, and the targets at its positions.
 
     `max_tokens` 1: the response is the likeliest token. More: greedy, EOS appended. Activations are [L, P, D] in the model's dtype, of
     `layers` (None: all). With `soft_k`, also the log-probabilities [P, k] of the k likeliest tokens (at most the vocabulary).
-    `budget`: tokens in one pass. `watch` is called with the rows of each finished pass.
+    `budget`: tokens in one pass (of generation: a quarter of those in the cache). `watch` is called with the rows of each finished pass.
     """
     examples = episode.train + episode.dev
     prompts = [tokenizer.encode(with_demonstrations(d, e.prompt)) for d, e in zip(episode.demonstrations, examples)]
@@ -52,7 +52,7 @@ def respond(
     soft_k: int | None = None,
     layers: list[int] | None = None,
     stop: str | None = STOP,
-    budget: int = 8192,
+    budget: int = 4096,
     watch: Callable[[int], None] | None = None,
 ) -> list[int]:
     """Fill in the responses of `rows` to their full `prompts`, and the activations and soft targets met on the way.
@@ -66,7 +66,7 @@ def respond(
         for i, token, output, (log_probabilities, ids) in zip(live, tokens, outputs.unbind(1), soft):
             steps[i].append((token, output, log_probabilities, ids))
 
-    responses, rest = generate(model, tokenizer, prompts, max_tokens, stop, budget, watch, observer, layers), []
+    responses, rest = generate(model, tokenizer, prompts, max_tokens, stop, 4 * budget, watch, observer, layers), []
     for i, (row, response) in enumerate(zip(rows, responses)):
         row.answer = (response + list(tokenizer.eos_ids[:1]))[:max_tokens]
         tokens, outputs, *soft = zip(*steps[i][: len(row.answer)])

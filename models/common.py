@@ -43,7 +43,7 @@ class Normalise(torch.autograd.Function):
         wide = x.float()
         inverse = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]
         ctx.save_for_backward(x, weight, inverse)
-        return weight * (wide * inverse).to(x.dtype)
+        return (wide * inverse).to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
@@ -53,7 +53,7 @@ class Normalise(torch.autograd.Function):
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = (grad * (wide * inverse).to(x.dtype)).flatten(0, -2).sum(0)
-        return (scaled * inverse).addcmul_(wide, along).to(x.dtype), grad_weight, None
+        return scaled.mul_(inverse).addcmul_(wide, along).to(x.dtype), grad_weight, None
 
 
 class Linear(nn.Linear):
