@@ -174,8 +174,8 @@ def test_the_teacher_in_one_pass_equals_one_pass_a_token(tiny, most, k):
     plain = [naive_teacher(net, tokenizer, shown, example.prompt, 6, None)[0] for shown, example in shown_rows]
     said = [token for answer in plain for token in answer]
     eos = max(said, key=lambda t: len({a.index(t) if t in a else 9 for a in plain}))  # a token that ends rows in different places
-    sizes, watched = set(), []
-    rows = teach(model, Tokenizer(tokenizer.backend, (eos,)), episode, most, k, stop=None, budget=300 if most == 1 else 75, watch=watched.append)
+    sizes, watched, budget = set(), [], 300 if most == 1 else 75
+    rows = teach(model, Tokenizer(tokenizer.backend, (eos,)), episode, most, k, stop=None, budget=budget, watch=watched.append)
     for row, (shown, example) in zip(rows, shown_rows, strict=True):
         answer, outputs, distributions = naive_teacher(net, tokenizer, shown, example.prompt, most, eos)
         assert row.prompt == tokenizer.encode(example.prompt) and row.answer == answer
