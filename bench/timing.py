@@ -6,6 +6,7 @@ import re
 import resource
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -152,5 +153,5 @@ def memory(device="cpu") -> tuple[int, int]:
 
 def in_child(function: Callable, *args):
     """What `function(*args)` returns when run in a fresh process, so that no earlier memory counts."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # says so when the child is killed
+        return pool.submit(function, *args).result()

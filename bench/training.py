@@ -46,7 +46,7 @@ class OurStep:
         """Losses [R]; the gradient is left in theta."""
         with adapted(self.stand.model, self.stand.adapter, self.optimizer.theta) as student:
             found = losses(student, self.batch, self.mix)
-        found.sum().backward()
+            found.sum().backward()
         return found.detach()
 
     def __call__(self) -> None:

@@ -200,7 +200,8 @@ def grouped(x: Tensor, weight: Tensor) -> Tensor:
 def adapted(model: nn.Module, adapter: Adapter, theta: Tensor) -> Iterator[Callable]:
     """The model under `adapter` with weights theta [R, M], as a callable with the model's own arguments.
 
-    Within the block the batch's rows come in R equal groups. Gradients reach theta; the backward pass may run after the block.
+    Within the block the batch's rows come in R equal groups. Gradients reach theta; the backward pass belongs into the block too, since
+    checkpointed layers compute anew there.
     """
     weights = unpack(theta, adapter.shapes)
     try:

@@ -1,5 +1,6 @@
 """One loop, R runs side by side; one short function a method, in the paper's order (protocol section 4)."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from .adapters import Adapter, adapted
 from .episode import Batch, Row, collate, seeded
 from .losses import activation_mse, cross_entropy, fused, per_run, soft_cross_entropy
-from .models.common import Taps
+from .models.common import Taps, UsageError
 
 
 @dataclass(frozen=True)
@@ -193,23 +194,24 @@ class Job:
         weights = {name: torch.as_tensor(w, device=theta.device).expand(len(grid)).float() for name, w in mix.items()}
         rates = torch.tensor([rate for _, rate, _ in grid])
         data = [(s.icl_train, s.icl_dev) if icl_rows else (s.train, s.dev) for s in self.sets]
-        parts = []
+        parts, rest = [], torch.arange(len(grid))
         with self.progress((phase, len(grid), self.most_steps())) as watch:
-            for runs in torch.arange(len(grid)).split(self.side_by_side or len(grid)):
+            while len(rest):
+                runs = rest[: self.side_by_side or len(rest)]
                 numbers, here = [grid[r][0] for r in runs.tolist()], runs.to(theta.device)
-                part = fit(
-                    self.model,
-                    self.adapter,
+                part = (
                     theta[here],
                     rates[runs],
                     [data[n][0] for n in numbers],
                     [data[n][1] for n in numbers],
                     {name: w[here] for name, w in weights.items()},
                     lambda r, epoch, numbers=numbers: self.order(numbers[r], epoch),
-                    self.settings,
-                    watch if callable(watch) else None,
                 )
-                parts.append(part)
+                try:
+                    parts.append(fit(self.model, self.adapter, *part, self.settings, watch if callable(watch) else None))
+                    rest = rest[len(runs) :]
+                except torch.OutOfMemoryError:
+                    self.side_by_side = fewer(len(runs))
         whole = Fit(*(torch.cat([getattr(p, name) for p in parts]) for name in ("theta", "dev_loss", "steps")))
         if start is not None:
             whole.steps += start.steps
@@ -224,6 +226,15 @@ class Job:
     def begun(self, method: str) -> Fit:
         """The fit of the method that another one begins with."""
         return self.first(method) if self.first else METHODS[method](self)
+
+
+def fewer(runs: int) -> int:
+    """How many runs to try next where `runs` side by side do not fit into memory. Raises UsageError when one does not."""
+    if runs == 1:
+        raise UsageError("not enough memory for a single run; use --checkpointing, a smaller --batch-size or a smaller model") from None
+    torch.cuda.empty_cache()
+    warnings.warn(f"out of memory with {runs} runs side by side; going on with {runs // 2} (--side-by-side {runs // 2})", stacklevel=3)
+    return runs // 2
 
 
 def sft(job: Job) -> Fit:

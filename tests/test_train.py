@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from ia2mini.models import load
+from ia2mini.models import UsageError, load
 from reference import VOCABULARY, make_checkpoint, peft_twin, twin_parameters, twin_theta
 
+import ia2mini.train
 from ia2mini.adapters import IA3, Full, LoRA, PrefixTuning, Prompt, adapted, unpack
 from ia2mini.episode import Row, collate
 from ia2mini.train import METHODS, Adam, Job, SetRows, Settings, fit, losses
@@ -303,6 +304,26 @@ def test_runs_in_portions_equal_all_at_once(model):
         assert a.steps.tolist() == b.steps.tolist()
         assert all(relative(x, y) <= 1e-5 for x, y in zip(a.theta, b.theta, strict=True))
         torch.testing.assert_close(a.dev_loss, b.dev_loss, rtol=1e-5, atol=0)
+
+
+def test_runs_that_do_not_fit_into_memory_are_trained_in_portions(model, monkeypatch):
+    room, tried = 2, []
+
+    def full(*args):
+        tried.append(len(args[2]))
+        if len(args[2]) > room:
+            raise torch.OutOfMemoryError
+        return fit(*args)
+
+    whole = METHODS["sft"](make_job(model, "lora"))
+    monkeypatch.setattr(ia2mini.train, "fit", full)
+    with pytest.warns(UserWarning, match="out of memory with 4 runs side by side; going on with 2"):
+        parts = METHODS["sft"](make_job(model, "lora"))
+    assert tried == [4, 2, 2] and parts.steps.tolist() == whole.steps.tolist()
+    assert all(relative(x, y) <= 1e-5 for x, y in zip(parts.theta, whole.theta, strict=True))
+    room = 0
+    with pytest.warns(UserWarning), pytest.raises(UsageError, match="single run; use --checkpointing"):
+        METHODS["sft"](make_job(model, "lora"))
 
 
 def test_a_first_phase_that_is_already_there_is_not_trained_again(model):
