@@ -76,9 +76,9 @@ def several(names: tuple[str, ...], shape, device, dtype, save) -> None:
         with Bystanders() as others:
             results += run(name, shape, device, kind)
         click.echo(f"  {name}: {time.perf_counter() - start:.0f} s so far")
-        results[-1].ratios["share of the processors used by other programs meanwhile"] = others.share
+        results[-1].ratios["share of the processors that others had meanwhile"] = others.share
         if others.share > 0.05:
-            click.secho(f"  other programs used {others.share:.0%} of the processors meanwhile: do not trust these numbers", fg="red")
+            click.secho(f"  others had {others.share:.0%} of the processors meanwhile: do not trust these numbers", fg="red")
     click.echo(f"\n{time.perf_counter() - start:.0f} s in all")
     asked = [names[0]] if len(names) == 1 else []
     asked += [f"--{key} {value}" for key, value in (("shape", shape), ("dtype", dtype)) if value]

@@ -104,7 +104,7 @@ def flops(config, rows: int, tokens: int, positions: int, head: bool, backward: 
 
 
 class Bystanders:
-    """How much of the processors other processes used while a block ran: `share`, 0 to 1 (0 where /proc is not there)."""
+    """How much of the processors others had while a block ran, programs or the host's other machines: `share`, 0 to 1 (0 without /proc)."""
 
     def __enter__(self) -> "Bystanders":
         self.start, self.share = self.spent(), 0.0
@@ -118,8 +118,8 @@ class Bystanders:
     def spent() -> tuple[float, float, float]:
         """Seconds: on the clock, of all processors busy, of this process and its children."""
         try:
-            user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
-            busy = (user + nice + system) / os.sysconf("SC_CLK_TCK")
+            user, nice, system, *_, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+            busy = (user + nice + system + steal) / os.sysconf("SC_CLK_TCK")
         except OSError:
             busy = 0.0
         return time.perf_counter(), busy, sum(os.times()[:4])
