@@ -90,8 +90,8 @@ def icl(stand: Stand, queries: int = 500, shown: int = 30, size: int = 33, sampl
     result = Result("icl", about, [])
     whole = [prefix + query for query in ids]
     with a.net.disable_adapter(), b.net.disable_adapter():
-        mine = ours(8)
-        for found in (a.score(whole[:8], labels), b.score(whole[:8], labels), b.score(ids[:8], labels, prefix=prefix)):
+        mine = ours(4)
+        for found in (a.score(whole[:4], labels), b.score(whole[:4], labels), b.score(ids[:4], labels, prefix=prefix)):
             remark = agree("top-1 probabilities", mine.confidence[0], found[0])
             agree("label probabilities", mine.labels[0], found[1])
         result.remarks.append(remark)
@@ -102,8 +102,8 @@ def icl(stand: Stand, queries: int = 500, shown: int = 30, size: int = 33, sampl
             "(b) with a copied cache": lambda: b.score(ids[:cached], labels, prefix=prefix),
         }
         times = race(stacks, 3, seconds, stand.device)
-        times["(a)"] = Timing.of([clock(lambda: a.score(whole[:8], labels), stand.device)])
-    counts = {"us": queries, "(b)": sample, "(b) with a copied cache": cached, "(a)": 8}
+        times["(a)"] = Timing.of([clock(lambda: a.score(whole[:4], labels), stand.device)])
+    counts = {"us": queries, "(b)": sample, "(b) with a copied cache": cached, "(a)": 4}
     for name, timing in times.items():
         times[name] = timing = timing.scaled(queries / counts[name])
         note = f"extrapolated from {counts[name]} queries" if counts[name] < queries else ""

@@ -36,7 +36,7 @@ def both_ways(loss, outputs: list[Tensor], targets: Tensor) -> Tensor:
     return outputs[0].grad
 
 
-def kernel(device: str = "cpu", dtype=torch.bfloat16, layers: int | None = None, seconds: float = 3.0) -> Result:
+def kernel(device: str = "cpu", dtype=torch.bfloat16, layers: int | None = None, seconds: float = 2.0) -> Result:
     """The loss, forward and backward, for P answer positions of D hidden units; against eager code and the rate of a plain copy."""
     layers = layers or (4 if device == "cpu" else 28)
     result = Result("kernel", f"activation loss, forward and backward, {layers} layers, {str(dtype)[6:]} inputs, {device}", [])
@@ -169,7 +169,7 @@ def load(shape: str = "100m", device: str = "cpu", repeats: int = 2) -> Result:
     result = Result("load", f"{shape} and tiny, random weights, {device}; a fresh process each, files in the page cache", [])
     folder = Path(tempfile.mkdtemp(prefix="ia2mini-bench-"))
     try:
-        for kept, wanted in (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")):
+        for kept, wanted in (("float32", "float32"), ("bfloat16", "float32" if device == "cpu" else "bfloat16")):
             checkpoint(shape, folder / kept, getattr(torch, kept))
             what = {"folder": str(folder / kept), "dtype": wanted, "device": device}
             spent: dict[str, list] = {"us": [], "transformers": []}

@@ -195,7 +195,7 @@ def peer_cell(peer: Peer, size: Size) -> tuple[dict[str, float], Tensor]:
 
 def check_cell(stand: Stand) -> str:
     """A short cell gives the same top-1 probabilities in all stacks."""
-    small, remark = Size(2, 2, 3, 20), ""
+    small, remark = Size(2, 1, 2, 8), ""
     ours = our_cell(stand, small)[1]
     for kind in PEERS.values():
         remark = agree("top-1 probabilities after training", ours, peer_cell(kind(stand), small)[1], 2e-2)

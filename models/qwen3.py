@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import At, Cache, Embedding, LayerCache, Linear, Packed, Past, Prefix, RMSNorm, Rope, Taps, attend, rotate
+from .common import At, Cache, Embedding, LayerCache, Linear, Packed, Past, Prefix, RMSNorm, Rope, Taps, attend, head, rotate
 
 
 @dataclass(frozen=True)
@@ -137,4 +137,4 @@ class Qwen3(nn.Module):
             if layer == last and isinstance(logits, tuple):
                 x = x[logits]  # [P, D]: from here on only the positions asked for
             x = x + block.mlp_output(x)
-        return self.lm_head(self.model.norm(x))
+        return head(self.model.norm(x), self.lm_head.weight)
