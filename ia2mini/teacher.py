@@ -43,19 +43,8 @@ def teach(
     return rows
 
 
-def respond(
-    model: Callable,
-    tokenizer: Tokenizer,
-    rows: list[Row],
-    prompts: list[list[int]],
-    max_tokens: int,
-    soft_k: int | None = None,
-    layers: list[int] | None = None,
-    stop: str | None = STOP,
-    budget: int = 4096,
-    watch: Callable[[int], None] | None = None,
-) -> list[int]:
-    """Fill in the responses of `rows` to their full `prompts`, and the activations and soft targets met on the way.
+def respond(model, tokenizer, rows: list[Row], prompts: list[list[int]], max_tokens, soft_k, layers, stop, budget, watch) -> list[int]:
+    """Fill in the responses of `rows` to their full `prompts`, and the activations and soft targets met on the way, as `teach` is asked.
 
     Returns the indices of rows that still lack these: the stop text began inside a token, so that the response was tokenized again.
     """
