@@ -91,7 +91,7 @@ def several(names: tuple[str, ...], shape, device, dtype, save) -> None:
 def main(context, **asked):
     """How fast ia2mini is, against transformers with peft as (a) the paper's scripts use them and (b) used well.
 
-    Without a command: every bench but `effect`; on two cores half an hour.
+    Without a command: every bench but `effect`; on two cores about a quarter of an hour.
     """
     if context.invoked_subcommand is None:
         several(BENCHES, **asked)
