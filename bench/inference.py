@@ -51,7 +51,7 @@ def collect(stand: Stand, rows: int = 8, tokens: int = 200, demonstrations: int 
         result.lines.append(Line("collect", name, timing, "set", {"answer tokens/s": rows * tokens / timing.seconds}, note))
     for name in ("(a)", "(b)"):
         result.ratio(f"{name} / us", times[name], times["us"])
-    overhead(stand, result, prompts, tokens, seconds / 2)
+    overhead(stand, result, prompts, tokens, seconds / 4)
     return result
 
 

@@ -188,7 +188,7 @@ def load(shape: str = "100m", device: str = "cpu", repeats: int = 2) -> Result:
         code = f"from ia2mini.cli import main; main({command!r})"
         them = FIRST.format(folder=str(folder / "tiny"))
         assert python(code).split() == python(them).split(), "ia2mini and transformers continue the prompt differently"
-        times = race({"us": lambda: python(code), "transformers": lambda: python(them)}, repeats, 60)
+        times = race({"us": lambda: python(code), "transformers": lambda: python(them)}, repeats, 20)
         for name, timed in times.items():
             result.lines.append(Line("command to first tokens", name, timed))
         result.ratio("first tokens: us / transformers", times["us"], times["transformers"])
