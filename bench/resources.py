@@ -182,7 +182,7 @@ def load(shape: str = "100m", device: str = "cpu", repeats: int = 2) -> Result:
                 result.lines.append(Line(f"{kept} file as {wanted}, and a pass", name, totals[name], "", rates))
             result.ratio(f"{kept} as {wanted}: transformers / us", totals["transformers"], totals["us"])
             most = [max(r[3] for r in spent[name]) for name in ("us", "transformers")]
-            result.ratios["  memory: us / transformers"] = most[0] / most[1]
+            result.ratios[f"  memory, {kept} as {wanted}: us / transformers"] = most[0] / most[1]
         checkpoint("tiny", folder / "tiny")
         command = ["generate", "--model", str(folder / "tiny"), "--prompt", "w20 w21 w22", "--max-tokens", "8", "--device", device]
         code = f"from ia2mini.cli import main; main({command!r})"

@@ -237,5 +237,5 @@ def portions(shape: str, device: str) -> tuple[Size, dict[str, Size], int]:
         return whole, {"(b)": replace(whole, sets=2, rates=1), "(a)": replace(whole, sets=1, rates=1)}, 2
     if shape == "tiny":
         return whole, {"(b)": replace(whole, sets=2, rates=1), "(a)": replace(whole, sets=1, rates=1)}, 2
-    short = replace(whole, steps=2, rows=24)
+    short = replace(whole, steps=2, rows=40)
     return whole, {"us": short, "(b)": replace(short, sets=1, rates=1, steps=3, rows=32), "(a)": replace(short, sets=1, rates=1)}, 2
