@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import At, Cache, Embedding, LayerCache, Linear, Packed, Past, Prefix, RMSNorm, Rope, Taps, attend, head, rotate
+from .common import At, Cache, Embedding, Head, LayerCache, Linear, Packed, Past, Prefix, RMSNorm, Rope, Taps, attend, rotate
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Llama(nn.Module):
                 "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
             }
         )
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
 
     def tie(self) -> None:
@@ -138,4 +138,4 @@ class Llama(nn.Module):
             if layer == last and isinstance(logits, tuple):
                 x = x[logits]  # [P, D]: from here on only the positions asked for
             x = x + block.mlp_output(x)
-        return head(self.model.norm(x), self.lm_head.weight)
+        return self.lm_head(self.model.norm(x))

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from ia2mini.models import Taps, UsageError, load
-from ia2mini.models.common import Cache, Packed, Prefix, checkpointed, compiled, head, wrap_blocks
+from ia2mini.models.common import Cache, Head, Packed, Prefix, checkpointed, compiled, wrap_blocks
 from reference import LLAMA3_SCALING, assert_equal, distances, make_checkpoint, our_pass, random_ids, upstream, upstream_pass
 from torch._dynamo.testing import CompileCounter
 
@@ -309,11 +309,11 @@ def test_a_real_checkpoint_continues_with_the_published_text(shared_data, cached
 
 @pytest.mark.parametrize("rows", [1, 6, 16, 17])
 def test_head_is_the_same_map_for_few_rows(rows):
-    x, weight = torch.randn(rows, 24).requires_grad_(), torch.randn(70, 24).requires_grad_()
-    ours, plain = head(x, weight), torch.nn.functional.linear(x, weight)
+    x, head = torch.randn(rows, 24).requires_grad_(), Head(24, 70, bias=False)
+    ours, plain = head(x), torch.nn.functional.linear(x, head.weight)
     torch.testing.assert_close(ours, plain)
     up = torch.randn(rows, 70)
-    for a, b in zip(*(torch.autograd.grad(logits, (x, weight), up) for logits in (ours, plain)), strict=True):
+    for a, b in zip(*(torch.autograd.grad(logits, (x, head.weight), up) for logits in (ours, plain)), strict=True):
         torch.testing.assert_close(a, b)
 
 
