@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import ADAPTERS, Adapter, adapted
-from .episode import Episode, Row, by_length, draw_episode, truth_row
+from .episode import Episode, Row, draw_episode, truth_row
 from .evaluate import label_scores, layer_asim, share_prefix
 from .generate import STOP, generate
 from .models.common import UsageError
@@ -180,7 +180,8 @@ class Cell:
         """
         if name not in self.references:
             lab, o, parts, alike = self.lab, self.lab.options, [], []
-            count = min(len(self.evals[name].rows), lab.options.eval_rows if "icl" in o.methods else o.asim_rows)
+            rows, itself = len(self.evals[name].rows), torch.ones(1, lab.model.config.num_hidden_layers)
+            count, plain = rows if "icl" in o.methods else min(rows, o.asim_rows), self.prompts(name)[1][: o.asim_rows]
             with lab.stage("evaluate", f"{self.name}: icl on {name}", count * len(self.episodes)) as bar:
                 for number in range(len(self.episodes)):
                     model, prompts = self.prompts(name, number)
@@ -190,18 +191,11 @@ class Cell:
                     else:
                         responses, correct = self.generated(name, model, prompts[:count], bar, f"icl-{number}")
                         part = {"correct": correct}
-                        alike.append(self.observed(name, model, prompts[: o.asim_rows], responses))
-                    parts.append(part)
+                        alike.append([Row(p, self.ended(r)) for p, r in zip(plain, responses)])
+                        observe(model, alike[-1], prompts[: len(plain)], single=False, device=lab.device, budget=lab.budget)
+                    parts.append(part | {"asim": itself})
             self.references[name] = parts, torch.cat(alike, 1) if self.single else alike
         return self.references[name]
-
-    def observed(self, name: str, model: Callable, prompts: list[list[int]], responses: list[list[int]]) -> list[Row]:
-        """The first evaluation rows without demonstrations, with the responses and attention outputs of `prompts`, which have them."""
-        lab, plain = self.lab, self.prompts(name)[1]
-        rows = [Row(p, self.ended(r)) for p, r, _ in zip(plain, responses, prompts)]
-        for group in by_length([len(p) + len(row.answer) for p, row in zip(prompts, rows)], lab.budget):
-            observe(model, [rows[i] for i in group], [prompts[i] for i in group], single=False, device=lab.device)
-        return rows
 
     def score(self, method: str, name: str) -> dict[str, Tensor]:
         """What `method` makes of evaluation `name`: `asim` [R, L]; `top`, `confidence`, `labels` or, of many tokens, `correct` [R, Q]."""
@@ -211,8 +205,7 @@ class Cell:
         def evaluate() -> dict[str, Tensor]:
             parts, alike = self.reference(name)
             if method == "icl":
-                asim = torch.ones(sets, lab.model.config.num_hidden_layers)
-                return {key: torch.cat([part[key] for part in parts]) for key in parts[0]} | {"asim": asim}
+                return joined(parts)
             model, prompts = self.prompts(name)
             thetas = [None] if fit is None else fit.theta.split(len(fit.theta) if self.single else 1)
             parts, runs = [], 1 if fit is None else len(fit.theta)
@@ -225,7 +218,7 @@ class Cell:
                             responses, correct = self.generated(name, student, prompts, bar, f"{method}-{r}")
                             mine = alike if theta is None else [alike[r * sets // runs]]
                             parts.append({"correct": correct, "asim": self.likeness(student, mine, responses)})
-            return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+            return joined(parts)
 
         return lab.folder.once(f"{self.name}/{method}-on-{name}", evaluate)
 
@@ -269,6 +262,11 @@ def cut(row: Row, response: list[int]) -> Row:
     """The row with another response in place of its own, both cut to the shorter: what the released scripts compare."""
     response = response[: len(row.answer)]
     return Row(row.prompt, response, row.activations[:, : len(response)])
+
+
+def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The scores of several runs as one."""
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 def find(name: str, task: Task) -> Task:

@@ -34,12 +34,8 @@ def teach(
     rows, rest = [Row(tokenizer.encode(e.prompt), [0]) for e in examples], list(range(len(examples)))
     if max_tokens > 1:
         rest = respond(model, tokenizer, rows, prompts, max_tokens, soft_k, layers, stop, budget, watch)
-    device = next(model.parameters()).device
-    for group in by_length([len(prompts[i]) + len(rows[i].answer) for i in rest], budget):
-        group = [rest[i] for i in group]
-        observe(model, [rows[i] for i in group], [prompts[i] for i in group], max_tokens == 1, soft_k, layers, device)
-        if watch and max_tokens == 1:
-            watch(len(group))
+    device, watch = next(model.parameters()).device, watch if max_tokens == 1 else None  # generated rows were counted there
+    observe(model, [rows[i] for i in rest], [prompts[i] for i in rest], max_tokens == 1, soft_k, layers, device, budget, watch)
     return rows
 
 
@@ -82,20 +78,27 @@ def observe(
     soft_k: int | None = None,
     layers: list[int] | None = None,
     device="cpu",
+    budget: int = 4096,
+    watch: Callable[[int], None] | None = None,
 ) -> None:
-    """Fill in activations, soft targets and, if `single`, the response of `rows`, from one pass over their full `prompts`.
+    """Fill in activations, soft targets and, if `single`, the response of `rows`, from a pass over their full `prompts`.
 
-    `model` may be a partial that holds a shared prefix; `prompts` are then what follows it.
+    `model` may be a partial that holds a shared prefix; `prompts` are then what follows it. `budget`: tokens in one pass. `watch` is
+    called with the rows of each finished pass.
     """
-    batch = collate([[Row(prompt, row.answer) for prompt, row in zip(prompts, rows)]], device)
-    taps = Taps(batch.at, layers)
-    logits = model(batch.ids, taps=taps, logits=batch.at if single or soft_k else False)
-    sizes = [len(row.answer) for row in rows]
-    for row, activations in zip(rows, taps.stack().split(sizes, dim=1)):
-        row.activations = activations
-    if single:
-        for row, token in zip(rows, logits.argmax(-1).tolist()):
-            row.answer = [token]
-    if soft_k:
-        for row, s, i in zip(rows, *(t.split(sizes) for t in top(logits, soft_k))):
-            row.soft, row.soft_ids = s, i
+    for group in by_length([len(prompt) + len(row.answer) for prompt, row in zip(prompts, rows)], budget):
+        here = [rows[i] for i in group]
+        batch = collate([[Row(prompts[i], rows[i].answer) for i in group]], device)
+        taps = Taps(batch.at, layers)
+        logits = model(batch.ids, taps=taps, logits=batch.at if single or soft_k else False)
+        sizes = [len(row.answer) for row in here]
+        for row, activations in zip(here, taps.stack().split(sizes, dim=1)):
+            row.activations = activations
+        if single:
+            for row, token in zip(here, logits.argmax(-1).tolist()):
+                row.answer = [token]
+        if soft_k:
+            for row, s, i in zip(here, *(t.split(sizes) for t in top(logits, soft_k))):
+                row.soft, row.soft_ids = s, i
+        if watch:
+            watch(len(group))

@@ -232,7 +232,6 @@ def fewer(runs: int) -> int:
     """How many runs to try next where `runs` side by side do not fit into memory. Raises UsageError when one does not."""
     if runs == 1:
         raise UsageError("not enough memory for a single run; use --checkpointing, a smaller --batch-size or a smaller model") from None
-    torch.cuda.empty_cache()
     warnings.warn(f"out of memory with {runs} runs side by side; going on with {runs // 2} (--side-by-side {runs // 2})", stacklevel=3)
     return runs // 2
 
