@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LOGITS = 2**26  # in memory at once: 256 MB in float32
+
 
 def per_run(values: Tensor, weights: Tensor) -> Tensor:
     """Losses [R] from values at positions [P], with weights [R, P / R] that average over positions of a row, then over rows."""
@@ -63,16 +65,41 @@ def squared_error_gradient(output: Tensor, target: Tensor, grad: Tensor) -> Tens
     return ((output.float() - target.float()) * (grad[:, None] * (2 / output.shape[-1]))).to(output.dtype)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Equation 2: cross-entropy of logits [P, V] against answer tokens [P]: [P]."""
-    return F.cross_entropy(logits.float(), targets, reduction="none")
-
-
-def soft_cross_entropy(logits: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
-    """KL(teacher || student) of logits [P, V] against the teacher's log-probabilities [P, k] of tokens `ids` [P, k]: [P].
+def soft_cross_entropy(states: Tensor, head: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
+    """KL(teacher || student) of last hidden states [P, D] through the frozen head [V, D], against the teacher's log-probabilities [P, k] of
+    tokens `ids` [P, k]: [P].
 
     Renormalised over the k tokens on the teacher's side; exact for k = V (paper section 6, soft labels).
     """
-    student = logits.float().log_softmax(-1).gather(1, ids)
-    teacher = teacher.float().log_softmax(-1)
-    return (teacher.exp() * (teacher - student)).sum(-1)
+    return HeadDivergence.apply(states, head, teacher.float().log_softmax(-1), ids)
+
+
+def cross_entropy(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Equation 2: cross-entropy of last hidden states [P, D] through the frozen head [V, D] against answer tokens [P]: [P]."""
+    certain = torch.zeros(len(targets), 1, device=targets.device)
+    return HeadDivergence.apply(states, head, certain, targets[:, None])
+
+
+class HeadDivergence(torch.autograd.Function):
+    """sum(exp(t) * (t - log q)), [P], for q the student's probabilities of the k tokens `ids` and t [P, k] the teacher's logarithms.
+
+    The head is frozen: the gradient with regard to `states` is taken on the way, so only a portion of the logits [P, V] is there at once.
+    """
+
+    @staticmethod
+    def forward(ctx, states: Tensor, head: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
+        assert not ctx.needs_input_grad[1], "the head is frozen"
+        portion = max(1, LOGITS // len(head))
+        values, gradients = [], []
+        for x, t, i in zip(states.split(portion), teacher.split(portion), ids.split(portion)):
+            student = F.linear(x, head).float().log_softmax(-1)
+            values.append((t.exp() * (t - student.gather(1, i))).sum(-1))
+            if ctx.needs_input_grad[0]:
+                gradients.append(student.exp_().scatter_add_(1, i, -t.exp()).to(x.dtype) @ head)
+        ctx.save_for_backward(*gradients)
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        states = torch.cat(ctx.saved_tensors)
+        return states * grad[:, None].to(states.dtype), None, None, None

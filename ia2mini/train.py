@@ -90,18 +90,18 @@ def losses(student: Callable, batch: Batch, mix: dict[str, Tensor], layers: list
 
     Only what a loss needs is computed: no logits for "mse", no taps without it.
     """
-    taps = Taps(batch.at, layers) if "mse" in mix else None
-    logits = student(batch.ids, taps=taps, logits=batch.at if mix.keys() - {"mse"} else False, cache=batch.packed)
-    total = torch.zeros(len(batch.weights), device=batch.weights.device)
-    for name, weight in mix.items():
-        if name == "mse":
-            values = activation_mse(taps.each(), batch.activations)
-        elif name == "ce":
-            values = cross_entropy(logits, batch.targets)
-        else:
-            values = soft_cross_entropy(logits, batch.soft, batch.soft_ids)
-        total = total + weight * per_run(values, batch.weights)
-    return total
+    taps, values = Taps(batch.at, layers) if "mse" in mix else None, {}
+
+    def head(states: Tensor, weight: Tensor) -> None:
+        if "ce" in mix:
+            values["ce"] = cross_entropy(states, weight, batch.targets)
+        if "kl" in mix:
+            values["kl"] = soft_cross_entropy(states, weight, batch.soft, batch.soft_ids)
+
+    student(batch.ids, taps=taps, logits=batch.at if mix.keys() - {"mse"} else False, cache=batch.packed, head=head)
+    if "mse" in mix:
+        values["mse"] = activation_mse(taps.each(), batch.activations)
+    return sum(weight * per_run(values[name], batch.weights) for name, weight in mix.items())
 
 
 def fit(

@@ -6,6 +6,7 @@ What sets it apart from Llama: queries and keys are normalised per head before r
 B rows, T tokens, D hidden, H heads, K key/value heads, E head size, V vocabulary, P chosen positions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -114,12 +115,14 @@ class Qwen3(nn.Module):
         logits: bool | At = True,
         cache: Cache | Packed | Prefix | None = None,
         prefix: Prefix | None = None,
+        head: Callable | None = None,
     ) -> Tensor | None:
         """Logits for right-padded `ids` [B, T] int64 (or embeddings [B, T, D]).
 
         `logits`: True for all [B, T, V]; (rows, cols) for those positions only [P, V]; False for none: returns None and stops
         after the attention of the last tapped layer (the last layer, without taps). `taps` is filled on the way.
         `cache` holds earlier tokens of each row and is extended, or keeps packed documents apart; `prefix` stands before every row.
+        `head(states, weight)` takes the place of the map to logits [V, D]: its result is returned.
         """
         x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)  # [B, T, D]
         positions = (cache or Prefix()).positions(x.shape[1], x.device) + (prefix.length if prefix else 0)
@@ -137,4 +140,5 @@ class Qwen3(nn.Module):
             if layer == last and isinstance(logits, tuple):
                 x = x[logits]  # [P, D]: from here on only the positions asked for
             x = x + block.mlp_output(x)
-        return self.lm_head(self.model.norm(x))
+        x = self.model.norm(x)
+        return self.lm_head(x) if head is None else head(x, self.lm_head.weight)

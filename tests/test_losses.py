@@ -4,14 +4,17 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from ia2mini import losses
 from ia2mini.episode import Row, collate
 from ia2mini.losses import activation_mse, cross_entropy, per_run, soft_cross_entropy
 
 
 def test_losses_equal_naive_loops():
     outputs, targets = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
-    logits, answer, teacher = torch.randn(3, 7), torch.tensor([4, 0, 6]), torch.randn(3, 7).log_softmax(-1)
+    states, head, answer, teacher = torch.randn(3, 5), torch.randn(7, 5), torch.tensor([4, 0, 6]), torch.randn(3, 7).log_softmax(-1)
+    logits = states @ head.T
     top, ids = teacher.topk(3)
     expected = {"mse": [], "ce": [], "kl": [], "top": []}
     for p in range(3):
@@ -23,12 +26,13 @@ def test_losses_equal_naive_loops():
         kept = [math.exp(t) / sum(math.exp(u) for u in top[p].tolist()) for t in top[p].tolist()]
         expected["top"].append(sum(t * (math.log(t) - math.log(probabilities[i])) for t, i in zip(kept, ids[p].tolist(), strict=True)))
     every = torch.arange(7).expand(3, 7)
-    found = {"mse": activation_mse(outputs, targets), "ce": cross_entropy(logits, answer)}
-    found |= {"kl": soft_cross_entropy(logits, teacher, every), "top": soft_cross_entropy(logits, top, ids)}
+    found = {"mse": activation_mse(outputs, targets), "ce": cross_entropy(states, head, answer)}
+    found |= {"kl": soft_cross_entropy(states, head, teacher, every), "top": soft_cross_entropy(states, head, top, ids)}
     for name, values in expected.items():
         torch.testing.assert_close(found[name], torch.tensor(values), rtol=1e-5, atol=1e-6)
-    assert soft_cross_entropy(teacher, teacher, every).abs().max() < 1e-6
-    assert activation_mse(outputs.bfloat16(), targets.bfloat16()).dtype == cross_entropy(logits.bfloat16(), answer).dtype == torch.float32
+    assert soft_cross_entropy(teacher, torch.eye(7), teacher, every).abs().max() < 1e-6
+    assert activation_mse(outputs.bfloat16(), targets.bfloat16()).dtype == torch.float32
+    assert cross_entropy(states.bfloat16(), head.bfloat16(), answer).dtype == torch.float32
 
 
 def test_a_run_averages_over_positions_then_over_rows():
@@ -48,3 +52,20 @@ def test_gradients_of_the_squared_error_equal_autograds(dtype):
         (sum((copy - target.double()).T ** 2) / 6 * weights).sum().backward()
         assert output.grad.dtype == dtype
         torch.testing.assert_close(output.grad, copy.grad.to(dtype), rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("portion", [1, 3, 100])
+def test_losses_through_the_head_equal_torchs_with_their_gradients_in_portions(monkeypatch, dtype, portion):
+    monkeypatch.setattr(losses, "LOGITS", 11 * portion)
+    states, head, weights = torch.randn(8, 5).to(dtype).requires_grad_(), torch.randn(11, 5).to(dtype), torch.rand(8)
+    targets, teacher = torch.randint(11, (8,)), torch.randn(8, 11).log_softmax(-1)
+    top, ids = teacher.topk(4)
+    logits = (copy := states.detach().clone().requires_grad_()) @ head.T
+    hard = F.cross_entropy(logits.float(), targets, reduction="none")
+    rest = torch.full_like(teacher, -torch.inf).scatter(1, ids, top.log_softmax(-1))
+    soft = F.kl_div(logits.float().log_softmax(-1), rest.exp(), reduction="none").sum(-1)
+    for found, expected in ((cross_entropy(states, head, targets), hard), (soft_cross_entropy(states, head, top, ids), soft)):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        ours, theirs = (torch.autograd.grad((v * weights).sum(), x, retain_graph=True)[0] for v, x in ((found, states), (expected, copy)))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5 if dtype == torch.float32 else 0.03, atol=1e-6 if dtype == torch.float32 else 0.02)
