@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ia2mini.adapters import adapted
-from ia2mini.episode import Row, collate, draw_episode, truth_row, with_demonstrations
+from ia2mini.episode import Batch, Row, collate, draw_episode, truth_row, with_demonstrations
 from ia2mini.evaluate import label_scores
+from ia2mini.graphs import Replayed
 from ia2mini.teacher import teach
 from ia2mini.train import METHODS, Adam, Fit, Job, SetRows, Settings, losses
 
@@ -42,16 +43,19 @@ class OurStep:
         self.mix = {phase: torch.ones(len(runs), device=stand.device)}
         self.optimizer = Adam(theta, torch.full((len(runs),), rate, device=stand.device))
 
-    def gradient(self) -> Tensor:
-        """Losses [R]; the gradient is left in theta."""
+        self.replayed = Replayed(self.update, torch.device(stand.device))
+
+    def gradient(self) -> tuple[Tensor, Tensor]:
+        """Losses [R] and the gradient [R, M]."""
         with adapted(self.stand.model, self.stand.adapter, self.optimizer.theta) as student:
             found = losses(student, self.batch, self.mix)
-            found.sum().backward()
-        return found.detach()
+            return found.detach(), *torch.autograd.grad(found.sum(), self.optimizer.theta)
+
+    def update(self, batch: Batch) -> None:
+        self.optimizer.step(self.gradient()[1])
 
     def __call__(self) -> None:
-        self.gradient()
-        self.optimizer.step()
+        self.replayed(self.batch)
 
 
 def check_step(stand: Stand, rows: list[Row], method: str) -> str:
@@ -59,14 +63,14 @@ def check_step(stand: Stand, rows: list[Row], method: str) -> str:
     phase = PHASES[method][0]
     theta = stand.theta(1, trained=True)
     ours = OurStep(stand, [rows], phase, theta)
-    loss = ours.gradient()[0]
+    loss, gradient = (found[0] for found in ours.gradient())
     remark = ""
     for kind in PEERS.values():
         peer = kind(stand)
         peer.begin(theta[0], 0.0)  # a rate of zero: the step leaves the weights, but not the gradient
         peer.optimizer.zero_grad = lambda: None
         remark = agree(f"{method} loss", loss, peer.step(rows, phase))
-        agree(f"{method} gradient", ours.optimizer.theta.grad[0], torch.cat([p.grad.flatten() for p in peer.weights]))
+        agree(f"{method} gradient", gradient, torch.cat([p.grad.flatten() for p in peer.weights]))
     return remark
 
 

@@ -159,7 +159,7 @@ def load_model(model: str, device: str | None, dtype: str | None, revision: str 
 @click.option("--seed", default=0, help="of every draw; 0 takes the sets of the paper's scripts")
 @click.option("--eval-rows", type=click.IntRange(1), help=f"evaluation rows at most  [default: 500; the demo {DEMO_ROWS}]")
 @click.option("--side-by-side", type=click.IntRange(1), help="runs trained at once  [default: all]; fewer need less memory")
-@click.option("--compile/--no-compile", "compiling", default=None, help="fuse small operations by torch.compile  [default: on a GPU]")
+@click.option("--compile/--no-compile", "compiling", default=None, help="torch.compile, and on a GPU CUDA graphs  [default: on a GPU]")
 @click.option("--checkpointing", is_flag=True, help="keep less for the backward pass and compute it again: for long answers")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="local sets in hub columns, as DIR/sst2/train.jsonl  [default: hub]")
 @click.option("--data", type=click.Path(path_type=Path), help="your own rows: JSONL, CSV, TSV or Parquet (instead of TASK)")
@@ -176,6 +176,7 @@ def run(tasks, model, device, dtype, revision, sizes, compiling, checkpointing, 
     rate with the lowest dev loss and, beside it, the one best on the evaluation rows, as in the paper.
     """
     from .experiment import Options, compare
+    from .graphs import RECORDERS
     from .models.common import checkpointed, compiled, wrap_blocks
     from .tasks import custom_task, find_task
     from .train import METHODS
@@ -199,7 +200,10 @@ def run(tasks, model, device, dtype, revision, sizes, compiling, checkpointing, 
     chosen = [custom_task(data, *own)] if data else [find_task(t) for t in tasks or DEMO]
     side_by_side, options = settings.pop("side_by_side"), Options(**settings)
     subject = load_model(model, device, dtype, revision)
-    compiling = next(subject.model.parameters()).is_cuda if compiling is None else compiling
+    if compiling is None:
+        compiling = next(subject.model.parameters()).is_cuda
+    elif not compiling:
+        RECORDERS.clear()
     wrap_blocks(subject.model, *[compiled] * compiling, *[checkpointed] * checkpointing)
     chosen = [fitting(task, subject.tokenizer, template) for task in chosen]
     document, kept = compare(chosen, sizes, subject, options, out, data_dir, side_by_side, progress)

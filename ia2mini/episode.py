@@ -98,6 +98,12 @@ class Batch:
     soft: Tensor | None  # [P, k]
     soft_ids: Tensor | None  # [P, k]
 
+    def tensors(self) -> list[Tensor]:
+        """All that is there, in an order of its own."""
+        packed = (self.packed.mask, self.packed.places) if self.packed else ()
+        every = self.ids, *packed, *self.at, self.targets, self.weights, self.activations, self.soft, self.soft_ids
+        return [t for t in every if t is not None]
+
 
 def collate(runs: list[list[Row]], device="cpu", pack: bool = False) -> Batch:
     """One batch of R lists of equally many rows. `pack`: no padding between a run's rows, where they are short and it is worth it."""

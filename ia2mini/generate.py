@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .episode import by_length
+from .graphs import RECORDERS, Replayed
 from .models.common import Cache, Taps
 from .tokenizer import Tokenizer
 
@@ -40,38 +41,50 @@ def generate(
 
 
 @torch.inference_mode()
-def _batch(model, tokenizer, prompts, live: list[int], responses, max_tokens, stop, observer, layers) -> None:
-    """Write the responses to the prompts `live`; they leave it, and with it the cache, as they end."""
+def _batch(model, tokenizer, prompts, group: list[int], responses, max_tokens, stop, observer, layers) -> None:
+    """Write the responses to the prompts of `group`. Rows that have ended leave the cache; where steps are recorded, half of it at once."""
     network = getattr(model, "func", model)
     weight = network.model.embed_tokens.weight
-    lengths = torch.tensor([len(prompts[i]) for i in live], device=weight.device)
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompts[i]) for i in live], batch_first=True).to(weight.device)
-    cache, last = Cache(network.config, len(live), ids.shape[1] + max_tokens, weight.dtype, weight.device), lengths - 1
-    for step in range(max_tokens):
-        at = torch.arange(len(live), device=weight.device), last
+    device, static = weight.device, weight.device.type in RECORDERS
+    last = torch.tensor([len(prompts[i]) for i in group], device=device) - 1
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompts[i]) for i in group], batch_first=True).to(device)
+    cache = Cache(network.config, len(group), ids.shape[1] + max_tokens, weight.dtype, device, static)
+
+    def forward(ids: Tensor, last: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits [b, V] and attention outputs [L, b, D] at the `last` of the new tokens [b, T]."""
+        at = torch.arange(len(ids), device=device), last
         taps = Taps(at, layers) if observer else None
         logits = model(ids, cache=cache, logits=at, taps=taps)
         cache.lengths += last + 1
-        tokens = logits.argmax(-1)
-        chosen, staying = tokens.tolist(), []
+        return logits, taps and taps.stack()
+
+    def decode() -> tuple[Tensor, Tensor | None]:
+        logits, outputs = forward(tokens[:, None], torch.zeros_like(tokens))
+        tokens.copy_(logits.argmax(-1))
+        return logits, outputs
+
+    logits, outputs = forward(ids, last)
+    tokens, going, step = logits.argmax(-1), dict(enumerate(group)), Replayed(decode, device)
+    for left in reversed(range(max_tokens)):
+        chosen = tokens.tolist()
         if observer:
-            observer(live, chosen, logits, taps.stack())
-        for row, (i, token) in enumerate(zip(live, chosen)):
-            if token in tokenizer.eos_ids:
-                continue
-            responses[i].append(token)
-            if stop is not None and (text := before_stop(tokenizer, responses[i], stop)) is not None:
-                responses[i] = text
-            elif step + 1 < max_tokens:
-                staying.append(row)
-        if not staying:
+            rows = list(going) if static else slice(None)  # the next step overwrites what a recorded one has given
+            observer(list(going.values()), [chosen[row] for row in going], logits[rows], outputs[:, rows])
+        for row, i in list(going.items()):
+            ended = chosen[row] in tokenizer.eos_ids
+            if not ended:
+                responses[i].append(chosen[row])
+                if stop is not None and (text := before_stop(tokenizer, responses[i], stop)) is not None:
+                    responses[i], ended = text, True
+            if ended:
+                del going[row]
+        if not going or not left:
             break
-        if len(staying) < len(live):
-            live = [live[row] for row in staying]
-            rows = torch.tensor(staying, device=weight.device)
+        if len(going) <= (len(tokens) // 2 if static else len(tokens) - 1):
+            rows = torch.tensor(list(going), device=device)
             cache.keep(rows)
-            tokens = tokens[rows]
-        ids, last = tokens[:, None], torch.zeros_like(tokens)
+            tokens, going, step = tokens[rows], dict(enumerate(going.values())), Replayed(decode, device)
+        logits, outputs = step()
 
 
 def before_stop(tokenizer: Tokenizer, ids: list[int], stop: str) -> list[int] | None:

@@ -1,5 +1,6 @@
 """One loop, R runs side by side; one short function a method, in the paper's order (protocol section 4)."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from .adapters import Adapter, adapted
 from .episode import Batch, Row, collate, seeded
+from .graphs import Replayed
 from .losses import activation_mse, cross_entropy, fused, per_run, soft_cross_entropy
 from .models.common import Taps, UsageError
 
@@ -42,21 +44,21 @@ class Adam:
 
     def __init__(self, theta: Tensor, rates: Tensor):
         self.theta, self.rates = theta.clone().requires_grad_(), rates[:, None]
-        self.m, self.v, self.t = torch.zeros_like(theta), torch.zeros_like(theta), 0
+        self.m, self.v, self.t = torch.zeros_like(theta), torch.zeros_like(theta), torch.zeros((), device=theta.device)
 
     @torch.no_grad()
-    def step(self) -> None:
-        self.t += 1
-        root = torch.full((), (1 - self.b2**self.t) ** 0.5, device=self.theta.device)
-        self.update(self.theta.detach(), self.theta.grad, self.m, self.v, self.rates / (self.b1**self.t - 1), root)
-        self.theta.grad = None
+    def step(self, grad: Tensor) -> None:
+        """One update by the gradient [R, M], on the device alone: it can be recorded."""
+        self.update(self.theta.detach(), grad, self.m, self.v, self.t, self.rates)
 
     @staticmethod
     @fused
-    def update(theta: Tensor, grad: Tensor, m: Tensor, v: Tensor, rates: Tensor, root: Tensor) -> None:
+    def update(theta: Tensor, grad: Tensor, m: Tensor, v: Tensor, t: Tensor, rates: Tensor) -> None:
+        t.add_(1)
         m.lerp_(grad, 1 - Adam.b1)
         v.mul_(Adam.b2).addcmul_(grad, grad, value=1 - Adam.b2)
-        theta.addcdiv_(m * rates, v.sqrt().div_(root).add_(Adam.eps))
+        rates = rates / torch.expm1(t * math.log(Adam.b1))  # b1^t - 1: minus the bias of m
+        theta.addcdiv_(m * rates, v.div(-torch.expm1(t * math.log(Adam.b2))).sqrt_().add_(Adam.eps))
 
     @torch.no_grad()
     def keep(self, runs: Tensor) -> None:
@@ -125,18 +127,26 @@ def fit(
     keeper, adam = Keeper(theta, settings), Adam(theta, rates.to(device))
     runs = torch.arange(len(theta))  # those still training, in the order of the batch
     live_mix, dev_batch, batch, step = mix, collate(dev, device, pack=True), None, 0
+
+    def update(batch: Batch) -> None:
+        with adapted(model, adapter, adam.theta) as student:
+            adam.step(*torch.autograd.grad(losses(student, batch, live_mix, settings.layers).sum(), adam.theta))
+
+    @torch.no_grad()
+    def dev_losses(batch: Batch) -> Tensor:
+        with adapted(model, adapter, adam.theta) as student:
+            return losses(student, batch, live_mix, settings.layers)
+
+    train_step, look = Replayed(update, device), Replayed(dev_losses, device)  # recorded anew for fewer runs: other shapes
     for epoch, start in product(range(settings.epochs), range(0, rows, settings.batch_size)):
         if batch is None or rows > settings.batch_size:
             portion = slice(start, start + settings.batch_size)
             batch = collate([[train[r][i] for i in order(r, epoch)[portion]] for r in runs.tolist()], device, pack=True)
-        with adapted(model, adapter, adam.theta) as student:
-            losses(student, batch, live_mix, settings.layers).sum().backward()
-        adam.step()
+        train_step(batch)
         step += 1
         if step % 2 and start + settings.batch_size < rows:
             continue
-        with torch.no_grad(), adapted(model, adapter, adam.theta) as student:
-            staying = keeper.look(runs, adam.theta.detach(), losses(student, dev_batch, live_mix, settings.layers), step)
+        staying = keeper.look(runs, adam.theta.detach(), look(dev_batch), step)
         if watch:
             watch(step, keeper.dev_loss[runs[staying].to(device)])
         if not staying.any():

@@ -183,21 +183,23 @@ class Cache:
     """Keys and values of a batch that grows token by token; rows may hold prompts of different length.
 
     Prompts are right-padded. Row b's next token goes to slot `lengths[b]`, over any padding there, and sees slots up to its own.
-    After each call of the model the caller says how many of the new tokens were real: `cache.lengths += n`.
+    After each call of the model the caller says how many of the new tokens were real: `cache.lengths += n`. With `static`, every call
+    but the first attends to all slots under a mask: shapes stay the same, so that it can be recorded.
     """
 
-    def __init__(self, config, rows: int, capacity: int, dtype: torch.dtype, device):
+    def __init__(self, config, rows: int, capacity: int, dtype: torch.dtype, device, static: bool = False):
         shape = (rows, config.num_key_value_heads, capacity, config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros_like(k) for k in self.keys]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.filled = 0  # slots that any row may have written
+        self.filled, self.static = 0, static  # slots that any row may have written
 
     def positions(self, tokens: int, device) -> Tensor:
         """Where the next `tokens` tokens of each row go: [B, T] int64."""
         self.slots, fresh = self.lengths[:, None] + torch.arange(tokens, device=device), self.filled == 0
-        self.filled += tokens
-        assert self.filled <= self.keys[0].shape[2], f"the cache holds {self.keys[0].shape[2]} tokens a row, not {self.filled}"
+        capacity = self.keys[0].shape[2]
+        self.filled = capacity if self.static and not fresh else self.filled + tokens
+        assert self.filled <= capacity, f"the cache holds {capacity} tokens a row, not {self.filled}"
         self.mask = None if fresh else (torch.arange(self.filled, device=device) <= self.slots[..., None])[:, None]  # [B, 1, T, S]
         return self.slots
 
@@ -263,7 +265,7 @@ def compiled(function: Callable, **options) -> Callable:
 
 def checkpointed(function: Callable) -> Callable:
     """`function` that keeps only its inputs for the backward pass, where it is computed again."""
-    return partial(checkpoint, function, use_reentrant=False)
+    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
 
 
 class Taps:

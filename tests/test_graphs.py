@@ -1,0 +1,175 @@
+"""Recorded steps against plain ones. Where there is no GPU, a tape stands in for the CUDA graph: it replays operations, never Python."""
+
+import warnings
+
+import pytest
+import torch
+from ia2mini.models import load
+from ia2mini.models.common import checkpointed, wrap_blocks
+from reference import EOS, make_checkpoint, random_ids
+from test_train import MIXES, in_order, make_rows, starts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import ia2mini.train
+from ia2mini import graphs
+from ia2mini.adapters import IA3, LoRA, PrefixTuning, Prompt
+from ia2mini.episode import Row, collate
+from ia2mini.generate import generate
+from ia2mini.tokenizer import Tokenizer
+from ia2mini.train import Settings, fit
+
+ADAPTERS = {"lora": LoRA, "ia3": IA3, "prompt": lambda m: Prompt(m, 3), "prefix": lambda m: PrefixTuning(m, 3)}
+
+
+class Tape(TorchDispatchMode):
+    """Notes operations with their tensors, as a CUDA graph does: the same memory at every replay, numbers and shapes frozen.
+
+    As a capture on the GPU, it refuses to bring values back from the device, and leaves no effect behind.
+    """
+
+    replays = recordings = 0
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.made, self.before = [], set(), {}
+
+    def __call__(self, function):
+        Tape.recordings += 1
+        try:
+            with (tape := Tape()):
+                return tape.replay, function()
+        finally:
+            with torch.no_grad():
+                for tensor, value in tape.before.values():
+                    tensor.copy_(value)
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        named = named or {}
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default):
+            raise RuntimeError("operation not permitted when stream is capturing")
+        for argument, value in zip(function._schema.arguments, arguments, strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            place = value.untyped_storage().data_ptr() if written else None
+            if written and place not in self.made:
+                self.before.setdefault(value.data_ptr(), (value.detach(), value.detach().clone()))
+        out = function(*arguments, **named)
+        self.made |= {t.untyped_storage().data_ptr() for t in tree_leaves(out) if isinstance(t, torch.Tensor)} - {
+            t.untyped_storage().data_ptr() for t in tree_leaves((arguments, named)) if isinstance(t, torch.Tensor)
+        }
+        self.operations.append((function, arguments, named, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        Tape.replays += 1
+        for function, arguments, named, out in self.operations:
+            for old, new in zip(tree_leaves(out), tree_leaves(function(*arguments, **named)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Calls its argument without a recorder, then with one (a warning is an error): both results."""
+
+    def twice(function):
+        Tape.replays = Tape.recordings = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(graphs, "RECORDERS", {})
+            plain = function()
+        if DEVICE == "cpu":
+            monkeypatch.setitem(graphs.RECORDERS, "cpu", Tape)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return plain, function()
+
+    return twice
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    return load(make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3", num_hidden_layers=2), device=DEVICE)
+
+
+@pytest.fixture(scope="module")
+def model(loaded):
+    return loaded[0]
+
+
+def on_device(rows: list[list[Row]]) -> list[list[Row]]:
+    return [[Row(r.prompt, r.answer, r.activations.to(DEVICE), r.soft.to(DEVICE), r.soft_ids.to(DEVICE)) for r in run] for run in rows]
+
+
+@pytest.mark.parametrize("batch_size", [2, 4])
+@pytest.mark.parametrize("kind, mix", [("lora", "mixed"), ("lora", "soft"), ("ia3", "ia2"), ("prompt", "sft"), ("prefix", "ia2")])
+def test_training_recorded_equals_training(model, recorded, monkeypatch, kind, mix, batch_size):
+    adapter, R, calls = ADAPTERS[kind](model), 4, []
+    plain_losses = ia2mini.train.losses
+    monkeypatch.setattr(ia2mini.train, "losses", lambda *args: calls.append(1) or plain_losses(*args))
+    theta, rates = starts(adapter, model, R).to(DEVICE), torch.tensor([1e-1, 1e-4, 3e-2, 1e-3])
+    train, dev = (on_device([make_rows(size, seed + r) for r in range(R)]) for size, seed in ((4, 0), (2, 50)))
+    weights = {name: torch.full((R,), w, device=DEVICE) for name, w in MIXES[mix].items()}
+    settings, counts = Settings(batch_size, epochs=14, patience=2), []
+
+    def train_runs():
+        calls.clear()
+        found = fit(model, adapter, theta, rates, train, dev, weights, in_order, settings)
+        counts.append(len(calls))
+        return found
+
+    plain, replayed = recorded(train_runs)
+    assert kind != "lora" or len(set(plain.steps.tolist())) > 1, "runs leave at different steps, and the recordings with them"
+    assert torch.equal(plain.steps, replayed.steps)
+    torch.testing.assert_close(replayed.theta, plain.theta, rtol=0, atol=0 if DEVICE == "cpu" else 1e-5)
+    torch.testing.assert_close(replayed.dev_loss, plain.dev_loss, rtol=0 if DEVICE == "cpu" else 1e-4, atol=0)
+    assert counts[1] < counts[0]
+    if DEVICE == "cpu":
+        assert Tape.replays - Tape.recordings == counts[0] - counts[1] > 0, "a recording runs Python once, a replay never"
+
+
+def test_packed_and_checkpointed_steps_are_recorded_too(tmp_path, recorded):
+    model = load(make_checkpoint(tmp_path, "llama", num_hidden_layers=2), device=DEVICE)[0]
+    wrap_blocks(model, checkpointed)
+    adapter, rows = LoRA(model), on_device([make_rows(4, r) for r in range(2)])
+    assert collate(rows, DEVICE, pack=True).packed is not None
+    theta, weights = starts(adapter, model, 2).to(DEVICE), {"mse": torch.ones(2, device=DEVICE)}
+    plain, replayed = recorded(lambda: fit(model, adapter, theta, torch.full((2,), 1e-2), rows, rows, weights, lambda r, e: [0, 1, 2, 3]))
+    torch.testing.assert_close(replayed.theta, plain.theta, rtol=0, atol=1e-6)
+    assert (plain.theta - theta).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("observed", [False, True])
+def test_decoding_recorded_equals_decoding(loaded, recorded, observed):
+    model, tokenizer = loaded[0], Tokenizer(loaded[1].backend, (EOS, *range(20, 40)))  # many ways to end
+    prompts, seen = [random_ids(1, 3 + i % 5)[0].tolist() for i in range(9)], []
+
+    def observer(live, tokens, logits, outputs):
+        seen[-1] += [(i, token, *x) for i, token, x in zip(live, tokens, zip(logits.clone(), outputs.unbind(1), strict=True), strict=True)]
+
+    def run():
+        seen.append([])
+        return generate(model, tokenizer, prompts, 12, stop=None, observer=observer if observed else None)
+
+    plain, replayed = recorded(run)
+    assert plain == replayed
+    lengths = [len(response) for response in plain]
+    assert min(lengths) < 5 and max(lengths) == 12 and len(set(lengths)) > 2, "rows leave on the way"
+    assert not observed or len(seen[0]) == len(seen[1]) == sum(min(n + 1, 12) for n in lengths)
+    for (i, token, logits, outputs), (j, again, *others) in zip(*seen, strict=True):
+        assert (i, token) == (j, again)
+        torch.testing.assert_close(others, [logits, outputs], rtol=1e-4, atol=1e-5)
+    assert DEVICE != "cpu" or Tape.replays > 8
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch):
+    monkeypatch.setitem(graphs.RECORDERS, DEVICE, Tape if DEVICE == "cpu" else graphs.CudaRecorder)
+    total = torch.zeros((), device=DEVICE)
+    step = graphs.Replayed(lambda: total.add_(1).item(), total.device)
+    assert step() == 1
+    with pytest.warns(UserWarning, match="no CUDA graph: .*captur"):
+        assert step() == 2
+    assert step() == 3
