@@ -75,17 +75,17 @@ def _kernel_peak(loss, layers: int, device: str, dtype) -> int:
 
 
 def memory(shape: str = "100m", device: str = "cpu", dtype=torch.float32, tokens: int = 200) -> Result:
-    """The peak of one training step of 4 rows with 26 + `tokens` tokens, each stack in a process of its own."""
+    """The peak of one training step of 4 rows with 26 + `tokens` tokens, each stack in a process of its own: tensors, and resident memory
+    with all that libraries keep for themselves. The ratios are of tensors."""
     about = f"{shape}, {str(dtype)[6:]}, {device}: one step of 4 rows of 26 tokens with answers of {tokens}, a process each"
     result = Result("memory", about, [])
     extra = {}
     for method in PHASES:
         for name, runs in (("us", 1), ("us, checkpointing", 1), ("us, 15 runs", 15), ("(a)", 1), ("(b)", 1)):
             if method == "sft" and name not in ("us", *PEERS):
-                continue  # all runs side by side: logits of 12,000 positions, 20 GB and more
-            loaded, peak = in_child(_step_peak, name, runs, method, shape, device, dtype, tokens)
-            extra[method, name] = peak - loaded
-            rates = {"bytes above the model": peak - loaded, "bytes in all": peak}
+                continue  # what holds for ia2; and half a minute for the logits of 12,000 positions
+            extra[method, name], loaded, peak = in_child(_step_peak, name, runs, method, shape, device, dtype, tokens)
+            rates = {"bytes of tensors": extra[method, name], "bytes resident above the model": peak - loaded, "bytes in all": peak}
             result.lines.append(Line(f"{method} step", name, rates=rates))
         for name in PEERS:
             for ours, runs in (("us", 1), ("us, checkpointing", 1), ("us, 15 runs", 15)):
@@ -94,8 +94,8 @@ def memory(shape: str = "100m", device: str = "cpu", dtype=torch.float32, tokens
     return result
 
 
-def _step_peak(name: str, runs: int, method: str, shape: str, device: str, dtype, tokens: int) -> tuple[int, int]:
-    """Bytes with the model and its rows loaded, and at most during a step."""
+def _step_peak(name: str, runs: int, method: str, shape: str, device: str, dtype, tokens: int) -> tuple[int, int, int]:
+    """Bytes: of a step's tensors at most; resident with the model and its rows loaded, and at most during a step."""
     ground = stand(shape, device, dtype)
     wrap_blocks(ground.model, *[checkpointed] * name.endswith("checkpointing"))
     c, phase = ground.config, PHASES[method][0]
@@ -116,8 +116,8 @@ def _step_peak(name: str, runs: int, method: str, shape: str, device: str, dtype
 
     timing.reset_peak()
     loaded = timing.memory(device)[0]
-    step()
-    return loaded, timing.memory(device)[1]
+    peak = timing.memory(device)[1]  # before the profiler's own
+    return timing.allocated(step, device), loaded, peak
 
 
 US = """

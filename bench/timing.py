@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,19 @@ def memory(device="cpu") -> tuple[int, int]:
     if torch.device(device).type == "cuda":
         return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     return resident()
+
+
+def allocated(function: Callable, device="cpu") -> int:
+    """The most bytes of tensors that `function()` has beside those that were there before."""
+    if torch.device(device).type == "cuda":
+        reset_peak()
+        before = memory(device)[0]
+        function()
+        return memory(device)[1] - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        function()
+    sizes = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(sizes, key=lambda e: e.start_ns())))
 
 
 def in_child(function: Callable, *args):

@@ -64,6 +64,14 @@ def test_peak_memory_of_a_child_is_its_own():
     assert timing.in_child(held, 25_000_000) == pytest.approx(100e6, rel=0.2)
 
 
+def test_tensors_are_counted_at_their_most():
+    def step():
+        return torch.ones(10_000_000) + torch.ones(5_000_000).sum()  # 40 MB + 20 MB, then 80 MB at the addition
+
+    assert timing.allocated(step) == pytest.approx(80e6, rel=0.3)
+    assert timing.allocated(lambda: torch.ones(5_000_000).sum()) == pytest.approx(20e6, rel=0.01)
+
+
 def held(numbers: int) -> int:
     timing.reset_peak()
     before = timing.memory()[0]
