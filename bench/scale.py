@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from .report import RESULTS, Line, Result
-from .shapes import Stand, stand
+from .shapes import SST2_LENGTHS, Stand, stand
 from .timing import Timing
 from .training import Size, our_cell
 
@@ -33,7 +33,7 @@ def scale(shape: str = "tiny", device: str = "cpu", dtype=None) -> Result:
     ground = stand(shape, device, dtype)
 
     def cell(ground: Stand, size: Size, tokens: int = 1) -> Callable[[], dict[str, float]]:
-        return lambda: our_cell(ground, size, tokens)[0]
+        return lambda: our_cell(ground, size, ground.prompts(size.rows, SST2_LENGTHS, seed=99), tokens)[0]
 
     usual = f"{BASE.runs} runs a method, N = {BASE.n}, {BASE.steps} steps, {BASE.rows} evaluation rows"
     result = Result("scale", f"{ground.about}; where not said otherwise {usual}", [])

@@ -114,10 +114,10 @@ class Size:
     def runs(self) -> int:
         return self.sets * self.rates
 
-    def times(self, seconds: dict[str, float], whole: "Size") -> dict[str, float]:
-        """Seconds a stage of this size, scaled to the `whole`: every stage is linear in its own counts."""
+    def times(self, seconds: dict[str, float], whole: "Size", share: float) -> dict[str, float]:
+        """Seconds a stage of this size, scaled to the `whole`: every stage is linear in its own counts. `share`: of evaluation tokens."""
         train = whole.runs * whole.steps / (self.runs * self.steps)
-        factors = {"collect": whole.sets / self.sets, "train": train, "evaluate": whole.runs * whole.rows / (self.runs * self.rows)}
+        factors = {"collect": whole.sets / self.sets, "train": train, "evaluate": whole.runs / (self.runs * share)}
         return {stage: seconds[stage] * factor for stage, factor in factors.items()}
 
     def said(self, whole: "Size") -> str:
@@ -130,7 +130,15 @@ class Size:
 RATES = (1e-4, 3e-4, 1e-3)
 
 
-def our_cell(stand: Stand, size: Size, tokens: int = 1) -> tuple[dict[str, float], Tensor]:
+def sample(prompts: list[list[int]], rows: int, name: str) -> list[list[int]]:
+    """`rows` of the prompts. Batches sorted by length are padded as little as with all prompts: two blocks of neighbours in length."""
+    if name == "(a)" or rows == len(prompts):  # (a) takes them as they come
+        return prompts[:rows]
+    ordered = sorted(prompts, key=len)
+    return [p for quarter in (1, 3) for p in ordered[quarter * len(ordered) // 4 - rows // 4 :][: rows // 2]]
+
+
+def our_cell(stand: Stand, size: Size, prompts: list[list[int]], tokens: int = 1) -> tuple[dict[str, float], Tensor]:
     """Seconds a stage, and top-1 probabilities [methods, R, Q] (none when answers have many `tokens`: only trained then)."""
     sets: list[SetRows] = []
     settings = Settings(epochs=-(-size.steps // max(1, size.n // 4)), patience=NEVER)
@@ -144,7 +152,6 @@ def our_cell(stand: Stand, size: Size, tokens: int = 1) -> tuple[dict[str, float
 
     seconds["train"] = clock(train, stand.device)
     tops: list[Tensor] = []
-    prompts = stand.prompts(size.rows, SST2_LENGTHS, seed=99)
     labels = stand.tokenizer.label_ids("w20", LABELS)
 
     def evaluate():
@@ -157,7 +164,7 @@ def our_cell(stand: Stand, size: Size, tokens: int = 1) -> tuple[dict[str, float
     return seconds, torch.stack(tops) if tops else torch.empty(0)
 
 
-def peer_cell(peer: Peer, size: Size) -> tuple[dict[str, float], Tensor]:
+def peer_cell(peer: Peer, size: Size, prompts: list[list[int]]) -> tuple[dict[str, float], Tensor]:
     """The same, one run after another."""
     stand = peer.stand
     sets: list[SetRows] = []
@@ -175,7 +182,6 @@ def peer_cell(peer: Peer, size: Size) -> tuple[dict[str, float], Tensor]:
     seconds = {"collect": clock(collect, stand.device), "train": 0.0, "evaluate": 0.0}
     job = Job(stand.model, stand.adapter, sets, RATES[: size.rates])
     thetas, tops = job.start(job.grid()), {}
-    prompts = stand.prompts(size.rows, SST2_LENGTHS, seed=99)
     labels = stand.tokenizer.label_ids("w20", LABELS)
     for run, (number, rate, _) in enumerate(job.grid()):
         kept: dict[str, list[Tensor]] = {}
@@ -200,9 +206,10 @@ def peer_cell(peer: Peer, size: Size) -> tuple[dict[str, float], Tensor]:
 def check_cell(stand: Stand) -> str:
     """A short cell gives the same top-1 probabilities in all stacks."""
     small, remark = Size(2, 1, 2, 8), ""
-    ours = our_cell(stand, small)[1]
+    prompts = stand.prompts(small.rows, SST2_LENGTHS, seed=99)
+    ours = our_cell(stand, small, prompts)[1]
     for kind in PEERS.values():
-        remark = agree("top-1 probabilities after training", ours, peer_cell(kind(stand), small)[1], 2e-2)
+        remark = agree("top-1 probabilities after training", ours, peer_cell(kind(stand), small, prompts)[1], 2e-2)
     return remark
 
 
@@ -213,12 +220,13 @@ def cell(stand: Stand, whole: Size = Size(), parts: dict[str, Size] | None = Non
     about = f"{stand.about}; {whole.sets} sets × {whole.rates} rates × (sft, ia2, ia2-sft), N = {whole.n}, prompt lengths of SST2, "
     about += f"{whole.steps} steps a run with a look after each, {whole.rows} evaluation rows"
     result = Result("cell", about, [], remarks=[check_cell(stand)])
-    peers = {name: kind(stand) for name, kind in PEERS.items()}
+    peers, prompts = {name: kind(stand) for name, kind in PEERS.items()}, stand.prompts(whole.rows, SST2_LENGTHS, seed=99)
+    some = {name: sample(prompts, size.rows, name) for name, size in parts.items()}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in parts}
     for _ in range(repeats):
         for name, size in parts.items():
-            spent = our_cell(stand, size)[0] if name == "us" else peer_cell(peers[name], size)[0]
-            found[name].append(size.times(spent, whole))
+            spent = (our_cell(stand, size, some[name]) if name == "us" else peer_cell(peers[name], size, some[name]))[0]
+            found[name].append(size.times(spent, whole, sum(map(len, some[name])) / sum(map(len, prompts))))
     totals = {}
     for name, stages in found.items():
         totals[name] = Timing.of([sum(spent.values()) for spent in stages])
@@ -242,4 +250,4 @@ def portions(shape: str, device: str) -> tuple[Size, dict[str, Size], int]:
     if shape == "tiny":
         return whole, {"(b)": replace(whole, sets=2, rates=1), "(a)": replace(whole, sets=1, rates=1)}, 2
     short = replace(whole, steps=2, rows=40)
-    return whole, {"us": short, "(b)": replace(short, sets=1, rates=1, steps=3, rows=32), "(a)": replace(short, sets=1, rates=1)}, 2
+    return whole, {"us": short, "(b)": replace(short, sets=1, rates=1, steps=3, rows=128), "(a)": replace(short, sets=1, rates=1)}, 2

@@ -47,7 +47,7 @@ def test_disagreement_stops_the_bench():
 
 def test_extrapolation_scales_each_stage_by_its_own_count_and_says_so():
     whole, some = training.Size(), training.Size(sets=1, rates=1, steps=10, rows=50)
-    scaled = some.times({"collect": 1.0, "train": 1.0, "evaluate": 1.0}, whole)
+    scaled = some.times({"collect": 1.0, "train": 1.0, "evaluate": 1.0}, whole, 0.1)
     assert scaled == {"collect": 5.0, "train": 75.0, "evaluate": 150.0}
     assert some.said(whole) == "extrapolated from 3 of 45 runs, 10 of 50 steps, 50 of 500 rows" and whole.said(whole) == "whole"
 
@@ -85,3 +85,14 @@ def test_inference_benches_agree_and_name_what_is_extrapolated(tiny):
     assert [line.note for line in found.lines if line.stack == "(a)"] == ["extrapolated from 2 of 16 passes"]
     assert inference.generate(tiny, 4, 8, 16, seconds=0).ratios["(a) / us"] > 0
     assert "(b) with a copied cache / us" in inference.icl(tiny, queries=20, shown=3, sample=8, seconds=0).ratios
+
+
+def test_a_sample_of_prompts_is_padded_as_little_as_all_of_them(tiny):
+    prompts = tiny.prompts(500, training.SST2_LENGTHS)
+    for rows in (40, 128):
+        some = sorted(map(len, training.sample(prompts, rows, "us")))
+        assert len(some) == rows
+        padded = sum(max(block) * len(block) for block in (some[: rows // 2], some[rows // 2 :]))
+        assert sum(some) / padded > 0.75
+        assert sum(some) / rows == pytest.approx(sum(map(len, prompts)) / 500, rel=0.1)
+    assert training.sample(prompts, 40, "(a)") == prompts[:40] and training.sample(prompts, 500, "us") == prompts
