@@ -36,6 +36,10 @@ class Commands(click.Group):
             if error.errno is None:
                 raise
             mistake(f"{error.filename or 'files'}: {error.strerror}")
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not be loaded yet
+                raise
+            mistake("the device has too little memory for this; use a smaller --model, --dtype bfloat16 or another --device")
 
 
 def mistake(text: str) -> None:

@@ -20,6 +20,7 @@ from ia2mini.models.qwen3 import Config, Qwen3
 from reference import EOS, make_checkpoint, random_ids, upstream
 from safetensors.torch import load_file
 
+import ia2mini.cell
 import ia2mini.runs
 import ia2mini.train
 from ia2mini.adapters import LoRA, adapted
@@ -332,6 +333,18 @@ def test_no_gpu_in_another_process(ground, tmp_path):
     (line,) = result.stderr.splitlines()
     assert result.returncode == 2 and line.startswith("ia2mini: --device cuda: not usable here") and "--device cpu" in line
     assert result.stdout == "" and not (tmp_path / "out").exists()
+
+
+def test_a_full_device(ground, tmp_path, monkeypatch):
+    def full(*args, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(ia2mini.cell, "label_scores", full)
+    result = invoke(*toy(ground, tmp_path))
+    (line,) = result.stderr.splitlines()
+    assert result.exit_code == 2 and line.startswith("ia2mini: the device has too little memory") and "smaller --model" in line
+    monkeypatch.undo()
+    assert invoke(*toy(ground, tmp_path)).exit_code == 0
 
 
 def test_a_full_disk(ground, tmp_path, monkeypatch):
