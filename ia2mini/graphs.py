@@ -1,57 +1,72 @@
 """CUDA graphs: what is computed over and over in the same shapes is recorded once and replayed, without Python between the kernels."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
-from copy import deepcopy
 
 import torch
 
 from .episode import Batch
 
+OFTEN = 4  # calls of a shape before it is recorded: a recording costs more than a call, and must pay
+MOST = 8  # recordings of one function: each keeps a batch, and a graph of thousands of kernels
+
 
 class CudaRecorder:
     """Records a function's kernels as a CUDA graph -> (what replays them, the function's result, the same tensors every time)."""
 
-    def __init__(self):
+    def __init__(self, device: torch.device):
+        self.device = device
         self.pool = torch.cuda.graph_pool_handle()  # shared: no recording's result is needed when another one is replayed
 
     def __call__(self, function: Callable) -> tuple[Callable, object]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            result = function()
-        return graph.replay, result
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        try:
+            with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool):
+                return graph.replay, function()
+        except BaseException:
+            torch.cuda.set_stream(before)  # a capture that fails leaves its own behind
+            raise
 
 
 RECORDERS: dict[str, type] = {"cuda": CudaRecorder}  # device type -> what can record there
 
 
 class Replayed:
-    """`function(*batches)`, recorded for every shape of its batches when that comes for the second time, and replayed from then on.
+    """`function(*batches)`, recorded for every shape of its batches that comes often, and replayed from then on.
 
     The function changes tensors in place, the same ones every time, and brings no value back from the device. Its result is overwritten
-    by the next call. Where there is no recorder, or recording fails (with a warning), it is called as it is.
+    by the next call; so is the batch that was recorded, when others of its shape follow. Where there is no recorder the function is
+    called as it is; where recording fails too, with a warning, and nothing is recorded there again.
     """
 
     def __init__(self, function: Callable, device: torch.device):
-        self.function, self.seen = function, {}
-        self.record = RECORDERS[device.type]() if device.type in RECORDERS else None
+        self.function, self.device = function, device
+        self.recorder, self.calls, self.recordings = None, Counter(), {}
 
     def __call__(self, *batches: Batch):
         shapes = tuple(t.shape for batch in batches for t in batch.tensors())
-        if self.record is None or shapes not in self.seen:
-            self.seen[shapes] = None  # a first time as it is: libraries initialise, compilers compile
+        self.calls[shapes] += 1
+        if shapes not in self.recordings and self.calls[shapes] > OFTEN and len(self.recordings) < MOST:
+            self.record(shapes, batches)
+        if shapes not in self.recordings or self.device.type not in RECORDERS:
             return self.function(*batches)
-        if self.seen[shapes] is None:
-            own = deepcopy(batches)
-            try:
-                self.seen[shapes] = own, *self.record(lambda: self.function(*own))
-            except RuntimeError as error:
-                warnings.warn(f"no CUDA graph: {str(error).splitlines()[0]}", stacklevel=2)
-                self.record = None
-                return self.function(*batches)
-        own, replay, result = self.seen[shapes]
+        own, replay, result = self.recordings[shapes]
         for mine, batch in zip(own, batches):
             for target, source in zip(mine.tensors(), batch.tensors()):
-                target.copy_(source)
+                if target is not source:
+                    target.copy_(source)
         replay()
         return result
+
+    def record(self, shapes: tuple, batches: tuple[Batch, ...]) -> None:
+        if self.device.type not in RECORDERS:
+            return
+        self.recorder = self.recorder or RECORDERS[self.device.type](self.device)
+        try:
+            self.recordings[shapes] = batches, *self.recorder(lambda: self.function(*batches))
+        except RuntimeError as error:
+            self.recordings.clear()
+            RECORDERS.pop(self.device.type)
+            reason = str(error.__context__ or error).partition("\n")[0]
+            warnings.warn(f"no CUDA graphs from now on: {reason}", stacklevel=3)

@@ -137,7 +137,7 @@ def fit(
         with adapted(model, adapter, adam.theta) as student:
             return losses(student, batch, live_mix, settings.layers)
 
-    train_step, look = Replayed(update, device), Replayed(dev_losses, device)  # recorded anew for fewer runs: other shapes
+    train_step, look = Replayed(update, device), Replayed(dev_losses, device)
     for epoch, start in product(range(settings.epochs), range(0, rows, settings.batch_size)):
         if batch is None or rows > settings.batch_size:
             portion = slice(start, start + settings.batch_size)
@@ -156,6 +156,7 @@ def fit(
             adam.keep(staying.to(device))
             live_mix = {name: weight[runs.to(device)] for name, weight in mix.items()}
             dev_batch, batch = collate([dev[r] for r in runs.tolist()], device, pack=True), None
+            train_step, look = Replayed(update, device), Replayed(dev_losses, device)  # what was recorded for more runs is done with
     return Fit(keeper.theta, keeper.dev_loss, keeper.steps)
 
 
