@@ -55,13 +55,12 @@ class LoRA(Adapter):
             self.shapes[f"{name}.B"] = (linear.out_features, rank)
 
     def init(self, model: nn.Module, generator: Generator) -> Tensor:
-        def one(name, shape):
-            if name.endswith(".B"):
-                return torch.zeros(shape)
-            bound = 1 / math.sqrt(shape[1])  # kaiming_uniform with a = sqrt(5)
-            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-        return pack({name: one(name, shape) for name, shape in self.shapes.items()})
+        theta = torch.zeros(1, size(self.shapes))
+        for name, weight in unpack(theta, self.shapes).items():
+            if name.endswith(".A"):
+                bound = 1 / math.sqrt(weight.shape[-1])  # kaiming_uniform with a = sqrt(5)
+                weight.uniform_(-bound, bound, generator=generator)
+        return theta[0]
 
     def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
         scale = self.alpha / self.rank
@@ -232,11 +231,6 @@ def find_linears(model: nn.Module, targets, layers: list[int] | None) -> dict[st
 def size(shapes: dict[str, tuple]) -> int:
     """M: weights a run."""
     return sum(math.prod(shape) for shape in shapes.values())
-
-
-def pack(tensors: dict[str, Tensor]) -> Tensor:
-    """Named tensors of one run as one row [M]."""
-    return torch.cat([t.flatten() for t in tensors.values()])
 
 
 def unpack(theta: Tensor, shapes: dict[str, tuple]) -> dict[str, Tensor]:

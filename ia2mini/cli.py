@@ -5,14 +5,10 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from .models.common import UsageError
-
-if TYPE_CHECKING:
-    from .experiment import Subject
 
 DEMO, DEMO_ROWS = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap"), 40  # about a minute
 
@@ -119,8 +115,8 @@ def model_options(command):
     return command
 
 
-def load_model(model: str, device: str | None, dtype: str | None, revision: str | None) -> "Subject":
-    """The model of the command's options, with their defaults."""
+def load_model(model: str, device: str | None, dtype: str | None, revision: str | None):
+    """The Subject of the command's options, with their defaults."""
     import torch
 
     from .experiment import Subject

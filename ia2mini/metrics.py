@@ -11,14 +11,6 @@ import torch.nn.functional as F
 from ia2mini.models.common import UsageError
 
 
-class Reliability(NamedTuple):
-    """One entry a bin: `count` of rows, mean `confidence` and `accuracy`, both NaN where a bin is empty."""
-
-    count: np.ndarray
-    confidence: np.ndarray
-    accuracy: np.ndarray
-
-
 class PairedTest(NamedTuple):
     """`mean` of the differences, Student's `t`, two-sided `p`, and the 95 % bootstrap interval from `low` to `high`."""
 
@@ -42,8 +34,9 @@ def accuracy(correct) -> float:
     return _mean(_float64(correct))
 
 
-def reliability(confidence, correct, bins: int = 15, scheme: str = "width") -> Reliability:
-    """The reliability diagram of Guo et al. 2017, `confidence` and `correct` both [Q].
+def reliability(confidence, correct, bins: int = 15, scheme: str = "width") -> np.ndarray:
+    """The reliability diagram of Guo et al. 2017, `confidence` and `correct` both [Q]: of each bin the number of rows, the sum of their
+    confidences and how many are right, [bins, 3].
 
     `width`: equal widths on [0, 1], each bin open on the left, closed on the right; a confidence of 0 belongs to the first.
     `mass`: rows sorted by confidence and cut into bins whose counts differ by at most one. Rows of equal confidence share their mean
@@ -62,17 +55,13 @@ def reliability(confidence, correct, bins: int = 15, scheme: str = "width") -> R
             index[rows] = i
     else:
         raise ValueError(f"scheme {scheme!r}: use width or mass")
-    count = np.bincount(index, minlength=bins)
-    with np.errstate(invalid="ignore"):
-        return Reliability(count, np.bincount(index, confidence, bins) / count, np.bincount(index, correct, bins) / count)
+    return np.stack([np.bincount(index, values, bins) for values in (None, confidence, correct)], 1)
 
 
 def ece(confidence, correct, bins: int = 15, scheme: str = "width") -> float:
     """Expected calibration error (Guo et al. 2017, equation 3): |accuracy - confidence| of `reliability`'s bins, weighted by count."""
-    curve = reliability(confidence, correct, bins, scheme)
-    full = curve.count > 0
-    gap = np.abs(curve.accuracy - curve.confidence)[full]
-    return float(np.average(gap, weights=curve.count[full])) if full.any() else float("nan")
+    rows, confidences, right = reliability(confidence, correct, bins, scheme).T
+    return float(np.abs(right - confidences).sum() / rows.sum()) if rows.any() else float("nan")
 
 
 def nll(p_label) -> float:

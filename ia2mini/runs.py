@@ -11,7 +11,7 @@ import resource
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -87,11 +87,7 @@ def peak_memory() -> int:
 def versions() -> dict[str, str]:
     """What computed the results: Python, packages, processor."""
     found = {"python": platform.python_version(), "machine": platform.machine(), "torch": torch.__version__}
-    for package in ("ia2mini", "tokenizers", "safetensors", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
+    found |= {package: version(package) for package in ("ia2mini", "tokenizers", "safetensors", "numpy")}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found

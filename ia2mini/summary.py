@@ -25,10 +25,9 @@ def measure(scores: dict[str, Tensor], labels: list[int | None], scheme: str = "
     gold = torch.tensor(labels)
     probabilities, confidence, correct = scores["labels"], scores["confidence"], scores["correct"]
     among = probabilities / probabilities.sum(-1, keepdim=True)
-    best, curve = among.max(-1), metrics.reliability(confidence, correct)
-    sums = [curve.count, *(np.nan_to_num(mean) * curve.count for mean in (curve.confidence, curve.accuracy))]
+    best = among.max(-1)
     return found | {
-        "reliability": np.stack(sums, 1).tolist(),  # a bin: rows, their confidences summed, how many are right
+        "reliability": metrics.reliability(confidence, correct).tolist(),
         "ece": metrics.ece(confidence, correct, scheme=scheme),
         "ece_mass": metrics.ece(confidence, correct, scheme="mass"),
         "nll": metrics.nll(probabilities.gather(1, gold[:, None])[:, 0]),

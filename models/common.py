@@ -331,9 +331,6 @@ def read_config(cls, raw: dict, where: str):
             raise UsageError(f"{where}: rope_scaling of type llama3 lacks {', '.join(missing)}")
         scaling = {k: rope[k] for k in needed}
     raw["rope"] = Rope(float(theta), scaling)
-    for name in ("head_dim", "num_key_value_heads"):  # absent or null: derived in the dataclass
-        if raw.get(name) is None:
-            raw.pop(name, None)
     required = [f.name for f in fields(cls) if f.default is MISSING]
     if missing := [name for name in required if raw.get(name) is None]:
         raise UsageError(f"{where}: needed field{'s' * (len(missing) > 1)} missing: {', '.join(missing)}")

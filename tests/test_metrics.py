@@ -36,9 +36,7 @@ def test_ece_by_hand():
 
 def test_ece_bins_are_closed_on_the_right():
     curve = metrics.reliability([0.0, 0.5, 0.50001, 1.0], [0, 1, 0, 1], bins=2)
-    assert curve.count.tolist() == [2, 2]
-    assert curve.confidence == pytest.approx([0.25, 0.750005])
-    assert curve.accuracy == pytest.approx([0.5, 0.5])
+    assert curve == pytest.approx(np.array([[2, 0.5, 1], [2, 1.50001, 1]]))
 
 
 @settings(max_examples=200, deadline=None)
@@ -83,8 +81,8 @@ def test_ece_edges(scheme):
 
 def test_reliability_counts_and_empty_bins():
     curve = metrics.reliability(torch.tensor([0.9, 0.95], dtype=torch.bfloat16), torch.tensor([True, False]), bins=10)
-    assert curve.count.tolist() == [0] * 8 + [1, 1] and np.isnan(curve.accuracy[:8]).all()
-    assert curve.accuracy[8:].tolist() == [1.0, 0.0]
+    assert curve[:8].tolist() == [[0, 0, 0]] * 8
+    assert curve[8:, [0, 2]].tolist() == [[1, 1], [1, 0]] and curve[8:, 1] == pytest.approx([0.9, 0.95], abs=4e-3)
     with pytest.raises(ValueError, match="width or mass"):
         metrics.reliability([0.5], [1], scheme="height")
 
