@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,11 +16,10 @@ from torch import Tensor
 from ia2mini.episode import Row
 from ia2mini.losses import activation_mse
 
-from . import timing
 from .peers import PEERS
 from .report import Line, Result, agree
 from .shapes import stand
-from .timing import Timing, in_child, race
+from .timing import Timing, allocated, race
 from .training import PHASES, OurStep
 
 
@@ -58,66 +58,48 @@ def kernel(device: str = "cpu", dtype=torch.bfloat16, layers: int | None = None,
             result.lines.append(Line(f"D {D}, P {P}", name, times[name], "", {"% of copy bandwidth": 100 * rate / copied}))
         result.ratio(f"D {D}, P {P}: eager / us", times["eager"], times["us"])
     for name, loss in (("us", activation_mse), ("eager", plain_mse)):
-        extra = in_child(_kernel_peak, loss, layers, device, dtype)
+        extra = extra_bytes(loss, layers, device, dtype)
         result.lines.append(Line("D 2048, P 16384: over the inputs", name, rates={"bytes": extra}))
     return result
 
 
-def _kernel_peak(loss, layers: int, device: str, dtype) -> int:
+def extra_bytes(loss, layers: int, device: str, dtype) -> int:
     """Bytes that the loss needs, forward and backward, beside inputs and gradients."""
     outputs = [torch.randn(16384, 2048, device=device, dtype=dtype).requires_grad_() for _ in range(layers)]
     targets = torch.randn(layers, 16384, 2048, device=device, dtype=dtype)
-    both_ways(loss, [x[:1].detach().requires_grad_() for x in outputs], targets[:, :1])
-    timing.reset_peak()
-    before = timing.memory(device)[0]
-    both_ways(loss, outputs, targets)
-    return timing.memory(device)[1] - before - targets.nbytes
+    return allocated(lambda: both_ways(loss, outputs, targets), device) - targets.nbytes
 
 
 def memory(shape: str = "100m", device: str = "cpu", dtype=torch.float32, tokens: int = 200) -> Result:
-    """The peak of one training step of 4 rows with 26 + `tokens` tokens, each stack in a process of its own: tensors, and resident memory
-    with all that libraries keep for themselves. The ratios are of tensors."""
-    about = f"{shape}, {str(dtype)[6:]}, {device}: one step of 4 rows of 26 tokens with answers of {tokens}, a process each"
+    """The most bytes of tensors beside the model in one training step of 4 rows with 26 + `tokens` tokens."""
+    about = f"{shape}, {str(dtype)[6:]}, {device}: one step of 4 rows of 26 tokens with answers of {tokens}"
     result = Result("memory", about, [])
-    extra = {}
-    for method in PHASES:
-        for name, runs in (("us", 1), ("us, checkpointing", 1), ("us, 15 runs", 15), ("(a)", 1), ("(b)", 1)):
-            if method == "sft" and name not in ("us", *PEERS):
-                continue  # what holds for ia2; and half a minute for the logits of 12,000 positions
-            extra[method, name], loaded, peak = in_child(_step_peak, name, runs, method, shape, device, dtype, tokens)
-            rates = {"bytes of tensors": extra[method, name], "bytes resident above the model": peak - loaded, "bytes in all": peak}
-            result.lines.append(Line(f"{method} step", name, rates=rates))
+    ground = stand(shape, device, dtype)
+    c, ids = ground.config, [20 + i % 64 for i in range(tokens)]
+    target = torch.randn(c.num_hidden_layers, tokens, c.hidden_size, device=device, dtype=dtype)
+    for method, (phase, _) in PHASES.items():
+        rows = [Row(prompt, ids, target if phase == "mse" else None) for prompt in ground.prompts(4, (26,))]
+        ours = OurStep(ground, [rows], phase, ground.theta())
+        stacks = {"us": ours, "us, checkpointing": partial(with_checkpointing, ground.model, ours)}
+        for name, kind in PEERS.items():
+            peer = kind(ground)
+            peer.begin(ground.theta()[0], 1e-3)
+            stacks[name] = partial(peer.step, rows, phase)
+        most = {name: allocated(step, device) for name, step in stacks.items()}
+        result.lines += [Line(f"{method} step", name, rates={"bytes of tensors": size}) for name, size in most.items()]
         for name in PEERS:
-            for ours, runs in (("us", 1), ("us, checkpointing", 1), ("us, 15 runs", 15)):
-                if (method, ours) in extra:
-                    result.ratios[f"{method}, a run: {ours} / {name}"] = extra[method, ours] / runs / extra[method, name]
+            for mine in ("us", "us, checkpointing"):
+                result.ratios[f"{method}: {mine} / {name}"] = most[mine] / most[name]
     return result
 
 
-def _step_peak(name: str, runs: int, method: str, shape: str, device: str, dtype, tokens: int) -> tuple[int, int, int]:
-    """Bytes: of a step's tensors at most; resident with the model and its rows loaded, and at most during a step."""
-    ground = stand(shape, device, dtype)
-    wrap_blocks(ground.model, *[checkpointed] * name.endswith("checkpointing"))
-    c, phase = ground.config, PHASES[method][0]
-    prompts = ground.prompts(4, (26,))
-    target = torch.randn(c.num_hidden_layers, tokens, c.hidden_size, device=device, dtype=dtype)
-    rows = [Row(p, [20 + i % 64 for i in range(tokens)], target if phase == "mse" else None) for p in prompts]
-    short = [Row(r.prompt, r.answer[:2], r.activations[:, :2] if phase == "mse" else None) for r in rows]
-    if name.startswith("us"):
-        OurStep(ground, [short] * runs, phase, ground.theta(runs))()  # libraries initialised, thread pools there
-        step = OurStep(ground, [rows] * runs, phase, ground.theta(runs))
-    else:
-        peer = PEERS[name](ground)
-        peer.begin(ground.theta()[0], 1e-3)
-        peer.step(short, phase)
-
-        def step():
-            peer.step(rows, phase)
-
-    timing.reset_peak()
-    loaded = timing.memory(device)[0]
-    peak = timing.memory(device)[1]  # before the profiler's own
-    return timing.allocated(step, device), loaded, peak
+def with_checkpointing(model, step) -> None:
+    wrap_blocks(model, checkpointed)
+    try:
+        step()
+    finally:
+        for block in model.model.layers:
+            del block.attention_output, block.mlp_output
 
 
 US = """

@@ -1,12 +1,11 @@
-"""Fair measuring: contestants in turn, warmed up and synchronised; peak memory in a process of its own; FLOPs and the GEMM ceiling."""
+"""Fair measuring: contestants in turn, warmed up and synchronised; peak memory; FLOPs and the GEMM ceiling."""
 
-import multiprocessing
 import os
 import re
 import resource
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -138,35 +137,34 @@ def resident() -> tuple[int, int]:
 
 
 def reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pass
 
 
-def memory(device="cpu") -> tuple[int, int]:
-    """(bytes in use, most bytes in use since `reset_peak`), of the GPU if that is the device, else resident memory."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-    return resident()
-
-
 def allocated(function: Callable, device="cpu") -> int:
-    """The most bytes of tensors that `function()` has beside those that were there before."""
+    """The most bytes of tensors that the second call of `function()` has beside those that were there before."""
+    function()
     if torch.device(device).type == "cuda":
-        reset_peak()
-        before = memory(device)[0]
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         function()
-        return memory(device)[1] - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        return torch.cuda.max_memory_allocated() - before
+    with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         function()
     sizes = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     return max(accumulate(e.nbytes() for e in sorted(sizes, key=lambda e: e.start_ns())))
 
 
-def in_child(function: Callable, *args):
-    """What `function(*args)` returns when run in a fresh process, so that no earlier memory counts."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # says so when the child is killed
-        return pool.submit(function, *args).result()
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing on stderr, where the profiler is chatty."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)

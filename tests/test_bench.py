@@ -59,24 +59,12 @@ def test_race_takes_turns_and_reports_median_and_spread():
     assert times["us"].repeats == 3 and times["us"].low <= times["us"].seconds <= times["us"].high
 
 
-def test_peak_memory_of_a_child_is_its_own():
-    torch.ones(50_000_000)  # 200 MB here
-    assert timing.in_child(held, 25_000_000) == pytest.approx(100e6, rel=0.2)
-
-
 def test_tensors_are_counted_at_their_most():
     def step():
         return torch.ones(10_000_000) + torch.ones(5_000_000).sum()  # 40 MB + 20 MB, then 80 MB at the addition
 
     assert timing.allocated(step) == pytest.approx(80e6, rel=0.3)
     assert timing.allocated(lambda: torch.ones(5_000_000).sum()) == pytest.approx(20e6, rel=0.01)
-
-
-def held(numbers: int) -> int:
-    timing.reset_peak()
-    before = timing.memory()[0]
-    torch.ones(numbers)
-    return timing.memory()[1] - before
 
 
 def test_inference_benches_agree_and_name_what_is_extrapolated(tiny):
