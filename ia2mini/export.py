@@ -71,26 +71,20 @@ def save_merged(model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path,
     if not adapter.linears:
         raise UsageError(f"a {type(adapter).__name__} adapter stands before the text and cannot be merged into matrices; save it for peft")
     weights = {name: w[0] for name, w in unpack(theta[None].to(next(model.parameters()).device), adapter.shapes).items()}
-    before = {}
-    try:
-        for name, linear in adapter.linears.items():
-            before[name] = linear.weight, linear.bias
-            weight, bias = merged(adapter, name, weights, linear)
-            linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
-            linear.bias = bias if bias is None else nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
-        save(model, folder, *((tokenizer.backend.to_str(), list(tokenizer.eos_ids) or None) if tokenizer else ()))
-    finally:
-        for name, (weight, bias) in before.items():
-            adapter.linears[name].weight, adapter.linears[name].bias = weight, bias
+    changed: dict[str, Tensor] = {}
+    for name, linear in adapter.linears.items():
+        changed |= {key: t.to(linear.weight.dtype) for key, t in merged(adapter, name, weights, linear).items()}
+    save(model, folder, *((tokenizer.backend.to_str(), list(tokenizer.eos_ids) or None) if tokenizer else ()), changed=changed)
 
 
-def merged(adapter: Adapter, name: str, weights: dict[str, Tensor], linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Weight [out, in] and bias of one map with the adapter's change, float32."""
-    weight, bias = linear.weight.float(), linear.bias
+def merged(adapter: Adapter, name: str, weights: dict[str, Tensor], linear: nn.Linear) -> dict[str, Tensor]:
+    """The tensors of one map that the adapter changes, by name, float32."""
+    weight = linear.weight.float()
     if isinstance(adapter, LoRA):
-        return weight + adapter.alpha / adapter.rank * weights[f"{name}.B"] @ weights[f"{name}.A"], bias
+        return {f"{name}.weight": weight + adapter.alpha / adapter.rank * weights[f"{name}.B"] @ weights[f"{name}.A"]}
     if isinstance(adapter, Full):
-        return weight + weights[name], bias
+        return {f"{name}.weight": weight + weights[name]}
     if adapter.scale_inputs:
-        return weight * weights[name], bias
-    return weight * weights[name][:, None], bias if bias is None else bias.float() * weights[name]
+        return {f"{name}.weight": weight * weights[name]}
+    bias = {} if linear.bias is None else {f"{name}.bias": linear.bias.float() * weights[name]}
+    return bias | {f"{name}.weight": weight * weights[name][:, None]}

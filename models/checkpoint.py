@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from . import llama, qwen3
 from .common import UsageError, read_config
@@ -159,8 +159,15 @@ def fill(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.devic
     model.tie()
 
 
-def save(model: nn.Module, folder: Path, tokenizer_json: str | None = None, eos_token_id: int | list[int] | None = None) -> None:
-    """Write `model` in the Hugging Face layout into `folder`: config.json, model.safetensors and, if given, tokenizer.json."""
+def save(
+    model: nn.Module,
+    folder: Path,
+    tokenizer_json: str | None = None,
+    eos_token_id: int | list[int] | None = None,
+    changed: dict[str, Tensor] | None = None,
+) -> None:
+    """Write `model`, with the tensors in `changed` for its own, in the Hugging Face layout into `folder`: config.json,
+    model.safetensors and, if given, tokenizer.json."""
     folder.mkdir(parents=True, exist_ok=True)
     raw = asdict(model.config)
     rope = raw.pop("rope")
@@ -168,7 +175,8 @@ def save(model: nn.Module, folder: Path, tokenizer_json: str | None = None, eos_
     raw["rope_scaling"] = rope["scaling"] and {"rope_type": "llama3", **rope["scaling"]}
     raw["torch_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     raw["eos_token_id"] = eos_token_id
-    tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}  # a tied head is named once
+    tensors = dict(model.named_parameters()) | (changed or {})  # a tied head is named once
+    tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
     write(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     write(folder / "config.json", lambda path: path.write_text(json.dumps(raw, indent=2) + "\n"))
     if tokenizer_json is not None:
