@@ -14,7 +14,8 @@ from functools import partial
 import torch
 from torch import Generator, Tensor, nn
 
-from .models.common import Linear, Prefix, UsageError
+from . import UsageError
+from .models.common import Linear, Prefix
 
 TARGETS = ("q_proj", "k_proj", "o_proj")  # paper section 5
 EVERY_MATRIX = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -9,11 +9,11 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from . import UsageError
 from .adapters import ADAPTERS, Adapter, adapted
 from .episode import Episode, Row, draw_episode, truth_row
 from .evaluate import label_scores, layer_asim, share_prefix
 from .generate import STOP, generate
-from .models.common import UsageError
 from .runs import RunFolder
 from .tasks import Examples, Task, find_task, parse_boxed, parse_hashes, parse_number, parse_text
 from .teacher import observe, teach

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from .models.common import UsageError
+from . import UsageError
 
 DEMO, DEMO_ROWS = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap"), 40  # about a minute
 

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .models.common import At, Packed, UsageError
+from . import UsageError
+from .models.common import At, Packed
 from .tasks import Example
 from .tokenizer import Tokenizer
 

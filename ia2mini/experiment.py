@@ -8,11 +8,11 @@ from pathlib import Path
 from torch import nn
 from tqdm import tqdm
 
+from . import UsageError
 from .cell import PARSERS, UNTRAINED, Cell, Lab, Options, find, parsed_correct
 from .export import save_adapter
 from .metrics import accuracy
 from .models.checkpoint import read_json
-from .models.common import UsageError
 from .report import figures, html, table
 from .runs import RunFolder, checkpoint_digest, finite, versions
 from .summary import chosen, measure, summarise

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import UsageError
 from .adapters import IA3, Adapter, Full, LoRA, Prompt, unpack
 from .models.checkpoint import save, write
-from .models.common import UsageError
 from .tokenizer import Tokenizer
 
 PEFT_PREFIX = "base_model.model."

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ia2mini.models.common import UsageError
+from ia2mini import UsageError
 
 
 class PairedTest(NamedTuple):

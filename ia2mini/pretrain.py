@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from ia2mini import UsageError
 from ia2mini.models.checkpoint import save, write
-from ia2mini.models.common import UsageError
 from ia2mini.models.qwen3 import Config, Qwen3
 from ia2mini.tasks import world
 

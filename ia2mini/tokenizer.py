@@ -6,8 +6,8 @@ from pathlib import Path
 from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
+from . import UsageError
 from .models.checkpoint import read_json
-from .models.common import UsageError
 
 
 class Tokenizer:

@@ -10,11 +10,12 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from . import UsageError
 from .adapters import Adapter, adapted
 from .episode import Batch, Row, collate, seeded
 from .graphs import Replayed
 from .losses import activation_mse, cross_entropy, fused, per_run, soft_cross_entropy
-from .models.common import Taps, UsageError
+from .models.common import Taps
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """What is computed: Llama and Qwen3, their taps, and checkpoints in the Hugging Face layout."""
 
+from ia2mini import UsageError
+
 from .checkpoint import load
-from .common import Taps, UsageError
+from .common import Taps
 
 __all__ = ["load", "Taps", "UsageError"]

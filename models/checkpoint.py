@@ -15,8 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ia2mini import UsageError
+
 from . import llama, qwen3
-from .common import UsageError, read_config
+from .common import read_config
 
 FAMILIES = {"llama": (llama.Config, llama.Llama), "qwen3": (qwen3.Config, qwen3.Qwen3)}
 TINY = Path(__file__).parent / "tiny"  # the embedded checkpoint

@@ -15,12 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ia2mini import UsageError
+
 At = tuple[Tensor, Tensor]  # (rows, columns), int64 [P] each: positions in a [B, T] batch
 Past = tuple[Tensor, Tensor]  # a prefix's keys and values of one layer, [G, K, S, E] each
-
-
-class UsageError(ValueError):
-    """A user's mistake: one line that says what is wrong, where, and how to mend it."""
 
 
 class RMSNorm(nn.Module):

@@ -316,6 +316,12 @@ def test_a_mistake_is_one_line(mistake, ground, tmp_path):
     refused(tmp_path, arguments, *words)
 
 
+def test_help_does_not_wait_for_torch():
+    code = "import sys; from ia2mini.cli import main\ntry: main(['run', '--help'])\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "--methods" in done.stdout, done.stderr
+
+
 def test_no_network(ground, tmp_path, monkeypatch):
     with serve({}) as hub:
         pass  # its port is closed now

@@ -9,7 +9,7 @@ from functools import cache
 
 import numpy as np
 
-from ia2mini.models.common import UsageError
+from ia2mini import UsageError
 
 from .answers import parse_boxed, parse_hashes, parse_number, parse_text
 

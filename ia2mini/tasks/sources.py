@@ -15,8 +15,8 @@ from functools import partial
 from itertools import product
 from pathlib import Path, PurePosixPath
 
+from ia2mini import UsageError
 from ia2mini.models.checkpoint import hub_errors
-from ia2mini.models.common import UsageError
 
 from .answers import parse_boxed, parse_hashes, parse_number, parse_text
 from .catalog import Example, Row, Task, arrange, fill, placeholders
