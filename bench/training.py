@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ia2mini.adapters import adapted
-from ia2mini.episode import Batch, Row, collate, draw_episode, truth_row, with_demonstrations
+from ia2mini.episode import Row, collate, draw_episode, truth_row, with_demonstrations
 from ia2mini.evaluate import label_scores
 from ia2mini.graphs import Replayed
 from ia2mini.teacher import teach
@@ -42,8 +42,7 @@ class OurStep:
         self.stand, self.batch = stand, collate(runs, stand.device, pack=True)
         self.mix = {phase: torch.ones(len(runs), device=stand.device)}
         self.optimizer = Adam(theta, torch.full((len(runs),), rate, device=stand.device))
-
-        self.replayed = Replayed(self.update, torch.device(stand.device))
+        self.update = Replayed(lambda: self.optimizer.step(self.gradient()[1]), torch.device(stand.device))
 
     def gradient(self) -> tuple[Tensor, Tensor]:
         """Losses [R] and the gradient [R, M]."""
@@ -51,11 +50,8 @@ class OurStep:
             found = losses(student, self.batch, self.mix)
             return found.detach(), *torch.autograd.grad(found.sum(), self.optimizer.theta)
 
-    def update(self, batch: Batch) -> None:
-        self.optimizer.step(self.gradient()[1])
-
     def __call__(self) -> None:
-        self.replayed(self.batch)
+        self.update()
 
 
 def check_step(stand: Stand, rows: list[Row], method: str) -> str:

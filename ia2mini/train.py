@@ -93,15 +93,18 @@ def losses(student: Callable, batch: Batch, mix: dict[str, Tensor], layers: list
 
     Only what a loss needs is computed: no logits for "mse", no taps without it.
     """
-    taps, values = Taps(batch.at, layers) if "mse" in mix else None, {}
+    taps = Taps(batch.at, layers) if "mse" in mix else None
 
-    def head(states: Tensor, weight: Tensor) -> None:
+    def head(states: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        found = {}
         if "ce" in mix:
-            values["ce"] = cross_entropy(states, weight, batch.targets)
+            found["ce"] = cross_entropy(states, weight, batch.targets)
         if "kl" in mix:
-            values["kl"] = soft_cross_entropy(states, weight, batch.soft, batch.soft_ids)
+            found["kl"] = soft_cross_entropy(states, weight, batch.soft, batch.soft_ids)
+        return found
 
-    student(batch.ids, taps=taps, logits=batch.at if mix.keys() - {"mse"} else False, cache=batch.packed, head=head)
+    positions = batch.at if mix.keys() - {"mse"} else False
+    values = student(batch.ids, taps=taps, logits=positions, cache=batch.packed, head=head) or {}
     if "mse" in mix:
         values["mse"] = activation_mse(taps.each(), batch.activations)
     return sum(weight * per_run(values[name], batch.weights) for name, weight in mix.items())
