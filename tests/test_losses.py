@@ -58,6 +58,8 @@ def test_gradients_of_the_squared_error_equal_autograds(dtype):
 @pytest.mark.parametrize("portion", [1, 3, 100])
 def test_losses_through_the_head_equal_torchs_with_their_gradients_in_portions(monkeypatch, dtype, portion):
     monkeypatch.setattr(losses, "LOGITS", 11 * portion)
+    at_once, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, weight: at_once.append(len(x)) or linear(x, weight))
     states, head, weights = torch.randn(8, 5).to(dtype).requires_grad_(), torch.randn(11, 5).to(dtype), torch.rand(8)
     targets, teacher = torch.randint(11, (8,)), torch.randn(8, 11).log_softmax(-1)
     top, ids = teacher.topk(4)
@@ -68,4 +70,5 @@ def test_losses_through_the_head_equal_torchs_with_their_gradients_in_portions(m
     for found, expected in ((cross_entropy(states, head, targets), hard), (soft_cross_entropy(states, head, top, ids), soft)):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         ours, theirs = (torch.autograd.grad((v * weights).sum(), x, retain_graph=True)[0] for v, x in ((found, states), (expected, copy)))
+        assert max(at_once) == min(portion, 8), "logits of so many positions are there at once"
         torch.testing.assert_close(ours, theirs, **({} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.02}))
