@@ -30,7 +30,12 @@ def run(name: str, shape: str | None, device: str, dtype: torch.dtype) -> list[R
         show(result)
         found.append(result)
 
-    benches = {"step": training.step, "collect": inference.collect, "icl": inference.icl, "generate": inference.generate}
+    benches = {
+        "step": training.step,
+        "collect": inference.collect,
+        "icl": inference.icl,
+        "generate": inference.generate,
+    }
     largest = shapes(shape, device)[-1]
     if name == "kernel":
         done(resources.kernel(device))
@@ -58,7 +63,9 @@ def options(command):
     usual = f"{' and '.join(CPU_SHAPES)}; on a GPU {' and '.join(GPU_SHAPES)}"
     for option in (
         click.option("--save", is_flag=True, help="keep the results in bench/results/, with the date and the machine"),
-        click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="[default: float32, on a GPU bfloat16]"),
+        click.option(
+            "--dtype", type=click.Choice(["float32", "bfloat16"]), help="[default: float32, on a GPU bfloat16]"
+        ),
         click.option("--device", help="[default: a GPU if there is one]"),
         click.option("--shape", type=click.Choice(list(SHAPES)), help=f"[default: {usual}]"),
     ):
@@ -78,14 +85,18 @@ def several(names: tuple[str, ...], shape, device, dtype, save) -> None:
         click.echo(f"  {name}: {time.perf_counter() - start:.0f} s so far")
         results[-1].ratios["share of the processors that others had meanwhile"] = others.share
         if others.share > 0.05:
-            click.secho(f"  others had {others.share:.0%} of the processors meanwhile: do not trust these numbers", fg="red")
+            click.secho(
+                f"  others had {others.share:.0%} of the processors meanwhile: do not trust these numbers", fg="red"
+            )
     click.echo(f"\n{time.perf_counter() - start:.0f} s in all")
     asked = [names[0]] if len(names) == 1 else []
     asked += [f"--{key} {value}" for key, value in (("shape", shape), ("dtype", dtype)) if value]
     finish(results, " ".join(["python -m bench", *asked]), save)
 
 
-@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @options
 @click.pass_context
 def main(context, **asked):

@@ -25,7 +25,12 @@ PAIRS = (("ia2", "ia2-sft"), ("sft", "ia2"), ("sft", "ia2-sft"), ("sft", "sft-sf
 
 
 def effect(
-    model: str = "tiny", sizes: tuple[int, ...] = SIZES, sets: int = 10, part: str = "all", eval_rows: int = 500, sum_rows: int = 100
+    model: str = "tiny",
+    sizes: tuple[int, ...] = SIZES,
+    sets: int = 10,
+    part: str = "all",
+    eval_rows: int = 500,
+    sum_rows: int = 100,
 ) -> Result:
     """All toy tasks at every N, or the `part` "classification" or "sums" (on `sum_rows` rows); goes on where an interrupted call was."""
     folder = locate(model)
@@ -37,7 +42,9 @@ def effect(
         if part not in ("all", about):
             continue
         options = Options(methods=METHODS, sets=sets, eval_rows=rows)
-        document, kept = compare([find_task(name) for name in names], sizes, subject, options, Path("runs"), bar=progress)
+        document, kept = compare(
+            [find_task(name) for name in names], sizes, subject, options, Path("runs"), bar=progress
+        )
         for n in sizes:
             for ood in (False, True):
                 compared(result, f"{about}, N = {n}{', out of distribution' if ood else ''}", document, n, ood)
@@ -52,7 +59,9 @@ def effect(
 def cells(document: dict, n: int, method: str, ood: bool) -> list[dict]:
     """The cells of a method at N, one a task, at the rate chosen by dev loss."""
     wanted = (n, method, ood)
-    return [c for c in document["cells"] if (c["n"], c["method"], c["ood"]) == wanted and c["selected_by"] in ("dev", None)]
+    return [
+        c for c in document["cells"] if (c["n"], c["method"], c["ood"]) == wanted and c["selected_by"] in ("dev", None)
+    ]
 
 
 def compared(result: Result, what: str, document: dict, n: int, ood: bool) -> None:
@@ -68,7 +77,9 @@ def compared(result: Result, what: str, document: dict, n: int, ood: bool) -> No
         if None in ours:
             continue
         for control in ("sft", "sft-sft"):
-            test = paired_test(factor * torch.tensor(ours), factor * torch.tensor(values(document, n, control, ood, metric)))
+            test = paired_test(
+                factor * torch.tensor(ours), factor * torch.tensor(values(document, n, control, ood, metric))
+            )
             gain = f"{metric} {test.mean:+.3g}, 95 % [{test.low:+.3g}, {test.high:+.3g}], t = {test.t:.2f}, p = {test.p:.1e}"
             result.remarks.append(f"{what}: ia2-sft against {control}: {gain}, {len(ours)} pairs")
             result.ratios[f"{what}: {metric} gain over {control}"] = test.mean
@@ -78,19 +89,29 @@ def values(document: dict, n: int, method: str, ood: bool, metric: str) -> list[
     return [value for cell in cells(document, n, method, ood) for value in cell[metric]]
 
 
-def overlaps(result: Result, what: str, document: dict, kept: Path, n: int, names: tuple[str, ...], adapter: LoRA) -> None:
+def overlaps(
+    result: Result, what: str, document: dict, kept: Path, n: int, names: tuple[str, ...], adapter: LoRA
+) -> None:
     """Mean subspace overlap of LoRA's B between methods (paper Figure 4), every method at its chosen rate."""
     found = {pair: [] for pair in PAIRS}
     for name in names:
         theta: dict[str, Tensor] = {}
         for method in METHODS[2:]:
             (cell,) = [c for c in cells(document, n, method, False) if c["task"] == name]
-            grid = [r["rate"] for r in document["runs"] if (r["task"], r["n"], r["method"], r["eval"]) == (name, n, method, name)]
+            grid = [
+                r["rate"]
+                for r in document["runs"]
+                if (r["task"], r["n"], r["method"], r["eval"]) == (name, n, method, name)
+            ]
             at = torch.tensor([rate == cell["rate"] for rate in grid])
             theta[method] = load_file(kept / f"{name}-n{n}" / f"fit-{method}.safetensors")["theta"][at]
         for one, other in PAIRS:
             first, second = (unpack(theta[m], adapter.shapes) for m in (one, other))
-            each = [subspace_overlap(first[key], second[key], adapter.rank).mean().item() for key in first if key.endswith(".B")]
+            each = [
+                subspace_overlap(first[key], second[key], adapter.rank).mean().item()
+                for key in first
+                if key.endswith(".B")
+            ]
             found[one, other].append(fmean(each))
     for (one, other), overlap in found.items():
         result.ratios[f"{what}: subspace overlap {one} with {other}"] = fmean(overlap)

@@ -21,7 +21,9 @@ def spread(tokens: int, count: int) -> list[int]:
     return [int((i + 0.5) * tokens / count) for i in range(count)]
 
 
-def collect(stand: Stand, rows: int = 8, tokens: int = 200, demonstrations: int = 3, sample: int = 4, seconds: float = 25.0) -> Result:
+def collect(
+    stand: Stand, rows: int = 8, tokens: int = 200, demonstrations: int = 3, sample: int = 4, seconds: float = 25.0
+) -> Result:
     """Responses of `tokens` tokens and their attention outputs for `rows` rows; peer (a) measured on `sample` of its passes."""
     pool = stand.examples(rows * (demonstrations + 1), (QUESTION,), ANSWER)
     shown = [pool[rows + i * demonstrations :][:demonstrations] for i in range(rows)]
@@ -29,7 +31,9 @@ def collect(stand: Stand, rows: int = 8, tokens: int = 200, demonstrations: int 
     queries = [stand.tokenizer.encode(e.prompt) for e in pool[:rows]]
     prompts = [stand.tokenizer.encode(with_demonstrations(d, e.prompt)) for d, e in zip(shown, pool)]
     length = len(prompts[0])
-    about = f"{stand.about}; {rows} rows of {length} tokens with {demonstrations} demonstrations, {tokens} tokens generated"
+    about = (
+        f"{stand.about}; {rows} rows of {length} tokens with {demonstrations} demonstrations, {tokens} tokens generated"
+    )
     result = Result("collect", about, [])
     a, b = AsReleased(stand), UsedWell(stand)
     theirs = b.collect(queries[:2], prompts[:2], 8)
@@ -48,7 +52,9 @@ def collect(stand: Stand, rows: int = 8, tokens: int = 200, demonstrations: int 
     times["(a)"] = some["(a)"].scaled(rows * tokens / sample)
     for name, timing in times.items():
         note = f"extrapolated from {sample} of {rows * tokens} passes" if name == "(a)" else ""
-        result.lines.append(Line("collect", name, timing, "set", {"answer tokens/s": rows * tokens / timing.seconds}, note))
+        result.lines.append(
+            Line("collect", name, timing, "set", {"answer tokens/s": rows * tokens / timing.seconds}, note)
+        )
     for name in ("(a)", "(b)"):
         result.ratio(f"{name} / us", times[name], times["us"])
     overhead(stand, result, prompts, tokens, seconds / 4)
@@ -73,7 +79,9 @@ def overhead(stand: Stand, result: Result, prompts: list[list[int]], tokens: int
     result.ratio("tapped / plain", times["tapped"], times["plain"])
 
 
-def icl(stand: Stand, queries: int = 500, shown: int = 30, size: int = 33, sample: int = 16, seconds: float = 20.0) -> Result:
+def icl(
+    stand: Stand, queries: int = 500, shown: int = 30, size: int = 33, sample: int = 16, seconds: float = 20.0
+) -> Result:
     """`queries` single-token queries behind the same ~1k tokens of demonstrations; the peers on `sample` (with a cache, 128) of them."""
     pool = stand.examples(shown, (size,))
     texts = [e.prompt for e in stand.examples(queries, SST2_LENGTHS, seed=1)]
@@ -107,13 +115,17 @@ def icl(stand: Stand, queries: int = 500, shown: int = 30, size: int = 33, sampl
     for name, timing in times.items():
         times[name] = timing = timing.scaled(queries / counts[name])
         note = f"extrapolated from {counts[name]} queries" if counts[name] < queries else ""
-        result.lines.append(Line("ICL evaluation", name, timing, f"{queries} queries", {"queries/s": queries / timing.seconds}, note))
+        result.lines.append(
+            Line("ICL evaluation", name, timing, f"{queries} queries", {"queries/s": queries / timing.seconds}, note)
+        )
     for name in list(times)[1:]:
         result.ratio(f"{name} / us", times[name], times["us"])
     return result
 
 
-def generate(stand: Stand, rows: int = 16, length: int = 64, tokens: int = 64, sample: int = 4, seconds: float = 15.0) -> Result:
+def generate(
+    stand: Stand, rows: int = 16, length: int = 64, tokens: int = 64, sample: int = 4, seconds: float = 15.0
+) -> Result:
     """`tokens` greedy tokens after `rows` prompts of `length` tokens, nothing ending early; peer (a) on `sample` passes."""
     prompts = stand.prompts(rows, (length,))
     a, b = AsReleased(stand), UsedWell(stand)
@@ -121,13 +133,18 @@ def generate(stand: Stand, rows: int = 16, length: int = 64, tokens: int = 64, s
     mine = our_generate(stand.model, stand.tokenizer, prompts[:4], 16)
     result.remarks.append(agree("tokens", mine, b.generate(prompts[:4], 16), 0))
     agree("tokens", mine[:1], a.generate(prompts[:1], 16), 0)
-    stacks = {"us": lambda: our_generate(stand.model, stand.tokenizer, prompts, tokens), "(b)": lambda: b.generate(prompts, tokens)}
+    stacks = {
+        "us": lambda: our_generate(stand.model, stand.tokenizer, prompts, tokens),
+        "(b)": lambda: b.generate(prompts, tokens),
+    }
     times = race(stacks, 5, seconds, stand.device)
     some = race({"(a)": lambda: a.generate(prompts[:1], tokens, spread(tokens, sample))}, 3, seconds / 2, stand.device)
     times["(a)"] = some["(a)"].scaled(rows * tokens / sample)
     for name, timing in times.items():
         note = f"extrapolated from {sample} of {rows * tokens} passes" if name == "(a)" else ""
-        result.lines.append(Line("generate", name, timing, "batch", {"new tokens/s": rows * tokens / timing.seconds}, note))
+        result.lines.append(
+            Line("generate", name, timing, "batch", {"new tokens/s": rows * tokens / timing.seconds}, note)
+        )
     for name in ("(a)", "(b)"):
         result.ratio(f"{name} / us", times[name], times["us"])
     return result

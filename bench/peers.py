@@ -104,10 +104,15 @@ class AsReleased(Peer):
     name = "(a)"
 
     @torch.no_grad()
-    def collect(self, queries: list[list[int]], prompts: list[list[int]], tokens: int, at: list[int] | None = None) -> list[Row]:
+    def collect(
+        self, queries: list[list[int]], prompts: list[list[int]], tokens: int, at: list[int] | None = None
+    ) -> list[Row]:
         """Responses and attention outputs under full prompts. `at`: only these of the `tokens` passes (to extrapolate from)."""
         rows, found = [], {}
-        with self.net.disable_adapter(), hooks(self.attentions, lambda layer, output: found.update({layer: output.clone()})):
+        with (
+            self.net.disable_adapter(),
+            hooks(self.attentions, lambda layer, output: found.update({layer: output.clone()})),
+        ):
             for query, prompt in zip(queries, prompts):
                 ids, answer, activations = list(prompt), [], []
                 for token in range(tokens):
@@ -201,7 +206,9 @@ class UsedWell(Peer):
         """Mean loss of rows that end together, so that the answers stand in the last columns."""
         batch = left_padded([row.prompt + row.answer[:-1] for row in rows], self.device)
         most = max(len(row.answer) for row in rows)
-        weights = torch.tensor([[0.0] * (most - len(r.answer)) + [1 / (len(rows) * len(r.answer))] * len(r.answer) for r in rows])
+        weights = torch.tensor(
+            [[0.0] * (most - len(r.answer)) + [1 / (len(rows) * len(r.answer))] * len(r.answer) for r in rows]
+        )
         weights = weights.to(self.device)
         if phase == "ce":
             targets = torch.tensor([[0] * (most - len(row.answer)) + row.answer for row in rows], device=self.device)
@@ -230,7 +237,11 @@ class UsedWell(Peer):
         """Top-1 probability [Q] and label probabilities [Q, C]; with `prefix`, from its keys and values, copied for every batch."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         top, shares = torch.zeros(len(prompts)), torch.zeros(len(prompts), len(labels))
-        cache = self.net(input_ids=torch.tensor([prefix], device=self.device), use_cache=True).past_key_values if prefix else None
+        cache = (
+            self.net(input_ids=torch.tensor([prefix], device=self.device), use_cache=True).past_key_values
+            if prefix
+            else None
+        )
         for start in range(0, len(order), size):
             group = order[start : start + size]
             batch = left_padded([prompts[i] for i in group], self.device)

@@ -26,7 +26,9 @@ class Line:
     stack: str
     timing: Timing | None = None
     unit: str = ""  # what one run of the timing was: "run and step", "cell" …
-    rates: dict[str, float] = field(default_factory=dict)  # tokens/s, runs/hour, FLOP/s, share of the GEMM ceiling, bytes …
+    rates: dict[str, float] = field(
+        default_factory=dict
+    )  # tokens/s, runs/hour, FLOP/s, share of the GEMM ceiling, bytes …
     note: str = ""  # extrapolated from what, and the like
 
 
@@ -100,7 +102,9 @@ def finish(results: list[Result], command: str, save: bool, name: str | None = N
     }
     document = finite(document)
     if save:
-        name = [name] if name else command.removeprefix("python -m bench").replace("--save", "").replace("--", "").split()
+        name = (
+            [name] if name else command.removeprefix("python -m bench").replace("--save", "").replace("--", "").split()
+        )
         kind = machine.get("gpu", "cpu").replace(" ", "-")
         path = RESULTS / f"{document['date']}-{'-'.join(name) or 'all'}-{kind}.json"
         write(path, lambda temporary: temporary.write_text(json.dumps(document, indent=1) + "\n"))
@@ -113,5 +117,7 @@ def agree(what: str, ours, theirs, tolerance: float = 1e-3) -> str:
     ours, theirs = torch.as_tensor(ours).float().cpu(), torch.as_tensor(theirs).float().cpu()
     assert ours.shape == theirs.shape, f"{what}: shapes differ, {tuple(ours.shape)} and {tuple(theirs.shape)}"
     gap = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item()
-    assert gap <= tolerance, f"{what}: the stacks differ by {gap:.1e} of the largest value, more than {tolerance:.0e}; nothing was timed"
+    assert gap <= tolerance, (
+        f"{what}: the stacks differ by {gap:.1e} of the largest value, more than {tolerance:.0e}; nothing was timed"
+    )
     return f"same {what} in both stacks, to {gap:.0e} of the largest value"

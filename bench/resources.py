@@ -39,12 +39,19 @@ def both_ways(loss, outputs: list[Tensor], targets: Tensor) -> Tensor:
 def kernel(device: str = "cpu", dtype=torch.bfloat16, layers: int | None = None, seconds: float = 2.0) -> Result:
     """The loss, forward and backward, for P answer positions of D hidden units; against eager code and the rate of a plain copy."""
     layers = layers or (4 if device == "cpu" else 28)
-    result = Result("kernel", f"activation loss, forward and backward, {layers} layers, {str(dtype)[6:]} inputs, {device}", [])
+    result = Result(
+        "kernel", f"activation loss, forward and backward, {layers} layers, {str(dtype)[6:]} inputs, {device}", []
+    )
     for D, P in ((2048, 1), (2048, 64), (2048, 1024), (5120, 1024), (2048, 16384)):
         outputs = [torch.randn(P, D, device=device, dtype=dtype).requires_grad_() for _ in range(layers)]
         targets = torch.randn(layers, P, D, device=device, dtype=dtype)
         agree("loss", activation_mse(outputs, targets).detach(), plain_mse(outputs, targets).detach(), 1e-4)
-        agree("gradient", both_ways(activation_mse, outputs, targets).clone(), both_ways(plain_mse, outputs, targets), 1e-2)
+        agree(
+            "gradient",
+            both_ways(activation_mse, outputs, targets).clone(),
+            both_ways(plain_mse, outputs, targets),
+            1e-2,
+        )
         other = torch.empty_like(targets)
         stacks = {
             "us": lambda o=outputs, t=targets: both_ways(activation_mse, o, t),
@@ -55,7 +62,9 @@ def kernel(device: str = "cpu", dtype=torch.bfloat16, layers: int | None = None,
         copied = 2 * targets.nbytes / times["copy"].low
         for name in ("us", "eager"):
             rate = 5 * targets.nbytes / times[name].seconds  # both tensors read twice, one gradient written
-            result.lines.append(Line(f"D {D}, P {P}", name, times[name], "", {"% of copy bandwidth": 100 * rate / copied}))
+            result.lines.append(
+                Line(f"D {D}, P {P}", name, times[name], "", {"% of copy bandwidth": 100 * rate / copied})
+            )
         result.ratio(f"D {D}, P {P}: eager / us", times["eager"], times["us"])
     for name, loss in (("us", activation_mse), ("eager", plain_mse)):
         extra = extra_bytes(loss, layers, device, dtype)
@@ -148,7 +157,9 @@ def checkpoint(shape: str, folder: Path, dtype=torch.float32) -> None:
 
 def load(shape: str = "100m", device: str = "cpu", repeats: int = 2) -> Result:
     """A checkpoint from disk (in the page cache) to a model that has made a pass; and the command line to its first tokens."""
-    result = Result("load", f"{shape} and tiny, random weights, {device}; a fresh process each, files in the page cache", [])
+    result = Result(
+        "load", f"{shape} and tiny, random weights, {device}; a fresh process each, files in the page cache", []
+    )
     folder = Path(tempfile.mkdtemp(prefix="ia2mini-bench-"))
     try:
         for kept, wanted in (("float32", "float32"), ("bfloat16", "float32" if device == "cpu" else "bfloat16")):
@@ -160,13 +171,26 @@ def load(shape: str = "100m", device: str = "cpu", repeats: int = 2) -> Result:
                     spent[name].append(json.loads(python(code.format(**what) + SAID)))
             totals = {name: Timing.of([load + use for _, load, use, _ in runs]) for name, runs in spent.items()}
             for name, runs in spent.items():
-                rates = {"s to import": Timing.of([r[0] for r in runs]).seconds, "bytes more at most": max(r[3] for r in runs)}
+                rates = {
+                    "s to import": Timing.of([r[0] for r in runs]).seconds,
+                    "bytes more at most": max(r[3] for r in runs),
+                }
                 result.lines.append(Line(f"{kept} file as {wanted}, and a pass", name, totals[name], "", rates))
             result.ratio(f"{kept} as {wanted}: transformers / us", totals["transformers"], totals["us"])
             most = [max(r[3] for r in spent[name]) for name in ("us", "transformers")]
             result.ratios[f"  memory, {kept} as {wanted}: us / transformers"] = most[0] / most[1]
         checkpoint("tiny", folder / "tiny")
-        command = ["generate", "--model", str(folder / "tiny"), "--prompt", "w20 w21 w22", "--max-tokens", "8", "--device", device]
+        command = [
+            "generate",
+            "--model",
+            str(folder / "tiny"),
+            "--prompt",
+            "w20 w21 w22",
+            "--max-tokens",
+            "8",
+            "--device",
+            device,
+        ]
         code = f"from ia2mini.cli import main; main({command!r})"
         them = FIRST.format(folder=str(folder / "tiny"))
         assert python(code).split() == python(them).split(), "ia2mini and transformers continue the prompt differently"

@@ -40,7 +40,9 @@ def scale(shape: str = "tiny", device: str = "cpu", dtype=None) -> Result:
     short = replace(BASE, sets=2, rates=2)
     sweeps = {
         "runs a method": {r: cell(ground, replace(BASE, sets=s, rates=k)) for r, (s, k) in RUNS.items()},
-        "rows a set (N), an epoch of 4 runs": {n: cell(ground, replace(short, n=n, steps=max(1, n // 4))) for n in COUNTS},
+        "rows a set (N), an epoch of 4 runs": {
+            n: cell(ground, replace(short, n=n, steps=max(1, n // 4))) for n in COUNTS
+        },
         "answer tokens (collect and train; 4 runs, 2 steps)": {g: cell(ground, short, g) for g in ANSWERS},
         "layers": {depth: cell(stand(shape, device, dtype, depth), BASE) for depth in DEPTHS},
     }
@@ -49,7 +51,13 @@ def scale(shape: str = "tiny", device: str = "cpu", dtype=None) -> Result:
         found[name] = sweep(points)
         totals = {x: sum(spent.values()) for x, spent in found[name].items()}
         for x, spent in found[name].items():
-            line = Line(f"{x} {name}", "us", Timing.of([totals[x]]), "", {f"s {stage}": seconds for stage, seconds in spent.items()})
+            line = Line(
+                f"{x} {name}",
+                "us",
+                Timing.of([totals[x]]),
+                "",
+                {f"s {stage}": seconds for stage, seconds in spent.items()},
+            )
             result.lines.append(line)
         (a, b) = (min(totals), max(totals))
         result.ratios[f"{name}: time grows by, from {a} to {b} ({b / a:g} ×)"] = totals[b] / totals[a]

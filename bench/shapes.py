@@ -81,7 +81,9 @@ class Stand:
 
         net = copy.deepcopy(self.net, {id(p): p for p in self.net.parameters()})
         targets = list(self.adapter.targets)
-        return peft.get_peft_model(net, peft.LoraConfig(r=8, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"))
+        return peft.get_peft_model(
+            net, peft.LoraConfig(r=8, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
+        )
 
     def text(self, rng: random.Random, tokens: int) -> str:
         return " ".join(f"w{rng.randrange(16, self.config.vocab_size)}" for _ in range(tokens))
@@ -94,7 +96,9 @@ class Stand:
         rows = []
         for size in sizes:
             label = rng.randrange(len(LABELS)) if answer == 1 else None
-            rows.append(Example(self.text(rng, size), LABELS[label] if answer == 1 else " " + self.text(rng, answer), label))
+            rows.append(
+                Example(self.text(rng, size), LABELS[label] if answer == 1 else " " + self.text(rng, answer), label)
+            )
         return rows
 
     def prompts(self, count: int, lengths: tuple[int, ...], seed: int = 0) -> list[list[int]]:
@@ -121,8 +125,12 @@ def stand(shape: str, device: str = "cpu", dtype: torch.dtype = torch.float32, l
         setattr(model.get_submodule(owner), leaf, p)
     model.tie()
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    depth = f"{layers} layers" if layers == whole.num_hidden_layers else f"{layers} of its {whole.num_hidden_layers} layers"
-    about = f"{shape}: {size:.3g} M random weights, {depth}, vocabulary {config.vocab_size:,}, {str(dtype)[6:]}, {device}"
+    depth = (
+        f"{layers} layers" if layers == whole.num_hidden_layers else f"{layers} of its {whole.num_hidden_layers} layers"
+    )
+    about = (
+        f"{shape}: {size:.3g} M random weights, {depth}, vocabulary {config.vocab_size:,}, {str(dtype)[6:]}, {device}"
+    )
     return Stand(shape, about, model.eval(), net, words(config.vocab_size))
 
 
@@ -133,7 +141,9 @@ def theirs(config):
     raw = asdict(config)
     rope = raw.pop("rope")
     scaling = rope["scaling"] and {"rope_type": "llama3", **rope["scaling"]}
-    return transformers.AutoConfig.for_model(**raw, rope_theta=rope["theta"], rope_scaling=scaling, bos_token_id=None, eos_token_id=None)
+    return transformers.AutoConfig.for_model(
+        **raw, rope_theta=rope["theta"], rope_scaling=scaling, bos_token_id=None, eos_token_id=None
+    )
 
 
 def words(size: int) -> Tokenizer:

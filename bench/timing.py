@@ -70,7 +70,10 @@ def race(stacks: dict[str, Callable], repeats: int = 5, seconds: float = 20.0, d
 
 def gemm_rate(rows: int, inputs: int, outputs: int, device="cpu", dtype=torch.float32, seconds: float = 0.5) -> float:
     """FLOP/s of x [rows, inputs] @ W^T [inputs, outputs]: the best of as many rounds as fit into `seconds`."""
-    x, w = torch.randn(rows, inputs, device=device, dtype=dtype), torch.randn(outputs, inputs, device=device, dtype=dtype)
+    x, w = (
+        torch.randn(rows, inputs, device=device, dtype=dtype),
+        torch.randn(outputs, inputs, device=device, dtype=dtype),
+    )
     times, start = [], time.perf_counter()
     while time.perf_counter() - start < seconds or len(times) < 3:
         times.append(clock(lambda: torch.nn.functional.linear(x, w), device))

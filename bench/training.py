@@ -74,7 +74,9 @@ def step(stand: Stand, runs: int = 15, n: int = 4, tokens: int = 26, seconds: fl
     """One step of `runs` runs on `n` rows of `tokens` tokens each, single-token answers; a run's share of it against a peer's step."""
     rows = [set_rows(stand, n, number, (tokens,)) for number in range(5)]
     ceiling = gemm_ceiling(stand.config, runs * n * tokens, stand.device, stand.model.lm_head.weight.dtype)
-    result = Result("step", f"{stand.about}; {runs} runs × {n} rows × {tokens} tokens; GEMM {ceiling / 1e9:.0f} GFLOP/s", [])
+    result = Result(
+        "step", f"{stand.about}; {runs} runs × {n} rows × {tokens} tokens; GEMM {ceiling / 1e9:.0f} GFLOP/s", []
+    )
     for method, (phase, _) in PHASES.items():
         mine = [part(rows[r % 5], method)[0] for r in range(runs)]
         result.remarks.append(check_step(stand, mine[0], method))
@@ -119,8 +121,14 @@ class Size:
     def said(self, whole: "Size") -> str:
         if self == whole:
             return "whole"
-        counts = ((3 * self.runs, 3 * whole.runs, "runs"), (self.steps, whole.steps, "steps"), (self.rows, whole.rows, "rows"))
-        return "extrapolated from " + ", ".join(f"{here} of {there} {what}" for here, there, what in counts if here != there)
+        counts = (
+            (3 * self.runs, 3 * whole.runs, "runs"),
+            (self.steps, whole.steps, "steps"),
+            (self.rows, whole.rows, "rows"),
+        )
+        return "extrapolated from " + ", ".join(
+            f"{here} of {there} {what}" for here, there, what in counts if here != there
+        )
 
 
 RATES = (1e-4, 3e-4, 1e-3)
@@ -138,7 +146,11 @@ def our_cell(stand: Stand, size: Size, prompts: list[list[int]], tokens: int = 1
     """Seconds a stage, and top-1 probabilities [methods, R, Q] (none when answers have many `tokens`: only trained then)."""
     sets: list[SetRows] = []
     settings = Settings(epochs=-(-size.steps // max(1, size.n // 4)), patience=NEVER)
-    seconds = {"collect": clock(lambda: sets.extend(set_rows(stand, size.n, i, tokens=tokens) for i in range(size.sets)), stand.device)}
+    seconds = {
+        "collect": clock(
+            lambda: sets.extend(set_rows(stand, size.n, i, tokens=tokens) for i in range(size.sets)), stand.device
+        )
+    }
     fits: dict[str, Fit] = {}
     job = Job(stand.model, stand.adapter, sets, RATES[: size.rates], settings=settings, first=fits.__getitem__)
 
@@ -171,7 +183,9 @@ def peer_cell(peer: Peer, size: Size, prompts: list[list[int]]) -> tuple[dict[st
             episode = draw_episode(pool, size.n, i)
             truth = [truth_row(example, stand.tokenizer, True) for example in episode.train + episode.dev]
             shown = zip(episode.demonstrations, episode.train + episode.dev)
-            full = [stand.tokenizer.encode(with_demonstrations(demonstrations, e.prompt)) for demonstrations, e in shown]
+            full = [
+                stand.tokenizer.encode(with_demonstrations(demonstrations, e.prompt)) for demonstrations, e in shown
+            ]
             taught = peer.collect([r.prompt for r in truth], full, 1)
             sets.append(SetRows(truth[: size.n], truth[size.n :], taught[: size.n], taught[size.n :]))
 
@@ -195,8 +209,12 @@ def peer_cell(peer: Peer, size: Size, prompts: list[list[int]]) -> tuple[dict[st
             seconds["train"] += clock(train, stand.device)
             with peer.merged():
                 score = partial(peer.score, prompts, labels)
-                seconds["evaluate"] += clock(lambda at=(method, run), score=score: tops.update({at: score()[0]}), stand.device)
-    return seconds, torch.stack([torch.stack([tops[m, r] for r in range(size.runs)]) for m in ("sft", "ia2", "ia2-sft")])
+                seconds["evaluate"] += clock(
+                    lambda at=(method, run), score=score: tops.update({at: score()[0]}), stand.device
+                )
+    return seconds, torch.stack(
+        [torch.stack([tops[m, r] for r in range(size.runs)]) for m in ("sft", "ia2", "ia2-sft")]
+    )
 
 
 def check_cell(stand: Stand) -> str:
@@ -216,7 +234,10 @@ def cell(stand: Stand, whole: Size = Size(), parts: dict[str, Size] | None = Non
     about = f"{stand.about}; {whole.sets} sets × {whole.rates} rates × (sft, ia2, ia2-sft), N = {whole.n}, prompt lengths of SST2, "
     about += f"{whole.steps} steps a run with a look after each, {whole.rows} evaluation rows"
     result = Result("cell", about, [], remarks=[check_cell(stand)])
-    peers, prompts = {name: kind(stand) for name, kind in PEERS.items()}, stand.prompts(whole.rows, SST2_LENGTHS, seed=99)
+    peers, prompts = (
+        {name: kind(stand) for name, kind in PEERS.items()},
+        stand.prompts(whole.rows, SST2_LENGTHS, seed=99),
+    )
     some = {name: sample(prompts, size.rows, name) for name, size in parts.items()}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in parts}
     for _ in range(repeats):
@@ -246,4 +267,12 @@ def portions(shape: str, device: str) -> tuple[Size, dict[str, Size], int]:
     if shape == "tiny":
         return whole, {"(b)": replace(whole, sets=2, rates=1), "(a)": replace(whole, sets=1, rates=1)}, 2
     short = replace(whole, steps=2, rows=40)
-    return whole, {"us": short, "(b)": replace(short, sets=1, rates=1, steps=3, rows=128), "(a)": replace(short, sets=1, rates=1)}, 2
+    return (
+        whole,
+        {
+            "us": short,
+            "(b)": replace(short, sets=1, rates=1, steps=3, rows=128),
+            "(a)": replace(short, sets=1, rates=1),
+        },
+        2,
+    )

@@ -45,7 +45,9 @@ class Adapter:
 class LoRA(Adapter):
     """W x + (alpha / rank) B A x, A [rank, in] random and B [out, rank] zero at the start (Hu et al. 2021; initialised as in peft)."""
 
-    def __init__(self, model: nn.Module, targets=TARGETS, layers: list[int] | None = None, rank: int = 8, alpha: float = 8.0):
+    def __init__(
+        self, model: nn.Module, targets=TARGETS, layers: list[int] | None = None, rank: int = 8, alpha: float = 8.0
+    ):
         if rank < 1:
             raise UsageError(f"rank {rank}: LoRA needs a rank of at least 1")
         self.targets, self.layers, self.rank, self.alpha = tuple(targets), layers, rank, alpha
@@ -225,7 +227,9 @@ def find_linears(model: nn.Module, targets, layers: list[int] | None) -> dict[st
                 found[name] = module
     for target in targets:
         if not any(name.endswith(f".{target}") for name in found):
-            raise UsageError(f"adapter target {target!r} matches no matrix of this model; targets: {', '.join(EVERY_MATRIX)}")
+            raise UsageError(
+                f"adapter target {target!r} matches no matrix of this model; targets: {', '.join(EVERY_MATRIX)}"
+            )
     return found
 
 

@@ -29,7 +29,10 @@ RATES = {  # protocol section 4 for LoRA and (IA)3; ours for the others
     "prefix": (1e-3, 1e-2, 1e-1),
     "full": (1e-5, 3e-5, 1e-4),
 }
-TINY_RATES = RATES | {"lora": (1e-3, 3e-3, 1e-2), "full": (1e-4, 3e-4, 1e-3)}  # the embedded model is small: ten times the rates
+TINY_RATES = RATES | {
+    "lora": (1e-3, 3e-3, 1e-2),
+    "full": (1e-4, 3e-4, 1e-3),
+}  # the embedded model is small: ten times the rates
 BETAS = {"qwen3": (0.1, 0.5, 0.7, 0.9), "llama": (0.001, 0.01, 0.05, 0.5)}
 
 
@@ -61,7 +64,9 @@ class Options:
 
     @property
     def settings(self) -> Settings:
-        return Settings(self.batch_size, self.epochs, self.patience, list(self.layers) or None, keep_last=self.paper_compat)
+        return Settings(
+            self.batch_size, self.epochs, self.patience, list(self.layers) or None, keep_last=self.paper_compat
+        )
 
 
 @dataclass
@@ -108,12 +113,18 @@ class Cell:
         self.lab, self.task, self.n, self.evals = lab, task, n, evals
         self.name, self.single, o = f"{task.name}-n{n}", bool(task.labels), lab.options
         queries = max(len(e.rows) for e in evals.values()) if o.icl_demos == "pool" or o.paper_compat else 0
-        self.episodes = [draw_episode(pool.rows, n, number, o.seed, queries, o.paper_compat) for number in range(o.sets)]
+        self.episodes = [
+            draw_episode(pool.rows, n, number, o.seed, queries, o.paper_compat) for number in range(o.sets)
+        ]
         if self.single:
             for name, examples in evals.items():
-                lab.tokenizer.label_ids(examples.rows[0].prompt, find(name, task).labels)  # merging labels: found before any work
+                lab.tokenizer.label_ids(
+                    examples.rows[0].prompt, find(name, task).labels
+                )  # merging labels: found before any work
         elif not lab.tokenizer.eos_ids:
-            raise UsageError(f"{task.name}: its answers end with EOS, but the checkpoint's config.json names no eos_token_id; add it there")
+            raise UsageError(
+                f"{task.name}: its answers end with EOS, but the checkpoint's config.json names no eos_token_id; add it there"
+            )
         self.adapter, depth = make_adapter(lab.model, o), lab.model.config.num_hidden_layers
         if bad := [layer for layer in o.layers if not 0 <= layer < depth]:
             raise UsageError(f"--layers {bad[0]}: this model has layers 0 to {depth - 1}")
@@ -129,7 +140,17 @@ class Cell:
         with lab.stage("collect", f"{self.name}: collecting", rows) as bar:
             sets = [self.collect(episode, bar.update) for episode in self.episodes]
         return Job(
-            lab.model, self.adapter, sets, self.rates, self.betas, o.seed, o.labels, o.settings, lab.side_by_side, self.training, self.fit
+            lab.model,
+            self.adapter,
+            sets,
+            self.rates,
+            self.betas,
+            o.seed,
+            o.labels,
+            o.settings,
+            lab.side_by_side,
+            self.training,
+            self.fit,
         )
 
     def collect(self, episode: Episode, watch: Callable[[int], None]) -> SetRows:
@@ -139,7 +160,17 @@ class Cell:
         soft_k = o.soft_k if "soft" in o.methods else None
         truth = [truth_row(example, lab.tokenizer, self.single) for example in episode.train + episode.dev]
         stop = None if o.paper_compat else STOP
-        taught = teach(lab.model, lab.tokenizer, episode, self.task.max_tokens, soft_k, list(o.layers) or None, stop, lab.budget, watch)
+        taught = teach(
+            lab.model,
+            lab.tokenizer,
+            episode,
+            self.task.max_tokens,
+            soft_k,
+            list(o.layers) or None,
+            stop,
+            lab.budget,
+            watch,
+        )
         return SetRows(truth[:n], truth[n:], taught[:n], taught[n:])
 
     def grid(self, method: str) -> list[tuple[int, float, float | None]]:
@@ -192,7 +223,9 @@ class Cell:
                         responses, correct = self.generated(name, model, prompts[:count], bar, f"icl-{number}")
                         part = {"correct": correct}
                         alike.append([Row(p, self.ended(r)) for p, r in zip(plain, responses)])
-                        observe(model, alike[-1], prompts[: len(plain)], single=False, device=lab.device, budget=lab.budget)
+                        observe(
+                            model, alike[-1], prompts[: len(plain)], single=False, device=lab.device, budget=lab.budget
+                        )
                     parts.append(part | {"asim": itself})
             self.references[name] = parts, torch.cat(alike, 1) if self.single else alike
         return self.references[name]
@@ -210,7 +243,9 @@ class Cell:
             thetas = [None] if fit is None else fit.theta.split(len(fit.theta) if self.single else 1)
             parts, runs = [], 1 if fit is None else len(fit.theta)
             with lab.stage("evaluate", f"{self.name}: {method} on {name}", runs * len(prompts)) as bar:
-                for r, theta in enumerate(thetas):  # long answers: a run at a time, whose rows fill a batch and leave when finished
+                for r, theta in enumerate(
+                    thetas
+                ):  # long answers: a run at a time, whose rows fill a batch and leave when finished
                     with nullcontext(model) if theta is None else adapted(model, self.adapter, theta) as student:
                         if self.single:
                             parts.append(self.labelled(name, student, prompts, bar, runs, like=alike))
@@ -222,7 +257,9 @@ class Cell:
 
         return lab.folder.once(f"{self.name}/{method}-on-{name}", evaluate)
 
-    def labelled(self, name: str, model: Callable, prompts: list[list[int]], bar, runs: int = 1, **taps) -> dict[str, Tensor]:
+    def labelled(
+        self, name: str, model: Callable, prompts: list[list[int]], bar, runs: int = 1, **taps
+    ) -> dict[str, Tensor]:
         """`label_scores` of `model` on evaluation `name`, and which rows are right; `taps`: its `keep` or `like`."""
         lab, examples, labels = self.lab, self.evals[name].rows, find(name, self.task).labels
         label_ids = lab.tokenizer.label_ids(examples[0].prompt, labels)
@@ -231,11 +268,17 @@ class Cell:
         def watch(queries: int) -> None:
             bar.update(queries * runs)
 
-        scores = vars(label_scores(model, prompts, label_ids, runs, among, device=lab.device, budget=lab.budget, watch=watch, **taps))
+        scores = vars(
+            label_scores(
+                model, prompts, label_ids, runs, among, device=lab.device, budget=lab.budget, watch=watch, **taps
+            )
+        )
         correct = scores["top"] == torch.tensor([label_ids[e.label] for e in examples[: len(prompts)]])
         return {key: value for key, value in scores.items() if value is not None} | {"correct": correct}
 
-    def generated(self, name: str, model: Callable, prompts: list[list[int]], bar, tag: str) -> tuple[list[list[int]], Tensor]:
+    def generated(
+        self, name: str, model: Callable, prompts: list[list[int]], bar, tag: str
+    ) -> tuple[list[list[int]], Tensor]:
         """Greedy responses of `model` on evaluation `name`, and which are right, [1, Q]; kept in the folder under `tag`."""
         lab, task, answers = self.lab, find(name, self.task), [e.answer for e in self.evals[name].rows[: len(prompts)]]
 
@@ -276,4 +319,6 @@ def find(name: str, task: Task) -> Task:
 
 def parsed_correct(parse: Callable, texts: list[str], answers: list[str]) -> Tensor:
     """Whether each generated text parses to the same answer as the true one: [Q] bool."""
-    return torch.tensor([(found := parse(text)) is not None and found == parse(answer) for text, answer in zip(texts, answers)])
+    return torch.tensor(
+        [(found := parse(text)) is not None and found == parse(answer) for text, answer in zip(texts, answers)]
+    )

@@ -26,7 +26,9 @@ class Commands(click.Group):
         except click.ClickException as error:
             mistake(error.format_message())
         except click.Abort:
-            click.echo("\nia2mini: interrupted; what was finished is kept, and the same command goes on from there", err=True)
+            click.echo(
+                "\nia2mini: interrupted; what was finished is kept, and the same command goes on from there", err=True
+            )
             sys.exit(130)
         except OSError as error:
             if error.errno is None:
@@ -35,7 +37,9 @@ class Commands(click.Group):
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not be loaded yet
                 raise
-            mistake("the device has too little memory for this; use a smaller --model, --dtype bfloat16 or another --device")
+            mistake(
+                "the device has too little memory for this; use a smaller --model, --dtype bfloat16 or another --device"
+            )
 
 
 def mistake(text: str) -> None:
@@ -106,10 +110,16 @@ def model_options(command):
     for option in (
         click.option("--revision", help="branch, tag or commit on the hub"),
         click.option(
-            "--dtype", type=click.Choice(["float32", "bfloat16"]), help="of frozen weights  [default: float32, on a GPU bfloat16]"
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16"]),
+            help="of frozen weights  [default: float32, on a GPU bfloat16]",
         ),
         click.option("--device", help="cpu, cuda, cuda:1 …  [default: a GPU if there is one]"),
-        click.option("--model", default="tiny", help="folder, hub id, or short name: tiny (embedded), qwen3-4b-base, llama-3.2-1b …"),
+        click.option(
+            "--model",
+            default="tiny",
+            help="folder, hub id, or short name: tiny (embedded), qwen3-4b-base, llama-3.2-1b …",
+        ),
     ):
         command = option(command)
     return command
@@ -126,7 +136,9 @@ def load_model(model: str, device: str | None, dtype: str | None, revision: str 
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device}: not usable here ({str(error).splitlines()[0]}); use --device cpu") from None
+        raise UsageError(
+            f"--device {device}: not usable here ({str(error).splitlines()[0]}); use --device cpu"
+        ) from None
     folder = locate(model, revision)
     network, tokenizer = load(folder, getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16")), device)
     local = folder == TINY or Path(model).is_dir()
@@ -138,38 +150,103 @@ def load_model(model: str, device: str | None, dtype: str | None, revision: str 
 @click.argument("tasks", nargs=-1, metavar="[TASK]...")
 @model_options
 @click.option("--n", "sizes", type=INTS, default="4", help="training rows of a set; several: 2,4,8")
-@click.option("--methods", type=WORDS, default="base,icl,sft,ia2,ia2-sft", help="also sft-ia2, ia2+sft, soft, sft-sft (a control)")
-@click.option("--sets", default=5, type=click.IntRange(1), help="few-shot sets, each drawn from the pool with its own seed")
-@click.option("--rates", type=FLOATS, default="", show_default=False, help="learning rates  [default: the paper's three for the adapter]")
-@click.option("--betas", type=FLOATS, default="", show_default=False, help="shares of cross-entropy in ia2+sft  [default: four]")
+@click.option(
+    "--methods", type=WORDS, default="base,icl,sft,ia2,ia2-sft", help="also sft-ia2, ia2+sft, soft, sft-sft (a control)"
+)
+@click.option(
+    "--sets", default=5, type=click.IntRange(1), help="few-shot sets, each drawn from the pool with its own seed"
+)
+@click.option(
+    "--rates",
+    type=FLOATS,
+    default="",
+    show_default=False,
+    help="learning rates  [default: the paper's three for the adapter]",
+)
+@click.option(
+    "--betas", type=FLOATS, default="", show_default=False, help="shares of cross-entropy in ia2+sft  [default: four]"
+)
 @click.option("--adapter", type=click.Choice(["lora", "ia3", "prompt", "prefix", "full"]), default="lora")
 @click.option("--rank", default=8, help="of LoRA")
 @click.option("--alpha", default=8.0, help="of LoRA")
-@click.option("--targets", type=WORDS, default="", show_default=False, help="matrices to adapt  [default: q_proj,k_proj,o_proj]")
+@click.option(
+    "--targets", type=WORDS, default="", show_default=False, help="matrices to adapt  [default: q_proj,k_proj,o_proj]"
+)
 @click.option("--virtual-tokens", default=20, type=click.IntRange(1), help="of prompt and prefix tuning")
-@click.option("--layers", type=INTS, default="", show_default=False, help="layers whose attention outputs are aligned  [default: all]")
-@click.option("--labels", type=click.Choice(["truth", "icl"]), default="truth", help="what SFT trains on: true answers or ICL responses")
+@click.option(
+    "--layers",
+    type=INTS,
+    default="",
+    show_default=False,
+    help="layers whose attention outputs are aligned  [default: all]",
+)
+@click.option(
+    "--labels",
+    type=click.Choice(["truth", "icl"]),
+    default="truth",
+    help="what SFT trains on: true answers or ICL responses",
+)
 @click.option("--soft-k", default=1024, type=click.IntRange(1), help="likeliest tokens that soft labels keep")
-@click.option("--icl-demos", type=click.Choice(["set", "pool"]), default="set", help="the set's N rows, or N - 1 other rows for each query")
-@click.option("--select", type=click.Choice(["dev", "eval"]), default="dev", help="rate by dev loss, or by evaluation rows as in the paper")
-@click.option("--paper-compat", is_flag=True, help="the released scripts' choices where they differ from ours (docs/reference.md)")
+@click.option(
+    "--icl-demos",
+    type=click.Choice(["set", "pool"]),
+    default="set",
+    help="the set's N rows, or N - 1 other rows for each query",
+)
+@click.option(
+    "--select",
+    type=click.Choice(["dev", "eval"]),
+    default="dev",
+    help="rate by dev loss, or by evaluation rows as in the paper",
+)
+@click.option(
+    "--paper-compat", is_flag=True, help="the released scripts' choices where they differ from ours (docs/reference.md)"
+)
 @click.option("--batch-size", default=4, type=click.IntRange(1), help="training rows of a run in one step")
 @click.option("--epochs", default=50, type=click.IntRange(1), help="at most")
-@click.option("--patience", default=5, type=click.IntRange(1), help="looks at the dev loss without improvement before a run stops")
+@click.option(
+    "--patience", default=5, type=click.IntRange(1), help="looks at the dev loss without improvement before a run stops"
+)
 @click.option("--seed", default=0, help="of every draw; 0 takes the sets of the paper's scripts")
-@click.option("--eval-rows", type=click.IntRange(1), help=f"evaluation rows at most  [default: 500; the demo {DEMO_ROWS}]")
-@click.option("--side-by-side", type=click.IntRange(1), help="runs trained at once  [default: all]; fewer need less memory")
-@click.option("--compile/--no-compile", "compiling", default=None, help="torch.compile, and on a GPU CUDA graphs  [default: on a GPU]")
-@click.option("--checkpointing", is_flag=True, help="keep less for the backward pass and compute it again: for long answers")
-@click.option("--data-dir", type=click.Path(path_type=Path), help="local sets in hub columns, as DIR/sst2/train.jsonl  [default: hub]")
-@click.option("--data", type=click.Path(path_type=Path), help="your own rows: JSONL, CSV, TSV or Parquet (instead of TASK)")
+@click.option(
+    "--eval-rows", type=click.IntRange(1), help=f"evaluation rows at most  [default: 500; the demo {DEMO_ROWS}]"
+)
+@click.option(
+    "--side-by-side", type=click.IntRange(1), help="runs trained at once  [default: all]; fewer need less memory"
+)
+@click.option(
+    "--compile/--no-compile",
+    "compiling",
+    default=None,
+    help="torch.compile, and on a GPU CUDA graphs  [default: on a GPU]",
+)
+@click.option(
+    "--checkpointing", is_flag=True, help="keep less for the backward pass and compute it again: for long answers"
+)
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    help="local sets in hub columns, as DIR/sst2/train.jsonl  [default: hub]",
+)
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="your own rows: JSONL, CSV, TSV or Parquet (instead of TASK)"
+)
 @click.option("--prompt-column", default="text", help="of --data")
 @click.option("--answer-column", default="label", help="of --data")
 @click.option("--template", help="prompt of --data, columns in braces  [default: 'Text:{text}\\nLabel:']")
-@click.option("--eval-data", type=click.Path(path_type=Path), help="evaluation rows for --data  [default: a held-out part]")
-@click.option("--out", type=click.Path(path_type=Path), default="runs", help="folder of results; the same command goes on where it was")
+@click.option(
+    "--eval-data", type=click.Path(path_type=Path), help="evaluation rows for --data  [default: a held-out part]"
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default="runs",
+    help="folder of results; the same command goes on where it was",
+)
 @click.option("--json", "as_json", is_flag=True, help="one JSON document on the last line of stdout")
-def run(tasks, model, device, dtype, revision, sizes, compiling, checkpointing, data, data_dir, out, as_json, **settings):
+def run(
+    tasks, model, device, dtype, revision, sizes, compiling, checkpointing, data, data_dir, out, as_json, **settings
+):
     """Train and compare methods on TASKs: a table, figures, and the chosen adapters in PEFT's format.
 
     Without TASK, the demo: the four toy classification tasks. All sets and rates of a method are trained side by side. The table shows the
@@ -235,7 +312,10 @@ def fitting(task, tokenizer, template: str | None):
         task = task.as_text()
     if template is None and any(tokenizer.merges(e.prompt, e.answer) for e in load_examples(task, "train").rows):
         task = replace(task, prompt=task.prompt + "\n")
-        click.echo(f"answers would merge with the end of the template in this tokenizer, so it is now {task.prompt!r}", err=True)
+        click.echo(
+            f"answers would merge with the end of the template in this tokenizer, so it is now {task.prompt!r}",
+            err=True,
+        )
     return task
 
 
@@ -270,7 +350,11 @@ def generate(model, device, dtype, revision, prompt, max_tokens, stop):
 @click.argument("name", required=False, metavar="[TASK]")
 @model_options
 @click.option("--n", default=4, type=click.IntRange(2), help="training rows of the set that is shown")
-@click.option("--data-dir", type=click.Path(path_type=Path), help="local sets in hub columns, as DIR/sst2/train.jsonl  [default: hub]")
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    help="local sets in hub columns, as DIR/sst2/train.jsonl  [default: hub]",
+)
 def tasks(name, model, device, dtype, revision, n, data_dir):
     """List the tasks; with TASK, show what the model sees: the prompt of one set with its demonstrations, and token counts."""
     from .tasks import all_tasks, find_task, load_examples
@@ -304,7 +388,12 @@ def tasks(name, model, device, dtype, revision, n, data_dir):
 
 
 @main.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="folder of the checkpoint; rerun, it goes on where it was")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="folder of the checkpoint; rerun, it goes on where it was",
+)
 @click.option("--steps", default=3000, type=click.IntRange(1))
 @click.option("--seed", default=0)
 @click.option("--device", default="cpu")

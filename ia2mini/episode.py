@@ -12,7 +12,10 @@ from .models.common import At, Packed
 from .tasks import Example
 from .tokenizer import Tokenizer
 
-PACKED, WORTH = 512, 0.8  # tokens in a line, and share of the padded ones: its attention is computed whole, mostly in vain
+PACKED, WORTH = (
+    512,
+    0.8,
+)  # tokens in a line, and share of the padded ones: its attention is computed whole, mostly in vain
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,9 @@ def seeded(seed: int, number: int, purpose: str) -> np.random.Generator:
     return np.random.default_rng([seed, number, crc32(purpose.encode())])
 
 
-def draw_episode(pool: list[Example], n: int, number: int, seed: int = 0, pool_demos: int = 0, reuse: bool = False) -> Episode:
+def draw_episode(
+    pool: list[Example], n: int, number: int, seed: int = 0, pool_demos: int = 0, reuse: bool = False
+) -> Episode:
     """Set `number` of size `n`: the pool shuffled with the set's seed, N rows to train, the next ones as dev.
 
     Two choices of the released scripts: with `pool_demos`, that many evaluation rows have each N - 1 demonstrations of their own, drawn
@@ -40,7 +45,9 @@ def draw_episode(pool: list[Example], n: int, number: int, seed: int = 0, pool_d
     if n < 2:
         raise UsageError(f"--n {n}: with fewer than 2 rows no demonstration is left for the teacher; use --n 2 or more")
     if n + dev_size > len(pool):
-        raise UsageError(f"--n {n}: needs {n} training and {dev_size} dev rows, but the pool holds only {len(pool)}; use a smaller --n")
+        raise UsageError(
+            f"--n {n}: needs {n} training and {dev_size} dev rows, but the pool holds only {len(pool)}; use a smaller --n"
+        )
     order = np.arange(len(pool))
     np.random.RandomState(seed * 1000 + number).shuffle(order)  # the released scripts' order when seed is 0
     train, dev = ([pool[i] for i in part] for part in (order[:n], order[n : n + dev_size]))
@@ -52,7 +59,9 @@ def draw_episode(pool: list[Example], n: int, number: int, seed: int = 0, pool_d
     if pool_demos:
         rest, rng = [pool[i] for i in order[n + dev_size :]], seeded(seed, number, "icl from the pool")
         if len(rest) < n - 1:
-            raise UsageError(f"--n {n}: demonstrations from the pool need {n - 1} rows besides the set, but it has only {len(rest)}")
+            raise UsageError(
+                f"--n {n}: demonstrations from the pool need {n - 1} rows besides the set, but it has only {len(rest)}"
+            )
         icl = [[rest[i] for i in rng.choice(len(rest), n - 1, replace=False)] for _ in range(pool_demos)]
     return Episode(train, dev, leave_one_out + for_dev, icl)
 
@@ -108,7 +117,9 @@ class Batch:
 
 def collate(runs: list[list[Row]], device="cpu", pack: bool = False) -> Batch:
     """One batch of R lists of equally many rows. `pack`: no padding between a run's rows, where they are short and it is worth it."""
-    lengths = np.array([[len(row.prompt) + len(row.answer) - 1 for row in run] for run in runs])  # the last answer token predicts nothing
+    lengths = np.array(
+        [[len(row.prompt) + len(row.answer) - 1 for row in run] for run in runs]
+    )  # the last answer token predicts nothing
     (R, B), totals = lengths.shape, lengths.sum(1)
     pack = pack and totals.max() <= min(PACKED, WORTH * B * lengths.max())
     lines = np.arange(R)[:, None].repeat(B, 1) if pack else np.arange(R * B).reshape(R, B)
@@ -116,7 +127,11 @@ def collate(runs: list[list[Row]], device="cpu", pack: bool = False) -> Batch:
     ids = np.zeros((R, totals.max()) if pack else (R * B, lengths.max()), np.int64)
     documents, places = np.full(ids.shape, -1), np.zeros_like(ids)
     most = max(sum(len(row.answer) for row in run) for run in runs)
-    at, targets, weights = np.zeros((2, R, most), np.int64), np.zeros((R, most), np.int64), np.zeros((R, most), np.float32)
+    at, targets, weights = (
+        np.zeros((2, R, most), np.int64),
+        np.zeros((R, most), np.int64),
+        np.zeros((R, most), np.float32),
+    )
     at[0] = lines[:, :1]  # positions of no weight stay within the run
     for r, run in enumerate(runs):
         p = 0

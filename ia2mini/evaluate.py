@@ -48,7 +48,12 @@ def label_scores(
     Q, sets = len(prompts), 1 if like is None else like.shape[1]
     top, confidence = torch.zeros(runs, Q, dtype=torch.int64), torch.zeros(runs, Q)
     labels, columns = torch.zeros(runs, Q, len(label_ids)), torch.tensor(label_ids, device=device)
-    tapped, lengths, kept, similarity = min(Q, keep if like is None else like.shape[2]), [len(p) for p in prompts], [], 0.0
+    tapped, lengths, kept, similarity = (
+        min(Q, keep if like is None else like.shape[2]),
+        [len(p) for p in prompts],
+        [],
+        0.0,
+    )
     groups = by_length(lengths[:tapped], budget // runs)
     order = torch.tensor(sum(groups, []), dtype=torch.int64, device=device)
     groups += [[tapped + i for i in group] for group in by_length(lengths[tapped:], budget // runs)]
@@ -93,7 +98,9 @@ def share_prefix(
 
     `demonstrations`: one list for all queries, or one a query. Prompts that share fewer than `least` tokens stay whole.
     """
-    prompts = tokenizer.encode_all([with_demonstrations(demonstrations[i % len(demonstrations)], q) for i, q in enumerate(queries)])
+    prompts = tokenizer.encode_all(
+        [with_demonstrations(demonstrations[i % len(demonstrations)], q) for i, q in enumerate(queries)]
+    )
     shared = 0
     for tokens in zip(*(p[:-1] for p in prompts)):
         if len(set(tokens)) > 1:

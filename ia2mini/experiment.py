@@ -30,13 +30,23 @@ def run_cell(cell: Cell) -> list[dict]:
             fit, grid = cell.fit(method), cell.grid(method)
         for name in cell.evals:
             scores = cell.score(method, name)
-            about = {"task": cell.task.name, "eval": name, "ood": name != cell.task.name, "model": lab.name, "n": cell.n}
+            about = {
+                "task": cell.task.name,
+                "eval": name,
+                "ood": name != cell.task.name,
+                "model": lab.name,
+                "n": cell.n,
+            }
             about |= {"method": method, "adapter": fit and lab.options.adapter}
             labels = [e.label for e in cell.evals[name].rows]
             for r, (number, rate, beta) in enumerate(grid):
                 one = {key: t[r if len(t) > 1 else 0] for key, t in scores.items()}  # base has one row for all sets
                 record = about | {"set": number, "rate": rate, "beta": beta}
-                record |= {"dev_loss": fit.dev_loss[r].item(), "steps": fit.steps[r].item()} if fit else {"dev_loss": None, "steps": 0}
+                record |= (
+                    {"dev_loss": fit.dev_loss[r].item(), "steps": fit.steps[r].item()}
+                    if fit
+                    else {"dev_loss": None, "steps": 0}
+                )
                 if not cell.single:
                     record["texts"] = f"{cell.name}/generations/{method}-{r if method != 'base' else 0}-on-{name}.json"
                 records.append(record | measure(one, labels, "mass" if lab.options.paper_compat else "width"))
@@ -53,7 +63,14 @@ def save_adapters(cell: Cell, records: list[dict], base: str) -> list[str]:
         for r, (number, *config) in enumerate(cell.grid(method)):
             if tuple(config) == pick:
                 saved.append(f"adapters/{cell.name}-{method}-set{number}")
-                save_adapter(cell.lab.model, cell.adapter, fit.theta[r], cell.lab.folder.path / saved[-1], base, cell.lab.tokenizer)
+                save_adapter(
+                    cell.lab.model,
+                    cell.adapter,
+                    fit.theta[r],
+                    cell.lab.folder.path / saved[-1],
+                    base,
+                    cell.lab.tokenizer,
+                )
     return saved
 
 
@@ -93,7 +110,9 @@ def compare(
     title = f"{about}-{subject.name}-n{'-'.join(map(str, sizes))}"
     folder = RunFolder(out, title, config)
     lab = Lab(subject.model, subject.tokenizer, subject.name, folder, options, bar, side_by_side=side_by_side)
-    cells = [Cell(lab, task, n, pools[task.name], {e: evals[e] for e in task.evals}) for task, n in product(tasks, sizes)]
+    cells = [
+        Cell(lab, task, n, pools[task.name], {e: evals[e] for e in task.evals}) for task, n in product(tasks, sizes)
+    ]
     folder.begin()  # every mistake in tasks, sizes and options has shown by now
     records, adapters = [], []
     while cells:
@@ -101,7 +120,13 @@ def compare(
         found = run_cell(cell)
         adapters += save_adapters(cell, found, subject.base)
         records += found
-    document = {"cells": summarise(records, options.select), **folder.spent, "config": config, "versions": versions(), "adapters": adapters}
+    document = {
+        "cells": summarise(records, options.select),
+        **folder.spent,
+        "config": config,
+        "versions": versions(),
+        "adapters": adapters,
+    }
     return conclude(folder, document | {"runs": records}), folder.path
 
 

@@ -19,7 +19,13 @@ def peft_config(adapter: Adapter, base: str, model: nn.Module) -> dict:
     """adapter_config.json of peft for LoRA, (IA)3, prompt and prefix tuning."""
     config = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True}
     if isinstance(adapter, LoRA):
-        config |= {"peft_type": "LORA", "r": adapter.rank, "lora_alpha": adapter.alpha, "lora_dropout": 0.0, "bias": "none"}
+        config |= {
+            "peft_type": "LORA",
+            "r": adapter.rank,
+            "lora_alpha": adapter.alpha,
+            "lora_dropout": 0.0,
+            "bias": "none",
+        }
         return config | {"target_modules": list(adapter.targets), "layers_to_transform": adapter.layers}
     if isinstance(adapter, IA3):  # peft cannot restrict (IA)3 to layers but takes full module names
         return config | {
@@ -30,7 +36,11 @@ def peft_config(adapter: Adapter, base: str, model: nn.Module) -> dict:
     c = model.config
     config |= {"num_virtual_tokens": adapter.tokens, "num_layers": c.num_hidden_layers, "num_transformer_submodules": 1}
     if isinstance(adapter, Prompt):
-        config |= {"peft_type": "PROMPT_TUNING", "token_dim": c.hidden_size, "num_attention_heads": c.num_attention_heads}
+        config |= {
+            "peft_type": "PROMPT_TUNING",
+            "token_dim": c.hidden_size,
+            "num_attention_heads": c.num_attention_heads,
+        }
         return config
     token_dim = c.num_key_value_heads * c.head_dim
     return config | {"peft_type": "PREFIX_TUNING", "token_dim": token_dim, "num_attention_heads": c.num_key_value_heads}
@@ -42,7 +52,9 @@ def peft_tensors(adapter: Adapter, theta: Tensor) -> dict[str, Tensor]:
     if isinstance(adapter, LoRA):
         return {f"{PEFT_PREFIX}{name[:-2]}.lora_{name[-1]}.weight": w for name, w in weights.items()}
     if isinstance(adapter, IA3):
-        return {f"{PEFT_PREFIX}{name}.ia3_l": w[None] if adapter.scale_inputs else w[:, None] for name, w in weights.items()}
+        return {
+            f"{PEFT_PREFIX}{name}.ia3_l": w[None] if adapter.scale_inputs else w[:, None] for name, w in weights.items()
+        }
     if isinstance(adapter, Prompt):
         return {"prompt_embeddings": weights["embeddings"]}
     layers = weights["prefix"]  # [L, 2, K, tokens, E]; peft: a row a virtual token, its keys and values layer by layer
@@ -62,19 +74,30 @@ def save_adapter(
 
 
 @torch.no_grad()
-def save_merged(model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path, tokenizer: Tokenizer | None = None) -> None:
+def save_merged(
+    model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path, tokenizer: Tokenizer | None = None
+) -> None:
     """Write a checkpoint whose matrices hold the adapter's change, computed in float32; the model in memory stays as it is.
 
     With `tokenizer` the checkpoint is complete: its tokenizer.json and its end-of-sequence ids are written too.
     Raises UsageError for prompt and prefix tuning, which change no matrix.
     """
     if not adapter.linears:
-        raise UsageError(f"a {type(adapter).__name__} adapter stands before the text and cannot be merged into matrices; save it for peft")
-    weights = {name: w[0] for name, w in unpack(theta[None].to(next(model.parameters()).device), adapter.shapes).items()}
+        raise UsageError(
+            f"a {type(adapter).__name__} adapter stands before the text and cannot be merged into matrices; save it for peft"
+        )
+    weights = {
+        name: w[0] for name, w in unpack(theta[None].to(next(model.parameters()).device), adapter.shapes).items()
+    }
     changed: dict[str, Tensor] = {}
     for name, linear in adapter.linears.items():
         changed |= {key: t.to(linear.weight.dtype) for key, t in merged(adapter, name, weights, linear).items()}
-    save(model, folder, *((tokenizer.backend.to_str(), list(tokenizer.eos_ids) or None) if tokenizer else ()), changed=changed)
+    save(
+        model,
+        folder,
+        *((tokenizer.backend.to_str(), list(tokenizer.eos_ids) or None) if tokenizer else ()),
+        changed=changed,
+    )
 
 
 def merged(adapter: Adapter, name: str, weights: dict[str, Tensor], linear: nn.Linear) -> dict[str, Tensor]:

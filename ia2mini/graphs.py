@@ -17,7 +17,9 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.pool = torch.cuda.graph_pool_handle()  # shared: no recording's result is needed when another one is replayed
+        self.pool = (
+            torch.cuda.graph_pool_handle()
+        )  # shared: no recording's result is needed when another one is replayed
 
     def __call__(self, function: Callable) -> tuple[Callable, object]:
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)

@@ -22,7 +22,11 @@ class PairedTest(NamedTuple):
 
 
 def _float64(values) -> np.ndarray:
-    return values.detach().double().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values, dtype=np.float64)
+    return (
+        values.detach().double().cpu().numpy()
+        if isinstance(values, torch.Tensor)
+        else np.asarray(values, dtype=np.float64)
+    )
 
 
 def _mean(values: np.ndarray) -> float:

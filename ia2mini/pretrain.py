@@ -31,7 +31,13 @@ from ia2mini.tasks import world
 CONTEXT = 320  # tokens a row
 SHOTS = (0, 1, 2, 4, 8)  # demonstrations probed
 KINDS = {  # plain, single words, attribute or labels told in a header, class names as labels, copying, sums
-    "plain": 0.58, "word": 0.1, "task": 0.1, "key": 0.05, "class": 0.05, "copy": 0.02, "sums": 0.1
+    "plain": 0.58,
+    "word": 0.1,
+    "task": 0.1,
+    "key": 0.05,
+    "class": 0.05,
+    "copy": 0.02,
+    "sums": 0.1,
 }
 EVEN = {"weather": 0.22, "mood": 0.2, "topic": 0.24, "place": 0.2, "time": 0.14}
 STAGES = (  # until this share of all steps: share of episodes whose texts are bare words, and prior of attributes
@@ -48,8 +54,17 @@ STARTS, STOPS = ("Label:", "Answer:"), ("\n\n", world.EOS)  # an answer stands b
 def initial_model(seed: int) -> Qwen3:
     """The architecture of models/tiny, 0.84 million weights; every matrix drawn from N(0, 0.02²)."""
     torch.manual_seed(seed)
-    shape = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
-    model = Qwen3(Config(vocab_size=len(world.vocabulary()), **shape, tie_word_embeddings=True, max_position_embeddings=512))
+    shape = dict(
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+    )
+    model = Qwen3(
+        Config(vocab_size=len(world.vocabulary()), **shape, tie_word_embeddings=True, max_position_embeddings=512)
+    )
     for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.02)
@@ -66,7 +81,9 @@ def episode(rng: random.Random, notes: float, prior: dict[str, float]) -> str:
     if kind == "sums":  # they share an operation and an answer format
         minus, format = rng.random() < MINUS, pick(rng, FORMATS)
         sums = [world.draw_sum(rng, "pretrain") for _ in range(rng.randint(8, 16))]
-        return "\n\n".join(world.question(text) + world.sum_answer(a, b, minus, format) for text, a, b in sums) + world.EOS
+        return (
+            "\n\n".join(world.question(text) + world.sum_answer(a, b, minus, format) for text, a, b in sums) + world.EOS
+        )
     if kind == "copy":
         return " ".join(rng.choices(world.vocabulary()[14:], k=rng.randint(8, 24)) * 8)
     attribute = pick(rng, prior)
@@ -95,7 +112,9 @@ def episode(rng: random.Random, notes: float, prior: dict[str, float]) -> str:
 def batch(tokenizer: Tokenizer, seed: str, rows: int, *stage) -> Tensor:
     """`rows` documents cut to CONTEXT + 1 tokens, padded with -1: ids [B, T + 1]."""
     rng = random.Random(seed)
-    ids = [torch.tensor(e.ids[: CONTEXT + 1]) for e in tokenizer.encode_batch([episode(rng, *stage) for _ in range(rows)])]
+    ids = [
+        torch.tensor(e.ids[: CONTEXT + 1]) for e in tokenizer.encode_batch([episode(rng, *stage) for _ in range(rows)])
+    ]
     ids.append(torch.empty(CONTEXT + 1, dtype=torch.int64))  # a constant width, whatever was drawn
     return pad_sequence(ids, batch_first=True, padding_value=-1)[:-1]
 
@@ -103,7 +122,9 @@ def batch(tokenizer: Tokenizer, seed: str, rows: int, *stage) -> Tensor:
 def answer_mask(ids: Tensor, starts: list[int], stops: list[int]) -> Tensor:
     """Where the token after ids [B, T] belongs to an answer or ends it: after `Label:` or `Answer:` up to a blank line or EOS."""
     at = torch.arange(ids.shape[1], device=ids.device)
-    start, stop = (torch.where(torch.isin(ids, ids.new_tensor(tokens)), at, -1).cummax(1).values for tokens in (starts, stops))
+    start, stop = (
+        torch.where(torch.isin(ids, ids.new_tensor(tokens)), at, -1).cummax(1).values for tokens in (starts, stops)
+    )
     return start > stop
 
 
@@ -136,7 +157,9 @@ class Muon:
         self.parameters = dict(model.named_parameters())
         self.rates = matrix_rate, rate
         self.first = {k: torch.zeros_like(p) for k, p in self.parameters.items()}
-        self.second = {k: torch.zeros_like(p) for k, p in self.parameters.items() if p.dim() == 1 or ".layers." not in k}
+        self.second = {
+            k: torch.zeros_like(p) for k, p in self.parameters.items() if p.dim() == 1 or ".layers." not in k
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a resumed run needs: weights and moments, by name."""
@@ -156,7 +179,9 @@ class Muon:
 
 
 @torch.no_grad()
-def probe(model: Qwen3, tokenizer: Tokenizer, toys: Sequence[world.Toy] = world.TOY_TASKS, queries: int = 500) -> dict[str, list[float]]:
+def probe(
+    model: Qwen3, tokenizer: Tokenizer, toys: Sequence[world.Toy] = world.TOY_TASKS, queries: int = 500
+) -> dict[str, list[float]]:
     """Share of whole answers that are right, in context, on evaluation rows: task name -> one number for each of SHOTS.
 
     Each query has its own demonstrations from the pool. Answers are teacher-forced, which counts right what greedy decoding gets right.
@@ -167,12 +192,18 @@ def probe(model: Qwen3, tokenizer: Tokenizer, toys: Sequence[world.Toy] = world.
         rng = random.Random(toy.name)
         curves[toy.name] = []
         for shots in SHOTS:
-            prompts = ["".join(f"{p}{a}\n\n" for p, a in rng.sample(pool, shots)) + prompt for prompt, _ in asked[:queries]]
+            prompts = [
+                "".join(f"{p}{a}\n\n" for p, a in rng.sample(pool, shots)) + prompt for prompt, _ in asked[:queries]
+            ]
             prompts = [encoded.ids for encoded in tokenizer.encode_batch(prompts)]
             answers = [tokenizer.encode(answer).ids for _, answer in asked[:queries]]
-            ids = pad_sequence([torch.tensor(p + a) for p, a in zip(prompts, answers, strict=True)], batch_first=True).to(device)
+            ids = pad_sequence(
+                [torch.tensor(p + a) for p, a in zip(prompts, answers, strict=True)], batch_first=True
+            ).to(device)
             best = torch.cat([model(part).argmax(-1) for part in ids.split(50)]).tolist()
-            right = [row[len(p) - 1 : len(p) - 1 + len(a)] == a for row, p, a in zip(best, prompts, answers, strict=True)]
+            right = [
+                row[len(p) - 1 : len(p) - 1 + len(a)] == a for row, p, a in zip(best, prompts, answers, strict=True)
+            ]
             curves[toy.name].append(sum(right) / len(right))
     return curves
 
@@ -182,13 +213,23 @@ def resume(path: Path, optimizer: Muon, settings: dict) -> dict:
     with safe_open(path, "pt") as f:
         record = json.loads(f.metadata()["record"])
         if record["settings"] != settings:
-            raise UsageError(f"{path}: begun with {record['settings']}, not {settings}; use the same settings or another --out")
+            raise UsageError(
+                f"{path}: begun with {record['settings']}, not {settings}; use the same settings or another --out"
+            )
         for name, tensor in optimizer.tensors().items():
             tensor.copy_(f.get_tensor(name))
     return record
 
 
-def pretrain(out: Path, steps: int = 3000, seed: int = 0, rows: int = 20, device: str = "cpu", every: int = 300, queries: int = 40) -> dict:
+def pretrain(
+    out: Path,
+    steps: int = 3000,
+    seed: int = 0,
+    rows: int = 20,
+    device: str = "cpu",
+    every: int = 300,
+    queries: int = 40,
+) -> dict:
     """Train models/tiny from nothing into folder `out` (Hugging Face layout) -> its record: settings, seconds, curve.
 
     `rows` documents a step; every `every` steps the state is saved (a rerun goes on from there) and in-context accuracy is probed on
@@ -203,17 +244,30 @@ def pretrain(out: Path, steps: int = 3000, seed: int = 0, rows: int = 20, device
     new = {"settings": settings, "step": 0, "seconds": 0.0, "curve": []}
     record = resume(state, optimizer, settings) if state.is_file() else new
     toys = [toy for toy in world.TOY_TASKS if len(toy.evals) > 1]
-    halves = ThreadPoolExecutor(2)  # two single-threaded halves of a step: faster than two threads inside every small operation
+    halves = ThreadPoolExecutor(
+        2
+    )  # two single-threaded halves of a step: faster than two threads inside every small operation
     threads, begun, losses = torch.get_num_threads(), time.monotonic() - record["seconds"], []
     torch.set_num_threads(1)
-    for step in (bar := tqdm(range(record["step"], steps), initial=record["step"], total=steps, desc="pretrain", mininterval=5)):
-        ids = batch(tokenizer, f"{seed}/{step}", rows, *next(stage for until, *stage in STAGES if step < until * steps)).to(device)
+    for step in (
+        bar := tqdm(range(record["step"], steps), initial=record["step"], total=steps, desc="pretrain", mininterval=5)
+    ):
+        ids = batch(
+            tokenizer, f"{seed}/{step}", rows, *next(stage for until, *stage in STAGES if step < until * steps)
+        ).to(device)
         grads, answers = zip(*halves.map(partial(gradients, model, starts, stops), ids.chunk(2)), strict=True)
         optimizer.step([(a + b) / 2 for a, b in zip(*grads, strict=True)], step + 1, min(1.0, 2 * (1 - step / steps)))
         losses.append(sum(answers) / 2)
         if (step + 1) % every == 0 or step + 1 == steps:
-            point = {"step": step + 1, "loss": torch.stack(losses).mean().item(), "accuracy": probe(model, tokenizer, toys, queries)}
-            bar.write(f"step {step + 1}: answer loss {point['loss']:.3f}, " + ", ".join(f"{k} {v}" for k, v in point["accuracy"].items()))
+            point = {
+                "step": step + 1,
+                "loss": torch.stack(losses).mean().item(),
+                "accuracy": probe(model, tokenizer, toys, queries),
+            }
+            bar.write(
+                f"step {step + 1}: answer loss {point['loss']:.3f}, "
+                + ", ".join(f"{k} {v}" for k, v in point["accuracy"].items())
+            )
             record |= {"step": step + 1, "seconds": time.monotonic() - begun, "curve": [*record["curve"], point]}
             write(state, partial(save_file, optimizer.tensors(), metadata={"record": json.dumps(record)}))
             losses = []

@@ -24,7 +24,13 @@ UNTRAINED = ("base", "icl")
 LEFT, RIGHT = ("acc", "ece", "asim", "rate"), ("acc", "ece", "rate")
 ARROWS = {"acc": "acc ↑", "ece": "ece ↓", "asim": "asim ↑"}
 CHOICES = {"dev": "rate by lowest dev loss", "eval": "rate by accuracy on the evaluation rows, the paper's choice"}
-TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "→": r"$\rightarrow$"}
+TEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "–": "--",
+    "→": r"$\rightarrow$",
+}
 TEX = str.maketrans(TEX | {"↑": r"$\uparrow$", "↓": r"$\downarrow$"} | {c: "\\" + c for c in "&%$#_{}"})
 
 
@@ -84,7 +90,10 @@ def _entries(cells, metrics: tuple[str, ...]) -> list[list[tuple[str, bool]]]:
     trained = [c for c in cells if c and c["method"] not in UNTRAINED]
     best = {m: pick(known) for m, pick in (("acc", max), ("ece", min)) if (known := _known(trained, f"{m}_mean"))}
     shown = {m: _text({f"{m}_mean": value}, m) for m, value in best.items()}
-    return [[(_text(c, m), c in trained and _text(c, m).split()[0] == shown.get(m)) if c else ("", False) for m in metrics] for c in cells]
+    return [
+        [(_text(c, m), c in trained and _text(c, m).split()[0] == shown.get(m)) if c else ("", False) for m in metrics]
+        for c in cells
+    ]
 
 
 def _sections(document: dict) -> list[tuple]:
@@ -108,7 +117,9 @@ def _sections(document: dict) -> list[tuple]:
 def _legend(document: dict, bold: bool = True) -> list[str]:
     sides = [text for choice, text in CHOICES.items() if choice in {c.get("selected_by") for c in document["cells"]}]
     sides = [f"left half: {sides[0]}", f"right half: {sides[1]}"] if len(sides) == 2 else sides
-    signs = "asim: similarity of attention outputs to ICL's; * out of distribution" + "; bold: best trained method" * bold
+    signs = (
+        "asim: similarity of attention outputs to ICL's; * out of distribution" + "; bold: best trained method" * bold
+    )
     return ["mean (standard deviation) over sets of accuracy in % and expected calibration error", signs, *sides]
 
 
@@ -119,11 +130,16 @@ def _terminal(document: dict, color: bool) -> str:
     out = []
     for title, header, blocks, gain in _sections(document):
         blocks = [(paint(title, "1"), [[(name, False) for name in header]]), *blocks]
-        widths = [max(len(text) for text, _ in column) for column in zip(*(line for _, lines in blocks for line in lines), strict=True)]
+        widths = [
+            max(len(text) for text, _ in column)
+            for column in zip(*(line for _, lines in blocks for line in lines), strict=True)
+        ]
         for heading, lines in blocks:
             out.append(heading)
             for line in lines:
-                padded = [f"{text:{'>' if i else '<'}{w}}" for i, ((text, _), w) in enumerate(zip(line, widths, strict=True))]
+                padded = [
+                    f"{text:{'>' if i else '<'}{w}}" for i, ((text, _), w) in enumerate(zip(line, widths, strict=True))
+                ]
                 left = [paint(text, "1" * bold) for text, (_, bold) in zip(padded, line[: len(LEFT) + 1], strict=False)]
                 right = ["│", paint("  ".join(padded[len(left) :]), "2")] * (len(line) > len(left))
                 out.append("  " + "  ".join(left + right).rstrip())
@@ -134,9 +150,17 @@ def _terminal(document: dict, color: bool) -> str:
 def _markdown(document: dict) -> str:
     escape, out = partial(re.sub, r"([\\`*_|<~\[\]])", r"\\\1"), []
     for title, header, blocks, gain in _sections(document):
-        out += [f"**{escape(title)}**", "", f"| trained → evaluated | {' | '.join(header)} |", "|---|---|" + "---:|" * (len(header) - 1)]
+        out += [
+            f"**{escape(title)}**",
+            "",
+            f"| trained → evaluated | {' | '.join(header)} |",
+            "|---|---|" + "---:|" * (len(header) - 1),
+        ]
         rows = [[(heading, False), *line] for heading, lines in blocks for line in lines]
-        out += ["| " + " | ".join(f"**{escape(text)}**" if bold else escape(text) for text, bold in row) + " |" for row in rows]
+        out += [
+            "| " + " | ".join(f"**{escape(text)}**" if bold else escape(text) for text, bold in row) + " |"
+            for row in rows
+        ]
         out += ["", *[gain, ""] * bool(gain)]
     return "\n".join(out + [escape("  \n".join(_legend(document)))])
 
@@ -151,12 +175,21 @@ def _latex(document: dict) -> str:
         for side in (0, 1)[: 1 + any(other for _, other in rows)]:
             chosen = [CHOICES[row[side]["selected_by"]] for row in rows if row[side] and row[side].get("selected_by")]
             caption = "; ".join(filter(None, [f"{model}, N = {n}", adapter, *chosen[:1], "* out of distribution"]))
-            spans = [rf"\multicolumn{{{len(metrics)}}}{{c}}{{{METHODS.get(m, [m.translate(TEX)])[0]}}}" for m in methods]
+            spans = [
+                rf"\multicolumn{{{len(metrics)}}}{{c}}{{{METHODS.get(m, [m.translate(TEX)])[0]}}}" for m in methods
+            ]
             out += [r"\begin{table}", r"\centering", rf"\caption{{{caption.translate(TEX)}}}"]
-            out += [rf"\begin{{tabular}}{{ll{'r' * len(metrics) * len(methods)}}}", r"\toprule", rf"Source & Eval & {' & '.join(spans)} \\"]
+            out += [
+                rf"\begin{{tabular}}{{ll{'r' * len(metrics) * len(methods)}}}",
+                r"\toprule",
+                rf"Source & Eval & {' & '.join(spans)} \\",
+            ]
             out += [rf" & & {' & '.join(ARROWS[m] for m in metrics * len(methods))} \\", r"\midrule"]
             for (task, evaluation, ood), rows_of in pairs.items():
-                cells = {cell["method"]: cell if cell["method"] in UNTRAINED else (cell, other)[side] for cell, other in rows_of}
+                cells = {
+                    cell["method"]: cell if cell["method"] in UNTRAINED else (cell, other)[side]
+                    for cell, other in rows_of
+                }
                 entries = [entry for line in _entries([cells.get(m) for m in methods], metrics) for entry in line]
                 texts = [rf"\textbf{{{text}}}" if bold else text for text, bold in entries]
                 out.append(" & ".join([task.translate(TEX), evaluation.translate(TEX) + "*" * ood, *texts]) + r" \\")
@@ -178,7 +211,11 @@ def table(document: dict, style: str = "terminal", color: bool = False) -> str:
 
     `style`: terminal (ANSI bold and dim with `color`), markdown, latex or csv (every cell's numbers, unrounded); KeyError on another.
     """
-    return _terminal(document, color) if style == "terminal" else {"markdown": _markdown, "latex": _latex, "csv": _csv}[style](document)
+    return (
+        _terminal(document, color)
+        if style == "terminal"
+        else {"markdown": _markdown, "latex": _latex, "csv": _csv}[style](document)
+    )
 
 
 def seconds_line(document: dict) -> str:
@@ -203,7 +240,9 @@ def _draw_methods(figure, cells: list[dict], methods: dict):
             mine = [c for c in cells if c["method"] == method]
             if means := _known(mine, f"{metric}_mean"):
                 spread = scale * fmean(_known(mine, f"{metric}_std") or [0])
-                bar = axis.bar(style["label"], scale * fmean(means), yerr=spread, error_kw={"lw": 0.8, "capsize": 3}, **style)
+                bar = axis.bar(
+                    style["label"], scale * fmean(means), yerr=spread, error_kw={"lw": 0.8, "capsize": 3}, **style
+                )
                 axis.bar_label(bar, fmt="%.1f" if metric == "acc" else "%.2f", fontsize=8, padding=1)
         axis.set_xticks([])
 
@@ -212,7 +251,9 @@ def _draw_layers(figure, cells: list[dict], methods: dict):
     models = list(dict.fromkeys(c["model"] for c in cells))
     for axis, model in zip(figure.subplots(1, len(models), squeeze=False, sharey=True)[0], models, strict=True):
         for method, style in methods.items():
-            rows = np.array([c["asim_layers"] for c in cells if (c["method"], c["model"]) == (method, model)])  # [cells, L]
+            rows = np.array(
+                [c["asim_layers"] for c in cells if (c["method"], c["model"]) == (method, model)]
+            )  # [cells, L]
             if len(rows):
                 layers, mean, std = range(1, rows.shape[1] + 1), rows.mean(0), rows.std(0)
                 axis.plot(layers, mean, marker="o", ms=3, **style)
@@ -224,7 +265,9 @@ def _draw_layers(figure, cells: list[dict], methods: dict):
 def _draw_scatter(figure, cells: list[dict], methods: dict):
     for axis, metric, scale in _panels(figure, cells):
         for method, style in methods.items():
-            mine = [c for c in cells if c["method"] == method and _known([c], "asim_mean") and _known([c], f"{metric}_mean")]
+            mine = [
+                c for c in cells if c["method"] == method and _known([c], "asim_mean") and _known([c], f"{metric}_mean")
+            ]
             if mine:
                 x, y = [c["asim_mean"] for c in mine], [scale * c[f"{metric}_mean"] for c in mine]
                 faces = ["white" if c["ood"] else style["color"] for c in mine]
@@ -246,10 +289,26 @@ def _draw_reliability(figure, cells: list[dict], methods: dict):
 
 
 FIGURES = {  # name: what draws it, the field it needs, caption
-    "methods": (_draw_methods, "acc_mean", "Means and standard deviations over sets, averaged over evaluations (paper Figure 1)."),
-    "asim_layers": (_draw_layers, "asim_layers", "Similarity to ICL by layer, mean and deviation over evaluations (paper Figure 2)."),
-    "asim_scatter": (_draw_scatter, "asim_mean", "A point an evaluation, hollow out of distribution; large: the mean (paper Figure 3)."),
-    "reliability": (_draw_reliability, "reliability", "Accuracy of rows with equal confidence, all sets and evaluations together."),
+    "methods": (
+        _draw_methods,
+        "acc_mean",
+        "Means and standard deviations over sets, averaged over evaluations (paper Figure 1).",
+    ),
+    "asim_layers": (
+        _draw_layers,
+        "asim_layers",
+        "Similarity to ICL by layer, mean and deviation over evaluations (paper Figure 2).",
+    ),
+    "asim_scatter": (
+        _draw_scatter,
+        "asim_mean",
+        "A point an evaluation, hollow out of distribution; large: the mean (paper Figure 3).",
+    ),
+    "reliability": (
+        _draw_reliability,
+        "reliability",
+        "Accuracy of rows with equal confidence, all sets and evaluations together.",
+    ),
 }
 
 
@@ -260,21 +319,35 @@ def figures(document: dict, folder) -> list[Path]:
         from matplotlib.figure import Figure
     except ImportError:
         return []
-    legend = {"frameon": False, "columnspacing": 1.2, "handlelength": 1.2, "handletextpad": 0.4, "loc": "outside upper center"}
+    legend = {
+        "frameon": False,
+        "columnspacing": 1.2,
+        "handlelength": 1.2,
+        "handletextpad": 0.4,
+        "loc": "outside upper center",
+    }
     shown = {id(c): c for pairs in _groups(document).values() for rows in pairs.values() for c, _ in rows}.values()
     paths = []
     for name, (draw, field, _) in FIGURES.items():
         # the similarity of ICL to itself is 1
-        if not (cells := [c for c in shown if c.get(field) is not None and not (c["method"] == "icl" and "asim" in field)]):
+        if not (
+            cells := [c for c in shown if c.get(field) is not None and not (c["method"] == "icl" and "asim" in field)]
+        ):
             continue
         styles = {c["method"]: METHODS.get(c["method"], (c["method"], "#777777")) for c in cells}
         with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
             figure = Figure(figsize=(7, 3), dpi=160, layout="constrained")
             draw(figure, cells, {method: {"label": label, "color": color} for method, (label, color) in styles.items()})
-            keys = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+            keys = {
+                label: handle
+                for axis in figure.axes
+                for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+            }
             figure.legend(keys.values(), keys.keys(), ncols=len(keys), **legend)
             paths.append(Path(folder) / f"{name}.png")
-            write(paths[-1], lambda part, figure=figure: figure.savefig(part, format="png", metadata={"Software": None}))
+            write(
+                paths[-1], lambda part, figure=figure: figure.savefig(part, format="png", metadata={"Software": None})
+            )
     return paths
 
 
@@ -282,7 +355,10 @@ def html(document: dict, figures: list[Path]) -> str:
     """One self-contained page: the table, the seconds, the figures inlined, then the configuration and versions."""
     text = re.sub(r"\x1b\[(\d)m(.*?)\x1b\[0m", r"<span class=s\1>\2</span>", markup.escape(table(document, color=True)))
     images = {path.stem: base64.b64encode(path.read_bytes()).decode() for path in figures}
-    shown = "".join(f'<p><img alt="{name}" src="data:image/png;base64,{data}"><br>{FIGURES[name][2]}</p>' for name, data in images.items())
+    shown = "".join(
+        f'<p><img alt="{name}" src="data:image/png;base64,{data}"><br>{FIGURES[name][2]}</p>'
+        for name, data in images.items()
+    )
     made = markup.escape(json.dumps({key: document.get(key) for key in ("config", "versions")}, indent=2, default=str))
     style = "body{font:15px sans-serif;margin:2em auto;max-width:60em}.s1{font-weight:bold}.s2{color:#888}img{max-width:100%}"
     return f"""<!doctype html><meta charset="utf-8"><title>ia2mini</title><style>{style}</style>

@@ -44,7 +44,10 @@ class RunFolder:
         return folder
 
     def save_json(self, name: str, content: dict) -> None:
-        write(self.path / name, lambda path: path.write_text(json.dumps(finite(content), indent=1) + "\n", encoding="utf-8"))
+        write(
+            self.path / name,
+            lambda path: path.write_text(json.dumps(finite(content), indent=1) + "\n", encoding="utf-8"),
+        )
 
     def save_text(self, name: str, text: str) -> None:
         write(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))

@@ -62,9 +62,14 @@ def summarise(records: list[dict], select: str = "dev") -> list[dict]:
             for metric in METRICS:
                 values = [record[metric] for record in runs]
                 known = values[0] is not None
-                cell |= {f"{metric}_mean": fmean(values) if known else None, f"{metric}_std": pstdev(values) if known else None}
+                cell |= {
+                    f"{metric}_mean": fmean(values) if known else None,
+                    f"{metric}_std": pstdev(values) if known else None,
+                }
             if runs[0].get("reliability"):
                 cell["reliability"] = np.sum([record["reliability"] for record in runs], 0).tolist()
             layers = [fmean(layer) for layer in zip(*(record["asim_layers"] for record in runs))]
-            cells.append(cell | {"acc": [r["acc"] for r in runs], "ece": [r["ece"] for r in runs], "asim_layers": layers})
+            cells.append(
+                cell | {"acc": [r["acc"] for r in runs], "ece": [r["ece"] for r in runs], "asim_layers": layers}
+            )
     return cells

@@ -34,12 +34,27 @@ def teach(
     rows, rest = [Row(tokenizer.encode(e.prompt), [0]) for e in examples], list(range(len(examples)))
     if max_tokens > 1:
         rest = respond(model, tokenizer, rows, prompts, max_tokens, soft_k, layers, stop, budget, watch)
-    device, watch = next(model.parameters()).device, watch if max_tokens == 1 else None  # generated rows were counted there
-    observe(model, [rows[i] for i in rest], [prompts[i] for i in rest], max_tokens == 1, soft_k, layers, device, budget, watch)
+    device, watch = (
+        next(model.parameters()).device,
+        watch if max_tokens == 1 else None,
+    )  # generated rows were counted there
+    observe(
+        model,
+        [rows[i] for i in rest],
+        [prompts[i] for i in rest],
+        max_tokens == 1,
+        soft_k,
+        layers,
+        device,
+        budget,
+        watch,
+    )
     return rows
 
 
-def respond(model, tokenizer, rows: list[Row], prompts: list[list[int]], max_tokens, soft_k, layers, stop, budget, watch) -> list[int]:
+def respond(
+    model, tokenizer, rows: list[Row], prompts: list[list[int]], max_tokens, soft_k, layers, stop, budget, watch
+) -> list[int]:
     """Fill in the responses of `rows` to their full `prompts`, and the activations and soft targets met on the way, as `teach` is asked.
 
     Returns the indices of rows that still lack these: the stop text began inside a token, so that the response was tokenized again.

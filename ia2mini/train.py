@@ -160,7 +160,10 @@ def fit(
             adam.keep(staying.to(device))
             live_mix = {name: weight[runs.to(device)] for name, weight in mix.items()}
             dev_batch, batch = collate([dev[r] for r in runs.tolist()], device, pack=True), None
-            train_step, look = Replayed(update, device), Replayed(dev_losses, device)  # what was recorded for more runs is done with
+            train_step, look = (
+                Replayed(update, device),
+                Replayed(dev_losses, device),
+            )  # what was recorded for more runs is done with
     return Fit(keeper.theta, keeper.dev_loss, keeper.steps)
 
 
@@ -188,7 +191,9 @@ class Job:
     settings: Settings = Settings()
     side_by_side: int | None = None  # runs trained together; None: all
     progress: Callable = nullcontext  # progress((phase, runs, steps at most)) -> context manager yielding `fit`'s watch
-    first: Callable[[str], Fit] | None = None  # where to get the fit of a method that another begins with; None: train it
+    first: Callable[[str], Fit] | None = (
+        None  # where to get the fit of a method that another begins with; None: train it
+    )
 
     def grid(self, betas: bool = False) -> list[tuple[int, float, float | None]]:
         """(set, rate, β) of each run, in the order of the R axis."""
@@ -223,7 +228,9 @@ class Job:
                     lambda r, epoch, numbers=numbers: self.order(numbers[r], epoch),
                 )
                 try:
-                    parts.append(fit(self.model, self.adapter, *part, self.settings, watch if callable(watch) else None))
+                    parts.append(
+                        fit(self.model, self.adapter, *part, self.settings, watch if callable(watch) else None)
+                    )
                     rest = rest[len(runs) :]
                 except torch.OutOfMemoryError:
                     self.side_by_side = fewer(len(runs))
@@ -246,8 +253,13 @@ class Job:
 def fewer(runs: int) -> int:
     """How many runs to try next where `runs` side by side do not fit into memory. Raises UsageError when one does not."""
     if runs == 1:
-        raise UsageError("not enough memory for a single run; use --checkpointing, a smaller --batch-size or a smaller model") from None
-    warnings.warn(f"out of memory with {runs} runs side by side; going on with {runs // 2} (--side-by-side {runs // 2})", stacklevel=3)
+        raise UsageError(
+            "not enough memory for a single run; use --checkpointing, a smaller --batch-size or a smaller model"
+        ) from None
+    warnings.warn(
+        f"out of memory with {runs} runs side by side; going on with {runs // 2} (--side-by-side {runs // 2})",
+        stacklevel=3,
+    )
     return runs // 2
 
 
@@ -287,4 +299,12 @@ def soft(job: Job) -> Fit:
     return job.train("soft", icl_rows=True, kl=1.0)
 
 
-METHODS = {"sft": sft, "ia2": ia2, "ia2-sft": ia2_sft, "sft-ia2": sft_ia2, "sft-sft": sft_sft, "ia2+sft": ia2_plus_sft, "soft": soft}
+METHODS = {
+    "sft": sft,
+    "ia2": ia2,
+    "ia2-sft": ia2_sft,
+    "sft-ia2": sft_ia2,
+    "sft-sft": sft_sft,
+    "ia2+sft": ia2_plus_sft,
+    "soft": soft,
+}

@@ -31,7 +31,13 @@ SHORT_NAMES = {
     **{f"llama-3.1-{size.lower()}": f"meta-llama/Llama-3.1-{size}" for size in ("8B", "70B")},
     **{f"llama-3.1-{size.lower()}-instruct": f"meta-llama/Llama-3.1-{size}-Instruct" for size in ("8B", "70B")},
 }
-FILES = ["config.json", "generation_config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json"]
+FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+]
 
 
 def load(name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", revision: str | None = None):
@@ -57,7 +63,9 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UsageError(f"{folder}: no config.json there; give a folder in the Hugging Face layout (config.json, *.safetensors)")
+            raise UsageError(
+                f"{folder}: no config.json there; give a folder in the Hugging Face layout (config.json, *.safetensors)"
+            )
         return folder
     hub_id = SHORT_NAMES.get(str(name).lower(), str(name))
     if hub_id.count("/") != 1 or str(name).startswith((".", "/", "~")):
@@ -93,7 +101,9 @@ def hub_errors(repo: str, kind: str, revision: str | None, instead: str) -> Iter
     except errors.RevisionNotFoundError:
         raise UsageError(f"{repo}: the hub has no revision {revision} of it; {instead}") from None
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
-        raise UsageError(f"{repo}: not in the local cache, and the hub is out of reach; check the network, or {instead}") from None
+        raise UsageError(
+            f"{repo}: not in the local cache, and the hub is out of reach; check the network, or {instead}"
+        ) from None
     except Exception as error:  # bad ids and the client's own network errors, whose classes differ between its versions
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise UsageError(f"{repo}: cannot be downloaded ({reason}); check the network, or {instead}") from None
@@ -116,7 +126,9 @@ def read_folder_config(folder: Path):
     path = folder / "config.json"
     raw = read_json(path)
     if raw.get("model_type") not in FAMILIES:
-        raise UsageError(f"{path}: model_type {raw.get('model_type')!r} is not supported (supported: {', '.join(FAMILIES)})")
+        raise UsageError(
+            f"{path}: model_type {raw.get('model_type')!r} is not supported (supported: {', '.join(FAMILIES)})"
+        )
     config_class, family = FAMILIES[raw["model_type"]]
     return read_config(config_class, raw, str(path)), family
 
@@ -132,7 +144,9 @@ def shards(folder: Path) -> dict[str, Path]:
     where = {}
     for file in sorted(folder / name for name in names):
         if not file.is_file():
-            raise UsageError(f"{file}: no such file; the checkpoint needs {'every shard of its index' if index.is_file() else 'it'}")
+            raise UsageError(
+                f"{file}: no such file; the checkpoint needs {'every shard of its index' if index.is_file() else 'it'}"
+            )
         try:
             with safe_open(file, "pt") as f:
                 where.update(dict.fromkeys(f.keys(), file))
@@ -146,16 +160,24 @@ def fill(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.devic
     where = shards(folder)
     wanted = {name: p.shape for name, p in model.named_parameters()}
     tied = model.config.tie_word_embeddings
-    unknown = [n for n in where if n not in wanted and not n.endswith("rotary_emb.inv_freq") and not (tied and n == "lm_head.weight")]
+    unknown = [
+        n
+        for n in where
+        if n not in wanted and not n.endswith("rotary_emb.inv_freq") and not (tied and n == "lm_head.weight")
+    ]
     for problem, names in (("missing", [n for n in wanted if n not in where]), ("unknown", unknown)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UsageError(f"{folder}: {problem} tensor {names[0]}{more}; the files do not fit config.json")
     for name, shape in wanted.items():
-        with safe_open(where[name], "pt", device=str(device)) as f:  # one open a tensor: pages of converted ones are let go
+        with safe_open(
+            where[name], "pt", device=str(device)
+        ) as f:  # one open a tensor: pages of converted ones are let go
             tensor = f.get_tensor(name)
         if tensor.shape != shape:
-            raise UsageError(f"{where[name]}: tensor {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
+            raise UsageError(
+                f"{where[name]}: tensor {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
+            )
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(dtype), requires_grad=False))
     model.tie()
@@ -192,13 +214,17 @@ def write(path: Path, writer) -> None:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
     except OSError as error:
-        raise UsageError(f"{path.parent}: cannot write there ({error.strerror}); choose another folder with --out") from None
+        raise UsageError(
+            f"{path.parent}: cannot write there ({error.strerror}); choose another folder with --out"
+        ) from None
     try:
         writer(Path(temporary))
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{path}: cannot be written ({reason}); free some space or choose another folder with --out") from None
+        raise UsageError(
+            f"{path}: cannot be written ({reason}); free some space or choose another folder with --out"
+        ) from None
     finally:
         Path(temporary).unlink(missing_ok=True)

@@ -77,7 +77,9 @@ class Head(nn.Linear):
     """The map to logits, without a seam."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dim() == 2 and 6 <= len(x) <= 16:  # a batch that decodes: MKL is up to twice as fast so
+        if (
+            x.device.type == "cpu" and x.dim() == 2 and 6 <= len(x) <= 16
+        ):  # a batch that decodes: MKL is up to twice as fast so
             return (self.weight @ x.mT).mT
         return super().forward(x)
 
@@ -95,7 +97,8 @@ class Rope:
         if self.scaling is None:
             return inv
         factor, low, high, context = (
-            self.scaling[k] for k in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            self.scaling[k]
+            for k in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         )
         turns = context * inv / (2 * math.pi)  # full turns within the original context
         smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slowed down by `factor`; 1: left as it is
@@ -198,11 +201,15 @@ class Cache:
         capacity = self.keys[0].shape[2]
         self.filled = capacity if self.static and not fresh else self.filled + tokens
         assert self.filled <= capacity, f"the cache holds {capacity} tokens a row, not {self.filled}"
-        self.mask = None if fresh else (torch.arange(self.filled, device=device) <= self.slots[..., None])[:, None]  # [B, 1, T, S]
+        self.mask = (
+            None if fresh else (torch.arange(self.filled, device=device) <= self.slots[..., None])[:, None]
+        )  # [B, 1, T, S]
         return self.slots
 
     def layer(self, layer: int) -> LayerCache:
-        return LayerCache(self.mask, (self.keys[layer][:, :, : self.filled], self.values[layer][:, :, : self.filled]), self.slots)
+        return LayerCache(
+            self.mask, (self.keys[layer][:, :, : self.filled], self.values[layer][:, :, : self.filled]), self.slots
+        )
 
     def keep(self, rows: Tensor) -> None:
         """Drop every row but these (int64 indices), in this order."""
@@ -257,7 +264,9 @@ def wrap_blocks(model: nn.Module, *wraps: Callable) -> None:
 def compiled(function: Callable, **options) -> Callable:
     """`function` of a block through torch.compile."""
     torch._dynamo.config.recompile_limit = 64  # with and without gradients, adapter, mask, cache and prefix
-    torch._dynamo.config.suppress_errors = not options.get("fullgraph")  # where no compiler works it runs as it is, with a warning
+    torch._dynamo.config.suppress_errors = not options.get(
+        "fullgraph"
+    )  # where no compiler works it runs as it is, with a warning
     return torch.compile(function, dynamic=True, **options)
 
 

@@ -12,7 +12,22 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import At, Cache, Embedding, Head, LayerCache, Linear, Packed, Past, Prefix, RMSNorm, Rope, Taps, attend, rotate
+from .common import (
+    At,
+    Cache,
+    Embedding,
+    Head,
+    LayerCache,
+    Linear,
+    Packed,
+    Past,
+    Prefix,
+    RMSNorm,
+    Rope,
+    Taps,
+    attend,
+    rotate,
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +94,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def attention_output(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None, past: Past | None) -> Tensor:
+    def attention_output(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None, past: Past | None
+    ) -> Tensor:
         """What this block's attention adds to the residual stream x [B, T, D]; the tensor that IA2 aligns."""
         return self.self_attn(self.input_layernorm(x), rope, cache, past)
 
@@ -131,7 +148,9 @@ class Qwen3(nn.Module):
         stop = taps.last(last + 1) if taps is not None else last
         for layer, block in enumerate(self.model.layers):
             past = prefix.past(layer) if prefix is not None else None
-            a = block.attention_output(x, rope, cache.layer(layer) if cache is not None else None, past)  # [B, T, D]: the attention output
+            a = block.attention_output(
+                x, rope, cache.layer(layer) if cache is not None else None, past
+            )  # [B, T, D]: the attention output
             if taps is not None:
                 taps.record(layer, a)
             if logits is False and layer == stop:

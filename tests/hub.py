@@ -33,12 +33,20 @@ class Hub:
 
     def commit(self, kind: str, repo: str, revision: str) -> str:
         """The commit id of a branch: a hash of what it holds."""
-        content = [(name, hashlib.sha256(data).hexdigest()) for name, data in sorted(self.repos[kind, repo][revision].items())]
+        content = [
+            (name, hashlib.sha256(data).hexdigest()) for name, data in sorted(self.repos[kind, repo][revision].items())
+        ]
         return hashlib.sha1(json.dumps([kind, repo, revision, content]).encode()).hexdigest()
 
     def environment(self, cache: Path) -> dict[str, str]:
         """Environment variables that point another process at this hub, with a cache of its own."""
-        return {"HF_ENDPOINT": self.url, "HF_HOME": str(cache), "HF_HUB_CACHE": str(cache / "hub"), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
+        return {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(cache),
+            "HF_HUB_CACHE": str(cache / "hub"),
+            "HF_HUB_OFFLINE": "0",
+            "NO_PROXY": "*",
+        }
 
 
 def connect(monkeypatch, hub: Hub, cache: Path, offline: bool = False) -> None:
@@ -86,7 +94,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path = urlsplit(self.path).path
         asked = {"method": self.command, "path": unquote(path)}
-        self.hub.requests.append({**asked, "range": self.headers.get("Range"), "token": self.headers.get("Authorization")})
+        self.hub.requests.append(
+            {**asked, "range": self.headers.get("Range"), "token": self.headers.get("Authorization")}
+        )
         parts = [unquote(part) for part in path.strip("/").split("/")]
         if parts[0] == "cdn":
             return self.file(*self.large(parts[1]))
@@ -94,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
             kind, repo, rest = parts[1][:-1], "/".join(parts[2:4]), parts[4:]
             return self.api(kind, repo, rest or ["revision", "main"])
         kind = "dataset" if parts[0] == "datasets" else "model"
-        parts = parts[kind == "dataset":]
+        parts = parts[kind == "dataset" :]
         if len(parts) < 5 or parts[2] != "resolve":
             return self.refuse(404, "NotFound")
         return self.resolve(kind, "/".join(parts[:2]), parts[3], "/".join(parts[4:]))
@@ -117,9 +127,15 @@ class Handler(BaseHTTPRequestHandler):
             info = {"id": repo, "sha": self.hub.commit(kind, repo, branch), "gated": repo in self.hub.gated}
             return self.json({**info, "siblings": [{"rfilename": name} for name in files]})
         folders = {"/".join(name.split("/")[:i]) for name in files for i in range(1, name.count("/") + 1)}
-        tree = [{"type": "directory", "path": name, "oid": git_id(name.encode()), "size": 0} for name in sorted(folders)]
+        tree = [
+            {"type": "directory", "path": name, "oid": git_id(name.encode()), "size": 0} for name in sorted(folders)
+        ]
         for name, data in files.items():
-            lfs = {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}} if name.endswith(LARGE) else {}
+            lfs = (
+                {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}}
+                if name.endswith(LARGE)
+                else {}
+            )
             tree.append({"type": "file", "path": name, "oid": git_id(data), "size": len(data), **lfs})
         return self.json(tree)
 
@@ -142,7 +158,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def large(self, key: str) -> tuple[str, bytes, dict]:
         branches = [branch for repo in self.hub.repos.values() for branch in repo.values()]
-        name, data = next((name, data) for files in branches for name, data in files.items() if hashlib.sha256(data).hexdigest() == key)
+        name, data = next(
+            (name, data)
+            for files in branches
+            for name, data in files.items()
+            if hashlib.sha256(data).hexdigest() == key
+        )
         return name, data, {"ETag": f'"{key}"'}
 
     def file(self, name: str, data: bytes, headers: dict[str, str]) -> None:

@@ -63,7 +63,9 @@ def raw_config(family: str, absent: tuple[str, ...] = (), **changes) -> dict:
     return {name: value for name, value in raw.items() if name not in absent}
 
 
-def make_checkpoint(folder: Path, family: str, dtype=torch.float32, shard: str = "1GB", seed: int = 0, **changes) -> Path:
+def make_checkpoint(
+    folder: Path, family: str, dtype=torch.float32, shard: str = "1GB", seed: int = 0, **changes
+) -> Path:
     """A tiny random checkpoint with every weight away from its initial value, saved by transformers; config.json in the hub's spelling."""
     folder.mkdir(parents=True, exist_ok=True)
     raw = raw_config(family, torch_dtype=str(dtype).removeprefix("torch."), **changes)
@@ -88,7 +90,9 @@ def upstream(folder: Path, dtype=torch.float32):
 def upstream_pass(model, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """transformers' logits [B, T, V] and attention outputs [L, B, T, D], the latter caught by forward hooks."""
     caught: list[torch.Tensor] = []
-    handles = [block.self_attn.register_forward_hook(lambda m, i, out: caught.append(out[0])) for block in model.model.layers]
+    handles = [
+        block.self_attn.register_forward_hook(lambda m, i, out: caught.append(out[0])) for block in model.model.layers
+    ]
     try:
         with torch.no_grad():
             logits = model(ids, use_cache=False).logits
@@ -133,15 +137,21 @@ def peft_twin(folder: Path, adapter, theta: torch.Tensor):
     if isinstance(adapter, LoRA):
         config = peft.LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=linears, **c)
     elif isinstance(adapter, IA3):
-        config = peft.IA3Config(target_modules=linears, feedforward_modules=linears if adapter.scale_inputs else [], **c)
+        config = peft.IA3Config(
+            target_modules=linears, feedforward_modules=linears if adapter.scale_inputs else [], **c
+        )
     elif isinstance(adapter, Prompt):
         config = peft.PromptTuningConfig(num_virtual_tokens=adapter.tokens, **c)
     else:
         heads, size = net.config.num_key_value_heads, net.config.head_dim
-        config = peft.PrefixTuningConfig(num_virtual_tokens=adapter.tokens, token_dim=heads * size, num_attention_heads=heads, **c)
+        config = peft.PrefixTuningConfig(
+            num_virtual_tokens=adapter.tokens, token_dim=heads * size, num_attention_heads=heads, **c
+        )
     twin = peft.get_peft_model(net, config)
     with torch.no_grad():
-        for (name, ours), p in zip(unpack(theta[None], adapter.shapes).items(), twin_parameters(twin, adapter), strict=True):
+        for (name, ours), p in zip(
+            unpack(theta[None], adapter.shapes).items(), twin_parameters(twin, adapter), strict=True
+        ):
             p.copy_(ours[0].permute(3, 0, 1, 2, 4).reshape(p.shape) if name == "prefix" else ours[0].reshape(p.shape))
     return twin.eval()
 
@@ -164,7 +174,9 @@ def twin_theta(twin, adapter, gradients: bool = False) -> torch.Tensor:
     row = []
     for (name, shape), p in zip(adapter.shapes.items(), twin_parameters(twin, adapter), strict=True):
         values = p.grad if gradients else p.detach()
-        if name == "prefix":  # peft: a row a virtual token, its keys and values layer by layer; ours [L, 2, K, tokens, E]
+        if (
+            name == "prefix"
+        ):  # peft: a row a virtual token, its keys and values layer by layer; ours [L, 2, K, tokens, E]
             values = values.view(shape[3], *shape[:3], shape[4]).permute(1, 2, 3, 0, 4)
         row.append(values.reshape(-1))
     return torch.cat(row).clone()

@@ -28,7 +28,11 @@ ALL = PEFT | {"full": lambda m: Full(m)}
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
 def tiny(request, tmp_path_factory):
     """(folder, our model) of a tiny random checkpoint; Llama with biases, Qwen3 with a head size of its own."""
-    changes = {"attention_bias": True, "mlp_bias": True} if request.param == "llama" else {"head_dim": 12, "tie_word_embeddings": True}
+    changes = (
+        {"attention_bias": True, "mlp_bias": True}
+        if request.param == "llama"
+        else {"head_dim": 12, "tie_word_embeddings": True}
+    )
     folder = make_checkpoint(tmp_path_factory.mktemp(request.param), request.param, **changes)
     return folder, load(folder)[0]
 
@@ -95,7 +99,9 @@ def test_full_fine_tuning_equals_adam_on_the_weights_themselves(tiny):
     change = unpack(ours.theta.detach(), adapter.shapes)
     assert {f"{name}.weight" for name in change} == set(chosen)
     for name, difference in change.items():
-        torch.testing.assert_close(model.get_submodule(name).weight + difference[0], chosen[f"{name}.weight"], rtol=0, atol=2e-5)
+        torch.testing.assert_close(
+            model.get_submodule(name).weight + difference[0], chosen[f"{name}.weight"], rtol=0, atol=2e-5
+        )
         assert difference.abs().max() > 2e-3
 
 

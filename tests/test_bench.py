@@ -49,7 +49,10 @@ def test_extrapolation_scales_each_stage_by_its_own_count_and_says_so():
     whole, some = training.Size(), training.Size(sets=1, rates=1, steps=10, rows=50)
     scaled = some.times({"collect": 1.0, "train": 1.0, "evaluate": 1.0}, whole, 0.1)
     assert scaled == {"collect": 5.0, "train": 75.0, "evaluate": 150.0}
-    assert some.said(whole) == "extrapolated from 3 of 45 runs, 10 of 50 steps, 50 of 500 rows" and whole.said(whole) == "whole"
+    assert (
+        some.said(whole) == "extrapolated from 3 of 45 runs, 10 of 50 steps, 50 of 500 rows"
+        and whole.said(whole) == "whole"
+    )
 
 
 def test_race_takes_turns_and_reports_median_and_spread():

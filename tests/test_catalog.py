@@ -23,33 +23,63 @@ SHUFFLES = {
 
 WRITTEN_OUT = {  # task -> position among the evaluation rows, prompt, answer, label
     "sst2": (
-        0, "Text:the words , ` frankly , my dear , i do n't give a damn , ' have never been more appropriate . \nLabel:", "0", 0),
+        0,
+        "Text:the words , ` frankly , my dear , i do n't give a damn , ' have never been more appropriate . \nLabel:",
+        "0",
+        0,
+    ),
     "finsen": (
-        0, "Text:Also , it is bringing in `` the right kind of people '' to upgrade its human resources .\nLabel:", "1", 1),
-    "poems": (
-        0, "Text:harsh, featureless, and rude, barrenly perish:\nLabel:", "0", 0),
+        0,
+        "Text:Also , it is bringing in `` the right kind of people '' to upgrade its human resources .\nLabel:",
+        "1",
+        1,
+    ),
+    "poems": (0, "Text:harsh, featureless, and rude, barrenly perish:\nLabel:", "0", 0),
     "agnews": (
-        37, "Text:India and Bangladesh Neglect Their Enclaves (Reuters) Reuters - Nazrul Islam is an Indian\\living in an Indian"
-        " village.\nLabel:", "0", 0),
+        37,
+        "Text:India and Bangladesh Neglect Their Enclaves (Reuters) Reuters - Nazrul Islam is an Indian\\living in an Indian"
+        " village.\nLabel:",
+        "0",
+        0,
+    ),
     "gsm8k": (
-        56, "Question:Grace weighs 125 pounds. Alex weighs 2 pounds less than 4 times what Grace weighs. What are their combined"
+        56,
+        "Question:Grace weighs 125 pounds. Alex weighs 2 pounds less than 4 times what Grace weighs. What are their combined"
         " weights in pounds?\nAnswer:",
-        "Alex weighs 125*4-2 = <<125*4-2=498>>498.\nTheir combined weights are 125+498 = <<125+498=623>>623 pounds.\n#### 623", None),
+        "Alex weighs 125*4-2 = <<125*4-2=498>>498.\nTheir combined weights are 125+498 = <<125+498=623>>623 pounds.\n#### 623",
+        None,
+    ),
     "gsm8ks": (
-        55, "Question:There are 24 girls in the park. If there are 1/2 the number of boys in the park, how many kids are in the"
-        " park?\nAnswer:", "#### 36", None),
+        55,
+        "Question:There are 24 girls in the park. If there are 1/2 the number of boys in the park, how many kids are in the"
+        " park?\nAnswer:",
+        "#### 36",
+        None,
+    ),
     "hmath_algebra": (
-        47, "Question:What is $50\\%$ of $200\\%$ of $10$?\nAnswer:",
-        "Turning words into math, we want the value of $.5\\cdot2\\cdot10$, which is $\\boxed{10}$.", None),
-    "sciqa": (
-        26, "Question:Plants take in carbon dioxide and give off what?\nAnswer:", "\n#### oxygen", None),
+        47,
+        "Question:What is $50\\%$ of $200\\%$ of $10$?\nAnswer:",
+        "Turning words into math, we want the value of $.5\\cdot2\\cdot10$, which is $\\boxed{10}$.",
+        None,
+    ),
+    "sciqa": (26, "Question:Plants take in carbon dioxide and give off what?\nAnswer:", "\n#### oxygen", None),
     "sciq_remap": (
-        31, "Question:Pluto’s orbit is in the kuiper?\nChoices:\n[apple]belt\n[Friday]zone\n[banana]field\n[Saturday]area\n\nAnswer:",
-        "apple", 0),
+        31,
+        "Question:Pluto’s orbit is in the kuiper?\nChoices:\n[apple]belt\n[Friday]zone\n[banana]field\n[Saturday]area\n\nAnswer:",
+        "apple",
+        0,
+    ),
 }
 
-COUNTS = {"sst2": (2000, 500), "finsen": (1116, 500), "poems": (None, 288), "agnews": (2000, 500), "gsm8k": (2000, 500),
-          "gsm8ks": (None, 500), "hmath_algebra": (1744, 500)}
+COUNTS = {
+    "sst2": (2000, 500),
+    "finsen": (1116, 500),
+    "poems": (None, 288),
+    "agnews": (2000, 500),
+    "gsm8k": (2000, 500),
+    "gsm8ks": (None, 500),
+    "hmath_algebra": (1744, 500),
+}
 
 
 def rows_of(path):
@@ -87,7 +117,9 @@ def test_order_of_real_rows(shared_data):
     source = rows_of(shared_data / "financial_phrasebank/train.jsonl")
     kept = [source[i] for i in np.random.default_rng(42).permutation(4000) if source[i]["label"] != 1]
     pool, held = (load_examples(find_task("finsen"), role, shared_data).rows for role in ("train", "eval"))
-    assert [(e.prompt[5:-7], e.answer) for e in pool + held] == [(row["sentence"], {0: "0", 2: "1"}[row["label"]]) for row in kept]
+    assert [(e.prompt[5:-7], e.answer) for e in pool + held] == [
+        (row["sentence"], {0: "0", 2: "1"}[row["label"]]) for row in kept
+    ]
 
     kept = [row for row in rows_of(shared_data / "poem_sentiment/train.jsonl") if row["label"] in (0, 1)]
     found = load_examples(find_task("poems"), "eval", shared_data).rows
@@ -125,27 +157,41 @@ def test_multiple_choice():
         places_in_files = (Row("a:1", row), Row("b:7", dict(reversed(row.items()))))
         example, again = (sciq.example(arrange(sciq, "eval", [place])[0]) for place in places_in_files)
         assert example == again  # wherever the row stands, its choices stand in the same order
-        assert f"[{example.answer}]right\n" in example.prompt and sorted(example.prompt.count(f"]{c}\n") for c in "xyz") == [1, 1, 1]
+        assert f"[{example.answer}]right\n" in example.prompt and sorted(
+            example.prompt.count(f"]{c}\n") for c in "xyz"
+        ) == [1, 1, 1]
         places.append(example.label)
     assert min(np.bincount(places, minlength=4)) > 70
 
-    row = Row("", {"question": "Q?", "choices": {"text": list("abcdefgh"), "label": list("ABCDEFGH")}, "answerKey": "F"})
+    row = Row(
+        "", {"question": "Q?", "choices": {"text": list("abcdefgh"), "label": list("ABCDEFGH")}, "answerKey": "F"}
+    )
     example = qasc.example(arrange(qasc, "eval", [row])[0])
     assert (example.answer, example.label) == ("Sunday", 5)
-    assert example.prompt == ("Question:Q?\nChoices:\n[apple]a\n[Friday]b\n[banana]c\n[Saturday]d\n[Thursday]e\n[Sunday]f\n[Wednesday]g\n"
-                              "[Monday]h\n\nAnswer:")
+    assert example.prompt == (
+        "Question:Q?\nChoices:\n[apple]a\n[Friday]b\n[banana]c\n[Saturday]d\n[Thursday]e\n[Sunday]f\n[Wednesday]g\n"
+        "[Monday]h\n\nAnswer:"
+    )
     for broken in ("no", {"label": []}, {"text": ["a"]}):
         with pytest.raises(UsageError, match="f:3: column 'choices'"):
             arrange(qasc, "eval", [Row("f:3", {**row, "choices": broken})])
 
 
 def test_the_twelve_tasks_and_what_they_are_evaluated_on():
-    assert {task.tag for task in PAPER_TASKS} == set("SST2 FinS PoemS STF AGN BBCN SciQr QASCr GSM8K GSM8Ks HMathA SciQ".split())
+    assert {task.tag for task in PAPER_TASKS} == set(
+        "SST2 FinS PoemS STF AGN BBCN SciQr QASCr GSM8K GSM8Ks HMathA SciQ".split()
+    )
     pairs = {task.name: task.evals for task in PAPER_TASKS if task.train}
     assert pairs == {
-        "sst2": ("sst2", "finsen", "poems"), "finsen": ("finsen", "sst2", "poems"), "strategytf": ("strategytf",),
-        "agnews": ("agnews", "bbcnews"), "sciq_remap": ("sciq_remap", "qasc_remap"), "gsm8k": ("gsm8k", "gsm8ks"),
-        "hmath_algebra": ("hmath_algebra",), "sciqa": ("sciqa",)}
+        "sst2": ("sst2", "finsen", "poems"),
+        "finsen": ("finsen", "sst2", "poems"),
+        "strategytf": ("strategytf",),
+        "agnews": ("agnews", "bbcnews"),
+        "sciq_remap": ("sciq_remap", "qasc_remap"),
+        "gsm8k": ("gsm8k", "gsm8ks"),
+        "hmath_algebra": ("hmath_algebra",),
+        "sciqa": ("sciqa",),
+    }
     for task in all_tasks().values():
         assert all(name in all_tasks() for name in task.evals) and hash(task)
         assert (task.max_tokens == 1) == bool(task.labels) == (task.parse is None)
@@ -157,7 +203,11 @@ def test_embedded_tasks_load():
             found = load_examples(task, "eval", limit=40)
             assert len(found.rows) == 40 and found.origin["source"] == "embedded"
             for example in found.rows:
-                assert example.answer == task.labels[example.label] if task.labels else task.parse(example.answer).isdigit()
+                assert (
+                    example.answer == task.labels[example.label]
+                    if task.labels
+                    else task.parse(example.answer).isdigit()
+                )
     assert len(load_examples(find_task("toy-mood"), "train").rows) == 2000
 
 
@@ -174,8 +224,12 @@ def test_unknown_names_labels_and_roles():
 def test_missing_and_unusable_columns():
     row = Row("f.jsonl:2", {"text": "x", "label": None, "odd": ["list"], "half": "\ud800"})
     assert [Row("", {"a": value}).text("a") for value in (True, 7, 1.5, " A ")] == ["true", "7", "1.5", " A "]
-    for column, problem in {"sentence": "no column 'sentence'; the columns there are 'text', 'label', 'odd', 'half'",
-                            "label": "column 'label' holds nothing", "odd": "not a text", "half": "surrogate"}.items():
+    for column, problem in {
+        "sentence": "no column 'sentence'; the columns there are 'text', 'label', 'odd', 'half'",
+        "label": "column 'label' holds nothing",
+        "odd": "not a text",
+        "half": "surrogate",
+    }.items():
         with pytest.raises(UsageError, match=problem):
             row.text(column)
     with pytest.raises(UsageError, match="f.jsonl:2: the answer is empty"):

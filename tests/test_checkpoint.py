@@ -12,7 +12,16 @@ from hub import TOKEN, connect, serve
 from ia2mini.models import UsageError, load
 from ia2mini.models import checkpoint as module
 from ia2mini.models.checkpoint import SHORT_NAMES, locate, save, write
-from reference import LLAMA3_SCALING, assert_equal, make_checkpoint, our_pass, random_ids, raw_config, upstream, upstream_pass
+from reference import (
+    LLAMA3_SCALING,
+    assert_equal,
+    make_checkpoint,
+    our_pass,
+    random_ids,
+    raw_config,
+    upstream,
+    upstream_pass,
+)
 from safetensors.torch import load_file, save_file
 
 families = pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -38,7 +47,11 @@ REFUSALS = {
     "other rope scaling, old key": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling", "linear"),
     "other rope scaling, transformers 5": ({"rope_parameters": {**YARN, "rope_theta": 1e4}}, "rope_scaling", "yarn"),
     "rope by layer type": ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_scaling"),
-    "incomplete llama3 scaling": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling", "low_freq_factor"),
+    "incomplete llama3 scaling": (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        "rope_scaling",
+        "low_freq_factor",
+    ),
     "partial rotary": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor", "0.5"),
     "sliding window": ({"use_sliding_window": True, "sliding_window": 8}, "sliding"),
     "sliding layers": ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding"),
@@ -66,12 +79,18 @@ def test_fields_that_change_nothing_are_accepted(family, tmp_path):
     folder = make_checkpoint(tmp_path, family)
     ids = random_ids(1, 8)
     before = our_pass(load(folder)[0], ids)
-    change_config(folder, use_sliding_window=False, sliding_window=None, layer_types=["full_attention"] * 3, max_window_layers=3)
-    change_config(folder, rope_scaling={"rope_type": "default"}, attention_dropout=0.0, use_cache=True, pretraining_tp=1)
+    change_config(
+        folder, use_sliding_window=False, sliding_window=None, layer_types=["full_attention"] * 3, max_window_layers=3
+    )
+    change_config(
+        folder, rope_scaling={"rope_type": "default"}, attention_dropout=0.0, use_cache=True, pretraining_tp=1
+    )
     assert_equal(our_pass(load(folder)[0], ids), before, 0.0)
 
 
-@pytest.mark.parametrize("text, mentioned", [("{", "not valid JSON"), ("[]", "config.json"), ('"llama"', "config.json")])
+@pytest.mark.parametrize(
+    "text, mentioned", [("{", "not valid JSON"), ("[]", "config.json"), ('"llama"', "config.json")]
+)
 def test_a_broken_config_is_named(tmp_path, text, mentioned):
     (tmp_path / "config.json").write_text(text)
     refused(lambda: load(tmp_path), "config.json", mentioned)
@@ -178,7 +197,13 @@ print((status("VmHWM") - before) / sum(p.nbytes for p in model.parameters()))
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_peak_memory_of_loading_is_near_the_weights(tmp_path, stored):
-    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
+    sizes = {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+    }
     sizes |= {"vocab_size": 8192, "tie_word_embeddings": True, "num_hidden_layers": 4}  # 200 MB
     small, large = make_checkpoint(tmp_path / "small", "qwen3"), tmp_path / "large"
     large.mkdir()
@@ -197,12 +222,23 @@ def test_short_names_are_hub_ids(monkeypatch):
     monkeypatch.setattr(module, "download", lambda hub_id, revision: asked.append((hub_id, revision)))
     for name in ("qwen3-4b-base", "Llama-3.2-1B", "llama-3.2-3b", "llama-3.2-1b-instruct", "someone/else"):
         locate(name, "r1")
-    ids = ["Qwen/Qwen3-4B-Base", "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B", "meta-llama/Llama-3.2-1B-Instruct", "someone/else"]
+    ids = [
+        "Qwen/Qwen3-4B-Base",
+        "meta-llama/Llama-3.2-1B",
+        "meta-llama/Llama-3.2-3B",
+        "meta-llama/Llama-3.2-1B-Instruct",
+        "someone/else",
+    ]
     assert asked == [(i, "r1") for i in ids]
     assert {"qwen3-0.6b", "qwen3-1.7b-base", "llama-3.2-3b-instruct"} <= set(SHORT_NAMES)
 
 
-NEAR = {"qwen3-4b-bse": "'qwen3-4b-base'", "llama3.2-1b": "'llama-3.2-1b'", "tinny": "'tiny'", "zzzz": "short names: tiny"}
+NEAR = {
+    "qwen3-4b-bse": "'qwen3-4b-base'",
+    "llama3.2-1b": "'llama-3.2-1b'",
+    "tinny": "'tiny'",
+    "zzzz": "short names: tiny",
+}
 NEAR |= dict.fromkeys(["./none/there", "/none/there", "../none", "none/there/at-all"], "not a folder")
 
 
@@ -213,8 +249,14 @@ def test_an_unknown_name_gets_the_nearest(name, hint):
 
 @families
 def test_transformers_loads_what_save_writes(family, tmp_path):
-    extra = {"rope_scaling": LLAMA3_SCALING, "mlp_bias": True} if family == "llama" else {"tie_word_embeddings": True, "head_dim": 16}
-    folder = make_checkpoint(tmp_path / "first", family, rope_theta=123.0, attention_bias=True, rms_norm_eps=0.01, **extra)
+    extra = (
+        {"rope_scaling": LLAMA3_SCALING, "mlp_bias": True}
+        if family == "llama"
+        else {"tie_word_embeddings": True, "head_dim": 16}
+    )
+    folder = make_checkpoint(
+        tmp_path / "first", family, rope_theta=123.0, attention_bias=True, rms_norm_eps=0.01, **extra
+    )
     ids = random_ids(2, 40)
     model, tokenizer = load(folder)
     save(model, tmp_path / "second", (folder / "tokenizer.json").read_text(), eos_token_id=list(tokenizer.eos_ids))
@@ -234,7 +276,9 @@ def test_bfloat16_is_saved_as_such(tmp_path):
     assert not (tmp_path / "second" / "tokenizer.json").exists()
 
 
-@pytest.mark.parametrize("error, raised", [(OSError(28, "No space left on device"), UsageError), (KeyboardInterrupt(), KeyboardInterrupt)])
+@pytest.mark.parametrize(
+    "error, raised", [(OSError(28, "No space left on device"), UsageError), (KeyboardInterrupt(), KeyboardInterrupt)]
+)
 def test_a_failed_write_leaves_what_was_there(tmp_path, error, raised):
     path = tmp_path / "deep" / "config.json"
     write(path, lambda temporary: temporary.write_text("old"))
@@ -267,14 +311,22 @@ except UsageError as error:
 
 def test_saving_to_a_full_disk_leaves_nothing(tmp_path):
     folder = make_checkpoint(tmp_path / "first", "llama")
-    done = subprocess.run([sys.executable, "-c", FULL, folder, tmp_path / "second"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, folder, tmp_path / "second"], capture_output=True, text=True, check=True
+    )
     assert done.stdout.count("\n") == 1 and "model.safetensors: cannot be written" in done.stdout
     assert os.listdir(tmp_path / "second") == []
 
 
 SHARDS = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
 NEEDED = {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json", *SHARDS}
-NOT_NEEDED = ("README.md", "pytorch_model.bin", "consolidated.safetensors", "original/consolidated.00.pth", "original/model.safetensors")
+NOT_NEEDED = (
+    "README.md",
+    "pytorch_model.bin",
+    "consolidated.safetensors",
+    "original/consolidated.00.pth",
+    "original/model.safetensors",
+)
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +343,11 @@ def test_a_hub_id_fetches_only_what_is_needed(hub_model, monkeypatch, tmp_path):
         model, tokenizer = load("some/one")
     ids = torch.tensor([tokenizer.encode("Label:")])
     assert_equal(our_pass(model, ids), our_pass(load(folder)[0], ids), 0.0)
-    asked = {request["path"].split("/resolve/")[1].split("/", 1)[1] for request in hub.requests if "/resolve/" in request["path"]}
+    asked = {
+        request["path"].split("/resolve/")[1].split("/", 1)[1]
+        for request in hub.requests
+        if "/resolve/" in request["path"]
+    }
     assert asked == NEEDED
 
 
@@ -324,7 +380,9 @@ def test_the_cache_serves_without_a_network(hub_model, monkeypatch, tmp_path):
 
 
 def test_a_gated_repository_says_what_to_do(hub_model, monkeypatch, tmp_path):
-    with serve({("model", "meta-llama/Llama-3.2-1B"): {"main": hub_model[1]}}, gated=("meta-llama/Llama-3.2-1B",)) as hub:
+    with serve(
+        {("model", "meta-llama/Llama-3.2-1B"): {"main": hub_model[1]}}, gated=("meta-llama/Llama-3.2-1B",)
+    ) as hub:
         connect(monkeypatch, hub, tmp_path)
         page = "https://huggingface.co/meta-llama/Llama-3.2-1B"
         refused(lambda: load("llama-3.2-1b"), "meta-llama/Llama-3.2-1B is gated", page, "HF_TOKEN")

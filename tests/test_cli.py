@@ -28,7 +28,22 @@ from ia2mini.cli import main
 
 SMALL = "--n 4 --sets 2 --rates 1e-2,3e-2 --epochs 3 --eval-rows 10 --device cpu".split()
 PROGRAM = [sys.executable, "-c", "from ia2mini.cli import main; main(prog_name='ia2mini')"]
-CELL = {"task", "eval", "ood", "model", "n", "method", "adapter", "sets", "selected_by", "rate", "beta", "acc", "ece", "asim_layers"}
+CELL = {
+    "task",
+    "eval",
+    "ood",
+    "model",
+    "n",
+    "method",
+    "adapter",
+    "sets",
+    "selected_by",
+    "rate",
+    "beta",
+    "acc",
+    "ece",
+    "asim_layers",
+}
 CELL |= {f"{metric}_{kind}" for metric in ("acc", "ece", "nll", "brier", "asim") for kind in ("mean", "std")}
 
 
@@ -44,7 +59,9 @@ def ground(tmp_path_factory) -> Path:
     words = ["grand", "dull", "sweet", "stale"]
     rows = [(f"a {words[i % 4]} tale, number {i}", "xy"[i % 2]) for i in range(40)]
     (g / "mine.csv").write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in rows))
-    (g / "mine.jsonl").write_text("".join(json.dumps({"body": text, "kind": ["good", "so so"]["xy".index(y)]}) + "\n" for text, y in rows))
+    (g / "mine.jsonl").write_text(
+        "".join(json.dumps({"body": text, "kind": ["good", "so so"]["xy".index(y)]}) + "\n" for text, y in rows)
+    )
     (g / "other.csv").write_text("text,label\na new tale,z\n")
     (g / "empty.csv").write_text("")
     (g / "header.csv").write_text("text,label\n")
@@ -99,20 +116,35 @@ def test_run_prints_a_table_and_one_json_document(finished):
                 for by in ((None,) if m in ("base", "icl") else ("dev", "eval"))]  # fmt: skip
     assert found == expected
     for cell in document["cells"]:
-        assert (cell["task"], cell["model"], cell["n"], cell["ood"]) == ("toy-mood", "model", 4, cell["eval"] != "toy-mood")
+        assert (cell["task"], cell["model"], cell["n"], cell["ood"]) == (
+            "toy-mood",
+            "model",
+            4,
+            cell["eval"] != "toy-mood",
+        )
         assert cell["sets"] == len(cell["acc"]) == len(cell["ece"]) == 2 and len(cell["asim_layers"]) == 2
         assert (cell["rate"] in (1e-2, 3e-2)) == (cell["adapter"] == "lora") == (cell["method"] not in ("base", "icl"))
     table = "\n".join(before)
-    assert all(word in table for word in ("acc", "ece", "asim", "ia2-sft", "toy-mood-verse*", "N = 4", "2 sets", str(folder)))
+    assert all(
+        word in table for word in ("acc", "ece", "asim", "ia2-sft", "toy-mood-verse*", "N = 4", "2 sets", str(folder))
+    )
     assert json.loads((folder / "results.json").read_text()) == document
 
 
 def test_run_folder_holds_everything_and_nothing_half(finished):
     _, folder = finished
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-    assert {"run.json", "results.json", "seconds.json", "report.html", *(f"table.{s}" for s in ("txt", "md", "tex", "csv"))} <= names
+    assert {
+        "run.json",
+        "results.json",
+        "seconds.json",
+        "report.html",
+        *(f"table.{s}" for s in ("txt", "md", "tex", "csv")),
+    } <= names
     assert {f"toy-mood-n4/fit-{m}.safetensors" for m in ("sft", "ia2", "ia2-sft")} <= names
-    assert {f"adapters/toy-mood-n4-{m}-set{s}/adapter_model.safetensors" for m in ("sft", "ia2", "ia2-sft") for s in (0, 1)} <= names
+    assert {
+        f"adapters/toy-mood-n4-{m}-set{s}/adapter_model.safetensors" for m in ("sft", "ia2", "ia2-sft") for s in (0, 1)
+    } <= names
     assert not [name for name in names if Path(name).name.startswith(".")]
     what = json.loads((folder / "run.json").read_text())
     assert what["pools"]["toy-mood"]["digest"] and what["checkpoint"] and what["rates"] == [1e-2, 3e-2]
@@ -121,7 +153,9 @@ def test_run_folder_holds_everything_and_nothing_half(finished):
 def test_peft_loads_the_saved_adapters_with_equal_logits(ground, finished):
     peft = pytest.importorskip("peft")
     document, folder = json.loads((finished[1] / "results.json").read_text()), finished[1]
-    (cell,) = [c for c in document["cells"] if (c["method"], c["eval"], c["selected_by"]) == ("ia2-sft", "toy-mood", "dev")]
+    (cell,) = [
+        c for c in document["cells"] if (c["method"], c["eval"], c["selected_by"]) == ("ia2-sft", "toy-mood", "dev")
+    ]
     model, ids = load(ground / "model")[0], random_ids(2, 12)
     theta = load_file(folder / "toy-mood-n4/fit-ia2-sft.safetensors")["theta"]
     for number in (0, 1):
@@ -188,12 +222,19 @@ def test_a_real_interrupt_in_another_process(ground, finished, tmp_path):
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and so would theirs
 
     pipes, environment = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}, os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*PROGRAM, *map(str, toy(ground, tmp_path))], text=True, env=environment, preexec_fn=heed, **pipes)
+    process = subprocess.Popen(
+        [*PROGRAM, *map(str, toy(ground, tmp_path))], text=True, env=environment, preexec_fn=heed, **pipes
+    )
     while process.poll() is None and not list(tmp_path.glob("*/run.json")):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130 and stdout == "" and stderr.strip().startswith("ia2mini: interrupted") and "Traceback" not in stderr
+    assert (
+        process.returncode == 130
+        and stdout == ""
+        and stderr.strip().startswith("ia2mini: interrupted")
+        and "Traceback" not in stderr
+    )
     (folder,) = tmp_path.iterdir()
     assert not (folder / "results.json").exists()
     assert invoke(*toy(ground, tmp_path)).exit_code == 0
@@ -207,13 +248,17 @@ def test_own_rows_with_single_token_labels(ground, tmp_path):
     (folder,) = tmp_path.iterdir()
     document = json.loads((folder / "results.json").read_text())
     assert document["config"]["pools"]["mine"]["used"] == document["config"]["evals"]["mine"]["rows"] - 20 == 20
-    assert all(cell["ece_mean"] is not None and cell["sets"] == 2 for cell in document["cells"])  # a method given twice counts once
+    assert all(
+        cell["ece_mean"] is not None and cell["sets"] == 2 for cell in document["cells"]
+    )  # a method given twice counts once
 
 
 def test_own_rows_with_answers_in_words_and_rescoring(ground, tmp_path):
     columns = ["--prompt-column", "body", "--answer-column", "kind", "--template", "{body}\\nKind:"]
     small = "--n 2 --sets 1 --rates 1e-2 --epochs 2 --eval-rows 3 --methods base,sft --device cpu".split()
-    result = invoke("run", "--data", ground / "mine.jsonl", *columns, "--model", ground / "model", "--out", tmp_path, *small)
+    result = invoke(
+        "run", "--data", ground / "mine.jsonl", *columns, "--model", ground / "model", "--out", tmp_path, *small
+    )
     assert result.exit_code == 0 and "mine" in result.stdout, result.output
     (folder,) = tmp_path.iterdir()
     document = json.loads((folder / "results.json").read_text())
@@ -231,7 +276,9 @@ def test_own_rows_with_answers_in_words_and_rescoring(ground, tmp_path):
 
 def test_tasks_and_what_the_model_sees(ground):
     listed = invoke("tasks")
-    assert listed.exit_code == 0 and all(name in listed.stdout for name in ("sst2", "gsm8ks", "toy-mood", "finsen*", "evaluation only"))
+    assert listed.exit_code == 0 and all(
+        name in listed.stdout for name in ("sst2", "gsm8ks", "toy-mood", "finsen*", "evaluation only")
+    )
     shown = invoke("tasks", "toy-mood", "--model", ground / "model", "--n", "2")
     assert shown.exit_code == 0 and shown.stdout.count("demonstration:") == 2 and shown.stdout.count("query:") == 1
     prompt = shown.stdout.split("query:")[1].split("\n", 1)[1].rstrip()
@@ -244,14 +291,18 @@ def test_generate_continues_a_real_model(shared_data):
     folder = shared_data / "checkpoints/stories260k"
     result = invoke("generate", "--model", folder, "--prompt", "Once upon a time, there was a", "--max-tokens", "24")
     assert result.exit_code == 0
-    assert result.stdout == " little girl named Lily. She loved to play outside in the park. One\n"  # as shared/data's page has it
+    assert (
+        result.stdout == " little girl named Lily. She loved to play outside in the park. One\n"
+    )  # as shared/data's page has it
 
 
 @pytest.mark.parametrize("command", [None, *main.commands])
 def test_help_tells_the_defaults(command):
     result = invoke(*([command] if command else []), "--help")
     assert result.exit_code == 0 and result.stdout.startswith("Usage:")
-    options = [p for p in (main.commands[command].params if command else []) if isinstance(p, click.Option) and not p.required]
+    options = [
+        p for p in (main.commands[command].params if command else []) if isinstance(p, click.Option) and not p.required
+    ]
     with_default = [p.name for p in options if isinstance(p.default, (str, int, float)) and p.default and not p.is_flag]
     assert result.stdout.count("[default: ") >= len(with_default), with_default
 
@@ -312,7 +363,9 @@ def test_a_mistake_is_one_line(mistake, ground, tmp_path):
     command, *words = MISTAKES[mistake]
     arguments = command.format(g=ground).split(" ")
     if arguments[0] == "run":
-        arguments += ["--model", ground / "model"] * ("--model" not in arguments) + ["--out", tmp_path] * ("--out" not in arguments)
+        arguments += ["--model", ground / "model"] * ("--model" not in arguments) + ["--out", tmp_path] * (
+            "--out" not in arguments
+        )
     refused(tmp_path, arguments, *words)
 
 
@@ -328,8 +381,20 @@ def test_no_network(ground, tmp_path, monkeypatch):
     out = tmp_path / "out"
     for offline in (False, True):
         connect(monkeypatch, hub, tmp_path / "cache", offline)
-        refused(out, ["run", "toy-mood", "--model", "qwen3-4b-base", "--out", out], "Qwen/Qwen3-4B-Base: ", "network", "give a folder")
-        refused(out, ["run", "sst2", "--model", ground / "model", "--out", out], "stanfordnlp/sst2: ", "network", "--data-dir")
+        refused(
+            out,
+            ["run", "toy-mood", "--model", "qwen3-4b-base", "--out", out],
+            "Qwen/Qwen3-4B-Base: ",
+            "network",
+            "give a folder",
+        )
+        refused(
+            out,
+            ["run", "sst2", "--model", ground / "model", "--out", out],
+            "stanfordnlp/sst2: ",
+            "network",
+            "--data-dir",
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -337,7 +402,9 @@ def test_no_gpu_in_another_process(ground, tmp_path):
     command = [*PROGRAM, *map(str, toy(ground, tmp_path / "out")), "--device", "cuda"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     (line,) = result.stderr.splitlines()
-    assert result.returncode == 2 and line.startswith("ia2mini: --device cuda: not usable here") and "--device cpu" in line
+    assert (
+        result.returncode == 2 and line.startswith("ia2mini: --device cuda: not usable here") and "--device cpu" in line
+    )
     assert result.stdout == "" and not (tmp_path / "out").exists()
 
 
@@ -348,7 +415,11 @@ def test_a_full_device(ground, tmp_path, monkeypatch):
     monkeypatch.setattr(ia2mini.cell, "label_scores", full)
     result = invoke(*toy(ground, tmp_path))
     (line,) = result.stderr.splitlines()
-    assert result.exit_code == 2 and line.startswith("ia2mini: the device has too little memory") and "smaller --model" in line
+    assert (
+        result.exit_code == 2
+        and line.startswith("ia2mini: the device has too little memory")
+        and "smaller --model" in line
+    )
     monkeypatch.undo()
     assert invoke(*toy(ground, tmp_path)).exit_code == 0
 
@@ -361,7 +432,10 @@ def test_a_full_disk(ground, tmp_path, monkeypatch):
     monkeypatch.setattr(ia2mini.runs, "save_file", full)
     result = invoke(*toy(ground, tmp_path))
     (line,) = result.stderr.splitlines()
-    assert result.exit_code == 2 and "base-on-toy-mood.safetensors: cannot be written (No space left on device); free some space" in line
+    assert (
+        result.exit_code == 2
+        and "base-on-toy-mood.safetensors: cannot be written (No space left on device); free some space" in line
+    )
     assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {"run.json", "seconds.json"}
 
 
@@ -369,12 +443,29 @@ def test_labels_that_merge_with_the_colon(shared_data, ground, tmp_path):
     """Qwen3 reads ":A" and ":true" as one token: our template gives way, the user's own is refused and the label named."""
     model = Qwen3(Config(151936, 16, 32, 1, 2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True))
     torch.nn.init.normal_(model.lm_head.weight)
-    save(model, tmp_path / "model", (shared_data / "tokenizers/qwen3/tokenizer.json").read_text(encoding="utf-8"), 151643)
+    save(
+        model, tmp_path / "model", (shared_data / "tokenizers/qwen3/tokenizer.json").read_text(encoding="utf-8"), 151643
+    )
     for labels in (("A", "B"), ("true", "false"), ("negative", "positive")):
         rows = (ground / "mine.csv").read_text().replace(",x\n", f",{labels[0]}\n").replace(",y\n", f",{labels[1]}\n")
         (tmp_path / "mine.csv").write_text(rows)
-        command = ["run", "--data", tmp_path / "mine.csv", "--model", tmp_path / "model", "--out", tmp_path / "out", *SMALL]
+        command = [
+            "run",
+            "--data",
+            tmp_path / "mine.csv",
+            "--model",
+            tmp_path / "model",
+            "--out",
+            tmp_path / "out",
+            *SMALL,
+        ]
         own = [*command, "--template", "Text:{text}\\nLabel:"]
-        refused(tmp_path / "out", own, f"answer {min(labels)!r} merges", "\\nLabel:'", "choose another label, or a template that ends")
+        refused(
+            tmp_path / "out",
+            own,
+            f"answer {min(labels)!r} merges",
+            "\\nLabel:'",
+            "choose another label, or a template that ends",
+        )
     result = invoke(*command, "--methods", "icl,sft", "--sets", "1", "--rates", "1e-3", "--epochs", "1")
     assert result.exit_code == 0 and "'Text:{text}\\nLabel:\\n'" in result.stderr

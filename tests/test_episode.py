@@ -142,10 +142,14 @@ def test_a_batch_written_out():
     assert bare.activations is bare.soft is bare.soft_ids is None and bare.ids.tolist() == [[1]]
 
 
-@given(st.lists(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5)), min_size=3, max_size=3), min_size=1, max_size=3))
+@given(
+    st.lists(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5)), min_size=3, max_size=3), min_size=1, max_size=3)
+)
 def test_every_position_of_a_batch_predicts_its_answer_token(shape):
     counter = iter(range(1, 10_000))
-    runs = [[Row([next(counter) for _ in range(t)], [next(counter) for _ in range(p)]) for t, p in run] for run in shape]
+    runs = [
+        [Row([next(counter) for _ in range(t)], [next(counter) for _ in range(p)]) for t, p in run] for run in shape
+    ]
     batch = collate(runs)
     torch.testing.assert_close(batch.weights.sum(1), torch.ones(len(runs)))
     real = batch.weights.flatten() > 0

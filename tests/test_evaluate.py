@@ -87,11 +87,15 @@ def test_demonstrations_computed_once_equal_whole_prompts(tiny):
     student, rest = share_prefix(model, tokenizer, [DEMONSTRATIONS], QUERIES)
     assert [len(w) - len(r) for w, r in zip(whole, rest, strict=True)] == [student.keywords["prefix"].length] * 3
     bos = len(tokenizer.encode(""))
-    assert student.keywords["prefix"].length == bos + len("\n\n".join(d.prompt + d.answer for d in DEMONSTRATIONS) + "\n\nText:")
+    assert student.keywords["prefix"].length == bos + len(
+        "\n\n".join(d.prompt + d.answer for d in DEMONSTRATIONS) + "\n\nText:"
+    )
     assert all(w[-len(r) :] == r for w, r in zip(whole, rest, strict=True))
     expected, found = label_scores(model, whole, LABELS), label_scores(student, rest, LABELS)
     assert torch.equal(expected.top, found.top)
-    assert (expected.confidence - found.confidence).abs().max() <= 1e-5 and (expected.labels - found.labels).abs().max() <= 1e-5
+    assert (expected.confidence - found.confidence).abs().max() <= 1e-5 and (
+        expected.labels - found.labels
+    ).abs().max() <= 1e-5
     assert generate(student, tokenizer, rest, 6, stop=None) == generate(model, tokenizer, whole, 6, stop=None)
     answers = [[1, 2], [3], [4, 5, 6]]
     targets = [[Row(p, a) for p, a in zip(prompts, answers, strict=True)] for prompts in (whole, rest)]
@@ -105,7 +109,9 @@ def test_one_query_keeps_its_last_token(tiny):
     student, rest = share_prefix(model, tokenizer, [DEMONSTRATIONS], QUERIES[:1])
     whole = tokenizer.encode(with_demonstrations(DEMONSTRATIONS, QUERIES[0]))
     assert rest == [whole[-1:]]
-    torch.testing.assert_close(label_scores(student, rest, LABELS).labels, label_scores(model, [whole], LABELS).labels, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        label_scores(student, rest, LABELS).labels, label_scores(model, [whole], LABELS).labels, rtol=0, atol=1e-5
+    )
 
 
 def test_demonstrations_a_query_stay_whole(tiny):
@@ -170,4 +176,6 @@ def test_a_model_is_entirely_similar_to_itself(tiny):
     for row in rows:
         row.activations = -row.activations
     torch.testing.assert_close(layer_asim(model, rows), -torch.ones(2), rtol=0, atol=1e-5)
-    assert F.cosine_similarity(rows[0].activations[0, 0], -rows[0].activations[0, 0], dim=0) == pytest.approx(-1, abs=1e-6)
+    assert F.cosine_similarity(rows[0].activations[0, 0], -rows[0].activations[0, 0], dim=0) == pytest.approx(
+        -1, abs=1e-6
+    )

@@ -30,7 +30,11 @@ MATRICES = {kind: make for kind, make in PEFT.items() if kind not in ("prompt", 
 def tiny(request, tmp_path_factory):
     """(folder, our model): Llama with biases and llama3 rotary scaling, Qwen3 tied and with a head size of its own."""
     torch.set_num_threads(1)
-    changes = {"attention_bias": True, "mlp_bias": True} if request.param == "llama" else {"head_dim": 12, "tie_word_embeddings": True}
+    changes = (
+        {"attention_bias": True, "mlp_bias": True}
+        if request.param == "llama"
+        else {"head_dim": 12, "tie_word_embeddings": True}
+    )
     folder = make_checkpoint(tmp_path_factory.mktemp(request.param), request.param, **changes)
     return folder, load(folder)[0]
 
@@ -51,11 +55,16 @@ def test_peft_loads_what_we_save(tiny, tmp_path, kind):
     adapter, ids = PEFT[kind](model), random_ids(3, 9)
     theta = trained(adapter, model)
     save_adapter(model, adapter, theta, tmp_path / "new" / "adapter", str(folder))
-    assert {p.name for p in (tmp_path / "new" / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {p.name for p in (tmp_path / "new" / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     config = json.loads((tmp_path / "new" / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(folder)
     theirs = peft.PeftModel.from_pretrained(upstream(folder), tmp_path / "new" / "adapter")
-    added = [p for name, p in theirs.named_parameters() if any(part in name for part in ("lora_", "ia3_l", "prompt_encoder"))]
+    added = [
+        p for name, p in theirs.named_parameters() if any(part in name for part in ("lora_", "ia3_l", "prompt_encoder"))
+    ]
     assert sum(p.numel() for p in added) == theta.numel(), "peft added weights that we do not have"
     with torch.no_grad():
         expected = theirs(ids).logits[:, -ids.shape[1] :]

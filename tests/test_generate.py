@@ -39,7 +39,9 @@ def story(shared_data):
 
 def test_fifty_prompts_in_one_batch_equal_transformers(story):
     model, tokenizer, prompts, expected = story
-    assert len({len(p) for p in prompts}) > 10 and len({len(e) for e in expected}) > 2, "unequal prompts, some of which meet EOS"
+    assert len({len(p) for p in prompts}) > 10 and len({len(e) for e in expected}) > 2, (
+        "unequal prompts, some of which meet EOS"
+    )
     batches = []
     assert generate(model, tokenizer, prompts, 24, stop=None, watch=batches.append) == expected
     assert batches == [50]
@@ -55,7 +57,9 @@ def test_rows_stop_where_the_text_of_the_whole_answer_is_cut(story):
     begun = [len(tokenizer.decode(p)) for p in prompts]
     texts = [tokenizer.decode(p + e)[n:] for p, e, n in zip(prompts, expected, begun, strict=True)]
     assert 5 < sum(stop in text for text in texts) < 50
-    assert [tokenizer.decode(p + f)[n:] for p, f, n in zip(prompts, found, begun, strict=True)] == [t.split(stop)[0] for t in texts]
+    assert [tokenizer.decode(p + f)[n:] for p, f, n in zip(prompts, found, begun, strict=True)] == [
+        t.split(stop)[0] for t in texts
+    ]
 
 
 class Chain(torch.nn.Module):
@@ -78,9 +82,14 @@ def newline_tokenizer() -> tuple[dict[str, int], str, Tokenizer]:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     n = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str("\n")[0][0]
     merges = [(n, n), ("a", n), ("a" + n, n), ("b", n + n), (n, "c")]
-    vocabulary = {token: i for i, token in enumerate(letters + ["".join(pair) for pair in merges] + ["ab" + n + n + "c"])}
+    vocabulary = {
+        token: i for i, token in enumerate(letters + ["".join(pair) for pair in merges] + ["ab" + n + n + "c"])
+    }
     backend = Backend(models.BPE(vocabulary, merges))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        decoders.ByteLevel(),
+    )
     return vocabulary, n, Tokenizer(backend, (299,))
 
 
@@ -102,7 +111,9 @@ def newline_tokenizer() -> tuple[dict[str, int], str, Tokenizer]:
 )
 def test_a_stop_text_wherever_it_falls(tokens, kept, before):
     vocabulary, n, tokenizer = newline_tokenizer()
-    names = tokens.replace("N", n).replace("é0", "Ã").replace("é1", "©").split()  # the bytes of é, as byte-level BPE writes them
+    names = (
+        tokens.replace("N", n).replace("é0", "Ã").replace("é1", "©").split()
+    )  # the bytes of é, as byte-level BPE writes them
     ids = [vocabulary[name] for name in names]
     found = before_stop(tokenizer, ids, "\n\n")
     assert found is before is None or (tokenizer.decode(found) == before and found[:kept] == ids[:kept])
@@ -173,9 +184,13 @@ def test_the_teacher_in_one_pass_equals_one_pass_a_token(tiny, most, k):
     shown_rows = list(zip(episode.demonstrations, episode.train + episode.dev, strict=True))
     plain = [naive_teacher(net, tokenizer, shown, example.prompt, 6, None)[0] for shown, example in shown_rows]
     said = [token for answer in plain for token in answer]
-    eos = max(said, key=lambda t: len({a.index(t) if t in a else 9 for a in plain}))  # a token that ends rows in different places
+    eos = max(
+        said, key=lambda t: len({a.index(t) if t in a else 9 for a in plain})
+    )  # a token that ends rows in different places
     sizes, watched, budget = set(), [], 300 if most == 1 else 75
-    rows = teach(model, Tokenizer(tokenizer.backend, (eos,)), episode, most, k, stop=None, budget=budget, watch=watched.append)
+    rows = teach(
+        model, Tokenizer(tokenizer.backend, (eos,)), episode, most, k, stop=None, budget=budget, watch=watched.append
+    )
     for row, (shown, example) in zip(rows, shown_rows, strict=True):
         answer, outputs, distributions = naive_teacher(net, tokenizer, shown, example.prompt, most, eos)
         assert row.prompt == tokenizer.encode(example.prompt) and row.answer == answer

@@ -47,7 +47,11 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
         named = named or {}
-        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default):
+        if function in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+            torch.ops.aten.equal.default,
+        ):
             raise RuntimeError("operation not permitted when stream is capturing")
         for argument, value in zip(function._schema.arguments, arguments, strict=False):
             written = argument.alias_info is not None and argument.alias_info.is_write
@@ -105,11 +109,16 @@ def model(loaded):
 
 
 def on_device(rows: list[list[Row]]) -> list[list[Row]]:
-    return [[Row(r.prompt, r.answer, r.activations.to(DEVICE), r.soft.to(DEVICE), r.soft_ids.to(DEVICE)) for r in run] for run in rows]
+    return [
+        [Row(r.prompt, r.answer, r.activations.to(DEVICE), r.soft.to(DEVICE), r.soft_ids.to(DEVICE)) for r in run]
+        for run in rows
+    ]
 
 
 @pytest.mark.parametrize("batch_size", [2, 4])
-@pytest.mark.parametrize("kind, mix", [("lora", "mixed"), ("lora", "soft"), ("ia3", "ia2"), ("prompt", "sft"), ("prefix", "ia2")])
+@pytest.mark.parametrize(
+    "kind, mix", [("lora", "mixed"), ("lora", "soft"), ("ia3", "ia2"), ("prompt", "sft"), ("prefix", "ia2")]
+)
 def test_training_recorded_equals_training(model, recorded, monkeypatch, kind, mix, batch_size):
     adapter, R, calls = ADAPTERS[kind](model), 4, []
     plain_losses = ia2mini.train.losses
@@ -126,13 +135,17 @@ def test_training_recorded_equals_training(model, recorded, monkeypatch, kind, m
         return found
 
     plain, replayed = recorded(train_runs)
-    assert kind != "lora" or len(set(plain.steps.tolist())) > 1, "runs leave at different steps, and the recordings with them"
+    assert kind != "lora" or len(set(plain.steps.tolist())) > 1, (
+        "runs leave at different steps, and the recordings with them"
+    )
     assert torch.equal(plain.steps, replayed.steps)
     same(replayed.theta, plain.theta)
     same(replayed.dev_loss, plain.dev_loss)
     assert counts[1] < counts[0]
     if DEVICE == "cpu":
-        assert Tape.replays - Tape.recordings == counts[0] - counts[1] > 0, "a recording runs Python once, a replay never"
+        assert Tape.replays - Tape.recordings == counts[0] - counts[1] > 0, (
+            "a recording runs Python once, a replay never"
+        )
 
 
 def test_packed_and_checkpointed_steps_are_recorded_too(tmp_path, recorded):
@@ -141,7 +154,9 @@ def test_packed_and_checkpointed_steps_are_recorded_too(tmp_path, recorded):
     adapter, rows = LoRA(model), on_device([make_rows(4, r) for r in range(2)])
     assert collate(rows, DEVICE, pack=True).packed is not None
     theta, weights = starts(adapter, model, 2).to(DEVICE), {"mse": torch.ones(2, device=DEVICE)}
-    plain, replayed = recorded(lambda: fit(model, adapter, theta, torch.full((2,), 1e-2), rows, rows, weights, lambda r, e: [0, 1, 2, 3]))
+    plain, replayed = recorded(
+        lambda: fit(model, adapter, theta, torch.full((2,), 1e-2), rows, rows, weights, lambda r, e: [0, 1, 2, 3])
+    )
     same(replayed.theta, plain.theta)
     assert (plain.theta - theta).abs().max() > 0.01
 
@@ -152,7 +167,10 @@ def test_decoding_recorded_equals_decoding(loaded, recorded, observed):
     prompts, seen = [random_ids(1, 3 + i % 5)[0].tolist() for i in range(9)], []
 
     def observer(live, tokens, logits, outputs):
-        seen[-1] += [(i, token, *x) for i, token, x in zip(live, tokens, zip(logits.clone(), outputs.unbind(1), strict=True), strict=True)]
+        seen[-1] += [
+            (i, token, *x)
+            for i, token, x in zip(live, tokens, zip(logits.clone(), outputs.unbind(1), strict=True), strict=True)
+        ]
 
     def run():
         seen.append([])
@@ -186,7 +204,9 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch):
     monkeypatch.setitem(graphs.RECORDERS, DEVICE, Tape if DEVICE == "cpu" else graphs.CudaRecorder)
     monkeypatch.setattr(graphs, "OFTEN", 1)
     total = torch.zeros((), device=DEVICE)
-    good, bad = (graphs.Replayed(function, total.device) for function in (lambda: total.add_(1), lambda: total.add_(1).item()))
+    good, bad = (
+        graphs.Replayed(function, total.device) for function in (lambda: total.add_(1), lambda: total.add_(1).item())
+    )
     assert [float(good()) for _ in range(3)] == [1, 2, 3]
     assert bad() == 4
     with pytest.warns(UserWarning, match="no CUDA graphs from now on: .*captur"):

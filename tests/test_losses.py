@@ -13,7 +13,12 @@ from ia2mini.losses import activation_mse, cross_entropy, per_run, soft_cross_en
 
 def test_losses_equal_naive_loops():
     outputs, targets = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
-    states, head, answer, teacher = torch.randn(3, 5), torch.randn(7, 5), torch.tensor([4, 0, 6]), torch.randn(3, 7).log_softmax(-1)
+    states, head, answer, teacher = (
+        torch.randn(3, 5),
+        torch.randn(7, 5),
+        torch.tensor([4, 0, 6]),
+        torch.randn(3, 7).log_softmax(-1),
+    )
     logits = states @ head.T
     top, ids = teacher.topk(3)
     expected = {"mse": [], "ce": [], "kl": [], "top": []}
@@ -22,9 +27,13 @@ def test_losses_equal_naive_loops():
         layers = [[(outputs[m, p, d] - targets[m, p, d]).item() ** 2 for d in range(5)] for m in range(2)]
         expected["mse"].append(sum(layers[0]) / 5 + sum(layers[1]) / 5)
         expected["ce"].append(-math.log(probabilities[answer[p]]))
-        expected["kl"].append(sum(math.exp(t) * (t - math.log(q)) for t, q in zip(teacher[p].tolist(), probabilities, strict=True)))
+        expected["kl"].append(
+            sum(math.exp(t) * (t - math.log(q)) for t, q in zip(teacher[p].tolist(), probabilities, strict=True))
+        )
         kept = [math.exp(t) / sum(math.exp(u) for u in top[p].tolist()) for t in top[p].tolist()]
-        expected["top"].append(sum(t * (math.log(t) - math.log(probabilities[i])) for t, i in zip(kept, ids[p].tolist(), strict=True)))
+        expected["top"].append(
+            sum(t * (math.log(t) - math.log(probabilities[i])) for t, i in zip(kept, ids[p].tolist(), strict=True))
+        )
     every = torch.arange(7).expand(3, 7)
     found = {"mse": activation_mse(outputs, targets), "ce": cross_entropy(states, head, answer)}
     found |= {"kl": soft_cross_entropy(states, head, teacher, every), "top": soft_cross_entropy(states, head, top, ids)}
@@ -51,7 +60,9 @@ def test_gradients_of_the_squared_error_equal_autograds(dtype):
         copy = output.detach().double().requires_grad_()
         (sum((copy - target.double()).T ** 2) / 6 * weights).sum().backward()
         assert output.grad.dtype == dtype
-        torch.testing.assert_close(output.grad, copy.grad.to(dtype), rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            output.grad, copy.grad.to(dtype), rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -67,8 +78,14 @@ def test_losses_through_the_head_equal_torchs_with_their_gradients_in_portions(m
     hard = F.cross_entropy(logits.float(), targets, reduction="none")
     rest = torch.full_like(teacher, -torch.inf).scatter(1, ids, top.log_softmax(-1))
     soft = F.kl_div(logits.float().log_softmax(-1), rest.exp(), reduction="none").sum(-1)
-    for found, expected in ((cross_entropy(states, head, targets), hard), (soft_cross_entropy(states, head, top, ids), soft)):
+    for found, expected in (
+        (cross_entropy(states, head, targets), hard),
+        (soft_cross_entropy(states, head, top, ids), soft),
+    ):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-        ours, theirs = (torch.autograd.grad((v * weights).sum(), x, retain_graph=True)[0] for v, x in ((found, states), (expected, copy)))
+        ours, theirs = (
+            torch.autograd.grad((v * weights).sum(), x, retain_graph=True)[0]
+            for v, x in ((found, states), (expected, copy))
+        )
         assert max(at_once) == min(portion, 8), "logits of so many positions are there at once"
         torch.testing.assert_close(ours, theirs, **({} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.02}))

@@ -43,11 +43,16 @@ def test_ece_bins_are_closed_on_the_right():
 @given(ROWS, st.integers(1, 20))
 def test_ece_width_equals_a_naive_loop(rows, bins):
     confidence, correct = zip(*rows, strict=True)
-    assert metrics.ece(confidence, correct, bins) == pytest.approx(naive_ece(confidence, correct, np.linspace(0, 1, bins + 1)), abs=1e-12)
+    assert metrics.ece(confidence, correct, bins) == pytest.approx(
+        naive_ece(confidence, correct, np.linspace(0, 1, bins + 1)), abs=1e-12
+    )
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=40, unique_by=lambda r: r[0]), st.integers(1, 20))
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=40, unique_by=lambda r: r[0]),
+    st.integers(1, 20),
+)
 def test_ece_mass_equals_a_naive_loop(rows, bins):
     ordered, q, total = sorted(rows), len(rows), 0.0
     for i in range(bins):
@@ -136,7 +141,9 @@ def test_paired_test_equals_scipy():
     b = a - rng.normal(0.05, 0.02, 25)
     got, want = metrics.paired_test(a, b), stats.ttest_rel(a, b)
     assert (got.t, got.p, got.mean) == pytest.approx((want.statistic, want.pvalue, (a - b).mean()))
-    interval = stats.bootstrap((a - b,), np.mean, method="percentile", n_resamples=100_000, batch=1000).confidence_interval
+    interval = stats.bootstrap(
+        (a - b,), np.mean, method="percentile", n_resamples=100_000, batch=1000
+    ).confidence_interval
     assert (got.low, got.high) == pytest.approx((interval.low, interval.high), abs=1.5e-3)
     assert got == metrics.paired_test(a, b) and got.low != metrics.paired_test(a, b, seed=1).low
 

@@ -7,7 +7,16 @@ import pytest
 import torch
 from ia2mini.models import Taps, UsageError, load
 from ia2mini.models.common import Cache, Head, Packed, Prefix, checkpointed, compiled, wrap_blocks
-from reference import LLAMA3_SCALING, assert_equal, distances, make_checkpoint, our_pass, random_ids, upstream, upstream_pass
+from reference import (
+    LLAMA3_SCALING,
+    assert_equal,
+    distances,
+    make_checkpoint,
+    our_pass,
+    random_ids,
+    upstream,
+    upstream_pass,
+)
 from torch._dynamo.testing import CompileCounter
 
 from ia2mini.adapters import LoRA, adapted
@@ -17,7 +26,10 @@ CASES = {
     "llama no groups, tied": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "llama one key head, own head size": ("llama", {"num_key_value_heads": 1, "head_dim": 16}),
     "llama head size and groups derived": ("llama", {"absent": ("num_key_value_heads", "head_dim", "rope_theta")}),
-    "llama llama3 scaling": ("llama", {"rope_theta": 500.0, "rope_scaling": LLAMA3_SCALING, "tie_word_embeddings": True}),
+    "llama llama3 scaling": (
+        "llama",
+        {"rope_theta": 500.0, "rope_scaling": LLAMA3_SCALING, "tie_word_embeddings": True},
+    ),
     "llama biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama sharded, other epsilon": ("llama", {"rms_norm_eps": 0.1, "shard": "20KB"}),
     "qwen3": ("qwen3", {}),
@@ -124,7 +136,11 @@ def test_padded_rows_equal_rows_alone(tiny):
     ids = random_ids(4, 17)
     logits, outputs = our_pass(tiny, ids)
     for row, n in enumerate(lengths):
-        assert_equal((logits[row, :n], outputs[:, row, :n]), [x.select(-3, 0) for x in our_pass(tiny, ids[row : row + 1, :n])], 1e-5)
+        assert_equal(
+            (logits[row, :n], outputs[:, row, :n]),
+            [x.select(-3, 0) for x in our_pass(tiny, ids[row : row + 1, :n])],
+            1e-5,
+        )
 
 
 def test_embeddings_stand_in_for_ids(tiny):
@@ -278,7 +294,9 @@ def test_prefix_in_bfloat16_stays_near(family, tmp_path):
     model = load(folder, dtype=torch.bfloat16)[0]
     before, ids = random_ids(1, 16), random_ids(4, 8)
     joined = torch.cat((before.expand(4, -1), ids), 1)
-    exact, theirs = (x[:, 16:] for x in (upstream_pass(upstream(folder, d), joined)[0] for d in (torch.float32, torch.bfloat16)))
+    exact, theirs = (
+        x[:, 16:] for x in (upstream_pass(upstream(folder, d), joined)[0] for d in (torch.float32, torch.bfloat16))
+    )
     prefix = Prefix()
     with torch.no_grad():
         model(before, cache=prefix, logits=False)
@@ -320,7 +338,9 @@ def test_head_is_the_same_map_for_few_rows(rows):
 def test_packed_documents_are_computed_as_if_alone(tiny):
     lengths = (5, 1, 7)
     documents = [random_ids(1, length) for length in lengths]
-    packed = Packed(*(torch.cat(x)[None] for x in zip(*((torch.full((n,), i), torch.arange(n)) for i, n in enumerate(lengths)))))
+    packed = Packed(
+        *(torch.cat(x)[None] for x in zip(*((torch.full((n,), i), torch.arange(n)) for i, n in enumerate(lengths))))
+    )
     taps = Taps()
     logits = tiny(torch.cat(documents, 1), taps=taps, cache=packed)
     alone, outputs = zip(*(our_pass(tiny, ids) for ids in documents))
@@ -350,7 +370,11 @@ def test_wrapped_blocks_compute_the_same(family, wrap, tmp_path):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
     # whatever the length: attention of the first layer, whose input needs no gradient, of the others, and the MLP
     assert counter.frame_count == 3 * (wrap == "compiled")
-    caches, prefixes, counts = [Cache(plain.config, 4, 16, torch.float32, "cpu") for _ in range(2)], [Prefix(), Prefix()], []
+    caches, prefixes, counts = (
+        [Cache(plain.config, 4, 16, torch.float32, "cpu") for _ in range(2)],
+        [Prefix(), Prefix()],
+        [],
+    )
     with torch.no_grad():
         for part in (ids, *random_ids(4, 4).split(1, 1)):
             a, b = (model(part, cache=cache) for model, cache in zip((plain, wrapped), caches, strict=True))

@@ -30,9 +30,17 @@ def test_episode_shows_one_rule():
             assert len(text.split()) == 1 or world.split_of(text) == "pretrain"
         told = []  # attributes whose values are labelled one to one
         for attribute, names in world.ATTRIBUTES.items():
-            shown = [({values[w] for w in re.findall(r"\w+", text) if values.get(w) in names}, label) for text, label in pairs]
+            shown = [
+                ({values[w] for w in re.findall(r"\w+", text) if values.get(w) in names}, label)
+                for text, label in pairs
+            ]
             seen = {(next(iter(s)), label) for s, label in shown if len(s) == 1}
-            if pairs and all(shown) and all(len(s) == 1 for s, _ in shown) and len(seen) == len({label for _, label in seen}):
+            if (
+                pairs
+                and all(shown)
+                and all(len(s) == 1 for s, _ in shown)
+                and len(seen) == len({label for _, label in seen})
+            ):
                 told.append(attribute)
         mixed += len(told) == 1
         assert told or not pairs
@@ -42,14 +50,26 @@ def test_episode_shows_one_rule():
 def test_answer_mask_covers_answers_and_their_end():
     tokenizer = world.build_tokenizer()
     ids = tokenizer.encode("Text:a film\nLabel:1\n\nQuestion:how\nAnswer:#### 4" + world.EOS).ids
-    starts, stops = [tokenizer.token_to_id(t) for t in ("Label:", "Answer:")], [tokenizer.token_to_id(t) for t in ("\n\n", world.EOS)]
+    starts, stops = (
+        [tokenizer.token_to_id(t) for t in ("Label:", "Answer:")],
+        [tokenizer.token_to_id(t) for t in ("\n\n", world.EOS)],
+    )
     mask = pretrain.answer_mask(torch.tensor([ids[:-1]]), starts, stops)[0]
-    assert [tokenizer.id_to_token(i) for i, m in zip(ids[1:], mask.tolist(), strict=True) if m] == ["1", "\n\n", "####", "4", world.EOS]
+    assert [tokenizer.id_to_token(i) for i, m in zip(ids[1:], mask.tolist(), strict=True) if m] == [
+        "1",
+        "\n\n",
+        "####",
+        "4",
+        world.EOS,
+    ]
 
 
 def test_gradients_match_a_plain_loop():
     tokenizer = world.build_tokenizer()
-    starts, stops = [tokenizer.token_to_id(t) for t in ("Label:", "Answer:")], [tokenizer.token_to_id(t) for t in ("\n\n", world.EOS)]
+    starts, stops = (
+        [tokenizer.token_to_id(t) for t in ("Label:", "Answer:")],
+        [tokenizer.token_to_id(t) for t in ("\n\n", world.EOS)],
+    )
     model = pretrain.initial_model(0)
     ids = torch.full((2, 14), -1)
     for i, text in enumerate(("Text:a lovely film\nLabel:1\n\nText:so", "noon dusk noon dusk noon")):
@@ -92,20 +112,28 @@ def test_loss_falls_and_a_resumed_run_is_the_same_run(small, tmp_path, monkeypat
         "config.json", "curve.json", "curve.png", "model.safetensors", "tokenizer.json"
     ]  # fmt: skip
     draw = pretrain.batch
-    monkeypatch.setattr(pretrain, "batch", lambda tokenizer, seed, *rest: draw(tokenizer, seed, *rest) if seed != "0/10" else 1 / 0)
+    monkeypatch.setattr(
+        pretrain, "batch", lambda tokenizer, seed, *rest: draw(tokenizer, seed, *rest) if seed != "0/10" else 1 / 0
+    )
     with pytest.raises(ZeroDivisionError):
         pretrain.pretrain(tmp_path / "cut", **options)
     drawn = []
-    monkeypatch.setattr(pretrain, "batch", lambda tokenizer, seed, *rest: drawn.append(seed) or draw(tokenizer, seed, *rest))
+    monkeypatch.setattr(
+        pretrain, "batch", lambda tokenizer, seed, *rest: drawn.append(seed) or draw(tokenizer, seed, *rest)
+    )
     with pytest.raises(UsageError, match="begun with"):
         pretrain.pretrain(tmp_path / "cut", **options | {"rows": 2})
     resumed = pretrain.pretrain(tmp_path / "cut", **options)
     assert drawn[0] == "0/8"
-    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
     assert [point["loss"] for point in resumed["curve"]] == [point["loss"] for point in record["curve"]]
 
 
-@pytest.mark.skipif(not (TINY / "model.safetensors").is_file(), reason="models/tiny is not there; make it with `ia2mini pretrain`")
+@pytest.mark.skipif(
+    not (TINY / "model.safetensors").is_file(), reason="models/tiny is not there; make it with `ia2mini pretrain`"
+)
 class TestTiny:
     def test_size_and_tokenizer(self):
         assert (TINY / "model.safetensors").stat().st_size <= 4e6

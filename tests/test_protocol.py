@@ -37,7 +37,9 @@ def folder(tmp_path_factory):
     words = build_tokenizer()
     eos, stop = words.token_to_id("<eos>"), words.token_to_id("\n\n")
     size = words.get_vocab_size()
-    made = make_checkpoint(tmp_path_factory.mktemp("tiny"), "qwen3", vocab_size=size, eos_token_id=eos, bos_token_id=None, seed=1)
+    made = make_checkpoint(
+        tmp_path_factory.mktemp("tiny"), "qwen3", vocab_size=size, eos_token_id=eos, bos_token_id=None, seed=1
+    )
     net = upstream(made)
     with torch.no_grad():
         net.lm_head.weight[stop] *= 2
@@ -92,7 +94,11 @@ def joined(demonstrations: list[Example]) -> str:
 def teacher(base: Plain, demonstrations, prompt: str, single: bool, most: int) -> PlainRow:
     """The row as the teacher answers it, with its attention outputs behind the demonstrations."""
     ids = base.tokenizer.encode(joined(demonstrations) + prompt)
-    answer = [base(ids, [0])[0][0].argmax().item()] if single else (base.respond(ids, most) + list(base.tokenizer.eos_ids))[:most]
+    answer = (
+        [base(ids, [0])[0][0].argmax().item()]
+        if single
+        else (base.respond(ids, most) + list(base.tokenizer.eos_ids))[:most]
+    )
     return PlainRow(base.tokenizer.encode(prompt), answer, base(ids, answer)[1])
 
 
@@ -141,7 +147,11 @@ def fifteen_bins(confidence: list[float], correct: list[bool]) -> float:
 @torch.no_grad()
 def similarity(student: Plain, references: list[PlainRow]) -> float:
     """asim: cosine to the teacher's attention outputs, mean over layers and positions."""
-    return torch.cat([F.cosine_similarity(student(r.prompt, r.answer)[1], r.targets, dim=-1) for r in references], 1).mean().item()
+    return (
+        torch.cat([F.cosine_similarity(student(r.prompt, r.answer)[1], r.targets, dim=-1) for r in references], 1)
+        .mean()
+        .item()
+    )
 
 
 @torch.no_grad()
@@ -153,7 +163,10 @@ def evaluate(student: Plain, task: Task, rows: list[Example], before: str = "") 
         correct = [student.tokenizer.decode([q.argmax().item()]) == row.answer for q, row in zip(p, rows, strict=True)]
         return {"acc": fmean(correct), "ece": fifteen_bins([q.max().item() for q in p], correct)}
     texts = [student.tokenizer.decode(student.respond(ids, task.max_tokens)) for ids in prompts]
-    right = [task.parse(text) is not None and task.parse(text) == task.parse(row.answer) for text, row in zip(texts, rows, strict=True)]
+    right = [
+        task.parse(text) is not None and task.parse(text) == task.parse(row.answer)
+        for text, row in zip(texts, rows, strict=True)
+    ]
     return {"acc": fmean(right), "texts": texts}
 
 
@@ -163,7 +176,9 @@ def plain_protocol(folder: Path, task: Task, n: int, o: Options) -> dict:
     adapter, base, single, most = LoRA(model), Plain(upstream(folder), tokenizer), bool(task.labels), task.max_tokens
     end = [] if single else list(tokenizer.eos_ids)
     pool = load_examples(task, "train").rows
-    evals = {e: load_examples(task if e == task.name else find_task(e), "eval", limit=o.eval_rows).rows for e in task.evals}
+    evals = {
+        e: load_examples(task if e == task.name else find_task(e), "eval", limit=o.eval_rows).rows for e in task.evals
+    }
     draws = Job(model, adapter, [None] * o.sets, o.rates)
     first, taught, traces, records = draws.start(draws.grid()), [], {phase: [] for phase in TRAINED}, {}
     for s in range(o.sets):
@@ -180,7 +195,10 @@ def plain_protocol(folder: Path, task: Task, n: int, o: Options) -> dict:
         for r, rate in enumerate(o.rates, s * len(o.rates)):
             start, before = {"sft": first[r], "ia2": first[r]}, {}
             for phase in TRAINED:
-                student, rows = Plain(peft_twin(folder, adapter, start[phase]), tokenizer), taught[s] if phase == "ia2" else truth
+                student, rows = (
+                    Plain(peft_twin(folder, adapter, start[phase]), tokenizer),
+                    taught[s] if phase == "ia2" else truth,
+                )
                 trace, best, dev_loss, steps = train(student, adapter, rate, phase, rows[:n], rows[n:], orders, o)
                 traces[phase].append(trace)
                 start[f"{phase}-sft"], before[f"{phase}-sft"] = best, steps
@@ -223,7 +241,9 @@ def test_compare_equals_the_plain_protocol(kind, folder, tmp_path, monkeypatch):
     assert lengths == {1} if kind == "single" else len(lengths) > 1, lengths  # else stopping was not tried
     expected = sum((side_by_side(plain["traces"][phase]) for phase in TRAINED), [])
     assert [len(values) for values in seen] == [len(values) for values in expected]
-    np.testing.assert_allclose(sum(seen, []), sum(expected, []), rtol=5e-4)  # Adam enlarges the rounding of tiny gradients
+    np.testing.assert_allclose(
+        sum(seen, []), sum(expected, []), rtol=5e-4
+    )  # Adam enlarges the rounding of tiny gradients
     records = plain["records"]
     assert len(document["runs"]) == len(records)
     for run in document["runs"]:
@@ -237,20 +257,29 @@ def test_compare_equals_the_plain_protocol(kind, folder, tmp_path, monkeypatch):
             assert json.loads((kept / run["texts"]).read_text())["texts"] == theirs["texts"]
     for cell in document["cells"]:
         about = (cell["method"], cell["eval"])
-        by_rate = {rate: [records[(*about, s, rate)] for s in range(o.sets)] for rate in (o.rates if cell["rate"] else (None,))}
+        by_rate = {
+            rate: [records[(*about, s, rate)] for s in range(o.sets)] for rate in (o.rates if cell["rate"] else (None,))
+        }
         if cell["selected_by"] == "dev":
             assert cell["rate"] == min(o.rates, key=lambda rate: fmean(run["dev_loss"] for run in by_rate[rate]))
         if cell["selected_by"] == "eval":
-            assert cell["acc_mean"] == pytest.approx(max(fmean(run["acc"] for run in runs) for runs in by_rate.values()))
+            assert cell["acc_mean"] == pytest.approx(
+                max(fmean(run["acc"] for run in runs) for runs in by_rate.values())
+            )
         for metric in ("acc", "asim", *(["ece"] if kind == "single" else [])):
             values = [run[metric] for run in by_rate[cell["rate"]]]
-            assert (cell[f"{metric}_mean"], cell[f"{metric}_std"]) == pytest.approx((fmean(values), pstdev(values)), abs=5e-4)
+            assert (cell[f"{metric}_mean"], cell[f"{metric}_std"]) == pytest.approx(
+                (fmean(values), pstdev(values)), abs=5e-4
+            )
     sft = [run["acc"] for run in document["runs"] if run["method"] == "sft"]
     assert kind == "multi" or max(sft) > 0, "nothing learned: the comparison would be of zeros"
 
 
 def test_paper_compat_compares_each_model_on_its_own_response(folder, tmp_path):
-    task, o = replace(find_task("toy-sums-short"), max_tokens=6, ood=()), Options(("base",), 1, eval_rows=4, asim_rows=3, paper_compat=True)
+    task, o = (
+        replace(find_task("toy-sums-short"), max_tokens=6, ood=()),
+        Options(("base",), 1, eval_rows=4, asim_rows=3, paper_compat=True),
+    )
     model, tokenizer = load(folder)
     document, _ = compare([task], (4,), Subject(model, tokenizer, folder, "random", str(folder)), o, tmp_path)
     base, pool = Plain(upstream(folder), tokenizer), load_examples(task, "train").rows
@@ -277,22 +306,52 @@ QUERY = "Text:the words , ` frankly , my dear , i do n't give a damn , ' have ne
 
 
 def test_real_rows_run_to_the_end(shared_data, tmp_path, monkeypatch):
-    config = Config(151936, 32, 64, 2, 4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)  # Qwen3's own vocabulary
+    config = Config(
+        151936, 32, 64, 2, 4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True
+    )  # Qwen3's own vocabulary
     model = Qwen3(config)
     for p in model.parameters():
         torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.05)
-    save(model, tmp_path / "model", (shared_data / "tokenizers/qwen3/tokenizer.json").read_text(encoding="utf-8"), 151643)
+    save(
+        model, tmp_path / "model", (shared_data / "tokenizers/qwen3/tokenizer.json").read_text(encoding="utf-8"), 151643
+    )
     read = []
     encode, encode_all = Tokenizer.encode, Tokenizer.encode_all
-    monkeypatch.setattr(Tokenizer, "encode", lambda self, text, special=True: read.append(text) or encode(self, text, special))
+    monkeypatch.setattr(
+        Tokenizer, "encode", lambda self, text, special=True: read.append(text) or encode(self, text, special)
+    )
     monkeypatch.setattr(Tokenizer, "encode_all", lambda self, texts: read.extend(texts) or encode_all(self, texts))
-    command = ["run", "sst2", "--model", str(tmp_path / "model"), "--data-dir", str(shared_data), "--out", str(tmp_path / "runs")]
-    options = ["--n", "4", "--sets", "1", "--rates", "1e-3", "--eval-rows", "20", "--methods", "icl,sft", "--device", "cpu", "--json"]
+    command = [
+        "run",
+        "sst2",
+        "--model",
+        str(tmp_path / "model"),
+        "--data-dir",
+        str(shared_data),
+        "--out",
+        str(tmp_path / "runs"),
+    ]
+    options = [
+        "--n",
+        "4",
+        "--sets",
+        "1",
+        "--rates",
+        "1e-3",
+        "--eval-rows",
+        "20",
+        "--methods",
+        "icl,sft",
+        "--device",
+        "cpu",
+        "--json",
+    ]
     result = CliRunner().invoke(main, command + options)
     assert result.exit_code == 0, result.output
     cells = json.loads(result.stdout.splitlines()[-1])["cells"]
     assert {(c["method"], c["eval"], c["ood"]) for c in cells} == {
-        (method, e, e != "sst2") for method in ("icl", "sft") for e in ("sst2", "finsen", "poems")}
+        (method, e, e != "sst2") for method in ("icl", "sft") for e in ("sst2", "finsen", "poems")
+    }
     assert DEV in read and QUERY in read
     (demonstrated,) = {text for text in read if text.endswith("\n\n" + QUERY)}
     assert sorted(demonstrated.split("\n\n")) == sorted([*REAL, QUERY])

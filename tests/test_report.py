@@ -14,9 +14,24 @@ from ia2mini import report
 
 
 def cell(method, acc, ece, asim=None, selected_by=None, rate=None, task="mood", evaluation="mood", ood=False, **other):
-    base = {"task": task, "eval": evaluation, "ood": ood, "model": "tiny", "n": 4, "method": method, "adapter": "lora", "sets": 2}
+    base = {
+        "task": task,
+        "eval": evaluation,
+        "ood": ood,
+        "model": "tiny",
+        "n": 4,
+        "method": method,
+        "adapter": "lora",
+        "sets": 2,
+    }
     base |= {"selected_by": selected_by, "rate": rate, "beta": None, "acc_mean": acc, "acc_std": 0.031, "ece_mean": ece}
-    base |= {"ece_std": None if ece is None else 0.01, "nll_mean": 0.5, "brier_mean": 0.25, "asim_mean": asim, "acc": [acc, acc]}
+    base |= {
+        "ece_std": None if ece is None else 0.01,
+        "nll_mean": 0.5,
+        "brier_mean": 0.25,
+        "asim_mean": asim,
+        "acc": [acc, acc],
+    }
     return base | {"ece": [ece, ece], "asim_layers": None if asim is None else [asim, asim / 2, asim]} | other
 
 
@@ -34,7 +49,13 @@ def document():
             cell("base", 0.064, 0.3, 0.4, **place),
         ]
     seconds = {"collect": 1.25, "train": 150.0}
-    return {"cells": cells, "seconds": seconds, "peak_memory_bytes": 2**29, "config": {"seed": 0}, "versions": {"torch": "2"}}
+    return {
+        "cells": cells,
+        "seconds": seconds,
+        "peak_memory_bytes": 2**29,
+        "config": {"seed": 0},
+        "versions": {"torch": "2"},
+    }
 
 
 TABLE = """\
@@ -115,7 +136,10 @@ def test_markdown_parses_back(document):
     rows = [[entry.strip() for entry in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     assert {len(row) for row in rows} == {9}
     assert rows[0][:3] == ["trained → evaluated", "method", "acc ↑"]
-    left, right = ["**86.6 (03.1)**", "**0.07 (0.01)**", "0.60", "0.001"], ["**90.0 (03.1)**", "**0.08 (0.01)**", "0.01"]
+    left, right = (
+        ["**86.6 (03.1)**", "**0.07 (0.01)**", "0.60", "0.001"],
+        ["**90.0 (03.1)**", "**0.08 (0.01)**", "0.01"],
+    )
     assert [r"a\|b\_c → mood", "ia2-sft", *left, *right] in rows
     assert [r"mood → news\*", "sft", "56.8 (03.1)"] in [row[:3] for row in rows]
 
@@ -157,7 +181,11 @@ def test_seconds_line(document):
 def test_figures_show_what_the_cells_hold(document, tmp_path):
     image = pytest.importorskip("matplotlib.image")
     paths = report.figures(document, tmp_path / "new")
-    assert [p.name for p in paths] == ["methods.png", "asim_layers.png", "asim_scatter.png"] == [p.name for p in paths if p.exists()]
+    assert (
+        [p.name for p in paths]
+        == ["methods.png", "asim_layers.png", "asim_scatter.png"]
+        == [p.name for p in paths if p.exists()]
+    )
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == sorted(p.name for p in paths)
     for path, seen in zip(paths, ("base icl sft ia2-sft", "base sft ia2-sft", "base sft ia2-sft"), strict=True):
         pixels = np.round(image.imread(path)[..., :3] * 255).astype(int)
@@ -177,7 +205,10 @@ def test_figures_of_multi_token_cells_and_of_none(document, tmp_path):
 
 def test_reliability_shows_every_method_icl_too(tmp_path):
     image = pytest.importorskip("matplotlib.image")
-    cells = [cell(method, 0.9, 0.1, reliability=[[0, 0, 0]] * 13 + [[90, 80.0, 60], [10, 9.9, 10]]) for method in ("icl", "base")]
+    cells = [
+        cell(method, 0.9, 0.1, reliability=[[0, 0, 0]] * 13 + [[90, 80.0, 60], [10, 9.9, 10]])
+        for method in ("icl", "base")
+    ]
     path = report.figures({"cells": cells}, tmp_path)[-1]
     assert path.name == "reliability.png"
     pixels = np.round(image.imread(path)[..., :3] * 255).astype(int)
@@ -197,5 +228,9 @@ def test_html_is_one_small_page(document, tmp_path):
     page = report.html(document, figures)
     assert page.count("data:image/png;base64,") == len(figures) and len(page) < 500_000
     assert "<script>" not in page and "&lt;script&gt;" in page and "\x1b" not in page
-    assert re.search(r"<span class=s1> *86.6 \(03.1\)</span>", page) and "<span class=s2>" in page and "&quot;seed&quot;: 0" in page
+    assert (
+        re.search(r"<span class=s1> *86.6 \(03.1\)</span>", page)
+        and "<span class=s2>" in page
+        and "&quot;seed&quot;: 0" in page
+    )
     assert not re.findall(r'(?:src|href)="(?!data:)', page)

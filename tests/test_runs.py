@@ -128,7 +128,11 @@ def test_finite_makes_json_of_anything_we_hold():
 
 def test_versions_and_memory_are_told():
     found = versions()
-    assert found["torch"] == torch.__version__ and found["numpy"] == np.__version__ and {"python", "machine", "ia2mini"} <= set(found)
+    assert (
+        found["torch"] == torch.__version__
+        and found["numpy"] == np.__version__
+        and {"python", "machine", "ia2mini"} <= set(found)
+    )
     before = peak_memory()
     held = torch.ones(64 << 20, dtype=torch.uint8)  # 64 MiB
     assert 10 << 20 < before <= peak_memory() < 1 << 40 and len(held)
@@ -137,7 +141,11 @@ def test_versions_and_memory_are_told():
 def test_measure_on_a_written_out_example():
     p = np.array([[0.6, 0.2], [0.3, 0.5], [0.02, 0.2], [0.45, 0.4]])
     confidence, correct, gold = np.array([0.6, 0.5, 0.7, 0.45]), np.array([1, 0, 0, 1]), [0, 0, 1, 0]
-    scores = {"asim": torch.tensor([0.5, 0.75]), "correct": torch.tensor(correct).bool(), "top": torch.zeros(4, dtype=torch.int64)}
+    scores = {
+        "asim": torch.tensor([0.5, 0.75]),
+        "correct": torch.tensor(correct).bool(),
+        "top": torch.zeros(4, dtype=torch.int64),
+    }
     scores |= {"confidence": torch.tensor(confidence), "labels": torch.tensor(p)}
     found = measure(scores, gold)
     share = p / p.sum(1, keepdims=True)
@@ -145,17 +153,22 @@ def test_measure_on_a_written_out_example():
     gap = np.abs  # no two rows share a bin
     assert found.pop("asim_layers") == [0.5, 0.75]
     bins = {i: sums for i, sums in enumerate(found.pop("reliability")) if sums[0]}
-    assert bins == {i: [1, pytest.approx(c), right] for i, c, right in ((6, 0.45, 1), (7, 0.5, 0), (8, 0.6, 1), (10, 0.7, 0))}
-    assert found == pytest.approx({
-        "acc": 0.5,
-        "asim": 0.625,
-        "ece": (gap(1 - 0.6) + gap(0 - 0.5) + gap(0 - 0.7) + gap(1 - 0.45)) / 4,
-        "ece_mass": (gap(1 - 0.6) + gap(0 - 0.5) + gap(0 - 0.7) + gap(1 - 0.45)) / 4,
-        "nll": -np.log([0.6, 0.3, 0.2, 0.45]).mean(),
-        "brier": np.mean([0.4**2 + 0.2**2, 0.7**2 + 0.5**2, 0.02**2 + 0.8**2, 0.55**2 + 0.4**2]),
-        "acc_labels": right.mean(),
-        "ece_labels": gap(right - share.max(1)).mean(),
-    }, rel=1e-6)
+    assert bins == {
+        i: [1, pytest.approx(c), right] for i, c, right in ((6, 0.45, 1), (7, 0.5, 0), (8, 0.6, 1), (10, 0.7, 0))
+    }
+    assert found == pytest.approx(
+        {
+            "acc": 0.5,
+            "asim": 0.625,
+            "ece": (gap(1 - 0.6) + gap(0 - 0.5) + gap(0 - 0.7) + gap(1 - 0.45)) / 4,
+            "ece_mass": (gap(1 - 0.6) + gap(0 - 0.5) + gap(0 - 0.7) + gap(1 - 0.45)) / 4,
+            "nll": -np.log([0.6, 0.3, 0.2, 0.45]).mean(),
+            "brier": np.mean([0.4**2 + 0.2**2, 0.7**2 + 0.5**2, 0.02**2 + 0.8**2, 0.55**2 + 0.4**2]),
+            "acc_labels": right.mean(),
+            "ece_labels": gap(right - share.max(1)).mean(),
+        },
+        rel=1e-6,
+    )
 
 
 def test_measure_bins_as_asked():
@@ -172,12 +185,22 @@ def test_measure_bins_as_asked():
 def test_measure_of_texts_has_no_calibration():
     found = measure({"asim": torch.tensor([1.0, 0.0]), "correct": torch.tensor([True, False, True])}, [None] * 3)
     assert found["acc"] == pytest.approx(2 / 3) and found["asim"] == 0.5
-    assert all(found[name] is None for name in ("ece", "ece_mass", "nll", "brier", "acc_labels", "ece_labels", "reliability"))
+    assert all(
+        found[name] is None for name in ("ece", "ece_mass", "nll", "brier", "acc_labels", "ece_labels", "reliability")
+    )
     assert set(METRICS) <= set(found)
 
 
 def record(number, rate, dev_loss, acc, method="sft", evaluation="t", ece=0.1) -> dict:
-    about = {"task": "t", "eval": evaluation, "ood": evaluation != "t", "model": "m", "n": 4, "method": method, "adapter": "lora"}
+    about = {
+        "task": "t",
+        "eval": evaluation,
+        "ood": evaluation != "t",
+        "model": "m",
+        "n": 4,
+        "method": method,
+        "adapter": "lora",
+    }
     numbers = {name: 0.5 for name in METRICS} | {"acc": acc, "ece": ece, "asim_layers": [acc, number]}
     return about | {"set": number, "rate": rate, "beta": None, "dev_loss": dev_loss, "steps": 3} | numbers
 
@@ -205,7 +228,9 @@ def test_summarise_against_numpy():
     paper = cells[2]
     assert (paper["acc"], paper["ece"], paper["sets"], paper["ood"]) == ([0.5, 0.7], [0.3, 0.1], 2, False)
     for metric, values in (("acc", [0.5, 0.7]), ("ece", [0.3, 0.1])):
-        assert paper[f"{metric}_mean"] == pytest.approx(np.mean(values)) and paper[f"{metric}_std"] == pytest.approx(np.std(values))
+        assert paper[f"{metric}_mean"] == pytest.approx(np.mean(values)) and paper[f"{metric}_std"] == pytest.approx(
+            np.std(values)
+        )
     assert paper["asim_layers"] == pytest.approx(np.mean([[0.5, 0], [0.7, 1]], axis=0))
     assert [c["selected_by"] for c in summarise(RECORDS, "eval")] == ["eval"]
     texts = summarise([{**r, "ece": None} for r in RECORDS])[0]
@@ -214,7 +239,9 @@ def test_summarise_against_numpy():
 
 def test_reliability_is_pooled_over_sets():
     curves = [[[3, 0.6, 1], [0, 0.0, 0]], [[1, 0.1, 0], [2, 1.9, 2]]]
-    (summary,) = summarise([{**record(s, None, None, 0.5, "base"), "reliability": curve} for s, curve in enumerate(curves)])
+    (summary,) = summarise(
+        [{**record(s, None, None, 0.5, "base"), "reliability": curve} for s, curve in enumerate(curves)]
+    )
     assert summary["reliability"] == [[4, pytest.approx(0.7), 1], [2, 1.9, 2]]
 
 

@@ -23,7 +23,16 @@ from pyarrow import parquet
 from ia2mini.tasks import custom_task, find_task, load_examples, parse_boxed, parse_number, parse_text
 from ia2mini.tasks.sources import PARQUET, read_rows
 
-TRICKY = ["plain", 'comma, "quotes"', "line\nend", "\u2028 separators \x85\x0b\x0c", "blank at the end ", "naïve 東京 🙂", "\\ {x}", "\t"]
+TRICKY = [
+    "plain",
+    'comma, "quotes"',
+    "line\nend",
+    "\u2028 separators \x85\x0b\x0c",
+    "blank at the end ",
+    "naïve 東京 🙂",
+    "\\ {x}",
+    "\t",
+]
 SST2 = [{"sentence": f"{text}{i}", "label": i % 2} for i in range(5) for text in TRICKY]
 
 
@@ -53,7 +62,9 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path):
         found = load_examples(find_task("sst2"), "eval", tmp_path / kind)
         digests.add(found.origin["digest"])
         assert (found.origin["rows"], found.origin["used"], len(found.rows)) == (40, 40, 40)
-        assert {(e.prompt, e.label) for e in found.rows} == {(f"Text:{row['sentence']}\nLabel:", row["label"]) for row in SST2}
+        assert {(e.prompt, e.label) for e in found.rows} == {
+            (f"Text:{row['sentence']}\nLabel:", row["label"]) for row in SST2
+        }
     assert len(digests) == 1
     assert len(load_examples(find_task("sst2"), "eval", tmp_path / "csv", limit=7).rows) == 7
 
@@ -71,8 +82,10 @@ def test_u2028_stays_inside_a_real_row(shared_data):
     assert len(rows) == 4000 and sum(row["question"].count("\u2028") for row in rows) == 2
 
 
-@pytest.mark.parametrize("place", [
-    "gsm_symbolic/test.csv", "gsm_symbolic/main_test.jsonl", "GSM-Symbolic/main/test.parquet", "gsm8ks/test.tsv"])
+@pytest.mark.parametrize(
+    "place",
+    ["gsm_symbolic/test.csv", "gsm_symbolic/main_test.jsonl", "GSM-Symbolic/main/test.parquet", "gsm8ks/test.tsv"],
+)
 def test_spellings_of_a_local_folder(tmp_path, place):
     write(tmp_path / place, [{"question": "q", "answer": "#### 1"}])
     assert load_examples(find_task("gsm8ks"), "eval", tmp_path).origin["files"] == [str(tmp_path / place)]
@@ -124,8 +137,10 @@ def test_absent_files_marks_and_absent_pyarrow(tmp_path, monkeypatch):
 
 def test_wrong_rows_name_file_and_line(tmp_path):
     path = tmp_path / "sst2" / "validation.csv"
-    wrong = {"text,label\nx,0\n": "validation.csv:2: no column 'sentence'; the columns there are 'text', 'label'",
-             "sentence,label\nx,0\nx,2\n": "validation.csv:3: unknown label '2' in column 'label'; known labels: '0', '1'"}
+    wrong = {
+        "text,label\nx,0\n": "validation.csv:2: no column 'sentence'; the columns there are 'text', 'label'",
+        "sentence,label\nx,0\nx,2\n": "validation.csv:3: unknown label '2' in column 'label'; known labels: '0', '1'",
+    }
     for rows, message in wrong.items():
         path.parent.mkdir(exist_ok=True)
         path.write_text(rows)
@@ -137,11 +152,14 @@ def test_wrong_rows_name_file_and_line(tmp_path):
 
 
 def sst2_repo(shards=1):
-    parts = [SST2[i * len(SST2) // shards:(i + 1) * len(SST2) // shards] for i in range(shards)]
+    parts = [SST2[i * len(SST2) // shards : (i + 1) * len(SST2) // shards] for i in range(shards)]
     files = {f"default/validation/{i:04}.parquet": parquet_bytes(part) for i, part in enumerate(parts)}
-    return {("dataset", "stanfordnlp/sst2"): {
-        "main": {"README.md": b"# sst2"},
-        PARQUET: {"README.md": b"", "default/train/0000.parquet": parquet_bytes(SST2[:9]), **files}}}
+    return {
+        ("dataset", "stanfordnlp/sst2"): {
+            "main": {"README.md": b"# sst2"},
+            PARQUET: {"README.md": b"", "default/train/0000.parquet": parquet_bytes(SST2[:9]), **files},
+        }
+    }
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -157,7 +175,9 @@ def test_the_same_rows_from_the_hub(tmp_path, monkeypatch, shards):
         assert not any("default/train" in request["path"] for request in hub.requests)  # only the files needed
         before = sum(request["path"].startswith("/cdn/") for request in hub.requests)
         load_examples(find_task("sst2"), "eval")
-        assert sum(request["path"].startswith("/cdn/") for request in hub.requests) == before == shards  # the second time from the cache
+        assert (
+            sum(request["path"].startswith("/cdn/") for request in hub.requests) == before == shards
+        )  # the second time from the cache
 
 
 def test_the_cache_serves_when_the_hub_does_not(tmp_path, monkeypatch):
@@ -165,7 +185,10 @@ def test_the_cache_serves_when_the_hub_does_not(tmp_path, monkeypatch):
         connect(monkeypatch, hub, tmp_path)
         first = load_examples(find_task("sst2"), "eval")
     assert load_examples(find_task("sst2"), "eval") == first  # nobody listens at that address any more
-    with pytest.raises(UsageError, match=f"no Parquet folder default/train in branch {PARQUET}; found default/validation; the hub cannot"):
+    with pytest.raises(
+        UsageError,
+        match=f"no Parquet folder default/train in branch {PARQUET}; found default/validation; the hub cannot",
+    ):
         load_examples(find_task("sst2"), "train")
     connect(monkeypatch, hub, tmp_path, offline=True)
     assert load_examples(find_task("sst2"), "eval") == first
@@ -203,17 +226,26 @@ def test_a_cut_download_resumes_or_fails_cleanly(tmp_path, monkeypatch):
         hub.cut[name] = [100, 50]
         hub.requests.clear()
         assert len(load_examples(find_task("sst2"), "eval").rows) == 40
-        assert [request["range"] for request in hub.requests if request["path"].startswith("/cdn/")] == [None, "bytes=100-", "bytes=150-"]
+        assert [request["range"] for request in hub.requests if request["path"].startswith("/cdn/")] == [
+            None,
+            "bytes=100-",
+            "bytes=150-",
+        ]
 
 
 def test_what_the_hub_may_refuse(tmp_path, monkeypatch):
     task = find_task("sst2")
-    repos = {("dataset", "a/no-branch"): {"main": {}},
-             ("dataset", "a/no-split"): {PARQUET: {"x/validation/0000.parquet": b"", "y/validation/0.parquet": b""}},
-             ("dataset", "a/gated"): sst2_repo()["dataset", "stanfordnlp/sst2"]}
-    refusals = {"a/absent": "a/absent: no such dataset on the hub", "a/no-branch": f"has no revision {PARQUET}",
-                "a/no-split": f"no Parquet folder default/validation in branch {PARQUET}; found x/validation, y/validation",
-                "a/gated": "a/gated is gated: accept its terms at https://huggingface.co/datasets/a/gated, then log in"}
+    repos = {
+        ("dataset", "a/no-branch"): {"main": {}},
+        ("dataset", "a/no-split"): {PARQUET: {"x/validation/0000.parquet": b"", "y/validation/0.parquet": b""}},
+        ("dataset", "a/gated"): sst2_repo()["dataset", "stanfordnlp/sst2"],
+    }
+    refusals = {
+        "a/absent": "a/absent: no such dataset on the hub",
+        "a/no-branch": f"has no revision {PARQUET}",
+        "a/no-split": f"no Parquet folder default/validation in branch {PARQUET}; found x/validation, y/validation",
+        "a/gated": "a/gated is gated: accept its terms at https://huggingface.co/datasets/a/gated, then log in",
+    }
     with serve(repos, gated=("a/gated",)) as hub:
         connect(monkeypatch, hub, tmp_path)
         for repo, message in refusals.items():
@@ -225,10 +257,13 @@ def test_what_the_hub_may_refuse(tmp_path, monkeypatch):
         assert not any(request["token"] for request in hub.requests if request["path"].startswith("/cdn/"))
 
 
-@pytest.mark.parametrize("configs, wanted", [
-    (("default", "main"), "main"), (("default", "socratic"), "default"), (("only",), "only")])
+@pytest.mark.parametrize(
+    "configs, wanted", [(("default", "main"), "main"), (("default", "socratic"), "default"), (("only",), "only")]
+)
 def test_the_config_folder_is_matched_not_guessed(tmp_path, monkeypatch, configs, wanted):
-    files = {f"{config}/test/0000.parquet": parquet_bytes([{"question": config, "answer": "#### 1"}]) for config in configs}
+    files = {
+        f"{config}/test/0000.parquet": parquet_bytes([{"question": config, "answer": "#### 1"}]) for config in configs
+    }
     with serve({("dataset", "openai/gsm8k"): {PARQUET: files}}) as hub:
         connect(monkeypatch, hub, tmp_path)
         assert load_examples(find_task("gsm8k"), "eval").rows[0].prompt == f"Question:{wanted}\nAnswer:"
@@ -236,7 +271,9 @@ def test_the_config_folder_is_matched_not_guessed(tmp_path, monkeypatch, configs
 
 def test_nested_columns_from_parquet(tmp_path, monkeypatch):
     rows = [{"question": "Q?", "choices": {"text": list("abcdefgh"), "label": list("ABCDEFGH")}, "answerKey": "H"}]
-    with serve({("dataset", "allenai/qasc"): {PARQUET: {"default/validation/0000.parquet": parquet_bytes(rows)}}}) as hub:
+    with serve(
+        {("dataset", "allenai/qasc"): {PARQUET: {"default/validation/0000.parquet": parquet_bytes(rows)}}}
+    ) as hub:
         connect(monkeypatch, hub, tmp_path)
         hubbed = load_examples(find_task("qasc_remap"), "eval").rows
     write(tmp_path / "qasc" / "validation.jsonl", rows)
@@ -244,7 +281,11 @@ def test_nested_columns_from_parquet(tmp_path, monkeypatch):
 
 
 def test_financial_phrasebank_from_its_zip(tmp_path, monkeypatch, shared_data):
-    rows = [json.loads(line) for line in (shared_data / "financial_phrasebank/train.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    rows = [
+        json.loads(line)
+        for line in (shared_data / "financial_phrasebank/train.jsonl").read_text(encoding="utf-8").split("\n")
+        if line
+    ]
     names = ("negative", "neutral", "positive")
     text = "".join(f"{row['sentence']}@{names[row['label']]}\r\n" for row in rows).encode("latin-1")
     buffer = io.BytesIO()
@@ -259,7 +300,9 @@ def test_financial_phrasebank_from_its_zip(tmp_path, monkeypatch, shared_data):
             found = load_examples(replace(task, archive=(name, hashlib.sha256(data).hexdigest(), member)), role)
             assert found.rows == load_examples(task, role, shared_data).rows
         assert found.origin["revision"] == hub.commit("dataset", task.hub, "main")
-        with pytest.raises(UsageError, match="FinancialPhraseBank-v1.0.zip: missing, or not the published file of sha256 0e1a06c4"):
+        with pytest.raises(
+            UsageError, match="FinancialPhraseBank-v1.0.zip: missing, or not the published file of sha256 0e1a06c4"
+        ):
             load_examples(task, "eval")
         hub.repos["dataset", task.hub]["main"] = {}
         with pytest.raises(UsageError, match="missing, or not the published file"):
@@ -269,8 +312,14 @@ def test_financial_phrasebank_from_its_zip(tmp_path, monkeypatch, shared_data):
 def test_strategytf_falls_back_and_says_so(tmp_path, monkeypatch):
     rows = [{"question": f"q{i}", "answer": i % 2 == 0} for i in range(600)]
     one = {("dataset", "wics/strategy-qa"): {PARQUET: {"default/test/0000.parquet": parquet_bytes(rows)}}}
-    other = {("dataset", "ChilleD/StrategyQA"): {PARQUET: {
-        "default/train/0000.parquet": parquet_bytes(rows[:400]), "default/test/0000.parquet": parquet_bytes(rows[400:])}}}
+    other = {
+        ("dataset", "ChilleD/StrategyQA"): {
+            PARQUET: {
+                "default/train/0000.parquet": parquet_bytes(rows[:400]),
+                "default/test/0000.parquet": parquet_bytes(rows[400:]),
+            }
+        }
+    }
     digests = set()
     for case, repos in enumerate((one | other, other)):
         with serve(repos) as hub:
@@ -290,11 +339,15 @@ def test_forty_lines_of_ones_own(tmp_path):
     pool, held = (load_examples(task, role) for role in ("train", "eval"))
     assert (len(pool.rows), len(held.rows)) == (20, 20)
     assert {e.prompt for e in pool.rows + held.rows} == {f"Text:Nr {i}, said\nLabel:" for i in range(40)}
-    assert all(e.answer == task.labels[e.label] == ("bad", "good")[int(e.prompt.split()[1][:-1]) % 2] for e in pool.rows)
+    assert all(
+        e.answer == task.labels[e.label] == ("bad", "good")[int(e.prompt.split()[1][:-1]) % 2] for e in pool.rows
+    )
     assert load_examples(custom_task(path, "text", "label"), "train") == pool
     text = task.as_text()
     assert (text.labels, text.max_tokens) == ((), 200)
-    assert [(e.prompt, e.answer, e.label) for e in load_examples(text, "eval").rows] == [(e.prompt, e.answer, None) for e in held.rows]
+    assert [(e.prompt, e.answer, e.label) for e in load_examples(text, "eval").rows] == [
+        (e.prompt, e.answer, None) for e in held.rows
+    ]
 
 
 def test_repeated_prompts_are_not_on_both_sides(tmp_path):
@@ -311,16 +364,21 @@ def test_a_file_for_evaluation_and_a_template(tmp_path):
     task = custom_task(train, "a", "label", r"A:{a}\nB:{b c}\nLabel:", other)
     assert task.labels == ("0", "1", "2")
     assert len(load_examples(task, "train").rows) == 30
-    example, = load_examples(task, "eval").rows
+    (example,) = load_examples(task, "eval").rows
     assert (example.prompt, example.answer, example.label) == ("A:z\nB:w\nLabel:", "2", 2)
     write(other, [{"a": "z", "b c": "w", "label": "7"}])
-    with pytest.raises(UsageError, match=r"other.tsv:2: unknown label '7' in column 'label'; known labels: '0', '1', '2'"):
+    with pytest.raises(
+        UsageError, match=r"other.tsv:2: unknown label '7' in column 'label'; known labels: '0', '1', '2'"
+    ):
         load_examples(task, "eval")
 
 
 def test_answers_that_are_text_and_their_parsers(tmp_path):
-    for answers, parse in {("so #### 1,0", "#### 2"): parse_number, (r"is \boxed{a}", r"\boxed{b}"): parse_boxed,
-                           ("one way", "another #### 3"): parse_text}.items():
+    for answers, parse in {
+        ("so #### 1,0", "#### 2"): parse_number,
+        (r"is \boxed{a}", r"\boxed{b}"): parse_boxed,
+        ("one way", "another #### 3"): parse_text,
+    }.items():
         rows = [{"q": f"{i}", "a": f"{i}{answers[i % 2]}"} for i in range(50)]
         task = custom_task(write(tmp_path / "text.jsonl", rows), "q", "a")
         assert (task.labels, task.parse, task.max_tokens) == ((), parse, 200)
@@ -331,9 +389,12 @@ def test_answers_that_are_text_and_their_parsers(tmp_path):
 
 def test_what_is_wrong_with_ones_own_rows(tmp_path):
     path = write(tmp_path / "mine.jsonl", [{"text": f"t{i}", "label": i % 2} for i in range(8)])
-    templates = {"Text:{txt}": "mine.jsonl:1: no column 'txt'; the columns there are 'text', 'label'",
-                 "Text:{}": "mine.jsonl:1: no column ''",
-                 "Text:": "template 'Text:': must name a column of the prompt, as {text}", "{text} {label}": "and not the answer's"}
+    templates = {
+        "Text:{txt}": "mine.jsonl:1: no column 'txt'; the columns there are 'text', 'label'",
+        "Text:{}": "mine.jsonl:1: no column ''",
+        "Text:": "template 'Text:': must name a column of the prompt, as {text}",
+        "{text} {label}": "and not the answer's",
+    }
     for template, message in templates.items():
         with pytest.raises(UsageError, match=message):
             custom_task(path, "text", "label", template)
@@ -341,8 +402,14 @@ def test_what_is_wrong_with_ones_own_rows(tmp_path):
         custom_task(path, "sentence", "label")
     with pytest.raises(UsageError, match="mine.jsonl:1: no column 'answer'"):
         custom_task(path, "text", "answer")
-    for label, message in {None: "odd.jsonl:9: column 'label' holds nothing", " ": "odd.jsonl:9: column 'label' is empty",
-                           "0": None}.items():
-        write(tmp_path / "odd.jsonl", [{"text": f"t{i}", "label": "0"} for i in range(8)] + [{"text": "t", "label": label}])
+    for label, message in {
+        None: "odd.jsonl:9: column 'label' holds nothing",
+        " ": "odd.jsonl:9: column 'label' is empty",
+        "0": None,
+    }.items():
+        write(
+            tmp_path / "odd.jsonl",
+            [{"text": f"t{i}", "label": "0"} for i in range(8)] + [{"text": "t", "label": label}],
+        )
         with pytest.raises(UsageError, match=message or "every row has the answer '0'"):
             custom_task(tmp_path / "odd.jsonl", "text", "label")

@@ -14,7 +14,10 @@ from ia2mini.tokenizer import Tokenizer
 
 LLAMA_BOS = 128000
 REMAP = ("apple", "Friday", "banana", "Saturday", "Thursday", "Sunday", "Wednesday", "Monday")
-TEMPLATES = {"sentiment": "Text:a fine film \nLabel:", "choice": "Question:Why?\nChoices:\n[apple]so\n[Friday]no\n\nAnswer:"}
+TEMPLATES = {
+    "sentiment": "Text:a fine film \nLabel:",
+    "choice": "Question:Why?\nChoices:\n[apple]so\n[Friday]no\n\nAnswer:",
+}
 
 
 @pytest.fixture(scope="module", params=["qwen3", "llama3"])
@@ -36,7 +39,12 @@ def real_prompts(shared_data) -> list[str]:
     prompts += [f"Text:{row['verse_text']}\nLabel:" for row in rows("poem_sentiment/train.jsonl", 40)]
     prompts += [f"Question:{row['question']}\nAnswer:{row['answer']}" for row in rows("gsm8k/train.jsonl", 40)]
     prompts += [f"Question:{row['problem']}\nAnswer:{row['solution']}" for row in rows("math_algebra/train.jsonl", 40)]
-    return [*prompts, "\n\n".join(p + "1" for p in prompts[:16]) + "\n\n" + prompts[16], "", "  é\u2028日本 <|endoftext|>\t\n "]
+    return [
+        *prompts,
+        "\n\n".join(p + "1" for p in prompts[:16]) + "\n\n" + prompts[16],
+        "",
+        "  é\u2028日本 <|endoftext|>\t\n ",
+    ]
 
 
 def test_whole_prompts_as_transformers_encodes_them(real, shared_data):

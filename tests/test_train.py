@@ -15,7 +15,13 @@ from ia2mini.adapters import IA3, Full, LoRA, PrefixTuning, Prompt, adapted, unp
 from ia2mini.episode import Row, collate
 from ia2mini.train import METHODS, Adam, Job, SetRows, Settings, fit, losses
 
-ADAPTERS = {"lora": LoRA, "ia3": IA3, "prompt": lambda m: Prompt(m, 3), "prefix": lambda m: PrefixTuning(m, 3), "full": Full}
+ADAPTERS = {
+    "lora": LoRA,
+    "ia3": IA3,
+    "prompt": lambda m: Prompt(m, 3),
+    "prefix": lambda m: PrefixTuning(m, 3),
+    "full": Full,
+}
 MIXES = {"sft": {"ce": 1.0}, "ia2": {"mse": 1.0}, "soft": {"kl": 1.0}, "mixed": {"mse": 0.3, "ce": 0.7}}
 
 
@@ -55,11 +61,19 @@ def plain_loss(twin, row: Row, mix: dict[str, float]) -> torch.Tensor:
         layers = zip(caught, row.activations, strict=True)
         total += mix["mse"] * sum((a[0, -len(row.answer) :].double() - t.double()).pow(2).mean() for a, t in layers)
     if "ce" in mix:
-        total -= mix["ce"] * sum(torch.log(p.softmax(0)[t]) for p, t in zip(logits, row.answer, strict=True)) / len(row.answer)
+        total -= (
+            mix["ce"]
+            * sum(torch.log(p.softmax(0)[t]) for p, t in zip(logits, row.answer, strict=True))
+            / len(row.answer)
+        )
     if "kl" in mix:
         for p, soft, ids in zip(logits, row.soft, row.soft_ids, strict=True):
             teacher = soft.double().exp() / soft.double().exp().sum()
-            total += mix["kl"] * sum(q * (q.log() - p.log_softmax(0)[i]) for q, i in zip(teacher, ids, strict=True)) / len(row.answer)
+            total += (
+                mix["kl"]
+                * sum(q * (q.log() - p.log_softmax(0)[i]) for q, i in zip(teacher, ids, strict=True))
+                / len(row.answer)
+            )
     return total
 
 
@@ -107,7 +121,9 @@ def test_losses_of_a_batch_equal_the_plain_ones(folder, model, kind, mix, pack):
     theta = starts(adapter, model, 2) + 0.05 * torch.randn(2, 1)
     rows = [make_rows(3, seed) for seed in range(2)]
     with torch.no_grad(), adapted(model, adapter, theta) as student:
-        found = losses(student, collate(rows, pack=pack), {name: torch.tensor([w, 2 * w]) for name, w in MIXES[mix].items()})
+        found = losses(
+            student, collate(rows, pack=pack), {name: torch.tensor([w, 2 * w]) for name, w in MIXES[mix].items()}
+        )
         for r in range(2):
             twin = peft_twin(folder, adapter, theta[r])
             expected = sum(plain_loss(twin, row, MIXES[mix]).item() for row in rows[r]) / 3
@@ -140,7 +156,16 @@ def test_runs_side_by_side_equal_alone_in_any_order(model, kind, mix):
     def train_runs(runs):
         weights = {name: torch.full((len(runs),), w) for name, w in MIXES[mix].items()}
         rows = [[data[r] for r in runs] for data in (train, dev)]
-        return fit(model, adapter, theta[runs], rates[runs], *rows, weights, lambda r, epoch: in_order(runs[r], epoch), settings)
+        return fit(
+            model,
+            adapter,
+            theta[runs],
+            rates[runs],
+            *rows,
+            weights,
+            lambda r, epoch: in_order(runs[r], epoch),
+            settings,
+        )
 
     together, shuffled = train_runs([0, 1, 2, 3, 4, 5]), train_runs([4, 2, 5, 0, 3, 1])
     assert together.steps.tolist() == [20] * R
@@ -161,7 +186,9 @@ def test_runs_that_stop_at_different_steps_equal_alone(model, batch_size):
 
     def train_runs(runs, watch=None):
         weights, rows = {"mse": 1 - beta[runs], "ce": beta[runs]}, [[data[r] for r in runs] for data in (train, dev)]
-        return fit(model, adapter, theta[runs], rates[runs], *rows, weights, lambda r, e: in_order(runs[r], e), settings, watch)
+        return fit(
+            model, adapter, theta[runs], rates[runs], *rows, weights, lambda r, e: in_order(runs[r], e), settings, watch
+        )
 
     together = train_runs(list(range(R)), lambda step, live: seen.append((step, len(live))))
     assert len(set(together.steps.tolist())) >= 3
@@ -178,7 +205,14 @@ def overfitting(model, **settings):
     """One run whose dev row asks for the answer that the base already gives and its training row for another."""
     adapter, looks, prompt = LoRA(model), [], [1, 2, 3]
     dev, mix = [[Row(prompt, [model(torch.tensor([prompt]))[0, -1].argmax().item()])]], {"ce": torch.ones(1)}
-    arguments = [[Row(prompt, [4])]], dev, mix, lambda r, epoch: [0], Settings(**settings), lambda *look: looks.append(look)
+    arguments = (
+        [[Row(prompt, [4])]],
+        dev,
+        mix,
+        lambda r, epoch: [0],
+        Settings(**settings),
+        lambda *look: looks.append(look),
+    )
     found = fit(model, adapter, starts(adapter, model, 1), torch.tensor([3e-2]), *arguments)
     with torch.no_grad(), adapted(model, adapter, found.theta) as student:
         return found, [step for step, _ in looks], losses(student, collate(dev), mix).item()
@@ -218,7 +252,11 @@ def test_only_the_chosen_layers_are_aligned(model):
 
 
 def test_patience_counts_looks_since_the_last_improvement(model):
-    adapter, best, script = LoRA(model), [], iter([5.0, 6.0, 6.0, 4.0, 4.0, 7.0, 4.0, 3.0])  # an equal loss is no improvement
+    adapter, best, script = (
+        LoRA(model),
+        [],
+        iter([5.0, 6.0, 6.0, 4.0, 4.0, 7.0, 4.0, 3.0]),
+    )  # an equal loss is no improvement
 
     class Student(torch.nn.Module):
         config = model.config
@@ -229,13 +267,19 @@ def test_patience_counts_looks_since_the_last_improvement(model):
                 taps.outputs = dict.fromkeys(range(2), torch.full((1, 32), math.sqrt(next(script) / 2)))
 
     data = [make_rows(1, 0)], [[Row([1, 2], [3], torch.zeros(2, 1, 32))]], {"mse": torch.ones(1)}
-    more = lambda r, epoch: [0], Settings(patience=3), lambda step, live: best.append([round(x, 4) for x in live.tolist()])
+    more = (
+        lambda r, epoch: [0],
+        Settings(patience=3),
+        lambda step, live: best.append([round(x, 4) for x in live.tolist()]),
+    )
     found = fit(Student(), adapter, starts(adapter, model, 1), torch.tensor([1e-2]), *data, *more)
     assert best == [[5.0], [5.0], [5.0], [4.0], [4.0], [4.0], []]
     assert found.steps.tolist() == [7] and found.dev_loss.item() == pytest.approx(4.0)
 
 
-@pytest.mark.parametrize("rows, looks", [(5, [2, 3, 4, 6, 8, 9, 10, 12]), (4, [2, 4, 6, 8]), (2, [1, 2, 3, 4]), (1, [1, 2, 3, 4])])
+@pytest.mark.parametrize(
+    "rows, looks", [(5, [2, 3, 4, 6, 8, 9, 10, 12]), (4, [2, 4, 6, 8]), (2, [1, 2, 3, 4]), (1, [1, 2, 3, 4])]
+)
 def test_the_dev_loss_is_looked_at_after_every_second_step_and_each_epoch(model, rows, looks):
     adapter, seen = IA3(model), []
     settings = Settings(batch_size=2, epochs=4, patience=99)
@@ -259,7 +303,9 @@ PHASES = {  # method -> its phases: which rows, which losses (protocol section 4
 def make_job(model, kind, labels="truth", rows=5, **more):
     sets = [SetRows(*(make_rows(n, 10 * s + i) for i, n in enumerate((rows, 2, rows, 2)))) for s in range(2)]
     settings = Settings(batch_size=2, epochs=2, patience=9)
-    return Job(model, ADAPTERS[kind](model), sets, [1e-2, 3e-3], [0.2, 0.7], seed=4, labels=labels, settings=settings, **more)
+    return Job(
+        model, ADAPTERS[kind](model), sets, [1e-2, 3e-3], [0.2, 0.7], seed=4, labels=labels, settings=settings, **more
+    )
 
 
 @pytest.mark.parametrize(
@@ -291,7 +337,9 @@ def test_every_method_equals_the_plain_loop(folder, model, kind, labels, method)
                 twin, job.adapter, rate, mix, train, dev, lambda e, n=number: job.order(n, e), job.settings
             )
             steps += taken
-            assert [(step, live[r].item()) for step, live in looks] == [(step, pytest.approx(x, rel=1e-4)) for step, x in history]
+            assert [(step, live[r].item()) for step, live in looks] == [
+                (step, pytest.approx(x, rel=1e-4)) for step, x in history
+            ]
         assert relative(found.theta[r], theta) <= 1e-4
         assert found.dev_loss[r].item() == pytest.approx(loss, rel=1e-4) and found.steps[r] == steps
 
@@ -339,4 +387,7 @@ def test_sets_start_differently_and_rates_of_a_set_alike(model):
     job = make_job(model, "lora")
     theta = job.start(job.grid())
     assert torch.equal(theta[0], theta[1]) and torch.equal(theta[2], theta[3]) and not torch.equal(theta[0], theta[2])
-    assert sorted(job.order(0, 0)) == list(range(5)) and len({tuple(job.order(n, e)) for n in range(2) for e in range(4)}) > 4
+    assert (
+        sorted(job.order(0, 0)) == list(range(5))
+        and len({tuple(job.order(n, e)) for n in range(2) for e in range(4)}) > 4
+    )

@@ -29,7 +29,9 @@ def test_rows_are_fixed_distinct_and_of_their_split(name):
     assert (len(pool), len(queries)) == (2000, 500)
     assert pool == world.rows(name, "train")
     assert len({row[text] for row in pool + queries}) == 2500
-    assert {world.split_of(row[text]) for row in pool} == {"train"} and {world.split_of(row[text]) for row in queries} == {"eval"}
+    assert {world.split_of(row[text]) for row in pool} == {"train"} and {
+        world.split_of(row[text]) for row in queries
+    } == {"eval"}
     if not TASKS[name].format:
         counts = [sum(row["label"] == i for row in queries) for i in range(len(TASKS[name].labels))]
         assert min(counts) > 0.8 * 500 / len(counts)
@@ -46,12 +48,20 @@ def test_pretraining_sees_its_split_only():
 def test_a_label_is_told_by_the_sentence(name):
     toy = TASKS[name]
     for row in world.rows(name, "eval")[:100]:
-        shown = [i for i, words in enumerate(world.ATTRIBUTES[toy.attribute].values()) if set(words) & set(re.findall(r"\w+", row["text"]))]
+        shown = [
+            i
+            for i, words in enumerate(world.ATTRIBUTES[toy.attribute].values())
+            if set(words) & set(re.findall(r"\w+", row["text"]))
+        ]
         assert shown == [1 - row["label"] if toy.flip else row["label"]]
 
 
 def test_unseen_templates_are_new_to_their_style_but_their_words_are_not():
-    words = set(" ".join(template for style in world.WORLD["styles"].values() for part in style.values() for template in part).split())
+    words = set(
+        " ".join(
+            template for style in world.WORLD["styles"].values() for part in style.values() for template in part
+        ).split()
+    )
     for style, parts in world.WORLD["unseen"].items():
         assert set(parts) == set(world.WORLD["styles"][style])
         for part, templates in parts.items():
@@ -70,7 +80,10 @@ def test_sums_read_as_minus():
 
 def test_prompts_are_exact():
     row = world.rows("toy-mood-remap", "eval")[0]
-    assert world.pair(TASKS["toy-mood-remap"], row) == (f"Text:{row['text']}\nLabel:", ("apple", "Friday")[row["label"]])
+    assert world.pair(TASKS["toy-mood-remap"], row) == (
+        f"Text:{row['text']}\nLabel:",
+        ("apple", "Friday")[row["label"]],
+    )
     row = world.rows("toy-sums-short", "eval")[0]
     assert world.pair(TASKS["toy-sums-short"], row) == (f"Question:{row['question']}\nAnswer:", row["answer"])
 

@@ -4,5 +4,16 @@ from .answers import parse_boxed, parse_hashes, parse_number, parse_text
 from .catalog import Example, Task, all_tasks, find_task
 from .sources import Examples, custom_task, load_examples
 
-__all__ = ["Example", "Examples", "Task", "all_tasks", "custom_task", "find_task", "load_examples",
-           "parse_boxed", "parse_hashes", "parse_number", "parse_text"]
+__all__ = [
+    "Example",
+    "Examples",
+    "Task",
+    "all_tasks",
+    "custom_task",
+    "find_task",
+    "load_examples",
+    "parse_boxed",
+    "parse_hashes",
+    "parse_number",
+    "parse_text",
+]

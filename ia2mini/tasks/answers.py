@@ -39,7 +39,7 @@ def _braced(text: str) -> str | None:
     for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0 and match[0] == "}":
-            return text[1:match.start()]
+            return text[1 : match.start()]
     return None
 
 

@@ -31,7 +31,9 @@ class Row(dict):
         self.where = where
 
     def __missing__(self, column: str):
-        raise UsageError(f"{self.where}: no column {column!r}; the columns there are {', '.join(map(repr, self)) or 'none'}")
+        raise UsageError(
+            f"{self.where}: no column {column!r}; the columns there are {', '.join(map(repr, self)) or 'none'}"
+        )
 
     def text(self, column: str) -> str:
         """The value of a column as text: numbers and booleans as JSON writes them. UsageError for a missing or nested value."""
@@ -39,9 +41,13 @@ class Row(dict):
         if isinstance(value, (bool, int, float)):
             return str(value).lower()
         if not isinstance(value, str):
-            raise UsageError(f"{self.where}: column {column!r} holds {'nothing' if value is None else repr(value)[:60]}, not a text")
+            raise UsageError(
+                f"{self.where}: column {column!r} holds {'nothing' if value is None else repr(value)[:60]}, not a text"
+            )
         if re.search("[\ud800-\udfff]", value):
-            raise UsageError(f"{self.where}: column {column!r} holds half a surrogate pair, which is no character; mend the \\ud… escape")
+            raise UsageError(
+                f"{self.where}: column {column!r} holds half a surrogate pair, which is no character; mend the \\ud… escape"
+            )
         return value
 
 
@@ -78,10 +84,15 @@ class Task:
     max_tokens: int = 1
     parse: Callable[[str], str | None] | None = None  # multi-token: answer text -> what is compared
     prepare: Callable[[Row], dict] | None = None  # columns to add to a row
-    steps: tuple[str, ...] = ("shuffle", "filter")  # in order; "split" keeps the last `held` rows for evaluation, "unique" drops repeats
+    steps: tuple[str, ...] = (
+        "shuffle",
+        "filter",
+    )  # in order; "split" keeps the last `held` rows for evaluation, "unique" drops repeats
     held: int = 500
     archive: tuple[str, str, str] | None = None  # rows in a zip instead of Parquet: path, sha256, member
-    fallback: tuple[str, ...] = ()  # another dataset id with the same rows, then its splits, where `hub` has no Parquet branch
+    fallback: tuple[
+        str, ...
+    ] = ()  # another dataset id with the same rows, then its splits, where `hub` has no Parquet branch
     folder: str | None = None  # folder in a local collection, where it is not the hub's name
     files: tuple[str, str] | None = None  # own rows: file of the pool, file of the evaluation
 
@@ -96,7 +107,9 @@ class Task:
         text = row.text(self.label)
         key = text if text in known else text.lower()
         if key not in known:
-            raise UsageError(f"{row.where}: unknown label {text!r} in column {self.label!r}; known labels: {', '.join(map(repr, known))}")
+            raise UsageError(
+                f"{row.where}: unknown label {text!r} in column {self.label!r}; known labels: {', '.join(map(repr, known))}"
+            )
         return known[key]
 
     def example(self, row: Row) -> Example:
@@ -133,7 +146,7 @@ def arrange(task: Task, role: str, rows: list[Row]) -> list[Row]:
             first = {fill(task.prompt, row): row for row in reversed(rows)}
             rows = [row for row in rows if first[fill(task.prompt, row)] is row]
         else:
-            rows = rows[-task.held:] if role == "eval" else rows[:-task.held]
+            rows = rows[-task.held :] if role == "eval" else rows[: -task.held]
     return rows
 
 
@@ -166,34 +179,114 @@ def prepare_bbc(row: Row) -> dict:
 
 
 PAPER_TASKS = (
-    Task("sst2", "SST2", "stanfordnlp/sst2", train="train", eval="validation",
-         prompt="Text:{sentence}\nLabel:", labels=TWO, ood=("finsen", "poems")),
-    Task("finsen", "FinS", "takala/financial_phrasebank", "sentences_50agree", train="train", eval="train",
-         prompt="Text:{sentence}\nLabel:", labels=TWO, known={"0": 0, "1": None, "2": 1}, ood=("sst2", "poems"),
-         steps=("shuffle", "filter", "split"),
-         archive=("data/FinancialPhraseBank-v1.0.zip", "0e1a06c4900fdae46091d031068601e3773ba067c7cecb5b0da1dcba5ce989a6",
-                  "Sentences_50Agree.txt")),
-    Task("poems", "PoemS", "google-research-datasets/poem_sentiment", eval="train",
-         prompt="Text:{verse_text}\nLabel:", labels=TWO, known={"0": 0, "1": 1, "2": None, "3": None}, steps=("filter", "shuffle")),
-    Task("strategytf", "STF", "wics/strategy-qa", train="test", eval="test",
-         labels=TWO, label="answer", known={"false": 0, "true": 1}, steps=("shuffle", "filter", "split", "shuffle"),
-         fallback=("ChilleD/StrategyQA", "train", "test")),
-    Task("agnews", "AGN", "fancyzhx/ag_news", train="train",
-         prompt="Text:{text}\nLabel:", labels=FOUR, ood=("bbcnews",)),
-    Task("bbcnews", "BBCN", "SetFit/bbc-news",
-         prompt="Text:{text}\nLabel:", labels=FOUR, known={"0": 3, "1": 2, "2": 1, "3": 0, "4": 0}, prepare=prepare_bbc),
-    Task("sciq_remap", "SciQr", "allenai/sciq", train="train", eval="validation",
-         prompt=CHOICES, labels=WORDS[:4], ood=("qasc_remap",), prepare=prepare_sciq),
-    Task("qasc_remap", "QASCr", "allenai/qasc", eval="validation",
-         prompt=CHOICES, labels=WORDS, label="answerKey", known={key: i for i, key in enumerate("ABCDEFGH")}, prepare=prepare_qasc),
-    Task("gsm8k", "GSM8K", "openai/gsm8k", "main", train="train",
-         max_tokens=200, parse=parse_number, ood=("gsm8ks",)),
-    Task("gsm8ks", "GSM8Ks", "apple/GSM-Symbolic", "main",
-         max_tokens=200, parse=parse_number),
-    Task("hmath_algebra", "HMathA", "EleutherAI/hendrycks_math", "algebra", train="train",
-         prompt="Question:{problem}\nAnswer:", answer="{solution}", max_tokens=400, parse=parse_boxed, folder="math_algebra"),
-    Task("sciqa", "SciQ", "allenai/sciq", train="train", eval="validation",
-         answer="{support}\n#### {correct_answer}", max_tokens=200, parse=parse_hashes),
+    Task(
+        "sst2",
+        "SST2",
+        "stanfordnlp/sst2",
+        train="train",
+        eval="validation",
+        prompt="Text:{sentence}\nLabel:",
+        labels=TWO,
+        ood=("finsen", "poems"),
+    ),
+    Task(
+        "finsen",
+        "FinS",
+        "takala/financial_phrasebank",
+        "sentences_50agree",
+        train="train",
+        eval="train",
+        prompt="Text:{sentence}\nLabel:",
+        labels=TWO,
+        known={"0": 0, "1": None, "2": 1},
+        ood=("sst2", "poems"),
+        steps=("shuffle", "filter", "split"),
+        archive=(
+            "data/FinancialPhraseBank-v1.0.zip",
+            "0e1a06c4900fdae46091d031068601e3773ba067c7cecb5b0da1dcba5ce989a6",
+            "Sentences_50Agree.txt",
+        ),
+    ),
+    Task(
+        "poems",
+        "PoemS",
+        "google-research-datasets/poem_sentiment",
+        eval="train",
+        prompt="Text:{verse_text}\nLabel:",
+        labels=TWO,
+        known={"0": 0, "1": 1, "2": None, "3": None},
+        steps=("filter", "shuffle"),
+    ),
+    Task(
+        "strategytf",
+        "STF",
+        "wics/strategy-qa",
+        train="test",
+        eval="test",
+        labels=TWO,
+        label="answer",
+        known={"false": 0, "true": 1},
+        steps=("shuffle", "filter", "split", "shuffle"),
+        fallback=("ChilleD/StrategyQA", "train", "test"),
+    ),
+    Task(
+        "agnews", "AGN", "fancyzhx/ag_news", train="train", prompt="Text:{text}\nLabel:", labels=FOUR, ood=("bbcnews",)
+    ),
+    Task(
+        "bbcnews",
+        "BBCN",
+        "SetFit/bbc-news",
+        prompt="Text:{text}\nLabel:",
+        labels=FOUR,
+        known={"0": 3, "1": 2, "2": 1, "3": 0, "4": 0},
+        prepare=prepare_bbc,
+    ),
+    Task(
+        "sciq_remap",
+        "SciQr",
+        "allenai/sciq",
+        train="train",
+        eval="validation",
+        prompt=CHOICES,
+        labels=WORDS[:4],
+        ood=("qasc_remap",),
+        prepare=prepare_sciq,
+    ),
+    Task(
+        "qasc_remap",
+        "QASCr",
+        "allenai/qasc",
+        eval="validation",
+        prompt=CHOICES,
+        labels=WORDS,
+        label="answerKey",
+        known={key: i for i, key in enumerate("ABCDEFGH")},
+        prepare=prepare_qasc,
+    ),
+    Task("gsm8k", "GSM8K", "openai/gsm8k", "main", train="train", max_tokens=200, parse=parse_number, ood=("gsm8ks",)),
+    Task("gsm8ks", "GSM8Ks", "apple/GSM-Symbolic", "main", max_tokens=200, parse=parse_number),
+    Task(
+        "hmath_algebra",
+        "HMathA",
+        "EleutherAI/hendrycks_math",
+        "algebra",
+        train="train",
+        prompt="Question:{problem}\nAnswer:",
+        answer="{solution}",
+        max_tokens=400,
+        parse=parse_boxed,
+        folder="math_algebra",
+    ),
+    Task(
+        "sciqa",
+        "SciQ",
+        "allenai/sciq",
+        train="train",
+        eval="validation",
+        answer="{support}\n#### {correct_answer}",
+        max_tokens=200,
+        parse=parse_hashes,
+    ),
 )
 
 
@@ -204,7 +297,11 @@ def all_tasks() -> dict[str, Task]:
 
     toys = []
     for toy in TOY_TASKS:
-        form = {"prompt": "Text:{text}\nLabel:", "labels": toy.labels} if toy.labels else {"max_tokens": 200, "parse": parse_number}
+        form = (
+            {"prompt": "Text:{text}\nLabel:", "labels": toy.labels}
+            if toy.labels
+            else {"max_tokens": 200, "parse": parse_number}
+        )
         train = "train" if len(toy.evals) > 1 else None
         toys.append(Task(toy.name, toy.name, train=train, eval="eval", ood=toy.evals[1:], steps=(), **form))
     return {task.name: task for task in (*PAPER_TASKS, *toys)}

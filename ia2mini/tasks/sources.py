@@ -42,14 +42,20 @@ def load_examples(task: Task, role: str, data_dir: str | Path | None = None, lim
     """
     assert role in ("train", "eval")
     if role == "train" and task.train is None:
-        raise UsageError(f"{task.name} is only evaluated on, it has no training rows; choose a task that `ia2mini tasks` lists with a pool")
+        raise UsageError(
+            f"{task.name} is only evaluated on, it has no training rows; choose a task that `ia2mini tasks` lists with a pool"
+        )
     rows, origin = fetch(task, role, data_dir)
     chosen = arrange(task, role, rows)
     examples = [task.example(row) for row in chosen[: POOL if role == "train" else EVAL][:limit]]
     if not examples:
-        raise UsageError(f"{task.name}: no rows left to {role} on, of {len(rows)} in {origin['files'][0]}; more rows are needed")
+        raise UsageError(
+            f"{task.name}: no rows left to {role} on, of {len(rows)} in {origin['files'][0]}; more rows are needed"
+        )
     digest = hashlib.sha256(json.dumps([(example.prompt, example.answer) for example in examples]).encode()).hexdigest()
-    return Examples(examples, {**origin, "rows": len(rows), "kept": len(chosen), "used": len(examples), "digest": digest})
+    return Examples(
+        examples, {**origin, "rows": len(rows), "kept": len(chosen), "used": len(examples), "digest": digest}
+    )
 
 
 def fetch(task: Task, role: str, data_dir: str | Path | None) -> tuple[list[Row], dict]:
@@ -77,18 +83,27 @@ def fetch(task: Task, role: str, data_dir: str | Path | None) -> tuple[list[Row]
 def find_local(task: Task, split: str, data_dir: Path) -> Path:
     """The file of a split in a folder of hub-like data, `{dataset}/{split}.jsonl` and its other spellings."""
     short = task.hub.split("/")[1]
-    folders = list(dict.fromkeys(name for name in (task.folder, short.lower().replace("-", "_"), short, task.name) if name))
+    folders = list(
+        dict.fromkeys(name for name in (task.folder, short.lower().replace("-", "_"), short, task.name) if name)
+    )
     stems = [split, *([f"{task.config}_{split}", f"{task.config}/{split}"] if task.config else [])]
     for folder, stem, suffix in product(folders, stems, SUFFIXES):
         path = data_dir / folder / f"{stem}{suffix}"
         if path.is_file():
             return path
-    raise UsageError(f"{data_dir}: no rows of {task.name} there; looked for {'|'.join(folders)} / {'|'.join(stems)} + {'|'.join(SUFFIXES)}")
+    raise UsageError(
+        f"{data_dir}: no rows of {task.name} there; looked for {'|'.join(folders)} / {'|'.join(stems)} + {'|'.join(SUFFIXES)}"
+    )
 
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a JSONL, CSV, TSV or Parquet file, by its suffix. UsageError naming file and line for whatever is wrong with it."""
-    readers = {".jsonl": read_jsonl, ".csv": read_csv, ".tsv": partial(read_csv, delimiter="\t"), ".parquet": read_parquet}
+    readers = {
+        ".jsonl": read_jsonl,
+        ".csv": read_csv,
+        ".tsv": partial(read_csv, delimiter="\t"),
+        ".parquet": read_parquet,
+    }
     if path.suffix.lower() not in readers:
         raise UsageError(f"{path}: unknown kind of file {path.suffix!r}; rows are read from {', '.join(SUFFIXES)}")
     try:
@@ -137,7 +152,9 @@ def read_csv(path: Path, delimiter: str = ",") -> list[Row]:
                 if len(set(header)) < len(header):
                     raise UsageError(f"{where}: two columns of the same name in the header")
             elif fields and len(fields) != len(header):
-                raise UsageError(f"{where}: {len(fields)} fields, the header has {len(header)}; quote a field that holds {delimiter!r}")
+                raise UsageError(
+                    f"{where}: {len(fields)} fields, the header has {len(header)}; quote a field that holds {delimiter!r}"
+                )
             elif fields:
                 rows.append(Row(where, dict(zip(header, fields, strict=True))))
     except csv.Error as error:
@@ -189,16 +206,25 @@ def read_hub(repo: str, config: str | None, splits: tuple[str, ...]) -> tuple[li
     def choose(names: list[str]) -> list[str]:
         found = [match for match in map(re.compile(r"([^/]+)/([^/]+)/[^/]+\.parquet").fullmatch, names) if match]
         configs = {match[1] for match in found}
-        wanted = next((name for name in (config, "default", *(configs if len(configs) == 1 else ())) if name in configs), None)
+        wanted = next(
+            (name for name in (config, "default", *(configs if len(configs) == 1 else ())) if name in configs), None
+        )
         chosen = [[match[0] for match in found if match[1] == wanted and match[2] == split] for split in splits]
         if not all(chosen):
             there = ", ".join(sorted({f"{match[1]}/{match[2]}" for match in found})) or "nothing"
-            raise UsageError(f"{repo}: no Parquet folder {config or 'default'}/{'+'.join(splits)} in branch {PARQUET}; found {there}")
+            raise UsageError(
+                f"{repo}: no Parquet folder {config or 'default'}/{'+'.join(splits)} in branch {PARQUET}; found {there}"
+            )
         return sum(chosen, [])
 
     paths, commit = download(repo, choose, PARQUET)
     rows = [row for path in paths for row in read_rows(path)]
-    return rows, {"source": "hub", "hub": repo, "revision": commit, "files": ["/".join(path.parts[-3:]) for path in paths]}
+    return rows, {
+        "source": "hub",
+        "hub": repo,
+        "revision": commit,
+        "files": ["/".join(path.parts[-3:]) for path in paths],
+    }
 
 
 def read_archive(repo: str, name: str, sha256: str, member: str) -> tuple[list[Row], dict]:
@@ -212,12 +238,20 @@ def read_archive(repo: str, name: str, sha256: str, member: str) -> tuple[list[R
         lines = archive.read(inside).decode("latin-1").split("\n")
     labels = {"negative": 0, "neutral": 1, "positive": 2}
     pairs = [line.rstrip("\r").rpartition("@") for line in lines if line.strip()]
-    rows = [Row(f"{name}:{i}", {"sentence": sentence, "label": labels[label]}) for i, (sentence, _, label) in enumerate(pairs, 1)]
+    rows = [
+        Row(f"{name}:{i}", {"sentence": sentence, "label": labels[label]})
+        for i, (sentence, _, label) in enumerate(pairs, 1)
+    ]
     return rows, {"source": "hub", "hub": repo, "revision": commit, "files": [name]}
 
 
-def custom_task(path: str | Path, prompt_column: str, answer_column: str, template: str | None = None,
-                eval_path: str | Path | None = None) -> Task:
+def custom_task(
+    path: str | Path,
+    prompt_column: str,
+    answer_column: str,
+    template: str | None = None,
+    eval_path: str | Path | None = None,
+) -> Task:
     """A task on a user's file: `load_examples` works on it as on any other. Its name is the file's.
 
     At most 20 different answers, each given twice on average, are labels: `task.labels`, sorted; if they are not single tokens, take
@@ -238,12 +272,23 @@ def custom_task(path: str | Path, prompt_column: str, answer_column: str, templa
     template = template.replace("\\n", "\n") if template else default
     columns = placeholders(template)
     if not columns or answer_column in columns:
-        raise UsageError(f"template {template!r}: must name a column of the prompt, as {{{prompt_column}}}, and not the answer's")
+        raise UsageError(
+            f"template {template!r}: must name a column of the prompt, as {{{prompt_column}}}, and not the answer's"
+        )
     prompts = len({fill(template, row) for row in rows})
     parse = next(parse for parse in (parse_number, parse_boxed, parse_hashes, parse_text) if all(map(parse, answers)))
     labels = {"labels": tuple(found), "known": {answer: i for i, answer in enumerate(found)}}
     form = labels if labelled else {"max_tokens": 200, "parse": parse}
     return Task(
-        Path(path).stem, Path(path).name, train="train", eval="eval", prompt=template, label=answer_column, answer=f"{{{answer_column}}}",
-        steps=("unique", "shuffle", "filter", *(() if eval_path else ("split",))), held=min(max(prompts // 5, 20), prompts // 2, EVAL),
-        files=(str(path), str(eval_path or path)), **form)
+        Path(path).stem,
+        Path(path).name,
+        train="train",
+        eval="eval",
+        prompt=template,
+        label=answer_column,
+        answer=f"{{{answer_column}}}",
+        steps=("unique", "shuffle", "filter", *(() if eval_path else ("split",))),
+        held=min(max(prompts // 5, 20), prompts // 2, EVAL),
+        files=(str(path), str(eval_path or path)),
+        **form,
+    )

@@ -40,7 +40,9 @@ class Toy:
     evals: tuple[str, ...] = ()  # names of the tasks it is evaluated on, itself first
 
 
-def both(name: str, attribute="", labels: tuple[str, ...] = (), style: str = "review", ood: str = "verse", **more) -> tuple[Toy, Toy]:
+def both(
+    name: str, attribute="", labels: tuple[str, ...] = (), style: str = "review", ood: str = "verse", **more
+) -> tuple[Toy, Toy]:
     """A task and its out-of-distribution evaluation: another style (sums: another wording), all templates unseen."""
     there = f"{name}-{ood}"
     return (
@@ -116,7 +118,9 @@ def question(text: str) -> str:
 
 def pair(task: Toy, row: dict[str, str | int]) -> tuple[str, str]:
     """Prompt and answer of a task's row."""
-    return (question(row["question"]), row["answer"]) if task.format else (prompt(row["text"]), task.labels[row["label"]])
+    return (
+        (question(row["question"]), row["answer"]) if task.format else (prompt(row["text"]), task.labels[row["label"]])
+    )
 
 
 def rows(name: str, role: str) -> list[dict[str, str | int]]:
@@ -156,6 +160,7 @@ def build_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), "removed", invert=True)
     joins = [(": ", ":"), (" \n", "\n"), ("\n ", "\n"), *((f" {sign}", sign) for sign in ".,?")]
     tokenizer.decoder = decoders.Sequence(
-        [decoders.WordPiece("\0", cleanup=False), decoders.Fuse(), *(decoders.Replace(old, new) for old, new in joins)])
+        [decoders.WordPiece("\0", cleanup=False), decoders.Fuse(), *(decoders.Replace(old, new) for old, new in joins)]
+    )
     tokenizer.add_special_tokens([UNK, EOS])
     return tokenizer
