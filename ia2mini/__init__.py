@@ -1,7 +1,54 @@
-"""ia2mini: teach a language model a task from a handful of examples by ICL Activation Alignment (arXiv 2509.22621)."""
+"""ia2mini: teach a language model a task from a handful of examples by ICL Activation Alignment (arXiv 2509.22621).
 
-__version__ = "0.1.0"
+From a model to an adapter, in the order of a notebook:
+
+    model, tokenizer = load("tiny")                     # a frozen model and its tokenizer
+    rows = load_examples(find_task("toy-mood"), "train").rows
+    episode = draw_episode(rows, n=4)                   # who trains, who decides, who demonstrates
+    taught = teach(model, tokenizer, episode)           # the model's own attention outputs with demonstrations
+    grid = Grid(model, LoRA(model), [taught], rates=[1e-2])
+    trained = METHODS["ia2-sft"](grid)                  # IA2, then SFT from there
+    score(model, tokenizer, rows[-100:], ("0", "1"), grid.adapter, trained.theta)
+
+`Taps` asks any pass for its attention outputs; `Runs` and `train_runs` take losses of your own. Each name is a promise;
+everything else may move.
+"""
+
+from importlib import import_module
+
+__version__ = "0.2.0"
+
+NAMES = {
+    "load": ".models.checkpoint",
+    "Taps": ".models.common",
+    "find_task": ".tasks",
+    "load_examples": ".tasks",
+    "Example": ".tasks",
+    "draw_episode": ".episode",
+    "teach": ".teacher",
+    "LoRA": ".adapters",
+    "IA3": ".adapters",
+    "adapted": ".adapters",
+    "Grid": ".methods",
+    "METHODS": ".methods",
+    "Runs": ".train",
+    "Settings": ".train",
+    "train_runs": ".train",
+    "score": ".evaluate",
+}
+__all__ = ["UsageError", *NAMES]
 
 
 class UsageError(ValueError):
     """A user's mistake: one line that says what is wrong, where, and how to mend it."""
+
+
+def __getattr__(name: str):
+    """A name of the front door, imported when first asked for: `import ia2mini` alone loads no torch."""
+    if name not in NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(NAMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *NAMES]

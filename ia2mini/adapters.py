@@ -15,7 +15,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from . import UsageError
-from .models.common import Linear, Prefix
+from .models.cache import Prefix
+from .models.common import Linear
+from .options import AdapterOptions
 
 TARGETS = ("q_proj", "k_proj", "o_proj")  # paper section 5
 EVERY_MATRIX = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -152,6 +154,16 @@ class PrefixTuning(Adapter):
 
 
 ADAPTERS = {"lora": LoRA, "ia3": IA3, "prompt": Prompt, "prefix": PrefixTuning, "full": Full}
+
+
+def make_adapter(model: nn.Module, o: AdapterOptions, scale_inputs: bool = False) -> Adapter:
+    """The adapter that the options ask for. Raises UsageError for targets that the model lacks."""
+    if o.adapter in ("prompt", "prefix"):
+        if o.targets:
+            raise UsageError(f"--targets chooses matrices, and a {o.adapter} adapter has none; leave it out")
+        return ADAPTERS[o.adapter](model, tokens=o.virtual_tokens)
+    more = {"lora": {"rank": o.rank, "alpha": o.alpha}, "ia3": {"scale_inputs": scale_inputs}}.get(o.adapter, {})
+    return ADAPTERS[o.adapter](model, **({"targets": o.targets} if o.targets else {}), **more)
 
 
 @dataclass

@@ -1,88 +1,147 @@
 """Scoring R adapted models, the base model, or the base model with demonstrations, on evaluation rows (protocol section 5)."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from .episode import Row, by_length, collate, with_demonstrations
-from .metrics import asim
-from .models.common import Prefix, Taps
+from .adapters import Adapter, adapted
+from .batch import Row, by_length, collate
+from .episode import with_demonstrations
+from .metrics import asim, measure
+from .models.cache import Branches, Prefix
+from .models.common import Taps, device_of
 from .tasks import Example
 from .tokenizer import Tokenizer
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How prompts are scored, and what is looked at besides."""
+
+    runs: int = 1  # R that the model computes side by side
+    among: int | None = None  # top-1 confidence as the share among that many likeliest tokens (released scripts: 10)
+    keep: int = 0  # of how many of the first prompts the attention outputs are returned
+    like: Tensor | None = (
+        None  # [L, S, n, D] outputs of the first n prompts under S sets, to measure `asim` to: one run
+    )
+    # is compared with every set, S × k runs k by k with each
+    budget: int = 4096  # tokens in one pass
+
+
 @dataclass
 class LabelScores:
-    """First response position of Q rows under R models, float32 or int64 on the CPU."""
+    """What R models answer to Q prompts, float32 or int64 on the CPU."""
 
-    top: Tensor  # [R, Q] likeliest token of the whole vocabulary
-    confidence: Tensor  # [R, Q] its probability
-    labels: Tensor  # [R, Q, C] probability of each label's token
-    outputs: Tensor | None = None  # [L, R, n, D] attention outputs of the first n rows, on the device
+    top: Tensor  # [R, Q] index of the label that greedy decoding gives, -1 where it gives none of them
+    confidence: Tensor  # [R, Q] probability of what greedy decoding gives
+    labels: Tensor  # [R, Q, C] probability of each label, of all that could be said
+    outputs: Tensor | None = None  # [L, R, n, D] attention outputs of the first n prompts, on the device
     asim: Tensor | None = None  # [R, L] mean similarity to the attention outputs that were given
+
+
+class LabelTree:
+    """C labels of up to I tokens behind one prompt: the prompt is read once, every label is a branch from its end."""
+
+    def __init__(self, labels: list[list[int]], device):
+        starts, self.tokens, self.documents, self.places = [], [], [], []
+        for i, label in enumerate(labels, 1):
+            starts.append(len(self.tokens))
+            self.tokens += label[:-1]
+            self.documents += [i] * (len(label) - 1)
+            self.places += range(len(label) - 1)
+        shape = len(labels), max(map(len, labels))
+        self.at, self.said, self.real = torch.zeros(3, *shape, dtype=torch.int64)
+        for c, (start, label) in enumerate(zip(starts, labels)):
+            self.at[c, 1 : len(label)] = torch.arange(len(label) - 1) + start + 1  # position 0: the prompt's last token
+            self.said[c, : len(label)], self.real[c, : len(label)] = torch.tensor(label), 1
+        self.at, self.said, self.real = (t.to(device) for t in (self.at, self.said, self.real.bool()))
+
+    def batch(
+        self, prompts: list[list[int]], runs: int, device
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Branches | None]:
+        """ids [R * B, T], positions (rows, columns) of 1 + branch tokens a row, and what keeps the branches apart."""
+        rows = collate([[Row(prompt + self.tokens, [0]) for prompt in prompts]] * runs, device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat(runs)[:, None]
+        offsets = torch.arange(len(self.tokens) + 1, device=device)
+        columns = lengths - 1 + offsets
+        at = torch.arange(len(columns), device=device)[:, None].expand_as(columns).reshape(-1), columns.reshape(-1)
+        if not self.tokens:
+            return rows.ids, at, None
+        documents = torch.zeros_like(rows.ids).scatter_(1, columns[:, 1:], self.send(self.documents, lengths))
+        places = torch.arange(rows.ids.shape[1], device=device).expand_as(rows.ids).clone()
+        places.scatter_(1, columns[:, 1:], lengths + self.send(self.places, lengths))
+        return rows.ids, at, Branches(documents, places)
+
+    @staticmethod
+    def send(values: list[int], like: Tensor) -> Tensor:
+        return torch.tensor(values, device=like.device).expand(len(like), -1)
+
+    def read(self, logits: Tensor, among: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Of logits [..., 1 + branch tokens, V]: label of the greedy answer, its probability, and each label's [..., C]."""
+        total, best = logits.logsumexp(-1, keepdim=True), logits.max(-1)
+        log_probabilities = (logits[..., self.at, self.said] - total[..., self.at, 0]) * self.real  # [..., C, I]
+        whole = total[..., 0] if among is None else logits.topk(among).values.logsumexp(-1)
+        greedy = (best.indices[..., self.at] == self.said) | ~self.real
+        agreed = greedy.cumprod(-1)  # up to where the greedy answer leaves the label
+        reached = torch.cat((torch.ones_like(agreed[..., :1]), agreed[..., :-1]), -1) * self.real
+        confidence = ((best.values - whole)[..., self.at] * reached).sum(-1).exp()  # [..., C]
+        nearest = ((agreed * self.real).sum(-1) + agreed[..., -1]).argmax(-1, keepdim=True)
+        top = torch.where(agreed[..., -1].gather(-1, nearest).bool(), nearest, -1)
+        return top[..., 0], confidence.gather(-1, nearest)[..., 0], log_probabilities.sum(-1).exp()
 
 
 @torch.no_grad()
 def label_scores(
     model: Callable,
     prompts: list[list[int]],
-    label_ids: list[int],
-    runs: int = 1,
-    among: int | None = None,
-    keep: int = 0,
-    like: Tensor | None = None,
-    device="cpu",
-    budget: int = 4096,
-    watch: Callable[[int], None] | None = None,
+    labels: list[list[int]],
+    how: Scoring = Scoring(),
+    watch: Callable[[int], object] | None = None,
 ) -> LabelScores:
-    """Score every prompt under every run in one pass each; only the last position gets logits.
+    """Score every prompt under every run in one pass each; `labels`: tokens of each, which need no logits but their own.
 
-    `keep`: of how many of the first prompts the attention outputs are returned. `like` [L, S, n, D]: outputs of the first n prompts
-    under S sets, to measure `asim` to: one run is compared with every set, S × k runs k by k with each. `among`: the confidence is
-    the share among that many likeliest tokens (released scripts: 10), not of the whole vocabulary. `budget`: tokens in one pass.
     `watch` is called with the prompts of each finished pass.
     """
-    Q, sets = len(prompts), 1 if like is None else like.shape[1]
+    Q, runs, device = len(prompts), how.runs, device_of(model)
+    tree = LabelTree(labels, device)
     top, confidence = torch.zeros(runs, Q, dtype=torch.int64), torch.zeros(runs, Q)
-    labels, columns = torch.zeros(runs, Q, len(label_ids)), torch.tensor(label_ids, device=device)
-    tapped, lengths, kept, similarity = (
-        min(Q, keep if like is None else like.shape[2]),
-        [len(p) for p in prompts],
-        [],
-        0.0,
-    )
-    groups = by_length(lengths[:tapped], budget // runs)
+    probabilities, sets = torch.zeros(runs, Q, len(labels)), 1 if how.like is None else how.like.shape[1]
+    tapped, kept, similarity = min(Q, how.keep if how.like is None else how.like.shape[2]), [], 0.0
+    lengths, budget = [len(p) + len(tree.tokens) for p in prompts], how.budget // runs
+    groups = by_length(lengths[:tapped], budget)
     order = torch.tensor(sum(groups, []), dtype=torch.int64, device=device)
-    groups += [[tapped + i for i in group] for group in by_length(lengths[tapped:], budget // runs)]
+    groups += [[tapped + i for i in group] for group in by_length(lengths[tapped:], budget)]
     for group in groups:
-        batch = collate([[Row(prompts[i], [0]) for i in group]] * runs, device)
-        taps = Taps(batch.at) if group[0] < tapped else None
-        logits = model(batch.ids, taps=taps, logits=batch.at).float().view(runs, len(group), -1)
-        if taps and like is None:
+        ids, at, branches = tree.batch([prompts[i] for i in group], runs, device)
+        taps = Taps(tuple(t[:: len(tree.tokens) + 1] for t in at)) if group[0] < tapped else None
+        logits = (
+            model(ids, taps=taps, logits=at, cache=branches).float().view(runs, len(group), len(tree.tokens) + 1, -1)
+        )
+        if taps and how.like is None:
             kept.append(taps.stack().unflatten(1, (runs, -1)))
         elif taps:
             outputs = taps.stack().unflatten(1, (min(sets, runs), -1, len(group)))  # [L, sets, runs a set, rows, D]
-            similarity = similarity + asim(outputs, like[:, :, None, group]).sum(-1).flatten(1).T
-        total = logits.logsumexp(-1, keepdim=True)
-        best = logits.max(-1)
-        whole = total[..., 0] if among is None else logits.topk(among).values.logsumexp(-1)
-        top[:, group], confidence[:, group] = best.indices.cpu(), (best.values - whole).exp().cpu()
-        labels[:, group] = (logits[..., columns] - total).exp().cpu()
+            similarity = similarity + asim(outputs, how.like[:, :, None, group]).sum(-1).flatten(1).T
+        found = (t.cpu() for t in tree.read(logits, how.among))
+        top[:, group], confidence[:, group], probabilities[:, group] = found
         if watch:
             watch(len(group))
     outputs = torch.cat(kept, 2)[:, :, order.argsort()] if kept else None
-    return LabelScores(top, confidence, labels, outputs, None if like is None else (similarity / tapped).cpu())
+    return LabelScores(
+        top, confidence, probabilities, outputs, None if how.like is None else (similarity / tapped).cpu()
+    )
 
 
 @torch.no_grad()
-def layer_asim(model: Callable, rows: list[Row], device="cpu", budget: int = 4096) -> Tensor:
-    """Mean cosine similarity [L] between the model's attention outputs and the rows' `activations`, over all their positions."""
+def layer_asim(model: Callable, rows: list[Row], budget: int = 4096) -> Tensor:
+    """Mean cosine similarity [L] between the model's attention outputs and the rows' `activations`, over all positions."""
     total, count = 0.0, 0
-    for group in by_length([len(row.prompt) + len(row.answer) for row in rows], budget):
-        batch = collate([[rows[i] for i in group]], device)
+    for group in by_length([len(row) + 1 for row in rows], budget):
+        batch = collate([[rows[i] for i in group]], device_of(model))
         taps = Taps(batch.at)
         model(batch.ids, taps=taps, logits=False)
         total = total + asim(taps.stack(), batch.activations).sum(-1)
@@ -98,9 +157,8 @@ def share_prefix(
 
     `demonstrations`: one list for all queries, or one a query. Prompts that share fewer than `least` tokens stay whole.
     """
-    prompts = tokenizer.encode_all(
-        [with_demonstrations(demonstrations[i % len(demonstrations)], q) for i, q in enumerate(queries)]
-    )
+    shown = [demonstrations[i % len(demonstrations)] for i in range(len(queries))]
+    prompts = tokenizer.encode_all([with_demonstrations(d, q) for d, q in zip(shown, queries)])
     shared = 0
     for tokens in zip(*(p[:-1] for p in prompts)):
         if len(set(tokens)) > 1:
@@ -109,6 +167,32 @@ def share_prefix(
     if shared < least:
         return model, prompts
     prefix = Prefix()
-    device = next(model.parameters()).device
-    model(torch.tensor([prompts[0][:shared]], device=device), logits=False, cache=prefix)
+    model(torch.tensor([prompts[0][:shared]], device=device_of(model)), logits=False, cache=prefix)
     return partial(model, prefix=prefix), [p[shared:] for p in prompts]
+
+
+def score(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    examples: list[Example],
+    labels: tuple[str, ...],
+    adapter: Adapter | None = None,
+    theta: Tensor | None = None,
+    demonstrations: tuple[Example, ...] = (),
+) -> list[dict]:
+    """How good R adapted models are on labelled rows: accuracy, ECE, NLL, Brier and more (`metrics.measure`), a dict a run.
+
+    `theta` [R, M] are weights of `adapter`; without them the base model is scored, with `demonstrations` in its prompt
+    if there are any. Raises UsageError for a label that merges with its prompt.
+
+        score(model, tokenizer, examples, ("0", "1"), lora, trained.theta)[0]["acc"]
+    """
+    student, prompts = share_prefix(model, tokenizer, [list(demonstrations)], [e.prompt for e in examples])
+    tokens = tokenizer.label_tokens(examples[0].prompt, labels)
+    runs = 1 if theta is None else len(theta)
+    if theta is not None:
+        student, prompts = model, tokenizer.encode_all([e.prompt for e in examples])
+    with nullcontext(student) if theta is None else adapted(model, adapter, theta) as student:
+        scores = label_scores(student, prompts, tokens, Scoring(runs))
+    gold = torch.tensor([e.label for e in examples])
+    return [measure(scores.confidence[r], scores.top[r] == gold, scores.labels[r], gold) for r in range(runs)]

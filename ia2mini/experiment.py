@@ -1,77 +1,29 @@
-"""The paper's comparison: cells one after another, the records of all runs, and what is saved of them."""
+"""One task at one N on one model: its sets are taught, trained and scored, each thing once, and kept in the run's folder."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from itertools import product
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
-from torch import nn
-from tqdm import tqdm
+import torch
+from torch import Tensor, nn
 
 from . import UsageError
-from .cell import PARSERS, UNTRAINED, Cell, Lab, Options, find, parsed_correct
-from .export import save_adapter
-from .metrics import accuracy
-from .models.checkpoint import read_json
-from .report import figures, html, table
-from .runs import RunFolder, checkpoint_digest, finite, versions
-from .summary import chosen, measure, summarise
-from .tasks import Task, load_examples
+from .adapters import Adapter, adapted, make_adapter
+from .batch import Row
+from .episode import draw_episode
+from .evaluate import Scoring, label_scores, layer_asim, share_prefix
+from .generate import STOP, Decoding, generate
+from .methods import BEGINS_WITH, METHODS, Grid, configs
+from .models.common import device_of
+from .options import BETAS, RATES, TINY_RATES, UNTRAINED, Options
+from .report.summary import chosen
+from .runs import RunFolder
+from .tasks import Examples, Task, find_task, same_answer
+from .teacher import Asked, observe, teach
 from .tokenizer import Tokenizer
-
-
-def run_cell(cell: Cell) -> list[dict]:
-    """A record of every run of every method on every evaluation: rates, losses, scores."""
-    lab, records = cell.lab, []
-    for method in lab.options.methods:
-        grid = [(number, None, None) for number in range(len(cell.episodes))]
-        fit = None
-        if method not in UNTRAINED:
-            fit, grid = cell.fit(method), cell.grid(method)
-        for name in cell.evals:
-            scores = cell.score(method, name)
-            about = {
-                "task": cell.task.name,
-                "eval": name,
-                "ood": name != cell.task.name,
-                "model": lab.name,
-                "n": cell.n,
-            }
-            about |= {"method": method, "adapter": fit and lab.options.adapter}
-            labels = [e.label for e in cell.evals[name].rows]
-            for r, (number, rate, beta) in enumerate(grid):
-                one = {key: t[r if len(t) > 1 else 0] for key, t in scores.items()}  # base has one row for all sets
-                record = about | {"set": number, "rate": rate, "beta": beta}
-                record |= (
-                    {"dev_loss": fit.dev_loss[r].item(), "steps": fit.steps[r].item()}
-                    if fit
-                    else {"dev_loss": None, "steps": 0}
-                )
-                if not cell.single:
-                    record["texts"] = f"{cell.name}/generations/{method}-{r if method != 'base' else 0}-on-{name}.json"
-                records.append(record | measure(one, labels, "mass" if lab.options.paper_compat else "width"))
-    return records
-
-
-def save_adapters(cell: Cell, records: list[dict], base: str) -> list[str]:
-    """Save each trained method's run at the chosen rate, one a set, in PEFT's format; folder names."""
-    saved = []
-    for method in (m for m in cell.lab.options.methods if m not in UNTRAINED):
-        mine = [r for r in records if r["method"] == method and r["eval"] == cell.task.name and r["n"] == cell.n]
-        pick = chosen(mine, cell.lab.options.select)
-        fit = cell.fit(method)
-        for r, (number, *config) in enumerate(cell.grid(method)):
-            if tuple(config) == pick:
-                saved.append(f"adapters/{cell.name}-{method}-set{number}")
-                save_adapter(
-                    cell.lab.model,
-                    cell.adapter,
-                    fit.theta[r],
-                    cell.lab.folder.path / saved[-1],
-                    base,
-                    cell.lab.tokenizer,
-                )
-    return saved
+from .train import Settings, Trained
 
 
 @dataclass(frozen=True)
@@ -85,68 +37,234 @@ class Subject:
     base: str  # what peft shall load the adapters onto: hub id or folder
 
 
-def compare(
-    tasks: list[Task],
-    sizes: tuple[int, ...],
-    subject: Subject,
-    options: Options,
-    out: Path,
-    data_dir: Path | None = None,
-    side_by_side: int | None = None,
-    bar: Callable = lambda label, total: tqdm(disable=True),
-) -> tuple[dict, Path]:
-    """Run every task at every N; (results document, run folder), with results, adapters, tables and figures saved in the folder.
+@dataclass
+class Setting:
+    """What all experiments of a study share, and how their progress is shown."""
 
-    The folder lies in `out` and is found again by the same options, data and checkpoint: an interrupted comparison goes on there.
-    """
-    pools = {task.name: load_examples(task, "train", data_dir) for task in tasks}
-    evals = {e: load_examples(find(e, task), "eval", data_dir, options.eval_rows) for task in tasks for e in task.evals}
-    weight = next(subject.model.parameters())
-    config = {"tasks": [task.name for task in tasks], "model": subject.base, "n": sizes, **asdict(options)}
-    config |= {"dtype": str(weight.dtype).removeprefix("torch."), "device": weight.device.type}
-    config |= {"checkpoint": checkpoint_digest(subject.folder)}
-    config |= {"pools": {k: v.origin for k, v in pools.items()}, "evals": {k: v.origin for k, v in evals.items()}}
-    about = "+".join(config["tasks"]) if len(tasks) < 4 else f"{len(tasks)}-tasks"
-    title = f"{about}-{subject.name}-n{'-'.join(map(str, sizes))}"
-    folder = RunFolder(out, title, config)
-    lab = Lab(subject.model, subject.tokenizer, subject.name, folder, options, bar, side_by_side=side_by_side)
-    cells = [
-        Cell(lab, task, n, pools[task.name], {e: evals[e] for e in task.evals}) for task, n in product(tasks, sizes)
-    ]
-    folder.begin()  # every mistake in tasks, sizes and options has shown by now
-    records, adapters = [], []
-    while cells:
-        cell = cells.pop(0)  # what it holds leaves memory with it
-        found = run_cell(cell)
-        adapters += save_adapters(cell, found, subject.base)
-        records += found
-    document = {
-        "cells": summarise(records, options.select),
-        **folder.spent,
-        "config": config,
-        "versions": versions(),
-        "adapters": adapters,
-    }
-    return conclude(folder, document | {"runs": records}), folder.path
+    subject: Subject
+    options: Options
+    folder: RunFolder
+    bar: Callable  # bar(label, total) -> context manager yielding a tqdm
+    side_by_side: int | None = None  # runs trained together; None: all
+    budget: int = 4096  # tokens in one forward pass
+    phases: tuple[str, ...] = ()  # of the whole study, in order
+
+    @contextmanager
+    def stage(self, kind: str, phase: str, total: int) -> Iterator:
+        """Count the seconds of the block towards `kind`, under a progress bar that says which phase of how many it is."""
+        number = f"{self.phases.index(phase) + 1}/{len(self.phases)} " if phase in self.phases else ""
+        with self.folder.stage(kind), self.bar(number + phase, total) as bar:
+            yield bar
 
 
-def conclude(folder: RunFolder, document: dict) -> dict:
-    """Save results.json, the tables, figures and the page of a finished comparison; the document as JSON can hold it."""
-    folder.save_json("results.json", document := finite(document))
-    for suffix, style in (("txt", "terminal"), ("md", "markdown"), ("tex", "latex"), ("csv", "csv")):
-        folder.save_text(f"table.{suffix}", table(document, style))
-    folder.save_text("report.html", html(document, figures(document, folder.path)))
-    return document
+class Experiment:
+    """One task at one N."""
+
+    def __init__(self, setting: Setting, task: Task, n: int, pool: Examples, evals: dict[str, Examples]):
+        self.setting, self.task, self.n, self.evals, o = setting, task, n, evals, setting.options
+        self.name, self.labelled, subject = f"{task.name}-n{n}", bool(task.labels), setting.subject
+        queries = max(len(e.rows) for e in evals.values()) if o.icl_demos == "pool" or o.paper_compat else 0
+        self.episodes = [draw_episode(pool.rows, n, i, o.seed, queries, o.paper_compat) for i in range(o.sets)]
+        self.labels: dict[str, list[list[int]]] = {}  # of each evaluation; merging ones are found before any work
+        if self.labelled:
+            for name, examples in evals.items():
+                prompt, labels = examples.rows[0].prompt, self.find(name).labels
+                self.labels[name] = subject.tokenizer.label_tokens(prompt, labels)
+        self.max_tokens = max(map(len, self.labels[task.name])) if self.labelled else task.max_tokens
+        self.max_tokens += self.labelled and self.max_tokens > 1  # EOS
+        if self.max_tokens > 1 and not subject.tokenizer.eos_ids:
+            lack = "its answers end with EOS, but the checkpoint's config.json names no eos_token_id"
+            raise UsageError(f"{task.name}: {lack}; add it there")
+        self.adapter: Adapter = make_adapter(subject.model, o, o.paper_compat)
+        depth = subject.model.config.num_hidden_layers
+        if bad := [layer for layer in o.layers if not 0 <= layer < depth]:
+            raise UsageError(f"--layers {bad[0]}: this model has layers 0 to {depth - 1}")
+        self.rates = o.rates or (TINY_RATES if subject.name == "tiny" else RATES)[o.adapter]
+        self.betas = o.betas or BETAS[subject.model.config.model_type]
+        self.references: dict[str, tuple] = {}
+
+    def find(self, name: str) -> Task:
+        """The task called `name`; one's own needs no entry in the catalog."""
+        return self.task if name == self.task.name else find_task(name)
+
+    def phases(self) -> list[str]:
+        """What is done, in order, as `Setting.stage` is told."""
+        found = []
+        for method in self.setting.options.methods:
+            if method not in UNTRAINED:
+                first = [BEGINS_WITH[method]] if method in BEGINS_WITH else []
+                found += ["collecting", *(f"training {phase}" for phase in (*first, method))]
+            found += [f"{who} on {name}" for name in self.evals for who in ("icl", method)]
+        return [f"{self.name}: {phase}" for phase in dict.fromkeys(found)]
+
+    @contextmanager
+    def stage(self, kind: str, phase: str, total: int) -> Iterator:
+        with self.setting.stage(kind, f"{self.name}: {phase}", total) as bar:
+            yield bar
+
+    def configs(self, method: str) -> list[tuple[int, float, float | None]]:
+        """(set, rate, β) of each of a method's runs."""
+        return configs(method, len(self.episodes), self.rates, self.betas)
+
+    @cached_property
+    def grid(self) -> Grid:
+        """All runs of the experiment, after the teacher's pass over every set."""
+        subject, o, budget = self.setting.subject, self.setting.options, self.setting.budget
+        soft_k, layers = o.soft_k if "soft" in o.methods else None, list(o.layers) or None
+        asked = Asked(self.max_tokens, soft_k, layers, None if o.paper_compat else STOP, budget)
+        rows = sum(len(e.train) + len(e.dev) for e in self.episodes)
+        with self.stage("collect", "collecting", rows) as bar:
+            sets = [teach(subject.model, subject.tokenizer, e, asked, bar.update) for e in self.episodes]
+        settings = Settings(o.batch_size, o.epochs, o.patience, layers, keep_last=o.paper_compat)
+        grid = Grid(subject.model, self.adapter, sets, self.rates, self.betas, o.seed, o.labels, settings)
+        return replace(grid, side_by_side=self.setting.side_by_side, progress=self.training, first=self.trained)
+
+    @contextmanager
+    def training(self, about: tuple[str, int, int]) -> Iterator[Callable[[int, Tensor], None]]:
+        """Show a phase of training: its runs still going and their best dev losses."""
+        phase, runs, steps = about
+        with self.stage("train", f"training {phase}", steps) as bar:
+
+            def watch(step: int, dev_losses: Tensor) -> None:
+                bar.update(step - bar.n)
+                if len(dev_losses):
+                    low, high = dev_losses.min().item(), dev_losses.max().item()
+                    bar.set_postfix_str(f"{len(dev_losses)} of {runs} runs going, dev loss {low:.3g} to {high:.3g}")
+
+            yield watch
+
+    def trained(self, method: str) -> Trained:
+        """The trained runs of a method; a phase that methods share is trained once."""
+        tensors = self.setting.folder.once(f"{self.name}/fit-{method}", lambda: vars(METHODS[method](self.grid)))
+        return Trained(**tensors | {"theta": tensors["theta"].to(device_of(self.setting.subject.model))})
+
+    def training_records(self, method: str) -> list[dict]:
+        """Rate, β, dev loss and steps of each of a method's runs."""
+        about = {"task": self.task.name, "n": self.n, "method": method}
+        found, records = self.trained(method), []
+        for r, (number, rate, beta) in enumerate(self.configs(method)):
+            record = {"set": number, "rate": rate, "beta": beta, "dev_loss": found.dev_loss[r].item()}
+            records.append(about | record | {"steps": int(found.steps[r])})
+        return records
+
+    def reported(self, method: str) -> list[int]:
+        """Which of a method's runs are scored: those of the rate (and β) that the dev loss chose, or all."""
+        records = self.training_records(method)
+        if self.setting.options.select != "dev":
+            return list(range(len(records)))
+        pick = chosen(records, "dev")
+        return [r for r, record in enumerate(records) if (record["rate"], record["beta"]) == pick]
+
+    def prompts(self, name: str, number: int | None = None) -> tuple[Callable, list[list[int]]]:
+        """The model and the prompts of an evaluation, without demonstrations or with those of set `number`."""
+        subject, queries = self.setting.subject, [e.prompt for e in self.evals[name].rows]
+        if number is None:
+            return subject.model, subject.tokenizer.encode_all(queries)
+        return share_prefix(subject.model, subject.tokenizer, self.episodes[number].icl, queries)
+
+    def reference(self, name: str) -> tuple[list[dict[str, Tensor]], Tensor | list[list[Row]]]:
+        """What the base does with each set's demonstrations: its scores, and the attention outputs to compare with.
+
+        Those of the first evaluation rows: [L, sets, rows, D]; of text answers, rows that hold them, a list a set.
+        """
+        if name not in self.references:
+            o, parts, alike = self.setting.options, [], []
+            rows, itself = (
+                len(self.evals[name].rows),
+                torch.ones(1, self.setting.subject.model.config.num_hidden_layers),
+            )
+            count, plain = rows if "icl" in o.methods else min(rows, o.asim_rows), self.prompts(name)[1][: o.asim_rows]
+            with self.stage("evaluate", f"icl on {name}", count * len(self.episodes)) as bar:
+                for number in range(len(self.episodes)):
+                    model, prompts = self.prompts(name, number)
+                    if self.labelled:
+                        part = self.score_labels(name, model, prompts[:count], bar, Scoring(keep=o.asim_rows))
+                        alike.append(part.pop("outputs"))
+                    else:
+                        responses, correct = self.score_texts(name, model, prompts[:count], bar, f"icl-{number}")
+                        part = {"correct": correct}
+                        alike.append([Row(p, self.ended(r)) for p, r in zip(plain, responses)])
+                        asked = Asked(self.max_tokens, budget=self.setting.budget)
+                        observe(model, alike[-1], prompts[: len(plain)], asked)
+                    parts.append(part | {"asim": itself})
+            self.references[name] = parts, torch.cat(alike, 1) if self.labelled else alike
+        return self.references[name]
+
+    def score(self, method: str, name: str) -> dict[str, Tensor]:
+        """What `method`'s reported runs make of evaluation `name`: `asim` [R, L], `correct` [R, Q], of labels also their scores."""
+        return self.setting.folder.once(f"{self.name}/{method}-on-{name}", lambda: self.evaluate(method, name))
+
+    def evaluate(self, method: str, name: str) -> dict[str, Tensor]:
+        references, alike = self.reference(name)
+        if method == "icl":
+            return joined(references)
+        (model, prompts), parts, runs, thetas = self.prompts(name), [], [0], [None]
+        if method not in UNTRAINED:  # texts: a run at a time, whose rows fill a batch and leave when finished
+            runs = self.reported(method)
+            theta = self.trained(method).theta[runs]
+            thetas = [theta] if self.labelled else theta.split(1)
+        with self.stage("evaluate", f"{method} on {name}", len(runs) * len(prompts)) as bar:
+            for r, theta in zip(runs, thetas):
+                with nullcontext(model) if theta is None else adapted(model, self.adapter, theta) as student:
+                    if self.labelled:
+                        how = Scoring(len(runs), like=alike)
+                        parts.append(self.score_labels(name, student, prompts, bar, how))
+                    else:
+                        responses, correct = self.score_texts(name, student, prompts, bar, f"{method}-{r}")
+                        like = alike if theta is None else [alike[self.configs(method)[r][0]]]
+                        parts.append({"correct": correct, "asim": self.likeness(student, like, responses)})
+        return joined(parts)
+
+    def score_labels(
+        self, name: str, model: Callable, prompts: list[list[int]], bar, how: Scoring
+    ) -> dict[str, Tensor]:
+        """`label_scores` of `model` on evaluation `name`, and which rows are right."""
+        o, examples = self.setting.options, self.evals[name].rows
+        how = replace(how, among=10 if o.paper_compat else None, budget=self.setting.budget)
+        scores = label_scores(model, prompts, self.labels[name], how, lambda queries: bar.update(queries * how.runs))
+        correct = scores.top == torch.tensor([e.label for e in examples[: len(prompts)]])
+        return {key: value for key, value in vars(scores).items() if value is not None} | {"correct": correct}
+
+    def score_texts(
+        self, name: str, model: Callable, prompts: list[list[int]], bar, tag: str
+    ) -> tuple[list[list[int]], Tensor]:
+        """Greedy responses of `model` on evaluation `name`, and which are right, [1, Q]; kept in the folder."""
+        task, answers = self.find(name), [e.answer for e in self.evals[name].rows[: len(prompts)]]
+        tokenizer = self.setting.subject.tokenizer
+
+        def make() -> dict:
+            how = Decoding(task.max_tokens, budget=4 * self.setting.budget)
+            ids = generate(model, tokenizer, prompts, how, bar.update)
+            return {"texts": [tokenizer.decode(i) for i in ids], "answers": answers, "parser": task.parser, "ids": ids}
+
+        kept = self.setting.folder.json_once(self.texts_file(tag, name), make)
+        return kept["ids"], parsed_correct(kept)[None]
+
+    def texts_file(self, tag: str, name: str) -> str:
+        return f"{self.name}/generations/{tag}-on-{name}.json"
+
+    def likeness(self, model: Callable, like: list[list[Row]], responses: list[list[int]]) -> Tensor:
+        """asim of one model to lists of rows, [lists, L]; in the released scripts' way on the model's own `responses`."""
+        if self.setting.options.paper_compat:
+            like = [[cut(row, self.ended(response)) for row, response in zip(rows, responses)] for rows in like]
+        return torch.stack([layer_asim(model, rows, self.setting.budget) for rows in like])
+
+    def ended(self, response: list[int]) -> list[int]:
+        """A generated response with the end-of-sequence token, unless it was cut."""
+        return (response + list(self.setting.subject.tokenizer.eos_ids[:1]))[: self.max_tokens]
 
 
-def rescore(path: Path) -> dict:
-    """Parse the saved generations of a finished run again, without the model, and save its results anew. Raises UsageError."""
-    document = read_json(path / "results.json")
-    records = [record for record in document["runs"] if "texts" in record]
-    if not records:
-        raise UsageError(f"{path}: no generated texts there; only tasks whose answers are text can be parsed again")
-    for record in records:
-        saved = read_json(path / record["texts"])
-        record["acc"] = accuracy(parsed_correct(PARSERS[saved["parser"]], saved["texts"], saved["answers"]))
-    document["cells"] = summarise(document["runs"], document["config"]["select"])
-    return conclude(RunFolder.open(path), document)
+def cut(row: Row, response: list[int]) -> Row:
+    """The row with another response in place of its own, both cut to the shorter: what the released scripts compare."""
+    response = response[: len(row.answer)]
+    return Row(row.prompt, response, row.activations[:, : len(response)])
+
+
+def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The scores of several runs as one."""
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def parsed_correct(kept: dict) -> Tensor:
+    """Whether each of the kept texts parses to the same as its true answer, [Q] bool."""
+    return torch.tensor([same_answer(kept["parser"], t, a) for t, a in zip(kept["texts"], kept["answers"])])

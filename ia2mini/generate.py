@@ -1,59 +1,69 @@
 """Batched greedy generation with a key/value cache; rows stop at EOS or at a stop text and leave the batch."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .episode import by_length
-from .graphs import RECORDERS, Replayed
-from .models.common import Cache, Taps
+from .batch import by_length
+from .graphs import RECORDERS, CapturedStep
+from .models.cache import Cache
+from .models.common import Taps
 from .tokenizer import Tokenizer
 
 STOP = "\n\n"  # what separates demonstrations
 Observer = Callable[[list[int], list[int], Tensor, Tensor], None]
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How responses are generated: greedily, at most `max_tokens`, up to EOS or the `stop` text."""
+
+    max_tokens: int
+    stop: str | None = STOP
+    budget: int = 16384  # tokens of cache that a batch may hold
+    layers: list[int] | None = None  # whose attention outputs the observer is told; None: all
+
+
 def generate(
     model: Callable,
     tokenizer: Tokenizer,
     prompts: list[list[int]],
-    max_tokens: int,
-    stop: str | None = STOP,
-    budget: int = 16384,
-    watch: Callable[[int], None] | None = None,
+    how: Decoding,
+    watch: Callable[[int], object] | None = None,
     observer: Observer | None = None,
-    layers: list[int] | None = None,
 ) -> list[list[int]]:
-    """Greedy responses, ids per prompt, without EOS and cut before the stop text; at most `max_tokens` long.
+    """Greedy responses, ids per prompt, without EOS and cut before the stop text.
 
-    `model` is a model, or a partial around one: with a shared prefix, or what `adapted` yields (of one run). When the stop text
-    begins inside a token, what stands before it is tokenized again. `budget`: tokens of cache a batch may hold. `watch` is called
-    with the number of rows of each finished batch. `observer` is told every step: which prompts still go on, the token of each, the
-    logits [b, V] it came from and the attention outputs [L, b, D] of `layers` (None: all) there.
+    `model` is a model, or a partial around one: with a shared prefix, or what `adapted` yields (of one run). When the
+    stop text begins inside a token, what stands before it is tokenized again. `watch` is called with the number of rows
+    of each finished batch. `observer` is told every step: which prompts still go on, the token of each, the logits
+    [b, V] it came from and the attention outputs [L, b, D] there.
     """
     responses: list[list[int]] = [[] for _ in prompts]
-    for group in by_length([len(p) + max_tokens for p in prompts], budget):
-        _batch(model, tokenizer, prompts, group, responses, max_tokens, stop, observer, layers)
+    for group in by_length([len(p) + how.max_tokens for p in prompts], how.budget):
+        for i, response in zip(group, _batch(model, tokenizer, prompts, group, how, observer)):
+            responses[i] = response
         if watch:
             watch(len(group))
     return responses
 
 
 @torch.inference_mode()
-def _batch(model, tokenizer, prompts, group: list[int], responses, max_tokens, stop, observer, layers) -> None:
-    """Write the responses to the prompts of `group`. Rows that have ended leave the cache; where steps are recorded, half of it at once."""
+def _batch(model, tokenizer, prompts, group: list[int], how: Decoding, observer) -> list[list[int]]:
+    """Responses to the prompts of `group`. Rows that have ended leave the cache; where steps are recorded, half at once."""
     network = getattr(model, "func", model)
     weight = network.model.embed_tokens.weight
     device, static = weight.device, weight.device.type in RECORDERS
     last = torch.tensor([len(prompts[i]) for i in group], device=device) - 1
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompts[i]) for i in group], batch_first=True).to(device)
-    cache = Cache(network.config, len(group), ids.shape[1] + max_tokens, weight.dtype, device, static)
+    cache = Cache(network.config, len(group), ids.shape[1] + how.max_tokens, weight, static)
 
     def forward(ids: Tensor, last: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [b, V] and attention outputs [L, b, D] at the `last` of the new tokens [b, T]."""
         at = torch.arange(len(ids), device=device), last
-        taps = Taps(at, layers) if observer else None
+        taps = Taps(at, how.layers) if observer else None
         logits = model(ids, cache=cache, logits=at, taps=taps)
         cache.lengths += last + 1
         return logits, taps and taps.stack()
@@ -63,28 +73,35 @@ def _batch(model, tokenizer, prompts, group: list[int], responses, max_tokens, s
         tokens.copy_(logits.argmax(-1))
         return logits, outputs
 
+    responses: list[list[int]] = [[] for _ in group]
     logits, outputs = forward(ids, last)
-    tokens, going, step = logits.argmax(-1), dict(enumerate(group)), Replayed(decode, device)
-    for left in reversed(range(max_tokens)):
+    tokens, going, step = logits.argmax(-1), list(enumerate(range(len(group)))), CapturedStep(decode, device)
+    for left in reversed(range(how.max_tokens)):
         chosen = tokens.tolist()
         if observer:
-            rows = list(going) if static else slice(None)  # the next step overwrites what a recorded one has given
-            observer(list(going.values()), [chosen[row] for row in going], logits[rows], outputs[:, rows])
-        for row, i in list(going.items()):
-            ended = chosen[row] in tokenizer.eos_ids
-            if not ended:
-                responses[i].append(chosen[row])
-                if stop is not None and (text := before_stop(tokenizer, responses[i], stop)) is not None:
-                    responses[i], ended = text, True
-            if ended:
-                del going[row]
+            rows = [row for row, _ in going] if static else slice(None)  # a replay overwrites what it has given
+            observer([group[i] for _, i in going], [chosen[row] for row, _ in going], logits[rows], outputs[:, rows])
+        going = [(row, i) for row, i in going if not ended(tokenizer, responses[i], chosen[row], how.stop)]
         if not going or not left:
             break
         if len(going) <= (len(tokens) // 2 if static else len(tokens) - 1):
-            rows = torch.tensor(list(going), device=device)
+            rows = torch.tensor([row for row, _ in going], device=device)
             cache.keep(rows)
-            tokens, going, step = tokens[rows], dict(enumerate(going.values())), Replayed(decode, device)
+            tokens, going = tokens[rows], list(enumerate(i for _, i in going))
+            step = CapturedStep(decode, device)
         logits, outputs = step()
+    return responses
+
+
+def ended(tokenizer: Tokenizer, response: list[int], token: int, stop: str | None) -> bool:
+    """Whether `token` ends the response, which it is added to unless it is EOS or completes the stop text."""
+    if token in tokenizer.eos_ids:
+        return True
+    response.append(token)
+    before = None if stop is None else before_stop(tokenizer, response, stop)
+    if before is not None:
+        response[:] = before
+    return before is not None
 
 
 def before_stop(tokenizer: Tokenizer, ids: list[int], stop: str) -> list[int] | None:

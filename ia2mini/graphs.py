@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from .episode import Batch
+from .batch import Batch
 
 OFTEN = 4  # calls of a shape before it is recorded: a recording costs more than a call, and must pay
 MOST = 8  # recordings of one function: each keeps a batch, and a graph of thousands of kernels
@@ -34,7 +34,7 @@ class CudaRecorder:
 RECORDERS: dict[str, type] = {"cuda": CudaRecorder}  # device type -> what can record there
 
 
-class Replayed:
+class CapturedStep:
     """`function(*batches)`, recorded for every shape of its batches that comes often, and replayed from then on.
 
     The function changes tensors in place, the same ones every time, and brings no value back from the device. Its result is overwritten

@@ -1,6 +1,8 @@
-"""How good, how calibrated and how alike: accuracy, ECE, NLL, Brier, asim, subspace overlap and the paired test.
+"""How good, how calibrated and how alike: accuracy, ECE and its null, NLL, Brier, asim, subspace overlap, the paired test.
 
-Pure functions over plain arrays or tensors; scalars are computed in float64. No rows give NaN, and so does a NaN among the inputs."""
+Pure functions over plain arrays or tensors; scalars are computed in float64. No rows give NaN, and so does a NaN among
+the inputs.
+"""
 
 from typing import NamedTuple
 
@@ -8,25 +10,25 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ia2mini import UsageError
-
 
 class PairedTest(NamedTuple):
-    """`mean` of the differences, Student's `t`, two-sided `p`, and the 95 % bootstrap interval from `low` to `high`."""
+    """`mean` of the differences with its 95 % bootstrap interval `low` to `high`; Student's `t`, two-sided `p`.
+
+    `t` and `p` are NaN without scipy.
+    """
 
     mean: float
-    t: float
-    p: float
     low: float
     high: float
+    t: float
+    p: float
+    pairs: int
 
 
 def _float64(values) -> np.ndarray:
-    return (
-        values.detach().double().cpu().numpy()
-        if isinstance(values, torch.Tensor)
-        else np.asarray(values, dtype=np.float64)
-    )
+    if isinstance(values, torch.Tensor):
+        values = values.detach().double().cpu().numpy()
+    return np.asarray(values, dtype=np.float64)
 
 
 def _mean(values: np.ndarray) -> float:
@@ -68,6 +70,22 @@ def ece(confidence, correct, bins: int = 15, scheme: str = "width") -> float:
     return float(np.abs(right - confidences).sum() / rows.sum()) if rows.any() else float("nan")
 
 
+def ece_null(confidence, bins: int = 15, scheme: str = "width", draws: int = 1000, seed: int = 0) -> float:
+    """The mean ECE that a perfectly calibrated predictor shows on rows of these confidences [Q], by simulation.
+
+    Each of `draws` times a row is right with the probability that it was given; an ECE of this size is no evidence of
+    miscalibration.
+    """
+    confidence = np.sort(np.clip(_float64(confidence), 0, 1))
+    if not len(confidence):
+        return float("nan")
+    rows, confidences, _ = reliability(confidence, confidence, bins, scheme).T
+    ends = np.cumsum(rows).astype(np.int64)  # sorted by confidence, a bin's rows stand together in both schemes
+    right = np.random.default_rng(seed).random((draws, len(confidence))) < confidence
+    until = np.concatenate([np.zeros((draws, 1)), right.cumsum(1)], 1)[:, np.concatenate([[0], ends])]
+    return float(np.abs(np.diff(until, axis=1) - confidences).sum(1).mean() / len(confidence))
+
+
 def nll(p_label) -> float:
     """Mean negative log-likelihood in nats; p_label [Q], raised to the smallest normal float32 so that the mean stays finite."""
     return _mean(-np.log(np.maximum(_float64(p_label), np.finfo(np.float32).tiny)))
@@ -101,19 +119,43 @@ def subspace_overlap(delta1: torch.Tensor, delta2: torch.Tensor, rank: int) -> t
 
 
 def paired_test(a, b, seed: int = 0) -> PairedTest:
-    """Paired t-test of a against b (paper Table 8), both [pairs], at least two; the interval resamples pairs 10,000 times.
+    """Paired t-test of a against b (paper Table 8), both [pairs]; the interval resamples pairs 10,000 times.
 
-    Raises UsageError without scipy.
+    One pair has neither interval nor t: NaN.
     """
-    try:
-        from scipy import stats
-    except ImportError:
-        raise UsageError("the paired t-test needs scipy: pip install 'ia2mini[report]'") from None
     a, b = _float64(a), _float64(b)
-    assert a.shape == b.shape and a.ndim == 1 and len(a) > 1, (a.shape, b.shape)
-    difference = a - b
-    with np.errstate(divide="ignore", invalid="ignore"):
-        t, p = stats.ttest_rel(a, b)
+    assert a.shape == b.shape and a.ndim == 1, (a.shape, b.shape)
+    difference, nan = a - b, float("nan")
+    if len(a) < 2:
+        return PairedTest(_mean(difference), nan, nan, nan, nan, len(a))
     resamples = np.random.default_rng(seed).integers(len(a), size=(10_000, len(a)))
     low, high = np.quantile(difference[resamples].mean(1), [0.025, 0.975])
-    return PairedTest(_mean(difference), float(t), float(p), float(low), float(high))
+    try:
+        from scipy import stats
+
+        with np.errstate(divide="ignore", invalid="ignore"):
+            t, p = stats.ttest_rel(a, b)
+    except ImportError:
+        t = p = nan
+    return PairedTest(_mean(difference), float(low), float(high), float(t), float(p), len(a))
+
+
+def measure(confidence, correct, probabilities, gold, scheme: str = "width") -> dict:
+    """All metrics of one run on Q labelled rows (protocol section 5).
+
+    `confidence` [Q] of the greedy answer, `correct` [Q], `probabilities` [Q, C] of the labels among all that could be
+    said, `gold` [Q] indices of the true labels. `scheme`: bins of `ece`, of equal "width" or "mass".
+    """
+    among = probabilities / probabilities.sum(-1, keepdim=True)
+    best = among.max(-1)
+    return {
+        "acc": accuracy(correct),
+        "ece": ece(confidence, correct, scheme=scheme),
+        "ece_null": ece_null(confidence, scheme=scheme),
+        "ece_mass": ece(confidence, correct, scheme="mass"),
+        "nll": nll(probabilities.gather(1, gold[:, None])[:, 0]),
+        "brier": brier(probabilities, gold),
+        "acc_labels": accuracy(best.indices == gold),
+        "ece_labels": ece(best.values, best.indices == gold),
+        "reliability": reliability(confidence, correct).tolist(),
+    }

@@ -5,7 +5,6 @@ Only safetensors and JSON; every file is written beside its place and renamed in
 
 import hashlib
 import json
-import math
 import platform
 import resource
 import time
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .models.checkpoint import read_json, write
+from .files import finite, read_json, write, write_text
 
 
 class RunFolder:
@@ -31,10 +30,13 @@ class RunFolder:
         spent = self.path / "seconds.json"
         self.spent = read_json(spent) if spent.is_file() else {"seconds": {}, "peak_memory_bytes": 0}
 
-    def begin(self) -> None:
-        """Create the folder, if it is not there, with what made it. Raises UsageError when it cannot be written."""
+    def begin(self, resolved: dict) -> None:
+        """Create the folder, if it is not there, with what made it and defaults as they were `resolved`.
+
+        Raises UsageError when it cannot be written.
+        """
         if not (self.path / "run.json").is_file():
-            self.save_json("run.json", self.what)
+            self.save_json("run.json", self.what | resolved)
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
@@ -44,13 +46,7 @@ class RunFolder:
         return folder
 
     def save_json(self, name: str, content: dict) -> None:
-        write(
-            self.path / name,
-            lambda path: path.write_text(json.dumps(finite(content), indent=1) + "\n", encoding="utf-8"),
-        )
-
-    def save_text(self, name: str, text: str) -> None:
-        write(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(self.path / name, json.dumps(finite(content), indent=1) + "\n")
 
     def once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of file `name`: read if they are there, else made and saved. On the CPU either way."""
@@ -108,12 +104,3 @@ def checkpoint_digest(folder: Path) -> str:
             while chunk := stream.read(1 << 24):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-def finite(value):
-    """`value` with every NaN and infinity replaced by None: JSON has neither."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

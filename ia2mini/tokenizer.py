@@ -7,7 +7,7 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from . import UsageError
-from .models.checkpoint import read_json
+from .files import read_json
 
 
 class Tokenizer:
@@ -70,13 +70,15 @@ class Tokenizer:
         """Whether prompt and answer share a token when they stand together."""
         return self.encode(prompt + answer) != self.encode(prompt) + self.encode(answer, special=False)
 
-    def label_ids(self, prompt: str, labels: tuple[str, ...]) -> list[int]:
-        """First token of every label after `prompt`, int per label. Raises UsageError for a label that merges or shares its token."""
-        first: dict[int, str] = {}
-        for label in labels:
-            token = self.encode_answer(prompt, label)[0]
-            if token in first:
-                same = f"label {label!r} begins with the same token as label {first[token]!r} in this tokenizer"
+    def label_tokens(self, prompt: str, labels: tuple[str, ...]) -> list[list[int]]:
+        """Tokens of every label after `prompt`; all end with EOS where one label is the beginning of another.
+
+        Raises UsageError for a label that merges with the prompt, or is told from another one by nothing.
+        """
+        tokens = [self.encode_answer(prompt, label) for label in labels]
+        for i, mine in enumerate(tokens):
+            if mine in tokens[:i]:
+                same = f"label {labels[i]!r} has the tokens of label {labels[tokens.index(mine)]!r} in this tokenizer"
                 raise UsageError(f"{same}; choose other labels")
-            first[token] = label
-        return list(first)
+        nested = any(a != b and b[: len(a)] == a for a in tokens for b in tokens)
+        return [ids + list(self.eos_ids[:1]) for ids in tokens] if nested else tokens

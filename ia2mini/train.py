@@ -1,9 +1,8 @@
-"""One loop, R runs side by side; one short function a method, in the paper's order (protocol section 4)."""
+"""The training loop: R runs side by side over one frozen model, each with its own rate, dev loss and patience."""
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 
 from . import UsageError
 from .adapters import Adapter, adapted
-from .episode import Batch, Row, collate, seeded
-from .graphs import Replayed
+from .batch import Batch, Row, collate
+from .graphs import CapturedStep
 from .losses import activation_mse, cross_entropy, fused, per_run, soft_cross_entropy
 from .models.common import Taps
 
@@ -30,7 +29,34 @@ class Settings:
 
 
 @dataclass
-class Fit:
+class Runs:
+    """R runs to be trained: for each its first weights, learning rate, rows and the mix of its losses.
+
+    A loss is "mse" (attention outputs), "ce" (answers), "kl" (the teacher's distribution), or a function of one's own:
+    `loss(student, batch) -> [R]`, where `student` is called as the model is and `batch` is a `Batch` of R runs.
+    """
+
+    theta: Tensor  # [R, M]
+    rates: Tensor  # [R]
+    train: list[list[Row]]  # R lists of equally many rows
+    dev: list[list[Row]]
+    mix: dict[str | Callable, Tensor]  # loss -> weight [R]
+    order: list[Callable[[int], list[int]]]  # for each run: epoch -> the order of its rows
+
+    def __len__(self) -> int:
+        return len(self.rates)
+
+    def take(self, runs: Tensor) -> "Runs":
+        """Only these runs (indices on the CPU), in this order."""
+        here, some = runs.to(self.theta.device), runs.tolist()
+        lists = ([values[r] for r in some] for values in (self.train, self.dev, self.order))
+        train, dev, order = lists
+        mix = {name: weight[here] for name, weight in self.mix.items()}
+        return Runs(self.theta[here], self.rates[here], train, dev, mix, order)
+
+
+@dataclass
+class Trained:
     """What training R runs gave: each run's weights at its best dev loss."""
 
     theta: Tensor  # [R, M] float32
@@ -67,7 +93,7 @@ class Adam:
         self.m, self.v, self.rates = self.m[runs], self.v[runs], self.rates[runs]
 
 
-class Keeper:
+class EarlyStopping:
     """Keeps each run's weights at its best dev loss, and says which runs go on."""
 
     def __init__(self, theta: Tensor, settings: Settings):
@@ -77,7 +103,7 @@ class Keeper:
         self.steps = torch.zeros(len(theta), dtype=torch.int64)
 
     def look(self, runs: Tensor, theta: Tensor, dev_loss: Tensor, step: int) -> Tensor:
-        """Take note of the weights [r, M] and dev losses [r] of `runs` after `step`; which of them go on, [r] bool on the CPU."""
+        """Take note of the weights [r, M] and dev losses [r] of `runs` after `step`; which go on, [r] bool on the CPU."""
         live = runs.to(theta.device)
         better = dev_loss < self.dev_loss[live]
         kept = torch.ones_like(better) if self.settings.keep_last else better
@@ -88,223 +114,100 @@ class Keeper:
         return (self.misses[live] < self.settings.patience).cpu()
 
 
-def losses(student: Callable, batch: Batch, mix: dict[str, Tensor], layers: list[int] | None = None) -> Tensor:
-    """Each run's loss [R]: the weighted sum of "mse" (over `layers`), "ce" and "kl", with weights [R].
+def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None = None) -> Tensor:
+    """Each run's loss [R]: the sum of the losses in `mix`, each times its weight [R]; "mse" is over `layers`.
 
     Only what a loss needs is computed: no logits for "mse", no taps without it.
     """
     taps = Taps(batch.at, layers) if "mse" in mix else None
+    values = {loss: loss(student, batch) for loss in mix if callable(loss)}
 
-    def head(states: Tensor, weight: Tensor) -> dict[str, Tensor]:
-        found = {}
+    def head(states: Tensor, weight: Tensor) -> None:
         if "ce" in mix:
-            found["ce"] = cross_entropy(states, weight, batch.targets)
+            values["ce"] = per_run(cross_entropy(states, weight, batch.targets), batch.weights)
         if "kl" in mix:
-            found["kl"] = soft_cross_entropy(states, weight, batch.soft, batch.soft_ids)
-        return found
+            values["kl"] = per_run(soft_cross_entropy(states, weight, batch.soft, batch.soft_ids), batch.weights)
 
-    positions = batch.at if mix.keys() - {"mse"} else False
-    values = student(batch.ids, taps=taps, logits=positions, cache=batch.packed, head=head) or {}
+    if named := mix.keys() - values.keys():
+        positions = batch.at if named - {"mse"} else False
+        student(batch.ids, taps=taps, logits=positions, cache=batch.packed, head=head)
     if "mse" in mix:
-        values["mse"] = activation_mse(taps.each(), batch.activations)
-    return sum(weight * per_run(values[name], batch.weights) for name, weight in mix.items())
+        values["mse"] = per_run(activation_mse(taps.each(), batch.activations), batch.weights)
+    return sum(weight * values[loss] for loss, weight in mix.items())
 
 
-def fit(
+def train_runs(
     model: nn.Module,
     adapter: Adapter,
-    theta: Tensor,
-    rates: Tensor,
-    train: list[list[Row]],
-    dev: list[list[Row]],
-    mix: dict[str, Tensor],
-    order: Callable[[int, int], list[int]],
+    runs: Runs,
     settings: Settings = Settings(),
-    watch: Callable[[int, Tensor], None] | None = None,
-) -> Fit:
-    """Train R runs from theta [R, M] by `losses`; a run that has not improved for `patience` looks leaves the batch.
+    watch: Callable[[int, Tensor], object] | None = None,
+) -> Trained:
+    """Train R runs by `losses`; a run that has not improved for `patience` looks leaves the batch.
 
-    `rates` [R]; `train`, `dev`: R lists of rows; `mix`: loss name -> weight [R]; `order(run, epoch)`: the order of a run's rows.
-    Looks at the dev loss after every second step and at each epoch's end. `watch(step, best dev losses of live runs)` after each look.
+    Looks at the dev loss after every second step and at each epoch's end. `watch(step, best dev losses of live runs)`
+    after each look. Raises torch.OutOfMemoryError where R runs do not fit (see `train_in_parts`).
     """
-    device, rows = theta.device, len(train[0])
-    keeper, adam = Keeper(theta, settings), Adam(theta, rates.to(device))
-    runs = torch.arange(len(theta))  # those still training, in the order of the batch
-    live_mix, dev_batch, batch, step = mix, collate(dev, device, pack=True), None, 0
+    device, rows = runs.theta.device, len(runs.train[0])
+    stopping, adam = EarlyStopping(runs.theta, settings), Adam(runs.theta, runs.rates.to(device))
+    live, going = torch.arange(len(runs)), runs  # those still training, in the order of the batch
+    dev_batch, batch, step = collate(runs.dev, device, pack=True), None, 0
 
     def update(batch: Batch) -> None:
         with adapted(model, adapter, adam.theta) as student:
-            adam.step(*torch.autograd.grad(losses(student, batch, live_mix, settings.layers).sum(), adam.theta))
+            adam.step(*torch.autograd.grad(losses(student, batch, going.mix, settings.layers).sum(), adam.theta))
 
     @torch.no_grad()
     def dev_losses(batch: Batch) -> Tensor:
         with adapted(model, adapter, adam.theta) as student:
-            return losses(student, batch, live_mix, settings.layers)
+            return losses(student, batch, going.mix, settings.layers)
 
-    train_step, look = Replayed(update, device), Replayed(dev_losses, device)
+    train_step, look = CapturedStep(update, device), CapturedStep(dev_losses, device)
     for epoch, start in product(range(settings.epochs), range(0, rows, settings.batch_size)):
         if batch is None or rows > settings.batch_size:
             portion = slice(start, start + settings.batch_size)
-            batch = collate([[train[r][i] for i in order(r, epoch)[portion]] for r in runs.tolist()], device, pack=True)
+            chosen = [[run[i] for i in order(epoch)[portion]] for run, order in zip(going.train, going.order)]
+            batch = collate(chosen, device, pack=True)
         train_step(batch)
         step += 1
         if step % 2 and start + settings.batch_size < rows:
             continue
-        staying = keeper.look(runs, adam.theta.detach(), look(dev_batch), step)
+        staying = stopping.look(live, adam.theta.detach(), look(dev_batch), step)
         if watch:
-            watch(step, keeper.dev_loss[runs[staying].to(device)])
+            watch(step, stopping.dev_loss[live[staying].to(device)])
         if not staying.any():
             break
         if not staying.all():
-            runs = runs[staying]
+            live, going = live[staying], going.take(staying.nonzero()[:, 0])
             adam.keep(staying.to(device))
-            live_mix = {name: weight[runs.to(device)] for name, weight in mix.items()}
-            dev_batch, batch = collate([dev[r] for r in runs.tolist()], device, pack=True), None
-            train_step, look = (
-                Replayed(update, device),
-                Replayed(dev_losses, device),
-            )  # what was recorded for more runs is done with
-    return Fit(keeper.theta, keeper.dev_loss, keeper.steps)
+            dev_batch, batch = collate(going.dev, device, pack=True), None
+            train_step, look = CapturedStep(update, device), CapturedStep(dev_losses, device)  # for fewer runs
+    return Trained(stopping.theta, stopping.dev_loss, stopping.steps)
 
 
-@dataclass(frozen=True)
-class SetRows:
-    """A set's rows as ids: with the true answers, and with the teacher's responses and targets."""
+def train_in_parts(
+    model: nn.Module, adapter: Adapter, runs: Runs, settings: Settings, at_once: int | None = None, watch=None
+) -> Trained:
+    """`train_runs`, `at_once` runs side by side (None: all), or half as many again and again where memory is too small.
 
-    train: list[Row]
-    dev: list[Row]
-    icl_train: list[Row]
-    icl_dev: list[Row]
-
-
-@dataclass
-class Job:
-    """All runs of one cell: every set with every rate (and β), over one frozen model."""
-
-    model: nn.Module
-    adapter: Adapter
-    sets: list[SetRows]
-    rates: Sequence[float]
-    betas: Sequence[float] = (0.5,)
-    seed: int = 0
-    labels: str = "truth"  # or "icl": cross-entropy on the teacher's responses
-    settings: Settings = Settings()
-    side_by_side: int | None = None  # runs trained together; None: all
-    progress: Callable = nullcontext  # progress((phase, runs, steps at most)) -> context manager yielding `fit`'s watch
-    first: Callable[[str], Fit] | None = (
-        None  # where to get the fit of a method that another begins with; None: train it
-    )
-
-    def grid(self, betas: bool = False) -> list[tuple[int, float, float | None]]:
-        """(set, rate, β) of each run, in the order of the R axis."""
-        return list(product(range(len(self.sets)), self.rates, self.betas if betas else [None]))
-
-    def start(self, grid) -> Tensor:
-        """First weights [R, M]: the same for all rates of a set."""
-        rows = []
-        for number in range(len(self.sets)):
-            generator = torch.Generator().manual_seed(int(seeded(self.seed, number, "adapter").integers(2**62)))
-            rows.append(self.adapter.init(self.model, generator))
-        return torch.stack([rows[number] for number, _, _ in grid]).to(next(self.model.parameters()).device)
-
-    def train(self, phase: str, icl_rows: bool, betas: bool = False, start: Fit | None = None, **mix) -> Fit:
-        """One phase of all runs: on the true rows or the teacher's, from fresh weights or another phase's, by the losses in `mix`."""
-        grid = self.grid(betas)
-        theta = self.start(grid) if start is None else start.theta
-        weights = {name: torch.as_tensor(w, device=theta.device).expand(len(grid)).float() for name, w in mix.items()}
-        rates = torch.tensor([rate for _, rate, _ in grid])
-        data = [(s.icl_train, s.icl_dev) if icl_rows else (s.train, s.dev) for s in self.sets]
-        parts, rest = [], torch.arange(len(grid))
-        with self.progress((phase, len(grid), self.most_steps())) as watch:
-            while len(rest):
-                runs = rest[: self.side_by_side or len(rest)]
-                numbers, here = [grid[r][0] for r in runs.tolist()], runs.to(theta.device)
-                part = (
-                    theta[here],
-                    rates[runs],
-                    [data[n][0] for n in numbers],
-                    [data[n][1] for n in numbers],
-                    {name: w[here] for name, w in weights.items()},
-                    lambda r, epoch, numbers=numbers: self.order(numbers[r], epoch),
-                )
-                try:
-                    parts.append(
-                        fit(self.model, self.adapter, *part, self.settings, watch if callable(watch) else None)
-                    )
-                    rest = rest[len(runs) :]
-                except torch.OutOfMemoryError:
-                    self.side_by_side = fewer(len(runs))
-        whole = Fit(*(torch.cat([getattr(p, name) for p in parts]) for name in ("theta", "dev_loss", "steps")))
-        if start is not None:
-            whole.steps += start.steps
-        return whole
-
-    def order(self, number: int, epoch: int) -> list[int]:
-        return seeded(self.seed, number, f"epoch {epoch}").permutation(len(self.sets[number].train)).tolist()
-
-    def most_steps(self) -> int:
-        return self.settings.epochs * -(-len(self.sets[0].train) // self.settings.batch_size)
-
-    def begun(self, method: str) -> Fit:
-        """The fit of the method that another one begins with."""
-        return self.first(method) if self.first else METHODS[method](self)
+    Raises UsageError when a single run does not fit.
+    """
+    parts, rest = [], torch.arange(len(runs))
+    while len(rest):
+        some = rest[: at_once or len(rest)]
+        try:
+            parts.append(train_runs(model, adapter, runs.take(some), settings, watch))
+            rest = rest[len(some) :]
+        except torch.OutOfMemoryError:
+            at_once = fewer(len(some))
+    return Trained(*(torch.cat([getattr(part, name) for part in parts]) for name in ("theta", "dev_loss", "steps")))
 
 
 def fewer(runs: int) -> int:
-    """How many runs to try next where `runs` side by side do not fit into memory. Raises UsageError when one does not."""
+    """How many runs to try where `runs` side by side do not fit into memory. Raises UsageError when one does not."""
     if runs == 1:
-        raise UsageError(
-            "not enough memory for a single run; use --checkpointing, a smaller --batch-size or a smaller model"
-        ) from None
-    warnings.warn(
-        f"out of memory with {runs} runs side by side; going on with {runs // 2} (--side-by-side {runs // 2})",
-        stacklevel=3,
-    )
+        lack = "not enough memory for a single run"
+        raise UsageError(f"{lack}; use --checkpointing, a smaller --batch-size or a smaller model") from None
+    now = f"going on with {runs // 2} (--side-by-side {runs // 2})"
+    warnings.warn(f"out of memory with {runs} runs side by side; {now}", stacklevel=3)
     return runs // 2
-
-
-def sft(job: Job) -> Fit:
-    """Equation 2: cross-entropy on the answers."""
-    return job.train("sft", icl_rows=job.labels == "icl", ce=1.0)
-
-
-def ia2(job: Job) -> Fit:
-    """Equation 4: the model's own attention outputs with demonstrations, on the teacher's responses."""
-    return job.train("ia2", icl_rows=True, mse=1.0)
-
-
-def ia2_sft(job: Job) -> Fit:
-    """Section 4, IA2 → SFT: align first, then cross-entropy from there."""
-    return job.train("ia2-sft", icl_rows=job.labels == "icl", start=job.begun("ia2"), ce=1.0)
-
-
-def sft_ia2(job: Job) -> Fit:
-    """The order reversed."""
-    return job.train("sft-ia2", icl_rows=True, start=job.begun("sft"), mse=1.0)
-
-
-def sft_sft(job: Job) -> Fit:
-    """A control: SFT begun again from its own best weights, so that a second phase alone cannot explain IA2 → SFT."""
-    return job.train("sft-sft", icl_rows=job.labels == "icl", start=job.begun("sft"), ce=1.0)
-
-
-def ia2_plus_sft(job: Job) -> Fit:
-    """Section 6, IA2 + SFT: (1 - β) MSE + β CE at once, on the teacher's responses; a run for every β."""
-    betas = torch.tensor([beta for _, _, beta in job.grid(betas=True)])
-    return job.train("ia2+sft", icl_rows=True, betas=True, mse=1 - betas, ce=betas)
-
-
-def soft(job: Job) -> Fit:
-    """Section 6, soft labels: KL to the teacher's distribution on its responses (Hinton et al. 2015)."""
-    return job.train("soft", icl_rows=True, kl=1.0)
-
-
-METHODS = {
-    "sft": sft,
-    "ia2": ia2,
-    "ia2-sft": ia2_sft,
-    "sft-ia2": sft_ia2,
-    "sft-sft": sft_sft,
-    "ia2+sft": ia2_plus_sft,
-    "soft": soft,
-}

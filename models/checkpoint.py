@@ -1,13 +1,10 @@
-"""From a folder or a hub id to a model and its tokenizer, and back to a folder. Strict both ways; safetensors and JSON only."""
+"""From a folder or a hub id to a model and its tokenizer, and back to a folder. Strict both ways; safetensors and JSON."""
 
 import difflib
 import json
-import os
 import struct
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -16,12 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ia2mini import UsageError
+from ia2mini.files import hub_errors, read_json, write, write_text
 
 from . import llama, qwen3
-from .common import read_config
+from .common import Rope
 
 FAMILIES = {"llama": (llama.Config, llama.Llama), "qwen3": (qwen3.Config, qwen3.Qwen3)}
 TINY = Path(__file__).parent / "tiny"  # the embedded checkpoint
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of rope scaling
 
 SHORT_NAMES = {
     **{f"qwen3-{size.lower()}-base": f"Qwen/Qwen3-{size}-Base" for size in ("0.6B", "1.7B", "4B", "8B", "14B")},
@@ -43,10 +42,13 @@ FILES = [
 def load(name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", revision: str | None = None):
     """Load `name`, a folder, a short name ("qwen3-4b-base", "tiny") or a hub id: (model, tokenizer).
 
-    The model is in evaluation mode with every weight frozen, in `dtype` on `device`. Weights are streamed one tensor at a time,
-    memory-mapped where the file already holds `dtype`. Raises UsageError for anything a user can mend.
+    The model is in evaluation mode with every weight frozen, in `dtype` on `device`. Weights are streamed one tensor at
+    a time, memory-mapped where the file already holds `dtype`. Raises UsageError for anything a user can mend.
+
+        model, tokenizer = load("tiny")
+        logits = model(torch.tensor([tokenizer.encode("Text:a lovely film\\nLabel:")]))   # [1, T, V]
     """
-    from ia2mini.tokenizer import Tokenizer  # the one look upwards: a checkpoint is not usable without its tokenizer
+    from ia2mini.tokenizer import Tokenizer  # the one look upwards: a checkpoint is no use without its tokenizer
 
     folder = locate(name, revision)
     config, family = read_folder_config(folder)
@@ -63,9 +65,8 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UsageError(
-                f"{folder}: no config.json there; give a folder in the Hugging Face layout (config.json, *.safetensors)"
-            )
+            layout = "give a folder in the Hugging Face layout (config.json, *.safetensors)"
+            raise UsageError(f"{folder}: no config.json there; {layout}")
         return folder
     hub_id = SHORT_NAMES.get(str(name).lower(), str(name))
     if hub_id.count("/") != 1 or str(name).startswith((".", "/", "~")):
@@ -83,70 +84,94 @@ def download(hub_id: str, revision: str | None) -> Path:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=FILES))
 
 
-@contextmanager
-def hub_errors(repo: str, kind: str, revision: str | None, instead: str) -> Iterator[None]:
-    """Turn whatever goes wrong with repository `repo` (a "model" or "dataset") on the hub into a UsageError; `instead`: a way around."""
-    from huggingface_hub import errors
-
-    log_in = "log in with `hf auth login` or set HF_TOKEN"
-    try:
-        yield
-    except UsageError:
-        raise
-    except errors.GatedRepoError:
-        page = f"https://huggingface.co/{'datasets/' * (kind == 'dataset')}{repo}"
-        raise UsageError(f"{repo} is gated: accept its terms at {page}, then {log_in}") from None
-    except errors.RepositoryNotFoundError:
-        raise UsageError(f"{repo}: no such {kind} on the hub (or private: {log_in})") from None
-    except errors.RevisionNotFoundError:
-        raise UsageError(f"{repo}: the hub has no revision {revision} of it; {instead}") from None
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
-        raise UsageError(
-            f"{repo}: not in the local cache, and the hub is out of reach; check the network, or {instead}"
-        ) from None
-    except Exception as error:  # bad ids and the client's own network errors, whose classes differ between its versions
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise UsageError(f"{repo}: cannot be downloaded ({reason}); check the network, or {instead}") from None
-
-
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path}: a JSON object is needed, not {type(value).__name__}")
-    return value
-
-
 def read_folder_config(folder: Path):
     """The Config of a checkpoint folder and the class that it describes. Raises UsageError."""
     path = folder / "config.json"
     raw = read_json(path)
-    if raw.get("model_type") not in FAMILIES:
-        raise UsageError(
-            f"{path}: model_type {raw.get('model_type')!r} is not supported (supported: {', '.join(FAMILIES)})"
-        )
-    config_class, family = FAMILIES[raw["model_type"]]
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise UsageError(f"{path}: model_type {kind!r} is not supported (supported: {', '.join(FAMILIES)})")
+    config_class, family = FAMILIES[kind]
     return read_config(config_class, raw, str(path)), family
+
+
+def read_config(cls, raw: dict, where: str):
+    """Fill a family's Config from a Hugging Face config dict, in either spelling.
+
+    Raises UsageError naming `where` and the field for a missing field, or for a value that is not supported.
+    """
+    rope = read_rope(raw, where)
+    supported = (
+        ("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0) in (1.0, None), "1.0"),
+        ("hidden_act", raw.get("hidden_act", "silu") == "silu", "silu"),
+        ("quantization_config", not raw.get("quantization_config"), "unquantised checkpoints"),
+        ("use_sliding_window", not raw.get("use_sliding_window"), "no sliding window"),
+        ("layer_types", set(map(str, raw.get("layer_types") or ())) <= {"full_attention"}, "all full_attention"),
+    )
+    for name, fine, values in supported:
+        if not fine:
+            raise UsageError(f"{where}: {name} = {str(raw[name])[:80]} is not supported (supported: {values})")
+    if missing := [f.name for f in fields(cls) if f.default is MISSING and raw.get(f.name) is None]:
+        raise UsageError(f"{where}: needed field{'s' * (len(missing) > 1)} missing: {', '.join(missing)}")
+    found = {"rope": rope}
+    for f in fields(cls):
+        if f.name != "rope" and raw.get(f.name) is not None:
+            found[f.name] = checked(raw[f.name], f.type, f"{where}: {f.name}")
+    heads, shared = found["num_attention_heads"], found.get("num_key_value_heads", 1)
+    if heads % shared:
+        raise UsageError(f"{where}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {shared}")
+    return cls(**found)
+
+
+def checked(value, kind, where: str):
+    """A config's value if it is of its field's type, and a size or a small positive number. Raises UsageError."""
+    if kind in (int, int | None):
+        fine, wanted = type(value) is int and 0 < value <= 2**24, "a whole number from 1 to 16,777,216"
+    elif kind is float:
+        fine, wanted = type(value) in (int, float) and 0 < value < 1, "a number between 0 and 1"
+    else:
+        fine, wanted = type(value) is kind, kind.__name__
+    if not fine:
+        raise UsageError(f"{where} = {str(value)[:80]!r} is not {wanted}")
+    return value
+
+
+def read_rope(raw: dict, where: str) -> Rope:
+    """The rotary embedding of a config, in the spelling of transformers 5 or the hub's until then. Raises UsageError."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else "?"
+    if kind not in ("default", "llama3") or any(isinstance(value, dict) for value in rope.values()):
+        raise UsageError(f"{where}: rope_scaling type {str(kind)!r} is not supported (supported: default, llama3)")
+    if rope.get("partial_rotary_factor") not in (1.0, None):
+        raise UsageError(
+            f"{where}: partial_rotary_factor = {rope['partial_rotary_factor']} is not supported (supported: 1.0)"
+        )
+    needed = LLAMA3 if kind == "llama3" else ()
+    if missing := [name for name in needed if name not in rope]:
+        raise UsageError(f"{where}: rope_scaling of type llama3 lacks {', '.join(missing)}")
+    numbers = {
+        "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
+        **{name: rope[name] for name in needed},
+    }
+    for name, value in numbers.items():
+        if type(value) not in (int, float) or not isfinite(value) or value <= 0:
+            raise UsageError(f"{where}: {name} = {str(value)[:80]!r} is not a positive number")
+    return Rope(float(numbers.pop("rope_theta")), numbers or None)
 
 
 def shards(folder: Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file that holds it. Raises UsageError for missing, truncated or corrupt files."""
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
+    index, names = folder / "model.safetensors.index.json", {"model.safetensors"}
     if index.is_file():
-        names = set(read_json(index).get("weight_map", {}).values())
-        if not names:
-            raise UsageError(f"{index}: weight_map is missing or empty; download it again")
+        weight_map = read_json(index).get("weight_map")
+        names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else ()
+        if not names or any(Path(name).name != name for name in names):
+            raise UsageError(f"{index}: weight_map is missing or empty, or names files elsewhere; download it again")
     where = {}
     for file in sorted(folder / name for name in names):
         if not file.is_file():
-            raise UsageError(
-                f"{file}: no such file; the checkpoint needs {'every shard of its index' if index.is_file() else 'it'}"
-            )
+            needs = "every shard of its index" if index.is_file() else "it"
+            raise UsageError(f"{file}: no such file; the checkpoint needs {needs}")
         try:
             with safe_open(file, "pt") as f:
                 where.update(dict.fromkeys(f.keys(), file))
@@ -156,28 +181,21 @@ def shards(folder: Path) -> dict[str, Path]:
 
 
 def fill(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """Give every parameter of `model` (on the meta device) its tensor from `folder`. Raises UsageError naming the first misfit."""
+    """Give every parameter of `model` (on the meta device) its tensor. Raises UsageError naming the first misfit."""
     where = shards(folder)
     wanted = {name: p.shape for name, p in model.named_parameters()}
-    tied = model.config.tie_word_embeddings
-    unknown = [
-        n
-        for n in where
-        if n not in wanted and not n.endswith("rotary_emb.inv_freq") and not (tied and n == "lm_head.weight")
-    ]
-    for problem, names in (("missing", [n for n in wanted if n not in where]), ("unknown", unknown)):
+    unneeded = ("rotary_emb.inv_freq", *["lm_head.weight"] * model.config.tie_word_embeddings)
+    unknown = [name for name in where if name not in wanted and not name.endswith(unneeded)]
+    for problem, names in (("missing", [name for name in wanted if name not in where]), ("unknown", unknown)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UsageError(f"{folder}: {problem} tensor {names[0]}{more}; the files do not fit config.json")
     for name, shape in wanted.items():
-        with safe_open(
-            where[name], "pt", device=str(device)
-        ) as f:  # one open a tensor: pages of converted ones are let go
+        with safe_open(where[name], "pt", device=str(device)) as f:  # one open a tensor: its pages are let go again
             tensor = f.get_tensor(name)
         if tensor.shape != shape:
-            raise UsageError(
-                f"{where[name]}: tensor {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
-            )
+            shapes = f"has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
+            raise UsageError(f"{where[name]}: tensor {name} {shapes}")
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(dtype), requires_grad=False))
     model.tie()
@@ -190,9 +208,10 @@ def save(
     eos_token_id: int | list[int] | None = None,
     changed: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write `model`, with the tensors in `changed` for its own, in the Hugging Face layout into `folder`: config.json,
-    model.safetensors and, if given, tokenizer.json."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `model`, with the tensors in `changed` for its own, in the Hugging Face layout into `folder`.
+
+    config.json, model.safetensors and, if given, tokenizer.json. Raises UsageError when it cannot be written.
+    """
     raw = asdict(model.config)
     rope = raw.pop("rope")
     raw |= {"architectures": [f"{type(model).__name__}ForCausalLM"], "hidden_act": "silu", "rope_theta": rope["theta"]}
@@ -202,29 +221,6 @@ def save(
     tensors = dict(model.named_parameters()) | (changed or {})  # a tied head is named once
     tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
     write(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    write(folder / "config.json", lambda path: path.write_text(json.dumps(raw, indent=2) + "\n"))
+    write_text(folder / "config.json", json.dumps(raw, indent=2) + "\n")
     if tokenizer_json is not None:
-        write(folder / "tokenizer.json", lambda path: path.write_text(tokenizer_json, encoding="utf-8"))
-
-
-def write(path: Path, writer) -> None:
-    """Run `writer(temporary path)` beside `path`, then rename into place: the file is whole or not there. Raises UsageError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-    except OSError as error:
-        raise UsageError(
-            f"{path.parent}: cannot write there ({error.strerror}); choose another folder with --out"
-        ) from None
-    try:
-        writer(Path(temporary))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(
-            f"{path}: cannot be written ({reason}); free some space or choose another folder with --out"
-        ) from None
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        write_text(folder / "tokenizer.json", tokenizer_json)

@@ -12,22 +12,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .common import (
-    At,
-    Cache,
-    Embedding,
-    Head,
-    LayerCache,
-    Linear,
-    Packed,
-    Past,
-    Prefix,
-    RMSNorm,
-    Rope,
-    Taps,
-    attend,
-    rotate,
-)
+from .cache import Cache, LayerCache, Packed, Past, Prefix, attend
+from .common import At, Embedding, Head, Linear, RMSNorm, Rope, Rotation, Taps, rotate
 
 
 @dataclass(frozen=True)
@@ -66,7 +52,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(E, config.rms_norm_eps)
         self.k_norm = RMSNorm(E, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None, past: Past | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rotation, cache: LayerCache | None, past: Past | None) -> Tensor:
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # [B, H, T, E]
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # [B, K, T, E]
@@ -94,9 +80,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def attention_output(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None, past: Past | None
-    ) -> Tensor:
+    def attention_output(self, x: Tensor, rope: Rotation, cache: LayerCache | None, past: Past | None) -> Tensor:
         """What this block's attention adds to the residual stream x [B, T, D]; the tensor that IA2 aligns."""
         return self.self_attn(self.input_layernorm(x), rope, cache, past)
 
@@ -109,15 +93,10 @@ class Qwen3(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config = config
-        blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": Embedding(config.vocab_size, config.hidden_size),
-                "layers": blocks,
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
+        self.config, self.model = config, nn.ModuleDict()
+        self.model["embed_tokens"] = Embedding(config.vocab_size, config.hidden_size)
+        self.model["layers"] = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.model["norm"] = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
 
@@ -136,21 +115,20 @@ class Qwen3(nn.Module):
     ) -> Tensor | None:
         """Logits for right-padded `ids` [B, T] int64 (or embeddings [B, T, D]).
 
-        `logits`: True for all [B, T, V]; (rows, cols) for those positions only [P, V]; False for none: returns None and stops
-        after the attention of the last tapped layer (the last layer, without taps). `taps` is filled on the way.
-        `cache` holds earlier tokens of each row and is extended, or keeps packed documents apart; `prefix` stands before every row.
-        `head(states, weight)` takes the place of the map to logits [V, D]: its result is returned.
+        `logits`: True for all [B, T, V]; (rows, cols) for those positions only [P, V]; False for none: returns None and
+        stops after the attention of the last tapped layer (the last layer, without taps). `taps` is filled on the way.
+        `cache` holds earlier tokens of each row and is extended, or keeps packed documents apart; `prefix` stands before
+        every row. `head(states, weight)` takes the place of the map to logits [V, D]: its result is returned.
         """
         x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)  # [B, T, D]
         positions = (cache or Prefix()).positions(x.shape[1], x.device) + (prefix.length if prefix else 0)
         rope = self.config.rope.at(positions, self.config.head_dim, x.dtype)
         last = len(self.model.layers) - 1
-        stop = taps.last(last + 1) if taps is not None else last
+        stop = last if taps is None else taps.last(last + 1)
         for layer, block in enumerate(self.model.layers):
-            past = prefix.past(layer) if prefix is not None else None
-            a = block.attention_output(
-                x, rope, cache.layer(layer) if cache is not None else None, past
-            )  # [B, T, D]: the attention output
+            seen = None if cache is None else cache.layer(layer)
+            past = None if prefix is None else prefix.past(layer)
+            a = block.attention_output(x, rope, seen, past)  # [B, T, D]: the attention output
             if taps is not None:
                 taps.record(layer, a)
             if logits is False and layer == stop:

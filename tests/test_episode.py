@@ -119,10 +119,7 @@ def test_answers_of_many_tokens_end_with_eos():
 
 
 def test_a_batch_written_out():
-    runs = [
-        [Row([10, 11, 12], [1, 2, 3]), Row([20], [4])],
-        [Row([30, 31], [5]), Row([40, 41], [6, 7])],
-    ]
+    runs = [[Row([10, 11, 12], [1, 2, 3]), Row([20], [4])], [Row([30, 31], [5]), Row([40, 41], [6, 7])]]
     for i, row in enumerate(row for run in runs for row in run):
         P = len(row.answer)
         row.activations = torch.arange(P).view(1, P, 1) + 10.0 * i

@@ -11,7 +11,10 @@ IN_WORDS = re.compile(rf"\bthe answer is:? *{NUMBER}", re.IGNORECASE)
 
 
 def parse_number(text: str) -> str | None:
-    """The last number after `####`, else the last "the answer is N": sign, decimals and fractions kept, `,` and `$` dropped (GSM8K)."""
+    """The last number after `####`, else after "the answer is" (GSM8K).
+
+    Sign, decimals and fractions are kept, `,` and `$` dropped.
+    """
     text = text.replace("\N{MINUS SIGN}", "-").replace("$-", "-$")
     found = list(AFTER_HASHES.finditer(text)) or list(IN_WORDS.finditer(text))
     if not found:
@@ -22,7 +25,7 @@ def parse_number(text: str) -> str | None:
 def parse_boxed(text: str) -> str | None:
     r"""What the last `\boxed{...}` with balanced braces holds, spaces dropped, `dfrac` read as `frac` (MATH).
 
-    `\boxed 2$`, as some of MATH's own solutions write, holds what comes before the `$`. Escaped braces do not count as braces.
+    `\boxed 2$`, as some of MATH's own solutions write, holds what comes before the `$`. Escaped braces do not count.
     """
     for start in reversed([match.end() for match in re.finditer(r"\\boxed(?![A-Za-z])", text)]):
         inside = _braced(text[start:].lstrip())
@@ -32,7 +35,7 @@ def parse_boxed(text: str) -> str | None:
 
 
 def _braced(text: str) -> str | None:
-    """The text inside the brace group that `text` begins with; without a brace, up to `$` or the line's end; None if unbalanced."""
+    """The text inside the brace group that `text` begins with, None if unbalanced; without a brace, up to `$` or the line's end."""
     if not text.startswith("{"):
         return re.match(r"[^$\n]*", text)[0].strip() or None
     depth = 0
@@ -52,3 +55,12 @@ def parse_hashes(text: str) -> str | None:
 def parse_text(text: str) -> str | None:
     """The whole text, without surrounding blanks."""
     return text.strip() or None
+
+
+PARSERS = {"number": parse_number, "boxed": parse_boxed, "hashes": parse_hashes, "text": parse_text}
+
+
+def same_answer(parser: str, text: str, answer: str) -> bool:
+    """Whether a text parses to the same as the true answer does."""
+    found = PARSERS[parser](text)
+    return found is not None and found == PARSERS[parser](answer)

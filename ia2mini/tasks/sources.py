@@ -1,29 +1,25 @@
-"""Where rows come from: the hub, a local folder in hub columns, the embedded world, or a user's own file; read into `Examples`.
+"""Where rows come from: the hub, a local folder in hub columns, the embedded world, or a user's own file; as `Examples`."""
 
-JSONL, CSV and TSV are UTF-8 (a byte order mark is allowed); lines end at "\\n" only, since real rows hold U+2028. Parquet and the hub
-need pyarrow (extra `data`). Every UsageError names the file and, where there is one, the line.
-"""
-
-import csv
 import hashlib
 import io
 import json
 import re
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path, PurePosixPath
 
 from ia2mini import UsageError
-from ia2mini.models.checkpoint import hub_errors
+from ia2mini.files import hub_errors
 
-from .answers import parse_boxed, parse_hashes, parse_number, parse_text
-from .catalog import Example, Row, Task, arrange, fill, placeholders
+from .answers import PARSERS
+from .catalog import Example, Task, arrange
+from .rows import READERS, Row, fill, placeholders, read_rows
 
 POOL, EVAL = 2000, 500  # most rows of a pool and of an evaluation
 PARQUET = "refs/convert/parquet"  # the branch of the hub's own Parquet conversion
-SUFFIXES = (".jsonl", ".parquet", ".csv", ".tsv")
 
 
 @dataclass(frozen=True)
@@ -87,91 +83,12 @@ def find_local(task: Task, split: str, data_dir: Path) -> Path:
         dict.fromkeys(name for name in (task.folder, short.lower().replace("-", "_"), short, task.name) if name)
     )
     stems = [split, *([f"{task.config}_{split}", f"{task.config}/{split}"] if task.config else [])]
-    for folder, stem, suffix in product(folders, stems, SUFFIXES):
+    for folder, stem, suffix in product(folders, stems, READERS):
         path = data_dir / folder / f"{stem}{suffix}"
         if path.is_file():
             return path
-    raise UsageError(
-        f"{data_dir}: no rows of {task.name} there; looked for {'|'.join(folders)} / {'|'.join(stems)} + {'|'.join(SUFFIXES)}"
-    )
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a JSONL, CSV, TSV or Parquet file, by its suffix. UsageError naming file and line for whatever is wrong with it."""
-    readers = {
-        ".jsonl": read_jsonl,
-        ".csv": read_csv,
-        ".tsv": partial(read_csv, delimiter="\t"),
-        ".parquet": read_parquet,
-    }
-    if path.suffix.lower() not in readers:
-        raise UsageError(f"{path}: unknown kind of file {path.suffix!r}; rows are read from {', '.join(SUFFIXES)}")
-    try:
-        rows = readers[path.suffix.lower()](path)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if not rows:
-        raise UsageError(f"{path}: the file holds no rows")
-    return rows
-
-
-def read_text(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8") from None
-
-
-def read_jsonl(path: Path) -> list[Row]:
-    rows = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            columns = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UsageError(f"{where}: not JSON ({error}); one object a line is expected") from None
-        if not isinstance(columns, dict):
-            raise UsageError(f"{where}: a JSON {type(columns).__name__}, not an object; one object a line is expected")
-        rows.append(Row(where, columns))
-    return rows
-
-
-def read_csv(path: Path, delimiter: str = ",") -> list[Row]:
-    """Rows of a CSV or TSV file with a header; a field in quotes may hold delimiters, line ends and doubled quotes."""
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
-    rows, header, start = [], None, 1
-    try:
-        for fields in reader:
-            where, start = f"{path}:{start}", reader.line_num + 1
-            if header is None:
-                header = fields
-                if len(set(header)) < len(header):
-                    raise UsageError(f"{where}: two columns of the same name in the header")
-            elif fields and len(fields) != len(header):
-                raise UsageError(
-                    f"{where}: {len(fields)} fields, the header has {len(header)}; quote a field that holds {delimiter!r}"
-                )
-            elif fields:
-                rows.append(Row(where, dict(zip(header, fields, strict=True))))
-    except csv.Error as error:
-        raise UsageError(f"{path}:{start}: {error}; is a quote not closed?") from None
-    return rows
-
-
-def read_parquet(path: Path) -> list[Row]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise UsageError(f"{path}: reading Parquet needs pyarrow: pip install 'ia2mini[data]'") from None
-    try:
-        table = parquet.read_table(path).to_pylist()
-    except ArrowException as error:
-        raise UsageError(f"{path}: not a whole Parquet file ({str(error).splitlines()[0]})") from None
-    return [Row(f"{path} row {i}", columns) for i, columns in enumerate(table, 1)]
+    looked = f"{'|'.join(folders)} / {'|'.join(stems)} + {'|'.join(READERS)}"
+    raise UsageError(f"{data_dir}: no rows of {task.name} there; looked for {looked}")
 
 
 def download(repo: str, choose, revision: str | None = None) -> tuple[list[Path], str]:
@@ -254,10 +171,10 @@ def custom_task(
 ) -> Task:
     """A task on a user's file: `load_examples` works on it as on any other. Its name is the file's.
 
-    At most 20 different answers, each given twice on average, are labels: `task.labels`, sorted; if they are not single tokens, take
-    `task.as_text()`. Other answers are text, parsed as numbers, boxes or after `####` where every answer has that form. Without
-    `eval_path`, the last 20 % (at least 20, at most half and 500) of the shuffled rows without repeated prompts are held out. In a
-    template, a written `\\n` is a line end. UsageError for whatever is wrong with the rows or the template.
+    At most 20 different answers, each given twice on average, are labels: `task.labels`, sorted. Other answers are text,
+    parsed as numbers, boxes or after `####` where every answer has that form. Without `eval_path`, the last 20 % (at
+    least 20, at most half and 500) of the shuffled rows without repeated prompts are held out. In a template, a written
+    `\\n` is a line end. UsageError for whatever is wrong with the rows or the template.
     """
     rows = read_rows(Path(path))
     answers = [row.text(answer_column) for row in rows]
@@ -272,13 +189,12 @@ def custom_task(
     template = template.replace("\\n", "\n") if template else default
     columns = placeholders(template)
     if not columns or answer_column in columns:
-        raise UsageError(
-            f"template {template!r}: must name a column of the prompt, as {{{prompt_column}}}, and not the answer's"
-        )
+        named = f"must name a column of the prompt, as {{{prompt_column}}}, and not the answer's"
+        raise UsageError(f"template {template!r}: {named}")
     prompts = len({fill(template, row) for row in rows})
-    parse = next(parse for parse in (parse_number, parse_boxed, parse_hashes, parse_text) if all(map(parse, answers)))
+    parser = next(name for name, parse in PARSERS.items() if all(map(parse, answers)))
     labels = {"labels": tuple(found), "known": {answer: i for i, answer in enumerate(found)}}
-    form = labels if labelled else {"max_tokens": 200, "parse": parse}
+    form = labels if labelled else {"max_tokens": 200, "parser": parser}
     return Task(
         Path(path).stem,
         Path(path).name,

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from . import UsageError
 from .adapters import IA3, Adapter, Full, LoRA, Prompt, unpack
-from .models.checkpoint import save, write
+from .files import write, write_text
+from .models.checkpoint import save
 from .tokenizer import Tokenizer
 
 PEFT_PREFIX = "base_model.model."
@@ -19,31 +20,20 @@ def peft_config(adapter: Adapter, base: str, model: nn.Module) -> dict:
     """adapter_config.json of peft for LoRA, (IA)3, prompt and prefix tuning."""
     config = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True}
     if isinstance(adapter, LoRA):
-        config |= {
-            "peft_type": "LORA",
-            "r": adapter.rank,
-            "lora_alpha": adapter.alpha,
-            "lora_dropout": 0.0,
-            "bias": "none",
-        }
-        return config | {"target_modules": list(adapter.targets), "layers_to_transform": adapter.layers}
+        config |= {"peft_type": "LORA", "r": adapter.rank, "lora_alpha": adapter.alpha, "lora_dropout": 0.0}
+        config |= {"bias": "none", "target_modules": list(adapter.targets)}
+        return config | {"layers_to_transform": adapter.layers}
     if isinstance(adapter, IA3):  # peft cannot restrict (IA)3 to layers but takes full module names
-        return config | {
-            "peft_type": "IA3",
-            "target_modules": list(adapter.linears),
-            "feedforward_modules": list(adapter.linears) if adapter.scale_inputs else [],
-        }
+        names = list(adapter.linears)
+        inputs = names if adapter.scale_inputs else []
+        return config | {"peft_type": "IA3", "target_modules": names, "feedforward_modules": inputs}
     c = model.config
     config |= {"num_virtual_tokens": adapter.tokens, "num_layers": c.num_hidden_layers, "num_transformer_submodules": 1}
     if isinstance(adapter, Prompt):
-        config |= {
-            "peft_type": "PROMPT_TUNING",
-            "token_dim": c.hidden_size,
-            "num_attention_heads": c.num_attention_heads,
-        }
-        return config
-    token_dim = c.num_key_value_heads * c.head_dim
-    return config | {"peft_type": "PREFIX_TUNING", "token_dim": token_dim, "num_attention_heads": c.num_key_value_heads}
+        kind, heads, token_dim = "PROMPT_TUNING", c.num_attention_heads, c.hidden_size
+    else:
+        kind, heads, token_dim = "PREFIX_TUNING", c.num_key_value_heads, c.num_key_value_heads * c.head_dim
+    return config | {"peft_type": kind, "token_dim": token_dim, "num_attention_heads": heads}
 
 
 def peft_tensors(adapter: Adapter, theta: Tensor) -> dict[str, Tensor]:
@@ -69,8 +59,7 @@ def save_adapter(
         return save_merged(model, adapter, theta, folder, tokenizer)
     tensors = {name: t.contiguous() for name, t in peft_tensors(adapter, theta).items()}
     write(folder / "adapter_model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    config = json.dumps(peft_config(adapter, base, model), indent=2) + "\n"
-    write(folder / "adapter_config.json", lambda path: path.write_text(config))
+    write_text(folder / "adapter_config.json", json.dumps(peft_config(adapter, base, model), indent=2) + "\n")
 
 
 @torch.no_grad()
@@ -83,21 +72,16 @@ def save_merged(
     Raises UsageError for prompt and prefix tuning, which change no matrix.
     """
     if not adapter.linears:
+        kind = type(adapter).__name__
         raise UsageError(
-            f"a {type(adapter).__name__} adapter stands before the text and cannot be merged into matrices; save it for peft"
+            f"a {kind} adapter stands before the text and cannot be merged into matrices; save it for peft"
         )
-    weights = {
-        name: w[0] for name, w in unpack(theta[None].to(next(model.parameters()).device), adapter.shapes).items()
-    }
-    changed: dict[str, Tensor] = {}
+    weights = unpack(theta[None].to(next(model.parameters()).device), adapter.shapes)
+    weights, changed = {name: w[0] for name, w in weights.items()}, {}
     for name, linear in adapter.linears.items():
         changed |= {key: t.to(linear.weight.dtype) for key, t in merged(adapter, name, weights, linear).items()}
-    save(
-        model,
-        folder,
-        *((tokenizer.backend.to_str(), list(tokenizer.eos_ids) or None) if tokenizer else ()),
-        changed=changed,
-    )
+    files = (tokenizer.backend.to_str(), list(tokenizer.eos_ids) or None) if tokenizer else ()
+    save(model, folder, *files, changed=changed)
 
 
 def merged(adapter: Adapter, name: str, weights: dict[str, Tensor], linear: nn.Linear) -> dict[str, Tensor]:

@@ -1,0 +1,127 @@
+"""Rows as ids, and batches of them: right-padded, or packed without padding.
+
+R runs, B rows a run, T tokens, P answer positions (flattened over rows), L layers, D hidden.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .models.cache import Packed
+from .models.common import At
+from .tasks import Example
+from .tokenizer import Tokenizer
+
+MOST_PACKED, WORTH_PACKING = 512, 0.8  # tokens of a packed line (its attention is computed whole); share of the padded
+
+
+@dataclass
+class Row:
+    """One row as ids. P of its positions predict the answer: the last prompt token, then each answer token but the last."""
+
+    prompt: list[int]
+    answer: list[int]
+    activations: Tensor | None = None  # [L, P, D], the teacher's attention outputs there
+    soft: Tensor | None = None  # [P, k], the teacher's log-probabilities of its k likeliest tokens there
+    soft_ids: Tensor | None = None  # [P, k], those tokens
+
+    def __len__(self) -> int:
+        """Tokens that a pass reads: the last answer token predicts nothing."""
+        return len(self.prompt) + len(self.answer) - 1
+
+
+def truth_row(example: Example, tokenizer: Tokenizer, end: bool) -> Row:
+    """The row with its true answer, closed by EOS if `end`. Raises UsageError when prompt and answer merge."""
+    answer = tokenizer.encode_answer(example.prompt, example.answer)
+    return Row(tokenizer.encode(example.prompt), answer + list(tokenizer.eos_ids[:1]) if end else answer)
+
+
+@dataclass
+class Batch:
+    """Rows of R runs, run by run: each right-padded, or all of a run one after another in a single line (`packed`).
+
+    Positions are padded to equally many a run (weight 0).
+    """
+
+    ids: Tensor  # [R * B, T], packed [R, T]
+    packed: Packed | None
+    at: At  # rows and columns of the P answer positions, run by run
+    targets: Tensor  # [P] answer tokens
+    weights: Tensor  # [R, P / R]: each run's sum to one: mean over positions of a row, mean over rows
+    activations: Tensor | None  # [L, P, D]
+    soft: Tensor | None  # [P, k]
+    soft_ids: Tensor | None  # [P, k]
+
+    def tensors(self) -> list[Tensor]:
+        """All that is there, in an order of its own."""
+        packed = (self.packed.mask, self.packed.places) if self.packed else ()
+        every = self.ids, *packed, *self.at, self.targets, self.weights, self.activations, self.soft, self.soft_ids
+        return [t for t in every if t is not None]
+
+
+def collate(runs: list[list[Row]], device="cpu", pack: bool = False) -> Batch:
+    """One batch of R lists of rows; a shorter list is padded with empty rows.
+
+    `pack`: no padding between a run's rows, where they are short and it is worth it.
+    """
+    R, B = len(runs), max(map(len, runs))
+    lengths = np.array([[*map(len, run), *[0] * (B - len(run))] for run in runs])
+    totals = lengths.sum(1)
+    pack = pack and totals.max() <= min(MOST_PACKED, WORTH_PACKING * B * lengths.max())
+    lines = np.arange(R)[:, None].repeat(B, 1) if pack else np.arange(R * B).reshape(R, B)
+    starts = lengths.cumsum(1) - lengths if pack else np.zeros_like(lengths)
+    ids = np.zeros((R, totals.max()) if pack else (R * B, lengths.max()), np.int64)
+    documents, places = np.full(ids.shape, -1), np.zeros_like(ids)
+    most = max(sum(len(row.answer) for row in run) for run in runs)
+    at, targets = np.zeros((2, R, most), np.int64), np.zeros((R, most), np.int64)
+    weights = np.zeros((R, most), np.float32)
+    at[0] = lines[:, :1]  # positions of no weight stay within the run
+    for r, run in enumerate(runs):
+        p = 0
+        for i, row in enumerate(run):
+            line, here = lines[r, i], slice(starts[r, i], starts[r, i] + lengths[r, i])
+            ids[line, here] = row.prompt + row.answer[:-1]
+            documents[line, here], places[line, here] = i, np.arange(lengths[r, i])
+            span = slice(p, p := p + len(row.answer))
+            at[0, r, span] = line
+            at[1, r, span] = here.start + len(row.prompt) - 1 + np.arange(len(row.answer))
+            targets[r, span] = row.answer
+            weights[r, span] = 1 / (len(row.answer) * len(run))
+
+    def send(array):
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    return Batch(
+        send(ids),
+        Packed(send(documents), send(places)) if pack else None,
+        (send(at[0].reshape(-1)), send(at[1].reshape(-1))),
+        send(targets.reshape(-1)),
+        send(weights),
+        *(join_positions(runs, name, most, dim) for name, dim in (("activations", 1), ("soft", 0), ("soft_ids", 0))),
+    )
+
+
+def join_positions(runs: list[list[Row]], name: str, most: int, dim: int) -> Tensor | None:
+    """The rows' tensors `name` along `dim`, each run's padded to `most` positions; None where rows have none."""
+    if getattr(runs[0][0], name) is None:
+        return None
+    parts = []
+    for run in runs:
+        tensors = [getattr(row, name) for row in run]
+        parts += tensors
+        if short := most - sum(t.shape[dim] for t in tensors):
+            first = tensors[0].narrow(dim, 0, 1)
+            parts.append(first.expand(*[short if d == dim else -1 for d in range(first.dim())]))
+    return torch.cat(parts, dim)
+
+
+def by_length(lengths: list[int], budget: int) -> list[list[int]]:
+    """Indices in groups of similar length: rows × longest row of a group stays within `budget` tokens (one row at least)."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # longest first: memory trouble shows at once
+        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
+            groups.append([])
+        groups[-1].append(i)
+    return groups

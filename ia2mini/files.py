@@ -1,0 +1,92 @@
+"""Files in and out: JSON that is checked, writing that is whole or not there, and the hub's errors in one line."""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from . import UsageError
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file. Raises UsageError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: a JSON object is needed, not {type(value).__name__}")
+    return value
+
+
+def write(path: Path, writer: Callable[[Path], object]) -> None:
+    """Run `writer(temporary path)` beside `path`, then rename into place: the file is whole or not there.
+
+    Raises UsageError when the disk or the permissions do not allow it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+    except OSError as error:
+        raise UsageError(
+            f"{path.parent}: cannot write there ({error.strerror}); choose another folder with --out"
+        ) from None
+    try:
+        writer(Path(temporary))
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        reason, mend = getattr(error, "strerror", None) or error, "free some space or choose another folder with --out"
+        raise UsageError(f"{path}: cannot be written ({reason}); {mend}") from None
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def finite(value):
+    """`value` with every NaN and infinity replaced by None: JSON has neither."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def hub_errors(repo: str, kind: str, revision: str | None, instead: str) -> Iterator[None]:
+    """Turn whatever goes wrong with a repository (a "model" or "dataset") on the hub into a UsageError.
+
+    `instead`: a way around.
+    """
+    from huggingface_hub import errors
+
+    log_in = "log in with `hf auth login` or set HF_TOKEN"
+    try:
+        yield
+    except UsageError:
+        raise
+    except errors.GatedRepoError:
+        page = f"https://huggingface.co/{'datasets/' * (kind == 'dataset')}{repo}"
+        raise UsageError(f"{repo} is gated: accept its terms at {page}, then {log_in}") from None
+    except errors.RepositoryNotFoundError:
+        raise UsageError(f"{repo}: no such {kind} on the hub (or private: {log_in})") from None
+    except errors.RevisionNotFoundError:
+        raise UsageError(f"{repo}: the hub has no revision {revision} of it; {instead}") from None
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
+        raise UsageError(
+            f"{repo}: not in the local cache, and the hub is out of reach; check the network, or {instead}"
+        ) from None
+    except Exception as error:  # bad ids and the client's own network errors, whose classes differ between its versions
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise UsageError(f"{repo}: cannot be downloaded ({reason}); check the network, or {instead}") from None

@@ -1,0 +1,123 @@
+"""The methods of the paper, each a few lines: which losses a phase sums, on whose answers, from which weights."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import Adapter
+from .episode import seeded
+from .teacher import Taught
+from .train import Runs, Settings, Trained, train_in_parts
+
+
+def configs(method: str, sets: int, rates: Sequence[float], betas: Sequence[float]) -> list[tuple]:
+    """(set, rate, β or None) of each run of a method, in the order of the R axis."""
+    return list(product(range(sets), rates, betas if method == "ia2+sft" else [None]))
+
+
+@dataclass
+class Grid:
+    """Every set with every learning rate (and β): the runs that are trained side by side over one frozen model."""
+
+    model: nn.Module
+    adapter: Adapter
+    sets: list[Taught]
+    rates: Sequence[float]
+    betas: Sequence[float] = (0.5,)
+    seed: int = 0
+    labels: str = "truth"  # what cross-entropy trains on; "icl": the teacher's responses
+    settings: Settings = Settings()
+    side_by_side: int | None = None  # runs trained together; None: all
+    progress: Callable = (
+        nullcontext  # progress((phase, runs, most steps)) -> context manager, yields `train_runs`' watch
+    )
+    first: Callable[[str], Trained] | None = None  # where to get the method that another begins with; None: train it
+
+    def configs(self, method: str) -> list[tuple[int, float, float | None]]:
+        return configs(method, len(self.sets), self.rates, self.betas)
+
+    def start(self, configs) -> Tensor:
+        """First weights [R, M]: the same for all rates of a set."""
+        rows = []
+        for number in range(len(self.sets)):
+            generator = torch.Generator().manual_seed(int(seeded(self.seed, number, "adapter").integers(2**62)))
+            rows.append(self.adapter.init(self.model, generator))
+        return torch.stack([rows[number] for number, _, _ in configs]).to(next(self.model.parameters()).device)
+
+    def order(self, number: int, epoch: int) -> list[int]:
+        return seeded(self.seed, number, f"epoch {epoch}").permutation(len(self.sets[number].train)).tolist()
+
+    def train(self, method: str, icl_rows: bool, start: Trained | None = None, **mix) -> Trained:
+        """One phase of all runs: on the true rows or the teacher's, from fresh weights or another phase's, by `mix`."""
+        configs = self.configs(method)
+        theta = self.start(configs) if start is None else start.theta
+        sets = [self.sets[number] for number, _, _ in configs]
+        rows = [(s.icl_train, s.icl_dev) if icl_rows else (s.train, s.dev) for s in sets]
+        weights = {name: torch.as_tensor(w, device=theta.device).expand(len(sets)).float() for name, w in mix.items()}
+        rates = torch.tensor([rate for _, rate, _ in configs])
+        orders = [partial(self.order, number) for number, _, _ in configs]
+        runs = Runs(theta, rates, *map(list, zip(*rows)), weights, orders)
+        steps = self.settings.epochs * -(-len(runs.train[0]) // self.settings.batch_size)
+        with self.progress((method, len(runs), steps)) as watch:
+            watch = watch if callable(watch) else None
+            found = train_in_parts(self.model, self.adapter, runs, self.settings, self.side_by_side, watch)
+        if start is not None:
+            found.steps += start.steps
+        return found
+
+    def begun(self, method: str) -> Trained:
+        """What the method that another one begins with has given."""
+        return self.first(method) if self.first else METHODS[method](self)
+
+
+def sft(grid: Grid) -> Trained:
+    """Equation 2: cross-entropy on the answers."""
+    return grid.train("sft", icl_rows=grid.labels == "icl", ce=1.0)
+
+
+def ia2(grid: Grid) -> Trained:
+    """Equation 4: the model's own attention outputs with demonstrations, on the teacher's responses."""
+    return grid.train("ia2", icl_rows=True, mse=1.0)
+
+
+def ia2_sft(grid: Grid) -> Trained:
+    """Section 4, IA2 → SFT: align first, then cross-entropy from there."""
+    return grid.train("ia2-sft", icl_rows=grid.labels == "icl", start=grid.begun("ia2"), ce=1.0)
+
+
+def sft_ia2(grid: Grid) -> Trained:
+    """The order reversed."""
+    return grid.train("sft-ia2", icl_rows=True, start=grid.begun("sft"), mse=1.0)
+
+
+def sft_sft(grid: Grid) -> Trained:
+    """A control: SFT begun again from its own best weights, so that a second phase alone cannot explain IA2 → SFT."""
+    return grid.train("sft-sft", icl_rows=grid.labels == "icl", start=grid.begun("sft"), ce=1.0)
+
+
+def ia2_plus_sft(grid: Grid) -> Trained:
+    """Section 6, IA2 + SFT: (1 - β) MSE + β CE at once, on the teacher's responses; a run for every β."""
+    betas = torch.tensor([beta for _, _, beta in grid.configs("ia2+sft")])
+    return grid.train("ia2+sft", icl_rows=True, mse=1 - betas, ce=betas)
+
+
+def soft(grid: Grid) -> Trained:
+    """Section 6, soft labels: KL to the teacher's distribution on its responses (Hinton et al. 2015)."""
+    return grid.train("soft", icl_rows=True, kl=1.0)
+
+
+METHODS = {
+    "sft": sft,
+    "ia2": ia2,
+    "ia2-sft": ia2_sft,
+    "sft-ia2": sft_ia2,
+    "sft-sft": sft_sft,
+    "ia2+sft": ia2_plus_sft,
+    "soft": soft,
+}
+BEGINS_WITH = {"ia2-sft": "ia2", "sft-ia2": "sft", "sft-sft": "sft"}

@@ -1,0 +1,64 @@
+"""What a study's numbers depend on: every option once, with its default and its help; the command line is made from it."""
+
+from dataclasses import dataclass, field
+
+RATES = {  # protocol section 4 for LoRA and (IA)3; ours for the others
+    "lora": (1e-4, 3e-4, 1e-3),
+    "ia3": (1e-3, 1e-2, 1e-1),
+    "prompt": (1e-3, 1e-2, 1e-1),
+    "prefix": (1e-3, 1e-2, 1e-1),
+    "full": (1e-5, 3e-5, 1e-4),
+}
+TINY_RATES = RATES | {"lora": (1e-3, 3e-3, 1e-2), "full": (1e-4, 3e-4, 1e-3)}  # the embedded model is small: ten times
+BETAS = {"qwen3": (0.1, 0.5, 0.7, 0.9), "llama": (0.001, 0.01, 0.05, 0.5)}
+UNTRAINED = ("base", "icl")
+TRAINED = ("sft", "ia2", "ia2-sft", "sft-ia2", "ia2+sft", "soft", "sft-sft")
+
+
+def option(default, help: str, choices: tuple[str, ...] = (), least: int | None = None, shown: str | None = None):
+    """A field that is an option of the command line; `shown`: its default in words, `least`: its smallest value."""
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "shown": shown})
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """Which adapter is trained."""
+
+    adapter: str = option("lora", "what is trained", tuple(RATES))
+    rank: int = option(8, "of LoRA", least=1)
+    alpha: float = option(8.0, "of LoRA")
+    targets: tuple[str, ...] = option((), "matrices to adapt", shown="q_proj,k_proj,o_proj; full: every matrix")
+    virtual_tokens: int = option(20, "of prompt and prefix tuning", least=1)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How every run trains."""
+
+    rates: tuple[float, ...] = option((), "learning rates", shown="the paper's three for the adapter")
+    layers: tuple[int, ...] = option((), "layers whose attention outputs are aligned", shown="all")
+    batch_size: int = option(4, "training rows of a run in one step", least=1)
+    epochs: int = option(50, "at most", least=1)
+    patience: int = option(5, "looks at the dev loss without improvement before a run stops", least=1)
+    seed: int = option(0, "of every draw; 0 takes the sets of the paper's scripts")
+
+
+@dataclass(frozen=True)
+class Options(AdapterOptions, TrainOptions):
+    """Everything about a study that changes its numbers, but for tasks, data and checkpoint."""
+
+    n: tuple[int, ...] = option((4,), "training rows of a set; several: 2,4,8")
+    methods: tuple[str, ...] = option(
+        ("base", "icl", "sft", "ia2", "ia2-sft"), "also sft-ia2, ia2+sft, soft, sft-sft (a control)"
+    )
+    sets: int = option(5, "few-shot sets, each drawn from the pool with its own seed", least=1)
+    betas: tuple[float, ...] = option((), "shares of cross-entropy in ia2+sft", shown="four")
+    labels: str = option("truth", "what SFT trains on: true answers or ICL responses", ("truth", "icl"))
+    soft_k: int = option(1024, "likeliest tokens that soft labels keep", least=1)
+    icl_demos: str = option("set", "the set's N rows, or N - 1 other rows for each query", ("set", "pool"))
+    select: str = option(
+        "dev", "rate by dev loss, on the evaluation rows as in the paper, or both", ("dev", "eval", "both")
+    )
+    paper_compat: bool = option(False, "the released scripts' choices where they differ from ours (docs/reference.md)")
+    eval_rows: int = option(500, "evaluation rows at most", least=1, shown="500; the demo 120")
+    asim_rows: int = 100  # evaluation rows on which attention outputs are compared

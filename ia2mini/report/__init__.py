@@ -1,0 +1,25 @@
+"""What a study's results document shows: the terminal table, tables as files, figures, and one HTML page."""
+
+from pathlib import Path
+
+from ..files import write_text
+from .terminal import seconds_line, write_table
+
+__all__ = ["seconds_line", "write_report", "write_table"]
+
+
+def write_report(document: dict, folder: Path, command: str = "", formats: tuple[str, ...] = ("png",)) -> list[str]:
+    """Write tables (text, Markdown, LaTeX, CSV), figures in `formats` and report.html into `folder`; names of the figures.
+
+    Without matplotlib there are no figures, without pandas only the text table and the page. Raises UsageError for a
+    format that matplotlib does not write.
+    """
+    from .figures import draw_figures
+    from .frame import write_tables
+    from .page import write_page
+
+    write_text(folder / "table.txt", write_table(document, full=True) + "\n")
+    write_tables(document, folder)
+    drawn = draw_figures(document, folder, formats)
+    write_text(folder / "report.html", write_page(document, folder, command))
+    return drawn

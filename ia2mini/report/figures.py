@@ -1,0 +1,2 @@
+def draw_figures(document, folder, formats):
+    return []

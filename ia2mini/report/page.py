@@ -1,0 +1,2 @@
+def write_page(document, folder, command):
+    return ""

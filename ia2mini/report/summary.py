@@ -1,0 +1,134 @@
+"""From the records of runs to the cells of the tables: the choice of a rate, means and deviations over sets, the gain."""
+
+import math
+from statistics import fmean, pstdev
+
+from ..metrics import PairedTest, paired_test
+
+METRICS = ("acc", "ece", "ece_null", "nll", "brier", "asim", "ece_mass", "acc_labels", "ece_labels")
+LABELS = {  # method: as it is written, in the order of every table and figure
+    "base": "base", "icl": "ICL", "sft": "SFT", "sft-sft": "SFT→SFT", "soft": "soft labels", "ia2": "IA2",
+    "sft-ia2": "SFT→IA2", "ia2+sft": "IA2+SFT", "ia2-sft": "IA2→SFT",
+}  # fmt: skip
+CHOICES = {"dev": "rate by lowest dev loss", "eval": "rate by accuracy on the evaluation rows, as in the paper"}
+
+
+def chosen(records: list[dict], by: str) -> tuple[float | None, float | None]:
+    """(rate, β) of one method's records: lowest mean dev loss over sets ("dev"), or highest mean accuracy ("eval")."""
+    means: dict[tuple, list[float]] = {}
+    for record in records:
+        dev_loss = record["dev_loss"]
+        dev_loss = math.inf if dev_loss is None or math.isnan(dev_loss) else dev_loss  # a run that diverged
+        means.setdefault((record["rate"], record["beta"]), []).append(dev_loss if by == "dev" else -record["acc"])
+    return min(means, key=lambda config: fmean(means[config]))
+
+
+def summarise(records: list[dict], select: str = "dev") -> list[dict]:
+    """The cells of the table: means and deviations over sets at the rate chosen by `select` ("both": two cells)."""
+    groups: dict[tuple, list[dict]] = {}
+    for record in records:
+        groups.setdefault(tuple(record[key] for key in ("task", "n", "method", "eval")), []).append(record)
+    cells = []
+    for group in groups.values():
+        choices = ("dev", "eval") if select == "both" else (select,)
+        for by in choices if group[0]["rate"] is not None else (None,):
+            config = chosen(group, by) if by else (None, None)
+            runs = [record for record in group if (record["rate"], record["beta"]) == config]
+            cell = {key: runs[0][key] for key in ("task", "eval", "ood", "model", "n", "method", "adapter")}
+            cell |= {"sets": len(runs), "selected_by": by, "rate": config[0], "beta": config[1]}
+            for metric in METRICS:
+                known = [run[metric] for run in runs if run.get(metric) is not None]
+                cell[f"{metric}_mean"] = fmean(known) if known else None
+                cell[f"{metric}_std"] = pstdev(known) if known else None
+            if runs[0].get("reliability"):
+                bins = zip(*(run["reliability"] for run in runs))
+                cell["reliability"] = [[sum(values) for values in zip(*parts)] for parts in bins]
+            cell["asim_layers"] = [fmean(layer) for layer in zip(*(run["asim_layers"] for run in runs))]
+            cells.append(cell | {"acc": [run["acc"] for run in runs], "ece": [run.get("ece") for run in runs]})
+    return cells
+
+
+def parts(document: dict) -> list[dict]:
+    """A study cut into what one table shows: each model, N and choice of rate, with its `cells` by method, in order."""
+    rank = {method: i for i, method in enumerate(LABELS)}
+    cells = sorted(document["cells"], key=lambda cell: rank.get(cell["method"], len(rank)))
+    trained = [c for c in cells if c["selected_by"]] or [c | {"selected_by": None} for c in cells]
+    keys = dict.fromkeys((c["model"], c["n"], c["selected_by"]) for c in trained)
+    found = []
+    for model, n, by in keys:
+        mine = [c for c in cells if (c["model"], c["n"]) == (model, n) and c["selected_by"] in (by, None)]
+        found.append({"model": model, "n": n, "by": by, "cells": mine, "title": title(mine, by)})
+    return found
+
+
+def title(cells: list[dict], by: str | None) -> str:
+    """Model, task, N, adapter, sets and the choice of the rate of a part, in one line."""
+    tasks = list(dict.fromkeys(c["task"] for c in cells))
+    adapter = next((c["adapter"] for c in cells if c["adapter"]), None)
+    about = [cells[0]["model"], ", ".join(tasks) if len(tasks) < 3 else f"{len(tasks)} tasks", f"N = {cells[0]['n']}"]
+    return " · ".join([*about, *filter(None, [adapter, count(cells[0]["sets"], "set"), CHOICES.get(by)])])
+
+
+def count(number: int, noun: str) -> str:
+    """ "1 set", "5 sets"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def average(cells: list[dict]) -> list[dict]:
+    """A row a method, averaged over the evaluations, of the methods that every evaluation has."""
+    evaluations = {(c["task"], c["eval"]) for c in cells}
+    methods: dict[str, list[dict]] = {}
+    for cell in cells:
+        methods.setdefault(cell["method"], []).append(cell)
+    rows = []
+    for method, mine in methods.items():
+        if len(mine) == len(evaluations):
+            fields = [f"{metric}_{what}" for metric in METRICS for what in ("mean", "std")]
+            known = {f: [c[f] for c in mine if c.get(f) is not None] for f in fields}
+            rates = {(c["rate"], c["beta"]) for c in mine}
+            row = {f: fmean(values) if values else None for f, values in known.items()}
+            rate, beta = rates.pop() if len(rates) == 1 else (None, None)
+            rows.append(row | {"method": method, "rate": rate, "beta": beta, "evaluations": len(evaluations)})
+    return rows
+
+
+def paired(cells: list[dict], metric: str, method: str = "ia2-sft", against: str = "sft") -> PairedTest | None:
+    """`method` minus `against`, paired over tasks and sets, each averaged over the task's evaluations; None without both."""
+
+    def values(name: str) -> list[float] | None:
+        tasks: dict[str, list[list[float]]] = {}
+        for cell in cells:
+            if cell["method"] == name:
+                tasks.setdefault(cell["task"], []).append(cell[metric])
+        found = [fmean(sets) if None not in sets else None for runs in tasks.values() for sets in zip(*runs)]
+        return found if found and None not in found else None
+
+    ours, theirs = values(method), values(against)
+    return paired_test(ours, theirs) if ours and theirs and len(ours) == len(theirs) else None
+
+
+def verdict(cells: list[dict]) -> list[str]:
+    """What IA2 before SFT brought, with intervals, and where demonstrations teach the model less than SFT: in words."""
+    lines, gain = [], paired(cells, "acc")
+    if gain is None:
+        return lines
+    more = 100 * gain.mean
+    line = f"IA2→SFT against SFT: accuracy {more:+.1f} points{interval(gain, 100, '.1f')}"
+    if (calibration := paired(cells, "ece")) is not None:
+        line += f"; ECE {calibration.mean:+.2f}{interval(calibration, 1, '.2f')}"
+    lines.append(f"{line}; {count(gain.pairs, 'pair')} of task and set")
+    if not (gain.low > 0 or gain.high < 0) or gain.p > 0.05:
+        lines.append("The difference in accuracy may be chance; more --sets tell.")
+    elif gain.mean < 0:
+        lines.append("IA2→SFT is worse than SFT here: take SFT.")
+    if (lead := paired(cells, "acc", "icl", "sft")) is not None and lead.mean < 0:
+        less = "Demonstrations teach this model less than SFT does"
+        lines.append(f"{less} (ICL {100 * lead.mean:+.1f} points): IA2 has little to pass on.")
+    return lines
+
+
+def interval(test: PairedTest, factor: float, form: str) -> str:
+    if math.isnan(test.low):
+        return ""
+    p = "" if math.isnan(test.p) else f", p = {test.p:.2g}"
+    return f" (95 % {factor * test.low:+{form}} to {factor * test.high:+{form}}{p})"

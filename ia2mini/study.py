@@ -1,0 +1,196 @@
+"""A study: tasks × N on one model; the records of all runs, and what is saved of them."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import combinations, product
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from tqdm import tqdm
+
+from . import UsageError, __version__
+from .adapters import LoRA, unpack
+from .episode import with_demonstrations
+from .experiment import Experiment, Setting, Subject, parsed_correct
+from .files import finite, read_json
+from .methods import METHODS
+from .metrics import accuracy, measure, subspace_overlap
+from .options import UNTRAINED, Options
+from .peft_format import save_adapter
+from .report.summary import chosen, summarise
+from .runs import RunFolder, checkpoint_digest, versions
+from .tasks import Task, find_task, load_examples
+
+SHOWN = 10  # right and wrong rows that the page shows of each task
+
+
+def compare(
+    tasks: list[Task],
+    subject: Subject,
+    options: Options,
+    out: Path,
+    data_dir: Path | None = None,
+    side_by_side: int | None = None,
+    bar: Callable = lambda label, total: tqdm(disable=True),
+) -> tuple[dict, Path]:
+    """Run every task at every N; (results document, run folder), with results and adapters saved in the folder.
+
+    The folder lies in `out` and is found again by the same options, data, checkpoint and version of this package: an
+    interrupted study goes on there. `write_report` makes its tables and figures. Raises UsageError.
+    """
+    if unknown := set(options.methods) - {*UNTRAINED, *METHODS}:
+        raise UsageError(f"unknown method {min(unknown)!r}; methods: base, icl, {', '.join(METHODS)}")
+    pools = {task.name: load_examples(task, "train", data_dir) for task in tasks}
+    evals = {}
+    for task in tasks:
+        for name in task.evals:
+            here = task if name == task.name else find_task(name)
+            evals[name] = load_examples(here, "eval", data_dir, options.eval_rows)
+    weight = next(subject.model.parameters())
+    config = {"ia2mini": __version__, "tasks": [task.name for task in tasks], "model": subject.base, **asdict(options)}
+    config |= {"dtype": str(weight.dtype).removeprefix("torch."), "device": weight.device.type}
+    config |= {"checkpoint": checkpoint_digest(subject.folder), "templates": {t.name: t.prompt for t in tasks}}
+    config |= {"pools": {k: v.origin for k, v in pools.items()}, "evals": {k: v.origin for k, v in evals.items()}}
+    about = "+".join(config["tasks"]) if len(tasks) < 4 else f"{len(tasks)}-tasks"
+    folder = RunFolder(out, f"{about}-{subject.name}-n{'-'.join(map(str, options.n))}", config)
+    setting = Setting(subject, options, folder, bar, side_by_side)
+    experiments = [
+        Experiment(setting, task, n, pools[task.name], {e: evals[e] for e in task.evals})
+        for task, n in product(tasks, options.n)
+    ]
+    setting.phases = tuple(phase for experiment in experiments for phase in experiment.phases())
+    resolved = {"rates": experiments[0].rates, "targets": experiments[0].adapter.targets}
+    folder.begin(resolved)  # every mistake in tasks, sizes and options has shown by now
+    document = {key: [] for key in ("runs", "training", "overlap", "adapters", "samples")}
+    while experiments:
+        experiment = experiments.pop(0)  # what it holds leaves memory with it
+        for key, found in run_experiment(experiment).items():
+            document[key] += found
+    document = {"cells": summarise(document["runs"], options.select), **folder.spent, **document}
+    document |= {"config": config | resolved, "versions": versions()}
+    folder.save_json("results.json", document := finite(document))
+    return document, folder.path
+
+
+def run_experiment(experiment: Experiment) -> dict[str, list]:
+    """Records of every scored run and of all training; overlaps, saved adapters and samples."""
+    o, runs, training = experiment.setting.options, [], []
+    for method in o.methods:
+        training += [] if method in UNTRAINED else experiment.training_records(method)
+        for name in experiment.evals:
+            runs += score_records(experiment, method, name)
+    picks = {method: pick(method, training, runs, o.select) for method in o.methods if method not in UNTRAINED}
+    found = {"runs": runs, "training": training, "overlap": overlaps(experiment, picks)}
+    adapters = [path for method, numbers in picks.items() for path in save_adapters(experiment, method, numbers)]
+    return found | {"adapters": adapters, "samples": [sample(experiment, picks)]}
+
+
+def pick(method: str, training: list[dict], runs: list[dict], select: str) -> list[int]:
+    """A method's runs at the chosen rate (and β), one a set: indices on the R axis."""
+    training = [record for record in training if record["method"] == method]
+    judged = [r for r in runs if r["method"] == method and r["eval"] == r["task"]] if select == "eval" else training
+    config = chosen(judged, "eval" if select == "eval" else "dev")
+    return [r for r, record in enumerate(training) if (record["rate"], record["beta"]) == config]
+
+
+def score_records(experiment: Experiment, method: str, name: str) -> list[dict]:
+    """A record of each of a method's scored runs on one evaluation: what it is, and its metrics."""
+    o, task, trained = experiment.setting.options, experiment.find(name), method not in UNTRAINED
+    scores, gold = experiment.score(method, name), [e.label for e in experiment.evals[name].rows]
+    about = {"task": experiment.task.name, "eval": name, "ood": name != experiment.task.name, "n": experiment.n}
+    about |= {"model": experiment.setting.subject.name, "method": method, "adapter": o.adapter if trained else None}
+    sets, records = range(o.sets), []
+    untrained = [{"set": number, "rate": None, "beta": None, "dev_loss": None, "steps": 0} for number in sets]
+    known = experiment.training_records(method) if trained else untrained
+    for r, (run, asim) in enumerate(zip(experiment.reported(method) if trained else sets, scores["asim"].tolist())):
+        record = about | known[run] | {"asim": fmean(asim), "asim_layers": asim}
+        at = r if len(scores["correct"]) > 1 else 0  # base has one row for all sets
+        if task.labels:
+            mine = [scores[key][at] for key in ("confidence", "correct", "labels")]
+            record |= measure(*mine, gold=torch.tensor(gold), scheme="mass" if o.paper_compat else "width")
+        else:
+            record |= {"acc": accuracy(scores["correct"][at])}
+            record["texts"] = experiment.texts_file(f"{method}-{0 if method == 'base' else run}", name)
+        records.append(record)
+    return records
+
+
+def save_adapters(experiment: Experiment, method: str, numbers: list[int]) -> list[str]:
+    """Save a method's chosen runs in PEFT's format; folder names."""
+    setting, saved = experiment.setting, []
+    subject, theta = setting.subject, experiment.trained(method).theta
+    for r in numbers:
+        saved.append(f"adapters/{experiment.name}-{method}-set{experiment.configs(method)[r][0]}")
+        path = setting.folder.path / saved[-1]
+        save_adapter(subject.model, experiment.adapter, theta[r], path, subject.base, subject.tokenizer)
+    return saved
+
+
+def overlaps(experiment: Experiment, picks: dict[str, list[int]]) -> list[dict]:
+    """Share of LoRA's subspace that two methods have in common, at their chosen rates, by set (paper Figure 4).
+
+    Beside it `chance`, that of random subspaces: rank / size of the space.
+    """
+    adapter, found = experiment.adapter, []
+    if not isinstance(adapter, LoRA):
+        return found
+    weights = {m: unpack(experiment.trained(m).theta[numbers], adapter.shapes) for m, numbers in picks.items()}
+    names = [name for name in adapter.shapes if name.endswith(".B")]
+    chance = fmean(adapter.rank / adapter.shapes[name][0] for name in names)
+    for one, other in combinations(picks, 2):
+        each = [subspace_overlap(weights[one][name], weights[other][name], adapter.rank) for name in names]  # [sets]
+        sets = [fmean(values) for values in zip(*(e.tolist() for e in each))]
+        about = {"task": experiment.task.name, "n": experiment.n, "methods": [one, other]}
+        found.append(about | {"overlap": sets, "mean": fmean(sets), "chance": chance})
+    return found
+
+
+def sample(experiment: Experiment, picks: dict[str, list[int]]) -> dict:
+    """What the model saw (one whole prompt), and right and wrong rows of the last trained method's first set."""
+    name, task = experiment.task.name, experiment.task
+    rows = experiment.evals[name].rows
+    shown = {"task": name, "n": experiment.n, "rows": []}
+    shown["prompt"] = with_demonstrations(experiment.episodes[0].icl[0], rows[0].prompt)
+    if not picks:
+        return shown
+    method = list(picks)[-1]
+    place = experiment.reported(method).index(picks[method][0])
+    scores = experiment.score(method, name)
+    if task.labels:
+        said = [task.labels[top] if top >= 0 else "(no label)" for top in scores["top"][place].tolist()]
+        sure = scores["confidence"][place].tolist()
+    else:
+        file = experiment.texts_file(f"{method}-{picks[method][0]}", name)
+        said, sure = read_json(experiment.setting.folder.path / file)["texts"], [None] * len(rows)
+    shown |= {"method": method, "set": 0}
+    right = scores["correct"][place].tolist()
+    for verdict in (True, False):
+        some = [i for i, one in enumerate(right) if one == verdict][:SHOWN]
+        shown["rows"] += [
+            {
+                "prompt": rows[i].prompt,
+                "answer": rows[i].answer,
+                "said": said[i],
+                "confidence": sure[i],
+                "right": verdict,
+            }
+            for i in some
+        ]
+    return shown
+
+
+def rescore(path: Path) -> dict:
+    """Parse the saved generations of a finished study again, without the model, and save its results anew.
+
+    Raises UsageError where no answer is text.
+    """
+    document = read_json(path / "results.json")
+    records = [record for record in document["runs"] if "texts" in record]
+    if not records:
+        raise UsageError(f"{path}: no generated texts there; only tasks whose answers are text can be parsed again")
+    for record in records:
+        record["acc"] = accuracy(parsed_correct(read_json(path / record["texts"])))
+    document["cells"] = summarise(document["runs"], document["config"]["select"])
+    RunFolder.open(path).save_json("results.json", document)
+    return document

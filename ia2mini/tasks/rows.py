@@ -1,0 +1,145 @@
+"""Rows as users and datasets keep them: JSONL, JSON, CSV, TSV and Parquet files, a dict of columns a row.
+
+Text is UTF-8 (a byte order mark is allowed); lines end at "\\n" only, since real rows hold U+2028. Parquet needs pyarrow
+(extra `data`). Every UsageError names the file and, where there is one, the line.
+"""
+
+import csv
+import io
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+from ia2mini import UsageError
+
+
+class Row(dict):
+    """The columns of one row, and where it stands ("file:line"); a column that is not there is a UsageError."""
+
+    def __init__(self, where: str, columns: dict):
+        super().__init__(columns)
+        self.where = where
+
+    def __missing__(self, column: str):
+        there = ", ".join(map(repr, self)) or "none"
+        raise UsageError(f"{self.where}: no column {column!r}; the columns there are {there}")
+
+    def text(self, column: str) -> str:
+        """The value of a column as text: numbers and booleans as JSON writes them. UsageError for anything else."""
+        value = self[column]
+        if isinstance(value, (bool, int, float)):
+            return str(value).lower()
+        if not isinstance(value, str):
+            held = "nothing" if value is None else repr(value)[:60]
+            raise UsageError(f"{self.where}: column {column!r} holds {held}, not a text")
+        if re.search("[\ud800-\udfff]", value):
+            wrong = "half a surrogate pair, which is no character; mend the \\ud… escape"
+            raise UsageError(f"{self.where}: column {column!r} holds {wrong}")
+        return value
+
+
+def placeholders(template: str) -> list[str]:
+    """The column names between braces in a template."""
+    return re.findall(r"\{([^{}]*)\}", template)
+
+
+def fill(template: str, row: Row) -> str:
+    """A template with every `{column}` replaced by that column's text."""
+    return re.sub(r"\{([^{}]*)\}", lambda match: row.text(match[1]), template)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file, read by its suffix. UsageError naming file and line for whatever is wrong with it."""
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UsageError(f"{path}: unknown kind of file {path.suffix!r}; rows are read from {', '.join(READERS)}")
+    try:
+        rows = reader(path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if not rows:
+        raise UsageError(f"{path}: the file holds no rows")
+    return rows
+
+
+def read_text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8") from None
+
+
+def as_row(where: str, columns) -> Row:
+    if not isinstance(columns, dict):
+        raise UsageError(f"{where}: a JSON {type(columns).__name__}, not an object; one object a row is expected")
+    return Row(where, columns)
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                columns = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise UsageError(f"{path}:{number}: not JSON ({error}); one object a line is expected") from None
+            rows.append(as_row(f"{path}:{number}", columns))
+    return rows
+
+
+def read_json(path: Path) -> list[Row]:
+    """A JSON list of objects."""
+    try:
+        table = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UsageError(
+            f"{path}: not JSON ({error}); a list of objects is expected, or save one a line as .jsonl"
+        ) from None
+    if not isinstance(table, list):
+        raise UsageError(f"{path}: a JSON {type(table).__name__}; a list of objects is expected")
+    return [as_row(f"{path} row {i}", columns) for i, columns in enumerate(table, 1)]
+
+
+def read_csv(path: Path, delimiter: str = ",") -> list[Row]:
+    """Rows of a file with a header; a field in quotes may hold delimiters, line ends and doubled quotes."""
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+    rows, header, start = [], None, 1
+    try:
+        for fields in reader:
+            where, start = f"{path}:{start}", reader.line_num + 1
+            if header is None:
+                header = fields
+                if len(set(header)) < len(header):
+                    raise UsageError(f"{where}: two columns of the same name in the header")
+            elif fields and len(fields) != len(header):
+                counts = f"{len(fields)} fields, the header has {len(header)}"
+                raise UsageError(f"{where}: {counts}; quote a field that holds {delimiter!r}")
+            elif fields:
+                rows.append(Row(where, dict(zip(header, fields, strict=True))))
+    except csv.Error as error:
+        raise UsageError(f"{path}:{start}: {error}; is a quote not closed?") from None
+    return rows
+
+
+def read_parquet(path: Path) -> list[Row]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise UsageError(f"{path}: reading Parquet needs pyarrow: pip install 'ia2mini[data]'") from None
+    try:
+        table = parquet.read_table(path).to_pylist()
+    except ArrowException as error:
+        raise UsageError(f"{path}: not a whole Parquet file ({str(error).splitlines()[0]})") from None
+    return [Row(f"{path} row {i}", columns) for i, columns in enumerate(table, 1)]
+
+
+READERS = {
+    ".jsonl": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": partial(read_csv, delimiter="\t"),
+    ".parquet": read_parquet,
+}
