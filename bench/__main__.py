@@ -1,12 +1,14 @@
-"""`python -m bench [collect|step|cell|icl|generate|kernel|memory|load|effect|scale]`; without a name all but `effect`."""
+"""`python -m bench [collect|step|cell|icl|generate|kernel|memory|load|scale|effect|pretrain]`; `--help` tells more."""
 
 import time
 import warnings
+from pathlib import Path
 
 import click
 import torch
 
-from ia2mini.cli import keep_freed_memory
+from ia2mini import UsageError
+from ia2mini.cli import Commands, keep_freed_memory
 
 from . import inference, resources, training
 from .effect import SIZES, effect
@@ -22,8 +24,8 @@ def shapes(shape: str | None, device: str) -> tuple[str, ...]:
     return (shape,) if shape else (CPU_SHAPES if device == "cpu" else GPU_SHAPES)
 
 
-def run(name: str, shape: str | None, device: str, dtype: torch.dtype) -> list[Result]:
-    """The results of one bench, shown as they come."""
+def run(name: str, shape: str | None, device: str, dtype: torch.dtype, select: str) -> list[Result]:
+    """The results of one bench, shown as they come; `select`: which runs `cell` scores."""
     found = []
 
     def done(result: Result) -> None:
@@ -49,7 +51,7 @@ def run(name: str, shape: str | None, device: str, dtype: torch.dtype) -> list[R
         for each in shapes(shape, device):
             ground = stand(each, device, dtype)
             if name == "cell":
-                done(training.cell(ground, *training.portions(each, device)))
+                done(training.cell(ground, *training.portions(each, device, select)))
             else:
                 done(benches[name](ground))
     return found
@@ -59,7 +61,7 @@ BENCHES = ("step", "cell", "collect", "icl", "generate", "kernel", "memory", "lo
 
 
 def options(command):
-    """What every bench but `effect` asks."""
+    """What every bench of speed asks."""
     usual = f"{' and '.join(CPU_SHAPES)}; on a GPU {' and '.join(GPU_SHAPES)}"
     for option in (
         click.option("--save", is_flag=True, help="keep the results in bench/results/, with the date and the machine"),
@@ -73,7 +75,7 @@ def options(command):
     return command
 
 
-def several(names: tuple[str, ...], shape, device, dtype, save) -> None:
+def several(names: tuple[str, ...], shape, device, dtype, save, select: str = "dev") -> None:
     warnings.simplefilter("ignore")
     keep_freed_memory()  # for all stacks alike
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,7 +83,7 @@ def several(names: tuple[str, ...], shape, device, dtype, save) -> None:
     start, results = time.perf_counter(), []
     for name in names:
         with Bystanders() as others:
-            results += run(name, shape, device, kind)
+            results += run(name, shape, device, kind, select)
         click.echo(f"  {name}: {time.perf_counter() - start:.0f} s so far")
         results[-1].ratios["share of the processors that others had meanwhile"] = others.share
         if others.share > 0.05:
@@ -90,35 +92,48 @@ def several(names: tuple[str, ...], shape, device, dtype, save) -> None:
             )
     click.echo(f"\n{time.perf_counter() - start:.0f} s in all")
     asked = [names[0]] if len(names) == 1 else []
-    asked += [f"--{key} {value}" for key, value in (("shape", shape), ("dtype", dtype)) if value]
+    given = {"shape": shape, "dtype": dtype, "select": "" if select == "dev" else select}
+    asked += [f"--{key} {value}" for key, value in given.items() if value]
     finish(results, " ".join(["python -m bench", *asked]), save)
 
 
-@click.group(
-    invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
-)
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(cls=Commands, invoke_without_command=True, context_settings=SETTINGS)
 @options
 @click.pass_context
 def main(context, **asked):
     """How fast ia2mini is, against transformers with peft as (a) the paper's scripts use them and (b) used well.
 
-    Without a command: every bench but `effect`; on two cores about a quarter of an hour.
+    Without a command: every bench of speed; on two cores about a quarter of an hour. `effect` asks what IA2 brings,
+    `pretrain` makes models/tiny.
     """
     if context.invoked_subcommand is None:
         several(BENCHES, **asked)
     elif any(asked.values()):
-        raise click.UsageError(f"options come after the command: python -m bench {context.invoked_subcommand} …")
+        raise UsageError(f"options come after the command: python -m bench {context.invoked_subcommand} …")
 
 
-def add(name: str, about: str) -> None:
-    main.command(name, help=about)(options(lambda **asked: several((name,), **asked)))
+def add(name: str, about: str, *more) -> None:
+    command = options(lambda **asked: several((name,), **asked))
+    for option in more:
+        command = option(command)
+    main.command(name, help=about)(command)
 
 
-for name, module in (("step", training), ("cell", training), *((n, inference) for n in ("collect", "icl", "generate"))):
-    add(name, getattr(module, name).__doc__)
-for name in ("kernel", "memory", "load"):
-    add(name, getattr(resources, name).__doc__)
-add("scale", scale.__doc__)
+SELECT = click.option(
+    "--select",
+    type=click.Choice(list(training.SCORES)),
+    default="dev",
+    show_default=True,
+    help="all sides score the runs of the rate with the lowest dev loss, or every run",
+)
+add("cell", training.cell.__doc__, SELECT)
+for bench in (training.step, inference.collect, inference.icl, inference.generate):
+    add(bench.__name__, bench.__doc__)
+for bench in (resources.kernel, resources.memory, resources.load, scale):
+    add(bench.__name__, bench.__doc__)
 
 
 @main.command("effect", help=effect.__doc__)
@@ -134,6 +149,21 @@ def effect_command(model, sizes, sets, part, eval_rows, sum_rows, save):
     show(result)
     asked = f"--model {model} --n {sizes} --sets {sets} --part {part} --eval-rows {eval_rows} --sum-rows {sum_rows}"
     finish([result], f"python -m bench effect {asked}", save, name=f"effect-{part}")
+
+
+@main.command("pretrain")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="folder of the checkpoint; rerun, it goes on"
+)
+@click.option("--steps", default=3000, type=click.IntRange(1), show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+def pretrain_command(out, steps, seed, device):
+    """Make the embedded model from nothing: a small Qwen3 that learns in context, as models/tiny was made."""
+    from .pretrain import pretrain
+
+    pretrain(out, steps=steps, seed=seed, device=device)
+    click.echo(f"{out}: config.json, model.safetensors, tokenizer.json, curve.json; use it as --model {out}")
 
 
 if __name__ == "__main__":

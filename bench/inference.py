@@ -1,12 +1,14 @@
-"""`collect`: the teacher's pass over long answers; `icl`: queries behind shared demonstrations; `generate`: batched greedy decoding."""
+"""`collect`: the teacher's pass over long answers; `icl`: queries behind demonstrations; `generate`: greedy decoding."""
 
 import torch
 from ia2mini.models.common import Taps
 
-from ia2mini.episode import Episode, Row, collate, with_demonstrations
+from ia2mini.batch import Row, collate
+from ia2mini.episode import Episode, with_demonstrations
 from ia2mini.evaluate import label_scores, share_prefix
+from ia2mini.generate import Decoding
 from ia2mini.generate import generate as our_generate
-from ia2mini.teacher import teach
+from ia2mini.teacher import Asked, teach
 
 from .peers import AsReleased, UsedWell
 from .report import Line, Result, agree
@@ -17,14 +19,14 @@ QUESTION, ANSWER = 60, 120  # tokens of a GSM8K row, roughly, under Qwen3's toke
 
 
 def spread(tokens: int, count: int) -> list[int]:
-    """`count` of `tokens` generated tokens, evenly: a forward's cost grows nearly linearly, so their mean stands for all."""
+    """`count` of `tokens` tokens, evenly: a forward's cost grows nearly linearly, so their mean stands for all."""
     return [int((i + 0.5) * tokens / count) for i in range(count)]
 
 
 def collect(
     stand: Stand, rows: int = 8, tokens: int = 200, demonstrations: int = 3, sample: int = 4, seconds: float = 25.0
 ) -> Result:
-    """Responses of `tokens` tokens and their attention outputs for `rows` rows; peer (a) measured on `sample` of its passes."""
+    """Responses of `tokens` tokens and their attention outputs for `rows` rows; peer (a) does `sample` passes."""
     pool = stand.examples(rows * (demonstrations + 1), (QUESTION,), ANSWER)
     shown = [pool[rows + i * demonstrations :][:demonstrations] for i in range(rows)]
     episode = Episode(pool[:rows], [], shown, [])
@@ -37,16 +39,21 @@ def collect(
     result = Result("collect", about, [])
     a, b = AsReleased(stand), UsedWell(stand)
     theirs = b.collect(queries[:2], prompts[:2], 8)
-    ours = teach(stand.model, stand.tokenizer, Episode(pool[:2], [], shown[:2], []), 8)
+    ours = teach(stand.model, stand.tokenizer, Episode(pool[:2], [], shown[:2], []), Asked(8)).icl_train
     pair = [torch.stack([row.activations for row in rows]) for rows in (ours, theirs)]
     result.remarks.append(agree("attention outputs", *pair))
     agree("responses", [r.answer for r in ours], [r.answer for r in theirs], 0)
     agree("attention outputs", ours[0].activations, a.collect(queries[:1], prompts[:1], 8)[0].activations)
 
     times = race(
-        {"us": lambda: teach(stand.model, stand.tokenizer, episode, tokens), "(b)": lambda: b.collect(queries, prompts, tokens)},
-        3, seconds, stand.device,
-    )  # fmt: skip
+        {
+            "us": lambda: teach(stand.model, stand.tokenizer, episode, Asked(tokens)),
+            "(b)": lambda: b.collect(queries, prompts, tokens),
+        },
+        3,
+        seconds,
+        stand.device,
+    )
     passes = spread(tokens, sample)
     some = race({"(a)": lambda: a.collect(queries[:1], prompts[:1], tokens, passes)}, 2, seconds / 2, stand.device)
     times["(a)"] = some["(a)"].scaled(rows * tokens / sample)
@@ -82,35 +89,36 @@ def overhead(stand: Stand, result: Result, prompts: list[list[int]], tokens: int
 def icl(
     stand: Stand, queries: int = 500, shown: int = 30, size: int = 33, sample: int = 16, seconds: float = 20.0
 ) -> Result:
-    """`queries` single-token queries behind the same ~1k tokens of demonstrations; the peers on `sample` (with a cache, 128) of them."""
+    """`queries` single-token queries behind the same ~1k tokens of demonstrations; the peers take some of them."""
     pool = stand.examples(shown, (size,))
     texts = [e.prompt for e in stand.examples(queries, SST2_LENGTHS, seed=1)]
     prefix = [t for e in pool for t in stand.tokenizer.encode(e.prompt + e.answer)]
     ids = stand.tokenizer.encode_all(texts)
-    labels = stand.tokenizer.label_ids("w20", LABELS)
+    labels = stand.tokenizer.label_tokens("w20", LABELS)
+    first = [label for (label,) in labels]
     a, b = AsReleased(stand), UsedWell(stand)
 
     def ours(count: int = queries):
         model, rest = share_prefix(stand.model, stand.tokenizer, [pool], texts[:count])
-        return label_scores(model, rest, labels, device=stand.device)
+        return label_scores(model, rest, labels)
 
     about = f"{stand.about}; {queries} queries with SST2's lengths, {len(prefix)} tokens of demonstrations"
     result = Result("icl", about, [])
     whole = [prefix + query for query in ids]
     with a.net.disable_adapter(), b.net.disable_adapter():
         mine = ours(4)
-        for found in (a.score(whole[:4], labels), b.score(whole[:4], labels), b.score(ids[:4], labels, prefix=prefix)):
+        for found in (a.score(whole[:4], first), b.score(whole[:4], first), b.score(ids[:4], first, prefix=prefix)):
             remark = agree("top-1 probabilities", mine.confidence[0], found[0])
             agree("label probabilities", mine.labels[0], found[1])
         result.remarks.append(remark)
         cached = min(128, queries)
         stacks = {
             "us": ours,
-            "(b)": lambda: b.score(whole[:sample], labels, sample),
-            "(b) with a copied cache": lambda: b.score(ids[:cached], labels, prefix=prefix),
+            "(b)": lambda: b.score(whole[:sample], first, sample),
+            "(b) with a copied cache": lambda: b.score(ids[:cached], first, prefix=prefix),
         }
         times = race(stacks, 3, seconds, stand.device)
-        times["(a)"] = Timing.of([clock(lambda: a.score(whole[:4], labels), stand.device)])
+        times["(a)"] = Timing.of([clock(lambda: a.score(whole[:4], first), stand.device)])
     counts = {"us": queries, "(b)": sample, "(b) with a copied cache": cached, "(a)": 4}
     for name, timing in times.items():
         times[name] = timing = timing.scaled(queries / counts[name])
@@ -126,15 +134,15 @@ def icl(
 def generate(
     stand: Stand, rows: int = 16, length: int = 64, tokens: int = 64, sample: int = 4, seconds: float = 15.0
 ) -> Result:
-    """`tokens` greedy tokens after `rows` prompts of `length` tokens, nothing ending early; peer (a) on `sample` passes."""
+    """`tokens` greedy tokens after `rows` prompts of `length`, nothing ending early; peer (a) does `sample` passes."""
     prompts = stand.prompts(rows, (length,))
     a, b = AsReleased(stand), UsedWell(stand)
     result = Result("generate", f"{stand.about}; {rows} prompts of {length} tokens, {tokens} new tokens each", [])
-    mine = our_generate(stand.model, stand.tokenizer, prompts[:4], 16)
+    mine = our_generate(stand.model, stand.tokenizer, prompts[:4], Decoding(16))
     result.remarks.append(agree("tokens", mine, b.generate(prompts[:4], 16), 0))
     agree("tokens", mine[:1], a.generate(prompts[:1], 16), 0)
     stacks = {
-        "us": lambda: our_generate(stand.model, stand.tokenizer, prompts, tokens),
+        "us": lambda: our_generate(stand.model, stand.tokenizer, prompts, Decoding(tokens)),
         "(b)": lambda: b.generate(prompts, tokens),
     }
     times = race(stacks, 5, seconds, stand.device)

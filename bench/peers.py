@@ -1,12 +1,13 @@
 """The same work done with transformers and peft, in two ways.
 
-(a) `AsReleased`, as the paper's scripts go about it: training and collecting one row at a time, a full forward without cache for every
-generated token, hooks that clone the whole attention output of every layer, logits at every position, `.item()` on every row; evaluation
-in batches of eight. (Not counted against it: those scripts also read the model from disk again for every adapter.)
+(a) `AsReleased`, as the paper's scripts go about it: training and collecting one row at a time, a full forward without
+cache for every generated token, hooks that clone the whole attention output of every layer, logits at every position,
+`.item()` on every row; evaluation in batches of eight. (Not counted against it: those scripts also read the model from
+disk again for every adapter.)
 
 (b) `UsedWell`, as someone would who knows both libraries: batches, a cache, rows sorted by length, left padding so that
-`logits_to_keep` reaches the answers, no head where no loss needs it, hooks that keep answer positions only, fused Adam, merged adapters
-in evaluation, one model in memory for all runs.
+`logits_to_keep` reaches the answers, no head where no loss needs it, hooks that keep answer positions only, fused Adam,
+merged adapters in evaluation, one model in memory for all runs.
 
 Both train one run after another: neither library trains several LoRAs over one forward pass.
 """
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ia2mini.episode import Row
+from ia2mini.batch import Row
 
 from .shapes import Stand, set_peft
 
@@ -58,15 +59,15 @@ class Peer:
     def state(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.weights]
 
-    def train(self, rows: list[Row], dev: list[Row], phase: str, steps: int) -> list[Tensor]:
-        """`steps` steps on all rows, a look at the dev loss after each; the best weights."""
+    def train(self, rows: list[Row], dev: list[Row], phase: str, steps: int) -> tuple[list[Tensor], float]:
+        """`steps` steps on all rows, a look at the dev loss after each; the best weights and their dev loss."""
         best, kept = float("inf"), self.state()
         for _ in range(steps):
             self.step(rows, phase)
             loss = self.look(dev, phase)
             if loss < best:
                 best, kept = loss, self.state()
-        return kept
+        return kept, best
 
     def load(self, state: list[Tensor], rate: float) -> None:
         """Begin again from the weights of `state`."""
@@ -107,7 +108,7 @@ class AsReleased(Peer):
     def collect(
         self, queries: list[list[int]], prompts: list[list[int]], tokens: int, at: list[int] | None = None
     ) -> list[Row]:
-        """Responses and attention outputs under full prompts. `at`: only these of the `tokens` passes (to extrapolate from)."""
+        """Responses and attention outputs under full prompts. `at`: only these of the `tokens` passes."""
         rows, found = [], {}
         with (
             self.net.disable_adapter(),
@@ -234,7 +235,7 @@ class UsedWell(Peer):
 
     @torch.no_grad()
     def score(self, prompts: list[list[int]], labels: list[int], size: int = 64, prefix: list[int] | None = None):
-        """Top-1 probability [Q] and label probabilities [Q, C]; with `prefix`, from its keys and values, copied for every batch."""
+        """Top-1 probability [Q] and label probabilities [Q, C]; `prefix`: keys and values, copied for every batch."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         top, shares = torch.zeros(len(prompts)), torch.zeros(len(prompts), len(labels))
         cache = (

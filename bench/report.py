@@ -9,9 +9,9 @@ from pathlib import Path
 
 import click
 import torch
-from ia2mini.models.checkpoint import write
 
-from ia2mini.runs import finite, versions
+from ia2mini.files import finite, write_text
+from ia2mini.runs import versions
 
 from .timing import Timing
 
@@ -107,13 +107,16 @@ def finish(results: list[Result], command: str, save: bool, name: str | None = N
         )
         kind = machine.get("gpu", "cpu").replace(" ", "-")
         path = RESULTS / f"{document['date']}-{'-'.join(name) or 'all'}-{kind}.json"
-        write(path, lambda temporary: temporary.write_text(json.dumps(document, indent=1) + "\n"))
+        write_text(path, json.dumps(document, indent=1) + "\n")
         click.echo(f"\nsaved in {path}")
     click.echo(json.dumps(document))
 
 
 def agree(what: str, ours, theirs, tolerance: float = 1e-3) -> str:
-    """Check that two stacks computed the same numbers, relative to their size, before either is timed; a remark saying how closely."""
+    """Check that two stacks computed the same numbers, relative to their size, before either is timed.
+
+    Returns a remark saying how closely.
+    """
     ours, theirs = torch.as_tensor(ours).float().cpu(), torch.as_tensor(theirs).float().cpu()
     assert ours.shape == theirs.shape, f"{what}: shapes differ, {tuple(ours.shape)} and {tuple(theirs.shape)}"
     gap = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item()

@@ -1,4 +1,4 @@
-"""`kernel`: the activation loss alone; `memory`: the peak of a training step; `load`: from a checkpoint on disk to the first tokens."""
+"""`kernel`: the activation loss alone; `memory`: the peak of a training step; `load`: from disk to the first tokens."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from ia2mini.models.checkpoint import save
 from ia2mini.models.common import checkpointed, wrap_blocks
 from torch import Tensor
 
-from ia2mini.episode import Row
+from ia2mini.batch import Row
 from ia2mini.losses import activation_mse
 
 from .peers import PEERS
@@ -37,7 +37,7 @@ def both_ways(loss, outputs: list[Tensor], targets: Tensor) -> Tensor:
 
 
 def kernel(device: str = "cpu", dtype=torch.bfloat16, layers: int | None = None, seconds: float = 2.0) -> Result:
-    """The loss, forward and backward, for P answer positions of D hidden units; against eager code and the rate of a plain copy."""
+    """The loss, forward and backward, for P answer positions of D hidden units; against eager code and a plain copy."""
     layers = layers or (4 if device == "cpu" else 28)
     result = Result(
         "kernel", f"activation loss, forward and backward, {layers} layers, {str(dtype)[6:]} inputs, {device}", []
@@ -136,7 +136,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained({folder!r})
 model = AutoModelForCausalLM.from_pretrained({folder!r})
 ids = tokenizer("w20 w21 w22", return_tensors="pt").input_ids
-print(tokenizer.decode(model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 3:]))
+how = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+print(tokenizer.decode(model.generate(ids, **how)[0, 3:]))
 """
 
 
@@ -156,7 +157,7 @@ def checkpoint(shape: str, folder: Path, dtype=torch.float32) -> None:
 
 
 def load(shape: str = "100m", device: str = "cpu", repeats: int = 2) -> Result:
-    """A checkpoint from disk (in the page cache) to a model that has made a pass; and the command line to its first tokens."""
+    """A checkpoint from disk (in the page cache) to a model that has made a pass; the command to its first tokens."""
     result = Result(
         "load", f"{shape} and tiny, random weights, {device}; a fresh process each, files in the page cache", []
     )

@@ -16,7 +16,10 @@ DEPTHS = (1, 2, 4, 8, 16)
 
 
 def sweep(points: dict[int, Callable[[], dict[str, float]]], repeats: int = 2) -> dict[int, dict[str, float]]:
-    """Seconds a stage at every point: the least of `repeats` rounds, after one over the first point; what takes 5 s is done once."""
+    """Seconds a stage at every point: the least of `repeats` rounds, after one over the first point.
+
+    What takes 5 s is done once.
+    """
     next(iter(points.values()))()
     found: dict[int, dict[str, float]] = {}
     for _ in range(repeats):

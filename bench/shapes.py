@@ -1,4 +1,4 @@
-"""Random weights in the shapes of real models, the same tensors held by ia2mini and by transformers, and random rows to feed them."""
+"""Random weights in the shapes of real models, held by ia2mini and by transformers alike, and random rows."""
 
 import copy
 import random
@@ -26,17 +26,20 @@ SHAPES = {  # vocabulary, hidden, MLP, layers, heads, key/value heads, head size
         num_key_value_heads=2, head_dim=32, tie_word_embeddings=True,
     ),
     "100m": qwen3.Config(
-        hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, head_dim=64, **QWEN
+        hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=64, **QWEN
     ),
     "qwen3-0.6b": qwen3.Config(
-        hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128, **QWEN
+        hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, **QWEN
     ),
     "llama-3.2-1b": llama.Config(
         vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
         num_key_value_heads=8, head_dim=64, rms_norm_eps=1e-5, rope=LLAMA_ROPE, tie_word_embeddings=True,
     ),
     "qwen3-4b": qwen3.Config(
-        hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128, **QWEN
+        hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, **QWEN
     ),
 }  # fmt: skip
 CPU_DEPTH = {"qwen3-0.6b": 4, "llama-3.2-1b": 2, "qwen3-4b": 2}  # layers on a CPU
@@ -47,7 +50,7 @@ SST2_LENGTHS = (7, 8, 9, 10, 12, 14, 17, 21, 26, 36)
 
 @dataclass
 class Stand:
-    """One shape on one device: our model, transformers' model over the same tensors, a tokenizer of words w0, w1, … without EOS."""
+    """One shape on one device: our model, transformers' on the same tensors, a tokenizer of words w0, w1, …."""
 
     shape: str
     about: str  # weights, depth, dtype, device: what the output says of it
@@ -89,7 +92,7 @@ class Stand:
         return " ".join(f"w{rng.randrange(16, self.config.vocab_size)}" for _ in range(tokens))
 
     def examples(self, count: int, lengths: tuple[int, ...], answer: int = 1, seed: int = 0) -> list[Example]:
-        """`count` rows of random words whose prompts have `lengths` tokens in turn, shuffled; one-word answers are labels."""
+        """`count` rows of random words, prompts of `lengths` tokens in turn, shuffled; one-word answers are labels."""
         rng = random.Random(f"{seed} {count} {lengths} {answer}")
         sizes = [lengths[i % len(lengths)] for i in range(count)]
         rng.shuffle(sizes)

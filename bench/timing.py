@@ -53,8 +53,8 @@ def clock(run: Callable[[], object], device="cpu") -> float:
 def race(stacks: dict[str, Callable], repeats: int = 5, seconds: float = 20.0, device="cpu") -> dict[str, Timing]:
     """Time the stacks in turn, round after round, so that a busy spell of the machine meets all of them.
 
-    `repeats` rounds after one to warm up, fewer once `seconds` are over but at least two. A first round that takes a third of
-    `seconds` counts as any other: what is long needs no warming.
+    `repeats` rounds after one to warm up, fewer once `seconds` are over but at least two. A first round that takes a
+    third of `seconds` counts as any other: what is long needs no warming.
     """
     start, times, done, first = time.perf_counter(), {name: [] for name in stacks}, 0, True
     while done < repeats and (done < 2 or time.perf_counter() - start < seconds):
@@ -81,18 +81,18 @@ def gemm_rate(rows: int, inputs: int, outputs: int, device="cpu", dtype=torch.fl
 
 
 def gemm_ceiling(config, rows: int, device="cpu", dtype=torch.float32) -> float:
-    """The machine's matrix rate, FLOP/s: the better of a 2048-cube and of the model's own MLP map over `rows` tokens."""
+    """The machine's matrix rate, FLOP/s: the better of a 2048-cube and the model's own MLP map over `rows` tokens."""
     own = gemm_rate(rows, config.hidden_size, config.intermediate_size, device, dtype)
     return max(own, gemm_rate(2048, 2048, 2048, device, dtype))
 
 
 def flops(config, rows: int, tokens: int, positions: int, head: bool, backward: bool = False, rank: int = 0) -> float:
-    """FLOPs that a pass over `rows` rows of `tokens` tokens needs; a multiply-add counts two, norms and softmax nothing.
+    """FLOPs that a pass over `rows` rows of `tokens` tokens needs; a multiply-add counts two, norms and softmax none.
 
-    Forward, a layer: every frozen map 2 · in · out a token; scores and mix 4 · tokens · H · E a token (the causal half not deducted);
-    with `rank`, LoRA on q, k and o 2 · rank · (in + out) a token. The last MLP and the `head` only at `positions` answer positions
-    in all, not at all without a head. `backward` adds the gradient of every input once more, of attention and LoRA twice more (their
-    both operands need one), but nothing below the first layer's LoRA.
+    Forward, a layer: every frozen map 2 · in · out a token; scores and mix 4 · tokens · H · E a token (the causal half
+    not deducted); with `rank`, LoRA on q, k and o 2 · rank · (in + out) a token. The last MLP and the `head` only at
+    `positions` answer positions in all, not at all without a head. `backward` adds the gradient of every input once
+    more, of attention and LoRA twice more (their both operands need one), but nothing below the first layer's LoRA.
     """
     D, M, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     Q, K = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -108,7 +108,10 @@ def flops(config, rows: int, tokens: int, positions: int, head: bool, backward: 
 
 
 class Bystanders:
-    """How much of the processors others had while a block ran, programs or the host's other machines: `share`, 0 to 1 (0 without /proc)."""
+    """How much of the processors others had while a block ran, programs or the host's other machines.
+
+    `share`: 0 to 1; 0 without /proc.
+    """
 
     def __enter__(self) -> "Bystanders":
         self.start, self.share = self.spent(), 0.0

@@ -1,17 +1,18 @@
 """`step`: one training step; `cell`: everything that one cell of the paper's grid costs."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from ia2mini.adapters import adapted
-from ia2mini.episode import Row, collate, draw_episode, truth_row, with_demonstrations
-from ia2mini.evaluate import label_scores
-from ia2mini.graphs import Replayed
-from ia2mini.teacher import teach
-from ia2mini.train import METHODS, Adam, Fit, Job, SetRows, Settings, losses
+from ia2mini.batch import Row, collate, truth_row
+from ia2mini.episode import draw_episode, with_demonstrations
+from ia2mini.evaluate import Scoring, label_scores
+from ia2mini.graphs import CapturedStep
+from ia2mini.methods import METHODS, Grid
+from ia2mini.teacher import Asked, Taught, teach
+from ia2mini.train import Adam, Settings, Trained, losses
 
 from .peers import PEERS, Peer
 from .report import Line, Result, agree
@@ -22,27 +23,24 @@ PHASES = {"ia2": ("mse", True), "sft": ("ce", False)}  # method -> (loss, on the
 NEVER = 10**9  # patience: every stack takes the same number of steps
 
 
-def set_rows(stand: Stand, n: int, number: int, lengths=SST2_LENGTHS, tokens: int = 1) -> SetRows:
+def taught_set(stand: Stand, n: int, number: int, lengths=SST2_LENGTHS, tokens: int = 1) -> Taught:
     """Set `number` of random rows, after the teacher's pass."""
     pool = stand.examples(n + min(max(1, n // 2), 48), lengths, tokens, seed=number)
-    episode = draw_episode(pool, n, number)
-    truth = [truth_row(example, stand.tokenizer, tokens == 1) for example in episode.train + episode.dev]
-    taught = teach(stand.model, stand.tokenizer, episode, tokens)
-    return SetRows(truth[:n], truth[n:], taught[:n], taught[n:])
+    return teach(stand.model, stand.tokenizer, draw_episode(pool, n, number), Asked(tokens))
 
 
-def part(rows: SetRows, method: str) -> tuple[list[Row], list[Row]]:
+def part(rows: Taught, method: str) -> tuple[list[Row], list[Row]]:
     return (rows.icl_train, rows.icl_dev) if PHASES[method][1] else (rows.train, rows.dev)
 
 
 class OurStep:
-    """The body of `train.fit`'s loop for R runs whose rows stay the same."""
+    """The body of `train_runs`' loop for R runs whose rows stay the same."""
 
     def __init__(self, stand: Stand, runs: list[list[Row]], phase: str, theta: Tensor, rate: float = 1e-3):
         self.stand, self.batch = stand, collate(runs, stand.device, pack=True)
         self.mix = {phase: torch.ones(len(runs), device=stand.device)}
         self.optimizer = Adam(theta, torch.full((len(runs),), rate, device=stand.device))
-        self.update = Replayed(lambda: self.optimizer.step(self.gradient()[1]), torch.device(stand.device))
+        self.update = CapturedStep(lambda: self.optimizer.step(self.gradient()[1]), torch.device(stand.device))
 
     def gradient(self) -> tuple[Tensor, Tensor]:
         """Losses [R] and the gradient [R, M]."""
@@ -71,8 +69,8 @@ def check_step(stand: Stand, rows: list[Row], method: str) -> str:
 
 
 def step(stand: Stand, runs: int = 15, n: int = 4, tokens: int = 26, seconds: float = 8.0) -> Result:
-    """One step of `runs` runs on `n` rows of `tokens` tokens each, single-token answers; a run's share of it against a peer's step."""
-    rows = [set_rows(stand, n, number, (tokens,)) for number in range(5)]
+    """One step of `runs` runs on `n` rows of `tokens` tokens, one-token answers; a run's share, and a peer's step."""
+    rows = [taught_set(stand, n, number, (tokens,)) for number in range(5)]
     ceiling = gemm_ceiling(stand.config, runs * n * tokens, stand.device, stand.model.lm_head.weight.dtype)
     result = Result(
         "step", f"{stand.about}; {runs} runs × {n} rows × {tokens} tokens; GEMM {ceiling / 1e9:.0f} GFLOP/s", []
@@ -100,22 +98,35 @@ def step(stand: Stand, runs: int = 15, n: int = 4, tokens: int = 26, seconds: fl
 
 @dataclass(frozen=True)
 class Size:
-    """How much of a cell: `sets` × `rates` runs of each method, `steps` steps each, `rows` evaluation rows."""
+    """How much of a cell: `sets` × `rates` runs of each method, `steps` steps each, `rows` evaluation rows.
+
+    `select`: "dev" scores the runs of the rate with the lowest dev loss, one a set; "eval" scores every run.
+    """
 
     sets: int = 5
     rates: int = 3
     steps: int = 50
     rows: int = 500
     n: int = 4
+    select: str = "dev"
 
     @property
     def runs(self) -> int:
         return self.sets * self.rates
 
+    @property
+    def scored(self) -> int:
+        """Runs of each method that are scored."""
+        return self.sets if self.select == "dev" else self.runs
+
     def times(self, seconds: dict[str, float], whole: "Size", share: float) -> dict[str, float]:
-        """Seconds a stage of this size, scaled to the `whole`: every stage is linear in its own counts. `share`: of evaluation tokens."""
+        """Seconds a stage of this size, scaled to the `whole`: every stage is linear in its own counts.
+
+        `share`: of evaluation tokens.
+        """
         train = whole.runs * whole.steps / (self.runs * self.steps)
-        factors = {"collect": whole.sets / self.sets, "train": train, "evaluate": whole.runs / (self.runs * share)}
+        evaluate = whole.scored / (self.scored * share)
+        factors = {"collect": whole.sets / self.sets, "train": train, "evaluate": evaluate}
         return {stage: seconds[stage] * factor for stage, factor in factors.items()}
 
     def said(self, whole: "Size") -> str:
@@ -123,6 +134,7 @@ class Size:
             return "whole"
         counts = (
             (3 * self.runs, 3 * whole.runs, "runs"),
+            (3 * self.scored, 3 * whole.scored, "scored runs"),
             (self.steps, whole.steps, "steps"),
             (self.rows, whole.rows, "rows"),
         )
@@ -130,114 +142,134 @@ class Size:
             f"{here} of {there} {what}" for here, there, what in counts if here != there
         )
 
+    def chosen(self, dev_loss: Tensor) -> list[int]:
+        """Which runs are scored, by their dev losses [sets * rates]."""
+        if self.select == "eval":
+            return list(range(self.runs))
+        rate = dev_loss.view(self.sets, self.rates).mean(0).argmin().item()
+        return list(range(rate, self.runs, self.rates))
+
 
 RATES = (1e-4, 3e-4, 1e-3)
 
 
 def sample(prompts: list[list[int]], rows: int, name: str) -> list[list[int]]:
-    """`rows` of the prompts. Batches sorted by length are padded as little as with all prompts: two blocks of neighbours in length."""
+    """`rows` of the prompts.
+
+    Batches sorted by length are padded as little as with all prompts: two blocks of neighbours in length.
+    """
     if name == "(a)" or rows == len(prompts):  # (a) takes them as they come
         return prompts[:rows]
     ordered = sorted(prompts, key=len)
     return [p for quarter in (1, 3) for p in ordered[quarter * len(ordered) // 4 - rows // 4 :][: rows // 2]]
 
 
-def our_cell(stand: Stand, size: Size, prompts: list[list[int]], tokens: int = 1) -> tuple[dict[str, float], Tensor]:
-    """Seconds a stage, and top-1 probabilities [methods, R, Q] (none when answers have many `tokens`: only trained then)."""
-    sets: list[SetRows] = []
+def our_cell(
+    stand: Stand, size: Size, prompts: list[list[int]], tokens: int = 1
+) -> tuple[dict[str, float], list[list[int]], Tensor]:
+    """Seconds a stage, the scored runs of each method, and their top-1 probabilities [methods, runs, Q].
+
+    Where answers have many `tokens` nothing is scored.
+    """
+    sets: list[Taught] = []
     settings = Settings(epochs=-(-size.steps // max(1, size.n // 4)), patience=NEVER)
-    seconds = {
-        "collect": clock(
-            lambda: sets.extend(set_rows(stand, size.n, i, tokens=tokens) for i in range(size.sets)), stand.device
-        )
-    }
-    fits: dict[str, Fit] = {}
-    job = Job(stand.model, stand.adapter, sets, RATES[: size.rates], settings=settings, first=fits.__getitem__)
-
-    def train():
-        for method in ("sft", "ia2", "ia2-sft"):
-            fits[method] = METHODS[method](job)
-
-    seconds["train"] = clock(train, stand.device)
+    fits: dict[str, Trained] = {}
+    picked: list[list[int]] = []
     tops: list[Tensor] = []
-    labels = stand.tokenizer.label_ids("w20", LABELS)
-
-    def evaluate():
-        for method_fit in fits.values():
-            with adapted(stand.model, stand.adapter, method_fit.theta) as student:
-                tops.append(label_scores(student, prompts, labels, runs=size.runs, device=stand.device).confidence)
-
-    if tokens == 1:
-        seconds["evaluate"] = clock(evaluate, stand.device)
-    return seconds, torch.stack(tops) if tops else torch.empty(0)
-
-
-def peer_cell(peer: Peer, size: Size, prompts: list[list[int]]) -> tuple[dict[str, float], Tensor]:
-    """The same, one run after another."""
-    stand = peer.stand
-    sets: list[SetRows] = []
+    labels = stand.tokenizer.label_tokens("w20", LABELS)
 
     def collect():
-        for i in range(size.sets):
-            pool = stand.examples(size.n + max(1, size.n // 2), SST2_LENGTHS, 1, seed=i)
-            episode = draw_episode(pool, size.n, i)
-            truth = [truth_row(example, stand.tokenizer, True) for example in episode.train + episode.dev]
-            shown = zip(episode.demonstrations, episode.train + episode.dev)
-            full = [
-                stand.tokenizer.encode(with_demonstrations(demonstrations, e.prompt)) for demonstrations, e in shown
-            ]
-            taught = peer.collect([r.prompt for r in truth], full, 1)
-            sets.append(SetRows(truth[: size.n], truth[size.n :], taught[: size.n], taught[size.n :]))
+        sets.extend(taught_set(stand, size.n, i, tokens=tokens) for i in range(size.sets))
 
-    seconds = {"collect": clock(collect, stand.device), "train": 0.0, "evaluate": 0.0}
-    job = Job(stand.model, stand.adapter, sets, RATES[: size.rates])
-    thetas, tops = job.start(job.grid()), {}
-    labels = stand.tokenizer.label_ids("w20", LABELS)
-    for run, (number, rate, _) in enumerate(job.grid()):
-        kept: dict[str, list[Tensor]] = {}
+    def train():
+        grid = Grid(stand.model, stand.adapter, sets, RATES[: size.rates], settings=settings, first=fits.__getitem__)
         for method in ("sft", "ia2", "ia2-sft"):
-            rows, dev = part(sets[number], method[-3:])
+            fits[method] = METHODS[method](grid)
 
-            def train(method=method, rows=rows, dev=dev, run=run, rate=rate, kept=kept):
+    def evaluate():
+        for trained in fits.values():
+            picked.append(size.chosen(trained.dev_loss))
+            with adapted(stand.model, stand.adapter, trained.theta[picked[-1]]) as student:
+                tops.append(label_scores(student, prompts, labels, Scoring(size.scored)).confidence)
+
+    stages = (collect, train, evaluate) if tokens == 1 else (collect, train)
+    seconds = {stage.__name__: clock(stage, stand.device) for stage in stages}
+    return seconds, picked, torch.stack(tops) if tops else torch.empty(0)
+
+
+def peer_sets(peer: Peer, size: Size) -> list[Taught]:
+    """The same sets as ours, taught by the peer."""
+    stand, sets = peer.stand, []
+    for i in range(size.sets):
+        pool = stand.examples(size.n + max(1, size.n // 2), SST2_LENGTHS, 1, seed=i)
+        episode = draw_episode(pool, size.n, i)
+        examples = episode.train + episode.dev
+        truth = [truth_row(example, stand.tokenizer, False) for example in examples]
+        shown = [with_demonstrations(d, e.prompt) for d, e in zip(episode.demonstrations, examples)]
+        taught = peer.collect([r.prompt for r in truth], stand.tokenizer.encode_all(shown), 1)
+        sets.append(Taught(truth[: size.n], truth[size.n :], taught[: size.n], taught[size.n :]))
+    return sets
+
+
+def peer_cell(peer: Peer, size: Size, prompts: list[list[int]]) -> tuple[dict[str, float], list[list[int]], Tensor]:
+    """The same, one run after another."""
+    device, methods, sets = peer.device, ("sft", "ia2", "ia2-sft"), []
+    kept: dict[str, list[list[Tensor]]] = {method: [] for method in methods}  # the best weights of each run
+    dev: dict[str, list[float]] = {method: [] for method in methods}
+    picked: list[list[int]] = []
+    tops: list[Tensor] = []
+    labels = [label for (label,) in peer.stand.tokenizer.label_tokens("w20", LABELS)]
+
+    def train():
+        grid = Grid(peer.stand.model, peer.stand.adapter, sets, RATES[: size.rates])
+        configs = grid.configs("sft")
+        for run, (theta, (number, rate, _)) in enumerate(zip(grid.start(configs), configs)):
+            for method in methods:
                 if method == "ia2-sft":
-                    peer.load(kept["ia2"], rate)
+                    peer.load(kept["ia2"][run], rate)
                 else:
-                    peer.begin(thetas[run], rate)
-                kept[method] = peer.train(rows, dev, PHASES[method[-3:]][0], size.steps)
-                peer.load(kept[method], rate)
+                    peer.begin(theta, rate)
+                phase, rows = PHASES[method[-3:]][0], part(sets[number], method[-3:])
+                best, loss = peer.train(*rows, phase, size.steps)
+                kept[method].append(best)
+                dev[method].append(loss)
 
-            seconds["train"] += clock(train, stand.device)
-            with peer.merged():
-                score = partial(peer.score, prompts, labels)
-                seconds["evaluate"] += clock(
-                    lambda at=(method, run), score=score: tops.update({at: score()[0]}), stand.device
-                )
-    return seconds, torch.stack(
-        [torch.stack([tops[m, r] for r in range(size.runs)]) for m in ("sft", "ia2", "ia2-sft")]
-    )
+    def evaluate():
+        for method in methods:
+            picked.append(size.chosen(torch.tensor(dev[method])))
+            for run in picked[-1]:
+                peer.load(kept[method][run], 0.0)
+                with peer.merged():
+                    tops.append(peer.score(prompts, labels)[0])
+
+    seconds = {"collect": clock(lambda: sets.extend(peer_sets(peer, size)), device)}
+    seconds |= {stage.__name__: clock(stage, device) for stage in (train, evaluate)}
+    return seconds, picked, torch.stack(tops).unflatten(0, (len(methods), -1))
 
 
-def check_cell(stand: Stand) -> str:
-    """A short cell gives the same top-1 probabilities in all stacks."""
-    small, remark = Size(2, 1, 2, 8), ""
-    prompts = stand.prompts(small.rows, SST2_LENGTHS, seed=99)
-    ours = our_cell(stand, small, prompts)[1]
+def check_cell(stand: Stand, small: Size = Size(2, 1, 2, 8)) -> str:
+    """A short cell gives the same top-1 probabilities of the same runs in all stacks."""
+    remark, prompts = "", stand.prompts(small.rows, SST2_LENGTHS, seed=99)
+    _, runs, ours = our_cell(stand, small, prompts)
     for kind in PEERS.values():
-        remark = agree("top-1 probabilities after training", ours, peer_cell(kind(stand), small, prompts)[1], 2e-2)
+        _, same, theirs = peer_cell(kind(stand), small, prompts)
+        assert runs == same, f"the stacks score different runs: {runs} and {same}; nothing was timed"
+        remark = agree("top-1 probabilities after training", ours, theirs, 2e-2)
     return remark
+
+
+SCORES = {"dev": "scores the chosen rate's runs", "eval": "scores every run"}
 
 
 def cell(stand: Stand, whole: Size = Size(), parts: dict[str, Size] | None = None, repeats: int = 2) -> Result:
     """A cell under every stack; `parts`: how much of it each one does, the rest is extrapolated."""
     parts = parts or {}
     parts = {name: parts.get(name, whole) for name in ("us", *PEERS)}
-    about = f"{stand.about}; {whole.sets} sets × {whole.rates} rates × (sft, ia2, ia2-sft), N = {whole.n}, prompt lengths of SST2, "
-    about += f"{whole.steps} steps a run with a look after each, {whole.rows} evaluation rows"
+    about = f"{stand.about}; {whole.sets} sets × {whole.rates} rates × (sft, ia2, ia2-sft), N = {whole.n}, "
+    about += f"prompt lengths of SST2, {whole.steps} steps a run with a look after each, {whole.rows} evaluation rows"
     result = Result("cell", about, [], remarks=[check_cell(stand)])
-    peers, prompts = (
-        {name: kind(stand) for name, kind in PEERS.items()},
-        stand.prompts(whole.rows, SST2_LENGTHS, seed=99),
-    )
+    peers = {name: kind(stand) for name, kind in PEERS.items()}
+    prompts = stand.prompts(whole.rows, SST2_LENGTHS, seed=99)
     some = {name: sample(prompts, size.rows, name) for name, size in parts.items()}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in parts}
     for _ in range(repeats):
@@ -248,7 +280,8 @@ def cell(stand: Stand, whole: Size = Size(), parts: dict[str, Size] | None = Non
     for name, stages in found.items():
         totals[name] = Timing.of([sum(spent.values()) for spent in stages])
         rates = {"runs/hour": 3 * whole.runs * 3600 / totals[name].seconds}
-        result.lines.append(Line("whole cell", name, totals[name], "cell", rates, parts[name].said(whole)))
+        note = f"{SCORES[whole.select]}, {3 * whole.scored} of {3 * whole.runs}; {parts[name].said(whole)}"
+        result.lines.append(Line("whole cell", name, totals[name], "cell", rates, note))
         for stage in stages[0]:
             result.lines.append(Line(f"  {stage}", name, Timing.of([spent[stage] for spent in stages])))
     for name in PEERS:
@@ -259,20 +292,11 @@ def cell(stand: Stand, whole: Size = Size(), parts: dict[str, Size] | None = Non
     return result
 
 
-def portions(shape: str, device: str) -> tuple[Size, dict[str, Size], int]:
+def portions(shape: str, device: str, select: str = "dev") -> tuple[Size, dict[str, Size], int]:
     """What of a cell is measured so that a CPU is done in minutes: everything where it is small."""
-    whole = Size()
-    if device != "cpu":
-        return whole, {"(b)": replace(whole, sets=2, rates=1), "(a)": replace(whole, sets=1, rates=1)}, 2
-    if shape == "tiny":
+    whole = Size(select=select)
+    if device != "cpu" or shape == "tiny":
         return whole, {"(b)": replace(whole, sets=2, rates=1), "(a)": replace(whole, sets=1, rates=1)}, 2
     short = replace(whole, steps=2, rows=40)
-    return (
-        whole,
-        {
-            "us": short,
-            "(b)": replace(short, sets=1, rates=1, steps=3, rows=128),
-            "(a)": replace(short, sets=1, rates=1),
-        },
-        2,
-    )
+    some = replace(short, sets=1, rates=1, steps=3, rows=128)
+    return whole, {"us": short, "(b)": some, "(a)": replace(short, sets=1, rates=1)}, 2

@@ -1,8 +1,9 @@
 """LoRA, (IA)3, prompt, prefix and full fine-tuning: R runs side by side over one frozen model.
 
-The trainable weights of R runs are one float32 matrix theta [R, M], a row a run. An adapter knows how a row divides into named
-tensors (`shapes`), how it begins (`init`), and what it does to the model while `adapted` (`changes` at linear layers,
-`prefix` before the rows). The rows of a batch come in R equal groups, group r belongs to run r; R = 1 is ordinary fine-tuning.
+The trainable weights of R runs are one float32 matrix theta [R, M], a row a run. An adapter knows how a row divides
+into named tensors (`shapes`), how it begins (`init`), and what it does to the model while `adapted` (`changes` at
+linear layers, `prefix` before the rows). The rows of a batch come in R equal groups, group r belongs to run r; R = 1 is
+ordinary fine-tuning.
 """
 
 import math
@@ -24,7 +25,9 @@ EVERY_MATRIX = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 class Adapter:
-    """What all adapters have: `shapes` of one run's named tensors, `linears` they change, and `init`, `changes`, `prefix`."""
+    """What all adapters have: `shapes` of one run's named tensors, `linears` they change, and `init`, `changes`,
+    `prefix`.
+    """
 
     targets: tuple[str, ...] = ()
     layers: list[int] | None = None
@@ -45,7 +48,9 @@ class Adapter:
 
 
 class LoRA(Adapter):
-    """W x + (alpha / rank) B A x, A [rank, in] random and B [out, rank] zero at the start (Hu et al. 2021; initialised as in peft)."""
+    """W x + (alpha / rank) B A x, A [rank, in] random and B [out, rank] zero at the start (Hu et al. 2021; initialised
+    as in peft).
+    """
 
     def __init__(
         self, model: nn.Module, targets=TARGETS, layers: list[int] | None = None, rank: int = 8, alpha: float = 8.0
@@ -75,23 +80,28 @@ class LoRA(Adapter):
 class IA3(Adapter):
     """y * s with s [out] starting at one, on the outputs of the target maps (Liu et al. 2022; protocol section 4).
 
-    `scale_inputs` scales what goes in instead, s [in], as the paper's released scripts do.
+    `scale_inputs` scales what goes in instead, s [in], as the paper's released scripts do; or a tuple of the targets for
+    which it does (peft's feedforward modules).
     """
 
-    def __init__(self, model: nn.Module, targets=TARGETS, layers: list[int] | None = None, scale_inputs: bool = False):
-        self.targets, self.layers, self.scale_inputs = tuple(targets), layers, scale_inputs
+    def __init__(self, model: nn.Module, targets=TARGETS, layers: list[int] | None = None, scale_inputs=False):
+        self.targets, self.layers = tuple(targets), layers
         self.linears = find_linears(model, targets, layers)
-        self.shapes = {name: (x.in_features if scale_inputs else x.out_features,) for name, x in self.linears.items()}
+        inputs = targets if scale_inputs is True else scale_inputs or ()
+        self.inputs = {name for name in self.linears if name.rsplit(".", 1)[1] in inputs}
+        sizes = {name: x.in_features if name in self.inputs else x.out_features for name, x in self.linears.items()}
+        self.shapes = {name: (features,) for name, features in sizes.items()}
 
     def init(self, model: nn.Module, generator: Generator) -> Tensor:
         return torch.ones(size(self.shapes))
 
     def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
-        return {name: Scale(weights[name], self.scale_inputs) for name in self.linears}
+        return {name: Scale(weights[name], name in self.inputs) for name in self.linears}
 
 
 class Full(Adapter):
-    """(W + D) x with D [out, in] starting at zero: full fine-tuning of every projection matrix (embeddings and norms stay).
+    """(W + D) x with D [out, in] starting at zero: full fine-tuning of every projection matrix (embeddings and norms
+    stay).
 
     With Adam and no weight decay, training D is training W; keeping D apart leaves the base untouched and D in float32.
     """
@@ -109,7 +119,8 @@ class Full(Adapter):
 
 
 class Prompt(Adapter):
-    """`tokens` trained embeddings [tokens, D] before every row (Lester et al. 2021), starting as embeddings of random vocabulary words.
+    """`tokens` trained embeddings [tokens, D] before every row (Lester et al. 2021), starting as embeddings of random
+    vocabulary words.
 
     What stands before a row never sees it, so the virtual tokens are computed once a run, not once a row.
     """
@@ -133,8 +144,9 @@ class Prompt(Adapter):
 
 
 class PrefixTuning(Adapter):
-    """Trained keys and values of `tokens` virtual tokens in every layer (Li & Liang 2021, without the reparametrisation),
-    starting as those of random vocabulary words."""
+    """Trained keys and values of `tokens` virtual tokens in every layer (Li & Liang 2021, without the
+    reparametrisation), starting as those of random vocabulary words.
+    """
 
     def __init__(self, model: nn.Module, tokens: int = 20):
         c = model.config
@@ -214,8 +226,8 @@ def grouped(x: Tensor, weight: Tensor) -> Tensor:
 def adapted(model: nn.Module, adapter: Adapter, theta: Tensor) -> Iterator[Callable]:
     """The model under `adapter` with weights theta [R, M], as a callable with the model's own arguments.
 
-    Within the block the batch's rows come in R equal groups. Gradients reach theta; the backward pass belongs into the block too, since
-    checkpointed layers compute anew there.
+    Within the block the batch's rows come in R equal groups. Gradients reach theta; the backward pass belongs into the
+    block too, since checkpointed layers compute anew there.
     """
     weights = unpack(theta, adapter.shapes)
     try:
@@ -228,7 +240,9 @@ def adapted(model: nn.Module, adapter: Adapter, theta: Tensor) -> Iterator[Calla
 
 
 def find_linears(model: nn.Module, targets, layers: list[int] | None) -> dict[str, Linear]:
-    """Name -> map, in model order, of every `Linear` called one of `targets` in `layers` (None: all). Raises UsageError for no match."""
+    """Name -> map, in model order, of every `Linear` called one of `targets` in `layers` (None: all). Raises UsageError
+    for no match.
+    """
     depth = model.config.num_hidden_layers
     if bad := [i for i in layers or [] if not 0 <= i < depth]:
         raise UsageError(f"layer {bad[0]}: this model has layers 0 to {depth - 1}")

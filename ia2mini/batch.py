@@ -19,7 +19,9 @@ MOST_PACKED, WORTH_PACKING = 512, 0.8  # tokens of a packed line (its attention 
 
 @dataclass
 class Row:
-    """One row as ids. P of its positions predict the answer: the last prompt token, then each answer token but the last."""
+    """One row as ids. P of its positions predict the answer: the last prompt token, then each answer token but the
+    last.
+    """
 
     prompt: list[int]
     answer: list[int]
@@ -118,7 +120,9 @@ def join_positions(runs: list[list[Row]], name: str, most: int, dim: int) -> Ten
 
 
 def by_length(lengths: list[int], budget: int) -> list[list[int]]:
-    """Indices in groups of similar length: rows × longest row of a group stays within `budget` tokens (one row at least)."""
+    """Indices in groups of similar length: rows × longest row of a group stays within `budget` tokens (one row at
+    least).
+    """
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # longest first: memory trouble shows at once
         if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:

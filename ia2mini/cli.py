@@ -217,6 +217,8 @@ def run(context, names, model, device, dtype, revision, compiling, checkpointing
             raise UsageError(f"--{option}: give at least one")
     if bad := [rate for rate in given["rates"] if not 0 < rate < float("inf")]:
         raise UsageError(f"--rates {bad[0]:g}: a learning rate is a positive number")
+    if bad := [form for form in shown["figures"] if form not in ("png", "pdf", "svg")]:
+        raise UsageError(f"--figures {bad[0]}: unknown format; figures are written as png, pdf, svg")
     if own["data"] and model == "tiny" and context.get_parameter_source("model").name == "DEFAULT":
         raise UsageError("--data: name a --model for your own rows (the embedded one knows 449 words)")
     chosen = find_tasks(names, **own)
@@ -360,3 +362,4 @@ def preview(task, tokenizer, n: int, data_dir: Path | None) -> None:
         count = len(tokenizer.encode(e.prompt)), len(tokenizer.encode_answer(e.prompt, e.answer))
         click.secho(f"{role}: {count[0]} tokens, answer {count[1]}", dim=True)
         click.echo(click.style(e.prompt, fg=color) + click.style(e.answer, fg="green", bold=True) + "\n")
+

@@ -1,6 +1,8 @@
 """A few-shot set: which rows train, which rows decide when to stop, and which demonstrations each sees."""
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from zlib import crc32
 
 import numpy as np
@@ -17,6 +19,8 @@ class Episode:
     dev: list[Example]  # max(1, N/2) rows, at most 48
     demonstrations: list[list[Example]]  # one list a row of train + dev, N - 1 long: what the teacher sees before it
     icl: list[list[Example]]  # before each evaluation row; one list: the same for all
+    unlabelled: list[Example] = field(default_factory=list)  # more rows, which the teacher answers …
+    more_demonstrations: list[list[Example]] = field(default_factory=list)  # … with these before each
 
 
 def seeded(seed: int, number: int, purpose: str) -> np.random.Generator:
@@ -53,6 +57,53 @@ def draw_episode(
         rng = seeded(seed, number, "icl from the pool")
         icl = [[rest[i] for i in rng.choice(len(rest), n - 1, replace=False)] for _ in range(pool_demos)]
     return Episode(train, dev, leave_one_out + for_dev, icl)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fold(Episode):
+    """An episode of one's own rows, and which of them it never sees."""
+
+    test: list[int]  # indices of the held-out rows
+
+
+def draw_folds(
+    rows: list[Example], folds: int, demonstrations: int, seed: int = 0, cut: Callable = lambda shown, row: shown
+) -> list[Fold]:
+    """Cross-validation: every row is held out once, in `folds` parts with equal shares of each label.
+
+    Rows of one prompt stay together. Of a fold's other rows a fifth (at most 48) decides when to stop; all folds train
+    on equally many. Each row's demonstrations are up to `demonstrations` of the fold's training rows, labels in turn,
+    none with its own prompt; `cut(shown, row)` leaves what the context holds.
+    """
+    groups: dict[str, list[int]] = {}
+    for i in seeded(seed, 0, "folds").permutation(len(rows)).tolist():
+        groups.setdefault(rows[i].prompt, []).append(i)
+    dealt = sorted(groups.values(), key=lambda group: (rows[group[0]].label is None, rows[group[0]].label or 0))
+    parts = [sum(dealt[f::folds], []) for f in range(folds)]
+    least = len(rows) - max(map(len, parts))
+    size, found = least - min(max(1, least // 5), 48), []
+    for number, test in enumerate(parts):
+        rng = seeded(seed, number, "fold")
+        others = in_turn(shuffled([row for i, row in enumerate(rows) if i not in set(test)], rng))
+        train, dev = others[:size], others[size : size + 48]
+        shown = [cut(balanced(train, demonstrations, rng, row.prompt), row) for row in train + dev]
+        found.append(Fold(train, dev, shown, [balanced(train, demonstrations, rng)], test=test))
+    return found
+
+
+def in_turn(rows: list[Example]) -> list[Example]:
+    """The rows in an order that takes one of each label in turn."""
+    seen: Counter = Counter()
+    rounds = []
+    for row in rows:
+        rounds.append(seen[row.label])
+        seen[row.label] += 1
+    return [rows[i] for i in sorted(range(len(rows)), key=rounds.__getitem__)]
+
+
+def balanced(rows: list[Example], count: int, rng: np.random.Generator, without: str | None = None) -> list[Example]:
+    """Up to `count` rows in random order, labels as equally often as there are rows; none with the prompt `without`."""
+    return shuffled(in_turn(shuffled([row for row in rows if row.prompt != without], rng))[:count], rng)
 
 
 def shuffled(rows: list[Example], rng: np.random.Generator) -> list[Example]:

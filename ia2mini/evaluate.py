@@ -1,4 +1,6 @@
-"""Scoring R adapted models, the base model, or the base model with demonstrations, on evaluation rows (protocol section 5)."""
+"""Scoring R adapted models, the base model, or the base model with demonstrations, on evaluation rows (protocol section
+5).
+"""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from .adapters import Adapter, adapted
 from .batch import Row, by_length, collate
 from .episode import with_demonstrations
+from .losses import cross_entropy
 from .metrics import asim, measure
 from .models.cache import Branches, Prefix
 from .models.common import Taps, device_of
@@ -81,7 +84,9 @@ class LabelTree:
         return torch.tensor(values, device=like.device).expand(len(like), -1)
 
     def read(self, logits: Tensor, among: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Of logits [..., 1 + branch tokens, V]: label of the greedy answer, its probability, and each label's [..., C]."""
+        """Of logits [..., 1 + branch tokens, V]: label of the greedy answer, its probability, and each label's [...,
+        C].
+        """
         total, best = logits.logsumexp(-1, keepdim=True), logits.max(-1)
         log_probabilities = (logits[..., self.at, self.said] - total[..., self.at, 0]) * self.real  # [..., C, I]
         whole = total[..., 0] if among is None else logits.topk(among).values.logsumexp(-1)
@@ -102,7 +107,8 @@ def label_scores(
     how: Scoring = Scoring(),
     watch: Callable[[int], object] | None = None,
 ) -> LabelScores:
-    """Score every prompt under every run in one pass each; `labels`: tokens of each, which need no logits but their own.
+    """Score every prompt under every run in one pass each; `labels`: tokens of each, which need no logits but their
+    own.
 
     `watch` is called with the prompts of each finished pass.
     """
@@ -150,6 +156,28 @@ def layer_asim(model: Callable, rows: list[Row], budget: int = 4096) -> Tensor:
 
 
 @torch.no_grad()
+def answer_scores(model: Callable, rows: list[Row], runs: int = 1, budget: int = 4096) -> Tensor:
+    """Mean log-probability of a token of each row's answer under each run, [R, Q] float32 on the CPU."""
+    found = torch.zeros(runs, len(rows))
+    for group in by_length([len(row) for row in rows], max(1, budget // runs)):
+        batch = collate([[rows[i] for i in group]] * runs, device_of(model))
+        loss = model(batch.ids, logits=batch.at, head=lambda states, head, b=batch: cross_entropy(states, head, b.targets))
+        parts = loss.view(runs, -1).split([len(rows[i].answer) for i in group], 1)
+        found[:, group] = -torch.stack([part.mean(1) for part in parts], 1).cpu()
+    return found
+
+
+@torch.no_grad()
+def last_states(model: Callable, prompts: list[list[int]], budget: int = 4096) -> Tensor:
+    """The state [Q, D] that the last token of each prompt gives to the head, float32 on the CPU."""
+    found = {}
+    for group in by_length([len(prompt) for prompt in prompts], budget):
+        batch = collate([[Row(prompts[i], [0]) for i in group]], device_of(model))
+        found |= zip(group, model(batch.ids, logits=batch.at, head=lambda states, head: states).float().cpu())
+    return torch.stack([found[i] for i in range(len(prompts))])
+
+
+@torch.no_grad()
 def share_prefix(
     model: nn.Module, tokenizer: Tokenizer, demonstrations: list[list[Example]], queries: list[str], least: int = 16
 ) -> tuple[Callable, list[list[int]]]:
@@ -180,7 +208,8 @@ def score(
     theta: Tensor | None = None,
     demonstrations: tuple[Example, ...] = (),
 ) -> list[dict]:
-    """How good R adapted models are on labelled rows: accuracy, ECE, NLL, Brier and more (`metrics.measure`), a dict a run.
+    """How good R adapted models are on labelled rows: accuracy, ECE, NLL, Brier and more (`metrics.measure`), a dict a
+    run.
 
     `theta` [R, M] are weights of `adapter`; without them the base model is scored, with `demonstrations` in its prompt
     if there are any. Raises UsageError for a label that merges with its prompt.

@@ -1,4 +1,6 @@
-"""One task at one N on one model: its sets are taught, trained and scored, each thing once, and kept in the run's folder."""
+"""One task at one N on one model: its sets are taught, trained and scored, each thing once, and kept in the run's
+folder.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -191,7 +193,9 @@ class Experiment:
         return self.references[name]
 
     def score(self, method: str, name: str) -> dict[str, Tensor]:
-        """What `method`'s reported runs make of evaluation `name`: `asim` [R, L], `correct` [R, Q], of labels also their scores."""
+        """What `method`'s reported runs make of evaluation `name`: `asim` [R, L], `correct` [R, Q], of labels also
+        their scores.
+        """
         return self.setting.folder.once(f"{self.name}/{method}-on-{name}", lambda: self.evaluate(method, name))
 
     def evaluate(self, method: str, name: str) -> dict[str, Tensor]:

@@ -17,7 +17,9 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, RecursionError) as error:  # also of a number of more than 4,300 digits
         raise UsageError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise UsageError(f"{path}: a JSON object is needed, not {type(value).__name__}")

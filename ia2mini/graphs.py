@@ -1,4 +1,6 @@
-"""CUDA graphs: what is computed over and over in the same shapes is recorded once and replayed, without Python between the kernels."""
+"""CUDA graphs: what is computed over and over in the same shapes is recorded once and replayed, without Python between
+the kernels.
+"""
 
 import warnings
 from collections import Counter
@@ -13,7 +15,9 @@ MOST = 8  # recordings of one function: each keeps a batch, and a graph of thous
 
 
 class CudaRecorder:
-    """Records a function's kernels as a CUDA graph -> (what replays them, the function's result, the same tensors every time)."""
+    """Records a function's kernels as a CUDA graph -> (what replays them, the function's result, the same tensors every
+    time).
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -37,9 +41,10 @@ RECORDERS: dict[str, type] = {"cuda": CudaRecorder}  # device type -> what can r
 class CapturedStep:
     """`function(*batches)`, recorded for every shape of its batches that comes often, and replayed from then on.
 
-    The function changes tensors in place, the same ones every time, and brings no value back from the device. Its result is overwritten
-    by the next call; so is the batch that was recorded, when others of its shape follow. Where there is no recorder the function is
-    called as it is; where recording fails too, with a warning, and nothing is recorded there again.
+    The function changes tensors in place, the same ones every time, and brings no value back from the device. Its
+    result is overwritten by the next call; so is the batch that was recorded, when others of its shape follow. Where
+    there is no recorder the function is called as it is; where recording fails too, with a warning, and nothing is
+    recorded there again.
     """
 
     def __init__(self, function: Callable, device: torch.device):

@@ -49,18 +49,21 @@ class Grid:
             rows.append(self.adapter.init(self.model, generator))
         return torch.stack([rows[number] for number, _, _ in configs]).to(next(self.model.parameters()).device)
 
-    def order(self, number: int, epoch: int) -> list[int]:
-        return seeded(self.seed, number, f"epoch {epoch}").permutation(len(self.sets[number].train)).tolist()
+    def order(self, number: int, rows: int, epoch: int) -> list[int]:
+        return seeded(self.seed, number, f"epoch {epoch}").permutation(rows).tolist()
 
-    def train(self, method: str, icl_rows: bool, start: Trained | None = None, **mix) -> Trained:
-        """One phase of all runs: on the true rows or the teacher's, from fresh weights or another phase's, by `mix`."""
+    def train(self, method: str, mix: dict, icl_rows: bool, start: Trained | None = None) -> Trained:
+        """One phase of all runs: on the true rows or the teacher's, from fresh weights or another phase's.
+
+        `mix`: loss -> weight, or weights [R], as `Runs` has it.
+        """
         configs = self.configs(method)
         theta = self.start(configs) if start is None else start.theta
         sets = [self.sets[number] for number, _, _ in configs]
         rows = [(s.icl_train, s.icl_dev) if icl_rows else (s.train, s.dev) for s in sets]
         weights = {name: torch.as_tensor(w, device=theta.device).expand(len(sets)).float() for name, w in mix.items()}
         rates = torch.tensor([rate for _, rate, _ in configs])
-        orders = [partial(self.order, number) for number, _, _ in configs]
+        orders = [partial(self.order, number, len(train)) for (number, _, _), (train, _) in zip(configs, rows)]
         runs = Runs(theta, rates, *map(list, zip(*rows)), weights, orders)
         steps = self.settings.epochs * -(-len(runs.train[0]) // self.settings.batch_size)
         with self.progress((method, len(runs), steps)) as watch:
@@ -77,38 +80,38 @@ class Grid:
 
 def sft(grid: Grid) -> Trained:
     """Equation 2: cross-entropy on the answers."""
-    return grid.train("sft", icl_rows=grid.labels == "icl", ce=1.0)
+    return grid.train("sft", {"ce": 1.0}, icl_rows=grid.labels == "icl")
 
 
 def ia2(grid: Grid) -> Trained:
     """Equation 4: the model's own attention outputs with demonstrations, on the teacher's responses."""
-    return grid.train("ia2", icl_rows=True, mse=1.0)
+    return grid.train("ia2", {"mse": 1.0}, icl_rows=True)
 
 
 def ia2_sft(grid: Grid) -> Trained:
     """Section 4, IA2 → SFT: align first, then cross-entropy from there."""
-    return grid.train("ia2-sft", icl_rows=grid.labels == "icl", start=grid.begun("ia2"), ce=1.0)
+    return grid.train("ia2-sft", {"ce": 1.0}, icl_rows=grid.labels == "icl", start=grid.begun("ia2"))
 
 
 def sft_ia2(grid: Grid) -> Trained:
     """The order reversed."""
-    return grid.train("sft-ia2", icl_rows=True, start=grid.begun("sft"), mse=1.0)
+    return grid.train("sft-ia2", {"mse": 1.0}, icl_rows=True, start=grid.begun("sft"))
 
 
 def sft_sft(grid: Grid) -> Trained:
     """A control: SFT begun again from its own best weights, so that a second phase alone cannot explain IA2 → SFT."""
-    return grid.train("sft-sft", icl_rows=grid.labels == "icl", start=grid.begun("sft"), ce=1.0)
+    return grid.train("sft-sft", {"ce": 1.0}, icl_rows=grid.labels == "icl", start=grid.begun("sft"))
 
 
 def ia2_plus_sft(grid: Grid) -> Trained:
     """Section 6, IA2 + SFT: (1 - β) MSE + β CE at once, on the teacher's responses; a run for every β."""
     betas = torch.tensor([beta for _, _, beta in grid.configs("ia2+sft")])
-    return grid.train("ia2+sft", icl_rows=True, mse=1 - betas, ce=betas)
+    return grid.train("ia2+sft", {"mse": 1 - betas, "ce": betas}, icl_rows=True)
 
 
 def soft(grid: Grid) -> Trained:
     """Section 6, soft labels: KL to the teacher's distribution on its responses (Hinton et al. 2015)."""
-    return grid.train("soft", icl_rows=True, kl=1.0)
+    return grid.train("soft", {"kl": 1.0}, icl_rows=True)
 
 
 METHODS = {

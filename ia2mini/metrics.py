@@ -1,9 +1,12 @@
-"""How good, how calibrated and how alike: accuracy, ECE and its null, NLL, Brier, asim, subspace overlap, the paired test.
+"""How good, how calibrated and how alike: accuracy, ECE and its null, NLL, Brier, asim, subspace overlap, the paired
+test.
 
 Pure functions over plain arrays or tensors; scalars are computed in float64. No rows give NaN, and so does a NaN among
 the inputs.
 """
 
+import math
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -41,12 +44,12 @@ def accuracy(correct) -> float:
 
 
 def reliability(confidence, correct, bins: int = 15, scheme: str = "width") -> np.ndarray:
-    """The reliability diagram of Guo et al. 2017, `confidence` and `correct` both [Q]: of each bin the number of rows, the sum of their
-    confidences and how many are right, [bins, 3].
+    """The reliability diagram of Guo et al. 2017, `confidence` and `correct` both [Q]: of each bin the number of rows,
+    the sum of their confidences and how many are right, [bins, 3].
 
-    `width`: equal widths on [0, 1], each bin open on the left, closed on the right; a confidence of 0 belongs to the first.
-    `mass`: rows sorted by confidence and cut into bins whose counts differ by at most one. Rows of equal confidence share their mean
-    correctness, so the order of rows never matters.
+    `width`: equal widths on [0, 1], each bin open on the left, closed on the right; a confidence of 0 belongs to the
+    first. `mass`: rows sorted by confidence and cut into bins whose counts differ by at most one. Rows of equal
+    confidence share their mean correctness, so the order of rows never matters.
     """
     confidence, correct = _float64(confidence), _float64(correct)
     assert confidence.shape == correct.shape and confidence.ndim == 1, (confidence.shape, correct.shape)
@@ -65,7 +68,9 @@ def reliability(confidence, correct, bins: int = 15, scheme: str = "width") -> n
 
 
 def ece(confidence, correct, bins: int = 15, scheme: str = "width") -> float:
-    """Expected calibration error (Guo et al. 2017, equation 3): |accuracy - confidence| of `reliability`'s bins, weighted by count."""
+    """Expected calibration error (Guo et al. 2017, equation 3): |accuracy - confidence| of `reliability`'s bins,
+    weighted by count.
+    """
     rows, confidences, right = reliability(confidence, correct, bins, scheme).T
     return float(np.abs(right - confidences).sum() / rows.sum()) if rows.any() else float("nan")
 
@@ -82,23 +87,51 @@ def ece_null(confidence, bins: int = 15, scheme: str = "width", draws: int = 100
     rows, confidences, _ = reliability(confidence, confidence, bins, scheme).T
     ends = np.cumsum(rows).astype(np.int64)  # sorted by confidence, a bin's rows stand together in both schemes
     right = np.random.default_rng(seed).random((draws, len(confidence))) < confidence
-    until = np.concatenate([np.zeros((draws, 1)), right.cumsum(1)], 1)[:, np.concatenate([[0], ends])]
+    _, first, tie, count = np.unique(confidence, return_index=True, return_inverse=True, return_counts=True)
+    shared = (np.add.reduceat(right.astype(float), first, axis=1) / count)[:, tie]  # as `reliability` does
+    until = np.concatenate([np.zeros((draws, 1)), shared.cumsum(1)], 1)[:, np.concatenate([[0], ends])]
     return float(np.abs(np.diff(until, axis=1) - confidences).sum(1).mean() / len(confidence))
 
 
 def nll(p_label) -> float:
-    """Mean negative log-likelihood in nats; p_label [Q], raised to the smallest normal float32 so that the mean stays finite."""
+    """Mean negative log-likelihood in nats; p_label [Q], raised to the smallest normal float32 so that the mean stays
+    finite.
+    """
     return _mean(-np.log(np.maximum(_float64(p_label), np.finfo(np.float32).tiny)))
 
 
+def row_losses(scores: torch.Tensor, gold: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Loss of each row: of log-probabilities [..., n, C] of the labels -log p(gold) among them, [..., n].
+
+    Of text, [..., n, 1] log-probabilities of the true answer, these as they are.
+    """
+    if scores.shape[-1] == 1:
+        return -scores[..., 0]
+    among = (scores / temperature).log_softmax(-1)
+    return -among.gather(-1, gold.expand(scores.shape[:-1])[..., None])[..., 0]
+
+
+def fit_temperature(scores: torch.Tensor, gold: torch.Tensor) -> float:
+    """The temperature from 0.05 to 20 with the lowest mean loss of `scores` [n, C] (Guo et al. 2017); 1 for text."""
+    if scores.shape[-1] == 1:
+        return 1.0
+    grid = torch.logspace(math.log10(0.05), math.log10(20), 241, dtype=torch.float64)
+    losses = torch.stack([row_losses(scores.double(), gold, t.item()).mean() for t in grid])
+    return grid[losses.argmin()].item()
+
+
 def brier(probs, label) -> float:
-    """Mean over rows of the squared distance to the one-hot label, from 0 to 2 (Brier 1950); probs [Q, C], label [Q] of class indices."""
+    """Mean over rows of the squared distance to the one-hot label, from 0 to 2 (Brier 1950); probs [Q, C], label [Q] of
+    class indices.
+    """
     probs, label = _float64(probs), _float64(label).astype(np.int64)
     return _mean(((probs - np.eye(probs.shape[1])[label]) ** 2).sum(1))
 
 
 def asim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Cosine similarity of activations (paper section 2): [..., L, P, D] twice -> float32 [..., L, P]; 0 where a vector is zero."""
+    """Cosine similarity of activations (paper section 2): [..., L, P, D] twice -> float32 [..., L, P]; 0 where a vector
+    is zero.
+    """
     return F.cosine_similarity(a.float(), b.float(), dim=-1).clamp(-1, 1)
 
 
@@ -109,10 +142,12 @@ def _left_basis(delta: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def subspace_overlap(delta1: torch.Tensor, delta2: torch.Tensor, rank: int) -> torch.Tensor:
-    """Share of the column space that two updates have in common (paper section 5.2, Figure 4): ||U1^T U2||_F^2 / rank, from 0 to 1.
+    """Share of the column space that two updates have in common (paper section 5.2, Figure 4): ||U1^T U2||_F^2 / rank,
+    from 0 to 1.
 
-    U is the basis of the first `rank` left singular vectors. delta [..., out, r] is LoRA's B, or [..., out, in] its product BA, which
-    spans the same columns when A has full row rank. Directions without weight count as nothing: a zero update overlaps by 0. -> [...]
+    U is the basis of the first `rank` left singular vectors. delta [..., out, r] is LoRA's B, or [..., out, in] its
+    product BA, which spans the same columns when A has full row rank. Directions without weight count as nothing: a
+    zero update overlaps by 0. -> [...]
     """
     shared = _left_basis(delta1, rank).mT @ _left_basis(delta2, rank)  # [..., rank, rank]
     return shared.square().sum((-2, -1)) / rank
@@ -133,7 +168,8 @@ def paired_test(a, b, seed: int = 0) -> PairedTest:
     try:
         from scipy import stats
 
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of equal differences t is infinite, or NaN
             t, p = stats.ttest_rel(a, b)
     except ImportError:
         t = p = nan

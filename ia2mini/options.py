@@ -62,3 +62,14 @@ class Options(AdapterOptions, TrainOptions):
     paper_compat: bool = option(False, "the released scripts' choices where they differ from ours (docs/reference.md)")
     eval_rows: int = option(500, "evaluation rows at most", least=1, shown="500; the demo 120")
     asim_rows: int = 100  # evaluation rows on which attention outputs are compared
+
+
+@dataclass(frozen=True)
+class FitOptions(AdapterOptions, TrainOptions):
+    """How one's own rows become an adapter."""
+
+    methods: tuple[str, ...] = option(("sft", "ia2", "ia2-sft"), "what is tried, beside the base and ICL")
+    folds: int = option(5, "parts of cross-validation; up to 10 rows each row is one", least=2)
+    demonstrations: int = option(16, "rows that the teacher sees before each, labels in turn, as the context holds", least=1)
+    max_tokens: int = option(200, "of an answer to --prompts; of others the longest answer decides", least=1)
+    temperature: bool = option(True, "calibrate probabilities by one temperature, fitted on held-out rows")

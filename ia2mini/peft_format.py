@@ -1,15 +1,18 @@
 """Adapters in PEFT's own format, and checkpoints with the adapter merged in."""
 
 import json
+import math
+import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import UsageError
-from .adapters import IA3, Adapter, Full, LoRA, Prompt, unpack
-from .files import write, write_text
+from .adapters import IA3, Adapter, Full, LoRA, PrefixTuning, Prompt, unpack
+from .files import read_json, write, write_text
 from .models.checkpoint import save
 from .tokenizer import Tokenizer
 
@@ -25,8 +28,7 @@ def peft_config(adapter: Adapter, base: str, model: nn.Module) -> dict:
         return config | {"layers_to_transform": adapter.layers}
     if isinstance(adapter, IA3):  # peft cannot restrict (IA)3 to layers but takes full module names
         names = list(adapter.linears)
-        inputs = names if adapter.scale_inputs else []
-        return config | {"peft_type": "IA3", "target_modules": names, "feedforward_modules": inputs}
+        return config | {"peft_type": "IA3", "target_modules": names, "feedforward_modules": sorted(adapter.inputs)}
     c = model.config
     config |= {"num_virtual_tokens": adapter.tokens, "num_layers": c.num_hidden_layers, "num_transformer_submodules": 1}
     if isinstance(adapter, Prompt):
@@ -42,9 +44,7 @@ def peft_tensors(adapter: Adapter, theta: Tensor) -> dict[str, Tensor]:
     if isinstance(adapter, LoRA):
         return {f"{PEFT_PREFIX}{name[:-2]}.lora_{name[-1]}.weight": w for name, w in weights.items()}
     if isinstance(adapter, IA3):
-        return {
-            f"{PEFT_PREFIX}{name}.ia3_l": w[None] if adapter.scale_inputs else w[:, None] for name, w in weights.items()
-        }
+        return {f"{PEFT_PREFIX}{name}.ia3_l": w[None] if name in adapter.inputs else w[:, None] for name, w in weights.items()}
     if isinstance(adapter, Prompt):
         return {"prompt_embeddings": weights["embeddings"]}
     layers = weights["prefix"]  # [L, 2, K, tokens, E]; peft: a row a virtual token, its keys and values layer by layer
@@ -54,7 +54,9 @@ def peft_tensors(adapter: Adapter, theta: Tensor) -> dict[str, Tensor]:
 def save_adapter(
     model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path, base: str, tokenizer: Tokenizer | None = None
 ) -> None:
-    """Write one run's adapter, theta [M], into `folder` so that peft loads it onto `base`; a full fine-tuning is merged instead."""
+    """Write one run's adapter, theta [M], into `folder` so that peft loads it onto `base`; a full fine-tuning is merged
+    instead.
+    """
     if isinstance(adapter, Full):
         return save_merged(model, adapter, theta, folder, tokenizer)
     tensors = {name: t.contiguous() for name, t in peft_tensors(adapter, theta).items()}
@@ -62,11 +64,84 @@ def save_adapter(
     write_text(folder / "adapter_config.json", json.dumps(peft_config(adapter, base, model), indent=2) + "\n")
 
 
+def read_adapter(folder: Path, model: nn.Module) -> tuple[Adapter, Tensor]:
+    """The adapter that peft, or `save_adapter`, wrote into `folder`, and its weights [1, M] on the model's device.
+
+    LoRA (rank and alpha patterns, rsLoRA, targets by name or pattern) and (IA)3, prompt and prefix tuning. Raises
+    UsageError, by name, for what changes more than these: DoRA, biases, modules_to_save, other methods.
+    """
+    path = folder / "adapter_model.safetensors"
+    config = read_json(folder / "adapter_config.json")
+    kind = config.get("peft_type")
+    extras = [name for name in ("modules_to_save", "use_dora", "trainable_token_indices") if config.get(name)]
+    extras += ["bias"] * (config.get("bias", "none") != "none")
+    if kind not in READERS or extras:
+        what = f"{extras[0]} = {config[extras[0]]!r}" if extras else f"peft_type {kind!r}"
+        raise UsageError(f"{folder}: {what} is not supported (supported: {', '.join(READERS)}, without extras)")
+    try:
+        tensors = {name.removeprefix(PEFT_PREFIX): t.float() for name, t in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path}: missing, truncated or corrupt ({error})") from None
+    try:
+        adapter, weights = READERS[kind](config, tensors, model)
+        weights = {name: weights[name].reshape(shape) for name, shape in adapter.shapes.items()}
+    except (KeyError, IndexError, RuntimeError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise UsageError(f"{folder}: its tensors do not fit this model ({type(error).__name__}: {error})") from None
+    theta = torch.cat([w.reshape(-1) for w in weights.values()])[None]
+    return adapter, theta.to(next(model.parameters()).device)
+
+
+def read_lora(config: dict, tensors: dict[str, Tensor], model: nn.Module) -> tuple[Adapter, dict[str, Tensor]]:
+    """Matrices of lower rank are padded with zeros, and each one's scale is put into its B."""
+    maps = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
+    rank = max(len(tensors[f"{name}.lora_A.weight"]) for name in maps)
+    adapter = LoRA(model, sorted({name.rsplit(".", 1)[1] for name in maps}), None, rank, float(rank))
+    if unknown := [name for name in tensors if name.rsplit(".", 2)[0] not in adapter.linears]:
+        raise KeyError(f"unknown tensor {unknown[0]}")
+    weights = {name: torch.zeros(shape) for name, shape in adapter.shapes.items()}
+    for name in maps:
+        A, B = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
+        alpha = pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+        scale = alpha / (math.sqrt(len(A)) if config.get("use_rslora") else len(A))
+        weights[f"{name}.A"][: len(A)], weights[f"{name}.B"][:, : len(A)] = A, scale * B
+    return adapter, weights
+
+
+def pattern(patterns: dict | None, name: str, default: float) -> float:
+    """The value of the first pattern that the end of a module's name matches, as peft reads rank and alpha patterns."""
+    return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def read_ia3(config: dict, tensors: dict[str, Tensor], model: nn.Module) -> tuple[Adapter, dict[str, Tensor]]:
+    """Maps without a tensor keep a scale of one."""
+    found = {name.removesuffix(".ia3_l"): t for name, t in tensors.items()}
+    targets = sorted({name.rsplit(".", 1)[1] for name in found})
+    inputs = tuple({name.rsplit(".", 1)[1] for name, t in found.items() if t.shape[0] == 1})
+    adapter = IA3(model, targets, None, inputs)
+    if unknown := found.keys() - adapter.linears.keys():
+        raise KeyError(f"unknown tensor {min(unknown)}")
+    return adapter, {name: found.get(name, torch.ones(shape)) for name, shape in adapter.shapes.items()}
+
+
+def read_virtual(config: dict, tensors: dict[str, Tensor], model: nn.Module) -> tuple[Adapter, dict[str, Tensor]]:
+    """Virtual tokens of prompt or prefix tuning; of the latter a row holds keys and values layer by layer."""
+    (table,) = tensors.values()
+    if config["peft_type"] == "PROMPT_TUNING":
+        return Prompt(model, len(table)), {"embeddings": table}
+    adapter = PrefixTuning(model, len(table))
+    L, two, K, tokens, E = adapter.shapes["prefix"]
+    return adapter, {"prefix": table.view(tokens, L, two, K, E).permute(1, 2, 3, 0, 4)}
+
+
+READERS = {"LORA": read_lora, "IA3": read_ia3, "PROMPT_TUNING": read_virtual, "PREFIX_TUNING": read_virtual}
+
+
 @torch.no_grad()
 def save_merged(
     model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path, tokenizer: Tokenizer | None = None
 ) -> None:
-    """Write a checkpoint whose matrices hold the adapter's change, computed in float32; the model in memory stays as it is.
+    """Write a checkpoint whose matrices hold the adapter's change, computed in float32; the model in memory stays as it
+    is.
 
     With `tokenizer` the checkpoint is complete: its tokenizer.json and its end-of-sequence ids are written too.
     Raises UsageError for prompt and prefix tuning, which change no matrix.
@@ -91,7 +166,7 @@ def merged(adapter: Adapter, name: str, weights: dict[str, Tensor], linear: nn.L
         return {f"{name}.weight": weight + adapter.alpha / adapter.rank * weights[f"{name}.B"] @ weights[f"{name}.A"]}
     if isinstance(adapter, Full):
         return {f"{name}.weight": weight + weights[name]}
-    if adapter.scale_inputs:
+    if name in adapter.inputs:
         return {f"{name}.weight": weight * weights[name]}
     bias = {} if linear.bias is None else {f"{name}.bias": linear.bias.float() * weights[name]}
     return bias | {f"{name}.weight": weight * weights[name][:, None]}

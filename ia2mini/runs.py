@@ -1,4 +1,5 @@
-"""Results on disk. A run folder belongs to one set of options, data and checkpoint: the same command finds it and goes on.
+"""Results on disk. A run folder belongs to one set of options, data and checkpoint: the same command finds it and goes
+on.
 
 Only safetensors and JSON; every file is written beside its place and renamed into it, so what is there is whole.
 """

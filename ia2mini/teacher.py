@@ -1,4 +1,6 @@
-"""The pass with demonstrations, once a set: the base model's answers, attention outputs and distributions (protocol section 3)."""
+"""The pass with demonstrations, once a set: the base model's answers, attention outputs and distributions (protocol
+section 3).
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,14 +49,17 @@ def teach(
 
         taught = teach(model, tokenizer, draw_episode(examples, n=4))
     """
-    examples, n = episode.train + episode.dev, len(episode.train)
-    truth = [truth_row(example, tokenizer, asked.max_tokens > 1) for example in examples]
-    prompts = [tokenizer.encode(with_demonstrations(d, e.prompt)) for d, e in zip(episode.demonstrations, examples)]
+    n, end = len(episode.train), asked.max_tokens > 1
+    truth = [truth_row(example, tokenizer, end) for example in episode.train + episode.dev]
+    examples = episode.train + episode.dev + episode.unlabelled
+    shown = episode.demonstrations + episode.more_demonstrations
+    prompts = [tokenizer.encode(with_demonstrations(d, e.prompt)) for d, e in zip(shown, examples)]
     rows, rest = [Row(tokenizer.encode(e.prompt), [0]) for e in examples], list(range(len(examples)))
     if asked.max_tokens > 1:
         rest, watch = respond(model, tokenizer, rows, prompts, asked, watch), None
     observe(model, [rows[i] for i in rest], [prompts[i] for i in rest], asked, watch)
-    return Taught(truth[:n], truth[n:], rows[:n], rows[n:])
+    labelled = len(truth)
+    return Taught(truth[:n], truth[n:], rows[:n] + rows[labelled:], rows[n:labelled])
 
 
 def respond(model, tokenizer, rows: list[Row], prompts: list[list[int]], asked: Asked, watch: Watch) -> list[int]:
@@ -92,7 +97,8 @@ def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def observe(
     model: Callable, rows: list[Row], prompts: list[list[int]], asked: Asked = Asked(), watch: Watch = None
 ) -> None:
-    """Fill in activations and soft targets of `rows`, and a single-token response, from a pass over their full `prompts`.
+    """Fill in activations and soft targets of `rows`, and a single-token response, from a pass over their full
+    `prompts`.
 
     `model` may be a partial that holds a shared prefix; `prompts` are then what follows it.
     """

@@ -11,7 +11,7 @@ from .files import read_json
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer. BOS comes only where the file's own post-processor adds it; EOS comes from the config."""
+    """A checkpoint's tokenizer. BOS comes where the file's own post-processor adds it, EOS from the config."""
 
     def __init__(self, backend: Backend, eos_ids: tuple[int, ...]):
         self.backend, self.eos_ids = backend, eos_ids
@@ -33,8 +33,10 @@ class Tokenizer:
         eos = read_json(folder / "config.json").get("eos_token_id")
         if (folder / "generation_config.json").is_file():
             eos = read_json(folder / "generation_config.json").get("eos_token_id", eos)
-        eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-        return cls(backend, eos)
+        ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+        if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+            raise UsageError(f"{folder}: eos_token_id = {repr(eos)[:80]} is neither a token id nor a list of them")
+        return cls(backend, ids)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Ids of `text`; with `special`, also what the file's post-processor adds (BOS for Llama, nothing for Qwen)."""
@@ -45,7 +47,7 @@ class Tokenizer:
         return [self.known(text, encoding) for text, encoding in zip(texts, self.backend.encode_batch(texts))]
 
     def known(self, text: str, encoding: Encoding) -> list[int]:
-        """The ids of an encoding; a word that the vocabulary lacks costs a warning (it is encoded as the unknown token)."""
+        """The ids of an encoding; a word that the vocabulary lacks costs a warning, and is the unknown token."""
         if self.unknown is not None and self.unknown in encoding.ids:
             start, end = encoding.offsets[encoding.ids.index(self.unknown)]
             warnings.warn(f"{text[start:end]!r} is not in the vocabulary and is read as an unknown word", stacklevel=3)

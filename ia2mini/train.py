@@ -26,6 +26,7 @@ class Settings:
     patience: int = 5  # looks at the dev loss without improvement
     layers: list[int] | None = None  # whose attention outputs are aligned; None: all
     keep_last: bool = False  # keep a run's last weights, not its best: what the paper's released scripts do
+    steps: int | None = None  # exactly so many, whatever the dev loss, and the last weights are kept
 
 
 @dataclass
@@ -62,6 +63,7 @@ class Trained:
     theta: Tensor  # [R, M] float32
     dev_loss: Tensor  # [R] float32, the last phase's
     steps: Tensor  # [R] int64, all phases together
+    best: Tensor  # [R] int64, the last phase's steps up to that dev loss
 
 
 class Adam:
@@ -100,7 +102,7 @@ class EarlyStopping:
         self.settings, self.theta = settings, theta.clone()
         self.dev_loss = torch.full((len(theta),), torch.inf, device=theta.device)
         self.misses = torch.zeros(len(theta), dtype=torch.int64, device=theta.device)
-        self.steps = torch.zeros(len(theta), dtype=torch.int64)
+        self.steps, self.best = torch.zeros(2, len(theta), dtype=torch.int64)
 
     def look(self, runs: Tensor, theta: Tensor, dev_loss: Tensor, step: int) -> Tensor:
         """Take note of the weights [r, M] and dev losses [r] of `runs` after `step`; which go on, [r] bool on the CPU."""
@@ -111,7 +113,12 @@ class EarlyStopping:
         self.dev_loss[live[better]] = dev_loss[better]
         self.misses[live] = torch.where(better, 0, self.misses[live] + 1)
         self.steps[runs] = step
+        self.best[runs[better.cpu()]] = step
         return (self.misses[live] < self.settings.patience).cpu()
+
+    def stop(self, theta: Tensor, step: int) -> None:
+        """Keep the weights [R, M] of all runs as they are after `step`."""
+        self.theta, self.steps[:], self.best[:] = theta, step, step
 
 
 def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None = None) -> Tensor:
@@ -151,7 +158,8 @@ def train_runs(
     device, rows = runs.theta.device, len(runs.train[0])
     stopping, adam = EarlyStopping(runs.theta, settings), Adam(runs.theta, runs.rates.to(device))
     live, going = torch.arange(len(runs)), runs  # those still training, in the order of the batch
-    dev_batch, batch, step = collate(runs.dev, device, pack=True), None, 0
+    dev_batch = None if settings.steps else collate(runs.dev, device, pack=True)
+    batch, step = None, 0
 
     def update(batch: Batch) -> None:
         with adapted(model, adapter, adam.theta) as student:
@@ -163,14 +171,19 @@ def train_runs(
             return losses(student, batch, going.mix, settings.layers)
 
     train_step, look = CapturedStep(update, device), CapturedStep(dev_losses, device)
-    for epoch, start in product(range(settings.epochs), range(0, rows, settings.batch_size)):
+    portions = range(0, rows, settings.batch_size)
+    epochs = settings.epochs if settings.steps is None else -(-settings.steps // len(portions))
+    for epoch, start in product(range(epochs), portions):
         if batch is None or rows > settings.batch_size:
             portion = slice(start, start + settings.batch_size)
             chosen = [[run[i] for i in order(epoch)[portion]] for run, order in zip(going.train, going.order)]
             batch = collate(chosen, device, pack=True)
         train_step(batch)
         step += 1
-        if step % 2 and start + settings.batch_size < rows:
+        if step == settings.steps:
+            stopping.stop(adam.theta.detach(), step)
+            break
+        if settings.steps or step % 2 and start + settings.batch_size < rows:
             continue
         staying = stopping.look(live, adam.theta.detach(), look(dev_batch), step)
         if watch:
@@ -182,7 +195,7 @@ def train_runs(
             adam.keep(staying.to(device))
             dev_batch, batch = collate(going.dev, device, pack=True), None
             train_step, look = CapturedStep(update, device), CapturedStep(dev_losses, device)  # for fewer runs
-    return Trained(stopping.theta, stopping.dev_loss, stopping.steps)
+    return Trained(stopping.theta, stopping.dev_loss, stopping.steps, stopping.best)
 
 
 def train_in_parts(
@@ -200,7 +213,7 @@ def train_in_parts(
             rest = rest[len(some) :]
         except torch.OutOfMemoryError:
             at_once = fewer(len(some))
-    return Trained(*(torch.cat([getattr(part, name) for part in parts]) for name in ("theta", "dev_loss", "steps")))
+    return Trained(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
 
 
 def fewer(runs: int) -> int:

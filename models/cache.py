@@ -1,9 +1,8 @@
 """Keys and values of earlier tokens, and attention over them.
 
-`Cache` grows token by token, `Prefix` stands before every row, `Packed` keeps the documents of a row apart, `Branches` lets them share a
-beginning; each tells a
-layer through a `LayerCache` what its tokens see. B rows, T new tokens, H heads, K key/value heads, E head size, S earlier
-keys, G groups of rows that share a prefix.
+`Cache` grows token by token, `Prefix` stands before every row, `Packed` keeps the documents of a row apart, `Branches`
+lets them share a beginning; each tells a layer through a `LayerCache` what its tokens see. B rows, T new tokens,
+H heads, K key/value heads, E head size, S earlier keys, G groups of rows that share a prefix.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,10 +1,10 @@
-"""From a folder or a hub id to a model and its tokenizer, and back to a folder. Strict both ways; safetensors and JSON."""
+"""From a folder or a hub id to a model and its tokenizer, and back to a folder: strict, safetensors and JSON only."""
 
 import difflib
 import json
+import re
 import struct
 from dataclasses import MISSING, asdict, fields
-from math import isfinite
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from .common import Rope
 
 FAMILIES = {"llama": (llama.Config, llama.Llama), "qwen3": (qwen3.Config, qwen3.Qwen3)}
 TINY = Path(__file__).parent / "tiny"  # the embedded checkpoint
+MOST = {"num_hidden_layers": 2**12, "max_position_embeddings": 2**40, "rms_norm_eps": 1}  # of other numbers 2**20
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of rope scaling
 
 SHORT_NAMES = {
@@ -30,13 +31,7 @@ SHORT_NAMES = {
     **{f"llama-3.1-{size.lower()}": f"meta-llama/Llama-3.1-{size}" for size in ("8B", "70B")},
     **{f"llama-3.1-{size.lower()}-instruct": f"meta-llama/Llama-3.1-{size}-Instruct" for size in ("8B", "70B")},
 }
-FILES = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-]
+FILES = "config.json generation_config.json tokenizer.json model*.safetensors model.safetensors.index.json".split()
 
 
 def load(name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", revision: str | None = None):
@@ -90,7 +85,7 @@ def read_folder_config(folder: Path):
     raw = read_json(path)
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UsageError(f"{path}: model_type {kind!r} is not supported (supported: {', '.join(FAMILIES)})")
+        raise UsageError(f"{path}: model_type {repr(kind)[:80]} is not supported (supported: {', '.join(FAMILIES)})")
     config_class, family = FAMILIES[kind]
     return read_config(config_class, raw, str(path)), family
 
@@ -100,62 +95,59 @@ def read_config(cls, raw: dict, where: str):
 
     Raises UsageError naming `where` and the field for a missing field, or for a value that is not supported.
     """
-    rope = read_rope(raw, where)
-    supported = (
-        ("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0) in (1.0, None), "1.0"),
+    found, layers = {"rope": read_rope(raw, where)}, raw.get("layer_types") or []
+    all_full = isinstance(layers, list) and layers == ["full_attention"] * len(layers)
+    for name, fine, values in (
+        ("partial_rotary_factor", raw.get("partial_rotary_factor") in (1.0, None), "1.0"),
         ("hidden_act", raw.get("hidden_act", "silu") == "silu", "silu"),
         ("quantization_config", not raw.get("quantization_config"), "unquantised checkpoints"),
         ("use_sliding_window", not raw.get("use_sliding_window"), "no sliding window"),
-        ("layer_types", set(map(str, raw.get("layer_types") or ())) <= {"full_attention"}, "all full_attention"),
-    )
-    for name, fine, values in supported:
+        ("layer_types", all_full, "all full_attention"),
+    ):
         if not fine:
-            raise UsageError(f"{where}: {name} = {str(raw[name])[:80]} is not supported (supported: {values})")
+            raise UsageError(f"{where}: {name} = {repr(raw[name])[:80]} is not supported (supported: {values})")
     if missing := [f.name for f in fields(cls) if f.default is MISSING and raw.get(f.name) is None]:
         raise UsageError(f"{where}: needed field{'s' * (len(missing) > 1)} missing: {', '.join(missing)}")
-    found = {"rope": rope}
     for f in fields(cls):
         if f.name != "rope" and raw.get(f.name) is not None:
-            found[f.name] = checked(raw[f.name], f.type, f"{where}: {f.name}")
-    heads, shared = found["num_attention_heads"], found.get("num_key_value_heads", 1)
+            found[f.name] = checked(raw[f.name], f.type, f"{where}: {f.name}", MOST.get(f.name, 2**20))
+    config = cls(**found)
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
     if heads % shared:
         raise UsageError(f"{where}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {shared}")
-    return cls(**found)
+    if config.head_dim % 2 or not config.head_dim:
+        raise UsageError(f"{where}: head_dim = {config.head_dim} (or hidden_size over heads) is not an even number")
+    return config
 
 
-def checked(value, kind, where: str):
-    """A config's value if it is of its field's type, and a size or a small positive number. Raises UsageError."""
+def checked(value, kind, where: str, most: float):
+    """A config's value if it is of its field's type and, a number, within reason. Raises UsageError."""
     if kind in (int, int | None):
-        fine, wanted = type(value) is int and 0 < value <= 2**24, "a whole number from 1 to 16,777,216"
+        fine, wanted = type(value) is int and 0 < value <= most, f"a whole number from 1 to {most:,}"
     elif kind is float:
-        fine, wanted = type(value) in (int, float) and 0 < value < 1, "a number between 0 and 1"
+        fine, wanted = type(value) in (int, float) and 1e-12 <= value <= most, f"a number from 1e-12 to {most:g}"
     else:
         fine, wanted = type(value) is kind, kind.__name__
     if not fine:
-        raise UsageError(f"{where} = {str(value)[:80]!r} is not {wanted}")
+        raise UsageError(f"{where} = {repr(value)[:80]} is not {wanted}")
     return value
 
 
 def read_rope(raw: dict, where: str) -> Rope:
-    """The rotary embedding of a config, in the spelling of transformers 5 or the hub's until then. Raises UsageError."""
+    """The rotary embedding of a config, as transformers 5 or as the hub until then spells it. Raises UsageError."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else "?"
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else type(rope).__name__
     if kind not in ("default", "llama3") or any(isinstance(value, dict) for value in rope.values()):
-        raise UsageError(f"{where}: rope_scaling type {str(kind)!r} is not supported (supported: default, llama3)")
-    if rope.get("partial_rotary_factor") not in (1.0, None):
-        raise UsageError(
-            f"{where}: partial_rotary_factor = {rope['partial_rotary_factor']} is not supported (supported: 1.0)"
-        )
+        raise UsageError(f"{where}: rope_scaling type {repr(kind)[:80]} is not supported (supported: default, llama3)")
+    if (partial := rope.get("partial_rotary_factor")) not in (1.0, None):
+        raise UsageError(f"{where}: partial_rotary_factor = {repr(partial)[:80]} is not supported (supported: 1.0)")
     needed = LLAMA3 if kind == "llama3" else ()
     if missing := [name for name in needed if name not in rope]:
         raise UsageError(f"{where}: rope_scaling of type llama3 lacks {', '.join(missing)}")
-    numbers = {
-        "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
-        **{name: rope[name] for name in needed},
-    }
+    numbers = {"rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0))}
+    numbers |= {name: rope[name] for name in needed}
     for name, value in numbers.items():
-        if type(value) not in (int, float) or not isfinite(value) or value <= 0:
-            raise UsageError(f"{where}: {name} = {str(value)[:80]!r} is not a positive number")
+        checked(value, float, f"{where}: {name}", 1e12)
     return Rope(float(numbers.pop("rope_theta")), numbers or None)
 
 
@@ -165,7 +157,7 @@ def shards(folder: Path) -> dict[str, Path]:
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else ()
-        if not names or any(Path(name).name != name for name in names):
+        if not names or not all(re.fullmatch(r"[\w.-]+", name) for name in names):
             raise UsageError(f"{index}: weight_map is missing or empty, or names files elsewhere; download it again")
     where = {}
     for file in sorted(folder / name for name in names):

@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
 
 
 class Normalise(torch.autograd.Function):
-    """RMSNorm with its backward pass written out: half the time of autograd's own on a CPU; keeps only x and 1 / rms."""
+    """RMSNorm with its backward pass written out: half the time of autograd's own on a CPU, keeps less."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -52,7 +52,7 @@ class Normalise(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear with a seam: an adapter, `adapter(base, x)`, may change what goes into the frozen map and what comes out.
+    """nn.Linear with a seam: an adapter, `adapter(base, x)`, may change what goes into the frozen map and comes out.
 
     The seam is a plain attribute, so parameter names stay the checkpoint's own and the frozen weight is never touched.
     """
@@ -74,22 +74,20 @@ class Head(nn.Linear):
     """The map to logits, without a seam."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if (
-            x.device.type == "cpu" and x.dim() == 2 and 6 <= len(x) <= 16
-        ):  # a batch that decodes: up to twice as fast so
-            return (self.weight @ x.mT).mT
+        if x.device.type == "cpu" and x.dim() == 2 and 6 <= len(x) <= 16:
+            return (self.weight @ x.mT).mT  # a batch that decodes: up to twice as fast so
         return super().forward(x)
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding: base `theta`; `scaling` holds the four numbers of type "llama3" (Llama 3.1 and on) or is None."""
+    """Rotary embedding: base `theta`; `scaling` holds the four numbers of type "llama3" (from Llama 3.1 on) or None."""
 
     theta: float
     scaling: dict | None = None
 
     def inverse_frequencies(self, head_dim: int, device) -> Tensor:
-        """Radians per position of each pair of coordinates, float32 [E/2] (transformers' `_compute_llama3_parameters`)."""
+        """Radians per position of each pair of coordinates, float32 [E/2]; as `_compute_llama3_parameters` upstream."""
         inv = 1.0 / self.theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
         if self.scaling is None:
             return inv

@@ -1,7 +1,7 @@
 """Llama 2 to 3.2, as one reads it: config, attention, MLP, block, model. Parameter names are the checkpoint's own.
 
-What sets it apart from Qwen3: no norm on queries and keys; from 3.1 on the rotary frequencies are scaled (type "llama3",
-`Rope` in common.py). Reference: transformers `models/llama/modeling_llama.py`.
+What sets it apart from Qwen3: no norm on queries and keys; from 3.1 on the rotary frequencies are scaled (type
+"llama3", `Rope` in common.py). Reference: transformers `models/llama/modeling_llama.py`.
 
 B rows, T tokens, D hidden, H heads, K key/value heads, E head size, V vocabulary, P chosen positions.
 """
@@ -118,8 +118,8 @@ class Llama(nn.Module):
 
         `logits`: True for all [B, T, V]; (rows, cols) for those positions only [P, V]; False for none: returns None and
         stops after the attention of the last tapped layer (the last layer, without taps). `taps` is filled on the way.
-        `cache` holds earlier tokens of each row and is extended, or keeps packed documents apart; `prefix` stands before
-        every row. `head(states, weight)` takes the place of the map to logits [V, D]: its result is returned.
+        `cache` holds earlier tokens of each row and is extended, or keeps packed documents apart; `prefix` stands
+        before every row. `head(states, weight)` takes the place of the map to logits [V, D]: its result is returned.
         """
         x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)  # [B, T, D]
         positions = (cache or Prefix()).positions(x.shape[1], x.device) + (prefix.length if prefix else 0)

@@ -1,7 +1,7 @@
 """Qwen3 (dense), as one reads it: config, attention, MLP, block, model. Parameter names are the checkpoint's own.
 
-What sets it apart from Llama: queries and keys are normalised per head before rotary, and the head size is a field of its own
-(Qwen3-0.6B: 16 heads × 128 = 2048, hidden 1024). Reference: transformers `models/qwen3/modeling_qwen3.py`.
+What sets it apart from Llama: queries and keys are normalised per head before rotary, and the head size is a field of
+its own (Qwen3-0.6B: 16 heads × 128 = 2048, hidden 1024). Reference: transformers `models/qwen3/modeling_qwen3.py`.
 
 B rows, T tokens, D hidden, H heads, K key/value heads, E head size, V vocabulary, P chosen positions.
 """
@@ -117,8 +117,8 @@ class Qwen3(nn.Module):
 
         `logits`: True for all [B, T, V]; (rows, cols) for those positions only [P, V]; False for none: returns None and
         stops after the attention of the last tapped layer (the last layer, without taps). `taps` is filled on the way.
-        `cache` holds earlier tokens of each row and is extended, or keeps packed documents apart; `prefix` stands before
-        every row. `head(states, weight)` takes the place of the map to logits [V, D]: its result is returned.
+        `cache` holds earlier tokens of each row and is extended, or keeps packed documents apart; `prefix` stands
+        before every row. `head(states, weight)` takes the place of the map to logits [V, D]: its result is returned.
         """
         x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)  # [B, T, D]
         positions = (cache or Prefix()).positions(x.shape[1], x.device) + (prefix.length if prefix else 0)

@@ -1,10 +1,11 @@
-"""A look-alike of the Hugging Face hub on loopback: repository info, tree, files with ETag and Range, large files on a second "CDN" port.
+"""A look-alike of the Hugging Face hub on loopback: repository info, tree, files with ETag and Range, a "CDN" port.
 
     with serve({("dataset", "owner/name"): {"main": {"a.parquet": b"..."}}}) as hub:
-        connect(monkeypatch, hub, tmp_path)      # this process; for another one: env=os.environ | hub.environment(tmp_path)
+        connect(monkeypatch, hub, tmp_path)      # for another process: env=os.environ | hub.environment(tmp_path)
 
-Kinds are "model" and "dataset"; a revision is a branch, and its commit id is an answer too. Files named in `gated` repositories need the
-token `TOKEN`. `hub.requests` lists what was asked; `hub.cut[path] = [5, 0]` ends the next answers with that file after so many bytes.
+Kinds are "model" and "dataset"; a revision is a branch, and its commit id is an answer too. Large files lie on the
+second port. Files named in `gated` repositories need the token `TOKEN`. `hub.requests` lists what was asked;
+`hub.cut[path] = [5, 0]` ends the next answers with that file after so many bytes.
 """
 
 import contextlib
@@ -131,12 +132,9 @@ class Handler(BaseHTTPRequestHandler):
             {"type": "directory", "path": name, "oid": git_id(name.encode()), "size": 0} for name in sorted(folders)
         ]
         for name, data in files.items():
-            lfs = (
-                {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}}
-                if name.endswith(LARGE)
-                else {}
-            )
-            tree.append({"type": "file", "path": name, "oid": git_id(data), "size": len(data), **lfs})
+            entry = {"type": "file", "path": name, "oid": git_id(data), "size": len(data)}
+            lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+            tree.append(entry | {"lfs": lfs} if name.endswith(LARGE) else entry)
         return self.json(tree)
 
     def resolve(self, kind: str, repo: str, revision: str, name: str) -> None:
@@ -158,12 +156,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def large(self, key: str) -> tuple[str, bytes, dict]:
         branches = [branch for repo in self.hub.repos.values() for branch in repo.values()]
-        name, data = next(
-            (name, data)
-            for files in branches
-            for name, data in files.items()
-            if hashlib.sha256(data).hexdigest() == key
-        )
+        files = [file for branch in branches for file in branch.items()]
+        name, data = next((name, data) for name, data in files if hashlib.sha256(data).hexdigest() == key)
         return name, data, {"ETag": f'"{key}"'}
 
     def file(self, name: str, data: bytes, headers: dict[str, str]) -> None:

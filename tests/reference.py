@@ -1,14 +1,17 @@
-"""Helpers that several test files share: tiny random checkpoints of both families, made and run by transformers."""
+"""Helpers that test files share: tiny random checkpoints of both families, made, run and trained by transformers."""
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from ia2mini.models import Taps
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from ia2mini.adapters import IA3, LoRA, Prompt, unpack
+from ia2mini.batch import Row
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -66,7 +69,7 @@ def raw_config(family: str, absent: tuple[str, ...] = (), **changes) -> dict:
 def make_checkpoint(
     folder: Path, family: str, dtype=torch.float32, shard: str = "1GB", seed: int = 0, **changes
 ) -> Path:
-    """A tiny random checkpoint with every weight away from its initial value, saved by transformers; config.json in the hub's spelling."""
+    """A tiny random checkpoint, every weight away from its initial value; config.json in the hub's spelling."""
     folder.mkdir(parents=True, exist_ok=True)
     raw = raw_config(family, torch_dtype=str(dtype).removeprefix("torch."), **changes)
     (folder / "config.json").write_text(json.dumps(raw))
@@ -138,7 +141,7 @@ def peft_twin(folder: Path, adapter, theta: torch.Tensor):
         config = peft.LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=linears, **c)
     elif isinstance(adapter, IA3):
         config = peft.IA3Config(
-            target_modules=linears, feedforward_modules=linears if adapter.scale_inputs else [], **c
+            target_modules=linears, feedforward_modules=sorted(adapter.inputs), **c
         )
     elif isinstance(adapter, Prompt):
         config = peft.PromptTuningConfig(num_virtual_tokens=adapter.tokens, **c)
@@ -180,3 +183,80 @@ def twin_theta(twin, adapter, gradients: bool = False) -> torch.Tensor:
             values = values.view(shape[3], *shape[:3], shape[4]).permute(1, 2, 3, 0, 4)
         row.append(values.reshape(-1))
     return torch.cat(row).clone()
+
+
+MIXES = {"sft": {"ce": 1.0}, "ia2": {"mse": 1.0}, "soft": {"kl": 1.0}, "mixed": {"mse": 0.3, "ce": 0.7}}
+
+
+def make_rows(count: int, seed: int, k: int = 6) -> list[Row]:
+    """Random rows of 2 to 7 prompt and 1 to 3 answer tokens with random teacher targets (two layers of 32 units)."""
+    g = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        T, P = (int(torch.randint(low, high, (), generator=g)) for low, high in ((2, 8), (1, 4)))
+        ids = torch.randint(0, VOCABULARY, (T + P,), generator=g).tolist()
+        soft, soft_ids = (2 * torch.randn(P, VOCABULARY, generator=g)).log_softmax(-1).topk(k)
+        made.append(Row(ids[:T], ids[T:], 0.3 * torch.randn(2, P, 32, generator=g), soft, soft_ids))
+    return made
+
+
+def plain_loss(twin, row: Row, mix: dict[str, float]) -> torch.Tensor:
+    """One row's loss, written out: hooks on transformers' attention, means over answer positions, sum over layers."""
+    caught = []
+    blocks = [m for name, m in twin.named_modules() if name.endswith("self_attn")]
+    handles = [b.register_forward_hook(lambda module, args, out: caught.append(out[0])) for b in blocks]
+    logits = twin(torch.tensor([row.prompt + row.answer[:-1]])).logits[0, -len(row.answer) :].double()
+    for handle in handles:
+        handle.remove()
+    total = 0.0
+    if "mse" in mix:
+        layers = zip(caught, row.activations, strict=True)
+        total += mix["mse"] * sum((a[0, -len(row.answer) :].double() - t.double()).pow(2).mean() for a, t in layers)
+    if "ce" in mix:
+        said = sum(torch.log(p.softmax(0)[t]) for p, t in zip(logits, row.answer, strict=True))
+        total -= mix["ce"] * said / len(row.answer)
+    if "kl" in mix:
+        for p, soft, ids in zip(logits, row.soft, row.soft_ids, strict=True):
+            teacher = soft.double().exp() / soft.double().exp().sum()
+            divergence = sum(q * (q.log() - p.log_softmax(0)[i]) for q, i in zip(teacher, ids, strict=True))
+            total += mix["kl"] * divergence / len(row.answer)
+    return total
+
+
+def plain_fit(twin, adapter, rate, mix, train, dev, order, settings):
+    """(best weights [M], its dev loss, steps, best dev loss at each look) of one run: torch.optim.Adam, row by row."""
+    optimizer = torch.optim.Adam(twin_parameters(twin, adapter), lr=rate)
+    best, best_theta, steps, misses, history = math.inf, None, 0, 0, []
+    for epoch in range(settings.epochs):
+        portions = np.array_split(order(epoch), range(settings.batch_size, len(train), settings.batch_size))
+        for number, portion in enumerate(portions):
+            optimizer.zero_grad()
+            for i in portion:
+                (plain_loss(twin, train[i], mix) / len(portion)).backward()
+            optimizer.step()
+            steps += 1
+            if steps % 2 == 0 or number == len(portions) - 1:
+                with torch.no_grad():
+                    loss = float(np.mean([plain_loss(twin, row, mix).item() for row in dev]))
+                misses = 0 if loss < best else misses + 1
+                if loss < best:
+                    best, best_theta = loss, twin_theta(twin, adapter)
+                history.append((steps, best))
+                if misses == settings.patience:
+                    return best_theta, best, steps, history
+    return best_theta, best, steps, history
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The distance of `a` from `b`, as a share of the size of `b`."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+def starts(adapter, model, runs: int) -> torch.Tensor:
+    """First weights [R, M], each run's its own."""
+    return torch.stack([adapter.init(model, torch.Generator().manual_seed(r)) for r in range(runs)])
+
+
+def in_order(run: int, epoch: int) -> list[int]:
+    """The order of a run's four rows in an epoch."""
+    return np.random.default_rng([run, epoch]).permutation(4).tolist()

@@ -1,4 +1,4 @@
-"""Every adapter against peft's own on the same weights; runs that share a batch against each run alone; what detaching leaves."""
+"""Every adapter against peft's own on the same weights; runs in one batch against each alone; what detaching leaves."""
 
 import copy
 
@@ -133,7 +133,7 @@ def test_an_untrained_adapter_changes_nothing(model, kind):
 def test_lora_starts_as_pefts_does(model):
     adapter = LoRA(model, ("q_proj", "down_proj"), rank=64)
     for name, value in unpack(start(adapter, model, noise=0), adapter.shapes).items():
-        bound = 0.0 if name.endswith("B") else value.shape[-1] ** -0.5  # kaiming_uniform_(a=√5): uniform within 1 / √in
+        bound = 0.0 if name.endswith("B") else value.shape[-1] ** -0.5  # kaiming_uniform_(a=√5): within 1 / √in
         assert 0.98 * bound <= value.abs().max() <= bound and value.std() == pytest.approx(bound / 3**0.5, rel=0.1)
 
 

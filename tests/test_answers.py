@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from ia2mini.tasks import parse_boxed, parse_hashes, parse_number, parse_text
+from ia2mini.tasks import same_answer
+from ia2mini.tasks.answers import PARSERS, parse_boxed, parse_hashes, parse_number, parse_text
 
 NUMBERS = {
     "so he has 3.\n#### 18": "18",
@@ -82,6 +83,16 @@ def test_hashes_and_text():
     assert parse_text(" a b\n") == "a b" and parse_text(" \n") is None
 
 
+def test_answers_are_the_same_when_they_parse_to_the_same():
+    names = {"number": parse_number, "boxed": parse_boxed, "hashes": parse_hashes, "text": parse_text}
+    assert names == PARSERS and list(PARSERS) == list(names)  # tried in this order on a user's own rows
+    assert same_answer("number", "so #### 1,000", "#### 1000") and not same_answer("number", "1000", "#### 1000")
+    assert same_answer("boxed", r"\boxed{\dfrac 12}", r"it is \boxed{\frac12}") and not same_answer("boxed", "4", "4")
+    assert same_answer("hashes", "why\n#### b ", "#### b") and not same_answer("hashes", "#### a", "#### b")
+    assert same_answer("text", " yes", "yes\n") and not same_answer("text", "yes", "Yes")
+    assert not any(same_answer(parser, "", "") for parser in PARSERS)  # nothing is never right
+
+
 def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
@@ -95,7 +106,7 @@ def test_every_gold_gsm8k_answer_parses_to_its_number(shared_data):
 
 
 def test_every_gold_algebra_solution_parses_to_its_box(shared_data):
-    """Against the text between the last `\\boxed` and the `$` or `\\]` that ends the formula, cut by counting braces one by one."""
+    """Against the text from the last `\\boxed` to the `$` or `\\]` that ends the formula, braces counted one by one."""
     for file, count in {"math_algebra/train": 1744, "math_algebra/test": 1187}.items():
         rows = read(shared_data / f"{file}.jsonl")
         assert len(rows) == count

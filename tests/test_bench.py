@@ -1,17 +1,23 @@
-"""bench: the FLOP formula against torch's own counter, the peers against us, and the honesty of what is extrapolated."""
+"""bench: the FLOP formula against torch's own counter, the peers against us, and what is extrapolated or said."""
 
+import json
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench import inference, report, timing, training  # noqa: E402
+from bench import effect, inference, report, timing, training  # noqa: E402
+from bench.__main__ import main  # noqa: E402
 from bench.shapes import stand  # noqa: E402
-from ia2mini.episode import Row  # noqa: E402
+from ia2mini.batch import Row  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +42,73 @@ def test_flops_formula_matches_torch_counter(tiny, method):
 
 def test_both_peers_compute_what_we_compute(tiny):
     for method in training.PHASES:
-        assert "same" in training.check_step(tiny, training.set_rows(tiny, 4, 0, (5, 9), 3).icl_train, method)
+        assert "same" in training.check_step(tiny, training.taught_set(tiny, 4, 0, (5, 9), 3).icl_train, method)
     assert "same" in training.check_cell(tiny)
+
+
+def test_both_sides_score_the_chosen_rates_runs_or_all_of_them(tiny, monkeypatch):
+    monkeypatch.setattr(training, "RATES", (1e-5, 3e-2))  # their dev losses differ more than the stacks do
+    prompts = tiny.prompts(4, training.SST2_LENGTHS)
+    found = {}
+    for select, runs in (("dev", 2), ("eval", 4)):
+        size = training.Size(2, 2, 4, 4, select=select)
+        sides = [training.our_cell(tiny, size, prompts)]
+        sides += [training.peer_cell(kind(tiny), size, prompts) for kind in training.PEERS.values()]
+        for _, picked, tops in sides:
+            assert picked == sides[0][1] and tops.shape == (3, runs, 4)
+            torch.testing.assert_close(tops, sides[0][2], atol=1e-3, rtol=1e-3)
+        found[select] = sides[0][1:]
+    assert all(some in ([0, 2], [1, 3]) for some in found["dev"][0]) and found["eval"][0] == [[0, 1, 2, 3]] * 3
+    chosen = torch.stack([tops[some] for some, tops in zip(found["dev"][0], found["eval"][1])])
+    torch.testing.assert_close(chosen, found["dev"][1])
+    assert training.Size(3, 2).chosen(torch.tensor([1.0, 0.9, 1.0, 0.9, 1.0, 1.3])) == [0, 2, 4]  # means over sets
+
+
+def test_a_cell_says_on_both_sides_which_runs_it_scores(tiny):
+    for select, said in (("dev", "scores the chosen rate's runs, 3 of 6"), ("eval", "scores every run, 6 of 6")):
+        whole = training.Size(1, 2, 2, 4, select=select)
+        part = training.Size(1, 1, 2, 4, select=select)
+        found = training.cell(tiny, whole, {"(a)": part, "(b)": part}, repeats=1)
+        notes = {line.stack: line.note for line in found.lines if line.what == "whole cell"}
+        assert notes.keys() == {"us", "(a)", "(b)"} and all(note.startswith(said) for note in notes.values())
+        assert notes["us"].endswith("; whole") and "extrapolated from 3 of 6 runs" in notes["(a)"]
+
+
+def test_the_effect_is_what_the_librarys_document_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(effect.TASKS, "classification", ("toy-mood", "toy-topic"))
+    monkeypatch.setattr(effect, "Options", partial(effect.Options, epochs=3))
+    found = effect.effect(sizes=(2,), sets=2, part="classification", eval_rows=10)
+    (kept,) = Path("runs").iterdir()
+    document = json.loads((kept / "results.json").read_text())
+
+    def mean(method: str, ood: bool, metric: str) -> float:
+        return fmean(c[metric] for c in document["cells"] if (c["method"], c["ood"]) == (method, ood))
+
+    for ood, what in ((False, "classification, N = 2"), (True, "classification, N = 2, out of distribution")):
+        lines = {line.stack: line.rates for line in found.lines if line.what == what}
+        assert lines.keys() == set(effect.METHODS)
+        for method, rates in lines.items():
+            assert rates["% accuracy"] == pytest.approx(100 * mean(method, ood, "acc_mean"))
+            assert rates["ECE"] == pytest.approx(mean(method, ood, "ece_mean"))
+        for control in ("sft", "sft-sft"):
+            gain = 100 * (mean("ia2-sft", ood, "acc_mean") - mean(control, ood, "acc_mean"))
+            assert found.ratios[f"{what}: acc gain over {control}"] == pytest.approx(gain, abs=1e-9)
+            (said,) = [r for r in found.remarks if r.startswith(f"{what}: ia2-sft against {control}: acc ")]
+            assert f"acc {gain:+.1f} (95 % " in said and said.endswith("4 pairs")
+    overlap = fmean(o["mean"] for o in document["overlap"] if o["methods"] == ["ia2", "ia2-sft"])
+    assert found.ratios["classification, N = 2: subspace overlap ia2 with ia2-sft"] == pytest.approx(overlap)
+    assert any("asim with ICL base" in remark for remark in found.remarks)
+
+
+def test_options_of_the_command():
+    shown = CliRunner().invoke(main, ["cell", "--help"])
+    assert shown.exit_code == 0 and "--select" in shown.stdout and "dev" in shown.stdout
+    for name in set(main.commands) - {"cell"}:
+        shown = CliRunner().invoke(main, [name, "--help"])
+        assert shown.exit_code == 0 and "--select" not in shown.stdout
+    wrong = CliRunner().invoke(main, ["--shape", "tiny", "step"])
+    assert wrong.exit_code == 2 and "options come after the command: python -m bench step" in wrong.stderr
 
 
 def test_disagreement_stops_the_bench():
@@ -47,12 +118,12 @@ def test_disagreement_stops_the_bench():
 
 def test_extrapolation_scales_each_stage_by_its_own_count_and_says_so():
     whole, some = training.Size(), training.Size(sets=1, rates=1, steps=10, rows=50)
-    scaled = some.times({"collect": 1.0, "train": 1.0, "evaluate": 1.0}, whole, 0.1)
-    assert scaled == {"collect": 5.0, "train": 75.0, "evaluate": 150.0}
-    assert (
-        some.said(whole) == "extrapolated from 3 of 45 runs, 10 of 50 steps, 50 of 500 rows"
-        and whole.said(whole) == "whole"
-    )
+    once = {"collect": 1.0, "train": 1.0, "evaluate": 1.0}
+    assert some.times(once, whole, 0.1) == {"collect": 5.0, "train": 75.0, "evaluate": 50.0}  # a run a set is scored
+    counts = "3 of 45 runs, 3 of 15 scored runs, 10 of 50 steps, 50 of 500 rows"
+    assert some.said(whole) == f"extrapolated from {counts}" and whole.said(whole) == "whole"
+    every, some = replace(whole, select="eval"), replace(some, select="eval")
+    assert some.times(once, every, 0.1) == {"collect": 5.0, "train": 75.0, "evaluate": 150.0}
 
 
 def test_race_takes_turns_and_reports_median_and_spread():

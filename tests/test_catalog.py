@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from ia2mini.models.common import UsageError
 
+from ia2mini import UsageError
 from ia2mini.tasks import all_tasks, find_task, load_examples
-from ia2mini.tasks.catalog import PAPER_TASKS, Row, arrange, fill, shuffled
+from ia2mini.tasks.answers import PARSERS
+from ia2mini.tasks.catalog import PAPER_TASKS, PREPARE, arrange, shuffled
+from ia2mini.tasks.rows import Row
 
 # The first indices of datasets.Dataset.from_dict({"i": range(n)}).shuffle(seed=42), datasets 5.2.0.
 SHUFFLES = {
@@ -37,22 +37,23 @@ WRITTEN_OUT = {  # task -> position among the evaluation rows, prompt, answer, l
     "poems": (0, "Text:harsh, featureless, and rude, barrenly perish:\nLabel:", "0", 0),
     "agnews": (
         37,
-        "Text:India and Bangladesh Neglect Their Enclaves (Reuters) Reuters - Nazrul Islam is an Indian\\living in an Indian"
-        " village.\nLabel:",
+        "Text:India and Bangladesh Neglect Their Enclaves (Reuters) Reuters - Nazrul Islam is an Indian\\living in an"
+        " Indian village.\nLabel:",
         "0",
         0,
     ),
     "gsm8k": (
         56,
-        "Question:Grace weighs 125 pounds. Alex weighs 2 pounds less than 4 times what Grace weighs. What are their combined"
-        " weights in pounds?\nAnswer:",
-        "Alex weighs 125*4-2 = <<125*4-2=498>>498.\nTheir combined weights are 125+498 = <<125+498=623>>623 pounds.\n#### 623",
+        "Question:Grace weighs 125 pounds. Alex weighs 2 pounds less than 4 times what Grace weighs. What are their"
+        " combined weights in pounds?\nAnswer:",
+        "Alex weighs 125*4-2 = <<125*4-2=498>>498.\n"
+        "Their combined weights are 125+498 = <<125+498=623>>623 pounds.\n#### 623",
         None,
     ),
     "gsm8ks": (
         55,
-        "Question:There are 24 girls in the park. If there are 1/2 the number of boys in the park, how many kids are in the"
-        " park?\nAnswer:",
+        "Question:There are 24 girls in the park. If there are 1/2 the number of boys in the park, how many kids are in"
+        " the park?\nAnswer:",
         "#### 36",
         None,
     ),
@@ -65,7 +66,8 @@ WRITTEN_OUT = {  # task -> position among the evaluation rows, prompt, answer, l
     "sciqa": (26, "Question:Plants take in carbon dioxide and give off what?\nAnswer:", "\n#### oxygen", None),
     "sciq_remap": (
         31,
-        "Question:Pluto’s orbit is in the kuiper?\nChoices:\n[apple]belt\n[Friday]zone\n[banana]field\n[Saturday]area\n\nAnswer:",
+        "Question:Pluto’s orbit is in the kuiper?\nChoices:\n[apple]belt\n[Friday]zone\n[banana]field\n[Saturday]area"
+        "\n\nAnswer:",
         "apple",
         0,
     ),
@@ -109,7 +111,7 @@ def test_counts_of_real_rows(shared_data, name):
 
 
 def test_order_of_real_rows(shared_data):
-    """The rows stand where `datasets` puts them; sst2: shuffled; finsen: shuffled, filtered, cut; poems: filtered, shuffled."""
+    """Rows stand where `datasets` puts them; sst2: shuffled; finsen: and filtered, cut; poems: filtered, shuffled."""
     source = rows_of(shared_data / "sst2/validation.jsonl")
     found = [example.prompt for example in load_examples(find_task("sst2"), "eval", shared_data).rows[:8]]
     assert found == [f"Text:{source[i]['sentence']}\nLabel:" for i in SHUFFLES[872]]
@@ -194,7 +196,8 @@ def test_the_twelve_tasks_and_what_they_are_evaluated_on():
     }
     for task in all_tasks().values():
         assert all(name in all_tasks() for name in task.evals) and hash(task)
-        assert (task.max_tokens == 1) == bool(task.labels) == (task.parse is None)
+        assert (task.max_tokens == 1) == bool(task.labels) == (task.parser is None)
+        assert task.parser in (None, *PARSERS) and task.prepare in (None, *PREPARE)
 
 
 def test_embedded_tasks_load():
@@ -203,11 +206,10 @@ def test_embedded_tasks_load():
             found = load_examples(task, "eval", limit=40)
             assert len(found.rows) == 40 and found.origin["source"] == "embedded"
             for example in found.rows:
-                assert (
-                    example.answer == task.labels[example.label]
-                    if task.labels
-                    else task.parse(example.answer).isdigit()
-                )
+                if task.labels:
+                    assert example.answer == task.labels[example.label]
+                else:
+                    assert PARSERS[task.parser](example.answer).isdigit()
     assert len(load_examples(find_task("toy-mood"), "train").rows) == 2000
 
 
@@ -219,24 +221,5 @@ def test_unknown_names_labels_and_roles():
         find_task("sst2").label_of(Row("rows.csv:7", {"label": -1}))
     with pytest.raises(UsageError, match="poems is only evaluated on"):
         load_examples(find_task("poems"), "train")
-
-
-def test_missing_and_unusable_columns():
-    row = Row("f.jsonl:2", {"text": "x", "label": None, "odd": ["list"], "half": "\ud800"})
-    assert [Row("", {"a": value}).text("a") for value in (True, 7, 1.5, " A ")] == ["true", "7", "1.5", " A "]
-    for column, problem in {
-        "sentence": "no column 'sentence'; the columns there are 'text', 'label', 'odd', 'half'",
-        "label": "column 'label' holds nothing",
-        "odd": "not a text",
-        "half": "surrogate",
-    }.items():
-        with pytest.raises(UsageError, match=problem):
-            row.text(column)
     with pytest.raises(UsageError, match="f.jsonl:2: the answer is empty"):
         find_task("gsm8k").example(Row("f.jsonl:2", {"question": "q", "answer": " "}))
-
-
-@given(st.text(), st.text())
-def test_any_text_survives_the_template(first, second):
-    row = Row("", {"a": first, "b b": second})
-    assert fill("<{a}>{b b}</{a}>", row) == f"<{first}>{second}</{first}>"

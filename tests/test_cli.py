@@ -1,7 +1,8 @@
-"""The commands as a user types them: what `run` prints and saves, going on after an interrupt, own rows, and every mistake in one line."""
+"""The commands as a user types them: what is printed and saved, going on after an end, own rows, every mistake."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,36 +16,22 @@ import torch
 from click.testing import CliRunner, Result
 from hub import connect, serve
 from ia2mini.models import load
-from ia2mini.models.checkpoint import save
+from ia2mini.models.checkpoint import TINY, save
 from ia2mini.models.qwen3 import Config, Qwen3
 from reference import EOS, make_checkpoint, random_ids, upstream
 from safetensors.torch import load_file
 
-import ia2mini.cell
+import ia2mini.experiment
 import ia2mini.runs
 import ia2mini.train
 from ia2mini.adapters import LoRA, adapted
-from ia2mini.cli import main
+from ia2mini.cli import load_subject, main
+from ia2mini.methods import METHODS
 
 SMALL = "--n 4 --sets 2 --rates 1e-2,3e-2 --epochs 3 --eval-rows 10 --device cpu".split()
 PROGRAM = [sys.executable, "-c", "from ia2mini.cli import main; main(prog_name='ia2mini')"]
-CELL = {
-    "task",
-    "eval",
-    "ood",
-    "model",
-    "n",
-    "method",
-    "adapter",
-    "sets",
-    "selected_by",
-    "rate",
-    "beta",
-    "acc",
-    "ece",
-    "asim_layers",
-}
-CELL |= {f"{metric}_{kind}" for metric in ("acc", "ece", "nll", "brier", "asim") for kind in ("mean", "std")}
+CELL = set("task eval ood model n method adapter sets selected_by rate beta acc ece asim_layers".split())
+CELL |= {f"{metric}_{kind}" for metric in ("acc", "ece", "ece_null", "nll", "brier", "asim") for kind in ("mean", "std")}
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +49,8 @@ def ground(tmp_path_factory) -> Path:
     (g / "mine.jsonl").write_text(
         "".join(json.dumps({"body": text, "kind": ["good", "so so"]["xy".index(y)]}) + "\n" for text, y in rows)
     )
+    lines = [json.dumps({"text": f"tale {i}", "label": f"{'very ' * (i % 3)}good, {i}"}) + "\n" for i in range(30)]
+    (g / "free.jsonl").write_text("".join(lines))
     (g / "other.csv").write_text("text,label\na new tale,z\n")
     (g / "empty.csv").write_text("")
     (g / "header.csv").write_text("text,label\n")
@@ -108,54 +97,63 @@ def test_run_prints_a_table_and_one_json_document(finished):
     result, folder = finished
     *before, last = result.stdout.splitlines()
     document = json.loads(last)
-    assert set(document) >= {"cells", "seconds", "peak_memory_bytes", "config", "versions"}
+    keys = {"cells", "seconds", "peak_memory_bytes", "runs", "training", "overlap", "adapters", "samples"}
+    assert set(document) == keys | {"config", "versions"}
     assert set(document["seconds"]) == {"collect", "train", "evaluate"}
     assert all(CELL <= set(cell) for cell in document["cells"])
     found = [(c["method"], c["eval"], c["selected_by"]) for c in document["cells"]]
-    expected = [(m, e, by) for m in ("base", "icl", "sft", "ia2", "ia2-sft") for e in ("toy-mood", "toy-mood-verse")
-                for by in ((None,) if m in ("base", "icl") else ("dev", "eval"))]  # fmt: skip
+    expected = [(m, e, None if m in ("base", "icl") else "dev") for m in ("base", "icl", "sft", "ia2", "ia2-sft")
+                for e in ("toy-mood", "toy-mood-verse")]  # fmt: skip
     assert found == expected
     for cell in document["cells"]:
-        assert (cell["task"], cell["model"], cell["n"], cell["ood"]) == (
-            "toy-mood",
-            "model",
-            4,
-            cell["eval"] != "toy-mood",
-        )
+        about = cell["task"], cell["model"], cell["n"], cell["ood"]
+        assert about == ("toy-mood", "model", 4, cell["eval"] != "toy-mood")
         assert cell["sets"] == len(cell["acc"]) == len(cell["ece"]) == 2 and len(cell["asim_layers"]) == 2
         assert (cell["rate"] in (1e-2, 3e-2)) == (cell["adapter"] == "lora") == (cell["method"] not in ("base", "icl"))
     table = "\n".join(before)
-    assert all(
-        word in table for word in ("acc", "ece", "asim", "ia2-sft", "toy-mood-verse*", "N = 4", "2 sets", str(folder))
-    )
+    words = "accuracy (%),ECE,(null),asim,IA2→SFT,mean of 2 evaluations,N = 4,2 sets,rate by lowest dev loss,total "
+    assert all(word in table for word in [*words.split(","), str(folder), "6 adapters for peft"])
+    assert "toy-mood-verse*" not in table  # only with --full
     assert json.loads((folder / "results.json").read_text()) == document
 
 
-def test_run_folder_holds_everything_and_nothing_half(finished):
-    _, folder = finished
+def test_each_phase_is_a_line_where_there_is_no_terminal(finished):
+    lines = finished[0].stderr.splitlines()
+    phases = [re.fullmatch(r"phase (\d+)/(\d+) toy-mood-n4: (.+)", line).groups() for line in lines]
+    assert [(int(k), int(of)) for k, of, _ in phases] == [(k, len(phases)) for k in range(1, len(phases) + 1)]
+    said = [phase for *_, phase in phases]
+    assert said[:2] == ["icl on toy-mood", "base on toy-mood"] and said.count("collecting") == 1
+    assert [phase for phase in said if "training" in phase] == [f"training {m}" for m in ("sft", "ia2", "ia2-sft")]
+
+
+def test_run_folder_holds_everything_and_nothing_half(ground, finished):
+    result, folder = finished
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-    assert {
-        "run.json",
-        "results.json",
-        "seconds.json",
-        "report.html",
-        *(f"table.{s}" for s in ("txt", "md", "tex", "csv")),
-    } <= names
+    tables = {f"table.{suffix}" for suffix in ("txt", "md", "tex", "csv")}
+    assert {"run.json", "results.json", "seconds.json", "report.html", *tables} <= names
     assert {f"toy-mood-n4/fit-{m}.safetensors" for m in ("sft", "ia2", "ia2-sft")} <= names
-    assert {
-        f"adapters/toy-mood-n4-{m}-set{s}/adapter_model.safetensors" for m in ("sft", "ia2", "ia2-sft") for s in (0, 1)
-    } <= names
+    saved = [f"adapters/toy-mood-n4-{m}-set{s}" for m in ("sft", "ia2", "ia2-sft") for s in (0, 1)]
+    assert {f"{name}/adapter_model.safetensors" for name in saved} <= names
+    assert json.loads(result.stdout.splitlines()[-1])["adapters"] == saved
     assert not [name for name in names if Path(name).name.startswith(".")]
     what = json.loads((folder / "run.json").read_text())
     assert what["pools"]["toy-mood"]["digest"] and what["checkpoint"] and what["rates"] == [1e-2, 3e-2]
+    assert what["targets"] == ["q_proj", "k_proj", "o_proj"] and what["ia2mini"] == ia2mini.__version__
+    assert what["model"] == str(ground / "model")
+    assert what["templates"] == {"toy-mood": "Text:{text}\nLabel:"}
+
+
+def test_full_shows_every_evaluation(ground, finished):
+    table = (finished[1] / "table.txt").read_text()
+    assert "toy-mood → toy-mood-verse*" in table
+    result = invoke(*toy(ground, ground / "runs", "--full"))
+    assert result.exit_code == 0 and table.rstrip() in result.stdout
 
 
 def test_peft_loads_the_saved_adapters_with_equal_logits(ground, finished):
     peft = pytest.importorskip("peft")
     document, folder = json.loads((finished[1] / "results.json").read_text()), finished[1]
-    (cell,) = [
-        c for c in document["cells"] if (c["method"], c["eval"], c["selected_by"]) == ("ia2-sft", "toy-mood", "dev")
-    ]
+    (cell,) = [c for c in document["cells"] if (c["method"], c["eval"]) == ("ia2-sft", "toy-mood")]
     model, ids = load(ground / "model")[0], random_ids(2, 12)
     theta = load_file(folder / "toy-mood-n4/fit-ia2-sft.safetensors")["theta"]
     for number in (0, 1):
@@ -169,9 +167,28 @@ def test_peft_loads_the_saved_adapters_with_equal_logits(ground, finished):
             assert (twin(ids).logits - ours).abs().max() <= 1e-5 < (model(ids) - ours).abs().max()
 
 
+def test_adapters_name_a_base_that_is_found_from_anywhere(ground, tmp_path, monkeypatch):
+    monkeypatch.chdir(ground)
+    few = ["--methods", "sft", "--sets", "1", "--rates", "1e-2", "--epochs", "1", "--out", tmp_path]
+    assert invoke("run", "toy-mood", "--model", "model", *SMALL, *few).exit_code == 0
+    (saved,) = tmp_path.rglob("adapter_config.json")
+    assert json.loads(saved.read_text())["base_model_name_or_path"] == str((ground / "model").resolve())
+    assert load_subject("tiny", "cpu", None, None).base == str(TINY.resolve())
+    files = {p.name: p.read_bytes() for p in (ground / "model").iterdir()}
+    with serve({("model", "Qwen/Qwen3-0.6B-Base"): {"main": files}, ("model", "me/mine"): {"main": files}}) as hub:
+        connect(monkeypatch, hub, tmp_path / "cache")
+        for name, base in (("Qwen3-0.6b-base", "Qwen/Qwen3-0.6B-Base"), ("me/mine", "me/mine")):
+            subject = load_subject(name, "cpu", None, None)
+            assert (subject.base, subject.name) == (base, name.replace("/", "--"))
+
+
 def forbid(monkeypatch, name: str, after: int = 0):
     """Let ia2mini.train.`name` raise as an interrupt does, after so many calls."""
-    calls, function = [], getattr(ia2mini.train, name)
+    monkeypatch.setattr(ia2mini.train, name, stopping(getattr(ia2mini.train, name), after))
+
+
+def stopping(function, after: int = 0):
+    calls = []
 
     def stop(*arguments):
         calls.append(1)
@@ -179,12 +196,12 @@ def forbid(monkeypatch, name: str, after: int = 0):
             raise KeyboardInterrupt
         return function(*arguments)
 
-    monkeypatch.setattr(ia2mini.train, name, stop)
+    return stop
 
 
 def test_the_same_command_does_not_train_again(ground, finished, monkeypatch):
     before = (finished[1] / "results.json").read_bytes()
-    forbid(monkeypatch, "fit")
+    forbid(monkeypatch, "train_runs")
     result = invoke(*toy(ground, ground / "runs"))
     assert result.exit_code == 0 and [p.name for p in (ground / "runs").iterdir()] == [finished[1].name]
     assert (finished[1] / "results.json").read_bytes() == before
@@ -202,39 +219,40 @@ def test_paper_compat_reports_the_rate_that_is_best_on_the_evaluation_rows(groun
     assert {c["selected_by"] for c in document["cells"]} == {None, "eval"} and document["config"]["select"] == "eval"
 
 
-@pytest.mark.parametrize("where", ["fit", "losses"])
+@pytest.mark.parametrize("where", ["train_runs", "losses"])
 def test_an_interrupted_run_goes_on_to_the_same_numbers(where, ground, finished, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        forbid(m, where, after=2 if where == "fit" else 9)  # between methods, or between steps
+        forbid(m, where, after=2 if where == "train_runs" else 9)  # between methods, or between steps
         result = invoke(*toy(ground, tmp_path))
-    (line,) = result.stderr.strip().splitlines()
+    *phases, line = [line for line in result.stderr.splitlines() if line]
     assert result.exit_code == 130 and line.startswith("ia2mini: interrupted")
+    assert phases and all(phase.startswith("phase ") for phase in phases)
     (folder,) = tmp_path.iterdir()
     assert (folder / "toy-mood-n4/fit-sft.safetensors").is_file() and not (folder / "results.json").exists()
     assert not (folder / "toy-mood-n4/fit-ia2-sft.safetensors").exists() and not list(folder.rglob(".*"))
-    forbid(monkeypatch, "sft")
+    monkeypatch.setitem(METHODS, "sft", stopping(METHODS["sft"]))
     assert invoke(*toy(ground, tmp_path)).exit_code == 0
     assert json.dumps(numbers(folder)) == json.dumps(numbers(finished[1]))
 
 
-def test_a_real_interrupt_in_another_process(ground, finished, tmp_path):
+@pytest.mark.parametrize("how", ["SIGINT", "SIGKILL"])
+def test_a_run_that_is_ended_from_outside_goes_on_to_the_same_numbers(how, ground, finished, tmp_path):
     def heed():
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and so would theirs
 
     pipes, environment = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}, os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*PROGRAM, *map(str, toy(ground, tmp_path))], text=True, env=environment, preexec_fn=heed, **pipes
-    )
-    while process.poll() is None and not list(tmp_path.glob("*/run.json")):
+    command = [*PROGRAM, *map(str, toy(ground, tmp_path))]
+    process = subprocess.Popen(command, text=True, env=environment, preexec_fn=heed, **pipes)
+    begun = "*/run.json" if how == "SIGINT" else "*/*/fit-sft.safetensors"
+    while process.poll() is None and not list(tmp_path.glob(begun)):
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, how))
     stdout, stderr = process.communicate(timeout=120)
-    assert (
-        process.returncode == 130
-        and stdout == ""
-        and stderr.strip().startswith("ia2mini: interrupted")
-        and "Traceback" not in stderr
-    )
+    *phases, last = [line for line in stderr.splitlines() if line]
+    assert stdout == "" and "Traceback" not in stderr
+    if how == "SIGINT":
+        assert process.returncode == 130 and last.startswith("ia2mini: interrupted")
+    assert process.returncode in (130, -signal.SIGKILL) and all(phase.startswith("phase ") for phase in phases)
     (folder,) = tmp_path.iterdir()
     assert not (folder / "results.json").exists()
     assert invoke(*toy(ground, tmp_path)).exit_code == 0
@@ -244,34 +262,47 @@ def test_a_real_interrupt_in_another_process(ground, finished, tmp_path):
 def test_own_rows_with_single_token_labels(ground, tmp_path):
     own = ["run", "--data", ground / "mine.csv", "--model", ground / "model", "--out", tmp_path]
     result = invoke(*own, *SMALL, "--methods", "icl,sft,sft")
-    assert result.exit_code == 0 and "mine" in result.stdout and "sft" in result.stdout, result.output
+    assert result.exit_code == 0 and "mine" in result.stdout and "SFT" in result.stdout, result.output
     (folder,) = tmp_path.iterdir()
     document = json.loads((folder / "results.json").read_text())
     assert document["config"]["pools"]["mine"]["used"] == document["config"]["evals"]["mine"]["rows"] - 20 == 20
-    assert all(
-        cell["ece_mean"] is not None and cell["sets"] == 2 for cell in document["cells"]
-    )  # a method given twice counts once
+    assert [cell["method"] for cell in document["cells"]] == ["icl", "sft"]  # a method given twice counts once
+    assert all(cell["ece_mean"] is not None and cell["sets"] == 2 for cell in document["cells"])
 
 
-def test_own_rows_with_answers_in_words_and_rescoring(ground, tmp_path):
+def test_own_rows_with_labels_in_words(ground, tmp_path):
     columns = ["--prompt-column", "body", "--answer-column", "kind", "--template", "{body}\\nKind:"]
-    small = "--n 2 --sets 1 --rates 1e-2 --epochs 2 --eval-rows 3 --methods base,sft --device cpu".split()
-    result = invoke(
-        "run", "--data", ground / "mine.jsonl", *columns, "--model", ground / "model", "--out", tmp_path, *small
-    )
+    few = "--n 4 --sets 2 --rates 1e-2 --epochs 2 --eval-rows 8 --methods base,icl,ia2-sft --device cpu".split()
+    command = ["run", "--data", ground / "mine.jsonl", *columns, "--model", ground / "model", "--out", tmp_path, *few]
+    result = invoke(*command)
     assert result.exit_code == 0 and "mine" in result.stdout, result.output
     (folder,) = tmp_path.iterdir()
     document = json.loads((folder / "results.json").read_text())
+    for run in document["runs"]:  # labels of several tokens are scored, not generated
+        assert run["ece"] is not None and 0 <= run["acc"] <= 1 and "texts" not in run
+    assert not list(folder.rglob("generations")) and document["config"]["templates"] == {"mine": "{body}\nKind:"}
+    refused(tmp_path / "none", ["rescore", folder], "no generated texts there", "only tasks whose answers are text")
+
+
+def test_own_rows_with_free_answers_and_rescoring(ground, tmp_path):
+    few = "--n 2 --sets 1 --rates 1e-2,3e-2 --epochs 2 --eval-rows 3 --methods base,sft --device cpu".split()
+    own = ["run", "--data", ground / "free.jsonl", "--model", ground / "model", "--out", tmp_path]
+    result = invoke(*own, *few)
+    assert result.exit_code == 0 and "free" in result.stdout and "ECE" not in result.stdout, result.output
+    (folder,) = tmp_path.iterdir()
+    document = json.loads((folder / "results.json").read_text())
+    assert [run["method"] for run in document["runs"]] == ["base", "sft"]  # of one rate only
     for record in (r for r in document["runs"] if r["method"] == "sft"):
         saved = json.loads((folder / record["texts"]).read_text())
-        assert len(saved["texts"]) == 3 and set(saved["answers"]) <= {"good", "so so"}
+        assert len(saved["texts"]) == 3 and all("good, " in answer for answer in saved["answers"])
         saved["texts"] = saved["answers"][:2] + ["nonsense"]
         (folder / record["texts"]).write_text(json.dumps(saved))
     result = invoke("rescore", folder)
-    assert result.exit_code == 0 and "66.7" in result.stdout, result.output
+    assert result.exit_code == 0 and "66.7 ± 0.0" in result.stdout, result.output
     again = json.loads((folder / "results.json").read_text())
     assert {c["acc_mean"] for c in again["cells"] if c["method"] == "sft"} == {2 / 3}
     assert again["seconds"] == document["seconds"] and again["config"] == document["config"]
+    assert "66.7 ± 0.0" in (folder / "table.txt").read_text()
 
 
 def test_tasks_and_what_the_model_sees(ground):
@@ -285,6 +316,16 @@ def test_tasks_and_what_the_model_sees(ground):
     count = int(shown.stdout.split("query: ")[1].split()[0])
     assert prompt[:-1].endswith("\nLabel:") and count == len(prompt[:-1].encode())  # one token a byte
     assert "pool: 2000 of 2000 rows" in shown.stdout
+
+
+def test_tasks_previews_own_rows(ground):
+    own = ["--data", ground / "mine.csv", "--model", ground / "model"]
+    shown = invoke("tasks", *own, "--n", "3", "--template", "Tale: {text}\\nKind:")
+    assert shown.exit_code == 0 and shown.stdout.count("demonstration:") == 3 and shown.stdout.count("query:") == 1
+    assert shown.stdout.startswith("mine (mine.csv) from ") and "pool: 20 of 40 rows" in shown.stdout
+    assert "evaluation: 20 of 40 rows" in shown.stdout and shown.stdout.count("Tale: a ") == 4
+    assert re.search(r"tale, number \d+\nKind:[xy]\n", shown.stdout)
+    refused(ground / "none", ["tasks", "toy-mood", *own], "either TASK or --data")
 
 
 def test_generate_continues_a_real_model(shared_data):
@@ -313,9 +354,11 @@ MISTAKES = {
     "method": ("run toy-mood --methods base,ia3", "unknown method 'ia3'", "ia2-sft"),
     "only evaluated": ("run poems", "poems is only evaluated on"),
     "column": ("run --data {g}/mine.csv --prompt-column body", "mine.csv:2: no column 'body'", "'text', 'label'"),
-    "template column": ("run --data {g}/mine.csv --template {{body}}:", "mine.csv:2: no column 'body'", "'text', 'label'"),
+    "template column": ("run --data {g}/mine.csv --template {{body}}:",
+        "mine.csv:2: no column 'body'", "'text', 'label'"),
     "label": ("run sst2 --data-dir {g}/hub", "sst2/train.jsonl:3: unknown label '7'", "known labels: '0', '1'"),
-    "label of own rows": ("run --data {g}/mine.csv --eval-data {g}/other.csv", "other.csv:2: unknown label 'z'", "'x', 'y'"),
+    "label of own rows": ("run --data {g}/mine.csv --eval-data {g}/other.csv",
+        "other.csv:2: unknown label 'z'", "'x', 'y'"),
     "empty file": ("run --data {g}/empty.csv", "empty.csv: the file holds no rows"),
     "only a header": ("run --data {g}/header.csv", "header.csv: the file holds no rows"),
     "not JSON": ("run --data {g}/broken.jsonl", "broken.jsonl:2: not JSON", "one object a line"),
@@ -323,17 +366,22 @@ MISTAKES = {
     "no such folder": ("run sst2 --data-dir {g}/nowhere", "nowhere: no rows of sst2 there", ".jsonl"),
     "task and data": ("run sst2 --data {g}/mine.csv", "either TASK or --data"),
     "template without data": ("run toy-mood --template {{text}}:", "--template", "give --data"),
-    "too many rows": ("run --data {g}/mine.csv --n 16", "--n 16: needs 16 training and 8 dev rows", "holds only 20", "smaller --n"),
+    "too many rows": ("run --data {g}/mine.csv --n 16",
+        "--n 16: needs 16 training and 8 dev rows", "holds only 20", "smaller --n"),
     "one row": ("run toy-mood --n 4,1", "--n 1: ", "no demonstration", "--n 2"),
     "cut weights": ("run toy-mood --model {g}/cut", "cut/model.safetensors: truncated or corrupt", "download it again"),
-    "corrupt weights": ("run toy-mood --model {g}/garbage", "garbage/model.safetensors: truncated or corrupt", "download it again"),
-    "config field": ("run toy-mood --model {g}/unsaid", "unsaid/config.json: needed field missing: num_attention_heads"),
+    "corrupt weights": ("run toy-mood --model {g}/garbage",
+        "garbage/model.safetensors: truncated or corrupt", "download it again"),
+    "config field": ("run toy-mood --model {g}/unsaid",
+        "unsaid/config.json: needed field missing: num_attention_heads"),
     "config against weights": ("run toy-mood --model {g}/shape", "has shape", "config.json asks for"),
     "out under a file": ("run toy-mood --out {g}/mine.csv/runs", "mine.csv/runs", "cannot write there", "--out"),
     "read-only out": ("run toy-mood --out /proc/runs", "/proc/runs", "cannot write there", "--out"),
-    "rates in words": ("run toy-mood --rates fast", "--rates", "'fast' is not a list of float values separated by commas"),
+    "rates in words": ("run toy-mood --rates fast",
+        "--rates", "'fast' is not a list of float values separated by commas"),
     "rate of nothing": ("run toy-mood --rates 1e-3,0", "--rates 0", "positive"),
     "rate nan": ("run toy-mood --rates nan", "--rates nan", "positive"),
+    "figures": ("run toy-mood --figures png,gif", "--figures gif: unknown format", "png, pdf, svg"),
     "n in words": ("run toy-mood --n abc", "--n", "'abc' is not a list of int values separated by commas"),
     "no n": ("run toy-mood --n ,", "--n", "at least one"),
     "no method": ("run toy-mood --methods ,", "--methods", "at least one"),
@@ -342,8 +390,10 @@ MISTAKES = {
     "command": ("rum", "rum"),
     "layer": ("run toy-mood --layers 99", "--layers 99: this model has layers 0 to 1"),
     "target": ("run toy-mood --targets nonsense", "'nonsense' matches no matrix", "q_proj"),
-    "targets of a prompt": ("run toy-mood --adapter prompt --targets q_proj", "--targets", "prompt adapter", "leave it out"),
+    "targets of a prompt": ("run toy-mood --adapter prompt --targets q_proj",
+        "--targets", "prompt adapter", "leave it out"),
     "device": ("run toy-mood --device tpu9", "--device tpu9", "use --device cpu"),
+    "device of others": ("run toy-mood --device mps", "--device mps: ia2mini runs on cpu and cuda", "use --device cpu"),
     "rescore nothing": ("rescore {g}/nowhere", "nowhere/results.json: no such file"),
     "empty prompt": ("generate --model {g}/model --prompt=", "--prompt is empty"),
 }  # fmt: skip
@@ -369,10 +419,32 @@ def test_a_mistake_is_one_line(mistake, ground, tmp_path):
     refused(tmp_path, arguments, *words)
 
 
-def test_help_does_not_wait_for_torch():
-    code = "import sys; from ia2mini.cli import main\ntry: main(['run', '--help'])\nfinally: assert 'torch' not in sys.modules"
+def test_own_rows_want_a_model_that_knows_their_words(ground, tmp_path):
+    command = ["run", "--data", ground / "mine.csv", "--out", tmp_path / "out"]
+    refused(tmp_path, command, "--data: name a --model for your own rows", "449 words")
+    words = [f"Text {i},{i % 2}\n" for i in range(30)]
+    (tmp_path / "known.csv").write_text("text,label\n" + "".join(words))
+    named = ["run", "--data", tmp_path / "known.csv", "--model", "tiny", "--out", tmp_path / "out"]
+    assert invoke(*named, *SMALL, "--methods", "base", "--sets", "1").exit_code == 0  # who names it may have it
+
+
+LIGHT = {"--help": "Usage:", "run --help": "--methods", "tasks": "toy-mood-verse*", "--version": "ia2mini"}
+
+
+@pytest.mark.parametrize("command", LIGHT)
+def test_help_and_the_list_of_tasks_do_not_wait_for_torch(command):
+    code = f"import sys; from ia2mini.cli import main\ntry: main({command.split()!r}, prog_name='ia2mini')\n"
+    code += "finally: assert not {'torch', 'tokenizers', 'pandas', 'matplotlib', 'scipy'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and "--methods" in done.stdout, done.stderr
+    assert done.returncode == 0 and LIGHT[command] in done.stdout, done.stderr
+
+
+def test_a_warning_is_one_line():
+    command = [*PROGRAM, "generate", "--prompt", "a zyzzyva zyzzyva film", "--max-tokens", "1", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    (line,) = done.stderr.splitlines()
+    said = "'zyzzyva' is not in the vocabulary and is read as an unknown word"
+    assert done.returncode == 0 and line == f"ia2mini: warning: {said}"
 
 
 def test_no_network(ground, tmp_path, monkeypatch):
@@ -412,14 +484,11 @@ def test_a_full_device(ground, tmp_path, monkeypatch):
     def full(*args, **more):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(ia2mini.cell, "label_scores", full)
+    monkeypatch.setattr(ia2mini.experiment, "label_scores", full)
     result = invoke(*toy(ground, tmp_path))
-    (line,) = result.stderr.splitlines()
-    assert (
-        result.exit_code == 2
-        and line.startswith("ia2mini: the device has too little memory")
-        and "smaller --model" in line
-    )
+    *phases, line = result.stderr.splitlines()
+    assert result.exit_code == 2 and all(phase.startswith("phase ") for phase in phases)
+    assert line.startswith("ia2mini: the device has too little memory") and "smaller --model" in line
     monkeypatch.undo()
     assert invoke(*toy(ground, tmp_path)).exit_code == 0
 
@@ -431,16 +500,14 @@ def test_a_full_disk(ground, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ia2mini.runs, "save_file", full)
     result = invoke(*toy(ground, tmp_path))
-    (line,) = result.stderr.splitlines()
-    assert (
-        result.exit_code == 2
-        and "base-on-toy-mood.safetensors: cannot be written (No space left on device); free some space" in line
-    )
+    *phases, line = result.stderr.splitlines()
+    assert result.exit_code == 2 and all(phase.startswith("phase ") for phase in phases)
+    assert "base-on-toy-mood.safetensors: cannot be written (No space left on device); free some space" in line
     assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {"run.json", "seconds.json"}
 
 
 def test_labels_that_merge_with_the_colon(shared_data, ground, tmp_path):
-    """Qwen3 reads ":A" and ":true" as one token: our template gives way, the user's own is refused and the label named."""
+    """Qwen3 reads ":A" and ":true" as one token: our template gives way, the user's own is refused, the label named."""
     model = Qwen3(Config(151936, 16, 32, 1, 2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True))
     torch.nn.init.normal_(model.lm_head.weight)
     save(

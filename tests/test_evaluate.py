@@ -1,4 +1,4 @@
-"""Scores and activation similarity against naive loops over transformers, runs side by side, and demonstrations computed once."""
+"""Scores and activation similarity against naive loops over transformers, runs side by side, a shared prefix."""
 
 import pytest
 import torch
@@ -6,16 +6,18 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ia2mini.models import load
-from reference import make_checkpoint, peft_twin, random_ids, upstream, upstream_pass
+from reference import VOCABULARY, make_checkpoint, peft_twin, random_ids, upstream, upstream_pass
 
 from ia2mini.adapters import IA3, LoRA, PrefixTuning, Prompt, adapted
-from ia2mini.episode import Row, with_demonstrations
-from ia2mini.evaluate import label_scores, layer_asim, share_prefix
-from ia2mini.generate import generate
+from ia2mini.batch import Row, by_length, collate
+from ia2mini.episode import with_demonstrations
+from ia2mini.evaluate import Scoring, label_scores, layer_asim, share_prefix
+from ia2mini.generate import Decoding, generate
 from ia2mini.tasks import Example
-from ia2mini.teacher import observe
+from ia2mini.teacher import Asked, observe
 
-LABELS = [48, 70, 49]
+LABELS = [[48], [70], [49]]
+EVERY = [[token] for token in reversed(range(VOCABULARY))]  # a label for every token: one of them is always the top
 ADAPTERS = {"lora": LoRA, "ia3": IA3, "prompt": lambda m: Prompt(m, 3), "prefix": lambda m: PrefixTuning(m, 3)}
 PROMPTS = [random_ids(length).tolist() for length in (4, 11, 7, 7, 1, 9, 2)]
 
@@ -33,26 +35,45 @@ def trained(model, kind, runs):
     return adapter, theta + 0.1 * torch.randn(theta.shape, generator=torch.Generator().manual_seed(1))
 
 
-def check_scores(scores, run, net, prompts, among=None):
+def check_scores(scores, run, net, prompts, labels, among=None):
+    """Of labels of one token."""
     for q, prompt in enumerate(prompts):
         with torch.no_grad():
             logits = net(torch.tensor([prompt])).logits[0, -1].tolist()
         e = [2.718281828459045 ** (x - max(logits)) for x in logits]
         top = logits.index(max(logits))
-        assert scores.top[run, q] == top
+        assert scores.top[run, q] == (labels.index([top]) if [top] in labels else -1)
         confidence = e[top] / sum(sorted(e)[-among:] if among else e)
         assert scores.confidence[run, q].item() == pytest.approx(confidence, abs=1e-5)
-        assert scores.labels[run, q].tolist() == pytest.approx([e[i] / sum(e) for i in LABELS], abs=1e-5)
+        assert scores.labels[run, q].tolist() == pytest.approx([e[i] / sum(e) for (i,) in labels], abs=1e-5)
 
 
+@pytest.mark.parametrize("labels", [LABELS, EVERY], ids=["three", "every"])
 @pytest.mark.parametrize("budget, among", [(8192, None), (1, None), (20, 10)])
-def test_scores_equal_a_naive_loop(tiny, budget, among):
+def test_scores_equal_a_naive_loop(tiny, budget, among, labels):
     folder, model, _ = tiny
     watched = []
-    scores = label_scores(model, PROMPTS, LABELS, among=among, budget=budget, watch=watched.append)
-    check_scores(scores, 0, upstream(folder), PROMPTS, among)
+    scores = label_scores(model, PROMPTS, labels, Scoring(among=among, budget=budget), watched.append)
+    check_scores(scores, 0, upstream(folder), PROMPTS, labels, among)
     assert sum(watched) == len(PROMPTS) and len(watched) == {8192: 1, 1: 7, 20: 4}[budget]
-    assert scores.top.shape == (1, 7) and scores.labels.shape == (1, 7, 3)
+    assert scores.top.shape == (1, 7) and scores.labels.shape == (1, 7, len(labels))
+
+
+@pytest.mark.parametrize("among", [None, 10])
+def test_labels_of_one_token_are_read_off_the_last_position_to_the_bit(tiny, among):
+    """As they were before labels could have several tokens."""
+    _, model, _ = tiny
+    adapter, theta = trained(model, "lora", 3)
+    with torch.no_grad(), adapted(model, adapter, theta) as student:
+        scores = label_scores(student, PROMPTS, EVERY, Scoring(3, among, budget=60))
+        for group in by_length([len(p) for p in PROMPTS], 20):
+            batch = collate([[Row(PROMPTS[i], [0]) for i in group]] * 3)
+            logits = student(batch.ids, logits=batch.at).float().view(3, len(group), -1)
+            total, best = logits.logsumexp(-1, keepdim=True), logits.max(-1)
+            whole = total[..., 0] if among is None else logits.topk(among).values.logsumexp(-1)
+            assert torch.equal(VOCABULARY - 1 - scores.top[:, group], best.indices)
+            assert torch.equal(scores.confidence[:, group], (best.values - whole).exp())
+            assert torch.equal(scores.labels[:, group].flip(-1), (logits - total).exp())
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
@@ -60,9 +81,11 @@ def test_each_run_scores_as_its_own_model_does(tiny, kind):
     folder, model, _ = tiny
     adapter, theta = trained(model, kind, 3)
     with adapted(model, adapter, theta) as student:
-        scores = label_scores(student, PROMPTS, LABELS, runs=3, budget=60)
+        scores, every = (label_scores(student, PROMPTS, labels, Scoring(3, budget=60)) for labels in (LABELS, EVERY))
     for r in (0, 2):
-        check_scores(scores, r, peft_twin(folder, adapter, theta[r]), PROMPTS)
+        twin = peft_twin(folder, adapter, theta[r])
+        check_scores(scores, r, twin, PROMPTS, LABELS)
+        check_scores(every, r, twin, PROMPTS, EVERY)
     assert not torch.equal(scores.confidence[0], scores.confidence[1])
 
 
@@ -70,8 +93,9 @@ def test_each_run_scores_as_its_own_model_does(tiny, kind):
 @given(order=st.permutations(range(len(PROMPTS))), budget=st.integers(1, 80))
 def test_any_order_of_rows_gives_the_same_scores(tiny, order, budget):
     _, model, _ = tiny
-    expected = label_scores(model, PROMPTS, LABELS)
-    found = label_scores(model, [PROMPTS[i] for i in order], LABELS, budget=budget)
+    labels = EVERY + [[5, 6], [5, 7, 8]]
+    expected = label_scores(model, PROMPTS, labels)
+    found = label_scores(model, [PROMPTS[i] for i in order], labels, Scoring(budget=budget))
     assert torch.equal(found.top, expected.top[:, order])
     torch.testing.assert_close(found.confidence, expected.confidence[:, order], rtol=0, atol=1e-5)
     torch.testing.assert_close(found.labels, expected.labels[:, order], rtol=0, atol=1e-5)
@@ -87,20 +111,19 @@ def test_demonstrations_computed_once_equal_whole_prompts(tiny):
     student, rest = share_prefix(model, tokenizer, [DEMONSTRATIONS], QUERIES)
     assert [len(w) - len(r) for w, r in zip(whole, rest, strict=True)] == [student.keywords["prefix"].length] * 3
     bos = len(tokenizer.encode(""))
-    assert student.keywords["prefix"].length == bos + len(
-        "\n\n".join(d.prompt + d.answer for d in DEMONSTRATIONS) + "\n\nText:"
-    )
+    shown = "\n\n".join(d.prompt + d.answer for d in DEMONSTRATIONS) + "\n\nText:"
+    assert student.keywords["prefix"].length == bos + len(shown)
     assert all(w[-len(r) :] == r for w, r in zip(whole, rest, strict=True))
-    expected, found = label_scores(model, whole, LABELS), label_scores(student, rest, LABELS)
+    expected, found = label_scores(model, whole, EVERY), label_scores(student, rest, EVERY)
     assert torch.equal(expected.top, found.top)
-    assert (expected.confidence - found.confidence).abs().max() <= 1e-5 and (
-        expected.labels - found.labels
-    ).abs().max() <= 1e-5
-    assert generate(student, tokenizer, rest, 6, stop=None) == generate(model, tokenizer, whole, 6, stop=None)
+    assert (expected.confidence - found.confidence).abs().max() <= 1e-5
+    assert (expected.labels - found.labels).abs().max() <= 1e-5
+    how = Decoding(6, stop=None)
+    assert generate(student, tokenizer, rest, how) == generate(model, tokenizer, whole, how)
     answers = [[1, 2], [3], [4, 5, 6]]
     targets = [[Row(p, a) for p, a in zip(prompts, answers, strict=True)] for prompts in (whole, rest)]
-    observe(model, targets[0], whole, single=False)
-    observe(student, targets[1], rest, single=False)
+    observe(model, targets[0], whole, Asked(9))
+    observe(student, targets[1], rest, Asked(9))
     assert all((a.activations - b.activations).abs().max() <= 1e-5 for a, b in zip(*targets, strict=True))
 
 
@@ -109,9 +132,9 @@ def test_one_query_keeps_its_last_token(tiny):
     student, rest = share_prefix(model, tokenizer, [DEMONSTRATIONS], QUERIES[:1])
     whole = tokenizer.encode(with_demonstrations(DEMONSTRATIONS, QUERIES[0]))
     assert rest == [whole[-1:]]
-    torch.testing.assert_close(
-        label_scores(student, rest, LABELS).labels, label_scores(model, [whole], LABELS).labels, rtol=0, atol=1e-5
-    )
+    for labels in (LABELS, [[1, 2, 3], [1, 4]]):
+        found, expected = label_scores(student, rest, labels), label_scores(model, [whole], labels)
+        torch.testing.assert_close(found.labels, expected.labels, rtol=0, atol=1e-5)
 
 
 def test_demonstrations_a_query_stay_whole(tiny):
@@ -145,24 +168,25 @@ def test_similarity_equals_a_naive_loop(tiny):
             assert found[r].tolist() == pytest.approx([sum(s) / len(s) for s in similar], abs=1e-5)
 
 
+@pytest.mark.parametrize("labels", [LABELS, [[1, 2, 3], [4], [1, 5]]], ids=["one token", "several"])
 @pytest.mark.parametrize("budget", [8192, 20])
-def test_scores_come_with_the_similarity_of_the_same_pass(tiny, budget):
+def test_scores_come_with_the_similarity_of_the_same_pass(tiny, budget, labels):
     """Outputs kept of the base model; one run compared with two sets, four runs two by two."""
     _, model, _ = tiny
     adapter, theta = trained(model, "lora", 4)
-    kept = label_scores(model, PROMPTS, LABELS, keep=5, budget=budget).outputs
+    kept = label_scores(model, PROMPTS, labels, Scoring(keep=5, budget=budget)).outputs
     rows = [Row(p, [0]) for p in PROMPTS[:5]]
-    observe(model, rows, PROMPTS[:5], single=False)
+    observe(model, rows, PROMPTS[:5], Asked(9))
     torch.testing.assert_close(kept[:, 0], torch.cat([row.activations for row in rows], 1), rtol=0, atol=1e-5)
     like = kept + 0.5 * torch.randn(kept.shape[0], 2, *kept.shape[2:], generator=torch.Generator().manual_seed(0))
 
     def similar(student, number):
         return layer_asim(student, [Row(p, [0], like[:, number, i : i + 1]) for i, p in enumerate(PROMPTS[:5])])
 
-    found = label_scores(model, PROMPTS, LABELS, like=like, budget=budget).asim
+    found = label_scores(model, PROMPTS, labels, Scoring(like=like, budget=budget)).asim
     torch.testing.assert_close(found, torch.stack([similar(model, 0), similar(model, 1)]), rtol=0, atol=1e-5)
     with adapted(model, adapter, theta) as student:
-        found = label_scores(student, PROMPTS, LABELS, runs=4, like=like, budget=budget).asim
+        found = label_scores(student, PROMPTS, labels, Scoring(4, like=like, budget=budget)).asim
     for r in range(4):
         with adapted(model, adapter, theta[r : r + 1]) as student:
             torch.testing.assert_close(found[r], similar(student, r // 2), rtol=0, atol=1e-5)
@@ -171,11 +195,10 @@ def test_scores_come_with_the_similarity_of_the_same_pass(tiny, budget):
 def test_a_model_is_entirely_similar_to_itself(tiny):
     _, model, _ = tiny
     rows = [Row(p, [3, 4][: 1 + i % 2]) for i, p in enumerate(PROMPTS)]
-    observe(model, rows, PROMPTS, single=False)
+    observe(model, rows, PROMPTS, Asked(9))
     torch.testing.assert_close(layer_asim(model, rows, budget=30), torch.ones(2), rtol=0, atol=1e-5)
     for row in rows:
         row.activations = -row.activations
     torch.testing.assert_close(layer_asim(model, rows), -torch.ones(2), rtol=0, atol=1e-5)
-    assert F.cosine_similarity(rows[0].activations[0, 0], -rows[0].activations[0, 0], dim=0) == pytest.approx(
-        -1, abs=1e-6
-    )
+    one = rows[0].activations[0, 0]
+    assert F.cosine_similarity(one, -one, dim=0) == pytest.approx(-1, abs=1e-6)

@@ -1,4 +1,4 @@
-"""Greedy generation against transformers on a real checkpoint, stop texts in every place, and the teacher one token at a time."""
+"""Greedy generation against transformers on a real checkpoint, stop texts anywhere, the teacher token by token."""
 
 import pytest
 import torch
@@ -9,13 +9,17 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import ia2mini.teacher
 from ia2mini.adapters import LoRA, Prompt, adapted
-from ia2mini.episode import Episode, Row, by_length, with_demonstrations
-from ia2mini.generate import before_stop, generate
+from ia2mini.batch import Row, by_length, truth_row
+from ia2mini.episode import Episode, with_demonstrations
+from ia2mini.generate import Decoding, before_stop, generate
 from ia2mini.tasks import Example
-from ia2mini.teacher import observe, teach
+from ia2mini.teacher import Asked, Taught, observe, teach
 from ia2mini.tokenizer import Tokenizer
 
-STORY = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park with her big red ball and her dog."
+STORY = (
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park with her big red ball "
+    "and her dog."
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +47,17 @@ def test_fifty_prompts_in_one_batch_equal_transformers(story):
         "unequal prompts, some of which meet EOS"
     )
     batches = []
-    assert generate(model, tokenizer, prompts, 24, stop=None, watch=batches.append) == expected
+    assert generate(model, tokenizer, prompts, Decoding(24, stop=None), batches.append) == expected
     assert batches == [50]
-    assert generate(model, tokenizer, prompts, 24, stop=None, budget=200, watch=batches.append) == expected
+    assert generate(model, tokenizer, prompts, Decoding(24, stop=None, budget=200), batches.append) == expected
     assert len(batches) > 5 and sum(batches) == 100
-    assert generate(model, tokenizer, prompts[:5], 3, stop=None) == [e[:3] for e in expected[:5]]
+    assert generate(model, tokenizer, prompts[:5], Decoding(3, stop=None)) == [e[:3] for e in expected[:5]]
 
 
 def test_rows_stop_where_the_text_of_the_whole_answer_is_cut(story):
     model, tokenizer, prompts, expected = story
     stop = ". "
-    found = generate(model, tokenizer, prompts, 24, stop=stop)
+    found = generate(model, tokenizer, prompts, Decoding(24, stop))
     begun = [len(tokenizer.decode(p)) for p in prompts]
     texts = [tokenizer.decode(p + e)[n:] for p, e, n in zip(prompts, expected, begun, strict=True)]
     assert 5 < sum(stop in text for text in texts) < 50
@@ -124,10 +128,10 @@ def test_finished_rows_leave_the_batch():
     a, b, c, new, both, eos = vocabulary["a"], vocabulary["b"], vocabulary["c"], vocabulary[n], vocabulary[n + n], 299
     model = Chain({200: a, a: eos, 201: b, b: both, 202: c, c: c, 203: eos, 204: new, new: new})
     watched = []
-    found = generate(model, tokenizer, [[200], [9, 201], [202], [8, 8, 203], [204]], 6, watch=watched.append)
+    found = generate(model, tokenizer, [[200], [9, 201], [202], [8, 8, 203], [204]], Decoding(6), watched.append)
     assert found == [[a], [b], [c] * 6, [], []]
     assert model.rows == [5, 4, 1, 1, 1, 1] and watched == [5]
-    assert generate(model, tokenizer, [[204]], 4, stop=None) == [[new] * 4]
+    assert generate(model, tokenizer, [[204]], Decoding(4, stop=None)) == [[new] * 4]
 
 
 def naive(student, prompt, tokens):
@@ -153,7 +157,7 @@ def test_generation_under_an_adapter_equals_the_uncached_one(tiny, kind):
     theta += 0.1 * torch.randn(theta.shape)
     prompts = [random_ids(length).tolist() for length in (5, 2, 9)]
     with adapted(model, adapter, theta) as student:
-        found = generate(student, Tokenizer(tokenizer.backend, ()), prompts, 8, stop=None)
+        found = generate(student, Tokenizer(tokenizer.backend, ()), prompts, Decoding(8, stop=None))
         assert found == [naive(student, p, 8) for p in prompts]
     assert found != [naive(model, p, 8) for p in prompts]
 
@@ -162,6 +166,11 @@ def small_episode(n=3, dev=2) -> Episode:
     rows = [Example(f"Text:{'long ' * i}row {i}\nLabel:", str(i % 2), i % 2) for i in range(n + dev)]
     shown = [[r for r in rows[:n] if r != row][: n - 1] for row in rows]
     return Episode(rows[:n], rows[n:], shown, [rows[:n]])
+
+
+def said_by(taught: Taught) -> list[Row]:
+    """The rows with the teacher's responses."""
+    return taught.icl_train + taught.icl_dev
 
 
 def naive_teacher(net, tokenizer, demonstrations, prompt, most, eos):
@@ -188,9 +197,11 @@ def test_the_teacher_in_one_pass_equals_one_pass_a_token(tiny, most, k):
         said, key=lambda t: len({a.index(t) if t in a else 9 for a in plain})
     )  # a token that ends rows in different places
     sizes, watched, budget = set(), [], 300 if most == 1 else 75
-    rows = teach(
-        model, Tokenizer(tokenizer.backend, (eos,)), episode, most, k, stop=None, budget=budget, watch=watched.append
-    )
+    reader, asked = Tokenizer(tokenizer.backend, (eos,)), Asked(most, k, stop=None, budget=budget)
+    taught = teach(model, reader, episode, asked, watched.append)
+    assert taught.train + taught.dev == [truth_row(example, reader, most > 1) for _, example in shown_rows]
+    assert (len(taught.train), len(taught.dev), len(taught.icl_train), len(taught.icl_dev)) == (3, 2, 3, 2)
+    rows = said_by(taught)
     for row, (shown, example) in zip(rows, shown_rows, strict=True):
         answer, outputs, distributions = naive_teacher(net, tokenizer, shown, example.prompt, most, eos)
         assert row.prompt == tokenizer.encode(example.prompt) and row.answer == answer
@@ -212,9 +223,9 @@ def test_the_teacher_in_one_pass_equals_one_pass_a_token(tiny, most, k):
 def test_the_teachers_response_ends_before_the_stop_text_and_with_eos(tiny):
     _, model, tokenizer = tiny
     episode = small_episode()
-    whole = teach(model, Tokenizer(tokenizer.backend, ()), episode, 6, stop=None)
+    whole = said_by(teach(model, Tokenizer(tokenizer.backend, ()), episode, Asked(6, stop=None)))
     stop = next(tokenizer.decode(row.answer[3:4]) for row in whole if tokenizer.decode(row.answer[3:4]).isascii())
-    rows = teach(model, tokenizer, episode, 6, stop=stop or None)
+    rows = said_by(teach(model, tokenizer, episode, Asked(6, stop=stop or None)))
     for row, long in zip(rows, whole, strict=True):
         cut = next((i for i in range(6) if stop in tokenizer.decode(long.answer[i : i + 1])), None)
         assert row.answer == (long.answer if cut is None else long.answer[:cut] + [EOS])
@@ -229,12 +240,12 @@ def test_a_response_that_is_tokenized_again_gets_a_pass_of_its_own(tiny, monkeyp
         responses = generate(*args)
         return [responses[0][:1] + [7, 8], *responses[1:]]
 
-    usual = teach(model, tokenizer, small_episode(), 6, 5, stop=None)
+    usual = said_by(teach(model, tokenizer, small_episode(), Asked(6, 5, stop=None)))
     monkeypatch.setattr(ia2mini.teacher, "generate", again)
-    rows = teach(model, tokenizer, small_episode(), 6, 5, stop=None)
+    rows = said_by(teach(model, tokenizer, small_episode(), Asked(6, 5, stop=None)))
     shown = tokenizer.encode(with_demonstrations(small_episode().demonstrations[0], small_episode().train[0].prompt))
     plain = Row(rows[0].prompt, usual[0].answer[:1] + [7, 8, EOS])
-    observe(model, [plain], [shown], single=False, soft_k=5)
+    observe(model, [plain], [shown], Asked(6, soft_k=5))
     assert rows[0].answer == plain.answer
     for name in ("activations", "soft"):
         torch.testing.assert_close(getattr(rows[0], name), getattr(plain, name), rtol=0, atol=1e-5)
@@ -244,7 +255,7 @@ def test_a_response_that_is_tokenized_again_gets_a_pass_of_its_own(tiny, monkeyp
 
 def test_the_teacher_notes_only_the_chosen_layers(tiny):
     _, model, tokenizer = tiny
-    whole, some = (teach(model, tokenizer, small_episode(), 1, layers=layers) for layers in (None, [2, 0]))
+    whole, some = (said_by(teach(model, tokenizer, small_episode(), Asked(layers=x))) for x in (None, [2, 0]))
     for a, b in zip(whole, some, strict=True):
         torch.testing.assert_close(a.activations[[2, 0]], b.activations, rtol=0, atol=1e-6)
 
@@ -253,6 +264,7 @@ def test_the_teacher_reads_the_demonstrations(tiny):
     _, model, tokenizer = tiny
     episode = small_episode()
     bare = Episode(episode.train, episode.dev, [[]] * 5, episode.icl)
-    for shown, alone in zip(teach(model, tokenizer, episode, 1), teach(model, tokenizer, bare, 1), strict=True):
+    both = (said_by(teach(model, tokenizer, e)) for e in (episode, bare))
+    for shown, alone in zip(*both, strict=True):
         assert (shown.activations - alone.activations).abs().max() > 1e-2
     assert by_length([3, 1, 2], 6) == [[0, 2], [1]]

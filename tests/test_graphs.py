@@ -1,30 +1,30 @@
-"""Recorded steps against plain ones. Where there is no GPU, a tape stands in for the CUDA graph: it replays operations, never Python."""
+"""Recorded steps against plain ones. Without a GPU a tape is the CUDA graph: it replays operations, never Python."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from ia2mini.models import load
 from ia2mini.models.common import checkpointed, wrap_blocks
-from reference import EOS, make_checkpoint, random_ids
-from test_train import MIXES, in_order, make_rows, starts
+from reference import EOS, MIXES, in_order, make_checkpoint, make_rows, random_ids, starts
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ia2mini.train
 from ia2mini import graphs
 from ia2mini.adapters import IA3, LoRA, PrefixTuning, Prompt
-from ia2mini.episode import Row, collate
-from ia2mini.generate import generate
+from ia2mini.batch import Row, collate
+from ia2mini.generate import Decoding, generate
 from ia2mini.tokenizer import Tokenizer
-from ia2mini.train import Settings, fit
+from ia2mini.train import Runs, Settings, train_runs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ADAPTERS = {"lora": LoRA, "ia3": IA3, "prompt": lambda m: Prompt(m, 3), "prefix": lambda m: PrefixTuning(m, 3)}
 
 
 class Tape(TorchDispatchMode):
-    """Notes operations with their tensors, as a CUDA graph does: the same memory at every replay, numbers and shapes frozen.
+    """Notes operations with their tensors, as a CUDA graph does: the same memory at every replay, shapes frozen.
 
     As a capture on the GPU, it refuses to bring values back from the device, and leaves no effect behind.
     """
@@ -76,7 +76,7 @@ class Tape(TorchDispatchMode):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Calls its argument without a recorder, then with one (a warning is an error), from a shape's second call on: both results."""
+    """Both results of its argument: without a recorder, and with one from a shape's second call on, no warnings."""
 
     def twice(function):
         Tape.replays = Tape.recordings = 0
@@ -127,25 +127,24 @@ def test_training_recorded_equals_training(model, recorded, monkeypatch, kind, m
     train, dev = (on_device([make_rows(size, seed + r) for r in range(R)]) for size, seed in ((4, 0), (2, 50)))
     weights = {name: torch.full((R,), w, device=DEVICE) for name, w in MIXES[mix].items()}
     settings, counts = Settings(batch_size, epochs=14, patience=2), []
+    runs = Runs(theta, rates, train, dev, weights, [partial(in_order, r) for r in range(R)])
 
-    def train_runs():
+    def trained():
         calls.clear()
-        found = fit(model, adapter, theta, rates, train, dev, weights, in_order, settings)
+        found = train_runs(model, adapter, runs, settings)
         counts.append(len(calls))
         return found
 
-    plain, replayed = recorded(train_runs)
-    assert kind != "lora" or len(set(plain.steps.tolist())) > 1, (
-        "runs leave at different steps, and the recordings with them"
-    )
+    plain, replayed = recorded(trained)
+    leave = "runs leave at different steps, and the recordings with them"
+    assert kind != "lora" or len(set(plain.steps.tolist())) > 1, leave
     assert torch.equal(plain.steps, replayed.steps)
     same(replayed.theta, plain.theta)
     same(replayed.dev_loss, plain.dev_loss)
     assert counts[1] < counts[0]
     if DEVICE == "cpu":
-        assert Tape.replays - Tape.recordings == counts[0] - counts[1] > 0, (
-            "a recording runs Python once, a replay never"
-        )
+        once = "a recording runs Python once, a replay never"
+        assert Tape.replays - Tape.recordings == counts[0] - counts[1] > 0, once
 
 
 def test_packed_and_checkpointed_steps_are_recorded_too(tmp_path, recorded):
@@ -154,9 +153,8 @@ def test_packed_and_checkpointed_steps_are_recorded_too(tmp_path, recorded):
     adapter, rows = LoRA(model), on_device([make_rows(4, r) for r in range(2)])
     assert collate(rows, DEVICE, pack=True).packed is not None
     theta, weights = starts(adapter, model, 2).to(DEVICE), {"mse": torch.ones(2, device=DEVICE)}
-    plain, replayed = recorded(
-        lambda: fit(model, adapter, theta, torch.full((2,), 1e-2), rows, rows, weights, lambda r, e: [0, 1, 2, 3])
-    )
+    runs = Runs(theta, torch.full((2,), 1e-2), rows, rows, weights, [lambda epoch: [0, 1, 2, 3]] * 2)
+    plain, replayed = recorded(lambda: train_runs(model, adapter, runs))
     same(replayed.theta, plain.theta)
     assert (plain.theta - theta).abs().max() > 0.01
 
@@ -174,7 +172,7 @@ def test_decoding_recorded_equals_decoding(loaded, recorded, observed):
 
     def run():
         seen.append([])
-        return generate(model, tokenizer, prompts, 12, stop=None, observer=observer if observed else None)
+        return generate(model, tokenizer, prompts, Decoding(12, stop=None), observer=observer if observed else None)
 
     plain, replayed = recorded(run)
     assert plain == replayed
@@ -191,7 +189,7 @@ def test_a_shape_is_recorded_once_it_comes_often_and_only_some_are(monkeypatch):
     monkeypatch.setitem(graphs.RECORDERS, "cpu", Tape)
     monkeypatch.setattr(graphs, "MOST", 2)
     Tape.recordings, calls = 0, []
-    step = graphs.Replayed(lambda batch: calls.append(1) or 2.0 * batch.ids, torch.device("cpu"))
+    step = graphs.CapturedStep(lambda batch: calls.append(1) or 2.0 * batch.ids, torch.device("cpu"))
     for length in (1, 2, 3):
         for call in range(7):
             batch = collate([[Row([call] * length, [0])]])
@@ -204,9 +202,8 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch):
     monkeypatch.setitem(graphs.RECORDERS, DEVICE, Tape if DEVICE == "cpu" else graphs.CudaRecorder)
     monkeypatch.setattr(graphs, "OFTEN", 1)
     total = torch.zeros((), device=DEVICE)
-    good, bad = (
-        graphs.Replayed(function, total.device) for function in (lambda: total.add_(1), lambda: total.add_(1).item())
-    )
+    functions = lambda: total.add_(1), lambda: total.add_(1).item()
+    good, bad = (graphs.CapturedStep(function, total.device) for function in functions)
     assert [float(good()) for _ in range(3)] == [1, 2, 3]
     assert bad() == 4
     with pytest.warns(UserWarning, match="no CUDA graphs from now on: .*captur"):

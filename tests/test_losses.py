@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ia2mini import losses
-from ia2mini.episode import Row, collate
+from ia2mini.batch import Row, collate
 from ia2mini.losses import activation_mse, cross_entropy, per_run, soft_cross_entropy
 
 

@@ -148,7 +148,87 @@ def test_paired_test_equals_scipy():
     assert got == metrics.paired_test(a, b) and got.low != metrics.paired_test(a, b, seed=1).low
 
 
-def test_paired_test_names_the_missing_extra(monkeypatch):
+def test_paired_test_of_one_pair_knows_the_difference_only():
+    got = metrics.paired_test([0.75], torch.tensor([0.5]))
+    assert (got.mean, got.pairs) == (0.25, 1)
+    assert all(math.isnan(x) for x in (got.low, got.high, got.t, got.p))
+    none = metrics.paired_test([], [])
+    assert none.pairs == 0 and all(math.isnan(x) for x in none[:5])
+    with pytest.raises(AssertionError):
+        metrics.paired_test([1, 2], [1])
+
+
+def test_paired_test_of_equal_differences():
+    got = metrics.paired_test([0.5, 0.75, 1.0], [0.25, 0.5, 0.75])
+    assert (got.mean, got.low, got.high, got.pairs) == (0.25, 0.25, 0.25, 3) and got.t == math.inf and got.p == 0
+    same = metrics.paired_test([1, 2], [1, 2])
+    assert (same.mean, same.low, same.high) == (0, 0, 0) and math.isnan(same.t) and math.isnan(same.p)
+
+
+def test_paired_test_without_scipy_keeps_the_interval(monkeypatch):
+    want = metrics.paired_test([1, 2, 4], [2, 1, 1])
     monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(metrics.UsageError, match=r"ia2mini\[report\]"):
-        metrics.paired_test([1, 2], [2, 1])
+    got = metrics.paired_test([1, 2, 4], [2, 1, 1])
+    assert (got.mean, got.low, got.high, got.pairs) == (want.mean, want.low, want.high, 3)
+    assert math.isnan(got.t) and math.isnan(got.p) and not math.isnan(want.t) and not math.isnan(want.p)
+
+
+def naive_null(confidence, bins, scheme, draws, seed):
+    """`ece_null` as it is said: who is right is drawn anew for all rows, `draws` times; the mean of their ECEs."""
+    rng = np.random.default_rng(seed)
+    right = [rng.random(len(confidence)) < confidence for _ in range(draws)]
+    return sum(metrics.ece(confidence, drawn, bins, scheme) for drawn in right) / draws
+
+
+@pytest.mark.parametrize("scheme", ["width", "mass"])
+@pytest.mark.parametrize("bins", [1, 4, 15, 40])
+def test_ece_null_equals_a_naive_loop(scheme, bins):
+    rng = np.random.default_rng(bins)
+    for size in (1, 7, 60):
+        confidence = np.sort(rng.beta(4, 1, size))  # sorted, no two alike: the same draws fall on the same rows
+        want = naive_null(confidence, bins, scheme, 50, 3)
+        assert metrics.ece_null(confidence, bins, scheme, draws=50, seed=3) == pytest.approx(want, abs=1e-12)
+        shuffled = torch.tensor(rng.permutation(confidence))
+        assert metrics.ece_null(shuffled, bins, scheme, draws=50, seed=3) == pytest.approx(want, abs=1e-12)
+
+
+def test_ece_null_with_ties_and_at_the_ends_of_bins():
+    """Confidences on the bins' edges, 0 and 1, and many alike, which share their mean correctness."""
+    confidence = np.array([0.0, 0.2, 0.2, 0.4, 0.4, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0])
+    for scheme in ("width", "mass"):
+        got = metrics.ece_null(confidence, 5, scheme, draws=50)
+        assert got == pytest.approx(naive_null(confidence, 5, scheme, 50, 0), abs=1e-12)
+
+
+@pytest.mark.parametrize("rows, size", [(40, 0.09), (100, 0.06), (500, 0.03)])
+def test_ece_null_has_its_known_sizes(rows, size):
+    rng = np.random.default_rng(0)
+    for sure, unsure in ((9, 1), (4.5, 0.5), (1.8, 0.2)):  # right nine times in ten; less and less often in doubt
+        drawn = [metrics.ece_null(rng.beta(sure, unsure, rows), draws=200) for _ in range(10)]
+        assert sum(drawn) / 10 == pytest.approx(size, rel=0.2)
+
+
+def test_ece_null_edges():
+    assert metrics.ece_null([1.0] * 9) == metrics.ece_null([0.0] * 9) == 0  # certain, and always what it says
+    assert metrics.ece_null([0.5]) == 0.5
+    assert math.isnan(metrics.ece_null([]))
+    assert math.isnan(metrics.ece_null([0.5, float("nan")]))
+    assert metrics.ece_null([0.3, 0.9], draws=20) == metrics.ece_null([0.9, 0.3], draws=20)
+    assert metrics.ece_null(torch.tensor([1.0 + 1e-7] * 3)) == 0  # a rounded softmax
+
+
+def test_measure_is_every_metric_of_one_run():
+    probabilities = torch.tensor([[0.6, 0.1], [0.2, 0.3], [0.05, 0.45]])  # the rest goes to tokens that are no label
+    gold, confidence = torch.tensor([0, 0, 1]), [0.6, 0.5, 0.45]
+    got = metrics.measure(confidence, [1, 0, 1], probabilities, gold)
+    assert got["acc"] == pytest.approx(2 / 3) and got["acc_labels"] == pytest.approx(2 / 3)
+    assert got["nll"] == pytest.approx(-(math.log(0.6) + math.log(0.2) + math.log(0.45)) / 3)
+    squared = (0.4**2 + 0.1**2) + (0.8**2 + 0.3**2) + (0.05**2 + 0.55**2)
+    assert got["brier"] == pytest.approx(squared / 3)
+    assert got["ece"] == metrics.ece(confidence, [1, 0, 1]) and got["ece_null"] == metrics.ece_null(confidence)
+    assert got["ece_mass"] == metrics.ece(confidence, [1, 0, 1], scheme="mass")
+    assert got["ece_labels"] == pytest.approx(metrics.ece([6 / 7, 0.6, 0.9], [1, 0, 1]))
+    assert np.array(got["reliability"]).sum(0) == pytest.approx([3, 1.55, 2])
+    mass = metrics.measure(confidence, [1, 0, 1], probabilities, gold, "mass")
+    assert mass["ece"] == mass["ece_mass"] == got["ece_mass"]
+    assert mass["ece_null"] == metrics.ece_null(confidence, scheme="mass")

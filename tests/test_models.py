@@ -1,4 +1,4 @@
-"""Both families against transformers; taps, padding, cache and shared prefix against the plain pass."""
+"""Both families against transformers; taps, padding and wrapped blocks against the plain pass."""
 
 import json
 from functools import partial
@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 import torch
 from ia2mini.models import Taps, UsageError, load
-from ia2mini.models.common import Cache, Head, Packed, Prefix, checkpointed, compiled, wrap_blocks
+from ia2mini.models.cache import Cache, Prefix
+from ia2mini.models.common import Head, checkpointed, compiled, device_of, wrap_blocks
 from reference import (
     LLAMA3_SCALING,
     assert_equal,
@@ -48,24 +49,11 @@ def make(folder, case: str, **more):
     return make_checkpoint(folder, family, **changes, **more)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny models run faster on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
 def tiny(request, tmp_path_factory):
     """A tiny random model of each family, gradients on (loading freezes)."""
     folder = make_checkpoint(tmp_path_factory.mktemp("tiny") / request.param, request.param)
     return load(folder)[0].requires_grad_(True)
-
-
-def last_tokens(logits, lengths):
-    return logits[torch.arange(len(lengths)), torch.tensor(lengths) - 1]
 
 
 @cases
@@ -200,114 +188,10 @@ def test_logits_at_positions_are_slices_of_all(tiny):
     torch.testing.assert_close(chosen, tiny(ids)[at], atol=1e-5, rtol=0)
 
 
-def decode(model, rows, prompts, chosen, prefix=None, first_keep=None):
-    """Logits [steps, rows, V] of feeding `chosen` [rows, steps] after right-padded `prompts`, with a cache."""
-    lengths = torch.tensor([len(p) for p in prompts])
-    cache = Cache(model.config, rows, int(lengths.max()) + chosen.shape[1], torch.float32, "cpu")
-    padded = torch.stack([torch.nn.functional.pad(p, (0, int(lengths.max()) - len(p)), value=7) for p in prompts])
-    steps = [last_tokens(model(padded, cache=cache, prefix=prefix), lengths.tolist())]
-    cache.lengths += lengths
-    for step in range(chosen.shape[1]):
-        if step == 2 and first_keep is not None:
-            cache.keep(first_keep)
-            chosen = chosen[first_keep]
-        steps.append(model(chosen[:, step : step + 1], cache=cache, prefix=prefix)[:, 0])
-        cache.lengths += 1
-    return steps
-
-
-def test_cache_with_unequal_prompts_equals_the_plain_pass(tiny):
-    prompts = [random_ids(n) for n in (3, 9, 1, 6)]
-    chosen = random_ids(4, 5)
-    with torch.no_grad():
-        steps = decode(tiny, 4, prompts, chosen)
-        for row, prompt in enumerate(prompts):
-            whole = tiny(torch.cat((prompt, chosen[row]))[None])[0, len(prompt) - 1 :]
-            torch.testing.assert_close(torch.stack([s[row] for s in steps]), whole, atol=1e-5, rtol=0)
-
-
-def test_cache_keeps_the_rows_asked_for_in_their_order(tiny):
-    prompts = [random_ids(n) for n in (3, 9, 1, 6)]
-    chosen = random_ids(4, 5)
-    keep = torch.tensor([3, 0])  # the longest leaves, too
-    with torch.no_grad():
-        steps = decode(tiny, 4, prompts, chosen, first_keep=keep)
-        for place, row in enumerate(keep.tolist()):
-            whole = tiny(torch.cat((prompts[row], chosen[row]))[None])[0, len(prompts[row]) - 1 :]
-            torch.testing.assert_close(torch.stack([s[place] for s in steps[3:]]), whole[3:], atol=1e-5, rtol=0)
-
-
-def test_cache_takes_several_tokens_at_once(tiny):
-    ids = random_ids(2, 12)
-    cache = Cache(tiny.config, 2, 12, torch.float32, "cpu")
-    with torch.no_grad():
-        parts = []
-        for part in ids.split(4, 1):
-            parts.append(tiny(part, cache=cache))
-            cache.lengths += 4
-        torch.testing.assert_close(torch.cat(parts, 1), tiny(ids), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("groups", [1, 3])
-def test_prefix_equals_concatenation(tiny, groups):
-    before, ids = random_ids(groups, 7), random_ids(6, 5)
-    prefix, taps = Prefix(), Taps()
-    with torch.no_grad():
-        assert tiny(before, cache=prefix, logits=False) is None
-        assert prefix.length == 7 and prefix.past(0)[0].shape[0] == groups
-        logits = tiny(ids, prefix=prefix, taps=taps)
-        whole = our_pass(tiny, torch.cat((before.repeat_interleave(6 // groups, 0), ids), 1))
-    assert_equal((logits, taps.stack()), (whole[0][:, 7:], whole[1][:, :, 7:]), 1e-5)
-
-
-@pytest.mark.parametrize("groups", [1, 3])
-def test_gradients_through_the_prefix_equal_those_of_concatenation(tiny, groups):
-    before = tiny.model.embed_tokens(random_ids(groups, 4)).detach().requires_grad_(True)
-    ids, weights = random_ids(6, 5), torch.randn(6, 5, tiny.config.vocab_size)
-    prefix = Prefix()
-    tiny(before, cache=prefix, logits=False)
-    parameters = [p for p in tiny.parameters()]
-    shared = torch.autograd.grad((tiny(ids, prefix=prefix) * weights).mean(), [before, *parameters])
-    joined = torch.cat((before.repeat_interleave(6 // groups, 0), tiny.model.embed_tokens(ids)), 1)
-    plain = torch.autograd.grad((tiny(joined)[:, 4:] * weights).mean(), [before, *parameters])
-    assert plain[0].abs().max() > 1e-5
-    for ours, theirs in zip(shared, plain, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-6 * max(1, theirs.abs().max().item()), rtol=1e-4)
-
-
-def test_prefix_and_cache_together_equal_the_plain_pass(tiny):
-    before = random_ids(1, 6)
-    prompts = [random_ids(n) for n in (3, 8, 1)]
-    chosen = random_ids(3, 4)
-    prefix = Prefix()
-    with torch.no_grad():
-        tiny(before, cache=prefix, logits=False)
-        steps = decode(tiny, 3, prompts, chosen, prefix=prefix)
-        for row, prompt in enumerate(prompts):
-            whole = tiny(torch.cat((before[0], prompt, chosen[row]))[None])[0, 6 + len(prompt) - 1 :]
-            torch.testing.assert_close(torch.stack([s[row] for s in steps]), whole, atol=1e-5, rtol=0)
-
-
-@families
-def test_prefix_in_bfloat16_stays_near(family, tmp_path):
-    folder = make_checkpoint(tmp_path, family, dtype=torch.bfloat16)
-    model = load(folder, dtype=torch.bfloat16)[0]
-    before, ids = random_ids(1, 16), random_ids(4, 8)
-    joined = torch.cat((before.expand(4, -1), ids), 1)
-    exact, theirs = (
-        x[:, 16:] for x in (upstream_pass(upstream(folder, d), joined)[0] for d in (torch.float32, torch.bfloat16))
-    )
-    prefix = Prefix()
-    with torch.no_grad():
-        model(before, cache=prefix, logits=False)
-        ours = model(ids, prefix=prefix)
-    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
-
-
 STORY = (
-    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. "
-    "She wanted to play with it, but it was too high.\nLily's mom said, \"Lily, let's go to the park.\" Lily was sad and didn't know "
-    'what to do. She said, "I want to play with your ball, but'
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a "
+    "big, red ball. She wanted to play with it, but it was too high.\nLily's mom said, \"Lily, let's go to the park.\" "
+    "Lily was sad and didn't know what to do. She said, \"I want to play with your ball, but"
 )
 
 
@@ -316,7 +200,7 @@ def test_a_real_checkpoint_continues_with_the_published_text(shared_data, cached
     model, tokenizer = load(shared_data / "checkpoints" / "stories260k")
     ids = tokenizer.encode("")
     assert ids == [1] and tokenizer.eos_ids == (2,)
-    cache = Cache(model.config, 1, 121, torch.float32, "cpu") if cached else None
+    cache = Cache(model.config, 1, 121, torch.zeros(())) if cached else None
     for _ in range(120):
         logits = model(torch.tensor([ids[-1:] if cached else ids]), cache=cache)
         if cached:
@@ -335,20 +219,12 @@ def test_head_is_the_same_map_for_few_rows(rows):
         torch.testing.assert_close(a, b)
 
 
-def test_packed_documents_are_computed_as_if_alone(tiny):
-    lengths = (5, 1, 7)
-    documents = [random_ids(1, length) for length in lengths]
-    packed = Packed(
-        *(torch.cat(x)[None] for x in zip(*((torch.full((n,), i), torch.arange(n)) for i, n in enumerate(lengths))))
-    )
-    taps = Taps()
-    logits = tiny(torch.cat(documents, 1), taps=taps, cache=packed)
-    alone, outputs = zip(*(our_pass(tiny, ids) for ids in documents))
-    torch.testing.assert_close(logits, torch.cat(alone, 1), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(taps.stack(), torch.cat(outputs, 2), atol=1e-5, rtol=1e-5)
+def test_where_a_model_is(tiny):
+    assert device_of(tiny) == device_of(partial(tiny, logits=False)) == torch.device("cpu")
+    assert device_of(type(tiny)(tiny.config).to("meta")) == torch.device("meta")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@families
 @pytest.mark.parametrize("wrap", ["checkpointed", "compiled"])
 def test_wrapped_blocks_compute_the_same(family, wrap, tmp_path):
     folder, counter = make_checkpoint(tmp_path, family), CompileCounter()
@@ -370,11 +246,8 @@ def test_wrapped_blocks_compute_the_same(family, wrap, tmp_path):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
     # whatever the length: attention of the first layer, whose input needs no gradient, of the others, and the MLP
     assert counter.frame_count == 3 * (wrap == "compiled")
-    caches, prefixes, counts = (
-        [Cache(plain.config, 4, 16, torch.float32, "cpu") for _ in range(2)],
-        [Prefix(), Prefix()],
-        [],
-    )
+    caches = [Cache(plain.config, 4, 16, torch.zeros(())) for _ in range(2)]
+    prefixes, counts = [Prefix(), Prefix()], []
     with torch.no_grad():
         for part in (ids, *random_ids(4, 4).split(1, 1)):
             a, b = (model(part, cache=cache) for model, cache in zip((plain, wrapped), caches, strict=True))
@@ -382,7 +255,8 @@ def test_wrapped_blocks_compute_the_same(family, wrap, tmp_path):
             counts.append(counter.frame_count)
             for cache in caches:
                 cache.lengths += part.shape[1]
-        # both halves without gradients, both for a single token, attention for any cache: neither a layer nor a longer cache compiles anew
+        # both halves without gradients, both for a single token, attention for any cache: neither a layer nor a longer
+        # cache compiles anew
         assert counts == [n * (wrap == "compiled") for n in (5, 7, 8, 8, 8)]
         before, ids = random_ids(1, 6), random_ids(4, 5)
         for model, prefix in zip((plain, wrapped), prefixes, strict=True):

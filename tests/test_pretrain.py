@@ -1,4 +1,5 @@
-"""Pretraining in small, its optimizer against independent references, and the checkpoint it made."""
+"""Pretraining in small: documents, a tokenizer that joins and decodes exactly, the optimizer against independent
+references, and the checkpoint it made."""
 
 import random
 import re
@@ -6,11 +7,26 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from ia2mini.models.checkpoint import TINY, load
-from ia2mini.models.common import UsageError
 
-from ia2mini import pretrain
-from ia2mini.tasks import world
+from bench import pretrain
+from bench.__main__ import main
+from ia2mini import UsageError
+from ia2mini.tasks import find_task, load_examples, world
+
+TASKS = {toy.name: toy for toy in world.TOY_TASKS}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return pretrain.build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def ends(tokenizer):
+    """Ids of the tokens before answers, and of those behind them."""
+    return [[tokenizer.token_to_id(t) for t in tokens] for tokens in (("Label:", "Answer:"), ("\n\n", "<eos>"))]
 
 
 @pytest.fixture
@@ -47,35 +63,41 @@ def test_episode_shows_one_rule():
     assert mixed > 20
 
 
-def test_answer_mask_covers_answers_and_their_end():
-    tokenizer = world.build_tokenizer()
-    ids = tokenizer.encode("Text:a film\nLabel:1\n\nQuestion:how\nAnswer:#### 4" + world.EOS).ids
-    starts, stops = (
-        [tokenizer.token_to_id(t) for t in ("Label:", "Answer:")],
-        [tokenizer.token_to_id(t) for t in ("\n\n", world.EOS)],
-    )
-    mask = pretrain.answer_mask(torch.tensor([ids[:-1]]), starts, stops)[0]
-    assert [tokenizer.id_to_token(i) for i, m in zip(ids[1:], mask.tolist(), strict=True) if m] == [
-        "1",
-        "\n\n",
-        "####",
-        "4",
-        world.EOS,
-    ]
+@pytest.mark.parametrize("name", TASKS)
+def test_tokenizer_joins_prompt_and_answer_and_decodes_exactly(name, tokenizer):
+    encode = lambda text: tokenizer.encode(text).ids  # noqa: E731
+    rows = load_examples(find_task(name), "eval").rows
+    for first, second in zip(rows[:200], rows[200:400], strict=True):
+        whole = f"{first.prompt}{first.answer}\n\n{second.prompt}"
+        ids = encode(whole)
+        assert ids == encode(first.prompt) + encode(first.answer) + encode("\n\n") + encode(second.prompt)
+        assert tokenizer.decode(ids) == whole
+        assert tokenizer.token_to_id(pretrain.UNK) not in ids
+    for label in TASKS[name].labels:
+        assert len(encode(label)) == 1
 
 
-def test_gradients_match_a_plain_loop():
-    tokenizer = world.build_tokenizer()
-    starts, stops = (
-        [tokenizer.token_to_id(t) for t in ("Label:", "Answer:")],
-        [tokenizer.token_to_id(t) for t in ("\n\n", world.EOS)],
-    )
+def test_tokenizer_specials(tokenizer):
+    assert tokenizer.encode("\n\n").tokens == ["\n\n"] and tokenizer.encode("\n").tokens == ["\n"]
+    assert tokenizer.encode("a zeppelin film").tokens == ["a", pretrain.UNK, "film"]
+    assert tokenizer.encode("#### 4" + pretrain.EOS).tokens == ["####", "4", pretrain.EOS]
+    assert tokenizer.encode("").ids == []  # nothing is put in front
+
+
+def test_answer_mask_covers_answers_and_their_end(tokenizer, ends):
+    ids = tokenizer.encode("Text:a film\nLabel:1\n\nQuestion:how\nAnswer:#### 4" + pretrain.EOS).ids
+    mask = pretrain.answer_mask(torch.tensor([ids[:-1]]), *ends)[0]
+    masked = [tokenizer.id_to_token(i) for i, m in zip(ids[1:], mask.tolist(), strict=True) if m]
+    assert masked == ["1", "\n\n", "####", "4", pretrain.EOS]
+
+
+def test_gradients_match_a_plain_loop(tokenizer, ends):
     model = pretrain.initial_model(0)
     ids = torch.full((2, 14), -1)
     for i, text in enumerate(("Text:a lovely film\nLabel:1\n\nText:so", "noon dusk noon dusk noon")):
         row = tokenizer.encode(text).ids
         ids[i, : len(row)] = torch.tensor(row)
-    got, answer = pretrain.gradients(model, starts, stops, ids)
+    got, answer = pretrain.gradients(model, *ends, ids)
     each = [F.cross_entropy(model(row[row >= 0][None, :-1])[0], row[row >= 0][1:], reduction="none") for row in ids]
     wanted = (each[0][5:7].mean() + each[1].mean()) / 2  # the label and its blank line; all of the copy
     assert answer.item() == pytest.approx(wanted.item(), rel=0.01)  # bfloat16 inside
@@ -125,32 +147,48 @@ def test_loss_falls_and_a_resumed_run_is_the_same_run(small, tmp_path, monkeypat
         pretrain.pretrain(tmp_path / "cut", **options | {"rows": 2})
     resumed = pretrain.pretrain(tmp_path / "cut", **options)
     assert drawn[0] == "0/8"
-    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (
-        tmp_path / "whole" / "model.safetensors"
-    ).read_bytes()
+    whole, cut = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
     assert [point["loss"] for point in resumed["curve"]] == [point["loss"] for point in record["curve"]]
 
 
-@pytest.mark.skipif(
-    not (TINY / "model.safetensors").is_file(), reason="models/tiny is not there; make it with `ia2mini pretrain`"
-)
+def test_the_command(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(pretrain, "pretrain", lambda out, **more: asked.append((out, more)))
+    done = CliRunner().invoke(main, ["pretrain", "--out", str(tmp_path), "--steps", "2"], catch_exceptions=False)
+    assert done.exit_code == 0 and f"--model {tmp_path}" in done.output
+    assert asked == [(tmp_path, {"steps": 2, "seed": 0, "device": "cpu"})]
+    monkeypatch.undo()
+    monkeypatch.setattr(pretrain, "resume", lambda *_: (_ for _ in ()).throw(UsageError("begun with others")))
+    (tmp_path / "state.safetensors").write_bytes(b"")
+    done = CliRunner().invoke(main, ["pretrain", "--out", str(tmp_path), "--steps", "2"])
+    assert done.exit_code and done.output.strip().splitlines()[-1].endswith("begun with others")
+    assert "Traceback" not in done.output
+
+
+made = (TINY / "model.safetensors").is_file()
+
+
+@pytest.mark.skipif(not made, reason="models/tiny is not there; make it with `python -m bench pretrain`")
 class TestTiny:
     def test_size_and_tokenizer(self):
         assert (TINY / "model.safetensors").stat().st_size <= 4e6
-        assert (TINY / "tokenizer.json").read_text() == world.build_tokenizer().to_str(pretty=True)
+        assert (TINY / "tokenizer.json").read_text() == pretrain.build_tokenizer().to_str(pretty=True)
 
     def test_transformers_agrees(self):
         transformers = pytest.importorskip("transformers")
         ours, tokenizer = load("tiny")
         theirs = transformers.AutoModelForCausalLM.from_pretrained(TINY)
         assert type(theirs).__name__ == "Qwen3ForCausalLM"
-        prompt, _ = world.pair(world.TOY_TASKS[0], world.rows("toy-mood", "eval")[0])
+        prompt = load_examples(find_task("toy-mood"), "eval").rows[0].prompt
         ids = torch.tensor([tokenizer.encode(prompt * 3)])
         with torch.no_grad():
             torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=2e-4, rtol=1e-4)
 
     def test_it_learns_in_context(self):
         model, _ = load("tiny")
-        toys = [toy for toy in world.TOY_TASKS if len(toy.evals) > 1]
-        for name, curve in pretrain.probe(model, world.build_tokenizer(), toys, queries=50).items():
+        names = [toy.name for toy in world.TOY_TASKS if len(toy.evals) > 1]
+        curves = pretrain.probe(model, pretrain.build_tokenizer(), names, queries=50)
+        assert list(curves) == names and len(names) == 6
+        for name, curve in curves.items():
             assert curve[-1] >= 0.9 and curve[-1] >= curve[0] + 0.2, (name, curve)

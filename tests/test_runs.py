@@ -1,4 +1,4 @@
-"""Run folders: computed once, whole or absent, found again by what made them; and the summary against numpy."""
+"""Run folders: computed once, whole or absent, found again by what made them; a run's metrics against numpy."""
 
 import json
 import math
@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from ia2mini.models.common import UsageError
 from safetensors.torch import load_file
 
-from ia2mini import runs
-from ia2mini.runs import RunFolder, checkpoint_digest, finite, peak_memory, versions
-from ia2mini.summary import METRICS, chosen, measure, summarise
+from ia2mini import UsageError, runs
+from ia2mini.files import finite
+from ia2mini.metrics import measure
+from ia2mini.runs import RunFolder, checkpoint_digest, peak_memory, versions
 
 
 def files(folder) -> set[str]:
@@ -31,6 +31,39 @@ def test_once_computes_once_and_reads_back(tmp_path):
     assert calls == [1] and (folder.path / "cell/fit.safetensors").is_file()
     for found in (first, again, load_file(folder.path / "cell/fit.safetensors")):
         assert torch.equal(found["a"], torch.arange(6.0).view(2, 3).T) and torch.equal(found["b"], torch.tensor([1, 2]))
+
+
+def test_nothing_is_written_before_the_run_begins(tmp_path):
+    folder = RunFolder(tmp_path / "out", "name", {"n": [4], "rates": []})
+    assert not (tmp_path / "out").exists()
+    folder.begin({"rates": (1e-3,), "targets": ("q_proj",)})
+    assert files(folder.path) == {"run.json"}
+    kept = json.loads((folder.path / "run.json").read_text())
+    assert kept == {
+        "n": [4],
+        "rates": [1e-3],
+        "targets": ["q_proj"],
+    }  # as resolved, in a folder named by what was asked
+    RunFolder(tmp_path / "out", "name", {"n": [4], "rates": []}).begin({"rates": (1e-4,)})
+    assert json.loads((folder.path / "run.json").read_text()) == kept  # what made the folder stays
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="file/name-.*: cannot write there .*; choose another folder with --out"):
+        RunFolder(tmp_path / "file", "name", {}).begin({})
+
+
+def test_json_once_makes_once_and_reads_back(tmp_path):
+    folder, calls = RunFolder(tmp_path, "name", {}), []
+
+    def make():
+        calls.append(1)
+        return {"texts": ["a", "ü"], "share": math.nan}
+
+    for _ in range(2):
+        assert folder.json_once("cell/texts.json", make) == {"texts": ["a", "ü"], "share": None}
+    assert calls == [1]
 
 
 def test_once_leaves_nothing_of_a_failing_maker_and_goes_on_later(tmp_path):
@@ -141,111 +174,33 @@ def test_versions_and_memory_are_told():
 def test_measure_on_a_written_out_example():
     p = np.array([[0.6, 0.2], [0.3, 0.5], [0.02, 0.2], [0.45, 0.4]])
     confidence, correct, gold = np.array([0.6, 0.5, 0.7, 0.45]), np.array([1, 0, 0, 1]), [0, 0, 1, 0]
-    scores = {
-        "asim": torch.tensor([0.5, 0.75]),
-        "correct": torch.tensor(correct).bool(),
-        "top": torch.zeros(4, dtype=torch.int64),
-    }
-    scores |= {"confidence": torch.tensor(confidence), "labels": torch.tensor(p)}
-    found = measure(scores, gold)
+    found = measure(torch.tensor(confidence), torch.tensor(correct).bool(), torch.tensor(p), torch.tensor(gold))
     share = p / p.sum(1, keepdims=True)
     right = share.argmax(1) == gold
     gap = np.abs  # no two rows share a bin
-    assert found.pop("asim_layers") == [0.5, 0.75]
     bins = {i: sums for i, sums in enumerate(found.pop("reliability")) if sums[0]}
-    assert bins == {
-        i: [1, pytest.approx(c), right] for i, c, right in ((6, 0.45, 1), (7, 0.5, 0), (8, 0.6, 1), (10, 0.7, 0))
+    wanted = ((6, 0.45, 1), (7, 0.5, 0), (8, 0.6, 1), (10, 0.7, 0))
+    assert bins == {i: [1, pytest.approx(c), right] for i, c, right in wanted}
+    # alone in its bin, a row is off by 1 - p with probability p and by p with 1 - p
+    assert found.pop("ece_null") == pytest.approx((2 * confidence * (1 - confidence)).mean(), abs=0.02)
+    expected = {
+        "acc": 0.5,
+        "ece": (gap(1 - 0.6) + gap(0 - 0.5) + gap(0 - 0.7) + gap(1 - 0.45)) / 4,
+        "ece_mass": (gap(1 - 0.6) + gap(0 - 0.5) + gap(0 - 0.7) + gap(1 - 0.45)) / 4,
+        "nll": -np.log([0.6, 0.3, 0.2, 0.45]).mean(),
+        "brier": np.mean([0.4**2 + 0.2**2, 0.7**2 + 0.5**2, 0.02**2 + 0.8**2, 0.55**2 + 0.4**2]),
+        "acc_labels": right.mean(),
+        "ece_labels": gap(right - share.max(1)).mean(),
     }
-    assert found == pytest.approx(
-        {
-            "acc": 0.5,
-            "asim": 0.625,
-            "ece": (gap(1 - 0.6) + gap(0 - 0.5) + gap(0 - 0.7) + gap(1 - 0.45)) / 4,
-            "ece_mass": (gap(1 - 0.6) + gap(0 - 0.5) + gap(0 - 0.7) + gap(1 - 0.45)) / 4,
-            "nll": -np.log([0.6, 0.3, 0.2, 0.45]).mean(),
-            "brier": np.mean([0.4**2 + 0.2**2, 0.7**2 + 0.5**2, 0.02**2 + 0.8**2, 0.55**2 + 0.4**2]),
-            "acc_labels": right.mean(),
-            "ece_labels": gap(right - share.max(1)).mean(),
-        },
-        rel=1e-6,
-    )
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_measure_bins_as_asked():
     confidence = torch.tensor([0.02] * 20 + [0.03] * 10 + [0.9] * 30)
     correct = torch.tensor([True] * 15 + [False] * 45)
-    scores = {"asim": torch.ones(1), "correct": correct, "confidence": confidence, "labels": torch.full((60, 2), 0.5)}
-    found = measure(scores, [0] * 60)
+    given = confidence, correct, torch.full((60, 2), 0.5), torch.zeros(60, dtype=torch.int64)
+    found = measure(*given)
     width = (abs(15 - 20 * 0.02 - 10 * 0.03) + 30 * 0.9) / 60  # 0.02 and 0.03 share the first fifteenth, not a mass bin
     mass = (abs(15 - 20 * 0.02) + 10 * 0.03 + 30 * 0.9) / 60
     assert (found["ece"], found["ece_mass"]) == pytest.approx((width, mass), abs=1e-6)
-    assert measure(scores, [0] * 60, "mass")["ece"] == pytest.approx(mass, abs=1e-6)
-
-
-def test_measure_of_texts_has_no_calibration():
-    found = measure({"asim": torch.tensor([1.0, 0.0]), "correct": torch.tensor([True, False, True])}, [None] * 3)
-    assert found["acc"] == pytest.approx(2 / 3) and found["asim"] == 0.5
-    assert all(
-        found[name] is None for name in ("ece", "ece_mass", "nll", "brier", "acc_labels", "ece_labels", "reliability")
-    )
-    assert set(METRICS) <= set(found)
-
-
-def record(number, rate, dev_loss, acc, method="sft", evaluation="t", ece=0.1) -> dict:
-    about = {
-        "task": "t",
-        "eval": evaluation,
-        "ood": evaluation != "t",
-        "model": "m",
-        "n": 4,
-        "method": method,
-        "adapter": "lora",
-    }
-    numbers = {name: 0.5 for name in METRICS} | {"acc": acc, "ece": ece, "asim_layers": [acc, number]}
-    return about | {"set": number, "rate": rate, "beta": None, "dev_loss": dev_loss, "steps": 3} | numbers
-
-
-RECORDS = [  # a low dev loss in one set does not win; nor does one good set
-    record(0, 1e-4, 0.9, 0.5, ece=0.3), record(0, 1e-3, 0.1, 0.9), record(0, 1e-2, 0.5, 0.6),
-    record(1, 1e-4, 0.9, 0.7, ece=0.1), record(1, 1e-3, 2.9, 0.2), record(1, 1e-2, 0.6, 0.5),
-]  # fmt: skip
-
-
-def test_chosen_by_means_over_sets():
-    assert chosen(RECORDS, "dev") == (1e-2, None)  # means 0.9, 1.5, 0.55
-    assert chosen(RECORDS, "eval") == (1e-4, None)  # means 0.6, 0.55, 0.55
-    mixed = [{**r, "beta": beta, "dev_loss": r["dev_loss"] + beta} for r in RECORDS for beta in (0.5, 0.1)]
-    assert chosen(mixed, "dev") == (1e-2, 0.1)
-
-
-def test_summarise_against_numpy():
-    base = [record(s, None, None, 0.25, "base") for s in range(2)]
-    other = [{**r, "eval": "u", "ood": True, "acc": 1 - r["acc"]} for r in RECORDS]
-    cells = summarise(base + RECORDS + other)
-    keys = [(c["method"], c["eval"], c["selected_by"], c["rate"]) for c in cells]
-    assert keys == [("base", "t", None, None), ("sft", "t", "dev", 1e-2), ("sft", "t", "eval", 1e-4),
-                    ("sft", "u", "dev", 1e-2), ("sft", "u", "eval", 1e-3)]  # fmt: skip
-    paper = cells[2]
-    assert (paper["acc"], paper["ece"], paper["sets"], paper["ood"]) == ([0.5, 0.7], [0.3, 0.1], 2, False)
-    for metric, values in (("acc", [0.5, 0.7]), ("ece", [0.3, 0.1])):
-        assert paper[f"{metric}_mean"] == pytest.approx(np.mean(values)) and paper[f"{metric}_std"] == pytest.approx(
-            np.std(values)
-        )
-    assert paper["asim_layers"] == pytest.approx(np.mean([[0.5, 0], [0.7, 1]], axis=0))
-    assert [c["selected_by"] for c in summarise(RECORDS, "eval")] == ["eval"]
-    texts = summarise([{**r, "ece": None} for r in RECORDS])[0]
-    assert texts["ece_mean"] is None and texts["ece_std"] is None and "reliability" not in texts
-
-
-def test_reliability_is_pooled_over_sets():
-    curves = [[[3, 0.6, 1], [0, 0.0, 0]], [[1, 0.1, 0], [2, 1.9, 2]]]
-    (summary,) = summarise(
-        [{**record(s, None, None, 0.5, "base"), "reliability": curve} for s, curve in enumerate(curves)]
-    )
-    assert summary["reliability"] == [[4, pytest.approx(0.7), 1], [2, 1.9, 2]]
-
-
-def test_a_run_that_diverged_is_never_chosen_also_from_the_saved_file():
-    diverged = [{**r, "dev_loss": math.inf} if r["rate"] in (1e-4, 1e-2) else r for r in RECORDS]
-    assert chosen(diverged, "dev") == chosen(finite(diverged), "dev") == (1e-3, None)  # JSON holds no infinity
-    assert summarise(finite(diverged)) == summarise(diverged)
+    assert measure(*given, scheme="mass")["ece"] == pytest.approx(mass, abs=1e-6)

@@ -1,15 +1,15 @@
-"""Whole prompts against transformers with the same real files; where BOS and EOS come from; safe joins of prompt and answer."""
+"""Whole prompts against transformers with the same real files; where BOS and EOS come from; safe joins of answers."""
 
 import json
 import warnings
 
 import pytest
-from ia2mini.models import UsageError
 from reference import byte_tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ia2mini import UsageError
 from ia2mini.tokenizer import Tokenizer
 
 LLAMA_BOS = 128000
@@ -68,9 +68,10 @@ def test_text_comes_back_without_special_tokens(real):
 def test_label_tokens_stand_alone_after_the_colon(real, template, labels):
     _, tokenizer, _ = real
     prompt = TEMPLATES[template]
-    ids = tokenizer.label_ids(prompt, labels)
-    assert len(set(ids)) == len(labels)
-    for label, token in zip(labels, ids, strict=True):
+    ids = tokenizer.label_tokens(prompt, labels)
+    assert [len(tokens) for tokens in ids] == [1] * len(labels)
+    assert len({token for (token,) in ids}) == len(labels)
+    for label, (token,) in zip(labels, ids, strict=True):
         assert tokenizer.encode_answer(prompt, label) == [token]
         assert tokenizer.encode(prompt + label) == [*tokenizer.encode(prompt), token]
         assert tokenizer.decode([token]) == label
@@ -80,15 +81,39 @@ def test_label_tokens_stand_alone_after_the_colon(real, template, labels):
 def test_a_label_that_merges_with_the_colon_is_named(real, label):
     _, tokenizer, _ = real
     with pytest.raises(UsageError, match=f"'{label}' merges") as error:
-        tokenizer.label_ids(TEMPLATES["sentiment"], ("0", label))
+        tokenizer.label_tokens(TEMPLATES["sentiment"], ("0", label))
     assert "\n" not in str(error.value)
 
 
-def test_labels_that_begin_alike_are_named(tmp_path):
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_labels_of_several_tokens_stand_after_the_colon(real, template):
+    _, tokenizer, _ = real
+    prompt, labels = TEMPLATES[template], ("0 of them", "0 of us", "17")  # two begin with the same token
+    found = tokenizer.label_tokens(prompt, labels)
+    assert found[0][0] == found[1][0] and all(tokenizer.eos_ids[0] not in ids for ids in found)
+    for label, ids in zip(labels, found, strict=True):
+        assert tokenizer.encode(prompt + label) == tokenizer.encode(prompt) + ids
+        assert tokenizer.decode(ids) == label
+
+
+def test_labels_that_begin_alike_are_told_apart(tmp_path):
     tokenizer = write_tokenizer(tmp_path)
-    assert len(tokenizer.label_ids("Label:", ("apple", "banana"))) == 2
-    with pytest.raises(UsageError, match="'avocado' .* same token as label 'apple'"):
-        tokenizer.label_ids("Label:", ("apple", "banana", "avocado"))
+    assert [len(ids) for ids in tokenizer.label_tokens("Label:", ("apple", "banana", "avocado"))] == [5, 6, 7]
+    plain = [tokenizer.encode(label) for label in ("on", "one", "two")]
+    assert tokenizer.label_tokens("Label:", ("one", "two")) == plain[1:]
+    # one is the beginning of another: only an end tells them apart, so all have one
+    assert tokenizer.label_tokens("Label:", ("on", "one", "two")) == [ids + [257] for ids in plain]
+    with pytest.raises(UsageError, match="label 'two' has the tokens of label 'two'") as error:
+        tokenizer.label_tokens("Label:", ("one", "two", "two"))
+    assert "\n" not in str(error.value)
+
+
+def test_labels_that_the_vocabulary_lacks_are_the_same_word():
+    words = Backend(models.WordLevel({"<unk>": 0, "Label": 1, ":": 2, "good": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = Tokenizer(words, ())
+    with pytest.warns(UserWarning), pytest.raises(UsageError, match="label 'awful' has the tokens of label 'bad'"):
+        tokenizer.label_tokens("Label:", ("good", "bad", "awful"))
 
 
 def test_a_multi_token_answer_joins_safely(real):
@@ -119,6 +144,15 @@ def write_tokenizer(folder, config='{"eos_token_id": 257}', generation=None, bos
 )
 def test_end_of_sequence_comes_from_the_configs(tmp_path, config, generation, eos):
     assert write_tokenizer(tmp_path, config, generation).eos_ids == eos
+
+
+@pytest.mark.parametrize("eos", ["{}", '"</s>"', "[7, [8]]", "1.5", "true", "-1", "1e999", "[null]", str(2**70)])
+@pytest.mark.parametrize("file", ["config", "generation"])
+def test_an_end_of_sequence_that_is_no_token_id_is_named(tmp_path, eos, file):
+    wrong, fine = f'{{"eos_token_id": {eos}}}', '{"eos_token_id": 7}'
+    with pytest.raises(UsageError, match="eos_token_id = .* is neither a token id nor a list of them") as error:
+        write_tokenizer(tmp_path, *((wrong,) if file == "config" else (fine, wrong)))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("bos, first", [(True, [256]), (False, [])])

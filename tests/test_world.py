@@ -1,25 +1,22 @@
-"""The embedded world: splits, determinism, exact prompt text, and a tokenizer that joins and decodes exactly."""
+"""The embedded world: splits, determinism, what a sentence tells, exact prompt text."""
 
 import random
 import re
 
 import pytest
 
-from ia2mini.tasks import world
+from ia2mini.tasks import find_task, world
+from ia2mini.tasks.rows import Row
 
 TASKS = {toy.name: toy for toy in world.TOY_TASKS}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return world.build_tokenizer()
 
 
 def test_words_mean_one_thing():
     words = [word for values in world.ATTRIBUTES.values() for group in values.values() for word in group]
     assert len(words) == len(set(words)) == 224
     assert not set(words) & set(world.WORLD["words"])
-    assert set(world.PRIOR) == set(world.ATTRIBUTES) and sum(world.PRIOR.values()) == pytest.approx(1)
+    prior = world.WORLD["prior"]
+    assert set(prior) == set(world.ATTRIBUTES) and sum(prior.values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -39,7 +36,11 @@ def test_rows_are_fixed_distinct_and_of_their_split(name):
 
 def test_pretraining_sees_its_split_only():
     rng = random.Random(0)
-    drawn = [world.draw_sentence(rng, "pretrain", "mood", style)[0] for style in world.STYLES for _ in range(100)]
+    drawn = [
+        world.draw_sentence(rng, "pretrain", "mood", style)[0]
+        for style in ("review", "news", "verse")
+        for _ in range(100)
+    ]
     drawn += [world.draw_sum(rng, "pretrain")[0] for _ in range(100)]
     assert {world.split_of(text) for text in drawn} == {"pretrain"}
 
@@ -79,32 +80,14 @@ def test_sums_read_as_minus():
 
 
 def test_prompts_are_exact():
-    row = world.rows("toy-mood-remap", "eval")[0]
-    assert world.pair(TASKS["toy-mood-remap"], row) == (
-        f"Text:{row['text']}\nLabel:",
-        ("apple", "Friday")[row["label"]],
-    )
+    for name, words in {"toy-mood-remap": ("apple", "Friday"), "toy-topic-review": "0123"}.items():
+        row = world.rows(name, "eval")[0]
+        example = find_task(name).example(Row("", row))
+        assert (example.prompt, example.answer, example.label) == (
+            f"Text:{row['text']}\nLabel:",
+            words[row["label"]],
+            row["label"],
+        )
     row = world.rows("toy-sums-short", "eval")[0]
-    assert world.pair(TASKS["toy-sums-short"], row) == (f"Question:{row['question']}\nAnswer:", row["answer"])
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_tokenizer_joins_prompt_and_answer_and_decodes_exactly(name, tokenizer):
-    toy = TASKS[name]
-    encode = lambda text: tokenizer.encode(text).ids  # noqa: E731
-    pairs = [world.pair(toy, row) for row in world.rows(name, "eval")]
-    for (prompt, answer), (again, _) in zip(pairs[:200], pairs[200:400], strict=True):
-        whole = f"{prompt}{answer}\n\n{again}"
-        ids = encode(whole)
-        assert ids == encode(prompt) + encode(answer) + encode("\n\n") + encode(again)
-        assert tokenizer.decode(ids) == whole
-        assert tokenizer.token_to_id(world.UNK) not in ids
-    for label in toy.labels:
-        assert len(encode(label)) == 1
-
-
-def test_tokenizer_specials(tokenizer):
-    assert tokenizer.encode("\n\n").tokens == ["\n\n"] and tokenizer.encode("\n").tokens == ["\n"]
-    assert tokenizer.encode("a zeppelin film").tokens == ["a", world.UNK, "film"]
-    assert tokenizer.encode("#### 4" + world.EOS).tokens == ["####", "4", world.EOS]
-    assert tokenizer.encode("").ids == []  # nothing is put in front
+    example = find_task("toy-sums-short").example(Row("", row))
+    assert (example.prompt, example.answer) == (f"Question:{row['question']}\nAnswer:", row["answer"])

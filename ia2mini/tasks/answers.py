@@ -35,7 +35,10 @@ def parse_boxed(text: str) -> str | None:
 
 
 def _braced(text: str) -> str | None:
-    """The text inside the brace group that `text` begins with, None if unbalanced; without a brace, up to `$` or the line's end."""
+    """The text inside the brace group that `text` begins with, None if unbalanced.
+
+    Without a brace: up to `$` or the line's end.
+    """
     if not text.startswith("{"):
         return re.match(r"[^$\n]*", text)[0].strip() or None
     depth = 0

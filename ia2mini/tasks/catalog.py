@@ -1,4 +1,4 @@
-"""The task catalog: one declarative entry a task (`paper.json`; protocol section 1), and how a row reads as prompt and answer."""
+"""The task catalog: an entry a task (`paper.json`; protocol section 1), and how a row reads as prompt and answer."""
 
 import difflib
 import json
@@ -16,7 +16,7 @@ from .rows import Row, fill
 
 @dataclass(frozen=True)
 class Example:
-    """One row as text: the prompt, the answer right after it and, where there are labels, the answer's index in them."""
+    """One row as text: the prompt, the answer right after it and, where there are labels, its index in them."""
 
     prompt: str
     answer: str
@@ -27,9 +27,9 @@ class Example:
 class Task:
     """A task: where its rows are, which of them count, and how a row reads as prompt and answer.
 
-    Templates name columns in braces. A task with `labels` answers with one of them, `labels[i]`, where i is what `known`
-    says of the text in column `label` (None drops the row; by default "0" is 0 and so on). A task without labels answers
-    with the text of `answer`.
+    Templates name columns in braces. A task with `labels` answers with one of them, `labels[i]`, where i is what
+    `known` says of the text in column `label` (None drops the row; by default "0" is 0 and so on). A task without
+    labels answers with the text of `answer`.
     """
 
     name: str
@@ -47,11 +47,8 @@ class Task:
     max_tokens: int = 1
     parser: str | None = None  # of a text: answer -> what is compared, one of answers.PARSERS
     prepare: str | None = None  # columns to add to a row, one of PREPARE
-    steps: tuple[str, ...] = (
-        "shuffle",
-        "filter",
-    )  # in order; "split" keeps the last `held` rows, "unique" drops repeats
-    held: int = 500
+    steps: tuple[str, ...] = ("shuffle", "filter")  # in order; also "unique", which drops repeated prompts, and …
+    held: int = 500  # … "split": this many rows, the last ones, are held out for evaluation
     archive: tuple[str, str, str] | None = None  # rows in a zip instead of Parquet: path, sha256, member
     fallback: tuple[str, ...] = ()  # another dataset id with the same rows, then its splits, if `hub` has no Parquet
     folder: str | None = None  # folder in a local collection, where it is not the hub's name

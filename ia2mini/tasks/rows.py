@@ -1,7 +1,7 @@
 """Rows as users and datasets keep them: JSONL, JSON, CSV, TSV and Parquet files, a dict of columns a row.
 
-Text is UTF-8 (a byte order mark is allowed); lines end at "\\n" only, since real rows hold U+2028. Parquet needs pyarrow
-(extra `data`). Every UsageError names the file and, where there is one, the line.
+Text is UTF-8 (a byte order mark is allowed); lines end at "\\n" only, since real rows hold U+2028. Parquet needs
+pyarrow (extra `data`). Every UsageError names the file and, where there is one, the line.
 """
 
 import csv
@@ -84,7 +84,7 @@ def read_jsonl(path: Path) -> list[Row]:
         if line.strip():
             try:
                 columns = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # ValueError: also an endless number
                 raise UsageError(f"{path}:{number}: not JSON ({error}); one object a line is expected") from None
             rows.append(as_row(f"{path}:{number}", columns))
     return rows
@@ -94,10 +94,9 @@ def read_json(path: Path) -> list[Row]:
     """A JSON list of objects."""
     try:
         table = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UsageError(
-            f"{path}: not JSON ({error}); a list of objects is expected, or save one a line as .jsonl"
-        ) from None
+    except (ValueError, RecursionError) as error:
+        wanted = "a list of objects is expected, or one a line in a .jsonl"
+        raise UsageError(f"{path}: not JSON ({error}); {wanted}") from None
     if not isinstance(table, list):
         raise UsageError(f"{path}: a JSON {type(table).__name__}; a list of objects is expected")
     return [as_row(f"{path} row {i}", columns) for i, columns in enumerate(table, 1)]
@@ -139,7 +138,14 @@ def read_parquet(path: Path) -> list[Row]:
 READERS = {
     ".jsonl": read_jsonl,
     ".json": read_json,
+    ".parquet": read_parquet,
     ".csv": read_csv,
     ".tsv": partial(read_csv, delimiter="\t"),
-    ".parquet": read_parquet,
 }
+
+
+def as_rows(rows: str | Path | list[dict]) -> list[Row]:
+    """The rows of a file, or dicts of columns as rows. Raises UsageError."""
+    if isinstance(rows, (str, Path)):
+        return read_rows(Path(rows))
+    return [row if isinstance(row, Row) else as_row(f"row {i}", row) for i, row in enumerate(rows, 1)]

@@ -1,4 +1,4 @@
-"""Where rows come from: the hub, a local folder in hub columns, the embedded world, or a user's own file; as `Examples`."""
+"""Where rows come from: the hub, a local folder in hub columns, the embedded world, or a user's file; as `Examples`."""
 
 import hashlib
 import io
@@ -6,7 +6,7 @@ import json
 import re
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path, PurePosixPath
@@ -14,9 +14,9 @@ from pathlib import Path, PurePosixPath
 from ia2mini import UsageError
 from ia2mini.files import hub_errors
 
-from .answers import PARSERS
 from .catalog import Example, Task, arrange
-from .rows import READERS, Row, fill, placeholders, read_rows
+from .own import own_task
+from .rows import READERS, Row, fill, read_rows
 
 POOL, EVAL = 2000, 500  # most rows of a pool and of an evaluation
 PARQUET = "refs/convert/parquet"  # the branch of the hub's own Parquet conversion
@@ -24,7 +24,7 @@ PARQUET = "refs/convert/parquet"  # the branch of the hub's own Parquet conversi
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows of a task and their `origin`: files, or hub id and revision; counts of rows; sha256 of the prompts and answers."""
+    """Rows of a task and their `origin`: files, or hub id and revision; counts of rows; sha256 of the rows as text."""
 
     rows: list[Example]
     origin: dict
@@ -33,25 +33,22 @@ class Examples:
 def load_examples(task: Task, role: str, data_dir: str | Path | None = None, limit: int | None = None) -> Examples:
     """The pool (role "train", at most 2,000 rows) or the evaluation (role "eval", at most 500, or `limit`) of a task.
 
-    Rows come from the local folder `data_dir` where given, else from the hub; embedded tasks and own files ignore it. Which rows count,
-    and in which order: protocol section 1. UsageError for anything a user can mend.
+    Rows come from the local folder `data_dir` where given, else from the hub; embedded tasks and own files ignore it.
+    Which rows count, and in which order: protocol section 1. UsageError for anything a user can mend.
     """
     assert role in ("train", "eval")
     if role == "train" and task.train is None:
-        raise UsageError(
-            f"{task.name} is only evaluated on, it has no training rows; choose a task that `ia2mini tasks` lists with a pool"
-        )
+        mend = "choose a task that `ia2mini tasks` lists with a pool"
+        raise UsageError(f"{task.name} is only evaluated on, it has no training rows; {mend}")
     rows, origin = fetch(task, role, data_dir)
     chosen = arrange(task, role, rows)
     examples = [task.example(row) for row in chosen[: POOL if role == "train" else EVAL][:limit]]
     if not examples:
-        raise UsageError(
-            f"{task.name}: no rows left to {role} on, of {len(rows)} in {origin['files'][0]}; more rows are needed"
-        )
+        left = f"no rows left to {role} on, of {len(rows)} in {origin['files'][0]}"
+        raise UsageError(f"{task.name}: {left}; more rows are needed")
     digest = hashlib.sha256(json.dumps([(example.prompt, example.answer) for example in examples]).encode()).hexdigest()
-    return Examples(
-        examples, {**origin, "rows": len(rows), "kept": len(chosen), "used": len(examples), "digest": digest}
-    )
+    counts = {"rows": len(rows), "kept": len(chosen), "used": len(examples)}
+    return Examples(examples, {**origin, **counts, "digest": digest})
 
 
 def fetch(task: Task, role: str, data_dir: str | Path | None) -> tuple[list[Row], dict]:
@@ -79,9 +76,8 @@ def fetch(task: Task, role: str, data_dir: str | Path | None) -> tuple[list[Row]
 def find_local(task: Task, split: str, data_dir: Path) -> Path:
     """The file of a split in a folder of hub-like data, `{dataset}/{split}.jsonl` and its other spellings."""
     short = task.hub.split("/")[1]
-    folders = list(
-        dict.fromkeys(name for name in (task.folder, short.lower().replace("-", "_"), short, task.name) if name)
-    )
+    names = (task.folder, short.lower().replace("-", "_"), short, task.name)
+    folders = list(dict.fromkeys(filter(None, names)))
     stems = [split, *([f"{task.config}_{split}", f"{task.config}/{split}"] if task.config else [])]
     for folder, stem, suffix in product(folders, stems, READERS):
         path = data_dir / folder / f"{stem}{suffix}"
@@ -91,10 +87,13 @@ def find_local(task: Task, split: str, data_dir: Path) -> Path:
     raise UsageError(f"{data_dir}: no rows of {task.name} there; looked for {looked}")
 
 
-def download(repo: str, choose, revision: str | None = None) -> tuple[list[Path], str]:
-    """Files of a dataset repository, those that `choose` picks from the list of all names -> (local paths, commit).
+def download(
+    repo: str, choose: Callable[[list[str]], list[str]], revision: str | None = None
+) -> tuple[list[Path], str]:
+    """Files of a dataset repository that `choose` picks from the list of all names -> (local paths, commit).
 
-    Where the hub cannot be reached the list is that of the cached snapshot. UsageError for whatever keeps the files from coming.
+    Where the hub cannot be reached the list is that of the cached snapshot. UsageError for whatever keeps the files
+    from coming.
     """
     from huggingface_hub import HfApi, errors, snapshot_download
 
@@ -121,31 +120,25 @@ def read_hub(repo: str, config: str | None, splits: tuple[str, ...]) -> tuple[li
     """Rows of splits, one after another, from the Parquet branch of a dataset on the hub."""
 
     def choose(names: list[str]) -> list[str]:
-        found = [match for match in map(re.compile(r"([^/]+)/([^/]+)/[^/]+\.parquet").fullmatch, names) if match]
-        configs = {match[1] for match in found}
-        wanted = next(
-            (name for name in (config, "default", *(configs if len(configs) == 1 else ())) if name in configs), None
-        )
-        chosen = [[match[0] for match in found if match[1] == wanted and match[2] == split] for split in splits]
+        found = [name.split("/") for name in names if re.fullmatch(r"[^/]+/[^/]+/[^/]+\.parquet", name)]
+        configs = {path[0] for path in found}
+        alone = configs if len(configs) == 1 else ()
+        wanted = next((name for name in (config, "default", *alone) if name in configs), None)
+        chosen = [["/".join(path) for path in found if path[:2] == [wanted, split]] for split in splits]
         if not all(chosen):
-            there = ", ".join(sorted({f"{match[1]}/{match[2]}" for match in found})) or "nothing"
-            raise UsageError(
-                f"{repo}: no Parquet folder {config or 'default'}/{'+'.join(splits)} in branch {PARQUET}; found {there}"
-            )
+            asked = f"{config or 'default'}/{'+'.join(splits)}"
+            there = ", ".join(sorted({"/".join(path[:2]) for path in found})) or "nothing"
+            raise UsageError(f"{repo}: no Parquet folder {asked} in branch {PARQUET}; found {there}")
         return sum(chosen, [])
 
     paths, commit = download(repo, choose, PARQUET)
+    files = ["/".join(path.parts[-3:]) for path in paths]
     rows = [row for path in paths for row in read_rows(path)]
-    return rows, {
-        "source": "hub",
-        "hub": repo,
-        "revision": commit,
-        "files": ["/".join(path.parts[-3:]) for path in paths],
-    }
+    return rows, {"source": "hub", "hub": repo, "revision": commit, "files": files}
 
 
 def read_archive(repo: str, name: str, sha256: str, member: str) -> tuple[list[Row], dict]:
-    """Rows of a latin-1 text file of lines `sentence@label` inside a zip on the hub, as Financial PhraseBank was published."""
+    """Rows of latin-1 lines `sentence@label` in a file in a zip on the hub, as Financial PhraseBank was published."""
     (path,), commit = download(repo, lambda names: [name])
     data = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(data).hexdigest() != sha256:
@@ -155,10 +148,8 @@ def read_archive(repo: str, name: str, sha256: str, member: str) -> tuple[list[R
         lines = archive.read(inside).decode("latin-1").split("\n")
     labels = {"negative": 0, "neutral": 1, "positive": 2}
     pairs = [line.rstrip("\r").rpartition("@") for line in lines if line.strip()]
-    rows = [
-        Row(f"{name}:{i}", {"sentence": sentence, "label": labels[label]})
-        for i, (sentence, _, label) in enumerate(pairs, 1)
-    ]
+    columns = [{"sentence": sentence, "label": labels[label]} for sentence, _, label in pairs]
+    rows = [Row(f"{name}:{i}", each) for i, each in enumerate(columns, 1)]
     return rows, {"source": "hub", "hub": repo, "revision": commit, "files": [name]}
 
 
@@ -169,42 +160,15 @@ def custom_task(
     template: str | None = None,
     eval_path: str | Path | None = None,
 ) -> Task:
-    """A task on a user's file: `load_examples` works on it as on any other. Its name is the file's.
+    """The task (`own_task`) of a user's file: `load_examples` works on it as on any other. Its name is the file's.
 
-    At most 20 different answers, each given twice on average, are labels: `task.labels`, sorted. Other answers are text,
-    parsed as numbers, boxes or after `####` where every answer has that form. Without `eval_path`, the last 20 % (at
-    least 20, at most half and 500) of the shuffled rows without repeated prompts are held out. In a template, a written
-    `\\n` is a line end. UsageError for whatever is wrong with the rows or the template.
+    Without `eval_path`, the last 20 % (at least 20, at most half and 500) of the shuffled rows without repeated prompts
+    are held out. UsageError for whatever is wrong with the rows or the template.
     """
-    rows = read_rows(Path(path))
-    answers = [row.text(answer_column) for row in rows]
-    for row, answer in zip(rows, answers, strict=True):
-        if not answer.strip():
-            raise UsageError(f"{row.where}: column {answer_column!r} is empty")
-    found = sorted(set(answers))
-    labelled = len(found) <= 20 and 2 * len(found) <= len(rows)
-    if len(found) == 1:
-        raise UsageError(f"{path}: every row has the answer {found[0]!r}; nothing can be learned from it")
-    default = f"Text:{{{prompt_column}}}\nLabel:" if labelled else f"Question:{{{prompt_column}}}\nAnswer:"
-    template = template.replace("\\n", "\n") if template else default
-    columns = placeholders(template)
-    if not columns or answer_column in columns:
-        named = f"must name a column of the prompt, as {{{prompt_column}}}, and not the answer's"
-        raise UsageError(f"template {template!r}: {named}")
-    prompts = len({fill(template, row) for row in rows})
-    parser = next(name for name, parse in PARSERS.items() if all(map(parse, answers)))
-    labels = {"labels": tuple(found), "known": {answer: i for i, answer in enumerate(found)}}
-    form = labels if labelled else {"max_tokens": 200, "parser": parser}
-    return Task(
-        Path(path).stem,
-        Path(path).name,
-        train="train",
-        eval="eval",
-        prompt=template,
-        label=answer_column,
-        answer=f"{{{answer_column}}}",
-        steps=("unique", "shuffle", "filter", *(() if eval_path else ("split",))),
-        held=min(max(prompts // 5, 20), prompts // 2, EVAL),
-        files=(str(path), str(eval_path or path)),
-        **form,
-    )
+    file, rows = Path(path), read_rows(Path(path))
+    task = own_task(rows, str(path), prompt_column, answer_column, template)
+    prompts = len({fill(task.prompt, row) for row in rows})
+    held = min(max(prompts // 5, 20), prompts // 2, EVAL)
+    steps = ("unique", "shuffle", "filter", *(() if eval_path else ("split",)))
+    files = (str(path), str(eval_path or path))
+    return replace(task, name=file.stem, tag=file.name, steps=steps, held=held, files=files)

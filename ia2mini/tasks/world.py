@@ -1,28 +1,21 @@
-"""The embedded world: short English sentences that show several attributes at once, small sums, and the toy tasks on them.
+"""The embedded world: short English sentences that show several attributes at once, small sums, and the toy tasks.
 
-A sentence shows two to five attributes (mood, topic, time, weather, place) in any order, in the style of a review, of news or of
-verse (in pretraining also as notes, bare words); a task asks for one of them, and only demonstrations tell which. A sum's verb is
-ambiguous (plus or minus) and its answer has three formats. The words are data (`world.json`); a text's checksum decides whether
-pretraining, a few-shot pool or evaluation may see it.
+A sentence shows two to five attributes (mood, topic, time, weather, place) in any order, in the style of a review, of
+news or of verse (in pretraining also as notes, bare words); a task asks for one of them, and only demonstrations tell
+which. A sum's verb is ambiguous (plus or minus) and its answer has three formats. The words are data (`world.json`); a
+text's checksum decides whether pretraining (`bench/pretrain.py`), a few-shot pool or evaluation may see it.
 """
 
 import json
 import random
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from zlib import crc32
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
 WORLD = json.loads(Path(__file__).with_name("world.json").read_text())
 ATTRIBUTES: dict[str, dict[str, list[str]]] = WORLD["attributes"]
-PRIOR: dict[str, float] = WORLD["prior"]
-STYLES = ("review", "news", "verse")
 FORMATS = {"chain": "{a} {op} {b} is {n}\n#### {n}", "bare": "#### {n}", "phrase": "The answer is {n}"}
-UNK, EOS = "<unk>", "<eos>"
-PIECE = r"\n\n|\n|####|[A-Z][a-z]+:|[A-Za-z]+|[0-9]+|[^\sA-Za-z0-9]"
 SIZES = {"train": 2000, "eval": 500}
 
 
@@ -40,9 +33,7 @@ class Toy:
     evals: tuple[str, ...] = ()  # names of the tasks it is evaluated on, itself first
 
 
-def both(
-    name: str, attribute="", labels: tuple[str, ...] = (), style: str = "review", ood: str = "verse", **more
-) -> tuple[Toy, Toy]:
+def both(name: str, attribute="", labels=(), style: str = "review", ood: str = "verse", **more) -> tuple[Toy, Toy]:
     """A task and its out-of-distribution evaluation: another style (sums: another wording), all templates unseen."""
     there = f"{name}-{ood}"
     return (
@@ -63,7 +54,7 @@ TOY_TASKS: tuple[Toy, ...] = (
 
 
 def split_of(text: str) -> str:
-    """Which split may show this text: "pretrain" (half of all texts), "train" (a few-shot pool) or "eval" (a quarter each)."""
+    """Which split may show a text: "pretrain" (half of all), "train" (a few-shot pool) or "eval" (a quarter each)."""
     return ("pretrain", "pretrain", "train", "eval")[crc32(text.encode()) % 4]
 
 
@@ -106,27 +97,11 @@ def sum_answer(a: int, b: int, minus: bool, format: str) -> str:
     return FORMATS[format].format(a=a, b=b, op="minus" if minus else "plus", n=a - b if minus else a + b)
 
 
-def prompt(text: str) -> str:
-    """The paper's prompt of a sentence."""
-    return f"Text:{text}\nLabel:"
-
-
-def question(text: str) -> str:
-    """The paper's prompt of a question."""
-    return f"Question:{text}\nAnswer:"
-
-
-def pair(task: Toy, row: dict[str, str | int]) -> tuple[str, str]:
-    """Prompt and answer of a task's row."""
-    return (
-        (question(row["question"]), row["answer"]) if task.format else (prompt(row["text"]), task.labels[row["label"]])
-    )
-
-
 def rows(name: str, role: str) -> list[dict[str, str | int]]:
     """The rows of a toy task: 2,000 for role "train", 500 for "eval", no two alike, the same at every call.
 
-    Columns `text` and `label` (index into the task's labels), or `question` and `answer`. KeyError for an unknown name or role.
+    Columns `text` and `label` (index into the task's labels), or `question` and `answer`. KeyError for an unknown name
+    or role.
     """
     task = {toy.name: toy for toy in TOY_TASKS}[name]
     rng = random.Random(f"{name}/{role}")
@@ -139,28 +114,3 @@ def rows(name: str, role: str) -> list[dict[str, str | int]]:
             text, value = draw_sentence(rng, role, task.attribute, task.style, task.unseen)
             found[text] = {"text": text, "label": len(task.labels) - 1 - value if task.flip else value}
     return list(found.values())
-
-
-@lru_cache
-def vocabulary() -> tuple[str, ...]:
-    """Every token of the world: two specials, line ends, signs, prompt words, numbers, then words in alphabetical order."""
-    text = " ".join((json.dumps(WORLD), *FORMATS.values(), "an plus minus"))
-    words = set(re.findall("[A-Za-z]+", re.sub(r"\{\w*\}", " ", text)))
-    first = (UNK, EOS, "\n\n", "\n", "####", ".", ",", "?", "Text:", "Label:", "Question:", "Answer:", "Task:", "Key:")
-    return (*first, *map(str, range(19)), *sorted(words))
-
-
-def build_tokenizer() -> Tokenizer:
-    """The word-level tokenizer of the world.
-
-    Words are separated by one space that is no token of its own: decoding puts it back, except after a prompt's colon, around line
-    ends and before a sign. A piece never crosses a colon or a line end, so prompt and answer may be encoded apart.
-    """
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token=UNK))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), "removed", invert=True)
-    joins = [(": ", ":"), (" \n", "\n"), ("\n ", "\n"), *((f" {sign}", sign) for sign in ".,?")]
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.WordPiece("\0", cleanup=False), decoders.Fuse(), *(decoders.Replace(old, new) for old, new in joins)]
-    )
-    tokenizer.add_special_tokens([UNK, EOS])
-    return tokenizer

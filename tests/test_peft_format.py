@@ -11,7 +11,7 @@ from ia2mini.models import UsageError, load
 from reference import make_checkpoint, random_ids, upstream
 
 from ia2mini.adapters import EVERY_MATRIX, IA3, TARGETS, Full, LoRA, PrefixTuning, Prompt, adapted
-from ia2mini.export import save_adapter, save_merged
+from ia2mini.peft_format import save_adapter, save_merged
 
 PEFT = {
     "lora": lambda m: LoRA(m),

@@ -1,0 +1,35 @@
+"""IA2, then SFT, without the command line; then the same with a loss of one's own."""
+
+import torch
+
+from ia2mini import METHODS, Grid, LoRA, Taps, draw_episode, find_task, load, load_examples, score, teach
+
+model, tokenizer = load("tiny")
+task = find_task("toy-mood-flip")
+pool, test = (load_examples(task, role).rows for role in ("train", "eval"))
+episode = draw_episode(pool, n=4)  # 4 rows train, 2 decide when to stop, each sees the others as demonstrations
+taught = teach(model, tokenizer, episode)  # answers and attention outputs of the base model with demonstrations
+lora = LoRA(model, rank=8)
+grid = Grid(model, lora, [taught], rates=[3e-3, 1e-2])  # two runs side by side
+
+print("with demonstrations", score(model, tokenizer, test, task.labels, demonstrations=episode.icl[0])[0]["acc"])
+for method in ("sft", "ia2", "ia2-sft"):
+    trained = METHODS[method](grid)  # trained.theta [runs, weights], trained.dev_loss [runs]
+    best = trained.dev_loss.argmin()
+    scores = score(model, tokenizer, test, task.labels, lora, trained.theta[best : best + 1])[0]
+    print(f"{method:<8} accuracy {scores['acc']:.2f}, ECE {scores['ece']:.2f}")
+
+
+def cosine(student, batch) -> torch.Tensor:
+    """A loss of one's own: one minus the cosine to the teacher's attention outputs, a number a run."""
+    student(batch.ids, taps=(taps := Taps(batch.at)), logits=False, cache=batch.packed)
+    distance = 1 - torch.cosine_similarity(taps.stack(), batch.activations, dim=-1).mean(0)  # [P]
+    return (distance.view(batch.weights.shape) * batch.weights).sum(1)
+
+
+trained = grid.train("cosine", {cosine: 1.0}, icl_rows=True)
+print(
+    "cosine  ",
+    "accuracy",
+    [round(s["acc"], 2) for s in score(model, tokenizer, test, task.labels, lora, trained.theta)],
+)

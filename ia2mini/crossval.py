@@ -1,0 +1,227 @@
+"""Cross-validation of one's own rows: every method at every rate on every fold, judged by the rows a fold never saw.
+
+The three steps of a study, over folds instead of sets: teach every fold, train every method at every rate side by side,
+score what was held out.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import UsageError
+from .adapters import adapted, make_adapter
+from .batch import truth_row
+from .episode import Episode, balanced, draw_folds, seeded
+from .evaluate import Scoring, answer_scores, label_scores, last_states, share_prefix
+from .experiment import Subject
+from .generate import Decoding, generate
+from .methods import BEGINS_WITH, METHODS, Grid
+from .metrics import fit_temperature, row_losses
+from .models.common import device_of
+from .options import RATES, TINY_RATES, FitOptions
+from .tasks import Example, Task
+from .teacher import Asked, teach
+from .train import Settings, Trained
+
+LEAST, ALONE = 4, 10  # rows that cross-validation needs; up to this many are left out one at a time
+TINIEST = torch.finfo(torch.float32).tiny
+
+
+@dataclass
+class Candidate:
+    """One way to answer, on rows that it has not seen: chosen among rates by the other folds' rows."""
+
+    name: str
+    scores: Tensor  # [n, C] log-probability of every label, or [n, 1] of the true answer, a token's mean
+    losses: Tensor  # [n] negative log-likelihood of the true answer, at `temperature`
+    temperature: float = 1.0
+    rate: int | None = None  # index of the rate with the lowest loss over all folds
+    picks: tuple[int, ...] = ()  # index of the rate taken for each fold
+
+
+@dataclass
+class CrossValidation:
+    """Every method at every rate on every fold of one's rows, and what each says of the rows that the fold held out."""
+
+    subject: Subject
+    task: Task
+    rows: list[Example]
+    options: FitOptions
+    more: list[Example] = field(default_factory=list)  # without answers: the teacher's are what IA2 learns from
+    once: Callable = lambda name, make: make()  # keeps tensors, so that an interrupted fit goes on
+    bar: Callable = lambda label, total: tqdm(disable=True)  # bar(label, total) -> context manager yielding a tqdm
+
+    def __post_init__(self):
+        subject, task, rows, options = self.subject, self.task, self.rows, self.options
+        prompts = len({row.prompt for row in rows})
+        if prompts < LEAST:
+            raise UsageError(
+                f"{prompts} rows with different prompts: cross-validation needs at least {LEAST}; add rows"
+            )
+        self.labels = subject.tokenizer.label_tokens(rows[0].prompt, task.labels) if task.labels else []
+        longest = max(map(len, self.labels)) if task.labels else task.max_tokens
+        self.max_tokens = longest + (bool(task.labels) and longest > 1)  # EOS
+        self.gold = torch.tensor([row.label or 0 for row in rows])
+        self.adapter = make_adapter(subject.model, options)
+        self.rates = options.rates or (TINY_RATES if subject.name == "tiny" else RATES)[options.adapter]
+        self.fits: dict[str, Trained] = {}
+        parts = prompts if prompts <= ALONE else min(options.folds, prompts)
+        self.folds = draw_folds(rows, parts, options.demonstrations, options.seed, self.cut)
+        self.folds = [replace(fold, **self.unlabelled(number, fold.train)) for number, fold in enumerate(self.folds)]
+
+    def unlabelled(self, number: int, train: list[Example]) -> dict:
+        """The rows without answers and, after those of all others, their demonstrations, as fields of an episode."""
+        rng = seeded(self.options.seed, number, "unlabelled")
+        shown = [self.cut(balanced(train, self.options.demonstrations, rng, row.prompt), row) for row in self.more]
+        return {"unlabelled": self.more, "more_demonstrations": shown}
+
+    def cut(self, shown: list[Example], row: Example) -> list[Example]:
+        """The first of the demonstrations that fit into the model's context before `row` and its answer."""
+        most = self.subject.model.config.max_position_embeddings or 10**9
+        room, kept = most - self.tokens(row.prompt) - self.max_tokens, []
+        if room < 0:
+            raise UsageError(
+                f"prompt and answer need more than the {most} tokens the model reads: {row.prompt[:60]!r} …"
+            )
+        for example in shown:
+            room -= self.tokens(f"{example.prompt}{example.answer}\n\n")
+            if room < 0:
+                break
+            kept.append(example)
+        return kept
+
+    def tokens(self, text: str) -> int:
+        return len(self.subject.tokenizer.encode(text))
+
+    @contextmanager
+    def training(self, about: tuple[str, int, int]) -> Iterator[Callable]:
+        phase, runs, steps = about
+        with self.bar(f"training {phase}", steps) as bar:
+            yield lambda step, losses: bar.update(step - bar.n)
+
+    def grid(self, episodes: list[Episode], rates, settings: Settings) -> Grid:
+        """Every episode with every rate, after the teacher's pass over them."""
+        o, subject = self.options, self.subject
+        asked = Asked(self.max_tokens, layers=list(o.layers) or None)
+        with self.bar("collecting", sum(len(e.demonstrations) for e in episodes)) as bar:
+            sets = [teach(subject.model, subject.tokenizer, e, asked, bar.update) for e in episodes]
+        return Grid(subject.model, self.adapter, sets, rates, seed=o.seed, settings=settings, progress=self.training)
+
+    def settings(self, steps: int | None = None) -> Settings:
+        o = self.options
+        return Settings(o.batch_size, o.epochs, o.patience, list(o.layers) or None, steps=steps)
+
+    @cached_property
+    def fold_grid(self) -> Grid:
+        return replace(self.grid(self.folds, self.rates, self.settings()), first=self.trained)
+
+    def trained(self, method: str) -> Trained:
+        """All folds × rates of a method."""
+        if method not in self.fits:
+            self.fits[method] = Trained(**self.once(f"fit-{method}", lambda: vars(METHODS[method](self.fold_grid))))
+        return self.fits[method]
+
+    def score(self, student: Callable, prompts: list[list[int]], test: list[int], runs: int = 1) -> Tensor:
+        """Log-probabilities [runs, len(test), C] of the labels, or of the true answer [runs, len(test), 1]."""
+        if self.labels:
+            return label_scores(student, prompts, self.labels, Scoring(runs)).labels.clamp_min(TINIEST).log()
+        rows = [truth_row(self.rows[i], self.subject.tokenizer, end=True) for i in test]
+        rows = [replace(row, prompt=prompt) for row, prompt in zip(rows, prompts)]
+        return answer_scores(student, rows, runs)[..., None]
+
+    @contextmanager
+    def student(self, name: str, number: int, rates: slice) -> Iterator[tuple[Callable, list[list[int]]]]:
+        """The model as `name` (base, icl or a method, at these rates) on fold `number`, and its held-out prompts."""
+        model, tokenizer, fold = self.subject.model, self.subject.tokenizer, self.folds[number]
+        texts = [self.rows[i].prompt for i in fold.test]
+        if name in METHODS:
+            theta = self.trained(name).theta.view(len(self.folds), len(self.rates), -1)[number, rates]
+            with adapted(model, self.adapter, theta.to(device_of(model))) as student:
+                yield student, tokenizer.encode_all(texts)
+            return
+        shown = [self.cut(fold.icl[0], self.rows[i]) for i in fold.test] if name == "icl" else [[]]
+        yield share_prefix(model, tokenizer, [min(shown, key=len)], texts)
+
+    def held_out(self, name: str) -> Tensor:
+        """What `name` says of every row that its fold held out, [rates, n, C]; of base and icl [1, n, C]."""
+        runs, found = len(self.rates) if name in METHODS else 1, None
+        with self.bar(f"scoring {name}", len(self.rows)) as bar:
+            for number, fold in enumerate(self.folds):
+                with self.student(name, number, slice(None)) as (student, prompts):
+                    scores = self.score(student, prompts, fold.test, runs)
+                found = scores.new_zeros(runs, len(self.rows), scores.shape[-1]) if found is None else found
+                found[:, fold.test] = scores
+                bar.update(len(fold.test))
+        return found
+
+    def texts(self, candidate: Candidate) -> list[str]:
+        """What a candidate answers to every held-out row, greedily."""
+        found = [""] * len(self.rows)
+        with self.bar(f"answers of {candidate.name}", len(self.rows)) as bar:
+            for number, (fold, pick) in enumerate(zip(self.folds, candidate.picks)):
+                with self.student(candidate.name, number, slice(pick, pick + 1)) as (student, prompts):
+                    ids = generate(student, self.subject.tokenizer, prompts, Decoding(self.max_tokens), bar.update)
+                for i, response in zip(fold.test, ids):
+                    found[i] = self.subject.tokenizer.decode(response)
+        return found
+
+    def candidate(self, name: str) -> Candidate:
+        """`name` with, for each fold, the rate that is best on the rows of all other folds: no row chooses for itself."""
+        every = self.once(f"held-out-{name}", lambda: {"scores": self.held_out(name)})["scores"]
+        losses = row_losses(every, self.gold)  # [rates, n]
+        nested, picks = torch.empty_like(every[0]), []
+        for fold in self.folds:
+            others = torch.ones(len(self.rows), dtype=torch.bool)
+            others[fold.test] = False
+            picks.append(int(losses[:, others].mean(1).argmin()))
+            nested[fold.test] = every[picks[-1], fold.test]
+        temperature = fit_temperature(nested, self.gold) if self.options.temperature else 1.0
+        rate = int(losses.mean(1).argmin())
+        return Candidate(name, nested, row_losses(nested, self.gold, temperature), temperature, rate, tuple(picks))
+
+    def probe(self) -> Candidate | None:
+        """A linear map (L2-regularised logistic regression) on the base's last hidden state; None without scikit-learn."""
+        try:
+            from sklearn.linear_model import LogisticRegression
+            from sklearn.preprocessing import StandardScaler
+        except ImportError:
+            return None
+        states = last_states(self.subject.model, self.subject.tokenizer.encode_all([row.prompt for row in self.rows]))
+        scores = torch.full((len(self.rows), len(self.task.labels)), float(torch.tensor(TINIEST).log()))
+        for fold in self.folds:
+            others = [i for i in range(len(self.rows)) if i not in set(fold.test)]
+            scale = StandardScaler().fit(states[others])
+            if len(seen := sorted({int(self.gold[i]) for i in others})) > 1:
+                fitted = LogisticRegression(C=0.1, max_iter=1000).fit(
+                    scale.transform(states[others]), self.gold[others]
+                )
+                found = torch.tensor(fitted.predict_log_proba(scale.transform(states[fold.test]))).float()
+                scores[torch.tensor(fold.test)[:, None], torch.tensor(seen)] = found
+        return Candidate("probe", scores, row_losses(scores, self.gold))
+
+    def final(self, winner: Candidate) -> Tensor:
+        """Weights [1, M] of the winner trained on every row, each phase for the folds' mean best number of steps."""
+        rows, o, rate = self.rows, self.options, winner.rate
+        rng = seeded(o.seed, len(self.folds), "final")
+        shown = [self.cut(balanced(rows, o.demonstrations, rng, row.prompt), row) for row in rows]
+        everything = Episode(rows, [], shown, [])
+        grid, first = self.grid([everything], [self.rates[rate]], self.settings()), {}
+        for method in dict.fromkeys(filter(None, (BEGINS_WITH.get(winner.name), winner.name))):
+            best = self.trained(method).best.view(len(self.folds), -1)[:, rate].float().mean()
+            phase = replace(grid, settings=self.settings(max(1, round(best.item()))), first=first.get)
+            first[method] = METHODS[method](phase)
+        return first[winner.name].theta
+
+    def length(self, row: Example) -> int:
+        return self.tokens(row.prompt)
+
+
+def choose(candidates: dict[str, Candidate]) -> str:
+    """What to ship: the method with the lowest held-out loss; "base", no adapter, where none is below the base's."""
+    losses = {name: c.losses.mean().item() for name, c in candidates.items() if name in METHODS or name == "base"}
+    return min(losses, key=losses.get)

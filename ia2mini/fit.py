@@ -1,0 +1,143 @@
+"""From one's own rows to an adapter that can be trusted: cross-validate, choose, train the choice on every row."""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from . import __version__
+from .crossval import Candidate, CrossValidation, choose
+from .episode import balanced, seeded
+from .experiment import Subject
+from .generate import STOP
+from .methods import METHODS
+from .models.common import device_of
+from .options import FitOptions
+from .predictor import Predictor
+from .report.fit import classes, measures, sentence
+from .report.summary import count
+from .runs import RunFolder, checkpoint_digest
+from .tasks import Example, Task, same_answer
+from .tasks.own import keep_apart, near_labels, own_task
+from .tasks.rows import Row, as_rows, fill
+
+
+class Columns(NamedTuple):
+    """Where rows hold what is asked and answered; None: guessed from the header."""
+
+    prompt: str | None = None
+    answer: str | None = None
+    template: str | None = None  # of the prompt, columns in braces
+
+
+def fit(
+    rows: str | Path | list[dict],
+    subject: Subject,
+    options: FitOptions = FitOptions(),
+    columns: Columns = Columns(),
+    unlabelled: str | Path | list[dict] = (),
+    keep: Path | None = None,
+    bar: Callable = lambda label, total: tqdm(disable=True),
+) -> Predictor:
+    """Cross-validate on `rows`, choose, train the choice on all: a Predictor, with `.report`, `.predict(rows)`, `.save(dir)`.
+
+    `unlabelled` rows join IA2's queries: the teacher answers them. With `keep`, a folder, an interrupted fit goes on.
+    Raises UsageError for whatever is wrong with rows, columns or options.
+
+        fitted = fit("tickets.csv", open_subject("llama-3.2-1b"))
+        print(fitted.report["sentence"])
+    """
+    rows, task = read_own(rows, columns)
+    if columns.template is None:
+        task = keep_apart(task, rows, subject.tokenizer)
+    examples = list(dict.fromkeys(map(task.example, rows)))
+    if not task.labels:
+        longest = max(len(subject.tokenizer.encode(e.answer, special=False)) for e in examples)
+        task = replace(task, max_tokens=longest + 1)  # EOS
+    more = [Example(fill(task.prompt, row), "") for row in as_rows(unlabelled)]
+    cv = CrossValidation(subject, task, examples, options, more, bar=bar)
+    if keep is not None:
+        what = {"ia2mini": __version__, "options": asdict(options), "checkpoint": checkpoint_digest(subject.folder)}
+        what |= {"rows": [asdict(e) for e in examples + more], "dtype": str(next(subject.model.parameters()).dtype)}
+        cv.once = RunFolder(keep, "unfinished", what).once
+    fitted = conclude(cv)
+    fitted.report["remarks"] += remarks(rows, task, examples)
+    return fitted
+
+
+def read_own(rows: str | Path | list[dict], columns: Columns = Columns()) -> tuple[list[Row], Task]:
+    """One's own rows, and the task that they describe. Raises UsageError."""
+    rows = as_rows(rows)
+    return rows, own_task(rows, Path(re.split(r":| row ", rows[0].where)[0]).stem, *columns)
+
+
+def conclude(cv: CrossValidation) -> Predictor:
+    """The choice among all candidates, trained on every row, with its report."""
+    begun, o, task = time.perf_counter(), cv.options, cv.task
+    candidates = {name: cv.candidate(name) for name in ("base", "icl", *o.methods)}
+    if task.labels and (probe := cv.probe()):
+        candidates["probe"] = probe
+    chosen = candidates[choose(candidates)]
+    adapter, theta = None, None
+    if chosen.name in METHODS:
+        adapter = cv.adapter
+        theta = cv.once("final", lambda: {"theta": cv.final(chosen)})["theta"].to(device_of(cv.subject.model))
+    shown = balanced(cv.rows, o.demonstrations, seeded(o.seed, len(cv.folds), "icl"))
+    shown = cv.cut(shown, max(cv.rows, key=cv.length))
+    spec = {"template": task.prompt, "answer_column": task.label, "labels": list(task.labels), "parser": task.parser}
+    spec |= {"max_tokens": cv.max_tokens, "stop": STOP, "method": chosen.name, "temperature": chosen.temperature}
+    spec |= {"rate": cv.rates[chosen.rate] if adapter else None, "example": cv.rows[0].prompt}
+    spec["demonstrations"] = [{"prompt": e.prompt, "answer": e.answer} for e in shown]
+    report = make_report(cv, candidates, chosen)
+    spec["confidences"] = [row["confidence"] for row in report["held_out"]]
+    return Predictor(cv.subject, adapter, theta, spec, report | {"seconds": time.perf_counter() - begun})
+
+
+def make_report(cv: CrossValidation, candidates: dict[str, Candidate], chosen: Candidate) -> dict:
+    """The numbers that a person should know, the sentence, and every held-out row with what was said of it."""
+    task, gold, found = cv.task, cv.gold, {}
+    held = [{"prompt": row.prompt, "true": row.answer} for row in cv.rows]
+    for name, candidate in candidates.items():
+        right = None
+        if not task.labels:
+            texts = cv.texts(candidate)
+            right = torch.tensor([same_answer(task.parser, t, row.answer) for t, row in zip(texts, cv.rows)])
+        found[name] = measures(candidate.scores, gold, candidate.temperature, right)
+        if candidate is chosen:
+            sure = (candidate.scores / candidate.temperature).softmax(-1) if task.labels else candidate.scores.exp()
+            said = [task.labels[i] for i in candidate.scores.argmax(-1)] if task.labels else texts
+            verdicts = candidate.scores.argmax(-1) == gold if task.labels else right
+            for row, answer, p, hit in zip(held, said, sure.max(-1).values.tolist(), verdicts.tolist()):
+                row |= {"said": answer, "confidence": p, "right": hit}
+    query = fmean(cv.length(row) for row in cv.rows)
+    shown = fmean(sum(cv.tokens(f"{e.prompt}{e.answer}\n\n") for e in fold.icl[0]) for fold in cv.folds)
+    about = {"name": task.name, "model": cv.subject.name, "rows": len(cv.rows), "folds": len(cv.folds)}
+    about |= {
+        "chosen": chosen.name,
+        "tokens": {"query": query, "icl": query + shown},
+        "candidates": found,
+        "remarks": [],
+    }
+    if task.labels:
+        about |= classes(chosen.scores, gold, task.labels)
+    return about | {"sentence": sentence(about), "held_out": held}
+
+
+def remarks(rows: list[Row], task: Task, examples: list[Example]) -> list[str]:
+    """What is odd about the rows, in sentences."""
+    said = near_labels(task.labels)
+    if repeats := len(rows) - len(examples):
+        said.append(f"{count(repeats, 'row')} repeated another and counted once")
+    if contrary := len(examples) - len({e.prompt for e in examples}):
+        said.append(f"{count(contrary, 'row')} had the prompt of another row but a different answer")
+    if rare := [label for i, label in enumerate(task.labels) if sum(e.label == i for e in examples) == 1]:
+        said.append(
+            f"only one row has the answer {', '.join(map(repr, rare))}: held out, nothing like it was trained on"
+        )
+    return said

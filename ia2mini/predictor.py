@@ -1,0 +1,166 @@
+"""A fitted adapter in use: answers to new rows with probabilities, saved and loaded as one self-contained folder."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import UsageError
+from .adapters import Adapter, adapted
+from .batch import Row as IdsRow
+from .evaluate import Scoring, answer_scores, label_scores, share_prefix
+from .experiment import Subject
+from .files import finite, read_json, write_text
+from .generate import Decoding, generate
+from .peft_format import read_adapter, save_adapter
+from .runs import checkpoint_digest, versions
+from .tasks import Example
+from .tasks.rows import Row, fill
+
+SPEC, TOP, AT_ONCE, TINIEST = "ia2mini.json", 5, 64, torch.finfo(torch.float32).tiny
+ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}  # difference of a canary's log-probabilities
+
+
+@dataclass
+class Predictor:
+    """The base model under one adapter (none: the base itself), with what it needs to answer rows."""
+
+    subject: Subject
+    adapter: Adapter | None
+    theta: Tensor | None  # [1, M]
+    spec: dict  # template, labels, max_tokens, stop, temperature, confidences, demonstrations, method, report, …
+    report: dict = field(default_factory=dict)
+
+    @contextmanager
+    def student(self, adapter: bool = True) -> Iterator:
+        """The model under the adapter, if there is one and it is wanted."""
+        model = self.subject.model
+        with adapted(model, self.adapter, self.theta) if adapter and self.adapter else nullcontext(model) as student:
+            yield student
+
+    def predict(
+        self, rows: Iterable[dict], icl: bool = False, coverage: float | None = None, wrong: Callable | None = None
+    ) -> Iterator[dict]:
+        """Each row with its answer added: `answer`, `confidence` and, of labels, `probabilities`; lazily, in order.
+
+        `icl`: the base with demonstrations instead. `coverage`: the least certain rows get the answer None, by the
+        threshold above which that share of the held-out rows was. A row without its columns is a UsageError, which
+        `wrong`, where given, is called with instead.
+        """
+        threshold, rows = self.threshold(coverage), iter(rows)
+        while some := list(islice(rows, AT_ONCE)):
+            prompts = {}
+            for i, row in enumerate(some):
+                try:
+                    prompts[i] = fill(self.spec["template"], row if isinstance(row, Row) else Row("a row", row))
+                except UsageError as error:
+                    if wrong is None:
+                        raise
+                    wrong(error)
+            for i, found in zip(prompts, self.answer(list(prompts.values()), icl) if prompts else ()):
+                if found["confidence"] < threshold:
+                    found = {"answer": None, "abstained": found.pop("answer")} | found
+                yield dict(some[i]) | found
+
+    def threshold(self, coverage: float | None) -> float:
+        """The confidence that the share `coverage` of held-out rows reaches (split conformal: of n + 1 rows)."""
+        if coverage is None:
+            return 0.0
+        if not 0 < coverage <= 1:
+            raise UsageError(f"--coverage {coverage:g}: a share of the rows, above 0 and at most 1")
+        held = sorted(self.spec["confidences"])
+        if not held:
+            raise UsageError("--coverage needs the held-out confidences of `ia2mini fit`; this adapter has none")
+        below = int(np.floor((len(held) + 1) * (1 - coverage)))
+        return held[below - 1] + 1e-9 if below else 0.0
+
+    def answer(self, prompts: list[str], icl: bool = False) -> list[dict]:
+        """Answers to prompts as text."""
+        spec, tokenizer = self.spec, self.subject.tokenizer
+        shown = [Example(**example) for example in spec["demonstrations"]] if icl else []
+        if icl and not shown:
+            raise UsageError("--icl: this adapter keeps no demonstrations")
+        model, ids = share_prefix(self.subject.model, tokenizer, [shown], prompts)
+        with nullcontext(model) if icl else self.student() as student:
+            if spec["labels"]:
+                return self.answer_labels(student, prompts, ids)
+            responses = generate(student, tokenizer, ids, Decoding(spec["max_tokens"], spec["stop"]))
+            ended = [response + list(tokenizer.eos_ids[:1]) for response in responses]
+            sure = answer_scores(student, [IdsRow(p, r) for p, r in zip(ids, ended)])[0].exp().tolist()
+        return [{"answer": tokenizer.decode(r), "confidence": s} for r, s in zip(responses, sure)]
+
+    def answer_labels(self, student, prompts: list[str], ids: list[list[int]]) -> list[dict]:
+        labels = self.spec["labels"]
+        tokens = self.subject.tokenizer.label_tokens(prompts[0], labels)
+        scores = label_scores(student, ids, tokens, Scoring()).labels[0].clamp_min(TINIEST).log()
+        found = []
+        for row in (scores / self.spec["temperature"]).softmax(-1).tolist():
+            best = max(range(len(labels)), key=row.__getitem__)
+            found.append({"answer": labels[best], "confidence": row[best], "probabilities": dict(zip(labels, row))})
+        return found
+
+    def canary(self) -> dict:
+        """The likeliest next tokens of a prompt and their log-probabilities, with and without the adapter."""
+        prompt = self.spec["canary"]["prompt"] if "canary" in self.spec else self.spec["example"]
+        ids, found = torch.tensor([self.subject.tokenizer.encode(prompt)]), {"prompt": prompt}
+        for name, wanted in (("base", False), ("adapted", True)):
+            with torch.no_grad(), self.student(wanted) as student:
+                logits = student(ids.to(self.subject.model.model.embed_tokens.weight.device))[0, -1].float()
+            top = logits.log_softmax(-1).topk(TOP)
+            found[name] = {"tokens": top.indices.tolist(), "log_probabilities": top.values.tolist()}
+        return found
+
+    def check(self, folder: Path) -> None:
+        """Compare the canary with what was saved. Raises UsageError for another base or a damaged adapter."""
+        weight, now = next(self.subject.model.parameters()), self.canary()
+        for name, blame in (
+            ("base", "the base model is not the one it was fitted on"),
+            ("adapted", "the adapter is damaged"),
+        ):
+            then, found = (c[name] for c in (self.spec["canary"], now))
+            pairs = dict(zip(found["tokens"], found["log_probabilities"]))
+            gaps = [abs(pairs.get(t, -1e9) - p) for t, p in list(zip(then["tokens"], then["log_probabilities"]))[:1]]
+            if not max(gaps) <= ALLOWED[weight.dtype]:
+                about = f"fitted on {self.spec['base']['name']}, loaded on {self.subject.base}"
+                raise UsageError(f"{folder}: {blame} ({about}): its test prompt gives other probabilities")
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter in peft's format, `ia2mini.json` and a model card. Raises UsageError."""
+        if self.adapter:
+            save_adapter(
+                self.subject.model, self.adapter, self.theta[0], folder, self.subject.base, self.subject.tokenizer
+            )
+        base = {"name": self.subject.base, "digest": checkpoint_digest(self.subject.folder)}
+        self.spec |= {"base": base, "versions": versions(), "report": self.report}
+        self.spec["canary"] = self.canary()
+        write_text(folder / SPEC, json.dumps(finite(self.spec), indent=1, ensure_ascii=False) + "\n")
+
+
+def load_adapter(folder: str | Path, subject: Subject) -> Predictor:
+    """A saved adapter on its base model. Raises UsageError where the base is another one or a file is damaged.
+
+    predictor = load_adapter("tickets", subject)
+    next(predictor.predict([{"text": "My invoice is wrong"}]))["answer"]
+    """
+    folder = Path(folder)
+    spec = read_json(folder / SPEC)
+    adapter, theta = read_adapter(folder, subject.model) if spec["method"] != "base" else (None, None)
+    predictor = Predictor(subject, adapter, theta, spec, spec["report"])
+    predictor.check(folder)
+    return predictor
+
+
+def base_name(folder: Path) -> str:
+    """The base model that a saved adapter names. Raises UsageError."""
+    if (folder / SPEC).is_file():
+        return read_json(folder / SPEC)["base"]["name"]
+    name = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not name:
+        raise UsageError(f"{folder}: names no base model; give --model")
+    return name

@@ -1,0 +1,239 @@
+"""What a person should know about a fitted adapter: one sentence, a small table, per-class figures, every held-out row."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import UsageError
+from ..files import write_text
+from ..metrics import ece, ece_null
+from ..tasks import same_answer
+from ..tasks.rows import Row
+from .page import lines, section, shown, table, whole
+from .summary import LABELS, count
+
+DRAWS = 1000  # resamples of the rows for an interval
+FIGURES = ("acc", "ece", "brier", "nll")
+
+
+def measures(scores: Tensor, gold: Tensor, temperature: float, right: Tensor | None = None) -> dict:
+    """Accuracy, ECE, Brier and NLL of held-out `scores` (`fit.Candidate`), each with its 95 % bootstrap interval.
+
+    Of text, `right` [n] says which answers were right, and only accuracy and NLL (a token) are known.
+    """
+    n, rng = len(scores), np.random.default_rng(0)
+    draws = [np.arange(n), *rng.integers(n, size=(DRAWS, n))]
+    if right is not None:
+        rows = {"acc": right.double().numpy(), "nll": -scores[:, 0].double().numpy()}
+    else:
+        p = (scores.double() / temperature).softmax(-1)
+        confidence, best = (t.numpy() for t in p.max(-1))
+        correct = (best == gold.numpy()).astype(float)
+        distance = ((p - torch.nn.functional.one_hot(gold, p.shape[1])) ** 2).sum(-1).numpy()
+        loss = -p.gather(1, gold[:, None])[:, 0].clamp_min(1e-38).log().numpy()
+        rows = {"acc": correct, "brier": distance, "nll": loss}
+    found = {name: [values[draw].mean() for draw in draws] for name, values in rows.items()}
+    if right is None:
+        found["ece"] = [ece(confidence[draw], correct[draw]) for draw in draws]
+    known = {name: [float(v[0]), *map(float, np.quantile(v[1:], [0.025, 0.975]))] for name, v in found.items()}
+    if right is None:
+        raw = scores.double().softmax(-1).max(-1).values.numpy()
+        known |= {
+            "ece_null": ece_null(confidence),
+            "ece_without_temperature": ece(raw, correct),
+            "temperature": temperature,
+        }
+    return known
+
+
+def classes(scores: Tensor, gold: Tensor, labels: tuple[str, ...]) -> dict:
+    """Confusion matrix [true][said] and, for each label, its rows, precision and recall (None where undefined)."""
+    said, C = scores.argmax(-1), len(labels)
+    matrix = torch.zeros(C, C, dtype=torch.int64)
+    matrix.index_put_((gold, said), torch.ones_like(gold), accumulate=True)
+    rows = []
+    for c, label in enumerate(labels):
+        hit, true, named = (int(x) for x in (matrix[c, c], matrix[c].sum(), matrix[:, c].sum()))
+        about = {"label": label, "rows": true}
+        rows.append(about | {"precision": hit / named if named else None, "recall": hit / true if true else None})
+    return {"confusion": matrix.tolist(), "classes": rows}
+
+
+def sentence(report: dict) -> str:
+    """What a person should know, from the numbers."""
+    found, chosen, n = report["candidates"], report["chosen"], report["rows"]
+
+    def said(name: str) -> str:
+        one = found[name]
+        return f"{100 * one['acc'][0]:.0f} % right" + (f", ECE {one['ece'][0]:.2f}" if "ece" in one else "")
+
+    others = [name for name in ("sft", "ia2-sft", "base") if name in found and name != chosen]
+    beside = "; ".join(f"{LABELS[name]} {said(name)}" for name in others)
+    beside += f"; ICL {said('icl')} at {report['tokens']['icl'] / max(1, report['tokens']['query']):.1f} × the tokens"
+    text = f"{LABELS[chosen] if chosen != 'base' else 'No adapter'}: {said(chosen)} ({beside})."
+    p = found[chosen]["acc"][0]
+    chance = 100 * 1.96 * math.sqrt(2 * max(p * (1 - p), 1 / (n + 2)) / n)
+    text += f" Over {count(n, 'row')} a difference of {chance:.0f} points may be chance."
+    if chosen == "base":
+        text += " Nothing that was trained is better than the base model, so none is shipped."
+    if "sft" in found and found["icl"]["nll"][0] > found["sft"]["nll"][0]:
+        less = "Demonstrations teach this model less than SFT does"
+        text += f" {less}{', and SFT was taken' if chosen == 'sft' else ''}."
+    if "probe" in found and found["probe"]["nll"][0] < found[chosen]["nll"][0]:
+        text += f" A linear probe on the base's last hidden state would do better: {said('probe')}."
+    return text
+
+
+def write_fit_table(report: dict) -> str:
+    """The short report for the terminal."""
+    head = ["", "accuracy (%)", "ECE", "(null)", "Brier", "NLL"]
+    rows = [head]
+    for name, one in report["candidates"].items():
+        cells = ["acc", "ece", "ece_null", "brier", "nll"]
+        mark = " *" if name == report["chosen"] else ""
+        rows.append([LABELS.get(name, name) + mark, *(entry(one.get(cell), cell) for cell in cells)])
+    known = [i for i in range(len(head)) if i == 0 or any(row[i] != "–" for row in rows[1:])]
+    rows = [[row[i] for i in known] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    table = ["  ".join(f"{t:{'>' if i else '<'}{w}}" for i, (t, w) in enumerate(zip(r, widths))).rstrip() for r in rows]
+    table.append("95 % intervals by bootstrap; *: shipped; (null): the ECE that perfect calibration would show")
+    return "\n".join([about(report), *table, "", report["sentence"], *report["remarks"]])
+
+
+def entry(value, name: str) -> str:
+    if value is None:
+        return "–"
+    if name == "ece_null":
+        return f"{value:.2f}"
+    factor, form = (100, ".0f") if name == "acc" else (1, ".2f")
+    mean, low, high = (factor * v for v in value)
+    return f"{mean:{form}} ({low:{form}} to {high:{form}})"
+
+
+def write_fit_report(fitted, folder: Path, command: str) -> None:
+    """report.html, held_out.jsonl (every row with what was said of it before it was trained on), the model card."""
+    report = fitted.report
+    write_text(folder / "held_out.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in report["held_out"]))
+    write_text(folder / "report.html", fit_page(report, command))
+    write_text(folder / "README.md", card(fitted, folder, command))
+
+
+def fit_page(report: dict, command: str) -> str:
+    """The report as one HTML page."""
+    names, results = list(report["candidates"]), []
+    columns = [
+        c for c in ("acc", "ece", "ece_null", "brier", "nll") if any(c in o for o in report["candidates"].values())
+    ]
+    rows = [[LABELS.get(n, n), *(entry(report["candidates"][n].get(c), c) for c in columns)] for n in names]
+    heads = [
+        {"acc": "accuracy (%)", "ece": "ECE", "ece_null": "(null)", "brier": "Brier", "nll": "NLL"}[c] for c in columns
+    ]
+    results.append(table("Held-out rows, 95 % intervals by bootstrap", ["candidate", *heads], rows, "means"))
+    chosen = report["candidates"][report["chosen"]]
+    if "temperature" in chosen:
+        before, after = chosen["ece_without_temperature"], chosen["ece"][0]
+        results.append(
+            lines([f"One temperature, {chosen['temperature']:.2f}: ECE {before:.2f} before, {after:.2f} after."])
+        )
+    tokens = report["tokens"]
+    cost = f"A query costs {tokens['query']:.0f} tokens; with demonstrations {tokens['icl']:.0f}."
+    results.append(lines([cost, f"{report['seconds']:.0f} s in all."]))
+    answers = []
+    if "classes" in report:
+        rows = [
+            [c["label"], str(c["rows"]), *(share(c[k]) for k in ("precision", "recall"))] for c in report["classes"]
+        ]
+        answers.append(table("By answer", ["answer", "rows", "precision", "recall"], rows, "means"))
+        labels = [c["label"] for c in report["classes"]]
+        rows = [[label, *map(str, row)] for label, row in zip(labels, report["confusion"])]
+        answers.append(table("True answer (rows) and what was said (columns)", ["", *labels], rows, "means"))
+    held = [[r["prompt"], r["true"], r["said"], f"{r['confidence']:.2f}"] for r in report["held_out"] if not r["right"]]
+    wrong = table(f"{count(len(held), 'row')} answered wrong", ["prompt", "answer", "said", "confidence"], held, "text")
+    sections = [section("Candidates", results), section("Answers", [*answers, wrong])]
+    sections.append(section("How this was made", [f"<pre>{shown(command)}</pre>", lines([about(report)])]))
+    return whole(f"{report['name']}: fitted", report["sentence"], lines(report["remarks"]), sections)
+
+
+def share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f} %"
+
+
+def about(report: dict) -> str:
+    """Rows, model and folds in one line."""
+    folds = f"held out in {count(report['folds'], 'fold')}"
+    return " · ".join([report["name"], count(report["rows"], "row"), report["model"], folds])
+
+
+CARD = """---
+library_name: peft
+base_model: {base}
+tags: [ia2mini, {method}]
+---
+
+# {name}
+
+{sentence}
+
+Fitted by [ia2mini](https://arxiv.org/abs/2509.22621) {version}: `{command}`. Prompt template, labels, temperature and all
+held-out numbers are in `ia2mini.json`, every held-out row in `held_out.jsonl`, the report in `report.html`.
+
+The prompt is {template!r}; the answer follows it at once.
+
+```
+ia2mini predict {folder} NEW_ROWS
+```
+
+```python
+import peft, transformers
+
+tokenizer = transformers.AutoTokenizer.from_pretrained({base!r})
+model = transformers.AutoModelForCausalLM.from_pretrained({base!r})
+model = peft.PeftModel.from_pretrained(model, {folder!r})
+```
+
+vLLM: `vllm serve {base} --enable-lora --lora-modules {name}={folder}` (LoRA only).
+"""
+
+
+def card(fitted, folder: Path, command: str) -> str:
+    """The model card."""
+    spec, report = fitted.spec, fitted.report
+    text = {
+        "base": fitted.subject.base,
+        "method": spec["method"],
+        "name": report["name"],
+        "sentence": report["sentence"],
+    }
+    text |= {"version": spec["versions"]["ia2mini"], "command": command, "template": spec["template"]}
+    return CARD.format(**text, folder=str(folder))
+
+
+def score_rows(fitted, rows: list[Row], icl: bool) -> dict:
+    """The report of an adapter (or of the base with demonstrations) on rows with answers."""
+    spec, column = fitted.spec, fitted.spec["answer_column"]
+    found = list(fitted.predict(rows, icl))
+    true = [row.text(column) for row in rows]
+    name = "icl" if icl else spec["method"]
+    told = {
+        "name": Path(rows[0].where.partition(":")[0]).stem,
+        "rows": len(rows),
+        "model": fitted.subject.name,
+        "folds": 0,
+    }
+    if spec["labels"]:
+        if unknown := [row for row, text in zip(rows, true) if text not in spec["labels"]]:
+            known = ", ".join(map(repr, spec["labels"]))
+            raise UsageError(f"{unknown[0].where}: answer {unknown[0].text(column)!r} is none of the labels {known}")
+        gold = torch.tensor([spec["labels"].index(text) for text in true])
+        scores = torch.tensor([list(f["probabilities"].values()) for f in found]).clamp_min(1e-38).log()
+        numbers = measures(scores, gold, 1.0)
+    else:
+        right = torch.tensor([same_answer(spec["parser"], f["answer"], text) for f, text in zip(found, true)])
+        numbers = measures(torch.tensor([[f["confidence"]] for f in found]).log(), torch.zeros(0), 1.0, right)
+        numbers.pop("nll")
+    sentence = f"{LABELS[name]}: {100 * numbers['acc'][0]:.0f} % right."
+    return told | {"candidates": {name: numbers}, "chosen": name, "sentence": sentence, "remarks": []}

@@ -1,0 +1,214 @@
+"""Rows as ids and batches of them, written out by hand; any text survives; runs of unequal numbers of rows."""
+
+import unicodedata
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from ia2mini.models import UsageError, load
+from reference import EOS, MIXES, byte_tokenizer, make_checkpoint, make_rows, peft_twin, plain_loss, relative, starts
+from tokenizers import Tokenizer as Backend
+
+import ia2mini.batch
+from ia2mini.adapters import LoRA, PrefixTuning, adapted
+from ia2mini.batch import Row, by_length, collate, truth_row
+from ia2mini.episode import with_demonstrations
+from ia2mini.tasks import Example
+from ia2mini.tokenizer import Tokenizer
+from ia2mini.train import Runs, Settings, losses, train_runs
+
+TEXT = st.text(max_size=30)
+
+
+def tokenizer(bos=False) -> Tokenizer:
+    return Tokenizer(Backend.from_str(byte_tokenizer(bos)), (EOS,))
+
+
+@pytest.fixture(scope="module")
+def qwen(shared_data):
+    return Tokenizer(Backend.from_file(str(shared_data / "tokenizers/qwen3/tokenizer.json")), (151643,))
+
+
+def test_answers_of_many_tokens_end_with_eos():
+    example = Example("Q:", "ab", None)
+    single, many = (truth_row(example, tokenizer(bos=True), end) for end in (False, True))
+    assert single.prompt == many.prompt == tokenizer(bos=True).encode("Q:")
+    assert tokenizer().decode(single.answer) == "ab" and many.answer == single.answer + [EOS]
+
+
+def test_a_batch_written_out():
+    runs = [[Row([10, 11, 12], [1, 2, 3]), Row([20], [4])], [Row([30, 31], [5]), Row([40, 41], [6, 7])]]
+    for i, row in enumerate(row for run in runs for row in run):
+        P = len(row.answer)
+        row.activations = torch.arange(P).view(1, P, 1) + 10.0 * i
+        row.soft, row.soft_ids = torch.arange(P)[:, None] + 0.5, torch.full((P, 1), i)
+    batch = collate(runs)
+    assert batch.ids.tolist() == [[10, 11, 12, 1, 2], [20, 0, 0, 0, 0], [30, 31, 0, 0, 0], [40, 41, 6, 0, 0]]
+    rows, columns = batch.at
+    assert rows.tolist() == [0, 0, 0, 1, 2, 3, 3, 2]  # the last stands on padding, within its run
+    assert columns.tolist() == [2, 3, 4, 0, 1, 1, 2, 0]
+    assert batch.targets.tolist() == [1, 2, 3, 4, 5, 6, 7, 0]
+    torch.testing.assert_close(batch.weights, torch.tensor([[1 / 6, 1 / 6, 1 / 6, 1 / 2], [1 / 2, 1 / 4, 1 / 4, 0]]))
+    assert batch.activations[0, :7, 0].tolist() == [0, 1, 2, 10, 20, 30, 31] and batch.activations.shape == (1, 8, 1)
+    assert batch.soft[:7, 0].tolist() == [0.5, 1.5, 2.5, 0.5, 0.5, 0.5, 1.5]
+    assert batch.soft_ids[:7, 0].tolist() == [0, 0, 0, 1, 2, 3, 3] and len(batch.soft_ids) == 8
+    assert batch.ids.dtype == rows.dtype == columns.dtype == batch.targets.dtype == torch.int64
+    bare = collate([[Row([1], [2])]])
+    assert bare.activations is bare.soft is bare.soft_ids is None and bare.ids.tolist() == [[1]]
+
+
+LENGTHS = st.tuples(st.integers(1, 6), st.integers(1, 5))
+
+
+@given(
+    st.lists(st.lists(LENGTHS, min_size=3, max_size=3), min_size=1, max_size=3)
+    | st.lists(st.lists(LENGTHS, min_size=1, max_size=4), min_size=1, max_size=3)
+)
+def test_every_position_of_a_batch_predicts_its_answer_token(shape):
+    counter = iter(range(1, 10_000))
+    runs = [
+        [Row([next(counter) for _ in range(t)], [next(counter) for _ in range(p)]) for t, p in run] for run in shape
+    ]
+    batch = collate(runs)
+    torch.testing.assert_close(batch.weights.sum(1), torch.ones(len(runs)))
+    real = batch.weights.flatten() > 0
+    assert batch.targets[real].tolist() == [token for run in runs for row in run for token in row.answer]
+    most = max(map(len, runs))  # shorter runs are padded with empty rows
+    sequences = {r * most + i: row.prompt + row.answer for r, run in enumerate(runs) for i, row in enumerate(run)}
+    for row, column, target in zip(*(x[real].tolist() for x in (*batch.at, batch.targets)), strict=True):
+        assert sequences[row][column + 1] == target and batch.ids[row, column] == sequences[row][column]
+    assert len(batch.ids) == most * len(runs)
+    for weights, run in zip(batch.weights.tolist(), runs, strict=True):
+        expected = [1 / len(row.answer) / len(run) for row in run for _ in row.answer]
+        assert weights == pytest.approx(expected + [0] * (len(weights) - len(expected)))
+    group = batch.at[0].view(len(runs), -1) // most
+    assert (group == torch.arange(len(runs))[:, None]).all()
+
+
+def test_a_packed_batch_written_out(monkeypatch):
+    runs = [[Row([10, 11], [1, 2]), Row([20], [4])], [Row([30], [5]), Row([40], [6])]]
+    batch = collate(runs, pack=True)
+    assert batch.ids.tolist() == [[10, 11, 1, 20], [30, 40, 0, 0]]
+    assert batch.packed.places.tolist() == [[0, 1, 2, 0], [0, 0, 0, 0]]
+    assert batch.packed.mask[:, 0].int().tolist() == [
+        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]],
+        [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]],  # the padding sees only itself
+    ]
+    assert [x.tolist() for x in batch.at] == [[0, 0, 0, 1, 1, 1], [1, 2, 3, 0, 1, 0]]
+    assert collate([[Row([1], [2])]], pack=True).packed is None  # nothing to pack
+    assert collate([[Row([1, 2], [3]), Row([4, 5], [6])]], pack=True).packed is None  # nothing saved
+    monkeypatch.setattr(ia2mini.batch, "MOST_PACKED", 3)
+    assert collate(runs, pack=True).packed is None  # too long a line
+
+
+def test_batches_of_unequal_runs_written_out():
+    runs = [
+        [Row([10, 11], [1, 2]), Row([20], [3]), Row([30], [4])],
+        [Row([40, 41], [5])],
+        [Row([50], [6]), Row([60], [7])],
+    ]
+    padded, packed = collate(runs), collate(runs, pack=True)
+    assert padded.ids.tolist() == [
+        *([10, 11, 1], [20, 0, 0], [30, 0, 0]),
+        *([40, 41, 0], [0, 0, 0], [0, 0, 0]),
+        *([50, 0, 0], [60, 0, 0], [0, 0, 0]),
+    ]
+    assert padded.at[0].tolist() == [0, 0, 1, 2, 3, 3, 3, 3, 6, 7, 6, 6]  # no weight: in the run's first row
+    assert packed.ids.tolist() == [[10, 11, 1, 20, 30], [40, 41, 0, 0, 0], [50, 60, 0, 0, 0]]
+    assert packed.at[0].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    for batch in (padded, packed):
+        expected = torch.tensor([[1 / 6, 1 / 6, 1 / 3, 1 / 3], [1, 0, 0, 0], [1 / 2, 1 / 2, 0, 0]])
+        torch.testing.assert_close(batch.weights, expected)
+        assert batch.targets.tolist() == [1, 2, 3, 4, 5, 0, 0, 0, 6, 7, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3", num_hidden_layers=2)
+    return folder, load(folder)[0]
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("kind", [LoRA, lambda m: PrefixTuning(m, 3)], ids=["lora", "prefix"])
+def test_runs_of_unequal_numbers_of_rows_have_the_loss_they_have_alone(tiny, monkeypatch, kind, mix, pack):
+    """And the gradient; and the loss of transformers, row by row."""
+    monkeypatch.setattr(ia2mini.batch, "WORTH_PACKING", 2)  # always
+    folder, model = tiny
+    adapter, counts = kind(model), (3, 1, 4, 2)
+    runs = [make_rows(count, 10 + r) for r, count in enumerate(counts)]
+    theta = (starts(adapter, model, 4) + 0.05 * torch.randn(4, 1)).requires_grad_()
+
+    def together(runs, theta):
+        batch = collate(runs, pack=pack)
+        assert (batch.packed is not None) == pack
+        with adapted(model, adapter, theta) as student:
+            found = losses(student, batch, {name: torch.full((len(runs),), w) for name, w in MIXES[mix].items()})
+            return found.detach(), torch.autograd.grad(found.sum(), theta)[0]
+
+    found, gradient = together(runs, theta)
+    for r, run in enumerate(runs):
+        alone, expected = together([run], theta[r : r + 1])
+        assert found[r].item() == pytest.approx(alone.item(), rel=1e-5)
+        assert relative(gradient[r], expected[0]) <= 1e-5
+        with torch.no_grad():
+            twin = peft_twin(folder, adapter, theta[r])
+            plain = sum(plain_loss(twin, row, MIXES[mix]).item() for row in run) / len(run)
+        assert found[r].item() == pytest.approx(plain, rel=1e-5)
+
+
+def test_runs_of_unequal_numbers_of_dev_rows_train_as_alone(tiny):
+    _, model = tiny
+    adapter, settings, mix = LoRA(model), Settings(batch_size=2, epochs=6, patience=2), {"mse": 0.3, "ce": 0.7}
+    theta, rates = starts(adapter, model, 3), torch.tensor([1e-1, 1e-2, 3e-2])
+    train, dev = [make_rows(4, r) for r in range(3)], [make_rows(n, 50 + n) for n in (2, 1, 5)]
+
+    def trained(runs):
+        rows = [[data[r] for r in runs] for data in (train, dev)]
+        weights = {name: torch.full((len(runs),), w) for name, w in mix.items()}
+        orders = [lambda epoch: [0, 1, 2, 3]] * len(runs)
+        return train_runs(model, adapter, Runs(theta[runs], rates[runs], *rows, weights, orders), settings)
+
+    together = trained([0, 1, 2])
+    for r in range(3):
+        alone = trained([r])
+        assert together.steps[r] == alone.steps[0] and relative(together.theta[r], alone.theta[0]) <= 1e-5
+        assert together.dev_loss[r].item() == pytest.approx(alone.dev_loss[0].item(), rel=1e-5)
+
+
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 200))
+def test_groups_of_similar_length_cover_all_rows_within_the_budget(lengths, budget):
+    groups = by_length(lengths, budget)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= budget
+    ordered = [lengths[i] for group in groups for i in group]
+    assert ordered == sorted(lengths, reverse=True)
+    for group, following in zip(groups, groups[1:], strict=False):  # no room was left
+        assert (len(group) + 1) * lengths[group[0]] > budget and following
+
+
+@given(prompt=TEXT, answer=TEXT.filter(bool), shown=st.lists(st.tuples(TEXT, TEXT), max_size=3), bos=st.booleans())
+def test_any_text_survives_template_tokenizer_and_batch(prompt, answer, shown, bos):
+    assume(prompt or bos)
+    text, bytes_only = with_demonstrations([Example(*pair) for pair in shown], prompt + "\nLabel:"), tokenizer(bos)
+    row = truth_row(Example(text, answer), bytes_only, end=True)
+    batch = collate([[row, Row([1] * 300, [1])]])
+    ids = batch.ids[0, : len(row.prompt) + len(row.answer) - 1].tolist()
+    assert bytes_only.decode(ids) == text + answer and row.answer[-1] == EOS
+    assert bytes(b for b in text.encode()) == "\n\n".join([p + a for p, a in shown] + [prompt + "\nLabel:"]).encode()
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(prompt=TEXT, answer=TEXT.filter(bool))
+def test_any_text_survives_a_real_tokenizer_or_is_named(qwen, prompt, answer):
+    text = f"Text:{prompt}\nLabel:"
+    try:
+        row = truth_row(Example(text, answer), qwen, end=True)
+    except UsageError as error:
+        assert "merges" in str(error)
+        assert qwen.encode(text + answer) != qwen.encode(text) + qwen.encode(answer)
+    else:
+        assert qwen.decode(row.prompt + row.answer) == unicodedata.normalize("NFC", text + answer)

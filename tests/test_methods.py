@@ -1,0 +1,132 @@
+"""Every method against its phases trained by transformers one row at a time, and what phases and runs share."""
+
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+from ia2mini.models import UsageError, load
+from reference import make_checkpoint, make_rows, peft_twin, plain_fit, relative
+from test_train import ADAPTERS, own_cross_entropy
+
+import ia2mini.train
+from ia2mini.methods import METHODS, Grid
+from ia2mini.teacher import Taught
+from ia2mini.train import Settings, train_runs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    torch.set_num_threads(1)
+    return load(folder)[0]
+
+
+TRUTH, TAUGHT = ("truth", {"ce": 1.0}), ("icl", {"mse": 1.0})
+PHASES = {  # method -> its phases: which rows, which losses (protocol section 4)
+    "sft": [TRUTH],
+    "ia2": [TAUGHT],
+    "ia2-sft": [TAUGHT, TRUTH],
+    "sft-ia2": [TRUTH, TAUGHT],
+    "sft-sft": [TRUTH, TRUTH],
+    "ia2+sft": [("icl", {"mse": None, "ce": None})],  # 1 - β and β
+    "soft": [("icl", {"kl": 1.0})],
+}
+
+
+def make_grid(model, kind, labels="truth", rows=5, **more):
+    sets = [Taught(*(make_rows(n, 10 * s + i) for i, n in enumerate((rows, 2, rows, 2)))) for s in range(2)]
+    more |= {"labels": labels, "settings": Settings(batch_size=2, epochs=2, patience=9)}
+    return Grid(model, ADAPTERS[kind](model), sets, [1e-2, 3e-3], [0.2, 0.7], seed=4, **more)
+
+
+@pytest.mark.parametrize(
+    "kind, labels, method",
+    [("lora", "truth", method) for method in PHASES]
+    + [("lora", "icl", method) for method in ("sft", "ia2-sft", "sft-sft")]
+    + [(kind, "truth", method) for kind in ("ia3", "prompt", "prefix") for method in ("ia2-sft", "ia2+sft", "soft")],
+)
+def test_every_method_equals_the_plain_loop(folder, model, kind, labels, method):
+    watched = []
+
+    @contextmanager
+    def progress(about):
+        watched.append([])
+        yield lambda step, live: watched[-1].append((step, live.clone()))
+
+    grid = make_grid(model, kind, labels, progress=progress)
+    found, configs = METHODS[method](grid), grid.configs(method)
+    assert len(found.theta) == len(configs) == (8 if method == "ia2+sft" else 4)
+    assert len(watched) == len(PHASES[method])
+    for r in (1, len(configs) - 2):
+        number, rate, beta = configs[r]
+        s, theta, steps = grid.sets[number], grid.start(configs)[r], 0
+        for (rows, mix), looks in zip(PHASES[method], watched, strict=True):
+            mix = {"mse": 1 - beta, "ce": beta} if beta else mix
+            train, dev = (s.train, s.dev) if (rows, labels) == ("truth", "truth") else (s.icl_train, s.icl_dev)
+            twin, order = peft_twin(folder, grid.adapter, theta), partial(grid.order, number, len(train))
+            theta, loss, taken, history = plain_fit(twin, grid.adapter, rate, mix, train, dev, order, grid.settings)
+            steps += taken
+            expected = [(step, pytest.approx(x, rel=1e-4)) for step, x in history]
+            assert [(step, live[r].item()) for step, live in looks] == expected
+        assert relative(found.theta[r], theta) <= 1e-4
+        assert found.dev_loss[r].item() == pytest.approx(loss, rel=1e-4) and found.steps[r] == steps
+
+
+def test_runs_in_portions_equal_all_at_once(model):
+    whole, portions = make_grid(model, "lora"), make_grid(model, "lora", side_by_side=3)
+    for method in ("ia2-sft", "ia2+sft"):
+        a, b = METHODS[method](whole), METHODS[method](portions)
+        assert a.steps.tolist() == b.steps.tolist()
+        assert all(relative(x, y) <= 1e-5 for x, y in zip(a.theta, b.theta, strict=True))
+        torch.testing.assert_close(a.dev_loss, b.dev_loss, rtol=1e-5, atol=0)
+
+
+def test_runs_that_do_not_fit_into_memory_are_trained_in_portions(model, monkeypatch):
+    room, tried = 2, []
+
+    def full(*args):
+        tried.append(len(args[2]))
+        if len(args[2]) > room:
+            raise torch.OutOfMemoryError
+        return train_runs(*args)
+
+    whole = METHODS["sft"](make_grid(model, "lora"))
+    monkeypatch.setattr(ia2mini.train, "train_runs", full)
+    with pytest.warns(UserWarning, match="out of memory with 4 runs side by side; going on with 2"):
+        parts = METHODS["sft"](make_grid(model, "lora"))
+    assert tried == [4, 2, 2] and parts.steps.tolist() == whole.steps.tolist()
+    assert all(relative(x, y) <= 1e-5 for x, y in zip(parts.theta, whole.theta, strict=True))
+    room = 0
+    with pytest.warns(UserWarning), pytest.raises(UsageError, match="single run; use --checkpointing"):
+        METHODS["sft"](make_grid(model, "lora"))
+
+
+def test_a_first_phase_that_is_already_there_is_not_trained_again(model):
+    grid, asked = make_grid(model, "ia3"), []
+    ready = METHODS["ia2"](grid)
+    whole = METHODS["ia2-sft"](grid)
+    grid.first = lambda method: asked.append(method) or ready
+    again = METHODS["ia2-sft"](grid)
+    assert asked == ["ia2"] and torch.equal(again.theta, whole.theta) and torch.equal(again.steps, whole.steps)
+    assert not torch.equal(again.theta, ready.theta)
+
+
+def test_sets_start_differently_and_rates_of_a_set_alike(model):
+    grid = make_grid(model, "lora")
+    theta = grid.start(grid.configs("sft"))
+    assert torch.equal(theta[0], theta[1]) and torch.equal(theta[2], theta[3]) and not torch.equal(theta[0], theta[2])
+    assert sorted(grid.order(0, 5, 0)) == list(range(5))
+    assert len({tuple(grid.order(n, 5, e)) for n in range(2) for e in range(4)}) > 4
+
+
+def test_a_phase_takes_a_loss_of_ones_own(model):
+    grid = make_grid(model, "lora")
+    own, built_in = (grid.train("sft", {loss: 1.0, "mse": 0.1}, icl_rows=True) for loss in (own_cross_entropy, "ce"))
+    assert own.steps.tolist() == built_in.steps.tolist()
+    assert all(relative(x, y) <= 1e-5 for x, y in zip(own.theta, built_in.theta, strict=True))
+    torch.testing.assert_close(own.dev_loss, built_in.dev_loss, rtol=1e-5, atol=0)

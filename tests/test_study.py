@@ -1,0 +1,224 @@
+"""`compare` on the embedded model: which runs are scored, what a run's folder is named by, phases; the front door."""
+
+import json
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import ia2mini
+from ia2mini import UsageError, study
+from ia2mini.cli import load_subject
+from ia2mini.methods import METHODS
+from ia2mini.options import TINY_RATES, Options
+from ia2mini.study import compare
+from ia2mini.tasks import find_task
+
+EVERY = ("base", "icl", "sft", "ia2", "ia2-sft", "ia2+sft")
+SMALL = Options(n=(2,), sets=2, epochs=4, eval_rows=12, methods=EVERY, rates=(1e-3, 1e-2), betas=(0.3, 0.7))
+MOOD, SUMS = find_task("toy-mood"), replace(find_task("toy-sums"), max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def subject():
+    torch.set_num_threads(1)
+    return load_subject("tiny", "cpu", None, None)
+
+
+@pytest.fixture(scope="module")
+def studied(subject, tmp_path_factory):
+    """select -> (document, folder), for labels and for texts."""
+    out = tmp_path_factory.mktemp("runs")
+    texts = replace(SMALL, methods=("icl", "sft", "ia2-sft"), eval_rows=3, epochs=2)
+    found = {select: compare([MOOD], subject, replace(SMALL, select=select), out) for select in ("dev", "eval", "both")}
+    return found | {f"{s} texts": compare([SUMS], subject, replace(texts, select=s), out) for s in ("dev", "both")}
+
+
+def config_of(run: dict) -> tuple:
+    return run["rate"], run["beta"]
+
+
+def best(training: list[dict], method: str) -> tuple | None:
+    """(rate, β) of the lowest mean dev loss over sets."""
+    losses: dict[tuple, list[float]] = {}
+    for run in (run for run in training if run["method"] == method):
+        losses.setdefault(config_of(run), []).append(run["dev_loss"])
+    return min(losses, key=lambda config: fmean(losses[config])) if losses else None
+
+
+def same(one: dict, other: dict) -> None:
+    """Two records agree: exactly, but for the rounding of runs that were scored side by side with others."""
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        if isinstance(value, (float, list)):
+            pair = (np.array(each[key], np.float64) for each in (one, other))  # None is NaN
+            np.testing.assert_allclose(*pair, rtol=1e-4, atol=1e-5, err_msg=key)
+        else:
+            assert value == other[key], key
+    assert one["acc"] == other["acc"]
+
+
+@pytest.mark.parametrize("kind", ["", " texts"])
+def test_dev_selection_scores_just_what_scoring_all_gives_for_the_chosen_rate(kind, studied):
+    (dev, _), (both, _) = studied[f"dev{kind}"], studied[f"both{kind}"]
+    assert dev["training"] == both["training"]  # all runs are trained either way
+    picks = {method: best(both["training"], method) for method in dev["config"]["methods"]}
+    expected = [run for run in both["runs"] if picks[run["method"]] in (None, config_of(run))]
+    assert len(dev["runs"]) == len(expected) < len(both["runs"])
+    for one, other in zip(dev["runs"], expected):
+        same(one, other)
+    cells = [cell for cell in both["cells"] if cell["selected_by"] in ("dev", None)]
+    for one, other in zip(dev["cells"], cells, strict=True):
+        same(one | {"acc": one["acc"][0]}, other | {"acc": other["acc"][0]})
+    assert dev["adapters"] == both["adapters"] and dev["overlap"] == both["overlap"]
+
+
+def test_eval_selection_scores_every_run_and_chooses_as_the_paper(studied):
+    (every, _), (both, _) = studied["eval"], studied["both"]
+    assert every["runs"] == both["runs"] and every["training"] == both["training"]
+    assert every["cells"] == [cell for cell in both["cells"] if cell["selected_by"] in ("eval", None)]
+    count = {m: len([r for r in every["runs"] if (r["method"], r["eval"]) == (m, "toy-mood")]) for m in EVERY}
+    assert count == {"base": 2, "icl": 2, "sft": 4, "ia2": 4, "ia2-sft": 4, "ia2+sft": 8}
+    for cell in every["cells"]:
+        runs = [r for r in every["runs"] if (r["method"], r["eval"]) == (cell["method"], cell["eval"])]
+        configs = {config_of(run) for run in runs}
+        assert cell["acc_mean"] == max(fmean(r["acc"] for r in runs if config_of(r) == config) for config in configs)
+
+
+def test_records_hold_what_they_say(studied):
+    document, folder = studied["dev"]
+    for run in document["runs"]:
+        assert run["asim"] == pytest.approx(fmean(run["asim_layers"])) and len(run["asim_layers"]) == 4
+        assert 0 <= run["acc"] <= 1 and run["adapter"] == (None if run["method"] in ("base", "icl") else "lora")
+        assert sum(rows for rows, *_ in run["reliability"]) == 12
+    assert {run["asim"] for run in document["runs"] if run["method"] == "icl"} == {1.0}
+    base = [run["acc"] for run in document["runs"] if (run["method"], run["eval"]) == ("base", "toy-mood")]
+    assert len(base) == 2 == len(set(base)) + 1  # the same for every set
+    texts, where = studied["dev texts"]
+    for run in texts["runs"]:
+        kept = json.loads((where / run["texts"]).read_text())
+        assert len(kept["texts"]) == 3 and "ece" not in run and "reliability" not in run
+    assert all(cell["ece_mean"] is cell["ece_null_mean"] is None for cell in texts["cells"])
+
+
+def test_overlaps_are_of_the_chosen_runs(studied):
+    document, _ = studied["dev"]
+    pairs = [tuple(found["methods"]) for found in document["overlap"]]
+    assert len(pairs) == len(set(pairs)) == 6 and ("ia2", "ia2-sft") in pairs
+    for found in document["overlap"]:
+        assert len(found["overlap"]) == 2 and found["mean"] == pytest.approx(fmean(found["overlap"]))
+        assert 0 < found["chance"] < found["mean"] <= 1
+    alike = {tuple(found["methods"]): found["mean"] for found in document["overlap"]}
+    assert alike["ia2", "ia2-sft"] > alike["sft", "ia2-sft"]
+
+
+def test_samples_show_the_prompt_and_right_and_wrong_rows(studied):
+    for key in ("dev", "dev texts"):
+        (sample,) = studied[key][0]["samples"]
+        assert sample["prompt"].count("\n\n") == 2  # after each of two demonstrations
+        scored = [r for r in studied[key][0]["runs"] if (r["method"], r["eval"]) == (sample["method"], sample["task"])]
+        right = [row["right"] for row in sample["rows"]]
+        rows = {"dev": 12, "dev texts": 3}[key]
+        assert right.count(True) == min(10, round(scored[0]["acc"] * rows)) and len(right) <= rows
+        assert all(
+            (row["said"].strip() == row["answer"].strip()) == row["right"] for row in sample["rows"] if key == "dev"
+        )
+
+
+def test_run_json_holds_what_the_defaults_came_to(studied, subject, tmp_path, monkeypatch):
+    kept = json.loads((studied["dev"][1] / "run.json").read_text())
+    assert kept["rates"] == [1e-3, 1e-2] and kept["targets"] == ["q_proj", "k_proj", "o_proj"]
+    assert kept["templates"] == {"toy-mood": "Text:{text}\nLabel:"} and kept["ia2mini"] == ia2mini.__version__
+    assert kept["model"] == str(subject.folder.resolve()) and kept["dtype"] == "float32" and kept["device"] == "cpu"
+    monkeypatch.setattr(study, "run_experiment", lambda experiment: {})
+    document, folder = compare([MOOD], subject, Options(n=(2,), sets=1, adapter="ia3"), tmp_path)
+    kept = json.loads((folder / "run.json").read_text())
+    assert tuple(kept["rates"]) == TINY_RATES["ia3"] and document["config"] == kept
+
+
+def test_a_folder_belongs_to_version_model_data_template_and_options(subject, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "run_experiment", lambda experiment: {})
+
+    def folder(task=MOOD, options=SMALL, subject=subject, **more) -> Path:
+        return compare([task], subject, options, tmp_path, **more)[1]
+
+    first = folder()
+    assert first.name.startswith("toy-mood-tiny-n2-") and folder() == folder(side_by_side=1) == first
+    monkeypatch.setattr(study, "__version__", "99.0")
+    found = {first, folder()}
+    monkeypatch.undo()
+    monkeypatch.setattr(study, "run_experiment", lambda experiment: {})
+    assert folder() == first
+    found |= {folder(replace(MOOD, prompt="Text:{text}\nMood:")), folder(options=replace(SMALL, seed=1))}
+    found |= {folder(options=replace(SMALL, select="both")), folder(options=replace(SMALL, eval_rows=11))}
+    found |= {folder(subject=replace(subject, base="me/tiny"))}
+    assert len(found) == 7
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [("base",), ("icl",), ("sft",), ("ia2-sft", "sft"), ("sft-ia2", "base"), ("soft", "icl", "sft-sft", "ia2")],
+)
+def test_phases_are_counted_as_they_come(methods, subject, tmp_path):
+    said = []
+
+    def bar(label, total):
+        said.append(label)
+        return nullcontext(SimpleNamespace(update=lambda n: None, n=0, set_postfix_str=lambda text: None))
+
+    few = replace(SMALL, methods=methods, epochs=1, sets=1, rates=(1e-2,), eval_rows=2, n=(2, 3))
+    compare([MOOD], subject, few, tmp_path, bar=bar)
+    numbers = [label.split(" ")[0] for label in said]
+    assert numbers == [f"{i}/{len(said)}" for i in range(1, len(said) + 1)]
+    assert {label.split(": ")[0].split(" ")[1] for label in said} == {"toy-mood-n2", "toy-mood-n3"}
+
+
+def test_runs_trained_in_turn_give_what_runs_side_by_side_give(studied, subject, tmp_path):
+    document, _ = compare([MOOD], subject, SMALL, tmp_path, side_by_side=3)
+    for one, other in zip(document["training"], studied["dev"][0]["training"], strict=True):
+        assert one["dev_loss"] == pytest.approx(other["dev_loss"], rel=1e-3)
+
+
+def test_mistakes_leave_no_folder(subject, tmp_path):
+    for options, said in (
+        (replace(SMALL, methods=("base", "ia3")), "unknown method 'ia3'; methods: base, icl, sft"),
+        (replace(SMALL, layers=(4,)), "--layers 4: this model has layers 0 to 3"),
+        (replace(SMALL, n=(2, 4000)), "--n 4000: needs"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            compare([MOOD], subject, options, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and "sft" in METHODS
+
+
+@pytest.mark.parametrize("name", ia2mini.__all__)
+def test_the_front_door_opens(name):
+    assert getattr(ia2mini, name) is not None and name in dir(ia2mini)
+    exec(f"from ia2mini import {name}", {})
+
+
+def test_the_front_door_loads_no_torch_and_knows_its_names():
+    code = "import sys, ia2mini; assert 'torch' not in sys.modules and 'load' in dir(ia2mini); ia2mini.load"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; assert 'torch' in sys.modules"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(AttributeError, match="module 'ia2mini' has no attribute 'nonsense'"):
+        getattr(ia2mini, "non" + "sense")
+
+
+def test_the_front_doors_notebook_runs_as_it_is_written():
+    *_, example, after = ia2mini.__doc__.split("\n\n")
+    names: dict = {}
+    exec("from ia2mini import *\n" + "\n".join(line[4:] for line in example.splitlines()), names)
+    (found,) = ia2mini.score(
+        names["model"], names["tokenizer"], names["rows"][-100:], ("0", "1"), names["grid"].adapter,
+        names["trained"].theta,
+    )  # fmt: skip
+    assert found["acc"] > 0.6 and "`Taps` asks" in after
