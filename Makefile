@@ -24,7 +24,7 @@ test: setup lint  ## every check, offline
 
 lint: setup
 	$(BIN)/ruff format --check --quiet --line-length 120 .
-	$(BIN)/ruff check --line-length 140 --select E,F,W,I,B,UP --ignore B905 .
+	$(BIN)/ruff check --line-length 120 --select E,F,W,I,B,UP --ignore B905 .
 
 bench: setup  ## how fast, and against whom
 	$(BIN)/python -m bench

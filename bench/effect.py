@@ -4,10 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from ia2mini.cli import load_subject, progress
+from ia2mini.cli import progress
+from ia2mini.subject import open_subject
 from ia2mini.options import Options
 from ia2mini.report.summary import average, interval, paired
 from ia2mini.study import compare
+from ia2mini.subject import open_subject
 from ia2mini.tasks import find_task
 
 from .report import Line, Result
@@ -32,7 +34,7 @@ def effect(
 
     Goes on where an interrupted call was.
     """
-    subject = replace(load_subject(model, "cpu", None, None), name="tiny")  # and so with its rates
+    subject = replace(open_subject(model, "cpu", None, None), name="tiny")  # and so with its rates
     about = f"{model}: {sets} sets, {eval_rows} evaluation rows (sums {sum_rows}), rates chosen by dev loss"
     result = Result("effect", f"{about}; gains in points of accuracy, paired by task and set", [])
     for name, rows in (("classification", eval_rows), ("sums", sum_rows)):

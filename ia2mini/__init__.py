@@ -10,6 +10,13 @@ From a model to an adapter, in the order of a notebook:
     trained = METHODS["ia2-sft"](grid)                  # IA2, then SFT from there
     score(model, tokenizer, rows[-100:], ("0", "1"), grid.adapter, trained.theta)
 
+From one's own rows to an adapter in use:
+
+    fitted = fit("tickets.csv", open_subject("llama-3.2-1b"))
+    print(fitted.report["sentence"])
+    fitted.save("tickets")
+    next(load_adapter("tickets").predict([{"text": "My invoice is wrong"}]))["answer"]
+
 `Taps` asks any pass for its attention outputs; `Runs` and `train_runs` take losses of your own. Each name is a promise;
 everything else may move.
 """
@@ -35,6 +42,10 @@ NAMES = {
     "Settings": ".train",
     "train_runs": ".train",
     "score": ".evaluate",
+    "open_subject": ".subject",
+    "fit": ".fit",
+    "FitOptions": ".options",
+    "load_adapter": ".predictor",
 }
 __all__ = ["UsageError", *NAMES]
 

@@ -104,7 +104,7 @@ DTYPE_HELP = "of frozen weights  [default: float32, on a GPU bfloat16]"
 model_options = many(
     click.option("--model", default="tiny", help=MODEL_HELP),
     click.option("--device", help="cpu, cuda, cuda:1 …  [default: a GPU if there is one]"),
-    click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help=DTYPE_HELP),
+    click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help=DTYPE_HELP),
     click.option("--revision", help="branch, tag or commit on the hub"),
 )
 data_options = many(
@@ -158,29 +158,6 @@ def progress(label: str, total: int):
     return tqdm(desc=f"phase {label:<40}", total=total, leave=False, bar_format=form)
 
 
-def load_subject(model: str, device: str | None, dtype: str | None, revision: str | None):
-    """The Subject of the command's options, with their defaults. Raises UsageError."""
-    import torch
-
-    from .experiment import Subject
-    from .models.checkpoint import SHORT_NAMES, TINY, load, locate
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        if torch.device(device).type not in ("cpu", "cuda"):
-            raise UsageError(f"--device {device}: ia2mini runs on cpu and cuda; use --device cpu")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {device}: not usable here ({reason}); use --device cpu") from None
-    folder = locate(model, revision)
-    network, tokenizer = load(folder, getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16")), device)
-    local = folder == TINY or Path(model).is_dir()
-    name = folder.resolve().name if local else model.replace("/", "--")
-    base = str(folder.resolve()) if local else SHORT_NAMES.get(model.lower(), model)
-    return Subject(network, tokenizer, folder, name, base)
-
-
 @main.command()
 @click.argument("names", nargs=-1, metavar="[TASK]...")
 @model_options
@@ -222,7 +199,9 @@ def run(context, names, model, device, dtype, revision, compiling, checkpointing
     if own["data"] and model == "tiny" and context.get_parameter_source("model").name == "DEFAULT":
         raise UsageError("--data: name a --model for your own rows (the embedded one knows 449 words)")
     chosen = find_tasks(names, **own)
-    subject = load_subject(model, device, dtype, revision)
+    from .subject import open_subject
+
+    subject = open_subject(model, device, dtype, revision)
     prepare(subject.model, compiling, checkpointing)
     chosen = [keep_apart(task, subject.tokenizer, own["template"]) for task in chosen]
     from .report import write_report
@@ -302,25 +281,6 @@ def rescore(folder):
 
 
 @main.command()
-@model_options
-@click.option("--prompt", required=True, help="text to continue")
-@click.option("--max-tokens", default=100, type=click.IntRange(1), help="at most")
-@click.option("--stop", help="text at which to stop, besides the end of sequence")
-def generate(model, device, dtype, revision, prompt, max_tokens, stop):
-    """Continue a text greedily; the continuation goes to stdout."""
-    from .generate import Decoding
-    from .generate import generate as continue_text
-
-    subject = load_subject(model, device, dtype, revision)
-    tokenizer = subject.tokenizer
-    ids = tokenizer.encode(prompt)
-    if not ids:
-        raise UsageError("--prompt is empty and this model's tokenizer adds no BOS; give some text")
-    (response,) = continue_text(subject.model, tokenizer, [ids], Decoding(max_tokens, stop))
-    click.echo(tokenizer.decode(ids + response)[len(tokenizer.decode(ids)) :])
-
-
-@main.command()
 @click.argument("name", required=False, metavar="[TASK]")
 @click.option("--model", default="tiny", help=MODEL_HELP)
 @click.option("--revision", help="branch, tag or commit on the hub")
@@ -363,3 +323,5 @@ def preview(task, tokenizer, n: int, data_dir: Path | None) -> None:
         click.secho(f"{role}: {count[0]} tokens, answer {count[1]}", dim=True)
         click.echo(click.style(e.prompt, fg=color) + click.style(e.answer, fg="green", bold=True) + "\n")
 
+
+from . import cli_fit  # noqa: E402, F401  (its commands join the group)

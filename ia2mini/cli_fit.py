@@ -9,36 +9,41 @@ from pathlib import Path
 import click
 
 from . import UsageError
-from .cli import file_option, load_subject, main, many, model_options, options_of, prepare, progress
+from .cli import file_option, main, many, model_options, options_of, prepare, progress
 from .options import FitOptions
 
-COLUMNS = "  [default: guessed from the header]"
-column_options = many(
-    click.option("--prompt-column", help=f"what is asked{COLUMNS}"),
-    click.option("--answer-column", help=f"what is answered{COLUMNS}"),
-    click.option("--template", help="prompt, columns in braces  [default: 'Text:{text}\\nLabel:']"),
-)
+GUESS = "  [default: guessed from the header]"
+COMMAND = " ".join(["ia2mini", *sys.argv[1:]])
 adapter_options = many(
     click.argument("adapter", type=click.Path(path_type=Path, exists=True, file_okay=False)),
-    click.option("--model", help="base model  [default: the one it was fitted on]"),
+    click.option("--model", help="base model  [default: the one that the adapter names]"),
     click.option("--device", help="cpu, cuda, cuda:1 …  [default: a GPU if there is one]"),
     click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="of frozen weights"),
+    click.option("--template", help="prompt, columns in braces: of an adapter that ia2mini did not fit"),
+    click.option("--labels", help="its possible answers, separated by commas  [default: it answers with text]"),
 )
 
 
 @main.command()
-@click.argument("rows", type=click.Path(path_type=Path), metavar="ROWS")
+@click.argument("rows", required=False, type=click.Path(path_type=Path), metavar="[ROWS]")
 @model_options
 @options_of(FitOptions)
-@column_options
-@file_option("--unlabelled", "more rows without answers: the teacher answers them, IA2 learns from them too")
+@click.option("--prompt-column", help=f"what is asked{GUESS}")
+@click.option("--answer-column", help=f"what is answered{GUESS}")
+@click.option("--template", help="prompt, columns in braces  [default: 'Text:{text}\\nLabel:']")
+@file_option("--unlabelled", "more rows, without answers: the teacher answers them, IA2 learns from them too")
+@file_option(
+    "--context", "a text (instruction, policy) to put into the weights: the teacher sees it before every query"
+)
+@file_option("--prompts", "the queries for --context, in place of ROWS; they need no answers")
 @file_option("--out", "folder of the adapter; the same command goes on where it was", required=True)
-def fit(rows, model, device, dtype, revision, prompt_column, answer_column, template, unlabelled, out, **given):
+def fit(rows, model, device, dtype, revision, unlabelled, context, prompts, out, **given):
     """Fit an adapter to your own ROWS (JSONL, JSON, CSV, TSV, Parquet), and say what it is worth.
 
     \b
       ia2mini fit tickets.csv --model llama-3.2-1b --out tickets
       ia2mini predict tickets new.csv > answers.jsonl
+      ia2mini fit --context policy.txt --prompts queries.jsonl --model llama-3.2-1b-instruct --chat --out policy
 
     Every method and rate is cross-validated side by side; the one with the lowest held-out loss is trained on all rows.
     Where nothing beats the base model, no adapter is shipped.
@@ -46,18 +51,26 @@ def fit(rows, model, device, dtype, revision, prompt_column, answer_column, temp
     from .fit import Columns, read_own
     from .fit import fit as fit_rows
     from .report.fit import write_fit_report, write_fit_table
+    from .subject import open_subject
 
-    columns = Columns(prompt_column, answer_column, template)
-    read_own(rows, columns)  # its mistakes show before a model is loaded
-    subject = load_subject(model, device, dtype, revision)
+    if (rows is None) == (context is None) or (context is None) != (prompts is None):
+        raise UsageError("give ROWS, or --context with --prompts")
+    columns = Columns(*(given.pop(name) for name in ("prompt_column", "answer_column", "template")))
+    text = context.read_text(encoding="utf-8").strip() if context else ""
+    if context and not text:
+        raise UsageError(f"{context}: the file is empty")
+    read_own(rows or prompts, columns, bool(context))  # its mistakes show before a model is loaded
+    subject = open_subject(model, device, dtype, revision)
     prepare(subject.model, None, False)
-    fitted = fit_rows(rows, subject, FitOptions(**given), columns, unlabelled or (), keep=out, bar=progress)
+    options = FitOptions(**given, context=text)
+    fitted = fit_rows(rows or prompts, subject, options, columns, unlabelled or (), keep=out, bar=progress)
     fitted.save(out)
-    write_fit_report(fitted, out, " ".join(["ia2mini", *sys.argv[1:]]))
+    write_fit_report(fitted, out, COMMAND)
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished)
     click.echo(write_fit_table(fitted.report))
-    click.echo(f"{out}: adapter, ia2mini.json, README.md, report.html, held_out.jsonl")
+    shipped = "no adapter" if fitted.adapter is None else "adapter"
+    click.echo(f"{out}: {shipped}, ia2mini.json, README.md, report.html, held_out.jsonl")
     click.echo(f"next: ia2mini predict {out} NEW_ROWS")
 
 
@@ -90,43 +103,72 @@ def complain(error: UsageError, strict: bool) -> None:
 @click.option("--coverage", type=float, help="answer only the most certain rows: this share of them")
 @click.option("--icl", is_flag=True, help="the base model with demonstrations in its prompt instead, to compare")
 @click.option("--strict", is_flag=True, help="stop at the first wrong row")
-def predict(adapter, model, device, dtype, rows, coverage, icl, strict):
-    """Answer ROWS, or JSON lines from standard input (-): JSONL with answer, confidence, probabilities and own columns."""
-    predictor = open_adapter(adapter, model, device, dtype)
-    for row in predictor.predict(read_new(rows, strict), icl, coverage, wrong=lambda error: complain(error, strict)):
+def predict(adapter, rows, coverage, icl, strict, **how):
+    """Answer ROWS, or JSON lines from standard input (-), by an ADAPTER of `ia2mini fit` or of peft.
+
+    Prints JSONL: the row's own columns, answer, confidence and, of labels, the probability of each.
+    """
+    fitted = open_adapter(adapter, **how)
+    for row in fitted.predict(read_new(rows, strict), icl, coverage, wrong=lambda error: complain(error, strict)):
         click.echo(json.dumps(row, ensure_ascii=False))
 
 
 @main.command()
 @adapter_options
 @click.argument("rows", metavar="ROWS", type=click.Path(path_type=Path))
+@click.option("--answer-column", help="what is answered  [default: as in the rows it was fitted on]")
 @click.option("--icl", is_flag=True, help="the base model with demonstrations in its prompt instead, to compare")
-def score(adapter, model, device, dtype, rows, icl):
-    """How good an adapter is on labelled ROWS: accuracy, ECE, Brier and NLL with intervals."""
+def score(adapter, rows, answer_column, icl, **how):
+    """How good an ADAPTER is on labelled ROWS: accuracy, ECE, Brier and NLL with intervals."""
     from .report.fit import score_rows, write_fit_table
     from .tasks.rows import read_rows
 
-    predictor = open_adapter(adapter, model, device, dtype)
-    click.echo(write_fit_table(score_rows(predictor, read_rows(rows), icl)))
+    click.echo(write_fit_table(score_rows(open_adapter(adapter, **how), read_rows(rows), icl, answer_column)))
 
 
 @main.command()
 @adapter_options
 @file_option("--out", "folder of the whole checkpoint", required=True)
-def merge(adapter, model, device, dtype, out):
-    """Write a whole checkpoint with the adapter merged into the base model's matrices."""
-    from .peft_format import save_merged
-
-    predictor = open_adapter(adapter, model, device, dtype)
-    if predictor.adapter is None:
-        raise UsageError(f"{adapter}: no adapter was shipped, so there is nothing to merge; use the base model")
-    subject = predictor.subject
-    gap = save_merged(subject.model, predictor.adapter, predictor.theta[0], out, subject.tokenizer, subject.folder)
+def merge(adapter, out, **how):
+    """Write a whole checkpoint with the ADAPTER merged into the base model's matrices."""
+    gap = open_adapter(adapter, **how).merge(out)
     click.echo(f"{out}: merged; largest difference of a logit to the unmerged model {gap:.1e}")
 
 
-def open_adapter(folder: Path, model: str | None, device: str | None, dtype: str | None):
+@main.command()
+@model_options
+@click.option("--prompt", required=True, help="text to continue")
+@click.option("--max-tokens", default=100, type=click.IntRange(1), help="at most")
+@click.option("--stop", help="text at which to stop, besides the end of sequence")
+@file_option("--adapter", "folder of an adapter; its own base is the model")
+@click.option("--chat", is_flag=True, help="the prompt as a turn of the checkpoint's chat template")
+def generate(model, device, dtype, revision, prompt, max_tokens, stop, adapter, chat):
+    """Continue a text greedily; the continuation goes to stdout."""
+    from .chat import ChatTemplate
+    from .generate import Decoding
+    from .generate import generate as continue_text
+    from .predictor import FOREIGN, Predictor
+    from .subject import open_subject
+
+    if adapter:
+        given = click.get_current_context().get_parameter_source("model").name != "DEFAULT"
+        fitted = open_adapter(adapter, model if given else None, device, dtype)
+    else:
+        fitted = Predictor(open_subject(model, device, dtype, revision), None, None, FOREIGN)
+    subject = fitted.subject
+    ids = subject.tokenizer.encode(ChatTemplate(subject.folder, subject.tokenizer)(prompt) if chat else prompt)
+    if not ids:
+        raise UsageError("--prompt is empty and this model's tokenizer adds no BOS; give some text")
+    with fitted.student() as student:
+        (response,) = continue_text(student, subject.tokenizer, [ids], Decoding(max_tokens, stop))
+    click.echo(subject.tokenizer.decode(ids + response)[len(subject.tokenizer.decode(ids)) :])
+
+
+def open_adapter(folder: Path, model=None, device=None, dtype=None, template=None, labels=None):
     """A saved adapter on its base model."""
     from .predictor import base_name, load_adapter
+    from .subject import open_subject
 
-    return load_adapter(folder, load_subject(model or base_name(folder), device, dtype, None))
+    spec = {"template": template and template.replace("\\n", "\n"), "labels": labels and labels.split(",")}
+    subject = open_subject(model or base_name(folder), device, dtype)
+    return load_adapter(folder, subject, **{name: value for name, value in spec.items() if value})

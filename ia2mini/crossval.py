@@ -15,20 +15,21 @@ from tqdm import tqdm
 
 from . import UsageError
 from .adapters import adapted, make_adapter
-from .batch import truth_row
-from .episode import Episode, balanced, draw_folds, seeded
+from .batch import Row, truth_row
+from .episode import Episode, balanced, draw_folds, seeded, with_demonstrations
 from .evaluate import Scoring, answer_scores, label_scores, last_states, share_prefix
-from .experiment import Subject
 from .generate import Decoding, generate
 from .methods import BEGINS_WITH, METHODS, Grid
 from .metrics import fit_temperature, row_losses
 from .models.common import device_of
 from .options import RATES, TINY_RATES, FitOptions
+from .subject import Subject
 from .tasks import Example, Task
-from .teacher import Asked, teach
+from .teacher import Asked, observe, teach
 from .train import Settings, Trained
 
 LEAST, ALONE = 4, 10  # rows that cross-validation needs; up to this many are left out one at a time
+SOFT_K = 1024  # likeliest tokens of a distribution that is matched
 TINIEST = torch.finfo(torch.float32).tiny
 
 
@@ -70,15 +71,22 @@ class CrossValidation:
         self.adapter = make_adapter(subject.model, options)
         self.rates = options.rates or (TINY_RATES if subject.name == "tiny" else RATES)[options.adapter]
         self.fits: dict[str, Trained] = {}
+        self.answers: dict[int, list[Row]] = {}
         parts = prompts if prompts <= ALONE else min(options.folds, prompts)
-        self.folds = draw_folds(rows, parts, options.demonstrations, options.seed, self.cut)
+        self.folds = draw_folds(rows, parts, self.shown, options.seed)
         self.folds = [replace(fold, **self.unlabelled(number, fold.train)) for number, fold in enumerate(self.folds)]
 
     def unlabelled(self, number: int, train: list[Example]) -> dict:
         """The rows without answers and, after those of all others, their demonstrations, as fields of an episode."""
         rng = seeded(self.options.seed, number, "unlabelled")
-        shown = [self.cut(balanced(train, self.options.demonstrations, rng, row.prompt), row) for row in self.more]
-        return {"unlabelled": self.more, "more_demonstrations": shown}
+        return {"unlabelled": self.more, "more_demonstrations": [self.shown(train, rng, row) for row in self.more]}
+
+    def shown(self, rows: list[Example], rng, row: Example | None = None) -> list[Example]:
+        """What the teacher sees before `row` (None: before every held-out row): others of `rows`, or the context."""
+        if self.options.context:
+            return [Example(self.options.context, "")]
+        longest = row or max(self.rows, key=self.length)
+        return self.cut(balanced(rows, self.options.demonstrations, rng, row and row.prompt), longest)
 
     def cut(self, shown: list[Example], row: Example) -> list[Example]:
         """The first of the demonstrations that fit into the model's context before `row` and its answer."""
@@ -107,7 +115,7 @@ class CrossValidation:
     def grid(self, episodes: list[Episode], rates, settings: Settings) -> Grid:
         """Every episode with every rate, after the teacher's pass over them."""
         o, subject = self.options, self.subject
-        asked = Asked(self.max_tokens, layers=list(o.layers) or None)
+        asked = Asked(self.max_tokens, SOFT_K if "soft" in o.methods else None, list(o.layers) or None)
         with self.bar("collecting", sum(len(e.demonstrations) for e in episodes)) as bar:
             sets = [teach(subject.model, subject.tokenizer, e, asked, bar.update) for e in episodes]
         return Grid(subject.model, self.adapter, sets, rates, seed=o.seed, settings=settings, progress=self.training)
@@ -126,13 +134,26 @@ class CrossValidation:
             self.fits[method] = Trained(**self.once(f"fit-{method}", lambda: vars(METHODS[method](self.fold_grid))))
         return self.fits[method]
 
-    def score(self, student: Callable, prompts: list[list[int]], test: list[int], runs: int = 1) -> Tensor:
-        """Log-probabilities [runs, len(test), C] of the labels, or of the true answer [runs, len(test), 1]."""
+    def score(self, student: Callable, prompts: list[list[int]], number: int, runs: int = 1) -> Tensor:
+        """Log-probabilities [runs, n, C] of the labels of a fold's held-out rows, or of their true answers [runs, n, 1].
+
+        With a context minus the KL from the teacher, who sees it, [runs, n, 1].
+        """
         if self.labels:
             return label_scores(student, prompts, self.labels, Scoring(runs)).labels.clamp_min(TINIEST).log()
-        rows = [truth_row(self.rows[i], self.subject.tokenizer, end=True) for i in test]
-        rows = [replace(row, prompt=prompt) for row, prompt in zip(rows, prompts)]
+        rows = [replace(row, prompt=prompt) for row, prompt in zip(self.targets(number), prompts)]
         return answer_scores(student, rows, runs)[..., None]
+
+    def targets(self, number: int) -> list[Row]:
+        """A fold's held-out rows with their answers, with a context the teacher's distributions there."""
+        if number not in self.answers:
+            fold, tokenizer = self.folds[number], self.subject.tokenizer
+            rows = [truth_row(self.rows[i], tokenizer, end=False) for i in fold.test]  # how an answer ends is form
+            if self.options.context:
+                full = [tokenizer.encode(with_demonstrations(fold.icl[0], self.rows[i].prompt)) for i in fold.test]
+                observe(self.subject.model, rows, full, Asked(self.max_tokens + 1, SOFT_K))
+            self.answers[number] = rows
+        return self.answers[number]
 
     @contextmanager
     def student(self, name: str, number: int, rates: slice) -> Iterator[tuple[Callable, list[list[int]]]]:
@@ -144,8 +165,7 @@ class CrossValidation:
             with adapted(model, self.adapter, theta.to(device_of(model))) as student:
                 yield student, tokenizer.encode_all(texts)
             return
-        shown = [self.cut(fold.icl[0], self.rows[i]) for i in fold.test] if name == "icl" else [[]]
-        yield share_prefix(model, tokenizer, [min(shown, key=len)], texts)
+        yield share_prefix(model, tokenizer, fold.icl if name == "icl" else [[]], texts)
 
     def held_out(self, name: str) -> Tensor:
         """What `name` says of every row that its fold held out, [rates, n, C]; of base and icl [1, n, C]."""
@@ -153,7 +173,7 @@ class CrossValidation:
         with self.bar(f"scoring {name}", len(self.rows)) as bar:
             for number, fold in enumerate(self.folds):
                 with self.student(name, number, slice(None)) as (student, prompts):
-                    scores = self.score(student, prompts, fold.test, runs)
+                    scores = self.score(student, prompts, number, runs)
                 found = scores.new_zeros(runs, len(self.rows), scores.shape[-1]) if found is None else found
                 found[:, fold.test] = scores
                 bar.update(len(fold.test))
@@ -208,8 +228,9 @@ class CrossValidation:
         """Weights [1, M] of the winner trained on every row, each phase for the folds' mean best number of steps."""
         rows, o, rate = self.rows, self.options, winner.rate
         rng = seeded(o.seed, len(self.folds), "final")
-        shown = [self.cut(balanced(rows, o.demonstrations, rng, row.prompt), row) for row in rows]
-        everything = Episode(rows, [], shown, [])
+        everything = Episode(
+            rows, [], [self.shown(rows, rng, row) for row in rows], [], **self.unlabelled(len(self.folds), rows)
+        )
         grid, first = self.grid([everything], [self.rates[rate]], self.settings()), {}
         for method in dict.fromkeys(filter(None, (BEGINS_WITH.get(winner.name), winner.name))):
             best = self.trained(method).best.view(len(self.folds), -1)[:, rate].float().mean()

@@ -8,6 +8,7 @@ from zlib import crc32
 import numpy as np
 
 from . import UsageError
+from .chat import ChatPrompt
 from .tasks import Example
 
 
@@ -66,14 +67,12 @@ class Fold(Episode):
     test: list[int]  # indices of the held-out rows
 
 
-def draw_folds(
-    rows: list[Example], folds: int, demonstrations: int, seed: int = 0, cut: Callable = lambda shown, row: shown
-) -> list[Fold]:
+def draw_folds(rows: list[Example], folds: int, choose: Callable, seed: int = 0) -> list[Fold]:
     """Cross-validation: every row is held out once, in `folds` parts with equal shares of each label.
 
     Rows of one prompt stay together. Of a fold's other rows a fifth (at most 48) decides when to stop; all folds train
-    on equally many. Each row's demonstrations are up to `demonstrations` of the fold's training rows, labels in turn,
-    none with its own prompt; `cut(shown, row)` leaves what the context holds.
+    on equally many. A row's demonstrations are `choose(training rows, generator, row)`, those of held-out rows
+    `choose(training rows, generator, None)`.
     """
     groups: dict[str, list[int]] = {}
     for i in seeded(seed, 0, "folds").permutation(len(rows)).tolist():
@@ -86,8 +85,8 @@ def draw_folds(
         rng = seeded(seed, number, "fold")
         others = in_turn(shuffled([row for i, row in enumerate(rows) if i not in set(test)], rng))
         train, dev = others[:size], others[size : size + 48]
-        shown = [cut(balanced(train, demonstrations, rng, row.prompt), row) for row in train + dev]
-        found.append(Fold(train, dev, shown, [balanced(train, demonstrations, rng)], test=test))
+        shown = [choose(train, rng, row) for row in train + dev]
+        found.append(Fold(train, dev, shown, [choose(train, rng, None)], test=test))
     return found
 
 
@@ -111,5 +110,10 @@ def shuffled(rows: list[Example], rng: np.random.Generator) -> list[Example]:
 
 
 def with_demonstrations(demonstrations: list[Example], prompt: str) -> str:
-    """The prompt of the protocol: each demonstration's prompt and answer, then the query's prompt, blank lines between."""
+    """The prompt of the protocol: each demonstration's prompt and answer, then the query's prompt, blank lines between.
+
+    A `ChatPrompt` has them as earlier turns.
+    """
+    if isinstance(prompt, ChatPrompt):
+        return prompt.after(demonstrations)
     return "\n\n".join([d.prompt + d.answer for d in demonstrations] + [prompt])

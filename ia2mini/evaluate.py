@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter, adapted
-from .batch import Row, by_length, collate
+from .batch import Batch, Row, by_length, collate
 from .episode import with_demonstrations
-from .losses import cross_entropy
+from .losses import cross_entropy, soft_cross_entropy
 from .metrics import asim, measure
 from .models.cache import Branches, Prefix
 from .models.common import Taps, device_of
@@ -157,14 +157,24 @@ def layer_asim(model: Callable, rows: list[Row], budget: int = 4096) -> Tensor:
 
 @torch.no_grad()
 def answer_scores(model: Callable, rows: list[Row], runs: int = 1, budget: int = 4096) -> Tensor:
-    """Mean log-probability of a token of each row's answer under each run, [R, Q] float32 on the CPU."""
+    """Mean log-probability of a token of each row's answer under each run, [R, Q] float32 on the CPU.
+
+    Of rows with the teacher's distributions (`soft`), minus the mean KL from these.
+    """
     found = torch.zeros(runs, len(rows))
     for group in by_length([len(row) for row in rows], max(1, budget // runs)):
         batch = collate([[rows[i] for i in group]] * runs, device_of(model))
-        loss = model(batch.ids, logits=batch.at, head=lambda states, head, b=batch: cross_entropy(states, head, b.targets))
+        loss = model(batch.ids, logits=batch.at, head=partial(answer_loss, batch))
         parts = loss.view(runs, -1).split([len(rows[i].answer) for i in group], 1)
         found[:, group] = -torch.stack([part.mean(1) for part in parts], 1).cpu()
     return found
+
+
+def answer_loss(batch: Batch, states: Tensor, head: Tensor) -> Tensor:
+    """KL from the teacher's distributions where the batch has them, else cross-entropy on the answers, [P]."""
+    if batch.soft is None:
+        return cross_entropy(states, head, batch.targets)
+    return soft_cross_entropy(states, head, batch.soft, batch.soft_ids)
 
 
 @torch.no_grad()

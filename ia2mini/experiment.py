@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import UsageError
 from .adapters import Adapter, adapted, make_adapter
@@ -22,21 +21,10 @@ from .models.common import device_of
 from .options import BETAS, RATES, TINY_RATES, UNTRAINED, Options
 from .report.summary import chosen
 from .runs import RunFolder
+from .subject import Subject
 from .tasks import Examples, Task, find_task, same_answer
 from .teacher import Asked, observe, teach
-from .tokenizer import Tokenizer
 from .train import Settings, Trained
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The model under study."""
-
-    model: nn.Module
-    tokenizer: Tokenizer
-    folder: Path  # of its checkpoint
-    name: str  # in tables and folder names
-    base: str  # what peft shall load the adapters onto: hub id or folder
 
 
 @dataclass

@@ -12,10 +12,11 @@ import torch
 from tqdm import tqdm
 
 from . import __version__
+from .chat import ChatTemplate
 from .crossval import Candidate, CrossValidation, choose
-from .episode import balanced, seeded
-from .experiment import Subject
-from .generate import STOP
+from .episode import seeded
+from .evaluate import share_prefix
+from .generate import STOP, Decoding, generate
 from .methods import METHODS
 from .models.common import device_of
 from .options import FitOptions
@@ -23,8 +24,9 @@ from .predictor import Predictor
 from .report.fit import classes, measures, sentence
 from .report.summary import count
 from .runs import RunFolder, checkpoint_digest
+from .subject import Subject
 from .tasks import Example, Task, same_answer
-from .tasks.own import keep_apart, near_labels, own_task
+from .tasks.own import keep_apart, near_labels, own_task, queries_task
 from .tasks.rows import Row, as_rows, fill
 
 
@@ -36,31 +38,41 @@ class Columns(NamedTuple):
     template: str | None = None  # of the prompt, columns in braces
 
 
+GUESSED = Columns()
+
+
 def fit(
     rows: str | Path | list[dict],
     subject: Subject,
-    options: FitOptions = FitOptions(),
-    columns: Columns = Columns(),
+    options: FitOptions | None = None,
+    columns: Columns = GUESSED,
     unlabelled: str | Path | list[dict] = (),
     keep: Path | None = None,
     bar: Callable = lambda label, total: tqdm(disable=True),
 ) -> Predictor:
-    """Cross-validate on `rows`, choose, train the choice on all: a Predictor, with `.report`, `.predict(rows)`, `.save(dir)`.
+    """Cross-validate on `rows`, choose, train the choice on all: a Predictor with `.report`, `.predict(rows)`, `.save(dir)`.
 
+    With `options.context` the rows need no answers: they are the queries that the model answers when it sees that text.
     `unlabelled` rows join IA2's queries: the teacher answers them. With `keep`, a folder, an interrupted fit goes on.
     Raises UsageError for whatever is wrong with rows, columns or options.
 
         fitted = fit("tickets.csv", open_subject("llama-3.2-1b"))
         print(fitted.report["sentence"])
     """
-    rows, task = read_own(rows, columns)
-    if columns.template is None:
+    options = options or FitOptions()
+    rows, task = read_own(rows, columns, bool(options.context))
+    chat = ChatTemplate(subject.folder, subject.tokenizer) if options.chat else str
+    if columns.template is None and not options.chat and not options.context:
         task = keep_apart(task, rows, subject.tokenizer)
-    examples = list(dict.fromkeys(map(task.example, rows)))
+    if options.context:
+        examples = answered([chat(fill(task.prompt, row)) for row in rows], subject, options)
+    else:
+        examples = [replace(e, prompt=chat(e.prompt)) for e in map(task.example, rows)]
+    examples = list(dict.fromkeys(examples))
     if not task.labels:
         longest = max(len(subject.tokenizer.encode(e.answer, special=False)) for e in examples)
         task = replace(task, max_tokens=longest + 1)  # EOS
-    more = [Example(fill(task.prompt, row), "") for row in as_rows(unlabelled)]
+    more = [Example(chat(fill(task.prompt, row)), "") for row in as_rows(unlabelled)]
     cv = CrossValidation(subject, task, examples, options, more, bar=bar)
     if keep is not None:
         what = {"ia2mini": __version__, "options": asdict(options), "checkpoint": checkpoint_digest(subject.folder)}
@@ -71,10 +83,24 @@ def fit(
     return fitted
 
 
-def read_own(rows: str | Path | list[dict], columns: Columns = Columns()) -> tuple[list[Row], Task]:
-    """One's own rows, and the task that they describe. Raises UsageError."""
+def read_own(
+    rows: str | Path | list[dict], columns: Columns = GUESSED, queries: bool = False
+) -> tuple[list[Row], Task]:
+    """One's own rows, and the task that they describe; `queries` have no answers. Raises UsageError."""
     rows = as_rows(rows)
-    return rows, own_task(rows, Path(re.split(r":| row ", rows[0].where)[0]).stem, *columns)
+    name = Path(re.split(r":| row ", rows[0].where)[0]).stem
+    return rows, queries_task(rows, name, *columns) if queries else own_task(rows, name, *columns)
+
+
+def answered(prompts: list[str], subject: Subject, options: FitOptions) -> list[Example]:
+    """What the model answers to each prompt when it sees the context before it."""
+    shown, tokenizer = [Example(options.context, "")], subject.tokenizer
+    model, ids = share_prefix(subject.model, tokenizer, [shown], prompts)
+    stop = None if options.chat else STOP
+    return [
+        Example(prompt, tokenizer.decode(response))
+        for prompt, response in zip(prompts, generate(model, tokenizer, ids, Decoding(options.max_tokens, stop)))
+    ]
 
 
 def conclude(cv: CrossValidation) -> Predictor:
@@ -88,21 +114,26 @@ def conclude(cv: CrossValidation) -> Predictor:
     if chosen.name in METHODS:
         adapter = cv.adapter
         theta = cv.once("final", lambda: {"theta": cv.final(chosen)})["theta"].to(device_of(cv.subject.model))
-    shown = balanced(cv.rows, o.demonstrations, seeded(o.seed, len(cv.folds), "icl"))
-    shown = cv.cut(shown, max(cv.rows, key=cv.length))
+    shown = cv.shown(cv.rows, seeded(o.seed, len(cv.folds), "icl"))
     spec = {"template": task.prompt, "answer_column": task.label, "labels": list(task.labels), "parser": task.parser}
     spec |= {"max_tokens": cv.max_tokens, "stop": STOP, "method": chosen.name, "temperature": chosen.temperature}
-    spec |= {"rate": cv.rates[chosen.rate] if adapter else None, "example": cv.rows[0].prompt}
-    spec["demonstrations"] = [{"prompt": e.prompt, "answer": e.answer} for e in shown]
+    spec |= {"rate": cv.rates[chosen.rate] if adapter else None, "example": question(cv.rows[0].prompt)}
+    spec["demonstrations"] = [{"prompt": question(e.prompt), "answer": e.answer} for e in shown]
+    spec |= {"chat": o.chat, "context": bool(o.context)}
     report = make_report(cv, candidates, chosen)
     spec["confidences"] = [row["confidence"] for row in report["held_out"]]
     return Predictor(cv.subject, adapter, theta, spec, report | {"seconds": time.perf_counter() - begun})
 
 
+def question(prompt: str) -> str:
+    """A prompt as its template filled it, before it became a turn of a chat."""
+    return getattr(prompt, "question", prompt)
+
+
 def make_report(cv: CrossValidation, candidates: dict[str, Candidate], chosen: Candidate) -> dict:
     """The numbers that a person should know, the sentence, and every held-out row with what was said of it."""
     task, gold, found = cv.task, cv.gold, {}
-    held = [{"prompt": row.prompt, "true": row.answer} for row in cv.rows]
+    held = [{"prompt": question(row.prompt), "true": row.answer} for row in cv.rows]
     for name, candidate in candidates.items():
         right = None
         if not task.labels:
@@ -124,8 +155,14 @@ def make_report(cv: CrossValidation, candidates: dict[str, Candidate], chosen: C
         "candidates": found,
         "remarks": [],
     }
+    if "sft" in candidates:
+        behind = candidates["icl"].losses - candidates["sft"].losses
+        about["icl_behind"] = bool(behind.mean() > 1.96 * behind.std() / len(behind) ** 0.5)
     if task.labels:
         about |= classes(chosen.scores, gold, task.labels)
+    if cv.options.context:
+        about["icl_behind"] = False
+        about["kl"] = {name: one["nll"][0] for name, one in found.items()}
     return about | {"sentence": sentence(about), "held_out": held}
 
 

@@ -112,11 +112,18 @@ def row_losses(scores: torch.Tensor, gold: torch.Tensor, temperature: float = 1.
 
 
 def fit_temperature(scores: torch.Tensor, gold: torch.Tensor) -> float:
-    """The temperature from 0.05 to 20 with the lowest mean loss of `scores` [n, C] (Guo et al. 2017); 1 for text."""
-    if scores.shape[-1] == 1:
+    """The temperature from 0.05 to 20 with the lowest mean loss of `scores` [n, C] (Guo et al. 2017); 1 for text.
+
+    Targets are (n + 1) / (n + 2) instead of 1 (Platt 1999): n rows that are all right prove no certainty.
+    """
+    n, C = scores.shape
+    if C == 1:
         return 1.0
+    true = torch.full_like(scores, 1 / (n + 2) / (C - 1), dtype=torch.float64).scatter_(
+        1, gold[:, None], (n + 1) / (n + 2)
+    )
     grid = torch.logspace(math.log10(0.05), math.log10(20), 241, dtype=torch.float64)
-    losses = torch.stack([row_losses(scores.double(), gold, t.item()).mean() for t in grid])
+    losses = torch.stack([-(true * (scores.double() / t).log_softmax(-1)).sum(-1).mean() for t in grid])
     return grid[losses.argmin()].item()
 
 

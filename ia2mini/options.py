@@ -70,6 +70,10 @@ class FitOptions(AdapterOptions, TrainOptions):
 
     methods: tuple[str, ...] = option(("sft", "ia2", "ia2-sft"), "what is tried, beside the base and ICL")
     folds: int = option(5, "parts of cross-validation; up to 10 rows each row is one", least=2)
-    demonstrations: int = option(16, "rows that the teacher sees before each, labels in turn, as the context holds", least=1)
+    demonstrations: int = option(
+        16, "rows that the teacher sees before each, labels in turn, as the context holds", least=1
+    )
     max_tokens: int = option(200, "of an answer to --prompts; of others the longest answer decides", least=1)
+    chat: bool = option(False, "prompts as turns of the checkpoint's chat template, demonstrations as earlier turns")
+    context: str = ""  # a text that the teacher sees before every query, instead of demonstrations
     temperature: bool = option(True, "calibrate probabilities by one temperature, fitted on held-out rows")

@@ -44,7 +44,10 @@ def peft_tensors(adapter: Adapter, theta: Tensor) -> dict[str, Tensor]:
     if isinstance(adapter, LoRA):
         return {f"{PEFT_PREFIX}{name[:-2]}.lora_{name[-1]}.weight": w for name, w in weights.items()}
     if isinstance(adapter, IA3):
-        return {f"{PEFT_PREFIX}{name}.ia3_l": w[None] if name in adapter.inputs else w[:, None] for name, w in weights.items()}
+        return {
+            f"{PEFT_PREFIX}{name}.ia3_l": w[None] if name in adapter.inputs else w[:, None]
+            for name, w in weights.items()
+        }
     if isinstance(adapter, Prompt):
         return {"prompt_embeddings": weights["embeddings"]}
     layers = weights["prefix"]  # [L, 2, K, tokens, E]; peft: a row a virtual token, its keys and values layer by layer

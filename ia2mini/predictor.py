@@ -14,15 +14,19 @@ from torch import Tensor
 from . import UsageError
 from .adapters import Adapter, adapted
 from .batch import Row as IdsRow
+from .chat import ChatTemplate
 from .evaluate import Scoring, answer_scores, label_scores, share_prefix
-from .experiment import Subject
 from .files import finite, read_json, write_text
-from .generate import Decoding, generate
-from .peft_format import read_adapter, save_adapter
+from .generate import STOP, Decoding, generate
+from .models.checkpoint import load
+from .models.common import device_of
+from .peft_format import read_adapter, save_adapter, save_merged
 from .runs import checkpoint_digest, versions
+from .subject import Subject, open_subject
 from .tasks import Example
 from .tasks.rows import Row, fill
 
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 SPEC, TOP, AT_ONCE, TINIEST = "ia2mini.json", 5, 64, torch.finfo(torch.float32).tiny
 ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}  # difference of a canary's log-probabilities
 
@@ -36,6 +40,9 @@ class Predictor:
     theta: Tensor | None  # [1, M]
     spec: dict  # template, labels, max_tokens, stop, temperature, confidences, demonstrations, method, report, …
     report: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.chat = ChatTemplate(self.subject.folder, self.subject.tokenizer) if self.spec["chat"] else str
 
     @contextmanager
     def student(self, adapter: bool = True) -> Iterator:
@@ -83,14 +90,23 @@ class Predictor:
     def answer(self, prompts: list[str], icl: bool = False) -> list[dict]:
         """Answers to prompts as text."""
         spec, tokenizer = self.spec, self.subject.tokenizer
-        shown = [Example(**example) for example in spec["demonstrations"]] if icl else []
+        shown = (
+            []
+            if not icl
+            else [
+                Example(e["prompt"] if spec["context"] else self.chat(e["prompt"]), e["answer"])
+                for e in spec["demonstrations"]
+            ]
+        )
         if icl and not shown:
             raise UsageError("--icl: this adapter keeps no demonstrations")
+        prompts = [self.chat(prompt) for prompt in prompts]
         model, ids = share_prefix(self.subject.model, tokenizer, [shown], prompts)
         with nullcontext(model) if icl else self.student() as student:
             if spec["labels"]:
                 return self.answer_labels(student, prompts, ids)
-            responses = generate(student, tokenizer, ids, Decoding(spec["max_tokens"], spec["stop"]))
+            how = Decoding(spec["max_tokens"], None if spec["chat"] else spec["stop"])
+            responses = generate(student, tokenizer, ids, how)
             ended = [response + list(tokenizer.eos_ids[:1]) for response in responses]
             sure = answer_scores(student, [IdsRow(p, r) for p, r in zip(ids, ended)])[0].exp().tolist()
         return [{"answer": tokenizer.decode(r), "confidence": s} for r, s in zip(responses, sure)]
@@ -108,13 +124,27 @@ class Predictor:
     def canary(self) -> dict:
         """The likeliest next tokens of a prompt and their log-probabilities, with and without the adapter."""
         prompt = self.spec["canary"]["prompt"] if "canary" in self.spec else self.spec["example"]
-        ids, found = torch.tensor([self.subject.tokenizer.encode(prompt)]), {"prompt": prompt}
+        ids, found = torch.tensor([self.subject.tokenizer.encode(self.chat(prompt))]), {"prompt": prompt}
         for name, wanted in (("base", False), ("adapted", True)):
             with torch.no_grad(), self.student(wanted) as student:
-                logits = student(ids.to(self.subject.model.model.embed_tokens.weight.device))[0, -1].float()
+                logits = student(ids.to(device_of(self.subject.model)))[0, -1].float()
             top = logits.log_softmax(-1).topk(TOP)
             found[name] = {"tokens": top.indices.tolist(), "log_probabilities": top.values.tolist()}
         return found
+
+    def merge(self, out: Path) -> float:
+        """Write a whole checkpoint with the adapter in its matrices; the largest difference of a logit on a prompt."""
+        subject = self.subject
+        if self.adapter is None:
+            raise UsageError("no adapter was shipped, so there is nothing to merge; use the base model")
+        save_merged(subject.model, self.adapter, self.theta[0], out, subject.tokenizer)
+        for name in BESIDE:
+            if (subject.folder / name).is_file():
+                write_text(out / name, (subject.folder / name).read_text(encoding="utf-8"))
+        ids = torch.tensor([subject.tokenizer.encode(self.chat(self.spec.get("example", "Once upon a time")))])
+        merged, _ = load(out, next(subject.model.parameters()).dtype, device_of(subject.model))
+        with torch.no_grad(), self.student() as student:
+            return (merged(ids.to(device_of(merged))) - student(ids.to(device_of(merged)))).abs().max().item()
 
     def check(self, folder: Path) -> None:
         """Compare the canary with what was saved. Raises UsageError for another base or a damaged adapter."""
@@ -142,17 +172,28 @@ class Predictor:
         write_text(folder / SPEC, json.dumps(finite(self.spec), indent=1, ensure_ascii=False) + "\n")
 
 
-def load_adapter(folder: str | Path, subject: Subject) -> Predictor:
-    """A saved adapter on its base model. Raises UsageError where the base is another one or a file is damaged.
+FOREIGN = {"template": "{text}", "labels": [], "parser": "text", "max_tokens": 200, "stop": STOP, "temperature": 1.0}
+FOREIGN |= {"confidences": [], "demonstrations": [], "method": "adapter", "chat": False, "context": False}
 
-    predictor = load_adapter("tickets", subject)
-    next(predictor.predict([{"text": "My invoice is wrong"}]))["answer"]
+
+def load_adapter(folder: str | Path, subject: Subject | None = None, **spec) -> Predictor:
+    """A saved adapter on its base model (None: loaded as the adapter names it), or any that peft wrote.
+
+    Of the latter, `spec` says how prompts and answers are written (`template`, `labels`, …). Raises UsageError where
+    the base is another one, or a file is damaged.
+
+        predictor = load_adapter("tickets")
+        next(predictor.predict([{"text": "My invoice is wrong"}]))["answer"]
     """
     folder = Path(folder)
-    spec = read_json(folder / SPEC)
-    adapter, theta = read_adapter(folder, subject.model) if spec["method"] != "base" else (None, None)
-    predictor = Predictor(subject, adapter, theta, spec, spec["report"])
-    predictor.check(folder)
+    subject = subject or open_subject(base_name(folder))
+    kept = read_json(folder / SPEC) if (folder / SPEC).is_file() else None
+    adapter, theta = None, None
+    if kept is None or kept["method"] != "base":
+        adapter, theta = read_adapter(folder, subject.model)
+    predictor = Predictor(subject, adapter, theta, FOREIGN | (kept or {}) | spec, (kept or {}).get("report", {}))
+    if kept:
+        predictor.check(folder)
     return predictor
 
 

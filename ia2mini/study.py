@@ -12,7 +12,7 @@ from tqdm import tqdm
 from . import UsageError, __version__
 from .adapters import LoRA, unpack
 from .episode import with_demonstrations
-from .experiment import Experiment, Setting, Subject, parsed_correct
+from .experiment import Experiment, Setting, parsed_correct
 from .files import finite, read_json
 from .methods import METHODS
 from .metrics import accuracy, measure, subspace_overlap
@@ -20,6 +20,7 @@ from .options import UNTRAINED, Options
 from .peft_format import save_adapter
 from .report.summary import chosen, summarise
 from .runs import RunFolder, checkpoint_digest, versions
+from .subject import Subject
 from .tasks import Task, find_task, load_examples
 
 SHOWN = 10  # right and wrong rows that the page shows of each task

@@ -56,21 +56,24 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=True)
 
-    def encode_answer(self, prompt: str, answer: str) -> list[int]:
-        """Ids of `answer` as it stands right after `prompt` (whose last tokens must not merge with it).
+    def decode_all(self, ids: list[int]) -> str:
+        """`decode` with special tokens as they are written."""
+        return self.backend.decode(ids, skip_special_tokens=False)
 
-        Raises UsageError naming the answer when encode(prompt + answer) is not encode(prompt) + encode(answer).
+    def encode_answer(self, prompt: str, answer: str) -> list[int]:
+        """Ids of `answer` as it stands right after `prompt`, whose own ids it must leave as they are.
+
+        Raises UsageError naming the answer when it merges with the prompt's last token.
         """
         if self.merges(prompt, answer):
-            raise UsageError(
-                f"answer {answer[:40]!r} merges with the end of its prompt {prompt[-12:]!r} in this tokenizer; "
-                "choose another label, or a template that ends in a line end"
-            )
-        return self.encode(answer, special=False)
+            merging = f"answer {answer[:40]!r} merges with the end of its prompt {prompt[-12:]!r} in this tokenizer"
+            raise UsageError(f"{merging}; choose another label, or a template that ends in a line end")
+        return self.encode(prompt + answer)[len(self.encode(prompt)) :]
 
     def merges(self, prompt: str, answer: str) -> bool:
         """Whether prompt and answer share a token when they stand together."""
-        return self.encode(prompt + answer) != self.encode(prompt) + self.encode(answer, special=False)
+        before = self.encode(prompt)
+        return self.encode(prompt + answer)[: len(before)] != before
 
     def label_tokens(self, prompt: str, labels: tuple[str, ...]) -> list[list[int]]:
         """Tokens of every label after `prompt`; all end with EOS where one label is the beginning of another.

@@ -31,7 +31,9 @@ SHORT_NAMES = {
     **{f"llama-3.1-{size.lower()}": f"meta-llama/Llama-3.1-{size}" for size in ("8B", "70B")},
     **{f"llama-3.1-{size.lower()}-instruct": f"meta-llama/Llama-3.1-{size}-Instruct" for size in ("8B", "70B")},
 }
-FILES = "config.json generation_config.json tokenizer.json model*.safetensors model.safetensors.index.json".split()
+FILES = "config.json generation_config.json tokenizer*.json special_tokens_map.json chat_template.jinja".split()
+FILES += ["model*.safetensors", "model.safetensors.index.json"]
+LARGEST = "5GB"  # of a file of weights that is written
 
 
 def load(name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", revision: str | None = None):
@@ -202,8 +204,10 @@ def save(
 ) -> None:
     """Write `model`, with the tensors in `changed` for its own, in the Hugging Face layout into `folder`.
 
-    config.json, model.safetensors and, if given, tokenizer.json. Raises UsageError when it cannot be written.
+    config.json, model.safetensors (in shards above 5 GB) and, if given, tokenizer.json. Raises UsageError when it cannot be written.
     """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
     raw = asdict(model.config)
     rope = raw.pop("rope")
     raw |= {"architectures": [f"{type(model).__name__}ForCausalLM"], "hidden_act": "silu", "rope_theta": rope["theta"]}
@@ -212,7 +216,13 @@ def save(
     raw["eos_token_id"] = eos_token_id
     tensors = dict(model.named_parameters()) | (changed or {})  # a tied head is named once
     tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
-    write(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=LARGEST)
+    for file, names in plan.filename_to_tensors.items():
+        some = {name: tensors[name] for name in names}
+        write(folder / file, lambda path, some=some: save_file(some, path, metadata={"format": "pt"}))
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
     write_text(folder / "config.json", json.dumps(raw, indent=2) + "\n")
     if tokenizer_json is not None:
         write_text(folder / "tokenizer.json", tokenizer_json)

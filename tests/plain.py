@@ -82,8 +82,9 @@ def row_loss(student: Plain, row: PlainRow, phase: str) -> torch.Tensor:
     return F.cross_entropy(logits, torch.tensor(row.answer))
 
 
-def train(student: Plain, adapter: LoRA, rate: float, phase: str, rows, dev, orders, o: Options):
-    """One run: every loss in order, at steps and at looks; the best weights; the best dev loss; steps."""
+def train(student: Plain, adapter: LoRA, rate: float, phase: str, data, orders, o: Options):
+    """One run on data = (training rows, dev rows): every loss in order, the best weights, the best dev loss, steps."""
+    rows, dev = data
     adam = torch.optim.Adam(twin_parameters(student.net, adapter), lr=rate)
     trace, looks, steps, best = [], [], 0, None
     for order in orders:
@@ -161,7 +162,7 @@ def evaluate(student: Plain, task: Task, rows: list[Example], before: str = "") 
 
 
 def plain_protocol(folder: Path, task: Task, n: int, o: Options) -> dict:
-    """The protocol, read top to bottom. The draws (sets, orders, first weights) are ours; everything computed is not."""
+    """The protocol, read top to bottom. The draws (sets, orders, first weights) are ours; what is computed is not."""
     model, tokenizer = load(folder)
     adapter, base, most = LoRA(model), Plain(upstream(folder), tokenizer), task.max_tokens
     if task.labels:
@@ -190,7 +191,7 @@ def plain_protocol(folder: Path, task: Task, n: int, o: Options) -> dict:
             for phase in TRAINED:
                 rows = taught[s] if phase == "ia2" else truth
                 student = Plain(peft_twin(folder, adapter, start[phase]), tokenizer)
-                trace, best, dev_loss, steps = train(student, adapter, rate, phase, rows[:n], rows[n:], orders, o)
+                trace, best, dev_loss, steps = train(student, adapter, rate, phase, (rows[:n], rows[n:]), orders, o)
                 traces[phase].append(trace)
                 start[f"{phase}-sft"], before[f"{phase}-sft"] = best, steps
                 student = Plain(peft_twin(folder, adapter, best), tokenizer)

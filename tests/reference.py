@@ -140,9 +140,7 @@ def peft_twin(folder: Path, adapter, theta: torch.Tensor):
     if isinstance(adapter, LoRA):
         config = peft.LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=linears, **c)
     elif isinstance(adapter, IA3):
-        config = peft.IA3Config(
-            target_modules=linears, feedforward_modules=sorted(adapter.inputs), **c
-        )
+        config = peft.IA3Config(target_modules=linears, feedforward_modules=sorted(adapter.inputs), **c)
     elif isinstance(adapter, Prompt):
         config = peft.PromptTuningConfig(num_virtual_tokens=adapter.tokens, **c)
     else:
@@ -223,8 +221,9 @@ def plain_loss(twin, row: Row, mix: dict[str, float]) -> torch.Tensor:
     return total
 
 
-def plain_fit(twin, adapter, rate, mix, train, dev, order, settings):
+def plain_fit(twin, adapter, rate, mix, data, order, settings):
     """(best weights [M], its dev loss, steps, best dev loss at each look) of one run: torch.optim.Adam, row by row."""
+    train, dev = data
     optimizer = torch.optim.Adam(twin_parameters(twin, adapter), lr=rate)
     best, best_theta, steps, misses, history = math.inf, None, 0, 0, []
     for epoch in range(settings.epochs):

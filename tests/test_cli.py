@@ -25,13 +25,14 @@ import ia2mini.experiment
 import ia2mini.runs
 import ia2mini.train
 from ia2mini.adapters import LoRA, adapted
-from ia2mini.cli import load_subject, main
+from ia2mini.cli import main
+from ia2mini.subject import open_subject as load_subject
 from ia2mini.methods import METHODS
 
 SMALL = "--n 4 --sets 2 --rates 1e-2,3e-2 --epochs 3 --eval-rows 10 --device cpu".split()
 PROGRAM = [sys.executable, "-c", "from ia2mini.cli import main; main(prog_name='ia2mini')"]
 CELL = set("task eval ood model n method adapter sets selected_by rate beta acc ece asim_layers".split())
-CELL |= {f"{metric}_{kind}" for metric in ("acc", "ece", "ece_null", "nll", "brier", "asim") for kind in ("mean", "std")}
+CELL |= {f"{metric}_{kind}" for metric in "acc ece ece_null nll brier asim".split() for kind in ("mean", "std")}
 
 
 @pytest.fixture(scope="module")

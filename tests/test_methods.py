@@ -67,9 +67,9 @@ def test_every_method_equals_the_plain_loop(folder, model, kind, labels, method)
         s, theta, steps = grid.sets[number], grid.start(configs)[r], 0
         for (rows, mix), looks in zip(PHASES[method], watched, strict=True):
             mix = {"mse": 1 - beta, "ce": beta} if beta else mix
-            train, dev = (s.train, s.dev) if (rows, labels) == ("truth", "truth") else (s.icl_train, s.icl_dev)
-            twin, order = peft_twin(folder, grid.adapter, theta), partial(grid.order, number, len(train))
-            theta, loss, taken, history = plain_fit(twin, grid.adapter, rate, mix, train, dev, order, grid.settings)
+            data = (s.train, s.dev) if (rows, labels) == ("truth", "truth") else (s.icl_train, s.icl_dev)
+            twin, order = peft_twin(folder, grid.adapter, theta), partial(grid.order, number, len(data[0]))
+            theta, loss, taken, history = plain_fit(twin, grid.adapter, rate, mix, data, order, grid.settings)
             steps += taken
             expected = [(step, pytest.approx(x, rel=1e-4)) for step, x in history]
             assert [(step, live[r].item()) for step, live in looks] == expected

@@ -71,6 +71,11 @@ def sentence(report: dict) -> str:
         one = found[name]
         return f"{100 * one['acc'][0]:.0f} % right" + (f", ECE {one['ece'][0]:.2f}" if "ece" in one else "")
 
+    if "kl" in report:
+        text = f"{LABELS[chosen]} answers as the model does that sees the context: {100 * found[chosen]['acc'][0]:.0f} % of"
+        text += f" {count(n, 'held-out query')}, KL {report['kl'][chosen]:.2f} nats a token"
+        text += f" (base {100 * found['base']['acc'][0]:.0f} %, {report['kl']['base']:.2f})"
+        return f"{text}. A query costs {report['tokens']['query']:.0f} tokens instead of {report['tokens']['icl']:.0f}."
     others = [name for name in ("sft", "ia2-sft", "base") if name in found and name != chosen]
     beside = "; ".join(f"{LABELS[name]} {said(name)}" for name in others)
     beside += f"; ICL {said('icl')} at {report['tokens']['icl'] / max(1, report['tokens']['query']):.1f} × the tokens"
@@ -80,7 +85,7 @@ def sentence(report: dict) -> str:
     text += f" Over {count(n, 'row')} a difference of {chance:.0f} points may be chance."
     if chosen == "base":
         text += " Nothing that was trained is better than the base model, so none is shipped."
-    if "sft" in found and found["icl"]["nll"][0] > found["sft"]["nll"][0]:
+    if report.get("icl_behind"):
         less = "Demonstrations teach this model less than SFT does"
         text += f" {less}{', and SFT was taken' if chosen == 'sft' else ''}."
     if "probe" in found and found["probe"]["nll"][0] < found[chosen]["nll"][0]:
@@ -90,7 +95,7 @@ def sentence(report: dict) -> str:
 
 def write_fit_table(report: dict) -> str:
     """The short report for the terminal."""
-    head = ["", "accuracy (%)", "ECE", "(null)", "Brier", "NLL"]
+    head = ["", "accuracy (%)", "ECE", "(null)", "Brier", "KL" if "kl" in report else "NLL"]
     rows = [head]
     for name, one in report["candidates"].items():
         cells = ["acc", "ece", "ece_null", "brier", "nll"]
@@ -110,7 +115,7 @@ def entry(value, name: str) -> str:
     if name == "ece_null":
         return f"{value:.2f}"
     factor, form = (100, ".0f") if name == "acc" else (1, ".2f")
-    mean, low, high = (factor * v for v in value)
+    mean, low, high = (factor * v + 0.0 for v in value)  # no -0
     return f"{mean:{form}} ({low:{form}} to {high:{form}})"
 
 
@@ -164,8 +169,8 @@ def share(value: float | None) -> str:
 
 def about(report: dict) -> str:
     """Rows, model and folds in one line."""
-    folds = f"held out in {count(report['folds'], 'fold')}"
-    return " · ".join([report["name"], count(report["rows"], "row"), report["model"], folds])
+    folds = [f"held out in {count(report['folds'], 'fold')}"] * bool(report["folds"])
+    return " · ".join([report["name"], count(report["rows"], "row"), report["model"], *folds])
 
 
 CARD = """---
@@ -212,9 +217,9 @@ def card(fitted, folder: Path, command: str) -> str:
     return CARD.format(**text, folder=str(folder))
 
 
-def score_rows(fitted, rows: list[Row], icl: bool) -> dict:
+def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) -> dict:
     """The report of an adapter (or of the base with demonstrations) on rows with answers."""
-    spec, column = fitted.spec, fitted.spec["answer_column"]
+    spec, column = fitted.spec, column or fitted.spec.get("answer_column") or "label"
     found = list(fitted.predict(rows, icl))
     true = [row.text(column) for row in rows]
     name = "icl" if icl else spec["method"]
@@ -235,5 +240,5 @@ def score_rows(fitted, rows: list[Row], icl: bool) -> dict:
         right = torch.tensor([same_answer(spec["parser"], f["answer"], text) for f, text in zip(found, true)])
         numbers = measures(torch.tensor([[f["confidence"]] for f in found]).log(), torch.zeros(0), 1.0, right)
         numbers.pop("nll")
-    sentence = f"{LABELS[name]}: {100 * numbers['acc'][0]:.0f} % right."
+    sentence = f"{LABELS.get(name, name)}: {100 * numbers['acc'][0]:.0f} % right."
     return told | {"candidates": {name: numbers}, "chosen": name, "sentence": sentence, "remarks": []}

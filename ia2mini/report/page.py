@@ -21,7 +21,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-
 caption { text-align: left; white-space: normal; font-weight: 600; max-width: calc(100vw - 2rem) }
 th, td { text-align: right; padding: .2rem .6rem; border-bottom: 1px solid #8884; vertical-align: top }
 th:first-child, .text *, .evaluations :nth-child(2) { text-align: left } tbody th { font-weight: normal }
-.text tbody * { white-space: pre-wrap } .text td { min-width: 3rem } .text tbody th { min-width: 13rem; word-break: break-word }
+.text tbody * { white-space: pre-wrap; min-width: 3.5rem } .text tbody th { min-width: 13rem; overflow-wrap: anywhere }
 figure { margin: 1rem 0 } figure .box { background: white; border: 1px solid #8884; padding: .5rem }
 img { display: block; max-width: max(100%, 34rem); height: auto; margin: auto } summary { font-weight: 600 }
 @media (max-width: 30rem) { table { font-size: .8rem } th, td { padding: .2rem .3rem } }
@@ -141,9 +141,9 @@ def adapter(document: dict, cells: list[dict], folder: Path) -> list[str]:
         return []
     items = "".join(f"<li><code>{shown(name)}</code></li>" for name in names)
     about = f"{LABELS.get(method, method)}, trained on the first set of N = {cells[0]['n']}:"
-    path, whole = str(folder / names[0]), document["config"]["adapter"] == "full"  # whole: saved as a checkpoint
-    code = LOAD.format(base=path if whole else document["config"]["model"], adapter=path).splitlines()
-    code = shown("\n".join(code[1:-1] if whole else code))
+    path, full = str(folder / names[0]), document["config"]["adapter"] == "full"  # full: saved as a checkpoint
+    code = LOAD.format(base=path if full else document["config"]["model"], adapter=path).splitlines()
+    code = shown("\n".join(code[1:-1] if full else code))
     return [lines([about]), f"<ul>{items}</ul><pre>{code}</pre>"]
 
 

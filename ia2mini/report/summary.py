@@ -70,7 +70,9 @@ def title(cells: list[dict], by: str | None) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """ "1 set", "5 sets"."""
+    """ "1 set", "5 sets", "2 queries"."""
+    if noun.endswith("y"):
+        return f"{number:,} {noun if number == 1 else noun[:-1] + 'ies'}"
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 

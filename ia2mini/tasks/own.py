@@ -87,3 +87,14 @@ def keep_apart(task: Task, rows: list[Row], tokenizer) -> Task:
     examples = [task.example(row) for row in rows]
     merging = any(tokenizer.merges(e.prompt, e.answer) for e in examples)
     return replace(task, prompt=task.prompt + "\n") if merging else task
+
+
+def queries_task(
+    rows: list[Row], name: str, prompt: str | None = None, answer: str | None = None, template: str | None = None
+) -> Task:
+    """The task of rows that only ask: what they are answered is text. Raises UsageError where no column is known."""
+    known = [c for wanted in PROMPTS for c in rows[0] if c.lower() == wanted] + list(rows[0]) * (len(rows[0]) == 1)
+    if not (prompt or template or known):
+        raise UsageError(f"{rows[0].where}: columns {', '.join(map(repr, rows[0]))}: name yours with --prompt-column")
+    template = template.replace("\\n", "\n") if template else f"Question:{{{prompt or known[0]}}}\nAnswer:"
+    return Task(name, name, prompt=template, answer="", parser="text")
