@@ -6,7 +6,7 @@ from ia2mini import METHODS, Grid, LoRA, Taps, draw_episode, find_task, load, lo
 
 model, tokenizer = load("tiny")
 task = find_task("toy-mood-flip")
-pool, test = (load_examples(task, role).rows for role in ("train", "eval"))
+pool, test = load_examples(task, "train").rows, load_examples(task, "eval", limit=200).rows
 episode = draw_episode(pool, n=4)  # 4 rows train, 2 decide when to stop, each sees the others as demonstrations
 taught = teach(model, tokenizer, episode)  # answers and attention outputs of the base model with demonstrations
 lora = LoRA(model, rank=8)

@@ -43,7 +43,7 @@ NAMES = {
     "train_runs": ".train",
     "score": ".evaluate",
     "open_subject": ".subject",
-    "fit": ".fit",
+    "fit": ".fitting",
     "FitOptions": ".options",
     "load_adapter": ".predictor",
 }

@@ -25,18 +25,20 @@ EVERY_MATRIX = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 class Adapter:
-    """What all adapters have: `shapes` of one run's named tensors, `linears` they change, and `init`, `changes`,
-    `prefix`.
-    """
+    """What all adapters have: `linears` that they change, `shapes` of one run's named tensors, and what they do."""
 
     targets: tuple[str, ...] = ()
     layers: list[int] | None = None
     linears: dict[str, Linear] = {}
     shapes: dict[str, tuple]
 
+    def __init__(self, model: nn.Module, targets, layers: list[int] | None):
+        self.targets, self.layers = tuple(targets), layers
+        self.linears = find_linears(model, targets, layers)
+
     def init(self, model: nn.Module, generator: Generator) -> Tensor:
         """First weights of one run, [M] float32 on the CPU."""
-        raise NotImplementedError
+        return torch.zeros(size(self.shapes))
 
     def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
         """Name of a map -> what its seam shall do, from weights of R runs."""
@@ -48,18 +50,13 @@ class Adapter:
 
 
 class LoRA(Adapter):
-    """W x + (alpha / rank) B A x, A [rank, in] random and B [out, rank] zero at the start (Hu et al. 2021; initialised
-    as in peft).
-    """
+    """W x + (alpha / rank) B A x, A [rank, in] random, B [out, rank] zero at first (Hu et al. 2021; as in peft)."""
 
-    def __init__(
-        self, model: nn.Module, targets=TARGETS, layers: list[int] | None = None, rank: int = 8, alpha: float = 8.0
-    ):
+    def __init__(self, model: nn.Module, targets=TARGETS, layers: list[int] | None = None, rank=8, alpha=8.0):
         if rank < 1:
             raise UsageError(f"rank {rank}: LoRA needs a rank of at least 1")
-        self.targets, self.layers, self.rank, self.alpha = tuple(targets), layers, rank, alpha
-        self.linears = find_linears(model, targets, layers)
-        self.shapes = {}
+        super().__init__(model, targets, layers)
+        self.rank, self.alpha, self.shapes = rank, alpha, {}
         for name, linear in self.linears.items():
             self.shapes[f"{name}.A"] = (rank, linear.in_features)
             self.shapes[f"{name}.B"] = (linear.out_features, rank)
@@ -80,13 +77,12 @@ class LoRA(Adapter):
 class IA3(Adapter):
     """y * s with s [out] starting at one, on the outputs of the target maps (Liu et al. 2022; protocol section 4).
 
-    `scale_inputs` scales what goes in instead, s [in], as the paper's released scripts do; or a tuple of the targets for
-    which it does (peft's feedforward modules).
+    `scale_inputs` scales what goes in instead, s [in], as the paper's released scripts do; a tuple: of these targets
+    (peft's feedforward modules).
     """
 
     def __init__(self, model: nn.Module, targets=TARGETS, layers: list[int] | None = None, scale_inputs=False):
-        self.targets, self.layers = tuple(targets), layers
-        self.linears = find_linears(model, targets, layers)
+        super().__init__(model, targets, layers)
         inputs = targets if scale_inputs is True else scale_inputs or ()
         self.inputs = {name for name in self.linears if name.rsplit(".", 1)[1] in inputs}
         sizes = {name: x.in_features if name in self.inputs else x.out_features for name, x in self.linears.items()}
@@ -100,27 +96,21 @@ class IA3(Adapter):
 
 
 class Full(Adapter):
-    """(W + D) x with D [out, in] starting at zero: full fine-tuning of every projection matrix (embeddings and norms
-    stay).
+    """(W + D) x with D [out, in] zero at first: full fine-tuning of every projection matrix, not embeddings and norms.
 
     With Adam and no weight decay, training D is training W; keeping D apart leaves the base untouched and D in float32.
     """
 
     def __init__(self, model: nn.Module, targets=EVERY_MATRIX, layers: list[int] | None = None):
-        self.targets, self.layers = tuple(targets), layers
-        self.linears = find_linears(model, targets, layers)
+        super().__init__(model, targets, layers)
         self.shapes = {name: tuple(linear.weight.shape) for name, linear in self.linears.items()}
-
-    def init(self, model: nn.Module, generator: Generator) -> Tensor:
-        return torch.zeros(size(self.shapes))
 
     def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
         return {name: Shift(weights[name]) for name in self.linears}
 
 
 class Prompt(Adapter):
-    """`tokens` trained embeddings [tokens, D] before every row (Lester et al. 2021), starting as embeddings of random
-    vocabulary words.
+    """`tokens` trained embeddings [tokens, D] before every row, random words' at first (Lester et al. 2021).
 
     What stands before a row never sees it, so the virtual tokens are computed once a run, not once a row.
     """
@@ -130,12 +120,7 @@ class Prompt(Adapter):
         self.shapes = {"embeddings": (tokens, model.config.hidden_size)}
 
     def init(self, model: nn.Module, generator: Generator) -> Tensor:
-        return self.words(model, generator).float().cpu().flatten()
-
-    def words(self, model: nn.Module, generator: Generator) -> Tensor:
-        """Embeddings [tokens, D] of words drawn from the vocabulary."""
-        table = model.model.embed_tokens.weight
-        return table[torch.randint(len(table), (self.tokens,), generator=generator).to(table.device)]
+        return random_words(model, self.tokens, generator).float().cpu().flatten()
 
     def prefix(self, model: nn.Module, weights: dict[str, Tensor]) -> Prefix:
         prefix = Prefix()
@@ -144,8 +129,9 @@ class Prompt(Adapter):
 
 
 class PrefixTuning(Adapter):
-    """Trained keys and values of `tokens` virtual tokens in every layer (Li & Liang 2021, without the
-    reparametrisation), starting as those of random vocabulary words.
+    """Trained keys and values of `tokens` virtual tokens in every layer, random words' at first.
+
+    Li & Liang 2021, without the reparametrisation.
     """
 
     def __init__(self, model: nn.Module, tokens: int = 20):
@@ -154,15 +140,20 @@ class PrefixTuning(Adapter):
         self.shapes = {"prefix": (c.num_hidden_layers, 2, c.num_key_value_heads, tokens, c.head_dim)}
 
     def init(self, model: nn.Module, generator: Generator) -> Tensor:
-        words = Prompt(model, self.tokens).words(model, generator)
         prefix = Prefix()
         with torch.no_grad():
-            model(words[None], logits=False, cache=prefix)
+            model(random_words(model, self.tokens, generator)[None], logits=False, cache=prefix)
         return torch.stack([torch.cat(pair) for pair in prefix.layers]).float().cpu().flatten()
 
     def prefix(self, model: nn.Module, weights: dict[str, Tensor]) -> Prefix:
         layers = weights["prefix"].to(model.model.embed_tokens.weight.dtype).unbind(1)  # each [R, 2, K, tokens, E]
         return Prefix(layer.unbind(1) for layer in layers)
+
+
+def random_words(model: nn.Module, count: int, generator: Generator) -> Tensor:
+    """Embeddings [count, D] of words drawn from the vocabulary."""
+    table = model.model.embed_tokens.weight
+    return table[torch.randint(len(table), (count,), generator=generator).to(table.device)]
 
 
 ADAPTERS = {"lora": LoRA, "ia3": IA3, "prompt": Prompt, "prefix": PrefixTuning, "full": Full}
@@ -240,9 +231,7 @@ def adapted(model: nn.Module, adapter: Adapter, theta: Tensor) -> Iterator[Calla
 
 
 def find_linears(model: nn.Module, targets, layers: list[int] | None) -> dict[str, Linear]:
-    """Name -> map, in model order, of every `Linear` called one of `targets` in `layers` (None: all). Raises UsageError
-    for no match.
-    """
+    """Name -> every `Linear` called one of `targets` in `layers` (None: all). Raises UsageError for no match."""
     depth = model.config.num_hidden_layers
     if bad := [i for i in layers or [] if not 0 <= i < depth]:
         raise UsageError(f"layer {bad[0]}: this model has layers 0 to {depth - 1}")
@@ -253,9 +242,8 @@ def find_linears(model: nn.Module, targets, layers: list[int] | None) -> dict[st
                 found[name] = module
     for target in targets:
         if not any(name.endswith(f".{target}") for name in found):
-            raise UsageError(
-                f"adapter target {target!r} matches no matrix of this model; targets: {', '.join(EVERY_MATRIX)}"
-            )
+            there = f"targets: {', '.join(EVERY_MATRIX)}"
+            raise UsageError(f"adapter target {target!r} matches no matrix of this model; {there}")
     return found
 
 

@@ -19,9 +19,7 @@ MOST_PACKED, WORTH_PACKING = 512, 0.8  # tokens of a packed line (its attention 
 
 @dataclass
 class Row:
-    """One row as ids. P of its positions predict the answer: the last prompt token, then each answer token but the
-    last.
-    """
+    """One row as ids. P positions predict the answer: the last prompt token, then each answer token but the last."""
 
     prompt: list[int]
     answer: list[int]
@@ -42,32 +40,25 @@ def truth_row(example: Example, tokenizer: Tokenizer, end: bool) -> Row:
 
 @dataclass
 class Batch:
-    """Rows of R runs, run by run: each right-padded, or all of a run one after another in a single line (`packed`).
-
-    Positions are padded to equally many a run (weight 0).
-    """
+    """Rows of R runs, run by run: each right-padded, or all of a run one after another in a single line (`packed`)."""
 
     ids: Tensor  # [R * B, T], packed [R, T]
     packed: Packed | None
     at: At  # rows and columns of the P answer positions, run by run
     targets: Tensor  # [P] answer tokens
-    weights: Tensor  # [R, P / R]: each run's sum to one: mean over positions of a row, mean over rows
+    weights: Tensor  # [R, P / R]: mean over positions of a row, mean over rows; 0 where a run has fewer positions
     activations: Tensor | None  # [L, P, D]
     soft: Tensor | None  # [P, k]
     soft_ids: Tensor | None  # [P, k]
 
     def tensors(self) -> list[Tensor]:
-        """All that is there, in an order of its own."""
         packed = (self.packed.mask, self.packed.places) if self.packed else ()
         every = self.ids, *packed, *self.at, self.targets, self.weights, self.activations, self.soft, self.soft_ids
         return [t for t in every if t is not None]
 
 
 def collate(runs: list[list[Row]], device="cpu", pack: bool = False) -> Batch:
-    """One batch of R lists of rows; a shorter list is padded with empty rows.
-
-    `pack`: no padding between a run's rows, where they are short and it is worth it.
-    """
+    """One batch of R lists of rows, a shorter list padded with empty rows; `pack`: without padding where it is worth it."""
     R, B = len(runs), max(map(len, runs))
     lengths = np.array([[*map(len, run), *[0] * (B - len(run))] for run in runs])
     totals = lengths.sum(1)
@@ -120,9 +111,7 @@ def join_positions(runs: list[list[Row]], name: str, most: int, dim: int) -> Ten
 
 
 def by_length(lengths: list[int], budget: int) -> list[list[int]]:
-    """Indices in groups of similar length: rows × longest row of a group stays within `budget` tokens (one row at
-    least).
-    """
+    """Indices in groups of similar length: rows × longest row stays within `budget` tokens (one row at least)."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # longest first: memory trouble shows at once
         if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:

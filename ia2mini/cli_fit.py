@@ -48,8 +48,8 @@ def fit(rows, model, device, dtype, revision, unlabelled, context, prompts, out,
     Every method and rate is cross-validated side by side; the one with the lowest held-out loss is trained on all rows.
     Where nothing beats the base model, no adapter is shipped.
     """
-    from .fit import Columns, read_own
-    from .fit import fit as fit_rows
+    from .fitting import Columns, read_own
+    from .fitting import fit as fit_rows
     from .report.fit import write_fit_report, write_fit_table
     from .subject import open_subject
 
@@ -75,20 +75,23 @@ def fit(rows, model, device, dtype, revision, unlabelled, context, prompts, out,
 
 
 def read_new(rows: str, strict: bool) -> Iterator:
-    """Rows of a file, or JSON objects line by line from standard input; a wrong line is told on stderr and left out."""
+    """Rows of a file; of JSONL and standard input line by line, where a wrong line is told on stderr and left out."""
     from .tasks.rows import Row, read_rows
 
-    if rows != "-":
-        yield from read_rows(Path(rows))
+    path = Path(rows)
+    if rows != "-" and (path.suffix.lower() != ".jsonl" or not path.is_file()):
+        yield from read_rows(path)
         return
-    for number, line in enumerate(sys.stdin, 1):
-        try:
-            columns = json.loads(line)
-            if not isinstance(columns, dict):
-                raise ValueError("one object a line is expected")
-            yield Row(f"-:{number}", columns)
-        except (ValueError, RecursionError) as error:
-            complain(UsageError(f"-:{number}: not JSON ({error})"), strict)
+    with sys.stdin.buffer if rows == "-" else path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                if line.strip():
+                    columns = json.loads(line)
+                    if not isinstance(columns, dict):
+                        raise ValueError("one object a line is expected")
+                    yield Row(f"{rows}:{number}", columns)
+            except (ValueError, RecursionError) as error:
+                complain(UsageError(f"{rows}:{number}: not JSON ({error})"), strict)
 
 
 def complain(error: UsageError, strict: bool) -> None:

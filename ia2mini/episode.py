@@ -30,13 +30,13 @@ def seeded(seed: int, number: int, purpose: str) -> np.random.Generator:
 
 
 def draw_episode(
-    pool: list[Example], n: int, number: int = 0, seed: int = 0, pool_demos: int = 0, reuse: bool = False
+    pool: list[Example], n: int, number: int = 0, seed: int = 0, pool_demos: int = 0, reuse: bool = False, more: int = 0
 ) -> Episode:
     """Set `number` of size `n`: the pool shuffled with the set's seed, N rows to train, the next ones as dev.
 
     Two choices of the released scripts: with `pool_demos`, that many evaluation rows have each N - 1 demonstrations of
-    their own, drawn from the rest of the pool; with `reuse`, dev row j has training row j's demonstrations. Raises
-    UsageError for N too small or large. The next step is `teach`.
+    their own, drawn from the rest of the pool; with `reuse`, dev row j has training row j's demonstrations. `more` rows
+    of the rest are unlabelled. Raises UsageError for N too small or large. The next step is `teach`.
     """
     dev_size = min(max(1, n // 2), 48)
     if n < 2:
@@ -57,7 +57,11 @@ def draw_episode(
             raise UsageError(f"--n {n}: {lack}")
         rng = seeded(seed, number, "icl from the pool")
         icl = [[rest[i] for i in rng.choice(len(rest), n - 1, replace=False)] for _ in range(pool_demos)]
-    return Episode(train, dev, leave_one_out + for_dev, icl)
+    if more > len(rest):
+        raise UsageError(f"--unlabelled {more}: besides the sets the pool holds only {len(rest)} rows; use fewer")
+    rng = seeded(seed, number, "unlabelled")
+    more_shown = [shuffled(train, rng) for _ in range(more)]
+    return Episode(train, dev, leave_one_out + for_dev, icl, rest[:more], more_shown)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +86,22 @@ def draw_folds(rows: list[Example], folds: int, choose: Callable, seed: int = 0)
     least = len(rows) - max(map(len, parts))
     size, found = least - min(max(1, least // 5), 48), []
     for number, test in enumerate(parts):
-        rng = seeded(seed, number, "fold")
-        others = in_turn(shuffled([row for i, row in enumerate(rows) if i not in set(test)], rng))
-        train, dev = others[:size], others[size : size + 48]
+        rng, held = seeded(seed, number, "fold"), set(test)
+        others = shuffled([row for i, row in enumerate(rows) if i not in held], rng)
+        train, dev = split_dev(others, size, min(len(others) - size, 48))
         shown = [choose(train, rng, row) for row in train + dev]
         found.append(Fold(train, dev, shown, [choose(train, rng, None)], test=test))
     return found
+
+
+def split_dev(rows: list[Example], size: int, dev: int) -> tuple[list[Example], list[Example]]:
+    """`size` rows to train and `dev` others with equal shares of each label, none of which is a label's only row."""
+    turns = in_turn(rows)
+    first = min(len({row.label for row in rows}), len(rows) - dev)
+    rest = sorted(range(first, len(rows)), key=lambda i: (turns[i].label or 0, i))
+    picked = {rest[(2 * j + 1) * len(rest) // (2 * dev)] for j in range(dev)}
+    train = [row for i, row in enumerate(turns) if i not in picked]
+    return train[:size], [turns[i] for i in sorted(picked)]
 
 
 def in_turn(rows: list[Example]) -> list[Example]:
@@ -102,7 +116,14 @@ def in_turn(rows: list[Example]) -> list[Example]:
 
 def balanced(rows: list[Example], count: int, rng: np.random.Generator, without: str | None = None) -> list[Example]:
     """Up to `count` rows in random order, labels as equally often as there are rows; none with the prompt `without`."""
-    return shuffled(in_turn(shuffled([row for row in rows if row.prompt != without], rng))[:count], rng)
+    labels, seen, some = len({row.label for row in rows}), Counter(), []
+    for i in rng.permutation(len(rows)):  # of many rows only the first of each label are looked at
+        if rows[i].prompt != without and seen[rows[i].label] < count:
+            some.append(rows[i])
+            seen[rows[i].label] += 1
+            if len(seen) == labels and labels * min(seen.values()) >= count:
+                break
+    return shuffled(in_turn(some)[:count], rng)
 
 
 def shuffled(rows: list[Example], rng: np.random.Generator) -> list[Example]:

@@ -1,9 +1,6 @@
-"""Scoring R adapted models, the base model, or the base model with demonstrations, on evaluation rows (protocol section
-5).
-"""
+"""Scoring R adapted models, the base, or the base with demonstrations, on evaluation rows (protocol section 5)."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +13,7 @@ from .episode import with_demonstrations
 from .losses import cross_entropy, soft_cross_entropy
 from .metrics import asim, measure
 from .models.cache import Branches, Prefix
-from .models.common import Taps, device_of
+from .models.common import At, Taps, device_of
 from .tasks import Example
 from .tokenizer import Tokenizer
 
@@ -28,10 +25,8 @@ class Scoring:
     runs: int = 1  # R that the model computes side by side
     among: int | None = None  # top-1 confidence as the share among that many likeliest tokens (released scripts: 10)
     keep: int = 0  # of how many of the first prompts the attention outputs are returned
-    like: Tensor | None = (
-        None  # [L, S, n, D] outputs of the first n prompts under S sets, to measure `asim` to: one run
-    )
-    # is compared with every set, S × k runs k by k with each
+    like: Tensor | None = None  # [L, S, n, D] outputs of the first n prompts under S sets, to measure `asim` to:
+    # one run is compared with every set, S × k runs k by k with each
     budget: int = 4096  # tokens in one pass
 
 
@@ -63,9 +58,7 @@ class LabelTree:
             self.said[c, : len(label)], self.real[c, : len(label)] = torch.tensor(label), 1
         self.at, self.said, self.real = (t.to(device) for t in (self.at, self.said, self.real.bool()))
 
-    def batch(
-        self, prompts: list[list[int]], runs: int, device
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], Branches | None]:
+    def batch(self, prompts: list[list[int]], runs: int, device) -> tuple[Tensor, At, Branches | None]:
         """ids [R * B, T], positions (rows, columns) of 1 + branch tokens a row, and what keeps the branches apart."""
         rows = collate([[Row(prompt + self.tokens, [0]) for prompt in prompts]] * runs, device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat(runs)[:, None]
@@ -74,19 +67,14 @@ class LabelTree:
         at = torch.arange(len(columns), device=device)[:, None].expand_as(columns).reshape(-1), columns.reshape(-1)
         if not self.tokens:
             return rows.ids, at, None
-        documents = torch.zeros_like(rows.ids).scatter_(1, columns[:, 1:], self.send(self.documents, lengths))
-        places = torch.arange(rows.ids.shape[1], device=device).expand_as(rows.ids).clone()
-        places.scatter_(1, columns[:, 1:], lengths + self.send(self.places, lengths))
+        number, place = torch.tensor([self.documents, self.places], device=device)
+        documents, places = torch.zeros_like(rows.ids), torch.arange(rows.ids.shape[1], device=device)
+        documents.scatter_(1, columns[:, 1:], number.expand(len(columns), -1))
+        places = places.repeat(len(columns), 1).scatter_(1, columns[:, 1:], lengths + place)
         return rows.ids, at, Branches(documents, places)
 
-    @staticmethod
-    def send(values: list[int], like: Tensor) -> Tensor:
-        return torch.tensor(values, device=like.device).expand(len(like), -1)
-
     def read(self, logits: Tensor, among: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Of logits [..., 1 + branch tokens, V]: label of the greedy answer, its probability, and each label's [...,
-        C].
-        """
+        """Of logits [..., 1 + branch tokens, V]: label of the greedy answer, its probability, each label's [..., C]."""
         total, best = logits.logsumexp(-1, keepdim=True), logits.max(-1)
         log_probabilities = (logits[..., self.at, self.said] - total[..., self.at, 0]) * self.real  # [..., C, I]
         whole = total[..., 0] if among is None else logits.topk(among).values.logsumexp(-1)
@@ -107,10 +95,9 @@ def label_scores(
     how: Scoring = Scoring(),
     watch: Callable[[int], object] | None = None,
 ) -> LabelScores:
-    """Score every prompt under every run in one pass each; `labels`: tokens of each, which need no logits but their
-    own.
+    """Score every prompt under every run in one pass each; `labels`: tokens of each.
 
-    `watch` is called with the prompts of each finished pass.
+    `watch` is called with the number of prompts of each finished pass.
     """
     Q, runs, device = len(prompts), how.runs, device_of(model)
     tree = LabelTree(labels, device)
@@ -124,22 +111,19 @@ def label_scores(
     for group in groups:
         ids, at, branches = tree.batch([prompts[i] for i in group], runs, device)
         taps = Taps(tuple(t[:: len(tree.tokens) + 1] for t in at)) if group[0] < tapped else None
-        logits = (
-            model(ids, taps=taps, logits=at, cache=branches).float().view(runs, len(group), len(tree.tokens) + 1, -1)
-        )
+        logits = model(ids, taps=taps, logits=at, cache=branches).float()
+        found = tree.read(logits.view(runs, len(group), len(tree.tokens) + 1, -1), how.among)
+        top[:, group], confidence[:, group], probabilities[:, group] = (t.cpu() for t in found)
         if taps and how.like is None:
             kept.append(taps.stack().unflatten(1, (runs, -1)))
         elif taps:
             outputs = taps.stack().unflatten(1, (min(sets, runs), -1, len(group)))  # [L, sets, runs a set, rows, D]
             similarity = similarity + asim(outputs, how.like[:, :, None, group]).sum(-1).flatten(1).T
-        found = (t.cpu() for t in tree.read(logits, how.among))
-        top[:, group], confidence[:, group], probabilities[:, group] = found
         if watch:
             watch(len(group))
     outputs = torch.cat(kept, 2)[:, :, order.argsort()] if kept else None
-    return LabelScores(
-        top, confidence, probabilities, outputs, None if how.like is None else (similarity / tapped).cpu()
-    )
+    alike = None if how.like is None else (similarity / tapped).cpu()
+    return LabelScores(top, confidence, probabilities, outputs, alike)
 
 
 @torch.no_grad()
@@ -218,20 +202,18 @@ def score(
     theta: Tensor | None = None,
     demonstrations: tuple[Example, ...] = (),
 ) -> list[dict]:
-    """How good R adapted models are on labelled rows: accuracy, ECE, NLL, Brier and more (`metrics.measure`), a dict a
-    run.
+    """How good R adapted models are on labelled rows: the metrics of `metrics.measure`, a dict a run.
 
     `theta` [R, M] are weights of `adapter`; without them the base model is scored, with `demonstrations` in its prompt
     if there are any. Raises UsageError for a label that merges with its prompt.
 
         score(model, tokenizer, examples, ("0", "1"), lora, trained.theta)[0]["acc"]
     """
-    student, prompts = share_prefix(model, tokenizer, [list(demonstrations)], [e.prompt for e in examples])
-    tokens = tokenizer.label_tokens(examples[0].prompt, labels)
-    runs = 1 if theta is None else len(theta)
-    if theta is not None:
-        student, prompts = model, tokenizer.encode_all([e.prompt for e in examples])
-    with nullcontext(student) if theta is None else adapted(model, adapter, theta) as student:
-        scores = label_scores(student, prompts, tokens, Scoring(runs))
+    prompts, tokens = [e.prompt for e in examples], tokenizer.label_tokens(examples[0].prompt, labels)
+    if theta is None:
+        scores = label_scores(*share_prefix(model, tokenizer, [list(demonstrations)], prompts), tokens)
+    else:
+        with adapted(model, adapter, theta) as student:
+            scores = label_scores(student, tokenizer.encode_all(prompts), tokens, Scoring(len(theta)))
     gold = torch.tensor([e.label for e in examples])
-    return [measure(scores.confidence[r], scores.top[r] == gold, scores.labels[r], gold) for r in range(runs)]
+    return [measure(*run, gold) for run in zip(scores.confidence, scores.top == gold, scores.labels)]

@@ -1,6 +1,4 @@
-"""One task at one N on one model: its sets are taught, trained and scored, each thing once, and kept in the run's
-folder.
-"""
+"""One task at one N on one model: its sets are taught, trained and scored, each once, and kept in the run's folder."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -39,27 +37,19 @@ class Setting:
     budget: int = 4096  # tokens in one forward pass
     phases: tuple[str, ...] = ()  # of the whole study, in order
 
-    @contextmanager
-    def stage(self, kind: str, phase: str, total: int) -> Iterator:
-        """Count the seconds of the block towards `kind`, under a progress bar that says which phase of how many it is."""
-        number = f"{self.phases.index(phase) + 1}/{len(self.phases)} " if phase in self.phases else ""
-        with self.folder.stage(kind), self.bar(number + phase, total) as bar:
-            yield bar
-
 
 class Experiment:
     """One task at one N."""
 
-    def __init__(self, setting: Setting, task: Task, n: int, pool: Examples, evals: dict[str, Examples]):
-        self.setting, self.task, self.n, self.evals, o = setting, task, n, evals, setting.options
-        self.name, self.labelled, subject = f"{task.name}-n{n}", bool(task.labels), setting.subject
+    def __init__(self, setting: Setting, task: Task, n: int, more: int, pool: Examples, evals: dict[str, Examples]):
+        self.setting, self.task, self.n, self.more, self.evals, o = setting, task, n, more, evals, setting.options
+        self.name = f"{task.name}-n{n}" + f"-unlabelled{more}" * (more > 0)
+        self.labelled, subject = bool(task.labels), setting.subject
         queries = max(len(e.rows) for e in evals.values()) if o.icl_demos == "pool" or o.paper_compat else 0
-        self.episodes = [draw_episode(pool.rows, n, i, o.seed, queries, o.paper_compat) for i in range(o.sets)]
+        self.episodes = [draw_episode(pool.rows, n, i, o.seed, queries, o.paper_compat, more) for i in range(o.sets)]
         self.labels: dict[str, list[list[int]]] = {}  # of each evaluation; merging ones are found before any work
-        if self.labelled:
-            for name, examples in evals.items():
-                prompt, labels = examples.rows[0].prompt, self.find(name).labels
-                self.labels[name] = subject.tokenizer.label_tokens(prompt, labels)
+        for name, examples in evals.items() if self.labelled else ():
+            self.labels[name] = subject.tokenizer.label_tokens(examples.rows[0].prompt, self.find(name).labels)
         self.max_tokens = max(map(len, self.labels[task.name])) if self.labelled else task.max_tokens
         self.max_tokens += self.labelled and self.max_tokens > 1  # EOS
         if self.max_tokens > 1 and not subject.tokenizer.eos_ids:
@@ -78,7 +68,7 @@ class Experiment:
         return self.task if name == self.task.name else find_task(name)
 
     def phases(self) -> list[str]:
-        """What is done, in order, as `Setting.stage` is told."""
+        """What is done, in order, as `stage` says it."""
         found = []
         for method in self.setting.options.methods:
             if method not in UNTRAINED:
@@ -89,12 +79,11 @@ class Experiment:
 
     @contextmanager
     def stage(self, kind: str, phase: str, total: int) -> Iterator:
-        with self.setting.stage(kind, f"{self.name}: {phase}", total) as bar:
+        """Count the seconds of the block towards `kind`, under a bar that says which phase of how many it is."""
+        phase, phases = f"{self.name}: {phase}", self.setting.phases
+        number = f"{phases.index(phase) + 1}/{len(phases)} " if phase in phases else ""
+        with self.setting.folder.stage(kind), self.setting.bar(number + phase, total) as bar:
             yield bar
-
-    def configs(self, method: str) -> list[tuple[int, float, float | None]]:
-        """(set, rate, β) of each of a method's runs."""
-        return configs(method, len(self.episodes), self.rates, self.betas)
 
     @cached_property
     def grid(self) -> Grid:
@@ -130,9 +119,9 @@ class Experiment:
 
     def training_records(self, method: str) -> list[dict]:
         """Rate, β, dev loss and steps of each of a method's runs."""
-        about = {"task": self.task.name, "n": self.n, "method": method}
+        about = {"task": self.task.name, "n": self.n, "unlabelled": self.more, "method": method}
         found, records = self.trained(method), []
-        for r, (number, rate, beta) in enumerate(self.configs(method)):
+        for r, (number, rate, beta) in enumerate(configs(method, len(self.episodes), self.rates, self.betas)):
             record = {"set": number, "rate": rate, "beta": beta, "dev_loss": found.dev_loss[r].item()}
             records.append(about | record | {"steps": int(found.steps[r])})
         return records
@@ -159,11 +148,9 @@ class Experiment:
         """
         if name not in self.references:
             o, parts, alike = self.setting.options, [], []
-            rows, itself = (
-                len(self.evals[name].rows),
-                torch.ones(1, self.setting.subject.model.config.num_hidden_layers),
-            )
-            count, plain = rows if "icl" in o.methods else min(rows, o.asim_rows), self.prompts(name)[1][: o.asim_rows]
+            itself = torch.ones(1, self.setting.subject.model.config.num_hidden_layers)
+            plain, every = self.prompts(name)[1][: o.asim_rows], "icl" in o.methods
+            count = len(self.evals[name].rows if every else plain)
             with self.stage("evaluate", f"icl on {name}", count * len(self.episodes)) as bar:
                 for number in range(len(self.episodes)):
                     model, prompts = self.prompts(name, number)
@@ -181,9 +168,7 @@ class Experiment:
         return self.references[name]
 
     def score(self, method: str, name: str) -> dict[str, Tensor]:
-        """What `method`'s reported runs make of evaluation `name`: `asim` [R, L], `correct` [R, Q], of labels also
-        their scores.
-        """
+        """What `method`'s reported runs make of evaluation `name`: `asim` [R, L], `correct` [R, Q], labels' scores."""
         return self.setting.folder.once(f"{self.name}/{method}-on-{name}", lambda: self.evaluate(method, name))
 
     def evaluate(self, method: str, name: str) -> dict[str, Tensor]:
@@ -203,13 +188,11 @@ class Experiment:
                         parts.append(self.score_labels(name, student, prompts, bar, how))
                     else:
                         responses, correct = self.score_texts(name, student, prompts, bar, f"{method}-{r}")
-                        like = alike if theta is None else [alike[self.configs(method)[r][0]]]
+                        like = alike if theta is None else [alike[self.training_records(method)[r]["set"]]]
                         parts.append({"correct": correct, "asim": self.likeness(student, like, responses)})
         return joined(parts)
 
-    def score_labels(
-        self, name: str, model: Callable, prompts: list[list[int]], bar, how: Scoring
-    ) -> dict[str, Tensor]:
+    def score_labels(self, name: str, model: Callable, prompts: list[list[int]], bar, how: Scoring) -> dict:
         """`label_scores` of `model` on evaluation `name`, and which rows are right."""
         o, examples = self.setting.options, self.evals[name].rows
         how = replace(how, among=10 if o.paper_compat else None, budget=self.setting.budget)
@@ -217,17 +200,15 @@ class Experiment:
         correct = scores.top == torch.tensor([e.label for e in examples[: len(prompts)]])
         return {key: value for key, value in vars(scores).items() if value is not None} | {"correct": correct}
 
-    def score_texts(
-        self, name: str, model: Callable, prompts: list[list[int]], bar, tag: str
-    ) -> tuple[list[list[int]], Tensor]:
-        """Greedy responses of `model` on evaluation `name`, and which are right, [1, Q]; kept in the folder."""
-        task, answers = self.find(name), [e.answer for e in self.evals[name].rows[: len(prompts)]]
-        tokenizer = self.setting.subject.tokenizer
+    def score_texts(self, name: str, model: Callable, prompts: list[list[int]], bar, tag: str) -> tuple[list, Tensor]:
+        """Greedy responses (ids) of `model` on evaluation `name`, and which are right, [1, Q]; kept in the folder."""
+        task, tokenizer = self.find(name), self.setting.subject.tokenizer
 
         def make() -> dict:
             how = Decoding(task.max_tokens, budget=4 * self.setting.budget)
             ids = generate(model, tokenizer, prompts, how, bar.update)
-            return {"texts": [tokenizer.decode(i) for i in ids], "answers": answers, "parser": task.parser, "ids": ids}
+            kept = {"texts": [tokenizer.decode(i) for i in ids], "parser": task.parser, "ids": ids}
+            return kept | {"answers": [e.answer for e in self.evals[name].rows[: len(ids)]]}
 
         kept = self.setting.folder.json_once(self.texts_file(tag, name), make)
         return kept["ids"], parsed_correct(kept)[None]
@@ -236,7 +217,7 @@ class Experiment:
         return f"{self.name}/generations/{tag}-on-{name}.json"
 
     def likeness(self, model: Callable, like: list[list[Row]], responses: list[list[int]]) -> Tensor:
-        """asim of one model to lists of rows, [lists, L]; in the released scripts' way on the model's own `responses`."""
+        """asim of one model to lists of rows, [lists, L]; as in the released scripts on the model's own `responses`."""
         if self.setting.options.paper_compat:
             like = [[cut(row, self.ended(response)) for row, response in zip(rows, responses)] for rows in like]
         return torch.stack([layer_asim(model, rows, self.setting.budget) for rows in like])

@@ -27,18 +27,14 @@ def read_json(path: Path) -> dict:
 
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
-    """Run `writer(temporary path)` beside `path`, then rename into place: the file is whole or not there.
-
-    Raises UsageError when the disk or the permissions do not allow it.
-    """
+    """Run `writer(temporary path)` beside `path`, then rename: the file is whole or not there. Raises UsageError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
     except OSError as error:
-        raise UsageError(
-            f"{path.parent}: cannot write there ({error.strerror}); choose another folder with --out"
-        ) from None
+        mend = "choose another folder with --out"
+        raise UsageError(f"{path.parent}: cannot write there ({error.strerror}); {mend}") from None
     try:
         writer(Path(temporary))
         os.chmod(temporary, 0o644)
@@ -56,6 +52,10 @@ def write_text(path: Path, text: str) -> None:
     write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(finite(content), indent=1) + "\n")
+
+
 def finite(value):
     """`value` with every NaN and infinity replaced by None: JSON has neither."""
     if isinstance(value, dict):
@@ -67,10 +67,7 @@ def finite(value):
 
 @contextmanager
 def hub_errors(repo: str, kind: str, revision: str | None, instead: str) -> Iterator[None]:
-    """Turn whatever goes wrong with a repository (a "model" or "dataset") on the hub into a UsageError.
-
-    `instead`: a way around.
-    """
+    """Turn whatever goes wrong with a "model" or "dataset" on the hub into a UsageError; `instead`: a way around."""
     from huggingface_hub import errors
 
     log_in = "log in with `hf auth login` or set HF_TOKEN"
@@ -86,9 +83,8 @@ def hub_errors(repo: str, kind: str, revision: str | None, instead: str) -> Iter
     except errors.RevisionNotFoundError:
         raise UsageError(f"{repo}: the hub has no revision {revision} of it; {instead}") from None
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
-        raise UsageError(
-            f"{repo}: not in the local cache, and the hub is out of reach; check the network, or {instead}"
-        ) from None
+        missing = "not in the local cache, and the hub is out of reach"
+        raise UsageError(f"{repo}: {missing}; check the network, or {instead}") from None
     except Exception as error:  # bad ids and the client's own network errors, whose classes differ between its versions
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise UsageError(f"{repo}: cannot be downloaded ({reason}); check the network, or {instead}") from None

@@ -52,9 +52,7 @@ def generate(
 
 @torch.inference_mode()
 def _batch(model, tokenizer, prompts, group: list[int], how: Decoding, observer) -> list[list[int]]:
-    """Responses to the prompts of `group`. Rows that have ended leave the cache; where steps are recorded, half at
-    once.
-    """
+    """Responses to the prompts of `group`. Ended rows leave the cache; where steps are recorded, half at once."""
     network = getattr(model, "func", model)
     weight = network.model.embed_tokens.weight
     device, static = weight.device, weight.device.type in RECORDERS

@@ -1,6 +1,4 @@
-"""CUDA graphs: what is computed over and over in the same shapes is recorded once and replayed, without Python between
-the kernels.
-"""
+"""CUDA graphs: what is computed over and over in the same shapes is recorded once and replayed without Python."""
 
 import warnings
 from collections import Counter
@@ -15,15 +13,11 @@ MOST = 8  # recordings of one function: each keeps a batch, and a graph of thous
 
 
 class CudaRecorder:
-    """Records a function's kernels as a CUDA graph -> (what replays them, the function's result, the same tensors every
-    time).
-    """
+    """Records a function's kernels -> (what replays them, the function's result, the same tensors every time)."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.pool = (
-            torch.cuda.graph_pool_handle()
-        )  # shared: no recording's result is needed when another one is replayed
+        self.pool = torch.cuda.graph_pool_handle()  # shared: a replay may overwrite another recording's result
 
     def __call__(self, function: Callable) -> tuple[Callable, object]:
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)

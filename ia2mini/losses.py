@@ -1,6 +1,4 @@
-"""The three losses, each a value per answer position in float32; `per_run` turns positions into one loss a run
-(protocol section 4).
-"""
+"""The three losses (protocol section 4), float32 per answer position; `per_run` makes of them one loss a run."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,23 +12,17 @@ LOGITS = 2**25  # in memory at once: 128 MB in float32
 
 
 def per_run(values: Tensor, weights: Tensor) -> Tensor:
-    """Losses [R] from values at positions [P], with weights [R, P / R] that average over positions of a row, then over
-    rows.
-    """
+    """Losses [R] from values [P], with weights [R, P / R] that average over positions of a row, then over rows."""
     return (values.view(weights.shape) * weights).sum(1)
 
 
 def activation_mse(outputs: Sequence[Tensor], targets: Tensor) -> Tensor:
-    """Equation 4: squared difference of attention outputs, L times [P, D], and targets [L, P, D]: mean over hidden
-    units, summed over layers, [P].
-    """
+    """Equation 4: squared difference of outputs, L times [P, D], and targets [L, P, D]: mean over D, sum over L, [P]."""
     return sum(SquaredError.apply(output, target) for output, target in zip(outputs, targets, strict=True))
 
 
 class SquaredError(torch.autograd.Function):
-    """Mean over D of (output - target)² in float32, [P, D] twice -> [P]. Keeps its inputs as they are: no float32 copy
-    lives on.
-    """
+    """Mean over D of (output - target)² in float32, [P, D] twice -> [P]; no float32 copy of its inputs lives on."""
 
     @staticmethod
     def forward(ctx, output: Tensor, target: Tensor) -> Tensor:
@@ -73,28 +65,23 @@ def squared_error_gradient(output: Tensor, target: Tensor, grad: Tensor) -> Tens
 
 
 def soft_cross_entropy(states: Tensor, head: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
-    """KL(teacher || student) of last hidden states [P, D] through the frozen head [V, D], against the teacher's
-    log-probabilities [P, k] of tokens `ids` [P, k]: [P].
+    """KL(teacher || student) [P] of states [P, D] through the frozen head [V, D] (paper section 6, soft labels).
 
-    Renormalised over the k tokens on the teacher's side; exact for k = V (paper section 6, soft labels).
+    `teacher` are log-probabilities [P, k] of tokens `ids` [P, k], renormalised over the k; exact for k = V.
     """
     return HeadDivergence.apply(states, head, teacher.float().log_softmax(-1), ids)
 
 
 def cross_entropy(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Equation 2: cross-entropy of last hidden states [P, D] through the frozen head [V, D] against answer tokens [P]:
-    [P].
-    """
+    """Equation 2: cross-entropy [P] of states [P, D] through the frozen head [V, D] against answer tokens [P]."""
     certain = torch.zeros(len(targets), 1, device=targets.device)
     return HeadDivergence.apply(states, head, certain, targets[:, None])
 
 
 class HeadDivergence(torch.autograd.Function):
-    """sum(exp(t) * (t - log q)), [P], for q the student's probabilities of the k tokens `ids` and t [P, k] the
-    teacher's logarithms.
+    """sum(exp(t) * (t - log q)), [P]: q the student's probabilities of the k tokens `ids`, t [P, k] the teacher's logs.
 
-    The head is frozen: the gradient with regard to `states` is taken on the way, so only a portion of the logits [P, V]
-    is there at once.
+    The gradient with regard to `states` is taken on the way, so only a portion of the logits [P, V] is there at once.
     """
 
     @staticmethod

@@ -33,9 +33,7 @@ class Grid:
     labels: str = "truth"  # what cross-entropy trains on; "icl": the teacher's responses
     settings: Settings = Settings()
     side_by_side: int | None = None  # runs trained together; None: all
-    progress: Callable = (
-        nullcontext  # progress((phase, runs, most steps)) -> context manager, yields `train_runs`' watch
-    )
+    progress: Callable = nullcontext  # of (phase, runs, most steps): a context manager that yields `train_runs`' watch
     first: Callable[[str], Trained] | None = None  # where to get the method that another begins with; None: train it
 
     def configs(self, method: str) -> list[tuple[int, float, float | None]]:
@@ -53,10 +51,7 @@ class Grid:
         return seeded(self.seed, number, f"epoch {epoch}").permutation(rows).tolist()
 
     def train(self, method: str, mix: dict, icl_rows: bool, start: Trained | None = None) -> Trained:
-        """One phase of all runs: on the true rows or the teacher's, from fresh weights or another phase's.
-
-        `mix`: loss -> weight, or weights [R], as `Runs` has it.
-        """
+        """One phase of all runs: on the true rows or the teacher's, from fresh weights or another phase's; `mix` as in `Runs`."""
         configs = self.configs(method)
         theta = self.start(configs) if start is None else start.theta
         sets = [self.sets[number] for number, _, _ in configs]
@@ -114,13 +109,6 @@ def soft(grid: Grid) -> Trained:
     return grid.train("soft", {"kl": 1.0}, icl_rows=True)
 
 
-METHODS = {
-    "sft": sft,
-    "ia2": ia2,
-    "ia2-sft": ia2_sft,
-    "sft-ia2": sft_ia2,
-    "sft-sft": sft_sft,
-    "ia2+sft": ia2_plus_sft,
-    "soft": soft,
-}
+METHODS = {"sft": sft, "ia2": ia2, "ia2-sft": ia2_sft, "sft-ia2": sft_ia2, "sft-sft": sft_sft}
+METHODS |= {"ia2+sft": ia2_plus_sft, "soft": soft}
 BEGINS_WITH = {"ia2-sft": "ia2", "sft-ia2": "sft", "sft-sft": "sft"}

@@ -1,8 +1,6 @@
-"""How good, how calibrated and how alike: accuracy, ECE and its null, NLL, Brier, asim, subspace overlap, the paired
-test.
+"""How good, how calibrated and how alike: accuracy, ECE and its null, NLL, Brier, asim, overlap, the paired test.
 
-Pure functions over plain arrays or tensors; scalars are computed in float64. No rows give NaN, and so does a NaN among
-the inputs.
+Pure functions over arrays or tensors; scalars are computed in float64. No rows give NaN, as does a NaN among them.
 """
 
 import math
@@ -15,15 +13,12 @@ import torch.nn.functional as F
 
 
 class PairedTest(NamedTuple):
-    """`mean` of the differences with its 95 % bootstrap interval `low` to `high`; Student's `t`, two-sided `p`.
-
-    `t` and `p` are NaN without scipy.
-    """
+    """`mean` of the differences with its 95 % bootstrap interval `low` to `high`; Student's `t`, two-sided `p`."""
 
     mean: float
     low: float
     high: float
-    t: float
+    t: float  # NaN without scipy
     p: float
     pairs: int
 
@@ -44,8 +39,7 @@ def accuracy(correct) -> float:
 
 
 def reliability(confidence, correct, bins: int = 15, scheme: str = "width") -> np.ndarray:
-    """The reliability diagram of Guo et al. 2017, `confidence` and `correct` both [Q]: of each bin the number of rows,
-    the sum of their confidences and how many are right, [bins, 3].
+    """Reliability diagram of Guo et al. 2017, of [Q] twice: each bin's rows, sum of confidences, right rows, [bins, 3].
 
     `width`: equal widths on [0, 1], each bin open on the left, closed on the right; a confidence of 0 belongs to the
     first. `mass`: rows sorted by confidence and cut into bins whose counts differ by at most one. Rows of equal
@@ -68,9 +62,7 @@ def reliability(confidence, correct, bins: int = 15, scheme: str = "width") -> n
 
 
 def ece(confidence, correct, bins: int = 15, scheme: str = "width") -> float:
-    """Expected calibration error (Guo et al. 2017, equation 3): |accuracy - confidence| of `reliability`'s bins,
-    weighted by count.
-    """
+    """Expected calibration error (Guo et al. 2017, equation 3) over the bins of `reliability`."""
     rows, confidences, right = reliability(confidence, correct, bins, scheme).T
     return float(np.abs(right - confidences).sum() / rows.sum()) if rows.any() else float("nan")
 
@@ -94,17 +86,12 @@ def ece_null(confidence, bins: int = 15, scheme: str = "width", draws: int = 100
 
 
 def nll(p_label) -> float:
-    """Mean negative log-likelihood in nats; p_label [Q], raised to the smallest normal float32 so that the mean stays
-    finite.
-    """
+    """Mean negative log-likelihood in nats; p_label [Q], at least the smallest normal float32: the mean is finite."""
     return _mean(-np.log(np.maximum(_float64(p_label), np.finfo(np.float32).tiny)))
 
 
 def row_losses(scores: torch.Tensor, gold: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Loss of each row: of log-probabilities [..., n, C] of the labels -log p(gold) among them, [..., n].
-
-    Of text, [..., n, 1] log-probabilities of the true answer, these as they are.
-    """
+    """-log p(gold) [..., n] among log-probabilities [..., n, C] of labels, or of texts' true answers [..., n, 1]."""
     if scores.shape[-1] == 1:
         return -scores[..., 0]
     among = (scores / temperature).log_softmax(-1)
@@ -119,26 +106,21 @@ def fit_temperature(scores: torch.Tensor, gold: torch.Tensor) -> float:
     n, C = scores.shape
     if C == 1:
         return 1.0
-    true = torch.full_like(scores, 1 / (n + 2) / (C - 1), dtype=torch.float64).scatter_(
-        1, gold[:, None], (n + 1) / (n + 2)
-    )
+    true = torch.full_like(scores, 1 / (n + 2) / (C - 1), dtype=torch.float64)
+    true.scatter_(1, gold[:, None], (n + 1) / (n + 2))
     grid = torch.logspace(math.log10(0.05), math.log10(20), 241, dtype=torch.float64)
     losses = torch.stack([-(true * (scores.double() / t).log_softmax(-1)).sum(-1).mean() for t in grid])
     return grid[losses.argmin()].item()
 
 
 def brier(probs, label) -> float:
-    """Mean over rows of the squared distance to the one-hot label, from 0 to 2 (Brier 1950); probs [Q, C], label [Q] of
-    class indices.
-    """
+    """Mean squared distance to the one-hot label, from 0 to 2 (Brier 1950); probs [Q, C], label [Q] of indices."""
     probs, label = _float64(probs), _float64(label).astype(np.int64)
     return _mean(((probs - np.eye(probs.shape[1])[label]) ** 2).sum(1))
 
 
 def asim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Cosine similarity of activations (paper section 2): [..., L, P, D] twice -> float32 [..., L, P]; 0 where a vector
-    is zero.
-    """
+    """Cosine similarity of activations (paper section 2): [..., D] twice -> float32 [...]; 0 where a vector is zero."""
     return F.cosine_similarity(a.float(), b.float(), dim=-1).clamp(-1, 1)
 
 
@@ -149,19 +131,17 @@ def _left_basis(delta: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def subspace_overlap(delta1: torch.Tensor, delta2: torch.Tensor, rank: int) -> torch.Tensor:
-    """Share of the column space that two updates have in common (paper section 5.2, Figure 4): ||U1^T U2||_F^2 / rank,
-    from 0 to 1.
+    """||U1^T U2||_F^2 / rank [...], from 0 to 1: what two updates' column spaces share (paper section 5.2, Figure 4).
 
     U is the basis of the first `rank` left singular vectors. delta [..., out, r] is LoRA's B, or [..., out, in] its
-    product BA, which spans the same columns when A has full row rank. Directions without weight count as nothing: a
-    zero update overlaps by 0. -> [...]
+    product BA, which spans the same columns when A has full row rank. A zero update overlaps by 0.
     """
     shared = _left_basis(delta1, rank).mT @ _left_basis(delta2, rank)  # [..., rank, rank]
     return shared.square().sum((-2, -1)) / rank
 
 
 def paired_test(a, b, seed: int = 0) -> PairedTest:
-    """Paired t-test of a against b (paper Table 8), both [pairs]; the interval resamples pairs 10,000 times.
+    """Paired t-test of a against b (paper Table 8), both [pairs]; the interval resamples them 10,000 times.
 
     One pair has neither interval nor t: NaN.
     """

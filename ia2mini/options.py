@@ -1,4 +1,4 @@
-"""What a study's numbers depend on: every option once, with its default and its help; the command line is made from it."""
+"""What a study's numbers depend on: every option once, with default and help; the command line is made from it."""
 
 from dataclasses import dataclass, field
 
@@ -12,7 +12,6 @@ RATES = {  # protocol section 4 for LoRA and (IA)3; ours for the others
 TINY_RATES = RATES | {"lora": (1e-3, 3e-3, 1e-2), "full": (1e-4, 3e-4, 1e-3)}  # the embedded model is small: ten times
 BETAS = {"qwen3": (0.1, 0.5, 0.7, 0.9), "llama": (0.001, 0.01, 0.05, 0.5)}
 UNTRAINED = ("base", "icl")
-TRAINED = ("sft", "ia2", "ia2-sft", "sft-ia2", "ia2+sft", "soft", "sft-sft")
 
 
 def option(default, help: str, choices: tuple[str, ...] = (), least: int | None = None, shown: str | None = None):
@@ -51,6 +50,7 @@ class Options(AdapterOptions, TrainOptions):
     methods: tuple[str, ...] = option(
         ("base", "icl", "sft", "ia2", "ia2-sft"), "also sft-ia2, ia2+sft, soft, sft-sft (a control)"
     )
+    unlabelled: tuple[int, ...] = option((0,), "more rows, without answers, whose queries join IA2's; several: 0,8,64")
     sets: int = option(5, "few-shot sets, each drawn from the pool with its own seed", least=1)
     betas: tuple[float, ...] = option((), "shares of cross-entropy in ia2+sft", shown="four")
     labels: str = option("truth", "what SFT trains on: true answers or ICL responses", ("truth", "icl"))

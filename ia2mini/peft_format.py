@@ -14,9 +14,13 @@ from . import UsageError
 from .adapters import IA3, Adapter, Full, LoRA, PrefixTuning, Prompt, unpack
 from .files import read_json, write, write_text
 from .models.checkpoint import save
+from .models.common import Linear
 from .tokenizer import Tokenizer
 
 PEFT_PREFIX = "base_model.model."
+EXTRAS = ("modules_to_save", "use_dora", "trainable_token_indices", "lora_bias", "layer_replication", "use_qalora")
+EXTRAS += ("alora_invocation_tokens", "target_parameters", "arrow_config", "use_bdlora", "monteclora_config")
+CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin that also change the base's weights
 
 
 def peft_config(adapter: Adapter, base: str, model: nn.Module) -> dict:
@@ -76,8 +80,8 @@ def read_adapter(folder: Path, model: nn.Module) -> tuple[Adapter, Tensor]:
     path = folder / "adapter_model.safetensors"
     config = read_json(folder / "adapter_config.json")
     kind = config.get("peft_type")
-    extras = [name for name in ("modules_to_save", "use_dora", "trainable_token_indices") if config.get(name)]
-    extras += ["bias"] * (config.get("bias", "none") != "none")
+    extras = [name for name in EXTRAS if config.get(name)] + ["bias"] * (config.get("bias", "none") != "none")
+    extras += ["init_lora_weights"] * str(config.get("init_lora_weights")).startswith(CHANGE_BASE)
     if kind not in READERS or extras:
         what = f"{extras[0]} = {config[extras[0]]!r}" if extras else f"peft_type {kind!r}"
         raise UsageError(f"{folder}: {what} is not supported (supported: {', '.join(READERS)}, without extras)")
@@ -85,6 +89,9 @@ def read_adapter(folder: Path, model: nn.Module) -> tuple[Adapter, Tensor]:
         tensors = {name.removeprefix(PEFT_PREFIX): t.float() for name, t in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path}: missing, truncated or corrupt ({error})") from None
+    held = {name.rsplit(".lora_" if ".lora_" in name else ".", 1)[0] for name in tensors}
+    if "target_modules" in config and (odd := held ^ targeted(config, model)):
+        raise UsageError(f"{folder}: adapter_config.json and the tensors do not name the same matrices ({min(odd)})")
     try:
         adapter, weights = READERS[kind](config, tensors, model)
         weights = {name: weights[name].reshape(shape) for name, shape in adapter.shapes.items()}
@@ -92,6 +99,21 @@ def read_adapter(folder: Path, model: nn.Module) -> tuple[Adapter, Tensor]:
         raise UsageError(f"{folder}: its tensors do not fit this model ({type(error).__name__}: {error})") from None
     theta = torch.cat([w.reshape(-1) for w in weights.values()])[None]
     return adapter, theta.to(next(model.parameters()).device)
+
+
+def targeted(config: dict, model: nn.Module) -> set[str]:
+    """The maps that peft's configuration names: endings or a pattern, less those excluded, in the layers it asks for."""
+
+    def named(wanted: str | list | None, name: str) -> bool:
+        if isinstance(wanted, str):
+            return wanted == "all-linear" or bool(re.fullmatch(wanted, name))
+        return any(f".{name}".endswith(f".{end}") for end in wanted or ())
+
+    layers = config.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
+    maps = [name for name, module in model.named_modules() if isinstance(module, Linear)]
+    maps = [name for name in maps if not layers or int(name.split(".")[2]) in layers]
+    return {n for n in maps if named(config["target_modules"], n) and not named(config.get("exclude_modules"), n)}
 
 
 def read_lora(config: dict, tensors: dict[str, Tensor], model: nn.Module) -> tuple[Adapter, dict[str, Tensor]]:

@@ -1,5 +1,6 @@
 """A fitted adapter in use: answers to new rows with probabilities, saved and loaded as one self-contained folder."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,7 @@ from . import UsageError
 from .adapters import Adapter, adapted
 from .batch import Row as IdsRow
 from .chat import ChatTemplate
+from .episode import with_demonstrations
 from .evaluate import Scoring, answer_scores, label_scores, share_prefix
 from .files import finite, read_json, write_text
 from .generate import STOP, Decoding, generate
@@ -28,7 +30,8 @@ from .tasks.rows import Row, fill
 
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 SPEC, TOP, AT_ONCE, TINIEST = "ia2mini.json", 5, 64, torch.finfo(torch.float32).tiny
-ALLOWED = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}  # difference of a canary's log-probabilities
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+ALLOWED = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.1}  # mean difference of a canary's log-probabilities
 
 
 @dataclass
@@ -60,20 +63,38 @@ class Predictor:
         threshold above which that share of the held-out rows was. A row without its columns is a UsageError, which
         `wrong`, where given, is called with instead.
         """
-        threshold, rows = self.threshold(coverage), iter(rows)
+        threshold, shown = self.threshold(coverage), self.shown() if icl else []
+        rows = (row if isinstance(row, Row) else Row(f"row {i}", row) for i, row in enumerate(rows, 1))
         while some := list(islice(rows, AT_ONCE)):
             prompts = {}
             for i, row in enumerate(some):
                 try:
-                    prompts[i] = fill(self.spec["template"], row if isinstance(row, Row) else Row("a row", row))
+                    prompts[i] = self.prompt(row, shown)
                 except UsageError as error:
                     if wrong is None:
                         raise
                     wrong(error)
-            for i, found in zip(prompts, self.answer(list(prompts.values()), icl) if prompts else ()):
+            for i, found in zip(prompts, self.answer(list(prompts.values()), shown) if prompts else ()):
                 if found["confidence"] < threshold:
                     found = {"answer": None, "abstained": found.pop("answer")} | found
                 yield dict(some[i]) | found
+
+    def shown(self) -> list[Example]:
+        """The demonstrations, or the context, that stand before every row where the base is to answer."""
+        spec = self.spec
+        if not spec["demonstrations"]:
+            raise UsageError("--icl: this adapter keeps no demonstrations")
+        asked = str if spec["context"] else self.chat
+        return [Example(asked(e["prompt"]), e["answer"]) for e in spec["demonstrations"]]
+
+    def prompt(self, row: Row, shown: list[Example]) -> str:
+        """The prompt of a row. Raises UsageError for a missing column, or where it is longer than the model reads."""
+        prompt = self.chat(fill(self.spec["template"], row))
+        tokens = len(self.subject.tokenizer.encode(with_demonstrations(shown, prompt)))
+        most = self.subject.model.config.max_position_embeddings or tokens
+        if not 0 < tokens <= most:
+            raise UsageError(f"{row.where}: its prompt has {tokens} tokens; the model reads 1 to {most}")
+        return prompt
 
     def threshold(self, coverage: float | None) -> float:
         """The confidence that the share `coverage` of held-out rows reaches (split conformal: of n + 1 rows)."""
@@ -85,24 +106,15 @@ class Predictor:
         if not held:
             raise UsageError("--coverage needs the held-out confidences of `ia2mini fit`; this adapter has none")
         below = int(np.floor((len(held) + 1) * (1 - coverage)))
-        return held[below - 1] + 1e-9 if below else 0.0
+        return held[below - 1] if below else 0.0
 
-    def answer(self, prompts: list[str], icl: bool = False) -> list[dict]:
-        """Answers to prompts as text."""
+    def answer(self, prompts: list[str], shown: list[Example]) -> list[dict]:
+        """Answers to prompts: the adapted model's, or the base's where demonstrations are shown."""
         spec, tokenizer = self.spec, self.subject.tokenizer
-        shown = (
-            []
-            if not icl
-            else [
-                Example(e["prompt"] if spec["context"] else self.chat(e["prompt"]), e["answer"])
-                for e in spec["demonstrations"]
-            ]
-        )
-        if icl and not shown:
-            raise UsageError("--icl: this adapter keeps no demonstrations")
-        prompts = [self.chat(prompt) for prompt in prompts]
-        model, ids = share_prefix(self.subject.model, tokenizer, [shown], prompts)
-        with nullcontext(model) if icl else self.student() as student:
+        model, ids = self.subject.model, tokenizer.encode_all(prompts)
+        if shown:
+            model, ids = share_prefix(model, tokenizer, [shown], prompts)
+        with nullcontext(model) if shown else self.student() as student:
             if spec["labels"]:
                 return self.answer_labels(student, prompts, ids)
             how = Decoding(spec["max_tokens"], None if spec["chat"] else spec["stop"])
@@ -113,7 +125,7 @@ class Predictor:
 
     def answer_labels(self, student, prompts: list[str], ids: list[list[int]]) -> list[dict]:
         labels = self.spec["labels"]
-        tokens = self.subject.tokenizer.label_tokens(prompts[0], labels)
+        tokens = self.subject.tokenizer.label_tokens(self.chat(self.spec.get("example", prompts[0])), labels)
         scores = label_scores(student, ids, tokens, Scoring()).labels[0].clamp_min(TINIEST).log()
         found = []
         for row in (scores / self.spec["temperature"]).softmax(-1).tolist():
@@ -121,15 +133,16 @@ class Predictor:
             found.append({"answer": labels[best], "confidence": row[best], "probabilities": dict(zip(labels, row))})
         return found
 
-    def canary(self) -> dict:
-        """The likeliest next tokens of a prompt and their log-probabilities, with and without the adapter."""
-        prompt = self.spec["canary"]["prompt"] if "canary" in self.spec else self.spec["example"]
-        ids, found = torch.tensor([self.subject.tokenizer.encode(self.chat(prompt))]), {"prompt": prompt}
+    def canary(self, kept: dict | None = None) -> dict:
+        """Next tokens of a prompt (the likeliest, or as `kept`) and their log-probabilities, with and without adapter."""
+        ids = torch.tensor([self.subject.tokenizer.encode(self.chat(self.spec["example"]))])
+        found = {"dtype": str(next(self.subject.model.parameters()).dtype).removeprefix("torch.")}
         for name, wanted in (("base", False), ("adapted", True)):
             with torch.no_grad(), self.student(wanted) as student:
-                logits = student(ids.to(device_of(self.subject.model)))[0, -1].float()
-            top = logits.log_softmax(-1).topk(TOP)
-            found[name] = {"tokens": top.indices.tolist(), "log_probabilities": top.values.tolist()}
+                logits = student(ids.to(device_of(self.subject.model)))[0, -1].float().cpu().log_softmax(-1)
+            tokens = kept[name]["tokens"] if kept else logits.topk(TOP).indices.tolist()
+            there = [t for t in tokens if t < len(logits)]
+            found[name] = {"tokens": tokens, "log_probabilities": logits[there].tolist()}
         return found
 
     def merge(self, out: Path) -> float:
@@ -138,42 +151,59 @@ class Predictor:
         if self.adapter is None:
             raise UsageError("no adapter was shipped, so there is nothing to merge; use the base model")
         save_merged(subject.model, self.adapter, self.theta[0], out, subject.tokenizer)
-        for name in BESIDE:
-            if (subject.folder / name).is_file():
-                write_text(out / name, (subject.folder / name).read_text(encoding="utf-8"))
+        self.beside(out)
         ids = torch.tensor([subject.tokenizer.encode(self.chat(self.spec.get("example", "Once upon a time")))])
         merged, _ = load(out, next(subject.model.parameters()).dtype, device_of(subject.model))
         with torch.no_grad(), self.student() as student:
             return (merged(ids.to(device_of(merged))) - student(ids.to(device_of(merged)))).abs().max().item()
 
+    def beside(self, out: Path) -> None:
+        """Copy the small files of the base's checkpoint beside a whole one."""
+        for name in BESIDE:
+            if (self.subject.folder / name).is_file():
+                write_text(out / name, (self.subject.folder / name).read_text(encoding="utf-8"))
+
     def check(self, folder: Path) -> None:
         """Compare the canary with what was saved. Raises UsageError for another base or a damaged adapter."""
-        weight, now = next(self.subject.model.parameters()), self.canary()
-        for name, blame in (
-            ("base", "the base model is not the one it was fitted on"),
-            ("adapted", "the adapter is damaged"),
-        ):
-            then, found = (c[name] for c in (self.spec["canary"], now))
-            pairs = dict(zip(found["tokens"], found["log_probabilities"]))
-            gaps = [abs(pairs.get(t, -1e9) - p) for t, p in list(zip(then["tokens"], then["log_probabilities"]))[:1]]
-            if not max(gaps) <= ALLOWED[weight.dtype]:
-                about = f"fitted on {self.spec['base']['name']}, loaded on {self.subject.base}"
+        kept, about = self.spec["canary"], f"fitted on {self.spec['base']['name']}, loaded on {self.subject.base}"
+        now = self.canary(kept)
+        allowed = max(ALLOWED[c["dtype"]] for c in (kept, now))
+        blames = {"base": "the base model is not the one it was fitted on", "adapted": "the adapter is damaged"}
+        if whole(folder):
+            del blames["base"]
+        for name, blame in blames.items():
+            then, found = (c[name]["log_probabilities"] for c in (kept, now))
+            if len(then) != len(found) or not np.abs(np.subtract(then, found)).mean() <= allowed:
                 raise UsageError(f"{folder}: {blame} ({about}): its test prompt gives other probabilities")
+        if self.adapter and self.spec["adapter_digest"] != digest(folder / ADAPTER[0]):
+            raise UsageError(f"{folder}: the adapter is damaged: {ADAPTER[0]} is not the file that was saved")
 
     def save(self, folder: Path) -> None:
         """Write the adapter in peft's format, `ia2mini.json` and a model card. Raises UsageError."""
+        subject = self.subject
+        for name in ADAPTER:  # of an earlier fit
+            (folder / name).unlink(missing_ok=True)
         if self.adapter:
-            save_adapter(
-                self.subject.model, self.adapter, self.theta[0], folder, self.subject.base, self.subject.tokenizer
-            )
-        base = {"name": self.subject.base, "digest": checkpoint_digest(self.subject.folder)}
-        self.spec |= {"base": base, "versions": versions(), "report": self.report}
-        self.spec["canary"] = self.canary()
+            save_adapter(subject.model, self.adapter, self.theta[0], folder, subject.base, subject.tokenizer)
+        if whole(folder):
+            self.beside(folder)
+        base = {"name": subject.base, "digest": checkpoint_digest(subject.folder)}
+        self.spec |= {"base": base, "versions": versions(), "report": self.report, "canary": self.canary()}
+        self.spec["adapter_digest"] = digest(folder / ADAPTER[0])
         write_text(folder / SPEC, json.dumps(finite(self.spec), indent=1, ensure_ascii=False) + "\n")
 
 
 FOREIGN = {"template": "{text}", "labels": [], "parser": "text", "max_tokens": 200, "stop": STOP, "temperature": 1.0}
 FOREIGN |= {"confidences": [], "demonstrations": [], "method": "adapter", "chat": False, "context": False}
+
+
+def whole(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint of its own: full fine-tuning."""
+    return (folder / "config.json").is_file()
+
+
+def digest(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def load_adapter(folder: str | Path, subject: Subject | None = None, **spec) -> Predictor:
@@ -189,7 +219,7 @@ def load_adapter(folder: str | Path, subject: Subject | None = None, **spec) -> 
     subject = subject or open_subject(base_name(folder))
     kept = read_json(folder / SPEC) if (folder / SPEC).is_file() else None
     adapter, theta = None, None
-    if kept is None or kept["method"] != "base":
+    if not whole(folder) and (kept is None or kept["method"] != "base"):
         adapter, theta = read_adapter(folder, subject.model)
     predictor = Predictor(subject, adapter, theta, FOREIGN | (kept or {}) | spec, (kept or {}).get("report", {}))
     if kept:
@@ -198,7 +228,9 @@ def load_adapter(folder: str | Path, subject: Subject | None = None, **spec) -> 
 
 
 def base_name(folder: Path) -> str:
-    """The base model that a saved adapter names. Raises UsageError."""
+    """The base model that a saved adapter names, or the folder itself where it is whole. Raises UsageError."""
+    if whole(folder):
+        return str(folder)
     if (folder / SPEC).is_file():
         return read_json(folder / SPEC)["base"]["name"]
     name = read_json(folder / "adapter_config.json").get("base_model_name_or_path")

@@ -1,5 +1,4 @@
-"""Results on disk. A run folder belongs to one set of options, data and checkpoint: the same command finds it and goes
-on.
+"""Results on disk. A run folder belongs to one set of options, data and checkpoint: the same command goes on there.
 
 Only safetensors and JSON; every file is written beside its place and renamed into it, so what is there is whole.
 """
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .files import finite, read_json, write, write_text
+from .files import read_json, write, write_json
 
 
 class RunFolder:
@@ -32,22 +31,9 @@ class RunFolder:
         self.spent = read_json(spent) if spent.is_file() else {"seconds": {}, "peak_memory_bytes": 0}
 
     def begin(self, resolved: dict) -> None:
-        """Create the folder, if it is not there, with what made it and defaults as they were `resolved`.
-
-        Raises UsageError when it cannot be written.
-        """
+        """Create the folder, if it is not there, with what made it and defaults as `resolved`. Raises UsageError."""
         if not (self.path / "run.json").is_file():
-            self.save_json("run.json", self.what | resolved)
-
-    @classmethod
-    def open(cls, path: Path) -> "RunFolder":
-        """The folder at `path`, which is there."""
-        folder = cls.__new__(cls)
-        folder.path, folder.spent = path, read_json(path / "seconds.json")
-        return folder
-
-    def save_json(self, name: str, content: dict) -> None:
-        write_text(self.path / name, json.dumps(finite(content), indent=1) + "\n")
+            write_json(self.path / "run.json", self.what | resolved)
 
     def once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of file `name`: read if they are there, else made and saved. On the CPU either way."""
@@ -59,9 +45,9 @@ class RunFolder:
 
     def json_once(self, name: str, make: Callable[[], dict]) -> dict:
         """The content of JSON file `name`: read if it is there, else made and saved."""
-        if not (self.path / name).is_file():
-            self.save_json(name, make())
-        return read_json(self.path / name)
+        if not (path := self.path / name).is_file():
+            write_json(path, make())
+        return read_json(path)
 
     @contextmanager
     def stage(self, name: str):
@@ -73,7 +59,7 @@ class RunFolder:
             seconds = self.spent["seconds"]
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
             self.spent["peak_memory_bytes"] = max(self.spent["peak_memory_bytes"], peak_memory())
-            self.save_json("seconds.json", self.spent)
+            write_json(self.path / "seconds.json", self.spent)
 
 
 def peak_memory() -> int:
@@ -94,7 +80,7 @@ def versions() -> dict[str, str]:
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """sha256 over a checkpoint's config, tokenizer and weights (a hub cache's files are already named by their sha256)."""
+    """sha256 over a checkpoint's config, tokenizer and weights (a hub cache's files are named by their sha256)."""
     digest = hashlib.sha256()
     for file in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")):
         target = file.resolve()

@@ -13,7 +13,7 @@ from . import UsageError, __version__
 from .adapters import LoRA, unpack
 from .episode import with_demonstrations
 from .experiment import Experiment, Setting, parsed_correct
-from .files import finite, read_json
+from .files import finite, read_json, write_json
 from .methods import METHODS
 from .metrics import accuracy, measure, subspace_overlap
 from .options import UNTRAINED, Options
@@ -43,11 +43,8 @@ def compare(
     if unknown := set(options.methods) - {*UNTRAINED, *METHODS}:
         raise UsageError(f"unknown method {min(unknown)!r}; methods: base, icl, {', '.join(METHODS)}")
     pools = {task.name: load_examples(task, "train", data_dir) for task in tasks}
-    evals = {}
-    for task in tasks:
-        for name in task.evals:
-            here = task if name == task.name else find_task(name)
-            evals[name] = load_examples(here, "eval", data_dir, options.eval_rows)
+    evals = {name: task if name == task.name else find_task(name) for task in tasks for name in task.evals}
+    evals = {name: load_examples(task, "eval", data_dir, options.eval_rows) for name, task in evals.items()}
     weight = next(subject.model.parameters())
     config = {"ia2mini": __version__, "tasks": [task.name for task in tasks], "model": subject.base, **asdict(options)}
     config |= {"dtype": str(weight.dtype).removeprefix("torch."), "device": weight.device.type}
@@ -57,8 +54,8 @@ def compare(
     folder = RunFolder(out, f"{about}-{subject.name}-n{'-'.join(map(str, options.n))}", config)
     setting = Setting(subject, options, folder, bar, side_by_side)
     experiments = [
-        Experiment(setting, task, n, pools[task.name], {e: evals[e] for e in task.evals})
-        for task, n in product(tasks, options.n)
+        Experiment(setting, task, n, more, pools[task.name], {e: evals[e] for e in task.evals})
+        for task, n, more in product(tasks, options.n, options.unlabelled)
     ]
     setting.phases = tuple(phase for experiment in experiments for phase in experiment.phases())
     resolved = {"rates": experiments[0].rates, "targets": experiments[0].adapter.targets}
@@ -70,7 +67,7 @@ def compare(
             document[key] += found
     document = {"cells": summarise(document["runs"], options.select), **folder.spent, **document}
     document |= {"config": config | resolved, "versions": versions()}
-    folder.save_json("results.json", document := finite(document))
+    write_json(folder.path / "results.json", document := finite(document))
     return document, folder.path
 
 
@@ -100,7 +97,12 @@ def score_records(experiment: Experiment, method: str, name: str) -> list[dict]:
     o, task, trained = experiment.setting.options, experiment.find(name), method not in UNTRAINED
     scores, gold = experiment.score(method, name), [e.label for e in experiment.evals[name].rows]
     about = {"task": experiment.task.name, "eval": name, "ood": name != experiment.task.name, "n": experiment.n}
-    about |= {"model": experiment.setting.subject.name, "method": method, "adapter": o.adapter if trained else None}
+    about |= {
+        "unlabelled": experiment.more,
+        "model": experiment.setting.subject.name,
+        "method": method,
+        "adapter": o.adapter if trained else None,
+    }
     sets, records = range(o.sets), []
     untrained = [{"set": number, "rate": None, "beta": None, "dev_loss": None, "steps": 0} for number in sets]
     known = experiment.training_records(method) if trained else untrained
@@ -120,19 +122,16 @@ def score_records(experiment: Experiment, method: str, name: str) -> list[dict]:
 def save_adapters(experiment: Experiment, method: str, numbers: list[int]) -> list[str]:
     """Save a method's chosen runs in PEFT's format; folder names."""
     setting, saved = experiment.setting, []
-    subject, theta = setting.subject, experiment.trained(method).theta
+    subject, theta, records = setting.subject, experiment.trained(method).theta, experiment.training_records(method)
     for r in numbers:
-        saved.append(f"adapters/{experiment.name}-{method}-set{experiment.configs(method)[r][0]}")
+        saved.append(f"adapters/{experiment.name}-{method}-set{records[r]['set']}")
         path = setting.folder.path / saved[-1]
         save_adapter(subject.model, experiment.adapter, theta[r], path, subject.base, subject.tokenizer)
     return saved
 
 
 def overlaps(experiment: Experiment, picks: dict[str, list[int]]) -> list[dict]:
-    """Share of LoRA's subspace that two methods have in common, at their chosen rates, by set (paper Figure 4).
-
-    Beside it `chance`, that of random subspaces: rank / size of the space.
-    """
+    """Share of LoRA's subspace that two chosen methods have in common by set (paper Figure 4), and that of chance."""
     adapter, found = experiment.adapter, []
     if not isinstance(adapter, LoRA):
         return found
@@ -142,7 +141,12 @@ def overlaps(experiment: Experiment, picks: dict[str, list[int]]) -> list[dict]:
     for one, other in combinations(picks, 2):
         each = [subspace_overlap(weights[one][name], weights[other][name], adapter.rank) for name in names]  # [sets]
         sets = [fmean(values) for values in zip(*(e.tolist() for e in each))]
-        about = {"task": experiment.task.name, "n": experiment.n, "methods": [one, other]}
+        about = {
+            "task": experiment.task.name,
+            "n": experiment.n,
+            "unlabelled": experiment.more,
+            "methods": [one, other],
+        }
         found.append(about | {"overlap": sets, "mean": fmean(sets), "chance": chance})
     return found
 
@@ -168,24 +172,14 @@ def sample(experiment: Experiment, picks: dict[str, list[int]]) -> dict:
     right = scores["correct"][place].tolist()
     for verdict in (True, False):
         some = [i for i, one in enumerate(right) if one == verdict][:SHOWN]
-        shown["rows"] += [
-            {
-                "prompt": rows[i].prompt,
-                "answer": rows[i].answer,
-                "said": said[i],
-                "confidence": sure[i],
-                "right": verdict,
-            }
-            for i in some
-        ]
+        for i in some:
+            row = {"prompt": rows[i].prompt, "answer": rows[i].answer, "said": said[i]}
+            shown["rows"].append(row | {"confidence": sure[i], "right": verdict})
     return shown
 
 
 def rescore(path: Path) -> dict:
-    """Parse the saved generations of a finished study again, without the model, and save its results anew.
-
-    Raises UsageError where no answer is text.
-    """
+    """Parse a finished study's saved texts again and save its results anew. Raises UsageError where no answer is text."""
     document = read_json(path / "results.json")
     records = [record for record in document["runs"] if "texts" in record]
     if not records:
@@ -193,5 +187,5 @@ def rescore(path: Path) -> dict:
     for record in records:
         record["acc"] = accuracy(parsed_correct(read_json(path / record["texts"])))
     document["cells"] = summarise(document["runs"], document["config"]["select"])
-    RunFolder.open(path).save_json("results.json", document)
+    write_json(path / "results.json", document)
     return document

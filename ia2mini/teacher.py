@@ -1,6 +1,4 @@
-"""The pass with demonstrations, once a set: the base model's answers, attention outputs and distributions (protocol
-section 3).
-"""
+"""The pass with demonstrations, once a set: the model's answers, attention outputs, distributions (protocol section 3)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,8 +63,7 @@ def teach(
 def respond(model, tokenizer, rows: list[Row], prompts: list[list[int]], asked: Asked, watch: Watch) -> list[int]:
     """Fill in the responses of `rows` to their full `prompts`, and the activations and soft targets met on the way.
 
-    Returns the indices of rows that still lack these: the stop text began inside a token, so the response was
-    tokenized again.
+    Returns the indices of rows that still lack these: a stop text inside a token had them tokenized again.
     """
     steps: list[list[tuple]] = [[] for _ in prompts]
 
@@ -97,8 +94,7 @@ def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def observe(
     model: Callable, rows: list[Row], prompts: list[list[int]], asked: Asked = Asked(), watch: Watch = None
 ) -> None:
-    """Fill in activations and soft targets of `rows`, and a single-token response, from a pass over their full
-    `prompts`.
+    """Fill in activations, soft targets and a single-token response of `rows` from a pass over their full `prompts`.
 
     `model` may be a partial that holds a shared prefix; `prompts` are then what follows it.
     """

@@ -50,8 +50,7 @@ class Runs:
     def take(self, runs: Tensor) -> "Runs":
         """Only these runs (indices on the CPU), in this order."""
         here, some = runs.to(self.theta.device), runs.tolist()
-        lists = ([values[r] for r in some] for values in (self.train, self.dev, self.order))
-        train, dev, order = lists
+        train, dev, order = ([values[r] for r in some] for values in (self.train, self.dev, self.order))
         mix = {name: weight[here] for name, weight in self.mix.items()}
         return Runs(self.theta[here], self.rates[here], train, dev, mix, order)
 
@@ -105,7 +104,7 @@ class EarlyStopping:
         self.steps, self.best = torch.zeros(2, len(theta), dtype=torch.int64)
 
     def look(self, runs: Tensor, theta: Tensor, dev_loss: Tensor, step: int) -> Tensor:
-        """Take note of the weights [r, M] and dev losses [r] of `runs` after `step`; which go on, [r] bool on the CPU."""
+        """Note the weights [r, M] and dev losses [r] of `runs` after `step`; which go on, [r] bool on the CPU."""
         live = runs.to(theta.device)
         better = dev_loss < self.dev_loss[live]
         kept = torch.ones_like(better) if self.settings.keep_last else better
@@ -201,10 +200,7 @@ def train_runs(
 def train_in_parts(
     model: nn.Module, adapter: Adapter, runs: Runs, settings: Settings, at_once: int | None = None, watch=None
 ) -> Trained:
-    """`train_runs`, `at_once` runs side by side (None: all), or half as many again and again where memory is too small.
-
-    Raises UsageError when a single run does not fit.
-    """
+    """`train_runs`, `at_once` runs side by side (None: all), halved where memory is too small. UsageError below one."""
     parts, rest = [], torch.arange(len(runs))
     while len(rest):
         some = rest[: at_once or len(rest)]
@@ -212,15 +208,10 @@ def train_in_parts(
             parts.append(train_runs(model, adapter, runs.take(some), settings, watch))
             rest = rest[len(some) :]
         except torch.OutOfMemoryError:
-            at_once = fewer(len(some))
+            if len(some) == 1:
+                mend = "use --checkpointing, a smaller --batch-size or a smaller model"
+                raise UsageError(f"not enough memory for a single run; {mend}") from None
+            at_once = len(some) // 2
+            now = f"going on with {at_once} (--side-by-side {at_once})"
+            warnings.warn(f"out of memory with {len(some)} runs side by side; {now}", stacklevel=2)
     return Trained(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
-
-
-def fewer(runs: int) -> int:
-    """How many runs to try where `runs` side by side do not fit into memory. Raises UsageError when one does not."""
-    if runs == 1:
-        lack = "not enough memory for a single run"
-        raise UsageError(f"{lack}; use --checkpointing, a smaller --batch-size or a smaller model") from None
-    now = f"going on with {runs // 2} (--side-by-side {runs // 2})"
-    warnings.warn(f"out of memory with {runs} runs side by side; {now}", stacklevel=3)
-    return runs // 2

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from ia2mini import UsageError, runs
-from ia2mini.files import finite
+from ia2mini.files import finite, write_json
 from ia2mini.metrics import measure
 from ia2mini.runs import RunFolder, checkpoint_digest, peak_memory, versions
 
@@ -81,7 +81,7 @@ def test_once_leaves_nothing_of_a_failing_maker_and_goes_on_later(tmp_path):
 
 def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path, "name", {})
-    folder.save_json("results.json", {"a": 1})
+    write_json(folder.path / "results.json", {"a": 1})
 
     def cut(tensors, path):
         path.write_bytes(b"half")
@@ -91,7 +91,7 @@ def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="fit.safetensors: cannot be written .No space left.*free some space"):
         folder.once("fit", lambda: {"a": torch.ones(1)})
     with pytest.raises(TypeError):
-        folder.save_json("results.json", {"a": object()})
+        write_json(folder.path / "results.json", {"a": object()})
     assert json.loads((folder.path / "results.json").read_text()) == {"a": 1}
     assert not any(name.startswith(".") or "fit" in name for name in files(folder.path))
 
@@ -110,7 +110,7 @@ def test_seconds_add_up_over_sessions(tmp_path, monkeypatch):
     with second.stage("evaluate"):
         pass
     expected = {"seconds": {"train": 3.5, "evaluate": 4.0}, "peak_memory_bytes": 700}
-    assert second.spent == expected == RunFolder.open(second.path).spent
+    assert second.spent == expected == RunFolder(tmp_path, "name", {}).spent
 
 
 def test_a_folder_belongs_to_what_made_it(tmp_path):

@@ -38,6 +38,7 @@ def views(document: dict):
     found = parts(document)
     for by in (choices := list(dict.fromkeys(part["by"] for part in found))):
         mine = sorted((part for part in found if part["by"] == by), key=lambda part: part["n"])
+        mine = [part for part in mine if part["unlabelled"] == mine[0]["unlabelled"]]  # others are in the tables
         cells, sizes = mine[-1]["cells"], ", ".join(str(part["n"]) for part in mine)
         saved = [o for o in document.get("overlap") or [] if (o["n"], by) == (mine[-1]["n"], choices[0])]
         view = {"suffix": f"-{by}" * (len(choices) > 1), "parts": mine, "cells": cells, "overlap": saved}

@@ -27,7 +27,9 @@ def summarise(records: list[dict], select: str = "dev") -> list[dict]:
     """The cells of the table: means and deviations over sets at the rate chosen by `select` ("both": two cells)."""
     groups: dict[tuple, list[dict]] = {}
     for record in records:
-        groups.setdefault(tuple(record[key] for key in ("task", "n", "method", "eval")), []).append(record)
+        groups.setdefault(tuple(record.get(key) for key in ("task", "n", "unlabelled", "method", "eval")), []).append(
+            record
+        )
     cells = []
     for group in groups.values():
         choices = ("dev", "eval") if select == "both" else (select,)
@@ -35,7 +37,13 @@ def summarise(records: list[dict], select: str = "dev") -> list[dict]:
             config = chosen(group, by) if by else (None, None)
             runs = [record for record in group if (record["rate"], record["beta"]) == config]
             cell = {key: runs[0][key] for key in ("task", "eval", "ood", "model", "n", "method", "adapter")}
-            cell |= {"sets": len(runs), "selected_by": by, "rate": config[0], "beta": config[1]}
+            cell |= {
+                "unlabelled": runs[0].get("unlabelled", 0),
+                "sets": len(runs),
+                "selected_by": by,
+                "rate": config[0],
+                "beta": config[1],
+            }
             for metric in METRICS:
                 known = [run[metric] for run in runs if run.get(metric) is not None]
                 cell[f"{metric}_mean"] = fmean(known) if known else None
@@ -49,15 +57,16 @@ def summarise(records: list[dict], select: str = "dev") -> list[dict]:
 
 
 def parts(document: dict) -> list[dict]:
-    """A study cut into what one table shows: each model, N and choice of rate, with its `cells` by method, in order."""
+    """A study cut into what one table shows: each model, N (and unlabelled rows) and choice of rate, with its `cells` by method, in order."""
     rank = {method: i for i, method in enumerate(LABELS)}
     cells = sorted(document["cells"], key=lambda cell: rank.get(cell["method"], len(rank)))
     trained = [c for c in cells if c["selected_by"]] or [c | {"selected_by": None} for c in cells]
-    keys = dict.fromkeys((c["model"], c["n"], c["selected_by"]) for c in trained)
+    keys = dict.fromkeys((c["model"], c["n"], c.get("unlabelled", 0), c["selected_by"]) for c in trained)
     found = []
-    for model, n, by in keys:
-        mine = [c for c in cells if (c["model"], c["n"]) == (model, n) and c["selected_by"] in (by, None)]
-        found.append({"model": model, "n": n, "by": by, "cells": mine, "title": title(mine, by)})
+    for model, n, more, by in keys:
+        mine = [c for c in cells if (c["model"], c["n"], c.get("unlabelled", 0)) == (model, n, more)]
+        mine = [c for c in mine if c["selected_by"] in (by, None)]
+        found.append({"model": model, "n": n, "unlabelled": more, "by": by, "cells": mine, "title": title(mine, by)})
     return found
 
 
@@ -66,6 +75,7 @@ def title(cells: list[dict], by: str | None) -> str:
     tasks = list(dict.fromkeys(c["task"] for c in cells))
     adapter = next((c["adapter"] for c in cells if c["adapter"]), None)
     about = [cells[0]["model"], ", ".join(tasks) if len(tasks) < 3 else f"{len(tasks)} tasks", f"N = {cells[0]['n']}"]
+    about += [f"{cells[0]['unlabelled']} unlabelled"] * bool(cells[0].get("unlabelled"))
     return " · ".join([*about, *filter(None, [adapter, count(cells[0]["sets"], "set"), CHOICES.get(by)])])
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from . import __version__
+from . import UsageError, __version__
 from .chat import ChatTemplate
 from .crossval import Candidate, CrossValidation, choose
 from .episode import seeded
@@ -70,7 +70,7 @@ def fit(
         examples = [replace(e, prompt=chat(e.prompt)) for e in map(task.example, rows)]
     examples = list(dict.fromkeys(examples))
     if not task.labels:
-        longest = max(len(subject.tokenizer.encode(e.answer, special=False)) for e in examples)
+        longest = max(len(subject.tokenizer.encode_answer(e.prompt, e.answer)) for e in examples)
         task = replace(task, max_tokens=longest + 1)  # EOS
     more = [Example(chat(fill(task.prompt, row)), "") for row in as_rows(unlabelled)]
     cv = CrossValidation(subject, task, examples, options, more, bar=bar)
@@ -87,7 +87,8 @@ def read_own(
     rows: str | Path | list[dict], columns: Columns = GUESSED, queries: bool = False
 ) -> tuple[list[Row], Task]:
     """One's own rows, and the task that they describe; `queries` have no answers. Raises UsageError."""
-    rows = as_rows(rows)
+    if not (rows := as_rows(rows)):
+        raise UsageError("no rows to fit")
     name = Path(re.split(r":| row ", rows[0].where)[0]).stem
     return rows, queries_task(rows, name, *columns) if queries else own_task(rows, name, *columns)
 

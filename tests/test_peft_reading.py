@@ -1,0 +1,163 @@
+"""Adapters that peft made and saved, read here with the same logits; what we cannot read is refused by name."""
+
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+from mistakes import refused
+from reference import make_checkpoint, random_ids, upstream
+from safetensors.torch import load_file, save_file
+
+from ia2mini.adapters import IA3, LoRA, PrefixTuning, Prompt, adapted
+from ia2mini.models import load
+from ia2mini.peft_format import read_adapter, save_adapter
+
+QKV, MLP = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "down_proj"]
+TUNED = {"num_attention_heads": 2, "token_dim": 16}
+CONFIGS = {
+    "lora": lambda: peft.LoraConfig(r=4, lora_alpha=12, target_modules=QKV),
+    "ranks and alphas of their own": lambda: peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=[*QKV, "down_proj"],
+        rank_pattern={"k_proj": 2, r"model\.layers\.1\.self_attn\.q_proj": 7},
+        alpha_pattern={"down_proj": 3, "layers.0.self_attn.v_proj": 20},
+    ),
+    "rsLoRA": lambda: peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=QKV, use_rslora=True, rank_pattern={"v_proj": 9}
+    ),
+    "some layers": lambda: peft.LoraConfig(r=3, target_modules=QKV, layers_to_transform=[0, 2]),
+    "one layer": lambda: peft.LoraConfig(r=3, target_modules=QKV, layers_to_transform=1),
+    "a pattern of targets": lambda: peft.LoraConfig(r=3, target_modules=r".*\.[12]\.(self_attn\.o|mlp\.up)_proj"),
+    "excluded targets": lambda: peft.LoraConfig(r=3, target_modules=QKV, exclude_modules=r".*layers\.1.*k_proj"),
+    "every matrix": lambda: peft.LoraConfig(r=2, target_modules="all-linear"),
+    "ia3": lambda: peft.IA3Config(target_modules=[*QKV, *MLP], feedforward_modules=MLP),
+    "ia3, one layer": lambda: peft.IA3Config(
+        target_modules=r".*\.1\..*(k|v|down)_proj", feedforward_modules=r".*down_proj"
+    ),
+    "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+    "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM", **TUNED),
+}
+REFUSED = {
+    "use_dora": lambda: peft.LoraConfig(r=3, target_modules=QKV, use_dora=True),
+    "bias": lambda: peft.LoraConfig(r=3, target_modules=QKV, bias="lora_only"),
+    "modules_to_save": lambda: peft.LoraConfig(r=3, target_modules=QKV, modules_to_save=["lm_head"]),
+    "VERA": lambda: peft.VeraConfig(r=3, target_modules=["q_proj"]),
+    "lm_head": lambda: peft.LoraConfig(r=3, target_modules=["q_proj", "lm_head"]),
+    "embed_tokens": lambda: peft.LoraConfig(r=3, target_modules=["q_proj", "embed_tokens"]),
+    "init_lora_weights": lambda: peft.LoraConfig(r=3, target_modules=QKV, init_lora_weights="pissa"),
+}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def tiny(request, tmp_path_factory):
+    """(folder, our model): Llama with biases, Qwen3 with tied embeddings."""
+    changes = {"llama": {"attention_bias": True}, "qwen3": {"tie_word_embeddings": True}}[request.param]
+    folder = make_checkpoint(tmp_path_factory.mktemp(request.param), request.param, **changes)
+    return folder, load(folder)[0]
+
+
+def theirs(folder, config, out):
+    """peft's adapter with random weights on the checkpoint, saved into `out`."""
+    twin = peft.get_peft_model(upstream(folder), config).eval()
+    with torch.no_grad():
+        for p in twin.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape))
+    twin.save_pretrained(out)
+    return twin
+
+
+def ours(model, folder, ids):
+    adapter, theta = read_adapter(folder, model)
+    with torch.no_grad(), adapted(model, adapter, theta) as student:
+        return student(ids)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_peft_adapters_are_read_with_equal_logits(tiny, tmp_path, kind):
+    (folder, model), ids = tiny, random_ids(2, 9)
+    twin = theirs(folder, CONFIGS[kind](), tmp_path / "a")
+    with torch.no_grad():
+        expected = twin(ids).logits[:, -ids.shape[1] :]
+        assert (ours(model, tmp_path / "a", ids) - expected).abs().max() <= 1e-5
+        assert (model(ids) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3", "ia3-inputs", "prompt", "prefix"])
+def test_what_we_save_is_read_back(tiny, tmp_path, kind):
+    folder, model = tiny
+    adapter = {
+        "lora": lambda: LoRA(model, rank=3, alpha=7.0),
+        "ia3": lambda: IA3(model),
+        "ia3-inputs": lambda: IA3(model, ("k_proj", "down_proj"), layers=[0, 2], scale_inputs=("down_proj",)),
+        "prompt": lambda: Prompt(model, 4),
+        "prefix": lambda: PrefixTuning(model, 4),
+    }[kind]()
+    theta, ids = adapter.init(model, torch.Generator().manual_seed(1)) + 0.1, random_ids(2, 9)
+    save_adapter(model, adapter, theta, tmp_path, str(folder))
+    with torch.no_grad(), adapted(model, adapter, theta[None]) as student:
+        expected = student(ids)
+    assert (ours(model, tmp_path, ids) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_supported_is_refused_by_name(tiny, tmp_path, name):
+    folder, model = tiny
+    theirs(folder, REFUSED[name](), tmp_path / "a")
+    refused(lambda: read_adapter(tmp_path / "a", model), str(tmp_path / "a"), name)
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    folder, model = tiny
+    adapter = LoRA(model)
+    save_adapter(model, adapter, torch.randn(adapter.init(model, torch.Generator()).shape), tmp_path / "a", str(folder))
+    return model, tmp_path / "a"
+
+
+def test_missing_and_truncated_files_are_one_line(saved):
+    model, folder = saved
+    tensors, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    whole = tensors.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:5], b"", b"\xff" * 64):
+        tensors.write_bytes(damaged)
+        refused(lambda: read_adapter(folder, model), "adapter_model.safetensors", "truncated or corrupt")
+    tensors.unlink()
+    refused(lambda: read_adapter(folder, model), "adapter_model.safetensors", "missing")
+    tensors.write_bytes(whole)
+    for text, said in (("{", "not valid JSON"), ("[]", "JSON object"), ("{}", "peft_type None")):
+        config.write_text(text)
+        refused(lambda: read_adapter(folder, model), said)
+    config.unlink()
+    refused(lambda: read_adapter(folder, model), "adapter_config.json", "no such file")
+    shutil.rmtree(folder)
+    refused(lambda: read_adapter(folder, model), "no such file")
+
+
+def test_a_target_that_config_or_tensors_lack_is_an_error(saved):
+    model, folder = saved
+    path, config = folder / "adapter_model.safetensors", json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj", "o_proj"]}))
+    refused(lambda: read_adapter(folder, model), "do not name the same matrices", "layers.0.self_attn.k_proj")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(path)
+    lost = {name: t for name, t in tensors.items() if "layers.1.self_attn.q_proj" not in name}
+    save_file(lost, path)
+    refused(lambda: read_adapter(folder, model), "do not name the same matrices", "layers.1.self_attn.q_proj")
+    save_file({name: t for name, t in tensors.items() if not name.endswith("2.self_attn.k_proj.lora_B.weight")}, path)
+    refused(lambda: read_adapter(folder, model), "do not fit this model", "lora_B")
+    save_file({name: t[:, :-1].contiguous() if "lora_A" in name else t for name, t in tensors.items()}, path)
+    refused(lambda: read_adapter(folder, model), "do not fit this model")
+
+
+def test_an_adapter_of_another_architecture_is_refused(tiny, tmp_path):
+    folder, model = tiny
+    other = make_checkpoint(tmp_path / "m", "llama", hidden_size=48, num_hidden_layers=2, head_dim=12)
+    theirs(other, CONFIGS["lora"](), tmp_path / "a")
+    refused(lambda: read_adapter(tmp_path / "a", model), str(tmp_path / "a"))
+    theirs(other, CONFIGS["prompt"](), tmp_path / "b")
+    refused(lambda: read_adapter(tmp_path / "b", model), "do not fit this model")
