@@ -9,7 +9,6 @@ ordinary fine-tuning.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -71,7 +70,7 @@ class LoRA(Adapter):
 
     def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
         scale = self.alpha / self.rank
-        return {name: LowRank(weights[f"{name}.A"], weights[f"{name}.B"], scale) for name in self.linears}
+        return {n: partial(low_rank, weights[f"{n}.A"], weights[f"{n}.B"], scale) for n in self.linears}
 
 
 class IA3(Adapter):
@@ -92,7 +91,7 @@ class IA3(Adapter):
         return torch.ones(size(self.shapes))
 
     def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
-        return {name: Scale(weights[name], name in self.inputs) for name in self.linears}
+        return {n: partial(scaled_inputs if n in self.inputs else scaled, weights[n]) for n in self.linears}
 
 
 class Full(Adapter):
@@ -106,14 +105,11 @@ class Full(Adapter):
         self.shapes = {name: tuple(linear.weight.shape) for name, linear in self.linears.items()}
 
     def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
-        return {name: Shift(weights[name]) for name in self.linears}
+        return {name: partial(shifted, weights[name]) for name in self.linears}
 
 
 class Prompt(Adapter):
-    """`tokens` trained embeddings [tokens, D] before every row, random words' at first (Lester et al. 2021).
-
-    What stands before a row never sees it, so the virtual tokens are computed once a run, not once a row.
-    """
+    """`tokens` trained embeddings [tokens, D] before every row, random words' at first (Lester et al. 2021)."""
 
     def __init__(self, model: nn.Module, tokens: int = 20):
         self.tokens = tokens
@@ -123,16 +119,13 @@ class Prompt(Adapter):
         return random_words(model, self.tokens, generator).float().cpu().flatten()
 
     def prefix(self, model: nn.Module, weights: dict[str, Tensor]) -> Prefix:
-        prefix = Prefix()
+        prefix = Prefix()  # never sees the rows behind it: computed once a run, not once a row
         model(weights["embeddings"].to(model.model.embed_tokens.weight.dtype), logits=False, cache=prefix)
         return prefix
 
 
 class PrefixTuning(Adapter):
-    """Trained keys and values of `tokens` virtual tokens in every layer, random words' at first.
-
-    Li & Liang 2021, without the reparametrisation.
-    """
+    """Trained keys and values of `tokens` virtual tokens in every layer, random words' at first (Li & Liang 2021)."""
 
     def __init__(self, model: nn.Module, tokens: int = 20):
         c = model.config
@@ -169,43 +162,28 @@ def make_adapter(model: nn.Module, o: AdapterOptions, scale_inputs: bool = False
     return ADAPTERS[o.adapter](model, **({"targets": o.targets} if o.targets else {}), **more)
 
 
-@dataclass
-class LowRank:
-    """y + scale * B A x for A [R, rank, in], B [R, out, rank]."""
-
-    A: Tensor
-    B: Tensor
-    scale: float
-
-    def __call__(self, base: Callable, x: Tensor) -> Tensor:
-        y = base(x)
-        down = grouped(x, self.A).to(self.A.dtype) @ self.A.mT  # [R, rows of a run, rank]
-        return y + ((down * self.scale) @ self.B.mT).view(y.shape).to(y.dtype)
+def low_rank(A: Tensor, B: Tensor, scale: float, base: Callable, x: Tensor) -> Tensor:
+    """y + scale * B A x for y = base(x), A [R, rank, in], B [R, out, rank]."""
+    y = base(x)
+    down = grouped(x, A).to(A.dtype) @ A.mT  # [R, rows of a run, rank]
+    return y + ((down * scale) @ B.mT).view(y.shape).to(y.dtype)
 
 
-@dataclass
-class Scale:
-    """y * s (or the map of x * s) for s [R, features]."""
-
-    s: Tensor
-    inputs: bool
-
-    def __call__(self, base: Callable, x: Tensor) -> Tensor:
-        if self.inputs:
-            return base((grouped(x, self.s) * self.s[:, None].to(x.dtype)).view(x.shape))
-        y = base(x)
-        return (grouped(y, self.s) * self.s[:, None].to(y.dtype)).view(y.shape)
+def scaled(s: Tensor, base: Callable, x: Tensor) -> Tensor:
+    """y * s for y = base(x), s [R, out]."""
+    y = base(x)
+    return (grouped(y, s) * s[:, None].to(y.dtype)).view(y.shape)
 
 
-@dataclass
-class Shift:
-    """y + D x for D [R, out, in]."""
+def scaled_inputs(s: Tensor, base: Callable, x: Tensor) -> Tensor:
+    """base(x * s) for s [R, in]."""
+    return base((grouped(x, s) * s[:, None].to(x.dtype)).view(x.shape))
 
-    D: Tensor
 
-    def __call__(self, base: Callable, x: Tensor) -> Tensor:
-        y = base(x)
-        return y + (grouped(x, self.D).to(self.D.dtype) @ self.D.mT).view(y.shape).to(y.dtype)
+def shifted(D: Tensor, base: Callable, x: Tensor) -> Tensor:
+    """y + D x for y = base(x), D [R, out, in]."""
+    y = base(x)
+    return y + (grouped(x, D).to(D.dtype) @ D.mT).view(y.shape).to(y.dtype)
 
 
 def grouped(x: Tensor, weight: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 R runs, B rows a run, T tokens, P answer positions (flattened over rows), L layers, D hidden.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from .tasks import Example
 from .tokenizer import Tokenizer
 
 MOST_PACKED, WORTH_PACKING = 512, 0.8  # tokens of a packed line (its attention is computed whole); share of the padded
+Watch = Callable[[int], object] | None  # is called with the number of rows of each finished pass
 
 
 @dataclass
@@ -58,7 +60,7 @@ class Batch:
 
 
 def collate(runs: list[list[Row]], device="cpu", pack: bool = False) -> Batch:
-    """One batch of R lists of rows, a shorter list padded with empty rows; `pack`: without padding where it is worth it."""
+    """One batch of R lists of rows, shorter ones padded with empty rows; `pack`: no padding where it is worth it."""
     R, B = len(runs), max(map(len, runs))
     lengths = np.array([[*map(len, run), *[0] * (B - len(run))] for run in runs])
     totals = lengths.sum(1)
@@ -86,14 +88,10 @@ def collate(runs: list[list[Row]], device="cpu", pack: bool = False) -> Batch:
     def send(array):
         return torch.from_numpy(array).to(device, non_blocking=True)
 
-    return Batch(
-        send(ids),
-        Packed(send(documents), send(places)) if pack else None,
-        (send(at[0].reshape(-1)), send(at[1].reshape(-1))),
-        send(targets.reshape(-1)),
-        send(weights),
-        *(join_positions(runs, name, most, dim) for name, dim in (("activations", 1), ("soft", 0), ("soft_ids", 0))),
-    )
+    packed = Packed(send(documents), send(places)) if pack else None
+    positions = send(at[0].reshape(-1)), send(at[1].reshape(-1))
+    kept = (join_positions(runs, name, most, dim) for name, dim in (("activations", 1), ("soft", 0), ("soft_ids", 0)))
+    return Batch(send(ids), packed, positions, send(targets.reshape(-1)), send(weights), *kept)
 
 
 def join_positions(runs: list[list[Row]], name: str, most: int, dim: int) -> Tensor | None:
@@ -105,8 +103,7 @@ def join_positions(runs: list[list[Row]], name: str, most: int, dim: int) -> Ten
         tensors = [getattr(row, name) for row in run]
         parts += tensors
         if short := most - sum(t.shape[dim] for t in tensors):
-            first = tensors[0].narrow(dim, 0, 1)
-            parts.append(first.expand(*[short if d == dim else -1 for d in range(first.dim())]))
+            parts.append(tensors[0].narrow(dim, 0, 1).repeat_interleave(short, dim))
     return torch.cat(parts, dim)
 
 

@@ -4,7 +4,8 @@ import json
 import os
 import sys
 import warnings
-from dataclasses import fields, replace
+from dataclasses import fields
+from functools import reduce
 from pathlib import Path
 from typing import get_args
 
@@ -65,23 +66,18 @@ class Several(click.ParamType):
 
 def options_of(cls: type, **defaults):
     """Give a command an option for each documented field of a dataclass; `defaults` replace the fields' own."""
-
-    def add(command):
-        for f in reversed([f for f in fields(cls) if "help" in f.metadata]):
-            about, default = f.metadata, defaults.get(f.name, f.default)
-            kind = Several(get_args(f.type)[0]) if get_args(f.type) else f.type
-            if about["choices"]:
-                kind = click.Choice(about["choices"])
-            elif about["least"] is not None and kind is int:
-                kind = click.IntRange(about["least"])
-            given = ",".join(map(str, default)) if isinstance(default, tuple) else default
-            more = {"is_flag": True} if f.type is bool else {"type": kind, "show_default": about["shown"] or True}
-            command = click.option(f"--{f.name.replace('_', '-')}", f.name, default=given, help=about["help"], **more)(
-                command
-            )
-        return command
-
-    return add
+    found = []
+    for f in (f for f in fields(cls) if "help" in f.metadata):
+        about, default = f.metadata, defaults.get(f.name, f.default)
+        kind = Several(get_args(f.type)[0]) if get_args(f.type) else f.type
+        if about["choices"]:
+            kind = click.Choice(about["choices"])
+        elif about["least"] is not None and kind is int:
+            kind = click.IntRange(about["least"])
+        given = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        more = {"is_flag": True} if f.type is bool else {"type": kind, "show_default": about["shown"] or True}
+        found.append(click.option(f"--{f.name.replace('_', '-')}", f.name, default=given, help=about["help"], **more))
+    return many(*found)
 
 
 def file_option(name: str, help: str, **more):
@@ -90,13 +86,7 @@ def file_option(name: str, help: str, **more):
 
 def many(*options):
     """Several options as one decorator."""
-
-    def add(command):
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
+    return lambda command: reduce(lambda inner, option: option(inner), reversed(options), command)
 
 
 MODEL_HELP = "folder, hub id, or short name: tiny (embedded), qwen3-4b-base, llama-3.2-1b …"
@@ -163,21 +153,14 @@ def progress(label: str, total: int):
 @model_options
 @options_of(Options, eval_rows=None)
 @data_options
-@click.option(
-    "--side-by-side", type=click.IntRange(1), help="runs trained at once  [default: all]; fewer need less memory"
-)
-@click.option(
-    "--compile/--no-compile", "compiling", default=None, help="torch.compile, CUDA graphs  [default: on a GPU]"
-)
-@click.option(
-    "--checkpointing", is_flag=True, help="keep less for the backward pass, compute it again: for long answers"
-)
+@click.option("--side-by-side", type=click.IntRange(1), help="runs trained at once  [default: all]; fewer: less memory")
+@click.option("--compile/--no-compile", "compiling", default=None, help="also CUDA graphs  [default: on a GPU]")
+@click.option("--checkpointing", is_flag=True, help="compute anew for the backward pass: memory for long answers")
 @file_option("--out", "folder of results; the same command goes on where it was", default="runs")
 @click.option("--full", is_flag=True, help="a line for every task and evaluation, not only their mean")
 @click.option("--figures", type=Several(str), default="png", help="formats of the figures: png,pdf,svg")
 @click.option("--json", "as_json", is_flag=True, help="one JSON document on the last line of stdout")
-@click.pass_context
-def run(context, names, model, device, dtype, revision, compiling, checkpointing, **given):
+def run(names, model, device, dtype, revision, compiling, checkpointing, **given):
     """Train and compare methods on TASKs: a table, figures, a page, and the chosen adapters in PEFT's format.
 
     Without TASK, the demo: the four toy classification tasks. All sets and rates of a method are trained side by side.
@@ -196,7 +179,8 @@ def run(context, names, model, device, dtype, revision, compiling, checkpointing
         raise UsageError(f"--rates {bad[0]:g}: a learning rate is a positive number")
     if bad := [form for form in shown["figures"] if form not in ("png", "pdf", "svg")]:
         raise UsageError(f"--figures {bad[0]}: unknown format; figures are written as png, pdf, svg")
-    if own["data"] and model == "tiny" and context.get_parameter_source("model").name == "DEFAULT":
+    unnamed = click.get_current_context().get_parameter_source("model").name == "DEFAULT"
+    if own["data"] and model == "tiny" and unnamed:
         raise UsageError("--data: name a --model for your own rows (the embedded one knows 449 words)")
     chosen = find_tasks(names, **own)
     from .subject import open_subject
@@ -205,12 +189,15 @@ def run(context, names, model, device, dtype, revision, compiling, checkpointing
     prepare(subject.model, compiling, checkpointing)
     chosen = [keep_apart(task, subject.tokenizer, own["template"]) for task in chosen]
     from .report import write_report
+    from .report.summary import count
     from .study import compare
 
     document, folder = compare(chosen, subject, Options(**given), **where, bar=progress)
     drawn = write_report(document, folder, " ".join(["ia2mini", *sys.argv[1:]]), shown["figures"])
     show(document, shown["full"])
-    conclude(document, folder, drawn)
+    figures = count(len(drawn), "figure") if drawn else "no figures (pip install 'ia2mini[report]')"
+    adapters = count(len(document["adapters"]), "adapter")
+    click.echo(f"{folder}: report.html, results.json, tables, {figures}, {adapters} for peft")
     if shown["as_json"]:
         click.echo(json.dumps(document))
 
@@ -242,15 +229,15 @@ def find_tasks(names: tuple[str, ...], data, prompt_column, answer_column, templ
 
 def keep_apart(task, tokenizer, template: str | None):
     """A task on own rows with a line end after the default template where an answer would merge with it."""
-    from .tasks import load_examples
+    from .tasks import own, rows
 
     if not task.files or template is not None:
         return task
-    if any(tokenizer.merges(e.prompt, e.answer) for e in load_examples(task, "train").rows):
-        task = replace(task, prompt=task.prompt + "\n")
+    kept = own.keep_apart(task, rows.read_rows(Path(task.files[0])), tokenizer)
+    if kept is not task:
         merging = "answers would merge with the end of the template in this tokenizer"
-        click.echo(f"{merging}, so it is now {task.prompt!r}", err=True)
-    return task
+        click.echo(f"{merging}, so it is now {kept.prompt!r}", err=True)
+    return kept
 
 
 def show(document: dict, full: bool) -> None:
@@ -258,15 +245,6 @@ def show(document: dict, full: bool) -> None:
 
     click.echo(write_table(document, full, color=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
     click.echo(seconds_line(document))
-
-
-def conclude(document: dict, folder: Path, drawn: list[str]) -> None:
-    """Say what is in the folder of a study."""
-    from .report.summary import count
-
-    figures = count(len(drawn), "figure") if drawn else "no figures (pip install 'ia2mini[report]')"
-    adapters = count(len(document["adapters"]), "adapter")
-    click.echo(f"{folder}: report.html, results.json, tables, {figures}, {adapters} for peft")
 
 
 @main.command()
@@ -288,7 +266,7 @@ def rescore(folder):
 @data_options
 def tasks(name, model, revision, n, data_dir, **own):
     """List the tasks; with TASK or --data, show what the model sees: a prompt with its demonstrations, token counts."""
-    from .tasks import all_tasks
+    from .tasks import all_tasks, load_examples
 
     if name is None and not own["data"]:
         click.echo(f"{'task':<24}{'paper':<16}{'answer':<28}evaluated on (* out of distribution)")
@@ -297,19 +275,13 @@ def tasks(name, model, revision, n, data_dir, **own):
             on = ", ".join([task.name, *(f"{e}*" for e in task.ood)]) if task.train else "evaluation only"
             click.echo(f"{task.name:<24}{task.tag if task.hub else '–':<16}{answer:<28}{on}")
         return
+    from .episode import draw_episode
     from .models.checkpoint import locate
     from .tokenizer import Tokenizer
 
     (task,) = find_tasks((name,) if name else (), **own)
     tokenizer = Tokenizer.from_folder(locate(model, revision))
-    preview(keep_apart(task, tokenizer, own["template"]), tokenizer, n, data_dir)
-
-
-def preview(task, tokenizer, n: int, data_dir: Path | None) -> None:
-    """Print one set's demonstrations and a query, with their tokens."""
-    from .episode import draw_episode
-    from .tasks import load_examples
-
+    task = keep_apart(task, tokenizer, own["template"])
     examples = load_examples(task, "eval", data_dir)
     sizes, demonstrations = [f"evaluation: {examples.origin['used']} of {examples.origin['rows']} rows"], []
     if task.train:

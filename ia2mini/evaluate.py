@@ -3,16 +3,18 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from .adapters import Adapter, adapted
-from .batch import Batch, Row, by_length, collate
+from .batch import Batch, Row, Watch, by_length, collate
 from .episode import with_demonstrations
 from .losses import cross_entropy, soft_cross_entropy
 from .metrics import asim, measure
-from .models.cache import Branches, Prefix
+from .models.cache import Packed, Prefix
 from .models.common import At, Taps, device_of
 from .tasks import Example
 from .tokenizer import Tokenizer
@@ -45,20 +47,16 @@ class LabelTree:
     """C labels of up to I tokens behind one prompt: the prompt is read once, every label is a branch from its end."""
 
     def __init__(self, labels: list[list[int]], device):
-        starts, self.tokens, self.documents, self.places = [], [], [], []
-        for i, label in enumerate(labels, 1):
-            starts.append(len(self.tokens))
-            self.tokens += label[:-1]
-            self.documents += [i] * (len(label) - 1)
-            self.places += range(len(label) - 1)
-        shape = len(labels), max(map(len, labels))
-        self.at, self.said, self.real = torch.zeros(3, *shape, dtype=torch.int64)
-        for c, (start, label) in enumerate(zip(starts, labels)):
-            self.at[c, 1 : len(label)] = torch.arange(len(label) - 1) + start + 1  # position 0: the prompt's last token
-            self.said[c, : len(label)], self.real[c, : len(label)] = torch.tensor(label), 1
-        self.at, self.said, self.real = (t.to(device) for t in (self.at, self.said, self.real.bool()))
+        self.tokens = [token for label in labels for token in label[:-1]]  # the last token of a label is only said
+        lengths = torch.tensor([[len(label)] for label in labels])
+        self.said = pad_sequence([torch.tensor(label) for label in labels], batch_first=True).to(device)  # [C, I]
+        places = torch.arange(self.said.shape[1])
+        real = places < lengths
+        starts = (lengths - 1).cumsum(0) - (lengths - 1)
+        self.at = ((starts + places) * (real & (places > 0))).to(device)  # 0: the prompt's last token
+        self.real, self.branches = real.to(device), real[:, 1:].nonzero().T.to(device)  # label and place of each token
 
-    def batch(self, prompts: list[list[int]], runs: int, device) -> tuple[Tensor, At, Branches | None]:
+    def batch(self, prompts: list[list[int]], runs: int, device) -> tuple[Tensor, At, Packed | None]:
         """ids [R * B, T], positions (rows, columns) of 1 + branch tokens a row, and what keeps the branches apart."""
         rows = collate([[Row(prompt + self.tokens, [0]) for prompt in prompts]] * runs, device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat(runs)[:, None]
@@ -67,11 +65,11 @@ class LabelTree:
         at = torch.arange(len(columns), device=device)[:, None].expand_as(columns).reshape(-1), columns.reshape(-1)
         if not self.tokens:
             return rows.ids, at, None
-        number, place = torch.tensor([self.documents, self.places], device=device)
+        label, place = self.branches
         documents, places = torch.zeros_like(rows.ids), torch.arange(rows.ids.shape[1], device=device)
-        documents.scatter_(1, columns[:, 1:], number.expand(len(columns), -1))
+        documents.scatter_(1, columns[:, 1:], (label + 1).expand(len(columns), -1))
         places = places.repeat(len(columns), 1).scatter_(1, columns[:, 1:], lengths + place)
-        return rows.ids, at, Branches(documents, places)
+        return rows.ids, at, Packed(documents, places, branches=True)
 
     def read(self, logits: Tensor, among: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """Of logits [..., 1 + branch tokens, V]: label of the greedy answer, its probability, each label's [..., C]."""
@@ -89,16 +87,9 @@ class LabelTree:
 
 @torch.no_grad()
 def label_scores(
-    model: Callable,
-    prompts: list[list[int]],
-    labels: list[list[int]],
-    how: Scoring = Scoring(),
-    watch: Callable[[int], object] | None = None,
+    model: Callable, prompts: list[list[int]], labels: list[list[int]], how: Scoring = Scoring(), watch: Watch = None
 ) -> LabelScores:
-    """Score every prompt under every run in one pass each; `labels`: tokens of each.
-
-    `watch` is called with the number of prompts of each finished pass.
-    """
+    """Score every prompt under every run in one pass each; `labels`: the tokens of each."""
     Q, runs, device = len(prompts), how.runs, device_of(model)
     tree = LabelTree(labels, device)
     top, confidence = torch.zeros(runs, Q, dtype=torch.int64), torch.zeros(runs, Q)
@@ -128,7 +119,7 @@ def label_scores(
 
 @torch.no_grad()
 def layer_asim(model: Callable, rows: list[Row], budget: int = 4096) -> Tensor:
-    """Mean cosine similarity [L] between the model's attention outputs and the rows' `activations`, over all positions."""
+    """Mean cosine similarity [L] of the model's attention outputs to the rows' `activations`, over all positions."""
     total, count = 0.0, 0
     for group in by_length([len(row) + 1 for row in rows], budget):
         batch = collate([[rows[i] for i in group]], device_of(model))
@@ -141,10 +132,7 @@ def layer_asim(model: Callable, rows: list[Row], budget: int = 4096) -> Tensor:
 
 @torch.no_grad()
 def answer_scores(model: Callable, rows: list[Row], runs: int = 1, budget: int = 4096) -> Tensor:
-    """Mean log-probability of a token of each row's answer under each run, [R, Q] float32 on the CPU.
-
-    Of rows with the teacher's distributions (`soft`), minus the mean KL from these.
-    """
+    """Mean log-probability of an answer token, of rows with `soft` minus the mean KL, [R, Q] float32 on the CPU."""
     found = torch.zeros(runs, len(rows))
     for group in by_length([len(row) for row in rows], max(1, budget // runs)):
         batch = collate([[rows[i] for i in group]] * runs, device_of(model))
@@ -175,17 +163,13 @@ def last_states(model: Callable, prompts: list[list[int]], budget: int = 4096) -
 def share_prefix(
     model: nn.Module, tokenizer: Tokenizer, demonstrations: list[list[Example]], queries: list[str], least: int = 16
 ) -> tuple[Callable, list[list[int]]]:
-    """The model with what all ICL prompts begin with computed once, and what is left of each prompt.
+    """The model with what all ICL prompts begin with, `least` tokens or more, computed once; the rest of each prompt.
 
-    `demonstrations`: one list for all queries, or one a query. Prompts that share fewer than `least` tokens stay whole.
+    `demonstrations`: one list for all queries, or one a query.
     """
     shown = [demonstrations[i % len(demonstrations)] for i in range(len(queries))]
     prompts = tokenizer.encode_all([with_demonstrations(d, q) for d, q in zip(shown, queries)])
-    shared = 0
-    for tokens in zip(*(p[:-1] for p in prompts)):
-        if len(set(tokens)) > 1:
-            break
-        shared += 1
+    shared = len(list(takewhile(lambda tokens: len(set(tokens)) == 1, zip(*(p[:-1] for p in prompts)))))
     if shared < least:
         return model, prompts
     prefix = Prefix()

@@ -42,7 +42,9 @@ class Experiment:
     """One task at one N."""
 
     def __init__(self, setting: Setting, task: Task, n: int, more: int, pool: Examples, evals: dict[str, Examples]):
-        self.setting, self.task, self.n, self.more, self.evals, o = setting, task, n, more, evals, setting.options
+        self.setting, self.task, o = setting, task, setting.options
+        self.evals = evals = {name: evals[name] for name in task.evals}
+        self.about = {"task": task.name, "n": n, "unlabelled": more}  # of every record
         self.name = f"{task.name}-n{n}" + f"-unlabelled{more}" * (more > 0)
         self.labelled, subject = bool(task.labels), setting.subject
         queries = max(len(e.rows) for e in evals.values()) if o.icl_demos == "pool" or o.paper_compat else 0
@@ -72,8 +74,7 @@ class Experiment:
         found = []
         for method in self.setting.options.methods:
             if method not in UNTRAINED:
-                first = [BEGINS_WITH[method]] if method in BEGINS_WITH else []
-                found += ["collecting", *(f"training {phase}" for phase in (*first, method))]
+                found += ["collecting", *(f"training {m}" for m in (BEGINS_WITH.get(method), method) if m)]
             found += [f"{who} on {name}" for name in self.evals for who in ("icl", method)]
         return [f"{self.name}: {phase}" for phase in dict.fromkeys(found)]
 
@@ -119,8 +120,7 @@ class Experiment:
 
     def training_records(self, method: str) -> list[dict]:
         """Rate, β, dev loss and steps of each of a method's runs."""
-        about = {"task": self.task.name, "n": self.n, "unlabelled": self.more, "method": method}
-        found, records = self.trained(method), []
+        about, found, records = self.about | {"method": method}, self.trained(method), []
         for r, (number, rate, beta) in enumerate(configs(method, len(self.episodes), self.rates, self.betas)):
             record = {"set": number, "rate": rate, "beta": beta, "dev_loss": found.dev_loss[r].item()}
             records.append(about | record | {"steps": int(found.steps[r])})
@@ -142,13 +142,9 @@ class Experiment:
         return share_prefix(subject.model, subject.tokenizer, self.episodes[number].icl, queries)
 
     def reference(self, name: str) -> tuple[list[dict[str, Tensor]], Tensor | list[list[Row]]]:
-        """What the base does with each set's demonstrations: its scores, and the attention outputs to compare with.
-
-        Those of the first evaluation rows: [L, sets, rows, D]; of text answers, rows that hold them, a list a set.
-        """
+        """The base's scores with each set's demonstrations, and its outputs: [L, sets, rows, D], of texts in rows."""
         if name not in self.references:
             o, parts, alike = self.setting.options, [], []
-            itself = torch.ones(1, self.setting.subject.model.config.num_hidden_layers)
             plain, every = self.prompts(name)[1][: o.asim_rows], "icl" in o.methods
             count = len(self.evals[name].rows if every else plain)
             with self.stage("evaluate", f"icl on {name}", count * len(self.episodes)) as bar:
@@ -163,7 +159,8 @@ class Experiment:
                         alike.append([Row(p, self.ended(r)) for p, r in zip(plain, responses)])
                         asked = Asked(self.max_tokens, budget=self.setting.budget)
                         observe(model, alike[-1], prompts[: len(plain)], asked)
-                    parts.append(part | {"asim": itself})
+                    itself = {"asim": torch.ones(1, self.setting.subject.model.config.num_hidden_layers)}
+                    parts.append(part | itself)
             self.references[name] = parts, torch.cat(alike, 1) if self.labelled else alike
         return self.references[name]
 

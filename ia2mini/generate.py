@@ -6,14 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .batch import by_length
+from .batch import Watch, by_length
 from .graphs import RECORDERS, CapturedStep
 from .models.cache import Cache
 from .models.common import Taps
 from .tokenizer import Tokenizer
 
 STOP = "\n\n"  # what separates demonstrations
-Observer = Callable[[list[int], list[int], Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -27,27 +26,21 @@ class Decoding:
 
 
 def generate(
-    model: Callable,
-    tokenizer: Tokenizer,
-    prompts: list[list[int]],
-    how: Decoding,
-    watch: Callable[[int], object] | None = None,
-    observer: Observer | None = None,
+    model: Callable, tokenizer: Tokenizer, prompts: list[list[int]], how: Decoding, watch: Watch = None, observer=None
 ) -> list[list[int]]:
     """Greedy responses, ids per prompt, without EOS and cut before the stop text.
 
     `model` is a model, or a partial around one: with a shared prefix, or what `adapted` yields (of one run). When the
-    stop text begins inside a token, what stands before it is tokenized again. `watch` is called with the number of rows
-    of each finished batch. `observer` is told every step: which prompts still go on, the token of each, the logits
-    [b, V] it came from and the attention outputs [L, b, D] there.
+    stop text begins inside a token, what stands before it is tokenized again. `observer`, where given, is told every
+    step: which prompts still go on, the token of each, the logits [b, V] it came from and the attention outputs
+    [L, b, D] there.
     """
-    responses: list[list[int]] = [[] for _ in prompts]
+    responses: dict[int, list[int]] = {}
     for group in by_length([len(p) + how.max_tokens for p in prompts], how.budget):
-        for i, response in zip(group, _batch(model, tokenizer, prompts, group, how, observer)):
-            responses[i] = response
+        responses |= zip(group, _batch(model, tokenizer, prompts, group, how, observer))
         if watch:
             watch(len(group))
-    return responses
+    return [responses[i] for i in range(len(prompts))]
 
 
 @torch.inference_mode()

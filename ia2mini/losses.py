@@ -17,7 +17,7 @@ def per_run(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def activation_mse(outputs: Sequence[Tensor], targets: Tensor) -> Tensor:
-    """Equation 4: squared difference of outputs, L times [P, D], and targets [L, P, D]: mean over D, sum over L, [P]."""
+    """Equation 4: squared error of outputs, L times [P, D], to targets [L, P, D]; mean over D, sum over L: [P]."""
     return sum(SquaredError.apply(output, target) for output, target in zip(outputs, targets, strict=True))
 
 

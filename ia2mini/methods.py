@@ -51,7 +51,7 @@ class Grid:
         return seeded(self.seed, number, f"epoch {epoch}").permutation(rows).tolist()
 
     def train(self, method: str, mix: dict, icl_rows: bool, start: Trained | None = None) -> Trained:
-        """One phase of all runs: on the true rows or the teacher's, from fresh weights or another phase's; `mix` as in `Runs`."""
+        """One phase of all runs: on the true or the teacher's rows, from fresh or a phase's weights, by `Runs.mix`."""
         configs = self.configs(method)
         theta = self.start(configs) if start is None else start.theta
         sets = [self.sets[number] for number, _, _ in configs]

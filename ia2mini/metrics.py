@@ -124,27 +124,22 @@ def asim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return F.cosine_similarity(a.float(), b.float(), dim=-1).clamp(-1, 1)
 
 
-def _left_basis(delta: torch.Tensor, rank: int) -> torch.Tensor:
-    u, s, _ = torch.linalg.svd(delta.double(), full_matrices=False)
-    kept = s > s[..., :1] * 1e-6  # float32's rounding is not a direction
-    return (u * kept.unsqueeze(-2))[..., :rank]
-
-
 def subspace_overlap(delta1: torch.Tensor, delta2: torch.Tensor, rank: int) -> torch.Tensor:
     """||U1^T U2||_F^2 / rank [...], from 0 to 1: what two updates' column spaces share (paper section 5.2, Figure 4).
 
     U is the basis of the first `rank` left singular vectors. delta [..., out, r] is LoRA's B, or [..., out, in] its
     product BA, which spans the same columns when A has full row rank. A zero update overlaps by 0.
     """
-    shared = _left_basis(delta1, rank).mT @ _left_basis(delta2, rank)  # [..., rank, rank]
-    return shared.square().sum((-2, -1)) / rank
+    bases = []
+    for delta in (delta1, delta2):
+        u, s, _ = torch.linalg.svd(delta.double(), full_matrices=False)
+        kept = s > s[..., :1] * 1e-6  # float32's rounding is not a direction
+        bases.append((u * kept.unsqueeze(-2))[..., :rank])
+    return (bases[0].mT @ bases[1]).square().sum((-2, -1)) / rank
 
 
 def paired_test(a, b, seed: int = 0) -> PairedTest:
-    """Paired t-test of a against b (paper Table 8), both [pairs]; the interval resamples them 10,000 times.
-
-    One pair has neither interval nor t: NaN.
-    """
+    """Paired t-test of a against b (paper Table 8), both [pairs]; the interval resamples 10,000 times; of one: NaN."""
     a, b = _float64(a), _float64(b)
     assert a.shape == b.shape and a.ndim == 1, (a.shape, b.shape)
     difference, nan = a - b, float("nan")

@@ -2,13 +2,8 @@
 
 from dataclasses import dataclass, field
 
-RATES = {  # protocol section 4 for LoRA and (IA)3; ours for the others
-    "lora": (1e-4, 3e-4, 1e-3),
-    "ia3": (1e-3, 1e-2, 1e-1),
-    "prompt": (1e-3, 1e-2, 1e-1),
-    "prefix": (1e-3, 1e-2, 1e-1),
-    "full": (1e-5, 3e-5, 1e-4),
-}
+RATES = {"lora": (1e-4, 3e-4, 1e-3), "ia3": (1e-3, 1e-2, 1e-1)}  # protocol section 4; the others are ours
+RATES |= {"prompt": RATES["ia3"], "prefix": RATES["ia3"], "full": (1e-5, 3e-5, 1e-4)}
 TINY_RATES = RATES | {"lora": (1e-3, 3e-3, 1e-2), "full": (1e-4, 3e-4, 1e-3)}  # the embedded model is small: ten times
 BETAS = {"qwen3": (0.1, 0.5, 0.7, 0.9), "llama": (0.001, 0.01, 0.05, 0.5)}
 UNTRAINED = ("base", "icl")
@@ -47,18 +42,14 @@ class Options(AdapterOptions, TrainOptions):
     """Everything about a study that changes its numbers, but for tasks, data and checkpoint."""
 
     n: tuple[int, ...] = option((4,), "training rows of a set; several: 2,4,8")
-    methods: tuple[str, ...] = option(
-        ("base", "icl", "sft", "ia2", "ia2-sft"), "also sft-ia2, ia2+sft, soft, sft-sft (a control)"
-    )
+    methods: tuple[str, ...] = option(("base", "icl", "sft", "ia2", "ia2-sft"), "also sft-ia2, ia2+sft, soft, sft-sft")
     unlabelled: tuple[int, ...] = option((0,), "more rows, without answers, whose queries join IA2's; several: 0,8,64")
     sets: int = option(5, "few-shot sets, each drawn from the pool with its own seed", least=1)
     betas: tuple[float, ...] = option((), "shares of cross-entropy in ia2+sft", shown="four")
     labels: str = option("truth", "what SFT trains on: true answers or ICL responses", ("truth", "icl"))
     soft_k: int = option(1024, "likeliest tokens that soft labels keep", least=1)
     icl_demos: str = option("set", "the set's N rows, or N - 1 other rows for each query", ("set", "pool"))
-    select: str = option(
-        "dev", "rate by dev loss, on the evaluation rows as in the paper, or both", ("dev", "eval", "both")
-    )
+    select: str = option("dev", "rate by dev loss, by evaluation rows (as the paper), or both", ("dev", "eval", "both"))
     paper_compat: bool = option(False, "the released scripts' choices where they differ from ours (docs/reference.md)")
     eval_rows: int = option(500, "evaluation rows at most", least=1, shown="500; the demo 120")
     asim_rows: int = 100  # evaluation rows on which attention outputs are compared
@@ -70,9 +61,7 @@ class FitOptions(AdapterOptions, TrainOptions):
 
     methods: tuple[str, ...] = option(("sft", "ia2", "ia2-sft"), "what is tried, beside the base and ICL")
     folds: int = option(5, "parts of cross-validation; up to 10 rows each row is one", least=2)
-    demonstrations: int = option(
-        16, "rows that the teacher sees before each, labels in turn, as the context holds", least=1
-    )
+    demonstrations: int = option(16, "rows the teacher sees before each, labels in turn, as the context holds", least=1)
     max_tokens: int = option(200, "of an answer to --prompts; of others the longest answer decides", least=1)
     chat: bool = option(False, "prompts as turns of the checkpoint's chat template, demonstrations as earlier turns")
     context: str = ""  # a text that the teacher sees before every query, instead of demonstrations

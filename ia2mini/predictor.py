@@ -105,7 +105,7 @@ class Predictor:
         held = sorted(self.spec["confidences"])
         if not held:
             raise UsageError("--coverage needs the held-out confidences of `ia2mini fit`; this adapter has none")
-        below = int(np.floor((len(held) + 1) * (1 - coverage)))
+        below = int(np.floor((len(held) + 1) * (1 - coverage) + 1e-9))
         return held[below - 1] if below else 0.0
 
     def answer(self, prompts: list[str], shown: list[Example]) -> list[dict]:

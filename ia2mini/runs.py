@@ -32,8 +32,7 @@ class RunFolder:
 
     def begin(self, resolved: dict) -> None:
         """Create the folder, if it is not there, with what made it and defaults as `resolved`. Raises UsageError."""
-        if not (self.path / "run.json").is_file():
-            write_json(self.path / "run.json", self.what | resolved)
+        self.json_once("run.json", lambda: self.what | resolved)
 
     def once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of file `name`: read if they are there, else made and saved. On the CPU either way."""

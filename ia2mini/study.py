@@ -53,10 +53,8 @@ def compare(
     about = "+".join(config["tasks"]) if len(tasks) < 4 else f"{len(tasks)}-tasks"
     folder = RunFolder(out, f"{about}-{subject.name}-n{'-'.join(map(str, options.n))}", config)
     setting = Setting(subject, options, folder, bar, side_by_side)
-    experiments = [
-        Experiment(setting, task, n, more, pools[task.name], {e: evals[e] for e in task.evals})
-        for task, n, more in product(tasks, options.n, options.unlabelled)
-    ]
+    grid = product(tasks, options.n, options.unlabelled)
+    experiments = [Experiment(setting, task, n, more, pools[task.name], evals) for task, n, more in grid]
     setting.phases = tuple(phase for experiment in experiments for phase in experiment.phases())
     resolved = {"rates": experiments[0].rates, "targets": experiments[0].adapter.targets}
     folder.begin(resolved)  # every mistake in tasks, sizes and options has shown by now
@@ -96,13 +94,8 @@ def score_records(experiment: Experiment, method: str, name: str) -> list[dict]:
     """A record of each of a method's scored runs on one evaluation: what it is, and its metrics."""
     o, task, trained = experiment.setting.options, experiment.find(name), method not in UNTRAINED
     scores, gold = experiment.score(method, name), [e.label for e in experiment.evals[name].rows]
-    about = {"task": experiment.task.name, "eval": name, "ood": name != experiment.task.name, "n": experiment.n}
-    about |= {
-        "unlabelled": experiment.more,
-        "model": experiment.setting.subject.name,
-        "method": method,
-        "adapter": o.adapter if trained else None,
-    }
+    about = experiment.about | {"eval": name, "ood": name != experiment.task.name, "method": method}
+    about |= {"model": experiment.setting.subject.name, "adapter": o.adapter if trained else None}
     sets, records = range(o.sets), []
     untrained = [{"set": number, "rate": None, "beta": None, "dev_loss": None, "steps": 0} for number in sets]
     known = experiment.training_records(method) if trained else untrained
@@ -121,13 +114,13 @@ def score_records(experiment: Experiment, method: str, name: str) -> list[dict]:
 
 def save_adapters(experiment: Experiment, method: str, numbers: list[int]) -> list[str]:
     """Save a method's chosen runs in PEFT's format; folder names."""
-    setting, saved = experiment.setting, []
-    subject, theta, records = setting.subject, experiment.trained(method).theta, experiment.training_records(method)
-    for r in numbers:
-        saved.append(f"adapters/{experiment.name}-{method}-set{records[r]['set']}")
-        path = setting.folder.path / saved[-1]
+    setting, records = experiment.setting, experiment.training_records(method)
+    subject, theta = setting.subject, experiment.trained(method).theta
+    names = [f"adapters/{experiment.name}-{method}-set{records[r]['set']}" for r in numbers]
+    for r, name in zip(numbers, names):
+        path = setting.folder.path / name
         save_adapter(subject.model, experiment.adapter, theta[r], path, subject.base, subject.tokenizer)
-    return saved
+    return names
 
 
 def overlaps(experiment: Experiment, picks: dict[str, list[int]]) -> list[dict]:
@@ -141,27 +134,20 @@ def overlaps(experiment: Experiment, picks: dict[str, list[int]]) -> list[dict]:
     for one, other in combinations(picks, 2):
         each = [subspace_overlap(weights[one][name], weights[other][name], adapter.rank) for name in names]  # [sets]
         sets = [fmean(values) for values in zip(*(e.tolist() for e in each))]
-        about = {
-            "task": experiment.task.name,
-            "n": experiment.n,
-            "unlabelled": experiment.more,
-            "methods": [one, other],
-        }
-        found.append(about | {"overlap": sets, "mean": fmean(sets), "chance": chance})
+        shared = {"methods": [one, other], "overlap": sets, "mean": fmean(sets), "chance": chance}
+        found.append(experiment.about | shared)
     return found
 
 
 def sample(experiment: Experiment, picks: dict[str, list[int]]) -> dict:
     """What the model saw (one whole prompt), and right and wrong rows of the last trained method's first set."""
-    name, task = experiment.task.name, experiment.task
-    rows = experiment.evals[name].rows
-    shown = {"task": name, "n": experiment.n, "rows": []}
-    shown["prompt"] = with_demonstrations(experiment.episodes[0].icl[0], rows[0].prompt)
+    name, task, rows = experiment.task.name, experiment.task, experiment.evals[experiment.task.name].rows
+    prompt = with_demonstrations(experiment.episodes[0].icl[0], rows[0].prompt)
+    shown = experiment.about | {"rows": [], "prompt": prompt}
     if not picks:
         return shown
     method = list(picks)[-1]
-    place = experiment.reported(method).index(picks[method][0])
-    scores = experiment.score(method, name)
+    place, scores = experiment.reported(method).index(picks[method][0]), experiment.score(method, name)
     if task.labels:
         said = [task.labels[top] if top >= 0 else "(no label)" for top in scores["top"][place].tolist()]
         sure = scores["confidence"][place].tolist()
@@ -171,15 +157,14 @@ def sample(experiment: Experiment, picks: dict[str, list[int]]) -> dict:
     shown |= {"method": method, "set": 0}
     right = scores["correct"][place].tolist()
     for verdict in (True, False):
-        some = [i for i, one in enumerate(right) if one == verdict][:SHOWN]
-        for i in some:
+        for i in [i for i, one in enumerate(right) if one == verdict][:SHOWN]:
             row = {"prompt": rows[i].prompt, "answer": rows[i].answer, "said": said[i]}
             shown["rows"].append(row | {"confidence": sure[i], "right": verdict})
     return shown
 
 
 def rescore(path: Path) -> dict:
-    """Parse a finished study's saved texts again and save its results anew. Raises UsageError where no answer is text."""
+    """Parse a finished study's saved texts again, and save its results. Raises UsageError where no answer is text."""
     document = read_json(path / "results.json")
     records = [record for record in document["runs"] if "texts" in record]
     if not records:

@@ -1,4 +1,4 @@
-"""The pass with demonstrations, once a set: the model's answers, attention outputs, distributions (protocol section 3)."""
+"""The pass with demonstrations, once a set: answers, attention outputs and distributions (protocol section 3)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,13 +7,11 @@ from itertools import repeat
 import torch
 from torch import Tensor, nn
 
-from .batch import Row, by_length, collate, truth_row
+from .batch import Row, Watch, by_length, collate, truth_row
 from .episode import Episode, with_demonstrations
 from .generate import STOP, Decoding, generate
 from .models.common import Taps, device_of
 from .tokenizer import Tokenizer
-
-Watch = Callable[[int], object] | None  # is called with the rows of each finished pass
 
 
 @dataclass(frozen=True)

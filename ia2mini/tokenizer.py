@@ -61,10 +61,7 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special_tokens=False)
 
     def encode_answer(self, prompt: str, answer: str) -> list[int]:
-        """Ids of `answer` as it stands right after `prompt`, whose own ids it must leave as they are.
-
-        Raises UsageError naming the answer when it merges with the prompt's last token.
-        """
+        """Ids of `answer` right after `prompt`. Raises UsageError when it merges with the prompt's last token."""
         if self.merges(prompt, answer):
             merging = f"answer {answer[:40]!r} merges with the end of its prompt {prompt[-12:]!r} in this tokenizer"
             raise UsageError(f"{merging}; choose another label, or a template that ends in a line end")
@@ -76,10 +73,7 @@ class Tokenizer:
         return self.encode(prompt + answer)[: len(before)] != before
 
     def label_tokens(self, prompt: str, labels: tuple[str, ...]) -> list[list[int]]:
-        """Tokens of every label after `prompt`; all end with EOS where one label is the beginning of another.
-
-        Raises UsageError for a label that merges with the prompt, or is told from another one by nothing.
-        """
+        """Tokens of every label after `prompt`, with EOS where one begins another. UsageError for equal ones."""
         tokens = [self.encode_answer(prompt, label) for label in labels]
         for i, mine in enumerate(tokens):
             if mine in tokens[:i]:

@@ -121,10 +121,7 @@ class EarlyStopping:
 
 
 def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None = None) -> Tensor:
-    """Each run's loss [R]: the sum of the losses in `mix`, each times its weight [R]; "mse" is over `layers`.
-
-    Only what a loss needs is computed: no logits for "mse", no taps without it.
-    """
+    """Each run's loss [R]: the sum of the losses in `mix`, each times its weight [R]; "mse" is over `layers`."""
     taps = Taps(batch.at, layers) if "mse" in mix else None
     values = {loss: loss(student, batch) for loss in mix if callable(loss)}
 
@@ -143,11 +140,7 @@ def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None 
 
 
 def train_runs(
-    model: nn.Module,
-    adapter: Adapter,
-    runs: Runs,
-    settings: Settings = Settings(),
-    watch: Callable[[int, Tensor], object] | None = None,
+    model: nn.Module, adapter: Adapter, runs: Runs, settings: Settings = Settings(), watch: Callable | None = None
 ) -> Trained:
     """Train R runs by `losses`; a run that has not improved for `patience` looks leaves the batch.
 

@@ -1,8 +1,8 @@
 """Keys and values of earlier tokens, and attention over them.
 
-`Cache` grows token by token, `Prefix` stands before every row, `Packed` keeps the documents of a row apart, `Branches`
-lets them share a beginning; each tells a layer through a `LayerCache` what its tokens see. B rows, T new tokens,
-H heads, K key/value heads, E head size, S earlier keys, G groups of rows that share a prefix.
+`Cache` grows token by token, `Prefix` stands before every row, `Packed` keeps the documents of a row apart; each tells
+a layer through a `LayerCache` what its tokens see. B rows, T new tokens, H heads, K key/value heads, E head size,
+S earlier keys, G groups of rows that share a prefix.
 """
 
 from collections.abc import Iterable, Sequence
@@ -65,25 +65,19 @@ class Packed:
     """Passed as `cache`, it keeps apart documents that stand one after another in a row: each sees itself alone.
 
     `documents` [B, T]: which document of its row a token belongs to; `positions` [B, T]: its place there, both int64.
+    With `branches` all documents go on from document 0 of their row, and see that too: what labels need.
     """
 
-    def __init__(self, documents: Tensor, positions: Tensor):
+    def __init__(self, documents: Tensor, positions: Tensor, branches: bool = False):
         self.places = positions
-        self.mask = (documents[:, None, :, None] == documents[:, None, None, :]).tril()  # [B, 1, T, T]
+        same = documents[:, None, :, None] == documents[:, None, None, :]
+        self.mask = (same | (documents == 0)[:, None, None, :] if branches else same).tril()  # [B, 1, T, T]
 
     def positions(self, tokens: int, device) -> Tensor:
         return self.places
 
     def layer(self, layer: int) -> LayerCache:
         return LayerCache(self.mask)
-
-
-class Branches(Packed):
-    """Packed documents that each go on from document 0 of their row, and see that and themselves: what labels need."""
-
-    def __init__(self, documents: Tensor, positions: Tensor):
-        super().__init__(documents, positions)
-        self.mask = (self.mask | (documents == 0)[:, None, None, :]).tril()
 
 
 class Cache:
@@ -124,15 +118,11 @@ class Cache:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, past: Past | None) -> Tensor:
-    """Grouped-query attention of q [B, H, T, E] over k, v [B, K, T, E], cached keys and a shared prefix: [B, H, T, E].
-
-    Right padding needs no mask: a real token never sees the padding behind it.
-    """
-    mask = None
+    """Grouped-query attention of q [B, H, T, E] over k, v [B, K, T, E], cached keys and a prefix: [B, H, T, E]."""
+    mask = None if cache is None else cache.mask
     if cache is not None:
         k, v = cache.update(k, v)
-        mask = cache.mask
-    if past is None:
+    if past is None:  # right padding needs no mask: a real token never sees the padding behind it
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return attend_with_prefix(q, k, v, mask, *past)
 

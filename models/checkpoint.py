@@ -10,27 +10,22 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ia2mini import UsageError
 from ia2mini.files import hub_errors, read_json, write, write_text
 
 from . import llama, qwen3
-from .common import Rope
+from .common import LLAMA3, Rope
 
 FAMILIES = {"llama": (llama.Config, llama.Llama), "qwen3": (qwen3.Config, qwen3.Qwen3)}
 TINY = Path(__file__).parent / "tiny"  # the embedded checkpoint
 MOST = {"num_hidden_layers": 2**12, "max_position_embeddings": 2**40, "rms_norm_eps": 1}  # of other numbers 2**20
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of rope scaling
 
-SHORT_NAMES = {
-    **{f"qwen3-{size.lower()}-base": f"Qwen/Qwen3-{size}-Base" for size in ("0.6B", "1.7B", "4B", "8B", "14B")},
-    **{f"qwen3-{size.lower()}": f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B", "14B", "32B")},
-    **{f"llama-3.2-{size.lower()}": f"meta-llama/Llama-3.2-{size}" for size in ("1B", "3B")},
-    **{f"llama-3.2-{size.lower()}-instruct": f"meta-llama/Llama-3.2-{size}-Instruct" for size in ("1B", "3B")},
-    **{f"llama-3.1-{size.lower()}": f"meta-llama/Llama-3.1-{size}" for size in ("8B", "70B")},
-    **{f"llama-3.1-{size.lower()}-instruct": f"meta-llama/Llama-3.1-{size}-Instruct" for size in ("8B", "70B")},
-}
+QWEN3 = "0.6B-Base 1.7B-Base 4B-Base 8B-Base 14B-Base 0.6B 1.7B 4B 8B 14B 32B".split()
+LLAMA = "3.2-1B 3.2-3B 3.2-1B-Instruct 3.2-3B-Instruct 3.1-8B 3.1-70B 3.1-8B-Instruct 3.1-70B-Instruct".split()
+SHORT_NAMES = {f"qwen3-{size.lower()}": f"Qwen/Qwen3-{size}" for size in QWEN3}
+SHORT_NAMES |= {f"llama-{size.lower()}": f"meta-llama/Llama-{size}" for size in LLAMA}
 FILES = "config.json generation_config.json tokenizer*.json special_tokens_map.json chat_template.jinja".split()
 FILES += ["model*.safetensors", "model.safetensors.index.json"]
 LARGEST = "5GB"  # of a file of weights that is written
@@ -39,8 +34,8 @@ LARGEST = "5GB"  # of a file of weights that is written
 def load(name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", revision: str | None = None):
     """Load `name`, a folder, a short name ("qwen3-4b-base", "tiny") or a hub id: (model, tokenizer).
 
-    The model is in evaluation mode with every weight frozen, in `dtype` on `device`. Weights are streamed one tensor at
-    a time, memory-mapped where the file already holds `dtype`. Raises UsageError for anything a user can mend.
+    The model is in evaluation mode with every weight frozen, in `dtype` on `device`; weights are streamed one tensor at
+    a time. Raises UsageError for anything a user can mend.
 
         model, tokenizer = load("tiny")
         logits = model(torch.tensor([tokenizer.encode("Text:a lovely film\\nLabel:")]))   # [1, T, V]
@@ -82,21 +77,13 @@ def download(hub_id: str, revision: str | None) -> Path:
 
 
 def read_folder_config(folder: Path):
-    """The Config of a checkpoint folder and the class that it describes. Raises UsageError."""
-    path = folder / "config.json"
-    raw = read_json(path)
+    """The Config of a checkpoint folder and its model's class. UsageError for a missing or unsupported field."""
+    where = folder / "config.json"
+    raw = read_json(where)
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UsageError(f"{path}: model_type {repr(kind)[:80]} is not supported (supported: {', '.join(FAMILIES)})")
-    config_class, family = FAMILIES[kind]
-    return read_config(config_class, raw, str(path)), family
-
-
-def read_config(cls, raw: dict, where: str):
-    """Fill a family's Config from a Hugging Face config dict, in either spelling.
-
-    Raises UsageError naming `where` and the field for a missing field, or for a value that is not supported.
-    """
+        raise UsageError(f"{where}: model_type {repr(kind)[:80]} is not supported (supported: {', '.join(FAMILIES)})")
+    cls, family = FAMILIES[kind]
     found, layers = {"rope": read_rope(raw, where)}, raw.get("layer_types") or []
     all_full = isinstance(layers, list) and layers == ["full_attention"] * len(layers)
     for name, fine, values in (
@@ -119,7 +106,7 @@ def read_config(cls, raw: dict, where: str):
         raise UsageError(f"{where}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {shared}")
     if config.head_dim % 2 or not config.head_dim:
         raise UsageError(f"{where}: head_dim = {config.head_dim} (or hidden_size over heads) is not an even number")
-    return config
+    return config, family
 
 
 def checked(value, kind, where: str, most: float):
@@ -135,7 +122,7 @@ def checked(value, kind, where: str, most: float):
     return value
 
 
-def read_rope(raw: dict, where: str) -> Rope:
+def read_rope(raw: dict, where: Path) -> Rope:
     """The rotary embedding of a config, as transformers 5 or as the hub until then spells it. Raises UsageError."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else type(rope).__name__
@@ -196,15 +183,11 @@ def fill(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.devic
 
 
 def save(
-    model: nn.Module,
-    folder: Path,
-    tokenizer_json: str | None = None,
-    eos_token_id: int | list[int] | None = None,
-    changed: dict[str, Tensor] | None = None,
+    model: nn.Module, folder: Path, tokenizer_json: str | None = None, eos_token_id=None, changed: dict | None = None
 ) -> None:
-    """Write `model`, with the tensors in `changed` for its own, in the Hugging Face layout into `folder`.
+    """Write `model`, with the tensors in `changed` (by name) for its own, in the Hugging Face layout into `folder`.
 
-    config.json, model.safetensors (in shards above 5 GB) and, if given, tokenizer.json. Raises UsageError when it cannot be written.
+    config.json, model.safetensors (in shards above 5 GB) and, if given, tokenizer.json. Raises UsageError.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 

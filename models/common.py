@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ia2mini import UsageError
 
 At = tuple[Tensor, Tensor]  # (rows, columns), int64 [P] each: positions in a [B, T] batch
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of `Rope.scaling`
 Rotation = tuple[Tensor, Tensor]  # cos and signed sin of positions, [(B, 1,) T, E] each
 
 
@@ -91,8 +92,7 @@ class Rope:
         inv = 1.0 / self.theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
         if self.scaling is None:
             return inv
-        names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-        factor, low, high, context = (self.scaling[name] for name in names)
+        factor, low, high, context = (self.scaling[name] for name in LLAMA3)
         turns = context * inv / (2 * math.pi)  # full turns within the original context
         smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slowed down by `factor`; 1: left as it is
         return inv * (smooth + (1 - smooth) / factor)
@@ -152,12 +152,8 @@ def device_of(model: Callable) -> torch.device:
 
 
 def wrap_blocks(model: nn.Module, *wraps: Callable) -> None:
-    """Put `wraps`, the first one innermost, around both halves of every block; one function a half serves all layers.
-
-    `compiled` fuses what is small in them (one compilation, whatever layer and length), `checkpointed` trades time for
-    memory.
-    """
-    for half in ("attention_output", "mlp_output"):
+    """Put `wraps` (`compiled`, `checkpointed`), the first innermost, around both halves of every block."""
+    for half in ("attention_output", "mlp_output"):  # one function serves all layers: one compilation
         function = getattr(type(model.model.layers[0]), half)
         for wrap in wraps:
             function = wrap(function)

@@ -36,10 +36,8 @@ class Config:
     model_type: str = "llama"
 
     def __post_init__(self):
-        if self.num_key_value_heads is None:
-            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        if self.head_dim is None:
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
+        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // self.num_attention_heads)
 
 
 class Attention(nn.Module):
@@ -127,8 +125,7 @@ class Llama(nn.Module):
         last = len(self.model.layers) - 1
         stop = last if taps is None else taps.last(last + 1)
         for layer, block in enumerate(self.model.layers):
-            seen = None if cache is None else cache.layer(layer)
-            past = None if prefix is None else prefix.past(layer)
+            seen, past = cache and cache.layer(layer), prefix and prefix.past(layer)
             a = block.attention_output(x, rope, seen, past)  # [B, T, D]: the attention output
             if taps is not None:
                 taps.record(layer, a)

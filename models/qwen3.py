@@ -35,8 +35,7 @@ class Config:
     model_type: str = "qwen3"
 
     def __post_init__(self):
-        if self.num_key_value_heads is None:
-            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
 
 
 class Attention(nn.Module):
@@ -126,8 +125,7 @@ class Qwen3(nn.Module):
         last = len(self.model.layers) - 1
         stop = last if taps is None else taps.last(last + 1)
         for layer, block in enumerate(self.model.layers):
-            seen = None if cache is None else cache.layer(layer)
-            past = None if prefix is None else prefix.past(layer)
+            seen, past = cache and cache.layer(layer), prefix and prefix.past(layer)
             a = block.attention_output(x, rope, seen, past)  # [B, T, D]: the attention output
             if taps is not None:
                 taps.record(layer, a)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ia2mini.models import Taps, load
-from ia2mini.models.cache import Branches, Cache, Packed, Prefix
+from ia2mini.models.cache import Cache, Packed, Prefix
 from reference import assert_equal, make_checkpoint, our_pass, random_ids, upstream, upstream_pass
 
 families = pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -133,7 +133,7 @@ def places(lengths) -> tuple[torch.Tensor, torch.Tensor]:
 def test_branches_go_on_from_the_first_document(tiny):
     begin, ends = random_ids(2, 5), [random_ids(2, n) for n in (1, 4, 2)]
     documents, at = places((5, 1, 4, 2))
-    branches = Branches(documents.expand(2, -1), (at + 5 * (documents > 0)).expand(2, -1))
+    branches = Packed(documents.expand(2, -1), (at + 5 * (documents > 0)).expand(2, -1), branches=True)
     taps = Taps()
     logits = tiny(torch.cat((begin, *ends), 1), taps=taps, cache=branches)
     alone = [our_pass(tiny, torch.cat((begin, end), 1)) for end in ends]

@@ -214,7 +214,7 @@ def test_the_front_door_loads_no_torch_and_knows_its_names():
 
 
 def test_the_front_doors_notebook_runs_as_it_is_written():
-    *_, example, after = ia2mini.__doc__.split("\n\n")
+    _, _, example, *_, after = ia2mini.__doc__.split("\n\n")
     names: dict = {}
     exec("from ia2mini import *\n" + "\n".join(line[4:] for line in example.splitlines()), names)
     (found,) = ia2mini.score(

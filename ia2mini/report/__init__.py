@@ -9,10 +9,9 @@ __all__ = ["seconds_line", "write_report", "write_table"]
 
 
 def write_report(document: dict, folder: Path, command: str = "", formats: tuple[str, ...] = ("png",)) -> list[str]:
-    """Write tables (text, Markdown, LaTeX, CSV), figures in `formats` and report.html into `folder`; names of the figures.
+    """Write tables (text, Markdown, LaTeX, CSV), figures in `formats` and report.html into `folder`; figures' names.
 
-    Without matplotlib there are no figures, without pandas only the text table and the page. Raises UsageError for a
-    format that matplotlib does not write.
+    No figures without matplotlib; without pandas only the text table and the page. UsageError for an unknown format.
     """
     from .figures import draw_figures
     from .frame import write_tables

@@ -8,7 +8,7 @@ import numpy as np
 
 from .. import UsageError
 from ..files import write
-from .summary import LABELS, average, count, parts, title
+from .summary import LABELS, average, count, grouped, parts, title
 from .terminal import HEADS
 
 COLORS = {  # after Okabe and Ito, who chose them to be told apart by every eye; blue for IA2 and what follows it
@@ -79,10 +79,8 @@ def draw(name: str, view: dict):
 
 def by_method(cells: list[dict], field: str):
     """(label and colour, cells) of each method, of the cells that have the field."""
-    known = [c for c in cells if c.get(field) is not None]
-    for method in dict.fromkeys(c["method"] for c in known):
-        style = {"label": LABELS.get(method, method), "color": COLORS.get(method, "#777777")}
-        yield style, [c for c in known if c["method"] == method]
+    for (method,), mine in grouped([c for c in cells if c.get(field) is not None], "method").items():
+        yield {"label": LABELS.get(method, method), "color": COLORS.get(method, "#777777")}, mine
 
 
 def panels(figure, cells: list[dict], rows=(("", None),)):

@@ -73,7 +73,7 @@ def sentence(report: dict) -> str:
 
     if "kl" in report:
         text = f"{LABELS[chosen]} answers as the model does that sees the context: {100 * found[chosen]['acc'][0]:.0f} % of"
-        text += f" {count(n, 'held-out query')}, KL {report['kl'][chosen]:.2f} nats a token"
+        text += f" {count(n, 'held-out prompt')}, KL {report['kl'][chosen]:.2f} nats a token"
         text += f" (base {100 * found['base']['acc'][0]:.0f} %, {report['kl']['base']:.2f})"
         return f"{text}. A query costs {report['tokens']['query']:.0f} tokens instead of {report['tokens']['icl']:.0f}."
     others = [name for name in ("sft", "ia2-sft", "base") if name in found and name != chosen]
@@ -155,10 +155,11 @@ def fit_page(report: dict, command: str) -> str:
         answers.append(table("By answer", ["answer", "rows", "precision", "recall"], rows, "means"))
         labels = [c["label"] for c in report["classes"]]
         rows = [[label, *map(str, row)] for label, row in zip(labels, report["confusion"])]
-        answers.append(table("True answer (rows) and what was said (columns)", ["", *labels], rows, "means"))
+        answers.append(table("Rows true, columns said", ["", *labels], rows, "means"))
     held = [[r["prompt"], r["true"], r["said"], f"{r['confidence']:.2f}"] for r in report["held_out"] if not r["right"]]
-    wrong = table(f"{count(len(held), 'row')} answered wrong", ["prompt", "answer", "said", "confidence"], held, "text")
-    sections = [section("Candidates", results), section("Answers", [*answers, wrong])]
+    wrong, heads = f"{count(len(held), 'held-out row')} answered wrong", ["prompt", "answer", "said", "confidence"]
+    answers.append(table(wrong, heads, held, "text") if held else lines([wrong]))
+    sections = [section("Candidates", results), section("Answers", answers)]
     sections.append(section("How this was made", [f"<pre>{shown(command)}</pre>", lines([about(report)])]))
     return whole(f"{report['name']}: fitted", report["sentence"], lines(report["remarks"]), sections)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..options import UNTRAINED
 from .figures import CAPTIONS, views
 from .summary import LABELS, average, count, paired, parts, title, verdict
-from .terminal import COLUMNS, HEADS, entry, legend, seconds_line
+from .terminal import HEADS, known_columns, legend, seconds_line, texts
 
 STYLE = """
 :root { color-scheme: light dark }
@@ -84,23 +84,21 @@ def table(caption: str, heads: list[str], rows: list[list[str]], kind: str) -> s
 
 def measures(caption: str, rows: list[dict]) -> str:
     """The terminal's columns: of the cells of evaluations, or of their means."""
-    columns = [c for c in COLUMNS if c == "rate" or any(row.get(f"{c}_mean") is not None for row in rows)]
-    texts = [[LABELS.get(row["method"], row["method"]), *(entry(row, c) for c in columns)] for row in rows]
-    heads = ["method", *(HEADS[c] for c in columns)]
+    columns = known_columns(rows)
+    heads = ["method", *map(HEADS.get, columns)]
     if not rows or "eval" not in rows[0]:
-        return table(caption, heads, texts, "means") if rows else ""
-    texts = [[row["eval"] + "*" * row["ood"], *text] for row, text in zip(rows, texts)]
-    return table(caption, ["evaluated on", *heads], texts, "evaluations")
+        return table(caption, heads, [texts(row, columns) for row in rows], "means") if rows else ""
+    body = [[row["eval"] + "*" * row["ood"], *texts(row, columns)] for row in rows]
+    return table(caption, ["evaluated on", *heads], body, "evaluations")
 
 
 def figure(name: str, view: dict, folder: Path) -> str:
     """A figure inlined with its caption, as PNG or else as SVG; nothing where it was not drawn."""
     for form, kind in (("png", "png"), ("svg", "svg+xml")):
         if (path := folder / f"{name}{view['suffix']}.{form}").is_file():
-            data = path.read_bytes()
-            width = (
-                f'width="{int.from_bytes(data[16:20], "big") // 2}"' if form == "png" else ""
-            )  # half its pixels: sharp
+            data, width = path.read_bytes(), ""
+            if form == "png":  # half its pixels: sharp
+                width = f'width="{int.from_bytes(data[16:20], "big") // 2}"'
             source = f'src="data:image/{kind};base64,{b64encode(data).decode()}"'
             image = f'<img alt="{name}: {shown(view["title"])}" {width} {source}>'
             return f'<figure><div class="box">{image}</div><figcaption>{CAPTIONS[name]}</figcaption></figure>'
@@ -124,10 +122,10 @@ def answers(sample: dict, right: bool) -> str:
     """A table of the sample's right or wrong rows: what was asked, what it should be, what was said, how sure."""
     rows = [row for row in sample["rows"] if row["right"] == right]
     fields = ["prompt", "answer", "said"] + ["confidence"] * any(row["confidence"] is not None for row in rows)
-    texts = [[f"{v:.2f}" if isinstance(v, float) else v for v in map(row.get, fields)] for row in rows]
+    body = [[f"{v:.2f}" if isinstance(v, float) else v for v in map(row.get, fields)] for row in rows]
     who = f"{LABELS.get(sample['method'], sample['method'])}, set {sample['set']}"
     caption = f"{who}: {count(len(rows), 'row')} that it got {'right' if right else 'wrong'}"
-    return table(caption, fields, texts, "text") if rows else lines([caption])
+    return table(caption, fields, body, "text") if rows else lines([caption])
 
 
 def adapter(document: dict, cells: list[dict], folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""From the records of runs to the cells of the tables: the choice of a rate, means and deviations over sets, the gain."""
+"""From the records of runs to the cells of the tables: the choice of a rate, means and deviations, the gain."""
 
 import math
 from statistics import fmean, pstdev
@@ -15,35 +15,33 @@ CHOICES = {"dev": "rate by lowest dev loss", "eval": "rate by accuracy on the ev
 
 def chosen(records: list[dict], by: str) -> tuple[float | None, float | None]:
     """(rate, β) of one method's records: lowest mean dev loss over sets ("dev"), or highest mean accuracy ("eval")."""
-    means: dict[tuple, list[float]] = {}
-    for record in records:
-        dev_loss = record["dev_loss"]
-        dev_loss = math.inf if dev_loss is None or math.isnan(dev_loss) else dev_loss  # a run that diverged
-        means.setdefault((record["rate"], record["beta"]), []).append(dev_loss if by == "dev" else -record["acc"])
-    return min(means, key=lambda config: fmean(means[config]))
+
+    def cost(record: dict) -> float:
+        value = record["dev_loss"] if by == "dev" else -record["acc"]
+        return math.inf if value is None or math.isnan(value) else value  # a run that diverged
+
+    configs = grouped(records, "rate", "beta")
+    return min(configs, key=lambda config: fmean(map(cost, configs[config])))
+
+
+def grouped(rows: list[dict], *fields: str) -> dict[tuple, list[dict]]:
+    """The rows by their values of some fields, in order."""
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        found.setdefault(tuple(map(row.get, fields)), []).append(row)
+    return found
 
 
 def summarise(records: list[dict], select: str = "dev") -> list[dict]:
     """The cells of the table: means and deviations over sets at the rate chosen by `select` ("both": two cells)."""
-    groups: dict[tuple, list[dict]] = {}
-    for record in records:
-        groups.setdefault(tuple(record.get(key) for key in ("task", "n", "unlabelled", "method", "eval")), []).append(
-            record
-        )
-    cells = []
-    for group in groups.values():
-        choices = ("dev", "eval") if select == "both" else (select,)
+    cells, choices = [], ("dev", "eval") if select == "both" else (select,)
+    for group in grouped(records, "task", "n", "unlabelled", "method", "eval").values():
         for by in choices if group[0]["rate"] is not None else (None,):
-            config = chosen(group, by) if by else (None, None)
-            runs = [record for record in group if (record["rate"], record["beta"]) == config]
+            rate, beta = chosen(group, by) if by else (None, None)
+            runs = grouped(group, "rate", "beta")[rate, beta]
             cell = {key: runs[0][key] for key in ("task", "eval", "ood", "model", "n", "method", "adapter")}
-            cell |= {
-                "unlabelled": runs[0].get("unlabelled", 0),
-                "sets": len(runs),
-                "selected_by": by,
-                "rate": config[0],
-                "beta": config[1],
-            }
+            cell |= {"unlabelled": runs[0].get("unlabelled", 0), "sets": len(runs)}
+            cell |= {"selected_by": by, "rate": rate, "beta": beta}
             for metric in METRICS:
                 known = [run[metric] for run in runs if run.get(metric) is not None]
                 cell[f"{metric}_mean"] = fmean(known) if known else None
@@ -57,15 +55,13 @@ def summarise(records: list[dict], select: str = "dev") -> list[dict]:
 
 
 def parts(document: dict) -> list[dict]:
-    """A study cut into what one table shows: each model, N (and unlabelled rows) and choice of rate, with its `cells` by method, in order."""
+    """What one table shows: each model, N, number of unlabelled rows and choice of rate, its `cells` by method."""
     rank = {method: i for i, method in enumerate(LABELS)}
     cells = sorted(document["cells"], key=lambda cell: rank.get(cell["method"], len(rank)))
     trained = [c for c in cells if c["selected_by"]] or [c | {"selected_by": None} for c in cells]
-    keys = dict.fromkeys((c["model"], c["n"], c.get("unlabelled", 0), c["selected_by"]) for c in trained)
-    found = []
-    for model, n, more, by in keys:
-        mine = [c for c in cells if (c["model"], c["n"], c.get("unlabelled", 0)) == (model, n, more)]
-        mine = [c for c in mine if c["selected_by"] in (by, None)]
+    found, groups = [], grouped(cells, "model", "n", "unlabelled")
+    for model, n, more, by in grouped(trained, "model", "n", "unlabelled", "selected_by"):
+        mine = [c for c in groups[model, n, more] if c["selected_by"] in (by, None)]
         found.append({"model": model, "n": n, "unlabelled": more, "by": by, "cells": mine, "title": title(mine, by)})
     return found
 
@@ -75,48 +71,39 @@ def title(cells: list[dict], by: str | None) -> str:
     tasks = list(dict.fromkeys(c["task"] for c in cells))
     adapter = next((c["adapter"] for c in cells if c["adapter"]), None)
     about = [cells[0]["model"], ", ".join(tasks) if len(tasks) < 3 else f"{len(tasks)} tasks", f"N = {cells[0]['n']}"]
-    about += [f"{cells[0]['unlabelled']} unlabelled"] * bool(cells[0].get("unlabelled"))
+    about += [f"{more} unlabelled"] if (more := cells[0].get("unlabelled")) else []
     return " · ".join([*about, *filter(None, [adapter, count(cells[0]["sets"], "set"), CHOICES.get(by)])])
 
 
 def count(number: int, noun: str) -> str:
-    """ "1 set", "5 sets", "2 queries"."""
-    if noun.endswith("y"):
-        return f"{number:,} {noun if number == 1 else noun[:-1] + 'ies'}"
+    """ "1 set", "5 sets"."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def average(cells: list[dict]) -> list[dict]:
     """A row a method, averaged over the evaluations, of the methods that every evaluation has."""
-    evaluations = {(c["task"], c["eval"]) for c in cells}
-    methods: dict[str, list[dict]] = {}
-    for cell in cells:
-        methods.setdefault(cell["method"], []).append(cell)
-    rows = []
-    for method, mine in methods.items():
-        if len(mine) == len(evaluations):
-            fields = [f"{metric}_{what}" for metric in METRICS for what in ("mean", "std")]
-            known = {f: [c[f] for c in mine if c.get(f) is not None] for f in fields}
-            rates = {(c["rate"], c["beta"]) for c in mine}
-            row = {f: fmean(values) if values else None for f, values in known.items()}
-            rate, beta = rates.pop() if len(rates) == 1 else (None, None)
-            rows.append(row | {"method": method, "rate": rate, "beta": beta, "evaluations": len(evaluations)})
+    rows, evaluations = [], len(grouped(cells, "task", "eval"))
+    for (method,), mine in grouped(cells, "method").items():
+        if len(mine) == evaluations:
+            row, rates = {"method": method, "evaluations": evaluations}, list(grouped(mine, "rate", "beta"))
+            row["rate"], row["beta"] = rates[0] if len(rates) == 1 else (None, None)
+            for field in (f"{metric}_{what}" for metric in METRICS for what in ("mean", "std")):
+                known = [c[field] for c in mine if c.get(field) is not None]
+                row[field] = fmean(known) if known else None
+            rows.append(row)
     return rows
 
 
 def paired(cells: list[dict], metric: str, method: str = "ia2-sft", against: str = "sft") -> PairedTest | None:
-    """`method` minus `against`, paired over tasks and sets, each averaged over the task's evaluations; None without both."""
+    """`method` minus `against`, paired over tasks and sets, each averaged over its evaluations; None without both."""
 
-    def values(name: str) -> list[float] | None:
-        tasks: dict[str, list[list[float]]] = {}
-        for cell in cells:
-            if cell["method"] == name:
-                tasks.setdefault(cell["task"], []).append(cell[metric])
-        found = [fmean(sets) if None not in sets else None for runs in tasks.values() for sets in zip(*runs)]
-        return found if found and None not in found else None
+    def values(name: str) -> list[float]:
+        tasks = grouped([c for c in cells if c["method"] == name], "task").values()
+        sets = [values for mine in tasks for values in zip(*(c[metric] for c in mine))]
+        return [] if any(None in values for values in sets) else list(map(fmean, sets))
 
     ours, theirs = values(method), values(against)
-    return paired_test(ours, theirs) if ours and theirs and len(ours) == len(theirs) else None
+    return paired_test(ours, theirs) if ours and len(ours) == len(theirs) else None
 
 
 def verdict(cells: list[dict]) -> list[str]:

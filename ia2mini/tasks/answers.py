@@ -11,10 +11,7 @@ IN_WORDS = re.compile(rf"\bthe answer is:? *{NUMBER}", re.IGNORECASE)
 
 
 def parse_number(text: str) -> str | None:
-    """The last number after `####`, else after "the answer is" (GSM8K).
-
-    Sign, decimals and fractions are kept, `,` and `$` dropped.
-    """
+    """The last number after `####`, else after "the answer is" (GSM8K); sign, decimals, fractions kept, `,` `$` not."""
     text = text.replace("\N{MINUS SIGN}", "-").replace("$-", "-$")
     found = list(AFTER_HASHES.finditer(text)) or list(IN_WORDS.finditer(text))
     if not found:
@@ -28,17 +25,13 @@ def parse_boxed(text: str) -> str | None:
     `\boxed 2$`, as some of MATH's own solutions write, holds what comes before the `$`. Escaped braces do not count.
     """
     for start in reversed([match.end() for match in re.finditer(r"\\boxed(?![A-Za-z])", text)]):
-        inside = _braced(text[start:].lstrip())
-        if inside is not None:
+        if (inside := _braced(text[start:].lstrip())) is not None:
             return "".join(inside.split()).replace("dfrac", "frac")
     return None
 
 
 def _braced(text: str) -> str | None:
-    """The text inside the brace group that `text` begins with, None if unbalanced.
-
-    Without a brace: up to `$` or the line's end.
-    """
+    """The text inside the brace group `text` begins with, None if unbalanced; with no brace, up to `$` or line end."""
     if not text.startswith("{"):
         return re.match(r"[^$\n]*", text)[0].strip() or None
     depth = 0

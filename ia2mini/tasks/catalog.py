@@ -131,29 +131,20 @@ def cut_text(row: Row) -> dict:
 PREPARE = {prepare.__name__: prepare for prepare in (shuffle_choices, eight_choices, cut_text)}
 
 
-def read_catalog(path: Path) -> tuple[Task, ...]:
-    """The tasks of a JSON file: name -> the fields of `Task` that differ from their defaults."""
-    entries = json.loads(path.read_text(encoding="utf-8"))
-    for entry in entries.values():
-        entry.update({key: tuple(value) for key, value in entry.items() if isinstance(value, list)})
-    return tuple(Task(name, **entry) for name, entry in entries.items())
-
-
-PAPER_TASKS = read_catalog(Path(__file__).with_name("paper.json"))
-
-
 @cache
 def all_tasks() -> dict[str, Task]:
-    """Every task by its name: the paper's twelve, then the embedded ones."""
+    """Every task by its name: the paper's twelve (of `paper.json`), then the embedded ones."""
     from .world import TOY_TASKS
 
-    toys = []
+    tasks = {}
+    for name, fields in json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8")).items():
+        tasks[name] = Task(name, **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
     for toy in TOY_TASKS:
         words = {"prompt": "Text:{text}\nLabel:", "labels": toy.labels}
         form = words if toy.labels else {"max_tokens": 200, "parser": "number"}
         train = "train" if len(toy.evals) > 1 else None
-        toys.append(Task(toy.name, toy.name, train=train, eval="eval", ood=toy.evals[1:], steps=(), **form))
-    return {task.name: task for task in (*PAPER_TASKS, *toys)}
+        tasks[toy.name] = Task(toy.name, toy.name, train=train, eval="eval", ood=toy.evals[1:], steps=(), **form)
+    return tasks
 
 
 def find_task(name: str) -> Task:

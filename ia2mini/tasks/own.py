@@ -8,25 +8,13 @@ from .answers import PARSERS
 from .catalog import Task
 from .rows import Row, placeholders
 
-PROMPTS = (
-    "text",
-    "prompt",
-    "question",
-    "input",
-    "sentence",
-    "query",
-    "message",
-    "content",
-    "review",
-    "ticket",
-    "title",
-)
-ANSWERS = ("label", "answer", "output", "response", "completion", "category", "class", "target", "intent", "sentiment")
+PROMPTS = "text prompt question input sentence query message content review ticket title".split()
+ANSWERS = "label answer output response completion category class target intent sentiment".split()
 MOST_LABELS = 20
 
 
 def guess_columns(row: Row, prompt: str | None, answer: str | None) -> tuple[str, str]:
-    """The columns of prompt and answer: as given, else by the header's names. Raises UsageError where it does not tell."""
+    """The columns of prompt and answer: as given, else by the header's names. UsageError where it does not tell."""
     known = [[c for name in names for c in row if c.lower() == name] for names in (PROMPTS, ANSWERS)]
     answer = answer or next(iter(known[1]), None)
     prompt = prompt or next((c for c in known[0] if c != answer), None)
@@ -44,16 +32,15 @@ def own_task(
 ) -> Task:
     """The task that rows describe; `prompt` and `answer` are their columns, guessed from the header where not given.
 
-    At most 20 different answers, each given twice on average, are labels: `task.labels`, sorted. Other answers are text,
-    parsed as numbers, boxes or after `####` where every answer has that form. In a template, a written `\\n` is a line
-    end. Raises UsageError for whatever is wrong with the rows or the template.
+    At most 20 different answers, each given twice on average, are labels: `task.labels`, sorted. Others are text,
+    parsed as numbers, boxes or after `####` where every answer has that form. In a template, `\\n` is a line end.
+    UsageError for whatever is wrong with the rows or the template.
     """
     columns = placeholders(template or "")
     prompt, answer = guess_columns(rows[0], prompt or (columns[0] if columns else None), answer)
     answers = [row.text(answer) for row in rows]
-    for row, text in zip(rows, answers, strict=True):
-        if not text.strip():
-            raise UsageError(f"{row.where}: column {answer!r} is empty")
+    if empty := [row.where for row, text in zip(rows, answers) if not text.strip()]:
+        raise UsageError(f"{empty[0]}: column {answer!r} is empty")
     found = sorted(set(answers))
     if len(found) == 1:
         raise UsageError(f"{name}: every row has the answer {found[0]!r}; nothing can be learned from it")
@@ -61,9 +48,8 @@ def own_task(
     default = f"Text:{{{prompt}}}\nLabel:" if labelled else f"Question:{{{prompt}}}\nAnswer:"
     template = template.replace("\\n", "\n") if template else default
     if not (columns := placeholders(template)) or answer in columns:
-        raise UsageError(
-            f"template {template!r}: must name a column of the prompt, as {{{prompt}}}, and not the answer's"
-        )
+        wanted = f"must name a column of the prompt, as {{{prompt}}}, and not the answer's"
+        raise UsageError(f"template {template!r}: {wanted}")
     about = {"prompt": template, "label": answer, "answer": f"{{{answer}}}", "train": "train", "eval": "eval"}
     if labelled:
         return Task(name, name, **about, labels=tuple(found), known={text: i for i, text in enumerate(found)})
@@ -73,8 +59,7 @@ def own_task(
 
 def near_labels(labels: tuple[str, ...]) -> list[str]:
     """A sentence for every two labels that differ only in blanks or case."""
-    plain: dict[str, str] = {}
-    said = []
+    plain, said = {}, []
     for label in labels:
         first = plain.setdefault(" ".join(label.lower().split()), label)
         if first != label:
@@ -84,8 +69,7 @@ def near_labels(labels: tuple[str, ...]) -> list[str]:
 
 def keep_apart(task: Task, rows: list[Row], tokenizer) -> Task:
     """The task with a line end after its template where an answer would merge with the end of its prompt."""
-    examples = [task.example(row) for row in rows]
-    merging = any(tokenizer.merges(e.prompt, e.answer) for e in examples)
+    merging = any(tokenizer.merges(e.prompt, e.answer) for e in map(task.example, rows))
     return replace(task, prompt=task.prompt + "\n") if merging else task
 
 

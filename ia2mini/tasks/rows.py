@@ -13,6 +13,8 @@ from pathlib import Path
 
 from ia2mini import UsageError
 
+COLUMN = r"\{([^{}]*)\}"  # in a template
+
 
 class Row(dict):
     """The columns of one row, and where it stands ("file:line"); a column that is not there is a UsageError."""
@@ -31,22 +33,22 @@ class Row(dict):
         if isinstance(value, (bool, int, float)):
             return str(value).lower()
         if not isinstance(value, str):
-            held = "nothing" if value is None else repr(value)[:60]
-            raise UsageError(f"{self.where}: column {column!r} holds {held}, not a text")
-        if re.search("[\ud800-\udfff]", value):
-            wrong = "half a surrogate pair, which is no character; mend the \\ud… escape"
-            raise UsageError(f"{self.where}: column {column!r} holds {wrong}")
-        return value
+            held = f"{'nothing' if value is None else repr(value)[:60]}, not a text"
+        elif re.search("[\ud800-\udfff]", value):
+            held = "half a surrogate pair, which is no character; mend the \\ud… escape"
+        else:
+            return value
+        raise UsageError(f"{self.where}: column {column!r} holds {held}")
 
 
 def placeholders(template: str) -> list[str]:
     """The column names between braces in a template."""
-    return re.findall(r"\{([^{}]*)\}", template)
+    return re.findall(COLUMN, template)
 
 
 def fill(template: str, row: Row) -> str:
     """A template with every `{column}` replaced by that column's text."""
-    return re.sub(r"\{([^{}]*)\}", lambda match: row.text(match[1]), template)
+    return re.sub(COLUMN, lambda match: row.text(match[1]), template)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -78,25 +80,20 @@ def as_row(where: str, columns) -> Row:
     return Row(where, columns)
 
 
+def parse_json(text: str, where: str, wanted: str):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also an endless number
+        raise UsageError(f"{where}: not JSON ({error}); {wanted}") from None
+
+
 def read_jsonl(path: Path) -> list[Row]:
-    rows = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                columns = json.loads(line)
-            except (ValueError, RecursionError) as error:  # ValueError: also an endless number
-                raise UsageError(f"{path}:{number}: not JSON ({error}); one object a line is expected") from None
-            rows.append(as_row(f"{path}:{number}", columns))
-    return rows
+    lines = {f"{path}:{number}": line for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()}
+    return [as_row(where, parse_json(line, where, "one object a line is expected")) for where, line in lines.items()]
 
 
 def read_json(path: Path) -> list[Row]:
-    """A JSON list of objects."""
-    try:
-        table = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        wanted = "a list of objects is expected, or one a line in a .jsonl"
-        raise UsageError(f"{path}: not JSON ({error}); {wanted}") from None
+    table = parse_json(read_text(path), str(path), "a list of objects is expected, or one a line in a .jsonl")
     if not isinstance(table, list):
         raise UsageError(f"{path}: a JSON {type(table).__name__}; a list of objects is expected")
     return [as_row(f"{path} row {i}", columns) for i, columns in enumerate(table, 1)]
@@ -135,13 +132,8 @@ def read_parquet(path: Path) -> list[Row]:
     return [Row(f"{path} row {i}", columns) for i, columns in enumerate(table, 1)]
 
 
-READERS = {
-    ".jsonl": read_jsonl,
-    ".json": read_json,
-    ".parquet": read_parquet,
-    ".csv": read_csv,
-    ".tsv": partial(read_csv, delimiter="\t"),
-}
+READERS = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet, ".csv": read_csv}
+READERS[".tsv"] = partial(read_csv, delimiter="\t")
 
 
 def as_rows(rows: str | Path | list[dict]) -> list[Row]:

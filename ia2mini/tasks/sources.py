@@ -46,7 +46,7 @@ def load_examples(task: Task, role: str, data_dir: str | Path | None = None, lim
     if not examples:
         left = f"no rows left to {role} on, of {len(rows)} in {origin['files'][0]}"
         raise UsageError(f"{task.name}: {left}; more rows are needed")
-    digest = hashlib.sha256(json.dumps([(example.prompt, example.answer) for example in examples]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([(e.prompt, e.answer) for e in examples]).encode()).hexdigest()
     counts = {"rows": len(rows), "kept": len(chosen), "used": len(examples)}
     return Examples(examples, {**origin, **counts, "digest": digest})
 
@@ -76,25 +76,17 @@ def fetch(task: Task, role: str, data_dir: str | Path | None) -> tuple[list[Row]
 def find_local(task: Task, split: str, data_dir: Path) -> Path:
     """The file of a split in a folder of hub-like data, `{dataset}/{split}.jsonl` and its other spellings."""
     short = task.hub.split("/")[1]
-    names = (task.folder, short.lower().replace("-", "_"), short, task.name)
-    folders = list(dict.fromkeys(filter(None, names)))
-    stems = [split, *([f"{task.config}_{split}", f"{task.config}/{split}"] if task.config else [])]
+    folders = list(dict.fromkeys(filter(None, (task.folder, short.lower().replace("-", "_"), short, task.name))))
+    stems = [split] + [f"{task.config}{mark}{split}" for mark in "_/" if task.config]
     for folder, stem, suffix in product(folders, stems, READERS):
-        path = data_dir / folder / f"{stem}{suffix}"
-        if path.is_file():
+        if (path := data_dir / folder / f"{stem}{suffix}").is_file():
             return path
     looked = f"{'|'.join(folders)} / {'|'.join(stems)} + {'|'.join(READERS)}"
     raise UsageError(f"{data_dir}: no rows of {task.name} there; looked for {looked}")
 
 
-def download(
-    repo: str, choose: Callable[[list[str]], list[str]], revision: str | None = None
-) -> tuple[list[Path], str]:
-    """Files of a dataset repository that `choose` picks from the list of all names -> (local paths, commit).
-
-    Where the hub cannot be reached the list is that of the cached snapshot. UsageError for whatever keeps the files
-    from coming.
-    """
+def download(repo: str, choose: Callable[[list[str]], list[str]], revision=None) -> tuple[list[Path], str]:
+    """Files of a dataset repository that `choose` picks from all names (offline: the cached) -> (paths, commit)."""
     from huggingface_hub import HfApi, errors, snapshot_download
 
     get, note = partial(snapshot_download, repo, repo_type="dataset", revision=revision), ""
@@ -146,27 +138,21 @@ def read_archive(repo: str, name: str, sha256: str, member: str) -> tuple[list[R
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         inside = next(entry for entry in archive.namelist() if PurePosixPath(entry).name == member)
         lines = archive.read(inside).decode("latin-1").split("\n")
-    labels = {"negative": 0, "neutral": 1, "positive": 2}
     pairs = [line.rstrip("\r").rpartition("@") for line in lines if line.strip()]
-    columns = [{"sentence": sentence, "label": labels[label]} for sentence, _, label in pairs]
+    places = {"negative": 0, "neutral": 1, "positive": 2}
+    columns = [{"sentence": sentence, "label": places[label]} for sentence, _, label in pairs]
     rows = [Row(f"{name}:{i}", each) for i, each in enumerate(columns, 1)]
     return rows, {"source": "hub", "hub": repo, "revision": commit, "files": [name]}
 
 
-def custom_task(
-    path: str | Path,
-    prompt_column: str,
-    answer_column: str,
-    template: str | None = None,
-    eval_path: str | Path | None = None,
-) -> Task:
+def custom_task(path: str | Path, prompt: str, answer: str, template: str | None = None, eval_path=None) -> Task:
     """The task (`own_task`) of a user's file: `load_examples` works on it as on any other. Its name is the file's.
 
     Without `eval_path`, the last 20 % (at least 20, at most half and 500) of the shuffled rows without repeated prompts
     are held out. UsageError for whatever is wrong with the rows or the template.
     """
     file, rows = Path(path), read_rows(Path(path))
-    task = own_task(rows, str(path), prompt_column, answer_column, template)
+    task = own_task(rows, str(path), prompt, answer, template)
     prompts = len({fill(task.prompt, row) for row in rows})
     held = min(max(prompts // 5, 20), prompts // 2, EVAL)
     steps = ("unique", "shuffle", "filter", *(() if eval_path else ("split",)))

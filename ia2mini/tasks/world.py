@@ -36,10 +36,8 @@ class Toy:
 def both(name: str, attribute="", labels=(), style: str = "review", ood: str = "verse", **more) -> tuple[Toy, Toy]:
     """A task and its out-of-distribution evaluation: another style (sums: another wording), all templates unseen."""
     there = f"{name}-{ood}"
-    return (
-        Toy(name, attribute, labels, style, evals=(name, there), **more),
-        Toy(there, attribute, labels, ood, unseen=True, evals=(there,), **more),
-    )
+    task = Toy(name, attribute, labels, style, evals=(name, there), **more)
+    return task, Toy(there, attribute, labels, ood, unseen=True, evals=(there,), **more)
 
 
 TWO = ("0", "1")
@@ -98,11 +96,7 @@ def sum_answer(a: int, b: int, minus: bool, format: str) -> str:
 
 
 def rows(name: str, role: str) -> list[dict[str, str | int]]:
-    """The rows of a toy task: 2,000 for role "train", 500 for "eval", no two alike, the same at every call.
-
-    Columns `text` and `label` (index into the task's labels), or `question` and `answer`. KeyError for an unknown name
-    or role.
-    """
+    """The rows of a toy task: 2,000 for role "train", 500 for "eval", no two alike, the same at every call."""
     task = {toy.name: toy for toy in TOY_TASKS}[name]
     rng = random.Random(f"{name}/{role}")
     found: dict[str, dict[str, str | int]] = {}
