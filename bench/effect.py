@@ -5,7 +5,6 @@ from pathlib import Path
 from statistics import fmean
 
 from ia2mini.cli import progress
-from ia2mini.subject import open_subject
 from ia2mini.options import Options
 from ia2mini.report.summary import average, interval, paired
 from ia2mini.study import compare

@@ -134,7 +134,8 @@ def gate(subject: Subject, tasks: int, options: FitOptions) -> Result:
 
 
 def about(options: FitOptions) -> str:
-    return f"at most {options.epochs} epochs, rates {options.rates}, {options.folds} folds, {torch.get_num_threads()} threads"
+    threads = f"{torch.get_num_threads()} threads"
+    return f"at most {options.epochs} epochs, rates {options.rates}, {options.folds} folds, {threads}"
 
 
 def fit(part: str, seeds: int, tasks: int, epochs: int) -> list[Result]:

@@ -1,4 +1,4 @@
-"""`collect`: the teacher's pass over long answers; `icl`: queries behind demonstrations; `generate`: greedy decoding."""
+"""`collect`: the teacher's pass over long answers; `icl`: queries behind demonstrations; `generate`: decoding."""
 
 import torch
 from ia2mini.models.common import Taps

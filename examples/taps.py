@@ -7,9 +7,9 @@ import sys
 
 import torch
 import transformers
+from ia2mini.models.checkpoint import locate
 
 from ia2mini import Taps, load
-from ia2mini.models.checkpoint import locate
 
 folder = locate(sys.argv[1] if len(sys.argv) > 1 else "tiny")
 model, tokenizer = load(folder)

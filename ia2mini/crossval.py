@@ -150,7 +150,7 @@ class CrossValidation:
         return self.fits[method]
 
     def score(self, student: Callable, prompts: list[list[int]], number: int, runs: int = 1) -> Tensor:
-        """Log-probabilities [runs, n, C] of the labels of a fold's held-out rows, or of their true answers [runs, n, 1].
+        """Log-probabilities [runs, n, C] of the labels of held-out rows, or of their true answers [runs, n, 1].
 
         With a context minus the KL from the teacher, who sees it, [runs, n, 1].
         """
@@ -209,7 +209,7 @@ class CrossValidation:
         return found
 
     def candidate(self, name: str) -> Candidate:
-        """`name` with, for each fold, the rate that is best on the rows of all other folds: no row chooses for itself."""
+        """`name` with, for each fold, the rate that is best on all other folds: no row chooses for itself."""
         every = self.once(f"held-out-{name}", lambda: {"scores": self.held_out(name)})["scores"]
         losses = row_losses(every, self.gold)  # [rates, n]
         nested, picks = torch.empty_like(every[0]), []
@@ -223,7 +223,7 @@ class CrossValidation:
         return Candidate(name, nested, row_losses(nested, self.gold, temperature), temperature, rate, tuple(picks))
 
     def probe(self) -> Candidate | None:
-        """A linear map (L2-regularised logistic regression) on the base's last hidden state; None without scikit-learn."""
+        """L2-regularised logistic regression on the base's last hidden state; None without scikit-learn."""
         try:
             from sklearn.linear_model import LogisticRegression
             from sklearn.preprocessing import StandardScaler
@@ -243,7 +243,7 @@ class CrossValidation:
         return Candidate("probe", scores, row_losses(scores, self.gold))
 
     def final(self, winner: Candidate) -> Tensor:
-        """Weights [1, M] of the winner trained on every row, each phase for as long, in epochs, as was best in the folds."""
+        """Weights [1, M] of the winner trained on every row, each phase for the epochs that were best in the folds."""
         rows, o, rate = self.rows, self.options, winner.rate
         rng = seeded(o.seed, len(self.folds), "final")
         everything = Episode(
@@ -265,7 +265,7 @@ class CrossValidation:
 
 
 def choose(candidates: dict[str, Candidate]) -> str:
-    """What to ship: "base", no adapter, where nothing is better; SFT, unless another method is better by more than chance.
+    """What to ship: "base", no adapter, where nothing is better; SFT, unless another is better by more than chance.
 
     Better is a lower held-out loss; more than chance: by `SURE` standard errors of the rows' paired differences. On
     generated tasks (`python -m bench fit`) this harms less often than the lowest loss alone.

@@ -50,7 +50,7 @@ def fit(
     keep: Path | None = None,
     bar: Callable = lambda label, total: tqdm(disable=True),
 ) -> Predictor:
-    """Cross-validate on `rows`, choose, train the choice on all: a Predictor with `.report`, `.predict(rows)`, `.save(dir)`.
+    """Cross-validate on `rows`, choose, train that on all: a Predictor (`.report`, `.predict(rows)`, `.save(dir)`).
 
     With `options.context` the rows need no answers: they are the queries that the model answers when it sees that text.
     `unlabelled` rows join IA2's queries: the teacher answers them. With `keep`, a folder, an interrupted fit goes on.

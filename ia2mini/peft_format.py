@@ -102,7 +102,7 @@ def read_adapter(folder: Path, model: nn.Module) -> tuple[Adapter, Tensor]:
 
 
 def targeted(config: dict, model: nn.Module) -> set[str]:
-    """The maps that peft's configuration names: endings or a pattern, less those excluded, in the layers it asks for."""
+    """The maps that peft's configuration names: endings or a pattern, less those excluded, in its layers."""
 
     def named(wanted: str | list | None, name: str) -> bool:
         if isinstance(wanted, str):

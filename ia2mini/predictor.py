@@ -134,7 +134,7 @@ class Predictor:
         return found
 
     def canary(self, kept: dict | None = None) -> dict:
-        """Next tokens of a prompt (the likeliest, or as `kept`) and their log-probabilities, with and without adapter."""
+        """Next tokens of a prompt (the likeliest, or as `kept`) and their log-probabilities, with and without it."""
         ids = torch.tensor([self.subject.tokenizer.encode(self.chat(self.spec["example"]))])
         found = {"dtype": str(next(self.subject.model.parameters()).dtype).removeprefix("torch.")}
         for name, wanted in (("base", False), ("adapted", True)):

@@ -8,7 +8,7 @@ import pytest
 from ia2mini import UsageError
 from ia2mini.tasks import all_tasks, find_task, load_examples
 from ia2mini.tasks.answers import PARSERS
-from ia2mini.tasks.catalog import PREPARE, all_tasks, arrange, shuffled
+from ia2mini.tasks.catalog import PREPARE, arrange, shuffled
 from ia2mini.tasks.rows import Row
 
 # The first indices of datasets.Dataset.from_dict({"i": range(n)}).shuffle(seed=42), datasets 5.2.0.

@@ -26,8 +26,8 @@ import ia2mini.runs
 import ia2mini.train
 from ia2mini.adapters import LoRA, adapted
 from ia2mini.cli import main
-from ia2mini.subject import open_subject as load_subject
 from ia2mini.methods import METHODS
+from ia2mini.subject import open_subject as load_subject
 
 SMALL = "--n 4 --sets 2 --rates 1e-2,3e-2 --epochs 3 --eval-rows 10 --device cpu".split()
 PROGRAM = [sys.executable, "-c", "from ia2mini.cli import main; main(prog_name='ia2mini')"]

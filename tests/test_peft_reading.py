@@ -6,12 +6,12 @@ import shutil
 import peft
 import pytest
 import torch
+from ia2mini.models import load
 from mistakes import refused
 from reference import make_checkpoint, random_ids, upstream
 from safetensors.torch import load_file, save_file
 
 from ia2mini.adapters import IA3, LoRA, PrefixTuning, Prompt, adapted
-from ia2mini.models import load
 from ia2mini.peft_format import read_adapter, save_adapter
 
 QKV, MLP = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "down_proj"]

@@ -15,10 +15,10 @@ import torch
 
 import ia2mini
 from ia2mini import UsageError, study
-from ia2mini.subject import open_subject as load_subject
 from ia2mini.methods import METHODS
 from ia2mini.options import TINY_RATES, Options
 from ia2mini.study import compare
+from ia2mini.subject import open_subject as load_subject
 from ia2mini.tasks import find_task
 
 EVERY = ("base", "icl", "sft", "ia2", "ia2-sft", "ia2+sft")

@@ -1,10 +1,10 @@
 """Rows without answers in a study: the teacher answers them, only IA2 trains on them."""
 
 import pytest
+from ia2mini.models.checkpoint import load
 
 from ia2mini import UsageError
 from ia2mini.episode import draw_episode
-from ia2mini.models.checkpoint import load
 from ia2mini.options import Options
 from ia2mini.report.summary import parts
 from ia2mini.study import compare

@@ -1,4 +1,4 @@
-"""What a person should know about a fitted adapter: one sentence, a small table, per-class figures, every held-out row."""
+"""What a person should know about a fitted adapter: a sentence, a small table, per-class figures, held-out rows."""
 
 import json
 import math
@@ -72,7 +72,7 @@ def sentence(report: dict) -> str:
         return f"{100 * one['acc'][0]:.0f} % right" + (f", ECE {one['ece'][0]:.2f}" if "ece" in one else "")
 
     if "kl" in report:
-        text = f"{LABELS[chosen]} answers as the model does that sees the context: {100 * found[chosen]['acc'][0]:.0f} % of"
+        text = f"{LABELS[chosen]} answers as the model that sees the context: {100 * found[chosen]['acc'][0]:.0f} % of"
         text += f" {count(n, 'held-out prompt')}, KL {report['kl'][chosen]:.2f} nats a token"
         text += f" (base {100 * found['base']['acc'][0]:.0f} %, {report['kl']['base']:.2f})"
         return f"{text}. A query costs {report['tokens']['query']:.0f} tokens instead of {report['tokens']['icl']:.0f}."
@@ -184,8 +184,8 @@ tags: [ia2mini, {method}]
 
 {sentence}
 
-Fitted by [ia2mini](https://arxiv.org/abs/2509.22621) {version}: `{command}`. Prompt template, labels, temperature and all
-held-out numbers are in `ia2mini.json`, every held-out row in `held_out.jsonl`, the report in `report.html`.
+Fitted by [ia2mini](https://arxiv.org/abs/2509.22621) {version}: `{command}`. Template, labels, temperature and held-out
+numbers are in `ia2mini.json`, every held-out row in `held_out.jsonl`, the report in `report.html`.
 
 The prompt is {template!r}; the answer follows it at once.
 
