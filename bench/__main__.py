@@ -1,4 +1,4 @@
-"""`python -m bench [collect|step|cell|icl|generate|kernel|memory|load|scale|effect|pretrain]`; `--help` tells more."""
+"""`python -m bench [collect|step|cell|icl|generate|kernel|memory|load|scale|effect|fit|pretrain]`; `--help` tells more."""
 
 import time
 import warnings
@@ -12,6 +12,7 @@ from ia2mini.cli import Commands, keep_freed_memory
 
 from . import inference, resources, training
 from .effect import SIZES, effect
+from .fit import fit
 from .report import Result, finish, show
 from .scale import scale
 from .shapes import SHAPES, stand
@@ -107,7 +108,7 @@ def main(context, **asked):
     """How fast ia2mini is, against transformers with peft as (a) the paper's scripts use them and (b) used well.
 
     Without a command: every bench of speed; on two cores about a quarter of an hour. `effect` asks what IA2 brings,
-    `pretrain` makes models/tiny.
+    `fit` whether what is shipped harms anyone, `pretrain` makes models/tiny.
     """
     if context.invoked_subcommand is None:
         several(BENCHES, **asked)
@@ -149,6 +150,20 @@ def effect_command(model, sizes, sets, part, eval_rows, sum_rows, save):
     show(result)
     asked = f"--model {model} --n {sizes} --sets {sets} --part {part} --eval-rows {eval_rows} --sum-rows {sum_rows}"
     finish([result], f"python -m bench effect {asked}", save, name=f"effect-{part}")
+
+
+@main.command("fit", help=fit.__doc__)
+@click.option("--part", type=click.Choice(["all", "sft", "gate"]), default="all", show_default=True)
+@click.option("--seeds", default=10, show_default=True)
+@click.option("--tasks", default=100, show_default=True)
+@click.option("--epochs", default=30, show_default=True)
+@click.option("--save", is_flag=True)
+def fit_command(part, seeds, tasks, epochs, save):
+    results = fit(part, seeds, tasks, epochs)
+    for result in results:
+        show(result)
+    asked = f"--part {part} --seeds {seeds} --tasks {tasks} --epochs {epochs}"
+    finish(results, f"python -m bench fit {asked}", save, name=f"fit-{part}")
 
 
 @main.command("pretrain")

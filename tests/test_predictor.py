@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import peft
@@ -51,7 +52,8 @@ def saved(subject, tmp_path_factory):
             folder = tmp_path_factory.mktemp("fitted") / f"{adapter}-{labels}"
             rate = RATES[adapter] if labels == "single" or adapter != "lora" else 3e-2
             options = replace(QUICK, adapter=adapter, rates=(rate,))
-            fitted = fit(toy_rows(12, LABELS[labels], start=4), subject, options)
+            with patch("ia2mini.fitting.choose", lambda candidates: "sft"):  # whatever the gate says: to be loaded
+                fitted = fit(toy_rows(12, LABELS[labels], start=4), subject, options)
             fitted.save(folder)
             known[adapter, labels] = fitted, folder
         return known[adapter, labels]
