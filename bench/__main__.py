@@ -1,4 +1,4 @@
-"""`python -m bench [collect|step|cell|icl|generate|kernel|memory|load|scale|effect|fit|pretrain]`; `--help` tells more."""
+"""`python -m bench [BENCH]`: how fast, against whom, and what IA2 brings; `--help` tells more."""
 
 import time
 import warnings
