@@ -218,12 +218,16 @@ def load_adapter(folder: str | Path, subject: Subject | None = None, **spec) -> 
     folder = Path(folder)
     subject = subject or open_subject(base_name(folder))
     kept = read_json(folder / SPEC) if (folder / SPEC).is_file() else None
-    adapter, theta = None, None
-    if not whole(folder) and (kept is None or kept["method"] != "base"):
-        adapter, theta = read_adapter(folder, subject.model)
-    predictor = Predictor(subject, adapter, theta, FOREIGN | (kept or {}) | spec, (kept or {}).get("report", {}))
-    if kept:
-        predictor.check(folder)
+    try:
+        adapter, theta = None, None
+        if not whole(folder) and (kept is None or kept["method"] != "base"):
+            adapter, theta = read_adapter(folder, subject.model)
+        predictor = Predictor(subject, adapter, theta, FOREIGN | (kept or {}) | spec, (kept or {}).get("report", {}))
+        if kept:
+            predictor.check(folder)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        broken = f"damaged, or written by another version ({type(error).__name__}: {error})"
+        raise UsageError(f"{folder / SPEC}: {broken}; fit the adapter again") from None
     return predictor
 
 

@@ -19,7 +19,7 @@ from mistakes import refused
 from reference import make_checkpoint, upstream
 from safetensors.torch import load_file, save_file
 
-from ia2mini import FitOptions, fit, load_adapter, open_subject
+from ia2mini import FitOptions, UsageError, fit, load_adapter, open_subject
 from ia2mini.cli import main
 from ia2mini.tasks import world
 
@@ -256,3 +256,14 @@ def test_emoji_numbers_and_no_rows(saved):
     assert found["text"] == "good 🙂 東京" and sum(found["probabilities"].values()) == pytest.approx(1)
     assert next(fitted.predict([{"text": 5}]))["text"] == 5
     assert list(fitted.predict([])) == [] and run("predict", folder, "-", input="").stdout == ""
+
+
+def test_a_damaged_description_is_one_line(saved, tmp_path):
+    _, folder = saved()
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    spec = json.loads((copy / "ia2mini.json").read_text())
+    for field, value in (("method", None), ("canary", 3), ("canary", {})):
+        broken = {key: v for key, v in spec.items() if value is not None or key != field}
+        (copy / "ia2mini.json").write_text(json.dumps(broken | ({field: value} if value is not None else {})))
+        with pytest.raises(UsageError, match="fit the adapter again"):
+            load_adapter(copy)
