@@ -18,7 +18,7 @@ from .adapters import adapted, make_adapter
 from .batch import Row, truth_row
 from .episode import Episode, balanced, draw_folds, seeded, with_demonstrations
 from .evaluate import Scoring, answer_scores, label_scores, last_states, share_prefix
-from .generate import Decoding, generate
+from .generate import STOP, Decoding, generate
 from .methods import BEGINS_WITH, METHODS, Grid
 from .metrics import fit_temperature, row_losses
 from .models.common import device_of
@@ -28,7 +28,7 @@ from .tasks import Example, Task
 from .teacher import Asked, observe, teach
 from .train import Settings, Trained
 
-SURE = 1.5  # standard errors by which another method must beat SFT
+SURE = 1.0  # standard errors by which another method must beat SFT
 LEAST, ALONE = 4, 10  # rows that cross-validation needs; up to this many are left out one at a time
 BY_TEACHER = ("ia2", "ia2+sft", "soft", "sft-ia2")  # methods whose last phase trains on what the teacher says
 SOFT_K = 1024  # likeliest tokens of a distribution that is matched
@@ -73,6 +73,7 @@ class CrossValidation:
         self.labels = subject.tokenizer.label_tokens(rows[0].prompt, task.labels) if task.labels else []
         longest = max(map(len, self.labels)) if task.labels else task.max_tokens
         self.max_tokens = longest + (bool(task.labels) and longest > 1)  # EOS
+        self.stop = None if options.chat else STOP
         self.gold = torch.tensor([row.label or 0 for row in rows])
         self.adapter = make_adapter(subject.model, options)
         self.rates = options.rates or (TINY_RATES if subject.name == "tiny" else RATES)[options.adapter]
@@ -127,7 +128,7 @@ class CrossValidation:
     def grid(self, episodes: list[Episode], rates, settings: Settings) -> Grid:
         """Every episode with every rate, after the teacher's pass over them."""
         o, subject = self.options, self.subject
-        asked = Asked(self.max_tokens, SOFT_K if "soft" in o.methods else None, list(o.layers) or None)
+        asked = Asked(self.max_tokens, SOFT_K if "soft" in o.methods else None, list(o.layers) or None, self.stop)
         with self.bar("collecting", sum(len(e.demonstrations) for e in episodes)) as bar:
             sets = [teach(subject.model, subject.tokenizer, e, asked, bar.update) for e in episodes]
         return Grid(subject.model, self.adapter, sets, rates, seed=o.seed, settings=settings, progress=self.training)
@@ -203,7 +204,9 @@ class CrossValidation:
         with self.bar(f"answers of {candidate.name}", len(self.rows)) as bar:
             for number, (fold, pick) in enumerate(zip(self.folds, candidate.picks)):
                 with self.student(candidate.name, number, slice(pick, pick + 1)) as (student, prompts):
-                    ids = generate(student, self.subject.tokenizer, prompts, Decoding(self.max_tokens), bar.update)
+                    ids = generate(
+                        student, self.subject.tokenizer, prompts, Decoding(self.max_tokens, self.stop), bar.update
+                    )
                 for i, response in zip(fold.test, ids):
                     found[i] = self.subject.tokenizer.decode(response)
         return found

@@ -45,7 +45,7 @@ def fit(
     rows: str | Path | list[dict],
     subject: Subject,
     options: FitOptions | None = None,
-    columns: Columns = GUESSED,
+    columns: Columns | tuple = GUESSED,
     unlabelled: str | Path | list[dict] = (),
     keep: Path | None = None,
     bar: Callable = lambda label, total: tqdm(disable=True),
@@ -59,7 +59,7 @@ def fit(
         fitted = fit("tickets.csv", open_subject("llama-3.2-1b"))
         print(fitted.report["sentence"])
     """
-    options = options or FitOptions()
+    options, columns = options or FitOptions(), Columns(*columns)
     rows, task = read_own(rows, columns, bool(options.context))
     chat = ChatTemplate(subject.folder, subject.tokenizer) if options.chat else str
     if columns.template is None and not options.chat and not options.context:
@@ -69,14 +69,19 @@ def fit(
     else:
         examples = [replace(e, prompt=chat(e.prompt)) for e in map(task.example, rows)]
     examples = list(dict.fromkeys(examples))
-    if not task.labels:
+    if options.context:
+        task = replace(task, max_tokens=options.max_tokens)
+    elif not task.labels:
         longest = max(len(subject.tokenizer.encode_answer(e.prompt, e.answer)) for e in examples)
         task = replace(task, max_tokens=longest + 1)  # EOS
     more = [Example(chat(fill(task.prompt, row)), "") for row in as_rows(unlabelled)]
     cv = CrossValidation(subject, task, examples, options, more, bar=bar)
     if keep is not None:
         what = {"ia2mini": __version__, "options": asdict(options), "checkpoint": checkpoint_digest(subject.folder)}
-        what |= {"rows": [asdict(e) for e in examples + more], "dtype": str(next(subject.model.parameters()).dtype)}
+        what |= {
+            "rows": [(str(e.prompt), e.answer) for e in examples + more],
+            "dtype": str(next(subject.model.parameters()).dtype),
+        }
         cv.once = RunFolder(keep, "unfinished", what).once
     fitted = conclude(cv)
     fitted.report["remarks"] += remarks(rows, task, examples)
@@ -89,7 +94,7 @@ def read_own(
     """One's own rows, and the task that they describe; `queries` have no answers. Raises UsageError."""
     if not (rows := as_rows(rows)):
         raise UsageError("no rows to fit")
-    name = Path(re.split(r":| row ", rows[0].where)[0]).stem
+    name = Path(re.split(r":| ?row ", rows[0].where)[0]).stem or "rows"
     return rows, queries_task(rows, name, *columns) if queries else own_task(rows, name, *columns)
 
 
@@ -97,7 +102,7 @@ def answered(prompts: list[str], subject: Subject, options: FitOptions) -> list[
     """What the model answers to each prompt when it sees the context before it."""
     shown, tokenizer = [Example(options.context, "")], subject.tokenizer
     model, ids = share_prefix(subject.model, tokenizer, [shown], prompts)
-    stop = None if options.chat else STOP
+    stop = None if options.chat else STOP  # a turn ends by its own token
     return [
         Example(prompt, tokenizer.decode(response))
         for prompt, response in zip(prompts, generate(model, tokenizer, ids, Decoding(options.max_tokens, stop)))
@@ -117,7 +122,7 @@ def conclude(cv: CrossValidation) -> Predictor:
         theta = cv.once("final", lambda: {"theta": cv.final(chosen)})["theta"].to(device_of(cv.subject.model))
     shown = cv.shown(cv.rows, seeded(o.seed, len(cv.folds), "icl"))
     spec = {"template": task.prompt, "answer_column": task.label, "labels": list(task.labels), "parser": task.parser}
-    spec |= {"max_tokens": cv.max_tokens, "stop": STOP, "method": chosen.name, "temperature": chosen.temperature}
+    spec |= {"max_tokens": cv.max_tokens, "stop": cv.stop, "method": chosen.name, "temperature": chosen.temperature}
     spec |= {"rate": cv.rates[chosen.rate] if adapter else None, "example": question(cv.rows[0].prompt)}
     spec["demonstrations"] = [{"prompt": question(e.prompt), "answer": e.answer} for e in shown]
     spec |= {"chat": o.chat, "context": bool(o.context)}
@@ -147,6 +152,8 @@ def make_report(cv: CrossValidation, candidates: dict[str, Candidate], chosen: C
             verdicts = candidate.scores.argmax(-1) == gold if task.labels else right
             for row, answer, p, hit in zip(held, said, sure.max(-1).values.tolist(), verdicts.tolist()):
                 row |= {"said": answer, "confidence": p, "right": hit}
+            for row, p in zip(held, sure.tolist() if task.labels else ()):
+                row["probabilities"] = dict(zip(task.labels, p))
     query = fmean(cv.length(row) for row in cv.rows)
     shown = fmean(sum(cv.tokens(f"{e.prompt}{e.answer}\n\n") for e in fold.icl[0]) for fold in cv.folds)
     about = {"name": task.name, "model": cv.subject.name, "rows": len(cv.rows), "folds": len(cv.folds)}

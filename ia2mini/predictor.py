@@ -117,7 +117,7 @@ class Predictor:
         with nullcontext(model) if shown else self.student() as student:
             if spec["labels"]:
                 return self.answer_labels(student, prompts, ids)
-            how = Decoding(spec["max_tokens"], None if spec["chat"] else spec["stop"])
+            how = Decoding(spec["max_tokens"], spec["stop"])
             responses = generate(student, tokenizer, ids, how)
             ended = [response + list(tokenizer.eos_ids[:1]) for response in responses]
             sure = answer_scores(student, [IdsRow(p, r) for p, r in zip(ids, ended)])[0].exp().tolist()
