@@ -137,6 +137,11 @@ def keep_freed_memory() -> None:
     mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
+def typed() -> str:
+    """The command as it was typed, for reports."""
+    return " ".join(["ia2mini", *sys.argv[1:]])
+
+
 def progress(label: str, total: int):
     """A bar on stderr with the time that remains; where that is no terminal, a line when a phase begins."""
     from tqdm import tqdm
@@ -175,8 +180,7 @@ def run(names, model, device, dtype, revision, compiling, checkpointing, **given
     for option in ("n", "methods"):
         if not given[option]:
             raise UsageError(f"--{option}: give at least one")
-    if bad := [rate for rate in given["rates"] if not 0 < rate < float("inf")]:
-        raise UsageError(f"--rates {bad[0]:g}: a learning rate is a positive number")
+    options = Options(**given)
     if bad := [form for form in shown["figures"] if form not in ("png", "pdf", "svg")]:
         raise UsageError(f"--figures {bad[0]}: unknown format; figures are written as png, pdf, svg")
     unnamed = click.get_current_context().get_parameter_source("model").name == "DEFAULT"
@@ -192,8 +196,8 @@ def run(names, model, device, dtype, revision, compiling, checkpointing, **given
     from .report.summary import count
     from .study import compare
 
-    document, folder = compare(chosen, subject, Options(**given), **where, bar=progress)
-    drawn = write_report(document, folder, " ".join(["ia2mini", *sys.argv[1:]]), shown["figures"])
+    document, folder = compare(chosen, subject, options, **where, bar=progress)
+    drawn = write_report(document, folder, typed(), shown["figures"])
     show(document, shown["full"])
     figures = count(len(drawn), "figure") if drawn else "no figures (pip install 'ia2mini[report]')"
     adapters = count(len(document["adapters"]), "adapter")

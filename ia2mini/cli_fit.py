@@ -9,11 +9,10 @@ from pathlib import Path
 import click
 
 from . import UsageError
-from .cli import file_option, main, many, model_options, options_of, prepare, progress
+from .cli import file_option, main, many, model_options, options_of, prepare, progress, typed
 from .options import FitOptions
 
 GUESS = "  [default: guessed from the header]"
-COMMAND = " ".join(["ia2mini", *sys.argv[1:]])
 adapter_options = many(
     click.argument("adapter", type=click.Path(path_type=Path, exists=True, file_okay=False)),
     click.option("--model", help="base model  [default: the one that the adapter names]"),
@@ -45,8 +44,8 @@ def fit(rows, model, device, dtype, revision, unlabelled, context, prompts, out,
       ia2mini predict tickets new.csv > answers.jsonl
       ia2mini fit --context policy.txt --prompts queries.jsonl --model llama-3.2-1b-instruct --chat --out policy
 
-    Every method and rate is cross-validated side by side; the one with the lowest held-out loss is trained on all rows.
-    Where nothing beats the base model, no adapter is shipped.
+    Every method and rate is cross-validated side by side. SFT is trained on all rows, or what has a held-out loss lower
+    than SFT's by more than chance; where nothing beats the base model, no adapter is shipped.
     """
     from .fitting import Columns, read_own
     from .fitting import fit as fit_rows
@@ -59,13 +58,13 @@ def fit(rows, model, device, dtype, revision, unlabelled, context, prompts, out,
     text = context.read_text(encoding="utf-8").strip() if context else ""
     if context and not text:
         raise UsageError(f"{context}: the file is empty")
-    read_own(rows or prompts, columns, bool(context))  # its mistakes show before a model is loaded
+    options = FitOptions(**given, context=text)
+    own, _ = read_own(rows or prompts, columns, bool(context))  # its mistakes show before a model is loaded
     subject = open_subject(model, device, dtype, revision)
     prepare(subject.model, None, False)
-    options = FitOptions(**given, context=text)
-    fitted = fit_rows(rows or prompts, subject, options, columns, unlabelled or (), keep=out, bar=progress)
+    fitted = fit_rows(own, subject, options, columns, unlabelled or (), keep=out, bar=progress)
     fitted.save(out)
-    write_fit_report(fitted, out, COMMAND)
+    write_fit_report(fitted, out, typed())
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished)
     click.echo(write_fit_table(fitted.report))
@@ -76,7 +75,7 @@ def fit(rows, model, device, dtype, revision, unlabelled, context, prompts, out,
 
 def read_new(rows: str, strict: bool) -> Iterator:
     """Rows of a file; of JSONL and standard input line by line, where a wrong line is told on stderr and left out."""
-    from .tasks.rows import Row, read_rows
+    from .tasks.rows import as_row, parse_json, read_rows
 
     path = Path(rows)
     if rows != "-" and (path.suffix.lower() != ".jsonl" or not path.is_file()):
@@ -86,12 +85,10 @@ def read_new(rows: str, strict: bool) -> Iterator:
         for number, line in enumerate(lines, 1):
             try:
                 if line.strip():
-                    columns = json.loads(line)
-                    if not isinstance(columns, dict):
-                        raise ValueError("one object a line is expected")
-                    yield Row(f"{rows}:{number}", columns)
-            except (ValueError, RecursionError) as error:
-                complain(UsageError(f"{rows}:{number}: not JSON ({error})"), strict)
+                    where = f"{rows}:{number}"
+                    yield as_row(where, parse_json(line, where, "one object a line is expected"))
+            except UsageError as error:
+                complain(error, strict)
 
 
 def complain(error: UsageError, strict: bool) -> None:

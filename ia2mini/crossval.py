@@ -17,22 +17,21 @@ from . import UsageError
 from .adapters import adapted, make_adapter
 from .batch import Row, truth_row
 from .episode import Episode, balanced, draw_folds, seeded, with_demonstrations
-from .evaluate import Scoring, answer_scores, label_scores, last_states, share_prefix
+from .evaluate import TINIEST, Scoring, answer_scores, label_scores, last_states, share_prefix
 from .generate import STOP, Decoding, generate
 from .methods import BEGINS_WITH, METHODS, Grid
 from .metrics import fit_temperature, row_losses
 from .models.common import device_of
-from .options import RATES, TINY_RATES, FitOptions
+from .options import FitOptions
 from .subject import Subject
 from .tasks import Example, Task
-from .teacher import Asked, observe, teach
+from .teacher import Asked, label_tokens_at_most, observe, teach
 from .train import Settings, Trained
 
 SURE = 1.0  # standard errors by which another method must beat SFT
 LEAST, ALONE = 4, 10  # rows that cross-validation needs; up to this many are left out one at a time
 BY_TEACHER = ("ia2", "ia2+sft", "soft", "sft-ia2")  # methods whose last phase trains on what the teacher says
 SOFT_K = 1024  # likeliest tokens of a distribution that is matched
-TINIEST = torch.finfo(torch.float32).tiny
 
 
 @dataclass
@@ -64,19 +63,17 @@ class CrossValidation:
         prompts = len({row.prompt for row in rows})
         if unknown := [name for name in options.methods if name not in METHODS]:
             raise UsageError(f"--methods {unknown[0]}: unknown; beside base and ICL can be tried {', '.join(METHODS)}")
-        if bad := [rate for rate in options.rates if not 0 < rate < float("inf")]:
-            raise UsageError(f"--rates {bad[0]:g}: a learning rate is a positive number")
         if prompts < LEAST:
             raise UsageError(
                 f"{prompts} rows with different prompts: cross-validation needs at least {LEAST}; add rows"
             )
         self.labels = subject.tokenizer.label_tokens(rows[0].prompt, task.labels) if task.labels else []
-        longest = max(map(len, self.labels)) if task.labels else task.max_tokens
-        self.max_tokens = longest + (bool(task.labels) and longest > 1)  # EOS
+        self.max_tokens = label_tokens_at_most(self.labels) if task.labels else task.max_tokens
         self.stop = None if options.chat else STOP
         self.gold = torch.tensor([row.label or 0 for row in rows])
         self.adapter = make_adapter(subject.model, options)
-        self.rates = options.rates or (TINY_RATES if subject.name == "tiny" else RATES)[options.adapter]
+        self.rates = options.rates_for(subject.name)
+        self.lengths: dict[str, int] = {}  # text -> tokens: each is asked for in every fold
         self.fits: dict[str, Trained] = {}
         self.answers: dict[int, list[Row]] = {}
         parts = prompts if prompts <= ALONE else min(options.folds, prompts)
@@ -117,7 +114,9 @@ class CrossValidation:
         return kept
 
     def tokens(self, text: str) -> int:
-        return len(self.subject.tokenizer.encode(text))
+        if text not in self.lengths:
+            self.lengths[text] = len(self.subject.tokenizer.encode(text))
+        return self.lengths[text]
 
     @contextmanager
     def training(self, about: tuple[str, int, int]) -> Iterator[Callable]:
@@ -156,7 +155,7 @@ class CrossValidation:
         With a context minus the KL from the teacher, who sees it, [runs, n, 1].
         """
         if self.labels:
-            return label_scores(student, prompts, self.labels, Scoring(runs)).labels.clamp_min(TINIEST).log()
+            return label_scores(student, prompts, self.labels, Scoring(runs)).logarithms
         rows = [replace(row, prompt=prompt) for row, prompt in zip(self.targets(number), prompts)]
         return answer_scores(student, rows, runs)[..., None]
 

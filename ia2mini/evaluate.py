@@ -19,6 +19,8 @@ from .models.common import At, Taps, device_of
 from .tasks import Example
 from .tokenizer import Tokenizer
 
+TINIEST = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -41,6 +43,11 @@ class LabelScores:
     labels: Tensor  # [R, Q, C] probability of each label, of all that could be said
     outputs: Tensor | None = None  # [L, R, n, D] attention outputs of the first n prompts, on the device
     asim: Tensor | None = None  # [R, L] mean similarity to the attention outputs that were given
+
+    @property
+    def logarithms(self) -> Tensor:
+        """Of the labels' probabilities, [R, Q, C]; finite, also where one is zero."""
+        return self.labels.clamp_min(TINIEST).log()
 
 
 class LabelTree:

@@ -16,12 +16,12 @@ from .evaluate import Scoring, label_scores, layer_asim, share_prefix
 from .generate import STOP, Decoding, generate
 from .methods import BEGINS_WITH, METHODS, Grid, configs
 from .models.common import device_of
-from .options import BETAS, RATES, TINY_RATES, UNTRAINED, Options
-from .report.summary import chosen
+from .options import BETAS, UNTRAINED, Options
+from .report.summary import at_config, chosen
 from .runs import RunFolder
 from .subject import Subject
 from .tasks import Examples, Task, find_task, same_answer
-from .teacher import Asked, observe, teach
+from .teacher import Asked, label_tokens_at_most, observe, teach
 from .train import Settings, Trained
 
 
@@ -52,8 +52,7 @@ class Experiment:
         self.labels: dict[str, list[list[int]]] = {}  # of each evaluation; merging ones are found before any work
         for name, examples in evals.items() if self.labelled else ():
             self.labels[name] = subject.tokenizer.label_tokens(examples.rows[0].prompt, self.find(name).labels)
-        self.max_tokens = max(map(len, self.labels[task.name])) if self.labelled else task.max_tokens
-        self.max_tokens += self.labelled and self.max_tokens > 1  # EOS
+        self.max_tokens = label_tokens_at_most(self.labels[task.name]) if self.labelled else task.max_tokens
         if self.max_tokens > 1 and not subject.tokenizer.eos_ids:
             lack = "its answers end with EOS, but the checkpoint's config.json names no eos_token_id"
             raise UsageError(f"{task.name}: {lack}; add it there")
@@ -61,9 +60,10 @@ class Experiment:
         depth = subject.model.config.num_hidden_layers
         if bad := [layer for layer in o.layers if not 0 <= layer < depth]:
             raise UsageError(f"--layers {bad[0]}: this model has layers 0 to {depth - 1}")
-        self.rates = o.rates or (TINY_RATES if subject.name == "tiny" else RATES)[o.adapter]
+        self.rates = o.rates_for(subject.name)
         self.betas = o.betas or BETAS[subject.model.config.model_type]
         self.references: dict[str, tuple] = {}
+        self.records: dict[str, list[dict]] = {}
 
     def find(self, name: str) -> Task:
         """The task called `name`; one's own needs no entry in the catalog."""
@@ -120,19 +120,20 @@ class Experiment:
 
     def training_records(self, method: str) -> list[dict]:
         """Rate, β, dev loss and steps of each of a method's runs."""
-        about, found, records = self.about | {"method": method}, self.trained(method), []
-        for r, (number, rate, beta) in enumerate(configs(method, len(self.episodes), self.rates, self.betas)):
-            record = {"set": number, "rate": rate, "beta": beta, "dev_loss": found.dev_loss[r].item()}
-            records.append(about | record | {"steps": int(found.steps[r])})
-        return records
+        if method not in self.records:
+            about, found, records = self.about | {"method": method}, self.trained(method), []
+            for r, (number, rate, beta) in enumerate(configs(method, len(self.episodes), self.rates, self.betas)):
+                record = {"set": number, "rate": rate, "beta": beta, "dev_loss": found.dev_loss[r].item()}
+                records.append(about | record | {"steps": int(found.steps[r])})
+            self.records[method] = records
+        return self.records[method]
 
     def reported(self, method: str) -> list[int]:
         """Which of a method's runs are scored: those of the rate (and β) that the dev loss chose, or all."""
         records = self.training_records(method)
         if self.setting.options.select != "dev":
             return list(range(len(records)))
-        pick = chosen(records, "dev")
-        return [r for r, record in enumerate(records) if (record["rate"], record["beta"]) == pick]
+        return at_config(records, chosen(records, "dev"))
 
     def prompts(self, name: str, number: int | None = None) -> tuple[Callable, list[list[int]]]:
         """The model and the prompts of an evaluation, without demonstrations or with those of set `number`."""

@@ -62,18 +62,17 @@ def fit(
     options, columns = options or FitOptions(), Columns(*columns)
     rows, task = read_own(rows, columns, bool(options.context))
     chat = ChatTemplate(subject.folder, subject.tokenizer) if options.chat else str
-    if columns.template is None and not options.chat and not options.context:
-        task = keep_apart(task, rows, subject.tokenizer)
     if options.context:
         examples = answered([chat(fill(task.prompt, row)) for row in rows], subject, options)
-    else:
-        examples = [replace(e, prompt=chat(e.prompt)) for e in map(task.example, rows)]
-    examples = list(dict.fromkeys(examples))
-    if options.context:
         task = replace(task, max_tokens=options.max_tokens)
-    elif not task.labels:
-        longest = max(len(subject.tokenizer.encode_answer(e.prompt, e.answer)) for e in examples)
-        task = replace(task, max_tokens=longest + 1)  # EOS
+    else:
+        if columns.template is None and not options.chat:
+            task = keep_apart(task, rows, subject.tokenizer)
+        examples = [replace(e, prompt=chat(e.prompt)) for e in map(task.example, rows)]
+        if not task.labels:
+            longest = max(len(subject.tokenizer.encode_answer(e.prompt, e.answer)) for e in examples)
+            task = replace(task, max_tokens=longest + 1)  # EOS
+    examples = list(dict.fromkeys(examples))
     more = [Example(chat(fill(task.prompt, row)), "") for row in as_rows(unlabelled)]
     cv = CrossValidation(subject, task, examples, options, more, bar=bar)
     if keep is not None:
@@ -163,13 +162,12 @@ def make_report(cv: CrossValidation, candidates: dict[str, Candidate], chosen: C
         "candidates": found,
         "remarks": [],
     }
-    if "sft" in candidates:
+    if "sft" in candidates and not cv.options.context:
         behind = candidates["icl"].losses - candidates["sft"].losses
         about["icl_behind"] = bool(behind.mean() > 1.96 * behind.std() / len(behind) ** 0.5)
     if task.labels:
         about |= classes(chosen.scores, gold, task.labels)
     if cv.options.context:
-        about["icl_behind"] = False
         about["kl"] = {name: one["nll"][0] for name, one in found.items()}
     return about | {"sentence": sentence(about), "held_out": held}
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from . import UsageError
+
 RATES = {"lora": (1e-4, 3e-4, 1e-3), "ia3": (1e-3, 1e-2, 1e-1)}  # protocol section 4; the others are ours
 RATES |= {"prompt": RATES["ia3"], "prefix": RATES["ia3"], "full": (1e-5, 3e-5, 1e-4)}
 TINY_RATES = RATES | {"lora": (1e-3, 3e-3, 1e-2), "full": (1e-4, 3e-4, 1e-3)}  # the embedded model is small: ten times
@@ -35,6 +37,14 @@ class TrainOptions:
     epochs: int = option(50, "at most", least=1)
     patience: int = option(5, "looks at the dev loss without improvement before a run stops", least=1)
     seed: int = option(0, "of every draw; 0 takes the sets of the paper's scripts")
+
+    def __post_init__(self):
+        if bad := [rate for rate in self.rates if not 0 < rate < float("inf")]:
+            raise UsageError(f"--rates {bad[0]:g}: a learning rate is a positive number")
+
+    def rates_for(self, model: str) -> tuple[float, ...]:
+        """The rates that were given, else the adapter's on a model of this name."""
+        return self.rates or (TINY_RATES if model == "tiny" else RATES)[self.adapter]
 
 
 @dataclass(frozen=True)

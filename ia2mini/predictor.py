@@ -17,7 +17,7 @@ from .adapters import Adapter, adapted
 from .batch import Row as IdsRow
 from .chat import ChatTemplate
 from .episode import with_demonstrations
-from .evaluate import Scoring, answer_scores, label_scores, share_prefix
+from .evaluate import answer_scores, label_scores, share_prefix
 from .files import finite, read_json, write_text
 from .generate import STOP, Decoding, generate
 from .models.checkpoint import load
@@ -29,7 +29,7 @@ from .tasks import Example
 from .tasks.rows import Row, fill
 
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
-SPEC, TOP, AT_ONCE, TINIEST = "ia2mini.json", 5, 64, torch.finfo(torch.float32).tiny
+SPEC, TOP, AT_ONCE = "ia2mini.json", 5, 64
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 ALLOWED = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.1}  # mean difference of a canary's log-probabilities
 
@@ -126,7 +126,7 @@ class Predictor:
     def answer_labels(self, student, prompts: list[str], ids: list[list[int]]) -> list[dict]:
         labels = self.spec["labels"]
         tokens = self.subject.tokenizer.label_tokens(self.chat(self.spec.get("example", prompts[0])), labels)
-        scores = label_scores(student, ids, tokens, Scoring()).labels[0].clamp_min(TINIEST).log()
+        scores = label_scores(student, ids, tokens).logarithms[0]
         found = []
         for row in (scores / self.spec["temperature"]).softmax(-1).tolist():
             best = max(range(len(labels)), key=row.__getitem__)

@@ -18,7 +18,7 @@ from .methods import METHODS
 from .metrics import accuracy, measure, subspace_overlap
 from .options import UNTRAINED, Options
 from .peft_format import save_adapter
-from .report.summary import chosen, summarise
+from .report.summary import at_config, chosen, summarise
 from .runs import RunFolder, checkpoint_digest, versions
 from .subject import Subject
 from .tasks import Task, find_task, load_examples
@@ -86,8 +86,7 @@ def pick(method: str, training: list[dict], runs: list[dict], select: str) -> li
     """A method's runs at the chosen rate (and β), one a set: indices on the R axis."""
     training = [record for record in training if record["method"] == method]
     judged = [r for r in runs if r["method"] == method and r["eval"] == r["task"]] if select == "eval" else training
-    config = chosen(judged, "eval" if select == "eval" else "dev")
-    return [r for r, record in enumerate(training) if (record["rate"], record["beta"]) == config]
+    return at_config(training, chosen(judged, "eval" if select == "eval" else "dev"))
 
 
 def score_records(experiment: Experiment, method: str, name: str) -> list[dict]:

@@ -83,6 +83,12 @@ def respond(model, tokenizer, rows: list[Row], prompts: list[list[int]], asked: 
     return rest
 
 
+def label_tokens_at_most(labels: list[list[int]]) -> int:
+    """Tokens of the longest label as a response: those of several tokens end with EOS."""
+    longest = max(map(len, labels))
+    return longest + (longest > 1)
+
+
 def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the k likeliest tokens and these tokens, [P, k] each, from logits [P, V]."""
     return logits.float().log_softmax(-1).topk(min(k, logits.shape[-1]))

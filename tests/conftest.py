@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from ia2mini.models.checkpoint import load
+from reference import make_checkpoint
 
 torch.set_num_threads(1)  # models here are tiny: threads would only wait for each other
 
@@ -21,3 +23,24 @@ def shared_data() -> Path:
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny random Qwen3 of two layers."""
+    return make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load(folder)[0]
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def tiny(request, tmp_path_factory):
+    """(folder, our model): Llama with biases, Qwen3 tied and with a head size of its own."""
+    changes = {"head_dim": 12, "tie_word_embeddings": True}
+    if request.param == "llama":
+        changes = {"attention_bias": True, "mlp_bias": True}
+    folder = make_checkpoint(tmp_path_factory.mktemp(request.param), request.param, **changes)
+    return folder, load(folder)[0]

@@ -25,18 +25,6 @@ PEFT = {
 ALL = PEFT | {"full": lambda m: Full(m)}
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
-def tiny(request, tmp_path_factory):
-    """(folder, our model) of a tiny random checkpoint; Llama with biases, Qwen3 with a head size of its own."""
-    changes = (
-        {"attention_bias": True, "mlp_bias": True}
-        if request.param == "llama"
-        else {"head_dim": 12, "tie_word_embeddings": True}
-    )
-    folder = make_checkpoint(tmp_path_factory.mktemp(request.param), request.param, **changes)
-    return folder, load(folder)[0]
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return load(make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3", num_hidden_layers=2))[0]

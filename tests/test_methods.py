@@ -5,26 +5,14 @@ from functools import partial
 
 import pytest
 import torch
-from ia2mini.models import UsageError, load
-from reference import make_checkpoint, make_rows, peft_twin, plain_fit, relative
+from ia2mini.models import UsageError
+from reference import make_rows, peft_twin, plain_fit, relative
 from test_train import ADAPTERS, own_cross_entropy
 
 import ia2mini.train
 from ia2mini.methods import METHODS, Grid
 from ia2mini.teacher import Taught
 from ia2mini.train import Settings, train_runs
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3", num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    torch.set_num_threads(1)
-    return load(folder)[0]
-
 
 TRUTH, TAUGHT = ("truth", {"ce": 1.0}), ("icl", {"mse": 1.0})
 PHASES = {  # method -> its phases: which rows, which losses (protocol section 4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from ia2mini.models import UsageError, load
-from reference import make_checkpoint, random_ids, upstream
+from reference import random_ids, upstream
 
 from ia2mini.adapters import EVERY_MATRIX, IA3, TARGETS, Full, LoRA, PrefixTuning, Prompt, adapted
 from ia2mini.peft_format import save_adapter, save_merged
@@ -24,19 +24,6 @@ PEFT = {
     "prefix": lambda m: PrefixTuning(m, 5),
 }
 MATRICES = {kind: make for kind, make in PEFT.items() if kind not in ("prompt", "prefix")} | {"full": lambda m: Full(m)}
-
-
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
-def tiny(request, tmp_path_factory):
-    """(folder, our model): Llama with biases and llama3 rotary scaling, Qwen3 tied and with a head size of its own."""
-    torch.set_num_threads(1)
-    changes = (
-        {"attention_bias": True, "mlp_bias": True}
-        if request.param == "llama"
-        else {"head_dim": 12, "tie_word_embeddings": True}
-    )
-    folder = make_checkpoint(tmp_path_factory.mktemp(request.param), request.param, **changes)
-    return folder, load(folder)[0]
 
 
 def trained(adapter, model):

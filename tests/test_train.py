@@ -7,8 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from ia2mini.models import load
-from reference import MIXES, in_order, make_checkpoint, make_rows, peft_twin, plain_loss, relative, starts
+from reference import MIXES, in_order, make_rows, peft_twin, plain_loss, relative, starts
 
 from ia2mini.adapters import IA3, Full, LoRA, PrefixTuning, Prompt, adapted, unpack
 from ia2mini.batch import Row, collate
@@ -22,17 +21,6 @@ ADAPTERS = {
     "prefix": lambda m: PrefixTuning(m, 3),
     "full": Full,
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3", num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    torch.set_num_threads(1)
-    return load(folder)[0]
 
 
 @pytest.mark.parametrize("pack", [False, True])

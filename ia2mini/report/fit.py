@@ -17,11 +17,11 @@ from .page import lines, section, shown, table, whole
 from .summary import LABELS, count
 
 DRAWS = 1000  # resamples of the rows for an interval
-FIGURES = ("acc", "ece", "brier", "nll")
+HEADS = {"acc": "accuracy (%)", "ece": "ECE", "ece_null": "(null)", "brier": "Brier", "nll": "NLL"}
 
 
 def measures(scores: Tensor, gold: Tensor, temperature: float, right: Tensor | None = None) -> dict:
-    """Accuracy, ECE, Brier and NLL of held-out `scores` (`fit.Candidate`), each with its 95 % bootstrap interval.
+    """Accuracy, ECE, Brier and NLL of held-out `scores` (`crossval.Candidate`), each with its 95 % bootstrap interval.
 
     Of text, `right` [n] says which answers were right, and only accuracy and NLL (a token) are known.
     """
@@ -95,18 +95,22 @@ def sentence(report: dict) -> str:
 
 def write_fit_table(report: dict) -> str:
     """The short report for the terminal."""
-    head = ["", "accuracy (%)", "ECE", "(null)", "Brier", "KL" if "kl" in report else "NLL"]
-    rows = [head]
-    for name, one in report["candidates"].items():
-        cells = ["acc", "ece", "ece_null", "brier", "nll"]
-        mark = " *" if name == report["chosen"] else ""
-        rows.append([LABELS.get(name, name) + mark, *(entry(one.get(cell), cell) for cell in cells)])
-    known = [i for i in range(len(head)) if i == 0 or any(row[i] != "–" for row in rows[1:])]
-    rows = [[row[i] for i in known] for row in rows]
+    rows = measured(report)
     widths = [max(map(len, column)) for column in zip(*rows)]
     table = ["  ".join(f"{t:{'>' if i else '<'}{w}}" for i, (t, w) in enumerate(zip(r, widths))).rstrip() for r in rows]
     table.append("95 % intervals by bootstrap; *: shipped; (null): the ECE that perfect calibration would show")
     return "\n".join([about(report), *table, "", report["sentence"], *report["remarks"]])
+
+
+def measured(report: dict) -> list[list[str]]:
+    """The table of the candidates: its heads, then a line for each, the shipped one marked."""
+    known = [name for name in HEADS if any(name in one for one in report["candidates"].values())]
+    heads = HEADS | ({"nll": "KL"} if "kl" in report else {})
+    rows = [["", *map(heads.get, known)]]
+    for name, one in report["candidates"].items():
+        mark = " *" if name == report["chosen"] else ""
+        rows.append([LABELS.get(name, name) + mark, *(entry(one.get(column), column) for column in known)])
+    return rows
 
 
 def entry(value, name: str) -> str:
@@ -129,15 +133,8 @@ def write_fit_report(fitted, folder: Path, command: str) -> None:
 
 def fit_page(report: dict, command: str) -> str:
     """The report as one HTML page."""
-    names, results = list(report["candidates"]), []
-    columns = [
-        c for c in ("acc", "ece", "ece_null", "brier", "nll") if any(c in o for o in report["candidates"].values())
-    ]
-    rows = [[LABELS.get(n, n), *(entry(report["candidates"][n].get(c), c) for c in columns)] for n in names]
-    heads = [
-        {"acc": "accuracy (%)", "ece": "ECE", "ece_null": "(null)", "brier": "Brier", "nll": "NLL"}[c] for c in columns
-    ]
-    results.append(table("Held-out rows, 95 % intervals by bootstrap", ["candidate", *heads], rows, "means"))
+    heads, *rows = measured(report)
+    results = [table("Held-out rows, 95 % intervals by bootstrap; *: shipped", heads, rows, "means")]
     chosen = report["candidates"][report["chosen"]]
     if "temperature" in chosen:
         before, after = chosen["ece_without_temperature"], chosen["ece"][0]

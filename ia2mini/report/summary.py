@@ -24,6 +24,11 @@ def chosen(records: list[dict], by: str) -> tuple[float | None, float | None]:
     return min(configs, key=lambda config: fmean(map(cost, configs[config])))
 
 
+def at_config(records: list[dict], config: tuple[float | None, float | None]) -> list[int]:
+    """Which of a method's records, in order, have this (rate, β)."""
+    return [r for r, record in enumerate(records) if (record["rate"], record["beta"]) == config]
+
+
 def grouped(rows: list[dict], *fields: str) -> dict[tuple, list[dict]]:
     """The rows by their values of some fields, in order."""
     found: dict[tuple, list[dict]] = {}
