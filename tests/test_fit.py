@@ -15,7 +15,7 @@ from sklearn import metrics as theirs
 
 from ia2mini import FitOptions, crossval, fit, load_adapter, open_subject
 from ia2mini.cli import main
-from ia2mini.crossval import CrossValidation
+from ia2mini.crossval import Candidate, CrossValidation, choose
 from ia2mini.fitting import read_own
 from ia2mini.methods import METHODS, Grid
 from ia2mini.metrics import ece, fit_temperature
@@ -279,3 +279,21 @@ def test_sentencepiece(shared_data, tmp_path):
     assert len(found) == 12 and {row["answer"] for row in found} <= {"happy", "very sad"}
     given = ("--model", model, "--n", 2, "--sets", 1, "--methods", "base,icl,sft", *quick, "--out", tmp_path / "runs")
     assert "rows" in run("run", "--data", tmp_path / "rows.jsonl", *given).stdout
+
+
+def test_what_is_shipped():
+    """SFT, unless another is better by more than a standard error; nothing where nothing is better than the base."""
+
+    def shipped(**losses) -> str:
+        return choose(
+            {name.replace("_", "-"): Candidate(name, None, torch.tensor(row)) for name, row in losses.items()}
+        )
+
+    base, sft = [2.0] * 4, [1.0, 1.0, 1.0, 1.0]
+    assert shipped(base=base, sft=sft, ia2_sft=[0.9, 0.5, 0.8, 0.7]) == "ia2-sft"  # ahead by .28, an error of .09
+    assert shipped(base=base, sft=sft, ia2_sft=[0.1, 1.9, 0.1, 1.7]) == "sft"  # by .05, an error of .49
+    assert shipped(base=base, sft=sft, ia2_sft=[1.1] * 4) == "sft"
+    assert (
+        shipped(base=base, sft=[3.0] * 4, ia2_sft=[0.1, 3.0, 0.1, 4.5]) == "ia2-sft"
+    )  # SFT is no better than the base
+    assert shipped(base=base, sft=[3.0] * 4, ia2_sft=[2.5] * 4, probe=[0.0] * 4, icl=[0.0] * 4) == "base"
