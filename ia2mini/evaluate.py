@@ -125,16 +125,19 @@ def label_scores(
 
 
 @torch.no_grad()
-def layer_asim(model: Callable, rows: list[Row], budget: int = 4096) -> Tensor:
-    """Mean cosine similarity [L] of the model's attention outputs to the rows' `activations`, over all positions."""
-    total, count = 0.0, 0
-    for group in by_length([len(row) + 1 for row in rows], budget):
-        batch = collate([[rows[i] for i in group]], device_of(model))
+def layer_asim(model: Callable, runs: list[list[Row]], budget: int = 4096) -> Tensor:
+    """Mean cosine similarity [R, L] of R runs' attention outputs to the `activations` of each one's rows."""
+    total, device = 0.0, device_of(model)
+    lengths = [max(map(len, rows)) + 1 for rows in zip(*runs)]
+    for group in by_length(lengths, budget // len(runs)):
+        batch = collate([[rows[i] for i in group] for rows in runs], device)
         taps = Taps(batch.at)
         model(batch.ids, taps=taps, logits=False)
-        total = total + asim(taps.stack(), batch.activations).sum(-1)
-        count += len(batch.targets)
-    return (total / count).cpu()
+        total = total + (asim(taps.stack(), batch.activations).unflatten(1, (len(runs), -1)) * (batch.weights > 0)).sum(
+            -1
+        )
+    positions = torch.tensor([sum(len(row.answer) for row in rows) for rows in runs], device=device)
+    return (total / positions).T.cpu()
 
 
 @torch.no_grad()

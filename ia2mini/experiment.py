@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor
@@ -42,6 +42,10 @@ class Experiment:
     """One task at one N."""
 
     def __init__(self, setting: Setting, task: Task, n: int, more: int, pool: Examples, evals: dict[str, Examples]):
+        if task.files and not task.labels:  # one's own texts: the longest answer says how long one may become
+            answers = [(e.prompt, e.answer) for e in (*pool.rows, *evals[task.name].rows)]
+            longest = max(len(setting.subject.tokenizer.encode_answer(*pair)) for pair in answers)
+            task = replace(task, max_tokens=longest + 1)  # EOS
         self.setting, self.task, o = setting, task, setting.options
         self.evals = evals = {name: evals[name] for name in task.evals}
         self.about = {"task": task.name, "n": n, "unlabelled": more}  # of every record
@@ -155,7 +159,7 @@ class Experiment:
                         part = self.score_labels(name, model, prompts[:count], bar, Scoring(keep=o.asim_rows))
                         alike.append(part.pop("outputs"))
                     else:
-                        responses, correct = self.score_texts(name, model, prompts[:count], bar, f"icl-{number}")
+                        (responses,), correct = self.score_texts(name, model, prompts[:count], bar, [f"icl-{number}"])
                         part = {"correct": correct}
                         alike.append([Row(p, self.ended(r)) for p, r in zip(plain, responses)])
                         asked = Asked(self.max_tokens, budget=self.setting.budget)
@@ -173,22 +177,17 @@ class Experiment:
         references, alike = self.reference(name)
         if method == "icl":
             return joined(references)
-        (model, prompts), parts, runs, thetas = self.prompts(name), [], [0], [None]
-        if method not in UNTRAINED:  # texts: a run at a time, whose rows fill a batch and leave when finished
+        (model, prompts), runs = self.prompts(name), [0]
+        under, like = nullcontext(model), alike  # the base is compared with every set
+        if method not in UNTRAINED:
             runs = self.reported(method)
-            theta = self.trained(method).theta[runs]
-            thetas = [theta] if self.labelled else theta.split(1)
-        with self.stage("evaluate", f"{method} on {name}", len(runs) * len(prompts)) as bar:
-            for r, theta in zip(runs, thetas):
-                with nullcontext(model) if theta is None else adapted(model, self.adapter, theta) as student:
-                    if self.labelled:
-                        how = Scoring(len(runs), like=alike)
-                        parts.append(self.score_labels(name, student, prompts, bar, how))
-                    else:
-                        responses, correct = self.score_texts(name, student, prompts, bar, f"{method}-{r}")
-                        like = alike if theta is None else [alike[self.training_records(method)[r]["set"]]]
-                        parts.append({"correct": correct, "asim": self.likeness(student, like, responses)})
-        return joined(parts)
+            under = adapted(model, self.adapter, self.trained(method).theta[runs])
+            like = alike if self.labelled else [alike[self.training_records(method)[r]["set"]] for r in runs]
+        with self.stage("evaluate", f"{method} on {name}", len(runs) * len(prompts)) as bar, under as student:
+            if self.labelled:
+                return self.score_labels(name, student, prompts, bar, Scoring(len(runs), like=like))
+            responses, correct = self.score_texts(name, student, prompts, bar, [f"{method}-{r}" for r in runs])
+            return {"correct": correct, "asim": self.likeness(student, like, responses)}
 
     def score_labels(self, name: str, model: Callable, prompts: list[list[int]], bar, how: Scoring) -> dict:
         """`label_scores` of `model` on evaluation `name`, and which rows are right."""
@@ -198,27 +197,36 @@ class Experiment:
         correct = scores.top == torch.tensor([e.label for e in examples[: len(prompts)]])
         return {key: value for key, value in vars(scores).items() if value is not None} | {"correct": correct}
 
-    def score_texts(self, name: str, model: Callable, prompts: list[list[int]], bar, tag: str) -> tuple[list, Tensor]:
-        """Greedy responses (ids) of `model` on evaluation `name`, and which are right, [1, Q]; kept in the folder."""
-        task, tokenizer = self.find(name), self.setting.subject.tokenizer
+    def score_texts(self, name: str, model: Callable, prompts: list[list[int]], bar, runs: list[str]) -> tuple:
+        """Greedy responses (ids) of `model`'s `runs` on evaluation `name`, and which are right, [R, Q].
 
-        def make() -> dict:
-            how = Decoding(task.max_tokens, budget=4 * self.setting.budget)
-            ids = generate(model, tokenizer, prompts, how, bar.update)
+        All runs answer side by side; each one's texts are kept in the folder.
+        """
+        task, tokenizer, Q = self.find(name), self.setting.subject.tokenizer, len(prompts)
+
+        @cache
+        def responses() -> list[list[int]]:
+            how = Decoding(task.max_tokens, runs=len(runs), budget=4 * self.setting.budget)
+            return generate(model, tokenizer, prompts, how, lambda queries: bar.update(queries * how.runs))
+
+        def make(run: int) -> dict:
+            ids = responses()[run * Q : (run + 1) * Q]
             kept = {"texts": [tokenizer.decode(i) for i in ids], "parser": task.parser, "ids": ids}
-            return kept | {"answers": [e.answer for e in self.evals[name].rows[: len(ids)]]}
+            return kept | {"answers": [e.answer for e in self.evals[name].rows[:Q]]}
 
-        kept = self.setting.folder.json_once(self.texts_file(tag, name), make)
-        return kept["ids"], parsed_correct(kept)[None]
+        files = [self.texts_file(run, name) for run in runs]
+        kept = [self.setting.folder.json_once(file, partial(make, run)) for run, file in enumerate(files)]
+        return [texts["ids"] for texts in kept], torch.stack([parsed_correct(texts) for texts in kept])
 
     def texts_file(self, tag: str, name: str) -> str:
         return f"{self.name}/generations/{tag}-on-{name}.json"
 
-    def likeness(self, model: Callable, like: list[list[Row]], responses: list[list[int]]) -> Tensor:
-        """asim of one model to lists of rows, [lists, L]; as in the released scripts on the model's own `responses`."""
+    def likeness(self, model: Callable, like: list[list[Row]], responses: list[list[list[int]]]) -> Tensor:
+        """asim of R runs to a list of rows each, [R, L]; as in the released scripts on the runs' own `responses`."""
         if self.setting.options.paper_compat:
-            like = [[cut(row, self.ended(response)) for row, response in zip(rows, responses)] for rows in like]
-        return torch.stack([layer_asim(model, rows, self.setting.budget) for rows in like])
+            own = responses * (len(like) // len(responses))
+            like = [[cut(row, self.ended(r)) for row, r in zip(rows, texts)] for rows, texts in zip(like, own)]
+        return layer_asim(model, like, self.setting.budget)
 
     def ended(self, response: list[int]) -> list[int]:
         """A generated response with the end-of-sequence token, unless it was cut."""

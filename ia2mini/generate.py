@@ -23,35 +23,38 @@ class Decoding:
     stop: str | None = STOP
     budget: int = 16384  # tokens of cache that a batch may hold
     layers: list[int] | None = None  # whose attention outputs the observer is told; None: all
+    runs: int = 1  # R that the model computes side by side
 
 
 def generate(
     model: Callable, tokenizer: Tokenizer, prompts: list[list[int]], how: Decoding, watch: Watch = None, observer=None
 ) -> list[list[int]]:
-    """Greedy responses, ids per prompt, without EOS and cut before the stop text.
+    """Greedy responses, ids per prompt, without EOS and cut before the stop text; of R runs all prompts, run by run.
 
-    `model` is a model, or a partial around one: with a shared prefix, or what `adapted` yields (of one run). When the
-    stop text begins inside a token, what stands before it is tokenized again. `observer`, where given, is told every
-    step: which prompts still go on, the token of each, the logits [b, V] it came from and the attention outputs
+    `model` is a model, or a partial around one: with a shared prefix, or what `adapted` yields. When the stop text
+    begins inside a token, what stands before it is tokenized again. `observer`, where given, is told every step of a
+    single run: which prompts still go on, the token of each, the logits [b, V] it came from and the attention outputs
     [L, b, D] there.
     """
     responses: dict[int, list[int]] = {}
-    for group in by_length([len(p) + how.max_tokens for p in prompts], how.budget):
-        responses |= zip(group, _batch(model, tokenizer, prompts, group, how, observer))
+    for group in by_length([len(p) + how.max_tokens for p in prompts], how.budget // how.runs):
+        places = [run * len(prompts) + i for run in range(how.runs) for i in group]
+        responses |= zip(places, _batch(model, tokenizer, prompts, group, how, observer))
         if watch:
             watch(len(group))
-    return [responses[i] for i in range(len(prompts))]
+    return [responses[place] for place in range(how.runs * len(prompts))]
 
 
 @torch.inference_mode()
 def _batch(model, tokenizer, prompts, group: list[int], how: Decoding, observer) -> list[list[int]]:
-    """Responses to the prompts of `group`. Ended rows leave the cache; where steps are recorded, half at once."""
+    """Responses to the prompts of `group`, run by run. Ended rows leave; where steps are recorded, half at once."""
     network = getattr(model, "func", model)
     weight = network.model.embed_tokens.weight
     device, static = weight.device, weight.device.type in RECORDERS
-    last = torch.tensor([len(prompts[i]) for i in group], device=device) - 1
+    last = torch.tensor([len(prompts[i]) for i in group], device=device).repeat(how.runs) - 1
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompts[i]) for i in group], batch_first=True).to(device)
-    cache = Cache(network.config, len(group), ids.shape[1] + how.max_tokens, weight, static)
+    ids = ids.repeat(how.runs, 1)
+    cache = Cache(network.config, len(ids), ids.shape[1] + how.max_tokens, weight, static)
 
     def forward(ids: Tensor, last: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [b, V] and attention outputs [L, b, D] at the `last` of the new tokens [b, T]."""
@@ -66,9 +69,9 @@ def _batch(model, tokenizer, prompts, group: list[int], how: Decoding, observer)
         tokens.copy_(logits.argmax(-1))
         return logits, outputs
 
-    responses: list[list[int]] = [[] for _ in group]
+    responses: list[list[int]] = [[] for _ in ids]
     logits, outputs = forward(ids, last)
-    tokens, going, step = logits.argmax(-1), list(enumerate(range(len(group)))), CapturedStep(decode, device)
+    tokens, going, step = logits.argmax(-1), list(enumerate(range(len(ids)))), CapturedStep(decode, device)
     for left in reversed(range(how.max_tokens)):
         chosen = tokens.tolist()
         if observer:
@@ -77,13 +80,22 @@ def _batch(model, tokenizer, prompts, group: list[int], how: Decoding, observer)
         going = [(row, i) for row, i in going if not ended(tokenizer, responses[i], chosen[row], how.stop)]
         if not going or not left:
             break
-        if len(going) <= (len(tokens) // 2 if static else len(tokens) - 1):
-            rows = torch.tensor([row for row, _ in going], device=device)
+        rows = staying([row for row, _ in going], len(tokens), how.runs)
+        if len(rows) <= (len(tokens) // 2 if static else len(tokens) - 1):
+            going = [(rows.index(row), i) for row, i in going]
+            rows = torch.tensor(rows, device=device)
             cache.keep(rows)
-            tokens, going = tokens[rows], list(enumerate(i for _, i in going))
-            step = CapturedStep(decode, device)
+            tokens, step = tokens[rows], CapturedStep(decode, device)
         logits, outputs = step()
     return responses
+
+
+def staying(going: list[int], rows: int, runs: int) -> list[int]:
+    """Which rows stay in a batch: those still going and, in runs with fewer of them, ended ones up to equal numbers."""
+    live, size = set(going), rows // runs
+    each = [sorted(range(run, run + size), key=lambda row: row not in live) for run in range(0, rows, size)]
+    most = max(len(live.intersection(run)) for run in each)
+    return [row for run in each for row in run[:most]]
 
 
 def ended(tokenizer: Tokenizer, response: list[int], token: int, stop: str | None) -> bool:

@@ -152,11 +152,9 @@ def test_similarity_equals_a_naive_loop(tiny):
     runs = [[Row(row.prompt, row.answer, torch.randn(2, len(row.answer), 32)) for row in rows] for _ in range(2)]
     runs[1][0] = Row([20, 21, 22, 23], [1], torch.randn(2, 1, 32))  # a run's responses have their own lengths
     for budget in (8192, 1):
-        found = []
-        for r in range(2):
-            with adapted(model, adapter, theta[r : r + 1]) as student:
-                found.append(layer_asim(student, runs[r], budget=budget))
-        assert found[0].shape == (2,)
+        with adapted(model, adapter, theta) as student:
+            found = layer_asim(student, runs, budget=budget)
+        assert found.shape == (2, 2)
         for r in range(2):
             net, similar = peft_twin(folder, adapter, theta[r]).base_model.model, [[], []]
             for row in runs[r]:
@@ -181,7 +179,7 @@ def test_scores_come_with_the_similarity_of_the_same_pass(tiny, budget, labels):
     like = kept + 0.5 * torch.randn(kept.shape[0], 2, *kept.shape[2:], generator=torch.Generator().manual_seed(0))
 
     def similar(student, number):
-        return layer_asim(student, [Row(p, [0], like[:, number, i : i + 1]) for i, p in enumerate(PROMPTS[:5])])
+        return layer_asim(student, [[Row(p, [0], like[:, number, i : i + 1]) for i, p in enumerate(PROMPTS[:5])]])[0]
 
     found = label_scores(model, PROMPTS, labels, Scoring(like=like, budget=budget)).asim
     torch.testing.assert_close(found, torch.stack([similar(model, 0), similar(model, 1)]), rtol=0, atol=1e-5)
@@ -196,9 +194,9 @@ def test_a_model_is_entirely_similar_to_itself(tiny):
     _, model, _ = tiny
     rows = [Row(p, [3, 4][: 1 + i % 2]) for i, p in enumerate(PROMPTS)]
     observe(model, rows, PROMPTS, Asked(9))
-    torch.testing.assert_close(layer_asim(model, rows, budget=30), torch.ones(2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(layer_asim(model, [rows], budget=30), torch.ones(1, 2), rtol=0, atol=1e-5)
     for row in rows:
         row.activations = -row.activations
-    torch.testing.assert_close(layer_asim(model, rows), -torch.ones(2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(layer_asim(model, [rows]), -torch.ones(1, 2), rtol=0, atol=1e-5)
     one = rows[0].activations[0, 0]
     assert F.cosine_similarity(one, -one, dim=0) == pytest.approx(-1, abs=1e-6)

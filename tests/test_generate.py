@@ -162,6 +162,33 @@ def test_generation_under_an_adapter_equals_the_uncached_one(tiny, kind):
     assert found != [naive(model, p, 8) for p in prompts]
 
 
+@pytest.mark.parametrize("kind", [lambda m: LoRA(m), lambda m: Prompt(m, 3)], ids=["lora", "prompt"])
+@pytest.mark.parametrize("budget", [16384, 60])
+@pytest.mark.parametrize("static", [False, True], ids=["rows leave at once", "half of them at once"])
+def test_runs_side_by_side_answer_as_each_alone(tiny, kind, budget, static, monkeypatch):
+    """Rows of every run end at other steps, so that runs have unequally many left; a run's answers stay its own."""
+    _, model, tokenizer = tiny
+    adapter = kind(model)
+    theta = torch.stack([adapter.init(model, torch.Generator().manual_seed(r)) for r in range(3)])
+    theta += 0.1 * torch.randn(theta.shape, generator=torch.Generator().manual_seed(0))
+    prompts, alone, how = [random_ids(length).tolist() for length in (5, 2, 9, 4, 7)], [], Decoding(12, stop=None)
+    free = Tokenizer(tokenizer.backend, ())
+    with adapted(model, adapter, theta[:1]) as student:
+        answers = generate(student, free, prompts, how)
+    ending = Tokenizer(tokenizer.backend, tuple({answers[0][2], answers[1][5], answers[3][0]}))
+    for r in range(3):
+        with adapted(model, adapter, theta[r : r + 1]) as student:
+            alone += generate(student, ending, prompts, how)
+    assert len({len(answer) for answer in alone}) > 2
+    if static:
+        monkeypatch.setitem(ia2mini.generate.RECORDERS, "cpu", None)
+        monkeypatch.setattr(ia2mini.generate, "CapturedStep", lambda function, device: function)
+    watched = []
+    with adapted(model, adapter, theta) as student:
+        assert generate(student, ending, prompts, Decoding(12, None, budget, runs=3), watched.append) == alone
+    assert sum(watched) == 5 and (len(watched) > 1) == (budget == 60)
+
+
 def small_episode(n=3, dev=2) -> Episode:
     rows = [Example(f"Text:{'long ' * i}row {i}\nLabel:", str(i % 2), i % 2) for i in range(n + dev)]
     shown = [[r for r in rows[:n] if r != row][: n - 1] for row in rows]
