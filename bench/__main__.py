@@ -8,10 +8,12 @@ import click
 import torch
 
 from ia2mini import UsageError
-from ia2mini.cli import Commands, keep_freed_memory
+from ia2mini.cli import Commands, keep_freed_memory, options_of
+from ia2mini.options import Options
+from ia2mini.subject import open_subject
 
 from . import inference, resources, training
-from .effect import SIZES, effect
+from .effect import METHODS, TASKS, effect
 from .fit import fit
 from .report import Result, finish, show
 from .scale import scale
@@ -138,17 +140,19 @@ for bench in (resources.kernel, resources.memory, resources.load, scale):
 
 
 @main.command("effect", help=effect.__doc__)
-@click.option("--model", default="tiny", show_default=True)
-@click.option("--n", "sizes", default=",".join(map(str, SIZES)), show_default=True)
-@click.option("--sets", default=10, show_default=True)
-@click.option("--part", type=click.Choice(["all", "classification", "sums"]), default="all", show_default=True)
-@click.option("--eval-rows", default=500, show_default=True)
-@click.option("--sum-rows", default=100, show_default=True)
+@click.option("--part", type=click.Choice(list(TASKS)), default="classification", show_default=True)
+@click.option("--model", default="tiny", show_default=True, help="folder, hub id or short name")
+@click.option("--data-dir", type=click.Path(path_type=Path), envvar="IA2MINI_DATA", help="holds relations/*.jsonl")
 @click.option("--save", is_flag=True)
-def effect_command(model, sizes, sets, part, eval_rows, sum_rows, save):
-    result = effect(model, tuple(int(n) for n in sizes.split(",")), sets, part, eval_rows, sum_rows)
-    show(result)
-    asked = f"--model {model} --n {sizes} --sets {sets} --part {part} --eval-rows {eval_rows} --sum-rows {sum_rows}"
+@options_of(Options, n=(2, 4, 8), sets=10, methods=METHODS, eval_rows=100)
+def effect_command(part, model, data_dir, save, **given):
+    options = Options(**given)
+    show(result := effect(open_subject(model, "cpu"), options, part, data_dir))
+    sizes, rates = (",".join(map(str, values)) for values in (options.n, options.rates))
+    asked = (
+        f"--part {part} --model {Path(model).name} --n {sizes} --sets {options.sets} --eval-rows {options.eval_rows}"
+    )
+    asked += f" --select {options.select}" + f" --rates {rates}" * bool(rates)
     finish([result], f"python -m bench effect {asked}", save, name=f"effect-{part}")
 
 

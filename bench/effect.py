@@ -1,76 +1,92 @@
-"""`effect`: does IA2 → SFT beat SFT, and SFT begun again, on the embedded model? The paper's claims, with tests."""
+"""`effect`: does IA2 → SFT beat SFT, and SFT begun again? The paper's claims, with tests, on toy and real tasks.
+
+On one's own model and rows it is `ia2mini run`; here several tasks at several N are put together.
+"""
 
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
+from ia2mini import UsageError
 from ia2mini.cli import progress
 from ia2mini.options import Options
-from ia2mini.report.summary import average, interval, paired
+from ia2mini.report.summary import average, grouped, interval, paired
 from ia2mini.study import compare
-from ia2mini.subject import open_subject
-from ia2mini.tasks import find_task
+from ia2mini.subject import Subject
+from ia2mini.tasks import Task, custom_task, find_task
 
 from .report import Line, Result
 
 TASKS = {
     "classification": ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap"),
     "sums": ("toy-sums", "toy-sums-short"),
+    "relations": (),  # the files of a folder
 }
-SIZES = (2, 4, 8, 16)
 METHODS = ("base", "icl", "sft", "sft-sft", "ia2", "ia2-sft")
+RELATION, HELD = "Q: {text}\nA:", 100  # prompt of a relation's rows; how many of them are evaluation rows
 
 
-def effect(
-    model: str = "tiny",
-    sizes: tuple[int, ...] = SIZES,
-    sets: int = 10,
-    part: str = "all",
-    eval_rows: int = 500,
-    sum_rows: int = 100,
-) -> Result:
-    """All toy tasks at every N, or the `part` "classification" or "sums" (on `sum_rows` rows).
+def tasks_of(part: str, data: Path | None) -> list[Task]:
+    """The tasks of a part; relations are the JSONL files with text and answer in `data`/relations."""
+    if part != "relations":
+        return [find_task(task) for task in TASKS[part]]
+    if not (files := sorted((data / "relations").glob("*.jsonl")) if data else []):
+        raise UsageError("relations: name the folder that holds relations/*.jsonl with --data-dir or $IA2MINI_DATA")
+    return [replace(custom_task(file, "text", "answer", RELATION), held=HELD) for file in files]
+
+
+def effect(subject: Subject, options: Options, part: str, data: Path | None = None) -> Result:
+    """What IA2 brings on toy tasks ("classification", "sums") or real ones ("relations").
 
     Goes on where an interrupted call was.
     """
-    subject = replace(open_subject(model, "cpu", None, None), name="tiny")  # and so with its rates
-    about = f"{model}: {sets} sets, {eval_rows} evaluation rows (sums {sum_rows}), rates chosen by dev loss"
+    rates = f"rates {', '.join(f'{rate:g}' for rate in options.rates_for(subject.name))} chosen by dev loss"
+    about = f"{subject.name}: {options.sets} sets, {options.eval_rows} evaluation rows, {rates}"
     result = Result("effect", f"{about}; gains in points of accuracy, paired by task and set", [])
-    for name, rows in (("classification", eval_rows), ("sums", sum_rows)):
-        if part in ("all", name):
-            options = Options(n=sizes, methods=METHODS, sets=sets, eval_rows=rows)
-            tasks = [find_task(task) for task in TASKS[name]]
-            document, kept = compare(tasks, subject, options, Path("runs"), bar=progress)
-            for n in sizes:
-                compared(result, name, document, n)
-            result.remarks.append(f"{name}: {kept}")
+    document, kept = compare(tasks_of(part, data), subject, options, Path("runs"), bar=progress)
+    cells = [cell for cell in document["cells"] if cell["selected_by"] != "eval"]
+    for n in options.n:
+        compared(result, part, [cell for cell in cells if cell["n"] == n])
+        overlaps: dict[tuple, list[float]] = {}
+        for found in (found for found in document["overlap"] if found["n"] == n):
+            overlaps.setdefault(tuple(found["methods"]), []).append(found["mean"])
+        for (one, other), values in overlaps.items():
+            result.ratios[f"{part}, N = {n}: subspace overlap {one} with {other}"] = fmean(values)
+    result.remarks.append(f"{part}: {kept}, {sum(document['seconds'].values()):.0f} s in all")
     return result
 
 
-def compared(result: Result, part: str, document: dict, n: int) -> None:
-    """What `part` at N says: means of all methods, the gain of IA2 → SFT, likeness to ICL and overlaps."""
-    for ood in (False, True):
-        what = f"{part}, N = {n}{', out of distribution' if ood else ''}"
-        cells = [cell for cell in document["cells"] if (cell["n"], cell["ood"]) == (n, ood)]
-        rows = average(cells)
-        for row in rows:
-            rates = {"% accuracy": 100 * row["acc_mean"]}
-            rates |= {} if row["ece_mean"] is None else {"ECE": row["ece_mean"]}
-            result.lines.append(Line(what, row["method"], rates=rates))
+def compared(result: Result, part: str, cells: list[dict]) -> None:
+    """What `part` at one N says: all methods, the gain of IA2 → SFT over tasks and on each, likeness to ICL."""
+    for ood in sorted({cell["ood"] for cell in cells}):
+        mine = [cell for cell in cells if cell["ood"] == ood]
+        where = f", N = {cells[0]['n']}{', out of distribution' if ood else ''}"
+        rows = average(mine)
+        listed(result, part + where, rows)
         for metric, factor, form in (("acc", 100, ".1f"), ("ece", 1, ".3f")):
-            for control in ("sft", "sft-sft"):
-                gain = paired(cells, metric, "ia2-sft", control)
+            for control in ("sft", "sft-sft", "ia2"):
+                gain = paired(mine, metric, "ia2-sft", control)
                 if gain is not None:
                     mean = factor * gain.mean
                     said = f"{metric} {mean:+{form}}{interval(gain, factor, form)}, {gain.pairs} pairs"
-                    result.remarks.append(f"{what}: ia2-sft against {control}: {said}")
-                    result.ratios[f"{what}: {metric} gain over {control}"] = mean
-        if not ood:
-            alike = sorted((row["asim_mean"], row["method"]) for row in rows if row["method"] != "icl")
-            order = " < ".join(f"{method} {asim:.2f}" for asim, method in alike)
-            result.remarks.append(f"{what}: asim with ICL {order}")
-    overlaps: dict[tuple, list[float]] = {}
-    for found in (found for found in document["overlap"] if found["n"] == n):
-        overlaps.setdefault(tuple(found["methods"]), []).append(found["mean"])
-    for (one, other), values in overlaps.items():
-        result.ratios[f"{part}, N = {n}: subspace overlap {one} with {other}"] = fmean(values)
+                    result.remarks.append(f"{part}{where}: ia2-sft against {control}: {said}")
+                    result.ratios[f"{part}{where}: {metric} gain over {control}"] = mean
+        if ood:
+            continue
+        alike = sorted((row["asim_mean"], row["method"]) for row in rows if row["method"] != "icl")
+        order = " < ".join(f"{method} {asim:.2f}" for asim, method in alike)
+        result.remarks.append(f"{part}{where}: asim with ICL {order}")
+        for (task,), each in grouped(mine, "task").items():
+            listed(result, task + where, average(each))
+            gain, lead = paired(each, "acc"), paired(each, "acc", "icl", "sft")
+            if gain and lead:
+                numbers = {"gain": gain.mean, "low": gain.low, "high": gain.high, "lead": lead.mean}
+                rates = {f"points {name}": 100 * value for name, value in numbers.items()}
+                result.lines.append(Line(task + where, "ia2-sft over sft", rates=rates, note=f"p {gain.p:.2g}"))
+
+
+def listed(result: Result, what: str, rows: list[dict]) -> None:
+    for row in rows:
+        rates = {"% accuracy": 100 * row["acc_mean"], "asim": row["asim_mean"]}
+        rates |= {} if row["ece_mean"] is None else {"ECE": row["ece_mean"]}
+        result.lines.append(Line(what, row["method"], rates=rates))

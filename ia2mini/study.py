@@ -40,6 +40,23 @@ def compare(
     The folder lies in `out` and is found again by the same options, data, checkpoint and version of this package: an
     interrupted study goes on there. `write_report` makes its tables and figures. Raises UsageError.
     """
+    experiments, config = open_study(tasks, subject, options, out, data_dir, side_by_side, bar)
+    folder = experiments[0].setting.folder
+    document = {key: [] for key in ("runs", "training", "overlap", "adapters", "samples")}
+    while experiments:
+        experiment = experiments.pop(0)  # what it holds leaves memory with it
+        for key, found in run_experiment(experiment).items():
+            document[key] += found
+    document = {"cells": summarise(document["runs"], options.select), **folder.spent, **document}
+    document |= {"config": config, "versions": versions()}
+    write_json(folder.path / "results.json", document := finite(document))
+    return document, folder.path
+
+
+def open_study(
+    tasks: list[Task], subject: Subject, options: Options, out: Path, data_dir: Path | None, side_by_side, bar: Callable
+) -> tuple[list[Experiment], dict]:
+    """The experiments of `compare`, nothing of them computed yet, and what makes their folder."""
     if unknown := set(options.methods) - {*UNTRAINED, *METHODS}:
         raise UsageError(f"unknown method {min(unknown)!r}; methods: base, icl, {', '.join(METHODS)}")
     pools = {task.name: load_examples(task, "train", data_dir) for task in tasks}
@@ -58,15 +75,7 @@ def compare(
     setting.phases = tuple(phase for experiment in experiments for phase in experiment.phases())
     resolved = {"rates": experiments[0].rates, "targets": experiments[0].adapter.targets}
     folder.begin(resolved)  # every mistake in tasks, sizes and options has shown by now
-    document = {key: [] for key in ("runs", "training", "overlap", "adapters", "samples")}
-    while experiments:
-        experiment = experiments.pop(0)  # what it holds leaves memory with it
-        for key, found in run_experiment(experiment).items():
-            document[key] += found
-    document = {"cells": summarise(document["runs"], options.select), **folder.spent, **document}
-    document |= {"config": config | resolved, "versions": versions()}
-    write_json(folder.path / "results.json", document := finite(document))
-    return document, folder.path
+    return experiments, config | resolved
 
 
 def run_experiment(experiment: Experiment) -> dict[str, list]:

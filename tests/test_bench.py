@@ -3,7 +3,6 @@
 import json
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -17,7 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import effect, inference, report, timing, training  # noqa: E402
 from bench.__main__ import main  # noqa: E402
 from bench.shapes import stand  # noqa: E402
+from ia2mini import UsageError, open_subject  # noqa: E402
 from ia2mini.batch import Row  # noqa: E402
+from ia2mini.options import Options  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +78,8 @@ def test_a_cell_says_on_both_sides_which_runs_it_scores(tiny):
 def test_the_effect_is_what_the_librarys_document_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(effect.TASKS, "classification", ("toy-mood", "toy-topic"))
-    monkeypatch.setattr(effect, "Options", partial(effect.Options, epochs=3))
-    found = effect.effect(sizes=(2,), sets=2, part="classification", eval_rows=10)
+    options = Options(n=(2,), sets=2, methods=effect.METHODS, eval_rows=10, epochs=3)
+    found = effect.effect(open_subject("tiny", "cpu"), options, "classification")
     (kept,) = Path("runs").iterdir()
     document = json.loads((kept / "results.json").read_text())
 
@@ -99,12 +100,24 @@ def test_the_effect_is_what_the_librarys_document_says(tmp_path, monkeypatch):
     overlap = fmean(o["mean"] for o in document["overlap"] if o["methods"] == ["ia2", "ia2-sft"])
     assert found.ratios["classification, N = 2: subspace overlap ia2 with ia2-sft"] == pytest.approx(overlap)
     assert any("asim with ICL base" in remark for remark in found.remarks)
+    (mood,) = [line for line in found.lines if (line.what, line.stack) == ("toy-mood, N = 2", "ia2-sft over sft")]
+    cells = {c["method"]: c for c in document["cells"] if (c["task"], c["ood"]) == ("toy-mood", False)}
+    over = {name: 100 * (cells[name]["acc_mean"] - cells["sft"]["acc_mean"]) for name in ("ia2-sft", "icl")}
+    assert (mood.rates["points gain"], mood.rates["points lead"]) == pytest.approx((over["ia2-sft"], over["icl"]))
+
+
+def test_relations_are_read_from_a_folder(tmp_path, shared_data):
+    names = [task.name for task in effect.tasks_of("relations", shared_data)]
+    assert names == ["antonym", "present_past", "singular_plural"]
+    for folder in (None, tmp_path):
+        with pytest.raises(UsageError, match="--data-dir"):
+            effect.tasks_of("relations", folder)
 
 
 def test_options_of_the_command():
     shown = CliRunner().invoke(main, ["cell", "--help"])
     assert shown.exit_code == 0 and "--select" in shown.stdout and "dev" in shown.stdout
-    for name in set(main.commands) - {"cell"}:
+    for name in set(main.commands) - {"cell", "effect"}:
         shown = CliRunner().invoke(main, [name, "--help"])
         assert shown.exit_code == 0 and "--select" not in shown.stdout
     wrong = CliRunner().invoke(main, ["--shape", "tiny", "step"])
