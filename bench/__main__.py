@@ -2,17 +2,19 @@
 
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 import torch
 
 from ia2mini import UsageError
-from ia2mini.cli import Commands, keep_freed_memory, options_of
+from ia2mini.cli import Commands, keep_freed_memory, many, options_of
 from ia2mini.options import Options
 from ia2mini.subject import open_subject
 
 from . import inference, resources, training
+from .choice import choice
 from .effect import METHODS, TASKS, effect
 from .fit import fit
 from .report import Result, finish, show
@@ -139,21 +141,40 @@ for bench in (resources.kernel, resources.memory, resources.load, scale):
     add(bench.__name__, bench.__doc__)
 
 
-@main.command("effect", help=effect.__doc__)
-@click.option("--part", type=click.Choice(list(TASKS)), default="classification", show_default=True)
-@click.option("--model", default="tiny", show_default=True, help="folder, hub id or short name")
-@click.option("--data-dir", type=click.Path(path_type=Path), envvar="IA2MINI_DATA", help="holds relations/*.jsonl")
-@click.option("--save", is_flag=True)
-@options_of(Options, n=(2, 4, 8), sets=10, methods=METHODS, eval_rows=100)
-def effect_command(part, model, data_dir, save, **given):
-    options = Options(**given)
-    show(result := effect(open_subject(model, "cpu"), options, part, data_dir))
+STUDY = (
+    click.option("--part", type=click.Choice(list(TASKS)), default="classification", show_default=True),
+    click.option("--model", default="tiny", show_default=True, help="folder, hub id or short name"),
+    click.option("--data-dir", type=click.Path(path_type=Path), envvar="IA2MINI_DATA", help="holds relations/*.jsonl"),
+    click.option("--save", is_flag=True),
+)
+
+
+def studied(name: str, ask: Callable, part: str, model: str, save: bool, options: Options) -> None:
+    """Show the result of `ask(subject)`, a bench over the runs of a study, and the command that gave it."""
+    show(result := ask(open_subject(model, "cpu")))
     sizes, rates = (",".join(map(str, values)) for values in (options.n, options.rates))
     asked = (
         f"--part {part} --model {Path(model).name} --n {sizes} --sets {options.sets} --eval-rows {options.eval_rows}"
     )
     asked += f" --select {options.select}" + f" --rates {rates}" * bool(rates)
-    finish([result], f"python -m bench effect {asked}", save, name=f"effect-{part}")
+    finish([result], f"python -m bench {name} {asked}", save, name=f"{name}-{part}")
+
+
+@main.command("effect", help=effect.__doc__)
+@many(*STUDY)
+@options_of(Options, n=(2, 4, 8), sets=10, methods=METHODS, eval_rows=100)
+def effect_command(part, model, data_dir, save, **given):
+    options = Options(**given)
+    studied("effect", lambda subject: effect(subject, options, part, data_dir), part, model, save, options)
+
+
+@main.command("choice", help=choice.__doc__)
+@many(*STUDY)
+@click.option("--folds", is_flag=True, help="also cross-validation within each set: several times the training")
+@options_of(Options, n=(2, 4, 8), sets=10, methods=METHODS, eval_rows=100, select="both")
+def choice_command(part, model, data_dir, save, folds, **given):
+    options = Options(**given)
+    studied("choice", lambda subject: choice(subject, options, part, folds, data_dir), part, model, save, options)
 
 
 @main.command("fit", help=fit.__doc__)

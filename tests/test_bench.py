@@ -13,12 +13,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench import effect, inference, report, timing, training  # noqa: E402
+from bench import choice, effect, inference, report, timing, training  # noqa: E402
 from bench.__main__ import main  # noqa: E402
 from bench.shapes import stand  # noqa: E402
-from ia2mini import UsageError, open_subject  # noqa: E402
+from ia2mini import UsageError, adapted, draw_episode, open_subject  # noqa: E402
 from ia2mini.batch import Row  # noqa: E402
+from ia2mini.cli import progress  # noqa: E402
+from ia2mini.episode import with_demonstrations  # noqa: E402
 from ia2mini.options import Options  # noqa: E402
+from ia2mini.study import open_study  # noqa: E402
+from ia2mini.tasks import load_examples  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +110,44 @@ def test_the_effect_is_what_the_librarys_document_says(tmp_path, monkeypatch):
     assert (mood.rates["points gain"], mood.rates["points lead"]) == pytest.approx((over["ia2-sft"], over["icl"]))
 
 
+def test_rules_for_the_rate_judged_by_hand(tmp_path, monkeypatch):
+    """Every rule's accuracy from the kept runs; the KL by a plain pass over each run and row."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(effect.TASKS, "classification", ("toy-mood",))
+    options = Options(n=(4,), sets=2, methods=effect.METHODS, eval_rows=10, epochs=3, select="both")
+    subject = open_subject("tiny", "cpu")
+    found = choice.choice(subject, options, "classification", folds=True)
+    lines = {(line.what.rpartition(" ")[2], line.stack): line.rates["% accuracy"] for line in found.lines}
+    document = json.loads((next(Path("runs").iterdir()) / "run.json").read_text())
+    effect.effect(subject, options, "classification")
+    runs = [r for r in json.loads(next(Path("runs").glob("*/results.json")).read_text())["runs"] if not r["ood"]]
+    for method in choice.METHODS:
+        table = {rate: [r for r in runs if (r["method"], r["rate"]) == (method, rate)] for rate in document["rates"]}
+        accuracy = {rate: 100 * fmean(r["acc"] for r in mine) for rate, mine in table.items()}
+        pooled = min(table, key=lambda rate: fmean(r["dev_loss"] for r in table[rate]))
+        assert lines[method, choice.POOLED] == pytest.approx(accuracy[pooled])
+        assert lines[method, "best afterwards, one for all sets"] == pytest.approx(max(accuracy.values()))
+        own = [min((t[s] for t in table.values()), key=lambda r: r["dev_loss"])["acc"] for s in range(2)]
+        assert lines[method, "dev loss, each set's own"] == pytest.approx(100 * fmean(own))
+        assert lines[method, "cross-validation"] in [pytest.approx(a) for a in accuracy.values()]
+    assert ("ia2-sft", "dev loss of IA2's phase") in lines and ("sft", "dev loss of IA2's phase") not in lines
+    (experiment,), _ = open_study([effect.find_task("toy-mood")], subject, options, Path("runs"), None, None, progress)
+    found, pool, model = (
+        choice.divergence(experiment, "ia2-sft"),
+        load_examples(experiment.task, "train").rows,
+        subject.model,
+    )
+    for r in (0, 5):
+        drawn, losses = draw_episode(pool, 4, r // 3, more=choice.UNLABELLED), []
+        for row, shown in zip(drawn.unlabelled, drawn.more_demonstrations, strict=True):
+            seen = torch.tensor([subject.tokenizer.encode(with_demonstrations(shown, row.prompt))])
+            wanted = model(seen)[0, -1].float().log_softmax(-1)
+            with adapted(model, experiment.adapter, experiment.trained("ia2-sft").theta[r : r + 1]) as student:
+                said = student(torch.tensor([subject.tokenizer.encode(row.prompt)]))[0, -1].float().log_softmax(-1)
+            losses.append((wanted.exp() * (wanted - said)).sum().item())
+        assert found[r].item() == pytest.approx(fmean(losses), abs=1e-4)
+
+
 def test_relations_are_read_from_a_folder(tmp_path, shared_data):
     names = [task.name for task in effect.tasks_of("relations", shared_data)]
     assert names == ["antonym", "present_past", "singular_plural"]
@@ -117,7 +159,7 @@ def test_relations_are_read_from_a_folder(tmp_path, shared_data):
 def test_options_of_the_command():
     shown = CliRunner().invoke(main, ["cell", "--help"])
     assert shown.exit_code == 0 and "--select" in shown.stdout and "dev" in shown.stdout
-    for name in set(main.commands) - {"cell", "effect"}:
+    for name in set(main.commands) - {"cell", "effect", "choice"}:
         shown = CliRunner().invoke(main, [name, "--help"])
         assert shown.exit_code == 0 and "--select" not in shown.stdout
     wrong = CliRunner().invoke(main, ["--shape", "tiny", "step"])
