@@ -18,11 +18,12 @@ from .adapters import adapted, make_adapter
 from .batch import Row, truth_row
 from .episode import Episode, balanced, draw_folds, seeded, with_demonstrations
 from .evaluate import TINIEST, Scoring, answer_scores, label_scores, last_states, share_prefix
-from .generate import STOP, Decoding, generate
+from .generate import STOP, Decoding
 from .methods import BEGINS_WITH, METHODS, Grid
 from .metrics import fit_temperature, row_losses
 from .models.common import device_of
 from .options import FitOptions
+from .predictor import answer_texts
 from .subject import Subject
 from .tasks import Example, Task
 from .teacher import Asked, label_tokens_at_most, observe, teach
@@ -197,18 +198,17 @@ class CrossValidation:
                 bar.update(len(fold.test))
         return found
 
-    def texts(self, candidate: Candidate) -> list[str]:
-        """What a candidate answers to every held-out row, greedily."""
-        found = [""] * len(self.rows)
+    def texts(self, candidate: Candidate) -> tuple[list[str], list[float]]:
+        """What a candidate answers to every held-out row, greedily, and how sure it is."""
+        found = [("", 0.0)] * len(self.rows)
         with self.bar(f"answers of {candidate.name}", len(self.rows)) as bar:
             for number, (fold, pick) in enumerate(zip(self.folds, candidate.picks)):
                 with self.student(candidate.name, number, slice(pick, pick + 1)) as (student, prompts):
-                    ids = generate(
-                        student, self.subject.tokenizer, prompts, Decoding(self.max_tokens, self.stop), bar.update
-                    )
-                for i, response in zip(fold.test, ids):
-                    found[i] = self.subject.tokenizer.decode(response)
-        return found
+                    how = Decoding(self.max_tokens, self.stop)
+                    said = answer_texts(student, self.subject.tokenizer, prompts, how, bar.update)
+                for i, answer in zip(fold.test, zip(*said)):
+                    found[i] = answer
+        return tuple(zip(*found))
 
     def candidate(self, name: str) -> Candidate:
         """`name` with, for each fold, the rate that is best on all other folds: no row chooses for itself."""

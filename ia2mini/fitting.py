@@ -140,18 +140,17 @@ def make_report(cv: CrossValidation, candidates: dict[str, Candidate], chosen: C
     task, gold, found = cv.task, cv.gold, {}
     held = [{"prompt": question(row.prompt), "true": row.answer} for row in cv.rows]
     for name, candidate in candidates.items():
-        right = None
-        if not task.labels:
-            texts = cv.texts(candidate)
-            right = torch.tensor([same_answer(task.parser, t, row.answer) for t, row in zip(texts, cv.rows)])
-        found[name] = measures(candidate.scores, gold, candidate.temperature, right)
+        if task.labels:
+            shares, best = (candidate.scores / candidate.temperature).softmax(-1), candidate.scores.argmax(-1)
+            said, sure, right = [task.labels[i] for i in best], shares.max(-1).values.tolist(), best == gold
+        else:
+            said, sure = cv.texts(candidate)
+            right = torch.tensor([same_answer(task.parser, t, row.answer) for t, row in zip(said, cv.rows)])
+        found[name] = measures(candidate.scores, gold, candidate.temperature, None if task.labels else right)
         if candidate is chosen:
-            sure = (candidate.scores / candidate.temperature).softmax(-1) if task.labels else candidate.scores.exp()
-            said = [task.labels[i] for i in candidate.scores.argmax(-1)] if task.labels else texts
-            verdicts = candidate.scores.argmax(-1) == gold if task.labels else right
-            for row, answer, p, hit in zip(held, said, sure.max(-1).values.tolist(), verdicts.tolist()):
+            for row, answer, p, hit in zip(held, said, sure, right.tolist()):
                 row |= {"said": answer, "confidence": p, "right": hit}
-            for row, p in zip(held, sure.tolist() if task.labels else ()):
+            for row, p in zip(held, shares.tolist() if task.labels else ()):
                 row["probabilities"] = dict(zip(task.labels, p))
     query = fmean(cv.length(row) for row in cv.rows)
     shown = fmean(sum(cv.tokens(f"{e.prompt}{e.answer}\n\n") for e in fold.icl[0]) for fold in cv.folds)

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import UsageError
 from .adapters import Adapter, adapted
 from .batch import Row as IdsRow
+from .batch import Watch
 from .chat import ChatTemplate
 from .episode import with_demonstrations
 from .evaluate import answer_scores, label_scores, share_prefix
@@ -117,11 +118,8 @@ class Predictor:
         with nullcontext(model) if shown else self.student() as student:
             if spec["labels"]:
                 return self.answer_labels(student, prompts, ids)
-            how = Decoding(spec["max_tokens"], spec["stop"])
-            responses = generate(student, tokenizer, ids, how)
-            ended = [response + list(tokenizer.eos_ids[:1]) for response in responses]
-            sure = answer_scores(student, [IdsRow(p, r) for p, r in zip(ids, ended)])[0].exp().tolist()
-        return [{"answer": tokenizer.decode(r), "confidence": s} for r, s in zip(responses, sure)]
+            found = answer_texts(student, tokenizer, ids, Decoding(spec["max_tokens"], spec["stop"]))
+        return [{"answer": text, "confidence": sure} for text, sure in zip(*found)]
 
     def answer_labels(self, student, prompts: list[str], ids: list[list[int]]) -> list[dict]:
         labels = self.spec["labels"]
@@ -191,6 +189,13 @@ class Predictor:
         self.spec |= {"base": base, "versions": versions(), "report": self.report, "canary": self.canary()}
         self.spec["adapter_digest"] = digest(folder / ADAPTER[0])
         write_text(folder / SPEC, json.dumps(finite(self.spec), indent=1, ensure_ascii=False) + "\n")
+
+
+def answer_texts(student, tokenizer, ids: list[list[int]], how: Decoding, watch: Watch = None) -> tuple[list, list]:
+    """What a model answers to prompts, greedily, and the geometric mean of its tokens' probabilities, EOS's included."""
+    responses = generate(student, tokenizer, ids, how, watch)
+    ended = [IdsRow(prompt, response + list(tokenizer.eos_ids[:1])) for prompt, response in zip(ids, responses)]
+    return list(map(tokenizer.decode, responses)), answer_scores(student, ended)[0].exp().tolist()
 
 
 FOREIGN = {"template": "{text}", "labels": [], "parser": "text", "max_tokens": 200, "stop": STOP, "temperature": 1.0}

@@ -15,8 +15,9 @@ from sklearn import metrics as theirs
 
 from ia2mini import FitOptions, crossval, fit, load_adapter, open_subject
 from ia2mini.cli import main
+from ia2mini.adapters import adapted
 from ia2mini.crossval import Candidate, CrossValidation, choose
-from ia2mini.fitting import read_own
+from ia2mini.fitting import conclude, read_own
 from ia2mini.methods import METHODS, Grid
 from ia2mini.metrics import ece, fit_temperature
 from ia2mini.tasks import world
@@ -297,3 +298,34 @@ def test_what_is_shipped():
         shipped(base=base, sft=[3.0] * 4, ia2_sft=[0.1, 3.0, 0.1, 4.5]) == "ia2-sft"
     )  # SFT is no better than the base
     assert shipped(base=base, sft=[3.0] * 4, ia2_sft=[2.5] * 4, probe=[0.0] * 4, icl=[0.0] * 4) == "base"
+
+
+def test_the_kept_confidences_of_text_are_those_of_what_was_said(subject):
+    """By a plain loop, a pass a token; a share of rows that a fold never saw then reaches the threshold."""
+    cv = cross_validation(subject, toy_rows(40, "toy-sums"), replace(QUICK, epochs=20, folds=5))
+    fitted, tokenizer, picks = conclude(cv), subject.tokenizer, cv.candidate("sft").picks
+    assert fitted.spec["method"] == "sft" and not fitted.spec["labels"], "this test needs texts of a trained adapter"
+    kept, fresh, sure = fitted.spec["confidences"], toy_rows(100, "toy-sums", start=100), []
+    for number, fold in enumerate(cv.folds):
+        theta = cv.trained("sft").theta.view(len(cv.folds), len(cv.rates), -1)[number, picks[number]][None]
+        with torch.no_grad(), adapted(subject.model, cv.adapter, theta) as student:
+            for i in fold.test[:2]:
+                said, logs = plain_answer(student, tokenizer, cv.rows[i].prompt, cv.max_tokens)
+                assert fitted.report["held_out"][i]["said"] == tokenizer.decode(said)
+                assert kept[i] == fitted.report["held_out"][i]["confidence"]
+                assert kept[i] == pytest.approx(np.exp(np.mean(logs)), rel=1e-4)
+        fitted.theta = theta
+        sure += [row["answer"] is not None for row in fitted.predict(fresh, coverage=0.5)]
+    assert abs(np.mean(sure) - 0.5) <= 0.15
+
+
+def plain_answer(student, tokenizer, prompt: str, max_tokens: int) -> tuple[list[int], list[float]]:
+    """The greedy answer's tokens and their log-probabilities, EOS's last."""
+    ids, said, logs = tokenizer.encode(prompt), [], []
+    while True:
+        p = student(torch.tensor([ids + said]))[0, -1].log_softmax(-1)
+        best = p.argmax().item()
+        if best in tokenizer.eos_ids or len(said) == max_tokens:
+            return said, [*logs, p[tokenizer.eos_ids[0]].item()]
+        said.append(best)
+        logs.append(p[best].item())
