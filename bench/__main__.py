@@ -17,6 +17,7 @@ from . import inference, resources, training
 from .choice import choice
 from .effect import METHODS, TASKS, effect
 from .fit import fit
+from .gain import gain
 from .report import Result, finish, show
 from .scale import scale
 from .shapes import SHAPES, stand
@@ -177,10 +178,17 @@ def choice_command(part, model, data_dir, save, folds, **given):
     studied("choice", lambda subject: choice(subject, options, part, folds, data_dir), part, model, save, options)
 
 
+@main.command("gain", help=gain.__doc__)
+@click.option("--save", is_flag=True)
+def gain_command(save):
+    show(result := gain())
+    finish([result], "python -m bench gain", save, name="gain")
+
+
 @main.command("fit", help=fit.__doc__)
 @click.option("--part", type=click.Choice(["all", "sft", "gate"]), default="all", show_default=True)
 @click.option("--seeds", default=10, show_default=True)
-@click.option("--tasks", default=100, show_default=True)
+@click.option("--tasks", default=114, show_default=True, help="generated; one in eight has random labels")
 @click.option("--epochs", default=30, show_default=True)
 @click.option("--save", is_flag=True)
 def fit_command(part, seeds, tasks, epochs, save):
