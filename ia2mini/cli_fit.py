@@ -106,7 +106,8 @@ def complain(error: UsageError, strict: bool) -> None:
 def predict(adapter, rows, coverage, icl, strict, **how):
     """Answer ROWS, or JSON lines from standard input (-), by an ADAPTER of `ia2mini fit` or of peft.
 
-    Prints JSONL: the row's own columns, answer, confidence and, of labels, the probability of each.
+    Prints JSONL: the row's own columns, answer, confidence and, of labels, the probability of each. Where --coverage
+    abstains, answer is null and abstained the answer. A column of yours with such a name becomes row_answer and so on.
     """
     fitted = open_adapter(adapter, **how)
     for row in fitted.predict(read_new(rows, strict), icl, coverage, wrong=lambda error: complain(error, strict)):
@@ -123,7 +124,8 @@ def score(adapter, rows, answer_column, icl, **how):
     from .report.fit import score_rows, write_fit_table
     from .tasks.rows import read_rows
 
-    click.echo(write_fit_table(score_rows(open_adapter(adapter, **how), read_rows(rows), icl, answer_column)))
+    rows = read_rows(rows)  # its mistakes show before a model is loaded
+    click.echo(write_fit_table(score_rows(open_adapter(adapter, **how), rows, icl, answer_column)))
 
 
 @main.command()
@@ -166,9 +168,10 @@ def generate(model, device, dtype, revision, prompt, max_tokens, stop, adapter, 
 
 def open_adapter(folder: Path, model=None, device=None, dtype=None, template=None, labels=None):
     """A saved adapter on its base model."""
-    from .predictor import base_name, load_adapter
+    from .predictor import base_of, load_adapter
     from .subject import open_subject
 
     spec = {"template": template and template.replace("\\n", "\n"), "labels": labels and labels.split(",")}
-    subject = open_subject(model or base_name(folder), device, dtype)
+    name, revision = (model, None) if model else base_of(folder)
+    subject = open_subject(name, device, dtype, revision)
     return load_adapter(folder, subject, **{name: value for name, value in spec.items() if value})

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from .tasks.rows import Row, fill
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 SPEC, TOP, AT_ONCE = "ia2mini.json", 5, 64
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+ADDED = r"^(?=(row_)*(answer|abstained|confidence|probabilities)$)"  # what a row's answer is called
 ALLOWED = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.1}  # mean difference of a canary's log-probabilities
 
 
@@ -60,6 +62,7 @@ class Predictor:
     ) -> Iterator[dict]:
         """Each row with its answer added: `answer`, `confidence` and, of labels, `probabilities`; lazily, in order.
 
+        A column of the row's own that is called so becomes `row_answer` and so on.
         `icl`: the base with demonstrations instead. `coverage`: the least certain rows get the answer None, by the
         threshold above which that share of the held-out rows was. A row without its columns is a UsageError, which
         `wrong`, where given, is called with instead.
@@ -78,7 +81,7 @@ class Predictor:
             for i, found in zip(prompts, self.answer(list(prompts.values()), shown) if prompts else ()):
                 if found["confidence"] < threshold:
                     found = {"answer": None, "abstained": found.pop("answer")} | found
-                yield dict(some[i]) | found
+                yield {re.sub(ADDED, "row_", name): value for name, value in some[i].items()} | found
 
     def shown(self) -> list[Example]:
         """The demonstrations, or the context, that stand before every row where the base is to answer."""
@@ -139,7 +142,7 @@ class Predictor:
             with torch.no_grad(), self.student(wanted) as student:
                 logits = student(ids.to(device_of(self.subject.model)))[0, -1].float().cpu().log_softmax(-1)
             tokens = kept[name]["tokens"] if kept else logits.topk(TOP).indices.tolist()
-            there = [t for t in tokens if t < len(logits)]
+            there = [t for t in tokens if 0 <= t < len(logits)]
             found[name] = {"tokens": tokens, "log_probabilities": logits[there].tolist()}
         return found
 
@@ -165,7 +168,7 @@ class Predictor:
         """Compare the canary with what was saved. Raises UsageError for another base or a damaged adapter."""
         kept, about = self.spec["canary"], f"fitted on {self.spec['base']['name']}, loaded on {self.subject.base}"
         now = self.canary(kept)
-        allowed = max(ALLOWED[c["dtype"]] for c in (kept, now))
+        allowed = max(ALLOWED.get(c["dtype"], 0) for c in (kept, now))
         blames = {"base": "the base model is not the one it was fitted on", "adapted": "the adapter is damaged"}
         if whole(folder):
             del blames["base"]
@@ -185,14 +188,14 @@ class Predictor:
             save_adapter(subject.model, self.adapter, self.theta[0], folder, subject.base, subject.tokenizer)
         if whole(folder):
             self.beside(folder)
-        base = {"name": subject.base, "digest": checkpoint_digest(subject.folder)}
+        base = {"name": subject.base, "revision": subject.revision, "digest": checkpoint_digest(subject.folder)}
         self.spec |= {"base": base, "versions": versions(), "report": self.report, "canary": self.canary()}
         self.spec["adapter_digest"] = digest(folder / ADAPTER[0])
         write_text(folder / SPEC, json.dumps(finite(self.spec), indent=1, ensure_ascii=False) + "\n")
 
 
 def answer_texts(student, tokenizer, ids: list[list[int]], how: Decoding, watch: Watch = None) -> tuple[list, list]:
-    """What a model answers to prompts, greedily, and the geometric mean of its tokens' probabilities, EOS's included."""
+    """What a model answers to prompts, greedily, and the geometric mean of its tokens' (and EOS's) probabilities."""
     responses = generate(student, tokenizer, ids, how, watch)
     ended = [IdsRow(prompt, response + list(tokenizer.eos_ids[:1])) for prompt, response in zip(ids, responses)]
     return list(map(tokenizer.decode, responses)), answer_scores(student, ended)[0].exp().tolist()
@@ -200,6 +203,12 @@ def answer_texts(student, tokenizer, ids: list[list[int]], how: Decoding, watch:
 
 FOREIGN = {"template": "{text}", "labels": [], "parser": "text", "max_tokens": 200, "stop": STOP, "temperature": 1.0}
 FOREIGN |= {"confidences": [], "demonstrations": [], "method": "adapter", "chat": False, "context": False}
+
+TOKENS = {"tokens": [int], "log_probabilities": [float | int]}
+SHAPE = {"template": str, "labels": [str], "max_tokens": int, "stop": str | None, "temperature": float | int}
+SHAPE |= {"parser": str | None, "confidences": [float | int], "demonstrations": [{"prompt": str, "answer": str}]}
+SHAPE |= {"method": str, "chat": bool, "context": bool, "example": str, "report": dict, "adapter_digest": str | None}
+SHAPE |= {"base": {"name": str}, "canary": {"dtype": str, "base": TOKENS, "adapted": TOKENS}}
 
 
 def whole(folder: Path) -> bool:
@@ -220,29 +229,49 @@ def load_adapter(folder: str | Path, subject: Subject | None = None, **spec) -> 
         predictor = load_adapter("tickets")
         next(predictor.predict([{"text": "My invoice is wrong"}]))["answer"]
     """
-    folder = Path(folder)
-    subject = subject or open_subject(base_name(folder))
-    kept = read_json(folder / SPEC) if (folder / SPEC).is_file() else None
-    try:
-        adapter, theta = None, None
-        if not whole(folder) and (kept is None or kept["method"] != "base"):
-            adapter, theta = read_adapter(folder, subject.model)
-        predictor = Predictor(subject, adapter, theta, FOREIGN | (kept or {}) | spec, (kept or {}).get("report", {}))
-        if kept:
-            predictor.check(folder)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        broken = f"damaged, or written by another version ({type(error).__name__}: {error})"
-        raise UsageError(f"{folder / SPEC}: {broken}; fit the adapter again") from None
+    folder, adapter, theta = Path(folder), None, None
+    if subject is None:
+        name, revision = base_of(folder)
+        subject = open_subject(name, revision=revision)
+    kept = read_spec(folder)
+    if not whole(folder) and (kept is None or kept["method"] != "base"):
+        adapter, theta = read_adapter(folder, subject.model)
+    predictor = Predictor(subject, adapter, theta, FOREIGN | (kept or {}) | spec, (kept or {}).get("report", {}))
+    if kept:
+        predictor.check(folder)
     return predictor
 
 
-def base_name(folder: Path) -> str:
-    """The base model that a saved adapter names, or the folder itself where it is whole. Raises UsageError."""
+def read_spec(folder: Path) -> dict | None:
+    """The description of an adapter that ia2mini fitted, None of another. Raises UsageError for a damaged one."""
+    path = folder / SPEC
+    kept = read_json(path) if path.is_file() else None
+    if kept is not None and (field := misfit(kept, SHAPE, "")):
+        broken = f"field {field[1:]} is missing or not what it should be: damaged, or written by another version"
+        raise UsageError(f"{path}: {broken}; fit the adapter again")
+    return kept
+
+
+def misfit(value, shape, name: str) -> str | None:
+    """The first field that has not its shape: a type, or an object or a list of shapes."""
+    parts = []
+    if isinstance(shape, dict):
+        if isinstance(value, dict):
+            parts = [(value.get(key, ...), inner, f"{name}.{key}") for key, inner in shape.items()]
+        shape = dict
+    elif isinstance(shape, list):
+        parts = [(part, shape[0], name) for part in value] if isinstance(value, list) else []
+        shape = list
+    return next(filter(None, (misfit(*part) for part in parts)), None) if isinstance(value, shape) else name
+
+
+def base_of(folder: Path) -> tuple[str, str | None]:
+    """The base that a saved adapter names, and its commit on the hub; of a whole folder itself. Raises UsageError."""
     if whole(folder):
-        return str(folder)
-    if (folder / SPEC).is_file():
-        return read_json(folder / SPEC)["base"]["name"]
-    name = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    if not name:
+        return str(folder), None
+    if kept := read_spec(folder):
+        return kept["base"]["name"], kept["base"].get("revision")
+    config = read_json(folder / "adapter_config.json")
+    if not (name := config.get("base_model_name_or_path")):
         raise UsageError(f"{folder}: names no base model; give --model")
-    return name
+    return name, config.get("revision")

@@ -20,6 +20,7 @@ class Subject:
     folder: Path  # of its checkpoint
     name: str  # in tables and folder names
     base: str  # what peft shall load the adapters onto: hub id or absolute folder
+    revision: str | None = None  # commit on the hub
 
 
 def open_subject(
@@ -39,4 +40,4 @@ def open_subject(
     local = folder == TINY or Path(model).is_dir()
     name = folder.resolve().name if local else model.replace("/", "--")
     base = str(folder.resolve()) if local else SHORT_NAMES.get(model.lower(), model)
-    return Subject(network, tokenizer, folder, name, base)
+    return Subject(network, tokenizer, folder, name, base, None if local else folder.name)  # a snapshot's folder

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import UsageError
+from ..adapters import Full, LoRA
+from ..evaluate import TINIEST
 from ..files import write_text
-from ..metrics import ece, ece_null
+from ..metrics import ece, ece_null, row_losses
 from ..tasks import same_answer
 from ..tasks.rows import Row
 from .page import lines, section, shown, table, whole
@@ -28,14 +30,14 @@ def measures(scores: Tensor, gold: Tensor, temperature: float, right: Tensor | N
     n, rng = len(scores), np.random.default_rng(0)
     draws = [np.arange(n), *rng.integers(n, size=(DRAWS, n))]
     if right is not None:
-        rows = {"acc": right.double().numpy(), "nll": -scores[:, 0].double().numpy()}
+        rows = {"acc": right.double().numpy()}
     else:
         p = (scores.double() / temperature).softmax(-1)
         confidence, best = (t.numpy() for t in p.max(-1))
         correct = (best == gold.numpy()).astype(float)
         distance = ((p - torch.nn.functional.one_hot(gold, p.shape[1])) ** 2).sum(-1).numpy()
-        loss = -p.gather(1, gold[:, None])[:, 0].clamp_min(1e-38).log().numpy()
-        rows = {"acc": correct, "brier": distance, "nll": loss}
+        rows = {"acc": correct, "brier": distance}
+    rows["nll"] = row_losses(scores.double(), gold, temperature).numpy()
     found = {name: [values[draw].mean() for draw in draws] for name, values in rows.items()}
     if right is None:
         found["ece"] = [ece(confidence[draw], correct[draw]) for draw in draws]
@@ -172,9 +174,8 @@ def about(report: dict) -> str:
 
 
 CARD = """---
-library_name: peft
-base_model: {base}
-tags: [ia2mini, {method}]
+library_name: {library}
+{hub}tags: [ia2mini, {method}]
 ---
 
 # {name}
@@ -184,41 +185,51 @@ tags: [ia2mini, {method}]
 Fitted by [ia2mini](https://arxiv.org/abs/2509.22621) {version}: `{command}`. Template, labels, temperature and held-out
 numbers are in `ia2mini.json`, every held-out row in `held_out.jsonl`, the report in `report.html`.
 
-The prompt is {template!r}; the answer follows it at once.
+The prompt is {template!r}{turn}; the answer follows it at once.
 
 ```
 ia2mini predict {folder} NEW_ROWS
 ```
 
-```python
-import peft, transformers
-
-tokenizer = transformers.AutoTokenizer.from_pretrained({base!r})
-model = transformers.AutoModelForCausalLM.from_pretrained({base!r})
-model = peft.PeftModel.from_pretrained(model, {folder!r})
-```
-
-vLLM: `vllm serve {base} --enable-lora --lora-modules {name}={folder}` (LoRA only).
-"""
+{code}"""
 
 
 def card(fitted, folder: Path, command: str) -> str:
     """The model card."""
-    spec, report = fitted.spec, fitted.report
-    text = {
-        "base": fitted.subject.base,
-        "method": spec["method"],
-        "name": report["name"],
-        "sentence": report["sentence"],
-    }
+    spec, report, subject = fitted.spec, fitted.report, fitted.subject
+    peft = fitted.adapter is not None and not isinstance(fitted.adapter, Full)
+    text = {"library": "peft" if peft else "transformers", "method": spec["method"], "name": report["name"]}
+    text |= {"hub": f"base_model: {subject.base}\n" if subject.revision else "", "sentence": report["sentence"]}
     text |= {"version": spec["versions"]["ia2mini"], "command": command, "template": spec["template"]}
-    return CARD.format(**text, folder=str(folder))
+    text |= {"turn": ", a turn of the chat template" if spec["chat"] else "", "code": code(fitted, str(folder), peft)}
+    return CARD.format(**text, folder=folder)
+
+
+def code(fitted, folder: str, peft: bool) -> str:
+    """How others load what was shipped: transformers, after it peft, and vLLM, which takes LoRA alone."""
+    adapter, base, revision = fitted.adapter, fitted.subject.base, fitted.subject.revision
+    source = repr(folder) if isinstance(adapter, Full) else repr(base) + f", revision={revision!r}" * bool(revision)
+    lines = ["```python", "import peft, transformers" if peft else "import transformers", ""]
+    lines += [f"tokenizer = transformers.AutoTokenizer.from_pretrained({source})"]
+    lines += [f"model = transformers.AutoModelForCausalLM.from_pretrained({source})"]
+    lines += [f"model = peft.PeftModel.from_pretrained(model, {folder!r})"] * peft + ["```", ""]
+    if isinstance(adapter, LoRA):
+        at = f" --revision {revision}" if revision else ""
+        rank = f" --max-lora-rank {1 << (adapter.rank - 1).bit_length()}" if adapter.rank > 16 else ""
+        lines += [
+            "",
+            f"vLLM: `vllm serve {base}{at} --enable-lora{rank} --lora-modules {fitted.report['name']}={folder}`",
+            "",
+        ]
+    return "\n".join(lines)
 
 
 def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) -> dict:
     """The report of an adapter (or of the base with demonstrations) on rows with answers."""
     spec, column = fitted.spec, column or fitted.spec.get("answer_column") or "label"
-    found = list(fitted.predict(rows, icl))
+    if wrong := [row for row in rows if not str(row.get(column, "")).strip()]:
+        there = ", ".join(map(repr, wrong[0]))
+        raise UsageError(f"{wrong[0].where}: no answer in column {column!r} (of {there}); see --answer-column")
     true = [row.text(column) for row in rows]
     name = "icl" if icl else spec["method"]
     told = {
@@ -227,12 +238,14 @@ def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) ->
         "model": fitted.subject.name,
         "folds": 0,
     }
-    if spec["labels"]:
-        if unknown := [row for row, text in zip(rows, true) if text not in spec["labels"]]:
-            known = ", ".join(map(repr, spec["labels"]))
-            raise UsageError(f"{unknown[0].where}: answer {unknown[0].text(column)!r} is none of the labels {known}")
-        gold = torch.tensor([spec["labels"].index(text) for text in true])
-        scores = torch.tensor([list(f["probabilities"].values()) for f in found]).clamp_min(1e-38).log()
+    labels = spec["labels"]
+    if unknown := [(row.where, text) for row, text in zip(rows, true) if labels and text not in labels]:
+        (where, text), known = unknown[0], ", ".join(map(repr, labels))
+        raise UsageError(f"{where}: answer {text!r} is none of the labels {known}")
+    found = list(fitted.predict(rows, icl))
+    if labels:
+        gold = torch.tensor([labels.index(text) for text in true])
+        scores = torch.tensor([list(f["probabilities"].values()) for f in found]).clamp_min(TINIEST).log()
         numbers = measures(scores, gold, 1.0)
     else:
         right = torch.tensor([same_answer(spec["parser"], f["answer"], text) for f, text in zip(found, true)])

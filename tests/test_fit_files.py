@@ -1,0 +1,146 @@
+"""What `fit` leaves in its folder, and what `predict` and `score` say of rows that are odd."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+from hub import connect, serve
+from ia2mini.models.checkpoint import TINY
+from mistakes import refused
+
+from ia2mini import FitOptions, fit, load_adapter, open_subject
+from ia2mini.adapters import make_adapter
+from ia2mini.cli import main
+from ia2mini.predictor import FOREIGN, SHAPE, Predictor
+from ia2mini.report.fit import card
+from ia2mini.tasks import world
+
+QUICK = FitOptions(epochs=8, rates=(1e-2,), methods=("sft",), folds=2)
+
+
+def toy_rows(count: int, start: int = 4) -> list[dict]:
+    return world.rows("toy-mood", "train")[start : start + count]
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return fit(toy_rows(12), open_subject("tiny", "cpu"), QUICK)
+
+
+@pytest.fixture(scope="module")
+def saved(fitted, tmp_path_factory):
+    fitted.save(folder := tmp_path_factory.mktemp("fitted") / "a")
+    return folder
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(main, list(map(str, arguments)))
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_columns_that_are_called_as_what_is_added_are_kept(fitted):
+    (row,) = toy_rows(1)
+    own = {"answer": "mine", "confidence": 2, "row_answer": "older", "answers": 3}
+    for coverage in (None, 0.5):
+        (found,) = fitted.predict([row | own], coverage=coverage)
+        kept = {"row_answer": "mine", "row_confidence": 2, "row_row_answer": "older", "answers": 3}
+        assert found.items() >= (kept | row).items() and 0 <= found["confidence"] <= 1 and found["answer"] != "mine"
+    assert fitted.predict([row]).__next__().keys() == row.keys() | {"answer", "confidence", "probabilities"}
+
+
+def test_the_bases_commit_on_the_hub_is_kept_and_loaded(tmp_path, monkeypatch):
+    files = {p.name: p.read_bytes() for p in TINY.iterdir() if p.is_file()}
+    with serve({("model", "some/one"): {"main": files}}) as hub:
+        connect(monkeypatch, hub, tmp_path / "cache")
+        then = hub.commit("model", "some/one", "main")
+        found = fit(toy_rows(12), open_subject("some/one", "cpu"), QUICK)
+        found.save(tmp_path / "a")
+        assert json.loads((tmp_path / "a" / "ia2mini.json").read_text())["base"]["revision"] == then
+        assert (
+            f"revision={then!r}" in (text := card(found, tmp_path / "a", "fit")) and "\nbase_model: some/one\n" in text
+        )
+        hub.repos["model", "some/one"] = {"main": files | {"config.json": b"{}"}, "then": files}
+        now, then = hub.commit("model", "some/one", "main"), hub.commit("model", "some/one", "then")
+        assert now != then
+        spec = json.loads((tmp_path / "a" / "ia2mini.json").read_text())
+        spec["base"]["revision"] = then  # the look-alike's ids are of branches
+        (tmp_path / "a" / "ia2mini.json").write_text(json.dumps(spec))
+        assert load_adapter(tmp_path / "a").subject.revision == then
+        (tmp_path / "rows.jsonl").write_text(json.dumps(toy_rows(1)[0]) + "\n")
+        assert json.loads(run("predict", tmp_path / "a", tmp_path / "rows.jsonl").stdout)["answer"]
+    assert open_subject("tiny", "cpu").revision is None
+
+
+@pytest.mark.parametrize("adapter", ["lora", "ia3", "prompt", "full", None])
+def test_the_card_shows_what_can_load_it(fitted, tmp_path, adapter):
+    spec = FOREIGN | {"versions": {"ia2mini": "0"}, "chat": False}
+    made = adapter and make_adapter(fitted.subject.model, replace(QUICK, adapter=adapter, rank=20))
+    text = card(Predictor(fitted.subject, made, None, spec, fitted.report), tmp_path / "a", "ia2mini fit")
+    (code,) = re.findall("```python\n(.*?)```", text, re.S)
+    compile(code, "card", "exec")
+    assert ("peft" in text) == (adapter in ("lora", "ia3", "prompt")), "full and base need transformers alone"
+    assert ("--enable-lora --max-lora-rank 32" in text) == ("vLLM" in text) == (adapter == "lora")
+    assert code.count(repr(str(tmp_path / "a"))) == {None: 0, "full": 2}.get(adapter, 1)
+    assert "base_model" not in text, "a folder is no name on the hub"
+
+
+def test_a_damaged_field_is_named_and_a_bug_of_ours_is_not_disguised(saved, tmp_path, monkeypatch):
+    whole = json.loads((saved / "ia2mini.json").read_text())
+    odd = {"labels": [1], "canary": {"dtype": "float32"}, "confidences": ["0.5"], "demonstrations": [{}], "base": {}}
+    for field in SHAPE:
+        for broken in (
+            {k: v for k, v in whole.items() if k != field},
+            whole | {field: odd.get(field, [[]])},
+        ):
+            (tmp_path / "ia2mini.json").write_text(json.dumps(broken))
+            refused(lambda: load_adapter(tmp_path), f"ia2mini.json: field {field}", "fit the adapter again")
+
+    def bug(*_):
+        raise KeyError("a bug of ours")
+
+    monkeypatch.setattr("ia2mini.predictor.read_adapter", bug)
+    with pytest.raises(KeyError, match="a bug of ours"):
+        load_adapter(saved)
+
+
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("unknown.csv", "text,label\ngood,0\nbad,7\n", ("unknown.csv:3", "'7' is none of the labels '0', '1'")),
+        ("missing.csv", "text,mood\ngood,0\n", ("missing.csv:2", "'label'", "'mood'", "--answer-column")),
+        ("blank.csv", "text,label\ngood,0\nbad,\n", ("blank.csv:3", "no answer in column 'label'")),
+        ("null.jsonl", '{"text": "good", "label": null}\n', ("null.jsonl:1", "'label'", "nothing")),
+        ("prompt.csv", "words,label\ngood,0\n", ("prompt.csv:2", "no column 'text'")),
+        ("excel.csv", "text;label\ngood;0\n", ("excel.csv:2", "'label'", "text;label")),
+        ("empty.csv", "", ("empty.csv", "holds no rows")),
+        ("header.csv", "text,label\n", ("header.csv", "holds no rows")),
+        ("latin.csv", "text,label\ngood \xff,0\n", ("latin.csv:2", "UTF-8")),
+        ("none.csv", None, ("none.csv", "No such file")),
+    ],
+)
+def test_rows_that_cannot_be_scored_are_one_line(saved, tmp_path, name, text, said):
+    if text is not None:
+        (tmp_path / name).write_bytes(text.encode("latin-1"))
+    told = run("score", saved, tmp_path / name, code=2).stderr.strip()
+    assert "\n" not in told and all(part in told for part in said), told
+
+
+def test_a_folder_that_was_edited_since_is_one_line(saved, tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\ngood,0\n")
+    for name, change in (
+        ("adapter_model.safetensors", lambda data: data[:-4]),
+        ("adapter_model.safetensors", lambda data: data[:-4] + b"\0\0\x80\x3f"),
+        ("adapter_config.json", lambda data: data.replace(b'"lora_alpha": 8.0', b'"lora_alpha": 9.0')),
+        ("ia2mini.json", lambda data: data[:-9]),
+    ):
+        kept = (saved / name).read_bytes()
+        assert change(kept) != kept
+        try:
+            (saved / name).write_bytes(change(kept))
+            told = run("score", saved, tmp_path / "rows.csv", code=2).stderr.strip()
+        finally:
+            (saved / name).write_bytes(kept)
+        assert "\n" not in told and str(saved) in told, told
