@@ -37,7 +37,7 @@ class Adapter:
 
     def init(self, model: nn.Module, generator: Generator) -> Tensor:
         """First weights of one run, [M] float32 on the CPU."""
-        return torch.zeros(size(self.shapes))
+        return torch.zeros(sum(map(math.prod, self.shapes.values())))
 
     def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
         """Name of a map -> what its seam shall do, from weights of R runs."""
@@ -61,12 +61,12 @@ class LoRA(Adapter):
             self.shapes[f"{name}.B"] = (linear.out_features, rank)
 
     def init(self, model: nn.Module, generator: Generator) -> Tensor:
-        theta = torch.zeros(1, size(self.shapes))
-        for name, weight in unpack(theta, self.shapes).items():
+        theta = super().init(model, generator)
+        for name, weight in unpack(theta[None], self.shapes).items():
             if name.endswith(".A"):
                 bound = 1 / math.sqrt(weight.shape[-1])  # kaiming_uniform with a = sqrt(5)
                 weight.uniform_(-bound, bound, generator=generator)
-        return theta[0]
+        return theta
 
     def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
         scale = self.alpha / self.rank
@@ -88,10 +88,10 @@ class IA3(Adapter):
         self.shapes = {name: (features,) for name, features in sizes.items()}
 
     def init(self, model: nn.Module, generator: Generator) -> Tensor:
-        return torch.ones(size(self.shapes))
+        return super().init(model, generator) + 1
 
     def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
-        return {n: partial(scaled_inputs if n in self.inputs else scaled, weights[n]) for n in self.linears}
+        return {name: partial(scaled, weights[name], name in self.inputs) for name in self.linears}
 
 
 class Full(Adapter):
@@ -169,15 +169,11 @@ def low_rank(A: Tensor, B: Tensor, scale: float, base: Callable, x: Tensor) -> T
     return y + ((down * scale) @ B.mT).view(y.shape).to(y.dtype)
 
 
-def scaled(s: Tensor, base: Callable, x: Tensor) -> Tensor:
-    """y * s for y = base(x), s [R, out]."""
-    y = base(x)
-    return (grouped(y, s) * s[:, None].to(y.dtype)).view(y.shape)
-
-
-def scaled_inputs(s: Tensor, base: Callable, x: Tensor) -> Tensor:
-    """base(x * s) for s [R, in]."""
-    return base((grouped(x, s) * s[:, None].to(x.dtype)).view(x.shape))
+def scaled(s: Tensor, inputs: bool, base: Callable, x: Tensor) -> Tensor:
+    """base(x) * s for s [R, out]; of `inputs` base(x * s) for s [R, in]."""
+    y = x if inputs else base(x)
+    y = (grouped(y, s) * s[:, None].to(y.dtype)).view(y.shape)
+    return base(y) if inputs else y
 
 
 def shifted(D: Tensor, base: Callable, x: Tensor) -> Tensor:
@@ -213,21 +209,13 @@ def find_linears(model: nn.Module, targets, layers: list[int] | None) -> dict[st
     depth = model.config.num_hidden_layers
     if bad := [i for i in layers or [] if not 0 <= i < depth]:
         raise UsageError(f"layer {bad[0]}: this model has layers 0 to {depth - 1}")
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Linear) and name.rsplit(".", 1)[1] in targets:
-            if layers is None or int(name.split(".")[2]) in layers:  # model.layers.<i>.…
-                found[name] = module
-    for target in targets:
-        if not any(name.endswith(f".{target}") for name in found):
-            there = f"targets: {', '.join(EVERY_MATRIX)}"
-            raise UsageError(f"adapter target {target!r} matches no matrix of this model; {there}")
-    return found
-
-
-def size(shapes: dict[str, tuple]) -> int:
-    """M: weights a run."""
-    return sum(math.prod(shape) for shape in shapes.values())
+    every = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    chosen = range(depth) if layers is None else layers
+    found = {n: m for n, m in every.items() if n.rsplit(".", 1)[1] in targets and int(n.split(".")[2]) in chosen}
+    if lost := [target for target in targets if not any(name.endswith(f".{target}") for name in found)]:
+        there = f"targets: {', '.join(EVERY_MATRIX)}"
+        raise UsageError(f"adapter target {lost[0]!r} matches no matrix of this model; {there}")
+    return found  # a name is model.layers.<i>.….<target>
 
 
 def unpack(theta: Tensor, shapes: dict[str, tuple]) -> dict[str, Tensor]:

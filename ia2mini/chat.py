@@ -30,24 +30,23 @@ class ChatTemplate:
 
     def __init__(self, folder: Path, tokenizer: Tokenizer):
         from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
 
         path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
         settings = read_json(config) if config.is_file() else {}
         source = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
         if not isinstance(source, str):
             raise UsageError(f"{folder}: --chat needs a chat template (chat_template.jinja or tokenizer_config.json)")
-        sandbox = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
+        sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         sandbox.globals["raise_exception"] = self.refuse
         try:
             self.template = sandbox.from_string(source)
         except TemplateError as error:
             raise UsageError(f"{folder}: its chat template is broken ({error})") from None
-        names = {"bos_token": "", "eos_token": ""}
-        self.tokens = names | {name: token_text(settings[name]) for name in names if name in settings}
-        self.start, self.errors = tokenizer.decode_all(tokenizer.encode("")), TemplateError
+        tokens = {name: settings.get(name) or "" for name in ("bos_token", "eos_token")}  # texts, or objects with one
+        self.tokens = {k: str(t.get("content", "") if isinstance(t, dict) else t) for k, t in tokens.items()}
+        start = tokenizer.backend.decode(tokenizer.encode(""), skip_special_tokens=False)
+        self.start, self.errors = start, TemplateError
 
     @staticmethod
     def refuse(message: str):
@@ -59,14 +58,9 @@ class ChatTemplate:
             text = self.template.render(messages=turns, add_generation_prompt=True, **self.tokens)
         except (self.errors, TypeError, ValueError, ArithmeticError) as error:
             raise UsageError(f"the chat template fails on these turns ({error})") from None
-        return text.removeprefix(self.start) if self.start else text
+        return text.removeprefix(self.start)
 
     def __call__(self, question: str) -> ChatPrompt:
         prompt = ChatPrompt(self.render([{"role": "user", "content": question}]))
         prompt.chat, prompt.question = self, question
         return prompt
-
-
-def token_text(token) -> str:
-    """A special token of tokenizer_config.json: a text, or an object that holds one."""
-    return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")

@@ -15,7 +15,6 @@ from .adapters import IA3, Adapter, Full, LoRA, PrefixTuning, Prompt, unpack
 from .files import read_json, write, write_text
 from .models.checkpoint import save
 from .models.common import Linear
-from .tokenizer import Tokenizer
 
 PEFT_PREFIX = "base_model.model."
 EXTRAS = ("modules_to_save", "use_dora", "trainable_token_indices", "lora_bias", "layer_replication", "use_qalora")
@@ -48,22 +47,15 @@ def peft_tensors(adapter: Adapter, theta: Tensor) -> dict[str, Tensor]:
     if isinstance(adapter, LoRA):
         return {f"{PEFT_PREFIX}{name[:-2]}.lora_{name[-1]}.weight": w for name, w in weights.items()}
     if isinstance(adapter, IA3):
-        return {
-            f"{PEFT_PREFIX}{name}.ia3_l": w[None] if name in adapter.inputs else w[:, None]
-            for name, w in weights.items()
-        }
+        return {f"{PEFT_PREFIX}{n}.ia3_l": w[None] if n in adapter.inputs else w[:, None] for n, w in weights.items()}
     if isinstance(adapter, Prompt):
         return {"prompt_embeddings": weights["embeddings"]}
     layers = weights["prefix"]  # [L, 2, K, tokens, E]; peft: a row a virtual token, its keys and values layer by layer
     return {"prompt_embeddings": layers.permute(3, 0, 1, 2, 4).flatten(1)}
 
 
-def save_adapter(
-    model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path, base: str, tokenizer: Tokenizer | None = None
-) -> None:
-    """Write one run's adapter, theta [M], into `folder` so that peft loads it onto `base`; a full fine-tuning is merged
-    instead.
-    """
+def save_adapter(model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path, base: str, tokenizer=None) -> None:
+    """Write one run's adapter, theta [M], into `folder` so that peft loads it onto `base`; `Full` as `save_merged`."""
     if isinstance(adapter, Full):
         return save_merged(model, adapter, theta, folder, tokenizer)
     tensors = {name: t.contiguous() for name, t in peft_tensors(adapter, theta).items()}
@@ -124,17 +116,13 @@ def read_lora(config: dict, tensors: dict[str, Tensor], model: nn.Module) -> tup
     if unknown := [name for name in tensors if name.rsplit(".", 2)[0] not in adapter.linears]:
         raise KeyError(f"unknown tensor {unknown[0]}")
     weights = {name: torch.zeros(shape) for name, shape in adapter.shapes.items()}
+    alphas = config.get("alpha_pattern") or {}  # by a pattern of the end of a name; the first that matches
     for name in maps:
         A, B = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
-        alpha = pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
-        scale = alpha / (math.sqrt(len(A)) if config.get("use_rslora") else len(A))
+        own = (value for end, value in alphas.items() if re.match(rf"(.*\.)?({end})$", name))
+        scale = next(own, config["lora_alpha"]) / (math.sqrt(len(A)) if config.get("use_rslora") else len(A))
         weights[f"{name}.A"][: len(A)], weights[f"{name}.B"][:, : len(A)] = A, scale * B
     return adapter, weights
-
-
-def pattern(patterns: dict | None, name: str, default: float) -> float:
-    """The value of the first pattern that the end of a module's name matches, as peft reads rank and alpha patterns."""
-    return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
 def read_ia3(config: dict, tensors: dict[str, Tensor], model: nn.Module) -> tuple[Adapter, dict[str, Tensor]]:
@@ -162,20 +150,15 @@ READERS = {"LORA": read_lora, "IA3": read_ia3, "PROMPT_TUNING": read_virtual, "P
 
 
 @torch.no_grad()
-def save_merged(
-    model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path, tokenizer: Tokenizer | None = None
-) -> None:
-    """Write a checkpoint whose matrices hold the adapter's change, computed in float32; the model in memory stays as it
-    is.
+def save_merged(model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path, tokenizer=None) -> None:
+    """Write a checkpoint whose matrices hold the adapter's change, computed in float32; the model stays as it is.
 
     With `tokenizer` the checkpoint is complete: its tokenizer.json and its end-of-sequence ids are written too.
     Raises UsageError for prompt and prefix tuning, which change no matrix.
     """
     if not adapter.linears:
-        kind = type(adapter).__name__
-        raise UsageError(
-            f"a {kind} adapter stands before the text and cannot be merged into matrices; save it for peft"
-        )
+        before = f"a {type(adapter).__name__} adapter stands before the text"
+        raise UsageError(f"{before} and cannot be merged into matrices; save it for peft")
     weights = unpack(theta[None].to(next(model.parameters()).device), adapter.shapes)
     weights, changed = {name: w[0] for name, w in weights.items()}, {}
     for name, linear in adapter.linears.items():

@@ -56,10 +56,6 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=True)
 
-    def decode_all(self, ids: list[int]) -> str:
-        """`decode` with special tokens as they are written."""
-        return self.backend.decode(ids, skip_special_tokens=False)
-
     def encode_answer(self, prompt: str, answer: str) -> list[int]:
         """Ids of `answer` right after `prompt`. Raises UsageError when it merges with the prompt's last token."""
         if self.merges(prompt, answer):

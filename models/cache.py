@@ -119,16 +119,12 @@ class Cache:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, past: Past | None) -> Tensor:
     """Grouped-query attention of q [B, H, T, E] over k, v [B, K, T, E], cached keys and a prefix: [B, H, T, E]."""
-    mask = None if cache is None else cache.mask
+    mask = cache and cache.mask
     if cache is not None:
         k, v = cache.update(k, v)
     if past is None:  # right padding needs no mask: a real token never sees the padding behind it
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return attend_with_prefix(q, k, v, mask, *past)
-
-
-def attend_with_prefix(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, k0: Tensor, v0: Tensor) -> Tensor:
-    """One softmax over prefix k0, v0 [G, K, S, E] and own keys; the prefix is multiplied once a group, never copied."""
+    k0, v0 = past  # one softmax over these and own keys; they are multiplied once a group, never copied
     (B, H, T, E), K, (G, _, S, _) = q.shape, k.shape[1], k0.shape
     q = q.reshape(B, K, H // K * T, E) * E**-0.5  # the heads that share a key/value head stand together
     by_group = q.view(G, B // G, K, -1, E).transpose(1, 2).reshape(G, K, -1, E)
