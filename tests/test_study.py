@@ -17,9 +17,9 @@ import ia2mini
 from ia2mini import UsageError, study
 from ia2mini.methods import METHODS
 from ia2mini.options import TINY_RATES, Options
-from ia2mini.study import compare
+from ia2mini.study import compare, open_study
 from ia2mini.subject import open_subject as load_subject
-from ia2mini.tasks import find_task
+from ia2mini.tasks import custom_task, find_task, world
 
 EVERY = ("base", "icl", "sft", "ia2", "ia2-sft", "ia2+sft")
 SMALL = Options(n=(2,), sets=2, epochs=4, eval_rows=12, methods=EVERY, rates=(1e-3, 1e-2), betas=(0.3, 0.7))
@@ -106,6 +106,17 @@ def test_records_hold_what_they_say(studied):
         kept = json.loads((where / run["texts"]).read_text())
         assert len(kept["texts"]) == 3 and "ece" not in run and "reliability" not in run
     assert all(cell["ece_mean"] is cell["ece_null_mean"] is None for cell in texts["cells"])
+
+
+def test_ones_own_texts_may_be_as_long_as_the_longest_answer(subject, tmp_path):
+    rows = world.rows("toy-sums", "train")[:60]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task, encode = custom_task(tmp_path / "sums.jsonl", "question", "answer"), subject.tokenizer.encode
+    (experiment,), _ = open_study([task], subject, SMALL, tmp_path / "runs", None, None, nullcontext)
+    longest = max(len(encode(row["answer"])) for row in rows)
+    assert experiment.max_tokens == experiment.task.max_tokens == longest + 1 < task.max_tokens == 200
+    (labels,), _ = open_study([MOOD], subject, SMALL, tmp_path / "runs", None, None, nullcontext)
+    assert labels.max_tokens == 1
 
 
 def test_overlaps_are_of_the_chosen_runs(studied):
