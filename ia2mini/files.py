@@ -1,12 +1,13 @@
 """Files in and out: JSON that is checked, writing that is whole or not there, and the hub's errors in one line."""
 
 import json
-import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from . import UsageError
 
@@ -39,9 +40,7 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
         writer(Path(temporary))
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except Exception as error:
-        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
-            raise
+    except (OSError, SafetensorError) as error:
         reason, mend = getattr(error, "strerror", None) or error, "free some space or choose another folder with --out"
         raise UsageError(f"{path}: cannot be written ({reason}); {mend}") from None
     finally:
@@ -57,12 +56,8 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def finite(value):
-    """`value` with every NaN and infinity replaced by None: JSON has neither."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """`value` as JSON holds it, with every NaN and infinity replaced by None."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 @contextmanager

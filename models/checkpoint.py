@@ -14,6 +14,7 @@ from torch import nn
 
 from ia2mini import UsageError
 from ia2mini.files import hub_errors, read_json, write, write_text
+from ia2mini.tokenizer import Tokenizer
 
 from . import llama, qwen3
 from .common import LLAMA3, Rope
@@ -40,8 +41,6 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cp
         model, tokenizer = load("tiny")
         logits = model(torch.tensor([tokenizer.encode("Text:a lovely film\\nLabel:")]))   # [1, T, V]
     """
-    from ia2mini.tokenizer import Tokenizer  # the one look upwards: a checkpoint is no use without its tokenizer
-
     folder = locate(name, revision)
     config, family = read_folder_config(folder)
     with torch.device("meta"):
@@ -87,7 +86,6 @@ def read_folder_config(folder: Path):
     found, layers = {"rope": read_rope(raw, where)}, raw.get("layer_types") or []
     all_full = isinstance(layers, list) and layers == ["full_attention"] * len(layers)
     for name, fine, values in (
-        ("partial_rotary_factor", raw.get("partial_rotary_factor") in (1.0, None), "1.0"),
         ("hidden_act", raw.get("hidden_act", "silu") == "silu", "silu"),
         ("quantization_config", not raw.get("quantization_config"), "unquantised checkpoints"),
         ("use_sliding_window", not raw.get("use_sliding_window"), "no sliding window"),
@@ -128,8 +126,9 @@ def read_rope(raw: dict, where: Path) -> Rope:
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else type(rope).__name__
     if kind not in ("default", "llama3") or any(isinstance(value, dict) for value in rope.values()):
         raise UsageError(f"{where}: rope_scaling type {repr(kind)[:80]} is not supported (supported: default, llama3)")
-    if (partial := rope.get("partial_rotary_factor")) not in (1.0, None):
-        raise UsageError(f"{where}: partial_rotary_factor = {repr(partial)[:80]} is not supported (supported: 1.0)")
+    for partial in (raw.get("partial_rotary_factor"), rope.get("partial_rotary_factor")):
+        if partial not in (1.0, None):
+            raise UsageError(f"{where}: partial_rotary_factor = {repr(partial)[:80]} is not supported (supported: 1.0)")
     needed = LLAMA3 if kind == "llama3" else ()
     if missing := [name for name in needed if name not in rope]:
         raise UsageError(f"{where}: rope_scaling of type llama3 lacks {', '.join(missing)}")
@@ -182,9 +181,7 @@ def fill(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.devic
     model.tie()
 
 
-def save(
-    model: nn.Module, folder: Path, tokenizer_json: str | None = None, eos_token_id=None, changed: dict | None = None
-) -> None:
+def save(model: nn.Module, folder: Path, tokenizer_json=None, eos_token_id=None, changed: dict | None = None) -> None:
     """Write `model`, with the tensors in `changed` (by name) for its own, in the Hugging Face layout into `folder`.
 
     config.json, model.safetensors (in shards above 5 GB) and, if given, tokenizer.json. Raises UsageError.

@@ -12,17 +12,11 @@ ESCAPES = {"\\": r"\textbackslash ", "~": r"\textasciitilde ", "^": r"\textascii
 ESCAPES = str.maketrans(ESCAPES | {c: "\\" + c for c in "&%$#_{}"})
 
 
-def frame(cells: list[dict]):
-    """A pandas frame as the paper's Table 1: a row an evaluation and method, the table's columns."""
-    import pandas
-
-    cells, columns = sorted(cells, key=lambda c: (c["task"], c["ood"], c["eval"])), known_columns(cells)
-    rows = [[c["task"], c["eval"] + "*" * c["ood"], *texts(c, columns)] for c in cells]
-    return pandas.DataFrame(rows, columns=["trained on", "evaluated on", "method", *map(HEADS.get, columns)])
-
-
 def write_tables(document: dict, folder: Path) -> None:
-    """table.md, table.tex (booktabs) and table.csv (every cell, unrounded); nothing without pandas and its writers."""
+    """table.md, table.tex (booktabs), table.csv (every cell, unrounded), in the layout of the paper's Table 1.
+
+    Nothing without pandas and its writers.
+    """
     try:
         import jinja2  # noqa: F401
         import pandas
@@ -31,7 +25,10 @@ def write_tables(document: dict, folder: Path) -> None:
         return
     markdown, latex = [], []
     for part in parts(document):
-        table = frame(part["cells"])
+        cells = sorted(part["cells"], key=lambda c: (c["task"], c["ood"], c["eval"]))
+        columns = known_columns(cells)
+        rows = [[c["task"], c["eval"] + "*" * c["ood"], *texts(c, columns)] for c in cells]
+        table = pandas.DataFrame(rows, columns=["trained on", "evaluated on", "method", *map(HEADS.get, columns)])
         plain, said = table.map(lambda text: text.replace("|", r"\|")), "\n".join(verdict(part["cells"]))
         lines = plain.to_markdown(index=False, disable_numparse=True)
         markdown.append(f"**{part['title']}**\n\n{lines}\n\n{said}\n")
