@@ -150,7 +150,7 @@ class Predictor:
         """Write a whole checkpoint with the adapter in its matrices; the largest difference of a logit on a prompt."""
         subject = self.subject
         if self.adapter is None:
-            raise UsageError("no adapter was shipped, so there is nothing to merge; use the base model")
+            raise UsageError(f"there is no adapter to merge; what answers is {subject.base}, a whole model already")
         save_merged(subject.model, self.adapter, self.theta[0], out, subject.tokenizer)
         self.beside(out)
         ids = torch.tensor([subject.tokenizer.encode(self.chat(self.spec.get("example", "Once upon a time")))])

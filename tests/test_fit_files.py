@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from click.testing import CliRunner
 from hub import connect, serve
 from ia2mini.models.checkpoint import TINY
@@ -13,8 +14,9 @@ from mistakes import refused
 from ia2mini import FitOptions, fit, load_adapter, open_subject
 from ia2mini.adapters import make_adapter
 from ia2mini.cli import main
+from ia2mini.metrics import row_losses
 from ia2mini.predictor import FOREIGN, SHAPE, Predictor
-from ia2mini.report.fit import card
+from ia2mini.report.fit import card, measures
 from ia2mini.tasks import world
 
 QUICK = FitOptions(epochs=8, rates=(1e-2,), methods=("sft",), folds=2)
@@ -84,6 +86,7 @@ def test_the_card_shows_what_can_load_it(fitted, tmp_path, adapter):
     assert ("peft" in text) == (adapter in ("lora", "ia3", "prompt")), "full and base need transformers alone"
     assert ("--enable-lora --max-lora-rank 32" in text) == ("vLLM" in text) == (adapter == "lora")
     assert code.count(repr(str(tmp_path / "a"))) == {None: 0, "full": 2}.get(adapter, 1)
+    assert "dtype='float32'" in code and "\n\n\n" not in text.replace(code, "")
     assert "base_model" not in text, "a folder is no name on the hub"
 
 
@@ -144,3 +147,25 @@ def test_a_folder_that_was_edited_since_is_one_line(saved, tmp_path):
         finally:
             (saved / name).write_bytes(kept)
         assert "\n" not in told and str(saved) in told, told
+
+
+def test_a_whole_model_is_not_merged(fitted, tmp_path):
+    full = fit(toy_rows(12), fitted.subject, replace(QUICK, adapter="full", rates=(1e-3,)))
+    full.save(tmp_path / "full")
+    told = run("merge", tmp_path / "full", "--out", tmp_path / "whole", code=2).stderr
+    assert full.adapter and f"what answers is {tmp_path / 'full'}" in told and not (tmp_path / "whole").exists()
+
+
+def test_score_marks_nothing_as_shipped(saved, tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\ngood,0\nbad,1\n")
+    said = run("score", saved, tmp_path / "rows.csv").stdout
+    assert "shipped" not in said and "*" not in said and "(null)" in said
+
+
+def test_the_reports_loss_is_the_one_that_is_chosen_by():
+    """Also of an answer with next to no probability."""
+    scores, gold = torch.tensor([[0.0, -200.0], [-3.0, 0.0]]), torch.tensor([1, 1])
+    for temperature in (1.0, 2.0):
+        found = measures(scores, gold, temperature)["nll"][0]
+        assert found == pytest.approx(row_losses(scores, gold, temperature).mean().item(), rel=1e-6)
+    assert measures(scores, gold, 1.0)["nll"][0] == pytest.approx(100 + torch.tensor(-3.0).exp().log1p().item() / 2)

@@ -100,7 +100,8 @@ def write_fit_table(report: dict) -> str:
     rows = measured(report)
     widths = [max(map(len, column)) for column in zip(*rows)]
     table = ["  ".join(f"{t:{'>' if i else '<'}{w}}" for i, (t, w) in enumerate(zip(r, widths))).rstrip() for r in rows]
-    table.append("95 % intervals by bootstrap; *: shipped; (null): the ECE that perfect calibration would show")
+    note = "95 % intervals by bootstrap" + "; *: shipped" * bool(report["chosen"])
+    table.append(note + "; (null): the ECE that perfect calibration would show" * (HEADS["ece_null"] in rows[0]))
     return "\n".join([about(report), *table, "", report["sentence"], *report["remarks"]])
 
 
@@ -211,16 +212,14 @@ def code(fitted, folder: str, peft: bool) -> str:
     source = repr(folder) if isinstance(adapter, Full) else repr(base) + f", revision={revision!r}" * bool(revision)
     lines = ["```python", "import peft, transformers" if peft else "import transformers", ""]
     lines += [f"tokenizer = transformers.AutoTokenizer.from_pretrained({source})"]
-    lines += [f"model = transformers.AutoModelForCausalLM.from_pretrained({source})"]
+    dtype = str(next(fitted.subject.model.parameters()).dtype).removeprefix("torch.")  # it was fitted, and is right, in
+    lines += [f"model = transformers.AutoModelForCausalLM.from_pretrained({source}, dtype={dtype!r})"]
     lines += [f"model = peft.PeftModel.from_pretrained(model, {folder!r})"] * peft + ["```", ""]
     if isinstance(adapter, LoRA):
         at = f" --revision {revision}" if revision else ""
         rank = f" --max-lora-rank {1 << (adapter.rank - 1).bit_length()}" if adapter.rank > 16 else ""
-        lines += [
-            "",
-            f"vLLM: `vllm serve {base}{at} --enable-lora{rank} --lora-modules {fitted.report['name']}={folder}`",
-            "",
-        ]
+        modules = f"--lora-modules {fitted.report['name']}={folder}"
+        lines += [f"vLLM: `vllm serve {base}{at} --enable-lora{rank} {modules}`", ""]
     return "\n".join(lines)
 
 
@@ -252,4 +251,4 @@ def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) ->
         numbers = measures(torch.tensor([[f["confidence"]] for f in found]).log(), torch.zeros(0), 1.0, right)
         numbers.pop("nll")
     sentence = f"{LABELS.get(name, name)}: {100 * numbers['acc'][0]:.0f} % right."
-    return told | {"candidates": {name: numbers}, "chosen": name, "sentence": sentence, "remarks": []}
+    return told | {"candidates": {name: numbers}, "chosen": None, "sentence": sentence, "remarks": []}
