@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
+
 from . import UsageError
 from .files import read_json
 from .tokenizer import Tokenizer
@@ -29,9 +32,6 @@ class ChatTemplate:
     """The chat template of a checkpoint folder. Raises UsageError where there is none or it is broken."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer):
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
-
         path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
         settings = read_json(config) if config.is_file() else {}
         source = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
@@ -45,8 +45,7 @@ class ChatTemplate:
             raise UsageError(f"{folder}: its chat template is broken ({error})") from None
         tokens = {name: settings.get(name) or "" for name in ("bos_token", "eos_token")}  # texts, or objects with one
         self.tokens = {k: str(t.get("content", "") if isinstance(t, dict) else t) for k, t in tokens.items()}
-        start = tokenizer.backend.decode(tokenizer.encode(""), skip_special_tokens=False)
-        self.start, self.errors = start, TemplateError
+        self.start = tokenizer.backend.decode(tokenizer.encode(""), skip_special_tokens=False)
 
     @staticmethod
     def refuse(message: str):
@@ -56,7 +55,7 @@ class ChatTemplate:
         """The conversation as text up to the assistant's answer, without what the tokenizer itself puts before it."""
         try:
             text = self.template.render(messages=turns, add_generation_prompt=True, **self.tokens)
-        except (self.errors, TypeError, ValueError, ArithmeticError) as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise UsageError(f"the chat template fails on these turns ({error})") from None
         return text.removeprefix(self.start)
 

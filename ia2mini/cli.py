@@ -50,8 +50,6 @@ def mistake(text: str) -> None:
 
 
 class Several(click.ParamType):
-    """Values separated by commas."""
-
     def __init__(self, kind: type):
         self.kind, self.name = kind, {int: "N,N", float: "X,X", str: "A,B"}[kind]
 
@@ -76,7 +74,9 @@ def options_of(cls: type, **defaults):
             kind = click.IntRange(about["least"])
         given = ",".join(map(str, default)) if isinstance(default, tuple) else default
         more = {"is_flag": True} if f.type is bool else {"type": kind, "show_default": about["shown"] or True}
-        found.append(click.option(f"--{f.name.replace('_', '-')}", f.name, default=given, help=about["help"], **more))
+        name = f.name.replace("_", "-")
+        name = f"--{name}/--no-{name}" if default is True else f"--{name}"
+        found.append(click.option(name, f.name, default=given, help=about["help"], **more))
     return many(*found)
 
 
@@ -85,7 +85,6 @@ def file_option(name: str, help: str, **more):
 
 
 def many(*options):
-    """Several options as one decorator."""
     return lambda command: reduce(lambda inner, option: option(inner), reversed(options), command)
 
 

@@ -15,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ia2mini.files import finite
-from ia2mini.report.frame import write_tables
 from ia2mini.report.summary import METRICS, average, chosen, count, paired, parts, summarise, verdict
-from ia2mini.report.terminal import seconds_line, write_table
+from ia2mini.report.tables import seconds_line, write_table, write_tables
 
 GOLDEN = Path(__file__).parent / "golden"
 ACC = {  # of three sets; a rate of 0.01 adds 0.04 on evaluation rows, and 0.2 of dev loss

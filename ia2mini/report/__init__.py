@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..files import write_text
-from .terminal import seconds_line, write_table
+from .tables import seconds_line, write_table, write_tables
 
 __all__ = ["seconds_line", "write_report", "write_table"]
 
@@ -14,7 +14,6 @@ def write_report(document: dict, folder: Path, command: str = "", formats: tuple
     No figures without matplotlib; without pandas only the text table and the page. UsageError for an unknown format.
     """
     from .figures import draw_figures
-    from .frame import write_tables
     from .page import write_page
 
     write_text(folder / "table.txt", write_table(document, full=True) + "\n")

@@ -9,7 +9,7 @@ import numpy as np
 from .. import UsageError
 from ..files import write
 from .summary import LABELS, average, count, grouped, parts, title
-from .terminal import HEADS
+from .tables import HEADS
 
 COLORS = {  # after Okabe and Ito, who chose them to be told apart by every eye; blue for IA2 and what follows it
     "base": "#b0b0b0", "icl": "#404040", "sft": "#d55e00", "sft-sft": "#f0a070", "soft": "#e6b000",

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..options import UNTRAINED
 from .figures import CAPTIONS, views
 from .summary import LABELS, average, count, paired, parts, title, verdict
-from .terminal import HEADS, known_columns, legend, seconds_line, texts
+from .tables import HEADS, known_columns, legend, seconds_line, texts
 
 STYLE = """
 :root { color-scheme: light dark }
@@ -46,7 +46,12 @@ def write_page(document: dict, folder: Path, command: str) -> str:
     body.append(section("Figures", [figure(name, view, folder) for view in drawn for name in CAPTIONS]))
     body.append(section("Tasks", [task(name, document) for name in tasks]))
     body.append(section("Which adapter to take", adapter(document, drawn[0]["cells"], folder)))
-    body.append(section("How this was made", made(document, command)))
+    versions = ", ".join(f"{name} {version}" for name, version in document.get("versions", {}).items())
+    made = [f"<pre>{shown(command)}</pre>" * bool(command)]
+    made.append(lines([f"Written on {date.today()}; {versions}.", seconds_line(document)]))
+    config = shown(json.dumps(document["config"], indent=2, ensure_ascii=False))
+    made.append(f"<details><summary>Configuration</summary><pre>{config}</pre></details>")
+    body.append(section("How this was made", made))
     return whole(about, head, lines([*more, about]), body)
 
 
@@ -96,9 +101,8 @@ def figure(name: str, view: dict, folder: Path) -> str:
     """A figure inlined with its caption, as PNG or else as SVG; nothing where it was not drawn."""
     for form, kind in (("png", "png"), ("svg", "svg+xml")):
         if (path := folder / f"{name}{view['suffix']}.{form}").is_file():
-            data, width = path.read_bytes(), ""
-            if form == "png":  # half its pixels: sharp
-                width = f'width="{int.from_bytes(data[16:20], "big") // 2}"'
+            data = path.read_bytes()
+            width = f'width="{int.from_bytes(data[16:20], "big") // 2}"' * (form == "png")  # half its pixels: sharp
             source = f'src="data:image/{kind};base64,{b64encode(data).decode()}"'
             image = f'<img alt="{name}: {shown(view["title"])}" {width} {source}>'
             return f'<figure><div class="box">{image}</div><figcaption>{CAPTIONS[name]}</figcaption></figure>'
@@ -143,12 +147,3 @@ def adapter(document: dict, cells: list[dict], folder: Path) -> list[str]:
     code = LOAD.format(base=path if full else document["config"]["model"], adapter=path).splitlines()
     code = shown("\n".join(code[1:-1] if full else code))
     return [lines([about]), f"<ul>{items}</ul><pre>{code}</pre>"]
-
-
-def made(document: dict, command: str) -> list[str]:
-    """Command, date, versions, time; the configuration folded."""
-    versions = ", ".join(f"{name} {version}" for name, version in document.get("versions", {}).items())
-    told = lines([f"Written on {date.today()}; {versions}.", seconds_line(document)])
-    config = shown(json.dumps(document["config"], indent=2, ensure_ascii=False))
-    folded = f"<details><summary>Configuration</summary><pre>{config}</pre></details>"
-    return [f"<pre>{shown(command)}</pre>" * bool(command), told, folded]
