@@ -254,15 +254,12 @@ def read_spec(folder: Path) -> dict | None:
 
 def misfit(value, shape, name: str) -> str | None:
     """The first field that has not its shape: a type, or an object or a list of shapes."""
-    parts = []
+    if not isinstance(value, type(shape) if isinstance(shape, (dict, list)) else shape):
+        return name
+    parts = [(part, shape[0], name) for part in value] if isinstance(shape, list) else []
     if isinstance(shape, dict):
-        if isinstance(value, dict):
-            parts = [(value.get(key, ...), inner, f"{name}.{key}") for key, inner in shape.items()]
-        shape = dict
-    elif isinstance(shape, list):
-        parts = [(part, shape[0], name) for part in value] if isinstance(value, list) else []
-        shape = list
-    return next(filter(None, (misfit(*part) for part in parts)), None) if isinstance(value, shape) else name
+        parts = [(value.get(key, ...), inner, f"{name}.{key}") for key, inner in shape.items()]
+    return next(filter(None, (misfit(*part) for part in parts)), None)
 
 
 def base_of(folder: Path) -> tuple[str, str | None]:
