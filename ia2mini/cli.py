@@ -1,9 +1,11 @@
 """The command line: thin shells over the functions of the other rooms. Torch is imported only by what computes."""
 
+import ctypes
 import json
 import os
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import fields
 from functools import reduce
 from pathlib import Path
@@ -126,14 +128,10 @@ def main(context):
 
 def keep_freed_memory() -> None:
     """Have glibc keep freed memory instead of mapping it anew for every tensor: a tenth of a small model's step."""
-    import ctypes
-
-    try:
+    with suppress(AttributeError, OSError, TypeError):  # of another C library
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return  # another C library
-    mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at its largest
-    mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at its largest
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def typed() -> str:

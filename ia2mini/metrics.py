@@ -94,8 +94,7 @@ def row_losses(scores: torch.Tensor, gold: torch.Tensor, temperature: float = 1.
     """-log p(gold) [..., n] among log-probabilities [..., n, C] of labels, or of texts' true answers [..., n, 1]."""
     if scores.shape[-1] == 1:
         return -scores[..., 0]
-    among = (scores / temperature).log_softmax(-1)
-    return -among.gather(-1, gold.expand(scores.shape[:-1])[..., None])[..., 0]
+    return -(scores / temperature).log_softmax(-1).gather(-1, gold.expand(scores.shape[:-1])[..., None])[..., 0]
 
 
 def fit_temperature(scores: torch.Tensor, gold: torch.Tensor) -> float:
@@ -164,8 +163,7 @@ def measure(confidence, correct, probabilities, gold, scheme: str = "width") -> 
     `confidence` [Q] of the greedy answer, `correct` [Q], `probabilities` [Q, C] of the labels among all that could be
     said, `gold` [Q] indices of the true labels. `scheme`: bins of `ece`, of equal "width" or "mass".
     """
-    among = probabilities / probabilities.sum(-1, keepdim=True)
-    best = among.max(-1)
+    best = (probabilities / probabilities.sum(-1, keepdim=True)).max(-1)
     return {
         "acc": accuracy(correct),
         "ece": ece(confidence, correct, scheme=scheme),

@@ -89,8 +89,7 @@ def read_adapter(folder: Path, model: nn.Module) -> tuple[Adapter, Tensor]:
         weights = {name: weights[name].reshape(shape) for name, shape in adapter.shapes.items()}
     except (KeyError, IndexError, RuntimeError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UsageError(f"{folder}: its tensors do not fit this model ({type(error).__name__}: {error})") from None
-    theta = torch.cat([w.reshape(-1) for w in weights.values()])[None]
-    return adapter, theta.to(next(model.parameters()).device)
+    return adapter, torch.cat([w.reshape(-1) for w in weights.values()])[None].to(next(model.parameters()).device)
 
 
 def targeted(config: dict, model: nn.Module) -> set[str]:
@@ -128,9 +127,8 @@ def read_lora(config: dict, tensors: dict[str, Tensor], model: nn.Module) -> tup
 def read_ia3(config: dict, tensors: dict[str, Tensor], model: nn.Module) -> tuple[Adapter, dict[str, Tensor]]:
     """Maps without a tensor keep a scale of one."""
     found = {name.removesuffix(".ia3_l"): t for name, t in tensors.items()}
-    targets = sorted({name.rsplit(".", 1)[1] for name in found})
     inputs = tuple({name.rsplit(".", 1)[1] for name, t in found.items() if t.shape[0] == 1})
-    adapter = IA3(model, targets, None, inputs)
+    adapter = IA3(model, sorted({name.rsplit(".", 1)[1] for name in found}), None, inputs)
     if unknown := found.keys() - adapter.linears.keys():
         raise KeyError(f"unknown tensor {min(unknown)}")
     return adapter, {name: found.get(name, torch.ones(shape)) for name, shape in adapter.shapes.items()}

@@ -53,12 +53,9 @@ class Normalise(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear with a seam: an adapter, `adapter(base, x)`, may change what goes into the frozen map and comes out.
+    """nn.Linear with a seam: an adapter, `adapter(base, x)`, may change what goes into the frozen map and comes out."""
 
-    The seam is a plain attribute, so parameter names stay the checkpoint's own and the frozen weight is never touched.
-    """
-
-    adapter = None
+    adapter = None  # no parameter: names stay the checkpoint's own
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if self.adapter is None else self.adapter(super().forward, x)

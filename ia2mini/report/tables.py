@@ -62,8 +62,7 @@ def entry(row: dict, column: str) -> str:
 
 
 def legend(document: dict) -> list[str]:
-    sets = max(cell["sets"] for cell in document["cells"])
-    lines = [f"mean ± standard deviation over {count(sets, 'set')}"]
+    lines = [f"mean ± standard deviation over {count(max(c['sets'] for c in document['cells']), 'set')}"]
     if any(c.get("ece_mean") is not None for c in document["cells"]):
         lines[0] += "; (null): the ECE that perfect calibration would show on these rows"
     lines.append("asim: likeness of attention outputs to those with demonstrations")
@@ -81,10 +80,7 @@ def seconds_line(document: dict) -> str:
 
 
 def write_tables(document: dict, folder: Path) -> None:
-    """table.md, table.tex (booktabs), table.csv (every cell, unrounded), in the layout of the paper's Table 1.
-
-    Nothing without pandas and its writers.
-    """
+    """table.md, table.tex (booktabs) and table.csv (every cell, unrounded); nothing without pandas and its writers."""
     try:
         import jinja2  # noqa: F401
         import pandas

@@ -126,10 +126,9 @@ def read_parquet(path: Path) -> list[Row]:
     except ImportError:
         raise UsageError(f"{path}: reading Parquet needs pyarrow: pip install 'ia2mini[data]'") from None
     try:
-        table = parquet.read_table(path).to_pylist()
+        return [Row(f"{path} row {i}", columns) for i, columns in enumerate(parquet.read_table(path).to_pylist(), 1)]
     except ArrowException as error:
         raise UsageError(f"{path}: not a whole Parquet file ({str(error).splitlines()[0]})") from None
-    return [Row(f"{path} row {i}", columns) for i, columns in enumerate(table, 1)]
 
 
 READERS = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet, ".csv": read_csv}
