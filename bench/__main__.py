@@ -146,36 +146,38 @@ STUDY = (
     click.option("--part", type=click.Choice(list(TASKS)), default="classification", show_default=True),
     click.option("--model", default="tiny", show_default=True, help="folder, hub id or short name"),
     click.option("--data-dir", type=click.Path(path_type=Path), envvar="IA2MINI_DATA", help="holds relations/*.jsonl"),
+    click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", help="of frozen weights"),
     click.option("--save", is_flag=True),
 )
 
 
-def studied(name: str, ask: Callable, part: str, model: str, save: bool, options: Options) -> None:
+def studied(name: str, ask: Callable, where: dict, save: bool, options: Options) -> None:
     """Show the result of `ask(subject)`, a bench over the runs of a study, and the command that gave it."""
-    show(result := ask(open_subject(model, "cpu")))
+    model, part = where["model"], where["part"]
+    show(result := ask(open_subject(model, "cpu", where["dtype"])))
     sizes, rates = (",".join(map(str, values)) for values in (options.n, options.rates))
     asked = (
         f"--part {part} --model {Path(model).name} --n {sizes} --sets {options.sets} --eval-rows {options.eval_rows}"
     )
-    asked += f" --select {options.select}" + f" --rates {rates}" * bool(rates)
+    asked += f" --select {options.select} --dtype {where['dtype']}" + f" --rates {rates}" * bool(rates)
     finish([result], f"python -m bench {name} {asked}", save, name=f"{name}-{part}")
 
 
 @main.command("effect", help=effect.__doc__)
 @many(*STUDY)
 @options_of(Options, n=(2, 4, 8), sets=10, methods=METHODS, eval_rows=100)
-def effect_command(part, model, data_dir, save, **given):
-    options = Options(**given)
-    studied("effect", lambda subject: effect(subject, options, part, data_dir), part, model, save, options)
+def effect_command(part, model, dtype, data_dir, save, **given):
+    options, where = Options(**given), {"part": part, "model": model, "dtype": dtype}
+    studied("effect", lambda subject: effect(subject, options, part, data_dir), where, save, options)
 
 
 @main.command("choice", help=choice.__doc__)
 @many(*STUDY)
 @click.option("--folds", is_flag=True, help="also cross-validation within each set: several times the training")
 @options_of(Options, n=(2, 4, 8), sets=10, methods=METHODS, eval_rows=100, select="both")
-def choice_command(part, model, data_dir, save, folds, **given):
-    options = Options(**given)
-    studied("choice", lambda subject: choice(subject, options, part, folds, data_dir), part, model, save, options)
+def choice_command(part, model, dtype, data_dir, save, folds, **given):
+    options, where = Options(**given), {"part": part, "model": model, "dtype": dtype}
+    studied("choice", lambda subject: choice(subject, options, part, folds, data_dir), where, save, options)
 
 
 @main.command("gain", help=gain.__doc__)

@@ -101,7 +101,11 @@ class Experiment:
             sets = [teach(subject.model, subject.tokenizer, e, asked, bar.update) for e in self.episodes]
         settings = Settings(o.batch_size, o.epochs, o.patience, layers, keep_last=o.paper_compat)
         grid = Grid(subject.model, self.adapter, sets, self.rates, self.betas, o.seed, o.labels, settings)
-        return replace(grid, side_by_side=self.setting.side_by_side, progress=self.training, first=self.trained)
+        begun = {BEGINS_WITH.get(method) for method in o.methods}  # what goes on from every rate needs all of them
+        race = [method for method in o.methods if method not in begun] if o.race and o.select == "dev" else []
+        return replace(
+            grid, side_by_side=self.setting.side_by_side, progress=self.training, first=self.trained, race=race
+        )
 
     @contextmanager
     def training(self, about: tuple[str, int, int]) -> Iterator[Callable[[int, Tensor], None]]:

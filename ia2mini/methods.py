@@ -33,6 +33,7 @@ class Grid:
     labels: str = "truth"  # what cross-entropy trains on; "icl": the teacher's responses
     settings: Settings = Settings()
     side_by_side: int | None = None  # runs trained together; None: all
+    race: Sequence[str] = ()  # methods whose rates leave when they are beaten (`EarlyStopping`)
     progress: Callable = nullcontext  # of (phase, runs, most steps): a context manager that yields `train_runs`' watch
     first: Callable[[str], Trained] | None = None  # where to get the method that another begins with; None: train it
 
@@ -60,6 +61,8 @@ class Grid:
         rates = torch.tensor([rate for _, rate, _ in configs])
         orders = [partial(self.order, number, len(train)) for (number, _, _), (train, _) in zip(configs, rows)]
         runs = Runs(theta, rates, *map(list, zip(*rows)), weights, orders)
+        if method in self.race:
+            runs.config = torch.arange(len(configs)) % (len(configs) // len(self.sets))
         steps = self.settings.epochs * -(-len(runs.train[0]) // self.settings.batch_size)
         with self.progress((method, len(runs), steps)) as watch:
             watch = watch if callable(watch) else None

@@ -16,6 +16,8 @@ from .graphs import CapturedStep
 from .losses import activation_mse, cross_entropy, fused, per_run, soft_cross_entropy
 from .models.common import Taps
 
+RACE_FROM, BEATEN = 10, 2.0  # looks before a rate can be beaten; how many times the best rate's dev loss it then has
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -43,16 +45,19 @@ class Runs:
     dev: list[list[Row]]
     mix: dict[str | Callable, Tensor]  # loss -> weight [R]
     order: list[Callable[[int], list[int]]]  # for each run: epoch -> the order of its rows
+    config: Tensor | None = None  # [R] number of each one's rate (and β); those that are beaten leave (None: none do)
 
     def __len__(self) -> int:
         return len(self.rates)
 
     def take(self, runs: Tensor) -> "Runs":
-        """Only these runs (indices on the CPU), in this order."""
+        """Only these runs (indices on the CPU), in this order; rates are no longer compared where some are missing."""
         here, some = runs.to(self.theta.device), runs.tolist()
         train, dev, order = ([values[r] for r in some] for values in (self.train, self.dev, self.order))
         mix = {name: weight[here] for name, weight in self.mix.items()}
-        return Runs(self.theta[here], self.rates[here], train, dev, mix, order)
+        return Runs(
+            self.theta[here], self.rates[here], train, dev, mix, order, self.config if len(some) == len(self) else None
+        )
 
 
 @dataclass
@@ -95,10 +100,15 @@ class Adam:
 
 
 class EarlyStopping:
-    """Keeps each run's weights at its best dev loss, and says which runs go on."""
+    """Keeps each run's weights at its best dev loss, and says which runs go on.
 
-    def __init__(self, theta: Tensor, settings: Settings):
-        self.settings, self.theta = settings, theta.clone()
+    A run ends after `patience` looks without improvement. Where runs are told apart by `config` [R], one also ends when
+    its config is beaten: after `RACE_FROM` looks its best dev losses, a mean over sets, are above `BEATEN` times those
+    of the best config. These only fall, so it would have to catch up that far.
+    """
+
+    def __init__(self, theta: Tensor, settings: Settings, config: Tensor | None = None):
+        self.settings, self.theta, self.config, self.looks = settings, theta.clone(), config, 0
         self.dev_loss = torch.full((len(theta),), torch.inf, device=theta.device)
         self.misses = torch.zeros(len(theta), dtype=torch.int64, device=theta.device)
         self.steps, self.best = torch.zeros(2, len(theta), dtype=torch.int64)
@@ -113,7 +123,15 @@ class EarlyStopping:
         self.misses[live] = torch.where(better, 0, self.misses[live] + 1)
         self.steps[runs] = step
         self.best[runs[better.cpu()]] = step
-        return (self.misses[live] < self.settings.patience).cpu()
+        self.looks += 1
+        going = (self.misses[live] < self.settings.patience).cpu()
+        return going if self.config is None or self.looks < RACE_FROM else going & ~self.beaten()[runs]
+
+    def beaten(self) -> Tensor:
+        """Which runs have a config that is beaten, [R] bool on the CPU."""
+        means = torch.zeros(int(self.config.max()) + 1)
+        means.scatter_reduce_(0, self.config, self.dev_loss.cpu(), "mean", include_self=False)
+        return (means > BEATEN * means.min())[self.config]
 
     def stop(self, theta: Tensor, step: int) -> None:
         """Keep the weights [R, M] of all runs as they are after `step`."""
@@ -148,7 +166,7 @@ def train_runs(
     after each look. Raises torch.OutOfMemoryError where R runs do not fit (see `train_in_parts`).
     """
     device, rows = runs.theta.device, len(runs.train[0])
-    stopping, adam = EarlyStopping(runs.theta, settings), Adam(runs.theta, runs.rates.to(device))
+    stopping, adam = EarlyStopping(runs.theta, settings, runs.config), Adam(runs.theta, runs.rates.to(device))
     live, going = torch.arange(len(runs)), runs  # those still training, in the order of the batch
     dev_batch = None if settings.steps else collate(runs.dev, device, pack=True)
     batch, step = None, 0

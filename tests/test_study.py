@@ -108,6 +108,21 @@ def test_records_hold_what_they_say(studied):
     assert all(cell["ece_mean"] is cell["ece_null_mean"] is None for cell in texts["cells"])
 
 
+def test_a_race_ends_rates_that_nobody_would_choose(subject, tmp_path):
+    """Fewer steps, and the runs that are reported are those of all rates trained to their end."""
+    options = replace(SMALL, n=(4,), rates=(1e-5, 1e-2, 3e-3), epochs=30, methods=("sft", "ia2", "ia2-sft"))
+    (slow, _), (fast, _) = (compare([MOOD], subject, replace(options, race=race), tmp_path) for race in (False, True))
+    spent = {method: [r["steps"] for r in slow["training"] if r["method"] == method] for method in options.methods}
+    saved = {method: [r["steps"] for r in fast["training"] if r["method"] == method] for method in options.methods}
+    assert saved["ia2"] == spent["ia2"]  # IA2 → SFT begins with every rate
+    for method in ("sft", "ia2-sft"):
+        assert sum(saved[method]) < sum(spent[method]) and saved[method][1::3] == spent[method][1::3]
+    for one, other in zip(fast["runs"], slow["runs"], strict=True):
+        same(one, other)
+    every = compare([MOOD], subject, replace(options, race=True, select="both"), tmp_path)[0]["training"]
+    assert [record["steps"] for record in every] == [record["steps"] for record in slow["training"]]
+
+
 def test_ones_own_texts_may_be_as_long_as_the_longest_answer(subject, tmp_path):
     rows = world.rows("toy-sums", "train")[:60]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

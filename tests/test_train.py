@@ -12,7 +12,7 @@ from reference import MIXES, in_order, make_rows, peft_twin, plain_loss, relativ
 from ia2mini.adapters import IA3, Full, LoRA, PrefixTuning, Prompt, adapted, unpack
 from ia2mini.batch import Row, collate
 from ia2mini.losses import per_run
-from ia2mini.train import Adam, Runs, Settings, losses, train_runs
+from ia2mini.train import RACE_FROM, Adam, EarlyStopping, Runs, Settings, losses, train_runs
 
 ADAPTERS = {
     "lora": LoRA,
@@ -54,6 +54,29 @@ def test_adam_equals_torchs_with_a_rate_a_run_and_runs_that_leave():
         if step == 5:
             live = [0, 2]
             ours.keep(torch.tensor([True, False, True]))
+
+
+def test_a_rate_far_behind_leaves_the_race():
+    """Two sets with three rates: after ten looks the mean of each rate's best dev losses over sets decides."""
+    theta, config = torch.zeros(6, 1), torch.tensor([0, 1, 2, 0, 1, 2])
+    lost = torch.tensor([1.0, 3.0, 2.0, 1.0, 0.8, 2.4])  # means 1.0, 1.9, 2.2
+    for kept, gone in ((config, [2, 5]), (None, [])):
+        stopping, runs = EarlyStopping(theta, Settings(patience=99), kept), torch.arange(6)
+        for look in range(1, 12):
+            going = stopping.look(runs, theta, lost / look, step=look)
+            assert going.tolist() == [look < RACE_FROM or r not in gone for r in range(6)], look
+        assert stopping.dev_loss.tolist() == pytest.approx((lost / 11).tolist())
+    stopping = EarlyStopping(theta, Settings(patience=1), config)  # a run that has ended counts with what it reached
+    stopping.look(torch.arange(6), theta, lost / 100, 1)
+    for look in range(2, RACE_FROM):
+        stopping.look(torch.tensor([1, 4]), theta[:2], lost[[1, 4]] / look, look)
+    assert stopping.look(torch.tensor([1, 4]), theta[:2], torch.tensor([0.0299, 0.0079]), RACE_FROM).all()
+    assert stopping.beaten().tolist() == [False, False, True] * 2
+
+
+def test_a_race_needs_all_runs_side_by_side(model):
+    runs = Runs(torch.zeros(2, 1), torch.ones(2), [[], []], [[], []], {}, [min, max], torch.tensor([0, 1]))
+    assert runs.take(torch.tensor([1, 0])).config is not None and runs.take(torch.tensor([1])).config is None
 
 
 @pytest.mark.parametrize("kind, mix", [("lora", "mixed"), ("ia3", "ia2"), ("prompt", "soft"), ("prefix", "sft")])
