@@ -27,11 +27,11 @@ class Commands(click.Group):
         try:
             sys.exit(super().main(*args, **more | {"standalone_mode": False}))
         except UsageError as error:
-            mistake(str(error))
+            mistake = str(error)
         except click.UsageError as error:
-            mistake(f"{error.format_message()} `{error.ctx.command_path} --help` lists what there is")
+            mistake = f"{error.format_message()} `{error.ctx.command_path} --help` lists what there is"
         except click.ClickException as error:
-            mistake(error.format_message())
+            mistake = error.format_message()
         except click.Abort:
             kept = "interrupted; what was finished is kept, and the same command goes on from there"
             click.echo(f"\nia2mini: {kept}", err=True)
@@ -39,16 +39,13 @@ class Commands(click.Group):
         except OSError as error:
             if error.errno is None:
                 raise
-            mistake(f"{error.filename or 'files'}: {error.strerror}")
+            mistake = f"{error.filename or 'files'}: {error.strerror}"
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not be loaded yet
                 raise
-            mistake("the device has too little memory; use a smaller --model, --dtype bfloat16 or another --device")
-
-
-def mistake(text: str) -> None:
-    click.echo(f"ia2mini: {text}", err=True)
-    sys.exit(2)
+            mistake = "the device has too little memory; use a smaller --model, --dtype bfloat16 or another --device"
+        click.echo(f"ia2mini: {mistake}", err=True)
+        sys.exit(2)
 
 
 class Several(click.ParamType):

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from ..files import write_text
+from .figures import draw_figures
+from .page import write_page
 from .tables import seconds_line, write_table, write_tables
 
 __all__ = ["seconds_line", "write_report", "write_table"]
@@ -13,9 +15,6 @@ def write_report(document: dict, folder: Path, command: str = "", formats: tuple
 
     No figures without matplotlib; without pandas only the text table and the page. UsageError for an unknown format.
     """
-    from .figures import draw_figures
-    from .page import write_page
-
     write_text(folder / "table.txt", write_table(document, full=True) + "\n")
     write_tables(document, folder)
     drawn = draw_figures(document, folder, formats)
