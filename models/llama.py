@@ -6,14 +6,13 @@ What sets it apart from Qwen3: no norm on queries and keys; from 3.1 on the rota
 B rows, T tokens, D hidden, H heads, K key/value heads, E head size, V vocabulary, P chosen positions.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import Cache, LayerCache, Packed, Past, Prefix, attend
-from .common import At, Embedding, Head, Linear, RMSNorm, Rope, Rotation, Taps, rotate
+from .cache import LayerCache, Past, Prefix, attend
+from .common import Embedding, Head, Linear, RMSNorm, Rope, Rotation, Taps, rotate
 
 
 @dataclass(frozen=True)
@@ -103,21 +102,14 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(
-        self,
-        ids: Tensor,
-        taps: Taps | None = None,
-        logits: bool | At = True,
-        cache: Cache | Packed | Prefix | None = None,
-        prefix: Prefix | None = None,
-        head: Callable | None = None,
-    ) -> Tensor | None:
+    def forward(self, ids: Tensor, taps: Taps | None = None, logits=True, cache=None, prefix=None, head=None):
         """Logits for right-padded `ids` [B, T] int64 (or embeddings [B, T, D]).
 
         `logits`: True for all [B, T, V]; (rows, cols) for those positions only [P, V]; False for none: returns None and
         stops after the attention of the last tapped layer (the last layer, without taps). `taps` is filled on the way.
-        `cache` holds earlier tokens of each row and is extended, or keeps packed documents apart; `prefix` stands
-        before every row. `head(states, weight)` takes the place of the map to logits [V, D]: its result is returned.
+        `cache`: a Cache of each row's earlier tokens, which is extended, a Packed that keeps documents apart, or a
+        Prefix to be filled; `prefix`: the Prefix that stands before every row. `head(states, weight)` takes the place
+        of the map to logits, weight [V, D]: its result is returned.
         """
         x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)  # [B, T, D]
         positions = (cache or Prefix()).positions(x.shape[1], x.device) + (prefix.length if prefix else 0)

@@ -27,9 +27,7 @@ def guess_columns(row: Row, prompt: str | None, answer: str | None) -> tuple[str
     return prompt, answer
 
 
-def own_task(
-    rows: list[Row], name: str, prompt: str | None = None, answer: str | None = None, template: str | None = None
-) -> Task:
+def own_task(rows: list[Row], name: str, prompt=None, answer=None, template: str | None = None) -> Task:
     """The task that rows describe; `prompt` and `answer` are their columns, guessed from the header where not given.
 
     At most 20 different answers, each given twice on average, are labels: `task.labels`, sorted. Others are text,
@@ -73,9 +71,7 @@ def keep_apart(task: Task, rows: list[Row], tokenizer) -> Task:
     return replace(task, prompt=task.prompt + "\n") if merging else task
 
 
-def queries_task(
-    rows: list[Row], name: str, prompt: str | None = None, answer: str | None = None, template: str | None = None
-) -> Task:
+def queries_task(rows: list[Row], name: str, prompt=None, answer=None, template: str | None = None) -> Task:
     """The task of rows that only ask: what they are answered is text. Raises UsageError where no column is known."""
     known = [c for wanted in PROMPTS for c in rows[0] if c.lower() == wanted] + list(rows[0]) * (len(rows[0]) == 1)
     if not (prompt or template or known):
