@@ -84,12 +84,11 @@ def read_folder_config(folder: Path):
         raise UsageError(f"{where}: model_type {repr(kind)[:80]} is not supported (supported: {', '.join(FAMILIES)})")
     cls, family = FAMILIES[kind]
     found, layers = {"rope": read_rope(raw, where)}, raw.get("layer_types") or []
-    all_full = isinstance(layers, list) and layers == ["full_attention"] * len(layers)
     for name, fine, values in (
         ("hidden_act", raw.get("hidden_act", "silu") == "silu", "silu"),
         ("quantization_config", not raw.get("quantization_config"), "unquantised checkpoints"),
         ("use_sliding_window", not raw.get("use_sliding_window"), "no sliding window"),
-        ("layer_types", all_full, "all full_attention"),
+        ("layer_types", isinstance(layers, list) and layers == ["full_attention"] * len(layers), "all full_attention"),
     ):
         if not fine:
             raise UsageError(f"{where}: {name} = {repr(raw[name])[:80]} is not supported (supported: {values})")

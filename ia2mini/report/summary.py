@@ -116,8 +116,7 @@ def verdict(cells: list[dict]) -> list[str]:
     lines, gain = [], paired(cells, "acc")
     if gain is None:
         return lines
-    more = 100 * gain.mean
-    line = f"IA2→SFT against SFT: accuracy {more:+.1f} points{interval(gain, 100, '.1f')}"
+    line = f"IA2→SFT against SFT: accuracy {100 * gain.mean:+.1f} points{interval(gain, 100, '.1f')}"
     if (calibration := paired(cells, "ece")) is not None:
         line += f"; ECE {calibration.mean:+.2f}{interval(calibration, 1, '.2f')}"
     lines.append(f"{line}; {count(gain.pairs, 'pair')} of task and set")
