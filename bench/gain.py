@@ -23,6 +23,7 @@ class Point(NamedTuple):
     gain: float
     low: float  # of the gain's 95 % interval; the gain itself where there is none
     high: float
+    asim: float | None = None  # to the model with demonstrations, that IA2 reached
 
 
 def points(folder: Path = RESULTS) -> dict[str, list[Point]]:
@@ -32,11 +33,14 @@ def points(folder: Path = RESULTS) -> dict[str, list[Point]]:
         newest[path.name[len("2026-01-01-") :]] = path
     found: dict[str, list[Point]] = {group: [] for group in GROUPS}
     for name, path in newest.items():
-        for line in (line for result in json.loads(path.read_text())["results"] for line in result["lines"]):
+        lines = [line for result in json.loads(path.read_text())["results"] for line in result["lines"]]
+        alike = {line["what"]: line["rates"].get("asim") for line in lines if line["stack"] == "ia2"}
+        for line in lines:
             rates = line["rates"]
             if line["stack"] == "ia2-sft over sft":
-                numbers = (rates[f"points {key}"] for key in ("lead", "gain", "low", "high"))
-                found["real" if "relations" in name else "toy"].append(Point(line["what"], *numbers))
+                numbers = [rates[f"points {key}"] for key in ("lead", "gain", "low", "high")]
+                point = Point(line["what"], *numbers, alike.get(line["what"]))
+                found["real" if "relations" in name else "toy"].append(point)
             elif "held out % icl" in rates:
                 lead = rates["held out % icl"] - rates["held out % sft"]
                 gain = rates["% ia2-sft"] - rates["% sft"]
@@ -56,7 +60,7 @@ def gain(folder: Path = RESULTS, figure: Path = FIGURE) -> Result:
         axis.axhline(0, color="#888888", linewidth=0.8)
         axis.axvline(0, color="#888888", linewidth=0.8)
     for group, some in groups.items():
-        axis, color = axes[group == "fit"], GROUPS[group]
+        axis, color = axes[int(group == "fit")], GROUPS[group]
         lead, more = ([getattr(point, key) for point in some] for key in ("lead", "gain"))
         bars = [[p.gain - p.low for p in some], [p.high - p.gain for p in some]]
         found = spearmanr(lead, more)
@@ -64,13 +68,17 @@ def gain(folder: Path = RESULTS, figure: Path = FIGURE) -> Result:
         bars = None if group == "fit" else bars
         axis.errorbar(lead, more, bars, fmt="o", ms=4, color=color, lw=0.8, label=f"{CAPTIONS[group]}\n{said}")
         result.lines += [Line(p.name, group, rates={"points lead": p.lead, "points gain": p.gain}) for p in some]
-        result.remarks.append(f"{CAPTIONS[group]}: Spearman's {said}")
+        result.remarks.append(f"{CAPTIONS[group]}: ICL's lead and the gain, Spearman's {said}")
+        if all(point.asim is not None for point in some):
+            alike = spearmanr([point.asim for point in some], more)
+            said = f"ρ = {alike.statistic:.2f} (p = {alike.pvalue:.1g})"
+            result.remarks.append(f"{CAPTIONS[group]}: asim that IA2 reached and the gain, Spearman's {said}")
         for sign, where in ((1, "ICL ahead of SFT"), (-1, "ICL not ahead")):
             mine = [p.gain for p in some if (p.lead > 0) == (sign > 0)]
             if mine:
                 result.ratios[f"{CAPTIONS[group]}, {where}: mean gain of {len(mine)}"] = sum(mine) / len(mine)
-    axes[0].set(xlabel="ICL over SFT on evaluation rows (points)", ylabel="IA2→SFT over SFT (points)")
-    axes[1].set(xlabel="ICL over SFT on held-out rows of the training set (points)")
+    axes[0].set(xlabel="ICL over SFT, evaluation rows (points)", ylabel="IA2→SFT over SFT (points)")
+    axes[1].set(xlabel="ICL over SFT, cross-validation (points)")
     for axis in axes:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7, frameon=False)

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench import choice, effect, inference, report, timing, training  # noqa: E402
+from bench import choice, effect, gain, inference, report, timing, training  # noqa: E402
 from bench.__main__ import main  # noqa: E402
 from bench.shapes import stand  # noqa: E402
 from ia2mini import UsageError, adapted, draw_episode, open_subject  # noqa: E402
@@ -154,6 +154,27 @@ def test_relations_are_read_from_a_folder(tmp_path, shared_data):
     for folder in (None, tmp_path):
         with pytest.raises(UsageError, match="--data-dir"):
             effect.tasks_of("relations", folder)
+
+
+def test_the_figure_of_gains_reads_the_newest_results(tmp_path):
+    def kept(name: str, *lines: tuple) -> None:
+        lines = [{"what": what, "stack": stack, "rates": rates} for what, stack, rates in lines]
+        (tmp_path / name).write_text(json.dumps({"results": [{"lines": lines}]}))
+
+    def point(what: str, lead: float, gained: float) -> list[tuple]:
+        over = {"points lead": lead, "points gain": gained, "points low": gained - 1, "points high": gained + 2}
+        return [(what, "ia2", {"asim": lead / 100}), (what, "ia2-sft over sft", over)]
+
+    kept("2026-01-01-effect-relations-cpu.json", *point("old", 1, 1))
+    kept("2026-01-02-effect-relations-cpu.json", *point("a", 1, 2), *point("b", 5, 4), *point("c", -3, 0))
+    numbers = {"held out % icl": 50.0, "held out % sft": 75.0, "% ia2-sft": 80.0, "% sft": 90.0}
+    kept("2026-01-01-fit-gate-cpu.json", ("task", "ships sft", numbers), ("other", "ships sft", numbers | {"% sft": 1}))
+    found = gain.points(tmp_path)
+    assert found["real"][0] == gain.Point("a", 1, 2, 1, 4, 0.01) and len(found["real"]) == 3 and "toy" not in found
+    assert [(p.lead, p.gain) for p in found["fit"]] == [(-25, -10), (-25, 79)]
+    result = gain.gain(tmp_path, tmp_path / "gain.png")
+    assert (tmp_path / "gain.png").stat().st_size > 5000 and "Spearman's ρ = 1.00" in result.remarks[0]
+    assert result.ratios["real relations, SmolLM2-135M, ICL ahead of SFT: mean gain of 2"] == 3
 
 
 def test_options_of_the_command():
