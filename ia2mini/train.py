@@ -16,7 +16,7 @@ from .graphs import CapturedStep
 from .losses import activation_mse, cross_entropy, fused, per_run, soft_cross_entropy
 from .models.common import Taps
 
-RACE_FROM, BEATEN = 10, 2.0  # looks before a rate can be beaten; how many times the best rate's dev loss it then has
+RACE_FROM, PACE, AHEAD = 10, 3, 30  # looks at the dev loss: see `EarlyStopping`
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,13 @@ class Adam:
 class EarlyStopping:
     """Keeps each run's weights at its best dev loss, and says which runs go on.
 
-    A run ends after `patience` looks without improvement. Where runs are told apart by `config` [R], one also ends when
-    its config is beaten: after `RACE_FROM` looks its best dev losses, a mean over sets, are above `BEATEN` times those
-    of the best config. These only fall, so it would have to catch up that far.
+    A run ends after `patience` looks without improvement. Where `config` [R] numbers the runs' rates (and β), it also
+    ends when its own is beaten. From the tenth look on the means over sets of the best dev losses are compared: a rate
+    is beaten whose mean would still be above that of the best if it fell as in the last `PACE` looks for `AHEAD` more.
     """
 
     def __init__(self, theta: Tensor, settings: Settings, config: Tensor | None = None):
-        self.settings, self.theta, self.config, self.looks = settings, theta.clone(), config, 0
+        self.settings, self.theta, self.config, self.means = settings, theta.clone(), config, []
         self.dev_loss = torch.full((len(theta),), torch.inf, device=theta.device)
         self.misses = torch.zeros(len(theta), dtype=torch.int64, device=theta.device)
         self.steps, self.best = torch.zeros(2, len(theta), dtype=torch.int64)
@@ -123,15 +123,18 @@ class EarlyStopping:
         self.misses[live] = torch.where(better, 0, self.misses[live] + 1)
         self.steps[runs] = step
         self.best[runs[better.cpu()]] = step
-        self.looks += 1
         going = (self.misses[live] < self.settings.patience).cpu()
-        return going if self.config is None or self.looks < RACE_FROM else going & ~self.beaten()[runs]
+        return going if self.config is None else going & ~self.beaten()[runs]
 
     def beaten(self) -> Tensor:
-        """Which runs have a config that is beaten, [R] bool on the CPU."""
+        """Which runs have a rate that is beaten, after one more look, [R] bool on the CPU."""
         means = torch.zeros(int(self.config.max()) + 1)
         means.scatter_reduce_(0, self.config, self.dev_loss.cpu(), "mean", include_self=False)
-        return (means > BEATEN * means.min())[self.config]
+        self.means.append(means)
+        if len(self.means) < RACE_FROM or means.min().isinf():
+            return torch.zeros_like(self.config, dtype=torch.bool)
+        reached = means - AHEAD * (self.means[-1 - PACE] - means) / PACE
+        return ~(reached <= means.min())[self.config]  # NaN: a rate of which a run has diverged
 
     def stop(self, theta: Tensor, step: int) -> None:
         """Keep the weights [R, M] of all runs as they are after `step`."""

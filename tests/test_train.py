@@ -1,6 +1,7 @@
 """The loop: its losses against transformers row by row, its Adam against torch's, runs side by side against alone."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -57,21 +58,39 @@ def test_adam_equals_torchs_with_a_rate_a_run_and_runs_that_leave():
 
 
 def test_a_rate_far_behind_leaves_the_race():
-    """Two sets with three rates: after ten looks the mean of each rate's best dev losses over sets decides."""
+    """Two sets with three rates; their means: one falls to 1, one stands at 1.5, one falls fast enough to catch up."""
     theta, config = torch.zeros(6, 1), torch.tensor([0, 1, 2, 0, 1, 2])
-    lost = torch.tensor([1.0, 3.0, 2.0, 1.0, 0.8, 2.4])  # means 1.0, 1.9, 2.2
-    for kept, gone in ((config, [2, 5]), (None, [])):
-        stopping, runs = EarlyStopping(theta, Settings(patience=99), kept), torch.arange(6)
-        for look in range(1, 12):
-            going = stopping.look(runs, theta, lost / look, step=look)
-            assert going.tolist() == [look < RACE_FROM or r not in gone for r in range(6)], look
-        assert stopping.dev_loss.tolist() == pytest.approx((lost / 11).tolist())
-    stopping = EarlyStopping(theta, Settings(patience=1), config)  # a run that has ended counts with what it reached
-    stopping.look(torch.arange(6), theta, lost / 100, 1)
-    for look in range(2, RACE_FROM):
-        stopping.look(torch.tensor([1, 4]), theta[:2], lost[[1, 4]] / look, look)
-    assert stopping.look(torch.tensor([1, 4]), theta[:2], torch.tensor([0.0299, 0.0079]), RACE_FROM).all()
-    assert stopping.beaten().tolist() == [False, False, True] * 2
+
+    def race(lost: Callable, looks: int, config=config) -> list[list[bool]]:
+        stopping, runs, seen = EarlyStopping(theta, Settings(patience=99), config), torch.arange(6), []
+        for look in range(1, looks + 1):
+            going = stopping.look(runs, theta, lost(look)[runs], step=look)
+            seen.append([r in runs[going].tolist() for r in range(6)])
+        return seen
+
+    def lost(look: int) -> torch.Tensor:
+        return torch.tensor([1.0, 1.0, 4 - 0.1 * look, 1.0, 2.0, 4 - 0.1 * look]) + 1 / look**3
+
+    for look, going in enumerate(race(lost, 14), 1):
+        assert going == [True, look < RACE_FROM, True] * 2, look
+    assert all(map(all, race(lost, 14, None)))
+    for look, going in enumerate(race(lambda look: lost(look) + torch.tensor([0, 0, 0.0999 * look] * 2), 14), 1):
+        assert going == [True, look < RACE_FROM, look < RACE_FROM] * 2  # too slow: 30 looks of .0001 are not enough
+    diverged = race(lambda look: lost(look) + torch.tensor([0, 0, 0, 0, 0, torch.nan]), 10)[-1]
+    assert diverged == [True, False, False] * 2
+    assert all(race(lambda look: torch.full((6,), torch.nan), 10)[-1])
+
+
+def test_a_run_that_has_ended_counts_with_what_it_reached():
+    stopping, theta = (
+        EarlyStopping(torch.zeros(4, 1), Settings(patience=1), torch.tensor([0, 1, 0, 1])),
+        torch.zeros(4, 1),
+    )
+    stopping.look(torch.arange(4), theta, torch.tensor([1.0, 1.9, 3.0, 3.0]), 1)
+    for look in range(2, RACE_FROM):  # the first set's runs have ended
+        assert stopping.look(torch.tensor([2, 3]), theta[:2], torch.tensor([3.0, 3.0]) / look, look).all()
+    assert stopping.look(torch.tensor([2, 3]), theta[:2], torch.tensor([0.3, 0.3]), RACE_FROM).tolist() == [True, True]
+    assert torch.stack(stopping.means)[-1].tolist() == pytest.approx([0.65, 1.1])
 
 
 def test_a_race_needs_all_runs_side_by_side(model):
