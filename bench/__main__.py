@@ -14,7 +14,7 @@ from ia2mini.options import Options
 from ia2mini.subject import open_subject
 
 from . import inference, resources, training
-from .choice import choice
+from .choice import choice, race
 from .effect import METHODS, TASKS, effect
 from .fit import fit
 from .gain import gain
@@ -178,6 +178,14 @@ def effect_command(part, model, dtype, data_dir, save, **given):
 def choice_command(part, model, dtype, data_dir, save, folds, **given):
     options, where = Options(**given), {"part": part, "model": model, "dtype": dtype}
     studied("choice", lambda subject: choice(subject, options, part, folds, data_dir), where, save, options)
+
+
+@main.command("race", help=race.__doc__)
+@many(*STUDY)
+@options_of(Options, n=(2, 4, 8), sets=10, methods=METHODS, eval_rows=100, select="both")
+def race_command(part, model, dtype, data_dir, save, **given):
+    options, where = Options(**given), {"part": part, "model": model, "dtype": dtype}
+    studied("race", lambda subject: race(subject, options, part, data_dir), where, save, options)
 
 
 @main.command("gain", help=gain.__doc__)

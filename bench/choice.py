@@ -5,6 +5,7 @@ unlabelled ones); the evaluation rows judge what it chose.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -19,7 +20,7 @@ from ia2mini.episode import Episode, draw_episode
 from ia2mini.experiment import Experiment
 from ia2mini.metrics import paired_test, row_losses
 from ia2mini.options import FitOptions, Options
-from ia2mini.report.summary import interval
+from ia2mini.report.summary import chosen, interval
 from ia2mini.study import open_study
 from ia2mini.subject import Subject
 from ia2mini.tasks import load_examples
@@ -106,3 +107,24 @@ def cross_validated(experiment: Experiment, method: str) -> Tensor:
 
 def once_in(experiment: Experiment, number: int) -> Callable:
     return lambda name, make: experiment.setting.folder.once(f"{experiment.name}/folds-{number}-{name}", make)
+
+
+def race(subject: Subject, options: Options, part: str, data: Path | None = None) -> Result:
+    """How often `run --race` chooses another rate than training every rate to its end does, and what it saves."""
+    fast = replace(options, race=True, select="dev", methods=METHODS)
+    where = Path("runs"), None, None, progress
+    studies = [open_study(tasks_of(part, data), subject, setting, *where)[0] for setting in (options, fast)]
+    result = Result("race", f"{subject.name}, {part}: {options.sets} sets, N = {', '.join(map(str, options.n))}", [])
+    others, steps = [], []
+    for pair in zip(*studies):
+        for method in ("sft", "ia2-sft"):  # IA2 goes on from every rate
+            whole, raced = (experiment.training_records(method) for experiment in pair)
+            rates = [chosen(records, "dev")[0] for records in (whole, raced)]
+            spent = [sum(record["steps"] for record in records) for records in (whole, raced)]
+            others.append(rates[0] != rates[1])
+            steps.append(spent[1] / spent[0])
+            note = f"rate {rates[0]:g}" + f", {rates[1]:g} in the race" * others[-1]
+            result.lines.append(Line(pair[0].name, method, rates={"share of the steps": steps[-1]}, note=note))
+    result.ratios["share of choices that change"] = fmean(others)
+    result.ratios["share of the steps, mean"] = fmean(steps)
+    return result

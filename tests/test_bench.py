@@ -131,6 +131,15 @@ def test_rules_for_the_rate_judged_by_hand(tmp_path, monkeypatch):
         assert lines[method, "dev loss, each set's own"] == pytest.approx(100 * fmean(own))
         assert lines[method, "cross-validation"] in [pytest.approx(a) for a in accuracy.values()]
     assert ("ia2-sft", "dev loss of IA2's phase") in lines and ("sft", "dev loss of IA2's phase") not in lines
+    raced = choice.race(subject, replace(options, race=False), "classification")
+    spent = {m: sum(r["steps"] for r in runs if r["method"] == m) for m in ("sft", "ia2-sft")}
+    found = {line.stack: line.rates["share of the steps"] * spent[line.stack] for line in raced.lines}
+    kept = [json.loads(path.read_text()) for path in Path("runs").glob("*/run.json")]
+    assert found == pytest.approx(spent) and {document["race"] for document in kept} == {
+        True,
+        False,
+    }  # 3 looks: no race
+    assert raced.ratios["share of choices that change"] == 0
     (experiment,), _ = open_study([effect.find_task("toy-mood")], subject, options, Path("runs"), None, None, progress)
     found, pool, model = (
         choice.divergence(experiment, "ia2-sft"),
@@ -180,7 +189,7 @@ def test_the_figure_of_gains_reads_the_newest_results(tmp_path):
 def test_options_of_the_command():
     shown = CliRunner().invoke(main, ["cell", "--help"])
     assert shown.exit_code == 0 and "--select" in shown.stdout and "dev" in shown.stdout
-    for name in set(main.commands) - {"cell", "effect", "choice"}:
+    for name in set(main.commands) - {"cell", "effect", "choice", "race"}:
         shown = CliRunner().invoke(main, [name, "--help"])
         assert shown.exit_code == 0 and "--select" not in shown.stdout
     wrong = CliRunner().invoke(main, ["--shape", "tiny", "step"])
