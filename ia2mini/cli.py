@@ -17,6 +17,7 @@ from . import UsageError
 from .options import Options
 
 DEMO, DEMO_ROWS = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap"), 120  # about a minute
+MINUTE = 60
 
 
 class Commands(click.Group):
@@ -136,15 +137,27 @@ def typed() -> str:
     return " ".join(["ia2mini", *sys.argv[1:]])
 
 
+class Lines:
+    """What a bar is written to where stderr is no terminal: a line each time."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            click.echo(text.strip(), err=True)
+
+    def flush(self) -> None:
+        pass
+
+
 def progress(label: str, total: int):
-    """A bar on stderr with the time that remains; where that is no terminal, a line when a phase begins."""
+    """A bar on stderr with the time that remains; where that is no terminal a line at first, then one a minute."""
     from tqdm import tqdm
 
-    if not sys.stderr.isatty():
-        click.echo(f"phase {label}", err=True)
-        return tqdm(disable=True)
-    form = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left {postfix}"
-    return tqdm(desc=f"phase {label:<40}", total=total, leave=False, bar_format=form)
+    known = "{percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left {postfix}"
+    if sys.stderr.isatty():
+        return tqdm(desc=f"phase {label:<40}", total=total, leave=False, bar_format="{desc} " + known)
+    click.echo(f"phase {label}", err=True)
+    slow = {"delay": MINUTE, "mininterval": MINUTE, "miniters": 1, "ascii": True}
+    return tqdm(desc=f"phase {label}", total=total, leave=False, bar_format="{desc} " + known, file=Lines(), **slow)
 
 
 @main.command()

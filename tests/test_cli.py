@@ -25,8 +25,9 @@ import ia2mini.experiment
 import ia2mini.runs
 import ia2mini.train
 from ia2mini.adapters import LoRA, adapted
-from ia2mini.cli import main
+from ia2mini.cli import main, options_of, progress
 from ia2mini.methods import METHODS
+from ia2mini.options import FitOptions
 from ia2mini.subject import open_subject as load_subject
 
 SMALL = "--n 4 --sets 2 --rates 1e-2,3e-2 --epochs 3 --eval-rows 10 --device cpu".split()
@@ -92,6 +93,32 @@ def finished(ground) -> tuple[Result, Path]:
     assert result.exit_code == 0, result.output
     (folder,) = (ground / "runs").iterdir()
     return result, folder
+
+
+def test_what_is_on_by_default_can_be_turned_off():
+    @click.command()
+    @options_of(FitOptions)
+    def command(temperature, chat, **others):
+        click.echo(f"{temperature} {chat}")
+
+    said = [CliRunner().invoke(command, given).stdout for given in ([], ["--no-temperature", "--chat"])]
+    assert said == ["True False\n", "False True\n"]
+
+
+def test_long_work_says_how_far_it_is_where_there_is_no_terminal(monkeypatch, capsys):
+    monkeypatch.setattr("ia2mini.cli.MINUTE", 0.02)
+    with progress("3/20 training sft", 40) as bar:
+        for _ in range(40):
+            bar.update()
+            time.sleep(0.005)
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first == "phase 3/20 training sft" and 3 <= len(lines) <= 12
+    for line in lines:
+        assert re.fullmatch(r"phase 3/20 training sft +\d+% \|[# \d]{20}\| \d\d:\d\d, \S+ left *", line), line
+    monkeypatch.setattr("ia2mini.cli.MINUTE", 60)
+    with progress("4/20 short", 3) as bar:
+        bar.update(3)
+    assert capsys.readouterr().err == "phase 4/20 short\n"
 
 
 def test_run_prints_a_table_and_one_json_document(finished):
