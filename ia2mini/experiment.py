@@ -114,10 +114,11 @@ class Experiment:
         with self.stage("train", f"training {phase}", steps) as bar:
 
             def watch(step: int, dev_losses: Tensor) -> None:
-                bar.update(step - bar.n)
                 if len(dev_losses):
                     low, high = dev_losses.min().item(), dev_losses.max().item()
-                    bar.set_postfix_str(f"{len(dev_losses)} of {runs} runs going, dev loss {low:.3g} to {high:.3g}")
+                    said = f"{len(dev_losses)} of {runs} runs going, dev loss {low:.3g} to {high:.3g}"
+                    bar.set_postfix_str(said, refresh=False)
+                bar.update(step - bar.n)
 
             yield watch
 
