@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-real lint bench clean
 
 setup: $(VENV)/ready  ## a virtual environment with ia2mini, all extras and the tested versions
 
@@ -21,6 +21,9 @@ demo: setup  ## SFT, IA2 and IA2→SFT on the embedded model, in about a minute
 
 test: setup lint  ## every check, offline
 	$(BIN)/python -m pytest
+
+test-real: setup  ## on a real checkpoint of 135 million weights, in $$IA2MINI_REAL or made (a minute, 270 MB); minutes
+	real="$${IA2MINI_REAL:-$$($(BIN)/python tests/real.py)}" && IA2MINI_REAL="$$real" $(BIN)/python -m pytest tests/test_real.py
 
 lint: setup
 	$(BIN)/ruff format --check --quiet --line-length 120 .

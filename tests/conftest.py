@@ -44,3 +44,11 @@ def tiny(request, tmp_path_factory):
         changes = {"attention_bias": True, "mlp_bias": True}
     folder = make_checkpoint(tmp_path_factory.mktemp(request.param), request.param, **changes)
     return folder, load(folder)[0]
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """Folder of a real checkpoint of 135 million weights, which `make test-real` makes (tests/real.py)."""
+    if not (folder := os.environ.get("IA2MINI_REAL")):
+        pytest.skip("$IA2MINI_REAL does not name the folder of a real checkpoint; `make test-real` makes one")
+    return Path(folder)

@@ -49,7 +49,9 @@ class Plain:
                 break
             response.append(token)
             if "\n\n" in self.tokenizer.decode(response):
-                return response[:-1]
+                while self.tokenizer.decode(response).endswith("\n"):  # it may have taken several tokens
+                    response.pop()
+                return response
         return response
 
 
