@@ -59,7 +59,7 @@ class Options(AdapterOptions, TrainOptions):
     labels: str = option("truth", "what SFT trains on: true answers or ICL responses", ("truth", "icl"))
     soft_k: int = option(1024, "likeliest tokens that soft labels keep", least=1)
     icl_demos: str = option("set", "the set's N rows, or N - 1 other rows for each query", ("set", "pool"))
-    race: bool = option(False, "rates that cannot win any more leave early; not with --select eval or both")
+    race: bool = option(True, "rates that cannot win any more leave early; never with --select eval or both")
     select: str = option("dev", "rate by dev loss, by evaluation rows (as the paper), or both", ("dev", "eval", "both"))
     paper_compat: bool = option(False, "the released scripts' choices where they differ from ours (docs/reference.md)")
     eval_rows: int = option(500, "evaluation rows at most", least=1, shown="500; the demo 120")

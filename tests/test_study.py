@@ -197,7 +197,7 @@ def test_phases_are_counted_as_they_come(methods, subject, tmp_path):
 
     def bar(label, total):
         said.append(label)
-        return nullcontext(SimpleNamespace(update=lambda n: None, n=0, set_postfix_str=lambda text: None))
+        return nullcontext(SimpleNamespace(update=lambda n: None, n=0, set_postfix_str=lambda text, refresh: None))
 
     few = replace(SMALL, methods=methods, epochs=1, sets=1, rates=(1e-2,), eval_rows=2, n=(2, 3))
     compare([MOOD], subject, few, tmp_path, bar=bar)
