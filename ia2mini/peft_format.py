@@ -54,13 +54,16 @@ def peft_tensors(adapter: Adapter, theta: Tensor) -> dict[str, Tensor]:
     return {"prompt_embeddings": layers.permute(3, 0, 1, 2, 4).flatten(1)}
 
 
-def save_adapter(model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path, base: str, tokenizer=None) -> None:
-    """Write one run's adapter, theta [M], into `folder` so that peft loads it onto `base`; `Full` as `save_merged`."""
+def save_adapter(
+    model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path, base: str, tokenizer=None, revision=None
+) -> None:
+    """Write one run's adapter, theta [M], so that peft loads it onto `base` at `revision`; `Full` as `save_merged`."""
     if isinstance(adapter, Full):
         return save_merged(model, adapter, theta, folder, tokenizer)
     tensors = {name: t.contiguous() for name, t in peft_tensors(adapter, theta).items()}
     write(folder / "adapter_model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    write_text(folder / "adapter_config.json", json.dumps(peft_config(adapter, base, model), indent=2) + "\n")
+    config = peft_config(adapter, base, model) | {"revision": revision}
+    write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def read_adapter(folder: Path, model: nn.Module) -> tuple[Adapter, Tensor]:

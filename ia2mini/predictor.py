@@ -185,7 +185,8 @@ class Predictor:
         for name in ADAPTER:  # of an earlier fit
             (folder / name).unlink(missing_ok=True)
         if self.adapter:
-            save_adapter(subject.model, self.adapter, self.theta[0], folder, subject.base, subject.tokenizer)
+            about = subject.base, subject.tokenizer, subject.revision
+            save_adapter(subject.model, self.adapter, self.theta[0], folder, *about)
         if whole(folder):
             self.beside(folder)
         base = {"name": subject.base, "revision": subject.revision, "digest": checkpoint_digest(subject.folder)}

@@ -127,7 +127,8 @@ def save_adapters(experiment: Experiment, method: str, numbers: list[int]) -> li
     names = [f"adapters/{experiment.name}-{method}-set{records[r]['set']}" for r in numbers]
     for r, name in zip(numbers, names):
         path = setting.folder.path / name
-        save_adapter(subject.model, experiment.adapter, theta[r], path, subject.base, subject.tokenizer)
+        about = subject.base, subject.tokenizer, subject.revision
+        save_adapter(subject.model, experiment.adapter, theta[r], path, *about)
     return names
 
 

@@ -61,6 +61,7 @@ def test_the_bases_commit_on_the_hub_is_kept_and_loaded(tmp_path, monkeypatch):
         found = fit(toy_rows(12), open_subject("some/one", "cpu"), QUICK)
         found.save(tmp_path / "a")
         assert json.loads((tmp_path / "a" / "ia2mini.json").read_text())["base"]["revision"] == then
+        assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["revision"] == then
         assert (
             f"revision={then!r}" in (text := card(found, tmp_path / "a", "fit")) and "\nbase_model: some/one\n" in text
         )
