@@ -12,25 +12,19 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from ia2mini.adapters import adapted
-from ia2mini.batch import collate
 from ia2mini.cli import progress
 from ia2mini.crossval import CrossValidation
-from ia2mini.episode import Episode, draw_episode
 from ia2mini.experiment import Experiment
 from ia2mini.metrics import paired_test, row_losses
 from ia2mini.options import FitOptions, Options
 from ia2mini.report.summary import chosen, interval
 from ia2mini.study import open_study
 from ia2mini.subject import Subject
-from ia2mini.tasks import load_examples
-from ia2mini.teacher import Asked, teach
-from ia2mini.train import losses
 
 from .effect import tasks_of
 from .report import Line, Result
 
-METHODS, UNLABELLED, SOFT_K = ("sft", "ia2", "ia2-sft"), 16, 1024
+METHODS = "sft", "ia2", "ia2-sft"
 POOLED = "dev loss, mean over sets"  # what `run` takes
 
 
@@ -38,10 +32,9 @@ def choice(subject: Subject, options: Options, part: str, folds: bool, data: Pat
     """Rules for the learning rate against each other, on the runs that `effect --select both` has trained.
 
     Dev loss of each set by itself, its mean over sets, that of IA2's phase (for IA2 → SFT), the KL to the teacher on
-    unlabelled rows and, with --folds, cross-validation within each set; beside them the best rate afterwards.
+    further queries and, with --folds, cross-validation within each set; beside them the best rate afterwards.
     """
-    tasks = tasks_of(part, data)
-    experiments, _ = open_study(tasks, subject, options, Path("runs"), None, None, progress)
+    experiments, _ = open_study(tasks_of(part, data), subject, options, Path("runs"), None, None, progress)
     result = Result("choice", f"{subject.name}, {part}: {options.sets} sets, {options.eval_rows} evaluation rows", [])
     right: dict[tuple[int, str], dict[str, list[float]]] = {}  # accuracies of each rule, a value a task and set
     for experiment in experiments:
@@ -71,27 +64,11 @@ def judged(experiment: Experiment, method: str, folds: bool) -> dict[str, list[f
     costs = {POOLED: dev.mean(0).expand(sets, -1), "dev loss, each set's own": dev}
     if method == "ia2-sft":
         costs["dev loss of IA2's phase"] = table(experiment.trained("ia2").dev_loss).mean(0).expand(sets, -1)
-    costs["KL to the teacher, unlabelled rows"] = table(divergence(experiment, method)).mean(0).expand(sets, -1)
+    costs["KL to the teacher, further queries"] = table(experiment.divergences(method)).mean(0).expand(sets, -1)
     if folds and len(experiment.episodes[0].train) > 2:
         costs["cross-validation"] = cross_validated(experiment, method).mean(0).expand(sets, -1)
     costs["best afterwards, one for all sets"] = -right.mean(0).expand(sets, -1)
     return {rule: right.gather(1, cost.argmin(1, keepdim=True))[:, 0].tolist() for rule, cost in costs.items()}
-
-
-@torch.no_grad()
-def divergence(experiment: Experiment, method: str) -> Tensor:
-    """KL [R] from its teacher's distributions to every run's on `UNLABELLED` rows."""
-    subject, o, taught = experiment.setting.subject, experiment.setting.options, []
-    pool = load_examples(experiment.task, "train").rows
-    for number, episode in enumerate(experiment.episodes):
-        drawn = draw_episode(pool, len(episode.train), number, o.seed, more=UNLABELLED)
-        asked = Asked(experiment.max_tokens, SOFT_K)
-        more = Episode(drawn.unlabelled, [], drawn.more_demonstrations, [])
-        taught.append(teach(subject.model, subject.tokenizer, more, asked).icl_train)
-    theta, rates = experiment.trained(method).theta, len(experiment.rates)
-    batch = collate([rows for rows in taught for _ in range(rates)], theta.device)
-    with adapted(subject.model, experiment.adapter, theta) as student:
-        return losses(student, batch, {"kl": torch.ones(len(theta), device=theta.device)}).cpu()
 
 
 def cross_validated(experiment: Experiment, method: str) -> Tensor:

@@ -58,7 +58,8 @@ def draw_episode(
         rng = seeded(seed, number, "icl from the pool")
         icl = [[rest[i] for i in rng.choice(len(rest), n - 1, replace=False)] for _ in range(pool_demos)]
     if more > len(rest):
-        raise UsageError(f"--unlabelled {more}: besides the sets the pool holds only {len(rest)} rows; use fewer")
+        asked = f"{more} rows without answers (--unlabelled, --select kl)"
+        raise UsageError(f"{asked}: besides the sets the pool holds only {len(rest)} rows; use fewer")
     rng = seeded(seed, number, "unlabelled")
     more_shown = [shuffled(train, rng) for _ in range(more)]
     return Episode(train, dev, leave_one_out + for_dev, icl, rest[:more], more_shown)

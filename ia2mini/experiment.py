@@ -11,8 +11,8 @@ from torch import Tensor
 from . import UsageError
 from .adapters import Adapter, adapted, make_adapter
 from .batch import Row
-from .episode import draw_episode
-from .evaluate import Scoring, label_scores, layer_asim, share_prefix
+from .episode import Episode, draw_episode
+from .evaluate import Scoring, answer_scores, label_scores, layer_asim, share_prefix
 from .generate import STOP, Decoding, generate
 from .methods import BEGINS_WITH, METHODS, Grid, configs
 from .models.common import device_of
@@ -23,6 +23,8 @@ from .subject import Subject
 from .tasks import Examples, Task, find_task, same_answer
 from .teacher import Asked, label_tokens_at_most, observe, teach
 from .train import Settings, Trained
+
+FURTHER = 16  # queries a set by which `--select kl` judges
 
 
 @dataclass
@@ -52,7 +54,11 @@ class Experiment:
         self.name = f"{task.name}-n{n}" + f"-unlabelled{more}" * (more > 0)
         self.labelled, subject = bool(task.labels), setting.subject
         queries = max(len(e.rows) for e in evals.values()) if o.icl_demos == "pool" or o.paper_compat else 0
-        self.episodes = [draw_episode(pool.rows, n, i, o.seed, queries, o.paper_compat, more) for i in range(o.sets)]
+        draw = partial(draw_episode, pool.rows, n, seed=o.seed, pool_demos=queries, reuse=o.paper_compat)
+        self.episodes = [draw(i, more=more) for i in range(o.sets)]
+        self.further = lambda: [further(draw(i, more=more + FURTHER), more) for i in range(o.sets)]
+        if o.select == "kl":
+            self.further()  # a pool that is too small shows before any work
         self.labels: dict[str, list[list[int]]] = {}  # of each evaluation; merging ones are found before any work
         for name, examples in evals.items() if self.labelled else ():
             self.labels[name] = subject.tokenizer.label_tokens(examples.rows[0].prompt, self.find(name).labels)
@@ -131,18 +137,36 @@ class Experiment:
         """Rate, β, dev loss and steps of each of a method's runs."""
         if method not in self.records:
             about, found, records = self.about | {"method": method}, self.trained(method), []
+            o = self.setting.options
+            kl = self.divergences(method).tolist() if o.select == "kl" and method not in ("sft", "sft-sft") else []
             for r, (number, rate, beta) in enumerate(configs(method, len(self.episodes), self.rates, self.betas)):
                 record = {"set": number, "rate": rate, "beta": beta, "dev_loss": found.dev_loss[r].item()}
-                records.append(about | record | {"steps": int(found.steps[r])})
+                records.append(about | record | {"steps": int(found.steps[r])} | ({"kl": kl[r]} if kl else {}))
             self.records[method] = records
         return self.records[method]
 
+    @cached_property
+    def judges(self) -> list[list[Row]]:
+        """For each set queries that no phase has seen, as its teacher answers them, with the distributions."""
+        subject, asked = self.setting.subject, Asked(self.max_tokens, self.setting.options.soft_k)
+        return [teach(subject.model, subject.tokenizer, episode, asked).icl_train for episode in self.further()]
+
+    def divergences(self, method: str) -> Tensor:
+        """Mean KL [R] from the teacher to each of a method's runs on the `judges` of its set."""
+
+        def make() -> dict[str, Tensor]:
+            found = []
+            for rows, theta in zip(self.judges, self.trained(method).theta.chunk(len(self.judges))):
+                with adapted(self.setting.subject.model, self.adapter, theta) as student:
+                    found.append(-answer_scores(student, rows, len(theta)).mean(1))
+            return {"kl": torch.cat(found)}
+
+        return self.setting.folder.once(f"{self.name}/kl-{method}", make)["kl"]
+
     def reported(self, method: str) -> list[int]:
-        """Which of a method's runs are scored: those of the rate (and β) that the dev loss chose, or all."""
-        records = self.training_records(method)
-        if self.setting.options.select != "dev":
-            return list(range(len(records)))
-        return at_config(records, chosen(records, "dev"))
+        """Which of a method's runs are scored: those of the rate (and β) chosen without evaluation rows, or all."""
+        records, select = self.training_records(method), self.setting.options.select
+        return at_config(records, chosen(records, select)) if select in ("dev", "kl") else list(range(len(records)))
 
     def prompts(self, name: str, number: int | None = None) -> tuple[Callable, list[list[int]]]:
         """The model and the prompts of an evaluation, without demonstrations or with those of set `number`."""
@@ -236,6 +260,11 @@ class Experiment:
     def ended(self, response: list[int]) -> list[int]:
         """A generated response with the end-of-sequence token, unless it was cut."""
         return (response + list(self.setting.subject.tokenizer.eos_ids[:1]))[: self.max_tokens]
+
+
+def further(episode: Episode, more: int) -> Episode:
+    """The unlabelled rows of a set but for the first `more`, as an episode of their own."""
+    return Episode(episode.unlabelled[more:], [], episode.more_demonstrations[more:], [])
 
 
 def cut(row: Row, response: list[int]) -> Row:

@@ -59,8 +59,10 @@ class Options(AdapterOptions, TrainOptions):
     labels: str = option("truth", "what SFT trains on: true answers or ICL responses", ("truth", "icl"))
     soft_k: int = option(1024, "likeliest tokens that soft labels keep", least=1)
     icl_demos: str = option("set", "the set's N rows, or N - 1 other rows for each query", ("set", "pool"))
-    race: bool = option(True, "rates that cannot win any more leave early; never with --select eval or both")
-    select: str = option("dev", "rate by dev loss, by evaluation rows (as the paper), or both", ("dev", "eval", "both"))
+    race: bool = option(True, "rates that cannot win any more leave early; with --select dev only")
+    select: str = option(
+        "dev", "rate by dev loss, KL to the teacher, evaluation rows (the paper)", ("dev", "kl", "eval", "both")
+    )
     paper_compat: bool = option(False, "the released scripts' choices where they differ from ours (docs/reference.md)")
     eval_rows: int = option(500, "evaluation rows at most", least=1, shown="500; the demo 120")
     asim_rows: int = 100  # evaluation rows on which attention outputs are compared

@@ -95,7 +95,7 @@ def pick(method: str, training: list[dict], runs: list[dict], select: str) -> li
     """A method's runs at the chosen rate (and β), one a set: indices on the R axis."""
     training = [record for record in training if record["method"] == method]
     judged = [r for r in runs if r["method"] == method and r["eval"] == r["task"]] if select == "eval" else training
-    return at_config(training, chosen(judged, "eval" if select == "eval" else "dev"))
+    return at_config(training, chosen(judged, "dev" if select == "both" else select))
 
 
 def score_records(experiment: Experiment, method: str, name: str) -> list[dict]:

@@ -20,6 +20,7 @@ from ia2mini import UsageError, adapted, draw_episode, open_subject  # noqa: E40
 from ia2mini.batch import Row  # noqa: E402
 from ia2mini.cli import progress  # noqa: E402
 from ia2mini.episode import with_demonstrations  # noqa: E402
+from ia2mini.experiment import FURTHER  # noqa: E402
 from ia2mini.options import Options  # noqa: E402
 from ia2mini.study import open_study  # noqa: E402
 from ia2mini.tasks import load_examples  # noqa: E402
@@ -142,12 +143,12 @@ def test_rules_for_the_rate_judged_by_hand(tmp_path, monkeypatch):
     assert raced.ratios["share of choices that change"] == 0
     (experiment,), _ = open_study([effect.find_task("toy-mood")], subject, options, Path("runs"), None, None, progress)
     found, pool, model = (
-        choice.divergence(experiment, "ia2-sft"),
+        experiment.divergences("ia2-sft"),
         load_examples(experiment.task, "train").rows,
         subject.model,
     )
     for r in (0, 5):
-        drawn, losses = draw_episode(pool, 4, r // 3, more=choice.UNLABELLED), []
+        drawn, losses = draw_episode(pool, 4, r // 3, more=FURTHER), []
         for row, shown in zip(drawn.unlabelled, drawn.more_demonstrations, strict=True):
             seen = torch.tensor([subject.tokenizer.encode(with_demonstrations(shown, row.prompt))])
             wanted = model(seen)[0, -1].float().log_softmax(-1)

@@ -15,6 +15,7 @@ import torch
 
 import ia2mini
 from ia2mini import UsageError, study
+from ia2mini.experiment import FURTHER
 from ia2mini.methods import METHODS
 from ia2mini.options import TINY_RATES, Options
 from ia2mini.study import compare, open_study
@@ -90,6 +91,27 @@ def test_eval_selection_scores_every_run_and_chooses_as_the_paper(studied):
         runs = [r for r in every["runs"] if (r["method"], r["eval"]) == (cell["method"], cell["eval"])]
         configs = {config_of(run) for run in runs}
         assert cell["acc_mean"] == max(fmean(r["acc"] for r in runs if config_of(r) == config) for config in configs)
+
+
+def test_the_rate_is_chosen_by_the_kl_to_the_teacher_where_asked(subject, tmp_path):
+    """Of what learned from the teacher; on queries that no phase has seen. SFT goes by its dev loss."""
+    options = replace(SMALL, select="kl", methods=("sft", "ia2", "ia2-sft"), rates=(1e-2, 1e-5, 3e-3), unlabelled=(3,))
+    document, _ = compare([MOOD], subject, options, tmp_path)
+    for method in options.methods:
+        field, losses = "dev_loss" if method == "sft" else "kl", {}
+        for record in (r for r in document["training"] if r["method"] == method):
+            assert ("kl" in record) == (method != "sft")
+            losses.setdefault(record["rate"], []).append(record[field])
+        (rate,) = {run["rate"] for run in document["runs"] if run["method"] == method}
+        assert rate == min(losses, key=lambda rate: fmean(losses[rate])) and len(losses) == 3
+        assert f"adapters/toy-mood-n2-unlabelled3-{method}-set0" in document["adapters"]
+    assert {cell["selected_by"] for cell in document["cells"]} == {"kl"}
+    (experiment,), _ = open_study([MOOD], subject, options, tmp_path, None, None, nullcontext)
+    for episode, more in zip(experiment.episodes, experiment.further(), strict=True):
+        assert len(more.train) == len(more.demonstrations) == FURTHER
+        seen = episode.train + episode.dev + episode.unlabelled
+        assert len(seen) == 6 and not {e.prompt for e in seen} & {e.prompt for e in more.train}
+        assert all(sorted(shown, key=str) == sorted(episode.train, key=str) for shown in more.demonstrations)
 
 
 def test_records_hold_what_they_say(studied):

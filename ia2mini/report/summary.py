@@ -10,14 +10,18 @@ LABELS = {  # method: as it is written, in the order of every table and figure
     "base": "base", "icl": "ICL", "sft": "SFT", "sft-sft": "SFT→SFT", "soft": "soft labels", "ia2": "IA2",
     "sft-ia2": "SFT→IA2", "ia2+sft": "IA2+SFT", "ia2-sft": "IA2→SFT",
 }  # fmt: skip
-CHOICES = {"dev": "rate by lowest dev loss", "eval": "rate by accuracy on the evaluation rows, as in the paper"}
+CHOICES = {
+    "dev": "rate by lowest dev loss",
+    "kl": "rate by KL to the teacher on further queries (SFT: dev loss)",
+    "eval": "rate by accuracy on the evaluation rows, as in the paper",
+}
 
 
 def chosen(records: list[dict], by: str) -> tuple[float | None, float | None]:
-    """(rate, β) of one method's records: lowest mean dev loss over sets ("dev"), or highest mean accuracy ("eval")."""
+    """(rate, β) of one method's records: lowest mean dev loss ("dev") or KL ("kl"), or highest accuracy ("eval")."""
 
     def cost(record: dict) -> float:
-        value = record["dev_loss"] if by == "dev" else -record["acc"]
+        value = -record["acc"] if by == "eval" else record["kl" if by == "kl" and "kl" in record else "dev_loss"]
         return math.inf if value is None or math.isnan(value) else value  # a run that diverged
 
     configs = grouped(records, "rate", "beta")
