@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import signal
 import sys
 import warnings
 from contextlib import suppress
@@ -24,6 +25,8 @@ class Commands(click.Group):
     """A group that turns a user's mistake into one line and exit code 2, and an interrupt into 130."""
 
     def main(self, *args, **more):
+        with suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
         warnings.showwarning = lambda text, *where, **_: click.echo(f"ia2mini: warning: {text}", err=True)
         try:
             sys.exit(super().main(*args, **more | {"standalone_mode": False}))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
     """Run `writer(temporary path)` beside `path`, then rename: the file is whole or not there. Raises UsageError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{platform.node()}.{os.getpid()}.")
         os.close(handle)
     except OSError as error:
         mend = "choose another folder with --out"
@@ -45,6 +46,25 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
         raise UsageError(f"{path}: cannot be written ({reason}); {mend}") from None
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what `write` had begun anywhere below `folder` in processes of this machine that are no more."""
+    for path in folder.rglob(f".*.{platform.node()}.*.*"):
+        pid = path.name.split(".")[-2]
+        if pid.isdecimal() and not alive(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this number runs on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

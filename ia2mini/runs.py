@@ -8,16 +8,19 @@ import json
 import platform
 import resource
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .files import read_json, write, write_json
+from . import UsageError
+from .files import read_json, sweep, write, write_json
 
 
 class RunFolder:
@@ -31,22 +34,37 @@ class RunFolder:
         self.spent = read_json(spent) if spent.is_file() else {"seconds": {}, "peak_memory_bytes": 0}
 
     def begin(self, resolved: dict) -> None:
-        """Create the folder, if it is not there, with what made it and defaults as `resolved`. Raises UsageError."""
+        """Create the folder, if it is not there, with what made it and defaults as `resolved`. Raises UsageError.
+
+        What killed processes have half written there is swept.
+        """
+        sweep(self.path)
         self.json_once("run.json", lambda: self.what | resolved)
 
     def once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of file `name`: read if they are there, else made and saved. On the CPU either way."""
-        path = self.path / f"{name}.safetensors"
-        if not path.is_file():
-            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in make().items()}
-            write(path, lambda temporary: save_file(tensors, temporary))
+        if (kept := self.kept(path := self.path / f"{name}.safetensors", read_tensors)) is not None:
+            return kept
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in make().items()}
+        about = {"sha256": digest(tensors)}
+        write(path, lambda temporary: save_file(tensors, temporary, metadata=about))
         return load_file(path)
 
     def json_once(self, name: str, make: Callable[[], dict]) -> dict:
         """The content of JSON file `name`: read if it is there, else made and saved."""
-        if not (path := self.path / name).is_file():
+        if (kept := self.kept(path := self.path / name, read_json)) is None:
             write_json(path, make())
-        return read_json(path)
+        return read_json(path) if kept is None else kept
+
+    def kept(self, path: Path, read: Callable):
+        """What a file holds; None where it is not there, or damaged: then it is set aside, with a warning."""
+        try:
+            return read(path) if path.is_file() else None
+        except (UsageError, SafetensorError) as error:
+            path.replace(aside := path.with_name(f"{path.name}.bad"))
+            reason = str(error).removeprefix(f"{path}: ")
+            warnings.warn(f"{path}: damaged ({reason}); set aside as {aside.name} and computed again", stacklevel=3)
+            return None
 
     @contextmanager
     def stage(self, name: str):
@@ -59,6 +77,25 @@ class RunFolder:
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
             self.spent["peak_memory_bytes"] = max(self.spent["peak_memory_bytes"], peak_memory())
             write_json(self.path / "seconds.json", self.spent)
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names, shapes, dtypes and bytes."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that `RunFolder.once` wrote. Raises SafetensorError, or UsageError for other content."""
+    with safe_open(path, "pt") as file:
+        expected = (file.metadata() or {}).get("sha256")
+    tensors = load_file(path)
+    if digest(tensors) != expected:
+        raise UsageError(f"{path}: its content is not what was written")
+    return tensors
 
 
 def peak_memory() -> int:

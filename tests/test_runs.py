@@ -2,11 +2,17 @@
 
 import json
 import math
+import os
+import platform
+import subprocess
+import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from ia2mini import UsageError, runs
 from ia2mini.files import finite, write_json
@@ -83,7 +89,7 @@ def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path, "name", {})
     write_json(folder.path / "results.json", {"a": 1})
 
-    def cut(tensors, path):
+    def cut(tensors, path, metadata):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
@@ -94,6 +100,58 @@ def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
         write_json(folder.path / "results.json", {"a": object()})
     assert json.loads((folder.path / "results.json").read_text()) == {"a": 1}
     assert not any(name.startswith(".") or "fit" in name for name in files(folder.path))
+
+
+@pytest.mark.parametrize("harm", ["half", "a bit", "empty", "other tensors", "no digest", "text"])
+def test_a_damaged_file_is_set_aside_and_computed_again(tmp_path, harm):
+    folder, tensors = (
+        RunFolder(tmp_path, "name", {}),
+        {"a": torch.arange(9.0), "b": torch.ones(2, dtype=torch.bfloat16)},
+    )
+    folder.once("cell/fit", lambda: tensors)
+    path = folder.path / "cell/fit.safetensors"
+    whole = path.read_bytes()
+    flipped = whole[:-3] + bytes([whole[-3] ^ 4]) + whole[-2:]
+    save_file(tensors | {"a": torch.zeros(9)}, tmp_path / "other", metadata=safe_open(path, "pt").metadata())
+    save_file(tensors, tmp_path / "plain")
+    other, plain = (tmp_path / name for name in ("other", "plain"))
+    content = {"half": whole[: len(whole) // 2], "a bit": flipped, "empty": b"", "text": b"not tensors at all"}
+    path.write_bytes(content[harm] if harm in content else (other if harm == "other tensors" else plain).read_bytes())
+    harmed = path.read_bytes()
+    with pytest.warns(
+        UserWarning, match="fit.safetensors: damaged .*set aside as fit.safetensors.bad and computed again"
+    ):
+        found = folder.once("cell/fit", lambda: tensors)
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert path.read_bytes() == whole and (folder.path / "cell/fit.safetensors.bad").read_bytes() == harmed
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folder.once("cell/fit", lambda: pytest.fail("it is whole again"))
+
+
+def test_damaged_json_is_set_aside_and_made_again(tmp_path):
+    folder = RunFolder(tmp_path, "name", {})
+    folder.json_once("texts.json", lambda: {"a": 1})
+    (folder.path / "texts.json").write_text('{"a": ')
+    with pytest.warns(UserWarning, match="texts.json: damaged .not valid JSON.*set aside as texts.json.bad"):
+        assert folder.json_once("texts.json", lambda: {"a": 2}) == {"a": 2}
+    assert (folder.path / "texts.json.bad").read_text() == '{"a": '
+
+
+def test_what_killed_processes_had_begun_is_swept(tmp_path):
+    folder = RunFolder(tmp_path, "name", {})
+    code = (
+        "import os, signal, sys; from pathlib import Path; from ia2mini.files import write\n"
+        "write(Path(sys.argv[1]), lambda path: (path.write_text('half'), os.kill(os.getpid(), signal.SIGKILL)))"
+    )
+    subprocess.run([sys.executable, "-c", code, folder.path / "cell" / "fit.safetensors"])
+    (left,) = (folder.path / "cell").iterdir()
+    mine = folder.path / f".results.json.{platform.node()}.{os.getpid()}.x"
+    others = [folder.path / ".results.json.elsewhere.1234567.x", folder.path / ".hidden", mine]
+    for path in others:
+        path.write_text("")
+    folder.begin({})
+    assert not left.exists() and all(path.exists() for path in others)
 
 
 def test_seconds_add_up_over_sessions(tmp_path, monkeypatch):
