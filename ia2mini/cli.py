@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import re
 import signal
 import sys
 import warnings
@@ -27,7 +28,7 @@ class Commands(click.Group):
     def main(self, *args, **more):
         with suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-        warnings.showwarning = lambda text, *where, **_: click.echo(f"ia2mini: warning: {text}", err=True)
+        warnings.showwarning = lambda text, *where, **_: click.echo(plain(f"ia2mini: warning: {text}"), err=True)
         try:
             sys.exit(super().main(*args, **more | {"standalone_mode": False}))
         except UsageError as error:
@@ -48,8 +49,13 @@ class Commands(click.Group):
             if type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not be loaded yet
                 raise
             mistake = "the device has too little memory; use a smaller --model, --dtype bfloat16 or another --device"
-        click.echo(f"ia2mini: {mistake}", err=True)
+        click.echo(plain(f"ia2mini: {mistake}"), err=True)
         sys.exit(2)
+
+
+def plain(text: str) -> str:
+    """A stranger's text with its control characters spelled out: it must not write to the terminal as it likes."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
 
 
 class Several(click.ParamType):
@@ -307,7 +313,7 @@ def tasks(name, model, revision, n, data_dir, **own):
     for role, color, e in rows:
         count = len(tokenizer.encode(e.prompt)), len(tokenizer.encode_answer(e.prompt, e.answer))
         click.secho(f"{role}: {count[0]} tokens, answer {count[1]}", dim=True)
-        click.echo(click.style(e.prompt, fg=color) + click.style(e.answer, fg="green", bold=True) + "\n")
+        click.echo(click.style(plain(e.prompt), fg=color) + click.style(plain(e.answer), fg="green", bold=True) + "\n")
 
 
 from . import cli_fit  # noqa: E402, F401  (its commands join the group)

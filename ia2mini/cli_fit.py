@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from . import UsageError
-from .cli import file_option, main, many, model_options, options_of, prepare, progress, typed
+from .cli import file_option, main, many, model_options, options_of, plain, prepare, progress, typed
 from .options import FitOptions
 
 GUESS = "  [default: guessed from the header]"
@@ -67,7 +67,7 @@ def fit(rows, model, device, dtype, revision, unlabelled, context, prompts, out,
     write_fit_report(fitted, out, typed())
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished)
-    click.echo(write_fit_table(fitted.report))
+    click.echo(plain(write_fit_table(fitted.report)))
     shipped = "no adapter" if fitted.adapter is None else "adapter"
     click.echo(f"{out}: {shipped}, ia2mini.json, README.md, report.html, held_out.jsonl")
     click.echo(f"next: ia2mini predict {out} NEW_ROWS")
@@ -94,7 +94,7 @@ def read_new(rows: str, strict: bool) -> Iterator:
 def complain(error: UsageError, strict: bool) -> None:
     if strict:
         raise error from None
-    click.echo(f"ia2mini: {error}; left out", err=True)
+    click.echo(plain(f"ia2mini: {error}; left out"), err=True)
 
 
 @main.command()
@@ -125,7 +125,7 @@ def score(adapter, rows, answer_column, icl, **how):
     from .tasks.rows import read_rows
 
     rows = read_rows(rows)  # its mistakes show before a model is loaded
-    click.echo(write_fit_table(score_rows(open_adapter(adapter, **how), rows, icl, answer_column)))
+    click.echo(plain(write_fit_table(score_rows(open_adapter(adapter, **how), rows, icl, answer_column))))
 
 
 @main.command()
@@ -163,7 +163,7 @@ def generate(model, device, dtype, revision, prompt, max_tokens, stop, adapter, 
         raise UsageError("--prompt is empty and this model's tokenizer adds no BOS; give some text")
     with fitted.student() as student:
         (response,) = continue_text(student, subject.tokenizer, [ids], Decoding(max_tokens, stop))
-    click.echo(subject.tokenizer.decode(ids + response)[len(subject.tokenizer.decode(ids)) :])
+    click.echo(plain(subject.tokenizer.decode(ids + response)[len(subject.tokenizer.decode(ids)) :]))
 
 
 def open_adapter(folder: Path, model=None, device=None, dtype=None, template=None, labels=None):
