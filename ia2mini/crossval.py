@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from .predictor import answer_texts
 from .subject import Subject
 from .tasks import Example, Task
 from .teacher import Asked, label_tokens_at_most, observe, teach
-from .train import Settings, Trained
+from .train import Settings, Trained, warn_of_failed
 
 SURE = 1.645  # standard errors by which another method must beat SFT: one chance in twenty
 LEAST, ALONE = 4, 10  # rows that cross-validation needs; up to this many are left out one at a time
@@ -146,8 +147,8 @@ class CrossValidation:
         if method not in self.fits:
             kept = self.once(f"fit-{method}", lambda: vars(METHODS[method](self.fold_grid)))
             self.fits[method] = Trained(**kept | {"theta": kept["theta"].to(device_of(self.subject.model))})
-            if not self.fits[method].dev_loss.isfinite().any():
-                raise UsageError(f"training {method} gave no finite loss; use lower --rates or --dtype float32")
+            names = [f"fold {fold} at rate {rate:g}" for fold, rate in product(range(len(self.folds)), self.rates)]
+            warn_of_failed(method, self.fits[method], names)
         return self.fits[method]
 
     def score(self, student: Callable, prompts: list[list[int]], number: int, runs: int = 1) -> Tensor:

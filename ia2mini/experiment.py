@@ -22,7 +22,7 @@ from .runs import RunFolder
 from .subject import Subject
 from .tasks import Examples, Task, find_task, same_answer
 from .teacher import Asked, label_tokens_at_most, observe, teach
-from .train import Settings, Trained
+from .train import Settings, Trained, warn_of_failed
 
 FURTHER = 16  # queries a set by which `--select kl` judges
 
@@ -131,7 +131,10 @@ class Experiment:
     def trained(self, method: str) -> Trained:
         """The trained runs of a method; a phase that methods share is trained once."""
         tensors = self.setting.folder.once(f"{self.name}/fit-{method}", lambda: vars(METHODS[method](self.grid)))
-        return Trained(**tensors | {"theta": tensors["theta"].to(device_of(self.setting.subject.model))})
+        found = Trained(**tensors | {"theta": tensors["theta"].to(device_of(self.setting.subject.model))})
+        runs = configs(method, len(self.episodes), self.rates, self.betas)
+        warn_of_failed(f"{self.name}, {method}", found, [f"set {number} at rate {rate:g}" for number, rate, _ in runs])
+        return found
 
     def training_records(self, method: str) -> list[dict]:
         """Rate, β, dev loss and steps of each of a method's runs."""

@@ -70,6 +70,15 @@ class Trained:
     best: Tensor  # [R] int64, the last phase's steps up to that dev loss
 
 
+def warn_of_failed(method: str, found: Trained, names: list[str]) -> None:
+    """A warning that names the runs which never had a finite dev loss. Raises UsageError where all are such."""
+    failed = [name for name, fine in zip(names, found.dev_loss.isfinite().tolist()) if not fine]
+    if len(failed) == len(names):
+        raise UsageError(f"training {method} gave no finite loss; use lower --rates or --dtype float32")
+    if failed:
+        warnings.warn(f"{method}: no finite loss, so failed: {', '.join(failed)}", stacklevel=3)
+
+
 class Adam:
     """Adam (Kingma & Ba 2015) on theta [R, M] with a learning rate a run, [R]; runs can leave."""
 
