@@ -44,8 +44,8 @@ def fit(rows, model, device, dtype, revision, unlabelled, context, prompts, out,
       ia2mini predict tickets new.csv > answers.jsonl
       ia2mini fit --context policy.txt --prompts queries.jsonl --model llama-3.2-1b-instruct --chat --out policy
 
-    Every method and rate is cross-validated side by side. SFT is trained on all rows, or what has a held-out loss lower
-    than SFT's by more than chance; where nothing beats the base model, no adapter is shipped.
+    Every method and rate is cross-validated side by side. SFT is trained on all rows, or what is surely better on
+    held-out rows, if ICL is better than SFT too; where nothing beats the base model, no adapter is shipped.
     """
     from .fitting import Columns, read_own
     from .fitting import fit as fit_rows

@@ -270,13 +270,16 @@ class CrossValidation:
 def choose(candidates: dict[str, Candidate]) -> str:
     """What to ship: the lowest held-out loss; SFT, though, unless another (the base too) is surely better than SFT.
 
-    "base" is no adapter: nothing was better. Surely: by `SURE` standard errors of the rows' paired differences.
+    "base" is no adapter: nothing was better. Surely: by `SURE` standard errors of the rows' paired differences. What
+    learned from the teacher is not shipped where the teacher, ICL, is no better than SFT: it has nothing to pass on.
     `python -m bench fit` measures how often this harms.
     """
     losses = {name: c.losses for name, c in candidates.items() if name in METHODS or name == "base"}
     best = min(losses, key=lambda name: losses[name].mean().item())
     if best == "base" or "sft" not in losses:
         return best
-    ahead = torch.stack([losses["sft"] - loss for loss in losses.values()])  # [candidates, n]
-    surely = ahead.mean(1) > SURE * ahead.std(1) / ahead.shape[1] ** 0.5
-    return best if surely.any() else "sft"
+    ahead = {name: losses["sft"] - loss for name, loss in losses.items()}
+    surely = [name for name, a in ahead.items() if a.mean() > SURE * a.std() / len(a) ** 0.5]
+    if not surely or candidates["icl"].losses.mean() < losses["sft"].mean():
+        return best if surely else "sft"
+    return "base" if "base" in surely else "sft"

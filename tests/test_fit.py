@@ -14,8 +14,8 @@ from scipy.optimize import minimize_scalar
 from sklearn import metrics as theirs
 
 from ia2mini import FitOptions, crossval, fit, load_adapter, open_subject
-from ia2mini.cli import main
 from ia2mini.adapters import adapted
+from ia2mini.cli import main
 from ia2mini.crossval import Candidate, CrossValidation, choose
 from ia2mini.fitting import conclude, read_own
 from ia2mini.methods import METHODS, Grid
@@ -283,23 +283,24 @@ def test_sentencepiece(shared_data, tmp_path):
 
 
 def test_what_is_shipped():
-    """SFT, unless another is surely better; nothing where nothing is better than the base."""
+    """SFT, unless another is surely better and ICL too; nothing where nothing is better than the base."""
 
-    def shipped(**losses) -> str:
-        return choose(
-            {name.replace("_", "-"): Candidate(name, None, torch.tensor(row)) for name, row in losses.items()}
-        )
+    def shipped(icl=0.0, **losses) -> str:
+        rows = {name.replace("_", "-"): row for name, row in losses.items()} | {"icl": [icl] * 4}
+        return choose({name: Candidate(name, None, torch.tensor(row)) for name, row in rows.items()})
 
     base, sft = [2.0] * 4, [1.0, 1.0, 1.0, 1.0]
     assert shipped(base=base, sft=sft, ia2_sft=[0.9, 0.5, 0.8, 0.7]) == "ia2-sft"  # ahead by .28, an error of .09
+    assert shipped(base=base, sft=sft, ia2_sft=[0.9, 0.5, 0.8, 0.7], icl=1.1) == "sft"  # which ICL cannot explain
     assert shipped(base=base, sft=sft, ia2_sft=[0.1, 1.9, 0.1, 1.7]) == "sft"  # by .05, an error of .49
     assert shipped(base=base, sft=sft, ia2_sft=[0.2, 1.0, 0.3, 1.1]) == "sft"  # by .35, an error of .24: 1.45 of them
     assert shipped(base=[1.0, 1.5, 0.5, 1.0], sft=[1.1, 1.0, 1.0, 1.1], ia2_sft=[0.9, 1.1, 0.8, 1.1]) == "sft"
     assert shipped(base=base, sft=sft, ia2_sft=[1.1] * 4) == "sft"
-    assert (
-        shipped(base=base, sft=[3.0] * 4, ia2_sft=[0.1, 3.0, 0.1, 4.5]) == "ia2-sft"
-    )  # SFT is no better than the base
-    assert shipped(base=base, sft=[3.0] * 4, ia2_sft=[2.5] * 4, probe=[0.0] * 4, icl=[0.0] * 4) == "base"
+    worse, wide = [3.0] * 4, [0.1, 3.0, 0.1, 4.5]
+    assert shipped(base=base, sft=worse, ia2_sft=wide) == "ia2-sft"  # SFT is surely worse than the base
+    assert shipped(base=base, sft=worse, ia2_sft=wide, icl=3.1) == "base"
+    assert shipped(base=base, sft=worse, ia2_sft=[2.5] * 4, probe=[0.0] * 4) == "base"
+    assert shipped(base=base, ia2=sft) == "ia2"
 
 
 def test_the_kept_confidences_of_text_are_those_of_what_was_said(subject):
