@@ -20,7 +20,10 @@ def test_an_episode_takes_them_from_the_rest_of_the_pool():
     assert episode.train == draw_episode(pool, 4).train and len(episode.unlabelled) == 8
     assert not set(episode.unlabelled) & {*episode.train, *episode.dev}
     assert all(sorted(map(str, shown)) == sorted(map(str, episode.train)) for shown in episode.more_demonstrations)
-    with pytest.raises(UsageError, match="^35 rows without answers .--unlabelled, --select kl.: besides the sets the pool holds only 34"):
+    with pytest.raises(
+        UsageError,
+        match="^35 rows without answers .--unlabelled, --select kl.: besides the sets the pool holds only 34",
+    ):
         draw_episode(pool, 4, more=35)
 
 
