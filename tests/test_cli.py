@@ -522,7 +522,7 @@ def test_a_full_device(ground, tmp_path, monkeypatch):
 
 
 def test_a_full_disk(ground, tmp_path, monkeypatch):
-    def full(tensors, path):
+    def full(tensors, path, metadata):
         Path(path).write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
