@@ -1,5 +1,6 @@
 """`python -m bench [BENCH]`: how fast, against whom, and what IA2 brings; `--help` tells more."""
 
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -151,41 +152,23 @@ STUDY = (
 )
 
 
-def studied(name: str, ask: Callable, where: dict, save: bool, options: Options) -> None:
-    """Show the result of `ask(subject)`, a bench over the runs of a study, and the command that gave it."""
-    model, part = where["model"], where["part"]
-    show(result := ask(open_subject(model, "cpu", where["dtype"])))
-    sizes, rates = (",".join(map(str, values)) for values in (options.n, options.rates))
-    asked = (
-        f"--part {part} --model {Path(model).name} --n {sizes} --sets {options.sets} --eval-rows {options.eval_rows}"
-    )
-    asked += f" --select {options.select} --dtype {where['dtype']}" + f" --rates {rates}" * bool(rates)
-    finish([result], f"python -m bench {name} {asked}", save, name=f"{name}-{part}")
+def add_study(name: str, ask: Callable, select: str, *more) -> None:
+    """A command that asks something of the runs of a study: `ask(subject, options, part, data)`."""
+
+    @main.command(name, help=ask.__doc__)
+    @many(*STUDY, *more)
+    @options_of(Options, n=(2, 4, 8), sets=10, methods=METHODS, eval_rows=100, select=select)
+    def command(part, model, dtype, data_dir, save, folds=None, **given):
+        asked = {} if folds is None else {"folds": folds}
+        show(result := ask(open_subject(model, "cpu", dtype), Options(**given), part, data_dir, **asked))
+        typed = [Path(word).name if word == model else word for word in sys.argv[1:] if word != "--save"]
+        finish([result], " ".join(["python -m bench", *typed]), save, name=f"{name}-{part}")
 
 
-@main.command("effect", help=effect.__doc__)
-@many(*STUDY)
-@options_of(Options, n=(2, 4, 8), sets=10, methods=METHODS, eval_rows=100)
-def effect_command(part, model, dtype, data_dir, save, **given):
-    options, where = Options(**given), {"part": part, "model": model, "dtype": dtype}
-    studied("effect", lambda subject: effect(subject, options, part, data_dir), where, save, options)
-
-
-@main.command("choice", help=choice.__doc__)
-@many(*STUDY)
-@click.option("--folds", is_flag=True, help="also cross-validation within each set: several times the training")
-@options_of(Options, n=(2, 4, 8), sets=10, methods=METHODS, eval_rows=100, select="both")
-def choice_command(part, model, dtype, data_dir, save, folds, **given):
-    options, where = Options(**given), {"part": part, "model": model, "dtype": dtype}
-    studied("choice", lambda subject: choice(subject, options, part, folds, data_dir), where, save, options)
-
-
-@main.command("race", help=race.__doc__)
-@many(*STUDY)
-@options_of(Options, n=(2, 4, 8), sets=10, methods=METHODS, eval_rows=100, select="both")
-def race_command(part, model, dtype, data_dir, save, **given):
-    options, where = Options(**given), {"part": part, "model": model, "dtype": dtype}
-    studied("race", lambda subject: race(subject, options, part, data_dir), where, save, options)
+FOLDS = click.option("--folds", is_flag=True, help="also cross-validation within each set: several times the training")
+add_study("effect", effect, "dev")
+add_study("choice", choice, "both", FOLDS)
+add_study("race", race, "both")
 
 
 @main.command("gain", help=gain.__doc__)

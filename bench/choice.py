@@ -4,7 +4,6 @@ It judges the runs that `effect --select both` has trained. Every rule sees a se
 unlabelled ones); the evaluation rows judge what it chose.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -28,7 +27,7 @@ METHODS = "sft", "ia2", "ia2-sft"
 POOLED = "dev loss, mean over sets"  # what `run` takes
 
 
-def choice(subject: Subject, options: Options, part: str, folds: bool, data: Path | None = None) -> Result:
+def choice(subject: Subject, options: Options, part: str, data: Path | None = None, folds: bool = False) -> Result:
     """Rules for the learning rate against each other, on the runs that `effect --select both` has trained.
 
     Dev loss of each set by itself, its mean over sets, that of IA2's phase (for IA2 → SFT), the KL to the teacher on
@@ -66,24 +65,21 @@ def judged(experiment: Experiment, method: str, folds: bool) -> dict[str, list[f
         costs["dev loss of IA2's phase"] = table(experiment.trained("ia2").dev_loss).mean(0).expand(sets, -1)
     costs["KL to the teacher, further queries"] = table(experiment.divergences(method)).mean(0).expand(sets, -1)
     if folds and len(experiment.episodes[0].train) > 2:
-        costs["cross-validation"] = cross_validated(experiment, method).mean(0).expand(sets, -1)
+        held_out = torch.stack([cross_validated(experiment, method, number) for number in range(sets)])
+        costs["cross-validation"] = held_out.mean(0).expand(sets, -1)
     costs["best afterwards, one for all sets"] = -right.mean(0).expand(sets, -1)
     return {rule: right.gather(1, cost.argmin(1, keepdim=True))[:, 0].tolist() for rule, cost in costs.items()}
 
 
-def cross_validated(experiment: Experiment, method: str) -> Tensor:
-    """Held-out loss [sets, rates] of `method` over folds of each set's training and dev rows."""
-    o, subject, found = experiment.setting.options, experiment.setting.subject, []
+def cross_validated(experiment: Experiment, method: str, number: int) -> Tensor:
+    """Held-out loss [rates] of `method` over folds of the training and dev rows of set `number`."""
+    o, episode, folder = experiment.setting.options, experiment.episodes[number], experiment.setting.folder
     options = FitOptions(rates=experiment.rates, methods=METHODS, epochs=o.epochs, seed=o.seed)
-    for number, episode in enumerate(experiment.episodes):
-        cv = CrossValidation(subject, experiment.task, list(dict.fromkeys(episode.train + episode.dev)), options)
-        cv.once = once_in(experiment, number)
-        found.append(row_losses(cv.once(f"held-{method}", lambda: {"scores": cv.held_out(method)})["scores"], cv.gold))
-    return torch.stack([losses.mean(1) for losses in found]).double()
-
-
-def once_in(experiment: Experiment, number: int) -> Callable:
-    return lambda name, make: experiment.setting.folder.once(f"{experiment.name}/folds-{number}-{name}", make)
+    rows = list(dict.fromkeys(episode.train + episode.dev))
+    cv = CrossValidation(experiment.setting.subject, experiment.task, rows, options)
+    cv.once = lambda name, make: folder.once(f"{experiment.name}/folds-{number}-{name}", make)
+    scores = cv.once(f"held-{method}", lambda: {"scores": cv.held_out(method)})["scores"]
+    return row_losses(scores, cv.gold).mean(1).double()
 
 
 def race(subject: Subject, options: Options, part: str, data: Path | None = None) -> Result:

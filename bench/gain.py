@@ -62,10 +62,9 @@ def gain(folder: Path = RESULTS, figure: Path = FIGURE) -> Result:
     for group, some in groups.items():
         axis, color = axes[int(group == "fit")], GROUPS[group]
         lead, more = ([getattr(point, key) for point in some] for key in ("lead", "gain"))
-        bars = [[p.gain - p.low for p in some], [p.high - p.gain for p in some]]
         found = spearmanr(lead, more)
         said = f"ρ = {found.statistic:.2f} (p = {found.pvalue:.1g}, {len(some)} points)"
-        bars = None if group == "fit" else bars
+        bars = None if group == "fit" else [[p.gain - p.low for p in some], [p.high - p.gain for p in some]]
         axis.errorbar(lead, more, bars, fmt="o", ms=4, color=color, lw=0.8, label=f"{CAPTIONS[group]}\n{said}")
         result.lines += [Line(p.name, group, rates={"points lead": p.lead, "points gain": p.gain}) for p in some]
         result.remarks.append(f"{CAPTIONS[group]}: ICL's lead and the gain, Spearman's {said}")

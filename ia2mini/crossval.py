@@ -280,6 +280,8 @@ def choose(candidates: dict[str, Candidate]) -> str:
         return best
     ahead = {name: losses["sft"] - loss for name, loss in losses.items()}
     surely = [name for name, a in ahead.items() if a.mean() > SURE * a.std() / len(a) ** 0.5]
-    if not surely or candidates["icl"].losses.mean() < losses["sft"].mean():
-        return best if surely else "sft"
+    if not surely:
+        return "sft"
+    if candidates["icl"].losses.mean() < losses["sft"].mean():
+        return best
     return "base" if "base" in surely else "sft"

@@ -133,9 +133,8 @@ def layer_asim(model: Callable, runs: list[list[Row]], budget: int = 4096) -> Te
         batch = collate([[rows[i] for i in group] for rows in runs], device)
         taps = Taps(batch.at)
         model(batch.ids, taps=taps, logits=False)
-        total = total + (asim(taps.stack(), batch.activations).unflatten(1, (len(runs), -1)) * (batch.weights > 0)).sum(
-            -1
-        )
+        similar = asim(taps.stack(), batch.activations).unflatten(1, (len(runs), -1))  # [L, R, P / R]
+        total = total + (similar * (batch.weights > 0)).sum(-1)
     positions = torch.tensor([sum(len(row.answer) for row in rows) for rows in runs], device=device)
     return (total / positions).T.cpu()
 

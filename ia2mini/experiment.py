@@ -21,7 +21,7 @@ from .report.summary import at_config, chosen
 from .runs import RunFolder
 from .subject import Subject
 from .tasks import Examples, Task, find_task, same_answer
-from .teacher import Asked, label_tokens_at_most, observe, teach
+from .teacher import Asked, answer_tokens_at_most, label_tokens_at_most, observe, teach
 from .train import Settings, Trained, warn_of_failed
 
 FURTHER = 16  # queries a set by which `--select kl` judges
@@ -45,18 +45,16 @@ class Experiment:
 
     def __init__(self, setting: Setting, task: Task, n: int, more: int, pool: Examples, evals: dict[str, Examples]):
         if task.files and not task.labels:  # one's own texts: the longest answer says how long one may become
-            answers = [(e.prompt, e.answer) for e in (*pool.rows, *evals[task.name].rows)]
-            longest = max(len(setting.subject.tokenizer.encode_answer(*pair)) for pair in answers)
-            task = replace(task, max_tokens=longest + 1)  # EOS
+            answered = pool.rows + evals[task.name].rows
+            task = replace(task, max_tokens=answer_tokens_at_most(setting.subject.tokenizer, answered))
         self.setting, self.task, o = setting, task, setting.options
         self.evals = evals = {name: evals[name] for name in task.evals}
         self.about = {"task": task.name, "n": n, "unlabelled": more}  # of every record
         self.name = f"{task.name}-n{n}" + f"-unlabelled{more}" * (more > 0)
         self.labelled, subject = bool(task.labels), setting.subject
         queries = max(len(e.rows) for e in evals.values()) if o.icl_demos == "pool" or o.paper_compat else 0
-        draw = partial(draw_episode, pool.rows, n, seed=o.seed, pool_demos=queries, reuse=o.paper_compat)
-        self.episodes = [draw(i, more=more) for i in range(o.sets)]
-        self.further = lambda: [further(draw(i, more=more + FURTHER), more) for i in range(o.sets)]
+        self.draw = partial(draw_episode, pool.rows, n, seed=o.seed, pool_demos=queries, reuse=o.paper_compat)
+        self.episodes = [self.draw(i, more=more) for i in range(o.sets)]
         if o.select == "kl":
             self.further()  # a pool that is too small shows before any work
         self.labels: dict[str, list[list[int]]] = {}  # of each evaluation; merging ones are found before any work
@@ -109,9 +107,8 @@ class Experiment:
         grid = Grid(subject.model, self.adapter, sets, self.rates, self.betas, o.seed, o.labels, settings)
         begun = {BEGINS_WITH.get(method) for method in o.methods}  # what goes on from every rate needs all of them
         race = [method for method in o.methods if method not in begun] if o.race and o.select == "dev" else []
-        return replace(
-            grid, side_by_side=self.setting.side_by_side, progress=self.training, first=self.trained, race=race
-        )
+        grid = replace(grid, side_by_side=self.setting.side_by_side, race=race)
+        return replace(grid, progress=self.training, first=self.trained)
 
     @contextmanager
     def training(self, about: tuple[str, int, int]) -> Iterator[Callable[[int, Tensor], None]]:
@@ -148,11 +145,19 @@ class Experiment:
             self.records[method] = records
         return self.records[method]
 
+    def further(self) -> list[Episode]:
+        """For each set queries that no phase sees, its rows as demonstrations. Raises UsageError for a small pool."""
+        more = self.about["unlabelled"]
+        drawn = [self.draw(number, more=more + FURTHER) for number in range(len(self.episodes))]
+        return [Episode(e.unlabelled[more:], [], e.more_demonstrations[more:], []) for e in drawn]
+
     @cached_property
     def judges(self) -> list[list[Row]]:
-        """For each set queries that no phase has seen, as its teacher answers them, with the distributions."""
+        """The `further` queries as the teacher answers them, with its distributions."""
         subject, asked = self.setting.subject, Asked(self.max_tokens, self.setting.options.soft_k)
-        return [teach(subject.model, subject.tokenizer, episode, asked).icl_train for episode in self.further()]
+        with self.stage("collect", "collecting further queries", FURTHER * len(self.episodes)) as bar:
+            sets = [teach(subject.model, subject.tokenizer, e, asked, bar.update) for e in self.further()]
+        return [taught.icl_train for taught in sets]
 
     def divergences(self, method: str) -> Tensor:
         """Mean KL [R] from the teacher to each of a method's runs on the `judges` of its set."""
@@ -263,11 +268,6 @@ class Experiment:
     def ended(self, response: list[int]) -> list[int]:
         """A generated response with the end-of-sequence token, unless it was cut."""
         return (response + list(self.setting.subject.tokenizer.eos_ids[:1]))[: self.max_tokens]
-
-
-def further(episode: Episode, more: int) -> Episode:
-    """The unlabelled rows of a set but for the first `more`, as an episode of their own."""
-    return Episode(episode.unlabelled[more:], [], episode.more_demonstrations[more:], [])
 
 
 def cut(row: Row, response: list[int]) -> Row:

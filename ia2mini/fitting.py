@@ -28,6 +28,7 @@ from .subject import Subject
 from .tasks import Example, Task, same_answer
 from .tasks.own import keep_apart, near_labels, own_task, queries_task
 from .tasks.rows import Row, as_rows, fill
+from .teacher import answer_tokens_at_most
 
 
 class Columns(NamedTuple):
@@ -70,8 +71,7 @@ def fit(
             task = keep_apart(task, rows, subject.tokenizer)
         examples = [replace(e, prompt=chat(e.prompt)) for e in map(task.example, rows)]
         if not task.labels:
-            longest = max(len(subject.tokenizer.encode_answer(e.prompt, e.answer)) for e in examples)
-            task = replace(task, max_tokens=longest + 1)  # EOS
+            task = replace(task, max_tokens=answer_tokens_at_most(subject.tokenizer, examples))
     examples = list(dict.fromkeys(examples))
     more = [Example(chat(fill(task.prompt, row)), "") for row in as_rows(unlabelled)]
     cv = CrossValidation(subject, task, examples, options, more, bar=bar)

@@ -82,8 +82,8 @@ def _batch(model, tokenizer, prompts, group: list[int], how: Decoding, observer)
             break
         rows = staying([row for row, _ in going], len(tokens), how.runs)
         if len(rows) <= (len(tokens) // 2 if static else len(tokens) - 1):
-            going = [(rows.index(row), i) for row, i in going]
-            rows = torch.tensor(rows, device=device)
+            places = {row: place for place, row in enumerate(rows)}
+            going, rows = [(places[row], i) for row, i in going], torch.tensor(rows, device=device)
             cache.keep(rows)
             tokens, step = tokens[rows], CapturedStep(decode, device)
         logits, outputs = step()

@@ -28,8 +28,8 @@ class RunFolder:
 
     def __init__(self, out: Path, name: str, what: dict):
         """Open `out`/`name`-<digest of `what`>; nothing is written before `begin`."""
-        digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
-        self.path, self.what = out / f"{name}-{digest}", what
+        key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
+        self.path, self.what, self.whole = out / f"{name}-{key}", what, set()  # stamps of files that were checked
         spent = self.path / "seconds.json"
         self.spent = read_json(spent) if spent.is_file() else {"seconds": {}, "peak_memory_bytes": 0}
 
@@ -43,12 +43,14 @@ class RunFolder:
 
     def once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of file `name`: read if they are there, else made and saved. On the CPU either way."""
-        if (kept := self.kept(path := self.path / f"{name}.safetensors", read_tensors)) is not None:
-            return kept
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in make().items()}
-        about = {"sha256": digest(tensors)}
-        write(path, lambda temporary: save_file(tensors, temporary, metadata=about))
-        return load_file(path)
+        path = self.path / f"{name}.safetensors"
+        kept = self.kept(path, load_file if stamp(path) in self.whole else read_tensors)
+        if kept is None:
+            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in make().items()}
+            about = {"sha256": digest(tensors)}
+            write(path, lambda temporary: save_file(tensors, temporary, metadata=about))
+        self.whole.add(stamp(path))
+        return load_file(path) if kept is None else kept
 
     def json_once(self, name: str, make: Callable[[], dict]) -> dict:
         """The content of JSON file `name`: read if it is there, else made and saved."""
@@ -77,6 +79,15 @@ class RunFolder:
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
             self.spent["peak_memory_bytes"] = max(self.spent["peak_memory_bytes"], peak_memory())
             write_json(self.path / "seconds.json", self.spent)
+
+
+def stamp(path: Path) -> tuple | None:
+    """What changes with a file's content, without reading it; None where there is no file."""
+    try:
+        about = path.stat()
+    except FileNotFoundError:
+        return None
+    return path, about.st_ino, about.st_size, about.st_mtime_ns
 
 
 def digest(tensors: dict[str, Tensor]) -> str:

@@ -11,6 +11,7 @@ from .batch import Row, Watch, by_length, collate, truth_row
 from .episode import Episode, with_demonstrations
 from .generate import STOP, Decoding, generate
 from .models.common import Taps, device_of
+from .tasks import Example
 from .tokenizer import Tokenizer
 
 
@@ -87,6 +88,11 @@ def label_tokens_at_most(labels: list[list[int]]) -> int:
     """Tokens of the longest label as a response: those of several tokens end with EOS."""
     longest = max(map(len, labels))
     return longest + (longest > 1)
+
+
+def answer_tokens_at_most(tokenizer: Tokenizer, examples: list[Example]) -> int:
+    """Tokens of the longest answer, with EOS."""
+    return 1 + max(len(tokenizer.encode_answer(e.prompt, e.answer)) for e in examples)
 
 
 def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

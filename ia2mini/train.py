@@ -55,9 +55,8 @@ class Runs:
         here, some = runs.to(self.theta.device), runs.tolist()
         train, dev, order = ([values[r] for r in some] for values in (self.train, self.dev, self.order))
         mix = {name: weight[here] for name, weight in self.mix.items()}
-        return Runs(
-            self.theta[here], self.rates[here], train, dev, mix, order, self.config if len(some) == len(self) else None
-        )
+        config = None if self.config is None or len(some) < len(self) else self.config[some]
+        return Runs(self.theta[here], self.rates[here], train, dev, mix, order, config)
 
 
 @dataclass

@@ -6,13 +6,14 @@ What sets it apart from Qwen3: no norm on queries and keys; from 3.1 on the rota
 B rows, T tokens, D hidden, H heads, K key/value heads, E head size, V vocabulary, P chosen positions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import LayerCache, Past, Prefix, attend
-from .common import Embedding, Head, Linear, RMSNorm, Rope, Rotation, Taps, rotate
+from .cache import Cache, LayerCache, Packed, Past, Prefix, attend
+from .common import At, Embedding, Head, Linear, RMSNorm, Rope, Rotation, Taps, rotate
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,15 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, ids: Tensor, taps: Taps | None = None, logits=True, cache=None, prefix=None, head=None):
+    def forward(
+        self,
+        ids: Tensor,
+        taps: Taps | None = None,
+        logits: bool | At = True,
+        cache: Cache | Packed | Prefix | None = None,
+        prefix: Prefix | None = None,
+        head: Callable | None = None,
+    ) -> Tensor | None:
         """Logits for right-padded `ids` [B, T] int64 (or embeddings [B, T, D]).
 
         `logits`: True for all [B, T, V]; (rows, cols) for those positions only [P, V]; False for none: returns None and
