@@ -75,7 +75,7 @@ def warn_of_failed(method: str, found: Trained, names: list[str]) -> None:
     if len(failed) == len(names):
         raise UsageError(f"training {method} gave no finite loss; use lower --rates or --dtype float32")
     if failed:
-        warnings.warn(f"{method}: no finite loss, so failed: {', '.join(failed)}", stacklevel=3)
+        warnings.warn(f"{method}: no finite loss, so failed: {', '.join(failed)}", stacklevel=2)
 
 
 class Adam:
