@@ -48,7 +48,7 @@ def upstreams(net):
 
 def near(following, prompts) -> list[list[int]]:
     """Labels of one to four tokens, none the beginning of another: greedy decoding gives some and leaves some late."""
-    labels = [[250, 251, 252, 253], [254]]
+    labels = [[250, 251, 252, 253], [248, 249], [254]]
     for q, prompt in enumerate(prompts):
         said = []
         for _ in range(3):
