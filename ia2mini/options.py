@@ -52,12 +52,17 @@ class Options(AdapterOptions, TrainOptions):
     """Everything about a study that changes its numbers, but for tasks, data and checkpoint."""
 
     n: tuple[int, ...] = option((4,), "training rows of a set; several: 2,4,8")
-    methods: tuple[str, ...] = option(("base", "icl", "sft", "ia2", "ia2-sft"), "also sft-ia2, ia2+sft, soft, sft-sft")
+    methods: tuple[str, ...] = option(
+        ("base", "icl", "sft", "ia2", "ia2-sft"), "also ia2+sft, sft-ia2, soft, hidden, responses; X-sft goes on from X"
+    )
     unlabelled: tuple[int, ...] = option((0,), "more rows, without answers, whose queries join IA2's; several: 0,8,64")
     sets: int = option(5, "few-shot sets, each drawn from the pool with its own seed", least=1)
     betas: tuple[float, ...] = option((), "shares of cross-entropy in ia2+sft", shown="four")
     labels: str = option("truth", "what SFT trains on: true answers or ICL responses", ("truth", "icl"))
     soft_k: int = option(1024, "likeliest tokens that soft labels keep", least=1)
+    teacher: str = option(
+        "true", "controls: what it sees instead of demonstrations", ("true", "shuffled", "other", "none")
+    )
     icl_demos: str = option("set", "the set's N rows, or N - 1 other rows for each query", ("set", "pool"))
     race: bool = option(True, "rates that cannot win any more leave early; with --select dev only")
     select: str = option(
