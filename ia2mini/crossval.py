@@ -73,6 +73,7 @@ class CrossValidation:
         self.stop = None if options.chat else STOP
         self.gold = torch.tensor([row.label or 0 for row in rows])
         self.adapter = make_adapter(subject.model, options)
+        self.layers = options.layer_numbers(subject.model.config.num_hidden_layers)
         self.rates = options.rates_for(subject.name)
         self.lengths: dict[str, int] = {}  # text -> tokens: each is asked for in every fold
         self.fits: dict[str, Trained] = {}
@@ -129,15 +130,15 @@ class CrossValidation:
         """Every episode with every rate, after the teacher's pass over them."""
         o, subject = self.options, self.subject
         needed = phases(o.methods)
-        soft_k, layers = SOFT_K if "soft" in needed else None, list(o.layers) or None
-        asked = Asked(self.max_tokens, soft_k, layers, self.stop, residual="hidden" in needed)
+        soft_k = SOFT_K if "soft" in needed else None
+        asked = Asked(self.max_tokens, soft_k, self.layers, self.stop, residual="hidden" in needed)
         with self.bar("collecting", sum(len(e.demonstrations) for e in episodes)) as bar:
             sets = [teach(subject.model, subject.tokenizer, e, asked, bar.update) for e in episodes]
         return Grid(subject.model, self.adapter, sets, rates, seed=o.seed, settings=settings, progress=self.training)
 
     def settings(self, steps: int | None = None) -> Settings:
         o = self.options
-        return Settings(o.batch_size, o.epochs, o.patience, list(o.layers) or None, steps=steps)
+        return Settings(o.batch_size, o.epochs, o.patience, self.layers, steps=steps)
 
     @cached_property
     def fold_grid(self) -> Grid:

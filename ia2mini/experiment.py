@@ -68,9 +68,7 @@ class Experiment:
             lack = "its answers end with EOS, but the checkpoint's config.json names no eos_token_id"
             raise UsageError(f"{task.name}: {lack}; add it there")
         self.adapter: Adapter = make_adapter(subject.model, o, o.paper_compat)
-        depth = subject.model.config.num_hidden_layers
-        if bad := [layer for layer in o.layers if not 0 <= layer < depth]:
-            raise UsageError(f"--layers {bad[0]}: this model has layers 0 to {depth - 1}")
+        self.layers = o.layer_numbers(subject.model.config.num_hidden_layers)
         self.rates = o.rates_for(subject.name)
         self.betas = o.betas or BETAS[subject.model.config.model_type]
         self.references: dict[str, tuple] = {}
@@ -111,7 +109,7 @@ class Experiment:
     def grid(self) -> Grid:
         """All runs of the experiment, after the teacher's pass over every set."""
         subject, o, budget = self.setting.subject, self.setting.options, self.setting.budget
-        needed, layers = phases(o.methods), list(o.layers) or None
+        needed, layers = phases(o.methods), self.layers
         soft_k, stop = o.soft_k if "soft" in needed else None, None if o.paper_compat else STOP
         asked = Asked(self.max_tokens, soft_k, layers, stop, budget, "hidden" in needed)
         rows = sum(len(e.train) + len(e.dev) for e in self.episodes)

@@ -304,7 +304,9 @@ def test_runs_trained_in_turn_give_what_runs_side_by_side_give(studied, subject,
 def test_mistakes_leave_no_folder(subject, tmp_path):
     for options, said in (
         (replace(SMALL, methods=("base", "ia3")), "unknown method 'ia3'; methods: base, icl, sft"),
-        (replace(SMALL, layers=(4,)), "--layers 4: this model has layers 0 to 3"),
+        (replace(SMALL, layers=("4",)), "--layers 4: this model has layers 0 to 3"),
+        (replace(SMALL, layers=("-1",)), "--layers -1: this model has layers 0 to 3"),
+        (replace(SMALL, layers=("last",)), "--layers last: .*; or say first-third, middle-third, last-third"),
         (replace(SMALL, n=(2, 4000)), "--n 4000: needs"),
     ):
         with pytest.raises(UsageError, match=said):
@@ -337,3 +339,13 @@ def test_the_front_doors_notebook_runs_as_it_is_written():
         names["trained"].theta,
     )  # fmt: skip
     assert found["acc"] > 0.6 and "`Taps` asks" in after
+
+
+def test_layers_by_number_or_by_thirds():
+    def numbers(depth: int, *layers) -> list[int] | None:
+        return Options(layers=layers).layer_numbers(depth)
+
+    assert numbers(36) is None and numbers(4, "2", 0) == [0, 2]
+    assert numbers(36, "first-third") == list(range(12)) and numbers(36, "last-third", "0") == [0, *range(24, 36)]
+    thirds = [numbers(28, f"{part}-third") for part in ("first", "middle", "last")]
+    assert sum(thirds, []) == list(range(28)) and {len(part) for part in thirds} == {9, 10}
