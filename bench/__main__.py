@@ -15,6 +15,7 @@ from ia2mini.options import Options
 from ia2mini.subject import open_subject
 
 from . import inference, resources, training
+from .causes import causes
 from .choice import choice, race
 from .effect import METHODS, TASKS, effect
 from .fit import fit
@@ -167,6 +168,7 @@ def add_study(name: str, ask: Callable, select: str, *more) -> None:
 
 FOLDS = click.option("--folds", is_flag=True, help="also cross-validation within each set: several times the training")
 add_study("effect", effect, "dev")
+add_study("causes", causes, "dev")
 add_study("choice", choice, "both", FOLDS)
 add_study("race", race, "both")
 

@@ -28,6 +28,7 @@ class Row:
     activations: Tensor | None = None  # [L, P, D], the teacher's attention outputs there
     soft: Tensor | None = None  # [P, k], the teacher's log-probabilities of its k likeliest tokens there
     soft_ids: Tensor | None = None  # [P, k], those tokens
+    states: Tensor | None = None  # [L, P, D], its residual stream after each attention
 
     def __len__(self) -> int:
         """Tokens that a pass reads: the last answer token predicts nothing."""
@@ -52,11 +53,12 @@ class Batch:
     activations: Tensor | None  # [L, P, D]
     soft: Tensor | None  # [P, k]
     soft_ids: Tensor | None  # [P, k]
+    states: Tensor | None  # [L, P, D]
 
     def tensors(self) -> list[Tensor]:
         packed = (self.packed.mask, self.packed.places) if self.packed else ()
-        every = self.ids, *packed, *self.at, self.targets, self.weights, self.activations, self.soft, self.soft_ids
-        return [t for t in every if t is not None]
+        kept = self.activations, self.soft, self.soft_ids, self.states
+        return [t for t in (self.ids, *packed, *self.at, self.targets, self.weights, *kept) if t is not None]
 
 
 def collate(runs: list[list[Row]], device="cpu", pack: bool = False) -> Batch:
@@ -90,7 +92,8 @@ def collate(runs: list[list[Row]], device="cpu", pack: bool = False) -> Batch:
 
     packed = Packed(send(documents), send(places)) if pack else None
     positions = send(at[0].reshape(-1)), send(at[1].reshape(-1))
-    kept = (join_positions(runs, name, most, dim) for name, dim in (("activations", 1), ("soft", 0), ("soft_ids", 0)))
+    kept = {"activations": 1, "soft": 0, "soft_ids": 0, "states": 1}  # along which dimension positions are
+    kept = (join_positions(runs, name, most, dim) for name, dim in kept.items())
     return Batch(send(ids), packed, positions, send(targets.reshape(-1)), send(weights), *kept)
 
 

@@ -20,7 +20,7 @@ from .batch import Row, truth_row
 from .episode import Episode, balanced, draw_folds, seeded, with_demonstrations
 from .evaluate import TINIEST, Scoring, answer_scores, label_scores, last_states, share_prefix
 from .generate import STOP, Decoding
-from .methods import BEGINS_WITH, METHODS, Grid
+from .methods import BEGINS_WITH, METHODS, Grid, phases
 from .metrics import fit_temperature, row_losses
 from .models.common import device_of
 from .options import FitOptions
@@ -32,7 +32,6 @@ from .train import Settings, Trained, warn_of_failed
 
 SURE = 1.645  # standard errors by which another method must beat SFT: one chance in twenty
 LEAST, ALONE = 4, 10  # rows that cross-validation needs; up to this many are left out one at a time
-BY_TEACHER = ("ia2", "ia2+sft", "soft", "sft-ia2")  # methods whose last phase trains on what the teacher says
 SOFT_K = 1024  # likeliest tokens of a distribution that is matched
 
 
@@ -74,6 +73,7 @@ class CrossValidation:
         self.stop = None if options.chat else STOP
         self.gold = torch.tensor([row.label or 0 for row in rows])
         self.adapter = make_adapter(subject.model, options)
+        self.layers = options.layer_numbers(subject.model.config.num_hidden_layers)
         self.rates = options.rates_for(subject.name)
         self.lengths: dict[str, int] = {}  # text -> tokens: each is asked for in every fold
         self.fits: dict[str, Trained] = {}
@@ -129,14 +129,16 @@ class CrossValidation:
     def grid(self, episodes: list[Episode], rates, settings: Settings) -> Grid:
         """Every episode with every rate, after the teacher's pass over them."""
         o, subject = self.options, self.subject
-        asked = Asked(self.max_tokens, SOFT_K if "soft" in o.methods else None, list(o.layers) or None, self.stop)
+        needed = phases(o.methods)
+        soft_k = SOFT_K if "soft" in needed else None
+        asked = Asked(self.max_tokens, soft_k, self.layers, self.stop, residual="hidden" in needed)
         with self.bar("collecting", sum(len(e.demonstrations) for e in episodes)) as bar:
             sets = [teach(subject.model, subject.tokenizer, e, asked, bar.update) for e in episodes]
         return Grid(subject.model, self.adapter, sets, rates, seed=o.seed, settings=settings, progress=self.training)
 
     def settings(self, steps: int | None = None) -> Settings:
         o = self.options
-        return Settings(o.batch_size, o.epochs, o.patience, list(o.layers) or None, steps=steps)
+        return Settings(o.batch_size, o.epochs, o.patience, self.layers, steps=steps)
 
     @cached_property
     def fold_grid(self) -> Grid:
@@ -255,7 +257,7 @@ class CrossValidation:
         grid, first = self.grid([everything], [self.rates[rate]], self.settings()), {}
         for method in dict.fromkeys(filter(None, (BEGINS_WITH.get(winner.name), winner.name))):
             best = self.trained(method).best.view(len(self.folds), -1)[:, rate].float().mean().item()
-            more = len(self.more) if method in BY_TEACHER else 0
+            more = 0 if method.split("-")[-1] == "sft" else len(self.more)  # only the teacher answers these
             now, then = (
                 -(-(len(e.train) + more) // o.batch_size) for e in (everything, self.folds[0])
             )  # steps an epoch

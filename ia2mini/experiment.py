@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor
 from . import UsageError
 from .adapters import Adapter, adapted, make_adapter
 from .batch import Row
-from .episode import Episode, draw_episode
+from .episode import Episode, controlled, draw_episode
 from .evaluate import Scoring, answer_scores, label_scores, layer_asim, share_prefix
 from .generate import STOP, Decoding, generate
-from .methods import BEGINS_WITH, METHODS, Grid, configs
+from .methods import BEGINS_WITH, METHODS, Grid, configs, phases
+from .metrics import fit_temperature
 from .models.common import device_of
 from .options import BETAS, UNTRAINED, Options
 from .report.summary import at_config, chosen
@@ -36,6 +37,7 @@ class Setting:
     folder: RunFolder
     bar: Callable  # bar(label, total) -> context manager yielding a tqdm
     side_by_side: int | None = None  # runs trained together; None: all
+    pools: dict[str, Examples] = field(default_factory=dict)  # of every task
     budget: int = 4096  # tokens in one forward pass
     phases: tuple[str, ...] = ()  # of the whole study, in order
 
@@ -43,7 +45,8 @@ class Setting:
 class Experiment:
     """One task at one N."""
 
-    def __init__(self, setting: Setting, task: Task, n: int, more: int, pool: Examples, evals: dict[str, Examples]):
+    def __init__(self, setting: Setting, task: Task, n: int, more: int, evals: dict[str, Examples]):
+        pool = setting.pools[task.name]
         if task.files and not task.labels:  # one's own texts: the longest answer says how long one may become
             answered = pool.rows + evals[task.name].rows
             task = replace(task, max_tokens=answer_tokens_at_most(setting.subject.tokenizer, answered))
@@ -53,7 +56,7 @@ class Experiment:
         self.name = f"{task.name}-n{n}" + f"-unlabelled{more}" * (more > 0)
         self.labelled, subject = bool(task.labels), setting.subject
         queries = max(len(e.rows) for e in evals.values()) if o.icl_demos == "pool" or o.paper_compat else 0
-        self.draw = partial(draw_episode, pool.rows, n, seed=o.seed, pool_demos=queries, reuse=o.paper_compat)
+        self.draw = partial(self.drawn, n=n, seed=o.seed, pool_demos=queries, reuse=o.paper_compat)
         self.episodes = [self.draw(i, more=more) for i in range(o.sets)]
         if o.select == "kl":
             self.further()  # a pool that is too small shows before any work
@@ -65,13 +68,21 @@ class Experiment:
             lack = "its answers end with EOS, but the checkpoint's config.json names no eos_token_id"
             raise UsageError(f"{task.name}: {lack}; add it there")
         self.adapter: Adapter = make_adapter(subject.model, o, o.paper_compat)
-        depth = subject.model.config.num_hidden_layers
-        if bad := [layer for layer in o.layers if not 0 <= layer < depth]:
-            raise UsageError(f"--layers {bad[0]}: this model has layers 0 to {depth - 1}")
+        self.layers = o.layer_numbers(subject.model.config.num_hidden_layers)
         self.rates = o.rates_for(subject.name)
         self.betas = o.betas or BETAS[subject.model.config.model_type]
         self.references: dict[str, tuple] = {}
         self.records: dict[str, list[dict]] = {}
+
+    def drawn(self, number: int, **how) -> Episode:
+        """Set `number`; where `--teacher` asks for a control, the teacher sees something else."""
+        pools, teacher = self.setting.pools, self.setting.options.teacher
+        names = list(pools)
+        another = pools[names[(names.index(self.task.name) + 1) % len(names)]]
+        episode = draw_episode(pools[self.task.name].rows, number=number, **how)
+        return controlled(
+            episode, teacher, lambda: draw_episode(another.rows, number=number, **how), how["seed"] + number
+        )
 
     def find(self, name: str) -> Task:
         """The task called `name`; one's own needs no entry in the catalog."""
@@ -98,8 +109,9 @@ class Experiment:
     def grid(self) -> Grid:
         """All runs of the experiment, after the teacher's pass over every set."""
         subject, o, budget = self.setting.subject, self.setting.options, self.setting.budget
-        soft_k, layers = o.soft_k if "soft" in o.methods else None, list(o.layers) or None
-        asked = Asked(self.max_tokens, soft_k, layers, None if o.paper_compat else STOP, budget)
+        needed, layers = phases(o.methods), self.layers
+        soft_k, stop = o.soft_k if "soft" in needed else None, None if o.paper_compat else STOP
+        asked = Asked(self.max_tokens, soft_k, layers, stop, budget, "hidden" in needed)
         rows = sum(len(e.train) + len(e.dev) for e in self.episodes)
         with self.stage("collect", "collecting", rows) as bar:
             sets = [teach(subject.model, subject.tokenizer, e, asked, bar.update) for e in self.episodes]
@@ -225,6 +237,24 @@ class Experiment:
                 return self.score_labels(name, student, prompts, bar, Scoring(len(runs), like=like))
             responses, correct = self.score_texts(name, student, prompts, bar, [f"{method}-{r}" for r in runs])
             return {"correct": correct, "asim": self.likeness(student, like, responses)}
+
+    def temperatures(self, method: str) -> list[float]:
+        """For each of a method's scored runs (of base and ICL for each set) the one that suits its set's dev rows."""
+        subject, found = self.setting.subject, []
+        sets = range(len(self.episodes))
+        if trained := method not in UNTRAINED:
+            sets = [self.training_records(method)[run]["set"] for run in self.reported(method)]
+        for place, number in enumerate(sets):
+            dev, shown = self.episodes[number].dev, self.episodes[number].icl if method == "icl" else [[]]
+            model, prompts = share_prefix(subject.model, subject.tokenizer, shown, [e.prompt for e in dev])
+            under = nullcontext(model)
+            if trained:
+                theta = self.trained(method).theta[self.reported(method)[place]]
+                under = adapted(model, self.adapter, theta[None])
+            with under as student:
+                scores = label_scores(student, prompts, self.labels[self.task.name]).logarithms[0]
+            found.append(fit_temperature(scores, torch.tensor([e.label for e in dev])))
+        return found
 
     def score_labels(self, name: str, model: Callable, prompts: list[list[int]], bar, how: Scoring) -> dict:
         """`label_scores` of `model` on evaluation `name`, and which rows are right."""

@@ -86,19 +86,18 @@ def ia2(grid: Grid) -> Trained:
     return grid.train("ia2", {"mse": 1.0}, icl_rows=True)
 
 
-def ia2_sft(grid: Grid) -> Trained:
-    """Section 4, IA2 → SFT: align first, then cross-entropy from there."""
-    return grid.train("ia2-sft", {"ce": 1.0}, icl_rows=grid.labels == "icl", start=grid.begun("ia2"))
+def then_sft(first: str, grid: Grid) -> Trained:
+    """Section 4, IA2 → SFT: align first, then cross-entropy from there. The same after another first phase.
+
+    After SFT it is a control: SFT begun again from its own best weights, so that a second phase alone cannot explain
+    IA2 → SFT.
+    """
+    return grid.train(f"{first}-sft", {"ce": 1.0}, icl_rows=grid.labels == "icl", start=grid.begun(first))
 
 
 def sft_ia2(grid: Grid) -> Trained:
     """The order reversed."""
     return grid.train("sft-ia2", {"mse": 1.0}, icl_rows=True, start=grid.begun("sft"))
-
-
-def sft_sft(grid: Grid) -> Trained:
-    """A control: SFT begun again from its own best weights, so that a second phase alone cannot explain IA2 → SFT."""
-    return grid.train("sft-sft", {"ce": 1.0}, icl_rows=grid.labels == "icl", start=grid.begun("sft"))
 
 
 def ia2_plus_sft(grid: Grid) -> Trained:
@@ -112,6 +111,22 @@ def soft(grid: Grid) -> Trained:
     return grid.train("soft", {"kl": 1.0}, icl_rows=True)
 
 
-METHODS = {"sft": sft, "ia2": ia2, "ia2-sft": ia2_sft, "sft-ia2": sft_ia2, "sft-sft": sft_sft}
-METHODS |= {"ia2+sft": ia2_plus_sft, "soft": soft}
-BEGINS_WITH = {"ia2-sft": "ia2", "sft-ia2": "sft", "sft-sft": "sft"}
+def hidden(grid: Grid) -> Trained:
+    """As IA2, but the whole residual stream after every attention instead of what attention adds to it."""
+    return grid.train("hidden", {"hidden": 1.0}, icl_rows=True)
+
+
+def responses(grid: Grid) -> Trained:
+    """Cross-entropy on the teacher's responses (sequence-level distillation, Kim and Rush 2016)."""
+    return grid.train("responses", {"ce": 1.0}, icl_rows=True)
+
+
+METHODS = {"sft": sft, "ia2": ia2, "sft-ia2": sft_ia2, "ia2+sft": ia2_plus_sft}
+METHODS |= {"soft": soft, "hidden": hidden, "responses": responses}
+METHODS |= {f"{first}-sft": partial(then_sft, first) for first in ("sft", "ia2", "soft", "hidden", "responses")}
+BEGINS_WITH = {name: name.partition("-")[0] for name in METHODS if "-" in name}
+
+
+def phases(methods: Sequence[str]) -> set[str]:
+    """What these methods consist of: it says what the teacher is asked for."""
+    return {phase for method in methods for phase in method.split("-")}

@@ -69,9 +69,9 @@ def open_study(
     config |= {"pools": {k: v.origin for k, v in pools.items()}, "evals": {k: v.origin for k, v in evals.items()}}
     about = "+".join(config["tasks"]) if len(tasks) < 4 else f"{len(tasks)}-tasks"
     folder = RunFolder(out, f"{about}-{subject.name}-n{'-'.join(map(str, options.n))}", config)
-    setting = Setting(subject, options, folder, bar, side_by_side)
+    setting = Setting(subject, options, folder, bar, side_by_side, pools)
     grid = product(tasks, options.n, options.unlabelled)
-    experiments = [Experiment(setting, task, n, more, pools[task.name], evals) for task, n, more in grid]
+    experiments = [Experiment(setting, task, n, more, evals) for task, n, more in grid]
     setting.phases = tuple(phase for experiment in experiments for phase in experiment.phases())
     resolved = {"rates": experiments[0].rates, "targets": experiments[0].adapter.targets}
     folder.begin(resolved)  # every mistake in tasks, sizes and options has shown by now
@@ -107,12 +107,14 @@ def score_records(experiment: Experiment, method: str, name: str) -> list[dict]:
     sets, records = range(o.sets), []
     untrained = [{"set": number, "rate": None, "beta": None, "dev_loss": None, "steps": 0} for number in sets]
     known = experiment.training_records(method) if trained else untrained
+    heats = experiment.temperatures(method) if task.labels else []
     for r, (run, asim) in enumerate(zip(experiment.reported(method) if trained else sets, scores["asim"].tolist())):
         record = about | known[run] | {"asim": fmean(asim), "asim_layers": asim}
         at = r if len(scores["correct"]) > 1 else 0  # base has one row for all sets
         if task.labels:
             mine = [scores[key][at] for key in ("confidence", "correct", "labels")]
-            record |= measure(*mine, gold=torch.tensor(gold), scheme="mass" if o.paper_compat else "width")
+            scheme = "mass" if o.paper_compat else "width"
+            record |= measure(*mine, torch.tensor(gold), scheme, heats[r]) | {"temperature": heats[r]}
         else:
             record |= {"acc": accuracy(scores["correct"][at])}
             record["texts"] = experiment.texts_file(f"{method}-{0 if method == 'base' else run}", name)

@@ -35,8 +35,9 @@ class Settings:
 class Runs:
     """R runs to be trained: for each its first weights, learning rate, rows and the mix of its losses.
 
-    A loss is "mse" (attention outputs), "ce" (answers), "kl" (the teacher's distribution), or a function of one's own:
-    `loss(student, batch) -> [R]`, where `student` is called as the model is and `batch` is a `Batch` of R runs.
+    A loss is "mse" (attention outputs), "hidden" (the residual stream; not with "mse"), "ce" (answers), "kl" (the
+    teacher's distribution), or a function of one's own: `loss(student, batch) -> [R]`, where `student` is called as the
+    model is and `batch` is a `Batch` of R runs.
     """
 
     theta: Tensor  # [R, M]
@@ -150,8 +151,9 @@ class EarlyStopping:
 
 
 def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None = None) -> Tensor:
-    """Each run's loss [R]: the sum of the losses in `mix`, each times its weight [R]; "mse" is over `layers`."""
-    taps = Taps(batch.at, layers) if "mse" in mix else None
+    """Each run's loss [R]: the sum of the losses in `mix`, each times its weight [R]; what is tapped over `layers`."""
+    tapped = "mse" if "mse" in mix else "hidden" if "hidden" in mix else None
+    taps = Taps(batch.at, layers, tapped == "hidden") if tapped else None
     values = {loss: loss(student, batch) for loss in mix if callable(loss)}
 
     def head(states: Tensor, weight: Tensor) -> None:
@@ -161,10 +163,11 @@ def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None 
             values["kl"] = per_run(soft_cross_entropy(states, weight, batch.soft, batch.soft_ids), batch.weights)
 
     if named := mix.keys() - values.keys():
-        positions = batch.at if named - {"mse"} else False
+        positions = batch.at if named - {tapped} else False
         student(batch.ids, taps=taps, logits=positions, cache=batch.packed, head=head)
-    if "mse" in mix:
-        values["mse"] = per_run(activation_mse(taps.each(), batch.activations), batch.weights)
+    if tapped:
+        wanted = batch.activations if tapped == "mse" else batch.states
+        values[tapped] = per_run(activation_mse(taps.each(), wanted), batch.weights)
     return sum(weight * values[loss] for loss, weight in mix.items())
 
 

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench import choice, effect, gain, inference, report, timing, training  # noqa: E402
+from bench import causes, choice, effect, gain, inference, report, timing, training  # noqa: E402
 from bench.__main__ import main  # noqa: E402
 from bench.shapes import stand  # noqa: E402
 from ia2mini import UsageError, adapted, draw_episode, open_subject  # noqa: E402
@@ -109,6 +109,34 @@ def test_the_effect_is_what_the_librarys_document_says(tmp_path, monkeypatch):
     cells = {c["method"]: c for c in document["cells"] if (c["task"], c["ood"]) == ("toy-mood", False)}
     over = {name: 100 * (cells[name]["acc_mean"] - cells["sft"]["acc_mean"]) for name in ("ia2-sft", "icl")}
     assert (mood.rates["points gain"], mood.rates["points lead"]) == pytest.approx((over["ia2-sft"], over["icl"]))
+
+
+def test_the_matrix_of_causes_compares_the_same_sets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(effect.TASKS, "classification", ("toy-mood", "toy-topic"))
+    options = Options(n=(2,), sets=2, eval_rows=10, epochs=1, rates=(1e-2,))
+    found = causes.causes(open_subject("tiny", "cpu"), options, "classification")
+    documents = [json.loads(file.read_text()) for file in Path("runs").glob("*/results.json")]
+    what = "classification, N = 2"
+    lines = {line.stack: line.rates for line in found.lines if line.what == what}
+    names = {
+        f"{first}{then}, {teacher}" for first in causes.MATCHED for then in ("", "-sft") for teacher in causes.TEACHERS
+    }
+    assert lines.keys() == {*causes.CONTROLS, *names} and len(documents) == 4
+    each = {d["config"]["teacher"]: [c for c in d["cells"] if not c["ood"]] for d in documents}
+    for teacher, cells in each.items():
+        mean = fmean(c["nll_oracle_mean"] for c in cells if c["method"] == "hidden-sft")
+        assert lines[f"hidden-sft, {teacher}"]["nll_oracle"] == pytest.approx(mean)
+
+    def accuracies(teacher, method):
+        return [acc for c in each[teacher] if c["method"] == method for acc in c["acc"]]
+
+    pairs = zip(accuracies("true", "ia2-sft"), accuracies("other", "ia2-sft"), strict=True)
+    gain = 100 * fmean(a - b for a, b in pairs)
+    assert any(
+        f"{what}: acc: ia2-sft, true against ia2-sft, other: {gain:+.1f} (95 % " in said for said in found.remarks
+    )
+    assert any("risk-coverage curve: ia2-sft, true against sft: " in said for said in found.remarks)
 
 
 def test_rules_for_the_rate_judged_by_hand(tmp_path, monkeypatch):

@@ -23,6 +23,9 @@ PHASES = {  # method -> its phases: which rows, which losses (protocol section 4
     "sft-sft": [TRUTH, TRUTH],
     "ia2+sft": [("icl", {"mse": None, "ce": None})],  # 1 - β and β
     "soft": [("icl", {"kl": 1.0})],
+    "soft-sft": [("icl", {"kl": 1.0}), TRUTH],
+    "hidden-sft": [("icl", {"hidden": 1.0}), TRUTH],
+    "responses-sft": [("icl", {"ce": 1.0}), TRUTH],
 }
 
 
