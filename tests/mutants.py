@@ -22,11 +22,9 @@ MUTANTS = {
     "models/common.py": [
         ("add_(eps).rsqrt_()", "rsqrt_().add_(eps)", "models equals_transformers_in_float32"),
         ("(inverse**3 / -x", "(inverse**2 / -x", "adapters logits_gradients"),
-        ("flatten(0, -2).sum(0)", "flatten(0, -2).mean(0)", "pretrain gradients_match"),
         ("cat((-sin, sin), -1)", "cat((sin, -sin), -1)", "models equals_transformers_in_float32"),
         ("(2 * math.pi)", "math.pi", "models scaling_far_beyond"),
         ("(self.layers or sorted(self.outputs))", "sorted(self.outputs)", "models taps_pick_positions"),
-        ("return max(self.layers)", "return self.layers[-1]", "models without_logits"),
     ],
     "models/cache.py": [
         ("(documents == 0)[:, None, None, :]", "(documents == 0)[:, None, :, None]", "cache branches"),
@@ -41,7 +39,7 @@ MUTANTS = {
         ("k = self.k_norm(", "k = self.q_norm(", "models equals_transformers_in_float32"),
     ],
     "models/checkpoint.py": [
-        ('*["lm_head.weight"] * model.config.tie_word_embeddings', '"lm_head.weight"', "checkpoint only_a_tied_head"),
+        ("re.fullmatch(", "re.match(", "checkpoint a_shard_elsewhere"),
     ],
     "ia2mini/losses.py": [
         ("weights).sum(1)", "weights).mean(1)", "losses a_run_averages"),
@@ -54,7 +52,6 @@ MUTANTS = {
         ("len(row.prompt) - 1 + np", "len(row.prompt) + np", "batch every_position"),
     ],
     "ia2mini/train.py": [
-        ("0.9, 0.999, 1e-8", "0.9, 0.99, 1e-8", "train adam_equals"),
         (".sqrt_().add_(Adam.eps)", ".add_(Adam.eps).sqrt_()", "train adam_equals"),
         ("better = dev_loss < self", "better = dev_loss <= self", "train patience_counts"),
         ("< self.settings.patience)", "<= self.settings.patience)", "train patience_counts"),
@@ -73,7 +70,6 @@ MUTANTS = {
     ],
     "ia2mini/peft_format.py": [
         ('"lora_alpha": adapter.alpha', '"lora_alpha": adapter.rank', "peft_format peft_loads"),
-        ("permute(3, 0, 1, 2, 4)", "permute(3, 1, 0, 2, 4)", "peft_format peft_loads"),
         ('get("use_rslora") else len(A)', 'get("use_rslora") else rank', "peft_reading with_equal_logits"),
         ("linear.bias.float() * weights[name]", "linear.bias.float()", "peft_format a_merged_checkpoint_equals"),
     ],
@@ -86,19 +82,18 @@ MUTANTS = {
         ("agreed[..., :-1]), -1) * self.real", "agreed[..., 1:]), -1) * self.real", "labels several_tokens_equal"),
         ("total[..., self.at, 0]) * self.real", "total[..., self.at, 0])", "labels several_tokens_equal"),
         ("zip(*(p[:-1] for p in prompts))", "zip(*prompts)", "evaluate one_query"),
-        ("similarity / tapped", "similarity / Q", "evaluate scores_come_with"),
     ],
     "ia2mini/metrics.py": [
         ('confidence, side="left")', 'confidence, side="right")', "metrics bins_are_closed"),
         ("** 2).sum(1)", "** 2).mean(1)", "metrics accuracy_nll_brier"),
         ("default_rng(seed).random(", "default_rng().random(", "metrics ece_null_equals"),
-        ("(n + 1) / (n + 2))", "1.0)", "fit the_temperature_is"),
+        ("0.0 if oracle else 1 / (n + 2)", "0.0", "fit the_temperature_is"),
         ("[0.025, 0.975]", "[0.05, 0.95]", "metrics paired_test_equals_scipy"),
         ("stats.ttest_rel(a, b)", "stats.ttest_ind(a, b)", "metrics paired_test_equals_scipy"),
     ],
     "ia2mini/crossval.py": [
         ("a.std() / len(a) ** 0.5]", "a.std()]", "fit what_is_shipped"),
-        ("others[fold.test] = False", "others[fold.test] = True", "fit that_cannot_be_known"),
+        ("others[fold.test] = False", "others[fold.test] = True", "fit no_row_chooses"),
         ('losses.mean() < losses["sft"].mean():', 'losses.mean() > losses["sft"].mean():', "fit what_is_shipped"),
     ],
     "ia2mini/predictor.py": [
@@ -119,18 +114,14 @@ MUTANTS = {
         ("if pid.isdecimal() and not alive(int(pid)):", "if pid.isdecimal():", "runs what_killed"),
     ],
     "ia2mini/runs.py": [
-        ('{tuple(tensor.shape)} ".encode', '".encode', "runs a_damaged_file"),
+        ('{tuple(tensor.shape)} ".encode', '".encode', "runs a_digest_sees"),
         ('(".json", ".safetensors")', '(".safetensors",)', "runs checkpoint_digest_sees"),
     ],
     "ia2mini/tasks/rows.py": [
         ("reader.line_num + 1", "reader.line_num", "rows what_is_wrong"),
-        ('.split("\\n"), 1)', ".splitlines(), 1)", "rows any_text_comes_back"),
     ],
     "ia2mini/tasks/catalog.py": [
         ("rows[: -task.held]", "rows", "sources forty_lines"),
-    ],
-    "ia2mini/tasks/answers.py": [
-        ('found[-1]["size"]', 'found[0]["size"]', "answers numbers"),
     ],
     "ia2mini/report/page.py": [
         ("return html.escape(", "return html.escape(quote=False, s=", "page nothing_in_a_document"),

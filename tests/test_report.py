@@ -351,6 +351,8 @@ def test_a_run_that_diverged_is_never_chosen_also_from_the_saved_file():
     diverged = [{**r, "dev_loss": math.inf} if r["rate"] in (1e-4, 1e-2) else r for r in RATES]
     assert chosen(diverged, "dev") == chosen(finite(diverged), "dev") == (1e-3, None)  # JSON holds no infinity
     assert summarise(finite(diverged)) == summarise(diverged)
+    unknown = [{**r, "kl": math.nan if r["rate"] == 1e-4 else r["dev_loss"]} for r in RATES]
+    assert chosen(unknown, "kl") == (1e-2, None)
 
 
 if __name__ == "__main__":
