@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test test-real lint bench clean
+.PHONY: setup demo test test-real lint mutants bench clean
 
 setup: $(VENV)/ready  ## a virtual environment with ia2mini, all extras and the tested versions
 
@@ -28,6 +28,12 @@ test-real: setup  ## on a real checkpoint of 135 million weights, in $$IA2MINI_R
 lint: setup
 	$(BIN)/ruff format --check --quiet --line-length 120 .
 	$(BIN)/ruff check --line-length 120 --select E,F,W,I,B,UP --ignore B905 .
+	rm -rf build/types && mkdir -p build/types/ia2mini
+	ln -s $(CURDIR)/ia2mini/* build/types/ia2mini && ln -sfn $(CURDIR)/models build/types/ia2mini/models
+	$(BIN)/mypy
+
+mutants: setup  ## break sixty lines one at a time: the tests must notice; minutes
+	$(BIN)/python tests/mutants.py
 
 bench: setup  ## how fast, and against whom
 	$(BIN)/python -m bench

@@ -158,8 +158,8 @@ def make_adapter(model: nn.Module, o: AdapterOptions, scale_inputs: bool = False
         if o.targets:
             raise UsageError(f"--targets chooses matrices, and a {o.adapter} adapter has none; leave it out")
         return ADAPTERS[o.adapter](model, tokens=o.virtual_tokens)
-    more = {"lora": {"rank": o.rank, "alpha": o.alpha}, "ia3": {"scale_inputs": scale_inputs}}.get(o.adapter, {})
-    return ADAPTERS[o.adapter](model, **({"targets": o.targets} if o.targets else {}), **more)
+    more: dict[str, dict] = {"lora": {"rank": o.rank, "alpha": o.alpha}, "ia3": {"scale_inputs": scale_inputs}}
+    return ADAPTERS[o.adapter](model, **({"targets": o.targets} if o.targets else {}), **more.get(o.adapter, {}))
 
 
 def low_rank(A: Tensor, B: Tensor, scale: float, base: Callable, x: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class CrossValidation:
             if shown := self.cut([Example(self.options.context, "")], longest):
                 return shown
             raise UsageError(f"the context leaves no room for {longest.prompt[:60]!r} in what the model reads; cut it")
-        return self.cut(balanced(rows, self.options.demonstrations, rng, row and row.prompt), longest)
+        return self.cut(balanced(rows, self.options.demonstrations, rng, row.prompt if row else None), longest)
 
     @cached_property
     def longest(self) -> Example:
@@ -211,7 +211,8 @@ class CrossValidation:
                     said = answer_texts(student, self.subject.tokenizer, prompts, how, bar.update)
                 for i, answer in zip(fold.test, zip(*said)):
                     found[i] = answer
-        return tuple(zip(*found))
+        said, sure = zip(*found)
+        return list(said), list(sure)
 
     def candidate(self, name: str) -> Candidate:
         """`name` with, for each fold, the rate that is best on all other folds: no row chooses for itself."""

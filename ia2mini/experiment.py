@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class Experiment:
             task = replace(task, max_tokens=answer_tokens_at_most(setting.subject.tokenizer, answered))
         self.setting, self.task, o = setting, task, setting.options
         self.evals = evals = {name: evals[name] for name in task.evals}
-        self.about = {"task": task.name, "n": n, "unlabelled": more}  # of every record
+        self.about: dict = {"task": task.name, "n": n, "unlabelled": more}  # of every record
         self.name = f"{task.name}-n{n}" + f"-unlabelled{more}" * (more > 0)
         self.labelled, subject = bool(task.labels), setting.subject
         queries = max(len(e.rows) for e in evals.values()) if o.icl_demos == "pool" or o.paper_compat else 0
@@ -195,7 +196,7 @@ class Experiment:
             return subject.model, subject.tokenizer.encode_all(queries)
         return share_prefix(subject.model, subject.tokenizer, self.episodes[number].icl, queries)
 
-    def reference(self, name: str) -> tuple[list[dict[str, Tensor]], Tensor | list[list[Row]]]:
+    def reference(self, name: str) -> tuple[list[dict[str, Tensor]], Any]:
         """The base's scores with each set's demonstrations, and its outputs: [L, sets, rows, D], of texts in rows."""
         if name not in self.references:
             o, parts, alike = self.setting.options, [], []
@@ -227,16 +228,17 @@ class Experiment:
         if method == "icl":
             return joined(references)
         (model, prompts), runs = self.prompts(name), [0]
-        under, like = nullcontext(model), alike  # the base is compared with every set
+        under = nullcontext(model)
         if method not in UNTRAINED:
             runs = self.reported(method)
             under = adapted(model, self.adapter, self.trained(method).theta[runs])
-            like = alike if self.labelled else [alike[self.training_records(method)[r]["set"]] for r in runs]
         with self.stage("evaluate", f"{method} on {name}", len(runs) * len(prompts)) as bar, under as student:
             if self.labelled:
-                return self.score_labels(name, student, prompts, bar, Scoring(len(runs), like=like))
+                return self.score_labels(name, student, prompts, bar, Scoring(len(runs), like=alike))
             responses, correct = self.score_texts(name, student, prompts, bar, [f"{method}-{r}" for r in runs])
-            return {"correct": correct, "asim": self.likeness(student, like, responses)}
+            if method not in UNTRAINED:  # the base is compared with every set
+                alike = [alike[self.training_records(method)[r]["set"]] for r in runs]
+            return {"correct": correct, "asim": self.likeness(student, alike, responses)}
 
     def temperatures(self, method: str) -> list[float]:
         """For each of a method's scored runs (of base and ICL for each set) the one that suits its set's dev rows."""

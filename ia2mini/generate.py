@@ -62,7 +62,7 @@ def _batch(model, tokenizer, prompts, group: list[int], how: Decoding, observer)
         taps = Taps(at, how.layers) if observer else None
         logits = model(ids, cache=cache, logits=at, taps=taps)
         cache.lengths += last + 1
-        return logits, taps and taps.stack()
+        return logits, taps.stack() if taps else None
 
     def decode() -> tuple[Tensor, Tensor | None]:
         logits, outputs = forward(tokens[:, None], torch.zeros_like(tokens))

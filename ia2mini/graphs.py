@@ -43,7 +43,8 @@ class CapturedStep:
 
     def __init__(self, function: Callable, device: torch.device):
         self.function, self.device = function, device
-        self.recorder, self.calls, self.recordings = None, Counter(), {}
+        self.recorder: Callable | None = None
+        self.calls, self.recordings = Counter(), {}
 
     def __call__(self, *batches: Batch):
         if self.device.type not in RECORDERS:

@@ -60,7 +60,7 @@ class Grid:
         weights = {name: torch.as_tensor(w, device=theta.device).expand(len(sets)).float() for name, w in mix.items()}
         rates = torch.tensor([rate for _, rate, _ in configs])
         orders = [partial(self.order, number, len(train)) for (number, _, _), (train, _) in zip(configs, rows)]
-        runs = Runs(theta, rates, *map(list, zip(*rows)), weights, orders)
+        runs = Runs(theta, rates, [train for train, _ in rows], [dev for _, dev in rows], weights, orders)
         if method in self.race:
             runs.config = torch.arange(len(configs)) % (len(configs) // len(self.sets))
         steps = self.settings.epochs * -(-len(runs.train[0]) // self.settings.batch_size)

@@ -29,7 +29,7 @@ class AdapterOptions:
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class TrainOptions(AdapterOptions):
     """How every run trains."""
 
     rates: tuple[float, ...] = option((), "learning rates", shown="the paper's three for the adapter")
@@ -60,7 +60,7 @@ class TrainOptions:
 
 
 @dataclass(frozen=True)
-class Options(AdapterOptions, TrainOptions):
+class Options(TrainOptions):
     """Everything about a study that changes its numbers, but for tasks, data and checkpoint."""
 
     n: tuple[int, ...] = option((4,), "training rows of a set; several: 2,4,8")
@@ -86,7 +86,7 @@ class Options(AdapterOptions, TrainOptions):
 
 
 @dataclass(frozen=True)
-class FitOptions(AdapterOptions, TrainOptions):
+class FitOptions(TrainOptions):
     """How one's own rows become an adapter."""
 
     methods: tuple[str, ...] = option(("sft", "ia2", "ia2-sft"), "what is tried, beside the base and ICL")

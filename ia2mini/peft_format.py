@@ -32,6 +32,7 @@ def peft_config(adapter: Adapter, base: str, model: nn.Module) -> dict:
     if isinstance(adapter, IA3):  # peft cannot restrict (IA)3 to layers but takes full module names
         names = list(adapter.linears)
         return config | {"peft_type": "IA3", "target_modules": names, "feedforward_modules": sorted(adapter.inputs)}
+    assert isinstance(adapter, Prompt | PrefixTuning)
     c = model.config
     config |= {"num_virtual_tokens": adapter.tokens, "num_layers": c.num_hidden_layers, "num_transformer_submodules": 1}
     if isinstance(adapter, Prompt):
@@ -162,8 +163,8 @@ def save_merged(model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path,
     weights, changed = {name: w[0] for name, w in weights.items()}, {}
     for name, linear in adapter.linears.items():
         changed |= {key: t.to(linear.weight.dtype) for key, t in merged(adapter, name, weights, linear).items()}
-    files = (tokenizer.backend.to_str(), list(tokenizer.eos_ids) or None) if tokenizer else ()
-    save(model, folder, *files, changed=changed)
+    words, ends = (tokenizer.backend.to_str(), list(tokenizer.eos_ids) or None) if tokenizer else (None, None)
+    save(model, folder, words, ends, changed)
 
 
 def merged(adapter: Adapter, name: str, weights: dict[str, Tensor], linear: nn.Linear) -> dict[str, Tensor]:
@@ -173,6 +174,7 @@ def merged(adapter: Adapter, name: str, weights: dict[str, Tensor], linear: nn.L
         return {f"{name}.weight": weight + adapter.alpha / adapter.rank * weights[f"{name}.B"] @ weights[f"{name}.A"]}
     if isinstance(adapter, Full):
         return {f"{name}.weight": weight + weights[name]}
+    assert isinstance(adapter, IA3)
     if name in adapter.inputs:
         return {f"{name}.weight": weight * weights[name]}
     bias = {} if linear.bias is None else {f"{name}.bias": linear.bias.float() * weights[name]}

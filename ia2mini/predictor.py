@@ -68,8 +68,8 @@ class Predictor:
         `wrong`, where given, is called with instead.
         """
         threshold, shown = self.threshold(coverage), self.shown() if icl else []
-        rows = (row if isinstance(row, Row) else Row(f"row {i}", row) for i, row in enumerate(rows, 1))
-        while some := list(islice(rows, AT_ONCE)):
+        every = (row if isinstance(row, Row) else Row(f"row {i}", row) for i, row in enumerate(rows, 1))
+        while some := list(islice(every, AT_ONCE)):
             prompts = {}
             for i, row in enumerate(some):
                 try:
@@ -137,7 +137,7 @@ class Predictor:
     def canary(self, kept: dict | None = None) -> dict:
         """Next tokens of a prompt (the likeliest, or as `kept`) and their log-probabilities, with and without it."""
         ids = torch.tensor([self.subject.tokenizer.encode(self.chat(self.spec["example"]))])
-        found = {"dtype": str(next(self.subject.model.parameters()).dtype).removeprefix("torch.")}
+        found: dict = {"dtype": str(next(self.subject.model.parameters()).dtype).removeprefix("torch.")}
         for name, wanted in (("base", False), ("adapted", True)):
             with torch.no_grad(), self.student(wanted) as student:
                 logits = student(ids.to(device_of(self.subject.model)))[0, -1].float().cpu().log_softmax(-1)
@@ -154,7 +154,7 @@ class Predictor:
         save_merged(subject.model, self.adapter, self.theta[0], out, subject.tokenizer)
         self.beside(out)
         ids = torch.tensor([subject.tokenizer.encode(self.chat(self.spec.get("example", "Once upon a time")))])
-        merged, _ = load(out, next(subject.model.parameters()).dtype, device_of(subject.model))
+        merged, _ = load(out, next(subject.model.parameters()).dtype, str(device_of(subject.model)))
         with torch.no_grad(), self.student() as student:
             return (merged(ids.to(device_of(merged))) - student(ids.to(device_of(merged)))).abs().max().item()
 
@@ -255,11 +255,12 @@ def read_spec(folder: Path) -> dict | None:
 
 def misfit(value, shape, name: str) -> str | None:
     """The first field that has not its shape: a type, or an object or a list of shapes."""
-    if not isinstance(value, type(shape) if isinstance(shape, (dict, list)) else shape):
-        return name
-    parts = [(part, shape[0], name) for part in value] if isinstance(shape, list) else []
-    if isinstance(shape, dict):
+    if isinstance(shape, dict) and isinstance(value, dict):
         parts = [(value.get(key, ...), inner, f"{name}.{key}") for key, inner in shape.items()]
+    elif isinstance(shape, list) and isinstance(value, list):
+        parts = [(part, shape[0], name) for part in value]
+    else:
+        return None if not isinstance(shape, (dict, list)) and isinstance(value, shape) else name
     return next(filter(None, (misfit(*part) for part in parts)), None)
 
 

@@ -31,7 +31,7 @@ class RunFolder:
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
         self.path, self.what, self.whole = out / f"{name}-{key}", what, set()  # stamps of files that were checked
         spent = self.path / "seconds.json"
-        self.spent = read_json(spent) if spent.is_file() else {"seconds": {}, "peak_memory_bytes": 0}
+        self.spent: dict = read_json(spent) if spent.is_file() else {"seconds": {}, "peak_memory_bytes": 0}
 
     def begin(self, resolved: dict) -> None:
         """Create the folder, if it is not there, with what made it and defaults as `resolved`. Raises UsageError.

@@ -112,9 +112,9 @@ def score_records(experiment: Experiment, method: str, name: str) -> list[dict]:
         record = about | known[run] | {"asim": fmean(asim), "asim_layers": asim}
         at = r if len(scores["correct"]) > 1 else 0  # base has one row for all sets
         if task.labels:
-            mine = [scores[key][at] for key in ("confidence", "correct", "labels")]
+            sure, right, labels = (scores[key][at] for key in ("confidence", "correct", "labels"))
             scheme = "mass" if o.paper_compat else "width"
-            record |= measure(*mine, torch.tensor(gold), scheme, heats[r]) | {"temperature": heats[r]}
+            record |= measure(sure, right, labels, torch.tensor(gold), scheme, heats[r]) | {"temperature": heats[r]}
         else:
             record |= {"acc": accuracy(scores["correct"][at])}
             record["texts"] = experiment.texts_file(f"{method}-{0 if method == 'base' else run}", name)
@@ -154,7 +154,7 @@ def sample(experiment: Experiment, picks: dict[str, list[int]]) -> dict:
     """What the model saw (one whole prompt), and right and wrong rows of the last trained method's first set."""
     name, task, rows = experiment.task.name, experiment.task, experiment.evals[experiment.task.name].rows
     prompt = with_demonstrations(experiment.episodes[0].icl[0], rows[0].prompt)
-    shown = experiment.about | {"rows": [], "prompt": prompt}
+    shown: dict = experiment.about | {"rows": [], "prompt": prompt}
     if not picks:
         return shown
     method = list(picks)[-1]

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -45,7 +45,7 @@ class Runs:
     train: list[list[Row]]  # R lists of equally many rows
     dev: list[list[Row]]
     mix: dict[str | Callable, Tensor]  # loss -> weight [R]
-    order: list[Callable[[int], list[int]]]  # for each run: epoch -> the order of its rows
+    order: Sequence[Callable[[int], list[int]]]  # for each run: epoch -> the order of its rows
     config: Tensor | None = None  # [R] number of each one's rate (and β); those that are beaten leave (None: none do)
 
     def __len__(self) -> int:
@@ -54,10 +54,10 @@ class Runs:
     def take(self, runs: Tensor) -> "Runs":
         """Only these runs (indices on the CPU), in this order; rates are no longer compared where some are missing."""
         here, some = runs.to(self.theta.device), runs.tolist()
-        train, dev, order = ([values[r] for r in some] for values in (self.train, self.dev, self.order))
+        train, dev = ([rows[r] for r in some] for rows in (self.train, self.dev))
         mix = {name: weight[here] for name, weight in self.mix.items()}
         config = None if self.config is None or len(some) < len(self) else self.config[some]
-        return Runs(self.theta[here], self.rates[here], train, dev, mix, order, config)
+        return Runs(self.theta[here], self.rates[here], train, dev, mix, [self.order[r] for r in some], config)
 
 
 @dataclass

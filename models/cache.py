@@ -42,7 +42,7 @@ class Prefix:
     """
 
     def __init__(self, layers: Iterable[Sequence[Tensor]] = ()):
-        self.layers = list(layers)  # keys, values
+        self.layers = [list(pair) for pair in layers]  # keys, values
 
     @property
     def length(self) -> int:

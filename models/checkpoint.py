@@ -1,6 +1,7 @@
 """From a folder or a hub id to a model and its tokenizer, and back to a folder: strict, safetensors and JSON only."""
 
 import difflib
+import functools
 import json
 import re
 import struct
@@ -198,7 +199,7 @@ def save(model: nn.Module, folder: Path, tokenizer_json=None, eos_token_id=None,
     plan = split_torch_state_dict_into_shards(tensors, max_shard_size=LARGEST)
     for file, names in plan.filename_to_tensors.items():
         some = {name: tensors[name] for name in names}
-        write(folder / file, lambda path, some=some: save_file(some, path, metadata={"format": "pt"}))
+        write(folder / file, functools.partial(save_file, some, metadata={"format": "pt"}))
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")

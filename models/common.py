@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class Normalise(torch.autograd.Function):
 class Linear(nn.Linear):
     """nn.Linear with a seam: an adapter, `adapter(base, x)`, may change what goes into the frozen map and comes out."""
 
-    adapter = None  # no parameter: names stay the checkpoint's own
+    adapter: Callable | None = None  # no parameter: names stay the checkpoint's own
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if self.adapter is None else self.adapter(super().forward, x)
@@ -145,7 +146,7 @@ class Taps:
         return torch.stack(self.each())
 
 
-def device_of(model: Callable) -> torch.device:
+def device_of(model: Any) -> torch.device:
     """Where a model is, or the model inside a partial."""
     return getattr(model, "func", model).model.embed_tokens.weight.device
 

@@ -1,4 +1,4 @@
-"""Do the tests bite? Sixty chosen lines are broken one at a time, in a copy of the tree, and the tests beside must fail.
+"""Do the tests bite? Sixty chosen lines are broken one at a time, in a copy of the tree: the tests beside must fail.
 
 make mutants                              # all, some minutes; exit 1 where fewer than 95 % are caught
 python tests/mutants.py losses temper     # those whose file or line holds one of these words
@@ -190,7 +190,7 @@ def main(words: list[str]) -> None:
             sys.exit("the tests fail before anything is broken")
         survivors = []
         for file, old, new, words in chosen:
-            source, begun = (ROOT / file).read_text(encoding="utf-8"), time.perf_counter()
+            source, begun = (folder / file).read_text(encoding="utf-8"), time.perf_counter()
             (folder / file).write_text(source.replace(old, new), encoding="utf-8")
             survived = passes(folder, tests_of(*words.split()))
             (folder / file).write_text(source, encoding="utf-8")

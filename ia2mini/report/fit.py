@@ -41,7 +41,7 @@ def measures(scores: Tensor, gold: Tensor, temperature: float, right: Tensor | N
     found = {name: [values[draw].mean() for draw in draws] for name, values in rows.items()}
     if right is None:
         found["ece"] = [ece(confidence[draw], correct[draw]) for draw in draws]
-    known = {name: [float(v[0]), *map(float, np.quantile(v[1:], [0.025, 0.975]))] for name, v in found.items()}
+    known: dict = {name: [float(v[0]), *map(float, np.quantile(v[1:], [0.025, 0.975]))] for name, v in found.items()}
     if right is None:
         raw = scores.double().softmax(-1).max(-1).values.numpy()
         known |= {

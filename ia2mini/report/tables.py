@@ -7,7 +7,7 @@ from .summary import LABELS, average, count, grouped, parts, verdict
 
 COLUMNS = ("acc", "ece", "ece_null", "asim", "rate")
 HEADS = {"acc": "accuracy (%) ↑", "ece": "ECE ↓", "ece_null": "(null)", "asim": "asim ↑", "rate": "rate"}
-SYMBOLS = {"→": r"$\rightarrow$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "±": r"$\pm$", "–": "--"}
+SYMBOLS: dict = {"→": r"$\rightarrow$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "±": r"$\pm$", "–": "--"}
 SYMBOLS |= {"β": r"$\beta$", "·": r"$\cdot$"}
 ESCAPES = {"\\": r"\textbackslash ", "~": r"\textasciitilde ", "^": r"\textasciicircum "}
 ESCAPES = str.maketrans(ESCAPES | {c: "\\" + c for c in "&%$#_{}"})

@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -135,7 +136,7 @@ READERS = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet, "
 READERS[".tsv"] = partial(read_csv, delimiter="\t")
 
 
-def as_rows(rows: str | Path | list[dict]) -> list[Row]:
+def as_rows(rows: str | Path | Sequence[dict]) -> list[Row]:
     """The rows of a file, or dicts of columns as rows. Raises UsageError."""
     if isinstance(rows, (str, Path)):
         return read_rows(Path(rows))

@@ -55,10 +55,10 @@ def fetch(task: Task, role: str, data_dir: str | Path | None) -> tuple[list[Row]
     """All rows of the split that a role is taken from, in the source's order, and where they are from."""
     split = task.train if role == "train" else task.eval
     if task.hub is None and not task.files:
-        from .world import rows
+        from . import world
 
         origin = {"source": "embedded", "files": [task.name]}
-        return [Row(f"{task.name} {role} row {i}", row) for i, row in enumerate(rows(task.name, role), 1)], origin
+        return [Row(f"{task.name} {role} row {i}", row) for i, row in enumerate(world.rows(task.name, role), 1)], origin
     if task.files or data_dir is not None:
         path = Path(task.files[role == "eval"]) if task.files else find_local(task, split, Path(data_dir))
         return read_rows(path), {"source": "own rows" if task.files else "folder", "files": [str(path)]}
