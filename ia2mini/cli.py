@@ -311,7 +311,7 @@ def tasks(name, model, revision, n, data_dir, **own):
     click.echo(f"{task.name} ({task.tag}) from {task.hub or 'this package'} · {' · '.join(sizes)}\n")
     rows = [("demonstration", "cyan", d) for d in demonstrations] + [("query", "yellow", examples.rows[0])]
     for role, color, e in rows:
-        count = len(tokenizer.encode(e.prompt)), len(tokenizer.encode_answer(e.prompt, e.answer))
+        count = len(tokenizer.encode(e.prompt)), len(tokenizer.encode_answer(e.prompt, e.answer, e.label is None))
         click.secho(f"{role}: {count[0]} tokens, answer {count[1]}", dim=True)
         click.echo(click.style(plain(e.prompt), fg=color) + click.style(plain(e.answer), fg="green", bold=True) + "\n")
 
