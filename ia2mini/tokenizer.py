@@ -59,8 +59,8 @@ class Tokenizer:
     def encode_answer(self, prompt: str, answer: str, apart: bool = False) -> list[int]:
         """Ids of `answer` right after `prompt`. Raises UsageError when it merges with the prompt's last token.
 
-        With `apart` it is then tokenized by itself, as it is generated behind the prompt: so are texts, such as the fourth
-        part of the answers of GSM8K that begins with "The" after "Answer:".
+        With `apart` it is then tokenized by itself, as it is generated behind the prompt: so are texts. ("The" after
+        "Answer:" merges in a fourth part of GSM8K.)
         """
         if self.merges(prompt, answer):
             if apart:
