@@ -36,8 +36,8 @@ class Row:
 
 
 def truth_row(example: Example, tokenizer: Tokenizer, end: bool) -> Row:
-    """The row with its true answer, closed by EOS if `end`. Raises UsageError when prompt and answer merge."""
-    answer = tokenizer.encode_answer(example.prompt, example.answer)
+    """The row with its true answer, closed by EOS if `end`. Raises UsageError when prompt and label merge."""
+    answer = tokenizer.encode_answer(example.prompt, example.answer, apart=example.label is None)
     return Row(tokenizer.encode(example.prompt), answer + list(tokenizer.eos_ids[:1]) if end else answer)
 
 

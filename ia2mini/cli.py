@@ -179,6 +179,7 @@ def progress(label: str, total: int):
 @click.option("--checkpointing", is_flag=True, help="compute anew for the backward pass: memory for long answers")
 @file_option("--out", "folder of results; the same command goes on where it was", default="runs")
 @click.option("--full", is_flag=True, help="a line for every task and evaluation, not only their mean")
+@click.option("--with-paper", is_flag=True, help="the paper's numbers beside ours where it has the same cell; --full")
 @click.option("--figures", type=Several(str), default="png", help="formats of the figures: png,pdf,svg")
 @click.option("--json", "as_json", is_flag=True, help="one JSON document on the last line of stdout")
 def run(names, model, device, dtype, revision, compiling, checkpointing, **given):
@@ -189,7 +190,7 @@ def run(names, model, device, dtype, revision, compiling, checkpointing, **given
     """
     own = {name: given.pop(name) for name in ("data", "prompt_column", "answer_column", "template", "eval_data")}
     where = {name: given.pop(name) for name in ("out", "data_dir", "side_by_side")}
-    shown = {name: given.pop(name) for name in ("full", "figures", "as_json")}
+    shown = {name: given.pop(name) for name in ("full", "figures", "as_json", "with_paper")}
     given["eval_rows"] = given["eval_rows"] or (500 if names or own["data"] else DEMO_ROWS)
     if given["paper_compat"]:
         given["select"] = "eval"
@@ -209,12 +210,15 @@ def run(names, model, device, dtype, revision, compiling, checkpointing, **given
     prepare(subject.model, compiling, checkpointing)
     chosen = [keep_apart(task, subject.tokenizer, own["template"]) for task in chosen]
     from .report import write_report
+    from .report.paper import add_paper
     from .report.summary import count
     from .study import compare
 
     document, folder = compare(chosen, subject, options, **where, bar=progress)
+    if shown["with_paper"] and not add_paper(document):
+        click.echo("--with-paper: the paper has none of these cells", err=True)
     drawn = write_report(document, folder, typed(), shown["figures"])
-    show(document, shown["full"])
+    show(document, shown["full"] or shown["with_paper"])
     figures = count(len(drawn), "figure") if drawn else "no figures (pip install 'ia2mini[report]')"
     adapters = count(len(document["adapters"]), "adapter")
     click.echo(f"{folder}: report.html, results.json, tables, {figures}, {adapters} for peft")
@@ -311,7 +315,7 @@ def tasks(name, model, revision, n, data_dir, **own):
     click.echo(f"{task.name} ({task.tag}) from {task.hub or 'this package'} · {' · '.join(sizes)}\n")
     rows = [("demonstration", "cyan", d) for d in demonstrations] + [("query", "yellow", examples.rows[0])]
     for role, color, e in rows:
-        count = len(tokenizer.encode(e.prompt)), len(tokenizer.encode_answer(e.prompt, e.answer))
+        count = len(tokenizer.encode(e.prompt)), len(tokenizer.encode_answer(e.prompt, e.answer, e.label is None))
         click.secho(f"{role}: {count[0]} tokens, answer {count[1]}", dim=True)
         click.echo(click.style(plain(e.prompt), fg=color) + click.style(plain(e.answer), fg="green", bold=True) + "\n")
 

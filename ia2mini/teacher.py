@@ -96,7 +96,7 @@ def label_tokens_at_most(labels: list[list[int]]) -> int:
 
 def answer_tokens_at_most(tokenizer: Tokenizer, examples: list[Example]) -> int:
     """Tokens of the longest answer, with EOS."""
-    return 1 + max(len(tokenizer.encode_answer(e.prompt, e.answer)) for e in examples)
+    return 1 + max(len(tokenizer.encode_answer(e.prompt, e.answer, apart=True)) for e in examples)
 
 
 def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

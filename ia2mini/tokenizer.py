@@ -56,9 +56,15 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=True)
 
-    def encode_answer(self, prompt: str, answer: str) -> list[int]:
-        """Ids of `answer` right after `prompt`. Raises UsageError when it merges with the prompt's last token."""
+    def encode_answer(self, prompt: str, answer: str, apart: bool = False) -> list[int]:
+        """Ids of `answer` right after `prompt`. Raises UsageError when it merges with the prompt's last token.
+
+        With `apart` it is then tokenized by itself, as it is generated behind the prompt: so are texts. ("The" after
+        "Answer:" merges in a fourth part of GSM8K.)
+        """
         if self.merges(prompt, answer):
+            if apart:
+                return self.encode(answer, special=False)
             merging = f"answer {answer[:40]!r} merges with the end of its prompt {prompt[-12:]!r} in this tokenizer"
             raise UsageError(f"{merging}; choose another label, or a template that ends in a line end")
         return self.encode(prompt + answer)[len(self.encode(prompt)) :]

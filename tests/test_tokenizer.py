@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 from reference import byte_tokenizer
@@ -10,6 +11,8 @@ from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ia2mini import UsageError
+from ia2mini.batch import truth_row
+from ia2mini.tasks import find_task, load_examples
 from ia2mini.tokenizer import Tokenizer
 
 LLAMA_BOS = 128000
@@ -120,6 +123,19 @@ def test_a_multi_token_answer_joins_safely(real):
     _, tokenizer, _ = real
     prompt, answer = "Question:How many?\nAnswer:", "2+2=<<2+2=4>>4 clips\n#### 4"
     assert tokenizer.encode(prompt + answer) == tokenizer.encode(prompt) + tokenizer.encode_answer(prompt, answer)
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "hmath_algebra"])
+def test_texts_that_would_merge_with_their_prompt_are_tokenized_apart(real, shared_data, task):
+    _, tokenizer, _ = real
+    rows = load_examples(find_task(task), "train", shared_data, 300).rows[:300]
+    merging = [row for row in rows if tokenizer.merges(row.prompt, row.answer)]
+    assert len(merging) > 30  # "The" after "Answer:"
+    for row in rows:
+        made = truth_row(row, tokenizer, end=False)
+        assert made.prompt == tokenizer.encode(row.prompt) and tokenizer.decode(made.answer) == row.answer
+    with pytest.raises(UsageError, match="merges with the end of its prompt"):
+        truth_row(replace(merging[0], label=0), tokenizer, end=False)
 
 
 def write_tokenizer(folder, config='{"eos_token_id": 257}', generation=None, bos=False) -> Tokenizer:

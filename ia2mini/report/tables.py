@@ -5,8 +5,9 @@ from pathlib import Path
 from ..files import write_text
 from .summary import LABELS, average, count, grouped, parts, verdict
 
-COLUMNS = ("acc", "ece", "ece_null", "asim", "rate")
+COLUMNS = ("acc", "ece", "ece_null", "asim", "rate", "paper")
 HEADS = {"acc": "accuracy (%) ↑", "ece": "ECE ↓", "ece_null": "(null)", "asim": "asim ↑", "rate": "rate"}
+HEADS |= {"paper": "paper (% / ECE)"}
 SYMBOLS: dict = {"→": r"$\rightarrow$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "±": r"$\pm$", "–": "--"}
 SYMBOLS |= {"β": r"$\beta$", "·": r"$\cdot$"}
 ESCAPES = {"\\": r"\textbackslash ", "~": r"\textasciitilde ", "^": r"\textasciicircum "}
@@ -25,7 +26,8 @@ def write_table(document: dict, full: bool = False, color: bool = False) -> str:
         evaluations = grouped(cells, "task", "eval", "ood")
         heading = f"mean of {count(len(evaluations), 'evaluation')}"
         blocks = [(heading, mean)] if mean else []
-        if full and len(evaluations) > 1 or not mean:
+        several = len(evaluations) > 1 or any("paper" in cell for cell in cells)
+        if full and several or not mean:
             blocks += [(f"{task} → {name}{'*' * ood}", rows) for (task, name, ood), rows in evaluations.items()]
         every = [row for _, rows in blocks for row in rows]
         columns = known_columns(every)
@@ -41,7 +43,7 @@ def write_table(document: dict, full: bool = False, color: bool = False) -> str:
 
 def known_columns(rows: list[dict]) -> list[str]:
     """The columns that some row has a value of."""
-    return [c for c in COLUMNS if c == "rate" or any(row.get(f"{c}_mean") is not None for row in rows)]
+    return [c for c in COLUMNS if c == "rate" or any(row.get(f"{c}_mean", row.get(c)) is not None for row in rows)]
 
 
 def texts(row: dict, columns: list[str]) -> list[str]:
@@ -53,6 +55,8 @@ def entry(row: dict, column: str) -> str:
     """Mean ± standard deviation over sets, or the rate with its β."""
     if column == "rate":
         return " β ".join(f"{row[key]:g}" for key in ("rate", "beta") if row.get(key) is not None) or "–"
+    if column == "paper":
+        return row.get("paper", "–")
     mean, std = row.get(f"{column}_mean"), row.get(f"{column}_std")
     if mean is None:
         return "–"
