@@ -9,10 +9,12 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from .adapters import Adapter
+from .adapters import Adapter, adapted
+from .batch import collate
 from .episode import seeded
+from .ridge import solve
 from .teacher import Taught
-from .train import Runs, Settings, Trained, train_in_parts
+from .train import Runs, Settings, Trained, losses, train_in_parts
 
 
 def configs(method: str, sets: int, rates: Sequence[float], betas: Sequence[float]) -> list[tuple]:
@@ -116,14 +118,30 @@ def hidden(grid: Grid) -> Trained:
     return grid.train("hidden", {"hidden": 1.0}, icl_rows=True)
 
 
+def ridge(grid: Grid) -> Trained:
+    """IA2 in closed form (`ridge.solve`): no steps, no rate; what attention lacks is solved for, layer by layer."""
+    configs, device = grid.configs("ridge"), next(grid.model.parameters()).device
+    each, theta, dev = len(configs) // len(grid.sets), [], []
+    with grid.progress(("ridge", len(configs), len(grid.sets))):
+        for number, taught in enumerate(grid.sets):
+            first, rows = grid.start(configs)[[number * each]], collate([taught.icl_train], device, pack=True)
+            theta.append(solve(grid.model, grid.adapter, first, rows, grid.settings.layers))
+            with torch.no_grad(), adapted(grid.model, grid.adapter, theta[-1]) as student:
+                judges = collate([taught.icl_dev or taught.icl_train], device, pack=True)
+                dev.append(losses(student, judges, {"mse": torch.ones(1, device=device)}, grid.settings.layers))
+    none = torch.zeros(len(configs), dtype=torch.int64)
+    return Trained(torch.cat(theta).repeat_interleave(each, 0), torch.cat(dev).repeat_interleave(each), none, none)
+
+
 def responses(grid: Grid) -> Trained:
     """Cross-entropy on the teacher's responses (sequence-level distillation, Kim and Rush 2016)."""
     return grid.train("responses", {"ce": 1.0}, icl_rows=True)
 
 
 METHODS = {"sft": sft, "ia2": ia2, "sft-ia2": sft_ia2, "ia2+sft": ia2_plus_sft}
-METHODS |= {"soft": soft, "hidden": hidden, "responses": responses}
-METHODS |= {f"{first}-sft": partial(then_sft, first) for first in ("sft", "ia2", "soft", "hidden", "responses")}
+METHODS |= {"soft": soft, "hidden": hidden, "ridge": ridge, "responses": responses}
+FIRST = ("sft", "ia2", "soft", "hidden", "ridge", "responses")
+METHODS |= {f"{first}-sft": partial(then_sft, first) for first in FIRST}
 BEGINS_WITH = {name: name.partition("-")[0] for name in METHODS if "-" in name}
 
 

@@ -65,7 +65,8 @@ class Options(TrainOptions):
 
     n: tuple[int, ...] = option((4,), "training rows of a set; several: 2,4,8")
     methods: tuple[str, ...] = option(
-        ("base", "icl", "sft", "ia2", "ia2-sft"), "also ia2+sft, sft-ia2, soft, hidden, responses; X-sft goes on from X"
+        ("base", "icl", "sft", "ia2", "ia2-sft"),
+        "also ia2+sft, sft-ia2, soft, hidden, ridge, responses; X-sft goes on from X",
     )
     unlabelled: tuple[int, ...] = option((0,), "more rows, without answers, whose queries join IA2's; several: 0,8,64")
     sets: int = option(5, "few-shot sets, each drawn from the pool with its own seed", least=1)

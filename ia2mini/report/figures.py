@@ -14,7 +14,8 @@ from .tables import HEADS
 COLORS = {  # after Okabe and Ito, who chose them to be told apart by every eye; blue for IA2 and what follows it
     "base": "#b0b0b0", "icl": "#404040", "sft": "#d55e00", "sft-sft": "#f0a070", "soft": "#e6b000",
     "soft-sft": "#a07800", "hidden": "#8fd0b0", "hidden-sft": "#3a8a60", "responses": "#b8a080",
-    "responses-sft": "#705030", "ia2": "#56b4e9", "sft-ia2": "#cc79a7", "ia2+sft": "#009e73", "ia2-sft": "#0072b2",
+    "responses-sft": "#705030", "ridge": "#9a8fd0", "ridge-sft": "#5a48a0", "ia2": "#56b4e9",
+    "sft-ia2": "#cc79a7", "ia2+sft": "#009e73", "ia2-sft": "#0072b2",
 }  # fmt: skip
 CAPTIONS = {  # in the order of the page
     "methods": "Means over evaluations, deviations over sets; black: the ECE that perfect calibration would show.",

@@ -11,7 +11,7 @@ METRICS += ("reliability_brier", "resolution", "uncertainty")
 LABELS = {  # method: as it is written, in the order of every table and figure
     "base": "base", "icl": "ICL", "sft": "SFT", "sft-sft": "SFT→SFT", "responses": "responses",
     "responses-sft": "responses→SFT", "soft": "soft labels", "soft-sft": "soft→SFT", "hidden": "hidden",
-    "hidden-sft": "hidden→SFT", "ia2": "IA2",
+    "hidden-sft": "hidden→SFT", "ridge": "ridge", "ridge-sft": "ridge→SFT", "ia2": "IA2",
     "sft-ia2": "SFT→IA2", "ia2+sft": "IA2+SFT", "ia2-sft": "IA2→SFT",
 }  # fmt: skip
 CHOICES = {
