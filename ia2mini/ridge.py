@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from . import UsageError
-from .adapters import LoRA, adapted, unpack
+from .adapters import Adapter, LoRA, adapted, unpack
 from .batch import Batch
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # of the penalty, as shares of the mean squared length of what W_O reads
 
 
 @torch.no_grad()
-def solve(model: nn.Module, adapter: LoRA, theta: Tensor, batch: Batch, layers: list[int] | None = None) -> Tensor:
+def solve(model: nn.Module, adapter: Adapter, theta: Tensor, batch: Batch, layers: list[int] | None = None) -> Tensor:
     """Weights [R, M] with LoRA's update of every W_O solved for the batch's `activations`, in one forward pass.
 
     Layer by layer, so that each sees what the layers before it have become. Raises UsageError where LoRA leaves W_O.
