@@ -36,7 +36,7 @@ def test_files_that_cannot_be_read(tmp_path):
     refused(lambda: read_json(tmp_path / "none.json"), "none.json: no such file")
     refused(lambda: read_json(tmp_path), f"{tmp_path}: cannot be read")
     (tmp_path / "latin.json").write_bytes(b'{"a": "\xe9"}')
-    refused(lambda: read_json(tmp_path / "latin.json"), "latin.json: not valid JSON")
+    refused(lambda: read_json(tmp_path / "latin.json"), "latin.json:1: not UTF-8 (byte 0xe9)")
 
 
 def test_numbers_that_json_lacks_become_null():

@@ -73,7 +73,7 @@ def test_what_is_wrong_with_a_file(tmp_path, name):
 
 
 def test_absent_files_marks_and_absent_pyarrow(tmp_path, monkeypatch):
-    with pytest.raises(UsageError, match=r"gone.csv: cannot be read \(No such file"):
+    with pytest.raises(UsageError, match="gone.csv: no such file"):
         read_rows(tmp_path / "gone.csv")
     (tmp_path / "marked.csv").write_bytes(b'\xef\xbb\xbfa,b\r\n1,"2\r\n3"\r\n\r\n4,5')
     rows = read_rows(tmp_path / "marked.csv")

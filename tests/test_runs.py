@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ia2mini import UsageError, runs
-from ia2mini.files import finite, write_json
+from ia2mini.files import finite, read_sealed, write_json
 from ia2mini.metrics import measure
 from ia2mini.runs import RunFolder, checkpoint_digest, peak_memory, versions
 
@@ -45,13 +45,14 @@ def test_nothing_is_written_before_the_run_begins(tmp_path):
     folder.begin({"rates": (1e-3,), "targets": ("q_proj",)})
     assert files(folder.path) == {"run.json"}
     kept = json.loads((folder.path / "run.json").read_text())
+    assert len(kept.pop("sha256")) == 64
     assert kept == {
         "n": [4],
         "rates": [1e-3],
         "targets": ["q_proj"],
     }  # as resolved, in a folder named by what was asked
     RunFolder(tmp_path / "out", "name", {"n": [4], "rates": []}).begin({"rates": (1e-4,)})
-    assert json.loads((folder.path / "run.json").read_text()) == kept  # what made the folder stays
+    assert read_sealed(folder.path / "run.json") == kept  # what made the folder stays
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
