@@ -169,11 +169,9 @@ def watched():
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, limits[1]))
     signal.setitimer(signal.ITIMER_REAL, SLOWEST)
-    faulthandler.dump_traceback_later(2 * SLOWEST, exit=True)  # where Python does not come to word
     try:
         yield
     finally:
-        faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         resource.setrlimit(resource.RLIMIT_AS, limits)
@@ -193,6 +191,8 @@ def fuzz(name: str, tmp: Path, make: Callable, check: Callable, kept: bool = Tru
         0,
     )
     while case < CASES or time.monotonic() - start < budget:
+        if case % 10 == 0:  # a hang in which Python does not come to word ends the process
+            faulthandler.dump_traceback_later(10 * SLOWEST, exit=True)
         rng, folder = np.random.default_rng([case, *name.encode()]), tmp / "case"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -217,5 +217,6 @@ def fuzz(name: str, tmp: Path, make: Callable, check: Callable, kept: bool = Tru
         if wrong:
             failed.append(f"case {case}, {done}: {wrong}")
         case += 1
+    faulthandler.cancel_dump_traceback_later()
     assert not failed, f"{len(failed)} of {case} cases:\n" + "\n".join(failed[:200])
     return ends

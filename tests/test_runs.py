@@ -263,3 +263,35 @@ def test_measure_bins_as_asked():
     mass = (abs(15 - 20 * 0.02) + 10 * 0.03 + 30 * 0.9) / 60
     assert (found["ece"], found["ece_mass"]) == pytest.approx((width, mass), abs=1e-6)
     assert measure(*given, scheme="mass")["ece"] == pytest.approx(mass, abs=1e-6)
+
+
+def test_a_changed_number_or_another_file_in_json_is_found(tmp_path):
+    folder = RunFolder(tmp_path, "name", {})
+    for name in ("one.json", "two.json"):
+        folder.json_once(name, lambda name=name: {"text": name, "n": 1.5})
+    path = folder.path / "one.json"
+    whole = path.read_text()
+    for harmed in (whole.replace("1.5", "1.25"), (folder.path / "two.json").read_text(), "{}"):
+        path.write_text(harmed)
+        with pytest.warns(UserWarning, match="one.json: damaged .*not what was written.*set aside as one.json.bad"):
+            assert folder.json_once("one.json", lambda: {"text": "one.json", "n": 1.5}) == {
+                "text": "one.json",
+                "n": 1.5,
+            }
+        assert path.read_text() == whole and (folder.path / "one.json.bad").read_text() == harmed
+
+
+def test_another_files_tensors_a_folder_and_damaged_seconds_are_set_aside(tmp_path):
+    folder = RunFolder(tmp_path, "name", {})
+    with folder.stage("train"):
+        folder.once("fit-sft", lambda: {"a": torch.zeros(2)})
+        folder.once("fit-ia2", lambda: {"a": torch.ones(2)})
+    (folder.path / "fit-ia2.safetensors").write_bytes((folder.path / "fit-sft.safetensors").read_bytes())
+    (folder.path / "seconds.json").write_text('{"seconds": []}')
+    (folder.path / "fit-sft.safetensors").unlink()
+    (folder.path / "fit-sft.safetensors").mkdir()
+    with pytest.warns(UserWarning, match="seconds.json: damaged"):
+        folder = RunFolder(tmp_path, "name", {})
+    for name, value in (("fit-ia2", 1), ("fit-sft", 0)):
+        with pytest.warns(UserWarning, match=f"{name}.safetensors: damaged"):
+            assert folder.once(name, lambda value=value: {"a": torch.full((2,), value)})["a"].tolist() == [value] * 2
