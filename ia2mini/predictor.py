@@ -123,9 +123,13 @@ class Predictor:
             model, ids = share_prefix(model, tokenizer, [shown], prompts)
         with nullcontext(model) if shown else self.student() as student:
             if spec["labels"]:
-                return self.answer_labels(student, prompts, ids)
-            found = answer_texts(student, tokenizer, ids, Decoding(spec["max_tokens"], spec["stop"]))
-        return [{"answer": text, "confidence": sure} for text, sure in zip(*found)]
+                found = self.answer_labels(student, prompts, ids)
+            else:
+                texts = answer_texts(student, tokenizer, ids, Decoding(spec["max_tokens"], spec["stop"]))
+                found = [{"answer": text, "confidence": sure} for text, sure in zip(*texts)]
+        if any(np.isnan(answer["confidence"]) for answer in found):
+            raise UsageError("the model computes NaN: weights of model or adapter are too large; try --dtype float32")
+        return found
 
     def answer_labels(self, student, prompts: list[str], ids: list[list[int]]) -> list[dict]:
         labels = self.spec["labels"]

@@ -147,7 +147,7 @@ def shards(folder: Path) -> dict[str, Path]:
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else ()
-        if not names or not all(re.fullmatch(r"[\w.-]+", name) for name in names):
+        if not names or not all(re.fullmatch(r"[\w.-]{1,200}", name) for name in names):
             raise UsageError(f"{index}: weight_map is missing or empty, or names files elsewhere; download it again")
     where = {}
     for file in sorted(folder / name for name in names):

@@ -110,6 +110,7 @@ WRONG_NAMES = [
     "deeper\\m",
     "",
     "a\nb",
+    "9" * 300,
     1.5,
     None,
 ]

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from ia2mini.adapters import IA3, LoRA, PrefixTuning, Prompt, adapted
 from ia2mini.peft_format import read_adapter, save_adapter
+from ia2mini.predictor import FOREIGN, Predictor
+from ia2mini.subject import Subject
 
 QKV, MLP = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "down_proj"]
 TUNED = {"num_attention_heads": 2, "token_dim": 16}
@@ -194,3 +196,12 @@ def test_a_rank_that_no_tensor_fills_takes_no_memory(saved, monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *shape, **how: made.append(shape) or zeros(1))
     refused(lambda: read_adapter(folder, model), "the shape of model.layers.0.self_attn.q_proj.lora_A")
     assert not made
+
+
+@pytest.mark.parametrize("labels", [["0", "1"], []])
+def test_an_adapter_too_large_to_compute_with_is_named(tiny, labels):
+    folder, model = tiny
+    subject, adapter = Subject(model, load(folder)[1], folder, "tiny", str(folder)), LoRA(model)
+    theta = torch.full_like(adapter.init(model, torch.Generator()), 1e10)[None]
+    predictor = Predictor(subject, adapter, theta, FOREIGN | {"labels": labels, "max_tokens": 2})
+    refused(lambda: list(predictor.predict([{"text": "a"}])), "computes NaN", "--dtype float32")
