@@ -201,7 +201,7 @@ def test_a_rank_that_no_tensor_fills_takes_no_memory(saved, monkeypatch):
 @pytest.mark.parametrize("labels", [["0", "1"], []])
 def test_an_adapter_too_large_to_compute_with_is_named(tiny, labels):
     folder, model = tiny
-    subject, adapter = Subject(model, load(folder)[1], folder, "tiny", str(folder)), LoRA(model)
-    theta = torch.full_like(adapter.init(model, torch.Generator()), 1e10)[None]
+    subject, adapter = Subject(model, load(folder)[1], folder, "tiny", str(folder)), LoRA(model, ("down_proj",))
+    theta = torch.full_like(adapter.init(model, torch.Generator()), 1e30)[None]
     predictor = Predictor(subject, adapter, theta, FOREIGN | {"labels": labels, "max_tokens": 2})
     refused(lambda: list(predictor.predict([{"text": "a"}])), "computes NaN", "--dtype float32")
