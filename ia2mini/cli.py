@@ -55,7 +55,7 @@ class Commands(click.Group):
 
 def plain(text: str) -> str:
     """A stranger's text with its control characters spelled out: it must not write to the terminal as it likes."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: repr(found[0])[1:-1], text)
 
 
 class Several(click.ParamType):
@@ -99,11 +99,13 @@ def many(*options):
 
 MODEL_HELP = "folder, hub id, or short name: tiny (embedded), qwen3-4b-base, llama-3.2-1b …"
 DTYPE_HELP = "of frozen weights  [default: float32, on a GPU bfloat16]"
+check_option = click.option("--check/--no-check", default=True, help="that no weight is NaN or infinite")
 model_options = many(
     click.option("--model", default="tiny", help=MODEL_HELP),
     click.option("--device", help="cpu, cuda, cuda:1 …  [default: a GPU if there is one]"),
     click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help=DTYPE_HELP),
     click.option("--revision", help="branch, tag or commit on the hub"),
+    check_option,
 )
 data_options = many(
     file_option("--data", "your own rows: JSONL, JSON, CSV, TSV or Parquet (instead of TASK)"),
@@ -182,7 +184,7 @@ def progress(label: str, total: int):
 @click.option("--with-paper", is_flag=True, help="the paper's numbers beside ours where it has the same cell; --full")
 @click.option("--figures", type=Several(str), default="png", help="formats of the figures: png,pdf,svg")
 @click.option("--json", "as_json", is_flag=True, help="one JSON document on the last line of stdout")
-def run(names, model, device, dtype, revision, compiling, checkpointing, **given):
+def run(names, model, device, dtype, revision, check, compiling, checkpointing, **given):
     """Train and compare methods on TASKs: a table, figures, a page, and the chosen adapters in PEFT's format.
 
     Without TASK, the demo: the four toy classification tasks. All sets and rates of a method are trained side by side.
@@ -206,7 +208,7 @@ def run(names, model, device, dtype, revision, compiling, checkpointing, **given
     chosen = find_tasks(names, **own)
     from .subject import open_subject
 
-    subject = open_subject(model, device, dtype, revision)
+    subject = open_subject(model, device, dtype, revision, check)
     prepare(subject.model, compiling, checkpointing)
     chosen = [keep_apart(task, subject.tokenizer, own["template"]) for task in chosen]
     from .report import write_report

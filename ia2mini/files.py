@@ -1,5 +1,6 @@
 """Files in and out: JSON that is checked, writing that is whole or not there, and the hub's errors in one line."""
 
+import hashlib
 import json
 import os
 import platform
@@ -13,14 +14,31 @@ from safetensors import SafetensorError
 from . import UsageError
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a file. Raises UsageError."""
+def is_there(path: Path) -> bool:
+    """Whether a file is there. Raises UsageError for a folder, and for a pipe or device, which may never end."""
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path}: cannot be read (it is not a file)")
+    return path.exists()
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark. Raises UsageError."""
+    if not is_there(path):
+        raise UsageError(f"{path}: no such file")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file") from None
+        return (data := path.read_bytes()).decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8") from None
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file. Raises UsageError."""
+    text = read_text(path)
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:  # also of a number of more than 4,300 digits
         raise UsageError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
@@ -60,7 +78,7 @@ def alive(pid: int) -> bool:
     """Whether a process of this number runs on this machine."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # the latter of a number that no process has
         return False
     except PermissionError:  # another user's
         pass
@@ -73,6 +91,21 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(finite(content), indent=1) + "\n")
+
+
+def sealed(path: Path, content: dict) -> dict:
+    """`content` as JSON holds it, with a digest of it and of its place as the last field."""
+    content, place = finite(content), "/".join(path.parts[-2:])
+    return content | {"sha256": hashlib.sha256(f"{place} {json.dumps(content)}".encode()).hexdigest()}
+
+
+def read_sealed(path: Path) -> dict:
+    """The content of a JSON file that was written `sealed`. Raises UsageError, also for other content."""
+    said = read_json(path)
+    content = {key: value for key, value in said.items() if key != "sha256"}
+    if said != sealed(path, content):
+        raise UsageError(f"{path}: its content is not what was written")
+    return content
 
 
 def finite(value):

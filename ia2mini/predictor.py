@@ -3,9 +3,12 @@
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from inspect import isfunction
 from itertools import islice
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from .batch import Watch
 from .chat import ChatTemplate
 from .episode import with_demonstrations
 from .evaluate import answer_scores, label_scores, share_prefix
-from .files import finite, read_json, write_text
+from .files import finite, is_there, read_json, write, write_text
 from .generate import STOP, Decoding, generate
 from .models.checkpoint import load
 from .models.common import device_of
@@ -120,13 +123,19 @@ class Predictor:
             model, ids = share_prefix(model, tokenizer, [shown], prompts)
         with nullcontext(model) if shown else self.student() as student:
             if spec["labels"]:
-                return self.answer_labels(student, prompts, ids)
-            found = answer_texts(student, tokenizer, ids, Decoding(spec["max_tokens"], spec["stop"]))
-        return [{"answer": text, "confidence": sure} for text, sure in zip(*found)]
+                found = self.answer_labels(student, prompts, ids)
+            else:
+                texts = answer_texts(student, tokenizer, ids, Decoding(spec["max_tokens"], spec["stop"]))
+                found = [{"answer": text, "confidence": sure} for text, sure in zip(*texts)]
+        if any(np.isnan(answer["confidence"]) for answer in found):
+            raise UsageError("the model computes NaN: weights of model or adapter are too large; try --dtype float32")
+        return found
 
     def answer_labels(self, student, prompts: list[str], ids: list[list[int]]) -> list[dict]:
         labels = self.spec["labels"]
         tokens = self.subject.tokenizer.label_tokens(self.chat(self.spec.get("example", prompts[0])), labels)
+        if (longest := max(map(len, tokens))) > (most := self.subject.model.config.max_position_embeddings):
+            raise UsageError(f"a label has {longest} tokens; the model reads at most {most}")
         scores = label_scores(student, ids, tokens).logarithms[0]
         found = []
         for row in (scores / self.spec["temperature"]).softmax(-1).tolist():
@@ -162,7 +171,7 @@ class Predictor:
         """Copy the small files of the base's checkpoint beside a whole one."""
         for name in BESIDE:
             if (self.subject.folder / name).is_file():
-                write_text(out / name, (self.subject.folder / name).read_text(encoding="utf-8"))
+                write(out / name, partial(shutil.copyfile, self.subject.folder / name))
 
     def check(self, folder: Path) -> None:
         """Compare the canary with what was saved. Raises UsageError for another base or a damaged adapter."""
@@ -205,9 +214,16 @@ def answer_texts(student, tokenizer, ids: list[list[int]], how: Decoding, watch:
 FOREIGN = {"template": "{text}", "labels": [], "parser": "text", "max_tokens": 200, "stop": STOP, "temperature": 1.0}
 FOREIGN |= {"confidences": [], "demonstrations": [], "method": "adapter", "chat": False, "context": False}
 
-TOKENS = {"tokens": [int], "log_probabilities": [float | int]}
-SHAPE = {"template": str, "labels": [str], "max_tokens": int, "stop": str | None, "temperature": float | int}
-SHAPE |= {"parser": str | None, "confidences": [float | int], "demonstrations": [{"prompt": str, "answer": str}]}
+
+def number(least: float, most: float, kind=float | int) -> Callable:
+    """Whether a value is a number from `least` to `most`."""
+    return lambda value: isinstance(value, kind) and least <= value <= most
+
+
+TOKENS = {"tokens": [number(0, 2**31, int)], "log_probabilities": [number(-1e9, 0)]}
+SHAPE = {"template": str, "labels": [str], "max_tokens": number(1, 2**16, int), "stop": str | None}
+SHAPE |= {"parser": str | None, "confidences": [number(0, 1.001)], "demonstrations": [{"prompt": str, "answer": str}]}
+SHAPE |= {"temperature": number(1e-6, 1e6)}
 SHAPE |= {"method": str, "chat": bool, "context": bool, "example": str, "report": dict, "adapter_digest": str | None}
 SHAPE |= {"base": {"name": str}, "canary": {"dtype": str, "base": TOKENS, "adapted": TOKENS}}
 
@@ -246,7 +262,7 @@ def load_adapter(folder: str | Path, subject: Subject | None = None, **spec) -> 
 def read_spec(folder: Path) -> dict | None:
     """The description of an adapter that ia2mini fitted, None of another. Raises UsageError for a damaged one."""
     path = folder / SPEC
-    kept = read_json(path) if path.is_file() else None
+    kept = read_json(path) if is_there(path) else None
     if kept is not None and (field := misfit(kept, SHAPE, "")):
         broken = f"field {field[1:]} is missing or not what it should be: damaged, or written by another version"
         raise UsageError(f"{path}: {broken}; fit the adapter again")
@@ -254,13 +270,15 @@ def read_spec(folder: Path) -> dict | None:
 
 
 def misfit(value, shape, name: str) -> str | None:
-    """The first field that has not its shape: a type, or an object or a list of shapes."""
+    """The first field that has not its shape: a type, what tells of a value, or an object or a list of shapes."""
     if isinstance(shape, dict) and isinstance(value, dict):
         parts = [(value.get(key, ...), inner, f"{name}.{key}") for key, inner in shape.items()]
     elif isinstance(shape, list) and isinstance(value, list):
         parts = [(part, shape[0], name) for part in value]
     else:
-        return None if not isinstance(shape, (dict, list)) and isinstance(value, shape) else name
+        plain = not isinstance(shape, (dict, list))
+        fits = shape(value) if isfunction(shape) else plain and isinstance(value, shape)
+        return None if fits else name
     return next(filter(None, (misfit(*part) for part in parts)), None)
 
 

@@ -24,7 +24,7 @@ class Subject:
 
 
 def open_subject(
-    model: str = "tiny", device: str | None = None, dtype: str | None = None, revision: str | None = None
+    model: str = "tiny", device: str | None = None, dtype: str | None = None, revision=None, check: bool = True
 ) -> Subject:
     """The model of a folder, hub id or short name; on a GPU if there is one, there in bfloat16. Raises UsageError."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,7 +36,8 @@ def open_subject(
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device {device}: not usable here ({reason}); use --device cpu") from None
     folder = locate(model, revision)
-    network, tokenizer = load(folder, getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16")), device)
+    dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
+    network, tokenizer = load(folder, dtype, device, check=check)
     local = folder == TINY or Path(model).is_dir()
     name = folder.resolve().name if local else model.replace("/", "--")
     base = str(folder.resolve()) if local else SHORT_NAMES.get(model.lower(), model)

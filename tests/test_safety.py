@@ -54,6 +54,7 @@ def test_terminal_escapes_are_shown_not_obeyed(tmp_path):
     evil = "red \x1b[31m, bell \x07, title \x9d0;x\x9c, over\rwrite"
     assert plain(evil) == "red \\x1b[31m, bell \\x07, title \\x9d0;x\\x9c, over\\rwrite"
     assert plain("a\tb\nc ü 漢 🙂") == "a\tb\nc ü 漢 🙂"
+    assert plain("half \ud800 a pair") == "half \\ud800 a pair"
     rows = [{"text": f"{evil} {i}", "label": "ab"[i % 2]} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shown = CliRunner().invoke(main, ["tasks", "--data", str(tmp_path / "rows.jsonl")])

@@ -211,3 +211,16 @@ def test_an_unknown_word_costs_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tokenizer.encode_all(["known"]) == [[1]]
+
+
+def test_tokens_beyond_the_models_vocabulary_are_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"vocab_size": 100, "eos_token_id": 99}')
+    (tmp_path / "tokenizer.json").write_text(byte_tokenizer(bos=False))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert max(tokenizer.encode("abc")) < 100
+    for read in (lambda: tokenizer.encode("é"), lambda: tokenizer.encode_all(["a", "é"])):
+        with pytest.raises(UsageError, match="token 1.. of 'é' is beyond the model's vocab_size 100"):
+            read()
+    (tmp_path / "config.json").write_text('{"vocab_size": 100, "eos_token_id": 100}')
+    with pytest.raises(UsageError, match="eos_token_id = 100 .*vocab_size = 100"):
+        Tokenizer.from_folder(tmp_path)
