@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test test-real lint bench clean
+.PHONY: setup demo test test-real kills lint bench clean
 
 setup: $(VENV)/ready  ## a virtual environment with ia2mini, all extras and the tested versions
 
@@ -24,6 +24,9 @@ test: setup lint  ## every check, offline
 
 test-real: setup  ## on a real checkpoint of 135 million weights, in $$IA2MINI_REAL or made (a minute, 270 MB); minutes
 	real="$${IA2MINI_REAL:-$$($(BIN)/python tests/real.py)}" && IA2MINI_REAL="$$real" $(BIN)/python -m pytest tests/test_real.py
+
+kills: setup  ## each command killed $$IA2MINI_KILLS times (30), on full disks and without permissions; a quarter of an hour
+	IA2MINI_KILLS="$${IA2MINI_KILLS:-30}" $(BIN)/python -m pytest -s tests/test_kills.py
 
 lint: setup
 	$(BIN)/ruff format --check --quiet --line-length 120 .

@@ -37,14 +37,14 @@ class Commands(click.Group):
             mistake = f"{error.format_message()} `{error.ctx.command_path} --help` lists what there is"
         except click.ClickException as error:
             mistake = error.format_message()
-        except click.Abort:
+        except (click.Abort, KeyboardInterrupt):  # the latter outside click's own care
             kept = "interrupted; what was finished is kept, and the same command goes on from there"
             click.echo(f"\nia2mini: {kept}", err=True)
             sys.exit(130)
         except OSError as error:
             if error.errno is None:
                 raise
-            mistake = f"{error.filename or 'files'}: {error.strerror}"
+            mistake, sys.stdout = f"{error.filename or 'output'}: {error.strerror}", None  # not tried again at exit
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not be loaded yet
                 raise

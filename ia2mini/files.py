@@ -5,7 +5,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -29,9 +29,13 @@ def read_json(path: Path) -> dict:
 
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
-    """Run `writer(temporary path)` beside `path`, then rename: the file is whole or not there. Raises UsageError."""
+    """Run `writer(temporary path)` beside `path`, then rename: the file is whole or not there. Raises UsageError.
+
+    What killed processes had begun of it is swept.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{platform.node()}.{os.getpid()}.")
         os.close(handle)
     except OSError as error:
@@ -45,15 +49,17 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
         reason, mend = getattr(error, "strerror", None) or error, "free some space or choose another folder with --out"
         raise UsageError(f"{path}: cannot be written ({reason}); {mend}") from None
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):  # after a rename, or without the right to
+            os.unlink(temporary)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what `write` had begun anywhere below `folder` in processes of this machine that are no more."""
-    for path in folder.rglob(f".*.{platform.node()}.*.*"):
-        pid = path.name.split(".")[-2]
-        if pid.isdecimal() and not alive(int(pid)):
-            path.unlink(missing_ok=True)
+def sweep(path: Path) -> None:
+    """Remove what `write` had begun of `path` in processes of this machine that are no more."""
+    begun = f".{path.name}.{platform.node()}."
+    for left in path.parent.iterdir():
+        pid = left.name[len(begun) :].split(".")[0]
+        if left.name.startswith(begun) and pid.isdecimal() and not alive(int(pid)):
+            left.unlink(missing_ok=True)
 
 
 def alive(pid: int) -> bool:

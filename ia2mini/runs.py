@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import UsageError
-from .files import read_json, sweep, write, write_json
+from .files import read_json, write, write_json
 
 
 class RunFolder:
@@ -34,11 +34,7 @@ class RunFolder:
         self.spent = read_json(spent) if spent.is_file() else {"seconds": {}, "peak_memory_bytes": 0}
 
     def begin(self, resolved: dict) -> None:
-        """Create the folder, if it is not there, with what made it and defaults as `resolved`. Raises UsageError.
-
-        What killed processes have half written there is swept.
-        """
-        sweep(self.path)
+        """Create the folder, if it is not there, with what made it and defaults as `resolved`. Raises UsageError."""
         self.json_once("run.json", lambda: self.what | resolved)
 
     def once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -202,6 +202,6 @@ def save(model: nn.Module, folder: Path, tokenizer_json=None, eos_token_id=None,
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
-    write_text(folder / "config.json", json.dumps(raw, indent=2) + "\n")
     if tokenizer_json is not None:
         write_text(folder / "tokenizer.json", tokenizer_json)
+    write_text(folder / "config.json", json.dumps(raw, indent=2) + "\n")  # last: without it this is no checkpoint
