@@ -26,11 +26,15 @@ class Commands(click.Group):
     """A group that turns a user's mistake into one line and exit code 2, and an interrupt into 130."""
 
     def main(self, *args, **more):
-        with suppress(ValueError):  # not the main thread
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+        interrupts = heed_interrupts()
         warnings.showwarning = lambda text, *where, **_: click.echo(plain(f"ia2mini: warning: {text}"), err=True)
         try:
-            sys.exit(super().main(*args, **more | {"standalone_mode": False}))
+            try:
+                sys.exit(super().main(*args, **more | {"standalone_mode": False}))
+            except Exception:
+                if interrupts:
+                    raise KeyboardInterrupt from None
+                raise
         except UsageError as error:
             mistake = str(error)
         except click.UsageError as error:
@@ -51,6 +55,21 @@ class Commands(click.Group):
             mistake = "the device has too little memory; use a smaller --model, --dtype bfloat16 or another --device"
         click.echo(plain(f"ia2mini: {mistake}"), err=True)
         sys.exit(2)
+
+
+def heed_interrupts() -> list:
+    """Have SIGTERM interrupt as Ctrl-C does. The list holds what came: native code may turn it into another error."""
+    came = []
+
+    def interrupt(*signals):
+        came.append(signals)
+        raise KeyboardInterrupt
+
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, interrupt)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell's jobs in the background have it
+            signal.signal(signal.SIGINT, interrupt)
+    return came
 
 
 def plain(text: str) -> str:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ia2mini import UsageError
-from ia2mini.files import hub_errors, read_json, write, write_text
+from ia2mini.files import hub_errors, patiently, read_json, write, write_text
 from ia2mini.tokenizer import Tokenizer
 
 from . import llama, qwen3
@@ -72,7 +72,7 @@ def download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     with hub_errors(hub_id, "model", revision, "give a folder"):
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=FILES))
+        return Path(patiently(lambda: snapshot_download(hub_id, revision=revision, allow_patterns=FILES)))
 
 
 def read_folder_config(folder: Path):
@@ -155,7 +155,8 @@ def shards(folder: Path) -> dict[str, Path]:
             with safe_open(file, "pt") as f:
                 where.update(dict.fromkeys(f.keys(), file))
         except (SafetensorError, OSError, struct.error) as error:
-            raise UsageError(f"{file}: truncated or corrupt safetensors file ({error}); download it again") from None
+            mend = f"delete {file.resolve()} and download it again"  # a link of the hub's cache would be kept
+            raise UsageError(f"{file}: truncated or corrupt safetensors file ({error}); {mend}") from None
     return where
 
 

@@ -8,12 +8,15 @@ import signal
 from itertools import islice
 from pathlib import Path
 
+import click
 import kills
 import pytest
+from click.testing import CliRunner
 from kills import COMMANDS, ROOT, check_whole, command, content, lose_permissions, permit
 from mistakes import refused
 
 from ia2mini import load_adapter
+from ia2mini.cli import Commands
 
 KILLS = int(os.environ.get("IA2MINI_KILLS", 2))
 SIGNALS = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
@@ -109,6 +112,24 @@ def test_what_an_interrupted_fit_has_saved_is_not_taken_for_any_adapter_of_peft(
     out = place / "out"
     assert (out / "adapter_config.json").is_file() and not (out / "ia2mini.json").exists()
     refused(lambda: load_adapter(out), f"{out}: its `ia2mini fit` was interrupted; the same command goes on")
+
+
+@pytest.mark.parametrize("number", SIGNALS[1:])
+def test_an_interrupt_that_native_code_turns_into_another_error(number):
+    @click.group(cls=Commands)
+    def group():
+        pass
+
+    @group.command()
+    def load():
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:  # as safetensors' get_tensor does
+            raise ValueError("could not determine the shape of object type") from None
+
+    done = CliRunner().invoke(group, ["load"])
+    assert done.exit_code == 130 and done.stderr.strip().startswith("ia2mini: interrupted; what was finished is kept")
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def hidden(folder: Path) -> list[str]:
