@@ -106,7 +106,11 @@ def child(folder, name, ends, at=None, room=None, powerless=False, output=None) 
 
     def told(*arguments, **more):
         ends[2].send("begun")
-        return begin(*arguments, **more)
+        try:
+            return begin(*arguments, **more)
+        finally:  # the child's own end is not the command's
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
 
     def counted(*paths):
         counted.files += 1
