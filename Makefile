@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test test-real fuzz lint mutants bench clean
+.PHONY: setup demo test test-real fuzz kills lint mutants bench clean
 
 setup: $(VENV)/ready  ## a virtual environment with ia2mini, all extras and the tested versions
 
@@ -27,6 +27,9 @@ test-real: setup  ## on a real checkpoint of 135 million weights, in $$IA2MINI_R
 
 fuzz: setup  ## the tests of hostile files with as many more mutations as fit into $$IA2MINI_FUZZ seconds (an hour)
 	IA2MINI_FUZZ=$${IA2MINI_FUZZ:-3600} $(BIN)/python -m pytest tests/test_fuzz.py
+
+kills: setup  ## each command killed $$IA2MINI_KILLS times (30), on full disks and without permissions; a quarter of an hour
+	IA2MINI_KILLS="$${IA2MINI_KILLS:-30}" $(BIN)/python -m pytest -s tests/test_kills.py
 
 lint: setup
 	$(BIN)/ruff format --check --quiet --line-length 120 .

@@ -26,31 +26,50 @@ class Commands(click.Group):
     """A group that turns a user's mistake into one line and exit code 2, and an interrupt into 130."""
 
     def main(self, *args, **more):
-        with suppress(ValueError):  # not the main thread
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+        interrupts = heed_interrupts()
         warnings.showwarning = lambda text, *where, **_: click.echo(plain(f"ia2mini: warning: {text}"), err=True)
         try:
-            sys.exit(super().main(*args, **more | {"standalone_mode": False}))
+            try:
+                sys.exit(super().main(*args, **more | {"standalone_mode": False}))
+            except Exception:
+                if interrupts:
+                    raise KeyboardInterrupt from None
+                raise
         except UsageError as error:
             mistake = str(error)
         except click.UsageError as error:
             mistake = f"{error.format_message()} `{error.ctx.command_path} --help` lists what there is"
         except click.ClickException as error:
             mistake = error.format_message()
-        except click.Abort:
+        except (click.Abort, KeyboardInterrupt):  # the latter outside click's own care
             kept = "interrupted; what was finished is kept, and the same command goes on from there"
             click.echo(f"\nia2mini: {kept}", err=True)
             sys.exit(130)
         except OSError as error:
             if error.errno is None:
                 raise
-            mistake = f"{error.filename or 'files'}: {error.strerror}"
+            mistake, sys.stdout = f"{error.filename or 'output'}: {error.strerror}", None  # not tried again at exit
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not be loaded yet
                 raise
             mistake = "the device has too little memory; use a smaller --model, --dtype bfloat16 or another --device"
         click.echo(plain(f"ia2mini: {mistake}"), err=True)
         sys.exit(2)
+
+
+def heed_interrupts() -> list:
+    """Have SIGTERM interrupt as Ctrl-C does. The list holds what came: native code may turn it into another error."""
+    came = []
+
+    def interrupt(*signals):
+        came.append(signals)
+        raise KeyboardInterrupt
+
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, interrupt)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell's jobs in the background have it
+            signal.signal(signal.SIGINT, interrupt)
+    return came
 
 
 def plain(text: str) -> str:

@@ -4,14 +4,20 @@ import hashlib
 import json
 import os
 import platform
+import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from . import UsageError
+
+WAITS = (1, 4)  # seconds before a download is tried again
+BROKEN_OFF = ("RemoteProtocolError", "ReadError", "ChunkedEncodingError")  # of the client's library, httpx or requests
+PARTS = ("connect", "read", "write", "pool")  # of a request, each with a time limit
 
 
 def is_there(path: Path) -> bool:
@@ -47,9 +53,13 @@ def read_json(path: Path) -> dict:
 
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
-    """Run `writer(temporary path)` beside `path`, then rename: the file is whole or not there. Raises UsageError."""
+    """Run `writer(temporary path)` beside `path`, then rename: the file is whole or not there. Raises UsageError.
+
+    What killed processes had begun of it is swept.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{platform.node()}.{os.getpid()}.")
         os.close(handle)
     except OSError as error:
@@ -63,15 +73,17 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
         reason, mend = getattr(error, "strerror", None) or error, "free some space or choose another folder with --out"
         raise UsageError(f"{path}: cannot be written ({reason}); {mend}") from None
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):  # after a rename, or without the right to
+            os.unlink(temporary)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what `write` had begun anywhere below `folder` in processes of this machine that are no more."""
-    for path in folder.rglob(f".*.{platform.node()}.*.*"):
-        pid = path.name.split(".")[-2]
-        if pid.isdecimal() and not alive(int(pid)):
-            path.unlink(missing_ok=True)
+def sweep(path: Path) -> None:
+    """Remove what `write` had begun of `path` in processes of this machine that are no more."""
+    begun = f".{path.name}.{platform.node()}."
+    for left in path.parent.iterdir():
+        pid = left.name[len(begun) :].split(".")[0]
+        if left.name.startswith(begun) and pid.isdecimal() and not alive(int(pid)):
+            left.unlink(missing_ok=True)
 
 
 def alive(pid: int) -> bool:
@@ -113,6 +125,35 @@ def finite(value):
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
+def patiently(fetch: Callable):
+    """`fetch()` by huggingface_hub, tried again where the hub is busy or breaks off, with a time limit to each answer.
+
+    The client itself waits for ever for some answers (lists of files), and gives up at once on some that may pass.
+    """
+    from huggingface_hub.utils import get_session
+
+    hooks = getattr(get_session(), "event_hooks", {}).get("request", [])  # none in clients before 1.0
+    hooks += [limit] * (limit not in hooks)
+    for wait in (*WAITS, None):
+        try:
+            return fetch()
+        except Exception as error:
+            cause = error.__cause__ or error
+            status = getattr(getattr(cause, "response", None), "status_code", 0)
+            if wait is None or not (status == 429 or status >= 500 or type(cause).__name__ in BROKEN_OFF):
+                raise
+        time.sleep(wait)
+
+
+def limit(request) -> None:
+    """Have no part of a request take longer than the client's own settings allow (HF_HUB_DOWNLOAD_TIMEOUT)."""
+    from huggingface_hub import constants
+
+    most = max(constants.HF_HUB_DOWNLOAD_TIMEOUT, constants.HF_HUB_ETAG_TIMEOUT)
+    given = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {part: min(given.get(part) or most, most) for part in PARTS}
+
+
 @contextmanager
 def hub_errors(repo: str, kind: str, revision: str | None, instead: str) -> Iterator[None]:
     """Turn whatever goes wrong with a "model" or "dataset" on the hub into a UsageError; `instead`: a way around."""
@@ -130,9 +171,10 @@ def hub_errors(repo: str, kind: str, revision: str | None, instead: str) -> Iter
         raise UsageError(f"{repo}: no such {kind} on the hub (or private: {log_in})") from None
     except errors.RevisionNotFoundError:
         raise UsageError(f"{repo}: the hub has no revision {revision} of it; {instead}") from None
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
-        missing = "not in the local cache, and the hub is out of reach"
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+        status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
+        missing = f"not in the local cache, and the hub {f'answers {status}' if status else 'is out of reach'}"
         raise UsageError(f"{repo}: {missing}; check the network, or {instead}") from None
     except Exception as error:  # bad ids and the client's own network errors, whose classes differ between its versions
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        reason = re.sub("Bearer [^'\"]*", "Bearer …", " ".join(f"{type(error).__name__}: {error}".split()))[:160]
         raise UsageError(f"{repo}: cannot be downloaded ({reason}); check the network, or {instead}") from None

@@ -263,6 +263,8 @@ def read_spec(folder: Path) -> dict | None:
     """The description of an adapter that ia2mini fitted, None of another. Raises UsageError for a damaged one."""
     path = folder / SPEC
     kept = read_json(path) if is_there(path) else None
+    if kept is None and next(folder.glob("unfinished-*"), None):
+        raise UsageError(f"{folder}: its `ia2mini fit` was interrupted; the same command goes on from there")
     if kept is not None and (field := misfit(kept, SHAPE, "")):
         broken = f"field {field[1:]} is missing or not what it should be: damaged, or written by another version"
         raise UsageError(f"{path}: {broken}; fit the adapter again")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import UsageError
-from .files import is_there, read_sealed, sealed, sweep, write, write_json
+from .files import is_there, read_sealed, sealed, write, write_json
 
 
 class RunFolder:
@@ -33,11 +33,7 @@ class RunFolder:
         self.spent: dict = self.kept(self.path / "seconds.json", read_sealed) or {"seconds": {}, "peak_memory_bytes": 0}
 
     def begin(self, resolved: dict) -> None:
-        """Create the folder, if it is not there, with what made it and defaults as `resolved`. Raises UsageError.
-
-        What killed processes have half written there is swept.
-        """
-        sweep(self.path)
+        """Create the folder, if it is not there, with what made it and defaults as `resolved`. Raises UsageError."""
         self.json_once("run.json", lambda: self.what | resolved)
 
     def once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

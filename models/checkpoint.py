@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ia2mini import UsageError
-from ia2mini.files import hub_errors, read_json, write, write_text
+from ia2mini.files import hub_errors, patiently, read_json, write, write_text
 from ia2mini.tokenizer import Tokenizer
 
 from . import llama, qwen3
@@ -76,7 +76,7 @@ def download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     with hub_errors(hub_id, "model", revision, "give a folder"):
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=FILES))
+        return Path(patiently(lambda: snapshot_download(hub_id, revision=revision, allow_patterns=FILES)))
 
 
 def read_folder_config(folder: Path):
@@ -161,7 +161,8 @@ def shards(folder: Path) -> dict[str, Path]:
             with safe_open(file, "pt") as f:
                 where.update(dict.fromkeys(f.keys(), file))
         except (SafetensorError, OSError, struct.error) as error:
-            raise UsageError(f"{file}: truncated or corrupt safetensors file ({error}); download it again") from None
+            mend = f"delete {file.resolve()} and download it again"  # a link of the hub's cache would be kept
+            raise UsageError(f"{file}: truncated or corrupt safetensors file ({error}); {mend}") from None
     return where
 
 
@@ -213,6 +214,6 @@ def save(model: nn.Module, folder: Path, tokenizer_json=None, eos_token_id=None,
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
-    write_text(folder / "config.json", json.dumps(raw, indent=2) + "\n")
     if tokenizer_json is not None:
         write_text(folder / "tokenizer.json", tokenizer_json)
+    write_text(folder / "config.json", json.dumps(raw, indent=2) + "\n")  # last: without it this is no checkpoint

@@ -157,10 +157,16 @@ def test_what_killed_processes_had_begun_is_swept(tmp_path):
     subprocess.run([sys.executable, "-c", code, folder.path / "cell" / "fit.safetensors"])
     (left,) = (folder.path / "cell").iterdir()
     mine = folder.path / f".results.json.{platform.node()}.{os.getpid()}.x"
-    others = [folder.path / ".results.json.elsewhere.1234567.x", folder.path / ".hidden", mine]
+    others = [
+        folder.path / ".results.json.elsewhere.1234567.x",
+        folder.path / ".hidden",
+        mine,
+        left.with_name("1234567"),
+    ]
     for path in others:
         path.write_text("")
-    folder.begin({})
+    folder.once("cell/fit", lambda: {})
+    write_json(folder.path / "results.json", {})
     assert not left.exists() and all(path.exists() for path in others)
 
 

@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path, PurePosixPath
 
 from ia2mini import UsageError
-from ia2mini.files import hub_errors
+from ia2mini.files import hub_errors, patiently
 
 from .catalog import Example, Task, arrange
 from .own import own_task
@@ -92,7 +92,8 @@ def download(repo: str, choose: Callable[[list[str]], list[str]], revision=None)
     get, note = partial(snapshot_download, repo, repo_type="dataset", revision=revision), ""
     with hub_errors(repo, "dataset", revision, "give local rows with --data-dir"):
         try:
-            names = [file.rfilename for file in HfApi().dataset_info(repo, revision=revision, timeout=10).siblings]
+            info = patiently(lambda: HfApi().dataset_info(repo, revision=revision, timeout=10))
+            names = [file.rfilename for file in info.siblings]
         except Exception as error:
             try:
                 cached = Path(get(allow_patterns=[], local_files_only=True))
@@ -104,7 +105,8 @@ def download(repo: str, choose: Callable[[list[str]], list[str]], revision=None)
             chosen = choose(sorted(names))
         except UsageError as error:
             raise UsageError(f"{error}{note}") from None
-        folder = Path(get(allow_patterns=[f"{PurePosixPath(name).parent}/*" for name in chosen]))
+        wanted = [f"{PurePosixPath(name).parent}/*" for name in chosen]
+        folder = Path(patiently(lambda: get(allow_patterns=wanted)))
     return [folder / name for name in chosen], folder.name
 
 
