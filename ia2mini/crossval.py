@@ -77,6 +77,7 @@ class CrossValidation:
         self.rates = options.rates_for(subject.name)
         self.lengths: dict[str, int] = {}  # text -> tokens: each is asked for in every fold
         self.fits: dict[str, Trained] = {}
+        self.troubles: list[str] = []  # sentences about runs of which a loss was not finite
         self.answers: dict[int, list[Row]] = {}
         parts = prompts if prompts <= ALONE else min(options.folds, prompts)
         self.folds = draw_folds(rows, parts, self.shown, options.seed)
@@ -148,7 +149,7 @@ class CrossValidation:
             kept = self.once(f"fit-{method}", lambda: vars(METHODS[method](self.fold_grid)))
             self.fits[method] = Trained(**kept | {"theta": kept["theta"].to(device_of(self.subject.model))})
             names = [f"fold {fold} at rate {rate:g}" for fold, rate in product(range(len(self.folds)), self.rates)]
-            warn_of_failed(method, self.fits[method], names)
+            self.troubles += warn_of_failed(method, self.fits[method], names, len(self.folds))
         return self.fits[method]
 
     def score(self, student: Callable, prompts: list[list[int]], number: int, runs: int = 1) -> Tensor:
@@ -215,6 +216,7 @@ class CrossValidation:
         """`name` with, for each fold, the rate that is best on all other folds: no row chooses for itself."""
         every = self.once(f"held-out-{name}", lambda: {"scores": self.held_out(name)})["scores"]
         losses = row_losses(every, self.gold)  # [rates, n]
+        losses[losses.isnan().any(1)] = torch.inf  # a rate that failed in some fold
         nested, picks = torch.empty_like(every[0]), []
         for fold in self.folds:
             others = torch.ones(len(self.rows), dtype=torch.bool)
@@ -261,7 +263,10 @@ class CrossValidation:
             )  # steps an epoch
             phase = replace(grid, settings=self.settings(max(1, round(best * now / then))), first=first.get)
             first[method] = METHODS[method](phase)
-        return first[winner.name].theta
+        if not (theta := first[winner.name].theta).isfinite().all():
+            mend = "use lower --rates or --dtype float32"
+            raise UsageError(f"{winner.name} at rate {self.rates[rate]:g} diverged when trained on every row; {mend}")
+        return theta
 
     def length(self, row: Example) -> int:
         return self.tokens(row.prompt)

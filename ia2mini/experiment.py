@@ -130,7 +130,8 @@ class Experiment:
         tensors = self.setting.folder.once(f"{self.name}/fit-{method}", lambda: vars(METHODS[method](self.grid)))
         found = Trained(**tensors | {"theta": tensors["theta"].to(device_of(self.setting.subject.model))})
         runs = configs(method, len(self.episodes), self.rates, self.betas)
-        warn_of_failed(f"{self.name}, {method}", found, [f"set {number} at rate {rate:g}" for number, rate, _ in runs])
+        names = [f"set {number} at rate {rate:g}" + f" β {beta}" * (beta is not None) for number, rate, beta in runs]
+        warn_of_failed(f"{self.name}, {method}", found, names, len(self.episodes))
         return found
 
     def training_records(self, method: str) -> list[dict]:
@@ -139,9 +140,11 @@ class Experiment:
             about, found, records = self.about | {"method": method}, self.trained(method), []
             o = self.setting.options
             kl = self.divergences(method).tolist() if o.select == "kl" and method not in ("sft", "sft-sft") else []
+            troubles = found.troubles()
             for r, (number, rate, beta) in enumerate(configs(method, len(self.episodes), self.rates, self.betas)):
                 record = {"set": number, "rate": rate, "beta": beta, "dev_loss": found.dev_loss[r].item()}
-                records.append(about | record | {"steps": int(found.steps[r])} | ({"kl": kl[r]} if kl else {}))
+                record |= {"steps": int(found.steps[r]), "trouble": troubles[r]}
+                records.append(about | record | ({"kl": kl[r]} if kl else {}))
             self.records[method] = records
         return self.records[method]
 
@@ -172,9 +175,15 @@ class Experiment:
         return self.setting.folder.once(f"{self.name}/kl-{method}", make)["kl"]
 
     def reported(self, method: str) -> list[int]:
-        """Which of a method's runs are scored: those of the rate (and β) chosen without evaluation rows, or all."""
+        """Which of a method's runs are scored: those of the rate (and β) chosen without evaluation rows, or of all.
+
+        Not those of a rate that failed in some set: it cannot be chosen.
+        """
         records, select = self.training_records(method), self.setting.options.select
-        return at_config(records, chosen(records, select)) if select in ("dev", "kl") else list(range(len(records)))
+        if select in ("dev", "kl"):
+            return at_config(records, chosen(records, select))
+        whole = self.trained(method).dev_loss.isfinite().view(len(self.episodes), -1).all(0)
+        return whole.repeat(len(self.episodes)).nonzero()[:, 0].tolist()
 
     def prompts(self, name: str, number: int | None = None) -> tuple[Callable, list[list[int]]]:
         """The model and the prompts of an evaluation, without demonstrations or with those of set `number`."""

@@ -159,7 +159,7 @@ def make_report(cv: CrossValidation, candidates: dict[str, Candidate], chosen: C
         "chosen": chosen.name,
         "tokens": {"query": query, "icl": query + shown},
         "candidates": found,
-        "remarks": [],
+        "remarks": list(cv.troubles),
     }
     if "sft" in candidates and not cv.options.context:
         behind = candidates["icl"].losses - candidates["sft"].losses

@@ -68,6 +68,12 @@ def legend(document: dict) -> list[str]:
     lines.append("asim: likeness of attention outputs to those with demonstrations")
     if any(c["ood"] for c in document["cells"]):
         lines[-1] += "; means include evaluations out of distribution (*)"
+    broken = [record for record in document.get("training") or [] if record.get("trouble")]
+    for group in grouped(broken, "task", "n", "method", "rate", "beta", "trouble").items():
+        (task, n, method, *_, trouble), runs = group
+        sets = ", ".join(str(run["set"]) for run in runs)
+        who = f"{LABELS.get(method, method)} at rate {entry(runs[0], 'rate')}"
+        lines.append(f"{task}, N = {n}: {who}, set {sets}: {trouble}")
     return lines
 
 
