@@ -140,7 +140,7 @@ def merge(adapter, out, **how):
 @main.command()
 @model_options
 @click.option("--prompt", required=True, help="text to continue")
-@click.option("--max-tokens", default=100, type=click.IntRange(1), help="at most")
+@click.option("--max-tokens", default=100, type=click.IntRange(1), help="at most, within what the model reads")
 @click.option("--stop", help="text at which to stop, besides the end of sequence")
 @file_option("--adapter", "folder of an adapter; its own base is the model")
 @click.option("--chat", is_flag=True, help="the prompt as a turn of the checkpoint's chat template")
@@ -161,6 +161,8 @@ def generate(model, device, dtype, revision, prompt, max_tokens, stop, adapter, 
     ids = subject.tokenizer.encode(ChatTemplate(subject.folder, subject.tokenizer)(prompt) if chat else prompt)
     if not ids:
         raise UsageError("--prompt is empty and this model's tokenizer adds no BOS; give some text")
+    subject.check_room(prompt, len(ids), "use a shorter --prompt")
+    max_tokens = min(max_tokens, subject.reads + 1 - len(ids))
     with fitted.student() as student:
         (response,) = continue_text(student, subject.tokenizer, [ids], Decoding(max_tokens, stop))
     click.echo(plain(subject.tokenizer.decode(ids + response)[len(subject.tokenizer.decode(ids)) :]))

@@ -103,12 +103,9 @@ class CrossValidation:
 
     def cut(self, shown: list[Example], row: Example) -> list[Example]:
         """The first of the demonstrations that fit into the model's context before `row` and its answer."""
-        most = self.subject.model.config.max_position_embeddings or 10**9
-        room, kept = most - self.tokens(row.prompt) - self.max_tokens, []
-        if room < 0:
-            raise UsageError(
-                f"prompt and answer need more than the {most} tokens the model reads: {row.prompt[:60]!r} …"
-            )
+        needed, kept = self.tokens(row.prompt) + self.max_tokens - 1 + self.adapter.tokens, []
+        self.subject.check_room(row.prompt, needed)
+        room = self.subject.reads - needed
         for example in shown:
             room -= self.tokens(f"{example.prompt}{example.answer}\n\n")
             if room < 0:

@@ -1,5 +1,6 @@
 """One task at one N on one model: its sets are taught, trained and scored, each once, and kept in the run's folder."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from torch import Tensor
 from . import UsageError
 from .adapters import Adapter, adapted, make_adapter
 from .batch import Row
-from .episode import Episode, draw_episode
+from .episode import Episode, draw_episode, with_demonstrations
 from .evaluate import Scoring, answer_scores, label_scores, layer_asim, share_prefix
 from .generate import STOP, Decoding, generate
 from .methods import BEGINS_WITH, METHODS, Grid, configs
@@ -55,8 +56,6 @@ class Experiment:
         queries = max(len(e.rows) for e in evals.values()) if o.icl_demos == "pool" or o.paper_compat else 0
         self.draw = partial(draw_episode, pool.rows, n, seed=o.seed, pool_demos=queries, reuse=o.paper_compat)
         self.episodes = [self.draw(i, more=more) for i in range(o.sets)]
-        if o.select == "kl":
-            self.further()  # a pool that is too small shows before any work
         self.labels: dict[str, list[list[int]]] = {}  # of each evaluation; merging ones are found before any work
         for name, examples in evals.items() if self.labelled else ():
             self.labels[name] = subject.tokenizer.label_tokens(examples.rows[0].prompt, self.find(name).labels)
@@ -68,10 +67,34 @@ class Experiment:
         depth = subject.model.config.num_hidden_layers
         if bad := [layer for layer in o.layers if not 0 <= layer < depth]:
             raise UsageError(f"--layers {bad[0]}: this model has layers 0 to {depth - 1}")
+        self.check_lengths()
         self.rates = o.rates_for(subject.name)
         self.betas = o.betas or BETAS[subject.model.config.model_type]
         self.references: dict[str, tuple] = {}
         self.records: dict[str, list[dict]] = {}
+
+    def check_lengths(self) -> None:
+        """Refuse a row that is longer than the model reads, and one whose teacher's prompt is; warn where ICL's are."""
+        o, subject, count = self.setting.options, self.setting.subject, self.setting.subject.tokenizer.count
+        taught = {*o.methods} - {*UNTRAINED} if o.labels == "icl" else {*o.methods} - {*UNTRAINED, "sft", "sft-sft"}
+        more = self.max_tokens - 1
+        for e in [*self.episodes, *(self.further() if o.select == "kl" else ())]:
+            rows, shown = e.train + e.dev + e.unlabelled, e.demonstrations + e.more_demonstrations
+            for row, tokens in zip(rows, count([row.prompt + row.answer for row in rows])):
+                subject.check_room(row.prompt, tokens + self.adapter.tokens)
+            full = [with_demonstrations(d, row.prompt) for d, row in zip(shown, rows)] if taught else []
+            for row, tokens in zip(rows, count(full)):
+                subject.check_room(row.prompt, tokens + more, "behind its demonstrations: use a smaller --n")
+        for name, examples in self.evals.items():
+            more = label_tokens_at_most(self.labels[name]) if self.labelled else self.find(name).max_tokens
+            lengths = [tokens + more - 1 for tokens in count([row.prompt for row in examples.rows])]
+            for row, tokens in zip(examples.rows, lengths):
+                subject.check_room(row.prompt, tokens + self.adapter.tokens)
+            shown = [count([with_demonstrations(d, "") for d in e.icl]) for e in self.episodes]
+            long = max(each[i % len(each)] + tokens for each in shown for i, tokens in enumerate(lengths))
+            if long > subject.reads:
+                said = f"rows of {name} need up to {long} tokens behind demonstrations; the model reads {subject.reads}"
+                warnings.warn(f"{self.name}: {said}: ICL is not at its best, a smaller --n would fit", stacklevel=2)
 
     def find(self, name: str) -> Task:
         """The task called `name`; one's own needs no entry in the catalog."""

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from . import UsageError, __version__
 from .chat import ChatTemplate
 from .crossval import Candidate, CrossValidation, choose
-from .episode import seeded
+from .episode import seeded, with_demonstrations
 from .evaluate import share_prefix
 from .generate import STOP, Decoding, generate
 from .methods import METHODS
@@ -100,6 +100,9 @@ def read_own(
 def answered(prompts: list[str], subject: Subject, options: FitOptions) -> list[Example]:
     """What the model answers to each prompt when it sees the context before it."""
     shown, tokenizer = [Example(options.context, "")], subject.tokenizer
+    for prompt in prompts:
+        tokens = len(tokenizer.encode(with_demonstrations(shown, prompt))) + options.max_tokens - 1
+        subject.check_room(prompt, tokens, "behind the context: cut that, or use a smaller --max-tokens")
     model, ids = share_prefix(subject.model, tokenizer, [shown], prompts)
     stop = None if options.chat else STOP  # a turn ends by its own token
     return [

@@ -22,6 +22,17 @@ class Subject:
     base: str  # what peft shall load the adapters onto: hub id or absolute folder
     revision: str | None = None  # commit on the hub
 
+    @property
+    def reads(self) -> int:
+        """How many tokens the model reads at most, its own included."""
+        return self.model.config.max_position_embeddings
+
+    def check_room(self, prompt: str, tokens: int, mend: str = "cut the row or leave it out") -> None:
+        """Raises UsageError where a prompt with its answer, so many `tokens`, is longer than what the model reads."""
+        if tokens > self.reads:
+            need = f"{tokens} tokens with its answer, more than the {self.reads} tokens the model reads"
+            raise UsageError(f"the prompt {' '.join(prompt.split())[:60]!r} … has {need}; {mend}")
+
 
 def open_subject(
     model: str = "tiny", device: str | None = None, dtype: str | None = None, revision: str | None = None
