@@ -97,6 +97,15 @@ def many(*options):
     return lambda command: reduce(lambda inner, option: option(inner), reversed(options), command)
 
 
+def determined(context, option, wanted: bool) -> None:
+    """Have CUDA compute the same bits every time; to be called before its first use, which reads the variable."""
+    if wanted:
+        import torch
+
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+
+
 MODEL_HELP = "folder, hub id, or short name: tiny (embedded), qwen3-4b-base, llama-3.2-1b …"
 DTYPE_HELP = "of frozen weights  [default: float32, on a GPU bfloat16]"
 model_options = many(
@@ -104,6 +113,9 @@ model_options = many(
     click.option("--device", help="cpu, cuda, cuda:1 …  [default: a GPU if there is one]"),
     click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help=DTYPE_HELP),
     click.option("--revision", help="branch, tag or commit on the hub"),
+    click.option(
+        "--deterministic", is_flag=True, expose_value=False, callback=determined, help="the same bits on a GPU, slower"
+    ),
 )
 data_options = many(
     file_option("--data", "your own rows: JSONL, JSON, CSV, TSV or Parquet (instead of TASK)"),
