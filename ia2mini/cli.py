@@ -3,7 +3,7 @@
 import ctypes
 import json
 import os
-import re
+import shlex
 import signal
 import sys
 import warnings
@@ -16,6 +16,7 @@ from typing import get_args
 import click
 
 from . import UsageError
+from .files import plain
 from .options import Options
 
 DEMO, DEMO_ROWS = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap"), 120  # about a minute
@@ -51,11 +52,6 @@ class Commands(click.Group):
             mistake = "the device has too little memory; use a smaller --model, --dtype bfloat16 or another --device"
         click.echo(plain(f"ia2mini: {mistake}"), err=True)
         sys.exit(2)
-
-
-def plain(text: str) -> str:
-    """A stranger's text with its control characters spelled out: it must not write to the terminal as it likes."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
 
 
 class Several(click.ParamType):
@@ -155,7 +151,7 @@ def keep_freed_memory() -> None:
 
 def typed() -> str:
     """The command as it was typed, for reports."""
-    return " ".join(["ia2mini", *sys.argv[1:]])
+    return shlex.join(["ia2mini", *sys.argv[1:]])
 
 
 class Lines:

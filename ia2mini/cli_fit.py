@@ -1,6 +1,5 @@
 """The practitioner's commands: fit, predict, score, merge."""
 
-import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -9,7 +8,8 @@ from pathlib import Path
 import click
 
 from . import UsageError
-from .cli import file_option, main, many, model_options, options_of, plain, prepare, progress, typed
+from .cli import file_option, main, many, model_options, options_of, prepare, progress, typed
+from .files import json_line, plain
 from .options import FitOptions
 
 GUESS = "  [default: guessed from the header]"
@@ -111,7 +111,7 @@ def predict(adapter, rows, coverage, icl, strict, **how):
     """
     fitted = open_adapter(adapter, **how)
     for row in fitted.predict(read_new(rows, strict), icl, coverage, wrong=lambda error: complain(error, strict)):
-        click.echo(json.dumps(row, ensure_ascii=False))
+        click.echo(json_line(row))
 
 
 @main.command()

@@ -16,6 +16,7 @@ from .chat import ChatTemplate
 from .crossval import Candidate, CrossValidation, choose
 from .episode import seeded, with_demonstrations
 from .evaluate import share_prefix
+from .files import plain
 from .generate import STOP, Decoding, generate
 from .methods import METHODS
 from .models.common import device_of
@@ -93,7 +94,7 @@ def read_own(
     """One's own rows, and the task that they describe; `queries` have no answers. Raises UsageError."""
     if not (rows := as_rows(rows)):
         raise UsageError("no rows to fit")
-    name = Path(re.split(r":| ?row ", rows[0].where)[0]).stem or "rows"
+    name = plain(Path(re.split(r":| ?row ", rows[0].where)[0]).stem, "") or "rows"
     return rows, queries_task(rows, name, *columns) if queries else own_task(rows, name, *columns)
 
 

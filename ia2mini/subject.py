@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from . import UsageError
+from .files import plain
 from .models.checkpoint import SHORT_NAMES, TINY, load, locate
 from .tokenizer import Tokenizer
 
@@ -49,6 +50,6 @@ def open_subject(
     folder = locate(model, revision)
     network, tokenizer = load(folder, getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16")), device)
     local = folder == TINY or Path(model).is_dir()
-    name = folder.resolve().name if local else model.replace("/", "--")
+    name = plain(folder.resolve().name if local else model.replace("/", "--"), "")
     base = str(folder.resolve()) if local else SHORT_NAMES.get(model.lower(), model)
     return Subject(network, tokenizer, folder, name, base, None if local else folder.name)  # a snapshot's folder
