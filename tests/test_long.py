@@ -10,6 +10,7 @@ from mistakes import refused
 from reference import make_checkpoint
 
 import ia2mini.experiment
+import ia2mini.generate
 from ia2mini import FitOptions, UsageError, fit, fitting, open_subject
 from ia2mini.cli import main
 from ia2mini.options import Options
@@ -111,11 +112,18 @@ def test_predict_and_score_name_file_and_row(subject, tmp_path):
     refused(lambda: score_rows(fitted, rows, False), "new.jsonl:2: its prompt has 101 tokens")
 
 
-def test_generate_refuses_and_ends_where_the_model_ends(subject):
-    def generate(length: int):
-        how = ["--prompt", "x" * length, "--max-tokens", "50", "--stop", "\0never"]
-        return CliRunner().invoke(main, ["generate", "--model", str(subject.folder), "--device", "cpu", *how])
+def test_generate_refuses_and_ends_where_the_model_ends(subject, monkeypatch):
+    asked, continued = [], ia2mini.generate.generate
 
-    long, whole, room = generate(READS + 1), generate(READS), generate(READS - 1)
-    assert long.exit_code == 2 and long.stderr.count("\n") == 1 and "has 101 tokens" in long.stderr
-    assert whole.exit_code == room.exit_code == 0
+    def continuing(model, tokenizer, prompts, how):
+        asked.append(how.max_tokens)
+        return continued(model, tokenizer, prompts, how)
+
+    monkeypatch.setattr(ia2mini.generate, "generate", continuing)
+    for length, tokens in ((READS + 1, None), (READS, 1), (READS - 1, 2), (20, 50)):
+        how = ["--prompt", "x" * length, "--max-tokens", "50"]
+        result = CliRunner().invoke(main, ["generate", "--model", str(subject.folder), "--device", "cpu", *how])
+        if tokens is None:
+            assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "has 101 tokens" in result.stderr
+        else:
+            assert result.exit_code == 0 and asked.pop() == tokens
