@@ -28,6 +28,7 @@ class Adapter:
 
     targets: tuple[str, ...] = ()
     layers: list[int] | None = None
+    tokens: int = 0  # virtual ones, before every row
     linears: dict[str, Linear] = {}
     shapes: dict[str, tuple]
 

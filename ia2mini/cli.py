@@ -3,7 +3,7 @@
 import ctypes
 import json
 import os
-import re
+import shlex
 import signal
 import sys
 import warnings
@@ -16,6 +16,7 @@ from typing import get_args
 import click
 
 from . import UsageError
+from .files import plain
 from .options import Options
 
 DEMO, DEMO_ROWS = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap"), 120  # about a minute
@@ -72,11 +73,6 @@ def heed_interrupts() -> list:
     return came
 
 
-def plain(text: str) -> str:
-    """A stranger's text with its control characters spelled out: it must not write to the terminal as it likes."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: repr(found[0])[1:-1], text)
-
-
 class Several(click.ParamType):
     def __init__(self, kind: type):
         self.kind, self.name = kind, {int: "N,N", float: "X,X", str: "A,B"}[kind]
@@ -116,6 +112,15 @@ def many(*options):
     return lambda command: reduce(lambda inner, option: option(inner), reversed(options), command)
 
 
+def determined(context, option, wanted: bool) -> None:
+    """Have CUDA compute the same bits every time; to be called before its first use, which reads the variable."""
+    if wanted:
+        import torch
+
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+
+
 MODEL_HELP = "folder, hub id, or short name: tiny (embedded), qwen3-4b-base, llama-3.2-1b …"
 DTYPE_HELP = "of frozen weights  [default: float32, on a GPU bfloat16]"
 check_option = click.option("--check/--no-check", default=True, help="that no weight is NaN or infinite")
@@ -125,6 +130,9 @@ model_options = many(
     click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help=DTYPE_HELP),
     click.option("--revision", help="branch, tag or commit on the hub"),
     check_option,
+    click.option(
+        "--deterministic", is_flag=True, expose_value=False, callback=determined, help="the same bits on a GPU, slower"
+    ),
 )
 data_options = many(
     file_option("--data", "your own rows: JSONL, JSON, CSV, TSV or Parquet (instead of TASK)"),
@@ -164,7 +172,7 @@ def keep_freed_memory() -> None:
 
 def typed() -> str:
     """The command as it was typed, for reports."""
-    return " ".join(["ia2mini", *sys.argv[1:]])
+    return shlex.join(["ia2mini", *sys.argv[1:]])
 
 
 class Lines:

@@ -1,6 +1,5 @@
 """The practitioner's commands: fit, predict, score, merge."""
 
-import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -9,8 +8,8 @@ from pathlib import Path
 import click
 
 from . import UsageError
-from .cli import check_option, file_option, main, many, model_options, options_of, plain, prepare, progress, typed
-from .files import read_text
+from .cli import check_option, file_option, main, many, model_options, options_of, prepare, progress, typed
+from .files import json_line, plain, read_text
 from .options import FitOptions
 
 GUESS = "  [default: guessed from the header]"
@@ -113,7 +112,7 @@ def predict(adapter, rows, coverage, icl, strict, **how):
     """
     fitted = open_adapter(adapter, **how)
     for row in fitted.predict(read_new(rows, strict), icl, coverage, wrong=lambda error: complain(error, strict)):
-        click.echo(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace"))  # half a surrogate pair
+        click.echo(json_line(row))
 
 
 @main.command()
@@ -142,7 +141,7 @@ def merge(adapter, out, **how):
 @main.command()
 @model_options
 @click.option("--prompt", required=True, help="text to continue")
-@click.option("--max-tokens", default=100, type=click.IntRange(1), help="at most")
+@click.option("--max-tokens", default=100, type=click.IntRange(1), help="at most, within what the model reads")
 @click.option("--stop", help="text at which to stop, besides the end of sequence")
 @file_option("--adapter", "folder of an adapter; its own base is the model")
 @click.option("--chat", is_flag=True, help="the prompt as a turn of the checkpoint's chat template")
@@ -163,6 +162,8 @@ def generate(model, device, dtype, revision, check, prompt, max_tokens, stop, ad
     ids = subject.tokenizer.encode(ChatTemplate(subject.folder, subject.tokenizer)(prompt) if chat else prompt)
     if not ids:
         raise UsageError("--prompt is empty and this model's tokenizer adds no BOS; give some text")
+    subject.check_room(prompt, len(ids), "use a shorter --prompt")
+    max_tokens = min(max_tokens, subject.reads + 1 - len(ids))
     with fitted.student() as student:
         (response,) = continue_text(student, subject.tokenizer, [ids], Decoding(max_tokens, stop))
     click.echo(plain(subject.tokenizer.decode(ids + response)[len(subject.tokenizer.decode(ids)) :]))

@@ -77,6 +77,7 @@ class CrossValidation:
         self.rates = options.rates_for(subject.name)
         self.lengths: dict[str, int] = {}  # text -> tokens: each is asked for in every fold
         self.fits: dict[str, Trained] = {}
+        self.troubles: list[str] = []  # sentences about runs of which a loss was not finite
         self.answers: dict[int, list[Row]] = {}
         parts = prompts if prompts <= ALONE else min(options.folds, prompts)
         self.folds = draw_folds(rows, parts, self.shown, options.seed)
@@ -102,12 +103,9 @@ class CrossValidation:
 
     def cut(self, shown: list[Example], row: Example) -> list[Example]:
         """The first of the demonstrations that fit into the model's context before `row` and its answer."""
-        most = self.subject.model.config.max_position_embeddings or 10**9
-        room, kept = most - self.tokens(row.prompt) - self.max_tokens, []
-        if room < 0:
-            raise UsageError(
-                f"prompt and answer need more than the {most} tokens the model reads: {row.prompt[:60]!r} …"
-            )
+        needed, kept = self.tokens(row.prompt) + self.max_tokens - 1 + self.adapter.tokens, []
+        self.subject.check_room(row.prompt, needed)
+        room = self.subject.reads - needed
         for example in shown:
             room -= self.tokens(f"{example.prompt}{example.answer}\n\n")
             if room < 0:
@@ -150,7 +148,7 @@ class CrossValidation:
             kept = self.once(f"fit-{method}", lambda: vars(METHODS[method](self.fold_grid)))
             self.fits[method] = Trained(**kept | {"theta": kept["theta"].to(device_of(self.subject.model))})
             names = [f"fold {fold} at rate {rate:g}" for fold, rate in product(range(len(self.folds)), self.rates)]
-            warn_of_failed(method, self.fits[method], names)
+            self.troubles += warn_of_failed(method, self.fits[method], names, len(self.folds))
         return self.fits[method]
 
     def score(self, student: Callable, prompts: list[list[int]], number: int, runs: int = 1) -> Tensor:
@@ -218,6 +216,7 @@ class CrossValidation:
         """`name` with, for each fold, the rate that is best on all other folds: no row chooses for itself."""
         every = self.once(f"held-out-{name}", lambda: {"scores": self.held_out(name)})["scores"]
         losses = row_losses(every, self.gold)  # [rates, n]
+        losses[losses.isnan().any(1)] = torch.inf  # a rate that failed in some fold
         nested, picks = torch.empty_like(every[0]), []
         for fold in self.folds:
             others = torch.ones(len(self.rows), dtype=torch.bool)
@@ -264,7 +263,10 @@ class CrossValidation:
             )  # steps an epoch
             phase = replace(grid, settings=self.settings(max(1, round(best * now / then))), first=first.get)
             first[method] = METHODS[method](phase)
-        return first[winner.name].theta
+        if not (theta := first[winner.name].theta).isfinite().all():
+            mend = "use lower --rates or --dtype float32"
+            raise UsageError(f"{winner.name} at rate {self.rates[rate]:g} diverged when trained on every row; {mend}")
+        return theta
 
     def length(self, row: Example) -> int:
         return self.tokens(row.prompt)

@@ -1,5 +1,6 @@
 """One task at one N on one model: its sets are taught, trained and scored, each once, and kept in the run's folder."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from torch import Tensor
 from . import UsageError
 from .adapters import Adapter, adapted, make_adapter
 from .batch import Row
-from .episode import Episode, controlled, draw_episode
+from .episode import Episode, controlled, draw_episode, with_demonstrations
 from .evaluate import Scoring, answer_scores, label_scores, layer_asim, share_prefix
 from .generate import STOP, Decoding, generate
 from .methods import BEGINS_WITH, METHODS, Grid, configs, phases
@@ -59,8 +60,6 @@ class Experiment:
         queries = max(len(e.rows) for e in evals.values()) if o.icl_demos == "pool" or o.paper_compat else 0
         self.draw = partial(self.drawn, n=n, seed=o.seed, pool_demos=queries, reuse=o.paper_compat)
         self.episodes = [self.draw(i, more=more) for i in range(o.sets)]
-        if o.select == "kl":
-            self.further()  # a pool that is too small shows before any work
         self.labels: dict[str, list[list[int]]] = {}  # of each evaluation; merging ones are found before any work
         for name, examples in evals.items() if self.labelled else ():
             self.labels[name] = subject.tokenizer.label_tokens(examples.rows[0].prompt, self.find(name).labels)
@@ -70,6 +69,7 @@ class Experiment:
             raise UsageError(f"{task.name}: {lack}; add it there")
         self.adapter: Adapter = make_adapter(subject.model, o, o.paper_compat)
         self.layers = o.layer_numbers(subject.model.config.num_hidden_layers)
+        self.check_lengths()
         self.rates = o.rates_for(subject.name)
         self.betas = o.betas or BETAS[subject.model.config.model_type]
         self.references: dict[str, tuple] = {}
@@ -84,6 +84,29 @@ class Experiment:
         return controlled(
             episode, teacher, lambda: draw_episode(another.rows, number=number, **how), how["seed"] + number
         )
+
+    def check_lengths(self) -> None:
+        """Refuse a row that is longer than the model reads, and one whose teacher's prompt is; warn where ICL's are."""
+        o, subject, count = self.setting.options, self.setting.subject, self.setting.subject.tokenizer.count
+        taught = {*o.methods} - {*UNTRAINED} if o.labels == "icl" else {*o.methods} - {*UNTRAINED, "sft", "sft-sft"}
+        more = self.max_tokens - 1
+        for e in [*self.episodes, *(self.further() if o.select == "kl" else ())]:
+            rows, shown = e.train + e.dev + e.unlabelled, e.demonstrations + e.more_demonstrations
+            for row, tokens in zip(rows, count([row.prompt + row.answer for row in rows])):
+                subject.check_room(row.prompt, tokens + self.adapter.tokens)
+            full = [with_demonstrations(d, row.prompt) for d, row in zip(shown, rows)] if taught else []
+            for row, tokens in zip(rows, count(full)):
+                subject.check_room(row.prompt, tokens + more, "behind its demonstrations: use a smaller --n")
+        for name, examples in self.evals.items():
+            more = label_tokens_at_most(self.labels[name]) if self.labelled else self.find(name).max_tokens
+            lengths = [tokens + more - 1 for tokens in count([row.prompt for row in examples.rows])]
+            for row, tokens in zip(examples.rows, lengths):
+                subject.check_room(row.prompt, tokens + self.adapter.tokens)
+            shown = [count([with_demonstrations(d, "") for d in e.icl]) for e in self.episodes]
+            long = max(each[i % len(each)] + tokens for each in shown for i, tokens in enumerate(lengths))
+            if long > subject.reads:
+                said = f"rows of {name} need up to {long} tokens behind demonstrations; the model reads {subject.reads}"
+                warnings.warn(f"{self.name}: {said}: ICL is not at its best, a smaller --n would fit", stacklevel=2)
 
     def find(self, name: str) -> Task:
         """The task called `name`; one's own needs no entry in the catalog."""
@@ -143,7 +166,8 @@ class Experiment:
         tensors = self.setting.folder.once(f"{self.name}/fit-{method}", lambda: vars(METHODS[method](self.grid)))
         found = Trained(**tensors | {"theta": tensors["theta"].to(device_of(self.setting.subject.model))})
         runs = configs(method, len(self.episodes), self.rates, self.betas)
-        warn_of_failed(f"{self.name}, {method}", found, [f"set {number} at rate {rate:g}" for number, rate, _ in runs])
+        names = [f"set {number} at rate {rate:g}" + f" β {beta}" * (beta is not None) for number, rate, beta in runs]
+        warn_of_failed(f"{self.name}, {method}", found, names, len(self.episodes))
         return found
 
     def training_records(self, method: str) -> list[dict]:
@@ -152,9 +176,11 @@ class Experiment:
             about, found, records = self.about | {"method": method}, self.trained(method), []
             o = self.setting.options
             kl = self.divergences(method).tolist() if o.select == "kl" and method not in ("sft", "sft-sft") else []
+            troubles = found.troubles()
             for r, (number, rate, beta) in enumerate(configs(method, len(self.episodes), self.rates, self.betas)):
                 record = {"set": number, "rate": rate, "beta": beta, "dev_loss": found.dev_loss[r].item()}
-                records.append(about | record | {"steps": int(found.steps[r])} | ({"kl": kl[r]} if kl else {}))
+                record |= {"steps": int(found.steps[r]), "trouble": troubles[r]}
+                records.append(about | record | ({"kl": kl[r]} if kl else {}))
             self.records[method] = records
         return self.records[method]
 
@@ -185,9 +211,15 @@ class Experiment:
         return self.setting.folder.once(f"{self.name}/kl-{method}", make)["kl"]
 
     def reported(self, method: str) -> list[int]:
-        """Which of a method's runs are scored: those of the rate (and β) chosen without evaluation rows, or all."""
+        """Which of a method's runs are scored: those of the rate (and β) chosen without evaluation rows, or of all.
+
+        Not those of a rate that failed in some set: it cannot be chosen.
+        """
         records, select = self.training_records(method), self.setting.options.select
-        return at_config(records, chosen(records, select)) if select in ("dev", "kl") else list(range(len(records)))
+        if select in ("dev", "kl"):
+            return at_config(records, chosen(records, select))
+        whole = self.trained(method).dev_loss.isfinite().view(len(self.episodes), -1).all(0)
+        return whole.repeat(len(self.episodes)).nonzero()[:, 0].tolist()
 
     def prompts(self, name: str, number: int | None = None) -> tuple[Callable, list[list[int]]]:
         """The model and the prompts of an evaluation, without demonstrations or with those of set `number`."""

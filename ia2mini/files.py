@@ -1,4 +1,4 @@
-"""Files in and out: JSON that is checked, writing that is whole or not there, and the hub's errors in one line."""
+"""Files in and out: JSON that is checked, writing that is whole or not there, strangers' texts, the hub's errors."""
 
 import hashlib
 import json
@@ -18,6 +18,18 @@ from . import UsageError
 WAITS = (1, 4)  # seconds before a download is tried again
 BROKEN_OFF = ("RemoteProtocolError", "ReadError", "ChunkedEncodingError")  # of the client's library, httpx or requests
 PARTS = ("connect", "read", "write", "pool")  # of a request, each with a time limit
+# control characters, marks that turn the direction of text, line and paragraph ends of Unicode, halves of surrogates
+HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def plain(text: str, kept: str = "\t\n") -> str:
+    """A stranger's text with what is hidden in it spelled out, but for `kept`: it must not write as it likes."""
+    return HIDDEN.sub(lambda found: found[0] if found[0] in kept else repr(found[0])[1:-1], text)
+
+
+def json_line(value) -> str:
+    """`value` as JSON in one line and in its own letters, with what is hidden in it escaped."""
+    return HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
 
 
 def is_there(path: Path) -> bool:

@@ -14,8 +14,9 @@ from tqdm import tqdm
 from . import UsageError, __version__
 from .chat import ChatTemplate
 from .crossval import Candidate, CrossValidation, choose
-from .episode import seeded
+from .episode import seeded, with_demonstrations
 from .evaluate import share_prefix
+from .files import plain
 from .generate import STOP, Decoding, generate
 from .methods import METHODS
 from .models.common import device_of
@@ -94,13 +95,16 @@ def read_own(
     """One's own rows, and the task that they describe; `queries` have no answers. Raises UsageError."""
     if not (rows := as_rows(rows)):
         raise UsageError("no rows to fit")
-    name = Path(re.split(r":| ?row ", rows[0].where)[0]).stem or "rows"
+    name = plain(Path(re.split(r":| ?row ", rows[0].where)[0]).stem, "") or "rows"
     return rows, queries_task(rows, name, *columns) if queries else own_task(rows, name, *columns)
 
 
 def answered(prompts: list[str], subject: Subject, options: FitOptions) -> list[Example]:
     """What the model answers to each prompt when it sees the context before it."""
     shown, tokenizer = [Example(options.context, "")], subject.tokenizer
+    for prompt in prompts:
+        tokens = len(tokenizer.encode(with_demonstrations(shown, prompt))) + options.max_tokens - 1
+        subject.check_room(prompt, tokens, "behind the context: cut that, or use a smaller --max-tokens")
     model, ids = share_prefix(subject.model, tokenizer, [shown], prompts)
     stop = None if options.chat else STOP  # a turn ends by its own token
     return [
@@ -160,7 +164,7 @@ def make_report(cv: CrossValidation, candidates: dict[str, Candidate], chosen: C
         "chosen": chosen.name,
         "tokens": {"query": query, "icl": query + shown},
         "candidates": found,
-        "remarks": [],
+        "remarks": list(cv.troubles),
     }
     if "sft" in candidates and not cv.options.context:
         behind = candidates["icl"].losses - candidates["sft"].losses

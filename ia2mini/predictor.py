@@ -98,9 +98,9 @@ class Predictor:
         """The prompt of a row. Raises UsageError for a missing column, or where it is longer than the model reads."""
         prompt = self.chat(fill(self.spec["template"], row))
         tokens = len(self.subject.tokenizer.encode(with_demonstrations(shown, prompt)))
-        most = self.subject.model.config.max_position_embeddings or tokens
-        if not 0 < tokens <= most:
-            raise UsageError(f"{row.where}: its prompt has {tokens} tokens; the model reads 1 to {most}")
+        if not 0 < tokens <= (most := self.subject.reads):
+            behind = " with demonstrations" * bool(shown)
+            raise UsageError(f"{row.where}: its prompt{behind} has {tokens} tokens; the model reads 1 to {most}")
         return prompt
 
     def threshold(self, coverage: float | None) -> float:

@@ -119,6 +119,8 @@ def versions() -> dict[str, str]:
     found |= {package: version(package) for package in ("ia2mini", "tokenizers", "safetensors", "numpy")}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
+    if torch.are_deterministic_algorithms_enabled():
+        found["algorithms"] = "deterministic"
     return found
 
 

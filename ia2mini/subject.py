@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from . import UsageError
+from .files import plain
 from .models.checkpoint import SHORT_NAMES, TINY, load, locate
 from .tokenizer import Tokenizer
 
@@ -21,6 +22,17 @@ class Subject:
     name: str  # in tables and folder names
     base: str  # what peft shall load the adapters onto: hub id or absolute folder
     revision: str | None = None  # commit on the hub
+
+    @property
+    def reads(self) -> int:
+        """How many tokens the model reads at most, its own included."""
+        return self.model.config.max_position_embeddings
+
+    def check_room(self, prompt: str, tokens: int, mend: str = "cut the row or leave it out") -> None:
+        """Raises UsageError where a prompt with its answer, so many `tokens`, is longer than what the model reads."""
+        if tokens > self.reads:
+            need = f"{tokens} tokens with its answer, more than the {self.reads} tokens the model reads"
+            raise UsageError(f"the prompt {' '.join(prompt.split())[:60]!r} … has {need}; {mend}")
 
 
 def open_subject(
@@ -39,6 +51,6 @@ def open_subject(
     dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
     network, tokenizer = load(folder, dtype, device, check=check)
     local = folder == TINY or Path(model).is_dir()
-    name = folder.resolve().name if local else model.replace("/", "--")
+    name = plain(folder.resolve().name if local else model.replace("/", "--"), "")
     base = str(folder.resolve()) if local else SHORT_NAMES.get(model.lower(), model)
     return Subject(network, tokenizer, folder, name, base, None if local else folder.name)  # a snapshot's folder

@@ -48,6 +48,10 @@ class Tokenizer:
         """`encode` for many texts at once."""
         return [self.known(text, encoding) for text, encoding in zip(texts, self.backend.encode_batch(texts))]
 
+    def count(self, texts: list[str]) -> list[int]:
+        """Tokens of each text."""
+        return [len(encoding.ids) for encoding in self.backend.encode_batch(texts)]
+
     def known(self, text: str, encoding: Encoding) -> list[int]:
         """The ids of an encoding; a word that the vocabulary lacks costs a warning, and is the unknown token.
 

@@ -62,21 +62,34 @@ class Runs:
 
 @dataclass
 class Trained:
-    """What training R runs gave: each run's weights at its best dev loss."""
+    """What training R runs gave: each run's weights at its best dev loss; NaN where no dev loss was finite."""
 
     theta: Tensor  # [R, M] float32
-    dev_loss: Tensor  # [R] float32, the last phase's
+    dev_loss: Tensor  # [R] float32, the last phase's; infinite: the run has failed
     steps: Tensor  # [R] int64, all phases together
-    best: Tensor  # [R] int64, the last phase's steps up to that dev loss
+    best: Tensor  # [R] int64, the last phase's steps up to these weights
+    broken: Tensor  # [R] int64, the last phase's step at which a dev loss was NaN or infinite; 0: it never was
+
+    def troubles(self) -> list[str]:
+        """What went wrong in each run; "" where nothing did."""
+        how = "failed at step {}: no finite loss", "diverged at step {}, kept as of step {}"
+        both = zip(self.broken.tolist(), self.best.tolist())
+        return [how[best > 0].format(step, best) if step else "" for step, best in both]
 
 
-def warn_of_failed(method: str, found: Trained, names: list[str]) -> None:
-    """A warning that names the runs which never had a finite dev loss. Raises UsageError where all are such."""
-    failed = [name for name, fine in zip(names, found.dev_loss.isfinite().tolist()) if not fine]
-    if len(failed) == len(names):
-        raise UsageError(f"training {method} gave no finite loss; use lower --rates or --dtype float32")
-    if failed:
-        warnings.warn(f"{method}: no finite loss, so failed: {', '.join(failed)}", stacklevel=2)
+def warn_of_failed(method: str, found: Trained, names: list[str], sets: int) -> list[str]:
+    """A warning, returned too, that names the runs of which a loss was not finite; the R runs are `sets` × rates.
+
+    Raises UsageError where no rate is left that did not fail in any set.
+    """
+    told = [f"{name} {trouble}" for name, trouble in zip(names, found.troubles()) if trouble]
+    if not found.dev_loss.isfinite().view(sets, -1).all(0).any():
+        mend = "use lower --rates or --dtype float32"
+        raise UsageError(f"training {method} gave no rate a finite loss throughout ({told[0]}, …); {mend}")
+    told = [f"{method}: {'; '.join(told)}"] if told else []
+    for text in told:
+        warnings.warn(text, stacklevel=2)
+    return told
 
 
 class Adam:
@@ -111,28 +124,30 @@ class Adam:
 class EarlyStopping:
     """Keeps each run's weights at its best dev loss, and says which runs go on.
 
-    A run ends after `patience` looks without improvement. Where `config` [R] numbers the runs' rates (and β), it also
+    A run ends after `patience` looks without improvement, and at once where its dev loss is NaN or infinite, as it is
+    after any such gradient. Where `config` [R] numbers the runs' rates (and β), it also
     ends when its own is beaten. From the tenth look on the means over sets of the best dev losses are compared: a rate
     is beaten whose mean would still be above that of the best if it fell as in the last `PACE` looks for `AHEAD` more.
     """
 
     def __init__(self, theta: Tensor, settings: Settings, config: Tensor | None = None):
-        self.settings, self.theta, self.config, self.means = settings, theta.clone(), config, []
+        self.settings, self.theta, self.config, self.means = settings, theta * torch.nan, config, []
         self.dev_loss = torch.full((len(theta),), torch.inf, device=theta.device)
         self.misses = torch.zeros(len(theta), dtype=torch.int64, device=theta.device)
-        self.steps, self.best = torch.zeros(2, len(theta), dtype=torch.int64)
+        self.steps, self.best, self.broken = torch.zeros(3, len(theta), dtype=torch.int64)
 
     def look(self, runs: Tensor, theta: Tensor, dev_loss: Tensor, step: int) -> Tensor:
         """Note the weights [r, M] and dev losses [r] of `runs` after `step`; which go on, [r] bool on the CPU."""
         live = runs.to(theta.device)
-        better = dev_loss < self.dev_loss[live]
-        kept = torch.ones_like(better) if self.settings.keep_last else better
+        better, finite = dev_loss < self.dev_loss[live], dev_loss.isfinite()
+        kept = finite if self.settings.keep_last else better
         self.theta[live[kept]] = theta[kept]
         self.dev_loss[live[better]] = dev_loss[better]
         self.misses[live] = torch.where(better, 0, self.misses[live] + 1)
         self.steps[runs] = step
-        self.best[runs[better.cpu()]] = step
-        going = (self.misses[live] < self.settings.patience).cpu()
+        self.best[runs[kept.cpu()]] = step
+        self.broken[runs[~finite.cpu()]] = step
+        going = (finite & (self.misses[live] < self.settings.patience)).cpu()
         return going if self.config is None else going & ~self.beaten()[runs]
 
     def beaten(self) -> Tensor:
@@ -219,7 +234,7 @@ def train_runs(
             adam.keep(staying.to(device))
             dev_batch, batch = collate(going.dev, device, pack=True), None
             train_step, look = CapturedStep(update, device), CapturedStep(dev_losses, device)  # for fewer runs
-    return Trained(stopping.theta, stopping.dev_loss, stopping.steps, stopping.best)
+    return Trained(stopping.theta, stopping.dev_loss, stopping.steps, stopping.best, stopping.broken)
 
 
 def train_in_parts(

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -187,29 +186,6 @@ def test_a_race_ends_rates_that_nobody_would_choose(subject, tmp_path):
         same(one, other)
     every = compare([MOOD], subject, replace(options, race=True, select="both"), tmp_path)[0]["training"]
     assert [record["steps"] for record in every] == [record["steps"] for record in slow["training"]]
-
-
-def test_a_run_that_diverges_is_named_and_leaves_its_neighbours_alone(subject, tmp_path):
-    options = replace(SMALL, methods=("sft",), epochs=6, eval_rows=3)
-    trained = {}
-    for rate in (1e38, 1e-3):
-        (experiment,), _ = open_study(
-            [MOOD], subject, replace(options, rates=(1e-2, rate)), tmp_path, None, None, nobar
-        )
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            trained[rate] = experiment.trained("sft")
-        said = [str(warning.message) for warning in said]
-        failed = "set 0 at rate 1e+38, set 1 at rate 1e+38"
-        assert said == [f"toy-mood-n2, sft: no finite loss, so failed: {failed}"] * (rate > 1)
-    for name in ("theta", "dev_loss", "steps"):
-        one, other = (getattr(trained[rate], name)[0::2] for rate in (1e38, 1e-3))
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    document, _ = compare([MOOD], subject, replace(options, rates=(1e38, 1e-2)), tmp_path)
-    assert {run["rate"] for run in document["runs"]} == {1e-2}
-    assert [record["dev_loss"] is None for record in document["training"]] == [True, False] * 2
-    with pytest.raises(UsageError, match="training toy-mood-n2, sft gave no finite loss; use lower --rates"):
-        compare([MOOD], subject, replace(options, rates=(1e38, 2e38)), tmp_path)
 
 
 def test_ones_own_texts_may_be_as_long_as_the_longest_answer(subject, tmp_path):

@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path, PurePosixPath
 
 from ia2mini import UsageError
-from ia2mini.files import hub_errors, patiently
+from ia2mini.files import hub_errors, patiently, plain
 
 from .catalog import Example, Task, arrange
 from .own import own_task
@@ -159,4 +159,4 @@ def custom_task(path: str | Path, prompt: str, answer: str, template: str | None
     held = min(max(prompts // 5, 20), prompts // 2, EVAL)
     steps = ("unique", "shuffle", "filter", *(() if eval_path else ("split",)))
     files = (str(path), str(eval_path or path))
-    return replace(task, name=file.stem, tag=file.name, steps=steps, held=held, files=files)
+    return replace(task, name=plain(file.stem, ""), tag=plain(file.name, ""), steps=steps, held=held, files=files)
