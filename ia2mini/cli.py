@@ -181,7 +181,8 @@ def progress(label: str, total: int):
 @click.option("--full", is_flag=True, help="a line for every task and evaluation, not only their mean")
 @click.option("--figures", type=Several(str), default="png", help="formats of the figures: png,pdf,svg")
 @click.option("--json", "as_json", is_flag=True, help="one JSON document on the last line of stdout")
-def run(names, model, device, dtype, revision, compiling, checkpointing, **given):
+@click.option("--dry-run", is_flag=True, help="list tokens, memory and least time of every task and N; train nothing")
+def run(names, model, device, dtype, revision, compiling, checkpointing, dry_run, **given):
     """Train and compare methods on TASKs: a table, figures, a page, and the chosen adapters in PEFT's format.
 
     Without TASK, the demo: the four toy classification tasks. All sets and rates of a method are trained side by side.
@@ -203,16 +204,20 @@ def run(names, model, device, dtype, revision, compiling, checkpointing, **given
     if own["data"] and model == "tiny" and unnamed:
         raise UsageError("--data: name a --model for your own rows (the embedded one knows 449 words)")
     chosen = find_tasks(names, **own)
-    from .subject import open_subject
+    from .subject import open_subject, usable
 
-    subject = open_subject(model, device, dtype, revision)
-    prepare(subject.model, compiling, checkpointing)
+    subject = open_subject(model, device := usable(device), dtype, revision, weights=not dry_run)
     chosen = [keep_apart(task, subject.tokenizer, own["template"]) for task in chosen]
     from .report import write_report
     from .report.summary import count
-    from .study import compare
+    from .study import carry_out, lay_out, open_study, plan
 
-    document, folder = compare(chosen, subject, options, **where, bar=progress)
+    if dry_run:
+        del where["out"]
+        return click.echo(plan(lay_out(chosen, subject, options, **where)[0], device))
+    study = open_study(chosen, subject, options, **where, bar=progress)
+    prepare(subject.model, compiling, checkpointing)
+    document, folder = carry_out(*study)
     drawn = write_report(document, folder, typed(), shown["figures"])
     show(document, shown["full"])
     figures = count(len(drawn), "figure") if drawn else "no figures (pip install 'ia2mini[report]')"

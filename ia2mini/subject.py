@@ -23,10 +23,8 @@ class Subject:
     revision: str | None = None  # commit on the hub
 
 
-def open_subject(
-    model: str = "tiny", device: str | None = None, dtype: str | None = None, revision: str | None = None
-) -> Subject:
-    """The model of a folder, hub id or short name; on a GPU if there is one, there in bfloat16. Raises UsageError."""
+def usable(device: str | None) -> str:
+    """The device, or where none is named a GPU if there is one. Raises UsageError for what cannot be used."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if torch.device(device).type not in ("cpu", "cuda"):
@@ -35,8 +33,17 @@ def open_subject(
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device {device}: not usable here ({reason}); use --device cpu") from None
-    folder = locate(model, revision)
-    network, tokenizer = load(folder, getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16")), device)
+    return device
+
+
+def open_subject(model: str = "tiny", device=None, dtype=None, revision=None, weights: bool = True) -> Subject:
+    """The model of a folder, hub id or short name; on a GPU if there is one, there in bfloat16. Raises UsageError.
+
+    Without `weights` only its shape: nothing large is read or downloaded.
+    """
+    device, folder = usable(device), locate(model, revision, weights)
+    dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
+    network, tokenizer = load(folder, dtype, device if weights else "meta")
     local = folder == TINY or Path(model).is_dir()
     name = folder.resolve().name if local else model.replace("/", "--")
     base = str(folder.resolve()) if local else SHORT_NAMES.get(model.lower(), model)

@@ -19,6 +19,7 @@ from bench.shapes import stand  # noqa: E402
 from ia2mini import UsageError, adapted, draw_episode, open_subject  # noqa: E402
 from ia2mini.batch import Row  # noqa: E402
 from ia2mini.cli import progress  # noqa: E402
+from ia2mini.cost import Pass, flops  # noqa: E402
 from ia2mini.episode import with_demonstrations  # noqa: E402
 from ia2mini.experiment import FURTHER  # noqa: E402
 from ia2mini.options import Options  # noqa: E402
@@ -39,11 +40,11 @@ def test_flops_formula_matches_torch_counter(tiny, method):
     step = training.OurStep(tiny, [rows], phase, tiny.theta())
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         step.gradient()
-    formula = timing.flops(tiny.config, rows=4, tokens=10, positions=12, head=head, backward=True, rank=8)
+    formula = flops(tiny.config, Pass(4, 10, 12, head, backward=True, rank=8))
     assert formula == pytest.approx(counter.get_total_flops(), rel=0.01)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         tiny.model(step.batch.ids, logits=step.batch.at if head else False)
-    assert timing.flops(tiny.config, 4, 10, 12, head) == counter.get_total_flops()
+    assert flops(tiny.config, Pass(4, 10, 12, head)) == counter.get_total_flops()
 
 
 def test_both_peers_compute_what_we_compute(tiny):
