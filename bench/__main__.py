@@ -11,10 +11,11 @@ import torch
 
 from ia2mini import UsageError
 from ia2mini.cli import Commands, keep_freed_memory, many, options_of
+from ia2mini.files import write_text
 from ia2mini.options import Options
 from ia2mini.subject import open_subject
 
-from . import inference, resources, training
+from . import cost, inference, resources, training
 from .choice import choice, race
 from .effect import METHODS, TASKS, effect
 from .fit import fit
@@ -176,6 +177,13 @@ add_study("race", race, "both")
 def gain_command(save):
     show(result := gain())
     finish([result], "python -m bench gain", save, name="gain")
+
+
+@main.command("cost")
+def cost_command():
+    """Write docs/cost.md: FLOPs, bytes, kernels and least seconds of a cell's stages, computed from shapes."""
+    write_text(cost.PAGE, cost.page())
+    click.echo(f"wrote {cost.PAGE}")
 
 
 @main.command("fit", help=fit.__doc__)

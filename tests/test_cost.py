@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import ia2mini.cost
+from bench import cost
+from bench.shapes import SHAPES
 from ia2mini import METHODS, Grid, draw_episode, load_examples, open_subject, teach
 from ia2mini.adapters import LoRA, adapted
 from ia2mini.batch import Row, collate
@@ -207,3 +209,16 @@ def test_dry_run_lists_what_would_be_done_and_does_nothing(tmp_path, monkeypatch
     assert f"prompts of {sum(map(len, tokens)) / 20:.0f} tokens" in four
     seconds = [float(line.rpartition(" s (")[0].rpartition(", ")[2]) for line in (two, four)]
     assert float(whole.split()[-2]) == pytest.approx(sum(seconds), rel=0.01) and seconds[0] < seconds[1]
+
+
+def test_the_page_is_what_the_script_makes():
+    assert cost.PAGE.read_text() == cost.page(), "python -m bench cost"
+
+
+def test_the_paper_s_largest_cell_by_hand():
+    """A step of 15 runs × 4 rows × 26 tokens on Qwen3-4B: forward and the gradient of inputs, 2 FLOPs a weight each."""
+    shape, tokens = SHAPES["qwen3-4b"], 15 * 4 * 26
+    weights = 36 * (2560 * (4096 + 2 * 1024) + 4096 * 2560 + 3 * 2560 * 9728)
+    assert flops(shape, Pass(60, 26, 60, False, True, 8)) == pytest.approx(4 * weights * tokens, rel=0.05)
+    (line,) = [line for line in cost.table("qwen3-4b", "", cost.LABELLED) if "| train ia2 |" in line]
+    assert float(line.split("|")[2]) == pytest.approx(50 * 4 * weights * 15 * 4 * 16 / 1e12, rel=0.05)
