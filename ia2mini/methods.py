@@ -66,7 +66,10 @@ class Grid:
         steps = self.settings.epochs * -(-len(runs.train[0]) // self.settings.batch_size)
         with self.progress((method, len(runs), steps)) as watch:
             watch = watch if callable(watch) else None
-            found = train_in_parts(self.model, self.adapter, runs, self.settings, self.side_by_side, watch)
+            asked = self.settings, self.side_by_side, watch
+            found, most = train_in_parts(self.model, self.adapter, runs, *asked)
+        if most < len(runs):
+            self.side_by_side = most  # what memory has held, for the next phase too
         if start is not None:
             found.steps += start.steps
         return found
