@@ -115,7 +115,7 @@ def test_portions_are_estimated_before_memory_runs_out(model, monkeypatch):
         assert all(relative(x, y) <= 1e-5 for x, y in zip(found.theta, whole.theta, strict=True))
     wrap_blocks(model, checkpointed)
     try:
-        monkeypatch.setattr(ia2mini.train, "free_memory", lambda device: 1.5 * each / 0.9)
+        monkeypatch.setattr(ia2mini.train, "free_memory", lambda device: 1.9 * each / 0.9)
         tried.clear()
         METHODS["sft"](make_grid(model, "lora"))
         assert tried[0] > 1, "checkpointed, a run takes less"
