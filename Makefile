@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test test-real lint bench clean
+.PHONY: setup demo test test-real lint bench bench-gpu clean
 
 setup: $(VENV)/ready  ## a virtual environment with ia2mini, all extras and the tested versions
 
@@ -31,6 +31,9 @@ lint: setup
 
 bench: setup  ## how fast, and against whom
 	$(BIN)/python -m bench
+
+bench-gpu:  ## the first hour on a GPU, by the python that is there: its tests, then every bench; type it again to go on
+	$(PYTHON) -m bench gpu
 
 clean:
 	rm -rf $(VENV) build *.egg-info

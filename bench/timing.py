@@ -14,6 +14,7 @@ from statistics import median
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ia2mini import graphs
 from ia2mini.cost import gemm_rate
 
 
@@ -56,8 +57,12 @@ def race(stacks: dict[str, Callable], repeats: int = 5, seconds: float = 20.0, d
     """Time the stacks in turn, round after round, so that a busy spell of the machine meets all of them.
 
     `repeats` rounds after one to warm up, fewer once `seconds` are over but at least two. A first round that takes a
-    third of `seconds` counts as any other: what is long needs no warming.
+    third of `seconds` counts as any other: what is long needs no warming. Where steps are recorded all stacks warm up
+    for as many rounds as a recording needs: no timing mixes calls before it with replays.
     """
+    for _ in range(graphs.OFTEN + 1 if torch.device(device).type in graphs.RECORDERS else 0):
+        for run in stacks.values():
+            clock(run, device)
     start, times, done, first = time.perf_counter(), {name: [] for name in stacks}, 0, True
     while done < repeats and (done < 2 or time.perf_counter() - start < seconds):
         for name, run in stacks.items():
@@ -68,6 +73,16 @@ def race(stacks: dict[str, Callable], repeats: int = 5, seconds: float = 20.0, d
             done += 1
         first = False
     return {name: Timing.of(values) for name, values in times.items()}
+
+
+def recorded() -> str:
+    """What our stack has recorded since it was last asked, for a result's remarks; empty without a recorder."""
+    counts = dict(graphs.COUNTED)
+    graphs.COUNTED.clear()
+    if not counts:
+        return ""
+    found = f"recorded {counts.get('recordings', 0)} ×, {counts.get('replays', 0)} of {counts['calls']} calls replayed"
+    return f"CUDA graphs: {found}, warming up included"
 
 
 def gemm_ceiling(config, rows: int, device="cpu", dtype=torch.float32) -> float:

@@ -296,7 +296,10 @@ def cell(stand: Stand, whole: Size = Size(), parts: dict[str, Size] | None = Non
 def portions(shape: str, device: str, select: str = "dev") -> tuple[Size, dict[str, Size], int]:
     """What of a cell is measured so that a CPU is done in minutes: everything where it is small."""
     whole = Size(select=select)
-    if device != "cpu" or shape == "tiny":
+    if device != "cpu" and shape != "tiny":
+        (b, a) = (replace(whole, sets=sets, rates=1, steps=10, rows=128) for sets in (2, 1))
+        return whole, {"(b)": b, "(a)": a}, 2
+    if shape == "tiny":
         return whole, {"(b)": replace(whole, sets=2, rates=1), "(a)": replace(whole, sets=1, rates=1)}, 2
     short = replace(whole, steps=2, rows=40)
     some = replace(short, sets=1, rates=1, steps=3, rows=128)

@@ -7,9 +7,10 @@ import re
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import get_args
 
@@ -131,6 +132,8 @@ def main(context):
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
     keep_freed_memory()
+    lasting = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ia2mini", "compiled")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(lasting))  # torch's own place does not outlive a restart
 
 
 def keep_freed_memory() -> None:
@@ -210,13 +213,13 @@ def run(names, model, device, dtype, revision, compiling, checkpointing, dry_run
     chosen = [keep_apart(task, subject.tokenizer, own["template"]) for task in chosen]
     from .report import write_report
     from .report.summary import count
-    from .study import carry_out, lay_out, open_study, plan
+    from .study import carry_out, lay_out, open_study, plan, worth_compiling
 
     if dry_run:
         del where["out"]
         return click.echo(plan(lay_out(chosen, subject, options, **where)[0], device))
     study = open_study(chosen, subject, options, **where, bar=progress)
-    prepare(subject.model, compiling, checkpointing)
+    prepare(subject.model, compiling, checkpointing, lambda: worth_compiling(study[0]))
     document, folder = carry_out(*study)
     drawn = write_report(document, folder, typed(), shown["figures"])
     show(document, shown["full"])
@@ -227,16 +230,26 @@ def run(names, model, device, dtype, revision, compiling, checkpointing, dry_run
         click.echo(json.dumps(document))
 
 
-def prepare(model, compiling: bool | None, checkpointing: bool) -> None:
-    """Compile and checkpoint a model's blocks as the options say (None: compile on a GPU)."""
+def prepare(model, compiling: bool | None, checkpointing: bool, worth: Callable = lambda: True) -> None:
+    """Compile and checkpoint a model's blocks as the options say (None: compile on a GPU, where it is `worth` it)."""
     from .graphs import RECORDERS
     from .models.common import checkpointed, compiled, wrap_blocks
 
     if compiling is None:
-        compiling = next(model.parameters()).is_cuda
+        compiling = next(model.parameters()).is_cuda and worth()
     elif not compiling:
         RECORDERS.clear()
+    if compiling:
+        from torch._dynamo.callback import on_compile_start
+
+        on_compile_start(lambda *about: tell_of_compiling())
     wrap_blocks(model, *[compiled] * compiling, *[checkpointed] * checkpointing)
+
+
+@cache
+def tell_of_compiling() -> None:
+    """Say it once, as it begins."""
+    click.echo(f"compiling (minutes at first; kept in {os.environ['TORCHINDUCTOR_CACHE_DIR']})", err=True)
 
 
 def find_tasks(names: tuple[str, ...], data, prompt_column, answer_column, template, eval_data) -> list:

@@ -15,6 +15,7 @@ from .cost import Cost, gemm_rate
 from .episode import with_demonstrations
 from .experiment import Experiment, Setting, parsed_correct
 from .files import finite, read_json, write_json
+from .graphs import RATE
 from .methods import METHODS
 from .metrics import accuracy, measure, subspace_overlap
 from .options import UNTRAINED, Options
@@ -24,6 +25,7 @@ from .runs import RunFolder, checkpoint_digest, versions
 from .subject import Subject
 from .tasks import Task, find_task, load_examples
 
+COMPILING = 60  # seconds that compiling is assumed to take on a GPU, to be measured
 SHOWN = 10  # right and wrong rows that the page shows of each task
 
 
@@ -119,6 +121,13 @@ def plan(experiments: list[Experiment], device: str) -> str:
     out.append(f"in all {total.tokens / 1e6:.3g} M tokens, {total.flops / 1e12:.3g} TFLOP, {total.seconds(rate):.3g} s")
     said = f"seconds if all ran at the {rate / 1e9:,.0f} GFLOP/s of a matrix product here ({device}, {str(dtype)[6:]})"
     return "\n".join([*out, f"{said}, training for all of its epochs; nothing was computed"])
+
+
+def worth_compiling(experiments: list[Experiment]) -> bool:
+    """Whether a GPU has more to do, at the least, than compiling takes; what is kept of an earlier run is not known."""
+    model = experiments[0].setting.subject.model
+    costs = [cost for e in experiments for cost in e.cell().stages(model.config).values()]
+    return sum(cost.seconds(RATE) for cost in costs) > COMPILING
 
 
 def run_experiment(experiment: Experiment) -> dict[str, list]:

@@ -1,15 +1,18 @@
 """What a study costs, by formula: against torch's counters, bytes that autograd keeps, and a study's own passes."""
 
 import json
+import os
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from click.testing import CliRunner
-from ia2mini.models import load
+from ia2mini.models import common, load
 from ia2mini.models.checkpoint import TINY
 from reference import make_checkpoint, starts
+from torch._dynamo.callback import callback_handler
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,10 +23,12 @@ from bench.shapes import SHAPES
 from ia2mini import METHODS, Grid, draw_episode, load_examples, open_subject, teach
 from ia2mini.adapters import LoRA, adapted
 from ia2mini.batch import Row, collate
-from ia2mini.cli import main
+from ia2mini.cli import main, prepare
 from ia2mini.cost import KERNELS, Cell, Cost, Pass, flops, lora_size, run_bytes
 from ia2mini.evaluate import Scoring, label_scores, share_prefix
 from ia2mini.generate import Decoding, generate
+from ia2mini.options import Options
+from ia2mini.study import lay_out, worth_compiling
 from ia2mini.tasks import find_task
 from ia2mini.train import Settings, losses
 
@@ -222,3 +227,26 @@ def test_the_paper_s_largest_cell_by_hand():
     assert flops(shape, Pass(60, 26, 60, False, True, 8)) == pytest.approx(4 * weights * tokens, rel=0.05)
     (line,) = [line for line in cost.table("qwen3-4b", "", cost.LABELLED) if "| train ia2 |" in line]
     assert float(line.split("|")[2]) == pytest.approx(50 * 4 * weights * 15 * 4 * 16 / 1e12, rel=0.05)
+
+
+def test_compiling_is_chosen_by_the_work_and_said(monkeypatch, capsys):
+    """On a GPU blocks are compiled only for long studies; the compiler's results are kept where they last."""
+    subject = open_subject("tiny", "cpu", weights=False)
+    (short,), _ = lay_out([find_task("toy-mood")], subject, Options(eval_rows=10), None)
+    assert not worth_compiling([short])
+    monkeypatch.setattr(type(short), "cell", lambda self: Cell(1e4, 1e5, answer=1e4, rows=(10**6,)))
+    assert worth_compiling([short])
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    CliRunner().invoke(main, ["tasks"])
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/somewhere/ia2mini/compiled"
+    model, asked = load("tiny")[0], []
+    prepare(model, None, False, lambda: asked.append(1))
+    assert not asked, "on a CPU nothing is compiled unless asked for"
+    monkeypatch.setattr(common, "compiled", partial(common.compiled, backend="eager"))
+    monkeypatch.setattr(callback_handler, "start_callbacks", [])
+    prepare(model, True, False)
+    assert not capsys.readouterr().err
+    for length in (3, 4):
+        model(torch.arange(length)[None], logits=False)
+    assert capsys.readouterr().err == "compiling (minutes at first; kept in /somewhere/ia2mini/compiled)\n"
