@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test test-real fuzz kills lint mutants bench clean
+.PHONY: setup demo test test-real fuzz kills lint mutants bench bench-gpu clean
 
 setup: $(VENV)/ready  ## a virtual environment with ia2mini, all extras and the tested versions
 
@@ -43,6 +43,9 @@ mutants: setup  ## break sixty lines one at a time: the tests must notice; minut
 
 bench: setup  ## how fast, and against whom
 	$(BIN)/python -m bench
+
+bench-gpu:  ## the first hour on a GPU, by the python that is there: its tests, then every bench; type it again to go on
+	$(PYTHON) -m bench gpu
 
 clean:
 	rm -rf $(VENV) build *.egg-info

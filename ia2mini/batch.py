@@ -63,7 +63,7 @@ class Batch:
 
 def collate(runs: list[list[Row]], device="cpu", pack: bool = False) -> Batch:
     """One batch of R lists of rows, shorter ones padded with empty rows; `pack`: no padding where it is worth it."""
-    R, B = len(runs), max(map(len, runs))
+    R, B, device = len(runs), max(map(len, runs)), torch.device(device)
     lengths = np.array([[*map(len, run), *[0] * (B - len(run))] for run in runs])
     totals = lengths.sum(1)
     pack = pack and totals.max() <= min(MOST_PACKED, WORTH_PACKING * B * lengths.max())
@@ -88,7 +88,8 @@ def collate(runs: list[list[Row]], device="cpu", pack: bool = False) -> Batch:
             weights[r, span] = 1 / (len(row.answer) * len(run))
 
     def send(array):
-        return torch.from_numpy(array).to(device, non_blocking=True)
+        tensor = torch.from_numpy(array)
+        return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
     packed = Packed(send(documents), send(places)) if pack else None
     positions = send(at[0].reshape(-1)), send(at[1].reshape(-1))

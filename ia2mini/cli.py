@@ -7,9 +7,10 @@ import shlex
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import get_args
 
@@ -160,6 +161,8 @@ def main(context):
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
     keep_freed_memory()
+    lasting = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ia2mini", "compiled")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(lasting))  # torch's own place does not outlive a restart
 
 
 def keep_freed_memory() -> None:
@@ -211,7 +214,8 @@ def progress(label: str, total: int):
 @click.option("--with-paper", is_flag=True, help="the paper's numbers beside ours where it has the same cell; --full")
 @click.option("--figures", type=Several(str), default="png", help="formats of the figures: png,pdf,svg")
 @click.option("--json", "as_json", is_flag=True, help="one JSON document on the last line of stdout")
-def run(names, model, device, dtype, revision, check, compiling, checkpointing, **given):
+@click.option("--dry-run", is_flag=True, help="list tokens, memory and least time of every task and N; train nothing")
+def run(names, model, device, dtype, revision, check, compiling, checkpointing, dry_run, **given):
     """Train and compare methods on TASKs: a table, figures, a page, and the chosen adapters in PEFT's format.
 
     Without TASK, the demo: the four toy classification tasks. All sets and rates of a method are trained side by side.
@@ -233,17 +237,21 @@ def run(names, model, device, dtype, revision, check, compiling, checkpointing, 
     if own["data"] and model == "tiny" and unnamed:
         raise UsageError("--data: name a --model for your own rows (the embedded one knows 449 words)")
     chosen = find_tasks(names, **own)
-    from .subject import open_subject
+    from .subject import open_subject, usable
 
-    subject = open_subject(model, device, dtype, revision, check)
-    prepare(subject.model, compiling, checkpointing)
+    subject = open_subject(model, device := usable(device), dtype, revision, check, weights=not dry_run)
     chosen = [keep_apart(task, subject.tokenizer, own["template"]) for task in chosen]
     from .report import write_report
     from .report.paper import add_paper
     from .report.summary import count
-    from .study import compare
+    from .study import carry_out, lay_out, open_study, plan, worth_compiling
 
-    document, folder = compare(chosen, subject, options, **where, bar=progress)
+    if dry_run:
+        del where["out"]
+        return click.echo(plan(lay_out(chosen, subject, options, **where)[0], device))
+    study = open_study(chosen, subject, options, **where, bar=progress)
+    prepare(subject.model, compiling, checkpointing, lambda: worth_compiling(study[0]))
+    document, folder = carry_out(*study)
     if shown["with_paper"] and not add_paper(document):
         click.echo("--with-paper: the paper has none of these cells", err=True)
     drawn = write_report(document, folder, typed(), shown["figures"])
@@ -255,16 +263,26 @@ def run(names, model, device, dtype, revision, check, compiling, checkpointing, 
         click.echo(json.dumps(document))
 
 
-def prepare(model, compiling: bool | None, checkpointing: bool) -> None:
-    """Compile and checkpoint a model's blocks as the options say (None: compile on a GPU)."""
+def prepare(model, compiling: bool | None, checkpointing: bool, worth: Callable = lambda: True) -> None:
+    """Compile and checkpoint a model's blocks as the options say (None: compile on a GPU, where it is `worth` it)."""
     from .graphs import RECORDERS
     from .models.common import checkpointed, compiled, wrap_blocks
 
     if compiling is None:
-        compiling = next(model.parameters()).is_cuda
+        compiling = next(model.parameters()).is_cuda and worth()
     elif not compiling:
         RECORDERS.clear()
+    if compiling:
+        from torch._dynamo.callback import on_compile_start
+
+        on_compile_start(lambda *about: tell_of_compiling())
     wrap_blocks(model, *[compiled] * compiling, *[checkpointed] * checkpointing)
+
+
+@cache
+def tell_of_compiling() -> None:
+    """Say it once, as it begins."""
+    click.echo(f"compiling (minutes at first; kept in {os.environ['TORCHINDUCTOR_CACHE_DIR']})", err=True)
 
 
 def find_tasks(names: tuple[str, ...], data, prompt_column, answer_column, template, eval_data) -> list:

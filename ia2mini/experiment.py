@@ -1,10 +1,11 @@
 """One task at one N on one model: its sets are taught, trained and scored, each once, and kept in the run's folder."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from . import UsageError
 from .adapters import Adapter, adapted, make_adapter
 from .batch import Row
+from .cost import Cell
 from .episode import Episode, controlled, draw_episode, with_demonstrations
 from .evaluate import Scoring, answer_scores, label_scores, layer_asim, share_prefix
 from .generate import STOP, Decoding, generate
@@ -36,7 +38,7 @@ class Setting:
 
     subject: Subject
     options: Options
-    folder: RunFolder
+    folder: RunFolder | None  # None: only laid out
     bar: Callable  # bar(label, total) -> context manager yielding a tqdm
     side_by_side: int | None = None  # runs trained together; None: all
     pools: dict[str, Examples] = field(default_factory=dict)  # of every task
@@ -120,6 +122,24 @@ class Experiment:
                 found += ["collecting", *(f"training {m}" for m in (BEGINS_WITH.get(method), method) if m)]
             found += [f"{who} on {name}" for name in self.evals for who in ("icl", method)]
         return [f"{self.name}: {phase}" for phase in dict.fromkeys(found)]
+
+    def cell(self) -> Cell:
+        """The numbers that its cost depends on; an answer counts as long as the longest may be."""
+        o, encode = self.setting.options, self.setting.subject.tokenizer.encode_all
+
+        def tokens(texts: Iterable[str]) -> float:
+            return fmean(map(len, encode(list(texts))))
+
+        rows = [row for episode in self.episodes for row in episode.train]
+        trained = [method for method in o.methods if method not in UNTRAINED]
+        trained = tuple(dict.fromkeys(m for method in trained for m in (BEGINS_WITH.get(method), method) if m))
+        shown = (self.about["n"] - 1) * tokens(f"{row.prompt}{row.answer}\n\n" for row in rows)
+        found = Cell(tokens(row.prompt for row in rows), shown, self.max_tokens, self.about["n"], methods=o.methods)
+        configs = len(self.rates) * (len(self.betas) if "ia2+sft" in trained else 1)
+        scored = o.sets if o.select in ("dev", "kl") else o.sets * configs
+        found = replace(found, sets=o.sets, configs=configs, scored=scored, trained=trained, epochs=o.epochs)
+        evals, rank = tuple(len(e.rows) for e in self.evals.values()), o.rank * (o.adapter == "lora")
+        return replace(found, rows=evals, batch=o.batch_size, more=self.about["unlabelled"], rank=rank)
 
     @contextmanager
     def stage(self, kind: str, phase: str, total: int) -> Iterator:

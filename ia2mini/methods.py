@@ -68,7 +68,10 @@ class Grid:
         steps = self.settings.epochs * -(-len(runs.train[0]) // self.settings.batch_size)
         with self.progress((method, len(runs), steps)) as watch:
             watch = watch if callable(watch) else None
-            found = train_in_parts(self.model, self.adapter, runs, self.settings, self.side_by_side, watch)
+            asked = self.settings, self.side_by_side, watch
+            found, most = train_in_parts(self.model, self.adapter, runs, *asked)
+        if most < len(runs):
+            self.side_by_side = most  # what memory has held, for the next phase too
         if start is not None:
             found.steps += start.steps
         return found
@@ -130,7 +133,8 @@ def ridge(grid: Grid) -> Trained:
                 judges = collate([taught.icl_dev or taught.icl_train], device, pack=True)
                 dev.append(losses(student, judges, {"mse": torch.ones(1, device=device)}, grid.settings.layers))
     none = torch.zeros(len(configs), dtype=torch.int64)
-    return Trained(torch.cat(theta).repeat_interleave(each, 0), torch.cat(dev).repeat_interleave(each), none, none)
+    dev_loss = torch.cat(dev).cpu().repeat_interleave(each)
+    return Trained(torch.cat(theta).repeat_interleave(each, 0), dev_loss, none, none, none)
 
 
 def responses(grid: Grid) -> Trained:

@@ -35,10 +35,8 @@ class Subject:
             raise UsageError(f"the prompt {' '.join(prompt.split())[:60]!r} … has {need}; {mend}")
 
 
-def open_subject(
-    model: str = "tiny", device: str | None = None, dtype: str | None = None, revision=None, check: bool = True
-) -> Subject:
-    """The model of a folder, hub id or short name; on a GPU if there is one, there in bfloat16. Raises UsageError."""
+def usable(device: str | None) -> str:
+    """The device, or where none is named a GPU if there is one. Raises UsageError for what cannot be used."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if torch.device(device).type not in ("cpu", "cuda"):
@@ -47,9 +45,19 @@ def open_subject(
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device {device}: not usable here ({reason}); use --device cpu") from None
-    folder = locate(model, revision)
+    return device
+
+
+def open_subject(
+    model: str = "tiny", device=None, dtype=None, revision=None, check: bool = True, weights: bool = True
+) -> Subject:
+    """The model of a folder, hub id or short name; on a GPU if there is one, there in bfloat16. Raises UsageError.
+
+    `check`: no weight may be NaN or infinite. Without `weights` only its shape: nothing large is read or downloaded.
+    """
+    device, folder = usable(device), locate(model, revision, weights)
     dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
-    network, tokenizer = load(folder, dtype, device, check=check)
+    network, tokenizer = load(folder, dtype, device if weights else "meta", check=check)
     local = folder == TINY or Path(model).is_dir()
     name = plain(folder.resolve().name if local else model.replace("/", "--"), "")
     base = str(folder.resolve()) if local else SHORT_NAMES.get(model.lower(), model)

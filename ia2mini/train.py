@@ -8,11 +8,13 @@ from itertools import product
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import UsageError
 from .adapters import Adapter, adapted
 from .batch import Batch, Row, collate
-from .graphs import CapturedStep
+from .cost import run_bytes
+from .graphs import CapturedStep, launch_bound
 from .losses import activation_mse, cross_entropy, fused, per_run, soft_cross_entropy
 from .models.common import Taps
 
@@ -132,28 +134,28 @@ class EarlyStopping:
 
     def __init__(self, theta: Tensor, settings: Settings, config: Tensor | None = None):
         self.settings, self.theta, self.config, self.means = settings, theta * torch.nan, config, []
-        self.dev_loss = torch.full((len(theta),), torch.inf, device=theta.device)
-        self.misses = torch.zeros(len(theta), dtype=torch.int64, device=theta.device)
-        self.steps, self.best, self.broken = torch.zeros(3, len(theta), dtype=torch.int64)
+        self.dev_loss = torch.full((len(theta),), torch.inf)  # on the CPU, as all but the weights
+        self.misses, self.steps, self.best, self.broken = torch.zeros(4, len(theta), dtype=torch.int64)
 
     def look(self, runs: Tensor, theta: Tensor, dev_loss: Tensor, step: int) -> Tensor:
         """Note the weights [r, M] and dev losses [r] of `runs` after `step`; which go on, [r] bool on the CPU."""
-        live = runs.to(theta.device)
-        better, finite = dev_loss < self.dev_loss[live], dev_loss.isfinite()
-        kept = finite if self.settings.keep_last else better
-        self.theta[live[kept]] = theta[kept]
-        self.dev_loss[live[better]] = dev_loss[better]
-        self.misses[live] = torch.where(better, 0, self.misses[live] + 1)
+        dev_loss = dev_loss.cpu()  # the only wait for the device
+        better, finite = dev_loss < self.dev_loss[runs], dev_loss.isfinite()
+        keeps = finite if self.settings.keep_last else better
+        kept = keeps.nonzero()[:, 0]
+        self.theta[runs[kept].to(theta.device)] = theta[kept.to(theta.device)]
+        self.dev_loss[runs[better]] = dev_loss[better]
+        self.misses[runs] = torch.where(better, 0, self.misses[runs] + 1)
         self.steps[runs] = step
-        self.best[runs[kept.cpu()]] = step
-        self.broken[runs[~finite.cpu()]] = step
-        going = (finite & (self.misses[live] < self.settings.patience)).cpu()
+        self.best[runs[keeps]] = step
+        self.broken[runs[~finite]] = step
+        going = finite & (self.misses[runs] < self.settings.patience)
         return going if self.config is None else going & ~self.beaten()[runs]
 
     def beaten(self) -> Tensor:
         """Which runs have a rate that is beaten, after one more look, [R] bool on the CPU."""
         means = torch.zeros(int(self.config.max()) + 1)
-        means.scatter_reduce_(0, self.config, self.dev_loss.cpu(), "mean", include_self=False)
+        means.scatter_reduce_(0, self.config, self.dev_loss, "mean", include_self=False)
         self.means.append(means)
         if len(self.means) < RACE_FROM or means.min().isinf():
             return torch.zeros_like(self.config, dtype=torch.bool)
@@ -191,12 +193,14 @@ def train_runs(
 ) -> Trained:
     """Train R runs by `losses`; a run that has not improved for `patience` looks leaves the batch.
 
+    Where steps are recorded and cost more to launch than to compute, half of the batch leaves at once: shapes stay.
     Looks at the dev loss after every second step and at each epoch's end. `watch(step, best dev losses of live runs)`
     after each look. Raises torch.OutOfMemoryError where R runs do not fit (see `train_in_parts`).
     """
     device, rows = runs.theta.device, len(runs.train[0])
     stopping, adam = EarlyStopping(runs.theta, settings, runs.config), Adam(runs.theta, runs.rates.to(device))
-    live, going = torch.arange(len(runs)), runs  # those still training, in the order of the batch
+    live, going = torch.arange(len(runs)), runs  # those in the batch, in its order
+    places = torch.arange(len(runs))  # which of them still train; the others' weights are kept already
     dev_batch = None if settings.steps else collate(runs.dev, device, pack=True)
     batch, step = None, 0
 
@@ -209,7 +213,10 @@ def train_runs(
         with adapted(model, adapter, adam.theta) as student:
             return losses(student, batch, going.mix, settings.layers)
 
-    train_step, look = CapturedStep(update, device), CapturedStep(dev_losses, device)
+    def recorded() -> list[CapturedStep]:
+        return [CapturedStep(function, device, fewer=len(live) > 1) for function in (update, dev_losses)]
+
+    train_step, look = recorded()
     portions = range(0, rows, settings.batch_size)
     epochs = settings.epochs if settings.steps is None else -(-settings.steps // len(portions))
     for epoch, start in product(range(epochs), portions):
@@ -224,26 +231,31 @@ def train_runs(
             break
         if settings.steps or step % 2 and start + settings.batch_size < rows:
             continue
-        staying = stopping.look(live, adam.theta.detach(), look(dev_batch), step)
+        here = places.to(device)
+        places = places[stopping.look(live[places], adam.theta.detach()[here], look(dev_batch)[here], step)]
         if watch:
-            watch(step, stopping.dev_loss[live[staying].to(device)])
-        if not staying.any():
+            watch(step, stopping.dev_loss[live[places]])
+        if not len(places):
             break
-        if not staying.all():
-            live, going = live[staying], going.take(staying.nonzero()[:, 0])
-            adam.keep(staying.to(device))
-            dev_batch, batch = collate(going.dev, device, pack=True), None
-            train_step, look = CapturedStep(update, device), CapturedStep(dev_losses, device)  # for fewer runs
+        if len(places) <= (len(live) // 2 if launch_bound(model.config, batch) else len(live) - 1):
+            live, going = live[places], going.take(places)
+            adam.keep(places.to(device))
+            places, dev_batch, batch = torch.arange(len(live)), collate(going.dev, device, pack=True), None
+            train_step, look = recorded()  # for fewer runs
     return Trained(stopping.theta, stopping.dev_loss, stopping.steps, stopping.best, stopping.broken)
 
 
 def train_in_parts(
     model: nn.Module, adapter: Adapter, runs: Runs, settings: Settings, at_once: int | None = None, watch=None
-) -> Trained:
-    """`train_runs`, `at_once` runs side by side (None: all), halved where memory is too small. UsageError below one."""
+) -> tuple[Trained, int]:
+    """`train_runs`, `at_once` runs side by side (None: all), fewer where memory is too small; also how many it were.
+
+    What memory holds is estimated before, and halved where it still runs out. Raises UsageError below one run.
+    """
     parts, rest = [], torch.arange(len(runs))
+    at_once = min(at_once or len(runs), fitting(model, runs, settings.batch_size))
     while len(rest):
-        some = rest[: at_once or len(rest)]
+        some = rest[:at_once]
         try:
             parts.append(train_runs(model, adapter, runs.take(some), settings, watch))
             rest = rest[len(some) :]
@@ -254,4 +266,21 @@ def train_in_parts(
             at_once = len(some) // 2
             now = f"going on with {at_once} (--side-by-side {at_once})"
             warnings.warn(f"out of memory with {len(some)} runs side by side; {now}", stacklevel=2)
-    return Trained(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
+    return Trained(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0]))), at_once
+
+
+def fitting(model: nn.Module, runs: Runs, batch_size: int) -> int:
+    """How many of the runs free memory holds by estimate, at least one."""
+    rows = [sorted(run, key=len)[-batch_size:] for run in runs.train]
+    tokens, positions = (max(sum(map(of, run)) for run in rows) for of in (len, lambda row: len(row.answer)))
+    weight = model.model.embed_tokens.weight
+    again = getattr(model.model.layers[0].mlp_output, "func", None) is checkpoint
+    each = run_bytes(model.config, tokens, positions, weight.itemsize, runs.theta.shape[1], again)
+    return max(1, int(min(len(runs), 0.9 * free_memory(weight.device) / each)))
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that tensors may still take; a CPU cannot say, so there without bound."""
+    if device.type != "cuda":
+        return math.inf
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

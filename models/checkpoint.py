@@ -40,7 +40,7 @@ def load(
     """Load `name`, a folder, a short name ("qwen3-4b-base", "tiny") or a hub id: (model, tokenizer).
 
     The model is in evaluation mode with every weight frozen, in `dtype` on `device`; weights are streamed one tensor at
-    a time. `check`: none may be NaN or infinite. Raises UsageError for anything a user can mend.
+    a time; none on "meta". `check`: none may be NaN or infinite. Raises UsageError for anything a user can mend.
 
         model, tokenizer = load("tiny")
         logits = model(torch.tensor([tokenizer.encode("Text:a lovely film\\nLabel:")]))   # [1, T, V]
@@ -49,11 +49,14 @@ def load(
     config, family = read_folder_config(folder)
     with torch.device("meta"):
         model = family(config)
-    fill(model, folder, dtype, torch.device(device), check)
+    if str(device) == "meta":
+        model.to(dtype)
+    else:
+        fill(model, folder, dtype, torch.device(device), check)
     return model.eval().requires_grad_(False), Tokenizer.from_folder(folder)
 
 
-def locate(name: str | Path, revision: str | None = None) -> Path:
+def locate(name: str | Path, revision: str | None = None, weights: bool = True) -> Path:
     """The local folder of a checkpoint; downloads (or finds in the cache) what a hub id needs. Raises UsageError."""
     if str(name) == "tiny":
         return TINY
@@ -68,15 +71,15 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
         near = difflib.get_close_matches(str(name).lower(), ["tiny", *SHORT_NAMES], 1, 0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"short names: tiny, {', '.join(SHORT_NAMES)}"
         raise UsageError(f"unknown model {str(name)!r}: not a folder, a short name or a hub id owner/name; {hint}")
-    return download(hub_id, revision)
+    return download(hub_id, revision, FILES if weights else FILES[:-2])
 
 
-def download(hub_id: str, revision: str | None) -> Path:
-    """The snapshot folder of a model repository on the hub, fetching only the files needed. Raises UsageError."""
+def download(hub_id: str, revision: str | None, files: list[str] = FILES) -> Path:
+    """The snapshot folder of a model repository on the hub, fetching only the `files`. Raises UsageError."""
     from huggingface_hub import snapshot_download
 
     with hub_errors(hub_id, "model", revision, "give a folder"):
-        return Path(patiently(lambda: snapshot_download(hub_id, revision=revision, allow_patterns=FILES)))
+        return Path(patiently(lambda: snapshot_download(hub_id, revision=revision, allow_patterns=files)))
 
 
 def read_folder_config(folder: Path):
