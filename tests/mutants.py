@@ -53,9 +53,9 @@ MUTANTS = {
     ],
     "ia2mini/train.py": [
         (".sqrt_().add_(Adam.eps)", ".add_(Adam.eps).sqrt_()", "train adam_equals"),
-        ("better = dev_loss < self", "better = dev_loss <= self", "train patience_counts"),
+        ("finite = dev_loss < self", "finite = dev_loss <= self", "train patience_counts"),
         ("< self.settings.patience)", "<= self.settings.patience)", "train patience_counts"),
-        ("torch.where(better, 0, self", "torch.where(better, self.misses[live], self", "train patience_counts"),
+        ("torch.where(better, 0, self", "torch.where(better, self.misses[runs], self", "train patience_counts"),
         ("self.means[-1 - PACE]", "self.means[-PACE]", "train a_rate_far_behind"),
         ("weight[here] for name", "weight[: len(some)] for name", "train stop_at_different_steps"),
     ],
@@ -111,7 +111,7 @@ MUTANTS = {
         ("return text.removeprefix(self.start)", "return text", "chat rendering_equals"),
     ],
     "ia2mini/files.py": [
-        ("if pid.isdecimal() and not alive(int(pid)):", "if pid.isdecimal():", "runs what_killed"),
+        ("pid.isdecimal() and not alive(int(pid)):", "pid.isdecimal():", "runs what_killed"),
     ],
     "ia2mini/runs.py": [
         ('{tuple(tensor.shape)} ".encode', '".encode', "runs a_digest_sees"),

@@ -219,7 +219,7 @@ def test_the_figure_of_gains_reads_the_newest_results(tmp_path):
 def test_options_of_the_command():
     shown = CliRunner().invoke(main, ["cell", "--help"])
     assert shown.exit_code == 0 and "--select" in shown.stdout and "dev" in shown.stdout
-    for name in set(main.commands) - {"cell", "effect", "choice", "race"}:
+    for name in set(main.commands) - {"cell", "effect", "causes", "choice", "race"}:
         shown = CliRunner().invoke(main, [name, "--help"])
         assert shown.exit_code == 0 and "--select" not in shown.stdout
     wrong = CliRunner().invoke(main, ["--shape", "tiny", "step"])

@@ -130,13 +130,16 @@ def test_a_damaged_file_is_set_aside_and_computed_again(tmp_path, harm):
         folder.once("cell/fit", lambda: pytest.fail("it is whole again"))
 
 
+PLACE = Path("run/fit.safetensors")
+
+
 def test_a_digest_sees_names_types_shapes_and_every_bit():
     tensors = {"a": torch.arange(6.0), "b": torch.ones(2, dtype=torch.int32)}
     others = [{"a": tensors["a"].view(2, 3)}, {"a": tensors["a"].view(3, 2)}, {"b": tensors["b"].view(torch.float32)}]
     others += [{"a": torch.arange(6.0).nextafter(torch.tensor(9.0))}, {"c": torch.zeros(0)}]
-    digests = [runs.digest(tensors | other) for other in ({}, *others)]
-    assert len(set(digests)) == 6 and runs.digest(dict(reversed(tensors.items()))) == digests[0]
-    assert runs.digest({"c": tensors["a"], "b": tensors["b"]}) not in digests
+    digests = [runs.digest(tensors | other, PLACE) for other in ({}, *others)]
+    assert len(set(digests)) == 6 and runs.digest(dict(reversed(tensors.items())), PLACE) == digests[0]
+    assert runs.digest({"c": tensors["a"], "b": tensors["b"]}, PLACE) not in digests
 
 
 def test_damaged_json_is_set_aside_and_made_again(tmp_path):

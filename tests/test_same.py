@@ -24,7 +24,7 @@ TASKS = [find_task("toy-mood"), find_task("toy-sums-short")]
 SMALL = Options(n=(2,), sets=2, epochs=4, eval_rows=6, methods=("icl", "sft", "ia2-sft"), rates=(3e-3, 1e-2))
 COMMAND = "run toy-mood toy-sums-short --n 2 --sets 2 --epochs 4 --eval-rows 6 --rates 3e-3,1e-2 --device cpu".split()
 COMMAND += ["--methods", "icl,sft,ia2-sft"]
-NEAR, WEIGHTS = 1e-5, 1e-4  # others add up in another order; seen: 5e-6 of numbers, 9e-5 of weights (two threads)
+NEAR, WEIGHTS = 1e-5, 1e-4  # others add up in another order; seen: 5e-6 of numbers, 9e-5 of weights
 
 
 def computed(folder: Path) -> dict[str, bytes]:
@@ -98,7 +98,7 @@ def apart(one: Path, other: Path) -> tuple[float, float]:
 @pytest.mark.parametrize("together", [1, 3])
 def test_other_groups_side_by_side_give_nearly_the_same_numbers(first, tmp_path, together):
     numbers, weights = apart(first, studied(tmp_path, side_by_side=together))
-    assert numbers <= NEAR and weights <= NEAR
+    assert numbers <= NEAR and weights <= WEIGHTS
 
 
 def test_two_threads_give_nearly_the_same_numbers(tmp_path):
@@ -132,9 +132,9 @@ def test_deterministic_is_set_before_the_device_is_looked_at_and_changes_no_numb
     few = "toy-mood --n 2 --sets 1 --epochs 1 --eval-rows 4 --rates 1e-2 --methods icl,ia2-sft --device cpu".split()
     seen, opened = [], open_subject
 
-    def opening(*how):
+    def opening(*how, **more):
         seen.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
-        return opened(*how)
+        return opened(*how, **more)
 
     monkeypatch.setattr(ia2mini.subject, "open_subject", opening)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
