@@ -15,7 +15,7 @@ from typing import get_args
 
 import click
 
-from . import UsageError
+from . import UsageError, parallel
 from .options import Options
 
 DEMO, DEMO_ROWS = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap"), 120  # about a minute
@@ -25,10 +25,14 @@ MINUTE = 60
 class Commands(click.Group):
     """A group that turns a user's mistake into one line and exit code 2, and an interrupt into 130."""
 
+    def invoke(self, context):
+        parallel.start()
+        return super().invoke(context)
+
     def main(self, *args, **more):
         with suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-        warnings.showwarning = lambda text, *where, **_: click.echo(plain(f"ia2mini: warning: {text}"), err=True)
+        warnings.showwarning = lambda text, *where, **_: say(f"warning: {text}", f"warning: {text}")
         try:
             sys.exit(super().main(*args, **more | {"standalone_mode": False}))
         except UsageError as error:
@@ -38,8 +42,7 @@ class Commands(click.Group):
         except click.ClickException as error:
             mistake = error.format_message()
         except click.Abort:
-            kept = "interrupted; what was finished is kept, and the same command goes on from there"
-            click.echo(f"\nia2mini: {kept}", err=True)
+            say("interrupted; what was finished is kept, and the same command goes on from there", before="\n")
             sys.exit(130)
         except OSError as error:
             if error.errno is None:
@@ -49,8 +52,14 @@ class Commands(click.Group):
             if type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not be loaded yet
                 raise
             mistake = "the device has too little memory; use a smaller --model, --dtype bfloat16 or another --device"
-        click.echo(plain(f"ia2mini: {mistake}"), err=True)
+        say(mistake)
         sys.exit(2)
+
+
+def say(line: str, once: str = "the end", before: str = "") -> None:
+    """Tell a line on stderr, unless another process has told what is said `once`."""
+    if parallel.says(once):
+        click.echo(before + plain(f"ia2mini: {line}"), err=True)
 
 
 def plain(text: str) -> str:
@@ -130,6 +139,8 @@ def main(context):
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
+    if parallel.size > 1 and context.invoked_subcommand not in ("run", "fit"):
+        raise UsageError("only `run` and `fit` are spread over processes; start the others without torchrun")
     keep_freed_memory()
 
 
@@ -161,6 +172,8 @@ def progress(label: str, total: int):
     """A bar on stderr with the time that remains; where that is no terminal a line at first, then one a minute."""
     from tqdm import tqdm
 
+    if not parallel.chief:
+        return tqdm(disable=True)
     known = "{percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left {postfix}"
     if sys.stderr.isatty():
         return tqdm(desc=f"phase {label:<40}", total=total, leave=False, bar_format="{desc} " + known)
@@ -213,6 +226,8 @@ def run(names, model, device, dtype, revision, compiling, checkpointing, **given
     from .study import compare
 
     document, folder = compare(chosen, subject, options, **where, bar=progress)
+    if not parallel.stop():
+        return
     drawn = write_report(document, folder, typed(), shown["figures"])
     show(document, shown["full"])
     figures = count(len(drawn), "figure") if drawn else "no figures (pip install 'ia2mini[report]')"
@@ -256,7 +271,8 @@ def keep_apart(task, tokenizer, template: str | None):
     kept = own.keep_apart(task, rows.read_rows(Path(task.files[0])), tokenizer)
     if kept is not task:
         merging = "answers would merge with the end of the template in this tokenizer"
-        click.echo(f"{merging}, so it is now {kept.prompt!r}", err=True)
+        if parallel.says(merging):
+            click.echo(f"{merging}, so it is now {kept.prompt!r}", err=True)
     return kept
 
 

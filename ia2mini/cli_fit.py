@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from . import UsageError
+from . import UsageError, parallel
 from .cli import file_option, main, many, model_options, options_of, plain, prepare, progress, typed
 from .options import FitOptions
 
@@ -63,6 +63,8 @@ def fit(rows, model, device, dtype, revision, unlabelled, context, prompts, out,
     subject = open_subject(model, device, dtype, revision)
     prepare(subject.model, None, False)
     fitted = fit_rows(own, subject, options, columns, unlabelled or (), keep=out, bar=progress)
+    if not parallel.stop():
+        return
     fitted.save(out)
     write_fit_report(fitted, out, typed())
     for unfinished in out.glob("unfinished-*"):

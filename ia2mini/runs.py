@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from . import UsageError
-from .files import read_json, sweep, write, write_json
+from . import UsageError, parallel
+from .files import finite, read_json, sweep, write, write_json
 
 
 class RunFolder:
@@ -38,25 +38,28 @@ class RunFolder:
 
         What killed processes have half written there is swept.
         """
-        sweep(self.path)
+        parallel.first(lambda: sweep(self.path))
         self.json_once("run.json", lambda: self.what | resolved)
 
     def once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of file `name`: read if they are there, else made and saved. On the CPU either way."""
         path = self.path / f"{name}.safetensors"
-        kept = self.kept(path, load_file if stamp(path) in self.whole else read_tensors)
-        if kept is None:
-            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in make().items()}
-            about = {"sha256": digest(tensors)}
-            write(path, lambda temporary: save_file(tensors, temporary, metadata=about))
+        read = load_file if stamp(path) in self.whole else read_tensors
+        if (kept := parallel.first(lambda: self.kept(path, read))) is None:
+            kept = {key: tensor.detach().cpu().contiguous() for key, tensor in make().items()}
+            if parallel.rank == 0:
+                save_tensors(path, kept)
+                kept = load_file(path)
         self.whole.add(stamp(path))
-        return load_file(path) if kept is None else kept
+        return kept
 
     def json_once(self, name: str, make: Callable[[], dict]) -> dict:
         """The content of JSON file `name`: read if it is there, else made and saved."""
-        if (kept := self.kept(path := self.path / name, read_json)) is None:
-            write_json(path, make())
-        return read_json(path) if kept is None else kept
+        path = self.path / name
+        if (kept := parallel.first(lambda: self.kept(path, read_json))) is None:
+            kept = finite(make())
+            parallel.first(lambda: write_json(path, kept))
+        return kept
 
     def kept(self, path: Path, read: Callable):
         """What a file holds; None where it is not there, or damaged: then it is set aside, with a warning."""
@@ -78,7 +81,8 @@ class RunFolder:
             seconds = self.spent["seconds"]
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
             self.spent["peak_memory_bytes"] = max(self.spent["peak_memory_bytes"], peak_memory())
-            write_json(self.path / "seconds.json", self.spent)
+            if parallel.chief:
+                write_json(self.path / "seconds.json", self.spent)
 
 
 def stamp(path: Path) -> tuple | None:
@@ -97,6 +101,12 @@ def digest(tensors: dict[str, Tensor]) -> str:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors on the CPU for `read_tensors`, with what tells whether they are still the same."""
+    about = {"sha256": digest(tensors)}
+    write(path, lambda temporary: save_file(tensors, temporary, metadata=about))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

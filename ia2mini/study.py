@@ -9,7 +9,7 @@ from statistics import fmean
 import torch
 from tqdm import tqdm
 
-from . import UsageError, __version__
+from . import UsageError, __version__, parallel
 from .adapters import LoRA, unpack
 from .episode import with_demonstrations
 from .experiment import Experiment, Setting, parsed_correct
@@ -43,13 +43,24 @@ def compare(
     experiments, config = open_study(tasks, subject, options, out, data_dir, side_by_side, bar)
     folder = experiments[0].setting.folder
     document = {key: [] for key in ("runs", "training", "overlap", "adapters", "samples")}
-    while experiments:
-        experiment = experiments.pop(0)  # what it holds leaves memory with it
-        for key, found in run_experiment(experiment).items():
-            document[key] += found
+
+    def run(i: int) -> dict[str, list]:
+        experiment, experiments[i] = experiments[i], None  # what it holds leaves memory with it
+        return run_experiment(experiment)
+
+    order, size = list(range(len(experiments))), parallel.size
+    if size > 1:
+        order.sort(key=lambda i: -experiments[i].about["n"])  # the long ones first
+    everywhere = all(parallel.gather((folder.path / "run.json").is_file()))  # else only the first process can write
+    dealt = len(order) // size * size if everywhere else 0
+    found = dict(zip(order, parallel.spread(run, order[:dealt]) + [run(i) for i in order[dealt:]]))
+    for key, i in product(document, range(len(found))):
+        document[key] += found[i][key]
     document = {"cells": summarise(document["runs"], options.select), **folder.spent, **document}
     document |= {"config": config, "versions": versions()}
-    write_json(folder.path / "results.json", document := finite(document))
+    document = finite(document)
+    if parallel.chief:
+        write_json(folder.path / "results.json", document)
     return document, folder.path
 
 
@@ -125,7 +136,7 @@ def save_adapters(experiment: Experiment, method: str, numbers: list[int]) -> li
     setting, records = experiment.setting, experiment.training_records(method)
     subject, theta = setting.subject, experiment.trained(method).theta
     names = [f"adapters/{experiment.name}-{method}-set{records[r]['set']}" for r in numbers]
-    for r, name in zip(numbers, names):
+    for r, name in zip(numbers, names) if parallel.rank == 0 else ():
         path = setting.folder.path / name
         about = subject.base, subject.tokenizer, subject.revision
         save_adapter(subject.model, experiment.adapter, theta[r], path, *about)
@@ -162,7 +173,8 @@ def sample(experiment: Experiment, picks: dict[str, list[int]]) -> dict:
         sure = scores["confidence"][place].tolist()
     else:
         file = experiment.texts_file(f"{method}-{picks[method][0]}", name)
-        said, sure = read_json(experiment.setting.folder.path / file)["texts"], [None] * len(rows)
+        said = parallel.first(lambda: read_json(experiment.setting.folder.path / file)["texts"])
+        sure = [None] * len(rows)
     shown |= {"method": method, "set": 0}
     right = scores["correct"][place].tolist()
     for verdict in (True, False):

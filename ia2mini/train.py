@@ -3,13 +3,13 @@
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
 from torch import Tensor, nn
 
-from . import UsageError
+from . import UsageError, parallel
 from .adapters import Adapter, adapted
 from .batch import Batch, Row, collate
 from .graphs import CapturedStep
@@ -46,6 +46,7 @@ class Runs:
     mix: dict[str | Callable, Tensor]  # loss -> weight [R]
     order: list[Callable[[int], list[int]]]  # for each run: epoch -> the order of its rows
     config: Tensor | None = None  # [R] number of each one's rate (and β); those that are beaten leave (None: none do)
+    hear: Callable | None = None  # (configs, dev losses) -> these of every process that trains a part of the runs
 
     def __len__(self) -> int:
         return len(self.rates)
@@ -113,10 +114,12 @@ class EarlyStopping:
     A run ends after `patience` looks without improvement. Where `config` [R] numbers the runs' rates (and β), it also
     ends when its own is beaten. From the tenth look on the means over sets of the best dev losses are compared: a rate
     is beaten whose mean would still be above that of the best if it fell as in the last `PACE` looks for `AHEAD` more.
+    `hear` tells of all runs, where these are some of them; when it no longer does, no rate is beaten any more.
     """
 
-    def __init__(self, theta: Tensor, settings: Settings, config: Tensor | None = None):
+    def __init__(self, theta: Tensor, settings: Settings, config: Tensor | None = None, hear: Callable | None = None):
         self.settings, self.theta, self.config, self.means = settings, theta.clone(), config, []
+        self.hear = hear or (lambda mine: [mine])
         self.dev_loss = torch.full((len(theta),), torch.inf, device=theta.device)
         self.misses = torch.zeros(len(theta), dtype=torch.int64, device=theta.device)
         self.steps, self.best = torch.zeros(2, len(theta), dtype=torch.int64)
@@ -136,11 +139,16 @@ class EarlyStopping:
 
     def beaten(self) -> Tensor:
         """Which runs have a rate that is beaten, after one more look, [R] bool on the CPU."""
-        means = torch.zeros(int(self.config.max()) + 1)
-        means.scatter_reduce_(0, self.config, self.dev_loss.cpu(), "mean", include_self=False)
+        unbeaten, heard = torch.zeros_like(self.config, dtype=torch.bool), self.hear((self.config, self.dev_loss.cpu()))
+        if heard is None:
+            self.config = None
+            return unbeaten
+        config, dev_loss = map(torch.cat, zip(*heard))
+        means = torch.zeros(int(config.max()) + 1)
+        means.scatter_reduce_(0, config, dev_loss, "mean", include_self=False)
         self.means.append(means)
         if len(self.means) < RACE_FROM or means.min().isinf():
-            return torch.zeros_like(self.config, dtype=torch.bool)
+            return unbeaten
         reached = means - AHEAD * (self.means[-1 - PACE] - means) / PACE
         return ~(reached <= means.min())[self.config]  # NaN: a rate of which a run has diverged
 
@@ -177,7 +185,10 @@ def train_runs(
     after each look. Raises torch.OutOfMemoryError where R runs do not fit (see `train_in_parts`).
     """
     device, rows = runs.theta.device, len(runs.train[0])
-    stopping, adam = EarlyStopping(runs.theta, settings, runs.config), Adam(runs.theta, runs.rates.to(device))
+    stopping, adam = (
+        EarlyStopping(runs.theta, settings, runs.config, runs.hear),
+        Adam(runs.theta, runs.rates.to(device)),
+    )
     live, going = torch.arange(len(runs)), runs  # those still training, in the order of the batch
     dev_batch = None if settings.steps else collate(runs.dev, device, pack=True)
     batch, step = None, 0
@@ -222,18 +233,32 @@ def train_runs(
 def train_in_parts(
     model: nn.Module, adapter: Adapter, runs: Runs, settings: Settings, at_once: int | None = None, watch=None
 ) -> Trained:
-    """`train_runs`, `at_once` runs side by side (None: all), halved where memory is too small. UsageError below one."""
-    parts, rest = [], torch.arange(len(runs))
-    while len(rest):
-        some = rest[: at_once or len(rest)]
-        try:
-            parts.append(train_runs(model, adapter, runs.take(some), settings, watch))
-            rest = rest[len(some) :]
-        except torch.OutOfMemoryError:
-            if len(some) == 1:
-                mend = "use --checkpointing, a smaller --batch-size or a smaller model"
-                raise UsageError(f"not enough memory for a single run; {mend}") from None
-            at_once = len(some) // 2
-            now = f"going on with {at_once} (--side-by-side {at_once})"
-            warnings.warn(f"out of memory with {len(some)} runs side by side; {now}", stacklevel=2)
+    """`train_runs`, spread over processes, in each `at_once` runs side by side (None: all), halved where memory is too
+    small. Raises UsageError where it is for one run. Rates are compared only where all runs train at the same time.
+    """
+    racing = runs.config is not None and len(runs) <= (at_once or len(runs))
+    rounds = parallel.Rounds((torch.zeros(0, dtype=torch.int64), torch.zeros(0)))
+
+    def train(rest: Tensor) -> list[Trained]:
+        parts, most, config = [], at_once or len(rest), runs.config if racing else None
+        while len(rest):
+            some = rest[:most]
+            here = replace(runs.take(some), config=None if config is None else config[some], hear=rounds.hear)
+            try:
+                parts.append(train_runs(model, adapter, here, settings, watch))
+                rest = rest[len(some) :]
+            except torch.OutOfMemoryError:
+                if len(some) == 1:
+                    mend = "use --checkpointing, a smaller --batch-size or a smaller model"
+                    raise UsageError(f"not enough memory for a single run; {mend}") from None
+                if config is not None:
+                    config = rounds.hear(None)
+                most = len(some) // 2
+                now = f"going on with {most} (--side-by-side {most})"
+                warnings.warn(f"out of memory with {len(some)} runs side by side; {now}", stacklevel=2)
+        if racing:
+            rounds.end()
+        return parts
+
+    parts = sum(parallel.spread(train, torch.arange(len(runs)).tensor_split(parallel.size)), [])
     return Trained(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
