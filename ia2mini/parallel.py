@@ -6,6 +6,7 @@ is 1, and what would be spread again is not.
 
 import io
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -51,7 +52,7 @@ def says(line: str) -> bool:
     try:
         return store is None or store.add(line, 1) == 1
     except RuntimeError:  # who kept the keys is gone
-        return chief
+        return True
 
 
 @contextmanager
@@ -60,6 +61,8 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        for number in (signal.SIGINT, signal.SIGTERM):  # of torchrun, which ends who is left: it ends already
+            signal.signal(number, signal.SIG_IGN)
         lost = "another process has ended; what was finished is kept, and the same command goes on from there"
         raise UsageError(lost) from error
 
