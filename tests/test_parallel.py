@@ -211,12 +211,16 @@ def test_a_process_without_memory_leaves_the_race_and_the_others_go_on(tmp_path)
 
 
 def test_torchrun_tells_a_mistake_once(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ia2mini"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for arguments, mistake in (
-        ([*CELL, "--layers", "99"], "ia2mini: --layers 99: this model has layers 0 to 3"),
-        (["tasks"], "ia2mini: only `run` and `fit` are spread over processes; start the others without torchrun"),
-    ):
-        ended = subprocess.run([*launch, *arguments], capture_output=True, text=True, env=environment, timeout=120)
-        assert ended.returncode != 0 and not ended.stdout
-        assert [line for line in ended.stderr.splitlines() if line.startswith("ia2mini")] == [mistake]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
+    command = [*launch, "ia2mini", *CELL, "--layers", "99"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert ended.returncode != 0 and not ended.stdout
+    mistake = "ia2mini: --layers 99: this model has layers 0 to 3"
+    assert [line for line in ended.stderr.splitlines() if line.startswith("ia2mini:")] == [mistake]
+
+
+def test_commands_that_are_not_spread_are_refused(tmp_path):
+    codes, told, complaints = end(begin(2, ["tasks"], tmp_path), tmp_path)
+    assert set(codes) == {2} and not any(told)
+    refusal = "ia2mini: only `run` and `fit` are spread over processes; start the others without torchrun\n"
+    assert sorted(complaints) == ["", refusal]
