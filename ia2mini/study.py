@@ -54,8 +54,9 @@ def compare(
     everywhere = all(parallel.gather((folder.path / "run.json").is_file()))  # else only the first process can write
     dealt = len(order) // size * size if everywhere else 0
     found = dict(zip(order, parallel.spread(run, order[:dealt]) + [run(i) for i in order[dealt:]]))
-    for key, i in product(document, range(len(found))):
-        document[key] += found[i][key]
+    for i in range(len(found)):
+        for key, values in found[i].items():
+            document[key] += values
     document = {"cells": summarise(document["runs"], options.select), **folder.spent, **document}
     document |= {"config": config, "versions": versions()}
     document = finite(document)
