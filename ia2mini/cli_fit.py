@@ -1,6 +1,5 @@
 """The practitioner's commands: fit, predict, score, merge."""
 
-import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -9,7 +8,8 @@ from pathlib import Path
 import click
 
 from . import UsageError, parallel
-from .cli import file_option, main, many, model_options, options_of, plain, prepare, progress, typed
+from .cli import check_option, file_option, main, many, model_options, options_of, prepare, progress, typed
+from .files import json_line, plain, read_text
 from .options import FitOptions
 
 GUESS = "  [default: guessed from the header]"
@@ -18,6 +18,7 @@ adapter_options = many(
     click.option("--model", help="base model  [default: the one that the adapter names]"),
     click.option("--device", help="cpu, cuda, cuda:1 …  [default: a GPU if there is one]"),
     click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="of frozen weights"),
+    check_option,
     click.option("--template", help="prompt, columns in braces: of an adapter that ia2mini did not fit"),
     click.option("--labels", help="its possible answers, separated by commas  [default: it answers with text]"),
 )
@@ -36,7 +37,7 @@ adapter_options = many(
 )
 @file_option("--prompts", "the queries for --context, in place of ROWS; they need no answers")
 @file_option("--out", "folder of the adapter; the same command goes on where it was", required=True)
-def fit(rows, model, device, dtype, revision, unlabelled, context, prompts, out, **given):
+def fit(rows, model, device, dtype, revision, check, unlabelled, context, prompts, out, **given):
     """Fit an adapter to your own ROWS (JSONL, JSON, CSV, TSV, Parquet), and say what it is worth.
 
     \b
@@ -55,12 +56,12 @@ def fit(rows, model, device, dtype, revision, unlabelled, context, prompts, out,
     if (rows is None) == (context is None) or (context is None) != (prompts is None):
         raise UsageError("give ROWS, or --context with --prompts")
     columns = Columns(*(given.pop(name) for name in ("prompt_column", "answer_column", "template")))
-    text = context.read_text(encoding="utf-8").strip() if context else ""
+    text = read_text(context).replace("\r\n", "\n").strip() if context else ""
     if context and not text:
         raise UsageError(f"{context}: the file is empty")
     options = FitOptions(**given, context=text)
     own, _ = read_own(rows or prompts, columns, bool(context))  # its mistakes show before a model is loaded
-    subject = open_subject(model, device, dtype, revision)
+    subject = open_subject(model, device, dtype, revision, check)
     prepare(subject.model, None, False)
     fitted = fit_rows(own, subject, options, columns, unlabelled or (), keep=out, bar=progress)
     if not parallel.stop():
@@ -113,7 +114,7 @@ def predict(adapter, rows, coverage, icl, strict, **how):
     """
     fitted = open_adapter(adapter, **how)
     for row in fitted.predict(read_new(rows, strict), icl, coverage, wrong=lambda error: complain(error, strict)):
-        click.echo(json.dumps(row, ensure_ascii=False))
+        click.echo(json_line(row))
 
 
 @main.command()
@@ -142,11 +143,11 @@ def merge(adapter, out, **how):
 @main.command()
 @model_options
 @click.option("--prompt", required=True, help="text to continue")
-@click.option("--max-tokens", default=100, type=click.IntRange(1), help="at most")
+@click.option("--max-tokens", default=100, type=click.IntRange(1), help="at most, within what the model reads")
 @click.option("--stop", help="text at which to stop, besides the end of sequence")
 @file_option("--adapter", "folder of an adapter; its own base is the model")
 @click.option("--chat", is_flag=True, help="the prompt as a turn of the checkpoint's chat template")
-def generate(model, device, dtype, revision, prompt, max_tokens, stop, adapter, chat):
+def generate(model, device, dtype, revision, check, prompt, max_tokens, stop, adapter, chat):
     """Continue a text greedily; the continuation goes to stdout."""
     from .chat import ChatTemplate
     from .generate import Decoding
@@ -156,24 +157,26 @@ def generate(model, device, dtype, revision, prompt, max_tokens, stop, adapter, 
 
     if adapter:
         given = click.get_current_context().get_parameter_source("model").name != "DEFAULT"
-        fitted = open_adapter(adapter, model if given else None, device, dtype)
+        fitted = open_adapter(adapter, model if given else None, device, dtype, check)
     else:
-        fitted = Predictor(open_subject(model, device, dtype, revision), None, None, FOREIGN)
+        fitted = Predictor(open_subject(model, device, dtype, revision, check), None, None, FOREIGN)
     subject = fitted.subject
     ids = subject.tokenizer.encode(ChatTemplate(subject.folder, subject.tokenizer)(prompt) if chat else prompt)
     if not ids:
         raise UsageError("--prompt is empty and this model's tokenizer adds no BOS; give some text")
+    subject.check_room(prompt, len(ids), "use a shorter --prompt")
+    max_tokens = min(max_tokens, subject.reads + 1 - len(ids))
     with fitted.student() as student:
         (response,) = continue_text(student, subject.tokenizer, [ids], Decoding(max_tokens, stop))
     click.echo(plain(subject.tokenizer.decode(ids + response)[len(subject.tokenizer.decode(ids)) :]))
 
 
-def open_adapter(folder: Path, model=None, device=None, dtype=None, template=None, labels=None):
+def open_adapter(folder: Path, model=None, device=None, dtype=None, check=True, template=None, labels=None):
     """A saved adapter on its base model."""
     from .predictor import base_of, load_adapter
     from .subject import open_subject
 
     spec = {"template": template and template.replace("\\n", "\n"), "labels": labels and labels.split(",")}
     name, revision = (model, None) if model else base_of(folder)
-    subject = open_subject(name, device, dtype, revision)
+    subject = open_subject(name, device, dtype, revision, check)
     return load_adapter(folder, subject, **{name: value for name, value in spec.items() if value})

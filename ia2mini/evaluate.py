@@ -102,11 +102,11 @@ def label_scores(
     tree = LabelTree(labels, device)
     top, confidence = torch.zeros(runs, Q, dtype=torch.int64), torch.zeros(runs, Q)
     probabilities, sets = torch.zeros(runs, Q, len(labels)), 1 if how.like is None else how.like.shape[1]
-    tapped, kept, similarity = min(Q, how.keep if how.like is None else how.like.shape[2]), [], 0.0
+    tapped, kept, similarity = min(Q, how.keep if how.like is None else how.like.shape[2]), [], torch.zeros(())
 
     def scored(group: list[int]) -> tuple:
         ids, at, branches = tree.batch([prompts[i] for i in group], runs, device)
-        taps = Taps(tuple(t[:: len(tree.tokens) + 1] for t in at)) if group[0] < tapped else None
+        taps = Taps((at[0][:: len(tree.tokens) + 1], at[1][:: len(tree.tokens) + 1])) if group[0] < tapped else None
         logits = model(ids, taps=taps, logits=at, cache=branches).float()
         found = tree.read(logits.view(runs, len(group), len(tree.tokens) + 1, -1), how.among)
         outputs = taps and taps.stack().unflatten(1, (runs, -1))

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import UsageError, parallel
-from .files import finite, read_json, sweep, write, write_json
+from .files import finite, is_there, read_sealed, sealed, write, write_json
 
 
 class RunFolder:
@@ -30,15 +30,10 @@ class RunFolder:
         """Open `out`/`name`-<digest of `what`>; nothing is written before `begin`."""
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
         self.path, self.what, self.whole = out / f"{name}-{key}", what, set()  # stamps of files that were checked
-        spent = self.path / "seconds.json"
-        self.spent = read_json(spent) if spent.is_file() else {"seconds": {}, "peak_memory_bytes": 0}
+        self.spent: dict = self.kept(self.path / "seconds.json", read_sealed) or {"seconds": {}, "peak_memory_bytes": 0}
 
     def begin(self, resolved: dict) -> None:
-        """Create the folder, if it is not there, with what made it and defaults as `resolved`. Raises UsageError.
-
-        What killed processes have half written there is swept.
-        """
-        parallel.first(lambda: sweep(self.path))
+        """Create the folder, if it is not there, with what made it and defaults as `resolved`. Raises UsageError."""
         self.json_once("run.json", lambda: self.what | resolved)
 
     def once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -48,7 +43,8 @@ class RunFolder:
         if (kept := parallel.first(lambda: self.kept(path, read))) is None:
             kept = {key: tensor.detach().cpu().contiguous() for key, tensor in make().items()}
             if parallel.rank == 0:
-                save_tensors(path, kept)
+                about = {"sha256": digest(kept, path)}
+                write(path, lambda temporary: save_file(kept, temporary, metadata=about))
                 kept = load_file(path)
         self.whole.add(stamp(path))
         return kept
@@ -56,16 +52,16 @@ class RunFolder:
     def json_once(self, name: str, make: Callable[[], dict]) -> dict:
         """The content of JSON file `name`: read if it is there, else made and saved."""
         path = self.path / name
-        if (kept := parallel.first(lambda: self.kept(path, read_json))) is None:
+        if (kept := parallel.first(lambda: self.kept(path, read_sealed))) is None:
             kept = finite(make())
-            parallel.first(lambda: write_json(path, kept))
+            parallel.first(lambda: write_json(path, sealed(path, kept)))
         return kept
 
     def kept(self, path: Path, read: Callable):
         """What a file holds; None where it is not there, or damaged: then it is set aside, with a warning."""
         try:
-            return read(path) if path.is_file() else None
-        except (UsageError, SafetensorError) as error:
+            return read(path) if is_there(path) else None
+        except (UsageError, SafetensorError, OSError) as error:
             path.replace(aside := path.with_name(f"{path.name}.bad"))
             reason = str(error).removeprefix(f"{path}: ")
             warnings.warn(f"{path}: damaged ({reason}); set aside as {aside.name} and computed again", stacklevel=3)
@@ -82,31 +78,26 @@ class RunFolder:
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
             self.spent["peak_memory_bytes"] = max(self.spent["peak_memory_bytes"], peak_memory())
             if parallel.chief:
-                write_json(self.path / "seconds.json", self.spent)
+                path = self.path / "seconds.json"
+                write_json(path, sealed(path, self.spent))
 
 
 def stamp(path: Path) -> tuple | None:
     """What changes with a file's content, without reading it; None where there is no file."""
     try:
         about = path.stat()
-    except FileNotFoundError:
+    except OSError:
         return None
     return path, about.st_ino, about.st_size, about.st_mtime_ns
 
 
-def digest(tensors: dict[str, Tensor]) -> str:
-    """sha256 over names, shapes, dtypes and bytes."""
-    found = hashlib.sha256()
+def digest(tensors: dict[str, Tensor], path: Path) -> str:
+    """sha256 over names, shapes, dtypes and bytes, and the file's place: another file's content is no better."""
+    found = hashlib.sha256("/".join(path.parts[-2:]).encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors on the CPU for `read_tensors`, with what tells whether they are still the same."""
-    about = {"sha256": digest(tensors)}
-    write(path, lambda temporary: save_file(tensors, temporary, metadata=about))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -114,7 +105,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     with safe_open(path, "pt") as file:
         expected = (file.metadata() or {}).get("sha256")
     tensors = load_file(path)
-    if digest(tensors) != expected:
+    if digest(tensors, path) != expected:
         raise UsageError(f"{path}: its content is not what was written")
     return tensors
 
@@ -133,13 +124,15 @@ def versions() -> dict[str, str]:
     found |= {package: version(package) for package in ("ia2mini", "tokenizers", "safetensors", "numpy")}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
+    if torch.are_deterministic_algorithms_enabled():
+        found["algorithms"] = "deterministic"
     return found
 
 
 def checkpoint_digest(folder: Path) -> str:
     """sha256 over a checkpoint's config, tokenizer and weights (a hub cache's files are named by their sha256)."""
     digest = hashlib.sha256()
-    for file in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")):
+    for file in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors") and p.is_file()):
         target = file.resolve()
         if target.parent.name == "blobs" and len(target.name) == 64:
             digest.update(target.name.encode())
