@@ -16,7 +16,7 @@ from typing import get_args
 
 import click
 
-from . import UsageError
+from . import UsageError, parallel
 from .files import plain
 from .options import Options
 
@@ -27,9 +27,13 @@ MINUTE = 60
 class Commands(click.Group):
     """A group that turns a user's mistake into one line and exit code 2, and an interrupt into 130."""
 
+    def invoke(self, context):
+        parallel.start()
+        return super().invoke(context)
+
     def main(self, *args, **more):
         interrupts = heed_interrupts()
-        warnings.showwarning = lambda text, *where, **_: click.echo(plain(f"ia2mini: warning: {text}"), err=True)
+        warnings.showwarning = lambda text, *where, **_: say(f"warning: {text}", f"warning: {text}")
         try:
             try:
                 sys.exit(super().main(*args, **more | {"standalone_mode": False}))
@@ -44,8 +48,7 @@ class Commands(click.Group):
         except click.ClickException as error:
             mistake = error.format_message()
         except (click.Abort, KeyboardInterrupt):  # the latter outside click's own care
-            kept = "interrupted; what was finished is kept, and the same command goes on from there"
-            click.echo(f"\nia2mini: {kept}", err=True)
+            say("interrupted; what was finished is kept, and the same command goes on from there", before="\n")
             sys.exit(130)
         except OSError as error:
             if error.errno is None:
@@ -55,8 +58,14 @@ class Commands(click.Group):
             if type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not be loaded yet
                 raise
             mistake = "the device has too little memory; use a smaller --model, --dtype bfloat16 or another --device"
-        click.echo(plain(f"ia2mini: {mistake}"), err=True)
+        say(mistake)
         sys.exit(2)
+
+
+def say(line: str, once: str = "the end", before: str = "") -> None:
+    """Tell a line on stderr, unless another process has told what is said `once`."""
+    if parallel.says(once):
+        click.echo(before + plain(f"ia2mini: {line}"), err=True)
 
 
 def heed_interrupts() -> list:
@@ -160,6 +169,8 @@ def main(context):
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
+    if parallel.size > 1 and context.invoked_subcommand not in ("run", "fit"):
+        raise UsageError("only `run` and `fit` are spread over processes; start the others without torchrun")
     keep_freed_memory()
     lasting = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ia2mini", "compiled")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(lasting))  # torch's own place does not outlive a restart
@@ -193,6 +204,8 @@ def progress(label: str, total: int):
     """A bar on stderr with the time that remains; where that is no terminal a line at first, then one a minute."""
     from tqdm import tqdm
 
+    if not parallel.chief:
+        return tqdm(disable=True)
     known = "{percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left {postfix}"
     if sys.stderr.isatty():
         return tqdm(desc=f"phase {label:<40}", total=total, leave=False, bar_format="{desc} " + known)
@@ -252,6 +265,8 @@ def run(names, model, device, dtype, revision, check, compiling, checkpointing, 
     study = open_study(chosen, subject, options, **where, bar=progress)
     prepare(subject.model, compiling, checkpointing, lambda: worth_compiling(study[0]))
     document, folder = carry_out(*study)
+    if not parallel.stop():
+        return None
     if shown["with_paper"] and not add_paper(document):
         click.echo("--with-paper: the paper has none of these cells", err=True)
     drawn = write_report(document, folder, typed(), shown["figures"])
@@ -307,7 +322,8 @@ def keep_apart(task, tokenizer, template: str | None):
     kept = own.keep_apart(task, rows.read_rows(Path(task.files[0])), tokenizer)
     if kept is not task:
         merging = "answers would merge with the end of the template in this tokenizer"
-        click.echo(f"{merging}, so it is now {kept.prompt!r}", err=True)
+        if parallel.says(merging):
+            click.echo(f"{merging}, so it is now {kept.prompt!r}", err=True)
     return kept
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from . import UsageError
+from . import UsageError, parallel
 from .cli import check_option, file_option, main, many, model_options, options_of, prepare, progress, typed
 from .files import json_line, plain, read_text
 from .options import FitOptions
@@ -64,6 +64,8 @@ def fit(rows, model, device, dtype, revision, check, unlabelled, context, prompt
     subject = open_subject(model, device, dtype, revision, check)
     prepare(subject.model, None, False)
     fitted = fit_rows(own, subject, options, columns, unlabelled or (), keep=out, bar=progress)
+    if not parallel.stop():
+        return
     fitted.save(out)
     write_fit_report(fitted, out, typed())
     for unfinished in out.glob("unfinished-*"):

@@ -7,14 +7,14 @@ score what was held out.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import UsageError
+from . import UsageError, parallel
 from .adapters import adapted, make_adapter
 from .batch import Row, truth_row
 from .episode import Episode, balanced, draw_folds, seeded, with_demonstrations
@@ -131,7 +131,8 @@ class CrossValidation:
         soft_k = SOFT_K if "soft" in needed else None
         asked = Asked(self.max_tokens, soft_k, self.layers, self.stop, residual="hidden" in needed)
         with self.bar("collecting", sum(len(e.demonstrations) for e in episodes)) as bar:
-            sets = [teach(subject.model, subject.tokenizer, e, asked, bar.update) for e in episodes]
+            told = partial(teach, subject.model, subject.tokenizer, asked=asked, watch=bar.update)
+            sets = parallel.spread(told, episodes)
         return Grid(subject.model, self.adapter, sets, rates, seed=o.seed, settings=settings, progress=self.training)
 
     def settings(self, steps: int | None = None) -> Settings:
@@ -187,26 +188,29 @@ class CrossValidation:
 
     def held_out(self, name: str) -> Tensor:
         """What `name` says of every row that its fold held out, [rates, n, C]; of base and icl [1, n, C]."""
-        runs, found = len(self.rates) if name in METHODS else 1, None
+        runs, rows = len(self.rates) if name in METHODS else 1, [fold.test for fold in self.folds]
         if name in METHODS:
             self.trained(name)  # before the bar of scoring begins
         with self.bar(f"scoring {name}", len(self.rows)) as bar:
-            for number, fold in enumerate(self.folds):
-                with self.student(name, number, slice(None)) as (student, prompts):
-                    scores = self.score(student, prompts, number, runs)
-                found = scores.new_zeros(runs, len(self.rows), scores.shape[-1]) if found is None else found
-                found[:, fold.test] = scores
-                bar.update(len(fold.test))
-        return found
+
+            def scored(test: list[int]) -> Tensor:
+                with self.student(name, number := rows.index(test), slice(None)) as (student, prompts):
+                    return self.score(student, prompts, number, runs)
+
+            found = torch.cat(parallel.spread(scored, rows, bar.update), 1)
+        return found[:, torch.tensor(sum(rows, [])).argsort()]
 
     def texts(self, candidate: Candidate) -> tuple[list[str], list[float]]:
         """What a candidate answers to every held-out row, greedily, and how sure it is."""
         found = [("", 0.0)] * len(self.rows)
         with self.bar(f"answers of {candidate.name}", len(self.rows)) as bar:
-            for number, (fold, pick) in enumerate(zip(self.folds, candidate.picks)):
+
+            def answers(number: int) -> tuple:
+                pick, how = candidate.picks[number], Decoding(self.max_tokens, self.stop)
                 with self.student(candidate.name, number, slice(pick, pick + 1)) as (student, prompts):
-                    how = Decoding(self.max_tokens, self.stop)
-                    said = answer_texts(student, self.subject.tokenizer, prompts, how, bar.update)
+                    return answer_texts(student, self.subject.tokenizer, prompts, how, bar.update)
+
+            for fold, said in zip(self.folds, parallel.spread(answers, range(len(self.folds)))):
                 for i, answer in zip(fold.test, zip(*said)):
                     found[i] = answer
         said, sure = zip(*found)

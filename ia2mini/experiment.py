@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import UsageError
+from . import UsageError, parallel
 from .adapters import Adapter, adapted, make_adapter
 from .batch import Row
 from .cost import Cell
@@ -158,7 +158,8 @@ class Experiment:
         asked = Asked(self.max_tokens, soft_k, layers, stop, budget, "hidden" in needed)
         rows = sum(len(e.train) + len(e.dev) for e in self.episodes)
         with self.stage("collect", "collecting", rows) as bar:
-            sets = [teach(subject.model, subject.tokenizer, e, asked, bar.update) for e in self.episodes]
+            told = partial(teach, subject.model, subject.tokenizer, asked=asked, watch=bar.update)
+            sets = parallel.spread(told, self.episodes)
         settings = Settings(o.batch_size, o.epochs, o.patience, layers, keep_last=o.paper_compat)
         grid = Grid(subject.model, self.adapter, sets, self.rates, self.betas, o.seed, o.labels, settings)
         begun = {BEGINS_WITH.get(method) for method in o.methods}  # what goes on from every rate needs all of them
@@ -215,7 +216,8 @@ class Experiment:
         """The `further` queries as the teacher answers them, with its distributions."""
         subject, asked = self.setting.subject, Asked(self.max_tokens, self.setting.options.soft_k)
         with self.stage("collect", "collecting further queries", FURTHER * len(self.episodes)) as bar:
-            sets = [teach(subject.model, subject.tokenizer, e, asked, bar.update) for e in self.further()]
+            told = partial(teach, subject.model, subject.tokenizer, asked=asked, watch=bar.update)
+            sets = parallel.spread(told, self.further())
         return [taught.icl_train for taught in sets]
 
     def divergences(self, method: str) -> Tensor:

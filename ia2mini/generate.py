@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import parallel
 from .batch import Watch, by_length
 from .graphs import RECORDERS, CapturedStep
 from .models.cache import Cache
@@ -38,11 +39,10 @@ def generate(
     [L, b, D] there.
     """
     responses: dict[int, list[int]] = {}
-    for group in by_length([len(p) + how.max_tokens for p in prompts], how.budget // how.runs):
-        places = [run * len(prompts) + i for run in range(how.runs) for i in group]
-        responses |= zip(places, _batch(model, tokenizer, prompts, group, how, observer))
-        if watch:
-            watch(len(group))
+    groups = by_length([len(p) + how.max_tokens for p in prompts], how.budget // how.runs)
+    found = parallel.spread(lambda group: _batch(model, tokenizer, prompts, group, how, observer), groups, watch)
+    for group, texts in zip(groups, found):
+        responses |= zip([run * len(prompts) + i for run in range(how.runs) for i in group], texts)
     return [responses[place] for place in range(how.runs * len(prompts))]
 
 

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from . import UsageError
-from .files import is_there, read_sealed, sealed, write, write_json
+from . import UsageError, parallel
+from .files import finite, is_there, read_sealed, sealed, write, write_json
 
 
 class RunFolder:
@@ -39,19 +39,23 @@ class RunFolder:
     def once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of file `name`: read if they are there, else made and saved. On the CPU either way."""
         path = self.path / f"{name}.safetensors"
-        kept = self.kept(path, load_file if stamp(path) in self.whole else read_tensors)
-        if kept is None:
-            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in make().items()}
-            about = {"sha256": digest(tensors, path)}
-            write(path, lambda temporary: save_file(tensors, temporary, metadata=about))
+        read = load_file if stamp(path) in self.whole else read_tensors
+        if (kept := parallel.first(lambda: self.kept(path, read))) is None:
+            kept = {key: tensor.detach().cpu().contiguous() for key, tensor in make().items()}
+            if parallel.rank == 0:
+                about = {"sha256": digest(kept, path)}
+                write(path, lambda temporary: save_file(kept, temporary, metadata=about))
+                kept = load_file(path)
         self.whole.add(stamp(path))
-        return load_file(path) if kept is None else kept
+        return kept
 
     def json_once(self, name: str, make: Callable[[], dict]) -> dict:
         """The content of JSON file `name`: read if it is there, else made and saved."""
-        if (kept := self.kept(path := self.path / name, read_sealed)) is None:
-            write_json(path, sealed(path, make()))
-        return read_sealed(path) if kept is None else kept
+        path = self.path / name
+        if (kept := parallel.first(lambda: self.kept(path, read_sealed))) is None:
+            kept = finite(make())
+            parallel.first(lambda: write_json(path, sealed(path, kept)))
+        return kept
 
     def kept(self, path: Path, read: Callable):
         """What a file holds; None where it is not there, or damaged: then it is set aside, with a warning."""
@@ -73,8 +77,9 @@ class RunFolder:
             seconds = self.spent["seconds"]
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
             self.spent["peak_memory_bytes"] = max(self.spent["peak_memory_bytes"], peak_memory())
-            path = self.path / "seconds.json"
-            write_json(path, sealed(path, self.spent))
+            if parallel.chief:
+                path = self.path / "seconds.json"
+                write_json(path, sealed(path, self.spent))
 
 
 def stamp(path: Path) -> tuple | None:

@@ -9,7 +9,7 @@ from statistics import fmean
 import torch
 from tqdm import tqdm
 
-from . import UsageError, __version__
+from . import UsageError, __version__, parallel
 from .adapters import LoRA, unpack
 from .cost import Cost, gemm_rate
 from .episode import with_demonstrations
@@ -50,13 +50,25 @@ def carry_out(experiments: list[Experiment], config: dict) -> tuple[dict, Path]:
     """Run what `open_study` has opened: `compare`'s document and folder."""
     options, folder = experiments[0].setting.options, experiments[0].setting.folder
     document = {key: [] for key in ("runs", "training", "overlap", "adapters", "samples")}
-    while experiments:
-        experiment = experiments.pop(0)  # what it holds leaves memory with it
-        for key, found in run_experiment(experiment).items():
-            document[key] += found
+
+    def run(i: int) -> dict[str, list]:
+        experiment, experiments[i] = experiments[i], None  # what it holds leaves memory with it
+        return run_experiment(experiment)
+
+    order, size = list(range(len(experiments))), parallel.size
+    if size > 1:
+        order.sort(key=lambda i: -experiments[i].about["n"])  # the long ones first
+    everywhere = all(parallel.gather((folder.path / "run.json").is_file()))  # else only the first process can write
+    dealt = len(order) // size * size if everywhere else 0
+    found = dict(zip(order, parallel.spread(run, order[:dealt]) + [run(i) for i in order[dealt:]]))
+    for i in range(len(found)):
+        for key, values in found[i].items():
+            document[key] += values
     document = {"cells": summarise(document["runs"], options.select), **folder.spent, **document}
     document |= {"config": config, "versions": versions()}
-    write_json(folder.path / "results.json", document := finite(document))
+    document = finite(document)
+    if parallel.chief:
+        write_json(folder.path / "results.json", document)
     return document, folder.path
 
 
@@ -179,7 +191,7 @@ def save_adapters(experiment: Experiment, method: str, numbers: list[int]) -> li
     setting, records = experiment.setting, experiment.training_records(method)
     subject, theta = setting.subject, experiment.trained(method).theta
     names = [f"adapters/{experiment.name}-{method}-set{records[r]['set']}" for r in numbers]
-    for r, name in zip(numbers, names):
+    for r, name in zip(numbers, names) if parallel.rank == 0 else ():
         path = setting.folder.path / name
         about = subject.base, subject.tokenizer, subject.revision
         save_adapter(subject.model, experiment.adapter, theta[r], path, *about)
@@ -216,7 +228,8 @@ def sample(experiment: Experiment, picks: dict[str, list[int]]) -> dict:
         sure = scores["confidence"][place].tolist()
     else:
         file = experiment.texts_file(f"{method}-{picks[method][0]}", name)
-        said, sure = read_json(experiment.setting.folder.path / file)["texts"], [None] * len(rows)
+        said = parallel.first(lambda: read_json(experiment.setting.folder.path / file)["texts"])
+        sure = [None] * len(rows)
     shown |= {"method": method, "set": 0}
     right = scores["correct"][place].tolist()
     for verdict in (True, False):

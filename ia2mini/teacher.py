@@ -7,6 +7,7 @@ from itertools import repeat
 import torch
 from torch import Tensor, nn
 
+from . import parallel
 from .batch import Row, Watch, by_length, collate, truth_row
 from .episode import Episode, with_demonstrations
 from .generate import STOP, Decoding, generate
@@ -119,19 +120,20 @@ def observe(
     of activations.
     """
     single = asked.max_tokens == 1
-    for group in by_length([len(prompt) + len(row.answer) for prompt, row in zip(prompts, rows)], asked.budget):
-        here = [rows[i] for i in group]
+
+    def seen(group: list[int]) -> list[tuple]:
         batch = collate([[Row(prompts[i], rows[i].answer) for i in group]], device_of(model))
         taps = Taps(batch.at, asked.layers, residual)
         logits = model(batch.ids, taps=taps, logits=batch.at if single or asked.soft_k else False)
-        sizes = [len(row.answer) for row in here]
-        for row, activations in zip(here, taps.stack().split(sizes, dim=1)):
-            setattr(row, "states" if residual else "activations", activations)
-        if single:
-            for row, token in zip(here, logits.argmax(-1).tolist()):
-                row.answer = [token]
-        if asked.soft_k:
-            for row, s, i in zip(here, *(t.split(sizes) for t in top(logits, asked.soft_k))):
-                row.soft, row.soft_ids = s, i
-        if watch:
-            watch(len(group))
+        sizes = [len(rows[i].answer) for i in group]
+        answers = [[token] for token in logits.argmax(-1).tolist()] if single else [rows[i].answer for i in group]
+        soft = [t.split(sizes) for t in top(logits, asked.soft_k)] if asked.soft_k else [repeat(None)] * 2
+        return list(zip(answers, taps.stack().split(sizes, dim=1), *soft))
+
+    groups = by_length([len(prompt) + len(row.answer) for prompt, row in zip(prompts, rows)], asked.budget)
+    for group, found in zip(groups, parallel.spread(seen, groups, watch)):
+        for i, (answer, outputs, soft, soft_ids) in zip(group, found):
+            rows[i].answer = answer
+            setattr(rows[i], "states" if residual else "activations", outputs)
+            if asked.soft_k:
+                rows[i].soft, rows[i].soft_ids = soft, soft_ids

@@ -3,14 +3,14 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import UsageError
+from . import UsageError, parallel
 from .adapters import Adapter, adapted
 from .batch import Batch, Row, collate
 from .cost import run_bytes
@@ -49,6 +49,7 @@ class Runs:
     mix: dict[str | Callable, Tensor]  # loss -> weight [R]
     order: Sequence[Callable[[int], list[int]]]  # for each run: epoch -> the order of its rows
     config: Tensor | None = None  # [R] number of each one's rate (and β); those that are beaten leave (None: none do)
+    hear: Callable | None = None  # (configs, dev losses) -> these of every process that trains a part of the runs
 
     def __len__(self) -> int:
         return len(self.rates)
@@ -130,10 +131,12 @@ class EarlyStopping:
     after any such gradient. Where `config` [R] numbers the runs' rates (and β), it also
     ends when its own is beaten. From the tenth look on the means over sets of the best dev losses are compared: a rate
     is beaten whose mean would still be above that of the best if it fell as in the last `PACE` looks for `AHEAD` more.
+    `hear` tells of all runs, where these are some of them; when it no longer does, no rate is beaten any more.
     """
 
-    def __init__(self, theta: Tensor, settings: Settings, config: Tensor | None = None):
+    def __init__(self, theta: Tensor, settings: Settings, config: Tensor | None = None, hear: Callable | None = None):
         self.settings, self.theta, self.config, self.means = settings, theta * torch.nan, config, []
+        self.hear = hear or (lambda mine: [mine])
         self.dev_loss = torch.full((len(theta),), torch.inf)  # on the CPU, as all but the weights
         self.misses, self.steps, self.best, self.broken = torch.zeros(4, len(theta), dtype=torch.int64)
 
@@ -154,11 +157,16 @@ class EarlyStopping:
 
     def beaten(self) -> Tensor:
         """Which runs have a rate that is beaten, after one more look, [R] bool on the CPU."""
-        means = torch.zeros(int(self.config.max()) + 1)
-        means.scatter_reduce_(0, self.config, self.dev_loss, "mean", include_self=False)
+        unbeaten, heard = torch.zeros_like(self.config, dtype=torch.bool), self.hear((self.config, self.dev_loss))
+        if heard is None:
+            self.config = None
+            return unbeaten
+        config, dev_loss = map(torch.cat, zip(*heard))
+        means = torch.zeros(int(config.max()) + 1)
+        means.scatter_reduce_(0, config, dev_loss, "mean", include_self=False)
         self.means.append(means)
         if len(self.means) < RACE_FROM or means.min().isinf():
-            return torch.zeros_like(self.config, dtype=torch.bool)
+            return unbeaten
         reached = means - AHEAD * (self.means[-1 - PACE] - means) / PACE
         return ~(reached <= means.min())[self.config]  # NaN: a rate of which a run has diverged
 
@@ -198,7 +206,8 @@ def train_runs(
     after each look. Raises torch.OutOfMemoryError where R runs do not fit (see `train_in_parts`).
     """
     device, rows = runs.theta.device, len(runs.train[0])
-    stopping, adam = EarlyStopping(runs.theta, settings, runs.config), Adam(runs.theta, runs.rates.to(device))
+    stopping = EarlyStopping(runs.theta, settings, runs.config, runs.hear)
+    adam = Adam(runs.theta, runs.rates.to(device))
     live, going = torch.arange(len(runs)), runs  # those in the batch, in its order
     places = torch.arange(len(runs))  # which of them still train; the others' weights are kept already
     dev_batch = None if settings.steps else collate(runs.dev, device, pack=True)
@@ -248,25 +257,40 @@ def train_runs(
 def train_in_parts(
     model: nn.Module, adapter: Adapter, runs: Runs, settings: Settings, at_once: int | None = None, watch=None
 ) -> tuple[Trained, int]:
-    """`train_runs`, `at_once` runs side by side (None: all), fewer where memory is too small; also how many it were.
-
-    What memory holds is estimated before, and halved where it still runs out. Raises UsageError below one run.
+    """`train_runs`, spread over processes, in each `at_once` runs side by side (None: all), fewer where memory is too
+    small; also how many it were. What memory holds is estimated before, and halved where it still runs out. Raises
+    UsageError below one run. Rates are compared only where all runs train at the same time.
     """
-    parts, rest = [], torch.arange(len(runs))
-    at_once = min(at_once or len(runs), fitting(model, runs, settings.batch_size))
-    while len(rest):
-        some = rest[:at_once]
-        try:
-            parts.append(train_runs(model, adapter, runs.take(some), settings, watch))
-            rest = rest[len(some) :]
-        except torch.OutOfMemoryError:
-            if len(some) == 1:
-                mend = "use --checkpointing, a smaller --batch-size or a smaller model"
-                raise UsageError(f"not enough memory for a single run; {mend}") from None
-            at_once = len(some) // 2
-            now = f"going on with {at_once} (--side-by-side {at_once})"
-            warnings.warn(f"out of memory with {len(some)} runs side by side; {now}", stacklevel=2)
-    return Trained(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0]))), at_once
+    racing = runs.config is not None and len(runs) <= (at_once or len(runs))
+    rounds = parallel.Rounds((torch.zeros(0, dtype=torch.int64), torch.zeros(0)))
+
+    def train(rest: Tensor) -> tuple[list[Trained], int]:
+        parts, config, every = [], runs.config if racing else None, len(rest)
+        most = min(at_once or every, fitting(model, runs, settings.batch_size)) if every else len(runs)
+        if config is not None and most < every:
+            config = rounds.hear(None)
+        while len(rest):
+            some = rest[:most]
+            here = replace(runs.take(some), config=None if config is None else config[some], hear=rounds.hear)
+            try:
+                parts.append(train_runs(model, adapter, here, settings, watch))
+                rest = rest[len(some) :]
+            except torch.OutOfMemoryError:
+                if len(some) == 1:
+                    mend = "use --checkpointing, a smaller --batch-size or a smaller model"
+                    raise UsageError(f"not enough memory for a single run; {mend}") from None
+                if config is not None:
+                    config = rounds.hear(None)
+                most = len(some) // 2
+                now = f"going on with {most} (--side-by-side {most})"
+                warnings.warn(f"out of memory with {len(some)} runs side by side; {now}", stacklevel=2)
+        if racing:
+            rounds.end()
+        return parts, most
+
+    found, most = zip(*parallel.spread(train, torch.arange(len(runs)).tensor_split(parallel.size)))
+    parts = sum(found, [])
+    return Trained(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0]))), min(most)
 
 
 def fitting(model: nn.Module, runs: Runs, batch_size: int) -> int:

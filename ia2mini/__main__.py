@@ -1,0 +1,5 @@
+"""`python -m ia2mini`, also for torchrun."""
+
+from .cli import main
+
+main(prog_name="ia2mini")
