@@ -109,8 +109,8 @@ def label_scores(
         taps = Taps((at[0][:: len(tree.tokens) + 1], at[1][:: len(tree.tokens) + 1])) if group[0] < tapped else None
         logits = model(ids, taps=taps, logits=at, cache=branches).float()
         found = tree.read(logits.view(runs, len(group), len(tree.tokens) + 1, -1), how.among)
-        outputs = taps and taps.stack().unflatten(1, (runs, -1))
-        if taps and how.like is not None:
+        outputs = taps.stack().unflatten(1, (runs, -1)) if taps else None
+        if outputs is not None and how.like is not None:
             outputs = outputs.unflatten(1, (min(sets, runs), -1))  # [L, sets, runs a set, rows, D]
             outputs = asim(outputs, how.like[:, :, None, group]).sum(-1).flatten(1).T
         return *(t.cpu() for t in found), outputs

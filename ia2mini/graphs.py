@@ -39,7 +39,8 @@ def launch_bound(config, batch: Batch) -> bool:
     """Whether a training step on `batch` is recorded and takes longer to launch than to compute, by `cost`."""
     if batch.ids.device.type not in RECORDERS:
         return False
-    step = Pass(*batch.ids.shape, len(batch.targets), True, True, RANK).cost(config)
+    rows, tokens = batch.ids.shape
+    step = Pass(rows, tokens, len(batch.targets), True, True, RANK).cost(config)
     return step.kernels * LAUNCH > step.flops / RATE
 
 

@@ -51,9 +51,9 @@ def uses(source: str) -> set[str]:
 
 def test_nothing_that_is_read_is_ever_run():
     assert len(SOURCES) > 40
-    found = {str(path): uses(path.read_text()) for path in SOURCES if uses(path.read_text())}
-    assert [name for name in found if not name.endswith(FRONT_DOOR)] == []
-    assert set(*found.values()) == {"import_module"}
+    found = {path.name: uses(path.read_text()) for path in SOURCES if uses(path.read_text())}
+    assert found.pop(Path(FRONT_DOOR).name) == {"import_module"}
+    assert found == {"parallel.py": {"torch.load"}}  # what the processes of one torchrun send each other
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ HEADS = {"acc": "accuracy (%) ↑", "ece": "ECE ↓", "ece_null": "(null)", "asi
 HEADS |= {"paper": "paper (% / ECE)"}
 SYMBOLS: dict = {"→": r"$\rightarrow$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "±": r"$\pm$", "–": "--"}
 SYMBOLS |= {"β": r"$\beta$", "·": r"$\cdot$"}
-ESCAPES = {"\\": r"\textbackslash ", "~": r"\textasciitilde ", "^": r"\textasciicircum "}
-ESCAPES = str.maketrans(ESCAPES | {c: "\\" + c for c in "&%$#_{}"})
+COMMANDS = {"\\": r"\textbackslash ", "~": r"\textasciitilde ", "^": r"\textasciicircum "}
+ESCAPES = str.maketrans(COMMANDS | {c: "\\" + c for c in "&%$#_{}"})
 MARKUP = str.maketrans({"<": "&lt;", "&": "&amp;"} | {c: "\\" + c for c in "\\|`["})
 
 
