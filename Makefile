@@ -20,7 +20,7 @@ demo: setup  ## SFT, IA2 and IA2→SFT on the embedded model, in about a minute
 	$(BIN)/ia2mini run
 
 test: setup lint  ## every check, offline
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-real: setup  ## on a real checkpoint of 135 million weights, in $$IA2MINI_REAL or made (a minute, 270 MB); minutes
 	real="$${IA2MINI_REAL:-$$($(BIN)/python tests/real.py)}" && IA2MINI_REAL="$$real" $(BIN)/python -m pytest tests/test_real.py

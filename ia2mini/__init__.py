@@ -23,7 +23,7 @@ everything else may move.
 
 from importlib import import_module
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 NAMES = {
     "load": ".models.checkpoint",
