@@ -17,6 +17,7 @@ import click
 
 from . import UsageError
 from .options import Options
+from .shard import first, lost
 
 DEMO, DEMO_ROWS = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap"), 120  # about a minute
 MINUTE = 60
@@ -28,7 +29,9 @@ class Commands(click.Group):
     def main(self, *args, **more):
         with suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-        warnings.showwarning = lambda text, *where, **_: click.echo(plain(f"ia2mini: warning: {text}"), err=True)
+        warnings.showwarning = lambda text, *where, **_: (
+            first() and click.echo(plain(f"ia2mini: warning: {text}"), err=True)
+        )
         try:
             sys.exit(super().main(*args, **more | {"standalone_mode": False}))
         except UsageError as error:
@@ -46,9 +49,11 @@ class Commands(click.Group):
                 raise
             mistake = f"{error.filename or 'files'}: {error.strerror}"
         except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not be loaded yet
-                raise
             mistake = "the device has too little memory; use a smaller --model, --dtype bfloat16 or another --device"
+            if lost(error):
+                mistake = "another rank has ended; what was finished is kept, and the same command goes on from there"
+            elif type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not be loaded yet
+                raise
         click.echo(plain(f"ia2mini: {mistake}"), err=True)
         sys.exit(2)
 
@@ -99,11 +104,13 @@ def many(*options):
 
 MODEL_HELP = "folder, hub id, or short name: tiny (embedded), qwen3-4b-base, llama-3.2-1b …"
 DTYPE_HELP = "of frozen weights  [default: float32, on a GPU bfloat16]"
+shard_option = click.option("--shard", is_flag=True, help="split the model over the processes of torchrun")
 model_options = many(
     click.option("--model", default="tiny", help=MODEL_HELP),
     click.option("--device", help="cpu, cuda, cuda:1 …  [default: a GPU if there is one]"),
     click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help=DTYPE_HELP),
     click.option("--revision", help="branch, tag or commit on the hub"),
+    shard_option,
 )
 data_options = many(
     file_option("--data", "your own rows: JSONL, JSON, CSV, TSV or Parquet (instead of TASK)"),
@@ -161,6 +168,8 @@ def progress(label: str, total: int):
     """A bar on stderr with the time that remains; where that is no terminal a line at first, then one a minute."""
     from tqdm import tqdm
 
+    if not first():
+        return tqdm(disable=True)
     known = "{percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left {postfix}"
     if sys.stderr.isatty():
         return tqdm(desc=f"phase {label:<40}", total=total, leave=False, bar_format="{desc} " + known)
@@ -181,7 +190,7 @@ def progress(label: str, total: int):
 @click.option("--full", is_flag=True, help="a line for every task and evaluation, not only their mean")
 @click.option("--figures", type=Several(str), default="png", help="formats of the figures: png,pdf,svg")
 @click.option("--json", "as_json", is_flag=True, help="one JSON document on the last line of stdout")
-def run(names, model, device, dtype, revision, compiling, checkpointing, **given):
+def run(names, model, device, dtype, revision, shard, compiling, checkpointing, **given):
     """Train and compare methods on TASKs: a table, figures, a page, and the chosen adapters in PEFT's format.
 
     Without TASK, the demo: the four toy classification tasks. All sets and rates of a method are trained side by side.
@@ -202,10 +211,12 @@ def run(names, model, device, dtype, revision, compiling, checkpointing, **given
     unnamed = click.get_current_context().get_parameter_source("model").name == "DEFAULT"
     if own["data"] and model == "tiny" and unnamed:
         raise UsageError("--data: name a --model for your own rows (the embedded one knows 449 words)")
+    if compiling and shard:
+        raise UsageError("--compile: not with --shard; leave one of them out")
     chosen = find_tasks(names, **own)
     from .subject import open_subject
 
-    subject = open_subject(model, device, dtype, revision)
+    subject = open_subject(model, device, dtype, revision, shard)
     prepare(subject.model, compiling, checkpointing)
     chosen = [keep_apart(task, subject.tokenizer, own["template"]) for task in chosen]
     from .report import write_report
@@ -213,6 +224,8 @@ def run(names, model, device, dtype, revision, compiling, checkpointing, **given
     from .study import compare
 
     document, folder = compare(chosen, subject, options, **where, bar=progress)
+    if not first():
+        return
     drawn = write_report(document, folder, typed(), shown["figures"])
     show(document, shown["full"])
     figures = count(len(drawn), "figure") if drawn else "no figures (pip install 'ia2mini[report]')"
@@ -226,9 +239,10 @@ def prepare(model, compiling: bool | None, checkpointing: bool) -> None:
     """Compile and checkpoint a model's blocks as the options say (None: compile on a GPU)."""
     from .graphs import RECORDERS
     from .models.common import checkpointed, compiled, wrap_blocks
+    from .models.shard import mesh_of
 
     if compiling is None:
-        compiling = next(model.parameters()).is_cuda
+        compiling = next(model.parameters()).is_cuda and mesh_of(model) is None
     elif not compiling:
         RECORDERS.clear()
     wrap_blocks(model, *[compiled] * compiling, *[checkpointed] * checkpointing)

@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from . import UsageError
+from .shard import first
 
 
 def read_json(path: Path) -> dict:
@@ -30,6 +31,8 @@ def read_json(path: Path) -> dict:
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
     """Run `writer(temporary path)` beside `path`, then rename: the file is whole or not there. Raises UsageError."""
+    if not first():
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{platform.node()}.{os.getpid()}.")

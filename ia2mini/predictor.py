@@ -26,6 +26,7 @@ from .models.checkpoint import load
 from .models.common import device_of
 from .peft_format import read_adapter, save_adapter, save_merged
 from .runs import checkpoint_digest, versions
+from .shard import first
 from .subject import Subject, open_subject
 from .tasks import Example
 from .tasks.rows import Row, fill
@@ -182,7 +183,7 @@ class Predictor:
     def save(self, folder: Path) -> None:
         """Write the adapter in peft's format, `ia2mini.json` and a model card. Raises UsageError."""
         subject = self.subject
-        for name in ADAPTER:  # of an earlier fit
+        for name in ADAPTER if first() else ():  # of an earlier fit
             (folder / name).unlink(missing_ok=True)
         if self.adapter:
             about = subject.base, subject.tokenizer, subject.revision

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import UsageError
 from .files import read_json, sweep, write, write_json
+from .shard import agreed, first
 
 
 class RunFolder:
@@ -49,6 +50,7 @@ class RunFolder:
             tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in make().items()}
             about = {"sha256": digest(tensors)}
             write(path, lambda temporary: save_file(tensors, temporary, metadata=about))
+            agreed()
         self.whole.add(stamp(path))
         return load_file(path) if kept is None else kept
 
@@ -56,16 +58,24 @@ class RunFolder:
         """The content of JSON file `name`: read if it is there, else made and saved."""
         if (kept := self.kept(path := self.path / name, read_json)) is None:
             write_json(path, make())
+            agreed()
         return read_json(path) if kept is None else kept
 
     def kept(self, path: Path, read: Callable):
         """What a file holds; None where it is not there, or damaged: then it is set aside, with a warning."""
+        if not first():
+            return read(path) if agreed() else None
+        found = self.look(path, read)
+        agreed(found is not None)
+        return found
+
+    def look(self, path: Path, read: Callable):
         try:
             return read(path) if path.is_file() else None
         except (UsageError, SafetensorError) as error:
             path.replace(aside := path.with_name(f"{path.name}.bad"))
             reason = str(error).removeprefix(f"{path}: ")
-            warnings.warn(f"{path}: damaged ({reason}); set aside as {aside.name} and computed again", stacklevel=3)
+            warnings.warn(f"{path}: damaged ({reason}); set aside as {aside.name} and computed again", stacklevel=4)
             return None
 
     @contextmanager

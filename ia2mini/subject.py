@@ -8,6 +8,7 @@ from torch import nn
 
 from . import UsageError
 from .models.checkpoint import SHORT_NAMES, TINY, load, locate
+from .shard import start
 from .tokenizer import Tokenizer
 
 
@@ -24,9 +25,12 @@ class Subject:
 
 
 def open_subject(
-    model: str = "tiny", device: str | None = None, dtype: str | None = None, revision: str | None = None
+    model: str = "tiny", device: str | None = None, dtype: str | None = None, revision: str | None = None, shard=False
 ) -> Subject:
-    """The model of a folder, hub id or short name; on a GPU if there is one, there in bfloat16. Raises UsageError."""
+    """The model of a folder, hub id or short name; on a GPU if there is one, there in bfloat16. Raises UsageError.
+
+    With `shard` it is split over the processes of torchrun.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if torch.device(device).type not in ("cpu", "cuda"):
@@ -36,7 +40,9 @@ def open_subject(
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device {device}: not usable here ({reason}); use --device cpu") from None
     folder = locate(model, revision)
-    network, tokenizer = load(folder, getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16")), device)
+    dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
+    mesh, device = start(device) if shard else (None, device)
+    network, tokenizer = load(folder, dtype, device, mesh=mesh)
     local = folder == TINY or Path(model).is_dir()
     name = folder.resolve().name if local else model.replace("/", "--")
     base = str(folder.resolve()) if local else SHORT_NAMES.get(model.lower(), model)

@@ -15,6 +15,7 @@ from .batch import Batch, Row, collate
 from .graphs import CapturedStep
 from .losses import activation_mse, cross_entropy, fused, per_run, soft_cross_entropy
 from .models.common import Taps
+from .models.shard import mesh_of
 
 RACE_FROM, PACE, AHEAD = 10, 3, 30  # looks at the dev loss: see `EarlyStopping`
 
@@ -230,6 +231,8 @@ def train_in_parts(
             parts.append(train_runs(model, adapter, runs.take(some), settings, watch))
             rest = rest[len(some) :]
         except torch.OutOfMemoryError:
+            if mesh_of(model) is not None:  # the others wait for this rank within a pass
+                raise UsageError(f"not enough memory for {len(some)} runs; use a lower --side-by-side") from None
             if len(some) == 1:
                 mend = "use --checkpointing, a smaller --batch-size or a smaller model"
                 raise UsageError(f"not enough memory for a single run; {mend}") from None

@@ -16,7 +16,7 @@ from ia2mini import UsageError
 from ia2mini.files import hub_errors, read_json, write, write_text
 from ia2mini.tokenizer import Tokenizer
 
-from . import llama, qwen3
+from . import llama, qwen3, shard
 from .common import LLAMA3, Rope
 
 FAMILIES = {"llama": (llama.Config, llama.Llama), "qwen3": (qwen3.Config, qwen3.Qwen3)}
@@ -32,11 +32,13 @@ FILES += ["model*.safetensors", "model.safetensors.index.json"]
 LARGEST = "5GB"  # of a file of weights that is written
 
 
-def load(name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", revision: str | None = None):
+def load(
+    name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", revision: str | None = None, mesh=None
+):
     """Load `name`, a folder, a short name ("qwen3-4b-base", "tiny") or a hub id: (model, tokenizer).
 
     The model is in evaluation mode with every weight frozen, in `dtype` on `device`; weights are streamed one tensor at
-    a time. Raises UsageError for anything a user can mend.
+    a time. With a `mesh` of ranks each reads and keeps its part (shard.py). Raises UsageError for what a user can mend.
 
         model, tokenizer = load("tiny")
         logits = model(torch.tensor([tokenizer.encode("Text:a lovely film\\nLabel:")]))   # [1, T, V]
@@ -45,7 +47,10 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cp
     config, family = read_folder_config(folder)
     with torch.device("meta"):
         model = family(config)
-    fill(model, folder, dtype, torch.device(device))
+    if mesh is not None:
+        shard.check(config, mesh.size())
+        shard.join(model, mesh)
+    fill(model, folder, dtype, torch.device(device), mesh)
     return model.eval().requires_grad_(False), Tokenizer.from_folder(folder)
 
 
@@ -159,7 +164,7 @@ def shards(folder: Path) -> dict[str, Path]:
     return where
 
 
-def fill(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+def fill(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device, mesh=None) -> None:
     """Give every parameter of `model` (on the meta device) its tensor. Raises UsageError naming the first misfit."""
     where = shards(folder)
     wanted = {name: p.shape for name, p in model.named_parameters()}
@@ -171,12 +176,13 @@ def fill(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.devic
             raise UsageError(f"{folder}: {problem} tensor {names[0]}{more}; the files do not fit config.json")
     for name, shape in wanted.items():
         with safe_open(where[name], "pt", device=str(device)) as f:  # one open a tensor: its pages are let go again
-            tensor = f.get_tensor(name)
-        if tensor.shape != shape:
-            shapes = f"has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
-            raise UsageError(f"{where[name]}: tensor {name} {shapes}")
+            piece = f.get_slice(name)
+            if piece.get_shape() != list(shape):
+                shapes = f"has shape {piece.get_shape()}, config.json asks for {list(shape)}"
+                raise UsageError(f"{where[name]}: tensor {name} {shapes}")
+            tensor = f.get_tensor(name).to(dtype) if mesh is None else shard.part(piece, name, dtype, mesh)
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(dtype), requires_grad=False))
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
     model.tie()
 
 
