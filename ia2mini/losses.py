@@ -96,7 +96,7 @@ class HeadDivergence(torch.autograd.Function):
             values.append((t.exp() * (t - student.gather(1, i))).sum(-1))
             if ctx.needs_input_grad[0]:
                 of_logits = student.exp_().scatter_add_(1, i, -t.exp())
-                gradients.append(through(torch.matmul, of_logits.to(x.dtype), head))
+                gradients.append(through(torch.mm, of_logits.to(x.dtype), head))
         ctx.save_for_backward(*gradients)
         return torch.cat(values)
 

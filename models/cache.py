@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .shard import local
+from .shard import is_split, local
 
 Past = tuple[Tensor, Tensor]  # a prefix's keys and values of one layer, [G, K, S, E] each
 
@@ -92,7 +92,7 @@ class Cache:
 
     def __init__(self, config, rows: int, capacity: int, like: Tensor, static: bool = False):
         """Room for `capacity` tokens of each row, in the dtype and on the device of `like`, a weight of the model."""
-        ranks = like.device_mesh.size() if hasattr(like, "device_mesh") else 1  # of a split one: each keeps its heads
+        ranks = like.device_mesh.size() if is_split(like) else 1  # of a split one: each keeps its heads
         shape = (rows, config.num_key_value_heads // ranks, capacity, config.head_dim)
         self.keys = [local(like).new_zeros(shape) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros_like(k) for k in self.keys]

@@ -48,6 +48,7 @@ def part(piece, name: str, dtype: torch.dtype, mesh) -> Tensor:
 
 def join(model: nn.Module, mesh) -> None:
     """Make both halves of every block, whose weights are parts, give their sum over the ranks."""
+    model.mesh = mesh
     for block in model.model.layers:
         for half in (block.self_attn, block.mlp):
             half.register_forward_pre_hook(lambda half, args: (shared(args[0], mesh), *args[1:]))
@@ -56,17 +57,21 @@ def join(model: nn.Module, mesh) -> None:
 
 def mesh_of(model: nn.Module):
     """The ranks that a model is split over; None for a whole one."""
-    return getattr(model.model.embed_tokens.weight, "device_mesh", None)
+    return getattr(model, "mesh", None)
+
+
+def is_split(weight: Tensor) -> bool:
+    return hasattr(weight, "device_mesh")  # a DTensor, whose import would take a second
 
 
 def local(weight: Tensor | None) -> Tensor | None:
     """A weight, or this rank's part of it."""
-    return weight.to_local() if hasattr(weight, "to_local") else weight
+    return weight.to_local() if is_split(weight) else weight
 
 
 def own(t: Tensor, dim: int, weight: Tensor, side: int) -> Tensor:
     """This rank's part of t along `dim`, which goes along the side OUT or INTO of a map with this `weight`."""
-    if not hasattr(weight, "to_local") or not weight.placements[0].is_shard(side):
+    if not is_split(weight) or not weight.placements[0].is_shard(side):
         return t
     return t.chunk(weight.device_mesh.size(), dim)[weight.device_mesh.get_local_rank()]
 
@@ -91,7 +96,7 @@ def whole(y: Tensor, mesh, dim: int | None = None) -> Tensor:
 
 def through(function: Callable, x: Tensor, weight: Tensor) -> Tensor:
     """function(x, weight), whole on all ranks, for a weight that may be split."""
-    if not hasattr(weight, "to_local"):
+    if not is_split(weight):
         return function(x, weight)
     from torch.distributed.tensor import DTensor, Replicate
 
