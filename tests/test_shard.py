@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -33,6 +34,7 @@ from reference import (
     upstream_pass,
 )
 
+import ia2mini.files
 import ia2mini.train
 from ia2mini import open_subject
 from ia2mini.adapters import EVERY_MATRIX, IA3, Full, LoRA, PrefixTuning, Prompt, adapted
@@ -80,13 +82,15 @@ def on_ranks(ranks: int, *work) -> tuple[list, list[int]]:
     ]
     for process in every:
         process.start()
-    found = []
+    found, deadline = [], time.monotonic() + 100
     for process, answer in zip(every, answers, strict=True):
-        while answer.empty() and process.is_alive():
+        while answer.empty() and process.is_alive() and time.monotonic() < deadline:
             process.join(0.02)
         found.append(None if answer.empty() else answer.get()[1])
     for process in every:
-        process.join(60)
+        process.join(max(0.1, deadline - time.monotonic()))
+        process.kill()  # one that waits for ever must not keep the tests waiting; of one that has ended nothing
+        process.join()
     return found, [process.exitcode for process in every]
 
 
@@ -265,6 +269,8 @@ def command(out: Path, dies_at: int | None, line: str) -> None:
 
     ia2mini.train.Adam.step = dying
     sys.modules["matplotlib"] = None  # figures take longer than all the rest
+    if rank != "0":
+        ia2mini.files.tempfile = None  # only the first rank may write
     main.main([*line.split(), "--shard", "--out", str(out / "runs")])
 
 
