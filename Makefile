@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test test-real lint bench clean
+.PHONY: setup demo test test-real fuzz kills lint mutants bench bench-gpu clean
 
 setup: $(VENV)/ready  ## a virtual environment with ia2mini, all extras and the tested versions
 
@@ -25,12 +25,27 @@ test: setup lint  ## every check, offline
 test-real: setup  ## on a real checkpoint of 135 million weights, in $$IA2MINI_REAL or made (a minute, 270 MB); minutes
 	real="$${IA2MINI_REAL:-$$($(BIN)/python tests/real.py)}" && IA2MINI_REAL="$$real" $(BIN)/python -m pytest tests/test_real.py
 
+fuzz: setup  ## the tests of hostile files with as many more mutations as fit into $$IA2MINI_FUZZ seconds (an hour)
+	IA2MINI_FUZZ=$${IA2MINI_FUZZ:-3600} $(BIN)/python -m pytest tests/test_fuzz.py
+
+kills: setup  ## each command killed $$IA2MINI_KILLS times (30), on full disks and without permissions; a quarter of an hour
+	IA2MINI_KILLS="$${IA2MINI_KILLS:-30}" $(BIN)/python -m pytest -s tests/test_kills.py
+
 lint: setup
 	$(BIN)/ruff format --check --quiet --line-length 120 .
 	$(BIN)/ruff check --line-length 120 --select E,F,W,I,B,UP --ignore B905 .
+	rm -rf build/types && mkdir -p build/types/ia2mini
+	ln -s $(CURDIR)/ia2mini/* build/types/ia2mini && ln -sfn $(CURDIR)/models build/types/ia2mini/models
+	$(BIN)/mypy
+
+mutants: setup  ## break sixty lines one at a time: the tests must notice; minutes
+	$(BIN)/python tests/mutants.py
 
 bench: setup  ## how fast, and against whom
 	$(BIN)/python -m bench
+
+bench-gpu:  ## the first hour on a GPU, by the python that is there: its tests, then every bench; type it again to go on
+	$(PYTHON) -m bench gpu
 
 clean:
 	rm -rf $(VENV) build *.egg-info

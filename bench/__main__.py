@@ -11,18 +11,20 @@ import torch
 
 from ia2mini import UsageError
 from ia2mini.cli import Commands, keep_freed_memory, many, options_of
+from ia2mini.files import write_text
 from ia2mini.options import Options
 from ia2mini.subject import open_subject
 
-from . import inference, resources, training
+from . import cost, gpu, inference, resources, training
+from .causes import causes
 from .choice import choice, race
 from .effect import METHODS, TASKS, effect
 from .fit import fit
 from .gain import gain
-from .report import Result, finish, show
+from .report import RESULTS, Result, finish, show
 from .scale import scale
 from .shapes import SHAPES, stand
-from .timing import Bystanders
+from .timing import Bystanders, recorded
 
 CPU_SHAPES, GPU_SHAPES = ("tiny", "100m"), ("qwen3-0.6b", "qwen3-4b")
 
@@ -36,6 +38,7 @@ def run(name: str, shape: str | None, device: str, dtype: torch.dtype, select: s
     found = []
 
     def done(result: Result) -> None:
+        result.remarks += [said] if (said := recorded()) else []
         show(result)
         found.append(result)
 
@@ -167,6 +170,7 @@ def add_study(name: str, ask: Callable, select: str, *more) -> None:
 
 FOLDS = click.option("--folds", is_flag=True, help="also cross-validation within each set: several times the training")
 add_study("effect", effect, "dev")
+add_study("causes", causes, "dev")
 add_study("choice", choice, "both", FOLDS)
 add_study("race", race, "both")
 
@@ -176,6 +180,32 @@ add_study("race", race, "both")
 def gain_command(save):
     show(result := gain())
     finish([result], "python -m bench gain", save, name="gain")
+
+
+@main.command("cost")
+def cost_command():
+    """Write docs/cost.md: FLOPs, bytes, kernels and least seconds of a cell's stages, computed from shapes."""
+    write_text(cost.PAGE, cost.page())
+    click.echo(f"wrote {cost.PAGE}")
+
+
+@main.command("gpu")
+@click.option("--again", is_flag=True, help="forget what earlier calls have done")
+def gpu_command(again):
+    """The first hour on a GPU: its tests, then step, cell, kernel, collect, icl, generate and memory on real shapes.
+
+    At most 25 minutes a call and 9 a step; every step is saved as it ends, and the same command goes on.
+    """
+    if not torch.cuda.is_available():
+        raise UsageError("bench gpu: PyTorch sees no GPU here")
+    kept = RESULTS / f"gpu-{torch.cuda.get_device_name().replace(' ', '-')}.json"
+    if again:
+        kept.unlink(missing_ok=True)
+    todo = gpu.steps()
+    found = gpu.first_hour(todo, kept)
+    missing = [name for name in todo if found.get(name, {}).get("status") != 0]
+    click.echo(f"missing or failed: {', '.join(missing)}" if missing else "all is done")
+    sys.exit(bool(missing))
 
 
 @main.command("fit", help=fit.__doc__)

@@ -4,6 +4,7 @@ import torch
 from ia2mini.models.common import Taps
 
 from ia2mini.batch import Row, collate
+from ia2mini.cost import Pass, flops
 from ia2mini.episode import Episode, with_demonstrations
 from ia2mini.evaluate import label_scores, share_prefix
 from ia2mini.generate import Decoding
@@ -13,7 +14,7 @@ from ia2mini.teacher import Asked, teach
 from .peers import AsReleased, UsedWell
 from .report import Line, Result, agree
 from .shapes import LABELS, SST2_LENGTHS, Stand
-from .timing import Timing, clock, flops, gemm_ceiling, race
+from .timing import Timing, clock, gemm_ceiling, race
 
 QUESTION, ANSWER = 60, 120  # tokens of a GSM8K row, roughly, under Qwen3's tokenizer
 
@@ -78,7 +79,7 @@ def overhead(stand: Stand, result: Result, prompts: list[list[int]], tokens: int
         "tapped": lambda: stand.model(batch.ids, taps=Taps(batch.at), logits=last),
     }
     times = race(stacks, 5, seconds, stand.device)
-    work = flops(stand.config, *batch.ids.shape, len(last[0]), head=True)
+    work = flops(stand.config, Pass(*batch.ids.shape, len(last[0])))
     ceiling = gemm_ceiling(stand.config, batch.ids.numel(), stand.device, stand.model.lm_head.weight.dtype)
     for name, timing in times.items():
         rates = {"FLOP/s": work / timing.seconds, "GEMM": work / timing.seconds / ceiling}

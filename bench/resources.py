@@ -89,6 +89,7 @@ def memory(shape: str = "100m", device: str = "cpu", dtype=torch.float32, tokens
     for method, (phase, _) in PHASES.items():
         rows = [Row(prompt, ids, target if phase == "mse" else None) for prompt in ground.prompts(4, (26,))]
         ours = OurStep(ground, [rows], phase, ground.theta())
+        ours.update = ours.update.function  # as it is computed, not while it is recorded
         stacks = {"us": ours, "us, checkpointing": partial(with_checkpointing, ground.model, ours)}
         for name, kind in PEERS.items():
             peer = kind(ground)

@@ -37,12 +37,16 @@ SHAPES = {  # vocabulary, hidden, MLP, layers, heads, key/value heads, head size
         vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
         num_key_value_heads=8, head_dim=64, rms_norm_eps=1e-5, rope=LLAMA_ROPE, tie_word_embeddings=True,
     ),
+    "llama-3.2-3b": llama.Config(
+        vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+        num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-5, rope=LLAMA_ROPE, tie_word_embeddings=True,
+    ),
     "qwen3-4b": qwen3.Config(
         hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
         num_key_value_heads=8, head_dim=128, **QWEN
     ),
 }  # fmt: skip
-CPU_DEPTH = {"qwen3-0.6b": 4, "llama-3.2-1b": 2, "qwen3-4b": 2}  # layers on a CPU
+CPU_DEPTH = {"qwen3-0.6b": 4, "llama-3.2-1b": 2, "llama-3.2-3b": 2, "qwen3-4b": 2}  # layers on a CPU
 LABELS = (" w0", " w1")
 # prompt tokens of SST2's training rows under Qwen3's tokenizer, template included, at 5 %, 15 %, … 95 %
 SST2_LENGTHS = (7, 8, 9, 10, 12, 14, 17, 21, 26, 36)

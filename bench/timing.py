@@ -1,4 +1,4 @@
-"""Fair measuring: contestants in turn, warmed up and synchronised; peak memory; FLOPs and the GEMM ceiling."""
+"""Fair measuring: contestants in turn, warmed up and synchronised; peak memory; the GEMM ceiling."""
 
 import os
 import re
@@ -13,6 +13,9 @@ from statistics import median
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from ia2mini import graphs
+from ia2mini.cost import gemm_rate
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,12 @@ def race(stacks: dict[str, Callable], repeats: int = 5, seconds: float = 20.0, d
     """Time the stacks in turn, round after round, so that a busy spell of the machine meets all of them.
 
     `repeats` rounds after one to warm up, fewer once `seconds` are over but at least two. A first round that takes a
-    third of `seconds` counts as any other: what is long needs no warming.
+    third of `seconds` counts as any other: what is long needs no warming. Where steps are recorded all stacks warm up
+    for as many rounds as a recording needs: no timing mixes calls before it with replays.
     """
+    for _ in range(graphs.OFTEN + 1 if torch.device(device).type in graphs.RECORDERS else 0):
+        for run in stacks.values():
+            clock(run, device)
     start, times, done, first = time.perf_counter(), {name: [] for name in stacks}, 0, True
     while done < repeats and (done < 2 or time.perf_counter() - start < seconds):
         for name, run in stacks.items():
@@ -68,43 +75,20 @@ def race(stacks: dict[str, Callable], repeats: int = 5, seconds: float = 20.0, d
     return {name: Timing.of(values) for name, values in times.items()}
 
 
-def gemm_rate(rows: int, inputs: int, outputs: int, device="cpu", dtype=torch.float32, seconds: float = 0.5) -> float:
-    """FLOP/s of x [rows, inputs] @ W^T [inputs, outputs]: the best of as many rounds as fit into `seconds`."""
-    x, w = (
-        torch.randn(rows, inputs, device=device, dtype=dtype),
-        torch.randn(outputs, inputs, device=device, dtype=dtype),
-    )
-    times, start = [], time.perf_counter()
-    while time.perf_counter() - start < seconds or len(times) < 3:
-        times.append(clock(lambda: torch.nn.functional.linear(x, w), device))
-    return 2 * rows * inputs * outputs / min(times)
+def recorded() -> str:
+    """What our stack has recorded since it was last asked, for a result's remarks; empty without a recorder."""
+    counts = dict(graphs.COUNTED)
+    graphs.COUNTED.clear()
+    if not counts:
+        return ""
+    found = f"recorded {counts.get('recordings', 0)} ×, {counts.get('replays', 0)} of {counts['calls']} calls replayed"
+    return f"CUDA graphs: {found}, warming up included"
 
 
 def gemm_ceiling(config, rows: int, device="cpu", dtype=torch.float32) -> float:
     """The machine's matrix rate, FLOP/s: the better of a 2048-cube and the model's own MLP map over `rows` tokens."""
     own = gemm_rate(rows, config.hidden_size, config.intermediate_size, device, dtype)
     return max(own, gemm_rate(2048, 2048, 2048, device, dtype))
-
-
-def flops(config, rows: int, tokens: int, positions: int, head: bool, backward: bool = False, rank: int = 0) -> float:
-    """FLOPs that a pass over `rows` rows of `tokens` tokens needs; a multiply-add counts two, norms and softmax none.
-
-    Forward, a layer: every frozen map 2 · in · out a token; scores and mix 4 · tokens · H · E a token (the causal half
-    not deducted); with `rank`, LoRA on q, k and o 2 · rank · (in + out) a token. The last MLP and the `head` only at
-    `positions` answer positions in all, not at all without a head. `backward` adds the gradient of every input once
-    more, of attention and LoRA twice more (their both operands need one), but nothing below the first layer's LoRA.
-    """
-    D, M, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    Q, K = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    n = rows * tokens
-    qkv, out, mlp = 2 * D * (Q + 2 * K), 2 * Q * D, 6 * D * M
-    attention, lora = 4 * tokens * Q, 2 * rank * ((D + Q) + (D + K) + (Q + D))
-    last = positions * (mlp + 2 * D * config.vocab_size) if head else 0
-    total = L * n * (qkv + out + attention + lora) + (L - 1) * n * mlp + last
-    if backward:
-        total += (L - 1) * n * (qkv + out + mlp) + n * out + L * n * 2 * (attention + lora) + last
-        total -= n * 2 * rank * 2 * D  # no gradient reaches the embeddings: A of the first q and k
-    return float(total)
 
 
 class Bystanders:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ia2mini.adapters import adapted
 from ia2mini.batch import Row, collate, truth_row
+from ia2mini.cost import Pass, flops
 from ia2mini.episode import draw_episode, with_demonstrations
 from ia2mini.evaluate import Scoring, label_scores
 from ia2mini.graphs import CapturedStep
@@ -17,7 +18,7 @@ from ia2mini.train import Adam, Settings, Trained, losses
 from .peers import PEERS, Peer
 from .report import Line, Result, agree
 from .shapes import LABELS, SST2_LENGTHS, Stand
-from .timing import Timing, clock, flops, gemm_ceiling, race
+from .timing import Timing, clock, gemm_ceiling, race
 
 PHASES = {"ia2": ("mse", True), "sft": ("ce", False)}  # method -> (loss, on the teacher's rows)
 NEVER = 10**9  # patience: every stack takes the same number of steps
@@ -84,7 +85,7 @@ def step(stand: Stand, runs: int = 15, n: int = 4, tokens: int = 26, seconds: fl
             peer = kind(stand)
             peer.begin(stand.theta()[0], 1e-3)
             stacks[name] = lambda peer=peer, mine=mine, phase=phase: peer.step(mine[0], phase)
-        work = flops(stand.config, n, tokens, n, phase == "ce", backward=True, rank=8)
+        work = flops(stand.config, Pass(n, tokens, n, phase == "ce", backward=True, rank=8))
         times = race(stacks, 7, seconds, stand.device)
         times["us"] = times["us"].scaled(1 / runs)
         for name, timing in times.items():
@@ -295,7 +296,10 @@ def cell(stand: Stand, whole: Size = Size(), parts: dict[str, Size] | None = Non
 def portions(shape: str, device: str, select: str = "dev") -> tuple[Size, dict[str, Size], int]:
     """What of a cell is measured so that a CPU is done in minutes: everything where it is small."""
     whole = Size(select=select)
-    if device != "cpu" or shape == "tiny":
+    if device != "cpu" and shape != "tiny":
+        (b, a) = (replace(whole, sets=sets, rates=1, steps=10, rows=128) for sets in (2, 1))
+        return whole, {"(b)": b, "(a)": a}, 2
+    if shape == "tiny":
         return whole, {"(b)": replace(whole, sets=2, rates=1), "(a)": replace(whole, sets=1, rates=1)}, 2
     short = replace(whole, steps=2, rows=40)
     some = replace(short, sets=1, rates=1, steps=3, rows=128)

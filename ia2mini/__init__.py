@@ -53,6 +53,10 @@ __all__ = ["UsageError", *NAMES]
 class UsageError(ValueError):
     """A user's mistake: one line that says what is wrong, where, and how to mend it."""
 
+    def __init__(self, message: str):
+        line = " ".join(message.splitlines())  # what it quotes may be long and of many lines
+        super().__init__(line if len(line) < 1000 else f"{line[:700]} … {line[-200:]}")
+
 
 def __getattr__(name: str):
     """A name of the front door, imported when first asked for: `import ia2mini` alone loads no torch."""

@@ -29,6 +29,7 @@ class Adapter:
 
     targets: tuple[str, ...] = ()
     layers: list[int] | None = None
+    tokens: int = 0  # virtual ones, before every row
     linears: dict[str, Linear] = {}
     within = True  # works within a split block, on each rank's part of it
     shapes: dict[str, tuple]
@@ -173,15 +174,29 @@ def make_adapter(model: nn.Module, o: AdapterOptions, scale_inputs: bool = False
         if o.targets:
             raise UsageError(f"--targets chooses matrices, and a {o.adapter} adapter has none; leave it out")
         return ADAPTERS[o.adapter](model, tokens=o.virtual_tokens)
-    more = {"lora": {"rank": o.rank, "alpha": o.alpha}, "ia3": {"scale_inputs": scale_inputs}}.get(o.adapter, {})
-    return ADAPTERS[o.adapter](model, **({"targets": o.targets} if o.targets else {}), **more)
+    more: dict[str, dict] = {"lora": {"rank": o.rank, "alpha": o.alpha}, "ia3": {"scale_inputs": scale_inputs}}
+    return ADAPTERS[o.adapter](model, **({"targets": o.targets} if o.targets else {}), **more.get(o.adapter, {}))
 
 
 def low_rank(A: Tensor, B: Tensor, scale: float, base: Callable, x: Tensor) -> Tensor:
     """y + scale * B A x for y = base(x), A [R, rank, in], B [R, out, rank]."""
     y = base(x)
-    down = grouped(x, A).to(A.dtype) @ A.mT  # [R, rows of a run, rank]
+    down = Product.apply(grouped(x, A), A)  # [R, rows of a run, rank]
     return y + ((down * scale) @ B.mT).view(y.shape).to(y.dtype)
+
+
+class Product(torch.autograd.Function):
+    """x [R, n, in] @ W^T in the float32 of W [R, out, in]; of an x in bfloat16 no float32 copy is kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor) -> Tensor:
+        ctx.save_for_backward(x, W)
+        return x.to(W.dtype) @ W.mT
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, W = ctx.saved_tensors
+        return (grad @ W).to(x.dtype) if ctx.needs_input_grad[0] else None, grad.mT @ x.to(W.dtype)
 
 
 def scaled(s: Tensor, inputs: bool, base: Callable, x: Tensor) -> Tensor:
@@ -194,7 +209,7 @@ def scaled(s: Tensor, inputs: bool, base: Callable, x: Tensor) -> Tensor:
 def shifted(D: Tensor, base: Callable, x: Tensor) -> Tensor:
     """y + D x for y = base(x), D [R, out, in]."""
     y = base(x)
-    return y + (grouped(x, D).to(D.dtype) @ D.mT).view(y.shape).to(y.dtype)
+    return y + Product.apply(grouped(x, D), D).view(y.shape).to(y.dtype)
 
 
 def grouped(x: Tensor, weight: Tensor) -> Tensor:

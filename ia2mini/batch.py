@@ -28,6 +28,7 @@ class Row:
     activations: Tensor | None = None  # [L, P, D], the teacher's attention outputs there
     soft: Tensor | None = None  # [P, k], the teacher's log-probabilities of its k likeliest tokens there
     soft_ids: Tensor | None = None  # [P, k], those tokens
+    states: Tensor | None = None  # [L, P, D], its residual stream after each attention
 
     def __len__(self) -> int:
         """Tokens that a pass reads: the last answer token predicts nothing."""
@@ -35,8 +36,8 @@ class Row:
 
 
 def truth_row(example: Example, tokenizer: Tokenizer, end: bool) -> Row:
-    """The row with its true answer, closed by EOS if `end`. Raises UsageError when prompt and answer merge."""
-    answer = tokenizer.encode_answer(example.prompt, example.answer)
+    """The row with its true answer, closed by EOS if `end`. Raises UsageError when prompt and label merge."""
+    answer = tokenizer.encode_answer(example.prompt, example.answer, apart=example.label is None)
     return Row(tokenizer.encode(example.prompt), answer + list(tokenizer.eos_ids[:1]) if end else answer)
 
 
@@ -52,16 +53,17 @@ class Batch:
     activations: Tensor | None  # [L, P, D]
     soft: Tensor | None  # [P, k]
     soft_ids: Tensor | None  # [P, k]
+    states: Tensor | None  # [L, P, D]
 
     def tensors(self) -> list[Tensor]:
         packed = (self.packed.mask, self.packed.places) if self.packed else ()
-        every = self.ids, *packed, *self.at, self.targets, self.weights, self.activations, self.soft, self.soft_ids
-        return [t for t in every if t is not None]
+        kept = self.activations, self.soft, self.soft_ids, self.states
+        return [t for t in (self.ids, *packed, *self.at, self.targets, self.weights, *kept) if t is not None]
 
 
 def collate(runs: list[list[Row]], device="cpu", pack: bool = False) -> Batch:
     """One batch of R lists of rows, shorter ones padded with empty rows; `pack`: no padding where it is worth it."""
-    R, B = len(runs), max(map(len, runs))
+    R, B, device = len(runs), max(map(len, runs)), torch.device(device)
     lengths = np.array([[*map(len, run), *[0] * (B - len(run))] for run in runs])
     totals = lengths.sum(1)
     pack = pack and totals.max() <= min(MOST_PACKED, WORTH_PACKING * B * lengths.max())
@@ -86,11 +88,13 @@ def collate(runs: list[list[Row]], device="cpu", pack: bool = False) -> Batch:
             weights[r, span] = 1 / (len(row.answer) * len(run))
 
     def send(array):
-        return torch.from_numpy(array).to(device, non_blocking=True)
+        tensor = torch.from_numpy(array)
+        return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
     packed = Packed(send(documents), send(places)) if pack else None
     positions = send(at[0].reshape(-1)), send(at[1].reshape(-1))
-    kept = (join_positions(runs, name, most, dim) for name, dim in (("activations", 1), ("soft", 0), ("soft_ids", 0)))
+    kept = {"activations": 1, "soft": 0, "soft_ids": 0, "states": 1}  # along which dimension positions are
+    kept = (join_positions(runs, name, most, dim) for name, dim in kept.items())
     return Batch(send(ids), packed, positions, send(targets.reshape(-1)), send(weights), *kept)
 
 

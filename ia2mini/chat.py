@@ -6,7 +6,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
 
 from . import UsageError
-from .files import read_json
+from .files import is_there, read_json, read_text
 from .tokenizer import Tokenizer
 
 
@@ -33,15 +33,15 @@ class ChatTemplate:
 
     def __init__(self, folder: Path, tokenizer: Tokenizer):
         path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-        settings = read_json(config) if config.is_file() else {}
-        source = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
+        settings = read_json(config) if is_there(config) else {}
+        source = read_text(path) if is_there(path) else settings.get("chat_template")
         if not isinstance(source, str):
             raise UsageError(f"{folder}: --chat needs a chat template (chat_template.jinja or tokenizer_config.json)")
         sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         sandbox.globals["raise_exception"] = self.refuse
         try:
             self.template = sandbox.from_string(source)
-        except TemplateError as error:
+        except (TemplateError, RecursionError) as error:
             raise UsageError(f"{folder}: its chat template is broken ({error})") from None
         tokens = {name: settings.get(name) or "" for name in ("bos_token", "eos_token")}  # texts, or objects with one
         self.tokens = {k: str(t.get("content", "") if isinstance(t, dict) else t) for k, t in tokens.items()}
@@ -55,7 +55,9 @@ class ChatTemplate:
         """The conversation as text up to the assistant's answer, without what the tokenizer itself puts before it."""
         try:
             text = self.template.render(messages=turns, add_generation_prompt=True, **self.tokens)
-        except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
+        except UsageError:
+            raise
+        except Exception as error:  # a template is a program, and raises what a program does
             raise UsageError(f"the chat template fails on these turns ({error})") from None
         return text.removeprefix(self.start)
 

@@ -3,21 +3,22 @@
 import ctypes
 import json
 import os
-import re
+import shlex
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import get_args
 
 import click
 
-from . import UsageError
+from . import UsageError, parallel
+from .files import plain
 from .options import Options
-from .shard import first, lost
 
 DEMO, DEMO_ROWS = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap"), 120  # about a minute
 MINUTE = 60
@@ -26,41 +27,62 @@ MINUTE = 60
 class Commands(click.Group):
     """A group that turns a user's mistake into one line and exit code 2, and an interrupt into 130."""
 
+    def invoke(self, context):
+        parallel.start()
+        return super().invoke(context)
+
     def main(self, *args, **more):
-        with suppress(ValueError):  # not the main thread
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-        warnings.showwarning = lambda text, *where, **_: (
-            first() and click.echo(plain(f"ia2mini: warning: {text}"), err=True)
-        )
+        interrupts = heed_interrupts()
+        warnings.showwarning = lambda text, *where, **_: say(f"warning: {text}", f"warning: {text}")
         try:
-            sys.exit(super().main(*args, **more | {"standalone_mode": False}))
+            try:
+                sys.exit(super().main(*args, **more | {"standalone_mode": False}))
+            except Exception:
+                if interrupts:
+                    raise KeyboardInterrupt from None
+                raise
         except UsageError as error:
             mistake = str(error)
         except click.UsageError as error:
             mistake = f"{error.format_message()} `{error.ctx.command_path} --help` lists what there is"
         except click.ClickException as error:
             mistake = error.format_message()
-        except click.Abort:
-            kept = "interrupted; what was finished is kept, and the same command goes on from there"
-            click.echo(f"\nia2mini: {kept}", err=True)
+        except (click.Abort, KeyboardInterrupt):  # the latter outside click's own care
+            say("interrupted; what was finished is kept, and the same command goes on from there", before="\n")
             sys.exit(130)
         except OSError as error:
             if error.errno is None:
                 raise
-            mistake = f"{error.filename or 'files'}: {error.strerror}"
+            mistake, sys.stdout = f"{error.filename or 'output'}: {error.strerror}", None  # not tried again at exit
         except RuntimeError as error:
             mistake = "the device has too little memory; use a smaller --model, --dtype bfloat16 or another --device"
-            if lost(error):
-                mistake = "another rank has ended; what was finished is kept, and the same command goes on from there"
+            if parallel.lost(error):
+                mistake = parallel.LOST
             elif type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not be loaded yet
                 raise
-        click.echo(plain(f"ia2mini: {mistake}"), err=True)
+        say(mistake)
         sys.exit(2)
 
 
-def plain(text: str) -> str:
-    """A stranger's text with its control characters spelled out: it must not write to the terminal as it likes."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+def say(line: str, once: str = "the end", before: str = "") -> None:
+    """Tell a line on stderr, unless another process has told what is said `once`."""
+    if parallel.says(once):
+        click.echo(before + plain(f"ia2mini: {line}"), err=True)
+
+
+def heed_interrupts() -> list:
+    """Have SIGTERM interrupt as Ctrl-C does. The list holds what came: native code may turn it into another error."""
+    came = []
+
+    def interrupt(*signals):
+        came.append(signals)
+        raise KeyboardInterrupt
+
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, interrupt)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell's jobs in the background have it
+            signal.signal(signal.SIGINT, interrupt)
+    return came
 
 
 class Several(click.ParamType):
@@ -102,15 +124,29 @@ def many(*options):
     return lambda command: reduce(lambda inner, option: option(inner), reversed(options), command)
 
 
+def determined(context, option, wanted: bool) -> None:
+    """Have CUDA compute the same bits every time; to be called before its first use, which reads the variable."""
+    if wanted:
+        import torch
+
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+
+
 MODEL_HELP = "folder, hub id, or short name: tiny (embedded), qwen3-4b-base, llama-3.2-1b …"
 DTYPE_HELP = "of frozen weights  [default: float32, on a GPU bfloat16]"
 shard_option = click.option("--shard", is_flag=True, help="split the model over the processes of torchrun")
+check_option = click.option("--check/--no-check", default=True, help="that no weight is NaN or infinite")
 model_options = many(
     click.option("--model", default="tiny", help=MODEL_HELP),
     click.option("--device", help="cpu, cuda, cuda:1 …  [default: a GPU if there is one]"),
     click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help=DTYPE_HELP),
     click.option("--revision", help="branch, tag or commit on the hub"),
+    check_option,
     shard_option,
+    click.option(
+        "--deterministic", is_flag=True, expose_value=False, callback=determined, help="the same bits on a GPU, slower"
+    ),
 )
 data_options = many(
     file_option("--data", "your own rows: JSONL, JSON, CSV, TSV or Parquet (instead of TASK)"),
@@ -137,7 +173,13 @@ def main(context):
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
+    if parallel.size > 1 and context.invoked_subcommand not in ("run", "fit") and "--shard" not in sys.argv:
+        raise UsageError(
+            "only `run` and `fit` are spread over processes; start the others with --shard or without torchrun"
+        )
     keep_freed_memory()
+    lasting = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ia2mini", "compiled")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(lasting))  # torch's own place does not outlive a restart
 
 
 def keep_freed_memory() -> None:
@@ -150,7 +192,7 @@ def keep_freed_memory() -> None:
 
 def typed() -> str:
     """The command as it was typed, for reports."""
-    return " ".join(["ia2mini", *sys.argv[1:]])
+    return shlex.join(["ia2mini", *sys.argv[1:]])
 
 
 class Lines:
@@ -168,7 +210,7 @@ def progress(label: str, total: int):
     """A bar on stderr with the time that remains; where that is no terminal a line at first, then one a minute."""
     from tqdm import tqdm
 
-    if not first():
+    if not parallel.chief:
         return tqdm(disable=True)
     known = "{percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left {postfix}"
     if sys.stderr.isatty():
@@ -188,9 +230,11 @@ def progress(label: str, total: int):
 @click.option("--checkpointing", is_flag=True, help="compute anew for the backward pass: memory for long answers")
 @file_option("--out", "folder of results; the same command goes on where it was", default="runs")
 @click.option("--full", is_flag=True, help="a line for every task and evaluation, not only their mean")
+@click.option("--with-paper", is_flag=True, help="the paper's numbers beside ours where it has the same cell; --full")
 @click.option("--figures", type=Several(str), default="png", help="formats of the figures: png,pdf,svg")
 @click.option("--json", "as_json", is_flag=True, help="one JSON document on the last line of stdout")
-def run(names, model, device, dtype, revision, shard, compiling, checkpointing, **given):
+@click.option("--dry-run", is_flag=True, help="list tokens, memory and least time of every task and N; train nothing")
+def run(names, model, device, dtype, revision, check, shard, compiling, checkpointing, dry_run, **given):
     """Train and compare methods on TASKs: a table, figures, a page, and the chosen adapters in PEFT's format.
 
     Without TASK, the demo: the four toy classification tasks. All sets and rates of a method are trained side by side.
@@ -198,7 +242,7 @@ def run(names, model, device, dtype, revision, shard, compiling, checkpointing, 
     """
     own = {name: given.pop(name) for name in ("data", "prompt_column", "answer_column", "template", "eval_data")}
     where = {name: given.pop(name) for name in ("out", "data_dir", "side_by_side")}
-    shown = {name: given.pop(name) for name in ("full", "figures", "as_json")}
+    shown = {name: given.pop(name) for name in ("full", "figures", "as_json", "with_paper")}
     given["eval_rows"] = given["eval_rows"] or (500 if names or own["data"] else DEMO_ROWS)
     if given["paper_compat"]:
         given["select"] = "eval"
@@ -211,23 +255,30 @@ def run(names, model, device, dtype, revision, shard, compiling, checkpointing, 
     unnamed = click.get_current_context().get_parameter_source("model").name == "DEFAULT"
     if own["data"] and model == "tiny" and unnamed:
         raise UsageError("--data: name a --model for your own rows (the embedded one knows 449 words)")
-    if compiling and shard:
-        raise UsageError("--compile: not with --shard; leave one of them out")
+    if (compiling or dry_run) and shard:
+        raise UsageError(f"--{'compile' if compiling else 'dry-run'}: not with --shard; leave one of them out")
     chosen = find_tasks(names, **own)
-    from .subject import open_subject
+    from .subject import open_subject, usable
 
-    subject = open_subject(model, device, dtype, revision, shard)
-    prepare(subject.model, compiling, checkpointing)
+    subject = open_subject(model, device := usable(device), dtype, revision, check, not dry_run, shard)
     chosen = [keep_apart(task, subject.tokenizer, own["template"]) for task in chosen]
     from .report import write_report
+    from .report.paper import add_paper
     from .report.summary import count
-    from .study import compare
+    from .study import carry_out, lay_out, open_study, plan, worth_compiling
 
-    document, folder = compare(chosen, subject, options, **where, bar=progress)
-    if not first():
-        return
+    if dry_run:
+        del where["out"]
+        return click.echo(plan(lay_out(chosen, subject, options, **where)[0], device))
+    study = open_study(chosen, subject, options, **where, bar=progress)
+    prepare(subject.model, compiling, checkpointing, lambda: worth_compiling(study[0]))
+    document, folder = carry_out(*study)
+    if not parallel.stop():
+        return None
+    if shown["with_paper"] and not add_paper(document):
+        click.echo("--with-paper: the paper has none of these cells", err=True)
     drawn = write_report(document, folder, typed(), shown["figures"])
-    show(document, shown["full"])
+    show(document, shown["full"] or shown["with_paper"])
     figures = count(len(drawn), "figure") if drawn else "no figures (pip install 'ia2mini[report]')"
     adapters = count(len(document["adapters"]), "adapter")
     click.echo(f"{folder}: report.html, results.json, tables, {figures}, {adapters} for peft")
@@ -235,17 +286,26 @@ def run(names, model, device, dtype, revision, shard, compiling, checkpointing, 
         click.echo(json.dumps(document))
 
 
-def prepare(model, compiling: bool | None, checkpointing: bool) -> None:
-    """Compile and checkpoint a model's blocks as the options say (None: compile on a GPU)."""
+def prepare(model, compiling: bool | None, checkpointing: bool, worth: Callable = lambda: True) -> None:
+    """Compile and checkpoint a model's blocks as the options say (None: compile on a GPU, where it is `worth` it)."""
     from .graphs import RECORDERS
     from .models.common import checkpointed, compiled, wrap_blocks
-    from .models.shard import mesh_of
 
     if compiling is None:
-        compiling = next(model.parameters()).is_cuda and mesh_of(model) is None
+        compiling = next(model.parameters()).is_cuda and not parallel.same and worth()
     elif not compiling:
         RECORDERS.clear()
+    if compiling:
+        from torch._dynamo.callback import on_compile_start
+
+        on_compile_start(lambda *about: tell_of_compiling())
     wrap_blocks(model, *[compiled] * compiling, *[checkpointed] * checkpointing)
+
+
+@cache
+def tell_of_compiling() -> None:
+    """Say it once, as it begins."""
+    click.echo(f"compiling (minutes at first; kept in {os.environ['TORCHINDUCTOR_CACHE_DIR']})", err=True)
 
 
 def find_tasks(names: tuple[str, ...], data, prompt_column, answer_column, template, eval_data) -> list:
@@ -270,7 +330,8 @@ def keep_apart(task, tokenizer, template: str | None):
     kept = own.keep_apart(task, rows.read_rows(Path(task.files[0])), tokenizer)
     if kept is not task:
         merging = "answers would merge with the end of the template in this tokenizer"
-        click.echo(f"{merging}, so it is now {kept.prompt!r}", err=True)
+        if parallel.says(merging):
+            click.echo(f"{merging}, so it is now {kept.prompt!r}", err=True)
     return kept
 
 
@@ -325,7 +386,7 @@ def tasks(name, model, revision, n, data_dir, **own):
     click.echo(f"{task.name} ({task.tag}) from {task.hub or 'this package'} · {' · '.join(sizes)}\n")
     rows = [("demonstration", "cyan", d) for d in demonstrations] + [("query", "yellow", examples.rows[0])]
     for role, color, e in rows:
-        count = len(tokenizer.encode(e.prompt)), len(tokenizer.encode_answer(e.prompt, e.answer))
+        count = len(tokenizer.encode(e.prompt)), len(tokenizer.encode_answer(e.prompt, e.answer, e.label is None))
         click.secho(f"{role}: {count[0]} tokens, answer {count[1]}", dim=True)
         click.echo(click.style(plain(e.prompt), fg=color) + click.style(plain(e.answer), fg="green", bold=True) + "\n")
 

@@ -1,6 +1,5 @@
 """The practitioner's commands: fit, predict, score, merge."""
 
-import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -8,10 +7,21 @@ from pathlib import Path
 
 import click
 
-from . import UsageError
-from .cli import file_option, main, many, model_options, options_of, plain, prepare, progress, shard_option, typed
+from . import UsageError, parallel
+from .cli import (
+    check_option,
+    file_option,
+    main,
+    many,
+    model_options,
+    options_of,
+    prepare,
+    progress,
+    shard_option,
+    typed,
+)
+from .files import json_line, plain, read_text
 from .options import FitOptions
-from .shard import first
 
 GUESS = "  [default: guessed from the header]"
 adapter_options = many(
@@ -19,6 +29,7 @@ adapter_options = many(
     click.option("--model", help="base model  [default: the one that the adapter names]"),
     click.option("--device", help="cpu, cuda, cuda:1 …  [default: a GPU if there is one]"),
     click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="of frozen weights"),
+    check_option,
     click.option("--template", help="prompt, columns in braces: of an adapter that ia2mini did not fit"),
     click.option("--labels", help="its possible answers, separated by commas  [default: it answers with text]"),
 )
@@ -37,7 +48,7 @@ adapter_options = many(
 )
 @file_option("--prompts", "the queries for --context, in place of ROWS; they need no answers")
 @file_option("--out", "folder of the adapter; the same command goes on where it was", required=True)
-def fit(rows, model, device, dtype, revision, shard, unlabelled, context, prompts, out, **given):
+def fit(rows, model, device, dtype, revision, check, shard, unlabelled, context, prompts, out, **given):
     """Fit an adapter to your own ROWS (JSONL, JSON, CSV, TSV, Parquet), and say what it is worth.
 
     \b
@@ -56,16 +67,18 @@ def fit(rows, model, device, dtype, revision, shard, unlabelled, context, prompt
     if (rows is None) == (context is None) or (context is None) != (prompts is None):
         raise UsageError("give ROWS, or --context with --prompts")
     columns = Columns(*(given.pop(name) for name in ("prompt_column", "answer_column", "template")))
-    text = context.read_text(encoding="utf-8").strip() if context else ""
+    text = read_text(context).replace("\r\n", "\n").strip() if context else ""
     if context and not text:
         raise UsageError(f"{context}: the file is empty")
     options = FitOptions(**given, context=text)
     own, _ = read_own(rows or prompts, columns, bool(context))  # its mistakes show before a model is loaded
-    subject = open_subject(model, device, dtype, revision, shard)
+    subject = open_subject(model, device, dtype, revision, check, shard=shard)
     prepare(subject.model, None, False)
     fitted = fit_rows(own, subject, options, columns, unlabelled or (), keep=out, bar=progress)
-    fitted.save(out)
-    if not first():
+    if not parallel.same and not parallel.stop():
+        return
+    fitted.save(out)  # its canary is computed, by all that share the model
+    if not parallel.stop():
         return
     write_fit_report(fitted, out, typed())
     for unfinished in out.glob("unfinished-*"):
@@ -117,7 +130,7 @@ def predict(adapter, rows, coverage, icl, strict, **how):
         raise UsageError("--shard: every process reads the rows; give a file in place of standard input")
     fitted = open_adapter(adapter, **how)
     for row in fitted.predict(read_new(rows, strict), icl, coverage, wrong=lambda error: complain(error, strict)):
-        click.echo(json.dumps(row, ensure_ascii=False))
+        click.echo(json_line(row))
 
 
 @main.command()
@@ -147,11 +160,11 @@ def merge(adapter, out, **how):
 @main.command()
 @model_options
 @click.option("--prompt", required=True, help="text to continue")
-@click.option("--max-tokens", default=100, type=click.IntRange(1), help="at most")
+@click.option("--max-tokens", default=100, type=click.IntRange(1), help="at most, within what the model reads")
 @click.option("--stop", help="text at which to stop, besides the end of sequence")
 @file_option("--adapter", "folder of an adapter; its own base is the model")
 @click.option("--chat", is_flag=True, help="the prompt as a turn of the checkpoint's chat template")
-def generate(model, device, dtype, revision, shard, prompt, max_tokens, stop, adapter, chat):
+def generate(model, device, dtype, revision, check, shard, prompt, max_tokens, stop, adapter, chat):
     """Continue a text greedily; the continuation goes to stdout."""
     from .chat import ChatTemplate
     from .generate import Decoding
@@ -161,24 +174,28 @@ def generate(model, device, dtype, revision, shard, prompt, max_tokens, stop, ad
 
     if adapter:
         given = click.get_current_context().get_parameter_source("model").name != "DEFAULT"
-        fitted = open_adapter(adapter, model if given else None, device, dtype, shard=shard)
+        fitted = open_adapter(adapter, model if given else None, device, dtype, check, shard=shard)
     else:
-        fitted = Predictor(open_subject(model, device, dtype, revision, shard), None, None, FOREIGN)
+        fitted = Predictor(open_subject(model, device, dtype, revision, check, shard=shard), None, None, FOREIGN)
     subject = fitted.subject
     ids = subject.tokenizer.encode(ChatTemplate(subject.folder, subject.tokenizer)(prompt) if chat else prompt)
     if not ids:
         raise UsageError("--prompt is empty and this model's tokenizer adds no BOS; give some text")
+    subject.check_room(prompt, len(ids), "use a shorter --prompt")
+    max_tokens = min(max_tokens, subject.reads + 1 - len(ids))
     with fitted.student() as student:
         (response,) = continue_text(student, subject.tokenizer, [ids], Decoding(max_tokens, stop))
     click.echo(plain(subject.tokenizer.decode(ids + response)[len(subject.tokenizer.decode(ids)) :]))
 
 
-def open_adapter(folder: Path, model=None, device=None, dtype=None, template=None, labels=None, shard=False):
+def open_adapter(
+    folder: Path, model=None, device=None, dtype=None, check=True, template=None, labels=None, shard=False
+):
     """A saved adapter on its base model."""
     from .predictor import base_of, load_adapter
     from .subject import open_subject
 
     spec = {"template": template and template.replace("\\n", "\n"), "labels": labels and labels.split(",")}
     name, revision = (model, None) if model else base_of(folder)
-    subject = open_subject(name, device, dtype, revision, shard)
+    subject = open_subject(name, device, dtype, revision, check, shard=shard)
     return load_adapter(folder, subject, **{name: value for name, value in spec.items() if value})

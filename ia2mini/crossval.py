@@ -7,20 +7,20 @@ score what was held out.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import UsageError
+from . import UsageError, parallel
 from .adapters import adapted, make_adapter
 from .batch import Row, truth_row
 from .episode import Episode, balanced, draw_folds, seeded, with_demonstrations
 from .evaluate import TINIEST, Scoring, answer_scores, label_scores, last_states, share_prefix
 from .generate import STOP, Decoding
-from .methods import BEGINS_WITH, METHODS, Grid
+from .methods import BEGINS_WITH, METHODS, Grid, phases
 from .metrics import fit_temperature, row_losses
 from .models.common import device_of
 from .options import FitOptions
@@ -32,7 +32,6 @@ from .train import Settings, Trained, warn_of_failed
 
 SURE = 1.645  # standard errors by which another method must beat SFT: one chance in twenty
 LEAST, ALONE = 4, 10  # rows that cross-validation needs; up to this many are left out one at a time
-BY_TEACHER = ("ia2", "ia2+sft", "soft", "sft-ia2")  # methods whose last phase trains on what the teacher says
 SOFT_K = 1024  # likeliest tokens of a distribution that is matched
 
 
@@ -74,9 +73,11 @@ class CrossValidation:
         self.stop = None if options.chat else STOP
         self.gold = torch.tensor([row.label or 0 for row in rows])
         self.adapter = make_adapter(subject.model, options)
+        self.layers = options.layer_numbers(subject.model.config.num_hidden_layers)
         self.rates = options.rates_for(subject.name)
         self.lengths: dict[str, int] = {}  # text -> tokens: each is asked for in every fold
         self.fits: dict[str, Trained] = {}
+        self.troubles: list[str] = []  # sentences about runs of which a loss was not finite
         self.answers: dict[int, list[Row]] = {}
         parts = prompts if prompts <= ALONE else min(options.folds, prompts)
         self.folds = draw_folds(rows, parts, self.shown, options.seed)
@@ -94,7 +95,7 @@ class CrossValidation:
             if shown := self.cut([Example(self.options.context, "")], longest):
                 return shown
             raise UsageError(f"the context leaves no room for {longest.prompt[:60]!r} in what the model reads; cut it")
-        return self.cut(balanced(rows, self.options.demonstrations, rng, row and row.prompt), longest)
+        return self.cut(balanced(rows, self.options.demonstrations, rng, row.prompt if row else None), longest)
 
     @cached_property
     def longest(self) -> Example:
@@ -102,12 +103,9 @@ class CrossValidation:
 
     def cut(self, shown: list[Example], row: Example) -> list[Example]:
         """The first of the demonstrations that fit into the model's context before `row` and its answer."""
-        most = self.subject.model.config.max_position_embeddings or 10**9
-        room, kept = most - self.tokens(row.prompt) - self.max_tokens, []
-        if room < 0:
-            raise UsageError(
-                f"prompt and answer need more than the {most} tokens the model reads: {row.prompt[:60]!r} …"
-            )
+        needed, kept = self.tokens(row.prompt) + self.max_tokens - 1 + self.adapter.tokens, []
+        self.subject.check_room(row.prompt, needed)
+        room = self.subject.reads - needed
         for example in shown:
             room -= self.tokens(f"{example.prompt}{example.answer}\n\n")
             if room < 0:
@@ -129,14 +127,17 @@ class CrossValidation:
     def grid(self, episodes: list[Episode], rates, settings: Settings) -> Grid:
         """Every episode with every rate, after the teacher's pass over them."""
         o, subject = self.options, self.subject
-        asked = Asked(self.max_tokens, SOFT_K if "soft" in o.methods else None, list(o.layers) or None, self.stop)
+        needed = phases(o.methods)
+        soft_k = SOFT_K if "soft" in needed else None
+        asked = Asked(self.max_tokens, soft_k, self.layers, self.stop, residual="hidden" in needed)
         with self.bar("collecting", sum(len(e.demonstrations) for e in episodes)) as bar:
-            sets = [teach(subject.model, subject.tokenizer, e, asked, bar.update) for e in episodes]
+            told = partial(teach, subject.model, subject.tokenizer, asked=asked, watch=bar.update)
+            sets = parallel.spread(told, episodes)
         return Grid(subject.model, self.adapter, sets, rates, seed=o.seed, settings=settings, progress=self.training)
 
     def settings(self, steps: int | None = None) -> Settings:
         o = self.options
-        return Settings(o.batch_size, o.epochs, o.patience, list(o.layers) or None, steps=steps)
+        return Settings(o.batch_size, o.epochs, o.patience, self.layers, steps=steps)
 
     @cached_property
     def fold_grid(self) -> Grid:
@@ -148,7 +149,7 @@ class CrossValidation:
             kept = self.once(f"fit-{method}", lambda: vars(METHODS[method](self.fold_grid)))
             self.fits[method] = Trained(**kept | {"theta": kept["theta"].to(device_of(self.subject.model))})
             names = [f"fold {fold} at rate {rate:g}" for fold, rate in product(range(len(self.folds)), self.rates)]
-            warn_of_failed(method, self.fits[method], names)
+            self.troubles += warn_of_failed(method, self.fits[method], names, len(self.folds))
         return self.fits[method]
 
     def score(self, student: Callable, prompts: list[list[int]], number: int, runs: int = 1) -> Tensor:
@@ -187,34 +188,39 @@ class CrossValidation:
 
     def held_out(self, name: str) -> Tensor:
         """What `name` says of every row that its fold held out, [rates, n, C]; of base and icl [1, n, C]."""
-        runs, found = len(self.rates) if name in METHODS else 1, None
+        runs, rows = len(self.rates) if name in METHODS else 1, [fold.test for fold in self.folds]
         if name in METHODS:
             self.trained(name)  # before the bar of scoring begins
         with self.bar(f"scoring {name}", len(self.rows)) as bar:
-            for number, fold in enumerate(self.folds):
-                with self.student(name, number, slice(None)) as (student, prompts):
-                    scores = self.score(student, prompts, number, runs)
-                found = scores.new_zeros(runs, len(self.rows), scores.shape[-1]) if found is None else found
-                found[:, fold.test] = scores
-                bar.update(len(fold.test))
-        return found
+
+            def scored(test: list[int]) -> Tensor:
+                with self.student(name, number := rows.index(test), slice(None)) as (student, prompts):
+                    return self.score(student, prompts, number, runs)
+
+            found = torch.cat(parallel.spread(scored, rows, bar.update), 1)
+        return found[:, torch.tensor(sum(rows, [])).argsort()]
 
     def texts(self, candidate: Candidate) -> tuple[list[str], list[float]]:
         """What a candidate answers to every held-out row, greedily, and how sure it is."""
         found = [("", 0.0)] * len(self.rows)
         with self.bar(f"answers of {candidate.name}", len(self.rows)) as bar:
-            for number, (fold, pick) in enumerate(zip(self.folds, candidate.picks)):
+
+            def answers(number: int) -> tuple:
+                pick, how = candidate.picks[number], Decoding(self.max_tokens, self.stop)
                 with self.student(candidate.name, number, slice(pick, pick + 1)) as (student, prompts):
-                    how = Decoding(self.max_tokens, self.stop)
-                    said = answer_texts(student, self.subject.tokenizer, prompts, how, bar.update)
+                    return answer_texts(student, self.subject.tokenizer, prompts, how, bar.update)
+
+            for fold, said in zip(self.folds, parallel.spread(answers, range(len(self.folds)))):
                 for i, answer in zip(fold.test, zip(*said)):
                     found[i] = answer
-        return tuple(zip(*found))
+        said, sure = zip(*found)
+        return list(said), list(sure)
 
     def candidate(self, name: str) -> Candidate:
         """`name` with, for each fold, the rate that is best on all other folds: no row chooses for itself."""
         every = self.once(f"held-out-{name}", lambda: {"scores": self.held_out(name)})["scores"]
         losses = row_losses(every, self.gold)  # [rates, n]
+        losses[losses.isnan().any(1)] = torch.inf  # a rate that failed in some fold
         nested, picks = torch.empty_like(every[0]), []
         for fold in self.folds:
             others = torch.ones(len(self.rows), dtype=torch.bool)
@@ -255,13 +261,16 @@ class CrossValidation:
         grid, first = self.grid([everything], [self.rates[rate]], self.settings()), {}
         for method in dict.fromkeys(filter(None, (BEGINS_WITH.get(winner.name), winner.name))):
             best = self.trained(method).best.view(len(self.folds), -1)[:, rate].float().mean().item()
-            more = len(self.more) if method in BY_TEACHER else 0
+            more = 0 if method.split("-")[-1] == "sft" else len(self.more)  # only the teacher answers these
             now, then = (
                 -(-(len(e.train) + more) // o.batch_size) for e in (everything, self.folds[0])
             )  # steps an epoch
             phase = replace(grid, settings=self.settings(max(1, round(best * now / then))), first=first.get)
             first[method] = METHODS[method](phase)
-        return first[winner.name].theta
+        if not (theta := first[winner.name].theta).isfinite().all():
+            mend = "use lower --rates or --dtype float32"
+            raise UsageError(f"{winner.name} at rate {self.rates[rate]:g} diverged when trained on every row; {mend}")
+        return theta
 
     def length(self, row: Example) -> int:
         return self.tokens(row.prompt)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from zlib import crc32
 
 import numpy as np
@@ -63,6 +63,26 @@ def draw_episode(
     rng = seeded(seed, number, "unlabelled")
     more_shown = [shuffled(train, rng) for _ in range(more)]
     return Episode(train, dev, leave_one_out + for_dev, icl, rest[:more], more_shown)
+
+
+def controlled(episode: Episode, teacher: str, other: Callable[[], Episode], seed: int = 0) -> Episode:
+    """The episode with a control in place of what the teacher sees; `teacher` "true": as it is.
+
+    "none": nothing; "other": the demonstrations of the episode `other()`; "shuffled": the training rows' answers have
+    changed places, no row keeps its own place (labels may still agree). Evaluation by ICL sees the true ones.
+    """
+    if teacher == "true":
+        return episode
+    lists = {"demonstrations": episode.demonstrations, "more_demonstrations": episode.more_demonstrations}
+    if teacher == "other":
+        lists = {name: getattr(other(), name) for name in lists}
+    elif teacher == "none":
+        lists = {name: [[] for _ in shown] for name, shown in lists.items()}
+    else:
+        ring = shuffled(episode.train, seeded(seed, 0, "answers in other places"))
+        moved = {a: replace(a, answer=b.answer, label=b.label) for a, b in zip(ring, ring[1:] + ring[:1])}
+        lists = {name: [[moved[row] for row in rows] for rows in shown] for name, shown in lists.items()}
+    return replace(episode, **lists)
 
 
 @dataclass(frozen=True, kw_only=True)

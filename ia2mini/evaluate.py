@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from . import parallel
 from .adapters import Adapter, adapted
 from .batch import Batch, Row, Watch, by_length, collate
 from .episode import with_demonstrations
@@ -101,24 +102,29 @@ def label_scores(
     tree = LabelTree(labels, device)
     top, confidence = torch.zeros(runs, Q, dtype=torch.int64), torch.zeros(runs, Q)
     probabilities, sets = torch.zeros(runs, Q, len(labels)), 1 if how.like is None else how.like.shape[1]
-    tapped, kept, similarity = min(Q, how.keep if how.like is None else how.like.shape[2]), [], 0.0
+    tapped, kept, similarity = min(Q, how.keep if how.like is None else how.like.shape[2]), [], torch.zeros(())
+
+    def scored(group: list[int]) -> tuple:
+        ids, at, branches = tree.batch([prompts[i] for i in group], runs, device)
+        taps = Taps((at[0][:: len(tree.tokens) + 1], at[1][:: len(tree.tokens) + 1])) if group[0] < tapped else None
+        logits = model(ids, taps=taps, logits=at, cache=branches).float()
+        found = tree.read(logits.view(runs, len(group), len(tree.tokens) + 1, -1), how.among)
+        outputs = taps.stack().unflatten(1, (runs, -1)) if taps else None
+        if outputs is not None and how.like is not None:
+            outputs = outputs.unflatten(1, (min(sets, runs), -1))  # [L, sets, runs a set, rows, D]
+            outputs = asim(outputs, how.like[:, :, None, group]).sum(-1).flatten(1).T
+        return *(t.cpu() for t in found), outputs
+
     lengths, budget = [len(p) + len(tree.tokens) for p in prompts], how.budget // runs
     groups = by_length(lengths[:tapped], budget)
     order = torch.tensor(sum(groups, []), dtype=torch.int64, device=device)
     groups += [[tapped + i for i in group] for group in by_length(lengths[tapped:], budget)]
-    for group in groups:
-        ids, at, branches = tree.batch([prompts[i] for i in group], runs, device)
-        taps = Taps(tuple(t[:: len(tree.tokens) + 1] for t in at)) if group[0] < tapped else None
-        logits = model(ids, taps=taps, logits=at, cache=branches).float()
-        found = tree.read(logits.view(runs, len(group), len(tree.tokens) + 1, -1), how.among)
-        top[:, group], confidence[:, group], probabilities[:, group] = (t.cpu() for t in found)
-        if taps and how.like is None:
-            kept.append(taps.stack().unflatten(1, (runs, -1)))
-        elif taps:
-            outputs = taps.stack().unflatten(1, (min(sets, runs), -1, len(group)))  # [L, sets, runs a set, rows, D]
-            similarity = similarity + asim(outputs, how.like[:, :, None, group]).sum(-1).flatten(1).T
-        if watch:
-            watch(len(group))
+    for group, (*found, outputs) in zip(groups, parallel.spread(scored, groups, watch)):
+        top[:, group], confidence[:, group], probabilities[:, group] = found
+        if outputs is not None and how.like is None:
+            kept.append(outputs)
+        elif outputs is not None:
+            similarity = similarity + outputs
     outputs = torch.cat(kept, 2)[:, :, order.argsort()] if kept else None
     alike = None if how.like is None else (similarity / tapped).cpu()
     return LabelScores(top, confidence, probabilities, outputs, alike)
@@ -127,14 +133,17 @@ def label_scores(
 @torch.no_grad()
 def layer_asim(model: Callable, runs: list[list[Row]], budget: int = 4096) -> Tensor:
     """Mean cosine similarity [R, L] of R runs' attention outputs to the `activations` of each one's rows."""
-    total, device = 0.0, device_of(model)
-    lengths = [max(map(len, rows)) + 1 for rows in zip(*runs)]
-    for group in by_length(lengths, budget // len(runs)):
+    device = device_of(model)
+
+    def alike(group: list[int]) -> Tensor:
         batch = collate([[rows[i] for i in group] for rows in runs], device)
         taps = Taps(batch.at)
         model(batch.ids, taps=taps, logits=False)
         similar = asim(taps.stack(), batch.activations).unflatten(1, (len(runs), -1))  # [L, R, P / R]
-        total = total + (similar * (batch.weights > 0)).sum(-1)
+        return (similar * (batch.weights > 0)).sum(-1)
+
+    lengths = [max(map(len, rows)) + 1 for rows in zip(*runs)]
+    total = sum(parallel.spread(alike, by_length(lengths, budget // len(runs))))
     positions = torch.tensor([sum(len(row.answer) for row in rows) for rows in runs], device=device)
     return (total / positions).T.cpu()
 
@@ -142,12 +151,16 @@ def layer_asim(model: Callable, runs: list[list[Row]], budget: int = 4096) -> Te
 @torch.no_grad()
 def answer_scores(model: Callable, rows: list[Row], runs: int = 1, budget: int = 4096) -> Tensor:
     """Mean log-probability of an answer token, of rows with `soft` minus the mean KL, [R, Q] float32 on the CPU."""
-    found = torch.zeros(runs, len(rows))
-    for group in by_length([len(row) for row in rows], max(1, budget // runs)):
+    found, groups = torch.zeros(runs, len(rows)), by_length([len(row) for row in rows], max(1, budget // runs))
+
+    def scored(group: list[int]) -> Tensor:
         batch = collate([[rows[i] for i in group]] * runs, device_of(model))
         loss = model(batch.ids, logits=batch.at, head=partial(answer_loss, batch))
         parts = loss.view(runs, -1).split([len(rows[i].answer) for i in group], 1)
-        found[:, group] = -torch.stack([part.mean(1) for part in parts], 1).cpu()
+        return -torch.stack([part.mean(1) for part in parts], 1).cpu()
+
+    for group, scores in zip(groups, parallel.spread(scored, groups)):
+        found[:, group] = scores
     return found
 
 
@@ -161,11 +174,14 @@ def answer_loss(batch: Batch, states: Tensor, head: Tensor) -> Tensor:
 @torch.no_grad()
 def last_states(model: Callable, prompts: list[list[int]], budget: int = 4096) -> Tensor:
     """The state [Q, D] that the last token of each prompt gives to the head, float32 on the CPU."""
-    found = {}
-    for group in by_length([len(prompt) for prompt in prompts], budget):
+
+    def states(group: list[int]) -> Tensor:
         batch = collate([[Row(prompts[i], [0]) for i in group]], device_of(model))
-        found |= zip(group, model(batch.ids, logits=batch.at, head=lambda states, head: states).float().cpu())
-    return torch.stack([found[i] for i in range(len(prompts))])
+        return model(batch.ids, logits=batch.at, head=lambda states, head: states).float().cpu()
+
+    groups = by_length([len(prompt) for prompt in prompts], budget)
+    found = torch.cat(parallel.spread(states, groups))
+    return found[torch.tensor(sum(groups, [])).argsort()]
 
 
 @torch.no_grad()

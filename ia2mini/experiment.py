@@ -1,20 +1,25 @@
 """One task at one N on one model: its sets are taught, trained and scored, each once, and kept in the run's folder."""
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import UsageError
+from . import UsageError, parallel
 from .adapters import Adapter, adapted, make_adapter
 from .batch import Row
-from .episode import Episode, draw_episode
+from .cost import Cell
+from .episode import Episode, controlled, draw_episode, with_demonstrations
 from .evaluate import Scoring, answer_scores, label_scores, layer_asim, share_prefix
 from .generate import STOP, Decoding, generate
-from .methods import BEGINS_WITH, METHODS, Grid, configs
+from .methods import BEGINS_WITH, METHODS, Grid, configs, phases
+from .metrics import fit_temperature
 from .models.common import device_of
 from .options import BETAS, UNTRAINED, Options
 from .report.summary import at_config, chosen
@@ -33,9 +38,10 @@ class Setting:
 
     subject: Subject
     options: Options
-    folder: RunFolder
+    folder: RunFolder | None  # None: only laid out
     bar: Callable  # bar(label, total) -> context manager yielding a tqdm
     side_by_side: int | None = None  # runs trained together; None: all
+    pools: dict[str, Examples] = field(default_factory=dict)  # of every task
     budget: int = 4096  # tokens in one forward pass
     phases: tuple[str, ...] = ()  # of the whole study, in order
 
@@ -43,20 +49,19 @@ class Setting:
 class Experiment:
     """One task at one N."""
 
-    def __init__(self, setting: Setting, task: Task, n: int, more: int, pool: Examples, evals: dict[str, Examples]):
+    def __init__(self, setting: Setting, task: Task, n: int, more: int, evals: dict[str, Examples]):
+        pool = setting.pools[task.name]
         if task.files and not task.labels:  # one's own texts: the longest answer says how long one may become
             answered = pool.rows + evals[task.name].rows
             task = replace(task, max_tokens=answer_tokens_at_most(setting.subject.tokenizer, answered))
         self.setting, self.task, o = setting, task, setting.options
         self.evals = evals = {name: evals[name] for name in task.evals}
-        self.about = {"task": task.name, "n": n, "unlabelled": more}  # of every record
+        self.about: dict = {"task": task.name, "n": n, "unlabelled": more}  # of every record
         self.name = f"{task.name}-n{n}" + f"-unlabelled{more}" * (more > 0)
         self.labelled, subject = bool(task.labels), setting.subject
         queries = max(len(e.rows) for e in evals.values()) if o.icl_demos == "pool" or o.paper_compat else 0
-        self.draw = partial(draw_episode, pool.rows, n, seed=o.seed, pool_demos=queries, reuse=o.paper_compat)
+        self.draw = partial(self.drawn, n=n, seed=o.seed, pool_demos=queries, reuse=o.paper_compat)
         self.episodes = [self.draw(i, more=more) for i in range(o.sets)]
-        if o.select == "kl":
-            self.further()  # a pool that is too small shows before any work
         self.labels: dict[str, list[list[int]]] = {}  # of each evaluation; merging ones are found before any work
         for name, examples in evals.items() if self.labelled else ():
             self.labels[name] = subject.tokenizer.label_tokens(examples.rows[0].prompt, self.find(name).labels)
@@ -65,13 +70,45 @@ class Experiment:
             lack = "its answers end with EOS, but the checkpoint's config.json names no eos_token_id"
             raise UsageError(f"{task.name}: {lack}; add it there")
         self.adapter: Adapter = make_adapter(subject.model, o, o.paper_compat)
-        depth = subject.model.config.num_hidden_layers
-        if bad := [layer for layer in o.layers if not 0 <= layer < depth]:
-            raise UsageError(f"--layers {bad[0]}: this model has layers 0 to {depth - 1}")
+        self.layers = o.layer_numbers(subject.model.config.num_hidden_layers)
+        self.check_lengths()
         self.rates = o.rates_for(subject.name)
         self.betas = o.betas or BETAS[subject.model.config.model_type]
         self.references: dict[str, tuple] = {}
         self.records: dict[str, list[dict]] = {}
+
+    def drawn(self, number: int, **how) -> Episode:
+        """Set `number`; where `--teacher` asks for a control, the teacher sees something else."""
+        pools, teacher = self.setting.pools, self.setting.options.teacher
+        names = list(pools)
+        another = pools[names[(names.index(self.task.name) + 1) % len(names)]]
+        episode = draw_episode(pools[self.task.name].rows, number=number, **how)
+        return controlled(
+            episode, teacher, lambda: draw_episode(another.rows, number=number, **how), how["seed"] + number
+        )
+
+    def check_lengths(self) -> None:
+        """Refuse a row that is longer than the model reads, and one whose teacher's prompt is; warn where ICL's are."""
+        o, subject, count = self.setting.options, self.setting.subject, self.setting.subject.tokenizer.count
+        taught = {*o.methods} - {*UNTRAINED} if o.labels == "icl" else {*o.methods} - {*UNTRAINED, "sft", "sft-sft"}
+        more = self.max_tokens - 1
+        for e in [*self.episodes, *(self.further() if o.select == "kl" else ())]:
+            rows, shown = e.train + e.dev + e.unlabelled, e.demonstrations + e.more_demonstrations
+            for row, tokens in zip(rows, count([row.prompt + row.answer for row in rows])):
+                subject.check_room(row.prompt, tokens + self.adapter.tokens)
+            full = [with_demonstrations(d, row.prompt) for d, row in zip(shown, rows)] if taught else []
+            for row, tokens in zip(rows, count(full)):
+                subject.check_room(row.prompt, tokens + more, "behind its demonstrations: use a smaller --n")
+        for name, examples in self.evals.items():
+            more = label_tokens_at_most(self.labels[name]) if self.labelled else self.find(name).max_tokens
+            lengths = [tokens + more - 1 for tokens in count([row.prompt for row in examples.rows])]
+            for row, tokens in zip(examples.rows, lengths):
+                subject.check_room(row.prompt, tokens + self.adapter.tokens)
+            shown = [count([with_demonstrations(d, "") for d in e.icl]) for e in self.episodes]
+            long = max(each[i % len(each)] + tokens for each in shown for i, tokens in enumerate(lengths))
+            if long > subject.reads:
+                said = f"rows of {name} need up to {long} tokens behind demonstrations; the model reads {subject.reads}"
+                warnings.warn(f"{self.name}: {said}: ICL is not at its best, a smaller --n would fit", stacklevel=2)
 
     def find(self, name: str) -> Task:
         """The task called `name`; one's own needs no entry in the catalog."""
@@ -86,6 +123,24 @@ class Experiment:
             found += [f"{who} on {name}" for name in self.evals for who in ("icl", method)]
         return [f"{self.name}: {phase}" for phase in dict.fromkeys(found)]
 
+    def cell(self) -> Cell:
+        """The numbers that its cost depends on; an answer counts as long as the longest may be."""
+        o, encode = self.setting.options, self.setting.subject.tokenizer.encode_all
+
+        def tokens(texts: Iterable[str]) -> float:
+            return fmean(map(len, encode(list(texts))))
+
+        rows = [row for episode in self.episodes for row in episode.train]
+        trained = [method for method in o.methods if method not in UNTRAINED]
+        trained = tuple(dict.fromkeys(m for method in trained for m in (BEGINS_WITH.get(method), method) if m))
+        shown = (self.about["n"] - 1) * tokens(f"{row.prompt}{row.answer}\n\n" for row in rows)
+        found = Cell(tokens(row.prompt for row in rows), shown, self.max_tokens, self.about["n"], methods=o.methods)
+        configs = len(self.rates) * (len(self.betas) if "ia2+sft" in trained else 1)
+        scored = o.sets if o.select in ("dev", "kl") else o.sets * configs
+        found = replace(found, sets=o.sets, configs=configs, scored=scored, trained=trained, epochs=o.epochs)
+        evals, rank = tuple(len(e.rows) for e in self.evals.values()), o.rank * (o.adapter == "lora")
+        return replace(found, rows=evals, batch=o.batch_size, more=self.about["unlabelled"], rank=rank)
+
     @contextmanager
     def stage(self, kind: str, phase: str, total: int) -> Iterator:
         """Count the seconds of the block towards `kind`, under a bar that says which phase of how many it is."""
@@ -98,11 +153,13 @@ class Experiment:
     def grid(self) -> Grid:
         """All runs of the experiment, after the teacher's pass over every set."""
         subject, o, budget = self.setting.subject, self.setting.options, self.setting.budget
-        soft_k, layers = o.soft_k if "soft" in o.methods else None, list(o.layers) or None
-        asked = Asked(self.max_tokens, soft_k, layers, None if o.paper_compat else STOP, budget)
+        needed, layers = phases(o.methods), self.layers
+        soft_k, stop = o.soft_k if "soft" in needed else None, None if o.paper_compat else STOP
+        asked = Asked(self.max_tokens, soft_k, layers, stop, budget, "hidden" in needed)
         rows = sum(len(e.train) + len(e.dev) for e in self.episodes)
         with self.stage("collect", "collecting", rows) as bar:
-            sets = [teach(subject.model, subject.tokenizer, e, asked, bar.update) for e in self.episodes]
+            told = partial(teach, subject.model, subject.tokenizer, asked=asked, watch=bar.update)
+            sets = parallel.spread(told, self.episodes)
         settings = Settings(o.batch_size, o.epochs, o.patience, layers, keep_last=o.paper_compat)
         grid = Grid(subject.model, self.adapter, sets, self.rates, self.betas, o.seed, o.labels, settings)
         begun = {BEGINS_WITH.get(method) for method in o.methods}  # what goes on from every rate needs all of them
@@ -130,7 +187,8 @@ class Experiment:
         tensors = self.setting.folder.once(f"{self.name}/fit-{method}", lambda: vars(METHODS[method](self.grid)))
         found = Trained(**tensors | {"theta": tensors["theta"].to(device_of(self.setting.subject.model))})
         runs = configs(method, len(self.episodes), self.rates, self.betas)
-        warn_of_failed(f"{self.name}, {method}", found, [f"set {number} at rate {rate:g}" for number, rate, _ in runs])
+        names = [f"set {number} at rate {rate:g}" + f" β {beta}" * (beta is not None) for number, rate, beta in runs]
+        warn_of_failed(f"{self.name}, {method}", found, names, len(self.episodes))
         return found
 
     def training_records(self, method: str) -> list[dict]:
@@ -139,9 +197,11 @@ class Experiment:
             about, found, records = self.about | {"method": method}, self.trained(method), []
             o = self.setting.options
             kl = self.divergences(method).tolist() if o.select == "kl" and method not in ("sft", "sft-sft") else []
+            troubles = found.troubles()
             for r, (number, rate, beta) in enumerate(configs(method, len(self.episodes), self.rates, self.betas)):
                 record = {"set": number, "rate": rate, "beta": beta, "dev_loss": found.dev_loss[r].item()}
-                records.append(about | record | {"steps": int(found.steps[r])} | ({"kl": kl[r]} if kl else {}))
+                record |= {"steps": int(found.steps[r]), "trouble": troubles[r]}
+                records.append(about | record | ({"kl": kl[r]} if kl else {}))
             self.records[method] = records
         return self.records[method]
 
@@ -156,7 +216,8 @@ class Experiment:
         """The `further` queries as the teacher answers them, with its distributions."""
         subject, asked = self.setting.subject, Asked(self.max_tokens, self.setting.options.soft_k)
         with self.stage("collect", "collecting further queries", FURTHER * len(self.episodes)) as bar:
-            sets = [teach(subject.model, subject.tokenizer, e, asked, bar.update) for e in self.further()]
+            told = partial(teach, subject.model, subject.tokenizer, asked=asked, watch=bar.update)
+            sets = parallel.spread(told, self.further())
         return [taught.icl_train for taught in sets]
 
     def divergences(self, method: str) -> Tensor:
@@ -172,9 +233,15 @@ class Experiment:
         return self.setting.folder.once(f"{self.name}/kl-{method}", make)["kl"]
 
     def reported(self, method: str) -> list[int]:
-        """Which of a method's runs are scored: those of the rate (and β) chosen without evaluation rows, or all."""
+        """Which of a method's runs are scored: those of the rate (and β) chosen without evaluation rows, or of all.
+
+        Not those of a rate that failed in some set: it cannot be chosen.
+        """
         records, select = self.training_records(method), self.setting.options.select
-        return at_config(records, chosen(records, select)) if select in ("dev", "kl") else list(range(len(records)))
+        if select in ("dev", "kl"):
+            return at_config(records, chosen(records, select))
+        whole = self.trained(method).dev_loss.isfinite().view(len(self.episodes), -1).all(0)
+        return whole.repeat(len(self.episodes)).nonzero()[:, 0].tolist()
 
     def prompts(self, name: str, number: int | None = None) -> tuple[Callable, list[list[int]]]:
         """The model and the prompts of an evaluation, without demonstrations or with those of set `number`."""
@@ -183,7 +250,7 @@ class Experiment:
             return subject.model, subject.tokenizer.encode_all(queries)
         return share_prefix(subject.model, subject.tokenizer, self.episodes[number].icl, queries)
 
-    def reference(self, name: str) -> tuple[list[dict[str, Tensor]], Tensor | list[list[Row]]]:
+    def reference(self, name: str) -> tuple[list[dict[str, Tensor]], Any]:
         """The base's scores with each set's demonstrations, and its outputs: [L, sets, rows, D], of texts in rows."""
         if name not in self.references:
             o, parts, alike = self.setting.options, [], []
@@ -215,16 +282,35 @@ class Experiment:
         if method == "icl":
             return joined(references)
         (model, prompts), runs = self.prompts(name), [0]
-        under, like = nullcontext(model), alike  # the base is compared with every set
+        under = nullcontext(model)
         if method not in UNTRAINED:
             runs = self.reported(method)
             under = adapted(model, self.adapter, self.trained(method).theta[runs])
-            like = alike if self.labelled else [alike[self.training_records(method)[r]["set"]] for r in runs]
         with self.stage("evaluate", f"{method} on {name}", len(runs) * len(prompts)) as bar, under as student:
             if self.labelled:
-                return self.score_labels(name, student, prompts, bar, Scoring(len(runs), like=like))
+                return self.score_labels(name, student, prompts, bar, Scoring(len(runs), like=alike))
             responses, correct = self.score_texts(name, student, prompts, bar, [f"{method}-{r}" for r in runs])
-            return {"correct": correct, "asim": self.likeness(student, like, responses)}
+            if method not in UNTRAINED:  # the base is compared with every set
+                alike = [alike[self.training_records(method)[r]["set"]] for r in runs]
+            return {"correct": correct, "asim": self.likeness(student, alike, responses)}
+
+    def temperatures(self, method: str) -> list[float]:
+        """For each of a method's scored runs (of base and ICL for each set) the one that suits its set's dev rows."""
+        subject, found = self.setting.subject, []
+        sets = range(len(self.episodes))
+        if trained := method not in UNTRAINED:
+            sets = [self.training_records(method)[run]["set"] for run in self.reported(method)]
+        for place, number in enumerate(sets):
+            dev, shown = self.episodes[number].dev, self.episodes[number].icl if method == "icl" else [[]]
+            model, prompts = share_prefix(subject.model, subject.tokenizer, shown, [e.prompt for e in dev])
+            under = nullcontext(model)
+            if trained:
+                theta = self.trained(method).theta[self.reported(method)[place]]
+                under = adapted(model, self.adapter, theta[None])
+            with under as student:
+                scores = label_scores(student, prompts, self.labels[self.task.name]).logarithms[0]
+            found.append(fit_temperature(scores, torch.tensor([e.label for e in dev])))
+        return found
 
     def score_labels(self, name: str, model: Callable, prompts: list[list[int]], bar, how: Scoring) -> dict:
         """`label_scores` of `model` on evaluation `name`, and which rows are right."""

@@ -1,27 +1,62 @@
-"""Files in and out: JSON that is checked, writing that is whole or not there, and the hub's errors in one line."""
+"""Files in and out: JSON that is checked, writing that is whole or not there, strangers' texts, the hub's errors."""
 
+import hashlib
 import json
 import os
 import platform
+import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from . import UsageError
-from .shard import first
+from . import UsageError, parallel
+
+WAITS = (1, 4)  # seconds before a download is tried again
+BROKEN_OFF = ("RemoteProtocolError", "ReadError", "ChunkedEncodingError")  # of the client's library, httpx or requests
+PARTS = ("connect", "read", "write", "pool")  # of a request, each with a time limit
+# control characters, marks that turn the direction of text, line and paragraph ends of Unicode, halves of surrogates
+HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def plain(text: str, kept: str = "\t\n") -> str:
+    """A stranger's text with what is hidden in it spelled out, but for `kept`: it must not write as it likes."""
+    return HIDDEN.sub(lambda found: found[0] if found[0] in kept else repr(found[0])[1:-1], text)
+
+
+def json_line(value) -> str:
+    """`value` as JSON in one line and in its own letters, with what is hidden in it escaped."""
+    return HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file is there. Raises UsageError for a folder, and for a pipe or device, which may never end."""
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path}: cannot be read (it is not a file)")
+    return path.exists()
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark. Raises UsageError."""
+    if not is_there(path):
+        raise UsageError(f"{path}: no such file")
+    try:
+        return (data := path.read_bytes()).decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8") from None
 
 
 def read_json(path: Path) -> dict:
     """The JSON object in a file. Raises UsageError."""
+    text = read_text(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:  # also of a number of more than 4,300 digits
         raise UsageError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
@@ -30,11 +65,15 @@ def read_json(path: Path) -> dict:
 
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
-    """Run `writer(temporary path)` beside `path`, then rename: the file is whole or not there. Raises UsageError."""
-    if not first():
+    """Run `writer(temporary path)` beside `path`, then rename: the file is whole or not there. Raises UsageError.
+
+    What killed processes had begun of it is swept. Of processes that compute the same the first writes.
+    """
+    if not parallel.writes():
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{platform.node()}.{os.getpid()}.")
         os.close(handle)
     except OSError as error:
@@ -48,22 +87,24 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
         reason, mend = getattr(error, "strerror", None) or error, "free some space or choose another folder with --out"
         raise UsageError(f"{path}: cannot be written ({reason}); {mend}") from None
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):  # after a rename, or without the right to
+            os.unlink(temporary)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what `write` had begun anywhere below `folder` in processes of this machine that are no more."""
-    for path in folder.rglob(f".*.{platform.node()}.*.*"):
-        pid = path.name.split(".")[-2]
-        if pid.isdecimal() and not alive(int(pid)):
-            path.unlink(missing_ok=True)
+def sweep(path: Path) -> None:
+    """Remove what `write` had begun of `path` in processes of this machine that are no more."""
+    begun = f".{path.name}.{platform.node()}."
+    for left in path.parent.iterdir():
+        pid = left.name[len(begun) :].split(".")[0]
+        if left.name.startswith(begun) and pid.isdecimal() and not alive(int(pid)):
+            left.unlink(missing_ok=True)
 
 
 def alive(pid: int) -> bool:
     """Whether a process of this number runs on this machine."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # the latter of a number that no process has
         return False
     except PermissionError:  # another user's
         pass
@@ -78,9 +119,53 @@ def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(finite(content), indent=1) + "\n")
 
 
+def sealed(path: Path, content: dict) -> dict:
+    """`content` as JSON holds it, with a digest of it and of its place as the last field."""
+    content, place = finite(content), "/".join(path.parts[-2:])
+    return content | {"sha256": hashlib.sha256(f"{place} {json.dumps(content)}".encode()).hexdigest()}
+
+
+def read_sealed(path: Path) -> dict:
+    """The content of a JSON file that was written `sealed`. Raises UsageError, also for other content."""
+    said = read_json(path)
+    content = {key: value for key, value in said.items() if key != "sha256"}
+    if said != sealed(path, content):
+        raise UsageError(f"{path}: its content is not what was written")
+    return content
+
+
 def finite(value):
     """`value` as JSON holds it, with every NaN and infinity replaced by None."""
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
+
+
+def patiently(fetch: Callable):
+    """`fetch()` by huggingface_hub, tried again where the hub is busy or breaks off, with a time limit to each answer.
+
+    The client itself waits for ever for some answers (lists of files), and gives up at once on some that may pass.
+    """
+    from huggingface_hub.utils import get_session
+
+    hooks = getattr(get_session(), "event_hooks", {}).get("request", [])  # none in clients before 1.0
+    hooks += [limit] * (limit not in hooks)
+    for wait in (*WAITS, None):
+        try:
+            return fetch()
+        except Exception as error:
+            cause = error.__cause__ or error
+            status = getattr(getattr(cause, "response", None), "status_code", 0)
+            if wait is None or not (status == 429 or status >= 500 or type(cause).__name__ in BROKEN_OFF):
+                raise
+        time.sleep(wait)
+
+
+def limit(request) -> None:
+    """Have no part of a request take longer than the client's own settings allow (HF_HUB_DOWNLOAD_TIMEOUT)."""
+    from huggingface_hub import constants
+
+    most = max(constants.HF_HUB_DOWNLOAD_TIMEOUT, constants.HF_HUB_ETAG_TIMEOUT)
+    given = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {part: min(given.get(part) or most, most) for part in PARTS}
 
 
 @contextmanager
@@ -100,9 +185,10 @@ def hub_errors(repo: str, kind: str, revision: str | None, instead: str) -> Iter
         raise UsageError(f"{repo}: no such {kind} on the hub (or private: {log_in})") from None
     except errors.RevisionNotFoundError:
         raise UsageError(f"{repo}: the hub has no revision {revision} of it; {instead}") from None
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
-        missing = "not in the local cache, and the hub is out of reach"
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+        status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
+        missing = f"not in the local cache, and the hub {f'answers {status}' if status else 'is out of reach'}"
         raise UsageError(f"{repo}: {missing}; check the network, or {instead}") from None
     except Exception as error:  # bad ids and the client's own network errors, whose classes differ between its versions
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        reason = re.sub("Bearer [^'\"]*", "Bearer …", " ".join(f"{type(error).__name__}: {error}".split()))[:160]
         raise UsageError(f"{repo}: cannot be downloaded ({reason}); check the network, or {instead}") from None

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
@@ -14,8 +14,9 @@ from tqdm import tqdm
 from . import UsageError, __version__
 from .chat import ChatTemplate
 from .crossval import Candidate, CrossValidation, choose
-from .episode import seeded
+from .episode import seeded, with_demonstrations
 from .evaluate import share_prefix
+from .files import plain
 from .generate import STOP, Decoding, generate
 from .methods import METHODS
 from .models.common import device_of
@@ -47,7 +48,7 @@ def fit(
     subject: Subject,
     options: FitOptions | None = None,
     columns: Columns | tuple = GUESSED,
-    unlabelled: str | Path | list[dict] = (),
+    unlabelled: str | Path | Sequence[dict] = (),
     keep: Path | None = None,
     bar: Callable = lambda label, total: tqdm(disable=True),
 ) -> Predictor:
@@ -76,8 +77,9 @@ def fit(
     more = [Example(chat(fill(task.prompt, row)), "") for row in as_rows(unlabelled)]
     cv = CrossValidation(subject, task, examples, options, more, bar=bar)
     if keep is not None:
-        what = {"ia2mini": __version__, "options": asdict(options), "checkpoint": checkpoint_digest(subject.folder)}
+        what: dict = {"ia2mini": __version__, "options": asdict(options)}
         what |= {
+            "checkpoint": checkpoint_digest(subject.folder),
             "rows": [(str(e.prompt), e.answer) for e in examples + more],
             "dtype": str(next(subject.model.parameters()).dtype),
         }
@@ -93,13 +95,16 @@ def read_own(
     """One's own rows, and the task that they describe; `queries` have no answers. Raises UsageError."""
     if not (rows := as_rows(rows)):
         raise UsageError("no rows to fit")
-    name = Path(re.split(r":| ?row ", rows[0].where)[0]).stem or "rows"
+    name = plain(Path(re.split(r":| ?row ", rows[0].where)[0]).stem, "") or "rows"
     return rows, queries_task(rows, name, *columns) if queries else own_task(rows, name, *columns)
 
 
 def answered(prompts: list[str], subject: Subject, options: FitOptions) -> list[Example]:
     """What the model answers to each prompt when it sees the context before it."""
     shown, tokenizer = [Example(options.context, "")], subject.tokenizer
+    for prompt in prompts:
+        tokens = len(tokenizer.encode(with_demonstrations(shown, prompt))) + options.max_tokens - 1
+        subject.check_room(prompt, tokens, "behind the context: cut that, or use a smaller --max-tokens")
     model, ids = share_prefix(subject.model, tokenizer, [shown], prompts)
     stop = None if options.chat else STOP  # a turn ends by its own token
     return [
@@ -120,11 +125,11 @@ def conclude(cv: CrossValidation) -> Predictor:
         adapter = cv.adapter
         theta = cv.once("final", lambda: {"theta": cv.final(chosen)})["theta"].to(device_of(cv.subject.model))
     shown = cv.shown(cv.rows, seeded(o.seed, len(cv.folds), "icl"))
-    spec = {"template": task.prompt, "answer_column": task.label, "labels": list(task.labels), "parser": task.parser}
+    spec: dict = {"template": task.prompt, "answer_column": task.label, "labels": list(task.labels)}
     spec |= {"max_tokens": cv.max_tokens, "stop": cv.stop, "method": chosen.name, "temperature": chosen.temperature}
     spec |= {"rate": cv.rates[chosen.rate] if adapter else None, "example": question(cv.rows[0].prompt)}
     spec["demonstrations"] = [{"prompt": question(e.prompt), "answer": e.answer} for e in shown]
-    spec |= {"chat": o.chat, "context": bool(o.context)}
+    spec |= {"parser": task.parser, "chat": o.chat, "context": bool(o.context)}
     report = make_report(cv, candidates, chosen)
     spec["confidences"] = [row["confidence"] for row in report["held_out"]]
     return Predictor(cv.subject, adapter, theta, spec, report | {"seconds": time.perf_counter() - begun})
@@ -138,7 +143,7 @@ def question(prompt: str) -> str:
 def make_report(cv: CrossValidation, candidates: dict[str, Candidate], chosen: Candidate) -> dict:
     """The numbers that a person should know, the sentence, and every held-out row with what was said of it."""
     task, gold, found = cv.task, cv.gold, {}
-    held = [{"prompt": question(row.prompt), "true": row.answer} for row in cv.rows]
+    held: list[dict] = [{"prompt": question(row.prompt), "true": row.answer} for row in cv.rows]
     for name, candidate in candidates.items():
         if task.labels:
             shares, best = (candidate.scores / candidate.temperature).softmax(-1), candidate.scores.argmax(-1)
@@ -159,7 +164,7 @@ def make_report(cv: CrossValidation, candidates: dict[str, Candidate], chosen: C
         "chosen": chosen.name,
         "tokens": {"query": query, "icl": query + shown},
         "candidates": found,
-        "remarks": [],
+        "remarks": list(cv.troubles),
     }
     if "sft" in candidates and not cv.options.context:
         behind = candidates["icl"].losses - candidates["sft"].losses

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import parallel
 from .batch import Watch, by_length
 from .graphs import RECORDERS, CapturedStep
 from .models.cache import Cache
@@ -13,6 +14,7 @@ from .models.common import Taps
 from .tokenizer import Tokenizer
 
 STOP = "\n\n"  # what separates demonstrations
+WORTH = 8  # tokens of a response from which on recording its steps pays
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,10 @@ def generate(
     [L, b, D] there.
     """
     responses: dict[int, list[int]] = {}
-    for group in by_length([len(p) + how.max_tokens for p in prompts], how.budget // how.runs):
-        places = [run * len(prompts) + i for run in range(how.runs) for i in group]
-        responses |= zip(places, _batch(model, tokenizer, prompts, group, how, observer))
-        if watch:
-            watch(len(group))
+    groups = by_length([len(p) + how.max_tokens for p in prompts], how.budget // how.runs)
+    found = parallel.spread(lambda group: _batch(model, tokenizer, prompts, group, how, observer), groups, watch)
+    for group, texts in zip(groups, found):
+        responses |= zip([run * len(prompts) + i for run in range(how.runs) for i in group], texts)
     return [responses[place] for place in range(how.runs * len(prompts))]
 
 
@@ -50,7 +51,8 @@ def _batch(model, tokenizer, prompts, group: list[int], how: Decoding, observer)
     """Responses to the prompts of `group`, run by run. Ended rows leave; where steps are recorded, half at once."""
     network = getattr(model, "func", model)
     weight = network.model.embed_tokens.weight
-    device, static = weight.device, weight.device.type in RECORDERS
+    device = weight.device
+    static = device.type in RECORDERS and how.max_tokens >= WORTH  # steps are recorded
     last = torch.tensor([len(prompts[i]) for i in group], device=device).repeat(how.runs) - 1
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompts[i]) for i in group], batch_first=True).to(device)
     ids = ids.repeat(how.runs, 1)
@@ -62,16 +64,19 @@ def _batch(model, tokenizer, prompts, group: list[int], how: Decoding, observer)
         taps = Taps(at, how.layers) if observer else None
         logits = model(ids, cache=cache, logits=at, taps=taps)
         cache.lengths += last + 1
-        return logits, taps and taps.stack()
+        return logits, taps.stack() if taps else None
 
     def decode() -> tuple[Tensor, Tensor | None]:
         logits, outputs = forward(tokens[:, None], torch.zeros_like(tokens))
         tokens.copy_(logits.argmax(-1))
         return logits, outputs
 
+    def recorded() -> Callable:
+        return CapturedStep(decode, device) if static else decode
+
     responses: list[list[int]] = [[] for _ in ids]
     logits, outputs = forward(ids, last)
-    tokens, going, step = logits.argmax(-1), list(enumerate(range(len(ids)))), CapturedStep(decode, device)
+    tokens, going, step = logits.argmax(-1), list(enumerate(range(len(ids)))), recorded()
     for left in reversed(range(how.max_tokens)):
         chosen = tokens.tolist()
         if observer:
@@ -85,7 +90,7 @@ def _batch(model, tokenizer, prompts, group: list[int], how: Decoding, observer)
             places = {row: place for place, row in enumerate(rows)}
             going, rows = [(places[row], i) for row, i in going], torch.tensor(rows, device=device)
             cache.keep(rows)
-            tokens, step = tokens[rows], CapturedStep(decode, device)
+            tokens, step = tokens[rows], recorded()
         logits, outputs = step()
     return responses
 

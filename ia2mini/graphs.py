@@ -7,9 +7,12 @@ from collections.abc import Callable
 import torch
 
 from .batch import Batch
+from .cost import RANK, Pass
 
-OFTEN = 4  # calls of a shape before it is recorded: a recording costs more than a call, and must pay
+OFTEN = 1  # calls of a shape before it is recorded: these also have libraries set themselves up
 MOST = 8  # recordings of one function: each keeps a batch, and a graph of thousands of kernels
+LAUNCH, RATE = 5e-6, 4e14  # seconds to launch a kernel, FLOP/s of a step: assumed, to be measured on a GPU
+COUNTED: Counter = Counter()  # calls, recordings and replays of all steps where there is a recorder
 
 
 class CudaRecorder:
@@ -32,25 +35,37 @@ class CudaRecorder:
 RECORDERS: dict[str, type] = {"cuda": CudaRecorder}  # device type -> what can record there
 
 
+def launch_bound(config, batch: Batch) -> bool:
+    """Whether a training step on `batch` is recorded and takes longer to launch than to compute, by `cost`."""
+    if batch.ids.device.type not in RECORDERS:
+        return False
+    rows, tokens = batch.ids.shape
+    step = Pass(rows, tokens, len(batch.targets), True, True, RANK).cost(config)
+    return step.kernels * LAUNCH > step.flops / RATE
+
+
 class CapturedStep:
     """`function(*batches)`, recorded for every shape of its batches that comes often, and replayed from then on.
 
     The function changes tensors in place, the same ones every time, and brings no value back from the device. Its
     result is overwritten by the next call; so is the batch that was recorded, when others of its shape follow. Where
     there is no recorder the function is called as it is; where recording fails too, with a warning, and nothing is
-    recorded there again.
+    recorded there again. Where memory runs out in recording, torch.OutOfMemoryError says so to callers that can do with
+    `fewer` runs; others go on with what is recorded.
     """
 
-    def __init__(self, function: Callable, device: torch.device):
-        self.function, self.device = function, device
-        self.recorder, self.calls, self.recordings = None, Counter(), {}
+    def __init__(self, function: Callable, device: torch.device, fewer: bool = False):
+        self.function, self.device, self.fewer, self.most = function, device, fewer, MOST
+        self.recorder: Callable | None = None
+        self.calls, self.recordings = Counter(), {}
 
     def __call__(self, *batches: Batch):
         if self.device.type not in RECORDERS:
             return self.function(*batches)
         shapes = tuple(t.shape for batch in batches for t in batch.tensors())
         self.calls[shapes] += 1
-        if shapes not in self.recordings and self.calls[shapes] > OFTEN and len(self.recordings) < MOST:
+        COUNTED["calls"] += 1
+        if shapes not in self.recordings and self.calls[shapes] > OFTEN and len(self.recordings) < self.most:
             self.record(shapes, batches)
         if shapes not in self.recordings:
             return self.function(*batches)
@@ -60,13 +75,21 @@ class CapturedStep:
                 if target is not source:
                     target.copy_(source)
         replay()
+        COUNTED["replays"] += 1
         return result
 
     def record(self, shapes: tuple, batches: tuple[Batch, ...]) -> None:
         self.recorder = self.recorder or RECORDERS[self.device.type](self.device)
         try:
             self.recordings[shapes] = batches, *self.recorder(lambda: self.function(*batches))
+            COUNTED["recordings"] += 1
         except RuntimeError as error:
+            causes = error, error.__context__  # ending a capture that failed fails too
+            if any(isinstance(cause, torch.OutOfMemoryError) for cause in causes):
+                self.most = len(self.recordings)
+                if self.fewer:
+                    raise torch.OutOfMemoryError(str(error)) from None
+                return
             self.recordings.clear()
             RECORDERS.pop(self.device.type)
             reason = str(error.__context__ or error).partition("\n")[0]

@@ -9,10 +9,12 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from .adapters import Adapter
+from .adapters import Adapter, adapted
+from .batch import collate
 from .episode import seeded
+from .ridge import solve
 from .teacher import Taught
-from .train import Runs, Settings, Trained, train_in_parts
+from .train import Runs, Settings, Trained, losses, train_in_parts
 
 
 def configs(method: str, sets: int, rates: Sequence[float], betas: Sequence[float]) -> list[tuple]:
@@ -60,13 +62,16 @@ class Grid:
         weights = {name: torch.as_tensor(w, device=theta.device).expand(len(sets)).float() for name, w in mix.items()}
         rates = torch.tensor([rate for _, rate, _ in configs])
         orders = [partial(self.order, number, len(train)) for (number, _, _), (train, _) in zip(configs, rows)]
-        runs = Runs(theta, rates, *map(list, zip(*rows)), weights, orders)
+        runs = Runs(theta, rates, [train for train, _ in rows], [dev for _, dev in rows], weights, orders)
         if method in self.race:
             runs.config = torch.arange(len(configs)) % (len(configs) // len(self.sets))
         steps = self.settings.epochs * -(-len(runs.train[0]) // self.settings.batch_size)
         with self.progress((method, len(runs), steps)) as watch:
             watch = watch if callable(watch) else None
-            found = train_in_parts(self.model, self.adapter, runs, self.settings, self.side_by_side, watch)
+            asked = self.settings, self.side_by_side, watch
+            found, most = train_in_parts(self.model, self.adapter, runs, *asked)
+        if most < len(runs):
+            self.side_by_side = most  # what memory has held, for the next phase too
         if start is not None:
             found.steps += start.steps
         return found
@@ -86,19 +91,18 @@ def ia2(grid: Grid) -> Trained:
     return grid.train("ia2", {"mse": 1.0}, icl_rows=True)
 
 
-def ia2_sft(grid: Grid) -> Trained:
-    """Section 4, IA2 → SFT: align first, then cross-entropy from there."""
-    return grid.train("ia2-sft", {"ce": 1.0}, icl_rows=grid.labels == "icl", start=grid.begun("ia2"))
+def then_sft(first: str, grid: Grid) -> Trained:
+    """Section 4, IA2 → SFT: align first, then cross-entropy from there. The same after another first phase.
+
+    After SFT it is a control: SFT begun again from its own best weights, so that a second phase alone cannot explain
+    IA2 → SFT.
+    """
+    return grid.train(f"{first}-sft", {"ce": 1.0}, icl_rows=grid.labels == "icl", start=grid.begun(first))
 
 
 def sft_ia2(grid: Grid) -> Trained:
     """The order reversed."""
     return grid.train("sft-ia2", {"mse": 1.0}, icl_rows=True, start=grid.begun("sft"))
-
-
-def sft_sft(grid: Grid) -> Trained:
-    """A control: SFT begun again from its own best weights, so that a second phase alone cannot explain IA2 → SFT."""
-    return grid.train("sft-sft", {"ce": 1.0}, icl_rows=grid.labels == "icl", start=grid.begun("sft"))
 
 
 def ia2_plus_sft(grid: Grid) -> Trained:
@@ -112,6 +116,39 @@ def soft(grid: Grid) -> Trained:
     return grid.train("soft", {"kl": 1.0}, icl_rows=True)
 
 
-METHODS = {"sft": sft, "ia2": ia2, "ia2-sft": ia2_sft, "sft-ia2": sft_ia2, "sft-sft": sft_sft}
-METHODS |= {"ia2+sft": ia2_plus_sft, "soft": soft}
-BEGINS_WITH = {"ia2-sft": "ia2", "sft-ia2": "sft", "sft-sft": "sft"}
+def hidden(grid: Grid) -> Trained:
+    """As IA2, but the whole residual stream after every attention instead of what attention adds to it."""
+    return grid.train("hidden", {"hidden": 1.0}, icl_rows=True)
+
+
+def ridge(grid: Grid) -> Trained:
+    """IA2 in closed form (`ridge.solve`): no steps, no rate; what attention lacks is solved for, layer by layer."""
+    configs, device = grid.configs("ridge"), next(grid.model.parameters()).device
+    each, theta, dev = len(configs) // len(grid.sets), [], []
+    with grid.progress(("ridge", len(configs), len(grid.sets))):
+        for number, taught in enumerate(grid.sets):
+            first, rows = grid.start(configs)[[number * each]], collate([taught.icl_train], device, pack=True)
+            theta.append(solve(grid.model, grid.adapter, first, rows, grid.settings.layers))
+            with torch.no_grad(), adapted(grid.model, grid.adapter, theta[-1]) as student:
+                judges = collate([taught.icl_dev or taught.icl_train], device, pack=True)
+                dev.append(losses(student, judges, {"mse": torch.ones(1, device=device)}, grid.settings.layers))
+    none = torch.zeros(len(configs), dtype=torch.int64)
+    dev_loss = torch.cat(dev).cpu().repeat_interleave(each)
+    return Trained(torch.cat(theta).repeat_interleave(each, 0), dev_loss, none, none, none)
+
+
+def responses(grid: Grid) -> Trained:
+    """Cross-entropy on the teacher's responses (sequence-level distillation, Kim and Rush 2016)."""
+    return grid.train("responses", {"ce": 1.0}, icl_rows=True)
+
+
+METHODS = {"sft": sft, "ia2": ia2, "sft-ia2": sft_ia2, "ia2+sft": ia2_plus_sft}
+METHODS |= {"soft": soft, "hidden": hidden, "ridge": ridge, "responses": responses}
+FIRST = ("sft", "ia2", "soft", "hidden", "ridge", "responses")
+METHODS |= {f"{first}-sft": partial(then_sft, first) for first in FIRST}
+BEGINS_WITH = {name: name.partition("-")[0] for name in METHODS if "-" in name}
+
+
+def phases(methods: Sequence[str]) -> set[str]:
+    """What these methods consist of: it says what the teacher is asked for."""
+    return {phase for method in methods for phase in method.split("-")}

@@ -85,6 +85,57 @@ def ece_null(confidence, bins: int = 15, scheme: str = "width", draws: int = 100
     return float(np.abs(np.diff(until, axis=1) - confidences).sum(1).mean() / len(confidence))
 
 
+def smooth_ece(confidence, correct, bandwidth: float | None = None) -> float:
+    """SmoothECE (Błasiok and Nakkiran 2024) of [Q] twice: without bins; it finds its `bandwidth`, unless one is given.
+
+    The mean absolute value over [0, 1] of the residuals after a Gaussian kernel that is reflected at both ends, at the
+    bandwidth that equals it. Reflection makes it a sum of cosines, each damped by the kernel.
+    """
+    confidence, right = np.clip(_float64(confidence), 0, 1), _float64(correct)
+    if not len(confidence):
+        return float("nan")
+    waves = np.pi * np.arange(1024)  # enough for bandwidths from 0.001
+    weights = np.cos(np.outer(waves, confidence)) @ (right - confidence) / len(confidence)
+    weights[1:] *= 2
+    places = np.cos(np.outer((np.arange(1024) + 0.5) / 1024, waves))
+
+    def at(sigma: float) -> float:
+        return float(np.abs(places @ (weights * np.exp(-((waves * sigma) ** 2) / 2))).mean())
+
+    if bandwidth is not None:
+        return at(bandwidth)
+    low, high = 0.001, 1.0
+    while high - low > 1e-4:  # the smoothed error falls as the bandwidth grows
+        middle = (low + high) / 2
+        low, high = (middle, high) if at(middle) > middle else (low, middle)
+    return at(high)
+
+
+def risk_coverage(confidence, correct) -> float:
+    """Area under the risk-coverage curve (Geifman and El-Yaniv 2017): how well confidence ranks right above wrong.
+
+    The mean, over the 1 to Q most certain rows, of the share of wrong ones; rows of equal confidence share theirs.
+    """
+    confidence, correct = _float64(confidence), _float64(correct)
+    if not len(confidence) or np.isnan(confidence).any():
+        return float("nan")
+    _, tie = np.unique(-confidence, return_inverse=True)
+    wrong = 1 - (np.bincount(tie, correct) / np.bincount(tie))[np.sort(tie)]  # the most certain first
+    return float((wrong.cumsum() / np.arange(1, len(wrong) + 1)).mean())
+
+
+def murphy(confidence, correct, bins: int = 15) -> tuple[float, float, float]:
+    """Reliability, resolution and uncertainty of the top answer (Murphy 1973), over the equal widths of `reliability`.
+
+    Their Brier score is reliability - resolution + uncertainty, but for the spread of confidences within a bin.
+    """
+    table = reliability(confidence, correct, bins)
+    rows, confidences, right = table[table[:, 0] > 0].T
+    share, rate = rows / rows.sum(), right.sum() / rows.sum()
+    calibration = (share * ((confidences - right) / rows) ** 2).sum()
+    return float(calibration), float((share * (right / rows - rate) ** 2).sum()), float(rate * (1 - rate))
+
+
 def nll(p_label) -> float:
     """Mean negative log-likelihood in nats; p_label [Q], at least the smallest normal float32: the mean is finite."""
     return _mean(-np.log(np.maximum(_float64(p_label), np.finfo(np.float32).tiny)))
@@ -97,16 +148,17 @@ def row_losses(scores: torch.Tensor, gold: torch.Tensor, temperature: float = 1.
     return -(scores / temperature).log_softmax(-1).gather(-1, gold.expand(scores.shape[:-1])[..., None])[..., 0]
 
 
-def fit_temperature(scores: torch.Tensor, gold: torch.Tensor) -> float:
+def fit_temperature(scores: torch.Tensor, gold: torch.Tensor, oracle: bool = False) -> float:
     """The temperature from 0.05 to 20 with the lowest mean loss of `scores` [n, C] (Guo et al. 2017); 1 for text.
 
-    Targets are (n + 1) / (n + 2) instead of 1 (Platt 1999): n rows that are all right prove no certainty.
+    Targets are (n + 1) / (n + 2) instead of 1 (Platt 1999): n rows that are all right prove no certainty. Not so for an
+    `oracle`, which is fitted on the very rows it is judged by.
     """
     n, C = scores.shape
     if C == 1:
         return 1.0
-    true = torch.full_like(scores, 1 / (n + 2) / (C - 1), dtype=torch.float64)
-    true.scatter_(1, gold[:, None], (n + 1) / (n + 2))
+    doubt = 0.0 if oracle else 1 / (n + 2)
+    true = torch.full_like(scores, doubt / (C - 1), dtype=torch.float64).scatter_(1, gold[:, None], 1 - doubt)
     grid = torch.logspace(math.log10(0.05), math.log10(20), 241, dtype=torch.float64)
     losses = torch.stack([-(true * (scores.double() / t).log_softmax(-1)).sum(-1).mean() for t in grid])
     return grid[losses.argmin()].item()
@@ -157,21 +209,32 @@ def paired_test(a, b, seed: int = 0) -> PairedTest:
     return PairedTest(_mean(difference), float(low), float(high), float(t), float(p), len(a))
 
 
-def measure(confidence, correct, probabilities, gold, scheme: str = "width") -> dict:
+def measure(confidence, correct, probabilities, gold, scheme: str = "width", temperature: float = 1.0) -> dict:
     """All metrics of one run on Q labelled rows (protocol section 5).
 
     `confidence` [Q] of the greedy answer, `correct` [Q], `probabilities` [Q, C] of the labels among all that could be
-    said, `gold` [Q] indices of the true labels. `scheme`: bins of `ece`, of equal "width" or "mass".
+    said, `gold` [Q] indices of the true labels. `scheme`: bins of `ece`, of equal "width" or "mass". Among the labels
+    alone there are the NLL as it is, at a `temperature` from other rows, and at the best one for these rows (oracle).
     """
     best = (probabilities / probabilities.sum(-1, keepdim=True)).max(-1)
-    return {
-        "acc": accuracy(correct),
-        "ece": ece(confidence, correct, scheme=scheme),
-        "ece_null": ece_null(confidence, scheme=scheme),
-        "ece_mass": ece(confidence, correct, scheme="mass"),
-        "nll": nll(probabilities.gather(1, gold[:, None])[:, 0]),
-        "brier": brier(probabilities, gold),
-        "acc_labels": accuracy(best.indices == gold),
-        "ece_labels": ece(best.values, best.indices == gold),
-        "reliability": reliability(confidence, correct).tolist(),
-    }
+    scores = probabilities.clamp_min(torch.finfo(torch.float32).tiny).log()
+    heats = {"nll_labels": 1.0, "nll_dev": temperature, "nll_oracle": fit_temperature(scores, gold, oracle=True)}
+    calibrated = {name: row_losses(scores.double(), gold, heat).mean().item() for name, heat in heats.items()}
+    parts = dict(zip(("reliability_brier", "resolution", "uncertainty"), murphy(confidence, correct)))
+    return (
+        calibrated
+        | parts
+        | {
+            "acc": accuracy(correct),
+            "smooth_ece": smooth_ece(confidence, correct),
+            "risk_coverage": risk_coverage(confidence, correct),
+            "ece": ece(confidence, correct, scheme=scheme),
+            "ece_null": ece_null(confidence, scheme=scheme),
+            "ece_mass": ece(confidence, correct, scheme="mass"),
+            "nll": nll(probabilities.gather(1, gold[:, None])[:, 0]),
+            "brier": brier(probabilities, gold),
+            "acc_labels": accuracy(best.indices == gold),
+            "ece_labels": ece(best.values, best.indices == gold),
+            "reliability": reliability(confidence, correct).tolist(),
+        }
+    )

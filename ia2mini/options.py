@@ -9,6 +9,7 @@ RATES |= {"prompt": RATES["ia3"], "prefix": RATES["ia3"], "full": (1e-5, 3e-5, 1
 TINY_RATES = RATES | {"lora": (1e-3, 3e-3, 1e-2), "full": (1e-4, 3e-4, 1e-3)}  # the embedded model is small: ten times
 BETAS = {"qwen3": (0.1, 0.5, 0.7, 0.9), "llama": (0.001, 0.01, 0.05, 0.5)}
 UNTRAINED = ("base", "icl")
+THIRDS = ("first-third", "middle-third", "last-third")  # of the layers
 
 
 def option(default, help: str, choices: tuple[str, ...] = (), least: int | None = None, shown: str | None = None):
@@ -28,11 +29,13 @@ class AdapterOptions:
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class TrainOptions(AdapterOptions):
     """How every run trains."""
 
     rates: tuple[float, ...] = option((), "learning rates", shown="the paper's three for the adapter")
-    layers: tuple[int, ...] = option((), "layers whose attention outputs are aligned", shown="all")
+    layers: tuple[str, ...] = option(
+        (), "numbers of layers that are aligned, or first-third, middle-third, last-third", shown="all"
+    )
     batch_size: int = option(4, "training rows of a run in one step", least=1)
     epochs: int = option(50, "at most", least=1)
     patience: int = option(5, "looks at the dev loss without improvement before a run stops", least=1)
@@ -42,22 +45,37 @@ class TrainOptions:
         if bad := [rate for rate in self.rates if not 0 < rate < float("inf")]:
             raise UsageError(f"--rates {bad[0]:g}: a learning rate is a positive number")
 
+    def layer_numbers(self, depth: int) -> list[int] | None:
+        """Of a model of `depth` layers those that are aligned; None: all. Raises UsageError."""
+        thirds = {name: range(depth * i // 3, depth * (i + 1) // 3) for i, name in enumerate(THIRDS)}
+        found = [[int(part)] if str(part).isdecimal() else thirds.get(part) for part in self.layers]
+        for part, some in zip(self.layers, found):
+            if some is None or any(layer >= depth for layer in some):
+                raise UsageError(f"--layers {part}: this model has layers 0 to {depth - 1}; or say {', '.join(THIRDS)}")
+        return sorted({layer for some in found for layer in some}) or None
+
     def rates_for(self, model: str) -> tuple[float, ...]:
         """The rates that were given, else the adapter's on a model of this name."""
         return self.rates or (TINY_RATES if model == "tiny" else RATES)[self.adapter]
 
 
 @dataclass(frozen=True)
-class Options(AdapterOptions, TrainOptions):
+class Options(TrainOptions):
     """Everything about a study that changes its numbers, but for tasks, data and checkpoint."""
 
     n: tuple[int, ...] = option((4,), "training rows of a set; several: 2,4,8")
-    methods: tuple[str, ...] = option(("base", "icl", "sft", "ia2", "ia2-sft"), "also sft-ia2, ia2+sft, soft, sft-sft")
+    methods: tuple[str, ...] = option(
+        ("base", "icl", "sft", "ia2", "ia2-sft"),
+        "also ia2+sft, sft-ia2, soft, hidden, ridge, responses; X-sft goes on from X",
+    )
     unlabelled: tuple[int, ...] = option((0,), "more rows, without answers, whose queries join IA2's; several: 0,8,64")
     sets: int = option(5, "few-shot sets, each drawn from the pool with its own seed", least=1)
     betas: tuple[float, ...] = option((), "shares of cross-entropy in ia2+sft", shown="four")
     labels: str = option("truth", "what SFT trains on: true answers or ICL responses", ("truth", "icl"))
     soft_k: int = option(1024, "likeliest tokens that soft labels keep", least=1)
+    teacher: str = option(
+        "true", "controls: what it sees instead of demonstrations", ("true", "shuffled", "other", "none")
+    )
     icl_demos: str = option("set", "the set's N rows, or N - 1 other rows for each query", ("set", "pool"))
     race: bool = option(True, "rates that cannot win any more leave early; with --select dev only")
     select: str = option(
@@ -69,7 +87,7 @@ class Options(AdapterOptions, TrainOptions):
 
 
 @dataclass(frozen=True)
-class FitOptions(AdapterOptions, TrainOptions):
+class FitOptions(TrainOptions):
     """How one's own rows become an adapter."""
 
     methods: tuple[str, ...] = option(("sft", "ia2", "ia2-sft"), "what is tried, beside the base and ICL")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import UsageError
 from .adapters import IA3, Adapter, Full, LoRA, PrefixTuning, Prompt, unpack
-from .files import read_json, write, write_text
+from .files import is_there, read_json, write, write_text
 from .models.checkpoint import save
 from .models.common import Linear
 
@@ -32,6 +32,7 @@ def peft_config(adapter: Adapter, base: str, model: nn.Module) -> dict:
     if isinstance(adapter, IA3):  # peft cannot restrict (IA)3 to layers but takes full module names
         names = list(adapter.linears)
         return config | {"peft_type": "IA3", "target_modules": names, "feedforward_modules": sorted(adapter.inputs)}
+    assert isinstance(adapter, Prompt | PrefixTuning)
     c = model.config
     config |= {"num_virtual_tokens": adapter.tokens, "num_layers": c.num_hidden_layers, "num_transformer_submodules": 1}
     if isinstance(adapter, Prompt):
@@ -77,22 +78,28 @@ def read_adapter(folder: Path, model: nn.Module) -> tuple[Adapter, Tensor]:
     kind = config.get("peft_type")
     extras = [name for name in EXTRAS if config.get(name)] + ["bias"] * (config.get("bias", "none") != "none")
     extras += ["init_lora_weights"] * str(config.get("init_lora_weights")).startswith(CHANGE_BASE)
-    if kind not in READERS or extras:
+    if not isinstance(kind, str) or kind not in READERS or extras:
         what = f"{extras[0]} = {config[extras[0]]!r}" if extras else f"peft_type {kind!r}"
         raise UsageError(f"{folder}: {what} is not supported (supported: {', '.join(READERS)}, without extras)")
     try:
+        if not is_there(path):
+            raise UsageError(f"{path}: missing")
         tensors = {name.removeprefix(PEFT_PREFIX): t.float() for name, t in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path}: missing, truncated or corrupt ({error})") from None
-    held = {name.rsplit(".lora_" if ".lora_" in name else ".", 1)[0] for name in tensors}
-    if kind in ("LORA", "IA3") and (odd := held ^ targeted(config, model)):
-        raise UsageError(f"{folder}: adapter_config.json and the tensors do not name the same matrices ({min(odd)})")
-    try:
+        held = {name.rsplit(".lora_" if ".lora_" in name else ".", 1)[0] for name in tensors}
+        if kind in ("LORA", "IA3") and (odd := held ^ targeted(config, model)):
+            same = "adapter_config.json and the tensors do not name the same matrices"
+            raise UsageError(f"{folder}: {same} ({min(odd)})")
         adapter, weights = READERS[kind](config, tensors, model)
-        weights = {name: weights[name].reshape(shape) for name, shape in adapter.shapes.items()}
-    except (KeyError, IndexError, RuntimeError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        theta = torch.cat([weights[name].reshape(shape).reshape(-1) for name, shape in adapter.shapes.items()])
+    except UsageError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path}: truncated or corrupt ({error})") from None
+    except Exception as error:  # whatever comes of a configuration that says anything
         raise UsageError(f"{folder}: its tensors do not fit this model ({type(error).__name__}: {error})") from None
-    return adapter, torch.cat([w.reshape(-1) for w in weights.values()])[None].to(next(model.parameters()).device)
+    if not theta.isfinite().all():
+        raise UsageError(f"{folder}: the adapter holds NaN or infinity: damaged, or its training failed")
+    return adapter, theta[None].to(next(model.parameters()).device)
 
 
 def targeted(config: dict, model: nn.Module) -> set[str]:
@@ -117,6 +124,9 @@ def read_lora(config: dict, tensors: dict[str, Tensor], model: nn.Module) -> tup
     adapter = LoRA(model, sorted({name.rsplit(".", 1)[1] for name in maps}), None, rank, float(rank))
     if unknown := [name for name in tensors if name.rsplit(".", 2)[0] not in adapter.linears]:
         raise KeyError(f"unknown tensor {unknown[0]}")
+    for name in maps:  # before memory is taken for what the ranks say
+        if tensors[f"{name}.lora_A.weight"].shape[1:] != (adapter.linears[name].in_features,):
+            raise ValueError(f"the shape of {name}.lora_A")
     weights = {name: torch.zeros(shape) for name, shape in adapter.shapes.items()}
     alphas = config.get("alpha_pattern") or {}  # by a pattern of the end of a name; the first that matches
     for name in maps:
@@ -162,8 +172,8 @@ def save_merged(model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path,
     weights, changed = {name: w[0] for name, w in weights.items()}, {}
     for name, linear in adapter.linears.items():
         changed |= {key: t.to(linear.weight.dtype) for key, t in merged(adapter, name, weights, linear).items()}
-    files = (tokenizer.backend.to_str(), list(tokenizer.eos_ids) or None) if tokenizer else ()
-    save(model, folder, *files, changed=changed)
+    words, ends = (tokenizer.backend.to_str(), list(tokenizer.eos_ids) or None) if tokenizer else (None, None)
+    save(model, folder, words, ends, changed)
 
 
 def merged(adapter: Adapter, name: str, weights: dict[str, Tensor], linear: nn.Linear) -> dict[str, Tensor]:
@@ -173,6 +183,7 @@ def merged(adapter: Adapter, name: str, weights: dict[str, Tensor], linear: nn.L
         return {f"{name}.weight": weight + adapter.alpha / adapter.rank * weights[f"{name}.B"] @ weights[f"{name}.A"]}
     if isinstance(adapter, Full):
         return {f"{name}.weight": weight + weights[name]}
+    assert isinstance(adapter, IA3)
     if name in adapter.inputs:
         return {f"{name}.weight": weight * weights[name]}
     bias = {} if linear.bias is None else {f"{name}.bias": linear.bias.float() * weights[name]}

@@ -3,9 +3,12 @@
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from inspect import isfunction
 from itertools import islice
 from pathlib import Path
 
@@ -13,20 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import UsageError
+from . import UsageError, parallel
 from .adapters import Adapter, adapted
 from .batch import Row as IdsRow
 from .batch import Watch
 from .chat import ChatTemplate
 from .episode import with_demonstrations
 from .evaluate import answer_scores, label_scores, share_prefix
-from .files import finite, read_json, write_text
+from .files import finite, is_there, read_json, write, write_text
 from .generate import STOP, Decoding, generate
 from .models.checkpoint import load
 from .models.common import device_of
 from .peft_format import read_adapter, save_adapter, save_merged
 from .runs import checkpoint_digest, versions
-from .shard import first
 from .subject import Subject, open_subject
 from .tasks import Example
 from .tasks.rows import Row, fill
@@ -69,8 +71,8 @@ class Predictor:
         `wrong`, where given, is called with instead.
         """
         threshold, shown = self.threshold(coverage), self.shown() if icl else []
-        rows = (row if isinstance(row, Row) else Row(f"row {i}", row) for i, row in enumerate(rows, 1))
-        while some := list(islice(rows, AT_ONCE)):
+        every = (row if isinstance(row, Row) else Row(f"row {i}", row) for i, row in enumerate(rows, 1))
+        while some := list(islice(every, AT_ONCE)):
             prompts = {}
             for i, row in enumerate(some):
                 try:
@@ -96,9 +98,9 @@ class Predictor:
         """The prompt of a row. Raises UsageError for a missing column, or where it is longer than the model reads."""
         prompt = self.chat(fill(self.spec["template"], row))
         tokens = len(self.subject.tokenizer.encode(with_demonstrations(shown, prompt)))
-        most = self.subject.model.config.max_position_embeddings or tokens
-        if not 0 < tokens <= most:
-            raise UsageError(f"{row.where}: its prompt has {tokens} tokens; the model reads 1 to {most}")
+        if not 0 < tokens <= (most := self.subject.reads):
+            behind = " with demonstrations" * bool(shown)
+            raise UsageError(f"{row.where}: its prompt{behind} has {tokens} tokens; the model reads 1 to {most}")
         return prompt
 
     def threshold(self, coverage: float | None) -> float:
@@ -121,13 +123,19 @@ class Predictor:
             model, ids = share_prefix(model, tokenizer, [shown], prompts)
         with nullcontext(model) if shown else self.student() as student:
             if spec["labels"]:
-                return self.answer_labels(student, prompts, ids)
-            found = answer_texts(student, tokenizer, ids, Decoding(spec["max_tokens"], spec["stop"]))
-        return [{"answer": text, "confidence": sure} for text, sure in zip(*found)]
+                found = self.answer_labels(student, prompts, ids)
+            else:
+                texts = answer_texts(student, tokenizer, ids, Decoding(spec["max_tokens"], spec["stop"]))
+                found = [{"answer": text, "confidence": sure} for text, sure in zip(*texts)]
+        if any(np.isnan(answer["confidence"]) for answer in found):
+            raise UsageError("the model computes NaN: weights of model or adapter are too large; try --dtype float32")
+        return found
 
     def answer_labels(self, student, prompts: list[str], ids: list[list[int]]) -> list[dict]:
         labels = self.spec["labels"]
         tokens = self.subject.tokenizer.label_tokens(self.chat(self.spec.get("example", prompts[0])), labels)
+        if (longest := max(map(len, tokens))) > (most := self.subject.model.config.max_position_embeddings):
+            raise UsageError(f"a label has {longest} tokens; the model reads at most {most}")
         scores = label_scores(student, ids, tokens).logarithms[0]
         found = []
         for row in (scores / self.spec["temperature"]).softmax(-1).tolist():
@@ -138,7 +146,7 @@ class Predictor:
     def canary(self, kept: dict | None = None) -> dict:
         """Next tokens of a prompt (the likeliest, or as `kept`) and their log-probabilities, with and without it."""
         ids = torch.tensor([self.subject.tokenizer.encode(self.chat(self.spec["example"]))])
-        found = {"dtype": str(next(self.subject.model.parameters()).dtype).removeprefix("torch.")}
+        found: dict = {"dtype": str(next(self.subject.model.parameters()).dtype).removeprefix("torch.")}
         for name, wanted in (("base", False), ("adapted", True)):
             with torch.no_grad(), self.student(wanted) as student:
                 logits = student(ids.to(device_of(self.subject.model)))[0, -1].float().cpu().log_softmax(-1)
@@ -155,7 +163,7 @@ class Predictor:
         save_merged(subject.model, self.adapter, self.theta[0], out, subject.tokenizer)
         self.beside(out)
         ids = torch.tensor([subject.tokenizer.encode(self.chat(self.spec.get("example", "Once upon a time")))])
-        merged, _ = load(out, next(subject.model.parameters()).dtype, device_of(subject.model))
+        merged, _ = load(out, next(subject.model.parameters()).dtype, str(device_of(subject.model)))
         with torch.no_grad(), self.student() as student:
             return (merged(ids.to(device_of(merged))) - student(ids.to(device_of(merged)))).abs().max().item()
 
@@ -163,7 +171,7 @@ class Predictor:
         """Copy the small files of the base's checkpoint beside a whole one."""
         for name in BESIDE:
             if (self.subject.folder / name).is_file():
-                write_text(out / name, (self.subject.folder / name).read_text(encoding="utf-8"))
+                write(out / name, partial(shutil.copyfile, self.subject.folder / name))
 
     def check(self, folder: Path) -> None:
         """Compare the canary with what was saved. Raises UsageError for another base or a damaged adapter."""
@@ -183,7 +191,7 @@ class Predictor:
     def save(self, folder: Path) -> None:
         """Write the adapter in peft's format, `ia2mini.json` and a model card. Raises UsageError."""
         subject = self.subject
-        for name in ADAPTER if first() else ():  # of an earlier fit
+        for name in ADAPTER if parallel.writes() else ():  # of an earlier fit
             (folder / name).unlink(missing_ok=True)
         if self.adapter:
             about = subject.base, subject.tokenizer, subject.revision
@@ -206,9 +214,16 @@ def answer_texts(student, tokenizer, ids: list[list[int]], how: Decoding, watch:
 FOREIGN = {"template": "{text}", "labels": [], "parser": "text", "max_tokens": 200, "stop": STOP, "temperature": 1.0}
 FOREIGN |= {"confidences": [], "demonstrations": [], "method": "adapter", "chat": False, "context": False}
 
-TOKENS = {"tokens": [int], "log_probabilities": [float | int]}
-SHAPE = {"template": str, "labels": [str], "max_tokens": int, "stop": str | None, "temperature": float | int}
-SHAPE |= {"parser": str | None, "confidences": [float | int], "demonstrations": [{"prompt": str, "answer": str}]}
+
+def number(least: float, most: float, kind=float | int) -> Callable:
+    """Whether a value is a number from `least` to `most`."""
+    return lambda value: isinstance(value, kind) and least <= value <= most
+
+
+TOKENS = {"tokens": [number(0, 2**31, int)], "log_probabilities": [number(-1e9, 0)]}
+SHAPE = {"template": str, "labels": [str], "max_tokens": number(1, 2**16, int), "stop": str | None}
+SHAPE |= {"parser": str | None, "confidences": [number(0, 1.001)], "demonstrations": [{"prompt": str, "answer": str}]}
+SHAPE |= {"temperature": number(1e-6, 1e6)}
 SHAPE |= {"method": str, "chat": bool, "context": bool, "example": str, "report": dict, "adapter_digest": str | None}
 SHAPE |= {"base": {"name": str}, "canary": {"dtype": str, "base": TOKENS, "adapted": TOKENS}}
 
@@ -247,7 +262,9 @@ def load_adapter(folder: str | Path, subject: Subject | None = None, **spec) -> 
 def read_spec(folder: Path) -> dict | None:
     """The description of an adapter that ia2mini fitted, None of another. Raises UsageError for a damaged one."""
     path = folder / SPEC
-    kept = read_json(path) if path.is_file() else None
+    kept = read_json(path) if is_there(path) else None
+    if kept is None and next(folder.glob("unfinished-*"), None):
+        raise UsageError(f"{folder}: its `ia2mini fit` was interrupted; the same command goes on from there")
     if kept is not None and (field := misfit(kept, SHAPE, "")):
         broken = f"field {field[1:]} is missing or not what it should be: damaged, or written by another version"
         raise UsageError(f"{path}: {broken}; fit the adapter again")
@@ -255,12 +272,15 @@ def read_spec(folder: Path) -> dict | None:
 
 
 def misfit(value, shape, name: str) -> str | None:
-    """The first field that has not its shape: a type, or an object or a list of shapes."""
-    if not isinstance(value, type(shape) if isinstance(shape, (dict, list)) else shape):
-        return name
-    parts = [(part, shape[0], name) for part in value] if isinstance(shape, list) else []
-    if isinstance(shape, dict):
+    """The first field that has not its shape: a type, what tells of a value, or an object or a list of shapes."""
+    if isinstance(shape, dict) and isinstance(value, dict):
         parts = [(value.get(key, ...), inner, f"{name}.{key}") for key, inner in shape.items()]
+    elif isinstance(shape, list) and isinstance(value, list):
+        parts = [(part, shape[0], name) for part in value]
+    else:
+        plain = not isinstance(shape, (dict, list))
+        fits = shape(value) if isfunction(shape) else plain and isinstance(value, shape)
+        return None if fits else name
     return next(filter(None, (misfit(*part) for part in parts)), None)
 
 

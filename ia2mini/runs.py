@@ -19,9 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from . import UsageError
-from .files import read_json, sweep, write, write_json
-from .shard import agreed, first
+from . import UsageError, parallel
+from .files import finite, is_there, read_sealed, sealed, write, write_json
 
 
 class RunFolder:
@@ -31,51 +30,41 @@ class RunFolder:
         """Open `out`/`name`-<digest of `what`>; nothing is written before `begin`."""
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
         self.path, self.what, self.whole = out / f"{name}-{key}", what, set()  # stamps of files that were checked
-        spent = self.path / "seconds.json"
-        self.spent = read_json(spent) if spent.is_file() else {"seconds": {}, "peak_memory_bytes": 0}
+        self.spent: dict = self.kept(self.path / "seconds.json", read_sealed) or {"seconds": {}, "peak_memory_bytes": 0}
 
     def begin(self, resolved: dict) -> None:
-        """Create the folder, if it is not there, with what made it and defaults as `resolved`. Raises UsageError.
-
-        What killed processes have half written there is swept.
-        """
-        sweep(self.path)
+        """Create the folder, if it is not there, with what made it and defaults as `resolved`. Raises UsageError."""
         self.json_once("run.json", lambda: self.what | resolved)
 
     def once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of file `name`: read if they are there, else made and saved. On the CPU either way."""
         path = self.path / f"{name}.safetensors"
-        kept = self.kept(path, load_file if stamp(path) in self.whole else read_tensors)
-        if kept is None:
-            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in make().items()}
-            about = {"sha256": digest(tensors)}
-            write(path, lambda temporary: save_file(tensors, temporary, metadata=about))
-            agreed()
+        read = load_file if stamp(path) in self.whole else read_tensors
+        if (kept := parallel.first(lambda: self.kept(path, read))) is None:
+            kept = {key: tensor.detach().cpu().contiguous() for key, tensor in make().items()}
+            if parallel.rank == 0 and parallel.writes():
+                about = {"sha256": digest(kept, path)}
+                write(path, lambda temporary: save_file(kept, temporary, metadata=about))
+                kept = load_file(path)
         self.whole.add(stamp(path))
-        return load_file(path) if kept is None else kept
+        return kept
 
     def json_once(self, name: str, make: Callable[[], dict]) -> dict:
         """The content of JSON file `name`: read if it is there, else made and saved."""
-        if (kept := self.kept(path := self.path / name, read_json)) is None:
-            write_json(path, make())
-            agreed()
-        return read_json(path) if kept is None else kept
+        path = self.path / name
+        if (kept := parallel.first(lambda: self.kept(path, read_sealed))) is None:
+            kept = finite(make())
+            parallel.first(lambda: write_json(path, sealed(path, kept)))
+        return kept
 
     def kept(self, path: Path, read: Callable):
         """What a file holds; None where it is not there, or damaged: then it is set aside, with a warning."""
-        if not first():
-            return read(path) if agreed() else None
-        found = self.look(path, read)
-        agreed(found is not None)
-        return found
-
-    def look(self, path: Path, read: Callable):
         try:
-            return read(path) if path.is_file() else None
-        except (UsageError, SafetensorError) as error:
+            return read(path) if is_there(path) else None
+        except (UsageError, SafetensorError, OSError) as error:
             path.replace(aside := path.with_name(f"{path.name}.bad"))
             reason = str(error).removeprefix(f"{path}: ")
-            warnings.warn(f"{path}: damaged ({reason}); set aside as {aside.name} and computed again", stacklevel=4)
+            warnings.warn(f"{path}: damaged ({reason}); set aside as {aside.name} and computed again", stacklevel=3)
             return None
 
     @contextmanager
@@ -88,21 +77,23 @@ class RunFolder:
             seconds = self.spent["seconds"]
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
             self.spent["peak_memory_bytes"] = max(self.spent["peak_memory_bytes"], peak_memory())
-            write_json(self.path / "seconds.json", self.spent)
+            if parallel.chief:
+                path = self.path / "seconds.json"
+                write_json(path, sealed(path, self.spent))
 
 
 def stamp(path: Path) -> tuple | None:
     """What changes with a file's content, without reading it; None where there is no file."""
     try:
         about = path.stat()
-    except FileNotFoundError:
+    except OSError:
         return None
     return path, about.st_ino, about.st_size, about.st_mtime_ns
 
 
-def digest(tensors: dict[str, Tensor]) -> str:
-    """sha256 over names, shapes, dtypes and bytes."""
-    found = hashlib.sha256()
+def digest(tensors: dict[str, Tensor], path: Path) -> str:
+    """sha256 over names, shapes, dtypes and bytes, and the file's place: another file's content is no better."""
+    found = hashlib.sha256("/".join(path.parts[-2:]).encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -114,7 +105,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     with safe_open(path, "pt") as file:
         expected = (file.metadata() or {}).get("sha256")
     tensors = load_file(path)
-    if digest(tensors) != expected:
+    if digest(tensors, path) != expected:
         raise UsageError(f"{path}: its content is not what was written")
     return tensors
 
@@ -133,13 +124,15 @@ def versions() -> dict[str, str]:
     found |= {package: version(package) for package in ("ia2mini", "tokenizers", "safetensors", "numpy")}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
+    if torch.are_deterministic_algorithms_enabled():
+        found["algorithms"] = "deterministic"
     return found
 
 
 def checkpoint_digest(folder: Path) -> str:
     """sha256 over a checkpoint's config, tokenizer and weights (a hub cache's files are named by their sha256)."""
     digest = hashlib.sha256()
-    for file in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")):
+    for file in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors") and p.is_file()):
         target = file.resolve()
         if target.parent.name == "blobs" and len(target.name) == 64:
             digest.update(target.name.encode())

@@ -9,11 +9,13 @@ from statistics import fmean
 import torch
 from tqdm import tqdm
 
-from . import UsageError, __version__
+from . import UsageError, __version__, parallel
 from .adapters import LoRA, unpack
+from .cost import Cost, gemm_rate
 from .episode import with_demonstrations
 from .experiment import Experiment, Setting, parsed_correct
 from .files import finite, read_json, write_json
+from .graphs import RATE
 from .methods import METHODS
 from .metrics import accuracy, measure, subspace_overlap
 from .options import UNTRAINED, Options
@@ -23,6 +25,7 @@ from .runs import RunFolder, checkpoint_digest, versions
 from .subject import Subject
 from .tasks import Task, find_task, load_examples
 
+COMPILING = 60  # seconds that compiling is assumed to take on a GPU, to be measured
 SHOWN = 10  # right and wrong rows that the page shows of each task
 
 
@@ -40,16 +43,32 @@ def compare(
     The folder lies in `out` and is found again by the same options, data, checkpoint and version of this package: an
     interrupted study goes on there. `write_report` makes its tables and figures. Raises UsageError.
     """
-    experiments, config = open_study(tasks, subject, options, out, data_dir, side_by_side, bar)
-    folder = experiments[0].setting.folder
+    return carry_out(*open_study(tasks, subject, options, out, data_dir, side_by_side, bar))
+
+
+def carry_out(experiments: list[Experiment], config: dict) -> tuple[dict, Path]:
+    """Run what `open_study` has opened: `compare`'s document and folder."""
+    options, folder = experiments[0].setting.options, experiments[0].setting.folder
     document = {key: [] for key in ("runs", "training", "overlap", "adapters", "samples")}
-    while experiments:
-        experiment = experiments.pop(0)  # what it holds leaves memory with it
-        for key, found in run_experiment(experiment).items():
-            document[key] += found
+
+    def run(i: int) -> dict[str, list]:
+        experiment, experiments[i] = experiments[i], None  # what it holds leaves memory with it
+        return run_experiment(experiment)
+
+    order, size = list(range(len(experiments))), parallel.size
+    if size > 1:
+        order.sort(key=lambda i: -experiments[i].about["n"])  # the long ones first
+    everywhere = all(parallel.gather((folder.path / "run.json").is_file()))  # else only the first process can write
+    dealt = len(order) // size * size if everywhere else 0
+    found = dict(zip(order, parallel.spread(run, order[:dealt]) + [run(i) for i in order[dealt:]]))
+    for i in range(len(found)):
+        for key, values in found[i].items():
+            document[key] += values
     document = {"cells": summarise(document["runs"], options.select), **folder.spent, **document}
     document |= {"config": config, "versions": versions()}
-    write_json(folder.path / "results.json", document := finite(document))
+    document = finite(document)
+    if parallel.chief:
+        write_json(folder.path / "results.json", document)
     return document, folder.path
 
 
@@ -57,25 +76,70 @@ def open_study(
     tasks: list[Task], subject: Subject, options: Options, out: Path, data_dir: Path | None, side_by_side, bar: Callable
 ) -> tuple[list[Experiment], dict]:
     """The experiments of `compare`, nothing of them computed yet, and what makes their folder."""
+    experiments, origins = lay_out(tasks, subject, options, data_dir, side_by_side, bar)
+    weight = next(subject.model.parameters())
+    config = {"ia2mini": __version__, "tasks": [task.name for task in tasks], "model": subject.base, **asdict(options)}
+    config |= {"dtype": str(weight.dtype).removeprefix("torch."), "device": weight.device.type}
+    config |= {"checkpoint": checkpoint_digest(subject.folder), "templates": {t.name: t.prompt for t in tasks}}
+    config |= origins
+    about = "+".join(config["tasks"]) if len(tasks) < 4 else f"{len(tasks)}-tasks"
+    folder = RunFolder(out, f"{about}-{subject.name}-n{'-'.join(map(str, options.n))}", config)
+    experiments[0].setting.folder = folder
+    resolved = {"rates": experiments[0].rates, "targets": experiments[0].adapter.targets}
+    folder.begin(resolved)  # every mistake in tasks, sizes and options has shown by now
+    return experiments, config | resolved
+
+
+def lay_out(
+    tasks: list[Task],
+    subject: Subject,
+    options: Options,
+    data_dir: Path | None,
+    side_by_side=None,
+    bar: Callable = tqdm,
+) -> tuple[list[Experiment], dict]:
+    """The experiments of a study, which share a setting without a folder yet, and where their rows are from."""
     if unknown := set(options.methods) - {*UNTRAINED, *METHODS}:
         raise UsageError(f"unknown method {min(unknown)!r}; methods: base, icl, {', '.join(METHODS)}")
     pools = {task.name: load_examples(task, "train", data_dir) for task in tasks}
     evals = {name: task if name == task.name else find_task(name) for task in tasks for name in task.evals}
     evals = {name: load_examples(task, "eval", data_dir, options.eval_rows) for name, task in evals.items()}
-    weight = next(subject.model.parameters())
-    config = {"ia2mini": __version__, "tasks": [task.name for task in tasks], "model": subject.base, **asdict(options)}
-    config |= {"dtype": str(weight.dtype).removeprefix("torch."), "device": weight.device.type}
-    config |= {"checkpoint": checkpoint_digest(subject.folder), "templates": {t.name: t.prompt for t in tasks}}
-    config |= {"pools": {k: v.origin for k, v in pools.items()}, "evals": {k: v.origin for k, v in evals.items()}}
-    about = "+".join(config["tasks"]) if len(tasks) < 4 else f"{len(tasks)}-tasks"
-    folder = RunFolder(out, f"{about}-{subject.name}-n{'-'.join(map(str, options.n))}", config)
-    setting = Setting(subject, options, folder, bar, side_by_side)
+    setting = Setting(subject, options, None, bar, side_by_side, pools)
     grid = product(tasks, options.n, options.unlabelled)
-    experiments = [Experiment(setting, task, n, more, pools[task.name], evals) for task, n, more in grid]
+    experiments = [Experiment(setting, task, n, more, evals) for task, n, more in grid]
     setting.phases = tuple(phase for experiment in experiments for phase in experiment.phases())
-    resolved = {"rates": experiments[0].rates, "targets": experiments[0].adapter.targets}
-    folder.begin(resolved)  # every mistake in tasks, sizes and options has shown by now
-    return experiments, config | resolved
+    return experiments, {name: {k: v.origin for k, v in e.items()} for name, e in (("pools", pools), ("evals", evals))}
+
+
+def plan(experiments: list[Experiment], device: str) -> str:
+    """What each experiment costs by its shapes, as `ia2mini run --dry-run` says it; a matrix product is timed."""
+    setting = experiments[0].setting
+    config, dtype, total = setting.subject.model.config, next(setting.subject.model.parameters()).dtype, Cost()
+    rate, out = gemm_rate(1024, 1024, 1024, device, dtype, seconds=0.2), []
+    for experiment in experiments:
+        cell, parts = experiment.cell(), {}
+        for stage, cost in cell.stages(config, dtype.itemsize).items():
+            kind = stage.partition(" ")[0]
+            parts[kind] = parts.get(kind, Cost()) + cost
+        whole = sum(parts.values(), Cost())
+        memory = cell.memory(config, dtype.itemsize, setting.side_by_side) / 1e9
+        spent = ", ".join(f"{kind} {cost.seconds(rate):.3g} s" for kind, cost in parts.items())
+        about = f"prompts of {cell.query:.0f} tokens, {cell.shown:.0f} of demonstrations"
+        out.append(
+            f"{experiment.name}: {about}, answers of up to {cell.answer:.0f}; {whole.tokens / 1e6:.3g} M tokens, "
+        )
+        out[-1] += f"{memory:.2g} GB in training, {whole.seconds(rate):.3g} s ({spent})"
+        total += whole
+    out.append(f"in all {total.tokens / 1e6:.3g} M tokens, {total.flops / 1e12:.3g} TFLOP, {total.seconds(rate):.3g} s")
+    said = f"seconds if all ran at the {rate / 1e9:,.0f} GFLOP/s of a matrix product here ({device}, {str(dtype)[6:]})"
+    return "\n".join([*out, f"{said}, training for all of its epochs; nothing was computed"])
+
+
+def worth_compiling(experiments: list[Experiment]) -> bool:
+    """Whether a GPU has more to do, at the least, than compiling takes; what is kept of an earlier run is not known."""
+    model = experiments[0].setting.subject.model
+    costs = [cost for e in experiments for cost in e.cell().stages(model.config).values()]
+    return sum(cost.seconds(RATE) for cost in costs) > COMPILING
 
 
 def run_experiment(experiment: Experiment) -> dict[str, list]:
@@ -107,12 +171,14 @@ def score_records(experiment: Experiment, method: str, name: str) -> list[dict]:
     sets, records = range(o.sets), []
     untrained = [{"set": number, "rate": None, "beta": None, "dev_loss": None, "steps": 0} for number in sets]
     known = experiment.training_records(method) if trained else untrained
+    heats = experiment.temperatures(method) if task.labels else []
     for r, (run, asim) in enumerate(zip(experiment.reported(method) if trained else sets, scores["asim"].tolist())):
         record = about | known[run] | {"asim": fmean(asim), "asim_layers": asim}
         at = r if len(scores["correct"]) > 1 else 0  # base has one row for all sets
         if task.labels:
-            mine = [scores[key][at] for key in ("confidence", "correct", "labels")]
-            record |= measure(*mine, gold=torch.tensor(gold), scheme="mass" if o.paper_compat else "width")
+            sure, right, labels = (scores[key][at] for key in ("confidence", "correct", "labels"))
+            scheme = "mass" if o.paper_compat else "width"
+            record |= measure(sure, right, labels, torch.tensor(gold), scheme, heats[r]) | {"temperature": heats[r]}
         else:
             record |= {"acc": accuracy(scores["correct"][at])}
             record["texts"] = experiment.texts_file(f"{method}-{0 if method == 'base' else run}", name)
@@ -125,7 +191,7 @@ def save_adapters(experiment: Experiment, method: str, numbers: list[int]) -> li
     setting, records = experiment.setting, experiment.training_records(method)
     subject, theta = setting.subject, experiment.trained(method).theta
     names = [f"adapters/{experiment.name}-{method}-set{records[r]['set']}" for r in numbers]
-    for r, name in zip(numbers, names):
+    for r, name in zip(numbers, names) if parallel.rank == 0 and parallel.writes() else ():
         path = setting.folder.path / name
         about = subject.base, subject.tokenizer, subject.revision
         save_adapter(subject.model, experiment.adapter, theta[r], path, *about)
@@ -152,7 +218,7 @@ def sample(experiment: Experiment, picks: dict[str, list[int]]) -> dict:
     """What the model saw (one whole prompt), and right and wrong rows of the last trained method's first set."""
     name, task, rows = experiment.task.name, experiment.task, experiment.evals[experiment.task.name].rows
     prompt = with_demonstrations(experiment.episodes[0].icl[0], rows[0].prompt)
-    shown = experiment.about | {"rows": [], "prompt": prompt}
+    shown: dict = experiment.about | {"rows": [], "prompt": prompt}
     if not picks:
         return shown
     method = list(picks)[-1]
@@ -162,7 +228,8 @@ def sample(experiment: Experiment, picks: dict[str, list[int]]) -> dict:
         sure = scores["confidence"][place].tolist()
     else:
         file = experiment.texts_file(f"{method}-{picks[method][0]}", name)
-        said, sure = read_json(experiment.setting.folder.path / file)["texts"], [None] * len(rows)
+        said = parallel.first(lambda: read_json(experiment.setting.folder.path / file)["texts"])
+        sure = [None] * len(rows)
     shown |= {"method": method, "set": 0}
     right = scores["correct"][place].tolist()
     for verdict in (True, False):

@@ -1,14 +1,17 @@
 """The model that a command or a notebook works with, and how it is opened by name."""
 
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from . import UsageError
+from . import UsageError, parallel
+from .files import plain
+from .graphs import RECORDERS
 from .models.checkpoint import SHORT_NAMES, TINY, load, locate
-from .shard import start
 from .tokenizer import Tokenizer
 
 
@@ -23,14 +26,20 @@ class Subject:
     base: str  # what peft shall load the adapters onto: hub id or absolute folder
     revision: str | None = None  # commit on the hub
 
+    @property
+    def reads(self) -> int:
+        """How many tokens the model reads at most, its own included."""
+        return self.model.config.max_position_embeddings
 
-def open_subject(
-    model: str = "tiny", device: str | None = None, dtype: str | None = None, revision: str | None = None, shard=False
-) -> Subject:
-    """The model of a folder, hub id or short name; on a GPU if there is one, there in bfloat16. Raises UsageError.
+    def check_room(self, prompt: str, tokens: int, mend: str = "cut the row or leave it out") -> None:
+        """Raises UsageError where a prompt with its answer, so many `tokens`, is longer than what the model reads."""
+        if tokens > self.reads:
+            need = f"{tokens} tokens with its answer, more than the {self.reads} tokens the model reads"
+            raise UsageError(f"the prompt {' '.join(prompt.split())[:60]!r} … has {need}; {mend}")
 
-    With `shard` it is split over the processes of torchrun.
-    """
+
+def usable(device: str | None) -> str:
+    """The device, or where none is named a GPU if there is one. Raises UsageError for what cannot be used."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if torch.device(device).type not in ("cpu", "cuda"):
@@ -39,11 +48,36 @@ def open_subject(
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device {device}: not usable here ({reason}); use --device cpu") from None
-    folder = locate(model, revision)
+    return device
+
+
+def share(device: str) -> tuple:
+    """The mesh of all processes, which compute the same from here on, and the device of this one. Raises UsageError."""
+    parallel.start()
+    count, kind = parallel.share(), torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.set_device(device := f"cuda:{os.environ['LOCAL_RANK']}")
+    from torch.distributed.device_mesh import init_device_mesh
+
+    RECORDERS.clear()  # no CUDA graphs: what the processes say to one another has not been tried in one
+    if not parallel.chief:
+        sys.stdout = open(os.devnull, "w")
+    return init_device_mesh(kind, (count,)), device
+
+
+def open_subject(
+    model: str = "tiny", device=None, dtype=None, revision=None, check: bool = True, weights: bool = True, shard=False
+) -> Subject:
+    """The model of a folder, hub id or short name; on a GPU if there is one, there in bfloat16. Raises UsageError.
+
+    `check`: no weight may be NaN or infinite. Without `weights` only its shape: nothing large is read or downloaded.
+    With `shard` it is split over the processes of torchrun.
+    """
+    device, folder = usable(device), locate(model, revision, weights)
     dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
-    mesh, device = start(device) if shard else (None, device)
-    network, tokenizer = load(folder, dtype, device, mesh=mesh)
+    mesh, device = share(device) if shard else (None, device)
+    network, tokenizer = load(folder, dtype, device if weights else "meta", check=check, mesh=mesh)
     local = folder == TINY or Path(model).is_dir()
-    name = folder.resolve().name if local else model.replace("/", "--")
+    name = plain(folder.resolve().name if local else model.replace("/", "--"), "")
     base = str(folder.resolve()) if local else SHORT_NAMES.get(model.lower(), model)
     return Subject(network, tokenizer, folder, name, base, None if local else folder.name)  # a snapshot's folder

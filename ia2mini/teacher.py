@@ -1,12 +1,13 @@
 """The pass with demonstrations, once a set: answers, attention outputs and distributions (protocol section 3)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 
 import torch
 from torch import Tensor, nn
 
+from . import parallel
 from .batch import Row, Watch, by_length, collate, truth_row
 from .episode import Episode, with_demonstrations
 from .generate import STOP, Decoding, generate
@@ -24,6 +25,7 @@ class Asked:
     layers: list[int] | None = None  # whose attention outputs are recorded; None: all
     stop: str | None = STOP  # text at which a response ends, besides EOS
     budget: int = 4096  # tokens in one pass (of generation: a quarter of those in the cache)
+    residual: bool = False  # also the residual stream after every attention
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ def teach(
     """Run the base model on every row of `episode` with its demonstrations; what it does there are the targets.
 
     The rows keep their prompt without demonstrations, the response with them, activations [L, P, D] in the model's
-    dtype, and with `soft_k` log-probabilities [P, k]. Raises UsageError for an answer that merges with its prompt.
+    dtype, with `residual` states [L, P, D], and with `soft_k` log-probabilities [P, k]. Raises UsageError for an answer
+    that merges with its prompt.
 
         taught = teach(model, tokenizer, draw_episode(examples, n=4))
     """
@@ -55,6 +58,8 @@ def teach(
     if asked.max_tokens > 1:
         rest, watch = respond(model, tokenizer, rows, prompts, asked, watch), None
     observe(model, [rows[i] for i in rest], [prompts[i] for i in rest], asked, watch)
+    if asked.residual:
+        observe(model, rows, prompts, replace(asked, soft_k=None), residual=True)
     labelled = len(truth)
     return Taught(truth[:n], truth[n:], rows[:n] + rows[labelled:], rows[n:labelled])
 
@@ -92,7 +97,7 @@ def label_tokens_at_most(labels: list[list[int]]) -> int:
 
 def answer_tokens_at_most(tokenizer: Tokenizer, examples: list[Example]) -> int:
     """Tokens of the longest answer, with EOS."""
-    return 1 + max(len(tokenizer.encode_answer(e.prompt, e.answer)) for e in examples)
+    return 1 + max(len(tokenizer.encode_answer(e.prompt, e.answer, apart=True)) for e in examples)
 
 
 def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -102,26 +107,33 @@ def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def observe(
-    model: Callable, rows: list[Row], prompts: list[list[int]], asked: Asked = Asked(), watch: Watch = None
+    model: Callable,
+    rows: list[Row],
+    prompts: list[list[int]],
+    asked: Asked = Asked(),
+    watch: Watch = None,
+    residual=False,
 ) -> None:
     """Fill in activations, soft targets and a single-token response of `rows` from a pass over their full `prompts`.
 
-    `model` may be a partial that holds a shared prefix; `prompts` are then what follows it.
+    `model` may be a partial that holds a shared prefix; `prompts` are then what follows it. `residual`: states in place
+    of activations.
     """
     single = asked.max_tokens == 1
-    for group in by_length([len(prompt) + len(row.answer) for prompt, row in zip(prompts, rows)], asked.budget):
-        here = [rows[i] for i in group]
+
+    def seen(group: list[int]) -> list[tuple]:
         batch = collate([[Row(prompts[i], rows[i].answer) for i in group]], device_of(model))
-        taps = Taps(batch.at, asked.layers)
+        taps = Taps(batch.at, asked.layers, residual)
         logits = model(batch.ids, taps=taps, logits=batch.at if single or asked.soft_k else False)
-        sizes = [len(row.answer) for row in here]
-        for row, activations in zip(here, taps.stack().split(sizes, dim=1)):
-            row.activations = activations
-        if single:
-            for row, token in zip(here, logits.argmax(-1).tolist()):
-                row.answer = [token]
-        if asked.soft_k:
-            for row, s, i in zip(here, *(t.split(sizes) for t in top(logits, asked.soft_k))):
-                row.soft, row.soft_ids = s, i
-        if watch:
-            watch(len(group))
+        sizes = [len(rows[i].answer) for i in group]
+        answers = [[token] for token in logits.argmax(-1).tolist()] if single else [rows[i].answer for i in group]
+        soft = [t.split(sizes) for t in top(logits, asked.soft_k)] if asked.soft_k else [repeat(None)] * 2
+        return list(zip(answers, taps.stack().split(sizes, dim=1), *soft))
+
+    groups = by_length([len(prompt) + len(row.answer) for prompt, row in zip(prompts, rows)], asked.budget)
+    for group, found in zip(groups, parallel.spread(seen, groups, watch)):
+        for i, (answer, outputs, soft, soft_ids) in zip(group, found):
+            rows[i].answer = answer
+            setattr(rows[i], "states" if residual else "activations", outputs)
+            if asked.soft_k:
+                rows[i].soft, rows[i].soft_ids = soft, soft_ids

@@ -7,14 +7,14 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from . import UsageError
-from .files import read_json
+from .files import is_there, read_json
 
 
 class Tokenizer:
     """A checkpoint's tokenizer. BOS comes where the file's own post-processor adds it, EOS from the config."""
 
-    def __init__(self, backend: Backend, eos_ids: tuple[int, ...]):
-        self.backend, self.eos_ids = backend, eos_ids
+    def __init__(self, backend: Backend, eos_ids: tuple[int, ...], size: int = 2**31):
+        self.backend, self.eos_ids, self.size = backend, eos_ids, size  # the model knows ids below `size`
         unknown = getattr(backend.model, "unk_token", None)
         self.unknown = unknown and backend.token_to_id(unknown)
 
@@ -30,13 +30,15 @@ class Tokenizer:
             raise UsageError(f"{path}: not a tokenizers file ({error})") from None
         backend.no_truncation()  # some files carry both from their training
         backend.no_padding()
-        eos = read_json(folder / "config.json").get("eos_token_id")
-        if (folder / "generation_config.json").is_file():
+        config = read_json(folder / "config.json")
+        eos, size = config.get("eos_token_id"), config.get("vocab_size", 2**31)
+        if is_there(folder / "generation_config.json"):
             eos = read_json(folder / "generation_config.json").get("eos_token_id", eos)
         ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-        if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-            raise UsageError(f"{folder}: eos_token_id = {repr(eos)[:80]} is neither a token id nor a list of them")
-        return cls(backend, ids)
+        if type(size) is not int or not all(type(i) is int and 0 <= i < size for i in ids):
+            wanted = f"neither a token id nor a list of them (vocab_size = {repr(size)[:80]})"
+            raise UsageError(f"{folder}: eos_token_id = {repr(eos)[:80]} is {wanted}")
+        return cls(backend, ids, size)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Ids of `text`; with `special`, also what the file's post-processor adds (BOS for Llama, nothing for Qwen)."""
@@ -46,8 +48,17 @@ class Tokenizer:
         """`encode` for many texts at once."""
         return [self.known(text, encoding) for text, encoding in zip(texts, self.backend.encode_batch(texts))]
 
+    def count(self, texts: list[str]) -> list[int]:
+        """Tokens of each text."""
+        return [len(encoding.ids) for encoding in self.backend.encode_batch(texts)]
+
     def known(self, text: str, encoding: Encoding) -> list[int]:
-        """The ids of an encoding; a word that the vocabulary lacks costs a warning, and is the unknown token."""
+        """The ids of an encoding; a word that the vocabulary lacks costs a warning, and is the unknown token.
+
+        Raises UsageError for an id that the model does not know.
+        """
+        if (most := max(encoding.ids, default=0)) >= self.size:
+            raise UsageError(f"token {most} of {text[:40]!r} is beyond the model's vocab_size {self.size}")
         if self.unknown is not None and self.unknown in encoding.ids:
             start, end = encoding.offsets[encoding.ids.index(self.unknown)]
             warnings.warn(f"{text[start:end]!r} is not in the vocabulary and is read as an unknown word", stacklevel=3)
@@ -56,9 +67,15 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=True)
 
-    def encode_answer(self, prompt: str, answer: str) -> list[int]:
-        """Ids of `answer` right after `prompt`. Raises UsageError when it merges with the prompt's last token."""
+    def encode_answer(self, prompt: str, answer: str, apart: bool = False) -> list[int]:
+        """Ids of `answer` right after `prompt`. Raises UsageError when it merges with the prompt's last token.
+
+        With `apart` it is then tokenized by itself, as it is generated behind the prompt: so are texts. ("The" after
+        "Answer:" merges in a fourth part of GSM8K.)
+        """
         if self.merges(prompt, answer):
+            if apart:
+                return self.encode(answer, special=False)
             merging = f"answer {answer[:40]!r} merges with the end of its prompt {prompt[-12:]!r} in this tokenizer"
             raise UsageError(f"{merging}; choose another label, or a template that ends in a line end")
         return self.encode(prompt + answer)[len(self.encode(prompt)) :]

@@ -2,20 +2,21 @@
 
 import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from . import UsageError
+from . import UsageError, parallel
 from .adapters import Adapter, adapted
 from .batch import Batch, Row, collate
-from .graphs import CapturedStep
+from .cost import run_bytes
+from .graphs import CapturedStep, launch_bound
 from .losses import activation_mse, cross_entropy, fused, per_run, soft_cross_entropy
 from .models.common import Taps
-from .models.shard import mesh_of
 
 RACE_FROM, PACE, AHEAD = 10, 3, 30  # looks at the dev loss: see `EarlyStopping`
 
@@ -36,8 +37,9 @@ class Settings:
 class Runs:
     """R runs to be trained: for each its first weights, learning rate, rows and the mix of its losses.
 
-    A loss is "mse" (attention outputs), "ce" (answers), "kl" (the teacher's distribution), or a function of one's own:
-    `loss(student, batch) -> [R]`, where `student` is called as the model is and `batch` is a `Batch` of R runs.
+    A loss is "mse" (attention outputs), "hidden" (the residual stream; not with "mse"), "ce" (answers), "kl" (the
+    teacher's distribution), or a function of one's own: `loss(student, batch) -> [R]`, where `student` is called as the
+    model is and `batch` is a `Batch` of R runs.
     """
 
     theta: Tensor  # [R, M]
@@ -45,8 +47,9 @@ class Runs:
     train: list[list[Row]]  # R lists of equally many rows
     dev: list[list[Row]]
     mix: dict[str | Callable, Tensor]  # loss -> weight [R]
-    order: list[Callable[[int], list[int]]]  # for each run: epoch -> the order of its rows
+    order: Sequence[Callable[[int], list[int]]]  # for each run: epoch -> the order of its rows
     config: Tensor | None = None  # [R] number of each one's rate (and β); those that are beaten leave (None: none do)
+    hear: Callable | None = None  # (configs, dev losses) -> these of every process that trains a part of the runs
 
     def __len__(self) -> int:
         return len(self.rates)
@@ -54,29 +57,42 @@ class Runs:
     def take(self, runs: Tensor) -> "Runs":
         """Only these runs (indices on the CPU), in this order; rates are no longer compared where some are missing."""
         here, some = runs.to(self.theta.device), runs.tolist()
-        train, dev, order = ([values[r] for r in some] for values in (self.train, self.dev, self.order))
+        train, dev = ([rows[r] for r in some] for rows in (self.train, self.dev))
         mix = {name: weight[here] for name, weight in self.mix.items()}
         config = None if self.config is None or len(some) < len(self) else self.config[some]
-        return Runs(self.theta[here], self.rates[here], train, dev, mix, order, config)
+        return Runs(self.theta[here], self.rates[here], train, dev, mix, [self.order[r] for r in some], config)
 
 
 @dataclass
 class Trained:
-    """What training R runs gave: each run's weights at its best dev loss."""
+    """What training R runs gave: each run's weights at its best dev loss; NaN where no dev loss was finite."""
 
     theta: Tensor  # [R, M] float32
-    dev_loss: Tensor  # [R] float32, the last phase's
+    dev_loss: Tensor  # [R] float32, the last phase's; infinite: the run has failed
     steps: Tensor  # [R] int64, all phases together
-    best: Tensor  # [R] int64, the last phase's steps up to that dev loss
+    best: Tensor  # [R] int64, the last phase's steps up to these weights
+    broken: Tensor  # [R] int64, the last phase's step at which a dev loss was NaN or infinite; 0: it never was
+
+    def troubles(self) -> list[str]:
+        """What went wrong in each run; "" where nothing did."""
+        how = "failed at step {}: no finite loss", "diverged at step {}, kept as of step {}"
+        both = zip(self.broken.tolist(), self.best.tolist())
+        return [how[best > 0].format(step, best) if step else "" for step, best in both]
 
 
-def warn_of_failed(method: str, found: Trained, names: list[str]) -> None:
-    """A warning that names the runs which never had a finite dev loss. Raises UsageError where all are such."""
-    failed = [name for name, fine in zip(names, found.dev_loss.isfinite().tolist()) if not fine]
-    if len(failed) == len(names):
-        raise UsageError(f"training {method} gave no finite loss; use lower --rates or --dtype float32")
-    if failed:
-        warnings.warn(f"{method}: no finite loss, so failed: {', '.join(failed)}", stacklevel=2)
+def warn_of_failed(method: str, found: Trained, names: list[str], sets: int) -> list[str]:
+    """A warning, returned too, that names the runs of which a loss was not finite; the R runs are `sets` × rates.
+
+    Raises UsageError where no rate is left that did not fail in any set.
+    """
+    told = [f"{name} {trouble}" for name, trouble in zip(names, found.troubles()) if trouble]
+    if not found.dev_loss.isfinite().view(sets, -1).all(0).any():
+        mend = "use lower --rates or --dtype float32"
+        raise UsageError(f"training {method} gave no rate a finite loss throughout ({told[0]}, …); {mend}")
+    told = [f"{method}: {'; '.join(told)}"] if told else []
+    for text in told:
+        warnings.warn(text, stacklevel=2)
+    return told
 
 
 class Adam:
@@ -111,37 +127,46 @@ class Adam:
 class EarlyStopping:
     """Keeps each run's weights at its best dev loss, and says which runs go on.
 
-    A run ends after `patience` looks without improvement. Where `config` [R] numbers the runs' rates (and β), it also
+    A run ends after `patience` looks without improvement, and at once where its dev loss is NaN or infinite, as it is
+    after any such gradient. Where `config` [R] numbers the runs' rates (and β), it also
     ends when its own is beaten. From the tenth look on the means over sets of the best dev losses are compared: a rate
     is beaten whose mean would still be above that of the best if it fell as in the last `PACE` looks for `AHEAD` more.
+    `hear` tells of all runs, where these are some of them; when it no longer does, no rate is beaten any more.
     """
 
-    def __init__(self, theta: Tensor, settings: Settings, config: Tensor | None = None):
-        self.settings, self.theta, self.config, self.means = settings, theta.clone(), config, []
-        self.dev_loss = torch.full((len(theta),), torch.inf, device=theta.device)
-        self.misses = torch.zeros(len(theta), dtype=torch.int64, device=theta.device)
-        self.steps, self.best = torch.zeros(2, len(theta), dtype=torch.int64)
+    def __init__(self, theta: Tensor, settings: Settings, config: Tensor | None = None, hear: Callable | None = None):
+        self.settings, self.theta, self.config, self.means = settings, theta * torch.nan, config, []
+        self.hear = hear or (lambda mine: [mine])
+        self.dev_loss = torch.full((len(theta),), torch.inf)  # on the CPU, as all but the weights
+        self.misses, self.steps, self.best, self.broken = torch.zeros(4, len(theta), dtype=torch.int64)
 
     def look(self, runs: Tensor, theta: Tensor, dev_loss: Tensor, step: int) -> Tensor:
         """Note the weights [r, M] and dev losses [r] of `runs` after `step`; which go on, [r] bool on the CPU."""
-        live = runs.to(theta.device)
-        better = dev_loss < self.dev_loss[live]
-        kept = torch.ones_like(better) if self.settings.keep_last else better
-        self.theta[live[kept]] = theta[kept]
-        self.dev_loss[live[better]] = dev_loss[better]
-        self.misses[live] = torch.where(better, 0, self.misses[live] + 1)
+        dev_loss = dev_loss.cpu()  # the only wait for the device
+        better, finite = dev_loss < self.dev_loss[runs], dev_loss.isfinite()
+        keeps = finite if self.settings.keep_last else better
+        kept = keeps.nonzero()[:, 0]
+        self.theta[runs[kept].to(theta.device)] = theta[kept.to(theta.device)]
+        self.dev_loss[runs[better]] = dev_loss[better]
+        self.misses[runs] = torch.where(better, 0, self.misses[runs] + 1)
         self.steps[runs] = step
-        self.best[runs[better.cpu()]] = step
-        going = (self.misses[live] < self.settings.patience).cpu()
+        self.best[runs[keeps]] = step
+        self.broken[runs[~finite]] = step
+        going = finite & (self.misses[runs] < self.settings.patience)
         return going if self.config is None else going & ~self.beaten()[runs]
 
     def beaten(self) -> Tensor:
         """Which runs have a rate that is beaten, after one more look, [R] bool on the CPU."""
-        means = torch.zeros(int(self.config.max()) + 1)
-        means.scatter_reduce_(0, self.config, self.dev_loss.cpu(), "mean", include_self=False)
+        unbeaten, heard = torch.zeros_like(self.config, dtype=torch.bool), self.hear((self.config, self.dev_loss))
+        if heard is None:
+            self.config = None
+            return unbeaten
+        config, dev_loss = map(torch.cat, zip(*heard))
+        means = torch.zeros(int(config.max()) + 1)
+        means.scatter_reduce_(0, config, dev_loss, "mean", include_self=False)
         self.means.append(means)
         if len(self.means) < RACE_FROM or means.min().isinf():
-            return torch.zeros_like(self.config, dtype=torch.bool)
+            return unbeaten
         reached = means - AHEAD * (self.means[-1 - PACE] - means) / PACE
         return ~(reached <= means.min())[self.config]  # NaN: a rate of which a run has diverged
 
@@ -151,8 +176,9 @@ class EarlyStopping:
 
 
 def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None = None) -> Tensor:
-    """Each run's loss [R]: the sum of the losses in `mix`, each times its weight [R]; "mse" is over `layers`."""
-    taps = Taps(batch.at, layers) if "mse" in mix else None
+    """Each run's loss [R]: the sum of the losses in `mix`, each times its weight [R]; what is tapped over `layers`."""
+    tapped = "mse" if "mse" in mix else "hidden" if "hidden" in mix else None
+    taps = Taps(batch.at, layers, tapped == "hidden") if tapped else None
     values = {loss: loss(student, batch) for loss in mix if callable(loss)}
 
     def head(states: Tensor, weight: Tensor) -> None:
@@ -162,10 +188,11 @@ def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None 
             values["kl"] = per_run(soft_cross_entropy(states, weight, batch.soft, batch.soft_ids), batch.weights)
 
     if named := mix.keys() - values.keys():
-        positions = batch.at if named - {"mse"} else False
+        positions = batch.at if named - {tapped} else False
         student(batch.ids, taps=taps, logits=positions, cache=batch.packed, head=head)
-    if "mse" in mix:
-        values["mse"] = per_run(activation_mse(taps.each(), batch.activations), batch.weights)
+    if tapped:
+        wanted = batch.activations if tapped == "mse" else batch.states
+        values[tapped] = per_run(activation_mse(taps.each(), wanted), batch.weights)
     return sum(weight * values[loss] for loss, weight in mix.items())
 
 
@@ -174,12 +201,15 @@ def train_runs(
 ) -> Trained:
     """Train R runs by `losses`; a run that has not improved for `patience` looks leaves the batch.
 
+    Where steps are recorded and cost more to launch than to compute, half of the batch leaves at once: shapes stay.
     Looks at the dev loss after every second step and at each epoch's end. `watch(step, best dev losses of live runs)`
     after each look. Raises torch.OutOfMemoryError where R runs do not fit (see `train_in_parts`).
     """
     device, rows = runs.theta.device, len(runs.train[0])
-    stopping, adam = EarlyStopping(runs.theta, settings, runs.config), Adam(runs.theta, runs.rates.to(device))
-    live, going = torch.arange(len(runs)), runs  # those still training, in the order of the batch
+    stopping = EarlyStopping(runs.theta, settings, runs.config, runs.hear)
+    adam = Adam(runs.theta, runs.rates.to(device))
+    live, going = torch.arange(len(runs)), runs  # those in the batch, in its order
+    places = torch.arange(len(runs))  # which of them still train; the others' weights are kept already
     dev_batch = None if settings.steps else collate(runs.dev, device, pack=True)
     batch, step = None, 0
 
@@ -192,7 +222,10 @@ def train_runs(
         with adapted(model, adapter, adam.theta) as student:
             return losses(student, batch, going.mix, settings.layers)
 
-    train_step, look = CapturedStep(update, device), CapturedStep(dev_losses, device)
+    def recorded() -> list[CapturedStep]:
+        return [CapturedStep(function, device, fewer=len(live) > 1) for function in (update, dev_losses)]
+
+    train_step, look = recorded()
     portions = range(0, rows, settings.batch_size)
     epochs = settings.epochs if settings.steps is None else -(-settings.steps // len(portions))
     for epoch, start in product(range(epochs), portions):
@@ -207,36 +240,73 @@ def train_runs(
             break
         if settings.steps or step % 2 and start + settings.batch_size < rows:
             continue
-        staying = stopping.look(live, adam.theta.detach(), look(dev_batch), step)
+        here = places.to(device)
+        places = places[stopping.look(live[places], adam.theta.detach()[here], look(dev_batch)[here], step)]
         if watch:
-            watch(step, stopping.dev_loss[live[staying].to(device)])
-        if not staying.any():
+            watch(step, stopping.dev_loss[live[places]])
+        if not len(places):
             break
-        if not staying.all():
-            live, going = live[staying], going.take(staying.nonzero()[:, 0])
-            adam.keep(staying.to(device))
-            dev_batch, batch = collate(going.dev, device, pack=True), None
-            train_step, look = CapturedStep(update, device), CapturedStep(dev_losses, device)  # for fewer runs
-    return Trained(stopping.theta, stopping.dev_loss, stopping.steps, stopping.best)
+        if len(places) <= (len(live) // 2 if launch_bound(model.config, batch) else len(live) - 1):
+            live, going = live[places], going.take(places)
+            adam.keep(places.to(device))
+            places, dev_batch, batch = torch.arange(len(live)), collate(going.dev, device, pack=True), None
+            train_step, look = recorded()  # for fewer runs
+    return Trained(stopping.theta, stopping.dev_loss, stopping.steps, stopping.best, stopping.broken)
 
 
 def train_in_parts(
     model: nn.Module, adapter: Adapter, runs: Runs, settings: Settings, at_once: int | None = None, watch=None
-) -> Trained:
-    """`train_runs`, `at_once` runs side by side (None: all), halved where memory is too small. UsageError below one."""
-    parts, rest = [], torch.arange(len(runs))
-    while len(rest):
-        some = rest[: at_once or len(rest)]
-        try:
-            parts.append(train_runs(model, adapter, runs.take(some), settings, watch))
-            rest = rest[len(some) :]
-        except torch.OutOfMemoryError:
-            if mesh_of(model) is not None:  # the others wait for this rank within a pass
-                raise UsageError(f"not enough memory for {len(some)} runs; use a lower --side-by-side") from None
-            if len(some) == 1:
-                mend = "use --checkpointing, a smaller --batch-size or a smaller model"
-                raise UsageError(f"not enough memory for a single run; {mend}") from None
-            at_once = len(some) // 2
-            now = f"going on with {at_once} (--side-by-side {at_once})"
-            warnings.warn(f"out of memory with {len(some)} runs side by side; {now}", stacklevel=2)
-    return Trained(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
+) -> tuple[Trained, int]:
+    """`train_runs`, spread over processes, in each `at_once` runs side by side (None: all), fewer where memory is too
+    small; also how many it were. What memory holds is estimated before, and halved where it still runs out. Raises
+    UsageError below one run. Rates are compared only where all runs train at the same time.
+    """
+    racing = runs.config is not None and len(runs) <= (at_once or len(runs))
+    rounds = parallel.Rounds((torch.zeros(0, dtype=torch.int64), torch.zeros(0)))
+
+    def train(rest: Tensor) -> tuple[list[Trained], int]:
+        parts, config, every = [], runs.config if racing else None, len(rest)
+        most = min(at_once or every, fitting(model, runs, settings.batch_size)) if every else len(runs)
+        if config is not None and most < every:
+            config = rounds.hear(None)
+        while len(rest):
+            some = rest[:most]
+            here = replace(runs.take(some), config=None if config is None else config[some], hear=rounds.hear)
+            try:
+                parts.append(train_runs(model, adapter, here, settings, watch))
+                rest = rest[len(some) :]
+            except torch.OutOfMemoryError:
+                if parallel.same:  # the others wait for this process within a pass
+                    raise UsageError(f"not enough memory for {len(some)} runs; use a lower --side-by-side") from None
+                if len(some) == 1:
+                    mend = "use --checkpointing, a smaller --batch-size or a smaller model"
+                    raise UsageError(f"not enough memory for a single run; {mend}") from None
+                if config is not None:
+                    config = rounds.hear(None)
+                most = len(some) // 2
+                now = f"going on with {most} (--side-by-side {most})"
+                warnings.warn(f"out of memory with {len(some)} runs side by side; {now}", stacklevel=2)
+        if racing:
+            rounds.end()
+        return parts, most
+
+    found, most = zip(*parallel.spread(train, torch.arange(len(runs)).tensor_split(parallel.size)))
+    parts = sum(found, [])
+    return Trained(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0]))), min(most)
+
+
+def fitting(model: nn.Module, runs: Runs, batch_size: int) -> int:
+    """How many of the runs free memory holds by estimate, at least one."""
+    rows = [sorted(run, key=len)[-batch_size:] for run in runs.train]
+    tokens, positions = (max(sum(map(of, run)) for run in rows) for of in (len, lambda row: len(row.answer)))
+    weight = model.model.embed_tokens.weight
+    again = getattr(model.model.layers[0].mlp_output, "func", None) is checkpoint
+    each = run_bytes(model.config, tokens, positions, weight.itemsize, runs.theta.shape[1], again)
+    return max(1, int(min(len(runs), 0.9 * free_memory(weight.device) / each)))
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that tensors may still take; a CPU cannot say, so there without bound."""
+    if device.type != "cuda":
+        return math.inf
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

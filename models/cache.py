@@ -44,7 +44,7 @@ class Prefix:
     """
 
     def __init__(self, layers: Iterable[Sequence[Tensor]] = ()):
-        self.layers = list(layers)  # keys, values
+        self.layers = [list(pair) for pair in layers]  # keys, values
 
     @property
     def length(self) -> int:
@@ -125,6 +125,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, past: Past
     mask = cache and cache.mask
     if cache is not None:
         k, v = cache.update(k, v)
+    if past is None and mask is not None and q.is_cuda:
+        return folded(q, k, v, mask)
     if past is None:  # right padding needs no mask: a real token never sees the padding behind it
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     k0, v0 = past  # one softmax over these and own keys; they are multiplied once a group, never copied
@@ -140,3 +142,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, past: Past
     by_group = before.reshape(G, B // G, K, -1, S).transpose(1, 2).reshape(G, K, -1, S)
     z = (by_group @ v0).view(G, K, B // G, -1, E).transpose(1, 2).reshape(B, H, T, E)
     return z + (own.reshape(B, K, -1, own.shape[-1]) @ v).view(B, H, T, E)
+
+
+def folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Masked attention with the heads that share a key/value head as further rows of it.
+
+    A GPU's fused kernel that takes a mask refuses `enable_gqa`, and PyTorch would fall back to whole score matrices.
+    """
+    K, shared = k.shape[1], q.shape[1] // k.shape[1]
+    rows = q.reshape(q.shape[0], K, -1, q.shape[-1])  # [B, K, H / K * T, E]
+    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask.repeat(1, 1, shared, 1)).view(q.shape)

@@ -1,6 +1,7 @@
 """From a folder or a hub id to a model and its tokenizer, and back to a folder: strict, safetensors and JSON only."""
 
 import difflib
+import functools
 import json
 import re
 import struct
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ia2mini import UsageError
-from ia2mini.files import hub_errors, read_json, write, write_text
+from ia2mini.files import hub_errors, patiently, read_json, write, write_text
 from ia2mini.tokenizer import Tokenizer
 
 from . import llama, qwen3, shard
@@ -29,16 +30,23 @@ SHORT_NAMES = {f"qwen3-{size.lower()}": f"Qwen/Qwen3-{size}" for size in QWEN3}
 SHORT_NAMES |= {f"llama-{size.lower()}": f"meta-llama/Llama-{size}" for size in LLAMA}
 FILES = "config.json generation_config.json tokenizer*.json special_tokens_map.json chat_template.jinja".split()
 FILES += ["model*.safetensors", "model.safetensors.index.json"]
+STORED = ("F32", "BF16", "F16", "F64")
 LARGEST = "5GB"  # of a file of weights that is written
 
 
 def load(
-    name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", revision: str | None = None, mesh=None
-):
+    name: str | Path,
+    dtype=torch.float32,
+    device: str = "cpu",
+    revision: str | None = None,
+    check: bool = True,
+    mesh=None,
+) -> tuple[nn.Module, Tokenizer]:
     """Load `name`, a folder, a short name ("qwen3-4b-base", "tiny") or a hub id: (model, tokenizer).
 
     The model is in evaluation mode with every weight frozen, in `dtype` on `device`; weights are streamed one tensor at
-    a time. With a `mesh` of ranks each reads and keeps its part (shard.py). Raises UsageError for what a user can mend.
+    a time; none on "meta". `check`: none may be NaN or infinite. With a `mesh` of processes each reads and
+    keeps its part (shard.py). Raises UsageError for anything a user can mend.
 
         model, tokenizer = load("tiny")
         logits = model(torch.tensor([tokenizer.encode("Text:a lovely film\\nLabel:")]))   # [1, T, V]
@@ -50,11 +58,14 @@ def load(
     if mesh is not None:
         shard.check(config, mesh.size())
         shard.join(model, mesh)
-    fill(model, folder, dtype, torch.device(device), mesh)
+    if str(device) == "meta":
+        model.to(dtype)
+    else:
+        fill(model, folder, dtype, torch.device(device), check, mesh)
     return model.eval().requires_grad_(False), Tokenizer.from_folder(folder)
 
 
-def locate(name: str | Path, revision: str | None = None) -> Path:
+def locate(name: str | Path, revision: str | None = None, weights: bool = True) -> Path:
     """The local folder of a checkpoint; downloads (or finds in the cache) what a hub id needs. Raises UsageError."""
     if str(name) == "tiny":
         return TINY
@@ -69,15 +80,15 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
         near = difflib.get_close_matches(str(name).lower(), ["tiny", *SHORT_NAMES], 1, 0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"short names: tiny, {', '.join(SHORT_NAMES)}"
         raise UsageError(f"unknown model {str(name)!r}: not a folder, a short name or a hub id owner/name; {hint}")
-    return download(hub_id, revision)
+    return download(hub_id, revision, FILES if weights else FILES[:-2])
 
 
-def download(hub_id: str, revision: str | None) -> Path:
-    """The snapshot folder of a model repository on the hub, fetching only the files needed. Raises UsageError."""
+def download(hub_id: str, revision: str | None, files: list[str] = FILES) -> Path:
+    """The snapshot folder of a model repository on the hub, fetching only the `files`. Raises UsageError."""
     from huggingface_hub import snapshot_download
 
     with hub_errors(hub_id, "model", revision, "give a folder"):
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=FILES))
+        return Path(patiently(lambda: snapshot_download(hub_id, revision=revision, allow_patterns=files)))
 
 
 def read_folder_config(folder: Path):
@@ -149,22 +160,25 @@ def shards(folder: Path) -> dict[str, Path]:
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else ()
-        if not names or not all(re.fullmatch(r"[\w.-]+", name) for name in names):
+        if not names or not all(re.fullmatch(r"[\w.-]{1,200}", name) for name in names):
             raise UsageError(f"{index}: weight_map is missing or empty, or names files elsewhere; download it again")
     where = {}
     for file in sorted(folder / name for name in names):
         if not file.is_file():
             needs = "every shard of its index" if index.is_file() else "it"
             raise UsageError(f"{file}: no such file; the checkpoint needs {needs}")
+        if file.resolve().parent != folder.resolve() and file.resolve().parent.name != "blobs":  # of the hub's cache
+            raise UsageError(f"{file}: a link out of its folder; put the file itself there")
         try:
             with safe_open(file, "pt") as f:
                 where.update(dict.fromkeys(f.keys(), file))
         except (SafetensorError, OSError, struct.error) as error:
-            raise UsageError(f"{file}: truncated or corrupt safetensors file ({error}); download it again") from None
+            mend = f"delete {file.resolve()} and download it again"  # a link of the hub's cache would be kept
+            raise UsageError(f"{file}: truncated or corrupt safetensors file ({error}); {mend}") from None
     return where
 
 
-def fill(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device, mesh=None) -> None:
+def fill(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device, check: bool, mesh=None) -> None:
     """Give every parameter of `model` (on the meta device) its tensor. Raises UsageError naming the first misfit."""
     where = shards(folder)
     wanted = {name: p.shape for name, p in model.named_parameters()}
@@ -176,11 +190,15 @@ def fill(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.devic
             raise UsageError(f"{folder}: {problem} tensor {names[0]}{more}; the files do not fit config.json")
     for name, shape in wanted.items():
         with safe_open(where[name], "pt", device=str(device)) as f:  # one open a tensor: its pages are let go again
-            piece = f.get_slice(name)
-            if piece.get_shape() != list(shape):
-                shapes = f"has shape {piece.get_shape()}, config.json asks for {list(shape)}"
-                raise UsageError(f"{where[name]}: tensor {name} {shapes}")
-            tensor = f.get_tensor(name).to(dtype) if mesh is None else shard.part(piece, name, dtype, mesh)
+            found = f.get_slice(name)
+            if found.get_shape() != list(shape) or found.get_dtype() not in STORED:
+                stored = f"is {found.get_dtype()} of shape {found.get_shape()}"
+                asked = f"config.json asks for {list(shape)}, and {', '.join(STORED)} can be read"
+                raise UsageError(f"{where[name]}: tensor {name} {stored}; {asked}")
+            tensor = f.get_tensor(name).to(dtype) if mesh is None else shard.part(found, name, dtype, mesh)
+        if check and not torch.stack(shard.local(tensor).aminmax()).isfinite().all():  # NaN is both least and most
+            way = "use other weights, another --dtype, or --no-check to load them anyway"
+            raise UsageError(f"{where[name]}: tensor {name} holds NaN or infinity; {way}")
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
     model.tie()
@@ -204,10 +222,10 @@ def save(model: nn.Module, folder: Path, tokenizer_json=None, eos_token_id=None,
     plan = split_torch_state_dict_into_shards(tensors, max_shard_size=LARGEST)
     for file, names in plan.filename_to_tensors.items():
         some = {name: tensors[name] for name in names}
-        write(folder / file, lambda path, some=some: save_file(some, path, metadata={"format": "pt"}))
+        write(folder / file, functools.partial(save_file, some, metadata={"format": "pt"}))
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
-    write_text(folder / "config.json", json.dumps(raw, indent=2) + "\n")
     if tokenizer_json is not None:
         write_text(folder / "tokenizer.json", tokenizer_json)
+    write_text(folder / "config.json", json.dumps(raw, indent=2) + "\n")  # last: without it this is no checkpoint

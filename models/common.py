@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,7 @@ class Normalise(torch.autograd.Function):
 class Linear(nn.Linear):
     """nn.Linear with a seam: an adapter, `adapter(base, x)`, may change what goes into the frozen map and comes out."""
 
-    adapter = None  # no parameter: names stay the checkpoint's own
+    adapter: Callable | None = None  # no parameter: names stay the checkpoint's own
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) if self.adapter is None else self.adapter(self.base, x)
@@ -121,20 +122,22 @@ class Taps:
 
     `at`: (rows, cols), two int64 vectors of length P, or None for every position. `layers`: layer indices, or None for
     all. After the pass `stack()` is [L, P, D] in the order given ([L, B, T, D] without `at`), attached to the graph.
+    With `residual` it is the stream after that addition instead.
 
         taps = Taps()
         logits = model(ids, taps=taps)   # ids [B, T] -> [B, T, V]
         taps.stack()                     # [L, B, T, D]
     """
 
-    def __init__(self, at: At | None = None, layers: list[int] | None = None):
-        self.at, self.layers = at, layers
+    def __init__(self, at: At | None = None, layers: list[int] | None = None, residual: bool = False):
+        self.at, self.layers, self.residual = at, layers, residual
         self.outputs: dict[int, Tensor] = {}
 
-    def record(self, layer: int, attention_output: Tensor) -> None:
-        """Keep layer `layer`'s attention output [B, T, D] at the positions asked for, if the layer was asked for."""
+    def record(self, layer: int, attention_output: Tensor, stream: Tensor) -> None:
+        """Keep layer `layer`'s attention output [B, T, D], or the `stream` after it, where it was asked for."""
         if self.layers is None or layer in self.layers:
-            self.outputs[layer] = attention_output if self.at is None else attention_output[self.at]
+            wanted = stream if self.residual else attention_output
+            self.outputs[layer] = wanted if self.at is None else wanted[self.at]
 
     def last(self, layers: int) -> int:
         """The last layer asked for, in a model of `layers` layers."""
@@ -152,7 +155,7 @@ class Taps:
         return torch.stack(self.each())
 
 
-def device_of(model: Callable) -> torch.device:
+def device_of(model: Any) -> torch.device:
     """Where a model is, or the model inside a partial."""
     return getattr(model, "func", model).model.embed_tokens.weight.device
 

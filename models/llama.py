@@ -128,11 +128,11 @@ class Llama(nn.Module):
         for layer, block in enumerate(self.model.layers):
             seen, past = cache and cache.layer(layer), prefix and prefix.past(layer)
             a = block.attention_output(x, rope, seen, past)  # [B, T, D]: the attention output
+            x = x + a
             if taps is not None:
-                taps.record(layer, a)
+                taps.record(layer, a, x)
             if logits is False and layer == stop:
                 return None
-            x = x + a
             if layer == last and isinstance(logits, tuple):
                 x = x[logits]  # [P, D]: from here on only the positions asked for
             x = x + block.mlp_output(x)

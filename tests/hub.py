@@ -6,6 +6,10 @@
 Kinds are "model" and "dataset"; a revision is a branch, and its commit id is an answer too. Large files lie on the
 second port. Files named in `gated` repositories need the token `TOKEN`. `hub.requests` lists what was asked;
 `hub.cut[path] = [5, 0]` ends the next answers with that file after so many bytes.
+
+`hub.faults["/api/"] = [503, "hang"]` spoils the next answers to requests with that in their path: a status, or one of
+"hang" (no answer until the end), "gone" (the connection closes), "html" (a page), "loop" (a redirect to itself), "long"
+and "short" (a Content-Length that lies).
 """
 
 import contextlib
@@ -31,6 +35,8 @@ class Hub:
     cdn: str = ""
     requests: list[dict] = field(default_factory=list)
     cut: dict[str, list[int]] = field(default_factory=dict)
+    faults: dict[str, list] = field(default_factory=dict)
+    closed: threading.Event = field(default_factory=threading.Event)
 
     def commit(self, kind: str, repo: str, revision: str) -> str:
         """The commit id of a branch: a hash of what it holds."""
@@ -77,6 +83,7 @@ def serve(repos: Repos, gated: tuple[str, ...] = ()) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.closed.set()
         for server in servers:
             server.shutdown()
             server.server_close()
@@ -85,6 +92,7 @@ def serve(repos: Repos, gated: tuple[str, ...] = ()) -> Iterator[Hub]:
 class Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.0"  # a connection a request, so nothing outlives the server
+    lie = 0  # added to the length of an answer
 
     def log_message(self, *_):
         pass
@@ -98,6 +106,10 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(
             {**asked, "range": self.headers.get("Range"), "token": self.headers.get("Authorization")}
         )
+        if (fault := next((f.pop(0) for part, f in self.hub.faults.items() if f and part in path), None)) is not None:
+            self.lie = {"long": 10, "short": -10}.get(fault, 0)
+            if not self.lie:
+                return self.spoil(fault)
         parts = [unquote(part) for part in path.strip("/").split("/")]
         if parts[0] == "cdn":
             return self.file(*self.large(parts[1]))
@@ -174,9 +186,20 @@ class Handler(BaseHTTPRequestHandler):
     def refuse(self, status: int, code: str, headers: dict[str, str] | None = None) -> None:
         self.answer(status, b"", {"X-Error-Code": code, "X-Error-Message": code, **(headers or {})})
 
+    def spoil(self, fault: int | str) -> None:
+        """An answer that is none."""
+        if fault == "hang":
+            self.hub.closed.wait(60)
+        elif fault == "html":
+            self.answer(200, b"<html>Please log in to this network</html>", {"Content-Type": "text/html"})
+        elif fault == "loop":
+            self.answer(302, b"", {"Location": self.path})
+        elif fault != "gone":
+            self.answer(fault, b"<html>sorry</html>", {"Content-Type": "text/html"})
+
     def answer(self, status: int, body: bytes, headers: dict[str, str], cut: int | None = None) -> None:
         self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+        for key, value in {"Content-Length": str(max(len(body) + self.lie, 0)), **headers}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":

@@ -184,32 +184,37 @@ def twin_theta(twin, adapter, gradients: bool = False) -> torch.Tensor:
 
 
 MIXES = {"sft": {"ce": 1.0}, "ia2": {"mse": 1.0}, "soft": {"kl": 1.0}, "mixed": {"mse": 0.3, "ce": 0.7}}
+MIXES |= {"hidden": {"hidden": 1.0}}
 
 
 def make_rows(count: int, seed: int, k: int = 6) -> list[Row]:
     """Random rows of 2 to 7 prompt and 1 to 3 answer tokens with random teacher targets (two layers of 32 units)."""
-    g = torch.Generator().manual_seed(seed)
+    g, more = (torch.Generator().manual_seed(s) for s in (seed, seed + 1000))
     made = []
     for _ in range(count):
         T, P = (int(torch.randint(low, high, (), generator=g)) for low, high in ((2, 8), (1, 4)))
         ids = torch.randint(0, VOCABULARY, (T + P,), generator=g).tolist()
         soft, soft_ids = (2 * torch.randn(P, VOCABULARY, generator=g)).log_softmax(-1).topk(k)
-        made.append(Row(ids[:T], ids[T:], 0.3 * torch.randn(2, P, 32, generator=g), soft, soft_ids))
+        activations, states = (0.3 * torch.randn(2, P, 32, generator=x) for x in (g, more))
+        made.append(Row(ids[:T], ids[T:], activations, soft, soft_ids, states))
     return made
 
 
 def plain_loss(twin, row: Row, mix: dict[str, float]) -> torch.Tensor:
     """One row's loss, written out: hooks on transformers' attention, means over answer positions, sum over layers."""
-    caught = []
+    caught, streams = [], []
     blocks = [m for name, m in twin.named_modules() if name.endswith("self_attn")]
+    norms = [m for name, m in twin.named_modules() if name.endswith("post_attention_layernorm")]
     handles = [b.register_forward_hook(lambda module, args, out: caught.append(out[0])) for b in blocks]
+    handles += [norm.register_forward_pre_hook(lambda module, args: streams.append(args[0])) for norm in norms]
     logits = twin(torch.tensor([row.prompt + row.answer[:-1]])).logits[0, -len(row.answer) :].double()
     for handle in handles:
         handle.remove()
     total = 0.0
-    if "mse" in mix:
-        layers = zip(caught, row.activations, strict=True)
-        total += mix["mse"] * sum((a[0, -len(row.answer) :].double() - t.double()).pow(2).mean() for a, t in layers)
+    for name, tapped, wanted in (("mse", caught, row.activations), ("hidden", streams, row.states)):
+        if name in mix:
+            layers = zip(tapped, wanted, strict=True)
+            total += mix[name] * sum((a[0, -len(row.answer) :].double() - t.double()).pow(2).mean() for a, t in layers)
     if "ce" in mix:
         said = sum(torch.log(p.softmax(0)[t]) for p, t in zip(logits, row.answer, strict=True))
         total -= mix["ce"] * said / len(row.answer)

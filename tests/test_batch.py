@@ -203,12 +203,38 @@ def test_any_text_survives_template_tokenizer_and_batch(prompt, answer, shown, b
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(prompt=TEXT, answer=TEXT.filter(bool))
-def test_any_text_survives_a_real_tokenizer_or_is_named(qwen, prompt, answer):
+def test_any_text_survives_a_real_tokenizer_and_a_label_that_merges_is_named(qwen, prompt, answer):
     text = f"Text:{prompt}\nLabel:"
+    row = truth_row(Example(text, answer), qwen, end=True)
+    apart = unicodedata.normalize("NFC", text) + unicodedata.normalize("NFC", answer)
+    assert row.prompt == qwen.encode(text)
+    assert qwen.decode(row.prompt + row.answer) in (apart, unicodedata.normalize("NFC", text + answer))
     try:
-        row = truth_row(Example(text, answer), qwen, end=True)
+        labelled = truth_row(Example(text, answer, 0), qwen, end=True)
     except UsageError as error:
         assert "merges" in str(error)
-        assert qwen.encode(text + answer) != qwen.encode(text) + qwen.encode(answer)
+        assert qwen.encode(text + answer) != row.prompt + row.answer[:-1]
     else:
-        assert qwen.decode(row.prompt + row.answer) == unicodedata.normalize("NFC", text + answer)
+        assert labelled == row
+
+
+def test_what_goes_to_a_gpu_is_pinned_first(monkeypatch):
+    """Else a copy that claims not to block does."""
+    pinned, sent = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.data_ptr()) or tensor)
+    plain = torch.Tensor.to
+
+    def to(tensor, *where, **how):
+        if where and str(where[0]) == "cuda":
+            sent.append((tensor.data_ptr(), how))
+            return tensor
+        return plain(tensor, *where, **how)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    rows = [[Row([1, 2, 3], [4]), Row([1], [2, 3])]]
+    batch = collate(rows, "cuda", pack=True)
+    assert sent == [(address, {"non_blocking": True}) for address in pinned] and len(sent) >= 5
+    assert batch.ids.data_ptr() in pinned
+    pinned.clear()
+    collate(rows)
+    assert not pinned

@@ -13,12 +13,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench import choice, effect, gain, inference, report, timing, training  # noqa: E402
+from bench import causes, choice, effect, gain, inference, report, timing, training  # noqa: E402
 from bench.__main__ import main  # noqa: E402
 from bench.shapes import stand  # noqa: E402
-from ia2mini import UsageError, adapted, draw_episode, open_subject  # noqa: E402
+from ia2mini import UsageError, adapted, draw_episode, graphs, open_subject  # noqa: E402
 from ia2mini.batch import Row  # noqa: E402
 from ia2mini.cli import progress  # noqa: E402
+from ia2mini.cost import Pass, flops  # noqa: E402
 from ia2mini.episode import with_demonstrations  # noqa: E402
 from ia2mini.experiment import FURTHER  # noqa: E402
 from ia2mini.options import Options  # noqa: E402
@@ -39,11 +40,11 @@ def test_flops_formula_matches_torch_counter(tiny, method):
     step = training.OurStep(tiny, [rows], phase, tiny.theta())
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         step.gradient()
-    formula = timing.flops(tiny.config, rows=4, tokens=10, positions=12, head=head, backward=True, rank=8)
+    formula = flops(tiny.config, Pass(4, 10, 12, head, backward=True, rank=8))
     assert formula == pytest.approx(counter.get_total_flops(), rel=0.01)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         tiny.model(step.batch.ids, logits=step.batch.at if head else False)
-    assert timing.flops(tiny.config, 4, 10, 12, head) == counter.get_total_flops()
+    assert flops(tiny.config, Pass(4, 10, 12, head)) == counter.get_total_flops()
 
 
 def test_both_peers_compute_what_we_compute(tiny):
@@ -109,6 +110,34 @@ def test_the_effect_is_what_the_librarys_document_says(tmp_path, monkeypatch):
     cells = {c["method"]: c for c in document["cells"] if (c["task"], c["ood"]) == ("toy-mood", False)}
     over = {name: 100 * (cells[name]["acc_mean"] - cells["sft"]["acc_mean"]) for name in ("ia2-sft", "icl")}
     assert (mood.rates["points gain"], mood.rates["points lead"]) == pytest.approx((over["ia2-sft"], over["icl"]))
+
+
+def test_the_matrix_of_causes_compares_the_same_sets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(effect.TASKS, "classification", ("toy-mood", "toy-topic"))
+    options = Options(n=(2,), sets=2, eval_rows=10, epochs=1, rates=(1e-2,))
+    found = causes.causes(open_subject("tiny", "cpu"), options, "classification")
+    documents = [json.loads(file.read_text()) for file in Path("runs").glob("*/results.json")]
+    what = "classification, N = 2"
+    lines = {line.stack: line.rates for line in found.lines if line.what == what}
+    names = {
+        f"{first}{then}, {teacher}" for first in causes.MATCHED for then in ("", "-sft") for teacher in causes.TEACHERS
+    }
+    assert lines.keys() == {*causes.CONTROLS, *names} and len(documents) == 4
+    each = {d["config"]["teacher"]: [c for c in d["cells"] if not c["ood"]] for d in documents}
+    for teacher, cells in each.items():
+        mean = fmean(c["nll_oracle_mean"] for c in cells if c["method"] == "hidden-sft")
+        assert lines[f"hidden-sft, {teacher}"]["nll_oracle"] == pytest.approx(mean)
+
+    def accuracies(teacher, method):
+        return [acc for c in each[teacher] if c["method"] == method for acc in c["acc"]]
+
+    pairs = zip(accuracies("true", "ia2-sft"), accuracies("other", "ia2-sft"), strict=True)
+    gain = 100 * fmean(a - b for a, b in pairs)
+    assert any(
+        f"{what}: acc: ia2-sft, true against ia2-sft, other: {gain:+.1f} (95 % " in said for said in found.remarks
+    )
+    assert any("risk-coverage curve: ia2-sft, true against sft: " in said for said in found.remarks)
 
 
 def test_rules_for_the_rate_judged_by_hand(tmp_path, monkeypatch):
@@ -190,7 +219,7 @@ def test_the_figure_of_gains_reads_the_newest_results(tmp_path):
 def test_options_of_the_command():
     shown = CliRunner().invoke(main, ["cell", "--help"])
     assert shown.exit_code == 0 and "--select" in shown.stdout and "dev" in shown.stdout
-    for name in set(main.commands) - {"cell", "effect", "choice", "race"}:
+    for name in set(main.commands) - {"cell", "effect", "causes", "choice", "race"}:
         shown = CliRunner().invoke(main, [name, "--help"])
         assert shown.exit_code == 0 and "--select" not in shown.stdout
     wrong = CliRunner().invoke(main, ["--shape", "tiny", "step"])
@@ -217,6 +246,32 @@ def test_race_takes_turns_and_reports_median_and_spread():
     times = timing.race({"us": lambda: turns.append("us"), "them": lambda: turns.append("them")}, repeats=3)
     assert turns == ["us", "them"] * 4  # a round to warm up, then three
     assert times["us"].repeats == 3 and times["us"].low <= times["us"].seconds <= times["us"].high
+
+
+def test_recordings_are_made_before_anything_is_timed(monkeypatch):
+    """A stand-in recorder whose recording, as the calls before it, is slow: only replays are timed, and it is said."""
+
+    class Recorder:
+        def __init__(self, device):
+            pass
+
+        def __call__(self, function):
+            calls.append("recording")
+            return lambda: calls.append("replay"), None
+
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", Recorder)
+    calls, timed, turns = [], [], []
+    step = graphs.CapturedStep(lambda: calls.append("eager"), torch.device("cpu"))
+    plain = timing.Timing.of
+    monkeypatch.setattr(timing.Timing, "of", lambda values: timed.append(len(values)) or plain(values))
+    timing.recorded()
+    timing.race({"us": step, "them": lambda: turns.append(1)}, repeats=3)
+    assert calls[: graphs.OFTEN + 1] == ["eager"] * graphs.OFTEN + ["recording"]
+    assert timed == [3, 3] and calls[-3:] == ["replay"] * 3 and "eager" not in calls[graphs.OFTEN + 1 :]
+    assert len(turns) == graphs.OFTEN + 1 + 1 + 3, "the others warm up as long"
+    rounds = graphs.OFTEN + 1 + 1 + 3
+    said = f"CUDA graphs: recorded 1 ×, {rounds - graphs.OFTEN} of {rounds} calls replayed, warming up included"
+    assert timing.recorded() == said and timing.recorded() == ""
 
 
 def test_tensors_are_counted_at_their_most():

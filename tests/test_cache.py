@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ia2mini.models import Taps, load
-from ia2mini.models.cache import Cache, Packed, Prefix
+from ia2mini.models.cache import Cache, Packed, Prefix, folded
 from reference import assert_equal, make_checkpoint, our_pass, random_ids, upstream, upstream_pass
 
 families = pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -159,3 +160,18 @@ def test_packed_documents_are_computed_as_if_alone(tiny):
     alone, outputs = zip(*(our_pass(tiny, ids) for ids in documents))
     torch.testing.assert_close(logits, torch.cat(alone, 1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(taps.stack(), torch.cat(outputs, 2), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 2, 7, 7), (2, 6, 2, 1, 9), (2, 4, 4, 5, 5)])
+def test_masked_attention_with_folded_heads_is_that_with_grouped_ones(shape):
+    """What runs on a GPU, where a mask and `enable_gqa` together have no fused kernel."""
+    B, H, K, T, S = shape
+    q, k, v = (torch.randn(B, heads, n, 8, requires_grad=True) for heads, n in ((H, T), (K, S), (K, S)))
+    mask = torch.rand(B, 1, T, S) < 0.5
+    mask[..., 0] = True
+    found, weight = [], torch.randn(B, H, T, 8)
+    for function in (lambda *a: F.scaled_dot_product_attention(*a, enable_gqa=True), folded):
+        out = function(q, k, v, mask)
+        found.append((out, *torch.autograd.grad((out * weight).sum(), (q, k, v))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

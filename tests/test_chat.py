@@ -77,6 +77,10 @@ def test_a_template_in_a_file_of_its_own_comes_first(tmp_path):
         ("{{ raise_exception('no') }}", "refuses these turns: no"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails"),
         ("{{ messages.append(1) }}", "fails"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails"),
+        ("{{ 'a'.encode('no such code') }}", "fails"),
+        ("{{ '%d' % 'a' }}", "fails"),
+        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "broken"),
         (None, "needs a chat template"),
         (["two"], "needs a chat template"),
     ],
@@ -84,6 +88,12 @@ def test_a_template_in_a_file_of_its_own_comes_first(tmp_path):
 def test_a_template_that_is_missing_broken_or_hostile_is_one_line(tmp_path, template, said):
     folder = checkpoint(tmp_path, template)
     refused(lambda: ChatTemplate(folder, Tokenizer.from_folder(folder))("hi"), said)
+
+
+def test_a_template_file_that_is_not_text_is_one_line(tmp_path):
+    folder = checkpoint(tmp_path, None)
+    (folder / "chat_template.jinja").write_bytes(b"{{ 1 }}\n\xff")
+    refused(lambda: ChatTemplate(folder, Tokenizer.from_folder(folder)), "chat_template.jinja:2: not UTF-8")
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,14 @@
 """Checkpoints: where they are found, what is refused and how it is said, loading memory, saving."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from ia2mini.models import checkpoint as module
 from ia2mini.models import load
 from ia2mini.models.checkpoint import SHORT_NAMES, locate, save
@@ -22,6 +24,8 @@ from reference import (
     upstream_pass,
 )
 from safetensors.torch import load_file, save_file
+
+from ia2mini.cli import main
 
 families = pytest.mark.parametrize("family", ["llama", "qwen3"])
 
@@ -106,6 +110,7 @@ WRONG_NAMES = [
     "deeper\\m",
     "",
     "a\nb",
+    "9" * 300,
     1.5,
     None,
 ]
@@ -183,7 +188,7 @@ def test_peak_memory_of_loading_is_near_the_weights(tmp_path, stored):
 
 def test_short_names_are_hub_ids(monkeypatch):
     asked = []
-    monkeypatch.setattr(module, "download", lambda hub_id, revision: asked.append((hub_id, revision)))
+    monkeypatch.setattr(module, "download", lambda hub_id, revision, files: asked.append((hub_id, revision)))
     for name in ("qwen3-4b-base", "Llama-3.2-1B", "llama-3.2-3b", "llama-3.2-1b-instruct", "someone/else"):
         locate(name, "r1")
     ids = [
@@ -238,3 +243,63 @@ def test_bfloat16_is_saved_as_such(tmp_path):
     assert json.loads((tmp_path / "second" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert {t.dtype for t in load_file(tmp_path / "second" / "model.safetensors").values()} == {torch.bfloat16}
     assert not (tmp_path / "second" / "tokenizer.json").exists()
+
+
+@families
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_weight_that_is_no_number_is_named(tmp_path, family, bad, stored):
+    folder, name = make_checkpoint(tmp_path, family, dtype=stored), "model.layers.1.mlp.up_proj.weight"
+    rewrite(folder, lambda t: t[name].view(-1)[-1:].fill_(bad))
+    for dtype in (torch.float32, torch.bfloat16):
+        refused(
+            lambda dtype=dtype: load(folder, dtype), "model.safetensors", f"{name} holds NaN or infinity", "--no-check"
+        )
+    model, _ = load(folder, check=False)
+    assert model.model.layers[1].mlp.up_proj.weight.isfinite().sum() == 48 * 32 - 1
+    prompt = ["generate", "--model", str(folder), "--prompt", "a", "--max-tokens", "1"]
+    asked = CliRunner().invoke(main, prompt)
+    assert asked.exit_code == 2 and asked.stderr.count("\n") == 1 and f"{name} holds NaN" in asked.stderr
+    assert CliRunner().invoke(main, [*prompt, "--no-check"]).exit_code == 0
+
+
+def test_large_finite_weights_are_fine_and_one_too_large_for_the_type_is_not(tmp_path):
+    folder, name = make_checkpoint(tmp_path, "llama"), "model.layers.0.mlp.up_proj.weight"
+    rewrite(folder, lambda t: t[name].fill_(3e38))  # their sum is infinite
+    assert load(folder)[0].model.layers[0].mlp.up_proj.weight.min() == torch.tensor(3e38)
+    refused(lambda: load(folder, torch.float16), name, "another --dtype")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn, torch.bool])
+def test_weights_of_another_kind_are_refused(tmp_path, dtype):
+    folder, name = make_checkpoint(tmp_path, "llama"), "model.layers.0.mlp.up_proj.weight"
+    rewrite(folder, lambda t: t.update({name: t[name].to(dtype)}))
+    refused(lambda: load(folder), name, "F32, BF16, F16, F64 can be read")
+
+
+def test_links_that_leave_the_folder_are_not_followed_but_those_of_the_hubs_cache(tmp_path):
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1", tmp_path / "models--a--b" / "blobs"
+    folder = make_checkpoint(snapshot, "llama")
+    file = folder / "model.safetensors"
+    blobs.mkdir()
+    for place, fine in ((tmp_path / "elsewhere.safetensors", False), (blobs / ("a" * 64), True)):
+        file.resolve().rename(place)
+        file.unlink(missing_ok=True)
+        file.symlink_to(place)
+        if fine:
+            load(folder)
+        else:
+            refused(lambda: load(folder), "model.safetensors: a link out of its folder")
+    (tmp_path / "name").symlink_to(folder)  # a folder may be a link itself
+    load(tmp_path / "name")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "generation_config.json"])
+def test_a_pipe_or_folder_for_a_file_is_no_hang(tmp_path, name):
+    folder = make_checkpoint(tmp_path, "llama")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    refused(lambda: load(folder), str(folder))
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    refused(lambda: load(folder), str(folder))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ia2mini.models import UsageError
 
-from ia2mini.episode import draw_episode, seeded, with_demonstrations
+from ia2mini.episode import controlled, draw_episode, seeded, with_demonstrations
 from ia2mini.tasks import Example
 
 POOL = [Example(f"Text:row {i}\nLabel:", str(i % 2), i % 2) for i in range(60)]
@@ -90,3 +90,26 @@ def test_a_prompt_with_demonstrations_byte_for_byte():
     expected = "Text:a fine film \nLabel:1\n\nText:dull\nLabel:0\n\nText:so so\nLabel:"
     assert with_demonstrations(shown, "Text:so so\nLabel:") == expected
     assert with_demonstrations([], "Text:so so\nLabel:") == "Text:so so\nLabel:"
+
+
+def test_what_controls_show_the_teacher():
+    pool = [Example(f"Text:row {i}\nLabel:", f"answer {i}", i % 2) for i in range(60)]
+    episode, other = draw_episode(pool, 5, 1, more=3), draw_episode(POOL, 5, 1, more=3)
+    assert controlled(episode, "true", None) is episode
+    nothing = controlled(episode, "none", None)
+    assert nothing.demonstrations == [[]] * 7 and nothing.more_demonstrations == [[]] * 3
+    another = controlled(episode, "other", lambda: other)
+    assert (another.demonstrations, another.more_demonstrations) == (other.demonstrations, other.more_demonstrations)
+    moved = controlled(episode, "shuffled", None, seed=3)
+    answers = {row.prompt: row.answer for row in episode.train}
+    seen = {row.prompt: row for shown in moved.demonstrations + moved.more_demonstrations for row in shown}
+    assert seen.keys() == answers.keys() and sorted(row.answer for row in seen.values()) == sorted(answers.values())
+    assert all(
+        row.answer != answers[row.prompt] and pool[int(row.answer[7:])].label == row.label for row in seen.values()
+    )
+    for before, after in zip(episode.demonstrations, moved.demonstrations, strict=True):
+        assert [row.prompt for row in before] == [row.prompt for row in after]
+        assert all(seen[row.prompt] == row for row in after)  # the same wrong answer before every query
+    for control in (nothing, another, moved):  # what is trained on and evaluated stays
+        assert (control.train, control.dev, control.icl) == (episode.train, episode.dev, episode.icl)
+        assert control.unlabelled == episode.unlabelled

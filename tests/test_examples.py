@@ -1,8 +1,19 @@
 """The scripts in examples/ run as they stand, and what they print is right."""
 
+import json
 import re
 import runpy
+import shutil
 from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from ia2mini.models.checkpoint import SHORT_NAMES
+from reference import make_checkpoint
+
+from ia2mini.cli import main, run
+from ia2mini.methods import METHODS
+from ia2mini.tasks import find_task
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -20,3 +31,37 @@ def test_ia2_by_hand_beats_sft_and_is_short(capsys):
     assert float(said["ia2"]) > float(said["sft"]) + 0.2
     until_own_loss = (EXAMPLES / "ia2_by_hand.py").read_text().split("def cosine")[0]
     assert until_own_loss.count("\n") <= 30
+
+
+PAPER = (Path(__file__).parents[1] / "docs" / "paper.md").read_text(encoding="utf-8")
+COMMANDS = [part.removeprefix("ia2mini run ") for part in PAPER.split("`") if part.startswith("ia2mini run ")]
+
+
+def test_every_table_and_figure_of_the_paper_has_a_command():
+    first = [line.split("|")[1].strip() for line in PAPER.splitlines() if line.startswith("| ")]
+    assert [name for name in first if name.startswith("Table")] == [f"Table {i}" for i in range(1, 21)]
+    figures = ["Figure 1", "Figure 2", "Figures 3, 5", "Figure 4", "Figure 6"]
+    assert [name for name in first if name.startswith("Figure")] == figures
+    assert len(set(COMMANDS)) == len(COMMANDS) >= 33
+    for command in COMMANDS:
+        given = run.make_context("run", command.split()).params
+        assert all(find_task(task).train for task in given["names"]) and given["model"] in SHORT_NAMES
+        assert not given["methods"] or set(given["methods"]) <= {"base", "icl", *METHODS}
+
+
+@pytest.mark.parametrize("which", ["sst2 .* ia3 --select", "gsm8k .*soft"])
+def test_commands_of_the_paper_run_from_end_to_end(which, tmp_path, shared_data):
+    """On a small random model with the real tokenizer, few rows."""
+    command = next(command for command in COMMANDS if re.match(which, command))
+    changes = {"vocab_size": 128_256, "hidden_size": 8, "head_dim": 4, "num_hidden_layers": 1, "eos_token_id": 0}
+    folder = make_checkpoint(tmp_path / "model", "llama", **changes)
+    shutil.copy(shared_data / "tokenizers" / "llama3" / "tokenizer.json", folder)
+    words = re.sub(r"--model \S+", f"--model {folder}", command).split()
+    words[words.index("--n") + 1] = "2"
+    less = "--sets 1 --eval-rows 2 --epochs 1 --betas 0.5 --rates 1e-3 --json --out".split()
+    done = CliRunner().invoke(main, ["run", *words, "--data-dir", str(shared_data), *less, str(tmp_path / "runs")])
+    assert done.exit_code == 0, done.output + done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    asked = run.make_context("run", words).params["methods"]
+    assert {cell["method"] for cell in document["cells"]} == set(asked)
+    assert all(0 <= cell["acc_mean"] <= 1 for cell in document["cells"])

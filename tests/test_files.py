@@ -1,6 +1,7 @@
 """Files: whole or not there, and one line for what cannot be read or written."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ from mistakes import refused
 from reference import make_checkpoint
 
 from ia2mini import UsageError
-from ia2mini.files import finite, read_json, write, write_text
+from ia2mini.files import finite, read_json, read_sealed, sealed, sweep, write, write_json, write_text
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,7 @@ def test_files_that_cannot_be_read(tmp_path):
     refused(lambda: read_json(tmp_path / "none.json"), "none.json: no such file")
     refused(lambda: read_json(tmp_path), f"{tmp_path}: cannot be read")
     (tmp_path / "latin.json").write_bytes(b'{"a": "\xe9"}')
-    refused(lambda: read_json(tmp_path / "latin.json"), "latin.json: not valid JSON")
+    refused(lambda: read_json(tmp_path / "latin.json"), "latin.json:1: not UTF-8 (byte 0xe9)")
 
 
 def test_numbers_that_json_lacks_become_null():
@@ -66,3 +67,33 @@ def test_saving_to_a_full_disk_leaves_nothing(tmp_path):
     )
     assert done.stdout.count("\n") == 1 and "model.safetensors: cannot be written" in done.stdout
     assert os.listdir(tmp_path / "second") == []
+
+
+def test_a_message_is_one_line_of_bounded_length():
+    assert str(UsageError("a\nb\r\nc")) == "a b c"
+    long = str(UsageError("begin" + "x" * 100_000 + "end"))
+    assert len(long) < 1000 and long.startswith("begin") and long.endswith("end")
+
+
+def test_pipes_and_devices_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    for name in ("pipe.json", "zero.json"):
+        refused(lambda name=name: read_json(tmp_path / name), f"{name}: cannot be read (it is not a file)")
+
+
+def test_sealed_content_is_found_changed_or_moved(tmp_path):
+    path, content = tmp_path / "a" / "x.json", {"a": [1.5, float("nan")], "b": "é"}
+    write_json(path, sealed(path, content))
+    assert read_sealed(path) == {"a": [1.5, None], "b": "é"}
+    (tmp_path / "y.json").write_bytes(path.read_bytes())
+    refused(lambda: read_sealed(tmp_path / "y.json"), "y.json: its content is not what was written")
+    path.write_text(path.read_text().replace("1.5", "1.25"))
+    refused(lambda: read_sealed(path), "its content is not what was written")
+
+
+def test_temporary_files_of_impossible_processes_are_swept(tmp_path):
+    left = tmp_path / f".x.{platform.node()}.{10**30}.y"
+    left.write_text("")
+    sweep(tmp_path / "x")
+    assert not left.exists()

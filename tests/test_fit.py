@@ -113,13 +113,13 @@ def test_the_reports_numbers_are_those_of_scikit_learn(fitted):
     assert found["ece_without_temperature"] == pytest.approx(ece(raw.max(1), gold == p.argmax(1)), abs=1e-3)
 
 
-@pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
-def test_the_temperature_is_the_one_an_optimiser_finds(scale):
+@pytest.mark.parametrize("scale, n", [(0.3, 40), (1.0, 40), (4.0, 40), (6.0, 5)])
+def test_the_temperature_is_the_one_an_optimiser_finds(scale, n):
     g = torch.Generator().manual_seed(3)
-    gold = torch.randint(0, 3, (40,), generator=g)
-    scores = scale * (torch.randn(40, 3, generator=g) + 1.5 * torch.nn.functional.one_hot(gold, 3)).log_softmax(-1)
-    target = np.full((40, 3), 1 / 42 / 2)
-    target[np.arange(40), gold] = 41 / 42
+    gold = torch.randint(0, 3, (n,), generator=g)
+    scores = scale * (torch.randn(n, 3, generator=g) + 1.5 * torch.nn.functional.one_hot(gold, 3)).log_softmax(-1)
+    target = np.full((n, 3), 1 / (n + 2) / 2)
+    target[np.arange(n), gold] = (n + 1) / (n + 2)
 
     def loss(log_t: float) -> float:
         return -(target * (scores.double() / np.exp(log_t)).log_softmax(-1).numpy()).sum(1).mean()
@@ -129,6 +129,23 @@ def test_the_temperature_is_the_one_an_optimiser_finds(scale):
     assert np.log(found) == pytest.approx(best.x, abs=0.026) and loss(np.log(found)) == pytest.approx(
         best.fun, abs=1e-3
     )
+
+
+def test_no_row_chooses_the_rate_by_which_it_is_judged(subject):
+    """Of each fold's rows the rate is taken that is best on all others, by hand; over all rows together another."""
+    cv = cross_validation(subject, toy_rows(12), replace(QUICK, rates=(1e-3, 1e-2), temperature=False))
+    every = torch.zeros(2, 12, 2)
+    for number, fold in enumerate(cv.folds):
+        for row in fold.test:  # a fold's own rows like what the others do not
+            every[:, row, cv.gold[row]] = torch.tensor([[2.0, 0.0], [0.0, 3.0], [1.0, 1.5]][number])
+    cv.once = lambda name, make: {"scores": every}
+    found, loss = cv.candidate("sft"), -every.log_softmax(-1)[:, torch.arange(12), cv.gold]
+    for fold, pick in zip(cv.folds, found.picks, strict=True):
+        others = [row for row in range(12) if row not in fold.test]
+        assert pick == min((0, 1), key=lambda rate: loss[rate, others].mean())
+        assert torch.equal(found.scores[fold.test], every[pick, fold.test])
+    assert found.picks == (1, 0, 1) and found.rate == 1
+    assert torch.allclose(found.losses, -found.scores.log_softmax(-1)[torch.arange(12), cv.gold])
 
 
 def test_without_temperature_probabilities_stay_the_models(subject):

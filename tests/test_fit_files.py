@@ -122,7 +122,7 @@ def test_a_damaged_field_is_named_and_a_bug_of_ours_is_not_disguised(saved, tmp_
         ("empty.csv", "", ("empty.csv", "holds no rows")),
         ("header.csv", "text,label\n", ("header.csv", "holds no rows")),
         ("latin.csv", "text,label\ngood \xff,0\n", ("latin.csv:2", "UTF-8")),
-        ("none.csv", None, ("none.csv", "No such file")),
+        ("none.csv", None, ("none.csv", "no such file")),
     ],
 )
 def test_rows_that_cannot_be_scored_are_one_line(saved, tmp_path, name, text, said):

@@ -1,6 +1,7 @@
 """Recorded steps against plain ones. Without a GPU a tape is the CUDA graph: it replays operations, never Python."""
 
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -17,7 +18,7 @@ from ia2mini.adapters import IA3, LoRA, PrefixTuning, Prompt
 from ia2mini.batch import Row, collate
 from ia2mini.generate import Decoding, generate
 from ia2mini.tokenizer import Tokenizer
-from ia2mini.train import Runs, Settings, train_runs
+from ia2mini.train import Runs, Settings, train_in_parts, train_runs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ADAPTERS = {"lora": LoRA, "ia3": IA3, "prompt": lambda m: Prompt(m, 3), "prefix": lambda m: PrefixTuning(m, 3)}
@@ -120,6 +121,8 @@ def on_device(rows: list[list[Row]]) -> list[list[Row]]:
     "kind, mix", [("lora", "mixed"), ("lora", "soft"), ("ia3", "ia2"), ("prompt", "sft"), ("prefix", "ia2")]
 )
 def test_training_recorded_equals_training(model, recorded, monkeypatch, kind, mix, batch_size):
+    """Runs leave at once, or half of them together: either way the same with recordings."""
+    monkeypatch.setattr(ia2mini.train, "launch_bound", lambda *step: batch_size == 4)
     adapter, R, calls = ADAPTERS[kind](model), 4, []
     plain_losses = ia2mini.train.losses
     monkeypatch.setattr(ia2mini.train, "losses", lambda *args: calls.append(1) or plain_losses(*args))
@@ -210,3 +213,89 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch):
         assert bad() == 5
     assert DEVICE not in graphs.RECORDERS
     assert (bad(), float(good()), float(good())) == (6, 7, 8), "nor is anything recorded before replayed again"
+
+
+def race_of(model, R: int = 8, dev: int = 50) -> tuple:
+    """Runs that end at different steps, as arguments of `train_runs`."""
+    adapter = LoRA(model)
+    rows = [on_device([make_rows(4, seed + r) for r in range(R)]) for seed in (0, dev)]
+    rates = torch.logspace(-3, -0.5, R)[torch.randperm(R, generator=torch.Generator().manual_seed(0))]
+    mix, orders = {"mse": torch.ones(R, device=DEVICE)}, [partial(in_order, r) for r in range(R)]
+    return model, adapter, Runs(starts(adapter, model, R).to(DEVICE), rates, *rows, mix, orders)
+
+
+def test_half_of_a_batch_leaves_at_once_where_launching_costs_most(model, monkeypatch):
+    """More steps are replays; no run's steps, best step or weights change."""
+    if DEVICE == "cpu":
+        monkeypatch.setitem(graphs.RECORDERS, "cpu", Tape)
+    runs, found, replays, sizes = race_of(model), {}, {}, {}
+    plain_losses = ia2mini.train.losses
+    for halves in (False, True):
+        monkeypatch.setattr(ia2mini.train, "launch_bound", lambda *step, halves=halves: halves)
+        seen = sizes[halves] = []
+
+        def losses(student, batch, mix, layers, seen=seen):
+            seen.append(len(batch.weights))
+            return plain_losses(student, batch, mix, layers)
+
+        monkeypatch.setattr(ia2mini.train, "losses", losses)
+        graphs.COUNTED.clear()
+        found[halves] = train_runs(*runs, Settings(epochs=40, patience=2))
+        replays[halves] = graphs.COUNTED["replays"] / graphs.COUNTED["calls"]
+    once, together = found[False], found[True]
+    assert len(set(once.steps.tolist())) >= 4, "they end at different steps"
+    assert replays[True] > replays[False] + 0.05 and len(set(sizes[True])) < len(set(sizes[False]))
+    assert all(small <= large // 2 for large, small in zip(sizes[True], sizes[True][1:]) if small != large)
+    assert torch.equal(once.steps, together.steps) and torch.equal(once.best, together.best)
+    torch.testing.assert_close(together.theta, once.theta, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together.dev_loss, once.dev_loss, rtol=1e-4, atol=0)
+
+
+def test_what_a_step_costs_decides_how_runs_leave(model, monkeypatch):
+    few, many = (collate([make_rows(4, r) for r in range(R)]) for R in (1, 64))
+    assert not graphs.launch_bound(model.config, few), "nothing is recorded on a CPU"
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", Tape)
+    assert graphs.launch_bound(model.config, few) and graphs.launch_bound(model.config, many)
+    large = replace(model.config, hidden_size=8192, intermediate_size=28672)
+    assert graphs.launch_bound(large, few) and not graphs.launch_bound(large, many)
+
+
+class Crowded(Tape):
+    """Has no memory left for a recording of more than `room` runs."""
+
+    room = 1
+
+    def __call__(self, function):
+        if Crowded.room < Crowded.runs:
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            finally:  # so a capture ends: by an error of its own
+                raise RuntimeError("operation failed due to a previous error during capture")
+        return super().__call__(function)
+
+
+@pytest.mark.filterwarnings("ignore:operator")
+def test_out_of_memory_while_recording_means_fewer_runs_and_graphs_go_on(model, monkeypatch):
+    monkeypatch.setitem(graphs.RECORDERS, DEVICE, Crowded)
+    arguments = race_of(model, 4)
+    plain_losses = ia2mini.train.losses
+
+    def losses(student, batch, *more):
+        Crowded.runs = len(batch.weights)
+        return plain_losses(student, batch, *more)
+
+    monkeypatch.setattr(ia2mini.train, "losses", losses)
+    settings, Crowded.room = Settings(epochs=5), 2
+    graphs.COUNTED.clear()
+    with pytest.warns(UserWarning, match="out of memory with 4 runs side by side; going on with 2"):
+        found, most = train_in_parts(*arguments, settings)
+    assert most == 2 and graphs.COUNTED["replays"] and DEVICE in graphs.RECORDERS
+    monkeypatch.delitem(graphs.RECORDERS, DEVICE)
+    torch.testing.assert_close(found.theta, train_runs(*arguments, settings).theta, rtol=1e-4, atol=1e-5)
+    monkeypatch.setitem(graphs.RECORDERS, DEVICE, Crowded)
+    Crowded.room = 0
+    graphs.COUNTED.clear()
+    alone = arguments[2].take(torch.tensor([0]))
+    single, most = train_in_parts(model, arguments[1], alone, settings)
+    assert most == 1 and not graphs.COUNTED["replays"] and graphs.COUNTED["calls"], "a single run goes on unrecorded"
+    torch.testing.assert_close(single.theta, found.theta[:1], rtol=1e-4, atol=1e-5)

@@ -6,10 +6,12 @@ from functools import partial
 import pytest
 import torch
 from ia2mini.models import UsageError
+from ia2mini.models.common import checkpointed, wrap_blocks
 from reference import make_rows, peft_twin, plain_fit, relative
 from test_train import ADAPTERS, own_cross_entropy
 
 import ia2mini.train
+from ia2mini.cost import run_bytes
 from ia2mini.methods import METHODS, Grid
 from ia2mini.teacher import Taught
 from ia2mini.train import Settings, train_runs
@@ -23,6 +25,9 @@ PHASES = {  # method -> its phases: which rows, which losses (protocol section 4
     "sft-sft": [TRUTH, TRUTH],
     "ia2+sft": [("icl", {"mse": None, "ce": None})],  # 1 - β and β
     "soft": [("icl", {"kl": 1.0})],
+    "soft-sft": [("icl", {"kl": 1.0}), TRUTH],
+    "hidden-sft": [("icl", {"hidden": 1.0}), TRUTH],
+    "responses-sft": [("icl", {"ce": 1.0}), TRUTH],
 }
 
 
@@ -86,12 +91,40 @@ def test_runs_that_do_not_fit_into_memory_are_trained_in_portions(model, monkeyp
     whole = METHODS["sft"](make_grid(model, "lora"))
     monkeypatch.setattr(ia2mini.train, "train_runs", full)
     with pytest.warns(UserWarning, match="out of memory with 4 runs side by side; going on with 2"):
-        parts = METHODS["sft"](make_grid(model, "lora"))
-    assert tried == [4, 2, 2] and parts.steps.tolist() == whole.steps.tolist()
+        parts = METHODS["sft"](grid := make_grid(model, "lora"))
+    assert tried == [4, 2, 2] and grid.side_by_side == 2
+    METHODS["ia2"](grid)
+    assert tried[3:] == [2, 2], "the next phase begins with what memory has held"
+    assert parts.steps.tolist() == whole.steps.tolist()
     assert all(relative(x, y) <= 1e-5 for x, y in zip(parts.theta, whole.theta, strict=True))
     room = 0
     with pytest.warns(UserWarning), pytest.raises(UsageError, match="single run; use --checkpointing"):
         METHODS["sft"](make_grid(model, "lora"))
+
+
+def test_portions_are_estimated_before_memory_runs_out(model, monkeypatch):
+    tried, grid = [], make_grid(model, "lora")
+    monkeypatch.setattr(ia2mini.train, "train_runs", lambda *args: tried.append(len(args[2])) or train_runs(*args))
+    runs, size = len(grid.configs("sft")), grid.adapter.init(model, torch.Generator()).numel()
+    whole = METHODS["sft"](grid)
+    batches = [sorted(taught.train, key=len)[-grid.settings.batch_size :] for taught in grid.sets]
+    tokens, positions = (max(sum(map(of, batch)) for batch in batches) for of in (len, lambda row: len(row.answer)))
+    each = run_bytes(model.config, tokens, positions, 4, size)
+    for room, expected in ((runs / 0.9 + 9, [runs]), (2.5, [2] * (runs // 2)), (0.1, [1] * runs)):
+        tried.clear()
+        monkeypatch.setattr(ia2mini.train, "free_memory", lambda device, room=room: room * each / 0.9)
+        found = METHODS["sft"](make_grid(model, "lora"))
+        assert tried == expected
+        assert all(relative(x, y) <= 1e-5 for x, y in zip(found.theta, whole.theta, strict=True))
+    wrap_blocks(model, checkpointed)
+    try:
+        monkeypatch.setattr(ia2mini.train, "free_memory", lambda device: 1.9 * each / 0.9)
+        tried.clear()
+        METHODS["sft"](make_grid(model, "lora"))
+        assert tried[0] > 1, "checkpointed, a run takes less"
+    finally:
+        for block in model.model.layers:
+            del block.attention_output, block.mlp_output
 
 
 def test_a_first_phase_that_is_already_there_is_not_trained_again(model):

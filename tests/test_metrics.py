@@ -232,3 +232,74 @@ def test_measure_is_every_metric_of_one_run():
     mass = metrics.measure(confidence, [1, 0, 1], probabilities, gold, "mass")
     assert mass["ece"] == mass["ece_mass"] == got["ece_mass"]
     assert mass["ece_null"] == metrics.ece_null(confidence, scheme="mass")
+
+
+@pytest.mark.parametrize("rows, bend", [(500, 1.0), (500, 2.5), (60, 0.4), (7, 1.0)])
+def test_smooth_ece_is_that_of_its_authors(rows, bend):
+    from relplot import smECE
+    from relplot.metrics import smECE_sigma
+
+    rng = np.random.default_rng(rows)
+    confidence = rng.beta(4, 1.5, rows)
+    right = (rng.random(rows) < confidence**bend).astype(float)
+    for sigma in (0.02, 0.1, 0.5):
+        assert metrics.smooth_ece(confidence, right, sigma) == pytest.approx(
+            smECE_sigma(confidence, right, sigma), abs=4e-3
+        )
+    assert metrics.smooth_ece(confidence, right) == pytest.approx(smECE(confidence, right), abs=2e-3)
+
+
+def test_smooth_ece_by_hand():
+    assert metrics.smooth_ece([0.5] * 10, [1] * 5 + [0] * 5) < 0.002  # calibrated
+    assert metrics.smooth_ece([1.0] * 10, [0] * 10) == pytest.approx(1, abs=0.01)
+    assert metrics.smooth_ece([0.7] * 10, [1] * 10, bandwidth=0.2) == pytest.approx(0.3, abs=1e-3)
+    assert math.isnan(metrics.smooth_ece([], [])) and math.isnan(metrics.smooth_ece([float("nan")], [1]))
+
+
+@given(ROWS)
+def test_area_under_the_risk_coverage_curve_is_the_mean_over_every_order_of_ties(rows):
+    rows = [(round(c, 1), right) for c, right in rows]
+    rng, areas = np.random.default_rng(0), []
+    for _ in range(400):
+        order = sorted(rng.permutation(len(rows)), key=lambda i: -rows[i][0])
+        wrong = [1 - rows[i][1] for i in order]
+        areas.append(np.mean([sum(wrong[: k + 1]) / (k + 1) for k in range(len(wrong))]))
+    assert metrics.risk_coverage(*zip(*rows)) == pytest.approx(np.mean(areas), abs=0.05)
+
+
+def test_area_under_the_risk_coverage_curve_by_hand():
+    assert metrics.risk_coverage([0.9, 0.8, 0.3], [1, 1, 0]) == pytest.approx((0 + 0 + 1 / 3) / 3)
+    assert metrics.risk_coverage([0.9, 0.8, 0.3], [0, 1, 1]) == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
+    assert metrics.risk_coverage([0.5, 0.5], [0, 1]) == pytest.approx(0.5)  # no order, so none to be praised for
+    assert math.isnan(metrics.risk_coverage([], [])) and math.isnan(metrics.risk_coverage([float("nan"), 0.5], [1, 0]))
+
+
+def test_murphys_parts_add_up_to_the_brier_score():
+    confidence = np.repeat([0.1, 0.5, 0.7, 0.95], [10, 20, 30, 40])  # one value a bin: no spread within
+    right = np.random.default_rng(0).random(100) < confidence**1.5
+    calibration, resolution, uncertainty = metrics.murphy(confidence, right)
+    assert calibration - resolution + uncertainty == pytest.approx(np.mean((confidence - right) ** 2))
+    assert uncertainty == pytest.approx(right.mean() * (1 - right.mean()))
+    assert calibration == pytest.approx(
+        sum(((confidence - right)[confidence == c].mean()) ** 2 * (confidence == c).mean() for c in set(confidence))
+    )
+
+
+def test_the_oracle_temperature_is_the_best_there_is():
+    scores = torch.randn(300, 3, generator=torch.Generator().manual_seed(0)) * 3
+    gold = (scores / 6).softmax(-1).multinomial(1, generator=torch.Generator().manual_seed(1))[:, 0]
+    heat = metrics.fit_temperature(scores, gold, oracle=True)
+
+    def loss(log_heat):
+        return metrics.row_losses(scores.double(), gold, math.exp(log_heat)).mean().item()
+
+    from scipy.optimize import minimize_scalar
+
+    assert loss(math.log(heat)) == pytest.approx(minimize_scalar(loss, (-1, 2)).fun, abs=1e-3)
+    found = metrics.measure(
+        scores.softmax(-1).max(-1).values, scores.argmax(-1) == gold, scores.softmax(-1), gold, temperature=2.0
+    )
+    assert found["nll_oracle"] == pytest.approx(loss(math.log(heat))) and found["nll_dev"] == pytest.approx(
+        loss(math.log(2)), rel=1e-5
+    )
+    assert found["nll_labels"] == pytest.approx(found["nll"], rel=1e-5)  # here nothing but labels could be said

@@ -15,6 +15,7 @@ from reference import (
     make_checkpoint,
     our_pass,
     random_ids,
+    relative,
     upstream,
     upstream_pass,
 )
@@ -146,6 +147,21 @@ def test_taps_pick_positions_and_layers_in_the_order_given(tiny):
         assert torch.equal(taps.stack(), whole[layers or [0, 1, 2]][:, at[0], at[1]])
         assert sorted(taps.outputs) == sorted(layers or [0, 1, 2])  # nothing else is kept
     assert torch.equal(tiny(ids), logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_taps_of_the_residual_stream_equal_hooks_in_transformers(tmp_path, family):
+    folder, ids, streams = make_checkpoint(tmp_path / family, family), random_ids(2, 7), []
+    theirs, ours = upstream(folder), load(folder)[0]
+    for block in theirs.model.layers:
+        block.post_attention_layernorm.register_forward_pre_hook(lambda module, args: streams.append(args[0]))
+    with torch.no_grad():
+        theirs(ids)
+        whole, some = Taps(residual=True), Taps((torch.tensor([1, 0]), torch.tensor([6, 2])), [2], residual=True)
+        assert ours(ids, taps=whole, logits=False) is None
+        logits = ours(ids, taps=some)
+    assert relative(whole.stack(), torch.stack(streams)) <= 1e-6
+    assert torch.equal(some.stack()[0], whole.stack()[2, [1, 0], [6, 2]]) and torch.equal(logits, ours(ids))
 
 
 def test_taps_are_attached_to_the_graph(tiny):

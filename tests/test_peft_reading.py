@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from ia2mini.adapters import IA3, LoRA, PrefixTuning, Prompt, adapted
 from ia2mini.peft_format import read_adapter, save_adapter
+from ia2mini.predictor import FOREIGN, Predictor
+from ia2mini.subject import Subject
 
 QKV, MLP = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "down_proj"]
 TUNED = {"num_attention_heads": 2, "token_dim": 16}
@@ -161,3 +163,45 @@ def test_an_adapter_of_another_architecture_is_refused(tiny, tmp_path):
     refused(lambda: read_adapter(tmp_path / "a", model), str(tmp_path / "a"))
     theirs(other, CONFIGS["prompt"](), tmp_path / "b")
     refused(lambda: read_adapter(tmp_path / "b", model), "do not fit this model")
+
+
+WRONG_CONFIGS = [{"target_modules": "("}, {"target_modules": 5}, {"lora_alpha": float("nan")}, {"lora_alpha": 1e308}]
+WRONG_CONFIGS += [{"lora_alpha": {}}, {"alpha_pattern": ["q_proj"]}, {"alpha_pattern": {"(": 1}}, {"peft_type": []}]
+WRONG_CONFIGS += [{"layers_to_transform": "all"}, {"layers_to_transform": [None]}, {"bias": "x\ny" * 1000}]
+
+
+@pytest.mark.parametrize("change", WRONG_CONFIGS, ids=lambda change: str(change)[:30])
+def test_a_configuration_that_says_anything_is_one_line(saved, change):
+    model, folder = saved
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    refused(lambda: read_adapter(folder, model), str(folder))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_adapter_that_is_no_number_is_refused(saved, bad):
+    model, folder = saved
+    tensors = load_file(folder / "adapter_model.safetensors")
+    next(iter(tensors.values())).view(-1)[3:4].fill_(bad)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    refused(lambda: read_adapter(folder, model), str(folder), "NaN or infinity")
+
+
+def test_a_rank_that_no_tensor_fills_takes_no_memory(saved, monkeypatch):
+    model, folder = saved
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {n: torch.zeros(10**9, 0) for n in tensors if "layers.0.self_attn.q_proj.lora_A" in n}, path)
+    made, zeros = [], torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **how: made.append(shape) or zeros(1))
+    refused(lambda: read_adapter(folder, model), "the shape of model.layers.0.self_attn.q_proj.lora_A")
+    assert not made
+
+
+@pytest.mark.parametrize("labels", [["0", "1"], []])
+def test_an_adapter_too_large_to_compute_with_is_named(tiny, labels):
+    folder, model = tiny
+    subject, adapter = Subject(model, load(folder)[1], folder, "tiny", str(folder)), LoRA(model, ("down_proj",))
+    theta = torch.full_like(adapter.init(model, torch.Generator()), 1e30)[None]
+    predictor = Predictor(subject, adapter, theta, FOREIGN | {"labels": labels, "max_tokens": 2})
+    refused(lambda: list(predictor.predict([{"text": "a"}])), "computes NaN", "--dtype float32")

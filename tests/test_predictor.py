@@ -262,7 +262,9 @@ def test_a_damaged_description_is_one_line(saved, tmp_path):
     _, folder = saved()
     copy = shutil.copytree(folder, tmp_path / "copy")
     spec = json.loads((copy / "ia2mini.json").read_text())
-    for field, value in (("method", None), ("canary", 3), ("canary", {})):
+    wrong = [("max_tokens", 2**40), ("max_tokens", 0), ("temperature", 0), ("temperature", float("nan"))]
+    wrong += [("confidences", [float("nan")]), ("confidences", [2])]
+    for field, value in (("method", None), ("canary", 3), ("canary", {}), *wrong):
         broken = {key: v for key, v in spec.items() if value is not None or key != field}
         (copy / "ia2mini.json").write_text(json.dumps(broken | ({field: value} if value is not None else {})))
         with pytest.raises(UsageError, match="fit the adapter again"):

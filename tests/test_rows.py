@@ -1,5 +1,6 @@
 """Rows: the same from every kind of file, a clear line for whatever is wrong with one, and templates."""
 
+import os
 import sys
 
 import pytest
@@ -73,7 +74,7 @@ def test_what_is_wrong_with_a_file(tmp_path, name):
 
 
 def test_absent_files_marks_and_absent_pyarrow(tmp_path, monkeypatch):
-    with pytest.raises(UsageError, match=r"gone.csv: cannot be read \(No such file"):
+    with pytest.raises(UsageError, match="gone.csv: no such file"):
         read_rows(tmp_path / "gone.csv")
     (tmp_path / "marked.csv").write_bytes(b'\xef\xbb\xbfa,b\r\n1,"2\r\n3"\r\n\r\n4,5')
     rows = read_rows(tmp_path / "marked.csv")
@@ -105,3 +106,23 @@ def test_any_text_survives_the_template(first, second):
 
 def test_placeholders_are_the_columns_in_braces():
     assert placeholders("<{a}>{b b}{}{{a}}") == ["a", "b b", "", "a"]
+
+
+def test_parquet_with_texts_that_are_none_is_one_line(tmp_path):
+    path = write_rows(tmp_path / "a.parquet", [{"a": "abcdefghij"}])
+    path.write_bytes(path.read_bytes().replace(b"abcdefghij", b"\xff" * 10))
+    with pytest.raises(UsageError, match="a.parquet: not a whole Parquet file .*utf-8"):
+        read_rows(path)
+    path.write_bytes(parquet_bytes(SST2)[:40] + b"\0" * 60 + parquet_bytes(SST2)[100:])
+    with pytest.raises(UsageError, match="a.parquet: not a whole Parquet file") as caught:
+        read_rows(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_or_pipe_for_a_file_of_rows(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name in ("a.parquet", "a.csv"):
+        (tmp_path / name).mkdir()
+    for name in ("pipe.jsonl", "a.parquet", "a.csv"):
+        with pytest.raises(UsageError, match=f"{name}: cannot be read .it is not a file"):
+            read_rows(tmp_path / name)

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ia2mini import UsageError, runs
-from ia2mini.files import finite, write_json
+from ia2mini.files import finite, read_sealed, write_json
 from ia2mini.metrics import measure
 from ia2mini.runs import RunFolder, checkpoint_digest, peak_memory, versions
 
@@ -45,13 +46,14 @@ def test_nothing_is_written_before_the_run_begins(tmp_path):
     folder.begin({"rates": (1e-3,), "targets": ("q_proj",)})
     assert files(folder.path) == {"run.json"}
     kept = json.loads((folder.path / "run.json").read_text())
+    assert len(kept.pop("sha256")) == 64
     assert kept == {
         "n": [4],
         "rates": [1e-3],
         "targets": ["q_proj"],
     }  # as resolved, in a folder named by what was asked
     RunFolder(tmp_path / "out", "name", {"n": [4], "rates": []}).begin({"rates": (1e-4,)})
-    assert json.loads((folder.path / "run.json").read_text()) == kept  # what made the folder stays
+    assert read_sealed(folder.path / "run.json") == kept  # what made the folder stays
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
@@ -129,6 +131,18 @@ def test_a_damaged_file_is_set_aside_and_computed_again(tmp_path, harm):
         folder.once("cell/fit", lambda: pytest.fail("it is whole again"))
 
 
+PLACE = Path("run/fit.safetensors")
+
+
+def test_a_digest_sees_names_types_shapes_and_every_bit():
+    tensors = {"a": torch.arange(6.0), "b": torch.ones(2, dtype=torch.int32)}
+    others = [{"a": tensors["a"].view(2, 3)}, {"a": tensors["a"].view(3, 2)}, {"b": tensors["b"].view(torch.float32)}]
+    others += [{"a": torch.arange(6.0).nextafter(torch.tensor(9.0))}, {"c": torch.zeros(0)}]
+    digests = [runs.digest(tensors | other, PLACE) for other in ({}, *others)]
+    assert len(set(digests)) == 6 and runs.digest(dict(reversed(tensors.items())), PLACE) == digests[0]
+    assert runs.digest({"c": tensors["a"], "b": tensors["b"]}, PLACE) not in digests
+
+
 def test_damaged_json_is_set_aside_and_made_again(tmp_path):
     folder = RunFolder(tmp_path, "name", {})
     folder.json_once("texts.json", lambda: {"a": 1})
@@ -147,10 +161,16 @@ def test_what_killed_processes_had_begun_is_swept(tmp_path):
     subprocess.run([sys.executable, "-c", code, folder.path / "cell" / "fit.safetensors"])
     (left,) = (folder.path / "cell").iterdir()
     mine = folder.path / f".results.json.{platform.node()}.{os.getpid()}.x"
-    others = [folder.path / ".results.json.elsewhere.1234567.x", folder.path / ".hidden", mine]
+    others = [
+        folder.path / ".results.json.elsewhere.1234567.x",
+        folder.path / ".hidden",
+        mine,
+        left.with_name("1234567"),
+    ]
     for path in others:
         path.write_text("")
-    folder.begin({})
+    folder.once("cell/fit", lambda: {})
+    write_json(folder.path / "results.json", {})
     assert not left.exists() and all(path.exists() for path in others)
 
 
@@ -250,7 +270,7 @@ def test_measure_on_a_written_out_example():
         "acc_labels": right.mean(),
         "ece_labels": gap(right - share.max(1)).mean(),
     }
-    assert found == pytest.approx(expected, rel=1e-6)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-6)
 
 
 def test_measure_bins_as_asked():
@@ -262,3 +282,35 @@ def test_measure_bins_as_asked():
     mass = (abs(15 - 20 * 0.02) + 10 * 0.03 + 30 * 0.9) / 60
     assert (found["ece"], found["ece_mass"]) == pytest.approx((width, mass), abs=1e-6)
     assert measure(*given, scheme="mass")["ece"] == pytest.approx(mass, abs=1e-6)
+
+
+def test_a_changed_number_or_another_file_in_json_is_found(tmp_path):
+    folder = RunFolder(tmp_path, "name", {})
+    for name in ("one.json", "two.json"):
+        folder.json_once(name, lambda name=name: {"text": name, "n": 1.5})
+    path = folder.path / "one.json"
+    whole = path.read_text()
+    for harmed in (whole.replace("1.5", "1.25"), (folder.path / "two.json").read_text(), "{}"):
+        path.write_text(harmed)
+        with pytest.warns(UserWarning, match="one.json: damaged .*not what was written.*set aside as one.json.bad"):
+            assert folder.json_once("one.json", lambda: {"text": "one.json", "n": 1.5}) == {
+                "text": "one.json",
+                "n": 1.5,
+            }
+        assert path.read_text() == whole and (folder.path / "one.json.bad").read_text() == harmed
+
+
+def test_another_files_tensors_a_folder_and_damaged_seconds_are_set_aside(tmp_path):
+    folder = RunFolder(tmp_path, "name", {})
+    with folder.stage("train"):
+        folder.once("fit-sft", lambda: {"a": torch.zeros(2)})
+        folder.once("fit-ia2", lambda: {"a": torch.ones(2)})
+    (folder.path / "fit-ia2.safetensors").write_bytes((folder.path / "fit-sft.safetensors").read_bytes())
+    (folder.path / "seconds.json").write_text('{"seconds": []}')
+    (folder.path / "fit-sft.safetensors").unlink()
+    (folder.path / "fit-sft.safetensors").mkdir()
+    with pytest.warns(UserWarning, match="seconds.json: damaged"):
+        folder = RunFolder(tmp_path, "name", {})
+    for name, value in (("fit-ia2", 1), ("fit-sft", 0)):
+        with pytest.warns(UserWarning, match=f"{name}.safetensors: damaged"):
+            assert folder.once(name, lambda value=value: {"a": torch.full((2,), value)})["a"].tolist() == [value] * 2

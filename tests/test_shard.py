@@ -43,8 +43,8 @@ from ia2mini.cli import main
 from ia2mini.evaluate import label_scores, share_prefix
 from ia2mini.generate import Decoding, generate
 from ia2mini.options import Options
-from ia2mini.shard import start
 from ia2mini.study import compare
+from ia2mini.subject import share as start
 from ia2mini.tasks import Example, find_task
 from ia2mini.train import Runs, Settings, losses, train_runs
 
@@ -65,7 +65,7 @@ CASES = {
 
 def one_rank(rank: int, ranks: int, port: int, work, answers) -> None:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+    os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     answers.put((rank, work()))
 
 
@@ -292,7 +292,7 @@ def test_a_killed_rank_ends_the_other_with_a_line_and_the_same_command_goes_on(t
     _, codes = on_ranks(2, partial(command, tmp_path, None, COMMAND), partial(command, tmp_path, 3, COMMAND))
     assert codes == [2, -signal.SIGKILL]
     said = (tmp_path / "told-of-0").read_text().splitlines()
-    assert [line for line in said if not line.startswith("phase ")] == [said[-1]] and "another rank has ended" in said[
+    assert [line for line in said if not line.startswith("phase ")] == [said[-1]] and "another process has ended" in said[
         -1
     ]
     kept = {path: path.stat().st_ino for path in tmp_path.glob("runs/*/toy-sums-short-n4/*.safetensors")}

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +12,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from plain import Plain, joined, label_log_probability
+from reference import upstream
 
 import ia2mini
 from ia2mini import UsageError, study
 from ia2mini.experiment import FURTHER
 from ia2mini.methods import METHODS
+from ia2mini.metrics import fit_temperature
 from ia2mini.options import TINY_RATES, Options
 from ia2mini.study import compare, open_study
 from ia2mini.subject import open_subject as load_subject
@@ -135,6 +137,42 @@ def test_records_hold_what_they_say(studied):
     assert all(cell["ece_mean"] is cell["ece_null_mean"] is None for cell in texts["cells"])
 
 
+def test_temperatures_from_dev_rows_equal_plain_passes(studied, subject, tmp_path):
+    document, _ = studied["dev"]
+    net, (experiment,) = (
+        Plain(upstream(subject.folder), subject.tokenizer),
+        open_study([MOOD], subject, SMALL, tmp_path, None, None, nobar)[0],
+    )
+    labels = [subject.tokenizer.encode(label) for label in MOOD.labels]
+    for method in ("base", "icl"):
+        for number, episode in enumerate(experiment.episodes):
+            before = joined(episode.icl[0]) if method == "icl" else ""
+            prompts = [subject.tokenizer.encode(before + row.prompt) for row in episode.dev]
+            scores = [[label_log_probability(net.following, ids, label) for label in labels] for ids in prompts]
+            heat = fit_temperature(torch.tensor(scores), torch.tensor([row.label for row in episode.dev]))
+            records = [r for r in document["runs"] if (r["method"], r["set"]) == (method, number)]
+            assert records and all(r["temperature"] == pytest.approx(heat) for r in records)
+    trained = [r for r in document["runs"] if r["rate"]]
+    assert all(r["nll_oracle"] <= min(r["nll_dev"], r["nll_labels"]) + 1e-3 for r in trained)
+    assert any(r["temperature"] != trained[0]["temperature"] for r in trained)
+
+
+def test_controls_teach_something_else_and_leave_sft_alone(subject, tmp_path):
+    options = replace(SMALL, methods=("icl", "sft", "ia2", "hidden"), rates=(1e-2,), n=(3,))
+    found, tasks = {}, [MOOD, find_task("toy-topic")]
+    for teacher in ("true", "shuffled", "other", "none"):
+        document, _ = compare(tasks, subject, replace(options, teacher=teacher), tmp_path)
+        found[teacher] = {(r["task"], r["method"], r["set"], r["eval"]): r for r in document["runs"]}
+    for key, record in found["true"].items():
+        others = [found[teacher][key] for teacher in ("shuffled", "other", "none")]
+        if key[1] in ("icl", "sft"):
+            assert all(other["nll"] == record["nll"] and other["asim"] == record["asim"] for other in others)
+        else:
+            assert len({other["dev_loss"] for other in [record, *others]}) == 4
+    nothing = [r for r in found["none"].values() if r["method"] in ("ia2", "hidden")]
+    assert all(r["dev_loss"] < 1e-6 for r in nothing)  # the teacher without demonstrations is the base itself
+
+
 def test_a_race_ends_rates_that_nobody_would_choose(subject, tmp_path):
     """Fewer steps, and the runs that are reported are those of all rates trained to their end."""
     options = replace(SMALL, n=(4,), rates=(1e-5, 1e-2, 3e-3), epochs=30, methods=("sft", "ia2", "ia2-sft"))
@@ -148,29 +186,6 @@ def test_a_race_ends_rates_that_nobody_would_choose(subject, tmp_path):
         same(one, other)
     every = compare([MOOD], subject, replace(options, race=True, select="both"), tmp_path)[0]["training"]
     assert [record["steps"] for record in every] == [record["steps"] for record in slow["training"]]
-
-
-def test_a_run_that_diverges_is_named_and_leaves_its_neighbours_alone(subject, tmp_path):
-    options = replace(SMALL, methods=("sft",), epochs=6, eval_rows=3)
-    trained = {}
-    for rate in (1e38, 1e-3):
-        (experiment,), _ = open_study(
-            [MOOD], subject, replace(options, rates=(1e-2, rate)), tmp_path, None, None, nobar
-        )
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            trained[rate] = experiment.trained("sft")
-        said = [str(warning.message) for warning in said]
-        failed = "set 0 at rate 1e+38, set 1 at rate 1e+38"
-        assert said == [f"toy-mood-n2, sft: no finite loss, so failed: {failed}"] * (rate > 1)
-    for name in ("theta", "dev_loss", "steps"):
-        one, other = (getattr(trained[rate], name)[0::2] for rate in (1e38, 1e-3))
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    document, _ = compare([MOOD], subject, replace(options, rates=(1e38, 1e-2)), tmp_path)
-    assert {run["rate"] for run in document["runs"]} == {1e-2}
-    assert [record["dev_loss"] is None for record in document["training"]] == [True, False] * 2
-    with pytest.raises(UsageError, match="training toy-mood-n2, sft gave no finite loss; use lower --rates"):
-        compare([MOOD], subject, replace(options, rates=(1e38, 2e38)), tmp_path)
 
 
 def test_ones_own_texts_may_be_as_long_as_the_longest_answer(subject, tmp_path):
@@ -216,7 +231,7 @@ def test_run_json_holds_what_the_defaults_came_to(studied, subject, tmp_path, mo
     monkeypatch.setattr(study, "run_experiment", lambda experiment: {})
     document, folder = compare([MOOD], subject, Options(n=(2,), sets=1, adapter="ia3"), tmp_path)
     kept = json.loads((folder / "run.json").read_text())
-    assert tuple(kept["rates"]) == TINY_RATES["ia3"] and document["config"] == kept
+    assert tuple(kept["rates"]) == TINY_RATES["ia3"] and document["config"] | {"sha256": kept["sha256"]} == kept
 
 
 def test_a_folder_belongs_to_version_model_data_template_and_options(subject, tmp_path, monkeypatch):
@@ -265,7 +280,9 @@ def test_runs_trained_in_turn_give_what_runs_side_by_side_give(studied, subject,
 def test_mistakes_leave_no_folder(subject, tmp_path):
     for options, said in (
         (replace(SMALL, methods=("base", "ia3")), "unknown method 'ia3'; methods: base, icl, sft"),
-        (replace(SMALL, layers=(4,)), "--layers 4: this model has layers 0 to 3"),
+        (replace(SMALL, layers=("4",)), "--layers 4: this model has layers 0 to 3"),
+        (replace(SMALL, layers=("-1",)), "--layers -1: this model has layers 0 to 3"),
+        (replace(SMALL, layers=("last",)), "--layers last: .*; or say first-third, middle-third, last-third"),
         (replace(SMALL, n=(2, 4000)), "--n 4000: needs"),
     ):
         with pytest.raises(UsageError, match=said):
@@ -298,3 +315,13 @@ def test_the_front_doors_notebook_runs_as_it_is_written():
         names["trained"].theta,
     )  # fmt: skip
     assert found["acc"] > 0.6 and "`Taps` asks" in after
+
+
+def test_layers_by_number_or_by_thirds():
+    def numbers(depth: int, *layers) -> list[int] | None:
+        return Options(layers=layers).layer_numbers(depth)
+
+    assert numbers(36) is None and numbers(4, "2", 0) == [0, 2]
+    assert numbers(36, "first-third") == list(range(12)) and numbers(36, "last-third", "0") == [0, *range(24, 36)]
+    thirds = [numbers(28, f"{part}-third") for part in ("first", "middle", "last")]
+    assert sum(thirds, []) == list(range(28)) and {len(part) for part in thirds} == {9, 10}

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 from reference import byte_tokenizer
@@ -10,6 +11,8 @@ from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ia2mini import UsageError
+from ia2mini.batch import truth_row
+from ia2mini.tasks import find_task, load_examples
 from ia2mini.tokenizer import Tokenizer
 
 LLAMA_BOS = 128000
@@ -122,6 +125,19 @@ def test_a_multi_token_answer_joins_safely(real):
     assert tokenizer.encode(prompt + answer) == tokenizer.encode(prompt) + tokenizer.encode_answer(prompt, answer)
 
 
+@pytest.mark.parametrize("task", ["gsm8k", "hmath_algebra"])
+def test_texts_that_would_merge_with_their_prompt_are_tokenized_apart(real, shared_data, task):
+    _, tokenizer, _ = real
+    rows = load_examples(find_task(task), "train", shared_data, 300).rows[:300]
+    merging = [row for row in rows if tokenizer.merges(row.prompt, row.answer)]
+    assert len(merging) > 30  # "The" after "Answer:"
+    for row in rows:
+        made = truth_row(row, tokenizer, end=False)
+        assert made.prompt == tokenizer.encode(row.prompt) and tokenizer.decode(made.answer) == row.answer
+    with pytest.raises(UsageError, match="merges with the end of its prompt"):
+        truth_row(replace(merging[0], label=0), tokenizer, end=False)
+
+
 def write_tokenizer(folder, config='{"eos_token_id": 257}', generation=None, bos=False) -> Tokenizer:
     (folder / "tokenizer.json").write_text(byte_tokenizer(bos))
     (folder / "config.json").write_text(config)
@@ -195,3 +211,16 @@ def test_an_unknown_word_costs_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tokenizer.encode_all(["known"]) == [[1]]
+
+
+def test_tokens_beyond_the_models_vocabulary_are_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"vocab_size": 100, "eos_token_id": 99}')
+    (tmp_path / "tokenizer.json").write_text(byte_tokenizer(bos=False))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert max(tokenizer.encode("abc")) < 100
+    for read in (lambda: tokenizer.encode("é"), lambda: tokenizer.encode_all(["a", "é"])):
+        with pytest.raises(UsageError, match="token 1.. of 'é' is beyond the model's vocab_size 100"):
+            read()
+    (tmp_path / "config.json").write_text('{"vocab_size": 100, "eos_token_id": 100}')
+    with pytest.raises(UsageError, match="eos_token_id = 100 .*vocab_size = 100"):
+        Tokenizer.from_folder(tmp_path)

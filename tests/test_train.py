@@ -76,9 +76,12 @@ def test_a_rate_far_behind_leaves_the_race():
     assert all(map(all, race(lost, 14, None)))
     for look, going in enumerate(race(lambda look: lost(look) + torch.tensor([0, 0, 0.0999 * look] * 2), 14), 1):
         assert going == [True, look < RACE_FROM, look < RACE_FROM] * 2  # too slow: 30 looks of .0001 are not enough
+    for pace, stays in ((0.034, True), (0.033, False)):  # from 2 to just below, or just above, 1 in 30 looks more
+        near = race(lambda look, pace=pace: torch.tensor([1, 9, 2 + pace * (RACE_FROM - look)] * 2), RACE_FROM)[-1]
+        assert near == [True, False, stays] * 2
     diverged = race(lambda look: lost(look) + torch.tensor([0, 0, 0, 0, 0, torch.nan]), 10)[-1]
     assert diverged == [True, False, False] * 2
-    assert all(race(lambda look: torch.full((6,), torch.nan), 10)[-1])
+    assert not any(race(lambda look: torch.full((6,), torch.nan), 1)[0])
 
 
 def test_a_run_that_has_ended_counts_with_what_it_reached():

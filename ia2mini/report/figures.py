@@ -13,7 +13,9 @@ from .tables import HEADS
 
 COLORS = {  # after Okabe and Ito, who chose them to be told apart by every eye; blue for IA2 and what follows it
     "base": "#b0b0b0", "icl": "#404040", "sft": "#d55e00", "sft-sft": "#f0a070", "soft": "#e6b000",
-    "ia2": "#56b4e9", "sft-ia2": "#cc79a7", "ia2+sft": "#009e73", "ia2-sft": "#0072b2",
+    "soft-sft": "#a07800", "hidden": "#8fd0b0", "hidden-sft": "#3a8a60", "responses": "#b8a080",
+    "responses-sft": "#705030", "ridge": "#9a8fd0", "ridge-sft": "#5a48a0", "ia2": "#56b4e9",
+    "sft-ia2": "#cc79a7", "ia2+sft": "#009e73", "ia2-sft": "#0072b2",
 }  # fmt: skip
 CAPTIONS = {  # in the order of the page
     "methods": "Means over evaluations, deviations over sets; black: the ECE that perfect calibration would show.",
@@ -24,7 +26,7 @@ CAPTIONS = {  # in the order of the page
     "overlap": "Share of LoRA's subspace that two methods have in common, beside that of random ones (paper Figure 4).",
 }
 LEFT_OUT = {"png": "Software", "pdf": "CreationDate", "svg": "Date"}  # so that a document gives the same bytes again
-STYLE = {  # parse_math: a $ in a task's name is a $
+STYLE: dict = {  # parse_math: a $ in a task's name is a $
     "font.size": 8.5, "axes.titlesize": 8.5, "figure.titlesize": 8.5, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "savefig.dpi": 200,
     "grid.color": "#eeeeee", "lines.linewidth": 1.2, "errorbar.capsize": 2, "legend.frameon": False, "pdf.fonttype": 42,
@@ -148,8 +150,8 @@ def asim_scatter(figure, view: dict) -> str | None:
             axis.scatter(x.mean(), y.mean(), 80, marker="D", ec="white", clip_on=False, zorder=3, **style)
             faces = ["white" if c["ood"] else style["color"] for c in mine]
             axis.scatter(x, y, 16, fc=faces, ec=style["color"], clip_on=False, zorder=4)
-        for label, (shape, face) in {"mean": "Dk", "in distribution": "ok", "out of distribution": "ow"}.items():
-            axis.plot([], [], shape, mfc=face, ms=4, color="black", label=label)
+        for label, mark in {"mean": "Dk", "in distribution": "ok", "out of distribution": "ow"}.items():
+            axis.plot([], [], mark[0], mfc=mark[1], ms=4, color="black", label=label)
         axis.set_xlabel("asim with ICL")
     return "Methods by their likeness to ICL" if cells else None
 

@@ -1,7 +1,8 @@
 """What a person should know about a fitted adapter: a sentence, a small table, per-class figures, held-out rows."""
 
-import json
 import math
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,13 @@ from torch import Tensor
 from .. import UsageError
 from ..adapters import Full, LoRA
 from ..evaluate import TINIEST
-from ..files import write_text
+from ..files import json_line, plain, write_text
 from ..metrics import ece, ece_null, row_losses
 from ..tasks import same_answer
 from ..tasks.rows import Row
 from .page import lines, section, shown, table, whole
 from .summary import LABELS, count
+from .tables import markdown
 
 DRAWS = 1000  # resamples of the rows for an interval
 HEADS = {"acc": "accuracy (%)", "ece": "ECE", "ece_null": "(null)", "brier": "Brier", "nll": "NLL"}
@@ -41,7 +43,7 @@ def measures(scores: Tensor, gold: Tensor, temperature: float, right: Tensor | N
     found = {name: [values[draw].mean() for draw in draws] for name, values in rows.items()}
     if right is None:
         found["ece"] = [ece(confidence[draw], correct[draw]) for draw in draws]
-    known = {name: [float(v[0]), *map(float, np.quantile(v[1:], [0.025, 0.975]))] for name, v in found.items()}
+    known: dict = {name: [float(v[0]), *map(float, np.quantile(v[1:], [0.025, 0.975]))] for name, v in found.items()}
     if right is None:
         raw = scores.double().softmax(-1).max(-1).values.numpy()
         known |= {
@@ -129,7 +131,7 @@ def entry(value, name: str) -> str:
 def write_fit_report(fitted, folder: Path, command: str) -> None:
     """report.html, held_out.jsonl (every row with what was said of it before it was trained on), the model card."""
     report = fitted.report
-    write_text(folder / "held_out.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in report["held_out"]))
+    write_text(folder / "held_out.jsonl", "".join(json_line(row) + "\n" for row in report["held_out"]))
     write_text(folder / "report.html", fit_page(report, command))
     write_text(folder / "README.md", card(fitted, folder, command))
 
@@ -183,10 +185,10 @@ library_name: {library}
 
 {sentence}
 
-Fitted by [ia2mini](https://arxiv.org/abs/2509.22621) {version}: `{command}`. Template, labels, temperature and held-out
+Fitted by [ia2mini](https://arxiv.org/abs/2509.22621) {version}: {command}. Template, labels, temperature and held-out
 numbers are in `ia2mini.json`, every held-out row in `held_out.jsonl`, the report in `report.html`.
 
-The prompt is {template!r}{turn}; the answer follows it at once.
+The prompt is {template}{turn}; the answer follows it at once.
 
 ```
 ia2mini predict {folder} NEW_ROWS
@@ -199,11 +201,17 @@ def card(fitted, folder: Path, command: str) -> str:
     """The model card."""
     spec, report, subject = fitted.spec, fitted.report, fitted.subject
     peft = fitted.adapter is not None and not isinstance(fitted.adapter, Full)
-    text = {"library": "peft" if peft else "transformers", "method": spec["method"], "name": report["name"]}
+    text = {"library": "peft" if peft else "transformers", "method": spec["method"], "name": markdown(report["name"])}
     text |= {"hub": f"base_model: {subject.base}\n" if subject.revision else "", "sentence": report["sentence"]}
-    text |= {"version": spec["versions"]["ia2mini"], "command": command, "template": spec["template"]}
+    text |= {"version": spec["versions"]["ia2mini"], "command": span(command), "template": span(repr(spec["template"]))}
     text |= {"turn": ", a turn of the chat template" if spec["chat"] else "", "code": code(fitted, str(folder), peft)}
-    return CARD.format(**text, folder=folder)
+    return CARD.format(**text, folder=plain(shlex.quote(str(folder)), ""))
+
+
+def span(text: str) -> str:
+    """A text in Markdown's backticks, more of them than it holds in a row."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {plain(text, '')} {fence}" if "`" in text else f"{fence}{plain(text, '')}{fence}"
 
 
 def code(fitted, folder: str, peft: bool) -> str:
@@ -218,8 +226,8 @@ def code(fitted, folder: str, peft: bool) -> str:
     if isinstance(adapter, LoRA):
         at = f" --revision {revision}" if revision else ""
         rank = f" --max-lora-rank {1 << (adapter.rank - 1).bit_length()}" if adapter.rank > 16 else ""
-        modules = f"--lora-modules {fitted.report['name']}={folder}"
-        lines += [f"vLLM: `vllm serve {base}{at} --enable-lora{rank} {modules}`", ""]
+        modules = f"--lora-modules {shlex.quote(fitted.report['name'] + '=' + folder)}"
+        lines += ["vLLM: " + span(f"vllm serve {shlex.quote(base)}{at} --enable-lora{rank} {modules}"), ""]
     return "\n".join(lines)
 
 

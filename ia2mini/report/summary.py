@@ -6,8 +6,12 @@ from statistics import fmean, pstdev
 from ..metrics import PairedTest, paired_test
 
 METRICS = ("acc", "ece", "ece_null", "nll", "brier", "asim", "ece_mass", "acc_labels", "ece_labels")
+METRICS += ("smooth_ece", "risk_coverage", "nll_labels", "nll_dev", "nll_oracle")
+METRICS += ("reliability_brier", "resolution", "uncertainty")
 LABELS = {  # method: as it is written, in the order of every table and figure
-    "base": "base", "icl": "ICL", "sft": "SFT", "sft-sft": "SFT→SFT", "soft": "soft labels", "ia2": "IA2",
+    "base": "base", "icl": "ICL", "sft": "SFT", "sft-sft": "SFT→SFT", "responses": "responses",
+    "responses-sft": "responses→SFT", "soft": "soft labels", "soft-sft": "soft→SFT", "hidden": "hidden",
+    "hidden-sft": "hidden→SFT", "ridge": "ridge", "ridge-sft": "ridge→SFT", "ia2": "IA2",
     "sft-ia2": "SFT→IA2", "ia2+sft": "IA2+SFT", "ia2-sft": "IA2→SFT",
 }  # fmt: skip
 CHOICES = {
@@ -59,7 +63,7 @@ def summarise(records: list[dict], select: str = "dev") -> list[dict]:
                 bins = zip(*(run["reliability"] for run in runs))
                 cell["reliability"] = [[sum(values) for values in zip(*parts)] for parts in bins]
             cell["asim_layers"] = [fmean(layer) for layer in zip(*(run["asim_layers"] for run in runs))]
-            cells.append(cell | {"acc": [run["acc"] for run in runs], "ece": [run.get("ece") for run in runs]})
+            cells.append(cell | {metric: [run.get(metric) for run in runs] for metric in METRICS})
     return cells
 
 

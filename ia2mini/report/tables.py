@@ -1,16 +1,19 @@
 """The table in the terminal, one screen: the mean first, every evaluation only when asked for; and tables as files."""
 
+from functools import partial
 from pathlib import Path
 
-from ..files import write_text
+from ..files import plain, write_text
 from .summary import LABELS, average, count, grouped, parts, verdict
 
-COLUMNS = ("acc", "ece", "ece_null", "asim", "rate")
+COLUMNS = ("acc", "ece", "ece_null", "asim", "rate", "paper")
 HEADS = {"acc": "accuracy (%) ↑", "ece": "ECE ↓", "ece_null": "(null)", "asim": "asim ↑", "rate": "rate"}
-SYMBOLS = {"→": r"$\rightarrow$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "±": r"$\pm$", "–": "--"}
+HEADS |= {"paper": "paper (% / ECE)"}
+SYMBOLS: dict = {"→": r"$\rightarrow$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "±": r"$\pm$", "–": "--"}
 SYMBOLS |= {"β": r"$\beta$", "·": r"$\cdot$"}
-ESCAPES = {"\\": r"\textbackslash ", "~": r"\textasciitilde ", "^": r"\textasciicircum "}
-ESCAPES = str.maketrans(ESCAPES | {c: "\\" + c for c in "&%$#_{}"})
+COMMANDS = {"\\": r"\textbackslash ", "~": r"\textasciitilde ", "^": r"\textasciicircum "}
+ESCAPES = str.maketrans(COMMANDS | {c: "\\" + c for c in "&%$#_{}"})
+MARKUP = str.maketrans({"<": "&lt;", "&": "&amp;"} | {c: "\\" + c for c in "\\|`["})
 
 
 def write_table(document: dict, full: bool = False, color: bool = False) -> str:
@@ -25,14 +28,17 @@ def write_table(document: dict, full: bool = False, color: bool = False) -> str:
         evaluations = grouped(cells, "task", "eval", "ood")
         heading = f"mean of {count(len(evaluations), 'evaluation')}"
         blocks = [(heading, mean)] if mean else []
-        if full and len(evaluations) > 1 or not mean:
-            blocks += [(f"{task} → {name}{'*' * ood}", rows) for (task, name, ood), rows in evaluations.items()]
+        several = len(evaluations) > 1 or any("paper" in cell for cell in cells)
+        if full and several or not mean:
+            blocks += [
+                (plain(f"{task} → {name}{'*' * ood}", ""), rows) for (task, name, ood), rows in evaluations.items()
+            ]
         every = [row for _, rows in blocks for row in rows]
         columns = known_columns(every)
         table = [["", *map(HEADS.get, columns)], *(texts(row, columns) for row in every)]
         widths = [max(map(len, column)) for column in zip(*table)]
         lines = ["  ".join([t[0].ljust(widths[0]), *map(str.rjust, t[1:], widths[1:])]).rstrip() for t in table]
-        out += [paint(part["title"], "1"), paint(lines.pop(0), "2")]
+        out += [paint(plain(part["title"], ""), "1"), paint(lines.pop(0), "2")]
         for heading, rows in blocks:
             out += [heading, *(paint(lines.pop(0), "1" * (row["method"] == "ia2-sft")) for row in rows)]
         out += [paint(line, "1" if i == 0 else "33") for i, line in enumerate(verdict(cells))] + [""]
@@ -41,18 +47,32 @@ def write_table(document: dict, full: bool = False, color: bool = False) -> str:
 
 def known_columns(rows: list[dict]) -> list[str]:
     """The columns that some row has a value of."""
-    return [c for c in COLUMNS if c == "rate" or any(row.get(f"{c}_mean") is not None for row in rows)]
+    return [c for c in COLUMNS if c == "rate" or any(row.get(f"{c}_mean", row.get(c)) is not None for row in rows)]
 
 
 def texts(row: dict, columns: list[str]) -> list[str]:
     """A line of a table: the method, then its entries."""
-    return [LABELS.get(row["method"], row["method"]), *(entry(row, column) for column in columns)]
+    return [plain(LABELS.get(row["method"], row["method"]), ""), *(entry(row, column) for column in columns)]
+
+
+def markdown(text: str) -> str:
+    """A name for Markdown: in one line, without HTML, code or links."""
+    return plain(text, "").translate(MARKUP)
+
+
+def cell(value):
+    """A value of a CSV file; a text that a spreadsheet would take for a formula begins with an apostrophe."""
+    if not isinstance(value, str):
+        return value
+    return "'" * value.startswith(("=", "+", "-", "@", "＝", "＋", "－", "＠")) + plain(value, "")
 
 
 def entry(row: dict, column: str) -> str:
     """Mean ± standard deviation over sets, or the rate with its β."""
     if column == "rate":
         return " β ".join(f"{row[key]:g}" for key in ("rate", "beta") if row.get(key) is not None) or "–"
+    if column == "paper":
+        return row.get("paper", "–")
     mean, std = row.get(f"{column}_mean"), row.get(f"{column}_std")
     if mean is None:
         return "–"
@@ -68,6 +88,12 @@ def legend(document: dict) -> list[str]:
     lines.append("asim: likeness of attention outputs to those with demonstrations")
     if any(c["ood"] for c in document["cells"]):
         lines[-1] += "; means include evaluations out of distribution (*)"
+    broken = [record for record in document.get("training") or [] if record.get("trouble")]
+    for group in grouped(broken, "task", "n", "method", "rate", "beta", "trouble").items():
+        (task, n, method, *_, trouble), runs = group
+        sets = ", ".join(str(run["set"]) for run in runs)
+        who = f"{LABELS.get(method, method)} at rate {entry(runs[0], 'rate')}"
+        lines.append(plain(f"{task}, N = {n}: {who}, set {sets}: {trouble}", ""))
     return lines
 
 
@@ -87,17 +113,17 @@ def write_tables(document: dict, folder: Path) -> None:
         import tabulate  # noqa: F401
     except ImportError:
         return
-    markdown, latex = [], []
+    md, latex = [], []
     for part in parts(document):
         cells = sorted(part["cells"], key=lambda c: (c["task"], c["ood"], c["eval"]))
         columns = known_columns(cells)
         rows = [[c["task"], c["eval"] + "*" * c["ood"], *texts(c, columns)] for c in cells]
         table = pandas.DataFrame(rows, columns=["trained on", "evaluated on", "method", *map(HEADS.get, columns)])
-        plain, said = table.map(lambda text: text.replace("|", r"\|")), "\n".join(verdict(part["cells"]))
-        lines = plain.to_markdown(index=False, disable_numparse=True)
-        markdown.append(f"**{part['title']}**\n\n{lines}\n\n{said}\n")
-        latex.append(table.to_latex(index=False, escape=True, caption=part["title"].translate(ESCAPES)))
-    write_text(folder / "table.md", "\n".join(markdown))
+        lines = table.map(markdown).to_markdown(index=False, disable_numparse=True)
+        md.append("\n\n".join([f"**{markdown(part['title'])}**", lines, "\n".join(verdict(part["cells"])) + "\n"]))
+        caption = plain(part["title"], "").translate(ESCAPES)
+        latex.append(table.map(partial(plain, kept="")).to_latex(index=False, escape=True, caption=caption))
+    write_text(folder / "table.md", "\n".join(md))
     write_text(folder / "table.tex", "\n".join(latex).translate(str.maketrans(SYMBOLS)))
-    flat = [{key: v for key, v in cell.items() if not isinstance(v, list)} for cell in document["cells"]]
+    flat = [{key: cell(v) for key, v in one.items() if not isinstance(v, list)} for one in document["cells"]]
     write_text(folder / "table.csv", pandas.DataFrame(flat).to_csv(index=False))

@@ -138,7 +138,8 @@ def all_tasks() -> dict[str, Task]:
 
     tasks = {}
     for name, fields in json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8")).items():
-        tasks[name] = Task(name, **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        known: dict = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        tasks[name] = Task(name, **known)
     for toy in TOY_TASKS:
         words = {"prompt": "Text:{text}\nLabel:", "labels": toy.labels}
         form = words if toy.labels else {"max_tokens": 200, "parser": "number"}

@@ -48,7 +48,7 @@ def own_task(rows: list[Row], name: str, prompt=None, answer=None, template: str
     if not (columns := placeholders(template)) or answer in columns:
         wanted = f"must name a column of the prompt, as {{{prompt}}}, and not the answer's"
         raise UsageError(f"template {template!r}: {wanted}")
-    about = {"prompt": template, "label": answer, "answer": f"{{{answer}}}", "train": "train", "eval": "eval"}
+    about: dict = {"prompt": template, "label": answer, "answer": f"{{{answer}}}", "train": "train", "eval": "eval"}
     if labelled:
         return Task(name, name, **about, labels=tuple(found), known={text: i for i, text in enumerate(found)})
     parser = next(parser for parser, parse in PARSERS.items() if all(map(parse, answers)))

@@ -8,10 +8,12 @@ import csv
 import io
 import json
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from ia2mini import UsageError
+from ia2mini.files import is_there, read_text
 
 COLUMN = r"\{([^{}]*)\}"  # in a template
 
@@ -56,22 +58,9 @@ def read_rows(path: Path) -> list[Row]:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UsageError(f"{path}: unknown kind of file {path.suffix!r}; rows are read from {', '.join(READERS)}")
-    try:
-        rows = reader(path)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if not rows:
+    if not (rows := reader(path)):
         raise UsageError(f"{path}: the file holds no rows")
     return rows
-
-
-def read_text(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8") from None
 
 
 def as_row(where: str, columns) -> Row:
@@ -122,20 +111,23 @@ def read_csv(path: Path, delimiter: str = ",") -> list[Row]:
 
 def read_parquet(path: Path) -> list[Row]:
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
     except ImportError:
         raise UsageError(f"{path}: reading Parquet needs pyarrow: pip install 'ia2mini[data]'") from None
+    if not is_there(path):
+        raise UsageError(f"{path}: no such file")
     try:
-        return [Row(f"{path} row {i}", columns) for i, columns in enumerate(parquet.read_table(path).to_pylist(), 1)]
-    except ArrowException as error:
-        raise UsageError(f"{path}: not a whole Parquet file ({str(error).splitlines()[0]})") from None
+        rows = parquet.ParquetFile(path).read().to_pylist()
+    except Exception as error:  # pyarrow's own, and Python's for texts and dates that are none
+        raise UsageError(f"{path}: not a whole Parquet file ({error})") from None
+    return [Row(f"{path} row {i}", columns) for i, columns in enumerate(rows, 1)]
 
 
 READERS = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet, ".csv": read_csv}
 READERS[".tsv"] = partial(read_csv, delimiter="\t")
 
 
-def as_rows(rows: str | Path | list[dict]) -> list[Row]:
+def as_rows(rows: str | Path | Sequence[dict]) -> list[Row]:
     """The rows of a file, or dicts of columns as rows. Raises UsageError."""
     if isinstance(rows, (str, Path)):
         return read_rows(Path(rows))

@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path, PurePosixPath
 
 from ia2mini import UsageError
-from ia2mini.files import hub_errors
+from ia2mini.files import hub_errors, patiently, plain
 
 from .catalog import Example, Task, arrange
 from .own import own_task
@@ -55,10 +55,10 @@ def fetch(task: Task, role: str, data_dir: str | Path | None) -> tuple[list[Row]
     """All rows of the split that a role is taken from, in the source's order, and where they are from."""
     split = task.train if role == "train" else task.eval
     if task.hub is None and not task.files:
-        from .world import rows
+        from . import world
 
         origin = {"source": "embedded", "files": [task.name]}
-        return [Row(f"{task.name} {role} row {i}", row) for i, row in enumerate(rows(task.name, role), 1)], origin
+        return [Row(f"{task.name} {role} row {i}", row) for i, row in enumerate(world.rows(task.name, role), 1)], origin
     if task.files or data_dir is not None:
         path = Path(task.files[role == "eval"]) if task.files else find_local(task, split, Path(data_dir))
         return read_rows(path), {"source": "own rows" if task.files else "folder", "files": [str(path)]}
@@ -92,7 +92,8 @@ def download(repo: str, choose: Callable[[list[str]], list[str]], revision=None)
     get, note = partial(snapshot_download, repo, repo_type="dataset", revision=revision), ""
     with hub_errors(repo, "dataset", revision, "give local rows with --data-dir"):
         try:
-            names = [file.rfilename for file in HfApi().dataset_info(repo, revision=revision, timeout=10).siblings]
+            info = patiently(lambda: HfApi().dataset_info(repo, revision=revision, timeout=10))
+            names = [file.rfilename for file in info.siblings]
         except Exception as error:
             try:
                 cached = Path(get(allow_patterns=[], local_files_only=True))
@@ -104,7 +105,8 @@ def download(repo: str, choose: Callable[[list[str]], list[str]], revision=None)
             chosen = choose(sorted(names))
         except UsageError as error:
             raise UsageError(f"{error}{note}") from None
-        folder = Path(get(allow_patterns=[f"{PurePosixPath(name).parent}/*" for name in chosen]))
+        wanted = [f"{PurePosixPath(name).parent}/*" for name in chosen]
+        folder = Path(patiently(lambda: get(allow_patterns=wanted)))
     return [folder / name for name in chosen], folder.name
 
 
@@ -157,4 +159,4 @@ def custom_task(path: str | Path, prompt: str, answer: str, template: str | None
     held = min(max(prompts // 5, 20), prompts // 2, EVAL)
     steps = ("unique", "shuffle", "filter", *(() if eval_path else ("split",)))
     files = (str(path), str(eval_path or path))
-    return replace(task, name=file.stem, tag=file.name, steps=steps, held=held, files=files)
+    return replace(task, name=plain(file.stem, ""), tag=plain(file.name, ""), steps=steps, held=held, files=files)

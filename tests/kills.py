@@ -1,0 +1,179 @@
+"""Commands in children of a process that has imported everything: killed at a moment, on a full disk, without rights.
+
+    done = command(folder, "fit", kill=(0.2, signal.SIGKILL))       # 0.2 s after it has begun
+    done = command(folder, "run", at=(3, signal.SIGTERM))           # before its third file gets its name
+    done = command(folder, "merge", room=5000)                      # no file may be longer
+    done = command(folder, "run", powerless=True)                   # root, too, heeds permissions
+
+The commands are small ones on the embedded model: `COMMANDS`.
+"""
+
+import ctypes
+import io
+import json
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import pandas  # noqa: F401  (imported before the children are made, as the modules below)
+import scipy.stats  # noqa: F401
+import torch
+import torch.distributed.tensor  # noqa: F401  (imported by huggingface_hub where it plans shards)
+from matplotlib.figure import Figure
+from safetensors import safe_open
+from tqdm import tqdm
+
+import bench.pretrain
+import ia2mini.cli
+import ia2mini.fitting
+import ia2mini.report.fit
+import ia2mini.study  # noqa: F401
+from bench.__main__ import main as bench_main
+
+ROOT = Path(__file__).parents[1]
+FEW = ["--model", str(ROOT / "models/tiny"), *"--rates 1e-2 --epochs 2 --device cpu".split()]
+COMMANDS = {
+    "run": ["run", "--data", "rows.csv", "--n=2", "--sets=1", "--methods=sft,ia2-sft", *FEW],
+    "fit": ["fit", "rows.csv", "--folds", "2", "--methods", "sft", *FEW],
+    "predict": ["predict", "fitted", "new.jsonl"],
+    "merge": ["merge", "fitted"],
+    "pretrain": ["pretrain", "--steps", "4"],
+}
+COMMANDS = {name: words + ["--out", "out"] * (name != "predict") for name, words in COMMANDS.items()}
+MEASURED = r'"?(seconds|peak_memory_bytes)"?: (\{[^}]*\}|[\d.]+),?|<p>[^<]*\d s\b[^<]*</p>'
+FORKED = multiprocessing.get_context("forkserver")
+
+torch.set_num_threads(1)
+tqdm.set_lock(threading.RLock())  # in place of a semaphore for each child
+_figure = Figure()  # the first one reads the fonts
+_figure.subplots().plot([0, 1], label="a")
+_figure.savefig(io.BytesIO())
+
+
+class Done(NamedTuple):
+    """How a command ended: exit code (negative: the signal), what it printed, its seconds, files that it named."""
+
+    code: int
+    out: bytes
+    err: str
+    seconds: float
+    files: int
+
+
+def command(folder: Path, name: str, kill=None, **how) -> Done:
+    """Run `COMMANDS[name]` in a child, in `folder`."""
+    pipes = [FORKED.Pipe(duplex=False) for _ in range(3)]
+    process = FORKED.Process(target=child, args=(folder, name, [end for _, end in pipes]), kwargs=how)
+    process.start()
+    for _, end in pipes:
+        end.close()
+    out, err, ready = (end for end, _ in pipes)
+    ready.recv()
+    begun = time.monotonic()
+    if kill:
+        process.join(kill[0])
+        if process.exitcode is None:
+            os.kill(process.pid, kill[1])
+    printed, told = (b"".join(iter(lambda end=end: os.read(end.fileno(), 1 << 16), b"")) for end in (out, err))
+    process.join(60)
+    assert process.exitcode is not None, f"{name} hangs"
+    files = ready.recv() if process.exitcode == 0 else 0
+    return Done(process.exitcode, printed, told.decode(), time.monotonic() - begun, files)
+
+
+def child(folder, name, ends, at=None, room=None, powerless=False, output=None) -> None:
+    """What the child does: `output` is a file for what the command prints, in place of the pipe."""
+    os.chdir(folder)
+    for number, end in enumerate(ends[:2], 1):
+        os.dup2(end.fileno(), number)
+        end.close()
+    if output:
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+    if room is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    if powerless:
+        heed_permissions()
+    begin, rename = click.Group.main, os.replace
+
+    def told(*arguments, **more):
+        ends[2].send("begun")
+        try:
+            return begin(*arguments, **more)
+        finally:  # the child's own end is not the command's
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+
+    def counted(*paths):
+        counted.files += 1
+        if at and counted.files == at[0]:
+            at[1]() if callable(at[1]) else os.kill(os.getpid(), at[1])
+        rename(*paths)
+
+    counted.files, click.Group.main, os.replace = 0, told, counted
+    sys.argv = ["ia2mini", *COMMANDS[name]]
+    if name == "pretrain":
+        full = bench.pretrain.pretrain
+        bench.pretrain.CONTEXT = 48
+        bench.pretrain.probe = lambda *_: {"toy-mood": [0.5] * len(bench.pretrain.SHOTS)}
+        bench.pretrain.pretrain = lambda out, **given: full(out, **given, every=1, rows=2)
+    try:
+        (bench_main if name == "pretrain" else ia2mini.cli.main)()
+    finally:
+        ends[2].send(counted.files)
+
+
+def heed_permissions() -> None:
+    """Give up root's right to write anywhere: capset with no capability."""
+    if os.geteuid() == 0:
+        assert ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()) == 0
+
+
+def permit(folder: Path, mode: int) -> None:
+    """Set the permissions of a folder and of all below it."""
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_dir():
+            path.chmod(mode)
+
+
+def lose_permissions() -> None:
+    """Nothing below the folder of results can be written from now on."""
+    heed_permissions()
+    permit(Path("out"), 0o555)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, without what is measured: seconds and memory."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+    return {name: data if data[:1] == b"\x89" else measured(name, data) for name, data in found.items()}
+
+
+def measured(name: str, data: bytes) -> bytes:
+    if name.endswith("seconds.json"):  # nothing else, and a digest of it
+        return b""
+    text = name.endswith((".json", ".html")) and Path(name).name != "tokenizer.json"
+    return re.sub(MEASURED, "", data.decode()).encode() if text else data
+
+
+def check_whole(folder: Path, wanted: dict[str, bytes]) -> None:
+    """Every file with a name of its own is as the undisturbed command wrote it, or a whole one to go on from."""
+    for name, data in content(folder).items():
+        path = folder / name
+        if path.name.startswith("."):
+            continue  # what `write` had begun
+        if "unfinished-" in name or path.name == "state.safetensors":
+            with safe_open(path, "pt") as file:
+                assert all(file.get_tensor(key) is not None for key in file.keys())
+        elif path.name == "seconds.json":
+            json.loads(path.read_text())
+        else:
+            assert data == wanted[name], f"{name} is not whole"

@@ -1,0 +1,206 @@
+"""Do the tests bite? Sixty chosen lines are broken one at a time, in a copy of the tree: the tests beside must fail.
+
+make mutants                              # all, some minutes; exit 1 where fewer than 95 % are caught
+python tests/mutants.py losses temper     # those whose file or line holds one of these words
+"""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT, SECONDS, ENOUGH = Path(__file__).parents[1], 300, 0.95
+TREE = ("ia2mini", "models", "bench", "tests")  # what is copied
+# File -> what occurs there exactly once, what is put in its place, and the test that should notice: its file and a part
+# of its name. None is a crash, each is a mistake that one could make.
+MUTANTS = {
+    "models/common.py": [
+        ("add_(eps).rsqrt_()", "rsqrt_().add_(eps)", "models equals_transformers_in_float32"),
+        ("(inverse**3 / -x", "(inverse**2 / -x", "adapters logits_gradients"),
+        ("cat((-sin, sin), -1)", "cat((sin, -sin), -1)", "models equals_transformers_in_float32"),
+        ("(2 * math.pi)", "math.pi", "models scaling_far_beyond"),
+        ("(self.layers or sorted(self.outputs))", "sorted(self.outputs)", "models taps_pick_positions"),
+    ],
+    "models/cache.py": [
+        ("(documents == 0)[:, None, None, :]", "(documents == 0)[:, None, :, None]", "cache branches"),
+        ("else same).tril()", "else same)", "cache packed_documents"),
+        ("<= self.slots[..., None]", "< self.slots[..., None]", "cache unequal_prompts"),
+        ("T, E) * E**-0.5", "T, E) / E", "cache prefix_equals"),
+    ],
+    "models/llama.py": [
+        ("(prefix.length if prefix else 0)", "(prefix.length - 1 if prefix else 0)", "cache prefix_equals"),
+    ],
+    "models/qwen3.py": [
+        ("k = self.k_norm(", "k = self.q_norm(", "models equals_transformers_in_float32"),
+    ],
+    "models/checkpoint.py": [
+        ("re.fullmatch(", "re.match(", "checkpoint a_shard_elsewhere"),
+    ],
+    "ia2mini/losses.py": [
+        ("weights).sum(1)", "weights).mean(1)", "losses a_run_averages"),
+        ("(2 / output.shape[-1])", "(1 / output.shape[-1])", "losses gradients_of_the_squared"),
+        ("teacher.float().log_softmax(-1), ids", "teacher.float(), ids", "losses equal_naive"),
+        ("scatter_add_(1, i, -t.exp())", "scatter_add_(1, i, t.expm1())", "losses through_the_head"),
+    ],
+    "ia2mini/batch.py": [
+        ("1 / (len(row.answer) * len(run))", "1 / sum(len(r.answer) for r in run)", "batch a_batch_written_out"),
+        ("len(row.prompt) - 1 + np", "len(row.prompt) + np", "batch every_position"),
+    ],
+    "ia2mini/train.py": [
+        (".sqrt_().add_(Adam.eps)", ".add_(Adam.eps).sqrt_()", "train adam_equals"),
+        ("finite = dev_loss < self", "finite = dev_loss <= self", "train patience_counts"),
+        ("< self.settings.patience)", "<= self.settings.patience)", "train patience_counts"),
+        ("torch.where(better, 0, self", "torch.where(better, self.misses[runs], self", "train patience_counts"),
+        ("self.means[-1 - PACE]", "self.means[-PACE]", "train a_rate_far_behind"),
+        ("weight[here] for name", "weight[: len(some)] for name", "train stop_at_different_steps"),
+    ],
+    "ia2mini/methods.py": [
+        ('f"epoch {epoch}"', '"epoch"', "methods sets_start_differently"),
+        ('seeded(self.seed, number, "adapter")', 'seeded(self.seed, 0, "adapter")', "methods sets_start_differently"),
+        ('"mse": 1 - betas, "ce": betas', '"mse": betas, "ce": 1 - betas', "methods every_method"),
+    ],
+    "ia2mini/adapters.py": [
+        ("scale = self.alpha / self.rank", "scale = self.alpha / self.rank**0.5", "adapters logits_gradients"),
+        ("math.sqrt(weight.shape[-1])", "math.sqrt(weight.shape[-2])", "adapters lora_starts"),
+    ],
+    "ia2mini/peft_format.py": [
+        ('"lora_alpha": adapter.alpha', '"lora_alpha": adapter.rank', "peft_format peft_loads"),
+        ('get("use_rslora") else len(A)', 'get("use_rslora") else rank', "peft_reading with_equal_logits"),
+        ("linear.bias.float() * weights[name]", "linear.bias.float()", "peft_format a_merged_checkpoint_equals"),
+    ],
+    "ia2mini/episode.py": [
+        ("crc32(purpose.encode())]", "0]", "episode the_same_command"),
+        ("shuffled(train[:i] + train[i + 1 :], rng)", "shuffled(train, rng)[1:]", "episode are_the_other"),
+        ("if rows[i].prompt != without and", "if", "folds balanced"),
+    ],
+    "ia2mini/evaluate.py": [
+        ("agreed[..., :-1]), -1) * self.real", "agreed[..., 1:]), -1) * self.real", "labels several_tokens_equal"),
+        ("total[..., self.at, 0]) * self.real", "total[..., self.at, 0])", "labels several_tokens_equal"),
+        ("zip(*(p[:-1] for p in prompts))", "zip(*prompts)", "evaluate one_query"),
+    ],
+    "ia2mini/metrics.py": [
+        ('confidence, side="left")', 'confidence, side="right")', "metrics bins_are_closed"),
+        ("** 2).sum(1)", "** 2).mean(1)", "metrics accuracy_nll_brier"),
+        ("default_rng(seed).random(", "default_rng().random(", "metrics ece_null_equals"),
+        ("0.0 if oracle else 1 / (n + 2)", "0.0", "fit the_temperature_is"),
+        ("[0.025, 0.975]", "[0.05, 0.95]", "metrics paired_test_equals_scipy"),
+        ("stats.ttest_rel(a, b)", "stats.ttest_ind(a, b)", "metrics paired_test_equals_scipy"),
+    ],
+    "ia2mini/crossval.py": [
+        ("a.std() / len(a) ** 0.5]", "a.std()]", "fit what_is_shipped"),
+        ("others[fold.test] = False", "others[fold.test] = True", "fit no_row_chooses"),
+        ('losses.mean() < losses["sft"].mean():', 'losses.mean() > losses["sft"].mean():', "fit what_is_shipped"),
+    ],
+    "ia2mini/predictor.py": [
+        ("(len(held) + 1) * (1", "len(held) * (1", "predictor coverage_of_few"),
+        ('(scores / self.spec["temperature"])', "scores", "predictor probabilities_are"),
+    ],
+    "ia2mini/generate.py": [
+        ("ids[-len(stop) :]", "ids[-1:]", "generate a_stop_text"),
+        ("cache.lengths += last + 1", "cache.lengths += ids.shape[1]", "generate runs_side_by_side"),
+    ],
+    "ia2mini/teacher.py": [
+        ("rows[n:labelled])", "rows[n:])", "unlabelled only_ia2"),
+    ],
+    "ia2mini/chat.py": [
+        ("return text.removeprefix(self.start)", "return text", "chat rendering_equals"),
+    ],
+    "ia2mini/files.py": [
+        ("pid.isdecimal() and not alive(int(pid)):", "pid.isdecimal():", "runs what_killed"),
+    ],
+    "ia2mini/runs.py": [
+        ('{tuple(tensor.shape)} ".encode', '".encode', "runs a_digest_sees"),
+        ('(".json", ".safetensors")', '(".safetensors",)', "runs checkpoint_digest_sees"),
+    ],
+    "ia2mini/tasks/rows.py": [
+        ("reader.line_num + 1", "reader.line_num", "rows what_is_wrong"),
+    ],
+    "ia2mini/tasks/catalog.py": [
+        ("rows[: -task.held]", "rows", "sources forty_lines"),
+    ],
+    "ia2mini/report/page.py": [
+        ("return html.escape(", "return html.escape(quote=False, s=", "page nothing_in_a_document"),
+    ],
+    "ia2mini/report/summary.py": [
+        ("math.inf if value is None or math.isnan(value)", "math.inf if value is None", "report diverged_is_never"),
+    ],
+}
+
+
+def tests_of(file: str, word: str) -> list[str]:
+    """pytest's names of the tests in a file whose names hold a word."""
+    path = ROOT / "tests" / f"test_{file}.py"
+    return [f"tests/{path.name}::{name}" for name in re.findall(rf"^def (test_\w*{word}\w*)\(", path.read_text(), re.M)]
+
+
+def misfits() -> list[str]:
+    """What is wrong with the table, in sentences: a line that is gone, a break that is no Python, an unknown test."""
+    said = []
+    for file, some in MUTANTS.items():
+        source = (ROOT / file).read_text(encoding="utf-8")
+        for old, new, test in some:
+            if (times := source.count(old)) != 1:
+                said.append(f"{file}: {old!r} occurs {times} times, not once")
+                continue
+            try:
+                ast.parse(source.replace(old, new))
+            except SyntaxError as error:
+                said.append(f"{file}: {new!r} for {old!r} is no Python ({error.msg})")
+            if len(tests_of(*test.split())) != 1:
+                said.append(f"{file}: {test!r} names {len(tests_of(*test.split()))} tests, not one")
+    return said
+
+
+def copy_tree(folder: Path) -> None:
+    shutil.copy(ROOT / "setup.cfg", folder)
+    for name in TREE:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "models"))
+    (folder / "ia2mini" / "models").symlink_to("../models")  # as `package_dir` in setup.cfg has it
+
+
+def passes(folder: Path, tests: list[str]) -> bool:
+    """Whether these tests pass on the copy; a test that hangs does not. No tests, or no pytest, is an error."""
+    more = {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=os.environ | more, capture_output=True, text=True, timeout=SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    if done.returncode not in (0, 1):
+        sys.exit(f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.returncode == 0
+
+
+def main(words: list[str]) -> None:
+    if wrong := misfits():
+        sys.exit("\n".join(wrong))
+    chosen = [(file, *mutant) for file, some in MUTANTS.items() for mutant in some]
+    chosen = [m for m in chosen if not words or any(word in f"{m[0]} {m[1]}" for word in words)]
+    with TemporaryDirectory() as name:
+        copy_tree(folder := Path(name).resolve())
+        tests = list(dict.fromkeys(test for *_, words in chosen for test in tests_of(*words.split())))
+        if not passes(folder, tests):
+            sys.exit("the tests fail before anything is broken")
+        survivors = []
+        for file, old, new, words in chosen:
+            source, begun = (folder / file).read_text(encoding="utf-8"), time.perf_counter()
+            (folder / file).write_text(source.replace(old, new), encoding="utf-8")
+            survived = passes(folder, tests_of(*words.split()))
+            (folder / file).write_text(source, encoding="utf-8")
+            survivors += [f"{file}: {old}"] * survived
+            verdict = "survived" if survived else "caught"
+            print(f"{verdict:<9}{time.perf_counter() - begun:5.1f} s  {file}: {old} → {new}", flush=True)
+    caught = len(chosen) - len(survivors)
+    print(f"{caught} of {len(chosen)} caught; survivors: {', '.join(survivors) or 'none'}")
+    sys.exit(caught < ENOUGH * len(chosen))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,129 @@
+"""Rows that are longer than the model reads: refused in one line that names them, before any work; of ICL a warning."""
+
+import json
+import warnings
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+from mistakes import refused
+from reference import make_checkpoint
+
+import ia2mini.experiment
+import ia2mini.generate
+from ia2mini import FitOptions, UsageError, fit, fitting, open_subject
+from ia2mini.cli import main
+from ia2mini.options import Options
+from ia2mini.predictor import FOREIGN, Predictor
+from ia2mini.study import compare, open_study
+from ia2mini.tasks import custom_task
+from ia2mini.tasks.rows import Row
+
+READS = 100  # tokens, a byte each
+QUICK = Options(n=(2,), sets=1, methods=("base", "icl", "sft"), rates=(1e-3,), epochs=1)
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory):
+    folder = make_checkpoint(tmp_path_factory.mktemp("short") / "m", "qwen3", max_position_embeddings=READS)
+    return open_subject(str(folder), "cpu")
+
+
+def row(length: int, i: int) -> dict:
+    """A row whose prompt `Text:…\\nLabel:` has so many tokens."""
+    return {"text": f"{i:02}".ljust(length - len("Text:\nLabel:"), "x"), "label": "ab"[i % 2]}
+
+
+def task_of(tmp_path, pool: list[int], evaluation: list[int]):
+    for name, lengths in (("pool", pool), ("eval", evaluation)):
+        lines = [json.dumps(row(length, i + 50 * (name == "eval"))) + "\n" for i, length in enumerate(lengths)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    return custom_task(tmp_path / "pool.jsonl", "text", "label", eval_path=tmp_path / "eval.jsonl")
+
+
+@pytest.mark.parametrize(
+    "pool, evaluation, named", [([20] * 3 + [READS], [20] * 4, "03xxx"), ([20] * 4, [20, READS + 1], "51xxx")]
+)
+def test_a_study_refuses_a_row_before_any_work(subject, tmp_path, pool, evaluation, named):
+    task, options = task_of(tmp_path, pool, evaluation), replace(QUICK, sets=3)  # every row of the pool is in some set
+    refused(
+        lambda: compare([task], subject, options, tmp_path / "out"), f"Text:{named}", f"{READS} tokens the model reads"
+    )
+    assert not (tmp_path / "out").exists()
+    fitting_rows = task_of(tmp_path, [20] * 3 + [READS - 1], [20, READS])
+    assert open_study([fitting_rows], subject, options, tmp_path / "out", None, None, None)
+    virtual = replace(options, adapter="prompt", virtual_tokens=2)
+    refused(lambda: compare([fitting_rows], subject, virtual, tmp_path / "none"), f"has {READS + 2} tokens")
+
+
+def test_a_teacher_beyond_what_the_model_reads_is_refused_and_icl_warned_of(subject, tmp_path):
+    """With a demonstration a row of the pool needs more; methods that do not learn from the teacher are trained."""
+    task = task_of(tmp_path, [70] * 4, [20, 30])
+    for options in (replace(QUICK, methods=("ia2-sft",)), replace(QUICK, labels="icl")):
+        refused(lambda o=options: compare([task], subject, o, tmp_path / "out"), "Text:", "143 tokens", "smaller --n")
+    assert not (tmp_path / "out").exists()
+    with pytest.warns(
+        UserWarning, match=r"rows of pool need up to 176 tokens behind demonstrations; the model reads 100"
+    ):
+        document, _ = compare([task], subject, QUICK, tmp_path / "out")
+    assert {cell["method"] for cell in document["cells"]} == {"base", "icl", "sft"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_study([task_of(tmp_path, [20] * 4, [20, 30])], subject, QUICK, tmp_path / "out", None, None, None)
+
+
+def test_judging_queries_are_looked_at_too(subject, tmp_path, monkeypatch):
+    """Of five rows the set takes three, and the queries by which `--select kl` judges the two others."""
+    monkeypatch.setattr(ia2mini.experiment, "FURTHER", 2)
+    unseen = 0
+    for place in range(5):
+        task = task_of(tmp_path, [READS if i == place else 20 for i in range(5)], [20])
+        refused(
+            lambda t=task: compare([t], subject, replace(QUICK, select="kl"), tmp_path / "out"), f"Text:0{place}xxx"
+        )
+        try:
+            unseen += bool(open_study([task], subject, QUICK, tmp_path / "out", None, None, None))
+        except UsageError:
+            pass
+    assert unseen == 2
+
+
+def test_fit_refuses_rows_contexts_and_rows_without_answers(subject, monkeypatch):
+    rows, options = [row(20 + i, i) for i in range(6)], FitOptions(rates=(1e-3,), epochs=1, methods=("sft",))
+    long = row(READS + 1, 7)
+    refused(lambda: fit([*rows, long], subject, options), "Text:07xxx", "more than the 100 tokens the model reads")
+    refused(lambda: fit(rows, subject, options, unlabelled=[{"text": long["text"]}]), "Text:07xxx")
+    monkeypatch.setattr(fitting, "generate", None)  # nothing is generated before the refusal
+    for context, more in (("c" * (READS - 30), 10), ("c", READS)):
+        with_context = replace(options, context=context, max_tokens=more)
+        refused(lambda o=with_context: fit(rows, subject, o), "Question:0", "cut that, or use a smaller --max-tokens")
+
+
+def test_predict_and_score_name_file_and_row(subject, tmp_path):
+    fitted = Predictor(subject, None, None, FOREIGN | {"template": "Text:{text}\nLabel:", "labels": ["a", "b"]})
+    rows = [Row("new.jsonl:1", row(READS, 0)), Row("new.jsonl:2", row(READS + 1, 1))]
+    found = fitted.predict(rows, wrong=lambda error: told.append(str(error)))
+    told = []
+    assert len(list(found)) == 1 and told == ["new.jsonl:2: its prompt has 101 tokens; the model reads 1 to 100"]
+    fitted.spec["demonstrations"] = [{"prompt": "Text:y\nLabel:", "answer": "a"}]
+    refused(lambda: list(fitted.predict(rows, icl=True)), "new.jsonl:1: its prompt with demonstrations has 116 tokens")
+    from ia2mini.report.fit import score_rows
+
+    refused(lambda: score_rows(fitted, rows, False), "new.jsonl:2: its prompt has 101 tokens")
+
+
+def test_generate_refuses_and_ends_where_the_model_ends(subject, monkeypatch):
+    asked, continued = [], ia2mini.generate.generate
+
+    def continuing(model, tokenizer, prompts, how):
+        asked.append(how.max_tokens)
+        return continued(model, tokenizer, prompts, how)
+
+    monkeypatch.setattr(ia2mini.generate, "generate", continuing)
+    for length, tokens in ((READS + 1, None), (READS, 1), (READS - 1, 2), (20, 50)):
+        how = ["--prompt", "x" * length, "--max-tokens", "50"]
+        result = CliRunner().invoke(main, ["generate", "--model", str(subject.folder), "--device", "cpu", *how])
+        if tokens is None:
+            assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "has 101 tokens" in result.stderr
+        else:
+            assert result.exit_code == 0 and asked.pop() == tokens
