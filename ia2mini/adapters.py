@@ -72,7 +72,8 @@ class LoRA(Adapter):
         return theta
 
     def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
-        scale, found = self.alpha / self.rank, {}
+        found: dict[str, Callable] = {}
+        scale = self.alpha / self.rank
         for name, linear in self.linears.items():
             A, B = own(weights[f"{name}.A"], 2, linear.weight, INTO), own(weights[f"{name}.B"], 1, linear.weight, OUT)
             found[name] = partial(low_rank, A, B, scale)
@@ -97,7 +98,7 @@ class IA3(Adapter):
         return super().init(model, generator) + 1
 
     def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
-        found = {}
+        found: dict[str, Callable] = {}
         for name, linear in self.linears.items():
             side = INTO if name in self.inputs else OUT
             found[name] = partial(scaled, own(weights[name], 1, linear.weight, side), name in self.inputs)

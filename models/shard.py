@@ -8,12 +8,14 @@ Without ranks every function here hands on what it is given. Reference: Shoeybi 
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ia2mini import UsageError
 
+Weight = Any  # a Tensor, or of a split model a DTensor, whose import would take a second
 OUT, INTO = 0, 1  # dimensions of a matrix [out, in]
 DIMENSION = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), OUT)  # along which each is split
 DIMENSION |= dict.fromkeys(("o_proj", "down_proj", "embed_tokens", "lm_head"), INTO)
@@ -60,16 +62,16 @@ def mesh_of(model: nn.Module):
     return getattr(model, "mesh", None)
 
 
-def is_split(weight: Tensor) -> bool:
-    return hasattr(weight, "device_mesh")  # a DTensor, whose import would take a second
+def is_split(weight: Weight) -> bool:
+    return hasattr(weight, "device_mesh")
 
 
-def local(weight: Tensor | None) -> Tensor | None:
+def local(weight: Weight) -> Tensor:
     """A weight, or this rank's part of it."""
     return weight.to_local() if is_split(weight) else weight
 
 
-def own(t: Tensor, dim: int, weight: Tensor, side: int) -> Tensor:
+def own(t: Tensor, dim: int, weight: Weight, side: int) -> Tensor:
     """This rank's part of t along `dim`, which goes along the side OUT or INTO of a map with this `weight`."""
     if not is_split(weight) or not weight.placements[0].is_shard(side):
         return t
@@ -94,7 +96,7 @@ def whole(y: Tensor, mesh, dim: int | None = None) -> Tensor:
     return DTensor.from_local(y, mesh, [Partial() if dim is None else Shard(dim)], run_check=False).full_tensor()
 
 
-def through(function: Callable, x: Tensor, weight: Tensor) -> Tensor:
+def through(function: Callable, x: Tensor, weight: Weight) -> Tensor:
     """function(x, weight), whole on all ranks, for a weight that may be split."""
     if not is_split(weight):
         return function(x, weight)

@@ -292,9 +292,9 @@ def test_a_killed_rank_ends_the_other_with_a_line_and_the_same_command_goes_on(t
     _, codes = on_ranks(2, partial(command, tmp_path, None, COMMAND), partial(command, tmp_path, 3, COMMAND))
     assert codes == [2, -signal.SIGKILL]
     said = (tmp_path / "told-of-0").read_text().splitlines()
-    assert [line for line in said if not line.startswith("phase ")] == [said[-1]] and "another process has ended" in said[
-        -1
-    ]
+    assert [line for line in said if not line.startswith("phase ")] == [
+        said[-1]
+    ] and "another process has ended" in said[-1]
     kept = {path: path.stat().st_ino for path in tmp_path.glob("runs/*/toy-sums-short-n4/*.safetensors")}
     assert any(path.name == "fit-sft.safetensors" for path in kept)
     assert not any(path.name == "fit-ia2.safetensors" for path in kept)
