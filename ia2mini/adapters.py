@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 from . import UsageError
 from .models.cache import Prefix
 from .models.common import Linear
+from .models.shard import INTO, OUT, mesh_of, own, shared, whole
 from .options import AdapterOptions
 
 TARGETS = ("q_proj", "k_proj", "o_proj")  # paper section 5
@@ -30,6 +31,7 @@ class Adapter:
     layers: list[int] | None = None
     tokens: int = 0  # virtual ones, before every row
     linears: dict[str, Linear] = {}
+    within = True  # works within a split block, on each rank's part of it
     shapes: dict[str, tuple]
 
     def __init__(self, model: nn.Module, targets, layers: list[int] | None):
@@ -70,8 +72,12 @@ class LoRA(Adapter):
         return theta
 
     def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
+        found: dict[str, Callable] = {}
         scale = self.alpha / self.rank
-        return {n: partial(low_rank, weights[f"{n}.A"], weights[f"{n}.B"], scale) for n in self.linears}
+        for name, linear in self.linears.items():
+            A, B = own(weights[f"{name}.A"], 2, linear.weight, INTO), own(weights[f"{name}.B"], 1, linear.weight, OUT)
+            found[name] = partial(low_rank, A, B, scale)
+        return found
 
 
 class IA3(Adapter):
@@ -92,7 +98,11 @@ class IA3(Adapter):
         return super().init(model, generator) + 1
 
     def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
-        return {name: partial(scaled, weights[name], name in self.inputs) for name in self.linears}
+        found: dict[str, Callable] = {}
+        for name, linear in self.linears.items():
+            side = INTO if name in self.inputs else OUT
+            found[name] = partial(scaled, own(weights[name], 1, linear.weight, side), name in self.inputs)
+        return found
 
 
 class Full(Adapter):
@@ -102,6 +112,8 @@ class Full(Adapter):
     """
 
     def __init__(self, model: nn.Module, targets=EVERY_MATRIX, layers: list[int] | None = None):
+        if mesh_of(model) is not None:
+            raise UsageError("--adapter full is as large as the model and is not split with it; leave out --shard")
         super().__init__(model, targets, layers)
         self.shapes = {name: tuple(linear.weight.shape) for name, linear in self.linears.items()}
 
@@ -111,6 +123,8 @@ class Full(Adapter):
 
 class Prompt(Adapter):
     """`tokens` trained embeddings [tokens, D] before every row, random words' at first (Lester et al. 2021)."""
+
+    within = False
 
     def __init__(self, model: nn.Module, tokens: int = 20):
         self.tokens = tokens
@@ -137,17 +151,19 @@ class PrefixTuning(Adapter):
         prefix = Prefix()
         with torch.no_grad():
             model(random_words(model, self.tokens, generator)[None], logits=False, cache=prefix)
-        return torch.stack([torch.cat(pair) for pair in prefix.layers]).float().cpu().flatten()
+        found = whole(torch.stack([torch.cat(pair) for pair in prefix.layers]), mesh_of(model), dim=2)
+        return found.float().cpu().flatten()
 
     def prefix(self, model: nn.Module, weights: dict[str, Tensor]) -> Prefix:
         layers = weights["prefix"].to(model.model.embed_tokens.weight.dtype).unbind(1)  # each [R, 2, K, tokens, E]
-        return Prefix(layer.unbind(1) for layer in layers)
+        k_proj = model.model.layers[0].self_attn.k_proj.weight
+        return Prefix(own(layer, 2, k_proj, OUT).unbind(1) for layer in layers)
 
 
 def random_words(model: nn.Module, count: int, generator: Generator) -> Tensor:
     """Embeddings [count, D] of words drawn from the vocabulary."""
-    table = model.model.embed_tokens.weight
-    return table[torch.randint(len(table), (count,), generator=generator).to(table.device)]
+    table = model.model.embed_tokens
+    return table(torch.randint(len(table.weight), (count,), generator=generator).to(table.weight.device))
 
 
 ADAPTERS = {"lora": LoRA, "ia3": IA3, "prompt": Prompt, "prefix": PrefixTuning, "full": Full}
@@ -209,7 +225,7 @@ def adapted(model: nn.Module, adapter: Adapter, theta: Tensor) -> Iterator[Calla
     Within the block the batch's rows come in R equal groups. Gradients reach theta; the backward pass belongs into the
     block too, since checkpointed layers compute anew there.
     """
-    weights = unpack(theta, adapter.shapes)
+    weights = unpack(shared(theta, mesh_of(model) if adapter.within else None), adapter.shapes)
     try:
         for name, change in adapter.changes(weights).items():
             adapter.linears[name].adapter = change

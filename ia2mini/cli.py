@@ -55,9 +55,11 @@ class Commands(click.Group):
                 raise
             mistake, sys.stdout = f"{error.filename or 'output'}: {error.strerror}", None  # not tried again at exit
         except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not be loaded yet
-                raise
             mistake = "the device has too little memory; use a smaller --model, --dtype bfloat16 or another --device"
+            if parallel.lost(error):
+                mistake = parallel.LOST
+            elif type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not be loaded yet
+                raise
         say(mistake)
         sys.exit(2)
 
@@ -133,6 +135,7 @@ def determined(context, option, wanted: bool) -> None:
 
 MODEL_HELP = "folder, hub id, or short name: tiny (embedded), qwen3-4b-base, llama-3.2-1b …"
 DTYPE_HELP = "of frozen weights  [default: float32, on a GPU bfloat16]"
+shard_option = click.option("--shard", is_flag=True, help="split the model over the processes of torchrun")
 check_option = click.option("--check/--no-check", default=True, help="that no weight is NaN or infinite")
 model_options = many(
     click.option("--model", default="tiny", help=MODEL_HELP),
@@ -140,6 +143,7 @@ model_options = many(
     click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help=DTYPE_HELP),
     click.option("--revision", help="branch, tag or commit on the hub"),
     check_option,
+    shard_option,
     click.option(
         "--deterministic", is_flag=True, expose_value=False, callback=determined, help="the same bits on a GPU, slower"
     ),
@@ -169,8 +173,10 @@ def main(context):
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
-    if parallel.size > 1 and context.invoked_subcommand not in ("run", "fit"):
-        raise UsageError("only `run` and `fit` are spread over processes; start the others without torchrun")
+    if parallel.size > 1 and context.invoked_subcommand not in ("run", "fit") and "--shard" not in sys.argv:
+        raise UsageError(
+            "only `run` and `fit` are spread over processes; start the others with --shard or without torchrun"
+        )
     keep_freed_memory()
     lasting = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ia2mini", "compiled")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(lasting))  # torch's own place does not outlive a restart
@@ -228,7 +234,7 @@ def progress(label: str, total: int):
 @click.option("--figures", type=Several(str), default="png", help="formats of the figures: png,pdf,svg")
 @click.option("--json", "as_json", is_flag=True, help="one JSON document on the last line of stdout")
 @click.option("--dry-run", is_flag=True, help="list tokens, memory and least time of every task and N; train nothing")
-def run(names, model, device, dtype, revision, check, compiling, checkpointing, dry_run, **given):
+def run(names, model, device, dtype, revision, check, shard, compiling, checkpointing, dry_run, **given):
     """Train and compare methods on TASKs: a table, figures, a page, and the chosen adapters in PEFT's format.
 
     Without TASK, the demo: the four toy classification tasks. All sets and rates of a method are trained side by side.
@@ -249,10 +255,12 @@ def run(names, model, device, dtype, revision, check, compiling, checkpointing, 
     unnamed = click.get_current_context().get_parameter_source("model").name == "DEFAULT"
     if own["data"] and model == "tiny" and unnamed:
         raise UsageError("--data: name a --model for your own rows (the embedded one knows 449 words)")
+    if (compiling or dry_run) and shard:
+        raise UsageError(f"--{'compile' if compiling else 'dry-run'}: not with --shard; leave one of them out")
     chosen = find_tasks(names, **own)
     from .subject import open_subject, usable
 
-    subject = open_subject(model, device := usable(device), dtype, revision, check, weights=not dry_run)
+    subject = open_subject(model, device := usable(device), dtype, revision, check, not dry_run, shard)
     chosen = [keep_apart(task, subject.tokenizer, own["template"]) for task in chosen]
     from .report import write_report
     from .report.paper import add_paper
@@ -284,7 +292,7 @@ def prepare(model, compiling: bool | None, checkpointing: bool, worth: Callable 
     from .models.common import checkpointed, compiled, wrap_blocks
 
     if compiling is None:
-        compiling = next(model.parameters()).is_cuda and worth()
+        compiling = next(model.parameters()).is_cuda and not parallel.same and worth()
     elif not compiling:
         RECORDERS.clear()
     if compiling:

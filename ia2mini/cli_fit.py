@@ -8,7 +8,18 @@ from pathlib import Path
 import click
 
 from . import UsageError, parallel
-from .cli import check_option, file_option, main, many, model_options, options_of, prepare, progress, typed
+from .cli import (
+    check_option,
+    file_option,
+    main,
+    many,
+    model_options,
+    options_of,
+    prepare,
+    progress,
+    shard_option,
+    typed,
+)
 from .files import json_line, plain, read_text
 from .options import FitOptions
 
@@ -37,7 +48,7 @@ adapter_options = many(
 )
 @file_option("--prompts", "the queries for --context, in place of ROWS; they need no answers")
 @file_option("--out", "folder of the adapter; the same command goes on where it was", required=True)
-def fit(rows, model, device, dtype, revision, check, unlabelled, context, prompts, out, **given):
+def fit(rows, model, device, dtype, revision, check, shard, unlabelled, context, prompts, out, **given):
     """Fit an adapter to your own ROWS (JSONL, JSON, CSV, TSV, Parquet), and say what it is worth.
 
     \b
@@ -61,12 +72,14 @@ def fit(rows, model, device, dtype, revision, check, unlabelled, context, prompt
         raise UsageError(f"{context}: the file is empty")
     options = FitOptions(**given, context=text)
     own, _ = read_own(rows or prompts, columns, bool(context))  # its mistakes show before a model is loaded
-    subject = open_subject(model, device, dtype, revision, check)
+    subject = open_subject(model, device, dtype, revision, check, shard=shard)
     prepare(subject.model, None, False)
     fitted = fit_rows(own, subject, options, columns, unlabelled or (), keep=out, bar=progress)
+    if not parallel.same and not parallel.stop():
+        return
+    fitted.save(out)  # its canary is computed, by all that share the model
     if not parallel.stop():
         return
-    fitted.save(out)
     write_fit_report(fitted, out, typed())
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished)
@@ -102,6 +115,7 @@ def complain(error: UsageError, strict: bool) -> None:
 
 @main.command()
 @adapter_options
+@shard_option
 @click.argument("rows", metavar="ROWS|-")
 @click.option("--coverage", type=float, help="answer only the most certain rows: this share of them")
 @click.option("--icl", is_flag=True, help="the base model with demonstrations in its prompt instead, to compare")
@@ -112,6 +126,8 @@ def predict(adapter, rows, coverage, icl, strict, **how):
     Prints JSONL: the row's own columns, answer, confidence and, of labels, the probability of each. Where --coverage
     abstains, answer is null and abstained the answer. A column of yours with such a name becomes row_answer and so on.
     """
+    if how["shard"] and rows == "-":
+        raise UsageError("--shard: every process reads the rows; give a file in place of standard input")
     fitted = open_adapter(adapter, **how)
     for row in fitted.predict(read_new(rows, strict), icl, coverage, wrong=lambda error: complain(error, strict)):
         click.echo(json_line(row))
@@ -119,6 +135,7 @@ def predict(adapter, rows, coverage, icl, strict, **how):
 
 @main.command()
 @adapter_options
+@shard_option
 @click.argument("rows", metavar="ROWS", type=click.Path(path_type=Path))
 @click.option("--answer-column", help="what is answered  [default: as in the rows it was fitted on]")
 @click.option("--icl", is_flag=True, help="the base model with demonstrations in its prompt instead, to compare")
@@ -147,7 +164,7 @@ def merge(adapter, out, **how):
 @click.option("--stop", help="text at which to stop, besides the end of sequence")
 @file_option("--adapter", "folder of an adapter; its own base is the model")
 @click.option("--chat", is_flag=True, help="the prompt as a turn of the checkpoint's chat template")
-def generate(model, device, dtype, revision, check, prompt, max_tokens, stop, adapter, chat):
+def generate(model, device, dtype, revision, check, shard, prompt, max_tokens, stop, adapter, chat):
     """Continue a text greedily; the continuation goes to stdout."""
     from .chat import ChatTemplate
     from .generate import Decoding
@@ -157,9 +174,9 @@ def generate(model, device, dtype, revision, check, prompt, max_tokens, stop, ad
 
     if adapter:
         given = click.get_current_context().get_parameter_source("model").name != "DEFAULT"
-        fitted = open_adapter(adapter, model if given else None, device, dtype, check)
+        fitted = open_adapter(adapter, model if given else None, device, dtype, check, shard=shard)
     else:
-        fitted = Predictor(open_subject(model, device, dtype, revision, check), None, None, FOREIGN)
+        fitted = Predictor(open_subject(model, device, dtype, revision, check, shard=shard), None, None, FOREIGN)
     subject = fitted.subject
     ids = subject.tokenizer.encode(ChatTemplate(subject.folder, subject.tokenizer)(prompt) if chat else prompt)
     if not ids:
@@ -171,12 +188,14 @@ def generate(model, device, dtype, revision, check, prompt, max_tokens, stop, ad
     click.echo(plain(subject.tokenizer.decode(ids + response)[len(subject.tokenizer.decode(ids)) :]))
 
 
-def open_adapter(folder: Path, model=None, device=None, dtype=None, check=True, template=None, labels=None):
+def open_adapter(
+    folder: Path, model=None, device=None, dtype=None, check=True, template=None, labels=None, shard=False
+):
     """A saved adapter on its base model."""
     from .predictor import base_of, load_adapter
     from .subject import open_subject
 
     spec = {"template": template and template.replace("\\n", "\n"), "labels": labels and labels.split(",")}
     name, revision = (model, None) if model else base_of(folder)
-    subject = open_subject(name, device, dtype, revision, check)
+    subject = open_subject(name, device, dtype, revision, check, shard=shard)
     return load_adapter(folder, subject, **{name: value for name, value in spec.items() if value})

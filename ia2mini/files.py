@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from . import UsageError
+from . import UsageError, parallel
 
 WAITS = (1, 4)  # seconds before a download is tried again
 BROKEN_OFF = ("RemoteProtocolError", "ReadError", "ChunkedEncodingError")  # of the client's library, httpx or requests
@@ -67,8 +67,10 @@ def read_json(path: Path) -> dict:
 def write(path: Path, writer: Callable[[Path], object]) -> None:
     """Run `writer(temporary path)` beside `path`, then rename: the file is whole or not there. Raises UsageError.
 
-    What killed processes had begun of it is swept.
+    What killed processes had begun of it is swept. Of processes that compute the same the first writes.
     """
+    if not parallel.writes():
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path)

@@ -13,15 +13,17 @@ from datetime import timedelta
 
 from . import UsageError
 
+LOST = "another process has ended; what was finished is kept, and the same command goes on from there"
 rank, size = 0, 1  # of this process among those that share the work at hand
 chief = True  # whether it is the first of all
+same = False  # whether all compute the same, on one model that is split over them (models/shard.py)
 store = None  # keys that all processes see
 
 
 def start() -> None:
     """Join the processes that torchrun has started with this one, each with a GPU of its own where there are enough."""
     global rank, size, chief, store
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "LOCAL_RANK" not in os.environ:
+    if store is not None or int(os.environ.get("WORLD_SIZE", 1)) == 1 or "LOCAL_RANK" not in os.environ:
         return
     import torch
     import torch.distributed as dist
@@ -36,10 +38,24 @@ def start() -> None:
     chief = rank == 0
 
 
+def share() -> int:
+    """Have all processes compute the same from here on; nothing is spread. Raises UsageError where there is but one."""
+    global rank, size, same
+    if size == 1:
+        raise UsageError("--shard splits the model over processes: torchrun --nproc-per-node K -m -- ia2mini … --shard")
+    count, (rank, size), same = size, (0, 1), True
+    return count
+
+
+def writes() -> bool:
+    """Whether this process writes what it has computed."""
+    return chief or not same
+
+
 def stop() -> bool:
     """Part from the others; whether this process is the one that goes on."""
     global rank, size
-    if size > 1:
+    if size > 1 or same:
         import torch.distributed as dist
 
         rank, size = 0, 1
@@ -55,6 +71,11 @@ def says(line: str) -> bool:
         return True
 
 
+def lost(error: Exception) -> bool:
+    """Whether an error says that another process has ended: torch's own classes, or gloo's words."""
+    return type(error).__name__.startswith("Dist") or "gloo" in str(error)
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """Turn what the end of another process does to this one into a single line."""
@@ -63,8 +84,7 @@ def together() -> Iterator[None]:
     except RuntimeError as error:
         for number in (signal.SIGINT, signal.SIGTERM):  # of torchrun, which ends who is left: it ends already
             signal.signal(number, signal.SIG_IGN)
-        lost = "another process has ended; what was finished is kept, and the same command goes on from there"
-        raise UsageError(lost) from error
+        raise UsageError(LOST) from error
 
 
 @contextmanager
@@ -95,11 +115,11 @@ def gather(value) -> list:
 
 def first(function: Callable):
     """What `function` gives the first process, for all; the others do not call it."""
-    if size == 1:
+    if size == 1 and not same:
         return function()
     import torch.distributed as dist
 
-    box = [pack(function()) if rank == 0 else None]
+    box = [pack(function()) if (chief if same else rank == 0) else None]
     with together():
         dist.broadcast_object_list(box)
     return unpacked(box[0])

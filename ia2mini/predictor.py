@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import UsageError
+from . import UsageError, parallel
 from .adapters import Adapter, adapted
 from .batch import Row as IdsRow
 from .batch import Watch
@@ -191,7 +191,7 @@ class Predictor:
     def save(self, folder: Path) -> None:
         """Write the adapter in peft's format, `ia2mini.json` and a model card. Raises UsageError."""
         subject = self.subject
-        for name in ADAPTER:  # of an earlier fit
+        for name in ADAPTER if parallel.writes() else ():  # of an earlier fit
             (folder / name).unlink(missing_ok=True)
         if self.adapter:
             about = subject.base, subject.tokenizer, subject.revision

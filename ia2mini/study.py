@@ -191,7 +191,7 @@ def save_adapters(experiment: Experiment, method: str, numbers: list[int]) -> li
     setting, records = experiment.setting, experiment.training_records(method)
     subject, theta = setting.subject, experiment.trained(method).theta
     names = [f"adapters/{experiment.name}-{method}-set{records[r]['set']}" for r in numbers]
-    for r, name in zip(numbers, names) if parallel.rank == 0 else ():
+    for r, name in zip(numbers, names) if parallel.rank == 0 and parallel.writes() else ():
         path = setting.folder.path / name
         about = subject.base, subject.tokenizer, subject.revision
         save_adapter(subject.model, experiment.adapter, theta[r], path, *about)

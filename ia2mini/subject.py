@@ -1,13 +1,16 @@
 """The model that a command or a notebook works with, and how it is opened by name."""
 
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from . import UsageError
+from . import UsageError, parallel
 from .files import plain
+from .graphs import RECORDERS
 from .models.checkpoint import SHORT_NAMES, TINY, load, locate
 from .tokenizer import Tokenizer
 
@@ -48,16 +51,32 @@ def usable(device: str | None) -> str:
     return device
 
 
+def share(device: str) -> tuple:
+    """The mesh of all processes, which compute the same from here on, and the device of this one. Raises UsageError."""
+    parallel.start()
+    count, kind = parallel.share(), torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.set_device(device := f"cuda:{os.environ['LOCAL_RANK']}")
+    from torch.distributed.device_mesh import init_device_mesh
+
+    RECORDERS.clear()  # no CUDA graphs: what the processes say to one another has not been tried in one
+    if not parallel.chief:
+        sys.stdout = open(os.devnull, "w")
+    return init_device_mesh(kind, (count,)), device
+
+
 def open_subject(
-    model: str = "tiny", device=None, dtype=None, revision=None, check: bool = True, weights: bool = True
+    model: str = "tiny", device=None, dtype=None, revision=None, check: bool = True, weights: bool = True, shard=False
 ) -> Subject:
     """The model of a folder, hub id or short name; on a GPU if there is one, there in bfloat16. Raises UsageError.
 
     `check`: no weight may be NaN or infinite. Without `weights` only its shape: nothing large is read or downloaded.
+    With `shard` it is split over the processes of torchrun.
     """
     device, folder = usable(device), locate(model, revision, weights)
     dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
-    network, tokenizer = load(folder, dtype, device if weights else "meta", check=check)
+    mesh, device = share(device) if shard else (None, device)
+    network, tokenizer = load(folder, dtype, device if weights else "meta", check=check, mesh=mesh)
     local = folder == TINY or Path(model).is_dir()
     name = plain(folder.resolve().name if local else model.replace("/", "--"), "")
     base = str(folder.resolve()) if local else SHORT_NAMES.get(model.lower(), model)

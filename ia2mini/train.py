@@ -276,6 +276,8 @@ def train_in_parts(
                 parts.append(train_runs(model, adapter, here, settings, watch))
                 rest = rest[len(some) :]
             except torch.OutOfMemoryError:
+                if parallel.same:  # the others wait for this process within a pass
+                    raise UsageError(f"not enough memory for {len(some)} runs; use a lower --side-by-side") from None
                 if len(some) == 1:
                     mend = "use --checkpointing, a smaller --batch-size or a smaller model"
                     raise UsageError(f"not enough memory for a single run; {mend}") from None

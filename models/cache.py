@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .shard import Weight, is_split, local
+
 Past = tuple[Tensor, Tensor]  # a prefix's keys and values of one layer, [G, K, S, E] each
 
 
@@ -88,10 +90,11 @@ class Cache:
     With `static`, every call but the first attends to all slots under a mask: shapes stay, so it can be captured.
     """
 
-    def __init__(self, config, rows: int, capacity: int, like: Tensor, static: bool = False):
-        """Room for `capacity` tokens of each row, in the dtype and on the device of `like`."""
-        shape = (rows, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+    def __init__(self, config, rows: int, capacity: int, like: Weight, static: bool = False):
+        """Room for `capacity` tokens of each row, in the dtype and on the device of `like`, a weight of the model."""
+        ranks = like.device_mesh.size() if is_split(like) else 1  # of a split one: each keeps its heads
+        shape = (rows, config.num_key_value_heads // ranks, capacity, config.head_dim)
+        self.keys = [local(like).new_zeros(shape) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros_like(k) for k in self.keys]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=like.device)
         self.filled, self.static = 0, static  # slots that any row may have written

@@ -17,7 +17,7 @@ from ia2mini import UsageError
 from ia2mini.files import hub_errors, patiently, read_json, write, write_text
 from ia2mini.tokenizer import Tokenizer
 
-from . import llama, qwen3
+from . import llama, qwen3, shard
 from .common import LLAMA3, Rope
 
 FAMILIES = {"llama": (llama.Config, llama.Llama), "qwen3": (qwen3.Config, qwen3.Qwen3)}
@@ -35,12 +35,18 @@ LARGEST = "5GB"  # of a file of weights that is written
 
 
 def load(
-    name: str | Path, dtype=torch.float32, device: str = "cpu", revision: str | None = None, check: bool = True
+    name: str | Path,
+    dtype=torch.float32,
+    device: str = "cpu",
+    revision: str | None = None,
+    check: bool = True,
+    mesh=None,
 ) -> tuple[nn.Module, Tokenizer]:
     """Load `name`, a folder, a short name ("qwen3-4b-base", "tiny") or a hub id: (model, tokenizer).
 
     The model is in evaluation mode with every weight frozen, in `dtype` on `device`; weights are streamed one tensor at
-    a time; none on "meta". `check`: none may be NaN or infinite. Raises UsageError for anything a user can mend.
+    a time; none on "meta". `check`: none may be NaN or infinite. With a `mesh` of processes each reads and
+    keeps its part (shard.py). Raises UsageError for anything a user can mend.
 
         model, tokenizer = load("tiny")
         logits = model(torch.tensor([tokenizer.encode("Text:a lovely film\\nLabel:")]))   # [1, T, V]
@@ -49,10 +55,13 @@ def load(
     config, family = read_folder_config(folder)
     with torch.device("meta"):
         model = family(config)
+    if mesh is not None:
+        shard.check(config, mesh.size())
+        shard.join(model, mesh)
     if str(device) == "meta":
         model.to(dtype)
     else:
-        fill(model, folder, dtype, torch.device(device), check)
+        fill(model, folder, dtype, torch.device(device), check, mesh)
     return model.eval().requires_grad_(False), Tokenizer.from_folder(folder)
 
 
@@ -169,7 +178,7 @@ def shards(folder: Path) -> dict[str, Path]:
     return where
 
 
-def fill(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device, check: bool) -> None:
+def fill(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device, check: bool, mesh=None) -> None:
     """Give every parameter of `model` (on the meta device) its tensor. Raises UsageError naming the first misfit."""
     where = shards(folder)
     wanted = {name: p.shape for name, p in model.named_parameters()}
@@ -186,8 +195,8 @@ def fill(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.devic
                 stored = f"is {found.get_dtype()} of shape {found.get_shape()}"
                 asked = f"config.json asks for {list(shape)}, and {', '.join(STORED)} can be read"
                 raise UsageError(f"{where[name]}: tensor {name} {stored}; {asked}")
-            tensor = f.get_tensor(name).to(dtype)
-        if check and not torch.stack(tensor.aminmax()).isfinite().all():  # NaN is both least and most
+            tensor = f.get_tensor(name).to(dtype) if mesh is None else shard.part(found, name, dtype, mesh)
+        if check and not torch.stack(shard.local(tensor).aminmax()).isfinite().all():  # NaN is both least and most
             way = "use other weights, another --dtype, or --no-check to load them anyway"
             raise UsageError(f"{where[name]}: tensor {name} holds NaN or infinity; {way}")
         owner, _, leaf = name.rpartition(".")

@@ -10,10 +10,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ia2mini import UsageError
+
+from .shard import is_split, local, through
 
 At = tuple[Tensor, Tensor]  # (rows, columns), int64 [P] each: positions in a [B, T] batch
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of `Rope.scaling`
@@ -59,7 +62,10 @@ class Linear(nn.Linear):
     adapter: Callable | None = None  # no parameter: names stay the checkpoint's own
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if self.adapter is None else self.adapter(super().forward, x)
+        return self.base(x) if self.adapter is None else self.adapter(self.base, x)
+
+    def base(self, x: Tensor) -> Tensor:
+        return F.linear(x, local(self.weight), local(self.bias))
 
 
 class Embedding(nn.Embedding):
@@ -68,14 +74,17 @@ class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         """No draw: on the meta device it would import torch's compiler, a second at every start."""
 
+    def forward(self, ids: Tensor) -> Tensor:
+        return through(F.embedding, ids, self.weight)
+
 
 class Head(nn.Linear):
     """The map to logits, without a seam."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dim() == 2 and 6 <= len(x) <= 16:
+        if x.device.type == "cpu" and x.dim() == 2 and 6 <= len(x) <= 16 and not is_split(self.weight):
             return (self.weight @ x.mT).mT  # a batch that decodes: up to twice as fast so
-        return super().forward(x)
+        return through(F.linear, x, self.weight)
 
 
 @dataclass(frozen=True)
