@@ -256,15 +256,15 @@ def train_runs(
 
 def train_in_parts(
     model: nn.Module, adapter: Adapter, runs: Runs, settings: Settings, at_once: int | None = None, watch=None
-) -> tuple[Trained, int]:
+) -> tuple[Trained, int | None]:
     """`train_runs`, spread over processes, in each `at_once` runs side by side (None: all), fewer where memory is too
-    small; also how many it were. What memory holds is estimated before, and halved where it still runs out. Raises
-    UsageError below one run. Rates are compared only where all runs train at the same time.
+    small; also `at_once`, lowered to these. What memory holds is estimated before, and halved where it still runs out.
+    Raises UsageError below one run. Rates are compared only where all runs train at the same time.
     """
     racing = runs.config is not None and len(runs) <= (at_once or len(runs))
     rounds = parallel.Rounds((torch.zeros(0, dtype=torch.int64), torch.zeros(0)))
 
-    def train(rest: Tensor) -> tuple[list[Trained], int]:
+    def train(rest: Tensor) -> tuple[list[Trained], int | None]:
         parts, config, every = [], runs.config if racing else None, len(rest)
         most = min(at_once or every, fitting(model, runs, settings.batch_size)) if every else len(runs)
         if config is not None and most < every:
@@ -288,11 +288,11 @@ def train_in_parts(
                 warnings.warn(f"out of memory with {len(some)} runs side by side; {now}", stacklevel=2)
         if racing:
             rounds.end()
-        return parts, most
+        return parts, most if most < min(at_once or every, every) else None
 
     found, most = zip(*parallel.spread(train, torch.arange(len(runs)).tensor_split(parallel.size)))
     parts = sum(found, [])
-    return Trained(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0]))), min(most)
+    return Trained(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0]))), min(filter(None, most), default=at_once)
 
 
 def fitting(model: nn.Module, runs: Runs, batch_size: int) -> int:

@@ -1,6 +1,7 @@
 """Fixtures every test file shares."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from ia2mini.models.checkpoint import load
 from reference import make_checkpoint
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a job in the background; tests send it to their children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # models here are tiny: threads would only wait for each other
 
 

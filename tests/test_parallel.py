@@ -216,12 +216,12 @@ def test_torchrun_tells_a_mistake_once(tmp_path):
     command = [*launch, "ia2mini", *CELL, "--layers", "99"]
     ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert ended.returncode != 0 and not ended.stdout
-    mistake = "ia2mini: --layers 99: this model has layers 0 to 3"
+    mistake = "ia2mini: --layers 99: this model has layers 0 to 3; or say first-third, middle-third, last-third"
     assert [line for line in ended.stderr.splitlines() if line.startswith("ia2mini:")] == [mistake]
 
 
 def test_commands_that_are_not_spread_are_refused(tmp_path):
     codes, told, complaints = end(begin(2, ["tasks"], tmp_path), tmp_path)
     assert set(codes) == {2} and not any(told)
-    refusal = "ia2mini: only `run` and `fit` are spread over processes; start the others without torchrun\n"
+    refusal = "ia2mini: only `run` and `fit` are spread over processes; start the others with --shard or without torchrun\n"
     assert sorted(complaints) == ["", refusal]
