@@ -292,7 +292,9 @@ def train_in_parts(
 
     found, most = zip(*parallel.spread(train, torch.arange(len(runs)).tensor_split(parallel.size)))
     parts = sum(found, [])
-    return Trained(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0]))), min(filter(None, most), default=at_once)
+    return Trained(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0]))), min(
+        filter(None, most), default=at_once
+    )
 
 
 def fitting(model: nn.Module, runs: Runs, batch_size: int) -> int:

@@ -223,5 +223,7 @@ def test_torchrun_tells_a_mistake_once(tmp_path):
 def test_commands_that_are_not_spread_are_refused(tmp_path):
     codes, told, complaints = end(begin(2, ["tasks"], tmp_path), tmp_path)
     assert set(codes) == {2} and not any(told)
-    refusal = "ia2mini: only `run` and `fit` are spread over processes; start the others with --shard or without torchrun\n"
+    refusal = (
+        "ia2mini: only `run` and `fit` are spread over processes; start the others with --shard or without torchrun\n"
+    )
     assert sorted(complaints) == ["", refusal]

@@ -56,7 +56,9 @@ def ours(folder: Path, task: Task, o: Options, out: Path, monkeypatch) -> tuple[
     """`compare` on the same: document, folder, the teacher's rows of each set, every loss that training looked at."""
     taught, seen = [], []
     teach, losses = ia2mini.experiment.teach, ia2mini.train.losses
-    monkeypatch.setattr(ia2mini.experiment, "teach", lambda *args, **more: taught.append(teach(*args, **more)) or taught[-1])
+    monkeypatch.setattr(
+        ia2mini.experiment, "teach", lambda *args, **more: taught.append(teach(*args, **more)) or taught[-1]
+    )
     monkeypatch.setattr(ia2mini.train, "losses", lambda *args: seen.append(losses(*args)) or seen[-1])
     subject = Subject(*load(folder), folder, "random", str(folder))
     document, kept = compare([task], subject, o, out)
