@@ -69,9 +69,7 @@ class Grid:
         with self.progress((method, len(runs), steps)) as watch:
             watch = watch if callable(watch) else None
             asked = self.settings, self.side_by_side, watch
-            found, most = train_in_parts(self.model, self.adapter, runs, *asked)
-        if most < len(runs):
-            self.side_by_side = most  # what memory has held, for the next phase too
+            found, self.side_by_side = train_in_parts(self.model, self.adapter, runs, *asked)  # lowered, later too
         if start is not None:
             found.steps += start.steps
         return found
