@@ -10,7 +10,8 @@ import click
 import torch
 
 from ia2mini import UsageError
-from ia2mini.cli import Commands, keep_freed_memory, many, options_of
+from ia2mini.cli import Commands, keep_freed_memory
+from ia2mini.cli_options import many, options_of
 from ia2mini.files import write_text
 from ia2mini.options import Options
 from ia2mini.subject import open_subject

@@ -8,18 +8,8 @@ from pathlib import Path
 import click
 
 from . import UsageError, parallel
-from .cli import (
-    check_option,
-    file_option,
-    main,
-    many,
-    model_options,
-    options_of,
-    prepare,
-    progress,
-    shard_option,
-    typed,
-)
+from .cli import main, prepare, progress, typed
+from .cli_options import check_option, file_option, many, model_options, options_of, shard_option
 from .files import json_line, plain, read_text
 from .options import FitOptions
 

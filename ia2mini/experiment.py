@@ -1,11 +1,10 @@
 """One task at one N on one model: its sets are taught, trained and scored, each once, and kept in the run's folder."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 from . import UsageError, parallel
 from .adapters import Adapter, adapted, make_adapter
 from .batch import Row
-from .cost import Cell
 from .episode import Episode, controlled, draw_episode, with_demonstrations
 from .evaluate import Scoring, answer_scores, label_scores, layer_asim, share_prefix
 from .generate import STOP, Decoding, generate
@@ -122,24 +120,6 @@ class Experiment:
                 found += ["collecting", *(f"training {m}" for m in (BEGINS_WITH.get(method), method) if m)]
             found += [f"{who} on {name}" for name in self.evals for who in ("icl", method)]
         return [f"{self.name}: {phase}" for phase in dict.fromkeys(found)]
-
-    def cell(self) -> Cell:
-        """The numbers that its cost depends on; an answer counts as long as the longest may be."""
-        o, encode = self.setting.options, self.setting.subject.tokenizer.encode_all
-
-        def tokens(texts: Iterable[str]) -> float:
-            return fmean(map(len, encode(list(texts))))
-
-        rows = [row for episode in self.episodes for row in episode.train]
-        trained = [method for method in o.methods if method not in UNTRAINED]
-        trained = tuple(dict.fromkeys(m for method in trained for m in (BEGINS_WITH.get(method), method) if m))
-        shown = (self.about["n"] - 1) * tokens(f"{row.prompt}{row.answer}\n\n" for row in rows)
-        found = Cell(tokens(row.prompt for row in rows), shown, self.max_tokens, self.about["n"], methods=o.methods)
-        configs = len(self.rates) * (len(self.betas) if "ia2+sft" in trained else 1)
-        scored = o.sets if o.select in ("dev", "kl") else o.sets * configs
-        found = replace(found, sets=o.sets, configs=configs, scored=scored, trained=trained, epochs=o.epochs)
-        evals, rank = tuple(len(e.rows) for e in self.evals.values()), o.rank * (o.adapter == "lora")
-        return replace(found, rows=evals, batch=o.batch_size, more=self.about["unlabelled"], rank=rank)
 
     @contextmanager
     def stage(self, kind: str, phase: str, total: int) -> Iterator:
@@ -303,10 +283,8 @@ class Experiment:
         for place, number in enumerate(sets):
             dev, shown = self.episodes[number].dev, self.episodes[number].icl if method == "icl" else [[]]
             model, prompts = share_prefix(subject.model, subject.tokenizer, shown, [e.prompt for e in dev])
-            under = nullcontext(model)
-            if trained:
-                theta = self.trained(method).theta[self.reported(method)[place]]
-                under = adapted(model, self.adapter, theta[None])
+            run = [self.reported(method)[place]] if trained else []
+            under = adapted(model, self.adapter, self.trained(method).theta[run]) if trained else nullcontext(model)
             with under as student:
                 scores = label_scores(student, prompts, self.labels[self.task.name]).logarithms[0]
             found.append(fit_temperature(scores, torch.tensor([e.label for e in dev])))

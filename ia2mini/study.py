@@ -1,7 +1,7 @@
 """A study: tasks × N on one model; the records of all runs, and what is saved of them."""
 
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
 from itertools import combinations, product
 from pathlib import Path
 from statistics import fmean
@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 from . import UsageError, __version__, parallel
 from .adapters import LoRA, unpack
-from .cost import Cost, gemm_rate
+from .cost import Cell, Cost, gemm_rate
 from .episode import with_demonstrations
 from .experiment import Experiment, Setting, parsed_correct
 from .files import finite, read_json, write_json
 from .graphs import RATE
-from .methods import METHODS
+from .methods import BEGINS_WITH, METHODS
 from .metrics import accuracy, measure, subspace_overlap
 from .options import UNTRAINED, Options
 from .peft_format import save_adapter
@@ -117,7 +117,7 @@ def plan(experiments: list[Experiment], device: str) -> str:
     config, dtype, total = setting.subject.model.config, next(setting.subject.model.parameters()).dtype, Cost()
     rate, out = gemm_rate(1024, 1024, 1024, device, dtype, seconds=0.2), []
     for experiment in experiments:
-        cell, parts = experiment.cell(), {}
+        cell, parts = cell_of(experiment), {}
         for stage, cost in cell.stages(config, dtype.itemsize).items():
             kind = stage.partition(" ")[0]
             parts[kind] = parts.get(kind, Cost()) + cost
@@ -135,10 +135,31 @@ def plan(experiments: list[Experiment], device: str) -> str:
     return "\n".join([*out, f"{said}, training for all of its epochs; nothing was computed"])
 
 
+def cell_of(experiment: Experiment) -> Cell:
+    """The numbers that an experiment's cost depends on; an answer counts as long as the longest may be."""
+    o, encode = experiment.setting.options, experiment.setting.subject.tokenizer.encode_all
+
+    def tokens(texts: Iterable[str]) -> float:
+        return fmean(map(len, encode(list(texts))))
+
+    rows = [row for episode in experiment.episodes for row in episode.train]
+    trained = [method for method in o.methods if method not in UNTRAINED]
+    trained = tuple(dict.fromkeys(m for method in trained for m in (BEGINS_WITH.get(method), method) if m))
+    shown = (experiment.about["n"] - 1) * tokens(f"{row.prompt}{row.answer}\n\n" for row in rows)
+    found = Cell(
+        tokens(row.prompt for row in rows), shown, experiment.max_tokens, experiment.about["n"], methods=o.methods
+    )
+    configs = len(experiment.rates) * (len(experiment.betas) if "ia2+sft" in trained else 1)
+    scored = o.sets if o.select in ("dev", "kl") else o.sets * configs
+    found = replace(found, sets=o.sets, configs=configs, scored=scored, trained=trained, epochs=o.epochs)
+    evals, rank = tuple(len(e.rows) for e in experiment.evals.values()), o.rank * (o.adapter == "lora")
+    return replace(found, rows=evals, batch=o.batch_size, more=experiment.about["unlabelled"], rank=rank)
+
+
 def worth_compiling(experiments: list[Experiment]) -> bool:
     """Whether a GPU has more to do, at the least, than compiling takes; what is kept of an earlier run is not known."""
     model = experiments[0].setting.subject.model
-    costs = [cost for e in experiments for cost in e.cell().stages(model.config).values()]
+    costs = [cost for e in experiments for cost in cell_of(e).stages(model.config).values()]
     return sum(cost.seconds(RATE) for cost in costs) > COMPILING
 
 

@@ -1,0 +1,82 @@
+"""Options of the command line: made from the dataclasses that document them, and what several commands share."""
+
+import os
+from dataclasses import fields
+from functools import reduce
+from pathlib import Path
+from typing import get_args
+
+import click
+
+
+class Several(click.ParamType):
+    def __init__(self, kind: type):
+        self.kind, self.name = kind, {int: "N,N", float: "X,X", str: "A,B"}[kind]
+
+    def convert(self, value, param, context) -> tuple:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(dict.fromkeys(self.kind(part) for part in str(value).split(",") if part))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of {self.kind.__name__} values separated by commas", param, context)
+
+
+def options_of(cls: type, **defaults):
+    """Give a command an option for each documented field of a dataclass; `defaults` replace the fields' own."""
+    found = []
+    for f in (f for f in fields(cls) if "help" in f.metadata):
+        about, default = f.metadata, defaults.get(f.name, f.default)
+        kind = Several(get_args(f.type)[0]) if get_args(f.type) else f.type
+        if about["choices"]:
+            kind = click.Choice(about["choices"])
+        elif about["least"] is not None and kind is int:
+            kind = click.IntRange(about["least"])
+        given = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        more = {"is_flag": True} if f.type is bool else {"type": kind, "show_default": about["shown"] or True}
+        name = f.name.replace("_", "-")
+        name = f"--{name}/--no-{name}" if default is True else f"--{name}"
+        found.append(click.option(name, f.name, default=given, help=about["help"], **more))
+    return many(*found)
+
+
+def file_option(name: str, help: str, **more):
+    return click.option(name, type=click.Path(path_type=Path), help=help, **more)
+
+
+def many(*options):
+    return lambda command: reduce(lambda inner, option: option(inner), reversed(options), command)
+
+
+def determined(context, option, wanted: bool) -> None:
+    """Have CUDA compute the same bits every time; to be called before its first use, which reads the variable."""
+    if wanted:
+        import torch
+
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+
+
+MODEL_HELP = "folder, hub id, or short name: tiny (embedded), qwen3-4b-base, llama-3.2-1b …"
+DTYPE_HELP = "of frozen weights  [default: float32, on a GPU bfloat16]"
+shard_option = click.option("--shard", is_flag=True, help="split the model over the processes of torchrun")
+check_option = click.option("--check/--no-check", default=True, help="that no weight is NaN or infinite")
+model_options = many(
+    click.option("--model", default="tiny", help=MODEL_HELP),
+    click.option("--device", help="cpu, cuda, cuda:1 …  [default: a GPU if there is one]"),
+    click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help=DTYPE_HELP),
+    click.option("--revision", help="branch, tag or commit on the hub"),
+    check_option,
+    shard_option,
+    click.option(
+        "--deterministic", is_flag=True, expose_value=False, callback=determined, help="the same bits on a GPU, slower"
+    ),
+)
+data_options = many(
+    file_option("--data", "your own rows: JSONL, JSON, CSV, TSV or Parquet (instead of TASK)"),
+    click.option("--prompt-column", default="text", help="of --data"),
+    click.option("--answer-column", default="label", help="of --data"),
+    click.option("--template", help="prompt of --data, columns in braces  [default: 'Text:{text}\\nLabel:']"),
+    file_option("--eval-data", "evaluation rows for --data  [default: a held-out part]"),
+    file_option("--data-dir", "local sets in hub columns, as DIR/sst2/train.jsonl  [default: hub]"),
+)
