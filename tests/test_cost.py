@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import ia2mini.cost
+import ia2mini.study
 from bench import cost
 from bench.shapes import SHAPES
 from ia2mini import METHODS, Grid, draw_episode, load_examples, open_subject, teach
@@ -234,7 +235,7 @@ def test_compiling_is_chosen_by_the_work_and_said(monkeypatch, capsys):
     subject = open_subject("tiny", "cpu", weights=False)
     (short,), _ = lay_out([find_task("toy-mood")], subject, Options(eval_rows=10), None)
     assert not worth_compiling([short])
-    monkeypatch.setattr(type(short), "cell", lambda self: Cell(1e4, 1e5, answer=1e4, rows=(10**6,)))
+    monkeypatch.setattr(ia2mini.study, "cell_of", lambda experiment: Cell(1e4, 1e5, answer=1e4, rows=(10**6,)))
     assert worth_compiling([short])
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
