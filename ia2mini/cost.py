@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from .options import UNTRAINED
+from .options import MATCHED, UNTRAINED, last_phase
 
 RANK, BUDGET = 8, 4096  # of LoRA where nothing else is said; tokens of one pass (`Setting.budget`)
 KERNELS = {"qwen3": (56, 18, 100), "llama": (38, 18, 78)}  # bfloat16 operations a layer: forward, LoRA, backward
@@ -139,10 +139,14 @@ class Cell:
         taught = self.sets * (self.n + self.dev + self.more)
         found["collect"] = self.read(taught, self.query + self.shown, config, size)
         for method in self.trained:
-            train = self.n + self.more * (method not in ("sft", "ia2-sft", "sft-sft"))
+            phase = last_phase(method)
+            train = self.n + self.more * (phase != "sft")
+            if phase == "ridge":  # a pass over every set
+                found[f"train {method}"] = Pass(self.sets * train, self.length, 0, False).cost(config, size)
+                continue
             portions = math.ceil(train / self.batch)
-            rows, phase = runs * train / portions, "mse" if method in ("ia2", "sft-ia2") else "ce"
-            step = Pass(rows, self.length, rows * self.answer, phase == "ce", True, self.rank)
+            rows = runs * train / portions
+            step = Pass(rows, self.length, rows * self.answer, phase not in MATCHED, True, self.rank)
             look = replace(step, rows=runs * self.dev, positions=runs * self.dev * self.answer, backward=False)
             found[f"train {method}"] = replace(step, times=self.epochs * portions).cost(config, size)
             found[f"look {method}"] = replace(look, times=self.epochs * math.ceil(portions / 2)).cost(config, size)

@@ -18,12 +18,12 @@ from . import UsageError, parallel
 from .adapters import adapted, make_adapter
 from .batch import Row, truth_row
 from .episode import Episode, balanced, draw_folds, seeded, with_demonstrations
-from .evaluate import TINIEST, Scoring, answer_scores, label_scores, last_states, share_prefix
+from .evaluate import Scoring, answer_scores, label_scores, last_states, share_prefix
 from .generate import STOP, Decoding
-from .methods import BEGINS_WITH, METHODS, Grid, phases
-from .metrics import fit_temperature, row_losses
+from .methods import BEGINS_WITH, METHODS, Grid
+from .metrics import fit_temperature, logarithms, row_losses
 from .models.common import device_of
-from .options import FitOptions
+from .options import FitOptions, last_phase, phases
 from .predictor import answer_texts
 from .subject import Subject
 from .tasks import Example, Task
@@ -239,7 +239,7 @@ class CrossValidation:
         except ImportError:
             return None
         states = last_states(self.subject.model, self.subject.tokenizer.encode_all([row.prompt for row in self.rows]))
-        scores = torch.full((len(self.rows), len(self.task.labels)), float(torch.tensor(TINIEST).log()))
+        scores = logarithms(torch.zeros(len(self.rows), len(self.task.labels)))
         for fold in self.folds:
             others = sorted(set(range(len(self.rows))) - set(fold.test))
             scale = StandardScaler().fit(states[others])
@@ -261,7 +261,7 @@ class CrossValidation:
         grid, first = self.grid([everything], [self.rates[rate]], self.settings()), {}
         for method in dict.fromkeys(filter(None, (BEGINS_WITH.get(winner.name), winner.name))):
             best = self.trained(method).best.view(len(self.folds), -1)[:, rate].float().mean().item()
-            more = 0 if method.split("-")[-1] == "sft" else len(self.more)  # only the teacher answers these
+            more = 0 if last_phase(method) == "sft" else len(self.more)  # only the teacher answers these
             now, then = (
                 -(-(len(e.train) + more) // o.batch_size) for e in (everything, self.folds[0])
             )  # steps an epoch

@@ -14,13 +14,11 @@ from .adapters import Adapter, adapted
 from .batch import Batch, Row, Watch, by_length, collate
 from .episode import with_demonstrations
 from .losses import cross_entropy, soft_cross_entropy
-from .metrics import asim, measure
+from .metrics import asim, logarithms, measure
 from .models.cache import Packed, Prefix
 from .models.common import At, Taps, device_of
 from .tasks import Example
 from .tokenizer import Tokenizer
-
-TINIEST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class LabelScores:
     @property
     def logarithms(self) -> Tensor:
         """Of the labels' probabilities, [R, Q, C]; finite, also where one is zero."""
-        return self.labels.clamp_min(TINIEST).log()
+        return logarithms(self.labels)
 
 
 class LabelTree:

@@ -16,14 +16,14 @@ from .batch import Row
 from .episode import Episode, controlled, draw_episode, with_demonstrations
 from .evaluate import Scoring, answer_scores, label_scores, layer_asim, share_prefix
 from .generate import STOP, Decoding, generate
-from .methods import BEGINS_WITH, METHODS, Grid, configs, phases
+from .methods import BEGINS_WITH, METHODS, Grid, configs
 from .metrics import fit_temperature
 from .models.common import device_of
-from .options import BETAS, UNTRAINED, Options
+from .options import BETAS, UNTRAINED, Options, phases
 from .report.summary import at_config, chosen
 from .runs import RunFolder
 from .subject import Subject
-from .tasks import Examples, Task, find_task, same_answer
+from .tasks import Example, Examples, Task, find_task, same_answer
 from .teacher import Asked, answer_tokens_at_most, label_tokens_at_most, observe, teach
 from .train import Settings, Trained, warn_of_failed
 
@@ -88,7 +88,7 @@ class Experiment:
     def check_lengths(self) -> None:
         """Refuse a row that is longer than the model reads, and one whose teacher's prompt is; warn where ICL's are."""
         o, subject, count = self.setting.options, self.setting.subject, self.setting.subject.tokenizer.count
-        taught = {*o.methods} - {*UNTRAINED} if o.labels == "icl" else {*o.methods} - {*UNTRAINED, "sft", "sft-sft"}
+        taught = phases(o.methods) - {*UNTRAINED, *["sft"] * (o.labels == "truth")}
         more = self.max_tokens - 1
         for e in [*self.episodes, *(self.further() if o.select == "kl" else ())]:
             rows, shown = e.train + e.dev + e.unlabelled, e.demonstrations + e.more_demonstrations
@@ -223,9 +223,9 @@ class Experiment:
         whole = self.trained(method).dev_loss.isfinite().view(len(self.episodes), -1).all(0)
         return whole.repeat(len(self.episodes)).nonzero()[:, 0].tolist()
 
-    def prompts(self, name: str, number: int | None = None) -> tuple[Callable, list[list[int]]]:
-        """The model and the prompts of an evaluation, without demonstrations or with those of set `number`."""
-        subject, queries = self.setting.subject, [e.prompt for e in self.evals[name].rows]
+    def prompts(self, rows: list[Example], number: int | None = None) -> tuple[Callable, list[list[int]]]:
+        """The model and the prompts of rows, without demonstrations or with those of set `number`."""
+        subject, queries = self.setting.subject, [e.prompt for e in rows]
         if number is None:
             return subject.model, subject.tokenizer.encode_all(queries)
         return share_prefix(subject.model, subject.tokenizer, self.episodes[number].icl, queries)
@@ -234,11 +234,12 @@ class Experiment:
         """The base's scores with each set's demonstrations, and its outputs: [L, sets, rows, D], of texts in rows."""
         if name not in self.references:
             o, parts, alike = self.setting.options, [], []
-            plain, every = self.prompts(name)[1][: o.asim_rows], "icl" in o.methods
-            count = len(self.evals[name].rows if every else plain)
+            rows, every = self.evals[name].rows, "icl" in o.methods
+            plain = self.prompts(rows)[1][: o.asim_rows]
+            count = len(rows if every else plain)
             with self.stage("evaluate", f"icl on {name}", count * len(self.episodes)) as bar:
                 for number in range(len(self.episodes)):
-                    model, prompts = self.prompts(name, number)
+                    model, prompts = self.prompts(rows, number)
                     if self.labelled:
                         part = self.score_labels(name, model, prompts[:count], bar, Scoring(keep=o.asim_rows))
                         alike.append(part.pop("outputs"))
@@ -261,7 +262,7 @@ class Experiment:
         references, alike = self.reference(name)
         if method == "icl":
             return joined(references)
-        (model, prompts), runs = self.prompts(name), [0]
+        (model, prompts), runs = self.prompts(self.evals[name].rows), [0]
         under = nullcontext(model)
         if method not in UNTRAINED:
             runs = self.reported(method)
@@ -276,15 +277,14 @@ class Experiment:
 
     def temperatures(self, method: str) -> list[float]:
         """For each of a method's scored runs (of base and ICL for each set) the one that suits its set's dev rows."""
-        subject, found = self.setting.subject, []
-        sets = range(len(self.episodes))
-        if trained := method not in UNTRAINED:
+        found, theta, sets = [], None, range(len(self.episodes))
+        if method not in UNTRAINED:
+            theta = self.trained(method).theta[self.reported(method)]
             sets = [self.training_records(method)[run]["set"] for run in self.reported(method)]
         for place, number in enumerate(sets):
-            dev, shown = self.episodes[number].dev, self.episodes[number].icl if method == "icl" else [[]]
-            model, prompts = share_prefix(subject.model, subject.tokenizer, shown, [e.prompt for e in dev])
-            run = [self.reported(method)[place]] if trained else []
-            under = adapted(model, self.adapter, self.trained(method).theta[run]) if trained else nullcontext(model)
+            dev = self.episodes[number].dev
+            model, prompts = self.prompts(dev, number if method == "icl" else None)
+            under = nullcontext(model) if theta is None else adapted(model, self.adapter, theta[[place]])
             with under as student:
                 scores = label_scores(student, prompts, self.labels[self.task.name]).logarithms[0]
             found.append(fit_temperature(scores, torch.tensor([e.label for e in dev])))

@@ -124,9 +124,9 @@ def ridge(grid: Grid) -> Trained:
     configs, device = grid.configs("ridge"), next(grid.model.parameters()).device
     each, theta, dev = len(configs) // len(grid.sets), [], []
     with grid.progress(("ridge", len(configs), len(grid.sets))):
-        for number, taught in enumerate(grid.sets):
-            first, rows = grid.start(configs)[[number * each]], collate([taught.icl_train], device, pack=True)
-            theta.append(solve(grid.model, grid.adapter, first, rows, grid.settings.layers))
+        for first, taught in zip(grid.start(configs)[::each], grid.sets):
+            rows = collate([taught.icl_train], device, pack=True)
+            theta.append(solve(grid.model, grid.adapter, first[None], rows, grid.settings.layers))
             with torch.no_grad(), adapted(grid.model, grid.adapter, theta[-1]) as student:
                 judges = collate([taught.icl_dev or taught.icl_train], device, pack=True)
                 dev.append(losses(student, judges, {"mse": torch.ones(1, device=device)}, grid.settings.layers))
@@ -145,8 +145,3 @@ METHODS |= {"soft": soft, "hidden": hidden, "ridge": ridge, "responses": respons
 FIRST = ("sft", "ia2", "soft", "hidden", "ridge", "responses")
 METHODS |= {f"{first}-sft": partial(then_sft, first) for first in FIRST}
 BEGINS_WITH = {name: name.partition("-")[0] for name in METHODS if "-" in name}
-
-
-def phases(methods: Sequence[str]) -> set[str]:
-    """What these methods consist of: it says what the teacher is asked for."""
-    return {phase for method in methods for phase in method.split("-")}

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+TINIEST = torch.finfo(torch.float32).tiny  # the smallest normal float32
+
 
 class PairedTest(NamedTuple):
     """`mean` of the differences with its 95 % bootstrap interval `low` to `high`; Student's `t`, two-sided `p`."""
@@ -138,7 +140,12 @@ def murphy(confidence, correct, bins: int = 15) -> tuple[float, float, float]:
 
 def nll(p_label) -> float:
     """Mean negative log-likelihood in nats; p_label [Q], at least the smallest normal float32: the mean is finite."""
-    return _mean(-np.log(np.maximum(_float64(p_label), np.finfo(np.float32).tiny)))
+    return _mean(-np.log(np.maximum(_float64(p_label), TINIEST)))
+
+
+def logarithms(probabilities: torch.Tensor) -> torch.Tensor:
+    """Their natural logarithms; finite, also where one is zero."""
+    return probabilities.clamp_min(TINIEST).log()
 
 
 def row_losses(scores: torch.Tensor, gold: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -217,7 +224,7 @@ def measure(confidence, correct, probabilities, gold, scheme: str = "width", tem
     alone there are the NLL as it is, at a `temperature` from other rows, and at the best one for these rows (oracle).
     """
     best = (probabilities / probabilities.sum(-1, keepdim=True)).max(-1)
-    scores = probabilities.clamp_min(torch.finfo(torch.float32).tiny).log()
+    scores = logarithms(probabilities)
     heats = {"nll_labels": 1.0, "nll_dev": temperature, "nll_oracle": fit_temperature(scores, gold, oracle=True)}
     calibrated = {name: row_losses(scores.double(), gold, heat).mean().item() for name, heat in heats.items()}
     parts = dict(zip(("reliability_brier", "resolution", "uncertainty"), murphy(confidence, correct)))

@@ -9,7 +9,17 @@ RATES |= {"prompt": RATES["ia3"], "prefix": RATES["ia3"], "full": (1e-5, 3e-5, 1
 TINY_RATES = RATES | {"lora": (1e-3, 3e-3, 1e-2), "full": (1e-4, 3e-4, 1e-3)}  # the embedded model is small: ten times
 BETAS = {"qwen3": (0.1, 0.5, 0.7, 0.9), "llama": (0.001, 0.01, 0.05, 0.5)}
 UNTRAINED = ("base", "icl")
+MATCHED = ("ia2", "hidden")  # phases that match activations; SFT's are on the true answers, others the teacher's
 THIRDS = ("first-third", "middle-third", "last-third")  # of the layers
+
+
+def phases(methods: tuple[str, ...]) -> set[str]:
+    """What these methods consist of: it says what the teacher is asked for."""
+    return {phase for method in methods for phase in method.split("-")}
+
+
+def last_phase(method: str) -> str:
+    return method.split("-")[-1]
 
 
 def option(default, help: str, choices: tuple[str, ...] = (), least: int | None = None, shown: str | None = None):

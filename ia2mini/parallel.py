@@ -48,8 +48,8 @@ def share() -> int:
 
 
 def writes() -> bool:
-    """Whether this process writes what it has computed."""
-    return chief or not same
+    """Whether this process writes what those that share the work have computed."""
+    return chief if same else rank == 0
 
 
 def stop() -> bool:
@@ -119,7 +119,7 @@ def first(function: Callable):
         return function()
     import torch.distributed as dist
 
-    box = [pack(function()) if (chief if same else rank == 0) else None]
+    box = [pack(function()) if writes() else None]
     with together():
         dist.broadcast_object_list(box)
     return unpacked(box[0])

@@ -134,7 +134,7 @@ class Predictor:
     def answer_labels(self, student, prompts: list[str], ids: list[list[int]]) -> list[dict]:
         labels = self.spec["labels"]
         tokens = self.subject.tokenizer.label_tokens(self.chat(self.spec.get("example", prompts[0])), labels)
-        if (longest := max(map(len, tokens))) > (most := self.subject.model.config.max_position_embeddings):
+        if (longest := max(map(len, tokens))) > (most := self.subject.reads):
             raise UsageError(f"a label has {longest} tokens; the model reads at most {most}")
         scores = label_scores(student, ids, tokens).logarithms[0]
         found = []

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from . import UsageError
 from .adapters import Adapter, LoRA, adapted, unpack
 from .batch import Batch
+from .models.shard import mesh_of
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # of the penalty, as shares of the mean squared length of what W_O reads
 
@@ -22,6 +23,8 @@ def solve(model: nn.Module, adapter: Adapter, theta: Tensor, batch: Batch, layer
     weights = unpack(theta, adapter.shapes)  # views: what is written there is what the pass goes on with
     if not isinstance(adapter, LoRA) or "o_proj" not in adapter.targets:
         raise UsageError("method ridge solves for LoRA's o_proj: use --adapter lora, with o_proj among --targets")
+    if mesh_of(model) is not None:
+        raise UsageError("method ridge needs the whole of W_O at once: leave out --shard")
     with adapted(model, adapter, theta) as student:
         for wanted, layer in zip(batch.activations, range(depth) if layers is None else layers):
             name = f"model.layers.{layer}.self_attn.o_proj"

@@ -42,7 +42,7 @@ class RunFolder:
         read = load_file if stamp(path) in self.whole else read_tensors
         if (kept := parallel.first(lambda: self.kept(path, read))) is None:
             kept = {key: tensor.detach().cpu().contiguous() for key, tensor in make().items()}
-            if parallel.rank == 0 and parallel.writes():
+            if parallel.writes():
                 about = {"sha256": digest(kept, path)}
                 write(path, lambda temporary: save_file(kept, temporary, metadata=about))
                 kept = load_file(path)

@@ -124,11 +124,10 @@ def plan(experiments: list[Experiment], device: str) -> str:
         whole = sum(parts.values(), Cost())
         memory = cell.memory(config, dtype.itemsize, setting.side_by_side) / 1e9
         spent = ", ".join(f"{kind} {cost.seconds(rate):.3g} s" for kind, cost in parts.items())
-        about = f"prompts of {cell.query:.0f} tokens, {cell.shown:.0f} of demonstrations"
-        out.append(
-            f"{experiment.name}: {about}, answers of up to {cell.answer:.0f}; {whole.tokens / 1e6:.3g} M tokens, "
-        )
-        out[-1] += f"{memory:.2g} GB in training, {whole.seconds(rate):.3g} s ({spent})"
+        shape = f"prompts of {cell.query:.0f} tokens, {cell.shown:.0f} of demonstrations"
+        shape += f", answers of up to {cell.answer:.0f}"
+        work = f"{whole.tokens / 1e6:.3g} M tokens, {memory:.2g} GB in training, {whole.seconds(rate):.3g} s ({spent})"
+        out.append(f"{experiment.name}: {shape}; {work}")
         total += whole
     out.append(f"in all {total.tokens / 1e6:.3g} M tokens, {total.flops / 1e12:.3g} TFLOP, {total.seconds(rate):.3g} s")
     said = f"seconds if all ran at the {rate / 1e9:,.0f} GFLOP/s of a matrix product here ({device}, {str(dtype)[6:]})"
@@ -168,8 +167,9 @@ def run_experiment(experiment: Experiment) -> dict[str, list]:
     o, runs, training = experiment.setting.options, [], []
     for method in o.methods:
         training += [] if method in UNTRAINED else experiment.training_records(method)
+        heats = experiment.temperatures(method) if experiment.labelled else []
         for name in experiment.evals:
-            runs += score_records(experiment, method, name)
+            runs += score_records(experiment, method, name, heats)
     picks = {method: pick(method, training, runs, o.select) for method in o.methods if method not in UNTRAINED}
     found = {"runs": runs, "training": training, "overlap": overlaps(experiment, picks)}
     adapters = [path for method, numbers in picks.items() for path in save_adapters(experiment, method, numbers)]
@@ -183,8 +183,11 @@ def pick(method: str, training: list[dict], runs: list[dict], select: str) -> li
     return at_config(training, chosen(judged, "dev" if select == "both" else select))
 
 
-def score_records(experiment: Experiment, method: str, name: str) -> list[dict]:
-    """A record of each of a method's scored runs on one evaluation: what it is, and its metrics."""
+def score_records(experiment: Experiment, method: str, name: str, heats: list[float]) -> list[dict]:
+    """A record of each of a method's scored runs on one evaluation: what it is, and its metrics.
+
+    `heats`: the runs' temperatures from dev rows.
+    """
     o, task, trained = experiment.setting.options, experiment.find(name), method not in UNTRAINED
     scores, gold = experiment.score(method, name), [e.label for e in experiment.evals[name].rows]
     about = experiment.about | {"eval": name, "ood": name != experiment.task.name, "method": method}
@@ -192,7 +195,6 @@ def score_records(experiment: Experiment, method: str, name: str) -> list[dict]:
     sets, records = range(o.sets), []
     untrained = [{"set": number, "rate": None, "beta": None, "dev_loss": None, "steps": 0} for number in sets]
     known = experiment.training_records(method) if trained else untrained
-    heats = experiment.temperatures(method) if task.labels else []
     for r, (run, asim) in enumerate(zip(experiment.reported(method) if trained else sets, scores["asim"].tolist())):
         record = about | known[run] | {"asim": fmean(asim), "asim_layers": asim}
         at = r if len(scores["correct"]) > 1 else 0  # base has one row for all sets
@@ -212,7 +214,7 @@ def save_adapters(experiment: Experiment, method: str, numbers: list[int]) -> li
     setting, records = experiment.setting, experiment.training_records(method)
     subject, theta = setting.subject, experiment.trained(method).theta
     names = [f"adapters/{experiment.name}-{method}-set{records[r]['set']}" for r in numbers]
-    for r, name in zip(numbers, names) if parallel.rank == 0 and parallel.writes() else ():
+    for r, name in zip(numbers, names) if parallel.writes() else ():
         path = setting.folder.path / name
         about = subject.base, subject.tokenizer, subject.revision
         save_adapter(subject.model, experiment.adapter, theta[r], path, *about)

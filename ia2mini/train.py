@@ -128,9 +128,9 @@ class EarlyStopping:
     """Keeps each run's weights at its best dev loss, and says which runs go on.
 
     A run ends after `patience` looks without improvement, and at once where its dev loss is NaN or infinite, as it is
-    after any such gradient. Where `config` [R] numbers the runs' rates (and β), it also
-    ends when its own is beaten. From the tenth look on the means over sets of the best dev losses are compared: a rate
-    is beaten whose mean would still be above that of the best if it fell as in the last `PACE` looks for `AHEAD` more.
+    after any such gradient. Where `config` [R] numbers the runs' rates (and β), it also ends when its own is beaten.
+    From the tenth look on the means over sets of the best dev losses are compared: a rate is beaten whose mean would
+    still be above that of the best if it fell as in the last `PACE` looks for `AHEAD` more.
     `hear` tells of all runs, where these are some of them; when it no longer does, no rate is beaten any more.
     """
 
@@ -240,8 +240,10 @@ def train_runs(
             break
         if settings.steps or step % 2 and start + settings.batch_size < rows:
             continue
-        here = places.to(device)
-        places = places[stopping.look(live[places], adam.theta.detach()[here], look(dev_batch)[here], step)]
+        theta, dev = adam.theta.detach(), look(dev_batch)
+        if len(places) < len(live):
+            theta, dev = (t[places.to(device)] for t in (theta, dev))
+        places = places[stopping.look(live[places], theta, dev, step)]
         if watch:
             watch(step, stopping.dev_loss[live[places]])
         if not len(places):
@@ -292,9 +294,8 @@ def train_in_parts(
 
     found, most = zip(*parallel.spread(train, torch.arange(len(runs)).tensor_split(parallel.size)))
     parts = sum(found, [])
-    return Trained(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0]))), min(
-        filter(None, most), default=at_once
-    )
+    whole = Trained(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
+    return whole, min(filter(None, most), default=at_once)
 
 
 def fitting(model: nn.Module, runs: Runs, batch_size: int) -> int:

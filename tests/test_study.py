@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from plain import Plain, joined, label_log_probability
-from reference import upstream
+from reference import peft_twin, upstream
 
 import ia2mini
 from ia2mini import UsageError, study
@@ -152,6 +152,17 @@ def test_temperatures_from_dev_rows_equal_plain_passes(studied, subject, tmp_pat
             heat = fit_temperature(torch.tensor(scores), torch.tensor([row.label for row in episode.dev]))
             records = [r for r in document["runs"] if (r["method"], r["set"]) == (method, number)]
             assert records and all(r["temperature"] == pytest.approx(heat) for r in records)
+    theta, used = experiment.trained("sft").theta, {}
+    for run in experiment.reported("sft"):  # long prompts, alone as a set's only dev row too
+        number = experiment.training_records("sft")[run]["set"]
+        net = Plain(peft_twin(subject.folder, experiment.adapter, theta[run]), subject.tokenizer)
+        (row,) = experiment.episodes[number].dev
+        scores = [[label_log_probability(net.following, subject.tokenizer.encode(row.prompt), one) for one in labels]]
+        used[number] = fit_temperature(torch.tensor(scores), torch.tensor([row.label]))
+    told = {r["set"]: r["temperature"] for r in document["runs"] if r["method"] == "sft"}
+    assert told == pytest.approx(used) and any(
+        len(subject.tokenizer.encode(e.dev[0].prompt)) > 17 for e in experiment.episodes
+    )
     trained = [r for r in document["runs"] if r["rate"]]
     assert all(r["nll_oracle"] <= min(r["nll_dev"], r["nll_labels"]) + 1e-3 for r in trained)
     assert any(r["temperature"] != trained[0]["temperature"] for r in trained)

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from .. import UsageError
 from ..adapters import Full, LoRA
-from ..evaluate import TINIEST
 from ..files import json_line, plain, write_text
-from ..metrics import ece, ece_null, row_losses
+from ..metrics import ece, ece_null, logarithms, row_losses
 from ..tasks import same_answer
 from ..tasks.rows import Row
 from .page import lines, section, shown, table, whole
@@ -252,7 +251,7 @@ def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) ->
     found = list(fitted.predict(rows, icl))
     if labels:
         gold = torch.tensor([labels.index(text) for text in true])
-        scores = torch.tensor([list(f["probabilities"].values()) for f in found]).clamp_min(TINIEST).log()
+        scores = logarithms(torch.tensor([list(f["probabilities"].values()) for f in found]))
         numbers = measures(scores, gold, 1.0)
     else:
         right = torch.tensor([same_answer(spec["parser"], f["answer"], text) for f, text in zip(found, true)])
