@@ -251,3 +251,13 @@ def test_compiling_is_chosen_by_the_work_and_said(monkeypatch, capsys):
     for length in (3, 4):
         model(torch.arange(length)[None], logits=False)
     assert capsys.readouterr().err == "compiling (minutes at first; kept in /somewhere/ia2mini/compiled)\n"
+
+
+def test_a_phase_costs_by_what_it_is_whatever_it_began_with():
+    config = SHAPES["qwen3-4b"]
+    names = ("sft", "ia2", "hidden", "soft", "responses", "ridge", "soft-sft", "ridge-sft")
+    stages = Cell(16, 64, more=8, trained=names, methods=names).stages(config)
+    cost = {name: stages[f"train {name}"].flops for name in names}
+    assert cost["hidden"] == cost["ia2"] and cost["soft"] == cost["responses"] > cost["ia2"] > cost["sft"]
+    assert cost["soft-sft"] == cost["ridge-sft"] == cost["sft"]  # rows without answers are the teacher's
+    assert 0 < cost["ridge"] < cost["ia2"] / 100 and "look ridge" not in stages
