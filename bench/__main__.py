@@ -11,13 +11,14 @@ import torch
 
 from ia2mini import UsageError
 from ia2mini.cli import Commands, keep_freed_memory
-from ia2mini.cli_options import many, options_of
+from ia2mini.cli_options import Several, many, options_of
 from ia2mini.files import write_text
 from ia2mini.options import Options
 from ia2mini.subject import open_subject
 
-from . import cost, gpu, inference, resources, training
-from .causes import causes
+from . import cost, gpu, inference, layers, resources, training
+from .averaged import averaged
+from .causes import MATCHED, TEACHERS, causes
 from .choice import choice, race
 from .effect import METHODS, TASKS, effect
 from .fit import fit
@@ -162,16 +163,29 @@ def add_study(name: str, ask: Callable, select: str, *more) -> None:
     @main.command(name, help=ask.__doc__)
     @many(*STUDY, *more)
     @options_of(Options, n=(2, 4, 8), sets=10, methods=METHODS, eval_rows=100, select=select)
-    def command(part, model, dtype, data_dir, save, folds=None, **given):
-        asked = {} if folds is None else {"folds": folds}
+    def command(part, model, dtype, data_dir, save, **given):
+        asked = {name: given.pop(name) for name in ("folds", "teachers", "matched") if name in given}
         show(result := ask(open_subject(model, "cpu", dtype), Options(**given), part, data_dir, **asked))
         typed = [Path(word).name if word == model else word for word in sys.argv[1:] if word != "--save"]
         finish([result], " ".join(["python -m bench", *typed]), save, name=f"{name}-{part}")
+        if save and name == "layers":
+            layers.draw()
 
 
 FOLDS = click.option("--folds", is_flag=True, help="also cross-validation within each set: several times the training")
+SEEN = click.option(
+    "--teachers", type=Several(str, TEACHERS), default=",".join(TEACHERS), show_default=True, help="what they see"
+)
+
+
+def matched(names: tuple[str, ...]):
+    return click.option("--matched", type=Several(str, MATCHED), default=",".join(names), show_default=True)
+
+
 add_study("effect", effect, "dev")
-add_study("causes", causes, "dev")
+add_study("causes", causes, "dev", SEEN, matched(MATCHED))
+add_study("layers", layers.layers, "dev", matched(layers.MATCHED))
+add_study("averaged", averaged, "dev")
 add_study("choice", choice, "both", FOLDS)
 add_study("race", race, "both")
 

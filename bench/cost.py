@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from ia2mini.cost import Cell, Cost
+from ia2mini.cost import Cell, Cost, Pass
 
 from .report import RESULTS
 from .shapes import SHAPES, SST2_LENGTHS
@@ -41,7 +41,23 @@ SST2's ({words:.0f} tokens), sciq_remap's (60, assumed) or gsm8k's (60 and 120 o
 - H100, H200: the least seconds, the larger of TFLOP at {rate:.0f} TFLOP/s (the peak of dense bfloat16) and GB at {h100}
   or {h200} TB/s.
 - s at {reached:.0f}: the same at the {reached:.0f} TFLOP/s that large matrix products are said to reach, on an H100.
+
+Where memory is short, runs are trained in groups, by themselves: two groups read the matrices twice, checkpointing
+(`--checkpointing`) computes the blocks' forward pass again, which is the dearer of the two in every cell below. A
+single run that does not fit is checkpointed by itself.
 """
+
+
+def steps(config, cell: Cell) -> str:
+    """The least seconds of a step of SFT on an H100: all runs at once, in two groups, and checkpointed."""
+    rows = cell.sets * cell.configs * min(cell.n, cell.batch)
+    step = Pass(rows, cell.length, rows * cell.answer, True, True, cell.rank)
+    half = replace(step, rows=rows / 2, positions=step.positions / 2, times=2)
+    forward = replace(step, head=False, backward=False).cost(config)
+    ways = {"at once": step.cost(config), "in two groups": half.cost(config)}
+    ways["checkpointed"] = ways["at once"] + forward
+    said = (f"{number(1e3 * cost.seconds(RATE, BANDWIDTH['H100']))} ms {way}" for way, cost in ways.items())
+    return f"A step of SFT of all runs, at the least on an H100: {', '.join(said)}."
 
 
 def line(name: str, costs: list[Cost]) -> str:
@@ -62,7 +78,11 @@ def table(shape: str, task: str, cell: Cell) -> list[str]:
     config = SHAPES[shape.removesuffix("-instruct")]
     stages = cell.stages(config)
     memory = cell.memory(config) / 1e9
-    out = [f"## {shape}, {task}", "", f"In training at most {number(memory)} GB, all {cell.sets * cell.configs} runs."]
+    out = [
+        f"## {shape}, {task}",
+        "",
+        f"In training at most {number(memory)} GB, all {cell.sets * cell.configs} runs. {steps(config, cell)}",
+    ]
     out += ["", "| stage | TFLOP | GB | 1,000 kernels | 1,000 tokens | s, H100 | s, H200 |"]
     out[-1] += f" s at {REACHED / 1e12:.0f} |"
     out += ["|---|---|---|---|---|---|---|---|"]

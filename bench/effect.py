@@ -40,7 +40,8 @@ def effect(subject: Subject, options: Options, part: str, data: Path | None = No
 
     Goes on where an interrupted call was.
     """
-    rates = f"rates {', '.join(f'{rate:g}' for rate in options.rates_for(subject.name))} chosen by dev loss"
+    rates = options.rates_for(subject.name, options.adapters[0].adapter)
+    rates = f"rates {', '.join(f'{rate:g}' for rate in rates)} chosen by dev loss"
     about = f"{subject.name}: {options.sets} sets, {options.eval_rows} evaluation rows, {rates}"
     result = Result("effect", f"{about}; gains in points of accuracy, paired by task and set", [])
     document, kept = compare(tasks_of(part, data), subject, options, Path("runs"), bar=progress)

@@ -18,10 +18,10 @@ from . import UsageError
 from .models.cache import Prefix
 from .models.common import Linear
 from .models.shard import INTO, OUT, mesh_of, own, shared, whole
-from .options import AdapterOptions
+from .options import MATRICES, AdapterOptions, matrices
 
 TARGETS = ("q_proj", "k_proj", "o_proj")  # paper section 5
-EVERY_MATRIX = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+EVERY_MATRIX = tuple(MATRICES.values())
 
 
 class Adapter:
@@ -176,7 +176,9 @@ def make_adapter(model: nn.Module, o: AdapterOptions, scale_inputs: bool = False
             raise UsageError(f"--targets chooses matrices, and a {o.adapter} adapter has none; leave it out")
         return ADAPTERS[o.adapter](model, tokens=o.virtual_tokens)
     more: dict[str, dict] = {"lora": {"rank": o.rank, "alpha": o.alpha}, "ia3": {"scale_inputs": scale_inputs}}
-    return ADAPTERS[o.adapter](model, **({"targets": o.targets} if o.targets else {}), **more.get(o.adapter, {}))
+    return ADAPTERS[o.adapter](
+        model, **({"targets": matrices(o.targets)} if o.targets else {}), **more.get(o.adapter, {})
+    )
 
 
 def low_rank(A: Tensor, B: Tensor, scale: float, base: Callable, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import click
@@ -159,58 +159,73 @@ def progress(label: str, total: int):
 @file_option("--out", "folder of results; the same command goes on where it was", default="runs")
 @click.option("--full", is_flag=True, help="a line for every task and evaluation, not only their mean")
 @click.option("--with-paper", is_flag=True, help="the paper's numbers beside ours where it has the same cell; --full")
+@click.option("--columns", type=Several(str), default="acc,ece,ece_null,asim", help="of the tables; also nll, brier …")
 @click.option("--figures", type=Several(str), default="png", help="formats of the figures: png,pdf,svg")
 @click.option("--json", "as_json", is_flag=True, help="one JSON document on the last line of stdout")
 @click.option("--dry-run", is_flag=True, help="list tokens, memory and least time of every task and N; train nothing")
-def run(names, model, device, dtype, revision, check, shard, compiling, checkpointing, dry_run, **given):
+def run(names, model, compiling, checkpointing, dry_run, **given):
     """Train and compare methods on TASKs: a table, figures, a page, and the chosen adapters in PEFT's format.
 
     Without TASK, the demo: the four toy classification tasks. All sets and rates of a method are trained side by side.
-    The table shows the rate with the lowest dev loss; only its runs are scored, unless --select says otherwise.
+    The table shows the rate with the lowest dev loss; only its runs are scored, unless --select says otherwise. Several
+    adapters are compared side by side (--adapter lora,ia3 --rank 4,8 --targets qko,qv), several models in turn.
     """
     own = {name: given.pop(name) for name in ("data", "prompt_column", "answer_column", "template", "eval_data")}
-    where = {name: given.pop(name) for name in ("out", "data_dir", "side_by_side")}
-    shown = {name: given.pop(name) for name in ("full", "figures", "as_json", "with_paper")}
+    how = {name: given.pop(name) for name in ("device", "dtype", "revision", "check", "shard")}
+    out, data, side_by_side = (given.pop(name) for name in ("out", "data_dir", "side_by_side"))
+    shown = {name: given.pop(name) for name in ("full", "columns", "figures", "as_json", "with_paper")}
     given["eval_rows"] = given["eval_rows"] or (500 if names or own["data"] else DEMO_ROWS)
     if given["paper_compat"]:
         given["select"] = "eval"
-    for option in ("n", "methods"):
+    for option in ("n", "methods", "adapter", "rank"):
         if not given[option]:
             raise UsageError(f"--{option}: give at least one")
     options = Options(**given)
-    if bad := [form for form in shown["figures"] if form not in ("png", "pdf", "svg")]:
-        raise UsageError(f"--figures {bad[0]}: unknown format; figures are written as png, pdf, svg")
-    unnamed = click.get_current_context().get_parameter_source("model").name == "DEFAULT"
+    from .report.summary import METRICS
+
+    for option, known in (("figures", ("png", "pdf", "svg")), ("columns", METRICS)):
+        if bad := [name for name in shown[option] if name not in known]:
+            raise UsageError(f"--{option} {bad[0]}: unknown; there are {', '.join(known)}")
+    models, unnamed = model.split(","), click.get_current_context().get_parameter_source("model").name == "DEFAULT"
     if own["data"] and model == "tiny" and unnamed:
         raise UsageError("--data: name a --model for your own rows (the embedded one knows 449 words)")
-    if (compiling or dry_run) and shard:
-        raise UsageError(f"--{'compile' if compiling else 'dry-run'}: not with --shard; leave one of them out")
+    if how["shard"] and (compiling or dry_run or len(models) > 1):
+        wrong = "--compile" if compiling else "--dry-run" if dry_run else "several models"
+        raise UsageError(f"{wrong}: not with --shard; leave one of them out")
     chosen = find_tasks(names, **own)
+    from .study import carry_out, lay_out, open_study, plan, worth_compiling
     from .subject import open_subject, usable
 
-    subject = open_subject(model, device := usable(device), dtype, revision, check, not dry_run, shard)
-    chosen = [keep_apart(task, subject.tokenizer, own["template"]) for task in chosen]
+    for name in models:
+        subject = open_subject(name, weights=not dry_run, **how)
+        tasks = [keep_apart(task, subject.tokenizer, own["template"]) for task in chosen]
+        if dry_run:
+            click.echo(plan(lay_out(tasks, subject, options, data, side_by_side)[0], usable(how["device"])))
+            continue
+        study = open_study(tasks, subject, options, out, data, side_by_side, progress)
+        prepare(subject.model, compiling, checkpointing, partial(worth_compiling, study[0]))
+        document, folder = carry_out(*study)
+        if name == models[-1]:
+            parallel.stop()
+        if parallel.chief:
+            conclude(document, folder, **shown)
+
+
+def conclude(document: dict, folder: Path, full: bool, columns, figures, as_json: bool, with_paper: bool) -> None:
+    """Write a study's report, and print its table and where everything is."""
     from .report import write_report
     from .report.paper import add_paper
     from .report.summary import count
-    from .study import carry_out, lay_out, open_study, plan, worth_compiling
 
-    if dry_run:
-        del where["out"]
-        return click.echo(plan(lay_out(chosen, subject, options, **where)[0], device))
-    study = open_study(chosen, subject, options, **where, bar=progress)
-    prepare(subject.model, compiling, checkpointing, lambda: worth_compiling(study[0]))
-    document, folder = carry_out(*study)
-    if not parallel.stop():
-        return None
-    if shown["with_paper"] and not add_paper(document):
+    if with_paper and not add_paper(document):
         click.echo("--with-paper: the paper has none of these cells", err=True)
-    drawn = write_report(document, folder, typed(), shown["figures"])
-    show(document, shown["full"] or shown["with_paper"])
-    figures = count(len(drawn), "figure") if drawn else "no figures (pip install 'ia2mini[report]')"
+    table = document | {"columns": columns}
+    drawn = write_report(table, folder, typed(), figures)
+    show(table, full or with_paper)
+    written = count(len(drawn), "figure") if drawn else "no figures (pip install 'ia2mini[report]')"
     adapters = count(len(document["adapters"]), "adapter")
-    click.echo(f"{folder}: report.html, results.json, tables, {figures}, {adapters} for peft")
-    if shown["as_json"]:
+    click.echo(f"{folder}: report.html, results.json, tables, {written}, {adapters} for peft")
+    if as_json:
         click.echo(json.dumps(document))
 
 

@@ -38,7 +38,7 @@ adapter_options = many(
 )
 @file_option("--prompts", "the queries for --context, in place of ROWS; they need no answers")
 @file_option("--out", "folder of the adapter; the same command goes on where it was", required=True)
-def fit(rows, model, device, dtype, revision, check, shard, unlabelled, context, prompts, out, **given):
+def fit(rows, unlabelled, context, prompts, out, **given):
     """Fit an adapter to your own ROWS (JSONL, JSON, CSV, TSV, Parquet), and say what it is worth.
 
     \b
@@ -56,13 +56,14 @@ def fit(rows, model, device, dtype, revision, check, shard, unlabelled, context,
 
     if (rows is None) == (context is None) or (context is None) != (prompts is None):
         raise UsageError("give ROWS, or --context with --prompts")
+    how = {name: given.pop(name) for name in ("model", "device", "dtype", "revision", "check", "shard")}
     columns = Columns(*(given.pop(name) for name in ("prompt_column", "answer_column", "template")))
     text = read_text(context).replace("\r\n", "\n").strip() if context else ""
     if context and not text:
         raise UsageError(f"{context}: the file is empty")
     options = FitOptions(**given, context=text)
     own, _ = read_own(rows or prompts, columns, bool(context))  # its mistakes show before a model is loaded
-    subject = open_subject(model, device, dtype, revision, check, shard=shard)
+    subject = open_subject(**how)
     prepare(subject.model, None, False)
     fitted = fit_rows(own, subject, options, columns, unlabelled or (), keep=out, bar=progress)
     if not parallel.same and not parallel.stop():
@@ -154,7 +155,7 @@ def merge(adapter, out, **how):
 @click.option("--stop", help="text at which to stop, besides the end of sequence")
 @file_option("--adapter", "folder of an adapter; its own base is the model")
 @click.option("--chat", is_flag=True, help="the prompt as a turn of the checkpoint's chat template")
-def generate(model, device, dtype, revision, check, shard, prompt, max_tokens, stop, adapter, chat):
+def generate(prompt, max_tokens, stop, adapter, chat, **how):
     """Continue a text greedily; the continuation goes to stdout."""
     from .chat import ChatTemplate
     from .generate import Decoding
@@ -163,10 +164,11 @@ def generate(model, device, dtype, revision, check, shard, prompt, max_tokens, s
     from .subject import open_subject
 
     if adapter:
-        given = click.get_current_context().get_parameter_source("model").name != "DEFAULT"
-        fitted = open_adapter(adapter, model if given else None, device, dtype, check, shard=shard)
+        if click.get_current_context().get_parameter_source("model").name == "DEFAULT":
+            how["model"] = how["revision"] = None
+        fitted = open_adapter(adapter, **how)
     else:
-        fitted = Predictor(open_subject(model, device, dtype, revision, check, shard=shard), None, None, FOREIGN)
+        fitted = Predictor(open_subject(**how), None, None, FOREIGN)
     subject = fitted.subject
     ids = subject.tokenizer.encode(ChatTemplate(subject.folder, subject.tokenizer)(prompt) if chat else prompt)
     if not ids:
@@ -178,14 +180,12 @@ def generate(model, device, dtype, revision, check, shard, prompt, max_tokens, s
     click.echo(plain(subject.tokenizer.decode(ids + response)[len(subject.tokenizer.decode(ids)) :]))
 
 
-def open_adapter(
-    folder: Path, model=None, device=None, dtype=None, check=True, template=None, labels=None, shard=False
-):
-    """A saved adapter on its base model."""
+def open_adapter(folder: Path, model=None, revision=None, template=None, labels=None, **how):
+    """A saved adapter on its base model, or another."""
     from .predictor import base_of, load_adapter
     from .subject import open_subject
 
     spec = {"template": template and template.replace("\\n", "\n"), "labels": labels and labels.split(",")}
-    name, revision = (model, None) if model else base_of(folder)
-    subject = open_subject(name, device, dtype, revision, check, shard=shard)
+    name, revision = (model, revision) if model else base_of(folder)
+    subject = open_subject(name, revision=revision, **how)
     return load_adapter(folder, subject, **{name: value for name, value in spec.items() if value})

@@ -10,16 +10,23 @@ import click
 
 
 class Several(click.ParamType):
-    def __init__(self, kind: type):
+    def __init__(self, kind: type, choices: tuple = (), least: float | None = None):
         self.kind, self.name = kind, {int: "N,N", float: "X,X", str: "A,B"}[kind]
+        self.choices, self.least = choices, least
 
     def convert(self, value, param, context) -> tuple:
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(dict.fromkeys(self.kind(part) for part in str(value).split(",") if part))
+            found = tuple(dict.fromkeys(self.kind(part) for part in str(value).split(",") if part))
         except ValueError:
             self.fail(f"{value!r} is not a list of {self.kind.__name__} values separated by commas", param, context)
+        for one in found:
+            if self.choices and one not in self.choices:
+                self.fail(f"{one!r} is not one of {', '.join(self.choices)}", param, context)
+            if self.least is not None and one < self.least:
+                self.fail(f"{one} is less than {self.least}", param, context)
+        return found
 
 
 def options_of(cls: type, **defaults):
@@ -27,11 +34,14 @@ def options_of(cls: type, **defaults):
     found = []
     for f in (f for f in fields(cls) if "help" in f.metadata):
         about, default = f.metadata, defaults.get(f.name, f.default)
-        kind = Several(get_args(f.type)[0]) if get_args(f.type) else f.type
-        if about["choices"]:
+        if get_args(f.type):
+            kind = Several(get_args(f.type)[0], about["choices"], about["least"])
+        elif about["choices"]:
             kind = click.Choice(about["choices"])
         elif about["least"] is not None and kind is int:
             kind = click.IntRange(about["least"])
+        else:
+            kind = f.type
         given = ",".join(map(str, default)) if isinstance(default, tuple) else default
         more = {"is_flag": True} if f.type is bool else {"type": kind, "show_default": about["shown"] or True}
         name = f.name.replace("_", "-")

@@ -74,7 +74,7 @@ class CrossValidation:
         self.gold = torch.tensor([row.label or 0 for row in rows])
         self.adapter = make_adapter(subject.model, options)
         self.layers = options.layer_numbers(subject.model.config.num_hidden_layers)
-        self.rates = options.rates_for(subject.name)
+        self.rates = options.rates_for(subject.name, options.adapter)
         self.lengths: dict[str, int] = {}  # text -> tokens: each is asked for in every fold
         self.fits: dict[str, Trained] = {}
         self.troubles: list[str] = []  # sentences about runs of which a loss was not finite

@@ -130,9 +130,9 @@ def ridge(grid: Grid) -> Trained:
             with torch.no_grad(), adapted(grid.model, grid.adapter, theta[-1]) as student:
                 judges = collate([taught.icl_dev or taught.icl_train], device, pack=True)
                 dev.append(losses(student, judges, {"mse": torch.ones(1, device=device)}, grid.settings.layers))
-    none = torch.zeros(len(configs), dtype=torch.int64)
+    none = [torch.zeros(len(configs), dtype=torch.int64) for _ in range(3)]  # steps
     dev_loss = torch.cat(dev).cpu().repeat_interleave(each)
-    return Trained(torch.cat(theta).repeat_interleave(each, 0), dev_loss, none, none, none)
+    return Trained(torch.cat(theta).repeat_interleave(each, 0), dev_loss, *none)
 
 
 def responses(grid: Grid) -> Trained:

@@ -5,6 +5,7 @@ Pure functions over arrays or tensors; scalars are computed in float64. No rows 
 
 import math
 import warnings
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -91,25 +92,51 @@ def smooth_ece(confidence, correct, bandwidth: float | None = None) -> float:
     """SmoothECE (Błasiok and Nakkiran 2024) of [Q] twice: without bins; it finds its `bandwidth`, unless one is given.
 
     The mean absolute value over [0, 1] of the residuals after a Gaussian kernel that is reflected at both ends, at the
-    bandwidth that equals it. Reflection makes it a sum of cosines, each damped by the kernel.
+    bandwidth that equals it.
     """
-    confidence, right = np.clip(_float64(confidence), 0, 1), _float64(correct)
-    if not len(confidence):
-        return float("nan")
-    waves = np.pi * np.arange(1024)  # enough for bandwidths from 0.001
-    weights = np.cos(np.outer(waves, confidence)) @ (right - confidence) / len(confidence)
-    weights[1:] *= 2
-    places = np.cos(np.outer((np.arange(1024) + 0.5) / 1024, waves))
+    confidence = np.clip(_float64(confidence), 0, 1)
+    residuals = (_float64(correct) - confidence)[None] / max(1, len(confidence))
+    return float(smoothed(confidence, residuals, bandwidth)[0]) if len(confidence) else float("nan")
 
-    def at(sigma: float) -> float:
-        return float(np.abs(places @ (weights * np.exp(-((waves * sigma) ** 2) / 2))).mean())
 
+def smooth_ece_interval(confidence, correct, draws: int = 200, seed: int = 0) -> tuple[float, float]:
+    """The 95 % bootstrap interval of `smooth_ece`, by resampled rows."""
+    confidence = np.clip(_float64(confidence), 0, 1)
+    n = len(confidence)
+    if not n:
+        return float("nan"), float("nan")
+    times = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
+    low, high = np.quantile(smoothed(confidence, times * (_float64(correct) - confidence) / n), [0.025, 0.975])
+    return float(low), float(high)
+
+
+@cache
+def waves() -> tuple[np.ndarray, np.ndarray]:
+    """Frequencies [W] of the cosines that `smoothed` adds, enough for bandwidths from 0.001, and these [places, W]."""
+    found = np.pi * np.arange(1024)
+    return found, np.cos(np.outer((np.arange(1024) + 0.5) / 1024, found))
+
+
+def smoothed(confidence: np.ndarray, residuals: np.ndarray, bandwidth: float | None = None) -> np.ndarray:
+    """SmoothECE [B] of residuals [B, Q], a row's share of all rows times right minus confidence [Q].
+
+    Reflection makes a smoothed residual a sum of cosines, each damped by the kernel.
+    """
+    frequencies, cosines = waves()
+    weights = residuals @ np.cos(np.outer(confidence, frequencies))
+    weights[:, 1:] *= 2
+
+    def at(sigma: np.ndarray) -> np.ndarray:
+        damped = weights * np.exp(-((frequencies * sigma[:, None]) ** 2) / 2)
+        return np.abs(damped @ cosines.T).mean(1)
+
+    low, high = (np.full(len(residuals), value) for value in (0.001, 1.0))
     if bandwidth is not None:
-        return at(bandwidth)
-    low, high = 0.001, 1.0
-    while high - low > 1e-4:  # the smoothed error falls as the bandwidth grows
+        return at(high * bandwidth)
+    while (high - low).max() > 1e-4:  # the smoothed error falls as the bandwidth grows
         middle = (low + high) / 2
-        low, high = (middle, high) if at(middle) > middle else (low, middle)
+        above = at(middle) > middle
+        low, high = np.where(above, middle, low), np.where(above, high, middle)
     return at(high)
 
 
@@ -155,6 +182,14 @@ def row_losses(scores: torch.Tensor, gold: torch.Tensor, temperature: float = 1.
     return -(scores / temperature).log_softmax(-1).gather(-1, gold.expand(scores.shape[:-1])[..., None])[..., 0]
 
 
+def temperatures(scores: torch.Tensor, gold: torch.Tensor, doubt: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Temperatures [T] from 0.05 to 20, and each row's loss at each, [T, n], with targets of 1 - `doubt`."""
+    C = scores.shape[1]
+    true = torch.full_like(scores, doubt / (C - 1), dtype=torch.float64).scatter_(1, gold[:, None], 1 - doubt)
+    grid = torch.logspace(math.log10(0.05), math.log10(20), 241, dtype=torch.float64)
+    return grid, torch.stack([-(true * (scores.double() / t).log_softmax(-1)).sum(-1) for t in grid])
+
+
 def fit_temperature(scores: torch.Tensor, gold: torch.Tensor, oracle: bool = False) -> float:
     """The temperature from 0.05 to 20 with the lowest mean loss of `scores` [n, C] (Guo et al. 2017); 1 for text.
 
@@ -164,11 +199,18 @@ def fit_temperature(scores: torch.Tensor, gold: torch.Tensor, oracle: bool = Fal
     n, C = scores.shape
     if C == 1:
         return 1.0
-    doubt = 0.0 if oracle else 1 / (n + 2)
-    true = torch.full_like(scores, doubt / (C - 1), dtype=torch.float64).scatter_(1, gold[:, None], 1 - doubt)
-    grid = torch.logspace(math.log10(0.05), math.log10(20), 241, dtype=torch.float64)
-    losses = torch.stack([-(true * (scores.double() / t).log_softmax(-1)).sum(-1).mean() for t in grid])
-    return grid[losses.argmin()].item()
+    grid, losses = temperatures(scores, gold, 0.0 if oracle else 1 / (n + 2))
+    return grid[losses.mean(1).argmin()].item()
+
+
+def left_out_nll(scores: torch.Tensor, gold: torch.Tensor) -> float:
+    """Mean loss of the rows of `scores` [n, C], each at the temperature that suits all the others (leave-one-out)."""
+    n, C = scores.shape
+    if C == 1 or n < 2:
+        return float("nan")
+    judged, losses = (temperatures(scores, gold, doubt)[1] for doubt in (0.0, 1 / (n + 1)))
+    best = (losses.sum(1, keepdim=True) - losses).argmin(0)
+    return judged[best, torch.arange(n)].mean().item()
 
 
 def brier(probs, label) -> float:
@@ -221,7 +263,8 @@ def measure(confidence, correct, probabilities, gold, scheme: str = "width", tem
 
     `confidence` [Q] of the greedy answer, `correct` [Q], `probabilities` [Q, C] of the labels among all that could be
     said, `gold` [Q] indices of the true labels. `scheme`: bins of `ece`, of equal "width" or "mass". Among the labels
-    alone there are the NLL as it is, at a `temperature` from other rows, and at the best one for these rows (oracle).
+    alone there are the NLL as it is, at a `temperature` from other rows, for each row at that of all others (left out),
+    and at the best one for these rows (oracle).
     """
     best = (probabilities / probabilities.sum(-1, keepdim=True)).max(-1)
     scores = logarithms(probabilities)
@@ -232,6 +275,7 @@ def measure(confidence, correct, probabilities, gold, scheme: str = "width", tem
         calibrated
         | parts
         | {
+            "nll_left_out": left_out_nll(scores, gold),
             "acc": accuracy(correct),
             "smooth_ece": smooth_ece(confidence, correct),
             "risk_coverage": risk_coverage(confidence, correct),

@@ -1,6 +1,7 @@
 """What a study's numbers depend on: every option once, with default and help; the command line is made from it."""
 
 from dataclasses import dataclass, field
+from itertools import product
 
 from . import UsageError
 
@@ -10,6 +11,8 @@ TINY_RATES = RATES | {"lora": (1e-3, 3e-3, 1e-2), "full": (1e-4, 3e-4, 1e-3)}  #
 BETAS = {"qwen3": (0.1, 0.5, 0.7, 0.9), "llama": (0.001, 0.01, 0.05, 0.5)}
 UNTRAINED = ("base", "icl")
 MATCHED = ("ia2", "hidden")  # phases that match activations; SFT's are on the true answers, others the teacher's
+MATRICES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}  # by their letters
+MATRICES |= {"g": "gate_proj", "u": "up_proj", "d": "down_proj"}
 THIRDS = ("first-third", "middle-third", "last-third")  # of the layers
 
 
@@ -27,6 +30,13 @@ def option(default, help: str, choices: tuple[str, ...] = (), least: int | None 
     return field(default=default, metadata={"help": help, "choices": choices, "least": least, "shown": shown})
 
 
+def matrices(targets: tuple[str, ...]) -> tuple[str, ...]:
+    """The matrices of `--targets`: by name, by letters ("qko"), or all."""
+    letters = {"all": "".join(MATRICES)}
+    found = (map(MATRICES.get, letters.get(t, t)) if set(letters.get(t, t)) <= set(MATRICES) else [t] for t in targets)
+    return tuple(dict.fromkeys(name for names in found for name in names))
+
+
 @dataclass(frozen=True)
 class AdapterOptions:
     """Which adapter is trained."""
@@ -34,12 +44,45 @@ class AdapterOptions:
     adapter: str = option("lora", "what is trained", tuple(RATES))
     rank: int = option(8, "of LoRA", least=1)
     alpha: float = option(8.0, "of LoRA")
-    targets: tuple[str, ...] = option((), "matrices to adapt", shown="q_proj,k_proj,o_proj; full: every matrix")
+    targets: tuple[str, ...] = option((), "matrices to adapt, by name or letter", shown="qko; full: all")
     virtual_tokens: int = option(20, "of prompt and prefix tuning", least=1)
+
+    @property
+    def name(self) -> str:
+        """How tables call it: lora, or with what is not the paper's: lora r16, ia3 qkv."""
+        lora, letters = self.adapter == "lora", "".join(k for k, name in MATRICES.items() if name in self.targets)
+        usual = letters in ("", "".join(MATRICES) if self.adapter == "full" else "qko")
+        parts = [f"r{self.rank}"] * (lora and self.rank != 8) + [f"α{self.alpha:g}"] * (lora and self.alpha != 8)
+        return " ".join([self.adapter, *parts, *[letters] * (not usual)])
 
 
 @dataclass(frozen=True)
-class TrainOptions(AdapterOptions):
+class AdapterLists:
+    """Which adapters are compared."""
+
+    adapter: tuple[str, ...] = option(("lora",), "what is trained; several: lora,ia3", tuple(RATES))
+    rank: tuple[int, ...] = option((8,), "of LoRA; several: 4,8,16", least=1)
+    alpha: float = option(8.0, "of LoRA")
+    targets: tuple[str, ...] = option(
+        (),
+        "matrices to adapt: names (q_proj,k_proj) are one set, letters a set each (qko,qv,all)",
+        shown="qko; full: all",
+    )
+    virtual_tokens: int = option(20, "of prompt and prefix tuning", least=1)
+
+    @property
+    def adapters(self) -> list[AdapterOptions]:
+        """Each kind with each rank and each set of matrices, as far as it has them."""
+        named = tuple(name for name in self.targets if name in MATRICES.values())
+        sets = [named] * bool(named) + [matrices((part,)) for part in self.targets if part not in named] or [()]
+        found = []
+        for kind, rank, targets in product(self.adapter, self.rank, sets):
+            found.append(AdapterOptions(kind, rank if kind == "lora" else 8, self.alpha, targets, self.virtual_tokens))
+        return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class TrainOptions:
     """How every run trains."""
 
     rates: tuple[float, ...] = option((), "learning rates", shown="the paper's three for the adapter")
@@ -64,13 +107,13 @@ class TrainOptions(AdapterOptions):
                 raise UsageError(f"--layers {part}: this model has layers 0 to {depth - 1}; or say {', '.join(THIRDS)}")
         return sorted({layer for some in found for layer in some}) or None
 
-    def rates_for(self, model: str) -> tuple[float, ...]:
-        """The rates that were given, else the adapter's on a model of this name."""
-        return self.rates or (TINY_RATES if model == "tiny" else RATES)[self.adapter]
+    def rates_for(self, model: str, adapter: str) -> tuple[float, ...]:
+        """The rates that were given, else those of a kind of adapter on a model of this name."""
+        return self.rates or (TINY_RATES if model == "tiny" else RATES)[adapter]
 
 
 @dataclass(frozen=True)
-class Options(TrainOptions):
+class Options(TrainOptions, AdapterLists):
     """Everything about a study that changes its numbers, but for tasks, data and checkpoint."""
 
     n: tuple[int, ...] = option((4,), "training rows of a set; several: 2,4,8")
@@ -97,7 +140,7 @@ class Options(TrainOptions):
 
 
 @dataclass(frozen=True)
-class FitOptions(TrainOptions):
+class FitOptions(TrainOptions, AdapterOptions):
     """How one's own rows become an adapter."""
 
     methods: tuple[str, ...] = option(("sft", "ia2", "ia2-sft"), "what is tried, beside the base and ICL")

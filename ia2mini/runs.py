@@ -68,14 +68,16 @@ class RunFolder:
             return None
 
     @contextmanager
-    def stage(self, name: str):
-        """Count the seconds of the block, and the peak memory so far, towards stage `name`."""
+    def stage(self, name: str, phase: str):
+        """Count the seconds of the block, and the peak memory so far, towards stage `name` and its `phase`."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            seconds = self.spent["seconds"]
-            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+            took = time.perf_counter() - start
+            for kind, key in (("seconds", name), ("seconds_by_phase", phase)):
+                seconds = self.spent.setdefault(kind, {})
+                seconds[key] = seconds.get(key, 0.0) + took
             self.spent["peak_memory_bytes"] = max(self.spent["peak_memory_bytes"], peak_memory())
             if parallel.chief:
                 path = self.path / "seconds.json"

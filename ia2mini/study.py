@@ -13,7 +13,7 @@ from . import UsageError, __version__, parallel
 from .adapters import LoRA, unpack
 from .cost import Cell, Cost, gemm_rate
 from .episode import with_demonstrations
-from .experiment import Experiment, Setting, parsed_correct
+from .experiment import Experiment, parsed_correct
 from .files import finite, read_json, write_json
 from .graphs import RATE
 from .methods import BEGINS_WITH, METHODS
@@ -22,6 +22,7 @@ from .options import UNTRAINED, Options
 from .peft_format import save_adapter
 from .report.summary import at_config, chosen, summarise
 from .runs import RunFolder, checkpoint_digest, versions
+from .sets import Setting
 from .subject import Subject
 from .tasks import Task, find_task, load_examples
 
@@ -86,6 +87,8 @@ def open_study(
     folder = RunFolder(out, f"{about}-{subject.name}-n{'-'.join(map(str, options.n))}", config)
     experiments[0].setting.folder = folder
     resolved = {"rates": experiments[0].rates, "targets": experiments[0].adapter.targets}
+    if len(options.adapters) > 1:
+        resolved = {"adapters": {e.kind.name: {"rates": e.rates, "targets": e.adapter.targets} for e in experiments}}
     folder.begin(resolved)  # every mistake in tasks, sizes and options has shown by now
     return experiments, config | resolved
 
@@ -105,8 +108,8 @@ def lay_out(
     evals = {name: task if name == task.name else find_task(name) for task in tasks for name in task.evals}
     evals = {name: load_examples(task, "eval", data_dir, options.eval_rows) for name, task in evals.items()}
     setting = Setting(subject, options, None, bar, side_by_side, pools)
-    grid = product(tasks, options.n, options.unlabelled)
-    experiments = [Experiment(setting, task, n, more, evals) for task, n, more in grid]
+    cells = (Experiment(setting, *cell, evals) for cell in product(tasks, options.n, options.unlabelled))
+    experiments = [experiment for cell in cells for experiment in cell.variants()]
     setting.phases = tuple(phase for experiment in experiments for phase in experiment.phases())
     return experiments, {name: {k: v.origin for k, v in e.items()} for name, e in (("pools", pools), ("evals", evals))}
 
@@ -120,14 +123,15 @@ def plan(experiments: list[Experiment], device: str) -> str:
         cell, parts = cell_of(experiment), {}
         for stage, cost in cell.stages(config, dtype.itemsize).items():
             kind = stage.partition(" ")[0]
-            parts[kind] = parts.get(kind, Cost()) + cost
+            if kind != "collect" or experiment.first:
+                parts[kind] = parts.get(kind, Cost()) + cost
         whole = sum(parts.values(), Cost())
         memory = cell.memory(config, dtype.itemsize, setting.side_by_side) / 1e9
         spent = ", ".join(f"{kind} {cost.seconds(rate):.3g} s" for kind, cost in parts.items())
         shape = f"prompts of {cell.query:.0f} tokens, {cell.shown:.0f} of demonstrations"
         shape += f", answers of up to {cell.answer:.0f}"
         work = f"{whole.tokens / 1e6:.3g} M tokens, {memory:.2g} GB in training, {whole.seconds(rate):.3g} s ({spent})"
-        out.append(f"{experiment.name}: {shape}; {work}")
+        out.append(f"{experiment.trains}: {shape}; {work}")
         total += whole
     out.append(f"in all {total.tokens / 1e6:.3g} M tokens, {total.flops / 1e12:.3g} TFLOP, {total.seconds(rate):.3g} s")
     said = f"seconds if all ran at the {rate / 1e9:,.0f} GFLOP/s of a matrix product here ({device}, {str(dtype)[6:]})"
@@ -142,16 +146,17 @@ def cell_of(experiment: Experiment) -> Cell:
         return fmean(map(len, encode(list(texts))))
 
     rows = [row for episode in experiment.episodes for row in episode.train]
-    trained = [method for method in o.methods if method not in UNTRAINED]
+    methods, kind = tuple(experiment.methods), experiment.kind
+    trained = [method for method in methods if method not in UNTRAINED]
     trained = tuple(dict.fromkeys(m for method in trained for m in (BEGINS_WITH.get(method), method) if m))
     shown = (experiment.about["n"] - 1) * tokens(f"{row.prompt}{row.answer}\n\n" for row in rows)
     found = Cell(
-        tokens(row.prompt for row in rows), shown, experiment.max_tokens, experiment.about["n"], methods=o.methods
+        tokens(row.prompt for row in rows), shown, experiment.max_tokens, experiment.about["n"], methods=methods
     )
     configs = len(experiment.rates) * (len(experiment.betas) if "ia2+sft" in trained else 1)
     scored = o.sets if o.select in ("dev", "kl") else o.sets * configs
     found = replace(found, sets=o.sets, configs=configs, scored=scored, trained=trained, epochs=o.epochs)
-    evals, rank = tuple(len(e.rows) for e in experiment.evals.values()), o.rank * (o.adapter == "lora")
+    evals, rank = tuple(len(e.rows) for e in experiment.evals.values()), kind.rank * (kind.adapter == "lora")
     return replace(found, rows=evals, batch=o.batch_size, more=experiment.about["unlabelled"], rank=rank)
 
 
@@ -164,16 +169,16 @@ def worth_compiling(experiments: list[Experiment]) -> bool:
 
 def run_experiment(experiment: Experiment) -> dict[str, list]:
     """Records of every scored run and of all training; overlaps, saved adapters and samples."""
-    o, runs, training = experiment.setting.options, [], []
-    for method in o.methods:
+    o, runs, training, methods = experiment.setting.options, [], [], experiment.methods
+    for method in methods:
         training += [] if method in UNTRAINED else experiment.training_records(method)
         heats = experiment.temperatures(method) if experiment.labelled else []
         for name in experiment.evals:
             runs += score_records(experiment, method, name, heats)
-    picks = {method: pick(method, training, runs, o.select) for method in o.methods if method not in UNTRAINED}
+    picks = {method: pick(method, training, runs, o.select) for method in methods if method not in UNTRAINED}
     found = {"runs": runs, "training": training, "overlap": overlaps(experiment, picks)}
     adapters = [path for method, numbers in picks.items() for path in save_adapters(experiment, method, numbers)]
-    return found | {"adapters": adapters, "samples": [sample(experiment, picks)]}
+    return found | {"adapters": adapters, "samples": [sample(experiment, picks)] * experiment.first}
 
 
 def pick(method: str, training: list[dict], runs: list[dict], select: str) -> list[int]:
@@ -191,7 +196,7 @@ def score_records(experiment: Experiment, method: str, name: str, heats: list[fl
     o, task, trained = experiment.setting.options, experiment.find(name), method not in UNTRAINED
     scores, gold = experiment.score(method, name), [e.label for e in experiment.evals[name].rows]
     about = experiment.about | {"eval": name, "ood": name != experiment.task.name, "method": method}
-    about |= {"model": experiment.setting.subject.name, "adapter": o.adapter if trained else None}
+    about |= {"model": experiment.setting.subject.name, "adapter": experiment.kind.name if trained else None}
     sets, records = range(o.sets), []
     untrained = [{"set": number, "rate": None, "beta": None, "dev_loss": None, "steps": 0} for number in sets]
     known = experiment.training_records(method) if trained else untrained
@@ -213,7 +218,7 @@ def save_adapters(experiment: Experiment, method: str, numbers: list[int]) -> li
     """Save a method's chosen runs in PEFT's format; folder names."""
     setting, records = experiment.setting, experiment.training_records(method)
     subject, theta = setting.subject, experiment.trained(method).theta
-    names = [f"adapters/{experiment.name}-{method}-set{records[r]['set']}" for r in numbers]
+    names = [f"adapters/{experiment.trains}-{method}-set{records[r]['set']}" for r in numbers]
     for r, name in zip(numbers, names) if parallel.writes() else ():
         path = setting.folder.path / name
         about = subject.base, subject.tokenizer, subject.revision
@@ -232,7 +237,13 @@ def overlaps(experiment: Experiment, picks: dict[str, list[int]]) -> list[dict]:
     for one, other in combinations(picks, 2):
         each = [subspace_overlap(weights[one][name], weights[other][name], adapter.rank) for name in names]  # [sets]
         sets = [fmean(values) for values in zip(*(e.tolist() for e in each))]
-        shared = {"methods": [one, other], "overlap": sets, "mean": fmean(sets), "chance": chance}
+        shared = {
+            "adapter": experiment.kind.name,
+            "methods": [one, other],
+            "overlap": sets,
+            "mean": fmean(sets),
+            "chance": chance,
+        }
         found.append(experiment.about | shared)
     return found
 

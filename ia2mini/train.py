@@ -8,7 +8,6 @@ from itertools import product
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from . import UsageError, parallel
 from .adapters import Adapter, adapted
@@ -16,7 +15,7 @@ from .batch import Batch, Row, collate
 from .cost import run_bytes
 from .graphs import CapturedStep, launch_bound
 from .losses import activation_mse, cross_entropy, fused, per_run, soft_cross_entropy
-from .models.common import Taps
+from .models.common import Taps, checkpoint_blocks, is_checkpointed
 
 RACE_FROM, PACE, AHEAD = 10, 3, 30  # looks at the dev loss: see `EarlyStopping`
 
@@ -260,8 +259,9 @@ def train_in_parts(
     model: nn.Module, adapter: Adapter, runs: Runs, settings: Settings, at_once: int | None = None, watch=None
 ) -> tuple[Trained, int | None]:
     """`train_runs`, spread over processes, in each `at_once` runs side by side (None: all), fewer where memory is too
-    small; also `at_once`, lowered to these. What memory holds is estimated before, and halved where it still runs out.
-    Raises UsageError below one run. Rates are compared only where all runs train at the same time.
+    small; also `at_once`, lowered to these. What memory holds is estimated before, and halved where it still runs out;
+    a single run that does not fit is checkpointed. Raises UsageError where that does not help. Rates are compared only
+    where all runs train at the same time.
     """
     racing = runs.config is not None and len(runs) <= (at_once or len(runs))
     rounds = parallel.Rounds((torch.zeros(0, dtype=torch.int64), torch.zeros(0)))
@@ -281,8 +281,11 @@ def train_in_parts(
                 if parallel.same:  # the others wait for this process within a pass
                     raise UsageError(f"not enough memory for {len(some)} runs; use a lower --side-by-side") from None
                 if len(some) == 1:
-                    mend = "use --checkpointing, a smaller --batch-size or a smaller model"
-                    raise UsageError(f"not enough memory for a single run; {mend}") from None
+                    if not checkpoint_blocks(model):
+                        mend = "use a smaller --batch-size or a smaller model"
+                        raise UsageError(f"not enough memory for a single run; {mend}") from None
+                    warnings.warn("out of memory with a single run; going on with --checkpointing", stacklevel=2)
+                    continue
                 if config is not None:
                     config = rounds.hear(None)
                 most = len(some) // 2
@@ -303,8 +306,7 @@ def fitting(model: nn.Module, runs: Runs, batch_size: int) -> int:
     rows = [sorted(run, key=len)[-batch_size:] for run in runs.train]
     tokens, positions = (max(sum(map(of, run)) for run in rows) for of in (len, lambda row: len(row.answer)))
     weight = model.model.embed_tokens.weight
-    again = getattr(model.model.layers[0].mlp_output, "func", None) is checkpoint
-    each = run_bytes(model.config, tokens, positions, weight.itemsize, runs.theta.shape[1], again)
+    each = run_bytes(model.config, tokens, positions, weight.itemsize, runs.theta.shape[1], is_checkpointed(model))
     return max(1, int(min(len(runs), 0.9 * free_memory(weight.device) / each)))
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -175,6 +176,19 @@ def compiled(function: Callable, **options) -> Callable:
     torch._dynamo.config.recompile_limit = 64  # with and without gradients, adapter, mask, cache and prefix
     torch._dynamo.config.suppress_errors = not options.get("fullgraph")
     return torch.compile(function, dynamic=True, **options)
+
+
+def checkpoint_blocks(model: nn.Module) -> bool:
+    """Put `checkpointed` around the blocks as they are, if it is not there yet; whether it was not."""
+    if is_checkpointed(model):
+        return False
+    for block, half in product(model.model.layers, ("attention_output", "mlp_output")):
+        setattr(block, half, checkpointed(getattr(block, half)))
+    return True
+
+
+def is_checkpointed(model: nn.Module) -> bool:
+    return getattr(model.model.layers[0].mlp_output, "func", None) is checkpoint
 
 
 def checkpointed(function: Callable) -> Callable:

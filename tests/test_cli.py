@@ -82,7 +82,9 @@ def toy(ground: Path, out: Path, *more) -> list:
 def numbers(folder: Path) -> dict:
     """results.json but for what depends on the clock and the machine."""
     document = json.loads((folder / "results.json").read_text())
-    assert document.pop("peak_memory_bytes") > 0 and all(seconds >= 0 for seconds in document.pop("seconds").values())
+    assert document.pop("peak_memory_bytes") > 0 and all(
+        seconds >= 0 for name in ("seconds", "seconds_by_phase") for seconds in document.pop(name).values()
+    )
     return document
 
 
@@ -125,7 +127,17 @@ def test_run_prints_a_table_and_one_json_document(finished):
     result, folder = finished
     *before, last = result.stdout.splitlines()
     document = json.loads(last)
-    keys = {"cells", "seconds", "peak_memory_bytes", "runs", "training", "overlap", "adapters", "samples"}
+    keys = {
+        "cells",
+        "seconds",
+        "seconds_by_phase",
+        "peak_memory_bytes",
+        "runs",
+        "training",
+        "overlap",
+        "adapters",
+        "samples",
+    }
     assert set(document) == keys | {"config", "versions"}
     assert set(document["seconds"]) == {"collect", "train", "evaluate"}
     assert all(CELL <= set(cell) for cell in document["cells"])
@@ -409,7 +421,8 @@ MISTAKES = {
         "--rates", "'fast' is not a list of float values separated by commas"),
     "rate of nothing": ("run toy-mood --rates 1e-3,0", "--rates 0", "positive"),
     "rate nan": ("run toy-mood --rates nan", "--rates nan", "positive"),
-    "figures": ("run toy-mood --figures png,gif", "--figures gif: unknown format", "png, pdf, svg"),
+    "figures": ("run toy-mood --figures png,gif", "--figures gif: unknown; there are", "png, pdf, svg"),
+    "columns": ("run toy-mood --columns acc,f1", "--columns f1: unknown; there are acc, ece", "smooth_ece"),
     "n in words": ("run toy-mood --n abc", "--n", "'abc' is not a list of int values separated by commas"),
     "no n": ("run toy-mood --n ,", "--n", "at least one"),
     "no method": ("run toy-mood --methods ,", "--methods", "at least one"),

@@ -218,7 +218,7 @@ def test_run_folders(tmp_path):
     def use(out):
         folder = RunFolder(out, "name", what)
         folder.begin({"targets": ["q_proj"]})
-        with folder.stage("train"):
+        with folder.stage("train", "training sft"):
             found = folder.once("cell/fit", lambda: tensors)
             kept = folder.json_once("cell/texts.json", lambda: texts)
         return folder, found, kept

@@ -9,8 +9,8 @@ from click.testing import CliRunner
 from mistakes import refused
 from reference import make_checkpoint
 
-import ia2mini.experiment
 import ia2mini.generate
+import ia2mini.sets
 from ia2mini import FitOptions, UsageError, fit, fitting, open_subject
 from ia2mini.cli import main
 from ia2mini.options import Options
@@ -52,7 +52,7 @@ def test_a_study_refuses_a_row_before_any_work(subject, tmp_path, pool, evaluati
     assert not (tmp_path / "out").exists()
     fitting_rows = task_of(tmp_path, [20] * 3 + [READS - 1], [20, READS])
     assert open_study([fitting_rows], subject, options, tmp_path / "out", None, None, None)
-    virtual = replace(options, adapter="prompt", virtual_tokens=2)
+    virtual = replace(options, adapter=("prompt",), virtual_tokens=2)
     refused(lambda: compare([fitting_rows], subject, virtual, tmp_path / "none"), f"has {READS + 2} tokens")
 
 
@@ -74,7 +74,7 @@ def test_a_teacher_beyond_what_the_model_reads_is_refused_and_icl_warned_of(subj
 
 def test_judging_queries_are_looked_at_too(subject, tmp_path, monkeypatch):
     """Of five rows the set takes three, and the queries by which `--select kl` judges the two others."""
-    monkeypatch.setattr(ia2mini.experiment, "FURTHER", 2)
+    monkeypatch.setattr(ia2mini.sets, "FURTHER", 2)
     unseen = 0
     for place in range(5):
         task = task_of(tmp_path, [READS if i == place else 20 for i in range(5)], [20])

@@ -249,6 +249,28 @@ def test_smooth_ece_is_that_of_its_authors(rows, bend):
     assert metrics.smooth_ece(confidence, right) == pytest.approx(smECE(confidence, right), abs=2e-3)
 
 
+def test_the_interval_of_smooth_ece_is_that_of_resampled_rows():
+    rng = np.random.default_rng(5)
+    confidence = rng.random(60)
+    right = (rng.random(60) < confidence**2).astype(float)
+    found = [metrics.smooth_ece(confidence[draw], right[draw]) for draw in rng.integers(60, size=(400, 60))]
+    expected = np.quantile(found, [0.025, 0.975])
+    assert metrics.smooth_ece_interval(confidence, right, draws=400) == pytest.approx(expected, abs=0.03)
+    assert all(map(math.isnan, metrics.smooth_ece_interval([], [])))
+
+
+def test_the_left_out_temperature_never_saw_its_row():
+    rng = np.random.default_rng(6)
+    scores, gold = torch.tensor(4 * rng.standard_normal((7, 3))), torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    losses = []
+    for i in range(7):
+        others = [j for j in range(7) if j != i]
+        heat = metrics.fit_temperature(scores[others], gold[others])
+        losses.append(-(scores[i] / heat).log_softmax(-1)[gold[i]].item())
+    assert metrics.left_out_nll(scores, gold) == pytest.approx(np.mean(losses))
+    assert math.isnan(metrics.left_out_nll(scores[:1], gold[:1]))
+
+
 def test_smooth_ece_by_hand():
     assert metrics.smooth_ece([0.5] * 10, [1] * 5 + [0] * 5) < 0.002  # calibrated
     assert metrics.smooth_ece([1.0] * 10, [0] * 10) == pytest.approx(1, abs=0.01)

@@ -180,14 +180,15 @@ def test_seconds_add_up_over_sessions(tmp_path, monkeypatch):
     memory = iter([300, 700, 500])
     monkeypatch.setattr(runs, "peak_memory", lambda: next(memory))
     first = RunFolder(tmp_path, "name", {})
-    with first.stage("train"):
+    with first.stage("train", "training sft"):
         pass
-    with pytest.raises(KeyboardInterrupt), first.stage("train"):
+    with pytest.raises(KeyboardInterrupt), first.stage("train", "training sft"):
         raise KeyboardInterrupt
     second = RunFolder(tmp_path, "name", {})
-    with second.stage("evaluate"):
+    with second.stage("evaluate", "icl on news"):
         pass
-    expected = {"seconds": {"train": 3.5, "evaluate": 4.0}, "peak_memory_bytes": 700}
+    phases = {"training sft": 3.5, "icl on news": 4.0}
+    expected = {"seconds": {"train": 3.5, "evaluate": 4.0}, "seconds_by_phase": phases, "peak_memory_bytes": 700}
     assert second.spent == expected == RunFolder(tmp_path, "name", {}).spent
 
 
@@ -302,7 +303,7 @@ def test_a_changed_number_or_another_file_in_json_is_found(tmp_path):
 
 def test_another_files_tensors_a_folder_and_damaged_seconds_are_set_aside(tmp_path):
     folder = RunFolder(tmp_path, "name", {})
-    with folder.stage("train"):
+    with folder.stage("train", "training sft"):
         folder.once("fit-sft", lambda: {"a": torch.zeros(2)})
         folder.once("fit-ia2", lambda: {"a": torch.ones(2)})
     (folder.path / "fit-ia2.safetensors").write_bytes((folder.path / "fit-sft.safetensors").read_bytes())

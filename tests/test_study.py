@@ -17,10 +17,10 @@ from reference import peft_twin, upstream
 
 import ia2mini
 from ia2mini import UsageError, study
-from ia2mini.experiment import FURTHER
 from ia2mini.methods import METHODS
 from ia2mini.metrics import fit_temperature
 from ia2mini.options import TINY_RATES, Options
+from ia2mini.sets import FURTHER
 from ia2mini.study import compare, open_study
 from ia2mini.subject import open_subject as load_subject
 from ia2mini.tasks import custom_task, find_task, world
@@ -240,9 +240,27 @@ def test_run_json_holds_what_the_defaults_came_to(studied, subject, tmp_path, mo
     assert kept["templates"] == {"toy-mood": "Text:{text}\nLabel:"} and kept["ia2mini"] == ia2mini.__version__
     assert kept["model"] == str(subject.folder.resolve()) and kept["dtype"] == "float32" and kept["device"] == "cpu"
     monkeypatch.setattr(study, "run_experiment", lambda experiment: {})
-    document, folder = compare([MOOD], subject, Options(n=(2,), sets=1, adapter="ia3"), tmp_path)
+    document, folder = compare([MOOD], subject, Options(n=(2,), sets=1, adapter=("ia3",)), tmp_path)
     kept = json.loads((folder / "run.json").read_text())
     assert tuple(kept["rates"]) == TINY_RATES["ia3"] and document["config"] | {"sha256": kept["sha256"]} == kept
+
+
+def test_several_adapters_in_one_study_are_each_alone(subject, tmp_path):
+    one = replace(SMALL, methods=("base", "icl", "sft", "ia2-sft"))
+    several = replace(one, adapter=("lora", "ia3"), rank=(2, 8), targets=("qko", "qv"))
+    names = [kind.name for kind in several.adapters]
+    assert names == ["lora r2", "lora r2 qv", "lora", "lora qv", "ia3", "ia3 qv"]
+    document, folder = compare([MOOD], subject, several, tmp_path)
+    assert list(dict.fromkeys(run["adapter"] for run in document["runs"])) == [None, *names]
+    assert json.loads((folder / "run.json").read_text())["adapters"]["ia3 qv"]["targets"] == ["q_proj", "v_proj"]
+    for kind in (several.adapters[1], several.adapters[-2]):
+        options = replace(one, adapter=(kind.adapter,), rank=(kind.rank,), targets=kind.targets)
+        alone, _ = compare([MOOD], subject, options, tmp_path)
+        for key in ("runs", "training"):
+            assert alone[key] == [run for run in document[key] if run["adapter"] in (None, kind.name)]
+    assert len(document["samples"]) == 1 and len(set(document["adapters"])) == 6 * 2 * one.sets
+    assert all((folder / name).is_dir() for name in document["adapters"])
+    assert len(list(folder.rglob("icl-on-*"))) == len(MOOD.evals)
 
 
 def test_a_folder_belongs_to_version_model_data_template_and_options(subject, tmp_path, monkeypatch):

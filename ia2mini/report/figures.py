@@ -36,14 +36,16 @@ LEAST = 5  # rows of a bin of confidence that say something
 
 
 def views(document: dict):
-    """What is drawn of each choice of the rate: its parts by N; of the largest N, cells and overlaps."""
-    found = parts(document)
-    for by in (choices := list(dict.fromkeys(part["by"] for part in found))):
-        mine = sorted((part for part in found if part["by"] == by), key=lambda part: part["n"])
+    """What is drawn of each adapter and choice of the rate: its parts by N; of the largest N, cells and overlaps."""
+    found = grouped(parts(document), "by", "adapter")
+    choices, kinds = (list(dict.fromkeys(values)) for values in zip(*found))
+    for (by, kind), mine in found.items():
+        mine = sorted(mine, key=lambda part: part["n"])
         mine = [part for part in mine if part["unlabelled"] == mine[0]["unlabelled"]]  # others are in the tables
-        cells, sizes = mine[-1]["cells"], ", ".join(str(part["n"]) for part in mine)
-        saved = [o for o in document.get("overlap") or [] if (o["n"], by) == (mine[-1]["n"], choices[0])]
-        view = {"suffix": f"-{by}" * (len(choices) > 1), "parts": mine, "cells": cells, "overlap": saved}
+        cells, sizes, last = mine[-1]["cells"], ", ".join(str(part["n"]) for part in mine), mine[-1]["n"]
+        saved = [o for o in document.get("overlap") or [] if (o["n"], o.get("adapter", kind)) == (last, kind)]
+        suffix = f"-{kind}".replace(" ", "-") * (len(kinds) > 1) + f"-{by}" * (len(choices) > 1)
+        view = {"suffix": suffix, "parts": mine, "cells": cells, "overlap": saved if by == choices[0] else []}
         yield view | {"title": title([cells[0] | {"n": sizes}, *cells], by)}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import UsageError
 from ..adapters import Full, LoRA
 from ..files import json_line, plain, write_text
-from ..metrics import ece, ece_null, logarithms, row_losses
+from ..metrics import ece, ece_null, logarithms, row_losses, smooth_ece, smooth_ece_interval
 from ..tasks import same_answer
 from ..tasks.rows import Row
 from .page import lines, section, shown, table, whole
@@ -46,6 +46,7 @@ def measures(scores: Tensor, gold: Tensor, temperature: float, right: Tensor | N
     if right is None:
         raw = scores.double().softmax(-1).max(-1).values.numpy()
         known |= {
+            "smooth_ece": [smooth_ece(confidence, correct), *smooth_ece_interval(confidence, correct)],
             "ece_null": ece_null(confidence),
             "ece_without_temperature": ece(raw, correct),
             "temperature": temperature,

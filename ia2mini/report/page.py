@@ -39,7 +39,9 @@ def write_page(document: dict, folder: Path, command: str) -> str:
     drawn, found = list(views(document)), parts(document)
     about, (head, *more) = drawn[0]["parts"][-1]["title"], verdict(drawn[0]["cells"]) or ["Comparison of methods"]
     several = len(found) > 1
-    results = [measures(p["title"], average(p["cells"])) + lines(verdict(p["cells"]) * several) for p in found]
+    results = [
+        measures(p["title"], average(p["cells"]), document) + lines(verdict(p["cells"]) * several) for p in found
+    ]
     results.append(f"<small>{lines(legend(document))}</small>")
     tasks = dict.fromkeys(cell["task"] for cell in document["cells"])
     body = [section("Results", results)]
@@ -87,9 +89,9 @@ def table(caption: str, heads: list[str], rows: list[list[str]], kind: str) -> s
     return f"{start}{inside}</table></div>"
 
 
-def measures(caption: str, rows: list[dict]) -> str:
+def measures(caption: str, rows: list[dict], document: dict) -> str:
     """The terminal's columns: of the cells of evaluations, or of their means."""
-    columns = known_columns(rows)
+    columns = known_columns(rows, document)
     heads = ["method", *map(HEADS.get, columns)]
     if not rows or "eval" not in rows[0]:
         return table(caption, heads, [texts(row, columns) for row in rows], "means") if rows else ""
@@ -114,7 +116,7 @@ def task(name: str, document: dict) -> str:
     body = []
     for part in parts(document):
         mine = sorted((c for c in part["cells"] if c["task"] == name), key=lambda c: (c["ood"], c["eval"]))
-        body += [measures(title(mine, part["by"]), mine)] if mine else []
+        body += [measures(title(mine, part["by"]), mine, document)] if mine else []
     samples = [sample for sample in document.get("samples") or [] if sample["task"] == name]
     for sample in sorted(samples, key=lambda sample: sample["n"])[-1:]:
         body.append(f"<h3>What the model saw, N = {sample['n']}</h3><pre>{shown(sample['prompt'])}</pre>")
@@ -138,12 +140,15 @@ def adapter(document: dict, cells: list[dict], folder: Path) -> list[str]:
     method = "ia2-sft" if "ia2-sft" in means else max(means, key=means.get, default=None)
     if (gain := paired(cells, "acc")) and gain.high < 0 and not gain.p > 0.05:
         method = "sft"
-    names = [f"adapters/{name}-n{cells[0]['n']}-{method}-set0" for name in dict.fromkeys(c["task"] for c in cells)]
+    kinds = {c["adapter"] for c in document["cells"] if c["adapter"]}
+    kind = next((c["adapter"] or "" for c in cells if c["method"] == method), "")
+    of = f"n{cells[0]['n']}" + f"-{kind.replace(' ', '-')}" * (len(kinds) > 1)
+    names = [f"adapters/{name}-{of}-{method}-set0" for name in dict.fromkeys(c["task"] for c in cells)]
     if not (names := [name for name in names if name in document.get("adapters", [])]):
         return []
     items = "".join(f"<li><code>{shown(name)}</code></li>" for name in names)
     about = f"{LABELS.get(method, method)}, trained on the first set of N = {cells[0]['n']}:"
-    path, full = str(folder / names[0]), document["config"]["adapter"] == "full"  # full: saved as a checkpoint
+    path, full = str(folder / names[0]), kind.startswith("full")  # full: saved as a checkpoint
     code = LOAD.format(base=path if full else document["config"]["model"], adapter=path).splitlines()
     code = shown("\n".join(code[1:-1] if full else code))
     return [lines([about]), f"<ul>{items}</ul><pre>{code}</pre>"]

@@ -6,7 +6,7 @@ from statistics import fmean, pstdev
 from ..metrics import PairedTest, paired_test
 
 METRICS = ("acc", "ece", "ece_null", "nll", "brier", "asim", "ece_mass", "acc_labels", "ece_labels")
-METRICS += ("smooth_ece", "risk_coverage", "nll_labels", "nll_dev", "nll_oracle")
+METRICS += ("smooth_ece", "risk_coverage", "nll_labels", "nll_dev", "nll_left_out", "nll_oracle")
 METRICS += ("reliability_brier", "resolution", "uncertainty")
 LABELS = {  # method: as it is written, in the order of every table and figure
     "base": "base", "icl": "ICL", "sft": "SFT", "sft-sft": "SFT→SFT", "responses": "responses",
@@ -48,7 +48,7 @@ def grouped(rows: list[dict], *fields: str) -> dict[tuple, list[dict]]:
 def summarise(records: list[dict], select: str = "dev") -> list[dict]:
     """The cells of the table: means and deviations over sets at the rate chosen by `select` ("both": two cells)."""
     cells, choices = [], ("dev", "eval") if select == "both" else (select,)
-    for group in grouped(records, "task", "n", "unlabelled", "method", "eval").values():
+    for group in grouped(records, "task", "n", "unlabelled", "method", "eval", "adapter").values():
         for by in choices if group[0]["rate"] is not None else (None,):
             rate, beta = chosen(group, by) if by else (None, None)
             runs = grouped(group, "rate", "beta")[rate, beta]
@@ -68,14 +68,15 @@ def summarise(records: list[dict], select: str = "dev") -> list[dict]:
 
 
 def parts(document: dict) -> list[dict]:
-    """What one table shows: each model, N, number of unlabelled rows and choice of rate, its `cells` by method."""
+    """What one table shows: each model, N, number of unlabelled rows, adapter and choice of rate, its `cells`."""
     rank = {method: i for i, method in enumerate(LABELS)}
     cells = sorted(document["cells"], key=lambda cell: rank.get(cell["method"], len(rank)))
     trained = [c for c in cells if c["selected_by"]] or [c | {"selected_by": None} for c in cells]
     found, groups = [], grouped(cells, "model", "n", "unlabelled")
-    for model, n, more, by in grouped(trained, "model", "n", "unlabelled", "selected_by"):
-        mine = [c for c in groups[model, n, more] if c["selected_by"] in (by, None)]
-        found.append({"model": model, "n": n, "unlabelled": more, "by": by, "cells": mine, "title": title(mine, by)})
+    for model, n, more, kind, by in grouped(trained, "model", "n", "unlabelled", "adapter", "selected_by"):
+        mine = [c for c in groups[model, n, more] if c["selected_by"] in (by, None) and c["adapter"] in (kind, None)]
+        about = {"model": model, "n": n, "unlabelled": more, "adapter": kind, "by": by}
+        found.append(about | {"cells": mine, "title": title(mine, by)})
     return found
 
 

@@ -6,9 +6,22 @@ from pathlib import Path
 from ..files import plain, write_text
 from .summary import LABELS, average, count, grouped, parts, verdict
 
-COLUMNS = ("acc", "ece", "ece_null", "asim", "rate", "paper")
-HEADS = {"acc": "accuracy (%) ↑", "ece": "ECE ↓", "ece_null": "(null)", "asim": "asim ↑", "rate": "rate"}
-HEADS |= {"paper": "paper (% / ECE)"}
+COLUMNS = ("acc", "ece", "ece_null", "asim")  # where no others are asked for
+HEADS = {"acc": "accuracy (%) ↑", "ece": "ECE ↓", "ece_null": "(null)", "asim": "asim ↑", "nll": "NLL ↓"}
+HEADS |= {
+    "brier": "Brier ↓",
+    "smooth_ece": "smooth ECE ↓",
+    "risk_coverage": "risk-coverage ↓",
+    "ece_mass": "ECE, mass ↓",
+}
+HEADS |= {
+    "acc_labels": "accuracy among labels ↑",
+    "ece_labels": "ECE among labels ↓",
+    "nll_labels": "NLL among labels ↓",
+}
+HEADS |= {"nll_dev": "NLL, dev temperature ↓", "nll_left_out": "NLL, left out ↓", "nll_oracle": "NLL, oracle ↓"}
+HEADS |= {"reliability_brier": "reliability ↓", "resolution": "resolution ↑", "uncertainty": "uncertainty"}
+HEADS |= {"rate": "rate", "paper": "paper (% / ECE)"}  # always the last
 SYMBOLS: dict = {"→": r"$\rightarrow$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "±": r"$\pm$", "–": "--"}
 SYMBOLS |= {"β": r"$\beta$", "·": r"$\cdot$"}
 COMMANDS = {"\\": r"\textbackslash ", "~": r"\textasciitilde ", "^": r"\textasciicircum "}
@@ -34,7 +47,7 @@ def write_table(document: dict, full: bool = False, color: bool = False) -> str:
                 (plain(f"{task} → {name}{'*' * ood}", ""), rows) for (task, name, ood), rows in evaluations.items()
             ]
         every = [row for _, rows in blocks for row in rows]
-        columns = known_columns(every)
+        columns = known_columns(every, document)
         table = [["", *map(HEADS.get, columns)], *(texts(row, columns) for row in every)]
         widths = [max(map(len, column)) for column in zip(*table)]
         lines = ["  ".join([t[0].ljust(widths[0]), *map(str.rjust, t[1:], widths[1:])]).rstrip() for t in table]
@@ -45,9 +58,10 @@ def write_table(document: dict, full: bool = False, color: bool = False) -> str:
     return "\n".join(out + [paint(line, "2") for line in legend(document)])
 
 
-def known_columns(rows: list[dict]) -> list[str]:
-    """The columns that some row has a value of."""
-    return [c for c in COLUMNS if c == "rate" or any(row.get(f"{c}_mean", row.get(c)) is not None for row in rows)]
+def known_columns(rows: list[dict], document: dict) -> list[str]:
+    """The columns that are asked for and some row has a value of."""
+    asked = (*document.get("columns", COLUMNS), "rate", "paper")
+    return [c for c in asked if c == "rate" or any(row.get(f"{c}_mean", row.get(c)) is not None for row in rows)]
 
 
 def texts(row: dict, columns: list[str]) -> list[str]:
@@ -76,16 +90,17 @@ def entry(row: dict, column: str) -> str:
     mean, std = row.get(f"{column}_mean"), row.get(f"{column}_std")
     if mean is None:
         return "–"
-    if column == "acc":
+    if column in ("acc", "acc_labels"):
         return f"{100 * mean:.1f} ± {100 * std:.1f}"
     return f"{mean:.2f}" if column in ("ece_null", "asim") else f"{mean:.2f} ± {std:.2f}"
 
 
 def legend(document: dict) -> list[str]:
     lines = [f"mean ± standard deviation over {count(max(c['sets'] for c in document['cells']), 'set')}"]
-    if any(c.get("ece_mean") is not None for c in document["cells"]):
+    columns = known_columns(document["cells"], document)
+    if "ece_null" in columns:
         lines[0] += "; (null): the ECE that perfect calibration would show on these rows"
-    lines.append("asim: likeness of attention outputs to those with demonstrations")
+    lines += ["asim: likeness of attention outputs to those with demonstrations"] * ("asim" in columns)
     if any(c["ood"] for c in document["cells"]):
         lines[-1] += "; means include evaluations out of distribution (*)"
     broken = [record for record in document.get("training") or [] if record.get("trouble")]
@@ -116,7 +131,7 @@ def write_tables(document: dict, folder: Path) -> None:
     md, latex = [], []
     for part in parts(document):
         cells = sorted(part["cells"], key=lambda c: (c["task"], c["ood"], c["eval"]))
-        columns = known_columns(cells)
+        columns = known_columns(cells, document)
         rows = [[c["task"], c["eval"] + "*" * c["ood"], *texts(c, columns)] for c in cells]
         table = pandas.DataFrame(rows, columns=["trained on", "evaluated on", "method", *map(HEADS.get, columns)])
         lines = table.map(markdown).to_markdown(index=False, disable_numparse=True)

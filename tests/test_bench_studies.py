@@ -1,0 +1,235 @@
+"""bench: what studies of causes, layers, averages and choices say, against their documents and by hand."""
+
+import json
+import math
+import sys
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench import after, averaged, causes, choice, effect, gain, layers  # noqa: E402
+from ia2mini import UsageError, adapted, draw_episode, open_subject  # noqa: E402
+from ia2mini.cli import progress  # noqa: E402
+from ia2mini.episode import with_demonstrations  # noqa: E402
+from ia2mini.options import Options  # noqa: E402
+from ia2mini.sets import FURTHER  # noqa: E402
+from ia2mini.study import carry_out, open_study  # noqa: E402
+from ia2mini.tasks import find_task, load_examples  # noqa: E402
+
+
+def test_the_effect_is_what_the_librarys_document_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(effect.TASKS, "classification", ("toy-mood", "toy-topic"))
+    options = Options(n=(2,), sets=2, methods=effect.METHODS, eval_rows=10, epochs=3)
+    found = effect.effect(open_subject("tiny", "cpu"), options, "classification")
+    (kept,) = Path("runs").iterdir()
+    document = json.loads((kept / "results.json").read_text())
+
+    def mean(method: str, ood: bool, metric: str) -> float:
+        return fmean(c[metric] for c in document["cells"] if (c["method"], c["ood"]) == (method, ood))
+
+    for ood, what in ((False, "classification, N = 2"), (True, "classification, N = 2, out of distribution")):
+        lines = {line.stack: line.rates for line in found.lines if line.what == what}
+        assert lines.keys() == set(effect.METHODS)
+        for method, rates in lines.items():
+            assert rates["% accuracy"] == pytest.approx(100 * mean(method, ood, "acc_mean"))
+            assert rates["ECE"] == pytest.approx(mean(method, ood, "ece_mean"))
+        for control in ("sft", "sft-sft"):
+            gain = 100 * (mean("ia2-sft", ood, "acc_mean") - mean(control, ood, "acc_mean"))
+            assert found.ratios[f"{what}: acc gain over {control}"] == pytest.approx(gain, abs=1e-9)
+            (said,) = [r for r in found.remarks if r.startswith(f"{what}: ia2-sft against {control}: acc ")]
+            assert f"acc {gain:+.1f} (95 % " in said and said.endswith("4 pairs")
+    overlap = fmean(o["mean"] for o in document["overlap"] if o["methods"] == ["ia2", "ia2-sft"])
+    assert found.ratios["classification, N = 2: subspace overlap ia2 with ia2-sft"] == pytest.approx(overlap)
+    assert any("asim with ICL base" in remark for remark in found.remarks)
+    (mood,) = [line for line in found.lines if (line.what, line.stack) == ("toy-mood, N = 2", "ia2-sft over sft")]
+    cells = {c["method"]: c for c in document["cells"] if (c["task"], c["ood"]) == ("toy-mood", False)}
+    over = {name: 100 * (cells[name]["acc_mean"] - cells["sft"]["acc_mean"]) for name in ("ia2-sft", "icl")}
+    assert (mood.rates["points gain"], mood.rates["points lead"]) == pytest.approx((over["ia2-sft"], over["icl"]))
+
+
+def test_the_matrix_of_causes_compares_the_same_sets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(effect.TASKS, "classification", ("toy-mood", "toy-topic"))
+    options = Options(n=(2,), sets=2, eval_rows=10, epochs=1, rates=(1e-2,))
+    found = causes.causes(open_subject("tiny", "cpu"), options, "classification")
+    documents = [json.loads(file.read_text()) for file in Path("runs").glob("*/results.json")]
+    what = "classification, N = 2"
+    lines = {line.stack: line.rates for line in found.lines if line.what == what}
+    names = {
+        f"{first}{then}, {teacher}" for first in causes.MATCHED for then in ("", "-sft") for teacher in causes.TEACHERS
+    }
+    assert lines.keys() == {*causes.CONTROLS, *names} and len(documents) == 4
+    behind = {line.stack: line.rates for line in found.lines if line.what == f"{what}, behind demonstrations"}
+    assert behind.keys() == {"sft", "sft-sft", "ia2", "ridge", *(f"{first}-sft" for first in causes.MATCHED)}
+    spent = {line.stack: line.rates for line in found.lines if line.what == "classification, cost of training"}
+    for rate in ("TFLOP", "million tokens", "s"):
+        assert spent["ia2-sft"][rate] > spent["ia2"][rate] > 0 and spent["sft-sft"][rate] > spent["sft"][rate] > 0
+        assert spent["ia2"][rate] > spent["ridge"][rate] or rate == "s"
+    each = {d["config"]["teacher"]: [c for c in d["cells"] if not c["ood"]] for d in documents}
+    for teacher, cells in each.items():
+        mean = fmean(c["nll_oracle_mean"] for c in cells if c["method"] == "hidden-sft")
+        assert lines[f"hidden-sft, {teacher}"]["nll_oracle"] == pytest.approx(mean)
+
+    def accuracies(teacher, method):
+        return [acc for c in each[teacher] if c["method"] == method for acc in c["acc"]]
+
+    pairs = zip(accuracies("true", "ia2-sft"), accuracies("other", "ia2-sft"), strict=True)
+    gain = 100 * fmean(a - b for a, b in pairs)
+    assert any(
+        f"{what}: acc: ia2-sft, true against ia2-sft, other: {gain:+.1f} (95 % " in said for said in found.remarks
+    )
+    assert any("risk-coverage curve: ia2-sft, true against sft: " in said for said in found.remarks)
+
+
+def test_demonstrations_before_an_adapted_model_are_those_of_its_set(tmp_path, monkeypatch):
+    """With weights that change nothing the accuracies are ICL's, of its own task and of the next."""
+    monkeypatch.chdir(tmp_path)
+    tasks, options = [find_task(name) for name in ("toy-mood", "toy-sums")], Options(n=(2,), sets=2, eval_rows=8)
+    subject, options = open_subject("tiny", "cpu"), replace(options, methods=("icl", "sft"), epochs=1, rates=(1e-2,))
+    experiments, config = open_study(tasks, subject, options, Path("runs"), None, None, progress)
+    document, _ = carry_out(list(experiments), config)
+    icl = {c["task"]: c["acc"] for c in document["cells"] if c["method"] == "icl" and c["eval"] == c["task"]}
+    for experiment in experiments:
+        nothing = experiment.adapter.init(subject.model, torch.Generator())[None].expand(2, -1)
+        monkeypatch.setattr(experiment, "trained", lambda method, theta=nothing: SimpleNamespace(theta=theta))
+        monkeypatch.setattr(experiment, "reported", lambda method: [0, 1])
+        for asked in experiments:
+            assert after.behind_demonstrations(experiment, "sft", asked) == pytest.approx(icl[asked.task.name])
+
+
+def test_bands_of_layers():
+    found = layers.bands(30)
+    assert list(found) == ["all", "first third", "middle third", "last third", *[f"{2**k} of 30" for k in range(5)]]
+    assert found["1 of 30"] == ("15",) and found["4 of 30"] == ("3", "11", "18", "26")
+    assert list(layers.bands(2)) == ["all", "first third", "middle third", "last third", "1 of 2"]
+
+
+def test_which_layers_matter_is_told_with_a_figure(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(effect.TASKS, "classification", ("toy-mood",))
+    options = Options(n=(2,), sets=2, eval_rows=10, epochs=2, rates=(1e-2,))
+    found = layers.layers(open_subject("tiny", "cpu"), options, "classification", matched=("ridge",))
+    lines = {line.stack: line.rates for line in found.lines}
+    for band in layers.bands(open_subject("tiny", "cpu").model.config.num_hidden_layers):
+        gain = lines[f"ridge-sft, {band}"]["% accuracy"] - lines["sft"]["% accuracy"]
+        assert lines[f"ridge-sft, {band}"]["points gain"] == pytest.approx(gain)
+    (tmp_path / "2026-01-01-layers-classification-cpu.json").write_text(json.dumps({"results": [asdict(found)]}))
+    layers.draw(tmp_path, tmp_path / "layers.png")
+    assert (tmp_path / "layers.png").stat().st_size > 10_000
+
+
+def test_averages_of_runs_by_hand(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(effect.TASKS, "classification", ("toy-mood",))
+    subject = open_subject("tiny", "cpu")
+    options = Options(n=(2,), sets=2, eval_rows=6, epochs=2, rates=(1e-3, 1e-2))
+    found = averaged.averaged(subject, options, "classification")
+    said = {line.stack: line.rates["NLL"] for line in found.lines if line.what == "classification, N = 2, sft"}
+    options = replace(options, methods=("sft", "ia2-sft"), race=False)
+    asked = Path("runs"), None, None, progress
+    (experiment,), _ = open_study([find_task("toy-mood")], subject, options, *asked)
+    trained, rows = experiment.trained("sft"), experiment.evals["toy-mood"].rows
+    labels, prompts = experiment.labels["toy-mood"], [subject.tokenizer.encode(row.prompt) for row in rows]
+    shares = torch.zeros(2, 2, len(rows))  # of the true label: sets, rates, rows
+    for r, q in product(range(4), range(len(rows))):
+        with torch.no_grad(), adapted(subject.model, experiment.adapter, trained.theta[[r]]) as student:
+            logits = student(torch.tensor([prompts[q]]))[0, -1]
+        shares[r // 2, r % 2, q] = logits[[label[0] for label in labels]].softmax(-1)[rows[q].label]
+    best = trained.dev_loss.view(2, 2).mean(0).argmin()
+    assert said[averaged.CHOSEN] == pytest.approx(-shares[:, best].log().mean().item(), rel=1e-4)
+    assert said[averaged.BEST] == pytest.approx(-shares.log().mean(2).max(1).values.mean().item(), rel=1e-4)
+    assert said["rates averaged"] == pytest.approx(-shares.mean(1).log().mean().item(), rel=1e-4)
+    assert said["sets averaged"] == pytest.approx(-shares[:, best].mean(0).log().mean().item(), rel=1e-4)
+    told = averaged.mixture(experiment, trained.theta, experiment.teach()[0].train)
+    for row in told:
+        with torch.no_grad():
+            each = []
+            for run in trained.theta:
+                with adapted(subject.model, experiment.adapter, run[None]) as student:
+                    each.append(student(torch.tensor([row.prompt]))[0, -1].softmax(-1))
+        mean = torch.stack(each).mean(0)
+        assert torch.allclose(row.soft[0].exp(), mean[row.soft_ids[0]], atol=1e-6)
+    assert math.isfinite(said["distilled from the sets"])
+
+
+def test_rules_for_the_rate_judged_by_hand(tmp_path, monkeypatch):
+    """Every rule's accuracy from the kept runs; the KL by a plain pass over each run and row."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(effect.TASKS, "classification", ("toy-mood",))
+    options = Options(n=(4,), sets=2, methods=effect.METHODS, eval_rows=10, epochs=3, select="both")
+    subject = open_subject("tiny", "cpu")
+    found = choice.choice(subject, options, "classification", folds=True)
+    lines = {(line.what.rpartition(" ")[2], line.stack): line.rates["% accuracy"] for line in found.lines}
+    document = json.loads((next(Path("runs").iterdir()) / "run.json").read_text())
+    effect.effect(subject, options, "classification")
+    runs = [r for r in json.loads(next(Path("runs").glob("*/results.json")).read_text())["runs"] if not r["ood"]]
+    for method in choice.METHODS:
+        table = {rate: [r for r in runs if (r["method"], r["rate"]) == (method, rate)] for rate in document["rates"]}
+        accuracy = {rate: 100 * fmean(r["acc"] for r in mine) for rate, mine in table.items()}
+        pooled = min(table, key=lambda rate: fmean(r["dev_loss"] for r in table[rate]))
+        assert lines[method, choice.POOLED] == pytest.approx(accuracy[pooled])
+        assert lines[method, "best afterwards, one for all sets"] == pytest.approx(max(accuracy.values()))
+        own = [min((t[s] for t in table.values()), key=lambda r: r["dev_loss"])["acc"] for s in range(2)]
+        assert lines[method, "dev loss, each set's own"] == pytest.approx(100 * fmean(own))
+        assert lines[method, "cross-validation"] in [pytest.approx(a) for a in accuracy.values()]
+    assert ("ia2-sft", "dev loss of IA2's phase") in lines and ("sft", "dev loss of IA2's phase") not in lines
+    raced = choice.race(subject, replace(options, race=False), "classification")
+    spent = {m: sum(r["steps"] for r in runs if r["method"] == m) for m in ("sft", "ia2-sft")}
+    found = {line.stack: line.rates["share of the steps"] * spent[line.stack] for line in raced.lines}
+    kept = [json.loads(path.read_text()) for path in Path("runs").glob("*/run.json")]
+    assert found == pytest.approx(spent) and {document["race"] for document in kept} == {
+        True,
+        False,
+    }  # 3 looks: no race
+    assert raced.ratios["share of choices that change"] == 0
+    (experiment,), _ = open_study([effect.find_task("toy-mood")], subject, options, Path("runs"), None, None, progress)
+    found, pool, model = (
+        experiment.divergences("ia2-sft"),
+        load_examples(experiment.task, "train").rows,
+        subject.model,
+    )
+    for r in (0, 5):
+        drawn, losses = draw_episode(pool, 4, r // 3, more=FURTHER), []
+        for row, shown in zip(drawn.unlabelled, drawn.more_demonstrations, strict=True):
+            seen = torch.tensor([subject.tokenizer.encode(with_demonstrations(shown, row.prompt))])
+            wanted = model(seen)[0, -1].float().log_softmax(-1)
+            with adapted(model, experiment.adapter, experiment.trained("ia2-sft").theta[r : r + 1]) as student:
+                said = student(torch.tensor([subject.tokenizer.encode(row.prompt)]))[0, -1].float().log_softmax(-1)
+            losses.append((wanted.exp() * (wanted - said)).sum().item())
+        assert found[r].item() == pytest.approx(fmean(losses), abs=1e-4)
+
+
+def test_relations_are_read_from_a_folder(tmp_path, shared_data):
+    names = [task.name for task in effect.tasks_of("relations", shared_data)]
+    assert names == ["antonym", "present_past", "singular_plural"]
+    for folder in (None, tmp_path):
+        with pytest.raises(UsageError, match="--data-dir"):
+            effect.tasks_of("relations", folder)
+
+
+def test_the_figure_of_gains_reads_the_newest_results(tmp_path):
+    def kept(name: str, *lines: tuple) -> None:
+        lines = [{"what": what, "stack": stack, "rates": rates} for what, stack, rates in lines]
+        (tmp_path / name).write_text(json.dumps({"results": [{"lines": lines}]}))
+
+    def point(what: str, lead: float, gained: float) -> list[tuple]:
+        over = {"points lead": lead, "points gain": gained, "points low": gained - 1, "points high": gained + 2}
+        return [(what, "ia2", {"asim": lead / 100}), (what, "ia2-sft over sft", over)]
+
+    kept("2026-01-01-effect-relations-cpu.json", *point("old", 1, 1))
+    kept("2026-01-02-effect-relations-cpu.json", *point("a", 1, 2), *point("b", 5, 4), *point("c", -3, 0))
+    numbers = {"held out % icl": 50.0, "held out % sft": 75.0, "% ia2-sft": 80.0, "% sft": 90.0}
+    kept("2026-01-01-fit-gate-cpu.json", ("task", "ships sft", numbers), ("other", "ships sft", numbers | {"% sft": 1}))
+    found = gain.points(tmp_path)
+    assert found["real"][0] == gain.Point("a", 1, 2, 1, 4, 0.01) and len(found["real"]) == 3 and "toy" not in found
+    assert [(p.lead, p.gain) for p in found["fit"]] == [(-25, -10), (-25, 79)]
+    result = gain.gain(tmp_path, tmp_path / "gain.png")
+    assert (tmp_path / "gain.png").stat().st_size > 5000 and "Spearman's ρ = 1.00" in result.remarks[0]
+    assert result.ratios["real relations, SmolLM2-135M, ICL ahead of SFT: mean gain of 2"] == 3
