@@ -1,6 +1,7 @@
 """One task at one N on one model: what its trained sets, the base and ICL make of the evaluation rows, kept on disk."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
@@ -22,6 +23,15 @@ from .teacher import Asked, observe
 
 class Experiment(FewShotSets):
     """One task at one N with one adapter: scored, each method once."""
+
+    def variants(self) -> Iterator["Experiment"]:
+        """The experiment with each adapter that is compared: the first scores also what has none."""
+        yield self
+        for kind in self.setting.options.adapters[1:]:
+            other = copy.copy(self)
+            other.take(kind)
+            other.check_lengths()
+            yield other
 
     def prompts(self, rows: list[Example], number: int | None = None) -> tuple[Callable, list[list[int]]]:
         """The model and the prompts of rows, without demonstrations or with those of set `number`."""

@@ -1,6 +1,5 @@
 """The few-shot sets of one task at one N with one adapter: drawn, checked, taught, trained, and the rate chosen."""
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -88,15 +87,6 @@ class FewShotSets:
         self.trains = self.name + f"-{kind.name.replace(' ', '-')}" * (
             len(o.adapters) > 1
         )  # as `name`, of the adapter's
-
-    def variants(self) -> Iterator["FewShotSets"]:
-        """The experiment with each adapter that is compared: the first scores also what has none."""
-        yield self
-        for kind in self.setting.options.adapters[1:]:
-            other = copy.copy(self)
-            other.take(kind)
-            other.check_lengths()
-            yield other
 
     @property
     def first(self) -> bool:

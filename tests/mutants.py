@@ -88,7 +88,7 @@ MUTANTS = {
         ("** 2).sum(1)", "** 2).mean(1)", "metrics accuracy_nll_brier"),
         ("default_rng(seed).random(", "default_rng().random(", "metrics ece_null_equals"),
         ("0.0 if oracle else 1 / (n + 2)", "0.0", "fit the_temperature_is"),
-        ("[0.025, 0.975]", "[0.05, 0.95]", "metrics paired_test_equals_scipy"),
+        ("mean(1), [0.025, 0.975]", "mean(1), [0.05, 0.95]", "metrics paired_test_equals_scipy"),
         ("stats.ttest_rel(a, b)", "stats.ttest_ind(a, b)", "metrics paired_test_equals_scipy"),
     ],
     "ia2mini/crossval.py": [
