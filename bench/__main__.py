@@ -13,7 +13,7 @@ from ia2mini import UsageError
 from ia2mini.cli import Commands, keep_freed_memory
 from ia2mini.cli_options import Several, many, options_of
 from ia2mini.files import write_text
-from ia2mini.options import Options
+from ia2mini.options import FitOptions, Options
 from ia2mini.subject import open_subject
 
 from . import cost, gpu, inference, layers, resources, training
@@ -224,17 +224,19 @@ def gpu_command(again):
 
 
 @main.command("fit", help=fit.__doc__)
-@click.option("--part", type=click.Choice(["all", "sft", "gate"]), default="all", show_default=True)
-@click.option("--seeds", default=10, show_default=True)
+@click.option("--part", type=click.Choice(["all", "sft", "gate", "real"]), default="all", show_default=True)
+@click.option("--seeds", default=10, show_default=True, help="draws of the rows")
 @click.option("--tasks", default=114, show_default=True, help="generated; one in eight has random labels")
+@click.option("--rows", default=40, show_default=True, help="of --part real")
 @click.option("--epochs", default=30, show_default=True)
-@click.option("--save", is_flag=True)
-def fit_command(part, seeds, tasks, epochs, save):
-    results = fit(part, seeds, tasks, epochs)
+@click.option("--methods", type=Several(str), default=",".join(FitOptions().methods), show_default=True)
+@many(*STUDY[1:])
+def fit_command(part, methods, model, data_dir, dtype, save, **counts):
+    results = fit(part, counts, methods, {"model": model, "data_dir": data_dir, "dtype": dtype})
     for result in results:
         show(result)
-    asked = f"--part {part} --seeds {seeds} --tasks {tasks} --epochs {epochs}"
-    finish(results, f"python -m bench fit {asked}", save, name=f"fit-{part}")
+    typed = [Path(word).name if word == model else word for word in sys.argv[1:] if word != "--save"]
+    finish(results, " ".join(["python -m bench", *typed]), save, name=f"fit-{part}")
 
 
 @main.command("pretrain")
