@@ -16,7 +16,10 @@ TINIEST = torch.finfo(torch.float32).tiny  # the smallest normal float32
 
 
 class PairedTest(NamedTuple):
-    """`mean` of the differences with its 95 % bootstrap interval `low` to `high`; Student's `t`, two-sided `p`."""
+    """`mean` of the differences with its 95 % bootstrap interval `low` to `high`; Student's `t`, two-sided `p`; `d`.
+
+    `d` is the effect size of pairs (Cohen 1988): the mean in standard deviations of the differences.
+    """
 
     mean: float
     low: float
@@ -24,6 +27,7 @@ class PairedTest(NamedTuple):
     t: float  # NaN without scipy
     p: float
     pairs: int
+    d: float = float("nan")
 
 
 def _float64(values) -> np.ndarray:
@@ -255,7 +259,9 @@ def paired_test(a, b, seed: int = 0) -> PairedTest:
             t, p = stats.ttest_rel(a, b)
     except ImportError:
         t = p = nan
-    return PairedTest(_mean(difference), float(low), float(high), float(t), float(p), len(a))
+    spread = difference.std(ddof=1)
+    d = float(difference.mean() / spread) if spread > 1e-12 else nan
+    return PairedTest(_mean(difference), float(low), float(high), float(t), float(p), len(a), d)
 
 
 def measure(confidence, correct, probabilities, gold, scheme: str = "width", temperature: float = 1.0) -> dict:

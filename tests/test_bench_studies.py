@@ -13,11 +13,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench import after, averaged, causes, choice, effect, gain, layers  # noqa: E402
+from bench import after, averaged, causes, choice, effect, fit, gain, layers  # noqa: E402
 from ia2mini import UsageError, adapted, draw_episode, open_subject  # noqa: E402
 from ia2mini.cli import progress  # noqa: E402
 from ia2mini.episode import with_demonstrations  # noqa: E402
-from ia2mini.options import Options  # noqa: E402
+from ia2mini.options import FitOptions, Options  # noqa: E402
 from ia2mini.sets import FURTHER  # noqa: E402
 from ia2mini.study import carry_out, open_study  # noqa: E402
 from ia2mini.tasks import find_task, load_examples  # noqa: E402
@@ -233,3 +233,21 @@ def test_the_figure_of_gains_reads_the_newest_results(tmp_path):
     result = gain.gain(tmp_path, tmp_path / "gain.png")
     assert (tmp_path / "gain.png").stat().st_size > 5000 and "Spearman's ρ = 1.00" in result.remarks[0]
     assert result.ratios["real relations, SmolLM2-135M, ICL ahead of SFT: mean gain of 2"] == 3
+
+
+def test_fits_of_real_rows_are_judged_by_fresh_ones(shared_data, monkeypatch):
+    monkeypatch.setattr(fit, "REAL", {"sst2": fit.REAL["sst2"]})
+    monkeypatch.setattr(fit, "SOME", 10)
+    subject = open_subject(str(shared_data / "checkpoints" / "stories260k"), "cpu")
+    options = FitOptions(methods=("sft", "ridge-sft"), epochs=1, rates=(1e-3,), folds=2, demonstrations=2)
+    found = fit.real(subject, shared_data, 2, 12, options)
+    assert [line.what for line in found.lines] == ["sst2, draw 0", "sst2, draw 1"]
+    for line in found.lines:
+        rates = line.rates
+        names = {"base", "icl", "sft", "ridge-sft"}
+        assert {f"% {name}" for name in names} | {f"errors ahead {name}" for name in names - {"sft"}} <= rates.keys()
+        assert all(rates[f"% {name}"] % 10 == 0 for name in names), "of ten fresh rows"
+        lost = max(rates["% base"], rates["% sft"]) - rates[f"% {line.stack.removeprefix('ships ')}"]
+        assert line.note == f"{-lost:+.1f} points"
+    gain = fmean(line.rates["% ridge-sft"] - line.rates["% sft"] for line in found.lines)
+    assert any(remark.startswith(f"ridge-sft against SFT: {gain:+.1f} (95 % ") for remark in found.remarks)

@@ -145,6 +145,7 @@ def test_paired_test_equals_scipy():
         (a - b,), np.mean, method="percentile", n_resamples=100_000, batch=1000
     ).confidence_interval
     assert (got.low, got.high) == pytest.approx((interval.low, interval.high), abs=1.5e-3)
+    assert got.d == pytest.approx(want.statistic / math.sqrt(len(a)))
     assert got == metrics.paired_test(a, b) and got.low != metrics.paired_test(a, b, seed=1).low
 
 

@@ -246,8 +246,8 @@ def test_verdict_of_a_certain_gain():
     (line,) = versus([0.6, 0.65, 0.7, 0.6], [0.8, 0.86, 0.9, 0.81], [0.9] * 4)
     gain = [0.2, 0.21, 0.2, 0.21]
     found = re.fullmatch(
-        r"IA2→SFT against SFT: accuracy \+20\.5 points \(95 % \+(\S+) to \+(\S+), p = (\S+)\); "
-        r"ECE -0\.05 \(95 % (\S+) to (\S+), p = (\S+)\); 4 pairs of task and set",
+        r"IA2→SFT against SFT: accuracy \+20\.5 points \(95 % \+(\S+) to \+(\S+), p = (\S+), d = (\S+)\); "
+        r"ECE -0\.05 \(95 % (\S+) to (\S+), p = (\S+), d = (\S+)\); 4 pairs of task and set",
         line,
     )
     low, high, p = map(float, found.groups()[:3])

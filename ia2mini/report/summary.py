@@ -143,4 +143,5 @@ def interval(test: PairedTest, factor: float, form: str) -> str:
     if math.isnan(test.low):
         return ""
     p = "" if math.isnan(test.p) else f", p = {test.p:.2g}"
+    p += "" if math.isnan(test.d) else f", d = {test.d:.2g}"
     return f" (95 % {factor * test.low:+{form}} to {factor * test.high:+{form}}{p})"
