@@ -48,7 +48,7 @@ COMMANDS = {
     "pretrain": ["pretrain", "--steps", "4"],
 }
 COMMANDS = {name: words + ["--out", "out"] * (name != "predict") for name, words in COMMANDS.items()}
-MEASURED = r'"?(seconds|peak_memory_bytes)"?: (\{[^}]*\}|[\d.]+),?|<p>[^<]*\d s\b[^<]*</p>'
+MEASURED = r'"?(seconds|seconds_by_phase|peak_memory_bytes)"?: (\{[^}]*\}|[\d.]+),?|<p>[^<]*\d s\b[^<]*</p>'
 FORKED = multiprocessing.get_context("forkserver")
 
 torch.set_num_threads(1)

@@ -20,6 +20,7 @@ from ia2mini.study import compare
 from ia2mini.subject import open_subject
 from ia2mini.tasks import find_task, world
 
+MEASURED = ("seconds", "seconds_by_phase", "peak_memory_bytes")
 TASKS = [find_task("toy-mood"), find_task("toy-sums-short")]
 SMALL = Options(n=(2,), sets=2, epochs=4, eval_rows=6, methods=("icl", "sft", "ia2-sft"), rates=(3e-3, 1e-2))
 COMMAND = "run toy-mood toy-sums-short --n 2 --sets 2 --epochs 4 --eval-rows 6 --rates 3e-3,1e-2 --device cpu".split()
@@ -30,7 +31,7 @@ NEAR, WEIGHTS = 1e-5, 1e-4  # others add up in another order; seen: 5e-6 of numb
 def computed(folder: Path) -> dict[str, bytes]:
     """Everything in a run's folder but its page, and of results.json all but seconds and memory."""
     files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    document = {k: v for k, v in json.loads(files["results.json"]).items() if k not in ("seconds", "peak_memory_bytes")}
+    document = {k: v for k, v in json.loads(files["results.json"]).items() if k not in MEASURED}
     kept = {name: data for name, data in files.items() if name not in ("seconds.json", "report.html")}
     return kept | {"results.json": json.dumps(document).encode()}
 

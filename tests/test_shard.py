@@ -278,7 +278,7 @@ def near(one, other, where: str = "") -> None:
     """Two documents say the same, numbers to 1e-5."""
     if isinstance(one, dict):
         assert one.keys() == other.keys(), where
-        for key in one.keys() - {"seconds", "peak_memory_bytes"}:
+        for key in one.keys() - {"seconds", "seconds_by_phase", "peak_memory_bytes"}:
             near(one[key], other[key], f"{where}.{key}")
     elif isinstance(one, list):
         assert len(one) == len(other), where
