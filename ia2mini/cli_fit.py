@@ -47,7 +47,7 @@ def fit(rows, unlabelled, context, prompts, out, **given):
       ia2mini fit --context policy.txt --prompts queries.jsonl --model llama-3.2-1b-instruct --chat --out policy
 
     Every method and rate is cross-validated side by side. SFT is trained on all rows, or what is surely better on
-    held-out rows, if ICL is better than SFT too; where nothing beats the base model, no adapter is shipped.
+    held-out rows; where nothing beats the base model, no adapter is shipped.
     """
     from .fitting import Columns, read_own
     from .fitting import fit as fit_rows

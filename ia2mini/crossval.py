@@ -4,6 +4,7 @@ The three steps of a study, over folds instead of sets: teach every fold, train 
 score what was held out.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -45,6 +46,7 @@ class Candidate:
     temperature: float = 1.0
     rate: int | None = None  # index of the rate with the lowest loss over all folds
     picks: tuple[int, ...] = ()  # index of the rate taken for each fold
+    right: Tensor | None = None  # [n] whether the likeliest label is the true one; None of texts
 
 
 @dataclass
@@ -229,7 +231,8 @@ class CrossValidation:
             nested[fold.test] = every[picks[-1], fold.test]
         temperature = fit_temperature(nested, self.gold) if self.options.temperature else 1.0
         rate = int(losses.mean(1).argmin())
-        return Candidate(name, nested, row_losses(nested, self.gold, temperature), temperature, rate, tuple(picks))
+        losses, right = row_losses(nested, self.gold, temperature), nested.argmax(-1) == self.gold
+        return Candidate(name, nested, losses, temperature, rate, tuple(picks), right if self.task.labels else None)
 
     def probe(self) -> Candidate | None:
         """L2-regularised logistic regression on the base's last hidden state; None without scikit-learn."""
@@ -279,9 +282,9 @@ class CrossValidation:
 def choose(candidates: dict[str, Candidate]) -> str:
     """What to ship: the lowest held-out loss; SFT, though, unless another (the base too) is surely better than SFT.
 
-    "base" is no adapter: nothing was better. Surely: by `SURE` standard errors of the rows' paired differences. What
-    learned from the teacher is not shipped where the teacher, ICL, is no better than SFT: it has nothing to pass on.
-    `python -m bench fit` measures how often this harms.
+    "base" is no adapter: nothing was better. Surely: by `SURE` standard errors of the rows' paired differences. Where
+    the teacher, ICL, is no better than SFT, it has little to pass on, and what learned from it is shipped only if it is
+    also surely right on more rows than SFT (sign test). `python -m bench fit` measures how often this harms.
     """
     losses = {name: c.losses for name, c in candidates.items() if name in METHODS or name == "base"}
     best = min(losses, key=lambda name: losses[name].mean().item())
@@ -291,6 +294,15 @@ def choose(candidates: dict[str, Candidate]) -> str:
     surely = [name for name, a in ahead.items() if a.mean() > SURE * a.std() / len(a) ** 0.5]
     if not surely:
         return "sft"
-    if candidates["icl"].losses.mean() < losses["sft"].mean():
+    if candidates["icl"].losses.mean() < losses["sft"].mean() or right_more_often(candidates[best], candidates["sft"]):
         return best
     return "base" if "base" in surely else "sft"
+
+
+def right_more_often(one: Candidate, other: Candidate) -> bool:
+    """Whether one is right on more of the rows on which only one of them is, by a sign test at one chance in twenty."""
+    if one.right is None or other.right is None:
+        return False
+    gained, lost = int((one.right & ~other.right).sum()), int((other.right & ~one.right).sum())
+    n = gained + lost
+    return n > 0 and sum(math.comb(n, k) for k in range(gained, n + 1)) / 2**n < 0.05

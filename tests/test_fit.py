@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 from mistakes import refused
 from reference import relative
+from scipy import stats
 from scipy.optimize import minimize_scalar
 from sklearn import metrics as theirs
 
@@ -318,6 +319,24 @@ def test_what_is_shipped():
     assert shipped(base=base, sft=worse, ia2_sft=wide, icl=3.1) == "base"
     assert shipped(base=base, sft=worse, ia2_sft=[2.5] * 4, probe=[0.0] * 4) == "base"
     assert shipped(base=base, ia2=sft) == "ia2"
+
+
+@pytest.mark.parametrize("gained, lost", [(4, 0), (5, 0), (8, 1), (9, 2), (9, 3), (0, 0), (0, 6)])
+def test_where_icl_is_behind_what_learned_from_it_must_be_right_on_more_rows(gained, lost):
+    """As a sign test of scipy says, which only looks at rows on which one of the two is right."""
+    right = {"sft": [0] * gained + [1] * lost + [1, 0], "ia2-sft": [1] * gained + [0] * lost + [1, 0]}
+    losses = {"base": 2.0, "icl": 1.1, "sft": 1.0, "ia2-sft": 0.5}
+    found = {
+        name: Candidate(name, None, torch.tensor([loss, loss + 0.01] * (gained + lost + 2))[: gained + lost + 2])
+        for name, loss in losses.items()
+    }
+    for name, rows in right.items():
+        found[name].right = torch.tensor(rows).bool()
+    n = gained + lost
+    sure = n > 0 and stats.binomtest(gained, n, 0.5, "greater").pvalue < 0.05
+    assert choose(found) == ("ia2-sft" if sure else "sft")
+    found["icl"].losses = found["sft"].losses - 0.1
+    assert choose(found) == "ia2-sft"
 
 
 def test_the_kept_confidences_of_text_are_those_of_what_was_said(subject):

@@ -91,7 +91,8 @@ def sentence(report: dict) -> str:
         text += " Nothing that was trained is better than the base model, so none is shipped."
     if report.get("icl_behind"):
         less = "Demonstrations teach this model less than SFT does"
-        text += f" {less}{', and SFT was taken' if chosen == 'sft' else ''}."
+        taken = {"sft": ", and SFT was taken", "base": ""}
+        text += f" {less}{taken.get(chosen, f'; still, {LABELS[chosen]} is surely right on more rows than SFT')}."
     if "probe" in found and found["probe"]["nll"][0] < found[chosen]["nll"][0]:
         text += f" A linear probe on the base's last hidden state would do better: {said('probe')}."
     return text
