@@ -15,6 +15,7 @@ from .report import RESULTS, Line, Result
 
 MATCHED = ("ia2", "ridge")
 FIGURE = Path(__file__).parents[1] / "docs" / "layers.png"
+PARTS = {"classification": "toy tasks, embedded model", "relations": "real relations, SmolLM2-135M"}
 COLORS = {"ia2": "#0072b2", "ridge": "#5a48a0"}
 
 
@@ -81,7 +82,8 @@ def draw(folder: Path = RESULTS, figure: Path = FIGURE) -> None:
             axis.errorbar(places, gain, yerr=ends, **look)
         axis.axhline(0, color="#888888", linewidth=0.8)
         axis.set_xticks(range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor")
-        axis.set_title(what, fontsize=9)
+        part, _, n = what.partition(", ")
+        axis.set_title(f"{PARTS.get(part, part)}, {n}", fontsize=9)
     drawn.axes[0].set_ylabel("points of accuracy over SFT")
     drawn.axes[0].legend(frameon=False)
     figure.parent.mkdir(exist_ok=True)
