@@ -34,14 +34,13 @@ def options_of(cls: type, **defaults):
     found = []
     for f in (f for f in fields(cls) if "help" in f.metadata):
         about, default = f.metadata, defaults.get(f.name, f.default)
+        kind = f.type
         if get_args(f.type):
             kind = Several(get_args(f.type)[0], about["choices"], about["least"])
         elif about["choices"]:
             kind = click.Choice(about["choices"])
         elif about["least"] is not None and kind is int:
             kind = click.IntRange(about["least"])
-        else:
-            kind = f.type
         given = ",".join(map(str, default)) if isinstance(default, tuple) else default
         more = {"is_flag": True} if f.type is bool else {"type": kind, "show_default": about["shown"] or True}
         name = f.name.replace("_", "-")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import click
@@ -27,7 +28,7 @@ import ia2mini.train
 from ia2mini.adapters import LoRA, adapted
 from ia2mini.cli import main, options_of, progress
 from ia2mini.methods import METHODS
-from ia2mini.options import FitOptions
+from ia2mini.options import FitOptions, Options
 from ia2mini.subject import open_subject as load_subject
 
 SMALL = "--n 4 --sets 2 --rates 1e-2,3e-2 --epochs 3 --eval-rows 10 --device cpu".split()
@@ -577,3 +578,15 @@ def test_labels_that_merge_with_the_colon(shared_data, ground, tmp_path):
         )
     result = invoke(*command, "--methods", "icl,sft", "--sets", "1", "--rates", "1e-3", "--epochs", "1")
     assert result.exit_code == 0 and "'Text:{text}\\nLabel:\\n'" in result.stderr
+
+
+def test_every_number_has_its_least_value():
+    """Of the options of `run` and `fit` that have one; of lists each entry."""
+    tried = set()
+    for command, options in (("run toy-mood", Options), ("fit rows.csv --out out", FitOptions)):
+        for field in (field for field in fields(options) if field.metadata.get("least") is not None):
+            low = str(field.metadata["least"] - 1)
+            result = invoke(*command.split(), f"--{field.name.replace('_', '-')}", low)
+            assert result.exit_code == 2 and f"{low} is " in result.stderr, field.name
+            tried.add(field.name)
+    assert {"rank", "batch_size", "epochs", "patience", "folds", "demonstrations", "sets"} <= tried
