@@ -60,7 +60,9 @@ class AdapterOptions:
 class AdapterLists:
     """Which adapters are compared."""
 
-    adapter: tuple[str, ...] = option(("lora",), f"what is trained: {', '.join(RATES)}; several: lora,ia3", tuple(RATES))
+    adapter: tuple[str, ...] = option(
+        ("lora",), f"what is trained: {', '.join(RATES)}; several: lora,ia3", tuple(RATES)
+    )
     rank: tuple[int, ...] = option((8,), "of LoRA; several: 4,8,16", least=1)
     alpha: float = option(8.0, "of LoRA")
     targets: tuple[str, ...] = option(
