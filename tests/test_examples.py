@@ -53,7 +53,7 @@ def test_every_table_and_figure_of_the_paper_has_a_command():
 
 @pytest.fixture(scope="module")
 def paper_data(tmp_path_factory, shared_data) -> Path:
-    """A folder of all the paper's sets in hub columns: a few hundred real rows, and made-up ones where there are none."""
+    """A folder of the paper's sets in hub columns: real rows, and made-up ones where there are none."""
     folder = tmp_path_factory.mktemp("data")
     for path in shared_data.glob("*/*.jsonl"):
         (folder / path.parent.name).mkdir(exist_ok=True)
