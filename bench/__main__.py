@@ -165,7 +165,12 @@ def add_study(name: str, ask: Callable, select: str, *more) -> None:
     @options_of(Options, n=(2, 4, 8), sets=10, methods=METHODS, eval_rows=100, select=select)
     def command(part, model, dtype, data_dir, save, **given):
         asked = {name: given.pop(name) for name in ("folds", "teachers", "matched") if name in given}
-        show(result := ask(open_subject(model, "cpu", dtype), Options(**given), part, data_dir, **asked))
+        options = Options(**given)
+        if len(options.adapters) > 1:
+            raise UsageError("a bench compares methods of one adapter: give one --adapter, --rank and set of --targets")
+        if name in ("causes", "layers", "averaged") and options.select != "dev":
+            raise UsageError(f"{name} takes the rates of the dev loss: leave out --select")
+        show(result := ask(open_subject(model, "cpu", dtype), options, part, data_dir, **asked))
         typed = [Path(word).name if word == model else word for word in sys.argv[1:] if word != "--save"]
         finish([result], " ".join(["python -m bench", *typed]), save, name=f"{name}-{part}")
         if save and name == "layers":

@@ -52,8 +52,8 @@ def causes(
         document, kept = carry_out(list(experiments), config)
         for cell in document["cells"]:
             cells.append(cell | {"method": named(cell["method"], teacher)})
-        for (method,), records in grouped(document["runs"], "method").items():
-            steps[named(method, teacher)] = fmean(record["steps"] for record in records)
+        for (n, method), records in grouped(document["runs"], "n", "method").items():
+            steps[n, named(method, teacher)] = fmean(record["steps"] for record in records)
         result.remarks.append(f"teacher {teacher}: {kept}, {sum(document['seconds'].values()):.0f} s in all")
         if teacher == TEACHERS[0]:
             stays(result, part, experiments, document)
@@ -61,7 +61,7 @@ def causes(
     for (n, ood), mine in grouped(cells, "n", "ood").items():
         where = f"{part}, N = {n}{', out of distribution' if ood else ''}"
         for row in average(mine):
-            rates = {"% accuracy": 100 * row["acc_mean"], "steps": steps[row["method"]], "asim": row["asim_mean"]}
+            rates = {"% accuracy": 100 * row["acc_mean"], "steps": steps[n, row["method"]], "asim": row["asim_mean"]}
             rates |= {name: row[f"{name}_mean"] for name in CALIBRATION if row[f"{name}_mean"] is not None}
             result.lines.append(Line(where, row["method"], rates=rates))
         tests(result, where, mine)

@@ -186,7 +186,8 @@ def run(names, model, compiling, checkpointing, dry_run, **given):
     for option, known in (("figures", ("png", "pdf", "svg")), ("columns", METRICS)):
         if bad := [name for name in shown[option] if name not in known]:
             raise UsageError(f"--{option} {bad[0]}: unknown; there are {', '.join(known)}")
-    models, unnamed = model.split(","), click.get_current_context().get_parameter_source("model").name == "DEFAULT"
+    models = [model] if Path(model).is_dir() else list(dict.fromkeys(filter(None, model.split(",")))) or [model]
+    unnamed = click.get_current_context().get_parameter_source("model").name == "DEFAULT"
     if own["data"] and model == "tiny" and unnamed:
         raise UsageError("--data: name a --model for your own rows (the embedded one knows 449 words)")
     if how["shard"] and (compiling or dry_run or len(models) > 1):
@@ -209,6 +210,7 @@ def run(names, model, compiling, checkpointing, dry_run, **given):
             parallel.stop()
         if parallel.chief:
             conclude(document, folder, **shown)
+        del subject, study  # before the next model is loaded
 
 
 def conclude(document: dict, folder: Path, full: bool, columns, figures, as_json: bool, with_paper: bool) -> None:

@@ -294,7 +294,10 @@ def choose(candidates: dict[str, Candidate]) -> str:
     surely = [name for name, a in ahead.items() if a.mean() > SURE * a.std() / len(a) ** 0.5]
     if not surely:
         return "sft"
-    if candidates["icl"].losses.mean() < losses["sft"].mean() or right_more_often(candidates[best], candidates["sft"]):
+    alone = not phases((best,)) - {"sft"}  # it has learned nothing from the teacher
+    if alone or candidates["icl"].losses.mean() < losses["sft"].mean():
+        return best
+    if right_more_often(candidates[best], candidates["sft"]):
         return best
     return "base" if "base" in surely else "sft"
 

@@ -104,7 +104,7 @@ def smooth_ece(confidence, correct, bandwidth: float | None = None) -> float:
 
 
 def smooth_ece_interval(confidence, correct, draws: int = 200, seed: int = 0) -> tuple[float, float]:
-    """The 95 % bootstrap interval of `smooth_ece`, by resampled rows."""
+    """The 95 % percentile interval of `smooth_ece` over resampled rows; biased upwards, as of all that is never < 0."""
     confidence = np.clip(_float64(confidence), 0, 1)
     n = len(confidence)
     if not n:

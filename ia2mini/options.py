@@ -31,10 +31,11 @@ def option(default, help: str, choices: tuple[str, ...] = (), least: int | None 
 
 
 def matrices(targets: tuple[str, ...]) -> tuple[str, ...]:
-    """The matrices of `--targets`: by name, by letters ("qko"), or all."""
+    """The matrices of `--targets`, by name, by letters ("qko"), or all, in the order of a layer; unknown ones last."""
     letters = {"all": "".join(MATRICES)}
     found = (map(MATRICES.get, letters.get(t, t)) if set(letters.get(t, t)) <= set(MATRICES) else [t] for t in targets)
-    return tuple(dict.fromkeys(name for names in found for name in names))
+    names = dict.fromkeys(name for names in found for name in names)
+    return tuple(sorted(names, key=lambda name: [*MATRICES.values(), name].index(name)))
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,10 @@ class AdapterLists:
     def adapters(self) -> list[AdapterOptions]:
         """Each kind with each rank and each set of matrices, as far as it has them."""
         named = tuple(name for name in self.targets if name in MATRICES.values())
-        sets = [named] * bool(named) + [matrices((part,)) for part in self.targets if part not in named] or [()]
+        sets = [matrices(named)] * bool(named) + [matrices((part,)) for part in self.targets if part not in named]
         found = []
-        for kind, rank, targets in product(self.adapter, self.rank, sets):
+        for kind, rank, targets in product(self.adapter, self.rank, sets or [()]):
+            targets = () if kind in ("prompt", "prefix") and len(self.adapter) > 1 else targets
             found.append(AdapterOptions(kind, rank if kind == "lora" else 8, self.alpha, targets, self.virtual_tokens))
         return list(dict.fromkeys(found))
 

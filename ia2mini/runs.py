@@ -30,7 +30,11 @@ class RunFolder:
         """Open `out`/`name`-<digest of `what`>; nothing is written before `begin`."""
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
         self.path, self.what, self.whole = out / f"{name}-{key}", what, set()  # stamps of files that were checked
-        self.spent: dict = self.kept(self.path / "seconds.json", read_sealed) or {"seconds": {}, "peak_memory_bytes": 0}
+        self.spent: dict = self.kept(self.path / "seconds.json", read_sealed) or {
+            "seconds": {},
+            "seconds_by_phase": {},
+            "peak_memory_bytes": 0,
+        }
 
     def begin(self, resolved: dict) -> None:
         """Create the folder, if it is not there, with what made it and defaults as `resolved`. Raises UsageError."""

@@ -74,6 +74,7 @@ class FewShotSets:
         self.layers = o.layer_numbers(subject.model.config.num_hidden_layers)
         self.betas = o.betas or BETAS[subject.model.config.model_type]
         self.taught: list[Taught] = []
+        self.judged: list[Taught] = []
         self.references: dict[str, tuple] = {}
         self.take(o.adapters[0])
         self.check_lengths()
@@ -138,10 +139,13 @@ class FewShotSets:
     def phases(self) -> list[str]:
         """What is done, in order, as `stage` says it."""
         found = []
+        shared = ["collecting"] * self.first, ["icl"] * self.first  # of several adapters the first one's
+        judging = ["collecting further queries"] * (self.first and self.setting.options.select == "kl")
         for method in self.methods:
             if method not in UNTRAINED:
-                found += ["collecting", *(f"training {m}" for m in (BEGINS_WITH.get(method), method) if m)]
-            found += [f"{who} on {name}" for name in self.evals for who in ("icl", method)]
+                found += [*shared[0], *(f"training {m}" for m in (BEGINS_WITH.get(method), method) if m)]
+                found += judging * (method not in ("sft", "sft-sft"))
+            found += [f"{who} on {name}" for name in self.evals for who in (*shared[1], method)]
         return [f"{self.trains}: {phase}" for phase in dict.fromkeys(found)]
 
     @contextmanager
@@ -221,21 +225,21 @@ class FewShotSets:
         drawn = [self.draw(number, more=more + FURTHER) for number in range(len(self.episodes))]
         return [Episode(e.unlabelled[more:], [], e.more_demonstrations[more:], []) for e in drawn]
 
-    @cached_property
     def judges(self) -> list[list[Row]]:
         """The `further` queries as the teacher answers them, with its distributions."""
-        subject, asked = self.setting.subject, Asked(self.max_tokens, self.setting.options.soft_k)
-        with self.stage("collect", "collecting further queries", FURTHER * len(self.episodes)) as bar:
-            told = partial(teach, subject.model, subject.tokenizer, asked=asked, watch=bar.update)
-            sets = parallel.spread(told, self.further())
-        return [taught.icl_train for taught in sets]
+        if not self.judged:
+            subject, asked = self.setting.subject, Asked(self.max_tokens, self.setting.options.soft_k)
+            with self.stage("collect", "collecting further queries", FURTHER * len(self.episodes)) as bar:
+                told = partial(teach, subject.model, subject.tokenizer, asked=asked, watch=bar.update)
+                self.judged += parallel.spread(told, self.further())
+        return [taught.icl_train for taught in self.judged]
 
     def divergences(self, method: str) -> Tensor:
         """Mean KL [R] from the teacher to each of a method's runs on the `judges` of its set."""
 
         def make() -> dict[str, Tensor]:
             found = []
-            for rows, theta in zip(self.judges, self.trained(method).theta.chunk(len(self.judges))):
+            for rows, theta in zip(self.judges(), self.trained(method).theta.chunk(len(self.episodes))):
                 with adapted(self.setting.subject.model, self.adapter, theta) as student:
                     found.append(-answer_scores(student, rows, len(theta)).mean(1))
             return {"kl": torch.cat(found)}

@@ -20,7 +20,7 @@ from .methods import BEGINS_WITH, METHODS
 from .metrics import accuracy, measure, subspace_overlap
 from .options import UNTRAINED, Options
 from .peft_format import save_adapter
-from .report.summary import at_config, chosen, summarise
+from .report.summary import at_config, chosen, grouped, summarise
 from .runs import RunFolder, checkpoint_digest, versions
 from .sets import Setting
 from .subject import Subject
@@ -52,18 +52,22 @@ def carry_out(experiments: list[Experiment], config: dict) -> tuple[dict, Path]:
     options, folder = experiments[0].setting.options, experiments[0].setting.folder
     document = {key: [] for key in ("runs", "training", "overlap", "adapters", "samples")}
 
-    def run(i: int) -> dict[str, list]:
-        experiment, experiments[i] = experiments[i], None  # what it holds leaves memory with it
-        return run_experiment(experiment)
+    cells = grouped([{"cell": tuple(e.about.values()), "of": e} for e in experiments], "cell")
+    cells = [[entry["of"] for entry in variants] for variants in cells.values()]  # what variants share stays together
+    experiments.clear()  # what they hold leaves memory with them
 
-    order, size = list(range(len(experiments))), parallel.size
+    def run(i: int) -> list[dict[str, list]]:
+        variants, cells[i] = cells[i], []
+        return [run_experiment(experiment) for experiment in variants]
+
+    order, size = list(range(len(cells))), parallel.size
     if size > 1:
-        order.sort(key=lambda i: -experiments[i].about["n"])  # the long ones first
+        order.sort(key=lambda i: -cells[i][0].about["n"])  # the long ones first
     everywhere = all(parallel.gather((folder.path / "run.json").is_file()))  # else only the first process can write
     dealt = len(order) // size * size if everywhere else 0
     found = dict(zip(order, parallel.spread(run, order[:dealt]) + [run(i) for i in order[dealt:]]))
-    for i in range(len(found)):
-        for key, values in found[i].items():
+    for part in sum((found[i] for i in range(len(found))), []):
+        for key, values in part.items():
             document[key] += values
     document = {"cells": summarise(document["runs"], options.select), **folder.spent, **document}
     document |= {"config": config, "versions": versions()}

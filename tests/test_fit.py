@@ -335,6 +335,9 @@ def test_where_icl_is_behind_what_learned_from_it_must_be_right_on_more_rows(gai
     n = gained + lost
     sure = n > 0 and stats.binomtest(gained, n, 0.5, "greater").pvalue < 0.05
     assert choose(found) == ("ia2-sft" if sure else "sft")
+    found["sft-sft"] = found.pop("ia2-sft")
+    assert choose(found) == "sft-sft"  # it has not learned from ICL
+    found["ia2-sft"] = found.pop("sft-sft")
     found["icl"].losses = found["sft"].losses - 0.1
     assert choose(found) == "ia2-sft"
 

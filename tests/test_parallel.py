@@ -244,3 +244,12 @@ def test_two_nodes_started_by_torchrun_itself(tmp_path):
     ]
     assert [node.wait(120) for node in nodes] == [0, 0]
     assert differ(results(found(tmp_path / "two")), results(alone(command, tmp_path / "one"))) <= BOUND
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_adapters_that_share_a_teacher_stay_on_one_process(count, tmp_path):
+    """Of two cells with two adapters three processes are dealt none: they work on each together."""
+    command = "run toy-mood toy-topic --n 2 --sets 2 --epochs 2 --eval-rows 6 --methods icl,ia2 --rates 1e-2".split()
+    command += "--adapter lora,ia3 --select kl --device cpu".split()
+    ours, theirs = together(count, command, tmp_path / "several"), alone(command, tmp_path / "one")
+    assert differ(results(ours), results(theirs)) <= BOUND

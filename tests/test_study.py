@@ -282,22 +282,38 @@ def test_a_folder_belongs_to_version_model_data_template_and_options(subject, tm
     assert len(found) == 7
 
 
+def test_adapters_of_the_same_matrices_are_one():
+    names = {
+        ("qk", "kq"): ["lora qk"],
+        ("qko", "o_proj", "q_proj", "k_proj"): ["lora"],
+        ("v_proj", "q_proj", "qk"): ["lora qv", "lora qk"],
+        ("all",): ["lora qkvogud"],
+    }
+    for targets, expected in names.items():
+        assert [kind.name for kind in Options(targets=targets).adapters] == expected
+    found = Options(adapter=("lora", "prompt", "full"), rank=(4, 8), targets=("qk",)).adapters
+    assert [kind.name for kind in found] == ["lora r4 qk", "lora qk", "prompt", "full qk"]
+
+
+@pytest.mark.parametrize("adapters", [("lora",), ("lora", "ia3")])
 @pytest.mark.parametrize(
     "methods",
     [("base",), ("icl",), ("sft",), ("ia2-sft", "sft"), ("sft-ia2", "base"), ("soft", "icl", "sft-sft", "ia2")],
 )
-def test_phases_are_counted_as_they_come(methods, subject, tmp_path):
+def test_phases_are_counted_as_they_come(methods, adapters, subject, tmp_path):
     said = []
 
     def bar(label, total):
         said.append(label)
         return nullcontext(SimpleNamespace(update=lambda n: None, n=0, set_postfix_str=lambda text, refresh: None))
 
-    few = replace(SMALL, methods=methods, epochs=1, sets=1, rates=(1e-2,), eval_rows=2, n=(2, 3))
+    few = replace(SMALL, methods=methods, adapter=adapters, epochs=1, sets=1, rates=(1e-2,), eval_rows=2, n=(2, 3))
     compare([MOOD], subject, few, tmp_path, bar=bar)
     numbers = [label.split(" ")[0] for label in said]
     assert numbers == [f"{i}/{len(said)}" for i in range(1, len(said) + 1)]
-    assert {label.split(": ")[0].split(" ")[1] for label in said} == {"toy-mood-n2", "toy-mood-n3"}
+    named = {label.split(": ")[0].split(" ")[1] for label in said}
+    names = [f"toy-mood-n{n}{f'-{kind}' * (len(adapters) > 1)}" for kind in adapters for n in (2, 3)]
+    assert named == set(names[: len(names) if set(methods) - {"base", "icl"} else 2])
 
 
 def test_runs_trained_in_turn_give_what_runs_side_by_side_give(studied, subject, tmp_path):

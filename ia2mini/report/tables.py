@@ -15,7 +15,7 @@ HEADS |= {
     "ece_mass": "ECE, mass ↓",
 }
 HEADS |= {
-    "acc_labels": "accuracy among labels ↑",
+    "acc_labels": "accuracy among labels (%) ↑",
     "ece_labels": "ECE among labels ↓",
     "nll_labels": "NLL among labels ↓",
 }
