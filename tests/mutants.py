@@ -92,6 +92,7 @@ MUTANTS = {
         ("stats.ttest_rel(a, b)", "stats.ttest_ind(a, b)", "metrics paired_test_equals_scipy"),
     ],
     "ia2mini/crossval.py": [
+        ("range(gained, n + 1)", "range(gained + 1, n + 1)", "fit where_icl_is_behind"),
         ("a.std() / len(a) ** 0.5]", "a.std()]", "fit what_is_shipped"),
         ("others[fold.test] = False", "others[fold.test] = True", "fit no_row_chooses"),
         ('losses.mean() < losses["sft"].mean():', 'losses.mean() > losses["sft"].mean():', "fit what_is_shipped"),

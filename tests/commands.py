@@ -1,0 +1,48 @@
+"""What the tests of commands share: how one is called, and how one is stopped."""
+
+import sys
+from pathlib import Path
+
+from click.testing import CliRunner, Result
+
+import ia2mini.experiment
+import ia2mini.runs
+import ia2mini.train
+from ia2mini.cli import main
+
+SMALL = "--n 4 --sets 2 --rates 1e-2,3e-2 --epochs 3 --eval-rows 10 --device cpu".split()
+PROGRAM = [sys.executable, "-c", "from ia2mini.cli import main; main(prog_name='ia2mini')"]
+
+
+def invoke(*arguments) -> Result:
+    return CliRunner().invoke(main, list(map(str, arguments)))
+
+
+def toy(ground: Path, out: Path, *more) -> list:
+    return ["run", "toy-mood", "--model", ground / "model", "--out", out, "--json", *SMALL, *more]
+
+
+def forbid(monkeypatch, name: str, after: int = 0):
+    """Let ia2mini.train.`name` raise as an interrupt does, after so many calls."""
+    monkeypatch.setattr(ia2mini.train, name, stopping(getattr(ia2mini.train, name), after))
+
+
+def stopping(function, after: int = 0):
+    calls = []
+
+    def stop(*arguments):
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    return stop
+
+
+def refused(out: Path, arguments: list, *words: str) -> None:
+    """The command fails with one line that holds the words, and leaves nothing in `out`."""
+    result = invoke(*arguments)
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("ia2mini: ") and all(word in line for word in words), line
+    assert result.stdout == "" and not list(out.rglob("*"))
