@@ -30,7 +30,8 @@ class Experiment(FewShotSets):
         for kind in self.setting.options.adapters[1:]:
             other = copy.copy(self)
             other.take(kind)
-            other.check_lengths()
+            if other.adapter.tokens:  # else they are as long as with the first
+                other.check_lengths()
             yield other
 
     def prompts(self, rows: list[Example], number: int | None = None) -> tuple[Callable, list[list[int]]]:

@@ -85,9 +85,8 @@ class FewShotSets:
         self.kind, self.adapter = kind, make_adapter(subject.model, kind, o.paper_compat)
         self.rates, self.records = o.rates_for(subject.name, kind.adapter), {}
         vars(self).pop("grid", None)
-        self.trains = self.name + f"-{kind.name.replace(' ', '-')}" * (
-            len(o.adapters) > 1
-        )  # as `name`, of the adapter's
+        several = len(o.adapters) > 1
+        self.trains = self.name + f"-{kind.name.replace(' ', '-')}" * several  # as `name`, of what is trained
 
     @property
     def first(self) -> bool:
@@ -138,14 +137,13 @@ class FewShotSets:
 
     def phases(self) -> list[str]:
         """What is done, in order, as `stage` says it."""
-        found = []
-        shared = ["collecting"] * self.first, ["icl"] * self.first  # of several adapters the first one's
-        judging = ["collecting further queries"] * (self.first and self.setting.options.select == "kl")
+        first, found = self.first, []  # of several adapters the first has the phases that they share
         for method in self.methods:
             if method not in UNTRAINED:
-                found += [*shared[0], *(f"training {m}" for m in (BEGINS_WITH.get(method), method) if m)]
-                found += judging * (method not in ("sft", "sft-sft"))
-            found += [f"{who} on {name}" for name in self.evals for who in (*shared[1], method)]
+                found += ["collecting"] * first + [f"training {m}" for m in (BEGINS_WITH.get(method), method) if m]
+                judged = self.setting.options.select == "kl" and method not in ("sft", "sft-sft")
+                found += ["collecting further queries"] * (first and judged)
+            found += [f"{who} on {name}" for name in self.evals for who in ["icl"] * first + [method]]
         return [f"{self.trains}: {phase}" for phase in dict.fromkeys(found)]
 
     @contextmanager
