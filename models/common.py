@@ -174,7 +174,7 @@ def wrap_blocks(model: nn.Module, *wraps: Callable) -> None:
 def compiled(function: Callable, **options) -> Callable:
     """`function` of a block through torch.compile; where no compiler works it runs as it is, with a warning."""
     config = torch._dynamo.config
-    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # the latter before 2.7
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # the latter in 2.6
     setattr(config, limit, 64)  # with and without gradients, adapter, mask, cache and prefix
     config.suppress_errors = not options.get("fullgraph")
     return torch.compile(function, dynamic=True, **options)

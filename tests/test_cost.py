@@ -121,7 +121,7 @@ def step_of(folder, runs: int, phase: str, dtype=torch.bfloat16):
 
 
 def fused() -> bool:
-    """Whether attention with grouped heads is one kernel on this CPU; before PyTorch 2.7 it was not."""
+    """Whether attention with grouped heads is one kernel on this CPU; with PyTorch 2.6 it is not."""
     heads = torch.ones(1, 2, 2, 8), torch.ones(1, 1, 2, 8), torch.ones(1, 1, 2, 8)
     with torch.no_grad(), Kernels() as seen:
         F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
