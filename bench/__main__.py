@@ -157,6 +157,12 @@ STUDY = (
 )
 
 
+def typed(model: str) -> str:
+    """The command as it was typed, but for the model's folder and --save."""
+    words = (Path(word).name if word == model else word for word in sys.argv[1:] if word != "--save")
+    return " ".join(["python -m bench", *words])
+
+
 def add_study(name: str, ask: Callable, select: str, *more) -> None:
     """A command that asks something of the runs of a study: `ask(subject, options, part, data)`."""
 
@@ -171,8 +177,7 @@ def add_study(name: str, ask: Callable, select: str, *more) -> None:
         if name in ("causes", "layers", "averaged") and options.select != "dev":
             raise UsageError(f"{name} takes the rates of the dev loss: leave out --select")
         show(result := ask(open_subject(model, "cpu", dtype), options, part, data_dir, **asked))
-        typed = [Path(word).name if word == model else word for word in sys.argv[1:] if word != "--save"]
-        finish([result], " ".join(["python -m bench", *typed]), save, name=f"{name}-{part}")
+        finish([result], typed(model), save, name=f"{name}-{part}")
         if save and name == "layers":
             layers.draw()
 
@@ -240,8 +245,7 @@ def fit_command(part, methods, model, data_dir, dtype, save, **counts):
     results = fit(part, counts, methods, {"model": model, "data_dir": data_dir, "dtype": dtype})
     for result in results:
         show(result)
-    typed = [Path(word).name if word == model else word for word in sys.argv[1:] if word != "--save"]
-    finish(results, " ".join(["python -m bench", *typed]), save, name=f"fit-{part}")
+    finish(results, typed(model), save, name=f"fit-{part}")
 
 
 @main.command("pretrain")

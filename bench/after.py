@@ -11,6 +11,7 @@ from ia2mini.evaluate import label_scores, share_prefix
 from ia2mini.experiment import Experiment
 from ia2mini.generate import Decoding, generate
 from ia2mini.methods import BEGINS_WITH
+from ia2mini.metrics import accuracy
 from ia2mini.options import last_phase
 from ia2mini.study import cell_of
 from ia2mini.tasks import same_answer
@@ -34,7 +35,7 @@ def behind_demonstrations(experiment: Experiment, method: str, asked: Experiment
             else:
                 said = map(tokenizer.decode, generate(student, tokenizer, prompts, Decoding(task.max_tokens)))
                 right = [same_answer(task.parser, text, row.answer) for text, row in zip(said, rows)]
-        found.append(sum(right) / len(right))
+        found.append(accuracy(right))
     return found
 
 

@@ -14,28 +14,28 @@ from ia2mini.cli import progress
 from ia2mini.evaluate import Scoring, answer_scores, label_scores
 from ia2mini.experiment import Experiment
 from ia2mini.methods import METHODS, Grid
-from ia2mini.metrics import paired_test
+from ia2mini.metrics import paired_test, row_losses
 from ia2mini.options import Options
-from ia2mini.report.summary import interval
 from ia2mini.study import open_study
 from ia2mini.subject import Subject
 from ia2mini.teacher import Asked, Taught, observe
 from ia2mini.train import Settings
 
 from .effect import tasks_of
-from .report import Line, Result
+from .report import Line, Result, difference
 
+JUDGED = ("sft", "ia2-sft")
 CHOSEN, BEST = "chosen run", "best single rate, known afterwards"
 KEPT = 1024  # likeliest tokens of an averaged distribution
 
 
 def averaged(subject: Subject, options: Options, part: str, data: Path | None = None) -> Result:
     """NLL of one answer from all rates or all sets of a method, averaged or distilled, against that of single runs."""
-    options = replace(options, methods=("sft", "ia2-sft"), race=False)  # every rate is to be trained to its end
+    options = replace(options, methods=JUDGED, race=False)  # every rate is to be trained to its end
     experiments, _ = open_study(tasks_of(part, data), subject, options, Path("runs"), None, None, progress)
     result = Result("averaged", f"{subject.name}, {part}: {options.sets} sets, {options.eval_rows} evaluation rows", [])
     for n in options.n:
-        for method in ("sft", "ia2-sft"):
+        for method in JUDGED:
             ways: dict[str, list[float]] = {}
             for experiment in experiments:
                 if experiment.about["n"] == n:
@@ -46,8 +46,7 @@ def averaged(subject: Subject, options: Options, part: str, data: Path | None = 
                 result.lines.append(Line(what, way, rates={"NLL": fmean(values)}))
                 for against in (CHOSEN, BEST) if way not in (CHOSEN, BEST) else ():
                     less = paired_test(values, ways[against])
-                    said = f"{less.mean:+.3f}{interval(less, 1, '.3f')}, {less.pairs} pairs"
-                    result.remarks.append(f"{what}: NLL, {way} against {against}: {said}")
+                    result.remarks.append(f"{what}: NLL, {way} against {against}: {difference(less, 1, '.3f')}")
     return result
 
 
@@ -83,8 +82,7 @@ def scores(experiment: Experiment, theta: Tensor) -> Tensor:
         with adapted(subject.model, experiment.adapter, some) as student:
             if experiment.labelled:
                 every = label_scores(student, prompts, experiment.labels[name], Scoring(len(some))).logarithms
-                gold = torch.tensor([row.label for row in rows])[None, :, None]
-                found.append(every.log_softmax(-1).gather(-1, gold.expand(len(some), -1, 1))[..., 0])
+                found.append(-row_losses(every, torch.tensor([row.label for row in rows])))
             else:
                 answers = [truth_row(row, subject.tokenizer, True) for row in rows]
                 lengths = torch.tensor([len(row.answer) for row in answers])

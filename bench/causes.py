@@ -1,9 +1,10 @@
 """`causes`: what in the teacher's context does the work, and which of the things that one may match carries it?
 
 The teacher sees the true demonstrations, these with their answers shuffled, another task's, or none. Matched are its
-attention outputs (IA2), its residual stream, its distribution over the vocabulary, or the tokens of its responses; each
-is followed by SFT or not. Controls: SFT, and SFT begun again. Of what has learned from the true demonstrations also:
-what stays when they are put back, what another task's demonstrations still teach, and what it has cost.
+attention outputs (by training, IA2, or in closed form, ridge), its residual stream, its distribution over the
+vocabulary, or the tokens of its responses; each is followed by SFT or not. Controls: SFT, and SFT begun again. Of what
+has learned from the true demonstrations also: what stays when they are put back, what another task's demonstrations
+still teach, and what it has cost.
 """
 
 from dataclasses import replace
@@ -16,13 +17,13 @@ from ia2mini.experiment import Experiment
 from ia2mini.methods import BEGINS_WITH
 from ia2mini.metrics import paired_test
 from ia2mini.options import UNTRAINED, Options
-from ia2mini.report.summary import average, grouped, interval, paired
+from ia2mini.report.summary import average, grouped, paired
 from ia2mini.study import carry_out, open_study
 from ia2mini.subject import Subject
 
 from .after import behind_demonstrations, spent
 from .effect import tasks_of
-from .report import Line, Result
+from .report import Line, Result, difference
 
 TEACHERS = ("true", "shuffled", "other", "none")
 MATCHED = ("ia2", "ridge", "hidden", "soft", "responses")
@@ -70,9 +71,8 @@ def causes(
 
 def stays(result: Result, part: str, experiments: list[Experiment], document: dict) -> None:
     """What adapted models do behind demonstrations: their task's, against ICL; the next task's, against ICL there."""
-    for (n,), mine in grouped([{"n": e.about["n"], "of": e} for e in experiments], "n").items():
-        tasks = [entry["of"] for entry in mine]
-        icl = [cell["acc"] for e in tasks for cell in document["cells"] if is_icl(cell, e)]  # [tasks][sets]
+    for (n,), own in grouped([c for c in document["cells"] if c["method"] == "icl" and not c["ood"]], "n").items():
+        tasks, icl = [e for e in experiments if e.about["n"] == n], [cell["acc"] for cell in own]  # [tasks][sets]
         for method in (m for m in document["config"]["methods"] if m.endswith("sft") or m in MATCHED[:2]):
             rates = {}
             for what, ahead in (("demonstrations put back", 0), ("the next task's demonstrations", 1)):
@@ -80,16 +80,9 @@ def stays(result: Result, part: str, experiments: list[Experiment], document: di
                 found = [behind_demonstrations(e, method, tasks[p]) for e, p in zip(tasks, places)]
                 ours, theirs = sum(found, []), sum((icl[place] for place in places), [])
                 rates |= {f"% {what}": 100 * fmean(ours), "% ICL" + " there" * ahead: 100 * fmean(theirs)}
-                loss = paired_test(ours, theirs)
-                said = f"{100 * loss.mean:+.1f}{interval(loss, 100, '.1f')}, {loss.pairs} pairs"
+                said = difference(paired_test(ours, theirs), 100, ".1f")
                 result.remarks.append(f"{part}, N = {n}: {what}: {method} against ICL: {said}")
             result.lines.append(Line(f"{part}, N = {n}, behind demonstrations", method, rates=rates))
-
-
-def is_icl(cell: dict, experiment: Experiment) -> bool:
-    """Whether a cell is ICL's on an experiment's own evaluation rows."""
-    name, about = experiment.task.name, experiment.about
-    return (cell["task"], cell["eval"], cell["n"], cell["method"]) == (name, name, about["n"], "icl")
 
 
 def costs(result: Result, part: str, experiments: list[Experiment], document: dict) -> None:
@@ -115,7 +108,7 @@ def tests(result: Result, where: str, cells: list[dict]) -> None:
     def said(metric: str, method: str, against: str, factor: float, form: str) -> None:
         gain = paired(cells, metric, method, against)
         if gain is not None:
-            mean = f"{factor * gain.mean:+{form}}{interval(gain, factor, form)}, {gain.pairs} pairs"
+            mean = difference(gain, factor, form)
             result.remarks.append(f"{where}: {CALIBRATION.get(metric, metric)}: {method} against {against}: {mean}")
 
     for teacher in TEACHERS:

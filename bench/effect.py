@@ -10,12 +10,12 @@ from statistics import fmean
 from ia2mini import UsageError
 from ia2mini.cli import progress
 from ia2mini.options import Options
-from ia2mini.report.summary import average, grouped, interval, paired
+from ia2mini.report.summary import average, grouped, paired
 from ia2mini.study import compare
 from ia2mini.subject import Subject
 from ia2mini.tasks import Task, custom_task, find_task
 
-from .report import Line, Result
+from .report import Line, Result, difference
 
 TASKS = {
     "classification": ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap"),
@@ -68,10 +68,9 @@ def compared(result: Result, part: str, cells: list[dict]) -> None:
             for control in ("sft", "sft-sft", "ia2"):
                 gain = paired(mine, metric, "ia2-sft", control)
                 if gain is not None:
-                    mean = factor * gain.mean
-                    said = f"{metric} {mean:+{form}}{interval(gain, factor, form)}, {gain.pairs} pairs"
+                    said = f"{metric} {difference(gain, factor, form)}"
                     result.remarks.append(f"{part}{where}: ia2-sft against {control}: {said}")
-                    result.ratios[f"{part}{where}: {metric} gain over {control}"] = mean
+                    result.ratios[f"{part}{where}: {metric} gain over {control}"] = factor * gain.mean
         if ood:
             continue
         alike = sorted((row["asim_mean"], row["method"]) for row in rows if row["method"] != "icl")

@@ -23,14 +23,12 @@ from ia2mini.subject import Subject, open_subject
 from ia2mini.tasks import world
 from ia2mini.tasks.rows import read_rows
 
-from .report import Line, Result
+from .report import Line, Result, difference
 
 TOYS = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap")
 KINDS = ("words", "words", "words", "digits", "digits", "pair", "length", "random")  # what generated tasks are, in turn
-RATES, REAL_RATES = (
-    (3e-3, 1e-2),
-    (3e-4, 1e-3),
-)  # the upper two of the embedded model: the lowest never wins in so few epochs
+RATES = 3e-3, 1e-2  # the upper two of the embedded model: the lowest never wins in so few epochs
+REAL_RATES = 3e-4, 1e-3  # of others, likewise
 REAL = {  # folder -> column of the text, file of fresh rows, words of the labels
     "ag_news": ("text", "test", ("World", "Sports", "Business", "Technology")),
     "financial_phrasebank": ("sentence", "test", ("negative", "neutral", "positive")),
@@ -181,7 +179,7 @@ def real(subject: Subject, data: Path | None, draws: int, rows: int, options: Fi
         if name != "sft":
             ours = [t.accuracy[t.shipped if name == "ships" else name] for t in trials]
             gain = paired_test(ours, [t.accuracy["sft"] for t in trials])
-            result.remarks.append(f"{name} against SFT: {gain.mean:+.1f}{interval(gain, 1, '.1f')}, {gain.pairs} pairs")
+            result.remarks.append(f"{name} against SFT: {difference(gain, 1, '.1f')}")
     return result
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from .report import RESULTS, Line, Result
+from .report import RESULTS, Line, Result, newest
 
 FIGURE = Path(__file__).parents[1] / "docs" / "gain.png"
 GROUPS = {"toy": "#0072b2", "real": "#d55e00", "fit": "#009e73"}
@@ -28,11 +28,8 @@ class Point(NamedTuple):
 
 def points(folder: Path = RESULTS) -> dict[str, list[Point]]:
     """Toy and real tasks of the newest `effect` results, generated ones of the newest `fit` results."""
-    newest: dict[str, Path] = {}
-    for path in sorted(folder.glob("*-cpu.json")):  # by date
-        newest[path.name[len("2026-01-01-") :]] = path
     found: dict[str, list[Point]] = {group: [] for group in GROUPS}
-    for name, path in newest.items():
+    for name, path in newest("*-cpu.json", folder).items():
         lines = [line for result in json.loads(path.read_text())["results"] for line in result["lines"]]
         alike = {line["what"]: line["rates"].get("asim") for line in lines if line["stack"] == "ia2"}
         for line in lines:
@@ -41,7 +38,7 @@ def points(folder: Path = RESULTS) -> dict[str, list[Point]]:
                 numbers = [rates[f"points {key}"] for key in ("lead", "gain", "low", "high")]
                 point = Point(line["what"], *numbers, alike.get(line["what"]))
                 found["real" if "relations" in name else "toy"].append(point)
-            elif "held out % icl" in rates:
+            elif {"held out % icl", "% ia2-sft"} <= rates.keys():
                 lead = rates["held out % icl"] - rates["held out % sft"]
                 gain = rates["% ia2-sft"] - rates["% sft"]
                 found["fit"].append(Point(line["what"], lead, gain, gain, gain))

@@ -11,7 +11,7 @@ from ia2mini.study import compare
 from ia2mini.subject import Subject
 
 from .effect import tasks_of
-from .report import RESULTS, Line, Result
+from .report import RESULTS, Line, Result, difference, newest
 
 MATCHED = ("ia2", "ridge")
 FIGURE = Path(__file__).parents[1] / "docs" / "layers.png"
@@ -53,8 +53,8 @@ def layers(subject: Subject, options: Options, part: str, data: Path | None = No
                 numbers = {"gain": gain.mean, "low": gain.low, "high": gain.high}
                 rates |= {f"points {key}": 100 * value for key, value in numbers.items()}
                 said = f"{name} against all layers: {100 * behind.mean:+.1f}{interval(behind, 100, '.1f')}"
-                said += f"; against SFT {100 * gain.mean:+.1f}{interval(gain, 100, '.1f')}"
-                result.remarks.append(f"{part}, N = {n}: {said}, {gain.pairs} pairs")
+                said += f"; against SFT {difference(gain, 100, '.1f')}"
+                result.remarks.append(f"{part}, N = {n}: {said}")
             result.lines.append(Line(f"{part}, N = {n}", name, rates=rates))
     return result
 
@@ -63,14 +63,10 @@ def draw(folder: Path = RESULTS, figure: Path = FIGURE) -> None:
     """The gain over SFT against the band, from the newest kept result of each part; intervals of 95 %."""
     from matplotlib.figure import Figure
 
-    newest = {path.name[len("2026-01-01-") :]: path for path in sorted(folder.glob("*-layers-*.json"))}
-    found = [result for path in newest.values() for result in json.loads(path.read_text())["results"]]
-    panels = {line["what"]: [] for result in found for line in result["lines"]}
-    for result in found:
-        for line in result["lines"]:
-            panels[line["what"]].append(line)
+    found = [json.loads(path.read_text())["results"] for path in newest("*-layers-*.json", folder).values()]
+    panels = grouped([line for results in found for result in results for line in result["lines"]], "what")
     drawn = Figure(figsize=(7, 3.2), layout="constrained")
-    for axis, (what, lines) in zip(drawn.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()):
+    for axis, ((what,), lines) in zip(drawn.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()):
         names = [line["stack"].partition("-sft, ")[2] for line in lines if "points gain" in line["rates"]]
         names = list(dict.fromkeys(names))
         for shift, first in zip((-0.12, 0.12), MATCHED):

@@ -11,6 +11,8 @@ import click
 import torch
 
 from ia2mini.files import finite, write_text
+from ia2mini.metrics import PairedTest
+from ia2mini.report.summary import interval
 from ia2mini.runs import versions
 
 from .timing import Timing
@@ -71,6 +73,16 @@ def show(result: Result) -> None:
         click.echo(f"  {name}: {value:.3g}")
     for remark in result.remarks:
         click.echo(f"  {remark}")
+
+
+def difference(test: PairedTest, factor: float, form: str) -> str:
+    """A paired difference in words: "+3.1 (95 % +0.8 to +5.4, p = 0.015, d = 0.47), 30 pairs"."""
+    return f"{factor * test.mean:+{form}}{interval(test, factor, form)}, {test.pairs} pairs"
+
+
+def newest(pattern: str, folder: Path = RESULTS) -> dict[str, Path]:
+    """Of the kept results that fit a pattern the newest of each name (without its date)."""
+    return {path.name[len("2026-01-01-") :]: path for path in sorted(folder.glob(pattern))}
 
 
 def hardware() -> dict:

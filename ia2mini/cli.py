@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from . import UsageError, parallel
-from .cli_options import MODEL_HELP, Several, data_options, file_option, model_options, options_of
+from .cli_options import MODEL_HELP, Several, data_options, file_option, model_options, options_of, taken
 from .files import plain
 from .options import Options
 
@@ -170,10 +170,10 @@ def run(names, model, compiling, checkpointing, dry_run, **given):
     The table shows the rate with the lowest dev loss; only its runs are scored, unless --select says otherwise. Several
     adapters are compared side by side (--adapter lora,ia3 --rank 4,8 --targets qko,qv), several models in turn.
     """
-    own = {name: given.pop(name) for name in ("data", "prompt_column", "answer_column", "template", "eval_data")}
-    how = {name: given.pop(name) for name in ("device", "dtype", "revision", "check", "shard")}
-    out, data, side_by_side = (given.pop(name) for name in ("out", "data_dir", "side_by_side"))
-    shown = {name: given.pop(name) for name in ("full", "columns", "figures", "as_json", "with_paper")}
+    own = taken(given, "data", "prompt_column", "answer_column", "template", "eval_data")
+    how = taken(given, "device", "dtype", "revision", "check", "shard")
+    out, data, side_by_side = taken(given, "out", "data_dir", "side_by_side").values()
+    shown = taken(given, "full", "columns", "figures", "as_json", "with_paper")
     given["eval_rows"] = given["eval_rows"] or (500 if names or own["data"] else DEMO_ROWS)
     if given["paper_compat"]:
         given["select"] = "eval"
@@ -181,11 +181,6 @@ def run(names, model, compiling, checkpointing, dry_run, **given):
         if not given[option]:
             raise UsageError(f"--{option}: give at least one")
     options = Options(**given)
-    from .report.summary import METRICS
-
-    for option, known in (("figures", ("png", "pdf", "svg")), ("columns", METRICS)):
-        if bad := [name for name in shown[option] if name not in known]:
-            raise UsageError(f"--{option} {bad[0]}: unknown; there are {', '.join(known)}")
     models = [model] if Path(model).is_dir() else list(dict.fromkeys(filter(None, model.split(",")))) or [model]
     unnamed = click.get_current_context().get_parameter_source("model").name == "DEFAULT"
     if own["data"] and model == "tiny" and unnamed:
@@ -194,9 +189,14 @@ def run(names, model, compiling, checkpointing, dry_run, **given):
         wrong = "--compile" if compiling else "--dry-run" if dry_run else "several models"
         raise UsageError(f"{wrong}: not with --shard; leave one of them out")
     chosen = find_tasks(names, **own)
+    from .report.figures import LEFT_OUT
+    from .report.summary import METRICS
     from .study import carry_out, lay_out, open_study, plan, worth_compiling
     from .subject import open_subject, usable
 
+    for option, known in (("figures", LEFT_OUT), ("columns", METRICS)):
+        if bad := [name for name in shown[option] if name not in known]:
+            raise UsageError(f"--{option} {bad[0]}: unknown; there are {', '.join(known)}")
     for name in models:
         subject = open_subject(name, weights=not dry_run, **how)
         tasks = [keep_apart(task, subject.tokenizer, own["template"]) for task in chosen]

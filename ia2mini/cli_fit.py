@@ -9,7 +9,7 @@ import click
 
 from . import UsageError, parallel
 from .cli import main, prepare, progress, typed
-from .cli_options import check_option, file_option, many, model_options, options_of, shard_option
+from .cli_options import check_option, file_option, many, model_options, options_of, shard_option, taken
 from .files import json_line, plain, read_text
 from .options import FitOptions
 
@@ -56,8 +56,8 @@ def fit(rows, unlabelled, context, prompts, out, **given):
 
     if (rows is None) == (context is None) or (context is None) != (prompts is None):
         raise UsageError("give ROWS, or --context with --prompts")
-    how = {name: given.pop(name) for name in ("model", "device", "dtype", "revision", "check", "shard")}
-    columns = Columns(*(given.pop(name) for name in ("prompt_column", "answer_column", "template")))
+    how = taken(given, "model", "device", "dtype", "revision", "check", "shard")
+    columns = Columns(*taken(given, "prompt_column", "answer_column", "template").values())
     text = read_text(context).replace("\r\n", "\n").strip() if context else ""
     if context and not text:
         raise UsageError(f"{context}: the file is empty")

@@ -57,6 +57,11 @@ def many(*options):
     return lambda command: reduce(lambda inner, option: option(inner), reversed(options), command)
 
 
+def taken(given: dict, *names: str) -> dict:
+    """These of the options that a command was given; the others stay in `given`."""
+    return {name: given.pop(name) for name in names}
+
+
 def determined(context, option, wanted: bool) -> None:
     """Have CUDA compute the same bits every time; to be called before its first use, which reads the variable."""
     if wanted:

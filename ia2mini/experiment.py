@@ -67,8 +67,7 @@ class Experiment(FewShotSets):
 
     def score(self, method: str, name: str) -> dict[str, Tensor]:
         """What `method`'s reported runs make of evaluation `name`: `asim` [R, L], `correct` [R, Q], labels' scores."""
-        whose = self.name if method in UNTRAINED else self.trains
-        return self.setting.folder.once(f"{whose}/{method}-on-{name}", lambda: self.evaluate(method, name))
+        return self.setting.folder.once(f"{self.place(method)}/{method}-on-{name}", lambda: self.evaluate(method, name))
 
     def evaluate(self, method: str, name: str) -> dict[str, Tensor]:
         references, alike = self.reference(name)
@@ -132,8 +131,7 @@ class Experiment(FewShotSets):
         return [texts["ids"] for texts in kept], torch.stack([parsed_correct(texts) for texts in kept])
 
     def texts_file(self, tag: str, name: str) -> str:
-        whose = self.name if tag.partition("-")[0] in UNTRAINED else self.trains
-        return f"{whose}/generations/{tag}-on-{name}.json"
+        return f"{self.place(tag.partition('-')[0])}/generations/{tag}-on-{name}.json"
 
     def likeness(self, model: Callable, like: list[list[Row]], responses: list[list[list[int]]]) -> Tensor:
         """asim of R runs to a list of rows each, [R, L]; as in the released scripts on the runs' own `responses`."""

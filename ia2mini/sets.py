@@ -18,17 +18,11 @@ from .generate import STOP
 from .methods import BEGINS_WITH, METHODS, Grid, configs
 from .models.common import device_of
 from .options import BETAS, UNTRAINED, AdapterOptions, Options, phases
-from .report.summary import at_config, chosen
+from .report.summary import at_config, chosen, dashed
 from .runs import RunFolder
 from .subject import Subject
 from .tasks import Examples, Task, find_task
-from .teacher import (
-    Asked,
-    Taught,
-    answer_tokens_at_most,
-    label_tokens_at_most,
-    teach,
-)
+from .teacher import Asked, Taught, answer_tokens_at_most, label_tokens_at_most, teach
 from .train import Settings, Trained, warn_of_failed
 
 FURTHER = 16  # queries a set by which `--select kl` judges
@@ -86,7 +80,7 @@ class FewShotSets:
         self.rates, self.records = o.rates_for(subject.name, kind.adapter), {}
         vars(self).pop("grid", None)
         several = len(o.adapters) > 1
-        self.trains = self.name + f"-{kind.name.replace(' ', '-')}" * several  # as `name`, of what is trained
+        self.trains = self.name + f"-{dashed(kind.name)}" * several  # as `name`, of what is trained
 
     @property
     def first(self) -> bool:
@@ -97,6 +91,10 @@ class FewShotSets:
     def methods(self) -> list[str]:
         """Those that are scored here."""
         return [method for method in self.setting.options.methods if self.first or method not in UNTRAINED]
+
+    def place(self, method: str) -> str:
+        """The folder of what belongs to a method: what has no adapter is in the one that variants share."""
+        return self.name if method in UNTRAINED else self.trains
 
     def drawn(self, number: int, **how) -> Episode:
         """Set `number`; where `--teacher` asks for a control, the teacher sees something else."""
@@ -157,15 +155,19 @@ class FewShotSets:
     def teach(self) -> list[Taught]:
         """Every set after the teacher's pass over it."""
         if not self.taught:
-            subject, o = self.setting.subject, self.setting.options
+            o = self.setting.options
             needed, stop = phases(o.methods), None if o.paper_compat else STOP
             soft_k = o.soft_k if "soft" in needed else None
             asked = Asked(self.max_tokens, soft_k, self.layers, stop, self.setting.budget, "hidden" in needed)
-            rows = sum(len(e.train) + len(e.dev) for e in self.episodes)
-            with self.stage("collect", "collecting", rows) as bar:
-                told = partial(teach, subject.model, subject.tokenizer, asked=asked, watch=bar.update)
-                self.taught += parallel.spread(told, self.episodes)
+            self.taught += self.told("collecting", self.episodes, asked)
         return self.taught
+
+    def told(self, phase: str, episodes: list[Episode], asked: Asked) -> list[Taught]:
+        """What the teacher says to episodes, under a bar."""
+        subject, rows = self.setting.subject, sum(len(e.train) + len(e.dev) for e in episodes)
+        with self.stage("collect", phase, rows) as bar:
+            ask = partial(teach, subject.model, subject.tokenizer, asked=asked, watch=bar.update)
+            return parallel.spread(ask, episodes)
 
     @cached_property
     def grid(self) -> Grid:
@@ -226,10 +228,8 @@ class FewShotSets:
     def judges(self) -> list[list[Row]]:
         """The `further` queries as the teacher answers them, with its distributions."""
         if not self.judged:
-            subject, asked = self.setting.subject, Asked(self.max_tokens, self.setting.options.soft_k)
-            with self.stage("collect", "collecting further queries", FURTHER * len(self.episodes)) as bar:
-                told = partial(teach, subject.model, subject.tokenizer, asked=asked, watch=bar.update)
-                self.judged += parallel.spread(told, self.further())
+            asked = Asked(self.max_tokens, self.setting.options.soft_k)
+            self.judged += self.told("collecting further queries", self.further(), asked)
         return [taught.icl_train for taught in self.judged]
 
     def divergences(self, method: str) -> Tensor:

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
-from itertools import combinations, product
+from itertools import combinations, groupby, product
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 
@@ -20,7 +21,7 @@ from .methods import BEGINS_WITH, METHODS
 from .metrics import accuracy, measure, subspace_overlap
 from .options import UNTRAINED, Options
 from .peft_format import save_adapter
-from .report.summary import at_config, chosen, grouped, summarise
+from .report.summary import at_config, chosen, summarise
 from .runs import RunFolder, checkpoint_digest, versions
 from .sets import Setting
 from .subject import Subject
@@ -52,8 +53,7 @@ def carry_out(experiments: list[Experiment], config: dict) -> tuple[dict, Path]:
     options, folder = experiments[0].setting.options, experiments[0].setting.folder
     document = {key: [] for key in ("runs", "training", "overlap", "adapters", "samples")}
 
-    cells = grouped([{"cell": tuple(e.about.values()), "of": e} for e in experiments], "cell")
-    cells = [[entry["of"] for entry in variants] for variants in cells.values()]  # what variants share stays together
+    cells = [list(variants) for _, variants in groupby(experiments, attrgetter("name"))]  # what they share is together
     experiments.clear()  # what they hold leaves memory with them
 
     def run(i: int) -> list[dict[str, list]]:

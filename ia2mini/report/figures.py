@@ -8,7 +8,7 @@ import numpy as np
 
 from .. import UsageError
 from ..files import write
-from .summary import LABELS, average, count, grouped, parts, title
+from .summary import LABELS, average, count, dashed, grouped, parts, title
 from .tables import HEADS
 
 COLORS = {  # after Okabe and Ito, who chose them to be told apart by every eye; blue for IA2 and what follows it
@@ -44,7 +44,7 @@ def views(document: dict):
         mine = [part for part in mine if part["unlabelled"] == mine[0]["unlabelled"]]  # others are in the tables
         cells, sizes, last = mine[-1]["cells"], ", ".join(str(part["n"]) for part in mine), mine[-1]["n"]
         saved = [o for o in document.get("overlap") or [] if (o["n"], o.get("adapter", kind)) == (last, kind)]
-        suffix = f"-{kind}".replace(" ", "-") * (len(kinds) > 1) + f"-{by}" * (len(choices) > 1)
+        suffix = f"-{dashed(kind or '')}" * (len(kinds) > 1) + f"-{by}" * (len(choices) > 1)
         view = {"suffix": suffix, "parts": mine, "cells": cells, "overlap": saved if by == choices[0] else []}
         yield view | {"title": title([cells[0] | {"n": sizes}, *cells], by)}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..options import UNTRAINED
 from .figures import CAPTIONS, views
-from .summary import LABELS, average, count, paired, parts, title, verdict
+from .summary import LABELS, average, count, dashed, paired, parts, title, verdict
 from .tables import HEADS, known_columns, legend, seconds_line, texts
 
 STYLE = """
@@ -142,7 +142,7 @@ def adapter(document: dict, cells: list[dict], folder: Path) -> list[str]:
         method = "sft"
     kinds = {c["adapter"] for c in document["cells"] if c["adapter"]}
     kind = next((c["adapter"] or "" for c in cells if c["method"] == method), "")
-    of = f"n{cells[0]['n']}" + f"-{kind.replace(' ', '-')}" * (len(kinds) > 1)
+    of = f"n{cells[0]['n']}" + f"-{dashed(kind)}" * (len(kinds) > 1)
     names = [f"adapters/{name}-{of}-{method}-set0" for name in dict.fromkeys(c["task"] for c in cells)]
     if not (names := [name for name in names if name in document.get("adapters", [])]):
         return []

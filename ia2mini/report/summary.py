@@ -89,6 +89,11 @@ def title(cells: list[dict], by: str | None) -> str:
     return " · ".join([*about, *filter(None, [adapter, count(cells[0]["sets"], "set"), CHOICES.get(by)])])
 
 
+def dashed(adapter: str) -> str:
+    """An adapter's name in names of files."""
+    return adapter.replace(" ", "-")
+
+
 def count(number: int, noun: str) -> str:
     """ "1 set", "5 sets"."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
