@@ -308,4 +308,4 @@ def right_more_often(one: Candidate, other: Candidate) -> bool:
         return False
     gained, lost = int((one.right & ~other.right).sum()), int((other.right & ~one.right).sum())
     n = gained + lost
-    return n > 0 and sum(math.comb(n, k) for k in range(gained, n + 1)) / 2**n < 0.05
+    return sum(math.comb(n, k) for k in range(gained, n + 1)) / 2**n < 0.05

@@ -97,9 +97,11 @@ def test_demonstrations_before_an_adapted_model_are_those_of_its_set(tmp_path, m
     document, _ = carry_out(list(experiments), config)
     icl = {c["task"]: c["acc"] for c in document["cells"] if c["method"] == "icl" and c["eval"] == c["task"]}
     for experiment in experiments:
-        nothing = experiment.adapter.init(subject.model, torch.Generator())[None].expand(2, -1)
-        monkeypatch.setattr(experiment, "trained", lambda method, theta=nothing: SimpleNamespace(theta=theta))
-        monkeypatch.setattr(experiment, "reported", lambda method: [0, 1])
+        nothing = experiment.adapter.init(subject.model, torch.Generator())
+        theta = torch.randn(6, len(nothing))  # of the other runs, which break the model
+        theta[[2, 5]] = nothing
+        monkeypatch.setattr(experiment, "trained", lambda method, theta=theta: SimpleNamespace(theta=theta))
+        monkeypatch.setattr(experiment, "reported", lambda method: [2, 5])
         for asked in experiments:
             assert after.behind_demonstrations(experiment, "sft", asked) == pytest.approx(icl[asked.task.name])
 
