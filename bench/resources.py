@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from ia2mini.models.checkpoint import save
-from ia2mini.models.common import checkpointed, wrap_blocks
+from ia2mini.models.common import checkpoint_blocks
 from torch import Tensor
 
 from ia2mini.batch import Row
@@ -104,7 +104,7 @@ def memory(shape: str = "100m", device: str = "cpu", dtype=torch.float32, tokens
 
 
 def with_checkpointing(model, step) -> None:
-    wrap_blocks(model, checkpointed)
+    checkpoint_blocks(model)
     try:
         step()
     finally:

@@ -234,7 +234,7 @@ def conclude(document: dict, folder: Path, full: bool, columns, figures, as_json
 def prepare(model, compiling: bool | None, checkpointing: bool, worth: Callable = lambda: True) -> None:
     """Compile and checkpoint a model's blocks as the options say (None: compile on a GPU, where it is `worth` it)."""
     from .graphs import RECORDERS
-    from .models.common import checkpointed, compiled, wrap_blocks
+    from .models.common import checkpoint_blocks, compile_blocks
 
     if compiling is None:
         compiling = next(model.parameters()).is_cuda and not parallel.same and worth()
@@ -244,7 +244,9 @@ def prepare(model, compiling: bool | None, checkpointing: bool, worth: Callable 
         from torch._dynamo.callback import on_compile_start
 
         on_compile_start(lambda *about: tell_of_compiling())
-    wrap_blocks(model, *[compiled] * compiling, *[checkpointed] * checkpointing)
+        compile_blocks(model)
+    if checkpointing:
+        checkpoint_blocks(model)
 
 
 @cache

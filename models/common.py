@@ -20,6 +20,7 @@ from ia2mini import UsageError
 from .shard import is_split, local, through
 
 At = tuple[Tensor, Tensor]  # (rows, columns), int64 [P] each: positions in a [B, T] batch
+HALVES = ("attention_output", "mlp_output")  # of a block
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of `Rope.scaling`
 Rotation = tuple[Tensor, Tensor]  # cos and signed sin of positions, [(B, 1,) T, E] each
 
@@ -161,38 +162,33 @@ def device_of(model: Any) -> torch.device:
     return getattr(model, "func", model).model.embed_tokens.weight.device
 
 
-def wrap_blocks(model: nn.Module, *wraps: Callable) -> None:
-    """Put `wraps` (`compiled`, `checkpointed`), the first innermost, around both halves of every block."""
-    for half in ("attention_output", "mlp_output"):  # one function serves all layers: one compilation
-        function = getattr(type(model.model.layers[0]), half)
-        for wrap in wraps:
-            function = wrap(function)
-        for block in model.model.layers:
-            setattr(block, half, partial(function, block))
+def compile_blocks(model: nn.Module, **options) -> None:
+    """Put torch.compile with these `options` around both halves of every block.
 
-
-def compiled(function: Callable, **options) -> Callable:
-    """`function` of a block through torch.compile; where no compiler works it runs as it is, with a warning."""
+    Where no compiler works they run as they are, with a warning.
+    """
     config = torch._dynamo.config
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # the latter in 2.6
     setattr(config, limit, 64)  # with and without gradients, adapter, mask, cache and prefix
     config.suppress_errors = not options.get("fullgraph")
-    return torch.compile(function, dynamic=True, **options)
+    for half in HALVES:  # one function serves all layers: one compilation
+        function = torch.compile(getattr(type(model.model.layers[0]), half), dynamic=True, **options)
+        for block in model.model.layers:
+            setattr(block, half, partial(function, block))
 
 
 def checkpoint_blocks(model: nn.Module) -> bool:
-    """Put `checkpointed` around the blocks as they are, if it is not there yet; whether it was not."""
+    """Have both halves of every block keep only their inputs for the backward pass, where they are computed again.
+
+    Returns whether they did not yet. To be called after `compile_blocks`.
+    """
     if is_checkpointed(model):
         return False
-    for block, half in product(model.model.layers, ("attention_output", "mlp_output")):
-        setattr(block, half, checkpointed(getattr(block, half)))
+    for block, half in product(model.model.layers, HALVES):
+        anew = partial(checkpoint, getattr(block, half), use_reentrant=False, preserve_rng_state=False)
+        setattr(block, half, anew)
     return True
 
 
 def is_checkpointed(model: nn.Module) -> bool:
     return getattr(model.model.layers[0].mlp_output, "func", None) is checkpoint
-
-
-def checkpointed(function: Callable) -> Callable:
-    """`function` that keeps only its inputs for the backward pass, where it is computed again."""
-    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)

@@ -3,13 +3,11 @@
 On a CPU the same checks run with stand-ins (the compiler's front end, kernels unfused), so that they are tested too.
 """
 
-from functools import partial
-
 import pytest
 import torch
 from ia2mini.models import Taps, load
 from ia2mini.models.cache import folded
-from ia2mini.models.common import compiled, wrap_blocks
+from ia2mini.models.common import compile_blocks
 from reference import make_checkpoint, make_rows, random_ids, relative, starts
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -42,7 +40,7 @@ def gradient(model, phase: str, dtype=torch.float32) -> tuple[torch.Tensor, torc
 @pytest.mark.parametrize("phase", ["mse", "ce"] if GPU else ["ce"])
 def test_compiled_as_one_graph_a_step_is_the_same(folder, phase):
     plain, model = gradient(load(folder, device=DEVICE)[0], phase), load(folder, device=DEVICE)[0]
-    wrap_blocks(model, partial(compiled, backend=BACKEND, fullgraph=True))
+    compile_blocks(model, backend=BACKEND, fullgraph=True)
     for one, other in zip(gradient(model, phase), plain, strict=True):
         assert relative(one, other) < 1e-4
 

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from ia2mini.models import load
-from ia2mini.models.common import checkpointed, wrap_blocks
+from ia2mini.models.common import checkpoint_blocks
 from reference import EOS, MIXES, in_order, make_checkpoint, make_rows, random_ids, starts
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -152,7 +152,7 @@ def test_training_recorded_equals_training(model, recorded, monkeypatch, kind, m
 
 def test_packed_and_checkpointed_steps_are_recorded_too(tmp_path, recorded):
     model = load(make_checkpoint(tmp_path, "llama", num_hidden_layers=2), device=DEVICE)[0]
-    wrap_blocks(model, checkpointed)
+    checkpoint_blocks(model)
     adapter, rows = LoRA(model), on_device([make_rows(4, r) for r in range(2)])
     assert collate(rows, DEVICE, pack=True).packed is not None
     theta, weights = starts(adapter, model, 2).to(DEVICE), {"mse": torch.ones(2, device=DEVICE)}

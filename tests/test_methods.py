@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from ia2mini.models import UsageError
-from ia2mini.models.common import checkpointed, is_checkpointed, wrap_blocks
+from ia2mini.models.common import checkpoint_blocks, is_checkpointed
 from reference import make_rows, peft_twin, plain_fit, relative
 from test_train import ADAPTERS, own_cross_entropy
 
@@ -121,7 +121,7 @@ def test_portions_are_estimated_before_memory_runs_out(model, monkeypatch):
         found = METHODS["sft"](make_grid(model, "lora"))
         assert tried == expected
         assert all(relative(x, y) <= 1e-5 for x, y in zip(found.theta, whole.theta, strict=True))
-    wrap_blocks(model, checkpointed)
+    checkpoint_blocks(model)
     try:
         monkeypatch.setattr(ia2mini.train, "free_memory", lambda device: 1.9 * each / 0.9)
         tried.clear()

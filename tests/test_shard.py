@@ -18,7 +18,7 @@ import torch.distributed.tensor  # once, before the ranks are forked
 from click.testing import CliRunner
 from ia2mini.models import Taps, llama, load
 from ia2mini.models.checkpoint import save
-from ia2mini.models.common import checkpointed, wrap_blocks
+from ia2mini.models.common import checkpoint_blocks
 from ia2mini.models.shard import local, mesh_of
 from mistakes import refused
 from reference import (
@@ -181,7 +181,7 @@ def test_ranks_compute_what_one_process_does(case, ranks):
 
 def checkpointed_split(folder: Path) -> list:
     model, _ = split(folder)
-    wrap_blocks(model, checkpointed)
+    checkpoint_blocks(model)
     return gradient(model)
 
 
