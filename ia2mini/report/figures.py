@@ -8,8 +8,7 @@ import numpy as np
 
 from .. import UsageError
 from ..files import write
-from .summary import LABELS, average, count, dashed, grouped, parts, title
-from .tables import HEADS
+from .summary import LABELS, METRICS, average, count, dashed, grouped, parts, title
 
 COLORS = {  # after Okabe and Ito, who chose them to be told apart by every eye; blue for IA2 and what follows it
     "base": "#b0b0b0", "icl": "#404040", "sft": "#d55e00", "sft-sft": "#f0a070", "soft": "#e6b000",
@@ -93,7 +92,7 @@ def panels(figure, cells: list[dict], rows=(("", None),)):
     figure.set_size_inches(7 if len(metrics) > 1 else 4.2, 1.4 + 2.2 * len(rows))
     grid = figure.subplots(len(rows), len(metrics) or 1, squeeze=False, sharey="col")
     for axis, (metric, heading, value) in zip(grid.flat, ((m, *row) for row in rows for m in metrics)):
-        axis.set(ylabel=HEADS[metric], title=heading)
+        axis.set(ylabel=METRICS[metric], title=heading)
         yield axis, metric, 100 if metric == "acc" else 1, value
     for axis, metric in zip(grid[0], metrics):
         axis.set_ylim(0, 100 if metric == "acc" else None)

@@ -5,9 +5,13 @@ from statistics import fmean, pstdev
 
 from ..metrics import PairedTest, paired_test
 
-METRICS = ("acc", "ece", "ece_null", "nll", "brier", "asim", "ece_mass", "acc_labels", "ece_labels")
-METRICS += ("smooth_ece", "risk_coverage", "nll_labels", "nll_dev", "nll_left_out", "nll_oracle")
-METRICS += ("reliability_brier", "resolution", "uncertainty")
+METRICS = {  # metric: as the head of its column has it
+    "acc": "accuracy (%) ↑", "ece": "ECE ↓", "ece_null": "(null)", "nll": "NLL ↓", "brier": "Brier ↓", "asim": "asim ↑",
+    "ece_mass": "ECE, mass ↓", "acc_labels": "accuracy among labels (%) ↑", "ece_labels": "ECE among labels ↓",
+    "smooth_ece": "smooth ECE ↓", "risk_coverage": "risk-coverage ↓", "nll_labels": "NLL among labels ↓",
+    "nll_dev": "NLL, dev temperature ↓", "nll_left_out": "NLL, left out ↓", "nll_oracle": "NLL, oracle ↓",
+    "reliability_brier": "reliability ↓", "resolution": "resolution ↑", "uncertainty": "uncertainty",
+}  # fmt: skip
 LABELS = {  # method: as it is written, in the order of every table and figure
     "base": "base", "icl": "ICL", "sft": "SFT", "sft-sft": "SFT→SFT", "responses": "responses",
     "responses-sft": "responses→SFT", "soft": "soft labels", "soft-sft": "soft→SFT", "hidden": "hidden",

@@ -4,24 +4,10 @@ from functools import partial
 from pathlib import Path
 
 from ..files import plain, write_text
-from .summary import LABELS, average, count, grouped, parts, verdict
+from .summary import LABELS, METRICS, average, count, grouped, parts, verdict
 
 COLUMNS = ("acc", "ece", "ece_null", "asim")  # where no others are asked for
-HEADS = {"acc": "accuracy (%) ↑", "ece": "ECE ↓", "ece_null": "(null)", "asim": "asim ↑", "nll": "NLL ↓"}
-HEADS |= {
-    "brier": "Brier ↓",
-    "smooth_ece": "smooth ECE ↓",
-    "risk_coverage": "risk-coverage ↓",
-    "ece_mass": "ECE, mass ↓",
-}
-HEADS |= {
-    "acc_labels": "accuracy among labels (%) ↑",
-    "ece_labels": "ECE among labels ↓",
-    "nll_labels": "NLL among labels ↓",
-}
-HEADS |= {"nll_dev": "NLL, dev temperature ↓", "nll_left_out": "NLL, left out ↓", "nll_oracle": "NLL, oracle ↓"}
-HEADS |= {"reliability_brier": "reliability ↓", "resolution": "resolution ↑", "uncertainty": "uncertainty"}
-HEADS |= {"rate": "rate", "paper": "paper (% / ECE)"}  # always the last
+HEADS = METRICS | {"rate": "rate", "paper": "paper (% / ECE)"}  # these always the last
 SYMBOLS: dict = {"→": r"$\rightarrow$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "±": r"$\pm$", "–": "--"}
 SYMBOLS |= {"β": r"$\beta$", "·": r"$\cdot$"}
 COMMANDS = {"\\": r"\textbackslash ", "~": r"\textasciitilde ", "^": r"\textasciicircum "}
