@@ -15,7 +15,7 @@ from ..files import json_line, plain, write_text
 from ..metrics import ece, ece_null, logarithms, row_losses, smooth_ece, smooth_ece_interval
 from ..tasks import same_answer
 from ..tasks.rows import Row
-from .page import lines, section, shown, table, whole
+from .page import lines, loading, section, shown, table, whole
 from .summary import LABELS, count
 from .tables import markdown
 
@@ -219,11 +219,8 @@ def code(fitted, folder: str, peft: bool) -> str:
     """How others load what was shipped: transformers, after it peft, and vLLM, which takes LoRA alone."""
     adapter, base, revision = fitted.adapter, fitted.subject.base, fitted.subject.revision
     source = repr(folder) if isinstance(adapter, Full) else repr(base) + f", revision={revision!r}" * bool(revision)
-    lines = ["```python", "import peft, transformers" if peft else "import transformers", ""]
-    lines += [f"tokenizer = transformers.AutoTokenizer.from_pretrained({source})"]
     dtype = str(next(fitted.subject.model.parameters()).dtype).removeprefix("torch.")  # it was fitted, and is right, in
-    lines += [f"model = transformers.AutoModelForCausalLM.from_pretrained({source}, dtype={dtype!r})"]
-    lines += [f"model = peft.PeftModel.from_pretrained(model, {folder!r})"] * peft + ["```", ""]
+    lines = ["```python", loading(source, folder if peft else None, f", dtype={dtype!r}"), "```", ""]
     if isinstance(adapter, LoRA):
         at = f" --revision {revision}" if revision else ""
         rank = f" --max-lora-rank {1 << (adapter.rank - 1).bit_length()}" if adapter.rank > 16 else ""

@@ -26,12 +26,6 @@ figure { margin: 1rem 0 } figure .box { background: white; border: 1px solid #88
 img { display: block; max-width: max(100%, 34rem); height: auto; margin: auto } summary { font-weight: 600 }
 @media (max-width: 30rem) { table { font-size: .8rem } th, td { padding: .2rem .3rem } }
 """
-LOAD = """from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained({base!r})
-model = AutoModelForCausalLM.from_pretrained({base!r})
-model = PeftModel.from_pretrained(model, {adapter!r})"""
 
 
 def write_page(document: dict, folder: Path, command: str) -> str:
@@ -149,6 +143,13 @@ def adapter(document: dict, cells: list[dict], folder: Path) -> list[str]:
     items = "".join(f"<li><code>{shown(name)}</code></li>" for name in names)
     about = f"{LABELS.get(method, method)}, trained on the first set of N = {cells[0]['n']}:"
     path, full = str(folder / names[0]), kind.startswith("full")  # full: saved as a checkpoint
-    code = LOAD.format(base=path if full else document["config"]["model"], adapter=path).splitlines()
-    code = shown("\n".join(code[1:-1] if full else code))
-    return [lines([about]), f"<ul>{items}</ul><pre>{code}</pre>"]
+    code = loading(repr(path)) if full else loading(repr(document["config"]["model"]), path)
+    return [lines([about]), f"<ul>{items}</ul><pre>{shown(code)}</pre>"]
+
+
+def loading(source: str, adapter: str | None = None, dtype: str = "") -> str:
+    """Python that loads a checkpoint by transformers, and the folder `adapter` onto it by peft."""
+    code = ["import peft, transformers" if adapter else "import transformers", ""]
+    code.append(f"tokenizer = transformers.AutoTokenizer.from_pretrained({source})")
+    code.append(f"model = transformers.AutoModelForCausalLM.from_pretrained({source}{dtype})")
+    return "\n".join(code + [f"model = peft.PeftModel.from_pretrained(model, {adapter!r})"] * bool(adapter))
