@@ -8,8 +8,8 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from itertools import product
+from functools import cache, cached_property, partial
+from itertools import accumulate, product
 
 import torch
 from torch import Tensor
@@ -77,7 +77,8 @@ class CrossValidation:
         self.adapter = make_adapter(subject.model, options)
         self.layers = options.layer_numbers(subject.model.config.num_hidden_layers)
         self.rates = options.rates_for(subject.name, options.adapter)
-        self.lengths: dict[str, int] = {}  # text -> tokens: each is asked for in every fold
+        self.tokens = cache(lambda text: len(subject.tokenizer.encode(text)))  # each is asked for in every fold
+        self.longest = max(rows, key=lambda row: self.tokens(row.prompt))
         self.fits: dict[str, Trained] = {}
         self.troubles: list[str] = []  # sentences about runs of which a loss was not finite
         self.answers: dict[int, list[Row]] = {}
@@ -99,26 +100,12 @@ class CrossValidation:
             raise UsageError(f"the context leaves no room for {longest.prompt[:60]!r} in what the model reads; cut it")
         return self.cut(balanced(rows, self.options.demonstrations, rng, row.prompt if row else None), longest)
 
-    @cached_property
-    def longest(self) -> Example:
-        return max(self.rows, key=self.length)
-
     def cut(self, shown: list[Example], row: Example) -> list[Example]:
         """The first of the demonstrations that fit into the model's context before `row` and its answer."""
-        needed, kept = self.tokens(row.prompt) + self.max_tokens - 1 + self.adapter.tokens, []
+        needed = self.tokens(row.prompt) + self.max_tokens - 1 + self.adapter.tokens
         self.subject.check_room(row.prompt, needed)
-        room = self.subject.reads - needed
-        for example in shown:
-            room -= self.tokens(f"{example.prompt}{example.answer}\n\n")
-            if room < 0:
-                break
-            kept.append(example)
-        return kept
-
-    def tokens(self, text: str) -> int:
-        if text not in self.lengths:
-            self.lengths[text] = len(self.subject.tokenizer.encode(text))
-        return self.lengths[text]
+        taken = accumulate(self.tokens(f"{e.prompt}{e.answer}\n\n") for e in shown)
+        return [example for example, tokens in zip(shown, taken) if needed + tokens <= self.subject.reads]
 
     @contextmanager
     def training(self, about: tuple[str, int, int]) -> Iterator[Callable]:
@@ -274,9 +261,6 @@ class CrossValidation:
             mend = "use lower --rates or --dtype float32"
             raise UsageError(f"{winner.name} at rate {self.rates[rate]:g} diverged when trained on every row; {mend}")
         return theta
-
-    def length(self, row: Example) -> int:
-        return self.tokens(row.prompt)
 
 
 def choose(candidates: dict[str, Candidate]) -> str:

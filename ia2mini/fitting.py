@@ -157,7 +157,7 @@ def make_report(cv: CrossValidation, candidates: dict[str, Candidate], chosen: C
                 row |= {"said": answer, "confidence": p, "right": hit}
             for row, p in zip(held, shares.tolist() if task.labels else ()):
                 row["probabilities"] = dict(zip(task.labels, p))
-    query = fmean(cv.length(row) for row in cv.rows)
+    query = fmean(cv.tokens(row.prompt) for row in cv.rows)
     shown = fmean(sum(cv.tokens(f"{e.prompt}{e.answer}\n\n") for e in fold.icl[0]) for fold in cv.folds)
     about = {"name": task.name, "model": cv.subject.name, "rows": len(cv.rows), "folds": len(cv.folds)}
     about |= {
