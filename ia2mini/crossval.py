@@ -113,10 +113,10 @@ class CrossValidation:
         with self.bar(f"training {phase}", steps) as bar:
             yield lambda step, losses: bar.update(step - bar.n)
 
-    def grid(self, episodes: list[Episode], rates, settings: Settings) -> Grid:
+    def grid(self, episodes: list[Episode], rates) -> Grid:
         """Every episode with every rate, after the teacher's pass over them."""
         o, subject = self.options, self.subject
-        needed = phases(o.methods)
+        needed, settings = phases(o.methods), Settings(o.batch_size, o.epochs, o.patience, self.layers)
         soft_k = SOFT_K if "soft" in needed else None
         asked = Asked(self.max_tokens, soft_k, self.layers, self.stop, residual="hidden" in needed)
         with self.bar("collecting", sum(len(e.demonstrations) for e in episodes)) as bar:
@@ -124,13 +124,9 @@ class CrossValidation:
             sets = parallel.spread(told, episodes)
         return Grid(subject.model, self.adapter, sets, rates, seed=o.seed, settings=settings, progress=self.training)
 
-    def settings(self, steps: int | None = None) -> Settings:
-        o = self.options
-        return Settings(o.batch_size, o.epochs, o.patience, self.layers, steps=steps)
-
     @cached_property
     def fold_grid(self) -> Grid:
-        return replace(self.grid(self.folds, self.rates, self.settings()), first=self.trained)
+        return replace(self.grid(self.folds, self.rates), first=self.trained)
 
     def trained(self, method: str) -> Trained:
         """All folds × rates of a method."""
@@ -245,18 +241,16 @@ class CrossValidation:
         """Weights [1, M] of the winner trained on every row, each phase for the epochs that were best in the folds."""
         rows, o, rate = self.rows, self.options, winner.rate
         rng = seeded(o.seed, len(self.folds), "final")
-        everything = Episode(
-            rows, [], [self.shown(rows, rng, row) for row in rows], [], **self.unlabelled(len(self.folds), rows)
-        )
-        grid, first = self.grid([everything], [self.rates[rate]], self.settings()), {}
-        for method in dict.fromkeys(filter(None, (BEGINS_WITH.get(winner.name), winner.name))):
+        shown = [self.shown(rows, rng, row) for row in rows]
+        everything = Episode(rows, [], shown, [], **self.unlabelled(len(self.folds), rows))
+        grid, first = self.grid([everything], [self.rates[rate]]), {}
+        for method in filter(None, (BEGINS_WITH.get(winner.name), winner.name)):
             best = self.trained(method).best.view(len(self.folds), -1)[:, rate].float().mean().item()
             more = 0 if last_phase(method) == "sft" else len(self.more)  # only the teacher answers these
-            now, then = (
-                -(-(len(e.train) + more) // o.batch_size) for e in (everything, self.folds[0])
-            )  # steps an epoch
-            phase = replace(grid, settings=self.settings(max(1, round(best * now / then))), first=first.get)
-            first[method] = METHODS[method](phase)
+            # steps an epoch, with every row and in a fold
+            now, then = (-(-(len(e.train) + more) // o.batch_size) for e in (everything, self.folds[0]))
+            settings = replace(grid.settings, steps=max(1, round(best * now / then)))
+            first[method] = METHODS[method](replace(grid, settings=settings, first=first.get))
         if not (theta := first[winner.name].theta).isfinite().all():
             mend = "use lower --rates or --dtype float32"
             raise UsageError(f"{winner.name} at rate {self.rates[rate]:g} diverged when trained on every row; {mend}")

@@ -79,7 +79,7 @@ def test_a_fold_among_others_equals_it_alone(subject, method):
     cv = cross_validation(subject, toy_rows(15), replace(QUICK, rates=(3e-3, 1e-2)))
     together = cv.trained(method)
     for number, fold in enumerate(cv.folds):
-        grid = cv.grid([fold], cv.rates, cv.settings())
+        grid = cv.grid([fold], cv.rates)
         alone = METHODS[method](Alone(**vars(grid), number=number))
         mine = slice(2 * number, 2 * number + 2)
         assert relative(together.theta[mine], alone.theta) <= 1e-4
