@@ -67,9 +67,8 @@ class CrossValidation:
         if unknown := [name for name in options.methods if name not in METHODS]:
             raise UsageError(f"--methods {unknown[0]}: unknown; beside base and ICL can be tried {', '.join(METHODS)}")
         if prompts < LEAST:
-            raise UsageError(
-                f"{prompts} rows with different prompts: cross-validation needs at least {LEAST}; add rows"
-            )
+            needed = f"cross-validation needs at least {LEAST}; add rows"
+            raise UsageError(f"{prompts} rows with different prompts: {needed}")
         self.labels = subject.tokenizer.label_tokens(rows[0].prompt, task.labels) if task.labels else []
         self.max_tokens = label_tokens_at_most(self.labels) if task.labels else task.max_tokens
         self.stop = None if options.chat else STOP
@@ -85,6 +84,7 @@ class CrossValidation:
         parts = prompts if prompts <= ALONE else min(options.folds, prompts)
         self.folds = draw_folds(rows, parts, self.shown, options.seed)
         self.folds = [replace(fold, **self.unlabelled(number, fold.train)) for number, fold in enumerate(self.folds)]
+        self.places = torch.tensor(sum((f.test for f in self.folds), [])).argsort().tolist()  # of rows, fold after fold
 
     def unlabelled(self, number: int, train: list[Example]) -> dict:
         """The rows without answers and, after those of all others, their demonstrations, as fields of an episode."""
@@ -182,12 +182,10 @@ class CrossValidation:
                 with self.student(name, number := rows.index(test), slice(None)) as (student, prompts):
                     return self.score(student, prompts, number, runs)
 
-            found = torch.cat(parallel.spread(scored, rows, bar.update), 1)
-        return found[:, torch.tensor(sum(rows, [])).argsort()]
+            return torch.cat(parallel.spread(scored, rows, bar.update), 1)[:, self.places]
 
     def texts(self, candidate: Candidate) -> tuple[list[str], list[float]]:
         """What a candidate answers to every held-out row, greedily, and how sure it is."""
-        found = [("", 0.0)] * len(self.rows)
         with self.bar(f"answers of {candidate.name}", len(self.rows)) as bar:
 
             def answers(number: int) -> tuple:
@@ -195,11 +193,9 @@ class CrossValidation:
                 with self.student(candidate.name, number, slice(pick, pick + 1)) as (student, prompts):
                     return answer_texts(student, self.subject.tokenizer, prompts, how, bar.update)
 
-            for fold, said in zip(self.folds, parallel.spread(answers, range(len(self.folds)))):
-                for i, answer in zip(fold.test, zip(*said)):
-                    found[i] = answer
-        said, sure = zip(*found)
-        return list(said), list(sure)
+            parts = parallel.spread(answers, range(len(self.folds)))
+        said, sure = (sum(part, []) for part in zip(*parts))
+        return [said[i] for i in self.places], [sure[i] for i in self.places]
 
     def candidate(self, name: str) -> Candidate:
         """`name` with, for each fold, the rate that is best on all other folds: no row chooses for itself."""
@@ -228,12 +224,10 @@ class CrossValidation:
         scores = logarithms(torch.zeros(len(self.rows), len(self.task.labels)))
         for fold in self.folds:
             others = sorted(set(range(len(self.rows))) - set(fold.test))
-            scale = StandardScaler().fit(states[others])
+            scaled = StandardScaler().fit(states[others]).transform(states)
             if len(seen := sorted({int(self.gold[i]) for i in others})) > 1:
-                fitted = LogisticRegression(C=0.1, max_iter=1000).fit(
-                    scale.transform(states[others]), self.gold[others]
-                )
-                found = torch.tensor(fitted.predict_log_proba(scale.transform(states[fold.test]))).float()
+                fitted = LogisticRegression(C=0.1, max_iter=1000).fit(scaled[others], self.gold[others])
+                found = torch.tensor(fitted.predict_log_proba(scaled[fold.test])).float()
                 scores[torch.tensor(fold.test)[:, None], torch.tensor(seen)] = found
         return Candidate("probe", scores, row_losses(scores, self.gold))
 
