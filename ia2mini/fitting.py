@@ -40,14 +40,11 @@ class Columns(NamedTuple):
     template: str | None = None  # of the prompt, columns in braces
 
 
-GUESSED = Columns()
-
-
 def fit(
     rows: str | Path | list[dict],
     subject: Subject,
     options: FitOptions | None = None,
-    columns: Columns | tuple = GUESSED,
+    columns: Columns | tuple = (),
     unlabelled: str | Path | Sequence[dict] = (),
     keep: Path | None = None,
     bar: Callable = lambda label, total: tqdm(disable=True),
@@ -77,21 +74,16 @@ def fit(
     more = [Example(chat(fill(task.prompt, row)), "") for row in as_rows(unlabelled)]
     cv = CrossValidation(subject, task, examples, options, more, bar=bar)
     if keep is not None:
-        what: dict = {"ia2mini": __version__, "options": asdict(options)}
-        what |= {
-            "checkpoint": checkpoint_digest(subject.folder),
-            "rows": [(str(e.prompt), e.answer) for e in examples + more],
-            "dtype": str(next(subject.model.parameters()).dtype),
-        }
+        what = {"ia2mini": __version__, "options": asdict(options), "checkpoint": checkpoint_digest(subject.folder)}
+        what["rows"] = [(str(e.prompt), e.answer) for e in examples + more]
+        what["dtype"] = str(next(subject.model.parameters()).dtype)
         cv.once = RunFolder(keep, "unfinished", what).once
     fitted = conclude(cv)
     fitted.report["remarks"] += remarks(rows, task, examples)
     return fitted
 
 
-def read_own(
-    rows: str | Path | list[dict], columns: Columns = GUESSED, queries: bool = False
-) -> tuple[list[Row], Task]:
+def read_own(rows: str | Path | list[dict], columns: tuple = (), queries: bool = False) -> tuple[list[Row], Task]:
     """One's own rows, and the task that they describe; `queries` have no answers. Raises UsageError."""
     if not (rows := as_rows(rows)):
         raise UsageError("no rows to fit")
@@ -106,11 +98,9 @@ def answered(prompts: list[str], subject: Subject, options: FitOptions) -> list[
         tokens = len(tokenizer.encode(with_demonstrations(shown, prompt))) + options.max_tokens - 1
         subject.check_room(prompt, tokens, "behind the context: cut that, or use a smaller --max-tokens")
     model, ids = share_prefix(subject.model, tokenizer, [shown], prompts)
-    stop = None if options.chat else STOP  # a turn ends by its own token
-    return [
-        Example(prompt, tokenizer.decode(response))
-        for prompt, response in zip(prompts, generate(model, tokenizer, ids, Decoding(options.max_tokens, stop)))
-    ]
+    how = Decoding(options.max_tokens, None if options.chat else STOP)  # a turn ends by its own token
+    responses = map(tokenizer.decode, generate(model, tokenizer, ids, how))
+    return [Example(prompt, response) for prompt, response in zip(prompts, responses)]
 
 
 def conclude(cv: CrossValidation) -> Predictor:
@@ -160,12 +150,8 @@ def make_report(cv: CrossValidation, candidates: dict[str, Candidate], chosen: C
     query = fmean(cv.tokens(row.prompt) for row in cv.rows)
     shown = fmean(sum(cv.tokens(f"{e.prompt}{e.answer}\n\n") for e in fold.icl[0]) for fold in cv.folds)
     about = {"name": task.name, "model": cv.subject.name, "rows": len(cv.rows), "folds": len(cv.folds)}
-    about |= {
-        "chosen": chosen.name,
-        "tokens": {"query": query, "icl": query + shown},
-        "candidates": found,
-        "remarks": list(cv.troubles),
-    }
+    about |= {"chosen": chosen.name, "tokens": {"query": query, "icl": query + shown}}
+    about |= {"candidates": found, "remarks": list(cv.troubles)}
     if "sft" in candidates and not cv.options.context:
         behind = candidates["icl"].losses - candidates["sft"].losses
         about["icl_behind"] = bool(behind.mean() > 1.96 * behind.std() / len(behind) ** 0.5)
@@ -184,7 +170,6 @@ def remarks(rows: list[Row], task: Task, examples: list[Example]) -> list[str]:
     if contrary := len(examples) - len({e.prompt for e in examples}):
         said.append(f"{count(contrary, 'row')} had the prompt of another row but a different answer")
     if rare := [label for i, label in enumerate(task.labels) if sum(e.label == i for e in examples) == 1]:
-        said.append(
-            f"only one row has the answer {', '.join(map(repr, rare))}: held out, nothing like it was trained on"
-        )
+        named = ", ".join(map(repr, rare))
+        said.append(f"only one row has the answer {named}: held out, nothing like it was trained on")
     return said
