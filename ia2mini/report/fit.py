@@ -57,8 +57,7 @@ def measures(scores: Tensor, gold: Tensor, temperature: float, right: Tensor | N
 def classes(scores: Tensor, gold: Tensor, labels: tuple[str, ...]) -> dict:
     """Confusion matrix [true][said] and, for each label, its rows, precision and recall (None where undefined)."""
     said, C = scores.argmax(-1), len(labels)
-    matrix = torch.zeros(C, C, dtype=torch.int64)
-    matrix.index_put_((gold, said), torch.ones_like(gold), accumulate=True)
+    matrix = torch.bincount(gold * C + said, minlength=C * C).view(C, C)
     rows = []
     for c, label in enumerate(labels):
         hit, true, named = (int(x) for x in (matrix[c, c], matrix[c].sum(), matrix[:, c].sum()))
@@ -140,24 +139,19 @@ def write_fit_report(fitted, folder: Path, command: str) -> None:
 def fit_page(report: dict, command: str) -> str:
     """The report as one HTML page."""
     heads, *rows = measured(report)
-    results = [table("Held-out rows, 95 % intervals by bootstrap; *: shipped", heads, rows, "means")]
-    chosen = report["candidates"][report["chosen"]]
+    results, notes = [table("Held-out rows, 95 % intervals by bootstrap; *: shipped", heads, rows, "means")], []
+    chosen, tokens = report["candidates"][report["chosen"]], report["tokens"]
     if "temperature" in chosen:
         before, after = chosen["ece_without_temperature"], chosen["ece"][0]
-        results.append(
-            lines([f"One temperature, {chosen['temperature']:.2f}: ECE {before:.2f} before, {after:.2f} after."])
-        )
-    tokens = report["tokens"]
-    cost = f"A query costs {tokens['query']:.0f} tokens; with demonstrations {tokens['icl']:.0f}."
-    results.append(lines([cost, f"{report['seconds']:.0f} s in all."]))
+        notes.append(f"One temperature, {chosen['temperature']:.2f}: ECE {before:.2f} before, {after:.2f} after.")
+    notes.append(f"A query costs {tokens['query']:.0f} tokens; with demonstrations {tokens['icl']:.0f}.")
+    results.append(lines([*notes, f"{report['seconds']:.0f} s in all."]))
     answers = []
     if "classes" in report:
-        rows = [
-            [c["label"], str(c["rows"]), *(share(c[k]) for k in ("precision", "recall"))] for c in report["classes"]
-        ]
-        answers.append(table("By answer", ["answer", "rows", "precision", "recall"], rows, "means"))
         labels = [c["label"] for c in report["classes"]]
-        rows = [[label, *map(str, row)] for label, row in zip(labels, report["confusion"])]
+        rows = [[c["label"], c["rows"], share(c["precision"]), share(c["recall"])] for c in report["classes"]]
+        answers.append(table("By answer", ["answer", "rows", "precision", "recall"], rows, "means"))
+        rows = [[label, *row] for label, row in zip(labels, report["confusion"])]
         answers.append(table("Rows true, columns said", ["", *labels], rows, "means"))
     held = [[r["prompt"], r["true"], r["said"], f"{r['confidence']:.2f}"] for r in report["held_out"] if not r["right"]]
     wrong, heads = f"{count(len(held), 'held-out row')} answered wrong", ["prompt", "answer", "said", "confidence"]
@@ -237,12 +231,6 @@ def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) ->
         raise UsageError(f"{wrong[0].where}: no answer in column {column!r} (of {there}); see --answer-column")
     true = [row.text(column) for row in rows]
     name = "icl" if icl else spec["method"]
-    told = {
-        "name": Path(rows[0].where.partition(":")[0]).stem,
-        "rows": len(rows),
-        "model": fitted.subject.name,
-        "folds": 0,
-    }
     labels = spec["labels"]
     if unknown := [(row.where, text) for row, text in zip(rows, true) if labels and text not in labels]:
         (where, text), known = unknown[0], ", ".join(map(repr, labels))
@@ -257,4 +245,5 @@ def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) ->
         numbers = measures(torch.tensor([[f["confidence"]] for f in found]).log(), torch.zeros(0), 1.0, right)
         numbers.pop("nll")
     sentence = f"{LABELS.get(name, name)}: {100 * numbers['acc'][0]:.0f} % right."
-    return told | {"candidates": {name: numbers}, "chosen": None, "sentence": sentence, "remarks": []}
+    told = {"name": Path(rows[0].where.partition(":")[0]).stem, "model": fitted.subject.name, "rows": len(rows)}
+    return told | {"folds": 0, "candidates": {name: numbers}, "chosen": None, "sentence": sentence, "remarks": []}
