@@ -13,11 +13,8 @@ def add_paper(document: dict) -> int:
     config, found = document["config"], 0
     for cell in document["cells"] if not any(config["unlabelled"]) else ():
         labels = config["labels"] if cell["method"] in ("sft", "ia2-sft") else ""
-        about = cell | {
-            "labels": labels,
-            "adapter": cell["adapter"] or "",
-            "model": cell["model"].split("--")[-1].lower(),
-        }
+        model = cell["model"].split("--")[-1].lower()
+        about = cell | {"labels": labels, "adapter": cell["adapter"] or "", "model": model}
         if row := known.get(tuple(str(about[field]) for field in FIELDS)):
             cell["paper"] = " / ".join(filter(None, (row["acc"], row["ece"])))
             found += 1

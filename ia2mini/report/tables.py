@@ -25,13 +25,11 @@ def write_table(document: dict, full: bool = False, color: bool = False) -> str:
     for part in parts(document):
         cells, mean = part["cells"], average(part["cells"])
         evaluations = grouped(cells, "task", "eval", "ood")
-        heading = f"mean of {count(len(evaluations), 'evaluation')}"
-        blocks = [(heading, mean)] if mean else []
+        blocks = [(f"mean of {count(len(evaluations), 'evaluation')}", mean)] * bool(mean)
         several = len(evaluations) > 1 or any("paper" in cell for cell in cells)
         if full and several or not mean:
-            blocks += [
-                (plain(f"{task} → {name}{'*' * ood}", ""), rows) for (task, name, ood), rows in evaluations.items()
-            ]
+            for (task, name, ood), rows in evaluations.items():
+                blocks.append((plain(f"{task} → {name}{'*' * ood}", ""), rows))
         every = [row for _, rows in blocks for row in rows]
         columns = known_columns(every, document)
         table = [["", *map(HEADS.get, columns)], *(texts(row, columns) for row in every)]
