@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import isfunction
@@ -53,12 +53,10 @@ class Predictor:
     def __post_init__(self):
         self.chat = ChatTemplate(self.subject.folder, self.subject.tokenizer) if self.spec["chat"] else str
 
-    @contextmanager
-    def student(self, adapter: bool = True) -> Iterator:
+    def student(self, wanted: bool = True) -> AbstractContextManager:
         """The model under the adapter, if there is one and it is wanted."""
         model = self.subject.model
-        with adapted(model, self.adapter, self.theta) if adapter and self.adapter else nullcontext(model) as student:
-            yield student
+        return adapted(model, self.adapter, self.theta) if wanted and self.adapter else nullcontext(model)
 
     def predict(
         self, rows: Iterable[dict], icl: bool = False, coverage: float | None = None, wrong: Callable | None = None
