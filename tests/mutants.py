@@ -92,10 +92,10 @@ MUTANTS = {
         ("stats.ttest_rel(a, b)", "stats.ttest_ind(a, b)", "metrics paired_test_equals_scipy"),
     ],
     "ia2mini/crossval.py": [
-        ("range(gained, n + 1)", "range(gained + 1, n + 1)", "fit where_icl_is_behind"),
-        ("a.std() / len(a) ** 0.5]", "a.std()]", "fit what_is_shipped"),
+        ("range(gained, n + 1)", "range(gained + 1, n + 1)", "shipped where_icl_is_behind"),
+        ("a.std() / len(a) ** 0.5]", "a.std()]", "shipped what_is_shipped"),
         ("others[fold.test] = False", "others[fold.test] = True", "fit no_row_chooses"),
-        ('losses.mean() < losses["sft"].mean():', 'losses.mean() > losses["sft"].mean():', "fit what_is_shipped"),
+        ('losses.mean() < losses["sft"].mean():', 'losses.mean() > losses["sft"].mean():', "shipped what_is_shipped"),
     ],
     "ia2mini/predictor.py": [
         ("(len(held) + 1) * (1", "len(held) * (1", "predictor coverage_of_few"),
@@ -128,7 +128,7 @@ MUTANTS = {
         ("return html.escape(", "return html.escape(quote=False, s=", "page nothing_in_a_document"),
     ],
     "ia2mini/report/summary.py": [
-        ("math.inf if value is None or math.isnan(value)", "math.inf if value is None", "report diverged_is_never"),
+        ("math.inf if value is None or math.isnan(value)", "math.inf if value is None", "summary diverged_is_never"),
     ],
 }
 
