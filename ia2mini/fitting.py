@@ -74,9 +74,9 @@ def fit(
     more = [Example(chat(fill(task.prompt, row)), "") for row in as_rows(unlabelled)]
     cv = CrossValidation(subject, task, examples, options, more, bar=bar)
     if keep is not None:
-        what = {"ia2mini": __version__, "options": asdict(options), "checkpoint": checkpoint_digest(subject.folder)}
+        what: dict = {"ia2mini": __version__, "options": asdict(options)}
+        what |= {"checkpoint": checkpoint_digest(subject.folder), "dtype": str(next(subject.model.parameters()).dtype)}
         what["rows"] = [(str(e.prompt), e.answer) for e in examples + more]
-        what["dtype"] = str(next(subject.model.parameters()).dtype)
         cv.once = RunFolder(keep, "unfinished", what).once
     fitted = conclude(cv)
     fitted.report["remarks"] += remarks(rows, task, examples)
