@@ -25,28 +25,22 @@ from importlib import import_module
 
 __version__ = "0.3.0"
 
-NAMES = {
-    "load": ".models.checkpoint",
-    "Taps": ".models.common",
-    "find_task": ".tasks",
-    "load_examples": ".tasks",
-    "Example": ".tasks",
-    "draw_episode": ".episode",
-    "teach": ".teacher",
-    "LoRA": ".adapters",
-    "IA3": ".adapters",
-    "adapted": ".adapters",
-    "Grid": ".methods",
-    "METHODS": ".methods",
-    "Runs": ".train",
-    "Settings": ".train",
-    "train_runs": ".train",
-    "score": ".evaluate",
-    "open_subject": ".subject",
-    "fit": ".fitting",
-    "FitOptions": ".options",
-    "load_adapter": ".predictor",
+MODULES = {
+    ".models.checkpoint": "load",
+    ".models.common": "Taps",
+    ".tasks": "find_task load_examples Example",
+    ".episode": "draw_episode",
+    ".teacher": "teach",
+    ".adapters": "LoRA IA3 adapted",
+    ".methods": "Grid METHODS",
+    ".train": "Runs Settings train_runs",
+    ".evaluate": "score",
+    ".subject": "open_subject",
+    ".fitting": "fit",
+    ".options": "FitOptions",
+    ".predictor": "load_adapter",
 }
+NAMES = {name: module for module, names in MODULES.items() for name in names.split()}
 __all__ = ["UsageError", *NAMES]
 
 
