@@ -80,13 +80,9 @@ def locate(name: str | Path, revision: str | None = None, weights: bool = True) 
         near = difflib.get_close_matches(str(name).lower(), ["tiny", *SHORT_NAMES], 1, 0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"short names: tiny, {', '.join(SHORT_NAMES)}"
         raise UsageError(f"unknown model {str(name)!r}: not a folder, a short name or a hub id owner/name; {hint}")
-    return download(hub_id, revision, FILES if weights else FILES[:-2])
-
-
-def download(hub_id: str, revision: str | None, files: list[str] = FILES) -> Path:
-    """The snapshot folder of a model repository on the hub, fetching only the `files`. Raises UsageError."""
     from huggingface_hub import snapshot_download
 
+    files = FILES if weights else FILES[:-2]
     with hub_errors(hub_id, "model", revision, "give a folder"):
         return Path(patiently(lambda: snapshot_download(hub_id, revision=revision, allow_patterns=files)))
 

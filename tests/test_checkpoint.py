@@ -188,7 +188,9 @@ def test_peak_memory_of_loading_is_near_the_weights(tmp_path, stored):
 
 def test_short_names_are_hub_ids(monkeypatch):
     asked = []
-    monkeypatch.setattr(module, "download", lambda hub_id, revision, files: asked.append((hub_id, revision)))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda hub_id, revision, **how: asked.append((hub_id, revision)) or "."
+    )
     for name in ("qwen3-4b-base", "Llama-3.2-1B", "llama-3.2-3b", "llama-3.2-1b-instruct", "someone/else"):
         locate(name, "r1")
     ids = [
