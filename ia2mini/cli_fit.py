@@ -82,7 +82,7 @@ def fit(rows, unlabelled, context, prompts, out, **given):
 
 def read_new(rows: str, strict: bool) -> Iterator:
     """Rows of a file; of JSONL and standard input line by line, where a wrong line is told on stderr and left out."""
-    from .tasks.rows import as_row, parse_json, read_rows
+    from .tasks.rows import Row, parse_json, read_rows
 
     path = Path(rows)
     if rows != "-" and (path.suffix.lower() != ".jsonl" or not path.is_file()):
@@ -93,7 +93,7 @@ def read_new(rows: str, strict: bool) -> Iterator:
             try:
                 if line.strip():
                     where = f"{rows}:{number}"
-                    yield as_row(where, parse_json(line, where, "one object a line is expected"))
+                    yield Row(where, parse_json(line, where, "one object a line is expected"))
             except UsageError as error:
                 complain(error, strict)
 

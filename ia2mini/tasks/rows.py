@@ -22,6 +22,8 @@ class Row(dict):
     """The columns of one row, and where it stands ("file:line"); a column that is not there is a UsageError."""
 
     def __init__(self, where: str, columns: dict):
+        if not isinstance(columns, dict):
+            raise UsageError(f"{where}: a JSON {type(columns).__name__}, not an object; one object a row is expected")
         super().__init__(columns)
         self.where = where
 
@@ -63,12 +65,6 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def as_row(where: str, columns) -> Row:
-    if not isinstance(columns, dict):
-        raise UsageError(f"{where}: a JSON {type(columns).__name__}, not an object; one object a row is expected")
-    return Row(where, columns)
-
-
 def parse_json(text: str, where: str, wanted: str):
     try:
         return json.loads(text)
@@ -78,14 +74,14 @@ def parse_json(text: str, where: str, wanted: str):
 
 def read_jsonl(path: Path) -> list[Row]:
     lines = {f"{path}:{number}": line for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()}
-    return [as_row(where, parse_json(line, where, "one object a line is expected")) for where, line in lines.items()]
+    return [Row(where, parse_json(line, where, "one object a line is expected")) for where, line in lines.items()]
 
 
 def read_json(path: Path) -> list[Row]:
     table = parse_json(read_text(path), str(path), "a list of objects is expected, or one a line in a .jsonl")
     if not isinstance(table, list):
         raise UsageError(f"{path}: a JSON {type(table).__name__}; a list of objects is expected")
-    return [as_row(f"{path} row {i}", columns) for i, columns in enumerate(table, 1)]
+    return [Row(f"{path} row {i}", columns) for i, columns in enumerate(table, 1)]
 
 
 def read_csv(path: Path, delimiter: str = ",") -> list[Row]:
@@ -131,4 +127,4 @@ def as_rows(rows: str | Path | Sequence[dict]) -> list[Row]:
     """The rows of a file, or dicts of columns as rows. Raises UsageError."""
     if isinstance(rows, (str, Path)):
         return read_rows(Path(rows))
-    return [row if isinstance(row, Row) else as_row(f"row {i}", row) for i, row in enumerate(rows, 1)]
+    return [row if isinstance(row, Row) else Row(f"row {i}", row) for i, row in enumerate(rows, 1)]
