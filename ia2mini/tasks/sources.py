@@ -85,8 +85,8 @@ def find_local(task: Task, split: str, data_dir: Path) -> Path:
     raise UsageError(f"{data_dir}: no rows of {task.name} there; looked for {looked}")
 
 
-def download(repo: str, choose: Callable[[list[str]], list[str]], revision=None) -> tuple[list[Path], str]:
-    """Files of a dataset repository that `choose` picks from all names (offline: the cached) -> (paths, commit)."""
+def download(repo: str, choose: Callable[[list[str]], list[str]], revision=None) -> tuple[list[Path], dict]:
+    """Files of a dataset repository that `choose` picks from all names (offline: the cached) -> (paths, origin)."""
     from huggingface_hub import HfApi, errors, snapshot_download
 
     get, note = partial(snapshot_download, repo, repo_type="dataset", revision=revision), ""
@@ -107,7 +107,8 @@ def download(repo: str, choose: Callable[[list[str]], list[str]], revision=None)
             raise UsageError(f"{error}{note}") from None
         wanted = [f"{PurePosixPath(name).parent}/*" for name in chosen]
         folder = Path(patiently(lambda: get(allow_patterns=wanted)))
-    return [folder / name for name in chosen], folder.name
+    origin = {"source": "hub", "hub": repo, "revision": folder.name, "files": chosen}
+    return [folder / name for name in chosen], origin
 
 
 def read_hub(repo: str, config: str | None, splits: tuple[str, ...]) -> tuple[list[Row], dict]:
@@ -125,15 +126,13 @@ def read_hub(repo: str, config: str | None, splits: tuple[str, ...]) -> tuple[li
             raise UsageError(f"{repo}: no Parquet folder {asked} in branch {PARQUET}; found {there}")
         return sum(chosen, [])
 
-    paths, commit = download(repo, choose, PARQUET)
-    files = ["/".join(path.parts[-3:]) for path in paths]
-    rows = [row for path in paths for row in read_rows(path)]
-    return rows, {"source": "hub", "hub": repo, "revision": commit, "files": files}
+    paths, origin = download(repo, choose, PARQUET)
+    return [row for path in paths for row in read_rows(path)], origin
 
 
 def read_archive(repo: str, name: str, sha256: str, member: str) -> tuple[list[Row], dict]:
     """Rows of latin-1 lines `sentence@label` in a file in a zip on the hub, as Financial PhraseBank was published."""
-    (path,), commit = download(repo, lambda names: [name])
+    (path,), origin = download(repo, lambda names: [name])
     data = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(data).hexdigest() != sha256:
         raise UsageError(f"{path}: missing, or not the published file of sha256 {sha256}; delete it and try again")
@@ -143,8 +142,7 @@ def read_archive(repo: str, name: str, sha256: str, member: str) -> tuple[list[R
     pairs = [line.rstrip("\r").rpartition("@") for line in lines if line.strip()]
     places = {"negative": 0, "neutral": 1, "positive": 2}
     columns = [{"sentence": sentence, "label": places[label]} for sentence, _, label in pairs]
-    rows = [Row(f"{name}:{i}", each) for i, each in enumerate(columns, 1)]
-    return rows, {"source": "hub", "hub": repo, "revision": commit, "files": [name]}
+    return [Row(f"{name}:{i}", each) for i, each in enumerate(columns, 1)], origin
 
 
 def custom_task(path: str | Path, prompt: str, answer: str, template: str | None = None, eval_path=None) -> Task:
