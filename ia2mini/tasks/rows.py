@@ -9,7 +9,6 @@ import io
 import json
 import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from ia2mini import UsageError
@@ -84,8 +83,9 @@ def read_json(path: Path) -> list[Row]:
     return [Row(f"{path} row {i}", columns) for i, columns in enumerate(table, 1)]
 
 
-def read_csv(path: Path, delimiter: str = ",") -> list[Row]:
+def read_csv(path: Path) -> list[Row]:
     """Rows of a file with a header; a field in quotes may hold delimiters, line ends and doubled quotes."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
     rows, header, start = [], None, 1
     try:
@@ -119,8 +119,7 @@ def read_parquet(path: Path) -> list[Row]:
     return [Row(f"{path} row {i}", columns) for i, columns in enumerate(rows, 1)]
 
 
-READERS = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet, ".csv": read_csv}
-READERS[".tsv"] = partial(read_csv, delimiter="\t")
+READERS = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet, ".csv": read_csv, ".tsv": read_csv}
 
 
 def as_rows(rows: str | Path | Sequence[dict]) -> list[Row]:
