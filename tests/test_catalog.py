@@ -8,7 +8,7 @@ import pytest
 from ia2mini import UsageError
 from ia2mini.tasks import all_tasks, find_task, load_examples
 from ia2mini.tasks.answers import PARSERS
-from ia2mini.tasks.catalog import PREPARE, arrange, shuffled
+from ia2mini.tasks.catalog import PREPARE, Task, arrange
 from ia2mini.tasks.rows import Row
 
 # The first indices of datasets.Dataset.from_dict({"i": range(n)}).shuffle(seed=42), datasets 5.2.0.
@@ -90,8 +90,8 @@ def rows_of(path):
 
 @pytest.mark.parametrize("n", SHUFFLES)
 def test_shuffle_is_that_of_datasets(n):
-    order = shuffled(n)
-    assert order[: len(SHUFFLES[n])].tolist() == SHUFFLES[n]
+    order = arrange(Task("own", "own", steps=("shuffle",)), "train", range(n))
+    assert order[: len(SHUFFLES[n])] == SHUFFLES[n]
     assert sorted(order) == list(range(n))
 
 

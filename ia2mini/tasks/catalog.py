@@ -81,18 +81,13 @@ class Task:
         return Example(prompt, answer)
 
 
-def shuffled(n: int) -> np.ndarray:
-    """The order in which `datasets`' Dataset.shuffle(seed=42) puts n rows."""
-    return np.random.default_rng(42).permutation(n)
-
-
 def arrange(task: Task, role: str, rows: list[Row]) -> list[Row]:
     """The rows of a role in order, after the task's preparation and steps."""
     if task.prepare:
         rows = [Row(row.where, {**row, **PREPARE[task.prepare](row)}) for row in rows]
     for step in task.steps:
         if step == "shuffle":
-            rows = [rows[i] for i in shuffled(len(rows))]
+            rows = [rows[i] for i in np.random.default_rng(42).permutation(len(rows))]  # `datasets`' shuffle(seed=42)
         elif step == "filter":
             rows = [row for row in rows if not task.labels or task.label_of(row) is not None]
         elif step == "unique":
