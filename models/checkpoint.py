@@ -143,11 +143,10 @@ def read_rope(raw: dict, where: Path) -> Rope:
     needed = LLAMA3 if kind == "llama3" else ()
     if missing := [name for name in needed if name not in rope]:
         raise UsageError(f"{where}: rope_scaling of type llama3 lacks {', '.join(missing)}")
-    numbers = {"rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0))}
-    numbers |= {name: rope[name] for name in needed}
-    for name, value in numbers.items():
+    theta, scaling = rope.get("rope_theta", raw.get("rope_theta", 10000.0)), {name: rope[name] for name in needed}
+    for name, value in {"rope_theta": theta, **scaling}.items():
         checked(value, float, f"{where}: {name}", 1e12)
-    return Rope(float(numbers.pop("rope_theta")), numbers or None)
+    return Rope(float(theta), scaling or None)
 
 
 def shards(folder: Path) -> dict[str, Path]:
