@@ -34,8 +34,7 @@ def own_task(rows: list[Row], name: str, prompt=None, answer=None, template: str
     parsed as numbers, boxes or after `####` where every answer has that form. In a template, `\\n` is a line end.
     UsageError for whatever is wrong with the rows or the template.
     """
-    columns = placeholders(template or "")
-    prompt, answer = guess_columns(rows[0], prompt or (columns[0] if columns else None), answer)
+    prompt, answer = guess_columns(rows[0], prompt or next(iter(placeholders(template or "")), None), answer)
     answers = [row.text(answer) for row in rows]
     if empty := [row.where for row, text in zip(rows, answers) if not text.strip()]:
         raise UsageError(f"{empty[0]}: column {answer!r} is empty")
