@@ -6,7 +6,6 @@ whole and the same everywhere. A split weight is PyTorch's DTensor: it holds a r
 Without ranks every function here hands on what it is given. Reference: Shoeybi et al. 2019, section 3.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +24,7 @@ EVEN = ("num_key_value_heads", "intermediate_size", "hidden_size")  # what the r
 def check(config, ranks: int) -> None:
     """Raises UsageError for a model that so many ranks cannot share evenly."""
     if odd := [name for name in EVEN if getattr(config, name) % ranks]:
-        together = math.gcd(*(getattr(config, name) for name in EVEN))
-        most = max(n for n in range(1, ranks) if together % n == 0)
+        most = max(n for n in range(1, ranks) if all(getattr(config, name) % n == 0 for name in EVEN))
         what = f"{odd[0]} = {getattr(config, odd[0])} is not a multiple of {ranks} ranks"
         raise UsageError(f"--shard: {what}; use --nproc-per-node {most}")
 
