@@ -12,6 +12,7 @@ import numpy as np
 from ia2mini import UsageError
 
 from .rows import Row, fill
+from .world import TOY_TASKS
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,6 @@ PREPARE = {prepare.__name__: prepare for prepare in (shuffle_choices, eight_choi
 @cache
 def all_tasks() -> dict[str, Task]:
     """Every task by its name: the paper's twelve (of `paper.json`), then the embedded ones."""
-    from .world import TOY_TASKS
-
     tasks = {}
     for name, fields in json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8")).items():
         known: dict = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}

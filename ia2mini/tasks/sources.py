@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from ia2mini import UsageError
 from ia2mini.files import hub_errors, patiently, plain
 
+from . import world
 from .catalog import Example, Task, arrange
 from .own import own_task
 from .rows import READERS, Row, fill, read_rows
@@ -55,8 +56,6 @@ def fetch(task: Task, role: str, data_dir: str | Path | None) -> tuple[list[Row]
     """All rows of the split that a role is taken from, in the source's order, and where they are from."""
     split = task.train if role == "train" else task.eval
     if task.hub is None and not task.files:
-        from . import world
-
         origin = {"source": "embedded", "files": [task.name]}
         return [Row(f"{task.name} {role} row {i}", row) for i, row in enumerate(world.rows(task.name, role), 1)], origin
     if task.files or data_dir is not None:
