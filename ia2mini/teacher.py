@@ -57,9 +57,9 @@ def teach(
     rows, rest = [Row(tokenizer.encode(e.prompt), [0]) for e in examples], list(range(len(examples)))
     if asked.max_tokens > 1:
         rest, watch = respond(model, tokenizer, rows, prompts, asked, watch), None
-    observe(model, [rows[i] for i in rest], [prompts[i] for i in rest], asked, watch)
+    observe(model, [rows[i] for i in rest], [prompts[i] for i in rest], replace(asked, residual=False), watch)
     if asked.residual:
-        observe(model, rows, prompts, replace(asked, soft_k=None), residual=True)
+        observe(model, rows, prompts, replace(asked, soft_k=None))
     labelled = len(truth)
     return Taught(truth[:n], truth[n:], rows[:n] + rows[labelled:], rows[n:labelled])
 
@@ -106,24 +106,17 @@ def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def observe(
-    model: Callable,
-    rows: list[Row],
-    prompts: list[list[int]],
-    asked: Asked = Asked(),
-    watch: Watch = None,
-    residual=False,
-) -> None:
+def observe(model: Callable, rows: list[Row], prompts: list[list[int]], asked: Asked, watch: Watch = None) -> None:
     """Fill in activations, soft targets and a single-token response of `rows` from a pass over their full `prompts`.
 
-    `model` may be a partial that holds a shared prefix; `prompts` are then what follows it. `residual`: states in place
-    of activations.
+    `model` may be a partial that holds a shared prefix; `prompts` are then what follows it. With `asked.residual`
+    states in place of activations.
     """
     single = asked.max_tokens == 1
 
     def seen(group: list[int]) -> list[tuple]:
         batch = collate([[Row(prompts[i], rows[i].answer) for i in group]], device_of(model))
-        taps = Taps(batch.at, asked.layers, residual)
+        taps = Taps(batch.at, asked.layers, asked.residual)
         logits = model(batch.ids, taps=taps, logits=batch.at if single or asked.soft_k else False)
         sizes = [len(rows[i].answer) for i in group]
         answers = [[token] for token in logits.argmax(-1).tolist()] if single else [rows[i].answer for i in group]
@@ -134,6 +127,6 @@ def observe(
     for group, found in zip(groups, parallel.spread(seen, groups, watch)):
         for i, (answer, outputs, soft, soft_ids) in zip(group, found):
             rows[i].answer = answer
-            setattr(rows[i], "states" if residual else "activations", outputs)
+            setattr(rows[i], "states" if asked.residual else "activations", outputs)
             if asked.soft_k:
                 rows[i].soft, rows[i].soft_ids = soft, soft_ids
