@@ -73,12 +73,11 @@ def controlled(episode: Episode, teacher: str, other: Callable[[], Episode], see
     """
     if teacher == "true":
         return episode
-    lists = {"demonstrations": episode.demonstrations, "more_demonstrations": episode.more_demonstrations}
-    if teacher == "other":
-        lists = {name: getattr(other(), name) for name in lists}
-    elif teacher == "none":
+    source = other() if teacher == "other" else episode
+    lists = {name: getattr(source, name) for name in ("demonstrations", "more_demonstrations")}
+    if teacher == "none":
         lists = {name: [[] for _ in shown] for name, shown in lists.items()}
-    else:
+    elif teacher == "shuffled":
         ring = shuffled(episode.train, seeded(seed, 0, "answers in other places"))
         moved = {a: replace(a, answer=b.answer, label=b.label) for a, b in zip(ring, ring[1:] + ring[:1])}
         lists = {name: [[moved[row] for row in rows] for rows in shown] for name, shown in lists.items()}
