@@ -96,11 +96,9 @@ def label_scores(
     model: Callable, prompts: list[list[int]], labels: list[list[int]], how: Scoring = Scoring(), watch: Watch = None
 ) -> LabelScores:
     """Score every prompt under every run in one pass each; `labels`: the tokens of each."""
-    Q, runs, device = len(prompts), how.runs, device_of(model)
+    runs, device = how.runs, device_of(model)
     tree = LabelTree(labels, device)
-    top, confidence = torch.zeros(runs, Q, dtype=torch.int64), torch.zeros(runs, Q)
-    probabilities, sets = torch.zeros(runs, Q, len(labels)), 1 if how.like is None else how.like.shape[1]
-    tapped, kept, similarity = min(Q, how.keep if how.like is None else how.like.shape[2]), [], torch.zeros(())
+    tapped = min(len(prompts), how.keep if how.like is None else how.like.shape[2])
 
     def scored(group: list[int]) -> tuple:
         ids, at, branches = tree.batch([prompts[i] for i in group], runs, device)
@@ -109,23 +107,21 @@ def label_scores(
         found = tree.read(logits.view(runs, len(group), len(tree.tokens) + 1, -1), how.among)
         outputs = taps.stack().unflatten(1, (runs, -1)) if taps else None
         if outputs is not None and how.like is not None:
-            outputs = outputs.unflatten(1, (min(sets, runs), -1))  # [L, sets, runs a set, rows, D]
+            outputs = outputs.unflatten(1, (min(how.like.shape[1], runs), -1))  # [L, sets, runs a set, rows, D]
             outputs = asim(outputs, how.like[:, :, None, group]).sum(-1).flatten(1).T
         return *(t.cpu() for t in found), outputs
 
     lengths, budget = [len(p) + len(tree.tokens) for p in prompts], how.budget // runs
     groups = by_length(lengths[:tapped], budget)
-    order = torch.tensor(sum(groups, []), dtype=torch.int64, device=device)
     groups += [[tapped + i for i in group] for group in by_length(lengths[tapped:], budget)]
-    for group, (*found, outputs) in zip(groups, parallel.spread(scored, groups, watch)):
-        top[:, group], confidence[:, group], probabilities[:, group] = found
-        if outputs is not None and how.like is None:
-            kept.append(outputs)
-        elif outputs is not None:
-            similarity = similarity + outputs
-    outputs = torch.cat(kept, 2)[:, :, order.argsort()] if kept else None
-    alike = None if how.like is None else (similarity / tapped).cpu()
-    return LabelScores(top, confidence, probabilities, outputs, alike)
+    order = torch.tensor(sum(groups, [])).argsort()
+    *found, taken = zip(*parallel.spread(scored, groups, watch))
+    top, confidence, probabilities = (torch.cat(parts, 1)[:, order] for parts in found)
+    taken = [part for part in taken if part is not None]
+    if how.like is not None:
+        return LabelScores(top, confidence, probabilities, asim=(sum(taken) / tapped).cpu())
+    outputs = torch.cat(taken, 2)[:, :, order[:tapped]] if taken else None
+    return LabelScores(top, confidence, probabilities, outputs)
 
 
 @torch.no_grad()
@@ -149,7 +145,6 @@ def layer_asim(model: Callable, runs: list[list[Row]], budget: int = 4096) -> Te
 @torch.no_grad()
 def answer_scores(model: Callable, rows: list[Row], runs: int = 1, budget: int = 4096) -> Tensor:
     """Mean log-probability of an answer token, of rows with `soft` minus the mean KL, [R, Q] float32 on the CPU."""
-    found, groups = torch.zeros(runs, len(rows)), by_length([len(row) for row in rows], max(1, budget // runs))
 
     def scored(group: list[int]) -> Tensor:
         batch = collate([[rows[i] for i in group]] * runs, device_of(model))
@@ -157,9 +152,8 @@ def answer_scores(model: Callable, rows: list[Row], runs: int = 1, budget: int =
         parts = loss.view(runs, -1).split([len(rows[i].answer) for i in group], 1)
         return -torch.stack([part.mean(1) for part in parts], 1).cpu()
 
-    for group, scores in zip(groups, parallel.spread(scored, groups)):
-        found[:, group] = scores
-    return found
+    groups = by_length(list(map(len, rows)), max(1, budget // runs))
+    return torch.cat(parallel.spread(scored, groups), 1)[:, torch.tensor(sum(groups, [])).argsort()]
 
 
 def answer_loss(batch: Batch, states: Tensor, head: Tensor) -> Tensor:
