@@ -1,7 +1,7 @@
 """LoRA, (IA)3, prompt, prefix and full fine-tuning: R runs side by side over one frozen model.
 
 The trainable weights of R runs are one float32 matrix theta [R, M], a row a run. An adapter knows how a row divides
-into named tensors (`shapes`), how it begins (`init`), and what it does to the model while `adapted` (`changes` at
+into named tensors (`shapes`), how it begins (`init`), and what it does to the model while `adapted` (`change` at
 linear layers, `prefix` before the rows). The rows of a batch come in R equal groups, group r belongs to run r; R = 1 is
 ordinary fine-tuning.
 """
@@ -42,9 +42,9 @@ class Adapter:
         """First weights of one run, [M] float32 on the CPU."""
         return torch.zeros(sum(map(math.prod, self.shapes.values())))
 
-    def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
-        """Name of a map -> what its seam shall do, from weights of R runs."""
-        return {}
+    def change(self, name: str, weights: dict[str, Tensor]) -> Callable:
+        """What the seam of one of `linears` shall do, from weights of R runs."""
+        raise NotImplementedError
 
     def prefix(self, model: nn.Module, weights: dict[str, Tensor]) -> Prefix | None:
         """What stands before every row, from weights of R runs."""
@@ -71,13 +71,10 @@ class LoRA(Adapter):
                 weight.uniform_(-bound, bound, generator=generator)
         return theta
 
-    def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
-        found: dict[str, Callable] = {}
-        scale = self.alpha / self.rank
-        for name, linear in self.linears.items():
-            A, B = own(weights[f"{name}.A"], 2, linear.weight, INTO), own(weights[f"{name}.B"], 1, linear.weight, OUT)
-            found[name] = partial(low_rank, A, B, scale)
-        return found
+    def change(self, name: str, weights: dict[str, Tensor]) -> Callable:
+        frozen = self.linears[name].weight
+        A, B = own(weights[f"{name}.A"], 2, frozen, INTO), own(weights[f"{name}.B"], 1, frozen, OUT)
+        return partial(low_rank, A, B, self.alpha / self.rank)
 
 
 class IA3(Adapter):
@@ -97,12 +94,9 @@ class IA3(Adapter):
     def init(self, model: nn.Module, generator: Generator) -> Tensor:
         return super().init(model, generator) + 1
 
-    def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
-        found: dict[str, Callable] = {}
-        for name, linear in self.linears.items():
-            side = INTO if name in self.inputs else OUT
-            found[name] = partial(scaled, own(weights[name], 1, linear.weight, side), name in self.inputs)
-        return found
+    def change(self, name: str, weights: dict[str, Tensor]) -> Callable:
+        side = INTO if name in self.inputs else OUT
+        return partial(scaled, own(weights[name], 1, self.linears[name].weight, side), name in self.inputs)
 
 
 class Full(Adapter):
@@ -117,8 +111,8 @@ class Full(Adapter):
         super().__init__(model, targets, layers)
         self.shapes = {name: tuple(linear.weight.shape) for name, linear in self.linears.items()}
 
-    def changes(self, weights: dict[str, Tensor]) -> dict[str, Callable]:
-        return {name: partial(shifted, weights[name]) for name in self.linears}
+    def change(self, name: str, weights: dict[str, Tensor]) -> Callable:
+        return partial(shifted, weights[name])
 
 
 class Prompt(Adapter):
@@ -176,9 +170,8 @@ def make_adapter(model: nn.Module, o: AdapterOptions, scale_inputs: bool = False
             raise UsageError(f"--targets chooses matrices, and a {o.adapter} adapter has none; leave it out")
         return ADAPTERS[o.adapter](model, tokens=o.virtual_tokens)
     more: dict[str, dict] = {"lora": {"rank": o.rank, "alpha": o.alpha}, "ia3": {"scale_inputs": scale_inputs}}
-    return ADAPTERS[o.adapter](
-        model, **({"targets": matrices(o.targets)} if o.targets else {}), **more.get(o.adapter, {})
-    )
+    chosen = {"targets": matrices(o.targets)} if o.targets else {}
+    return ADAPTERS[o.adapter](model, **chosen, **more.get(o.adapter, {}))
 
 
 def low_rank(A: Tensor, B: Tensor, scale: float, base: Callable, x: Tensor) -> Tensor:
@@ -229,8 +222,8 @@ def adapted(model: nn.Module, adapter: Adapter, theta: Tensor) -> Iterator[Calla
     """
     weights = unpack(shared(theta, mesh_of(model) if adapter.within else None), adapter.shapes)
     try:
-        for name, change in adapter.changes(weights).items():
-            adapter.linears[name].adapter = change
+        for name, linear in adapter.linears.items():
+            linear.adapter = adapter.change(name, weights)
         yield partial(model, prefix=adapter.prefix(model, weights))
     finally:
         for linear in adapter.linears.values():

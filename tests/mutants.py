@@ -65,7 +65,7 @@ MUTANTS = {
         ('"mse": 1 - betas, "ce": betas', '"mse": betas, "ce": 1 - betas', "methods every_method"),
     ],
     "ia2mini/adapters.py": [
-        ("scale = self.alpha / self.rank", "scale = self.alpha / self.rank**0.5", "adapters logits_gradients"),
+        ("A, B, self.alpha / self.rank", "A, B, self.alpha / self.rank**0.5", "adapters logits_gradients"),
         ("math.sqrt(weight.shape[-1])", "math.sqrt(weight.shape[-2])", "adapters lora_starts"),
     ],
     "ia2mini/peft_format.py": [
