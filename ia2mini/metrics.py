@@ -277,21 +277,19 @@ def measure(confidence, correct, probabilities, gold, scheme: str = "width", tem
     heats = {"nll_labels": 1.0, "nll_dev": temperature, "nll_oracle": fit_temperature(scores, gold, oracle=True)}
     calibrated = {name: row_losses(scores.double(), gold, heat).mean().item() for name, heat in heats.items()}
     parts = dict(zip(("reliability_brier", "resolution", "uncertainty"), murphy(confidence, correct)))
-    return (
-        calibrated
-        | parts
-        | {
-            "nll_left_out": left_out_nll(scores, gold),
-            "acc": accuracy(correct),
-            "smooth_ece": smooth_ece(confidence, correct),
-            "risk_coverage": risk_coverage(confidence, correct),
-            "ece": ece(confidence, correct, scheme=scheme),
-            "ece_null": ece_null(confidence, scheme=scheme),
-            "ece_mass": ece(confidence, correct, scheme="mass"),
-            "nll": nll(probabilities.gather(1, gold[:, None])[:, 0]),
-            "brier": brier(probabilities, gold),
-            "acc_labels": accuracy(best.indices == gold),
-            "ece_labels": ece(best.values, best.indices == gold),
-            "reliability": reliability(confidence, correct).tolist(),
-        }
-    )
+    return {
+        **calibrated,
+        **parts,
+        "nll_left_out": left_out_nll(scores, gold),
+        "acc": accuracy(correct),
+        "smooth_ece": smooth_ece(confidence, correct),
+        "risk_coverage": risk_coverage(confidence, correct),
+        "ece": ece(confidence, correct, scheme=scheme),
+        "ece_null": ece_null(confidence, scheme=scheme),
+        "ece_mass": ece(confidence, correct, scheme="mass"),
+        "nll": nll(probabilities.gather(1, gold[:, None])[:, 0]),
+        "brier": brier(probabilities, gold),
+        "acc_labels": accuracy(best.indices == gold),
+        "ece_labels": ece(best.values, best.indices == gold),
+        "reliability": reliability(confidence, correct).tolist(),
+    }
