@@ -1,8 +1,9 @@
 """A few-shot set: which rows train, which rows decide when to stop, and which demonstrations each sees."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import count
 from zlib import crc32
 
 import numpy as np
@@ -126,12 +127,8 @@ def split_dev(rows: list[Example], size: int, dev: int) -> tuple[list[Example], 
 
 def in_turn(rows: list[Example]) -> list[Example]:
     """The rows in an order that takes one of each label in turn."""
-    seen: Counter = Counter()
-    rounds = []
-    for row in rows:
-        rounds.append(seen[row.label])
-        seen[row.label] += 1
-    return [rows[i] for i in sorted(range(len(rows)), key=rounds.__getitem__)]
+    rounds: dict = defaultdict(count)  # label -> 0 for its first row, 1 for the next …
+    return sorted(rows, key=lambda row: next(rounds[row.label]))
 
 
 def balanced(rows: list[Example], count: int, rng: np.random.Generator, without: str | None = None) -> list[Example]:
