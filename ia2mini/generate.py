@@ -38,12 +38,10 @@ def generate(
     single run: which prompts still go on, the token of each, the logits [b, V] it came from and the attention outputs
     [L, b, D] there.
     """
-    responses: dict[int, list[int]] = {}
     groups = by_length([len(p) + how.max_tokens for p in prompts], how.budget // how.runs)
     found = parallel.spread(lambda group: _batch(model, tokenizer, prompts, group, how, observer), groups, watch)
-    for group, texts in zip(groups, found):
-        responses |= zip([run * len(prompts) + i for run in range(how.runs) for i in group], texts)
-    return [responses[place] for place in range(how.runs * len(prompts))]
+    places = [run * len(prompts) + i for group in groups for run in range(how.runs) for i in group]
+    return [response for _, response in sorted(zip(places, sum(found, [])))]
 
 
 @torch.inference_mode()
