@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
+from itertools import cycle, takewhile
 
 import torch
 from torch import Tensor, nn
@@ -184,8 +184,7 @@ def share_prefix(
 
     `demonstrations`: one list for all queries, or one a query.
     """
-    shown = [demonstrations[i % len(demonstrations)] for i in range(len(queries))]
-    prompts = tokenizer.encode_all([with_demonstrations(d, q) for d, q in zip(shown, queries)])
+    prompts = tokenizer.encode_all([with_demonstrations(d, q) for d, q in zip(cycle(demonstrations), queries)])
     shared = len(list(takewhile(lambda tokens: len(set(tokens)) == 1, zip(*(p[:-1] for p in prompts)))))
     if shared < least:
         return model, prompts
