@@ -27,8 +27,7 @@ def peft_config(adapter: Adapter, base: str, model: nn.Module) -> dict:
     config = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True}
     if isinstance(adapter, LoRA):
         config |= {"peft_type": "LORA", "r": adapter.rank, "lora_alpha": adapter.alpha, "lora_dropout": 0.0}
-        config |= {"bias": "none", "target_modules": list(adapter.targets)}
-        return config | {"layers_to_transform": adapter.layers}
+        return config | {"bias": "none", "target_modules": list(adapter.targets), "layers_to_transform": adapter.layers}
     if isinstance(adapter, IA3):  # peft cannot restrict (IA)3 to layers but takes full module names
         names = list(adapter.linears)
         return config | {"peft_type": "IA3", "target_modules": names, "feedforward_modules": sorted(adapter.inputs)}
