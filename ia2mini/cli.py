@@ -177,7 +177,7 @@ def run(names, model, compiling, checkpointing, dry_run, **given):
     given["eval_rows"] = given["eval_rows"] or (500 if names or own["data"] else DEMO_ROWS)
     if given["paper_compat"]:
         given["select"] = "eval"
-    for option in ("n", "methods", "adapter", "rank"):
+    for option in ("n", "methods", "adapter", "rank", "unlabelled"):
         if not given[option]:
             raise UsageError(f"--{option}: give at least one")
     options = Options(**given)

@@ -102,6 +102,7 @@ MISTAKES = {
     "n in words": ("run toy-mood --n abc", "--n", "'abc' is not a list of int values separated by commas"),
     "no n": ("run toy-mood --n ,", "--n", "at least one"),
     "no method": ("run toy-mood --methods ,", "--methods", "at least one"),
+    "no unlabelled": ("run toy-mood --unlabelled ,", "--unlabelled", "at least one"),
     "option of all": ("--nonsense", "--nonsense"),
     "option": ("run toy-mood --setz 3", "--setz", "--sets"),
     "command": ("rum", "rum"),
