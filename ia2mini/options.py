@@ -1,5 +1,6 @@
 """What a study's numbers depend on: every option once, with default and help; the command line is made from it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -25,9 +26,9 @@ def last_phase(method: str) -> str:
     return method.split("-")[-1]
 
 
-def option(default, help: str, choices: tuple[str, ...] = (), least: int | None = None, shown: str | None = None):
+def option(default, help: str, choices: Iterable[str] = (), least: int | None = None, shown: str | None = None):
     """A field that is an option of the command line; `shown`: its default in words, `least`: its smallest value."""
-    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "shown": shown})
+    return field(default=default, metadata={"help": help, "choices": tuple(choices), "least": least, "shown": shown})
 
 
 def matrices(targets: tuple[str, ...]) -> tuple[str, ...]:
@@ -42,7 +43,7 @@ def matrices(targets: tuple[str, ...]) -> tuple[str, ...]:
 class AdapterOptions:
     """Which adapter is trained."""
 
-    adapter: str = option("lora", "what is trained", tuple(RATES))
+    adapter: str = option("lora", "what is trained", RATES)
     rank: int = option(8, "of LoRA", least=1)
     alpha: float = option(8.0, "of LoRA")
     targets: tuple[str, ...] = option((), "matrices to adapt, by name or letter", shown="qko; full: all")
@@ -61,9 +62,7 @@ class AdapterOptions:
 class AdapterLists:
     """Which adapters are compared."""
 
-    adapter: tuple[str, ...] = option(
-        ("lora",), f"what is trained: {', '.join(RATES)}; several: lora,ia3", tuple(RATES)
-    )
+    adapter: tuple[str, ...] = option(("lora",), f"what is trained: {', '.join(RATES)}; several: lora,ia3", RATES)
     rank: tuple[int, ...] = option((8,), "of LoRA; several: 4,8,16", least=1)
     alpha: float = option(8.0, "of LoRA")
     targets: tuple[str, ...] = option(
@@ -90,9 +89,7 @@ class TrainOptions:
     """How every run trains."""
 
     rates: tuple[float, ...] = option((), "learning rates", shown="the paper's three for the adapter")
-    layers: tuple[str, ...] = option(
-        (), "numbers of layers that are aligned, or first-third, middle-third, last-third", shown="all"
-    )
+    layers: tuple[str, ...] = option((), f"numbers of layers that are aligned, or {', '.join(THIRDS)}", shown="all")
     batch_size: int = option(4, "training rows of a run in one step", least=1)
     epochs: int = option(50, "at most", least=1)
     patience: int = option(5, "looks at the dev loss without improvement before a run stops", least=1)
