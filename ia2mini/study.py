@@ -241,14 +241,8 @@ def overlaps(experiment: Experiment, picks: dict[str, list[int]]) -> list[dict]:
     for one, other in combinations(picks, 2):
         each = [subspace_overlap(weights[one][name], weights[other][name], adapter.rank) for name in names]  # [sets]
         sets = [fmean(values) for values in zip(*(e.tolist() for e in each))]
-        shared = {
-            "adapter": experiment.kind.name,
-            "methods": [one, other],
-            "overlap": sets,
-            "mean": fmean(sets),
-            "chance": chance,
-        }
-        found.append(experiment.about | shared)
+        shared = {"adapter": experiment.kind.name, "methods": [one, other], "overlap": sets, "mean": fmean(sets)}
+        found.append(experiment.about | shared | {"chance": chance})
     return found
 
 
