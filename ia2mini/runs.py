@@ -30,11 +30,8 @@ class RunFolder:
         """Open `out`/`name`-<digest of `what`>; nothing is written before `begin`."""
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
         self.path, self.what, self.whole = out / f"{name}-{key}", what, set()  # stamps of files that were checked
-        self.spent: dict = self.kept(self.path / "seconds.json", read_sealed) or {
-            "seconds": {},
-            "seconds_by_phase": {},
-            "peak_memory_bytes": 0,
-        }
+        nothing = {"seconds": {}, "seconds_by_phase": {}, "peak_memory_bytes": 0}
+        self.spent: dict = self.kept(self.path / "seconds.json", read_sealed) or nothing
 
     def begin(self, resolved: dict) -> None:
         """Create the folder, if it is not there, with what made it and defaults as `resolved`. Raises UsageError."""
@@ -80,8 +77,7 @@ class RunFolder:
         finally:
             took = time.perf_counter() - start
             for kind, key in (("seconds", name), ("seconds_by_phase", phase)):
-                seconds = self.spent.setdefault(kind, {})
-                seconds[key] = seconds.get(key, 0.0) + took
+                self.spent[kind][key] = self.spent[kind].get(key, 0.0) + took
             self.spent["peak_memory_bytes"] = max(self.spent["peak_memory_bytes"], peak_memory())
             if parallel.chief:
                 path = self.path / "seconds.json"
