@@ -41,7 +41,7 @@ class Experiment(FewShotSets):
             return subject.model, subject.tokenizer.encode_all(queries)
         return share_prefix(subject.model, subject.tokenizer, self.episodes[number].icl, queries)
 
-    def reference(self, name: str) -> tuple[list[dict[str, Tensor]], Any]:
+    def reference(self, name: str) -> tuple[dict[str, Tensor], Any]:
         """The base's scores with each set's demonstrations, and its outputs: [L, sets, rows, D], of texts in rows."""
         if name not in self.references:
             o, parts, alike = self.setting.options, [], []
@@ -60,9 +60,10 @@ class Experiment(FewShotSets):
                         alike.append([Row(p, self.ended(r)) for p, r in zip(plain, responses)])
                         asked = Asked(self.max_tokens, budget=self.setting.budget)
                         observe(model, alike[-1], prompts[: len(plain)], asked)
-                    itself = {"asim": torch.ones(1, self.setting.subject.model.config.num_hidden_layers)}
-                    parts.append(part | itself)
-            self.references[name] = parts, torch.cat(alike, 1) if self.labelled else alike
+                    parts.append(part)
+            scores = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+            scores["asim"] = torch.ones(len(parts), self.setting.subject.model.config.num_hidden_layers)
+            self.references[name] = scores, torch.cat(alike, 1) if self.labelled else alike
         return self.references[name]
 
     def score(self, method: str, name: str) -> dict[str, Tensor]:
@@ -70,9 +71,9 @@ class Experiment(FewShotSets):
         return self.setting.folder.once(f"{self.place(method)}/{method}-on-{name}", lambda: self.evaluate(method, name))
 
     def evaluate(self, method: str, name: str) -> dict[str, Tensor]:
-        references, alike = self.reference(name)
+        icl, alike = self.reference(name)
         if method == "icl":
-            return joined(references)
+            return icl
         (model, prompts), runs = self.prompts(self.evals[name].rows), [0]
         under = nullcontext(model)
         if method not in UNTRAINED:
@@ -149,11 +150,6 @@ def cut(row: Row, response: list[int]) -> Row:
     """The row with another response in place of its own, both cut to the shorter: what the released scripts compare."""
     response = response[: len(row.answer)]
     return Row(row.prompt, response, row.activations[:, : len(response)])
-
-
-def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The scores of several runs as one."""
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 def parsed_correct(kept: dict) -> Tensor:
