@@ -201,7 +201,7 @@ def run(names, model, compiling, checkpointing, dry_run, **given):
         subject = open_subject(name, weights=not dry_run, **how)
         tasks = [keep_apart(task, subject.tokenizer, own["template"]) for task in chosen]
         if dry_run:
-            click.echo(plan(lay_out(tasks, subject, options, data, side_by_side)[0], usable(how["device"])))
+            click.echo(plan(lay_out(tasks, subject, options, data, side_by_side), usable(how["device"])))
             continue
         study = open_study(tasks, subject, options, out, data, side_by_side, progress)
         prepare(subject.model, compiling, checkpointing, partial(worth_compiling, study[0]))

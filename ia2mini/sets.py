@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
@@ -34,24 +34,24 @@ class Setting:
 
     subject: Subject
     options: Options
-    folder: RunFolder | None  # None: only laid out
-    bar: Callable  # bar(label, total) -> context manager yielding a tqdm
-    side_by_side: int | None = None  # runs trained together; None: all
-    pools: dict[str, Examples] = field(default_factory=dict)  # of every task
+    side_by_side: int | None  # runs trained together; None: all
+    pools: dict[str, Examples]  # of every task
+    evals: dict[str, Examples]  # of every evaluation
     budget: int = 4096  # tokens in one forward pass
     phases: tuple[str, ...] = ()  # of the whole study, in order
+    folder: RunFolder | None = None  # this and the bar are missing while a study is only laid out
+    bar: Callable | None = None  # bar(label, total) -> context manager yielding a tqdm
 
 
 class FewShotSets:
     """One task at one N with one adapter; what does not depend on the adapter is shared among `variants`."""
 
-    def __init__(self, setting: Setting, task: Task, n: int, more: int, evals: dict[str, Examples]):
-        pool = setting.pools[task.name]
+    def __init__(self, setting: Setting, task: Task, n: int, more: int):
         if task.files and not task.labels:  # one's own texts: the longest answer says how long one may become
-            answered = pool.rows + evals[task.name].rows
+            answered = setting.pools[task.name].rows + setting.evals[task.name].rows
             task = replace(task, max_tokens=answer_tokens_at_most(setting.subject.tokenizer, answered))
         self.setting, self.task, o = setting, task, setting.options
-        self.evals = evals = {name: evals[name] for name in task.evals}
+        self.evals = evals = {name: setting.evals[name] for name in task.evals}
         self.about: dict = {"task": task.name, "n": n, "unlabelled": more}  # of every record
         self.name = f"{task.name}-n{n}" + f"-unlabelled{more}" * (more > 0)
         self.labelled, subject = bool(task.labels), setting.subject

@@ -81,15 +81,16 @@ def open_study(
     tasks: list[Task], subject: Subject, options: Options, out: Path, data_dir: Path | None, side_by_side, bar: Callable
 ) -> tuple[list[Experiment], dict]:
     """The experiments of `compare`, nothing of them computed yet, and what makes their folder."""
-    experiments, origins = lay_out(tasks, subject, options, data_dir, side_by_side, bar)
+    experiments = lay_out(tasks, subject, options, data_dir, side_by_side)
+    setting = experiments[0].setting
     weight = next(subject.model.parameters())
     config = {"ia2mini": __version__, "tasks": [task.name for task in tasks], "model": subject.base, **asdict(options)}
     config |= {"dtype": str(weight.dtype).removeprefix("torch."), "device": weight.device.type}
     config |= {"checkpoint": checkpoint_digest(subject.folder), "templates": {t.name: t.prompt for t in tasks}}
-    config |= origins
+    config |= {kind: {k: v.origin for k, v in getattr(setting, kind).items()} for kind in ("pools", "evals")}
     about = "+".join(config["tasks"]) if len(tasks) < 4 else f"{len(tasks)}-tasks"
     folder = RunFolder(out, f"{about}-{subject.name}-n{'-'.join(map(str, options.n))}", config)
-    experiments[0].setting.folder = folder
+    setting.folder, setting.bar = folder, bar
     resolved = {"rates": experiments[0].rates, "targets": experiments[0].adapter.targets}
     if len(options.adapters) > 1:
         resolved = {"adapters": {e.kind.name: {"rates": e.rates, "targets": e.adapter.targets} for e in experiments}}
@@ -98,24 +99,19 @@ def open_study(
 
 
 def lay_out(
-    tasks: list[Task],
-    subject: Subject,
-    options: Options,
-    data_dir: Path | None,
-    side_by_side=None,
-    bar: Callable = tqdm,
-) -> tuple[list[Experiment], dict]:
-    """The experiments of a study, which share a setting without a folder yet, and where their rows are from."""
+    tasks: list[Task], subject: Subject, options: Options, data_dir: Path | None, side_by_side: int | None = None
+) -> list[Experiment]:
+    """The experiments of a study, which share a setting without a folder yet."""
     if unknown := set(options.methods) - {*UNTRAINED, *METHODS}:
         raise UsageError(f"unknown method {min(unknown)!r}; methods: base, icl, {', '.join(METHODS)}")
     pools = {task.name: load_examples(task, "train", data_dir) for task in tasks}
     evals = {name: task if name == task.name else find_task(name) for task in tasks for name in task.evals}
     evals = {name: load_examples(task, "eval", data_dir, options.eval_rows) for name, task in evals.items()}
-    setting = Setting(subject, options, None, bar, side_by_side, pools)
-    cells = (Experiment(setting, *cell, evals) for cell in product(tasks, options.n, options.unlabelled))
+    setting = Setting(subject, options, side_by_side, pools, evals)
+    cells = (Experiment(setting, *cell) for cell in product(tasks, options.n, options.unlabelled))
     experiments = [experiment for cell in cells for experiment in cell.variants()]
     setting.phases = tuple(phase for experiment in experiments for phase in experiment.phases())
-    return experiments, {name: {k: v.origin for k, v in e.items()} for name, e in (("pools", pools), ("evals", evals))}
+    return experiments
 
 
 def plan(experiments: list[Experiment], device: str) -> str:

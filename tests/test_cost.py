@@ -247,7 +247,7 @@ def test_the_paper_s_largest_cell_by_hand():
 def test_compiling_is_chosen_by_the_work_and_said(monkeypatch, capsys):
     """On a GPU blocks are compiled only for long studies; the compiler's results are kept where they last."""
     subject = open_subject("tiny", "cpu", weights=False)
-    (short,), _ = lay_out([find_task("toy-mood")], subject, Options(eval_rows=10), None)
+    (short,) = lay_out([find_task("toy-mood")], subject, Options(eval_rows=10), None)
     assert not worth_compiling([short])
     monkeypatch.setattr(ia2mini.study, "cell_of", lambda experiment: Cell(1e4, 1e5, answer=1e4, rows=(10**6,)))
     assert worth_compiling([short])
