@@ -51,8 +51,6 @@ def compare(
 def carry_out(experiments: list[Experiment], config: dict) -> tuple[dict, Path]:
     """Run what `open_study` has opened: `compare`'s document and folder."""
     options, folder = experiments[0].setting.options, experiments[0].setting.folder
-    document = {key: [] for key in ("runs", "training", "overlap", "adapters", "samples")}
-
     cells = [list(variants) for _, variants in groupby(experiments, attrgetter("name"))]  # what they share is together
     experiments.clear()  # what they hold leaves memory with them
 
@@ -66,12 +64,10 @@ def carry_out(experiments: list[Experiment], config: dict) -> tuple[dict, Path]:
     everywhere = all(parallel.gather((folder.path / "run.json").is_file()))  # else only the first process can write
     dealt = len(order) // size * size if everywhere else 0
     found = dict(zip(order, parallel.spread(run, order[:dealt]) + [run(i) for i in order[dealt:]]))
-    for part in sum((found[i] for i in range(len(found))), []):
-        for key, values in part.items():
-            document[key] += values
-    document = {"cells": summarise(document["runs"], options.select), **folder.spent, **document}
-    document |= {"config": config, "versions": versions()}
-    document = finite(document)
+    parts = sum((found[i] for i in range(len(found))), [])
+    records = {key: sum((part[key] for part in parts), []) for key in parts[0]}
+    about = {"config": config, "versions": versions()}
+    document = finite({"cells": summarise(records["runs"], options.select), **folder.spent, **records, **about})
     if parallel.chief:
         write_json(folder.path / "results.json", document)
     return document, folder.path

@@ -26,6 +26,7 @@ from ia2mini.tasks import custom_task, find_task, world
 EVERY = ("base", "icl", "sft", "ia2", "ia2-sft", "ia2+sft")
 SMALL = Options(n=(2,), sets=2, epochs=4, eval_rows=12, methods=EVERY, rates=(1e-3, 1e-2), betas=(0.3, 0.7))
 MOOD, SUMS = find_task("toy-mood"), replace(find_task("toy-sums"), max_tokens=12)
+NOTHING = {"runs": [], "training": [], "overlap": [], "adapters": [], "samples": []}  # of an experiment that is not run
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +238,7 @@ def test_run_json_holds_what_the_defaults_came_to(studied, subject, tmp_path, mo
     assert kept["rates"] == [1e-3, 1e-2] and kept["targets"] == ["q_proj", "k_proj", "o_proj"]
     assert kept["templates"] == {"toy-mood": "Text:{text}\nLabel:"} and kept["ia2mini"] == ia2mini.__version__
     assert kept["model"] == str(subject.folder.resolve()) and kept["dtype"] == "float32" and kept["device"] == "cpu"
-    monkeypatch.setattr(study, "run_experiment", lambda experiment: {})
+    monkeypatch.setattr(study, "run_experiment", lambda experiment: NOTHING)
     document, folder = compare([MOOD], subject, Options(n=(2,), sets=1, adapter=("ia3",)), tmp_path)
     kept = json.loads((folder / "run.json").read_text())
     assert tuple(kept["rates"]) == TINY_RATES["ia3"] and document["config"] | {"sha256": kept["sha256"]} == kept
@@ -262,7 +263,7 @@ def test_several_adapters_in_one_study_are_each_alone(subject, tmp_path):
 
 
 def test_a_folder_belongs_to_version_model_data_template_and_options(subject, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "run_experiment", lambda experiment: {})
+    monkeypatch.setattr(study, "run_experiment", lambda experiment: NOTHING)
 
     def folder(task=MOOD, options=SMALL, subject=subject, **more) -> Path:
         return compare([task], subject, options, tmp_path, **more)[1]
@@ -272,7 +273,7 @@ def test_a_folder_belongs_to_version_model_data_template_and_options(subject, tm
     monkeypatch.setattr(study, "__version__", "99.0")
     found = {first, folder()}
     monkeypatch.undo()
-    monkeypatch.setattr(study, "run_experiment", lambda experiment: {})
+    monkeypatch.setattr(study, "run_experiment", lambda experiment: NOTHING)
     assert folder() == first
     found |= {folder(replace(MOOD, prompt="Text:{text}\nMood:")), folder(options=replace(SMALL, seed=1))}
     found |= {folder(options=replace(SMALL, select="both")), folder(options=replace(SMALL, eval_rows=11))}
