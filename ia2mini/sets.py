@@ -79,8 +79,7 @@ class FewShotSets:
         self.kind, self.adapter = kind, make_adapter(subject.model, kind, o.paper_compat)
         self.rates, self.records = o.rates_for(subject.name, kind.adapter), {}
         vars(self).pop("grid", None)
-        several = len(o.adapters) > 1
-        self.trains = self.name + f"-{dashed(kind.name)}" * several  # as `name`, of what is trained
+        self.trains = self.name + f"-{dashed(kind.name)}" * (len(o.adapters) > 1)  # as `name`, of what is trained
 
     @property
     def first(self) -> bool:
@@ -101,10 +100,8 @@ class FewShotSets:
         pools, teacher = self.setting.pools, self.setting.options.teacher
         names = list(pools)
         another = pools[names[(names.index(self.task.name) + 1) % len(names)]]
-        episode = draw_episode(pools[self.task.name].rows, number=number, **how)
-        return controlled(
-            episode, teacher, lambda: draw_episode(another.rows, number=number, **how), how["seed"] + number
-        )
+        draw: Callable = partial(draw_episode, number=number, **how)
+        return controlled(draw(pools[self.task.name].rows), teacher, lambda: draw(another.rows), how["seed"] + number)
 
     def check_lengths(self) -> None:
         """Refuse a row that is longer than the model reads, and one whose teacher's prompt is; warn where ICL's are."""
