@@ -169,14 +169,13 @@ class FewShotSets:
     @cached_property
     def grid(self) -> Grid:
         """All runs of the experiment."""
-        o = self.setting.options
+        setting, o = self.setting, self.setting.options
         settings = Settings(o.batch_size, o.epochs, o.patience, self.layers, keep_last=o.paper_compat)
-        model, sets = self.setting.subject.model, self.teach()
+        model, sets = setting.subject.model, self.teach()
         grid = Grid(model, self.adapter, sets, self.rates, self.betas, o.seed, o.labels, settings)
         begun = {BEGINS_WITH.get(method) for method in o.methods}  # what goes on from every rate needs all of them
         race = [method for method in o.methods if method not in begun] if o.race and o.select == "dev" else []
-        grid = replace(grid, side_by_side=self.setting.side_by_side, race=race)
-        return replace(grid, progress=self.training, first=self.trained)
+        return replace(grid, side_by_side=setting.side_by_side, race=race, progress=self.training, first=self.trained)
 
     @contextmanager
     def training(self, about: tuple[str, int, int]) -> Iterator[Callable[[int, Tensor], None]]:
