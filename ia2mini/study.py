@@ -137,23 +137,21 @@ def plan(experiments: list[Experiment], device: str) -> str:
 def cell_of(experiment: Experiment) -> Cell:
     """The numbers that an experiment's cost depends on; an answer counts as long as the longest may be."""
     o, encode = experiment.setting.options, experiment.setting.subject.tokenizer.encode_all
+    n, more = experiment.about["n"], experiment.about["unlabelled"]
 
     def tokens(texts: Iterable[str]) -> float:
         return fmean(map(len, encode(list(texts))))
 
     rows = [row for episode in experiment.episodes for row in episode.train]
     methods, kind = tuple(experiment.methods), experiment.kind
-    trained = [method for method in methods if method not in UNTRAINED]
-    trained = tuple(dict.fromkeys(m for method in trained for m in (BEGINS_WITH.get(method), method) if m))
-    shown = (experiment.about["n"] - 1) * tokens(f"{row.prompt}{row.answer}\n\n" for row in rows)
-    found = Cell(
-        tokens(row.prompt for row in rows), shown, experiment.max_tokens, experiment.about["n"], methods=methods
-    )
+    trained = tuple(dict.fromkeys(m for method in methods for m in (BEGINS_WITH.get(method), method) if m in METHODS))
+    query = tokens(row.prompt for row in rows)
+    shown = (n - 1) * tokens(f"{row.prompt}{row.answer}\n\n" for row in rows)
     configs = len(experiment.rates) * (len(experiment.betas) if "ia2+sft" in trained else 1)
     scored = o.sets if o.select in ("dev", "kl") else o.sets * configs
-    found = replace(found, sets=o.sets, configs=configs, scored=scored, trained=trained, epochs=o.epochs)
     evals, rank = tuple(len(e.rows) for e in experiment.evals.values()), kind.rank * (kind.adapter == "lora")
-    return replace(found, rows=evals, batch=o.batch_size, more=experiment.about["unlabelled"], rank=rank)
+    found = Cell(query, shown, experiment.max_tokens, n, evals, o.sets, configs, scored, methods, trained)
+    return replace(found, epochs=o.epochs, batch=o.batch_size, more=more, rank=rank)
 
 
 def worth_compiling(experiments: list[Experiment]) -> bool:
