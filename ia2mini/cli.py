@@ -275,10 +275,9 @@ def keep_apart(task, tokenizer, template: str | None):
     if not task.files or template is not None:
         return task
     kept = own.keep_apart(task, rows.read_rows(Path(task.files[0])), tokenizer)
-    if kept is not task:
-        merging = "answers would merge with the end of the template in this tokenizer"
-        if parallel.says(merging):
-            click.echo(f"{merging}, so it is now {kept.prompt!r}", err=True)
+    merging = "answers would merge with the end of the template in this tokenizer"
+    if kept is not task and parallel.says(merging):
+        click.echo(f"{merging}, so it is now {kept.prompt!r}", err=True)
     return kept
 
 
