@@ -24,18 +24,14 @@ from .files import finite, is_there, read_sealed, sealed, write, write_json
 
 
 class RunFolder:
-    """The folder of one run: `what` made it, tensors computed once, seconds per stage over all its sessions."""
+    """The folder that `what` makes: tensors and texts computed once, seconds per stage over all its sessions."""
 
     def __init__(self, out: Path, name: str, what: dict):
-        """Open `out`/`name`-<digest of `what`>; nothing is written before `begin`."""
+        """Open `out`/`name`-<digest of `what`>; nothing is written yet."""
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
-        self.path, self.what, self.whole = out / f"{name}-{key}", what, set()  # stamps of files that were checked
+        self.path, self.whole = out / f"{name}-{key}", set()  # stamps of files that were checked
         nothing = {"seconds": {}, "seconds_by_phase": {}, "peak_memory_bytes": 0}
         self.spent: dict = self.kept(self.path / "seconds.json", read_sealed) or nothing
-
-    def begin(self, resolved: dict) -> None:
-        """Create the folder, if it is not there, with what made it and defaults as `resolved`. Raises UsageError."""
-        self.json_once("run.json", lambda: self.what | resolved)
 
     def once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of file `name`: read if they are there, else made and saved. On the CPU either way."""
@@ -51,7 +47,7 @@ class RunFolder:
         return kept
 
     def json_once(self, name: str, make: Callable[[], dict]) -> dict:
-        """The content of JSON file `name`: read if it is there, else made and saved."""
+        """The content of JSON file `name`: read if it is there, else made and saved. Raises UsageError."""
         path = self.path / name
         if (kept := parallel.first(lambda: self.kept(path, read_sealed))) is None:
             kept = finite(make())

@@ -87,11 +87,10 @@ def open_study(
     about = "+".join(config["tasks"]) if len(tasks) < 4 else f"{len(tasks)}-tasks"
     folder = RunFolder(out, f"{about}-{subject.name}-n{'-'.join(map(str, options.n))}", config)
     setting.folder, setting.bar = folder, bar
-    resolved = {"rates": experiments[0].rates, "targets": experiments[0].adapter.targets}
-    if len(options.adapters) > 1:
-        resolved = {"adapters": {e.kind.name: {"rates": e.rates, "targets": e.adapter.targets} for e in experiments}}
-    folder.begin(resolved)  # every mistake in tasks, sizes and options has shown by now
-    return experiments, config | resolved
+    resolved = {e.kind.name: {"rates": e.rates, "targets": e.adapter.targets} for e in experiments}
+    config |= {"adapters": resolved} if len(options.adapters) > 1 else resolved[options.adapters[0].name]
+    folder.json_once("run.json", lambda: config)  # every mistake in tasks, sizes and options has shown by now
+    return experiments, config
 
 
 def lay_out(

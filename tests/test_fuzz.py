@@ -217,7 +217,7 @@ def test_run_folders(tmp_path):
 
     def use(out):
         folder = RunFolder(out, "name", what)
-        folder.begin({"targets": ["q_proj"]})
+        folder.json_once("run.json", lambda: what | {"targets": ["q_proj"]})
         with folder.stage("train", "training sft"):
             found = folder.once("cell/fit", lambda: tensors)
             kept = folder.json_once("cell/texts.json", lambda: texts)

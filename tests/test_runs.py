@@ -41,9 +41,10 @@ def test_once_computes_once_and_reads_back(tmp_path):
 
 
 def test_nothing_is_written_before_the_run_begins(tmp_path):
-    folder = RunFolder(tmp_path / "out", "name", {"n": [4], "rates": []})
+    what = {"n": [4], "rates": []}
+    folder = RunFolder(tmp_path / "out", "name", what)
     assert not (tmp_path / "out").exists()
-    folder.begin({"rates": (1e-3,), "targets": ("q_proj",)})
+    folder.json_once("run.json", lambda: what | {"rates": (1e-3,), "targets": ("q_proj",)})
     assert files(folder.path) == {"run.json"}
     kept = json.loads((folder.path / "run.json").read_text())
     assert len(kept.pop("sha256")) == 64
@@ -52,14 +53,14 @@ def test_nothing_is_written_before_the_run_begins(tmp_path):
         "rates": [1e-3],
         "targets": ["q_proj"],
     }  # as resolved, in a folder named by what was asked
-    RunFolder(tmp_path / "out", "name", {"n": [4], "rates": []}).begin({"rates": (1e-4,)})
+    RunFolder(tmp_path / "out", "name", what).json_once("run.json", lambda: what | {"rates": (1e-4,)})
     assert read_sealed(folder.path / "run.json") == kept  # what made the folder stays
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="file/name-.*: cannot write there .*; choose another folder with --out"):
-        RunFolder(tmp_path / "file", "name", {}).begin({})
+        RunFolder(tmp_path / "file", "name", {}).json_once("run.json", dict)
 
 
 def test_json_once_makes_once_and_reads_back(tmp_path):
