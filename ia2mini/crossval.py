@@ -66,6 +66,8 @@ class CrossValidation:
         prompts = len({row.prompt for row in rows})
         if unknown := [name for name in options.methods if name not in METHODS]:
             raise UsageError(f"--methods {unknown[0]}: unknown; beside base and ICL can be tried {', '.join(METHODS)}")
+        if not options.methods:
+            raise UsageError("--methods: give at least one")
         if prompts < LEAST:
             needed = f"cross-validation needs at least {LEAST}; add rows"
             raise UsageError(f"{prompts} rows with different prompts: {needed}")

@@ -258,7 +258,7 @@ def test_compiling_is_chosen_by_the_work_and_said(monkeypatch, capsys):
     model, asked = load("tiny")[0], []
     prepare(model, None, False, lambda: asked.append(1))
     assert not asked, "on a CPU nothing is compiled unless asked for"
-    monkeypatch.setattr(common, "compiled", partial(common.compiled, backend="eager"))
+    monkeypatch.setattr(common, "compile_blocks", partial(common.compile_blocks, backend="eager"))
     monkeypatch.setattr(callback_handler, "start_callbacks", [])
     prepare(model, True, False)
     assert not capsys.readouterr().err

@@ -175,6 +175,7 @@ def test_few_rows_and_unknown_names_are_one_line(subject, tmp_path):
     refused(lambda: fit([], subject), "no rows")
     refused(lambda: fit([row | {"label": 1} for row in rows], subject), "every row has the answer '1'")
     refused(lambda: fit(rows, subject, replace(QUICK, methods=("sfd",))), "--methods sfd")
+    refused(lambda: fit(rows, subject, replace(QUICK, methods=())), "--methods: give at least one")
     refused(lambda: fit(rows, subject, replace(QUICK, rates=(0.0,))), "--rates 0")
     refused(lambda: fit(rows, subject, columns=("texts", None, None)), "texts", "'text', 'label'")
     refused(lambda: fit(rows, subject, columns=(None, None, "{text} {other}:")), "other")
