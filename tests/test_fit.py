@@ -17,6 +17,7 @@ from ia2mini import FitOptions, crossval, fit, load_adapter, open_subject
 from ia2mini.adapters import adapted
 from ia2mini.cli import main
 from ia2mini.crossval import CrossValidation
+from ia2mini.episode import with_demonstrations
 from ia2mini.fitting import conclude, read_own
 from ia2mini.methods import METHODS, Grid
 from ia2mini.metrics import ece, fit_temperature
@@ -189,6 +190,16 @@ def test_few_rows_and_unknown_names_are_one_line(subject, tmp_path):
     run("fit", code=2)
     run("fit", tmp_path / "none.csv", "--out", tmp_path / "o", code=2)
     assert not (tmp_path / "o").exists()
+
+
+def test_demonstrations_fill_what_the_model_reads_and_no_more(subject, monkeypatch):
+    cv = cross_validation(subject, toy_rows(12))
+    row, shown = cv.longest, [example for example in cv.rows if example is not cv.longest]
+    for count in (1, 3, len(shown)):
+        full = cv.tokens(with_demonstrations(shown[:count], row.prompt)) + cv.max_tokens - 1
+        for reads, fit_in in ((full, count), (full - 1, count - 1)):
+            monkeypatch.setattr(type(subject), "reads", reads)
+            assert cv.cut(shown, row) == shown[:fit_in]
 
 
 def test_text_numbers_and_emoji(subject):
