@@ -8,6 +8,7 @@ still teach, and what it has cost.
 """
 
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
@@ -103,7 +104,7 @@ def named(method: str, teacher: str) -> str:
 
 
 def tests(result: Result, where: str, cells: list[dict]) -> None:
-    """Paired differences: each way to SFT against SFT and SFT → SFT, each teacher against the true one, calibration."""
+    """Paired differences: ways to SFT against controls and one another, teachers against the true one, calibration."""
 
     def said(metric: str, method: str, against: str, factor: float, form: str) -> None:
         gain = paired(cells, metric, method, against)
@@ -117,8 +118,8 @@ def tests(result: Result, where: str, cells: list[dict]) -> None:
                 said("acc", f"{first}-sft, {teacher}", against, 100, ".1f")
             if teacher != TEACHERS[0]:
                 said("acc", f"{first}-sft, {TEACHERS[0]}", f"{first}-sft, {teacher}", 100, ".1f")
-    for first in MATCHED[1:]:
-        said("acc", "ia2-sft, true", f"{first}-sft, true", 100, ".1f")
+    for one, other in combinations(MATCHED, 2):
+        said("acc", f"{one}-sft, true", f"{other}-sft, true", 100, ".1f")
     for metric in CALIBRATION:
         for against in ("sft", "sft-sft", "soft-sft, true"):
             said(metric, "ia2-sft, true", against, 1, ".3f")

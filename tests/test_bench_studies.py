@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from dataclasses import asdict, replace
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -86,6 +86,11 @@ def test_the_matrix_of_causes_compares_the_same_sets(tmp_path, monkeypatch):
         f"{what}: acc: ia2-sft, true against ia2-sft, other: {gain:+.1f} (95 % " in said for said in found.remarks
     )
     assert any("risk-coverage curve: ia2-sft, true against sft: " in said for said in found.remarks)
+    for one, other in combinations(causes.MATCHED, 2):
+        less = 100 * (fmean(accuracies("true", f"{one}-sft")) - fmean(accuracies("true", f"{other}-sft")))
+        start = f"{what}: acc: {one}-sft, true against {other}-sft, true: "
+        (said,) = (remark.removeprefix(start) for remark in found.remarks if remark.startswith(start))
+        assert float(said.split()[0]) == pytest.approx(less, abs=0.051)
 
 
 def test_demonstrations_before_an_adapted_model_are_those_of_its_set(tmp_path, monkeypatch):
