@@ -21,7 +21,10 @@ From one's own rows to an adapter in use:
 everything else may move.
 """
 
+import sys
 from importlib import import_module
+from importlib.util import spec_from_file_location
+from pathlib import Path
 
 __version__ = "0.3.0"
 
@@ -50,6 +53,24 @@ class UsageError(ValueError):
     def __init__(self, message: str):
         line = " ".join(message.splitlines())  # what it quotes may be long and of many lines
         super().__init__(line if len(line) < 1000 else f"{line[:700]} … {line[-200:]}")
+
+
+class ModelsOfThisCheckout:
+    """Import `ia2mini.models` from the `models/` beside this package, as a checkout has it, and never another's."""
+
+    folder = Path(__file__).resolve().parents[1] / "models"
+
+    @classmethod
+    def find_spec(cls, name: str, path=None, target=None):
+        if name != f"{__name__}.models":
+            return None
+        if not (cls.folder / "__init__.py").is_file():
+            raise ImportError(f"{cls.folder} is missing: this copy of ia2mini is not whole; install it again")
+        return spec_from_file_location(name, cls.folder / "__init__.py", submodule_search_locations=[str(cls.folder)])
+
+
+if not Path(__file__).with_name("models").is_dir():  # where it is installed, they lie within
+    sys.meta_path.insert(0, ModelsOfThisCheckout)
 
 
 def __getattr__(name: str):

@@ -59,7 +59,7 @@ class Runs:
         train, dev = ([rows[r] for r in some] for rows in (self.train, self.dev))
         mix = {name: weight[here] for name, weight in self.mix.items()}
         config = None if self.config is None or len(some) < len(self) else self.config[some]
-        return Runs(self.theta[here], self.rates[here], train, dev, mix, [self.order[r] for r in some], config)
+        return Runs(self.theta[here], self.rates[some], train, dev, mix, [self.order[r] for r in some], config)
 
 
 @dataclass

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from ia2mini.models.checkpoint import load
 from reference import EOS, make_checkpoint, upstream
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a job in the background; tests send it to their children
     signal.signal(signal.SIGINT, signal.default_int_handler)
+settings.register_profile("busy", deadline=None)  # no test may fail because the machine is busy
+settings.load_profile("busy")
 torch.set_num_threads(1)  # models here are tiny: threads would only wait for each other
 
 

@@ -61,13 +61,12 @@ def test_what_is_on_by_default_can_be_turned_off():
 
 
 def test_long_work_says_how_far_it_is_where_there_is_no_terminal(monkeypatch, capsys):
-    monkeypatch.setattr("ia2mini.cli.MINUTE", 0.02)
+    monkeypatch.setattr("ia2mini.cli.MINUTE", 0)
     with progress("3/20 training sft", 40) as bar:
         for _ in range(40):
             bar.update()
-            time.sleep(0.005)
     first, *lines = capsys.readouterr().err.splitlines()
-    assert first == "phase 3/20 training sft" and 3 <= len(lines) <= 12
+    assert first == "phase 3/20 training sft" and len(lines) >= 40
     for line in lines:
         assert re.fullmatch(r"phase 3/20 training sft +\d+% \|[# \d]{20}\| \d\d:\d\d, \S+ left *", line), line
     monkeypatch.setattr("ia2mini.cli.MINUTE", 60)

@@ -1,7 +1,10 @@
 """`from ia2mini import …`: every name opens, none costs the import of torch before it is used."""
 
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +36,48 @@ def test_the_front_doors_notebook_runs_as_it_is_written():
         names["trained"].theta,
     )  # fmt: skip
     assert found["acc"] > 0.6 and "`Taps` asks" in after
+
+
+ROOT = Path(__file__).parents[1]
+WHERE = "import ia2mini, ia2mini.models.checkpoint as c; print(ia2mini.__file__); print(c.__file__)"
+
+
+def imported_from(folder: Path, *path: Path) -> list[Path]:
+    """Where a Python started in `folder` finds the package and its models, with `path` as PYTHONPATH."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
+    done = subprocess.run([sys.executable, "-c", WHERE], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [Path(line) for line in done.stdout.split()]
+
+
+def copy_checkout(to: Path) -> Path:
+    for name in ("ia2mini", "models"):
+        shutil.copytree(ROOT / name, to / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return to
+
+
+def test_another_checkout_has_its_own_models(tmp_path):
+    other = copy_checkout(tmp_path / "other")
+    package, models = imported_from(other)
+    assert package.is_relative_to(other) and models.is_relative_to(other)
+
+
+def test_a_checkout_has_its_own_models_where_a_wheel_is_installed(tmp_path):
+    checkout = copy_checkout(tmp_path / "checkout")
+    wheel = tmp_path / "wheel"
+    shutil.copytree(ROOT / "ia2mini", wheel / "ia2mini")
+    shutil.copytree(ROOT / "models", wheel / "ia2mini/models")
+    assert all(place.is_relative_to(checkout) for place in imported_from(checkout, wheel))
+    assert all(place.is_relative_to(wheel) for place in imported_from(tmp_path, wheel))
+
+
+def test_a_checkout_without_models_is_refused_and_takes_no_other_ones(tmp_path):
+    shutil.copytree(ROOT / "ia2mini", tmp_path / "ia2mini")
+    done = subprocess.run([sys.executable, "-c", WHERE], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0 and "models is missing" in done.stderr
+
+
+def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path):
+    (tmp_path / "ia2mini" / "ia2mini").mkdir(parents=True)  # as a clone, seen from the folder above it
+    package, models = imported_from(tmp_path, ROOT)
+    assert package.is_relative_to(ROOT) and models.is_relative_to(ROOT)
