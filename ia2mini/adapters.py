@@ -1,13 +1,13 @@
-"""LoRA, (IA)3, prompt, prefix and full fine-tuning: R runs side by side over one frozen model.
+"""LoRA and (IA)3: R runs side by side over one frozen model.
 
 The trainable weights of R runs are one float32 matrix theta [R, M], a row a run. An adapter knows how a row divides
-into named tensors (`shapes`), how it begins (`init`), and what it does to the model while `adapted` (`change` at
-linear layers, `prefix` before the rows). The rows of a batch come in R equal groups, group r belongs to run r; R = 1 is
-ordinary fine-tuning.
+into named tensors (`shapes`), how it begins (`init`), what it does to a linear layer while `adapted` (`change`) and
+what it makes of that layer's weights for good (`merged`). The rows of a batch come in R equal groups, group r belongs
+to run r; R = 1 is ordinary fine-tuning.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -15,9 +15,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from . import UsageError
-from .models.cache import Prefix
 from .models.common import Linear
-from .models.shard import INTO, OUT, mesh_of, own, shared, whole
+from .models.shard import INTO, OUT, mesh_of, own, shared
 from .options import MATRICES, AdapterOptions, matrices
 
 TARGETS = ("q_proj", "k_proj", "o_proj")  # paper section 5
@@ -25,17 +24,13 @@ EVERY_MATRIX = tuple(MATRICES.values())
 
 
 class Adapter:
-    """What all adapters have: `linears` that they change, `shapes` of one run's named tensors, and what they do."""
+    """What both adapters have: `linears` that they change, and `shapes` of one run's named tensors."""
 
-    targets: tuple[str, ...] = ()
-    layers: list[int] | None = None
-    tokens: int = 0  # virtual ones, before every row
-    linears: dict[str, Linear] = {}
-    within = True  # works within a split block, on each rank's part of it
     shapes: dict[str, tuple]
 
     def __init__(self, model: nn.Module, targets, layers: list[int] | None):
-        self.targets, self.layers = tuple(targets), layers
+        self.targets = tuple(targets)
+        self.layers = layers
         self.linears = find_linears(model, targets, layers)
 
     def init(self, model: nn.Module, generator: Generator) -> Tensor:
@@ -43,12 +38,12 @@ class Adapter:
         return torch.zeros(sum(map(math.prod, self.shapes.values())))
 
     def change(self, name: str, weights: dict[str, Tensor]) -> Callable:
-        """What the seam of one of `linears` shall do, from weights of R runs."""
+        """The function (base, x) that takes the place of one of `linears`, from weights [R, …] of R runs."""
         raise NotImplementedError
 
-    def prefix(self, model: nn.Module, weights: dict[str, Tensor]) -> Prefix | None:
-        """What stands before every row, from weights of R runs."""
-        return None
+    def merged(self, name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weight (and bias) of one of `linears` with one run's weights in it, by parameter name, float32."""
+        raise NotImplementedError
 
 
 class LoRA(Adapter):
@@ -58,7 +53,9 @@ class LoRA(Adapter):
         if rank < 1:
             raise UsageError(f"rank {rank}: LoRA needs a rank of at least 1")
         super().__init__(model, targets, layers)
-        self.rank, self.alpha, self.shapes = rank, alpha, {}
+        self.rank = rank
+        self.alpha = alpha
+        self.shapes = {}
         for name, linear in self.linears.items():
             self.shapes[f"{name}.A"] = (rank, linear.in_features)
             self.shapes[f"{name}.B"] = (linear.out_features, rank)
@@ -73,112 +70,24 @@ class LoRA(Adapter):
 
     def change(self, name: str, weights: dict[str, Tensor]) -> Callable:
         frozen = self.linears[name].weight
-        A, B = own(weights[f"{name}.A"], 2, frozen, INTO), own(weights[f"{name}.B"], 1, frozen, OUT)
-        return partial(low_rank, A, B, self.alpha / self.rank)
+        A = own(weights[f"{name}.A"], 2, frozen, INTO)
+        B = own(weights[f"{name}.B"], 1, frozen, OUT)
+        return partial(self.add_low_rank, A, B, self.alpha / self.rank)
 
+    @staticmethod
+    def add_low_rank(A: Tensor, B: Tensor, scale: float, base: Callable, x: Tensor) -> Tensor:
+        """y + scale * B A x for y = base(x), A [R, rank, in], B [R, out, rank]."""
+        y = base(x)
+        down = Product.apply(by_run(x, A), A)  # [R, rows of a run, rank]
+        up = (down * scale) @ B.mT
+        return y + up.view(y.shape).to(y.dtype)
 
-class IA3(Adapter):
-    """y * s with s [out] starting at one, on the outputs of the target maps (Liu et al. 2022; protocol section 4).
-
-    `scale_inputs` scales what goes in instead, s [in], as the paper's released scripts do; a tuple: of these targets
-    (peft's feedforward modules).
-    """
-
-    def __init__(self, model: nn.Module, targets=TARGETS, layers: list[int] | None = None, scale_inputs=False):
-        super().__init__(model, targets, layers)
-        inputs = targets if scale_inputs is True else scale_inputs or ()
-        self.inputs = {name for name in self.linears if name.rsplit(".", 1)[1] in inputs}
-        sizes = {name: x.in_features if name in self.inputs else x.out_features for name, x in self.linears.items()}
-        self.shapes = {name: (features,) for name, features in sizes.items()}
-
-    def init(self, model: nn.Module, generator: Generator) -> Tensor:
-        return super().init(model, generator) + 1
-
-    def change(self, name: str, weights: dict[str, Tensor]) -> Callable:
-        side = INTO if name in self.inputs else OUT
-        return partial(scaled, own(weights[name], 1, self.linears[name].weight, side), name in self.inputs)
-
-
-class Full(Adapter):
-    """(W + D) x with D [out, in] zero at first: full fine-tuning of every projection matrix, not embeddings and norms.
-
-    With Adam and no weight decay, training D is training W; keeping D apart leaves the base untouched and D in float32.
-    """
-
-    def __init__(self, model: nn.Module, targets=EVERY_MATRIX, layers: list[int] | None = None):
-        if mesh_of(model) is not None:
-            raise UsageError("--adapter full is as large as the model and is not split with it; leave out --shard")
-        super().__init__(model, targets, layers)
-        self.shapes = {name: tuple(linear.weight.shape) for name, linear in self.linears.items()}
-
-    def change(self, name: str, weights: dict[str, Tensor]) -> Callable:
-        return partial(shifted, weights[name])
-
-
-class Prompt(Adapter):
-    """`tokens` trained embeddings [tokens, D] before every row, random words' at first (Lester et al. 2021)."""
-
-    within = False
-
-    def __init__(self, model: nn.Module, tokens: int = 20):
-        self.tokens = tokens
-        self.shapes = {"embeddings": (tokens, model.config.hidden_size)}
-
-    def init(self, model: nn.Module, generator: Generator) -> Tensor:
-        return random_words(model, self.tokens, generator).float().cpu().flatten()
-
-    def prefix(self, model: nn.Module, weights: dict[str, Tensor]) -> Prefix:
-        prefix = Prefix()  # never sees the rows behind it: computed once a run, not once a row
-        model(weights["embeddings"].to(model.model.embed_tokens.weight.dtype), logits=False, cache=prefix)
-        return prefix
-
-
-class PrefixTuning(Adapter):
-    """Trained keys and values of `tokens` virtual tokens in every layer, random words' at first (Li & Liang 2021)."""
-
-    def __init__(self, model: nn.Module, tokens: int = 20):
-        c = model.config
-        self.tokens = tokens
-        self.shapes = {"prefix": (c.num_hidden_layers, 2, c.num_key_value_heads, tokens, c.head_dim)}
-
-    def init(self, model: nn.Module, generator: Generator) -> Tensor:
-        prefix = Prefix()
-        with torch.no_grad():
-            model(random_words(model, self.tokens, generator)[None], logits=False, cache=prefix)
-        found = whole(torch.stack([torch.cat(pair) for pair in prefix.layers]), mesh_of(model), dim=2)
-        return found.float().cpu().flatten()
-
-    def prefix(self, model: nn.Module, weights: dict[str, Tensor]) -> Prefix:
-        layers = weights["prefix"].to(model.model.embed_tokens.weight.dtype).unbind(1)  # each [R, 2, K, tokens, E]
-        k_proj = model.model.layers[0].self_attn.k_proj.weight
-        return Prefix(own(layer, 2, k_proj, OUT).unbind(1) for layer in layers)
-
-
-def random_words(model: nn.Module, count: int, generator: Generator) -> Tensor:
-    """Embeddings [count, D] of words drawn from the vocabulary."""
-    table = model.model.embed_tokens
-    return table(torch.randint(len(table.weight), (count,), generator=generator).to(table.weight.device))
-
-
-ADAPTERS = {"lora": LoRA, "ia3": IA3, "prompt": Prompt, "prefix": PrefixTuning, "full": Full}
-
-
-def make_adapter(model: nn.Module, o: AdapterOptions, scale_inputs: bool = False) -> Adapter:
-    """The adapter that the options ask for. Raises UsageError for targets that the model lacks."""
-    if o.adapter in ("prompt", "prefix"):
-        if o.targets:
-            raise UsageError(f"--targets chooses matrices, and a {o.adapter} adapter has none; leave it out")
-        return ADAPTERS[o.adapter](model, tokens=o.virtual_tokens)
-    more: dict[str, dict] = {"lora": {"rank": o.rank, "alpha": o.alpha}, "ia3": {"scale_inputs": scale_inputs}}
-    chosen = {"targets": matrices(o.targets)} if o.targets else {}
-    return ADAPTERS[o.adapter](model, **chosen, **more.get(o.adapter, {}))
-
-
-def low_rank(A: Tensor, B: Tensor, scale: float, base: Callable, x: Tensor) -> Tensor:
-    """y + scale * B A x for y = base(x), A [R, rank, in], B [R, out, rank]."""
-    y = base(x)
-    down = Product.apply(grouped(x, A), A)  # [R, rows of a run, rank]
-    return y + ((down * scale) @ B.mT).view(y.shape).to(y.dtype)
+    def merged(self, name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        A = weights[f"{name}.A"]
+        B = weights[f"{name}.B"]
+        scale = self.alpha / self.rank
+        weight = self.linears[name].weight.float()
+        return {f"{name}.weight": weight + scale * B @ A}
 
 
 class Product(torch.autograd.Function):
@@ -192,23 +101,76 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor]:
         x, W = ctx.saved_tensors
-        return (grad @ W).to(x.dtype) if ctx.needs_input_grad[0] else None, grad.mT @ x.to(W.dtype)
+        grad_x = (grad @ W).to(x.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, grad.mT @ x.to(W.dtype)
 
 
-def scaled(s: Tensor, inputs: bool, base: Callable, x: Tensor) -> Tensor:
-    """base(x) * s for s [R, out]; of `inputs` base(x * s) for s [R, in]."""
-    y = x if inputs else base(x)
-    y = (grouped(y, s) * s[:, None].to(y.dtype)).view(y.shape)
-    return base(y) if inputs else y
+class IA3(Adapter):
+    """y * s with s [out] starting at one, on the outputs of the target maps (Liu et al. 2022; protocol section 4).
+
+    `scale_inputs` scales what goes in instead, s [in]: True for every map, as the paper's released scripts do, or the
+    full names of some maps (peft's feedforward modules).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets=TARGETS,
+        layers: list[int] | None = None,
+        scale_inputs: bool | Collection[str] = False,
+    ):
+        super().__init__(model, targets, layers)
+        self.inputs: set[str] = set()
+        if scale_inputs is True:
+            self.inputs = set(self.linears)
+        elif scale_inputs:
+            self.inputs = set(scale_inputs)
+        self.shapes = {}
+        for name, linear in self.linears.items():
+            size = linear.in_features if name in self.inputs else linear.out_features
+            self.shapes[name] = (size,)
+
+    def init(self, model: nn.Module, generator: Generator) -> Tensor:
+        return super().init(model, generator) + 1
+
+    def change(self, name: str, weights: dict[str, Tensor]) -> Callable:
+        frozen = self.linears[name].weight
+        if name in self.inputs:
+            return partial(self.scale_input, own(weights[name], 1, frozen, INTO))
+        return partial(self.scale_output, own(weights[name], 1, frozen, OUT))
+
+    @staticmethod
+    def scale_output(s: Tensor, base: Callable, x: Tensor) -> Tensor:
+        """base(x) * s, s [R, out]."""
+        y = base(x)
+        return (by_run(y, s) * s[:, None].to(y.dtype)).view(y.shape)
+
+    @staticmethod
+    def scale_input(s: Tensor, base: Callable, x: Tensor) -> Tensor:
+        """base(x * s), s [R, in]."""
+        return base((by_run(x, s) * s[:, None].to(x.dtype)).view(x.shape))
+
+    def merged(self, name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        s = weights[name]
+        linear = self.linears[name]
+        weight = linear.weight.float()
+        if name in self.inputs:
+            return {f"{name}.weight": weight * s}
+        found = {f"{name}.weight": weight * s[:, None]}
+        if linear.bias is not None:
+            found[f"{name}.bias"] = linear.bias.float() * s
+        return found
 
 
-def shifted(D: Tensor, base: Callable, x: Tensor) -> Tensor:
-    """y + D x for y = base(x), D [R, out, in]."""
-    y = base(x)
-    return y + Product.apply(grouped(x, D), D).view(y.shape).to(y.dtype)
+def make_adapter(model: nn.Module, o: AdapterOptions, scale_inputs: bool = False) -> Adapter:
+    """The adapter that the options ask for. Raises UsageError for targets that the model lacks."""
+    targets = matrices(o.targets) or TARGETS
+    if o.adapter == "lora":
+        return LoRA(model, targets, rank=o.rank, alpha=o.alpha)
+    return IA3(model, targets, scale_inputs=scale_inputs)
 
 
-def grouped(x: Tensor, weight: Tensor) -> Tensor:
+def by_run(x: Tensor, weight: Tensor) -> Tensor:
     """x [R * rows, (T,) D] as [R, rows * T, D]: one group a run."""
     return x.reshape(len(weight), -1, x.shape[-1])
 
@@ -220,11 +182,11 @@ def adapted(model: nn.Module, adapter: Adapter, theta: Tensor) -> Iterator[Calla
     Within the block the batch's rows come in R equal groups. Gradients reach theta; the backward pass belongs into the
     block too, since checkpointed layers compute anew there.
     """
-    weights = unpack(shared(theta, mesh_of(model) if adapter.within else None), adapter.shapes)
+    weights = unpack(shared(theta, mesh_of(model)), adapter.shapes)
     try:
         for name, linear in adapter.linears.items():
             linear.adapter = adapter.change(name, weights)
-        yield partial(model, prefix=adapter.prefix(model, weights))
+        yield model
     finally:
         for linear in adapter.linears.values():
             linear.adapter = None
@@ -233,15 +195,21 @@ def adapted(model: nn.Module, adapter: Adapter, theta: Tensor) -> Iterator[Calla
 def find_linears(model: nn.Module, targets, layers: list[int] | None) -> dict[str, Linear]:
     """Name -> every `Linear` called one of `targets` in `layers` (None: all). Raises UsageError for no match."""
     depth = model.config.num_hidden_layers
-    if bad := [i for i in layers or [] if not 0 <= i < depth]:
-        raise UsageError(f"layer {bad[0]}: this model has layers 0 to {depth - 1}")
-    every = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
-    chosen = range(depth) if layers is None else layers
-    found = {n: m for n, m in every.items() if n.rsplit(".", 1)[1] in targets and int(n.split(".")[2]) in chosen}
-    if lost := [target for target in targets if not any(name.endswith(f".{target}") for name in found)]:
-        there = f"targets: {', '.join(EVERY_MATRIX)}"
-        raise UsageError(f"adapter target {lost[0]!r} matches no matrix of this model; {there}")
-    return found  # a name is model.layers.<i>.….<target>
+    for layer in layers or ():
+        if not 0 <= layer < depth:
+            raise UsageError(f"layer {layer}: this model has layers 0 to {depth - 1}")
+    found = {}
+    for name, module in model.named_modules():  # a name is model.layers.<i>.….<target>
+        if not isinstance(module, Linear) or name.rsplit(".", 1)[1] not in targets:
+            continue
+        if layers is None or int(name.split(".")[2]) in layers:
+            found[name] = module
+    there = {name.rsplit(".", 1)[1] for name in found}
+    for target in targets:
+        if target not in there:
+            known = f"targets: {', '.join(EVERY_MATRIX)}"
+            raise UsageError(f"adapter target {target!r} matches no matrix of this model; {known}")
+    return found
 
 
 def unpack(theta: Tensor, shapes: dict[str, tuple]) -> dict[str, Tensor]:

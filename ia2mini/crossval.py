@@ -104,7 +104,7 @@ class CrossValidation:
 
     def cut(self, shown: list[Example], row: Example) -> list[Example]:
         """The first of the demonstrations that fit into the model's context before `row` and its answer."""
-        needed = self.tokens(row.prompt) + self.max_tokens - 1 + self.adapter.tokens
+        needed = self.tokens(row.prompt) + self.max_tokens - 1
         self.subject.check_room(row.prompt, needed)
         taken = accumulate(self.tokens(f"{e.prompt}{e.answer}\n\n") for e in shown)
         return [example for example, tokens in zip(shown, taken) if needed + tokens <= self.subject.reads]

@@ -30,8 +30,6 @@ class Experiment(FewShotSets):
         for kind in self.setting.options.adapters[1:]:
             other = copy.copy(self)
             other.take(kind)
-            if other.adapter.tokens:  # else they are as long as with the first
-                other.check_lengths()
             yield other
 
     def prompts(self, rows: list[Example], number: int | None = None) -> tuple[Callable, list[list[int]]]:

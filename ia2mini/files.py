@@ -32,6 +32,14 @@ def json_line(value) -> str:
     return HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
 
 
+def check_name(path: Path) -> None:
+    """Raises UsageError for a path that is not UTF-8: safetensors and tokenizers open no other."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{plain(str(path), '')}: its name, or a folder's above it, is not UTF-8; rename it") from None
+
+
 def is_there(path: Path) -> bool:
     """Whether a file is there. Raises UsageError for a folder, and for a pipe or device, which may never end."""
     if path.exists() and not path.is_file():

@@ -6,9 +6,8 @@ from itertools import product
 
 from . import UsageError
 
-RATES = {"lora": (1e-4, 3e-4, 1e-3), "ia3": (1e-3, 1e-2, 1e-1)}  # protocol section 4; the others are ours
-RATES |= {"prompt": RATES["ia3"], "prefix": RATES["ia3"], "full": (1e-5, 3e-5, 1e-4)}
-TINY_RATES = RATES | {"lora": (1e-3, 3e-3, 1e-2), "full": (1e-4, 3e-4, 1e-3)}  # the embedded model is small: ten times
+RATES = {"lora": (1e-4, 3e-4, 1e-3), "ia3": (1e-3, 1e-2, 1e-1)}  # protocol section 4
+TINY_RATES = {"lora": (1e-3, 3e-3, 1e-2), "ia3": RATES["ia3"]}  # the embedded model is small: LoRA's ten times
 BETAS = {"qwen3": (0.1, 0.5, 0.7, 0.9), "llama": (0.001, 0.01, 0.05, 0.5)}
 UNTRAINED = ("base", "icl")
 MATCHED = ("ia2", "hidden")  # phases that match activations; SFT's are on the true answers, others the teacher's
@@ -46,14 +45,13 @@ class AdapterOptions:
     adapter: str = option("lora", "what is trained", RATES)
     rank: int = option(8, "of LoRA", least=1)
     alpha: float = option(8.0, "of LoRA")
-    targets: tuple[str, ...] = option((), "matrices to adapt, by name or letter", shown="qko; full: all")
-    virtual_tokens: int = option(20, "of prompt and prefix tuning", least=1)
+    targets: tuple[str, ...] = option((), "matrices to adapt, by name or letter", shown="qko")
 
     @property
     def name(self) -> str:
         """How tables call it: lora, or with what is not the paper's: lora r16, ia3 qkv."""
         lora, letters = self.adapter == "lora", "".join(k for k, name in MATRICES.items() if name in self.targets)
-        usual = letters in ("", "".join(MATRICES) if self.adapter == "full" else "qko")
+        usual = letters in ("", "qko")
         parts = [f"r{self.rank}"] * (lora and self.rank != 8) + [f"α{self.alpha:g}"] * (lora and self.alpha != 8)
         return " ".join([self.adapter, *parts, *[letters] * (not usual)])
 
@@ -68,9 +66,8 @@ class AdapterLists:
     targets: tuple[str, ...] = option(
         (),
         "matrices to adapt: names (q_proj,k_proj) are one set, letters a set each (qko,qv,all)",
-        shown="qko; full: all",
+        shown="qko",
     )
-    virtual_tokens: int = option(20, "of prompt and prefix tuning", least=1)
 
     @property
     def adapters(self) -> list[AdapterOptions]:
@@ -79,8 +76,7 @@ class AdapterLists:
         sets = [matrices(named)] * bool(named) + [matrices((part,)) for part in self.targets if part not in named]
         found = []
         for kind, rank, targets in product(self.adapter, self.rank, sets or [()]):
-            targets = () if kind in ("prompt", "prefix") and len(self.adapter) > 1 else targets
-            found.append(AdapterOptions(kind, rank if kind == "lora" else 8, self.alpha, targets, self.virtual_tokens))
+            found.append(AdapterOptions(kind, rank if kind == "lora" else 8, self.alpha, targets))
         return list(dict.fromkeys(found))
 
 

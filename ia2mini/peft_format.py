@@ -11,109 +11,190 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import UsageError
-from .adapters import IA3, Adapter, Full, LoRA, PrefixTuning, Prompt, unpack
-from .files import is_there, read_json, write, write_text
+from .adapters import IA3, Adapter, LoRA, unpack
+from .files import check_name, is_there, read_json, write, write_text
 from .models.checkpoint import save
 from .models.common import Linear
 
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+MERGED = "merged.json"  # in a merged checkpoint: what was merged
 PEFT_PREFIX = "base_model.model."
-EXTRAS = ("modules_to_save", "use_dora", "trainable_token_indices", "lora_bias", "layer_replication", "use_qalora")
-EXTRAS += ("alora_invocation_tokens", "target_parameters", "arrow_config", "use_bdlora", "monteclora_config")
+KINDS = ("LORA", "IA3")
+BIASES = ("none", "all", "lora_only")
+DEFAULT_RANK = 8  # peft's, where a configuration says none
+DEFAULT_ALPHA = 8
+# Fields that change more than the matrices of LoRA and (IA)3, besides all that begin with use_ or end in _config.
+EXTRAS = ("modules_to_save", "trainable_token_indices", "lora_bias", "layer_replication", "alora_invocation_tokens")
+EXTRAS += ("target_parameters",)
+HARMLESS = ("use_rslora", "eva_config", "corda_config", "loftq_config", "lora_ga_config", "velora_config")
+HARMLESS += ("runtime_config", "megatron_config")  # of training and loading; or looked at elsewhere
 CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin that also change the base's weights
 
 
-def peft_config(adapter: Adapter, base: str, model: nn.Module) -> dict:
-    """adapter_config.json of peft for LoRA, (IA)3, prompt and prefix tuning."""
+def peft_config(adapter: Adapter, base: str) -> dict:
+    """adapter_config.json of peft for LoRA and (IA)3."""
     config = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True}
     if isinstance(adapter, LoRA):
         config |= {"peft_type": "LORA", "r": adapter.rank, "lora_alpha": adapter.alpha, "lora_dropout": 0.0}
         return config | {"bias": "none", "target_modules": list(adapter.targets), "layers_to_transform": adapter.layers}
-    if isinstance(adapter, IA3):  # peft cannot restrict (IA)3 to layers but takes full module names
-        names = list(adapter.linears)
-        return config | {"peft_type": "IA3", "target_modules": names, "feedforward_modules": sorted(adapter.inputs)}
-    assert isinstance(adapter, Prompt | PrefixTuning)
-    c = model.config
-    config |= {"num_virtual_tokens": adapter.tokens, "num_layers": c.num_hidden_layers, "num_transformer_submodules": 1}
-    if isinstance(adapter, Prompt):
-        kind, heads, token_dim = "PROMPT_TUNING", c.num_attention_heads, c.hidden_size
-    else:
-        kind, heads, token_dim = "PREFIX_TUNING", c.num_key_value_heads, c.num_key_value_heads * c.head_dim
-    return config | {"peft_type": kind, "token_dim": token_dim, "num_attention_heads": heads}
+    assert isinstance(adapter, IA3)
+    names = list(adapter.linears)  # peft cannot restrict (IA)3 to layers but takes full module names
+    return config | {"peft_type": "IA3", "target_modules": names, "feedforward_modules": sorted(adapter.inputs)}
 
 
 def peft_tensors(adapter: Adapter, theta: Tensor) -> dict[str, Tensor]:
     """adapter_model.safetensors of one run, theta [M], under peft's names."""
-    weights = {name: w[0] for name, w in unpack(theta[None].cpu(), adapter.shapes).items()}
-    if isinstance(adapter, LoRA):
-        return {f"{PEFT_PREFIX}{name[:-2]}.lora_{name[-1]}.weight": w for name, w in weights.items()}
-    if isinstance(adapter, IA3):
-        return {f"{PEFT_PREFIX}{n}.ia3_l": w[None] if n in adapter.inputs else w[:, None] for n, w in weights.items()}
-    if isinstance(adapter, Prompt):
-        return {"prompt_embeddings": weights["embeddings"]}
-    layers = weights["prefix"]  # [L, 2, K, tokens, E]; peft: a row a virtual token, its keys and values layer by layer
-    return {"prompt_embeddings": layers.permute(3, 0, 1, 2, 4).flatten(1)}
+    found = {}
+    inputs = adapter.inputs if isinstance(adapter, IA3) else ()
+    for name, weights in unpack(theta[None].cpu(), adapter.shapes).items():
+        weight = weights[0]
+        if isinstance(adapter, LoRA):
+            name, letter = name.rsplit(".", 1)
+            found[f"{PEFT_PREFIX}{name}.lora_{letter}.weight"] = weight
+        elif name in inputs:
+            found[f"{PEFT_PREFIX}{name}.ia3_l"] = weight[None]
+        else:
+            found[f"{PEFT_PREFIX}{name}.ia3_l"] = weight[:, None]
+    return found
 
 
-def save_adapter(
-    model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path, base: str, tokenizer=None, revision=None
-) -> None:
-    """Write one run's adapter, theta [M], so that peft loads it onto `base` at `revision`; `Full` as `save_merged`."""
-    if isinstance(adapter, Full):
-        return save_merged(model, adapter, theta, folder, tokenizer)
+def save_adapter(adapter: Adapter, theta: Tensor, folder: Path, base: str, revision: str | None = None) -> None:
+    """Write one run's adapter, theta [M], so that peft loads it onto `base` at `revision`."""
     tensors = {name: t.contiguous() for name, t in peft_tensors(adapter, theta).items()}
-    write(folder / "adapter_model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    config = peft_config(adapter, base, model) | {"revision": revision}
-    write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    write(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    config = peft_config(adapter, base) | {"revision": revision}
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def read_config(folder: Path) -> dict:
+    """adapter_config.json of a folder. Raises UsageError that says what is there instead of an adapter."""
+    check_name(folder)
+    if not is_there(folder / CONFIG):
+        named = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+        if named:
+            raise UsageError(f"{folder}: no {CONFIG} there, but in {', '.join(named[:5])}; give one of these folders")
+        if (folder / "config.json").is_file():
+            raise UsageError(f"{folder}: a checkpoint and no adapter ({CONFIG}: no such file); give it as --model")
+    return read_json(folder / CONFIG)
 
 
 def read_adapter(folder: Path, model: nn.Module) -> tuple[Adapter, Tensor]:
     """The adapter that peft, or `save_adapter`, wrote into `folder`, and its weights [1, M] on the model's device.
 
-    LoRA (rank and alpha patterns, rsLoRA, targets by name or pattern) and (IA)3, prompt and prefix tuning. Raises
-    UsageError, by name, for what changes more than these: DoRA, biases, modules_to_save, other methods.
+    LoRA (rank and alpha patterns, rsLoRA, targets by name or pattern) and (IA)3. Raises UsageError, by name, for what
+    changes more than these: DoRA, biases, modules_to_save, prompt tuning and other methods.
     """
-    path = folder / "adapter_model.safetensors"
-    config = read_json(folder / "adapter_config.json")
+    config = read_config(folder)
     kind = config.get("peft_type")
-    extras = [name for name in EXTRAS if config.get(name)] + ["bias"] * (config.get("bias", "none") != "none")
-    extras += ["init_lora_weights"] * str(config.get("init_lora_weights")).startswith(CHANGE_BASE)
-    if not isinstance(kind, str) or kind not in READERS or extras:
-        what = f"{extras[0]} = {config[extras[0]]!r}" if extras else f"peft_type {kind!r}"
-        raise UsageError(f"{folder}: {what} is not supported (supported: {', '.join(READERS)}, without extras)")
+    if kind not in KINDS:
+        raise UsageError(f"{folder}: peft_type {repr(kind)[:80]} is not supported (supported: {', '.join(KINDS)})")
+    for name in changes_more(config):
+        said = f"{name} = {repr(config[name])[:80]}"
+        raise UsageError(f"{folder}: {said} is not supported (supported: {', '.join(KINDS)}, without extras)")
+    tensors = read_tensors(folder, config)
     try:
-        if not is_there(path):
-            raise UsageError(f"{path}: missing")
-        tensors = {name.removeprefix(PEFT_PREFIX): t.float() for name, t in load_file(path).items()}
-        held = {name.rsplit(".lora_" if ".lora_" in name else ".", 1)[0] for name in tensors}
-        if kind in ("LORA", "IA3") and (odd := held ^ targeted(config, model)):
-            same = "adapter_config.json and the tensors do not name the same matrices"
-            raise UsageError(f"{folder}: {same} ({min(odd)})")
-        adapter, weights = READERS[kind](config, tensors, model)
-        theta = torch.cat([weights[name].reshape(shape).reshape(-1) for name, shape in adapter.shapes.items()])
+        compare_names(folder, config, tensors, model)
+        reader = read_lora if kind == "LORA" else read_ia3
+        adapter, weights = reader(config, tensors, model)
     except UsageError:
         raise
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path}: truncated or corrupt ({error})") from None
     except Exception as error:  # whatever comes of a configuration that says anything
         raise UsageError(f"{folder}: its tensors do not fit this model ({type(error).__name__}: {error})") from None
+    theta = torch.cat([weights[name].flatten() for name in adapter.shapes])
     if not theta.isfinite().all():
         raise UsageError(f"{folder}: the adapter holds NaN or infinity: damaged, or its training failed")
     return adapter, theta[None].to(next(model.parameters()).device)
 
 
-def targeted(config: dict, model: nn.Module) -> set[str]:
-    """The maps that peft's configuration names: endings or a pattern, less those excluded, in its layers."""
+def changes_more(config: dict) -> list[str]:
+    """Fields of a configuration that change more than the matrices of LoRA or (IA)3."""
+    found = []
+    for name, value in config.items():
+        extra = name in EXTRAS or name.startswith("use_") or name.endswith("_config")
+        if value and extra and name not in HARMLESS:
+            found.append(name)
+    if str(config.get("init_lora_weights")).startswith(CHANGE_BASE):
+        found.append("init_lora_weights")
+    return found
 
-    def named(wanted: str | list | None, name: str) -> bool:
-        if isinstance(wanted, str):
-            return wanted == "all-linear" or bool(re.fullmatch(wanted, name))
-        return any(f".{name}".endswith(f".{end}") for end in wanted or ())
 
-    layers = config.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers
+def read_tensors(folder: Path, config: dict) -> dict[str, Tensor]:
+    """Tensors of adapter_model.safetensors by the base's names, float32. Raises UsageError."""
+    path = folder / WEIGHTS
+    if not is_there(path):
+        pickled = folder / "adapter_model.bin"
+        beside = f"; {pickled.name} is not read: save the adapter as safetensors" if pickled.exists() else ""
+        raise UsageError(f"{path}: missing{beside}")
+    try:
+        stored = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path}: truncated or corrupt ({error})") from None
+    found = {name.removeprefix(PEFT_PREFIX): tensor.float() for name, tensor in stored.items()}
+    if len(found) < len(stored):
+        raise UsageError(f"{path}: some tensors stand there twice, with and without {PEFT_PREFIX!r}; save it again")
+    bias = config.get("bias", "none")
+    biases = [name for name in found if name.endswith(".bias")]
+    if bias not in BIASES or biases:  # "all" and "lora_only" mean nothing where no map has a bias
+        there = f", the file changes {biases[0].replace('.base_layer', '')}" if biases else ""
+        raise UsageError(f"{folder}: bias = {repr(bias)[:80]} is not supported{there}; train without")
+    return found
+
+
+def compare_names(folder: Path, config: dict, tensors: dict[str, Tensor], model: nn.Module) -> None:
+    """Raises UsageError unless configuration and tensors name the same maps, and nothing else is in the file."""
+    held = {name.rsplit(".lora_" if ".lora_" in name else ".", 1)[0] for name in tensors}
     maps = [name for name, module in model.named_modules() if isinstance(module, Linear)]
-    maps = [name for name in maps if not layers or int(name.split(".")[2]) in layers]
-    return {n for n in maps if named(config.get("target_modules"), n) and not named(config.get("exclude_modules"), n)}
+    for name in sorted(held - set(maps)):
+        raise UsageError(f"{folder}: the file changes {name}, which is no matrix of this model that can be adapted")
+    if odd := held ^ targeted(config, maps):
+        same = f"{CONFIG} and the tensors do not name the same matrices"
+        raise UsageError(f"{folder}: {same} ({min(odd)})")
+
+
+def targeted(config: dict, maps: list[str]) -> set[str]:
+    """Of these maps those that a configuration names, by peft's own rules (`check_target_module_exists`)."""
+    targets = config.get("target_modules")
+    excluded = config.get("exclude_modules") or []
+    layers = config.get("layers_to_transform")
+    if isinstance(layers, int):
+        layers = [layers]
+    if isinstance(targets, str) and layers:
+        raise ValueError("layers_to_transform beside target_modules that are a pattern")
+    found = set()
+    for name in maps:
+        wanted = targets == "all-linear" or named(targets or [], name)
+        if layers and name not in targets:  # a full name counts in any layer
+            wanted = wanted and layer_of(name, config.get("layers_pattern")) in layers
+        if wanted and not named(excluded, name):
+            found.add(name)
+    return found
+
+
+def named(wanted: str | list, name: str) -> bool:
+    """Whether a pattern is the whole of a map's name, or one of several names is, or ends it."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(f".{name}".endswith(f".{end}") for end in wanted)
+
+
+def layer_of(name: str, patterns: str | list | None) -> int | None:
+    """The number of a map's layer; None where none of `patterns` is what its blocks are called."""
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    for pattern in patterns or [r"[^.]*"]:
+        match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
+        if match:
+            return int(match[1])
+    return None
+
+
+def by_pattern(patterns: dict | None, name: str, default):
+    """The value of the first pattern that is the end of a map's name, as peft's `get_pattern_key` has it."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
 
 
 def read_lora(config: dict, tensors: dict[str, Tensor], model: nn.Module) -> tuple[Adapter, dict[str, Tensor]]:
@@ -121,40 +202,60 @@ def read_lora(config: dict, tensors: dict[str, Tensor], model: nn.Module) -> tup
     maps = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
     rank = max(len(tensors[f"{name}.lora_A.weight"]) for name in maps)
     adapter = LoRA(model, sorted({name.rsplit(".", 1)[1] for name in maps}), None, rank, float(rank))
-    if unknown := [name for name in tensors if name.rsplit(".", 2)[0] not in adapter.linears]:
-        raise KeyError(f"unknown tensor {unknown[0]}")
-    for name in maps:  # before memory is taken for what the ranks say
-        if tensors[f"{name}.lora_A.weight"].shape[1:] != (adapter.linears[name].in_features,):
-            raise ValueError(f"the shape of {name}.lora_A")
+    for name in sorted(maps):  # before memory is taken for what the ranks say
+        linear = adapter.linears[name]
+        own = by_pattern(config.get("rank_pattern"), name, config.get("r", DEFAULT_RANK))
+        sizes = {"A": (own, linear.in_features), "B": (linear.out_features, own)}
+        for letter, size in sizes.items():
+            shape = tuple(tensors[f"{name}.lora_{letter}.weight"].shape)
+            if shape != size:
+                raise ValueError(f"the shape of {name}.lora_{letter} is {shape}, not {size}")
+    if len(tensors) != 2 * len(maps):
+        raise KeyError("a tensor beside lora_A.weight and lora_B.weight")
     weights = {name: torch.zeros(shape) for name, shape in adapter.shapes.items()}
-    alphas = config.get("alpha_pattern") or {}  # by a pattern of the end of a name; the first that matches
     for name in maps:
-        A, B = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
-        own = (value for end, value in alphas.items() if re.match(rf"(.*\.)?({end})$", name))
-        scale = next(own, config["lora_alpha"]) / (math.sqrt(len(A)) if config.get("use_rslora") else len(A))
-        weights[f"{name}.A"][: len(A)], weights[f"{name}.B"][:, : len(A)] = A, scale * B
+        A = tensors[f"{name}.lora_A.weight"]
+        B = tensors[f"{name}.lora_B.weight"]
+        alpha = by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", DEFAULT_ALPHA))
+        scale = alpha / (math.sqrt(len(A)) if config.get("use_rslora") else len(A))
+        weights[f"{name}.A"][: len(A)] = A
+        weights[f"{name}.B"][:, : len(A)] = scale * B
     return adapter, weights
 
 
 def read_ia3(config: dict, tensors: dict[str, Tensor], model: nn.Module) -> tuple[Adapter, dict[str, Tensor]]:
-    """Maps without a tensor keep a scale of one."""
-    found = {name.removesuffix(".ia3_l"): t for name, t in tensors.items()}
-    inputs = tuple({name.rsplit(".", 1)[1] for name, t in found.items() if t.shape[0] == 1})
+    """Each map's tensor says which side it scales, [out, 1] or [1, in]; maps without one keep a scale of one."""
+    found = {name.removesuffix(".ia3_l"): tensor for name, tensor in tensors.items()}
+    inputs = {name for name, tensor in found.items() if tensor.shape[0] == 1}
+    told = config.get("feedforward_modules")
+    for name in found:
+        fed = re.fullmatch(told, name) if isinstance(told, str) else name.endswith(tuple(told or ()))
+        if told is not None and bool(fed) != (name in inputs):
+            raise ValueError(f"feedforward_modules and the shape of {name}.ia3_l disagree")
     adapter = IA3(model, sorted({name.rsplit(".", 1)[1] for name in found}), None, inputs)
-    return adapter, {name: found.get(name, torch.ones(shape)) for name, shape in adapter.shapes.items()}
+    weights = {name: torch.ones(shape) for name, shape in adapter.shapes.items()}
+    for name, tensor in found.items():
+        size = len(weights[name])
+        if tuple(tensor.shape) != ((1, size) if name in inputs else (size, 1)):
+            raise ValueError(f"the shape of {name}.ia3_l is {tuple(tensor.shape)}")
+        weights[name] = tensor
+    return adapter, weights
 
 
-def read_virtual(config: dict, tensors: dict[str, Tensor], model: nn.Module) -> tuple[Adapter, dict[str, Tensor]]:
-    """Virtual tokens of prompt or prefix tuning; of the latter a row holds keys and values layer by layer."""
-    (table,) = tensors.values()
-    if config["peft_type"] == "PROMPT_TUNING":
-        return Prompt(model, len(table)), {"embeddings": table}
-    adapter = PrefixTuning(model, len(table))
-    L, two, K, tokens, E = adapter.shapes["prefix"]
-    return adapter, {"prefix": table.view(tokens, L, two, K, E).permute(1, 2, 3, 0, 4)}
+def claim(folder: Path, merge: dict) -> None:
+    """Have a new or empty folder take a merged checkpoint, told by `merge`; the same merge, begun before, may go on.
 
-
-READERS = {"LORA": read_lora, "IA3": read_ia3, "PROMPT_TUNING": read_virtual, "PREFIX_TUNING": read_virtual}
+    Raises UsageError for a folder that holds anything else: another checkpoint, or a person's files.
+    """
+    check_name(folder)
+    marker = folder / MERGED
+    if folder.is_dir() and not marker.exists():
+        for path in sorted(folder.iterdir()):
+            if not path.name.startswith("."):
+                raise UsageError(f"{folder}: holds {path.name} and maybe more; --out needs a new or empty folder")
+    if marker.exists() and read_json(marker) != merge:
+        raise UsageError(f"{folder}: holds another merged checkpoint; choose another folder with --out")
+    write_text(marker, json.dumps(merge, indent=1) + "\n")
 
 
 @torch.no_grad()
@@ -162,28 +263,12 @@ def save_merged(model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path,
     """Write a checkpoint whose matrices hold the adapter's change, computed in float32; the model stays as it is.
 
     With `tokenizer` the checkpoint is complete: its tokenizer.json and its end-of-sequence ids are written too.
-    Raises UsageError for prompt and prefix tuning, which change no matrix.
     """
-    if not adapter.linears:
-        before = f"a {type(adapter).__name__} adapter stands before the text"
-        raise UsageError(f"{before} and cannot be merged into matrices; save it for peft")
-    weights = unpack(theta[None].to(next(model.parameters()).device), adapter.shapes)
-    weights, changed = {name: w[0] for name, w in weights.items()}, {}
+    theta = theta.to(next(model.parameters()).device)
+    weights = {name: w[0] for name, w in unpack(theta[None], adapter.shapes).items()}
+    changed = {}
     for name, linear in adapter.linears.items():
-        changed |= {key: t.to(linear.weight.dtype) for key, t in merged(adapter, name, weights, linear).items()}
+        for key, tensor in adapter.merged(name, weights).items():
+            changed[key] = tensor.to(linear.weight.dtype)
     words, ends = (tokenizer.backend.to_str(), list(tokenizer.eos_ids) or None) if tokenizer else (None, None)
     save(model, folder, words, ends, changed)
-
-
-def merged(adapter: Adapter, name: str, weights: dict[str, Tensor], linear: nn.Linear) -> dict[str, Tensor]:
-    """The tensors of one map that the adapter changes, by name, float32."""
-    weight = linear.weight.float()
-    if isinstance(adapter, LoRA):
-        return {f"{name}.weight": weight + adapter.alpha / adapter.rank * weights[f"{name}.B"] @ weights[f"{name}.A"]}
-    if isinstance(adapter, Full):
-        return {f"{name}.weight": weight + weights[name]}
-    assert isinstance(adapter, IA3)
-    if name in adapter.inputs:
-        return {f"{name}.weight": weight * weights[name]}
-    bias = {} if linear.bias is None else {f"{name}.bias": linear.bias.float() * weights[name]}
-    return bias | {f"{name}.weight": weight * weights[name][:, None]}

@@ -23,17 +23,18 @@ from .batch import Watch
 from .chat import ChatTemplate
 from .episode import with_demonstrations
 from .evaluate import answer_scores, label_scores, share_prefix
-from .files import finite, is_there, read_json, write, write_text
+from .files import check_name, finite, is_there, read_json, write, write_text
 from .generate import STOP, Decoding, generate
 from .models.checkpoint import load
 from .models.common import device_of
-from .peft_format import read_adapter, save_adapter, save_merged
+from .peft_format import claim, read_adapter, read_config, save_adapter, save_merged
 from .runs import checkpoint_digest, versions
 from .subject import Subject, open_subject
 from .tasks import Example
 from .tasks.rows import Row, fill
 
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+BESIDE += ("added_tokens.json",)
 SPEC, TOP, AT_ONCE = "ia2mini.json", 5, 64
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 ADDED = r"^(?=(row_)*(answer|abstained|confidence|probabilities)$)"  # what a row's answer is called
@@ -154,10 +155,16 @@ class Predictor:
         return found
 
     def merge(self, out: Path) -> float:
-        """Write a whole checkpoint with the adapter in its matrices; the largest difference of a logit on a prompt."""
+        """Write a checkpoint with the adapter in its matrices; the largest difference of a logit on a prompt.
+
+        Raises UsageError for a folder `out` that holds anything but this same merge.
+        """
         subject = self.subject
         if self.adapter is None:
             raise UsageError(f"there is no adapter to merge; what answers is {subject.base}, a whole model already")
+        dtype = str(next(subject.model.parameters()).dtype).removeprefix("torch.")
+        weights = hashlib.sha256(self.theta.cpu().numpy().tobytes()).hexdigest()
+        claim(out, {"base": subject.base, "adapter_digest": weights, "dtype": dtype})
         save_merged(subject.model, self.adapter, self.theta[0], out, subject.tokenizer)
         self.beside(out)
         ids = torch.tensor([subject.tokenizer.encode(self.chat(self.spec.get("example", "Once upon a time")))])
@@ -177,8 +184,6 @@ class Predictor:
         now = self.canary(kept)
         allowed = max(ALLOWED.get(c["dtype"], 0) for c in (kept, now))
         blames = {"base": "the base model is not the one it was fitted on", "adapted": "the adapter is damaged"}
-        if whole(folder):
-            del blames["base"]
         for name, blame in blames.items():
             then, found = (c[name]["log_probabilities"] for c in (kept, now))
             if len(then) != len(found) or not np.abs(np.subtract(then, found)).mean() <= allowed:
@@ -192,10 +197,7 @@ class Predictor:
         for name in ADAPTER if parallel.writes() else ():  # of an earlier fit
             (folder / name).unlink(missing_ok=True)
         if self.adapter:
-            about = subject.base, subject.tokenizer, subject.revision
-            save_adapter(subject.model, self.adapter, self.theta[0], folder, *about)
-        if whole(folder):
-            self.beside(folder)
+            save_adapter(self.adapter, self.theta[0], folder, subject.base, subject.revision)
         base = {"name": subject.base, "revision": subject.revision, "digest": checkpoint_digest(subject.folder)}
         self.spec |= {"base": base, "versions": versions(), "report": self.report, "canary": self.canary()}
         self.spec["adapter_digest"] = digest(folder / ADAPTER[0])
@@ -223,12 +225,7 @@ SHAPE = {"template": str, "labels": [str], "max_tokens": number(1, 2**16, int), 
 SHAPE |= {"parser": str | None, "confidences": [number(0, 1.001)], "demonstrations": [{"prompt": str, "answer": str}]}
 SHAPE |= {"temperature": number(1e-6, 1e6)}
 SHAPE |= {"method": str, "chat": bool, "context": bool, "example": str, "report": dict, "adapter_digest": str | None}
-SHAPE |= {"base": {"name": str}, "canary": {"dtype": str, "base": TOKENS, "adapted": TOKENS}}
-
-
-def whole(folder: Path) -> bool:
-    """Whether a folder holds a checkpoint of its own: full fine-tuning."""
-    return (folder / "config.json").is_file()
+SHAPE |= {"base": {"name": str, "revision": str | None}, "canary": {"dtype": str, "base": TOKENS, "adapted": TOKENS}}
 
 
 def digest(path: Path) -> str | None:
@@ -244,12 +241,13 @@ def load_adapter(folder: str | Path, subject: Subject | None = None, **spec) -> 
         predictor = load_adapter("tickets")
         next(predictor.predict([{"text": "My invoice is wrong"}]))["answer"]
     """
-    folder, adapter, theta = Path(folder), None, None
+    folder = Path(folder)
     if subject is None:
         name, revision = base_of(folder)
         subject = open_subject(name, revision=revision)
     kept = read_spec(folder)
-    if not whole(folder) and (kept is None or kept["method"] != "base"):
+    adapter, theta = None, None
+    if ships_adapter(folder, kept):
         adapter, theta = read_adapter(folder, subject.model)
     predictor = Predictor(subject, adapter, theta, FOREIGN | (kept or {}) | spec, (kept or {}).get("report", {}))
     if kept:
@@ -257,8 +255,20 @@ def load_adapter(folder: str | Path, subject: Subject | None = None, **spec) -> 
     return predictor
 
 
+def ships_adapter(folder: Path, kept: dict | None) -> bool:
+    """Whether an adapter belongs to what is described by `kept` (None: any folder of peft). Raises UsageError."""
+    if kept is None or kept["adapter_digest"] is not None:
+        return True
+    for name in (*ADAPTER, "config.json"):  # the latter of full fine-tuning, which 0.3.0 had
+        if (folder / name).exists():
+            beside = f"its {SPEC} says that the base model answers, but {name} lies beside it"
+            raise UsageError(f"{folder}: {beside}; move one of the two into a folder of its own")
+    return False
+
+
 def read_spec(folder: Path) -> dict | None:
     """The description of an adapter that ia2mini fitted, None of another. Raises UsageError for a damaged one."""
+    check_name(folder)
     path = folder / SPEC
     kept = read_json(path) if is_there(path) else None
     if kept is None and next(folder.glob("unfinished-*"), None):
@@ -283,12 +293,16 @@ def misfit(value, shape, name: str) -> str | None:
 
 
 def base_of(folder: Path) -> tuple[str, str | None]:
-    """The base that a saved adapter names, and its commit on the hub; of a whole folder itself. Raises UsageError."""
-    if whole(folder):
-        return str(folder), None
-    if kept := read_spec(folder):
-        return kept["base"]["name"], kept["base"].get("revision")
-    config = read_json(folder / "adapter_config.json")
-    if not (name := config.get("base_model_name_or_path")):
+    """The base that a saved adapter names, and its commit on the hub. Raises UsageError."""
+    kept = read_spec(folder)
+    if kept:
+        return kept["base"]["name"], kept["base"]["revision"]
+    config = read_config(folder)
+    for key in ("base_model_name_or_path", "revision"):
+        value = config.get(key)
+        if value is not None and not isinstance(value, str):
+            raise UsageError(f"{folder / ADAPTER[1]}: {key} = {repr(value)[:80]} is not a text; give --model")
+    name = config.get("base_model_name_or_path")
+    if not name:
         raise UsageError(f"{folder}: names no base model; give --model")
     return name, config.get("revision")

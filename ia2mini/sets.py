@@ -111,7 +111,7 @@ class FewShotSets:
         for e in [*self.episodes, *(self.further() if o.select == "kl" else ())]:
             rows, shown = e.train + e.dev + e.unlabelled, e.demonstrations + e.more_demonstrations
             for row, tokens in zip(rows, count([row.prompt + row.answer for row in rows])):
-                subject.check_room(row.prompt, tokens + self.adapter.tokens)
+                subject.check_room(row.prompt, tokens)
             full = [with_demonstrations(d, row.prompt) for d, row in zip(shown, rows)] if taught else []
             for row, tokens in zip(rows, count(full)):
                 subject.check_room(row.prompt, tokens + more, "behind its demonstrations: use a smaller --n")
@@ -119,7 +119,7 @@ class FewShotSets:
             more = label_tokens_at_most(self.labels[name]) if self.labelled else self.find(name).max_tokens
             lengths = [tokens + more - 1 for tokens in count([row.prompt for row in examples.rows])]
             for row, tokens in zip(examples.rows, lengths):
-                subject.check_room(row.prompt, tokens + self.adapter.tokens)
+                subject.check_room(row.prompt, tokens)
             shown = [count([with_demonstrations(d, "") for d in e.icl]) for e in self.episodes]
             long = max(each[i % len(each)] + tokens for each in shown for i, tokens in enumerate(lengths))
             if long > subject.reads:

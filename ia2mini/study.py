@@ -214,8 +214,7 @@ def save_adapters(experiment: Experiment, method: str, numbers: list[int]) -> li
     names = [f"adapters/{experiment.trains}-{method}-set{records[r]['set']}" for r in numbers]
     for r, name in zip(numbers, names) if parallel.writes() else ():
         path = setting.folder.path / name
-        about = subject.base, subject.tokenizer, subject.revision
-        save_adapter(subject.model, experiment.adapter, theta[r], path, *about)
+        save_adapter(experiment.adapter, theta[r], path, subject.base, subject.revision)
     return names
 
 

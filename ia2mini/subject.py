@@ -79,5 +79,7 @@ def open_subject(
     network, tokenizer = load(folder, dtype, device if weights else "meta", check=check, mesh=mesh)
     local = folder == TINY or Path(model).is_dir()
     name = plain(folder.resolve().name if local else model.replace("/", "--"), "")
-    base = str(folder.resolve()) if local else SHORT_NAMES.get(model.lower(), model)
+    base = SHORT_NAMES.get(model.lower(), model)
+    if local:
+        base = "tiny" if folder == TINY else str(folder.resolve())
     return Subject(network, tokenizer, folder, name, base, None if local else folder.name)  # a snapshot's folder

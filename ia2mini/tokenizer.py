@@ -7,6 +7,7 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from . import UsageError
+from .added_tokens import add_tokens
 from .files import is_there, read_json
 
 
@@ -28,6 +29,7 @@ class Tokenizer:
             backend = Backend.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
             raise UsageError(f"{path}: not a tokenizers file ({error})") from None
+        add_tokens(backend, folder)
         backend.no_truncation()  # some files carry both from their training
         backend.no_padding()
         config = read_json(folder / "config.json")

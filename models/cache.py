@@ -2,10 +2,9 @@
 
 `Cache` grows token by token, `Prefix` stands before every row, `Packed` keeps the documents of a row apart; each tells
 a layer through a `LayerCache` what its tokens see. B rows, T new tokens, H heads, K key/value heads, E head size,
-S earlier keys, G groups of rows that share a prefix.
+S earlier keys.
 """
 
-from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from .shard import Weight, is_split, local
 
-Past = tuple[Tensor, Tensor]  # a prefix's keys and values of one layer, [G, K, S, E] each
+Past = tuple[Tensor, Tensor]  # a prefix's keys and values of one layer, [1, K, S, E] each
 
 
 class LayerCache(NamedTuple):
@@ -37,14 +36,14 @@ class LayerCache(NamedTuple):
 
 
 class Prefix:
-    """Keys and values that stand before every row's own tokens: demonstrations computed once, or virtual tokens.
+    """Keys and values of the tokens that every row begins with: demonstrations, computed once.
 
-    One [G, K, S, E] tensor of each a layer. Rows come in G equal groups, each group sharing one prefix (G = 1: all rows
-    share it). Filled by running the model with `cache=Prefix()`; attached to the graph.
+    One [1, K, S, E] tensor of each a layer, shared by all rows. Filled by running the model on one row of ids [1, S]
+    with `cache=Prefix()`; attached to the graph.
     """
 
-    def __init__(self, layers: Iterable[Sequence[Tensor]] = ()):
-        self.layers = [list(pair) for pair in layers]  # keys, values
+    def __init__(self):
+        self.layers: list[list[Tensor]] = []  # of each layer keys and values
 
     @property
     def length(self) -> int:
@@ -125,23 +124,43 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, past: Past
     mask = cache and cache.mask
     if cache is not None:
         k, v = cache.update(k, v)
-    if past is None and mask is not None and q.is_cuda:
+    if past is not None:
+        return attend_behind(q, k, v, mask, *past)
+    if mask is not None and q.is_cuda:
         return folded(q, k, v, mask)
-    if past is None:  # right padding needs no mask: a real token never sees the padding behind it
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    k0, v0 = past  # one softmax over these and own keys; they are multiplied once a group, never copied
-    (B, H, T, E), K, (G, _, S, _) = q.shape, k.shape[1], k0.shape
+    # right padding needs no mask: a real token never sees the padding behind it
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+
+
+def attend_behind(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, k0: Tensor, v0: Tensor) -> Tensor:
+    """As `attend`, behind a prefix with keys and values k0, v0 [1, K, S, E]: one softmax over these and own keys.
+
+    All rows share the prefix: its keys and values are multiplied with all of them at once, never copied.
+    """
+    B, H, T, E = q.shape
+    K, S = k0.shape[1:3]
     q = q.reshape(B, K, H // K * T, E) * E**-0.5  # the heads that share a key/value head stand together
-    by_group = q.view(G, B // G, K, -1, E).transpose(1, 2).reshape(G, K, -1, E)
-    before = (by_group @ k0.mT).view(G, K, B // G, -1, S).transpose(1, 2).reshape(B, H, T, S)
+    before = all_rows(q) @ k0[0].mT  # [K, B * H / K * T, S]
+    before = by_row(before, B).reshape(B, H, T, S)
     own = (q @ k.mT).view(B, H, T, -1)
     if mask is None:
         mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     scores = torch.cat((before, own.masked_fill(~mask, -torch.inf)), -1)
-    before, own = scores.softmax(-1, dtype=torch.float32).to(q.dtype).split((S, own.shape[-1]), -1)
-    by_group = before.reshape(G, B // G, K, -1, S).transpose(1, 2).reshape(G, K, -1, S)
-    z = (by_group @ v0).view(G, K, B // G, -1, E).transpose(1, 2).reshape(B, H, T, E)
+    shares = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    before, own = shares.split((S, own.shape[-1]), -1)
+    z = all_rows(before.reshape(B, K, -1, S)) @ v0[0]  # [K, B * H / K * T, E]
+    z = by_row(z, B).reshape(B, H, T, E)
     return z + (own.reshape(B, K, -1, own.shape[-1]) @ v).view(B, H, T, E)
+
+
+def all_rows(x: Tensor) -> Tensor:
+    """x [B, K, n, E] as [K, B * n, E]."""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def by_row(x: Tensor, rows: int) -> Tensor:
+    """x [K, rows * n, E] as [rows, K, n, E]."""
+    return x.unflatten(1, (rows, -1)).transpose(0, 1)
 
 
 def folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

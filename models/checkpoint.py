@@ -3,6 +3,7 @@
 import difflib
 import functools
 import json
+import os
 import re
 import struct
 from dataclasses import MISSING, asdict, fields
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ia2mini import UsageError
-from ia2mini.files import hub_errors, patiently, read_json, write, write_text
+from ia2mini.files import check_name, hub_errors, is_there, patiently, read_json, write, write_text
 from ia2mini.tokenizer import Tokenizer
 
 from . import llama, qwen3, shard
@@ -29,9 +30,13 @@ LLAMA = "3.2-1B 3.2-3B 3.2-1B-Instruct 3.2-3B-Instruct 3.1-8B 3.1-70B 3.1-8B-Ins
 SHORT_NAMES = {f"qwen3-{size.lower()}": f"Qwen/Qwen3-{size}" for size in QWEN3}
 SHORT_NAMES |= {f"llama-{size.lower()}": f"meta-llama/Llama-{size}" for size in LLAMA}
 FILES = "config.json generation_config.json tokenizer*.json special_tokens_map.json chat_template.jinja".split()
-FILES += ["model*.safetensors", "model.safetensors.index.json"]
+FILES += ["added_tokens.json", "adapter_config.json"]
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHT_FILES = ["model*.safetensors", INDEX]
 STORED = ("F32", "BF16", "F16", "F64")
 LARGEST = "5GB"  # of a file of weights that is written
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+AT_ONCE = 4096  # rows of these that are compared
 
 
 def load(
@@ -53,15 +58,17 @@ def load(
     """
     folder = locate(name, revision)
     config, family = read_folder_config(folder)
+    weightless = str(device) == "meta"
+    where = {} if weightless else tensor_files(folder, config)  # before so many layers are made
     with torch.device("meta"):
         model = family(config)
     if mesh is not None:
         shard.check(config, mesh.size())
         shard.join(model, mesh)
-    if str(device) == "meta":
+    if weightless:
         model.to(dtype)
     else:
-        fill(model, folder, dtype, torch.device(device), check, mesh)
+        fill(model, folder, where, dtype, torch.device(device), check, mesh)
     return model.eval().requires_grad_(False), Tokenizer.from_folder(folder)
 
 
@@ -69,22 +76,45 @@ def locate(name: str | Path, revision: str | None = None, weights: bool = True) 
     """The local folder of a checkpoint; downloads (or finds in the cache) what a hub id needs. Raises UsageError."""
     if str(name) == "tiny":
         return TINY
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            layout = "give a folder in the Hugging Face layout (config.json, *.safetensors)"
-            raise UsageError(f"{folder}: no config.json there; {layout}")
-        return folder
+    if os.path.isdir(name):
+        check_name(Path(name))
+        return check_layout(Path(name))
     hub_id = SHORT_NAMES.get(str(name).lower(), str(name))
     if hub_id.count("/") != 1 or str(name).startswith((".", "/", "~")):
-        near = difflib.get_close_matches(str(name).lower(), ["tiny", *SHORT_NAMES], 1, 0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"short names: tiny, {', '.join(SHORT_NAMES)}"
-        raise UsageError(f"unknown model {str(name)!r}: not a folder, a short name or a hub id owner/name; {hint}")
+        shown = repr(str(name))[:200]
+        raise UsageError(f"unknown model {shown}: not a folder, a short name or a hub id owner/name; {hint(str(name))}")
     from huggingface_hub import snapshot_download
 
-    files = FILES if weights else FILES[:-2]
+    files = FILES + WEIGHT_FILES if weights else FILES
     with hub_errors(hub_id, "model", revision, "give a folder"):
-        return Path(patiently(lambda: snapshot_download(hub_id, revision=revision, allow_patterns=files)))
+        found = patiently(lambda: snapshot_download(hub_id, revision=revision, allow_patterns=files))
+    return check_layout(Path(found))
+
+
+def check_layout(folder: Path) -> Path:
+    """The folder, if it holds a checkpoint and no adapter. Raises UsageError.
+
+    Of a folder with both transformers loads the model that the adapter names, and puts the adapter on it.
+    """
+    whole = (folder / "config.json").is_file()
+    if is_there(folder / "adapter_config.json"):
+        base = repr(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))[:200]
+        if not whole:
+            raise UsageError(f"{folder}: an adapter and no checkpoint; give the model it was trained on ({base})")
+        ways = f"an adapter on {base}, or the checkpoint without it; move adapter_config.json into a folder of its own"
+        raise UsageError(f"{folder}: holds a checkpoint and an adapter, and may mean {ways}")
+    if not whole:
+        layout = "give a folder in the Hugging Face layout (config.json, *.safetensors)"
+        raise UsageError(f"{folder}: no config.json there; {layout}")
+    return folder
+
+
+def hint(name: str) -> str:
+    """What may have been meant by an unknown name. Letters may be misspelt; another number is another model."""
+    for near in difflib.get_close_matches(name.lower(), ["tiny", *SHORT_NAMES], 3, 0.8):
+        if re.findall(r"\d", near) == re.findall(r"\d", name):
+            return f"did you mean {near!r}?"
+    return f"families: {', '.join(FAMILIES)}; short names: tiny, {', '.join(SHORT_NAMES)}"
 
 
 def read_folder_config(folder: Path):
@@ -133,13 +163,22 @@ def checked(value, kind, where: str, most: float):
 
 def read_rope(raw: dict, where: Path) -> Rope:
     """The rotary embedding of a config, as transformers 5 or as the hub until then spells it. Raises UsageError."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    told = [name for name in ("rope_parameters", "rope_scaling") if raw.get(name)]
+    if len(told) == 2:
+        readings = [read_rope(raw | {name: None}, where) for name in told]
+        if readings[0] != readings[1]:
+            raise UsageError(f"{where}: rope_parameters and rope_scaling say different things; remove the wrong one")
+    rope = raw[told[0]] if told else {}
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else type(rope).__name__
     if kind not in ("default", "llama3") or any(isinstance(value, dict) for value in rope.values()):
         raise UsageError(f"{where}: rope_scaling type {repr(kind)[:80]} is not supported (supported: default, llama3)")
     for partial in (raw.get("partial_rotary_factor"), rope.get("partial_rotary_factor")):
         if partial not in (1.0, None):
             raise UsageError(f"{where}: partial_rotary_factor = {repr(partial)[:80]} is not supported (supported: 1.0)")
+    for name in ("rope_theta", "original_max_position_embeddings"):  # readers differ in which of the two they take
+        outer, inner = raw.get(name), rope.get(name)
+        if outer is not None and inner is not None and outer != inner:
+            raise UsageError(f"{where}: {name} is {repr(outer)[:80]}, and {repr(inner)[:80]} in {told[0]}; remove one")
     needed = LLAMA3 if kind == "llama3" else ()
     if missing := [name for name in needed if name not in rope]:
         raise UsageError(f"{where}: rope_scaling of type llama3 lacks {', '.join(missing)}")
@@ -149,36 +188,67 @@ def read_rope(raw: dict, where: Path) -> Rope:
     return Rope(float(theta), scaling or None)
 
 
-def shards(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file that holds it. Raises UsageError for missing, truncated or corrupt files."""
-    index, names = folder / "model.safetensors.index.json", {"model.safetensors"}
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else ()
-        if not names or not all(re.fullmatch(r"[\w.-]{1,200}", name) for name in names):
-            raise UsageError(f"{index}: weight_map is missing or empty, or names files elsewhere; download it again")
-    where = {}
-    for file in sorted(folder / name for name in names):
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights that a checkpoint consists of, by its index if it has one. Raises UsageError."""
+    index, single = folder / INDEX, folder / SINGLE
+    if not index.is_file():
+        return [single]
+    weight_map = read_json(index).get("weight_map")
+    names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+    if not names or not all(re.fullmatch(r"[\w.-]{1,200}", name) for name in names):
+        raise UsageError(f"{index}: weight_map is missing or empty, or names files elsewhere; download it again")
+    files = [folder / name for name in names]
+    if single.is_file() and single not in files:
+        if all(file.is_file() for file in files):
+            mend = f"delete {INDEX} and its files, or {SINGLE} (which transformers would take)"
+            raise UsageError(f"{folder}: holds two sets of weights, {SINGLE} and the files of {INDEX}; {mend}")
+        return [single]  # an index that was left behind, as transformers reads it
+    return files
+
+
+def tensor_files(folder: Path, config) -> dict[str, Path]:
+    """Tensor name -> the safetensors file that holds it; only headers are read.
+
+    Raises UsageError for missing, truncated or corrupt files, and for another number of layers than the config's.
+    """
+    where: dict[str, Path] = {}
+    for file in weight_files(folder):
         if not file.is_file():
-            needs = "every shard of its index" if index.is_file() else "it"
+            needs = f"every shard of {INDEX}" if (folder / INDEX).is_file() else "it"
             raise UsageError(f"{file}: no such file; the checkpoint needs {needs}")
         if file.resolve().parent != folder.resolve() and file.resolve().parent.name != "blobs":  # of the hub's cache
             raise UsageError(f"{file}: a link out of its folder; put the file itself there")
         try:
             with safe_open(file, "pt") as f:
-                where.update(dict.fromkeys(f.keys(), file))
+                names = list(f.keys())
         except (SafetensorError, OSError, struct.error) as error:
             mend = f"delete {file.resolve()} and download it again"  # a link of the hub's cache would be kept
             raise UsageError(f"{file}: truncated or corrupt safetensors file ({error}); {mend}") from None
+        for name in names:
+            if name in where:
+                raise UsageError(f"{file}: tensor {name} stands in {where[name].name} too; download the folder again")
+            where[name] = file
+    numbers = {name.split(".")[2] for name in where if name.startswith("model.layers.")}
+    if len(numbers) != config.num_hidden_layers:
+        says = f"config.json says num_hidden_layers = {config.num_hidden_layers}"
+        raise UsageError(f"{folder}: {says}, the files hold {len(numbers)}; they do not belong together")
     return where
 
 
-def fill(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device, check: bool, mesh=None) -> None:
+def fill(
+    model: nn.Module,
+    folder: Path,
+    where: dict[str, Path],
+    dtype: torch.dtype,
+    device: torch.device,
+    check: bool,
+    mesh=None,
+) -> None:
     """Give every parameter of `model` (on the meta device) its tensor. Raises UsageError naming the first misfit."""
-    where = shards(folder)
     wanted = {name: p.shape for name, p in model.named_parameters()}
-    unneeded = ("rotary_emb.inv_freq", *["lm_head.weight"] * model.config.tie_word_embeddings)
-    unknown = [name for name in where if name not in wanted and not name.endswith(unneeded)]
+    unknown = [name for name in where if name not in wanted and not name.endswith("rotary_emb.inv_freq")]
+    if model.config.tie_word_embeddings and HEAD in unknown:
+        unknown.remove(HEAD)
     for problem, names in (("missing", [name for name in wanted if name not in where]), ("unknown", unknown)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -196,7 +266,25 @@ def fill(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.devic
             raise UsageError(f"{where[name]}: tensor {name} holds NaN or infinity; {way}")
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+    if model.config.tie_word_embeddings and HEAD in where and not same_tensor(where, HEAD, EMBEDDING):
+        says = f"config.json ties head and embedding (tie_word_embeddings), but {HEAD} is another than {EMBEDDING}"
+        mend = "set tie_word_embeddings to false to use it (as transformers 5 does), or remove it from the file"
+        raise UsageError(f"{folder}: {says}; {mend}")
     model.tie()
+
+
+def same_tensor(where: dict[str, Path], one: str, other: str) -> bool:
+    """Whether two stored tensors [V, D] are equal, read some rows at a time."""
+    with safe_open(where[one], "pt") as f, safe_open(where[other], "pt") as g:
+        a, b = f.get_slice(one), g.get_slice(other)
+        if a.get_shape() != b.get_shape():
+            return False
+        rows = a.get_shape()[0]
+        for start in range(0, rows, AT_ONCE):
+            some = slice(start, start + AT_ONCE)
+            if not torch.equal(a[some].double(), b[some].double()):
+                return False
+    return True
 
 
 def save(model: nn.Module, folder: Path, tokenizer_json=None, eos_token_id=None, changed: dict | None = None) -> None:

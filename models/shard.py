@@ -85,13 +85,11 @@ def shared(x: Tensor, mesh) -> Tensor:
     return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
 
 
-def whole(y: Tensor, mesh, dim: int | None = None) -> Tensor:
-    """The ranks' y summed, or joined along `dim`: the same on all."""
-    if mesh is None:
-        return y
-    from torch.distributed.tensor import DTensor, Partial, Shard
+def whole(y: Tensor, mesh) -> Tensor:
+    """The ranks' y summed: the same on all."""
+    from torch.distributed.tensor import DTensor, Partial
 
-    return DTensor.from_local(y, mesh, [Partial() if dim is None else Shard(dim)], run_check=False).full_tensor()
+    return DTensor.from_local(y, mesh, [Partial()], run_check=False).full_tensor()
 
 
 def through(function: Callable, x: Tensor, weight: Weight) -> Tensor:

@@ -10,7 +10,7 @@ import transformers
 from ia2mini.models import Taps
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from ia2mini.adapters import IA3, LoRA, Prompt, unpack
+from ia2mini.adapters import LoRA, unpack
 from ia2mini.batch import Row
 
 transformers.logging.set_verbosity_error()
@@ -139,21 +139,13 @@ def peft_twin(folder: Path, adapter, theta: torch.Tensor):
     net = upstream(folder)
     if isinstance(adapter, LoRA):
         config = peft.LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=linears, **c)
-    elif isinstance(adapter, IA3):
-        config = peft.IA3Config(target_modules=linears, feedforward_modules=sorted(adapter.inputs), **c)
-    elif isinstance(adapter, Prompt):
-        config = peft.PromptTuningConfig(num_virtual_tokens=adapter.tokens, **c)
     else:
-        heads, size = net.config.num_key_value_heads, net.config.head_dim
-        config = peft.PrefixTuningConfig(
-            num_virtual_tokens=adapter.tokens, token_dim=heads * size, num_attention_heads=heads, **c
-        )
+        config = peft.IA3Config(target_modules=linears, feedforward_modules=sorted(adapter.inputs), **c)
     twin = peft.get_peft_model(net, config)
     with torch.no_grad():
-        for (name, ours), p in zip(
-            unpack(theta[None], adapter.shapes).items(), twin_parameters(twin, adapter), strict=True
-        ):
-            p.copy_(ours[0].permute(3, 0, 1, 2, 4).reshape(p.shape) if name == "prefix" else ours[0].reshape(p.shape))
+        parts = unpack(theta[None], adapter.shapes).values()
+        for ours, p in zip(parts, twin_parameters(twin, adapter), strict=True):
+            p.copy_(ours[0].reshape(p.shape))
     return twin.eval()
 
 
@@ -162,25 +154,16 @@ def twin_parameters(twin, adapter) -> list[torch.nn.Parameter]:
     named = {name: p for name, p in twin.named_parameters() if p.requires_grad}
     if isinstance(adapter, LoRA):
         names = [f"base_model.model.{name[:-2]}.lora_{name[-1]}.default.weight" for name in adapter.shapes]
-    elif isinstance(adapter, IA3):
-        names = [f"base_model.model.{name}.ia3_l.default" for name in adapter.shapes]
     else:
-        names = ["prompt_encoder.default.embedding.weight"]
+        names = [f"base_model.model.{name}.ia3_l.default" for name in adapter.shapes]
     assert set(names) == set(named)
     return [named[name] for name in names]
 
 
 def twin_theta(twin, adapter, gradients: bool = False) -> torch.Tensor:
     """A twin's weights, or their gradients, as our row [M]."""
-    row = []
-    for (name, shape), p in zip(adapter.shapes.items(), twin_parameters(twin, adapter), strict=True):
-        values = p.grad if gradients else p.detach()
-        if (
-            name == "prefix"
-        ):  # peft: a row a virtual token, its keys and values layer by layer; ours [L, 2, K, tokens, E]
-            values = values.view(shape[3], *shape[:3], shape[4]).permute(1, 2, 3, 0, 4)
-        row.append(values.reshape(-1))
-    return torch.cat(row).clone()
+    parameters = twin_parameters(twin, adapter)
+    return torch.cat([(p.grad if gradients else p.detach()).reshape(-1) for p in parameters]).clone()
 
 
 MIXES = {"sft": {"ce": 1.0}, "ia2": {"mse": 1.0}, "soft": {"kl": 1.0}, "mixed": {"mse": 0.3, "ce": 0.7}}

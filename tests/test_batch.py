@@ -11,7 +11,7 @@ from reference import EOS, MIXES, byte_tokenizer, make_checkpoint, make_rows, pe
 from tokenizers import Tokenizer as Backend
 
 import ia2mini.batch
-from ia2mini.adapters import LoRA, PrefixTuning, adapted
+from ia2mini.adapters import IA3, LoRA, adapted
 from ia2mini.batch import Row, by_length, collate, truth_row
 from ia2mini.episode import with_demonstrations
 from ia2mini.tasks import Example
@@ -132,7 +132,7 @@ def tiny(tmp_path_factory):
 
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("kind", [LoRA, lambda m: PrefixTuning(m, 3)], ids=["lora", "prefix"])
+@pytest.mark.parametrize("kind", [LoRA, IA3])
 def test_runs_of_unequal_numbers_of_rows_have_the_loss_they_have_alone(tiny, monkeypatch, kind, mix, pack):
     """And the gradient; and the loss of transformers, row by row."""
     monkeypatch.setattr(ia2mini.batch, "WORTH_PACKING", 2)  # always

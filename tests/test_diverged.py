@@ -34,7 +34,7 @@ def subject():
 @pytest.mark.parametrize("where", ["rate", "rows", "first weights"])
 @pytest.mark.parametrize(
     "kind, mix, lengths",
-    [("lora", "mixed", 1), ("ia3", "ia2", 9), ("prompt", "soft", 1), ("prefix", "ia2", 9), ("full", "mixed", 9)],
+    [("lora", "mixed", 1), ("ia3", "ia2", 9), ("ia3", "soft", 1), ("ia3-inputs", "mixed", 9)],
 )
 def test_the_neighbours_of_a_broken_run_keep_every_bit(model, kind, mix, lengths, where, monkeypatch):
     """Run 1 is poisoned, healthy, or not there; healthy it leaves with the first look, so that shapes are the same."""

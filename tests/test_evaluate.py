@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ia2mini.models import load
 from reference import VOCABULARY, make_checkpoint, peft_twin, upstream, upstream_pass
 
-from ia2mini.adapters import IA3, LoRA, PrefixTuning, Prompt, adapted
+from ia2mini.adapters import IA3, LoRA, adapted
 from ia2mini.batch import Row, by_length, collate
 from ia2mini.episode import with_demonstrations
 from ia2mini.evaluate import Scoring, label_scores, layer_asim, share_prefix
@@ -18,7 +18,7 @@ from ia2mini.teacher import Asked, observe
 
 LABELS = [[48], [70], [49]]
 EVERY = [[token] for token in reversed(range(VOCABULARY))]  # a label for every token: one of them is always the top
-ADAPTERS = {"lora": LoRA, "ia3": IA3, "prompt": lambda m: Prompt(m, 3), "prefix": lambda m: PrefixTuning(m, 3)}
+ADAPTERS = {"lora": LoRA, "ia3": IA3, "ia3-inputs": lambda m: IA3(m, scale_inputs=True)}
 IDS = torch.Generator().manual_seed(0)
 PROMPTS = [torch.randint(0, 256, (length,), generator=IDS).tolist() for length in (4, 11, 7, 7, 1, 9, 2)]
 

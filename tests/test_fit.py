@@ -280,15 +280,6 @@ def test_a_killed_fit_goes_on_and_nothing_half_written_stays(subject, tmp_path, 
     assert "accuracy" in text and "12 rows" in text
 
 
-def test_a_full_fine_tuning_is_a_checkpoint_of_its_own(subject, tmp_path):
-    found = fit(toy_rows(12), subject, replace(QUICK, adapter="full", rates=(1e-3,), epochs=6))
-    found.save(tmp_path)
-    assert found.spec["method"] == "sft"
-    rows = toy_rows(3, start=300)
-    for mine, loaded in zip(found.predict(rows), load_adapter(tmp_path).predict(rows), strict=True):
-        assert mine["probabilities"] == pytest.approx(loaded["probabilities"], abs=1e-5)
-
-
 def test_a_folder_keeps_no_adapter_of_an_earlier_fit(fitted, subject, tmp_path):
     fitted.save(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").is_file()

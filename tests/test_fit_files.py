@@ -77,16 +77,16 @@ def test_the_bases_commit_on_the_hub_is_kept_and_loaded(tmp_path, monkeypatch):
     assert open_subject("tiny", "cpu").revision is None
 
 
-@pytest.mark.parametrize("adapter", ["lora", "ia3", "prompt", "full", None])
+@pytest.mark.parametrize("adapter", ["lora", "ia3", None])
 def test_the_card_shows_what_can_load_it(fitted, tmp_path, adapter):
     spec = FOREIGN | {"versions": {"ia2mini": "0"}, "chat": False}
     made = adapter and make_adapter(fitted.subject.model, replace(QUICK, adapter=adapter, rank=20))
     text = card(Predictor(fitted.subject, made, None, spec, fitted.report), tmp_path / "a", "ia2mini fit")
     (code,) = re.findall("```python\n(.*?)```", text, re.S)
     compile(code, "card", "exec")
-    assert ("peft" in text) == (adapter in ("lora", "ia3", "prompt")), "full and base need transformers alone"
+    assert ("peft" in text) == (adapter is not None), "the base needs transformers alone"
     assert ("--enable-lora --max-lora-rank 32" in text) == ("vLLM" in text) == (adapter == "lora")
-    assert code.count(repr(str(tmp_path / "a"))) == {None: 0, "full": 2}.get(adapter, 1)
+    assert code.count(repr(str(tmp_path / "a"))) == (0 if adapter is None else 1)
     assert "dtype='float32'" in code and "\n\n\n" not in text.replace(code, "")
     assert "base_model" not in text, "a folder is no name on the hub"
 
@@ -148,13 +148,6 @@ def test_a_folder_that_was_edited_since_is_one_line(saved, tmp_path):
         finally:
             (saved / name).write_bytes(kept)
         assert "\n" not in told and str(saved) in told, told
-
-
-def test_a_whole_model_is_not_merged(fitted, tmp_path):
-    full = fit(toy_rows(12), fitted.subject, replace(QUICK, adapter="full", rates=(1e-3,)))
-    full.save(tmp_path / "full")
-    told = run("merge", tmp_path / "full", "--out", tmp_path / "whole", code=2).stderr
-    assert full.adapter and f"what answers is {tmp_path / 'full'}" in told and not (tmp_path / "whole").exists()
 
 
 def test_score_marks_nothing_as_shipped(saved, tmp_path):

@@ -18,7 +18,7 @@ from reference import make_checkpoint
 from tables import write_rows
 
 from ia2mini import UsageError
-from ia2mini.adapters import IA3, LoRA, PrefixTuning, Prompt
+from ia2mini.adapters import IA3, LoRA
 from ia2mini.chat import ChatTemplate
 from ia2mini.peft_format import save_adapter
 from ia2mini.predictor import FOREIGN, Predictor, base_of, load_adapter
@@ -107,16 +107,11 @@ def subject(checkpoints):
 def adapters(subject, tmp_path_factory) -> list[Path]:
     """An adapter of each kind in peft's format."""
     root, model = tmp_path_factory.mktemp("adapters"), subject.model
-    made = [
-        LoRA(model, rank=2),
-        IA3(model),
-        IA3(model, ("k_proj", "down_proj"), scale_inputs=("down_proj",)),
-        Prompt(model, 2),
-        PrefixTuning(model, 2),
-    ]
+    fed = [f"model.layers.{i}.mlp.down_proj" for i in range(len(model.model.layers))]
+    made = [LoRA(model, rank=2), IA3(model), IA3(model, ("k_proj", "down_proj"), scale_inputs=fed)]
     for i, adapter in enumerate(made):
         theta = adapter.init(model, torch.Generator().manual_seed(i)) + 0.1
-        save_adapter(model, adapter, theta, root / str(i), subject.base)
+        save_adapter(adapter, theta, root / str(i), subject.base)
     return [root / str(i) for i in range(len(made))]
 
 

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 import ia2mini.teacher
-from ia2mini.adapters import LoRA, Prompt, adapted
+from ia2mini.adapters import IA3, LoRA, adapted
 from ia2mini.batch import Row, by_length, truth_row
 from ia2mini.episode import Episode, with_demonstrations
 from ia2mini.generate import Decoding, before_stop, generate
@@ -149,7 +149,7 @@ def tiny(request, tmp_path_factory):
     return folder, *load(folder)
 
 
-@pytest.mark.parametrize("kind", [lambda m: LoRA(m), lambda m: Prompt(m, 3)], ids=["lora", "prompt"])
+@pytest.mark.parametrize("kind", [LoRA, IA3])
 def test_generation_under_an_adapter_equals_the_uncached_one(tiny, kind):
     _, model, tokenizer = tiny
     adapter = kind(model)
@@ -162,7 +162,7 @@ def test_generation_under_an_adapter_equals_the_uncached_one(tiny, kind):
     assert found != [naive(model, p, 8) for p in prompts]
 
 
-@pytest.mark.parametrize("kind", [lambda m: LoRA(m), lambda m: Prompt(m, 3)], ids=["lora", "prompt"])
+@pytest.mark.parametrize("kind", [LoRA, IA3])
 @pytest.mark.parametrize("budget", [16384, 60])
 @pytest.mark.parametrize("static", [False, True], ids=["rows leave at once", "half of them at once"])
 def test_runs_side_by_side_answer_as_each_alone(tiny, kind, budget, static, monkeypatch):

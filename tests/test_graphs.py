@@ -14,14 +14,14 @@ from torch.utils._pytree import tree_leaves
 
 import ia2mini.train
 from ia2mini import graphs
-from ia2mini.adapters import IA3, LoRA, PrefixTuning, Prompt
+from ia2mini.adapters import IA3, LoRA
 from ia2mini.batch import Row, collate
 from ia2mini.generate import Decoding, generate
 from ia2mini.tokenizer import Tokenizer
 from ia2mini.train import Runs, Settings, train_in_parts, train_runs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ADAPTERS = {"lora": LoRA, "ia3": IA3, "prompt": lambda m: Prompt(m, 3), "prefix": lambda m: PrefixTuning(m, 3)}
+ADAPTERS = {"lora": LoRA, "ia3": IA3, "ia3-inputs": lambda m: IA3(m, scale_inputs=True)}
 
 
 class Tape(TorchDispatchMode):
@@ -117,9 +117,7 @@ def on_device(rows: list[list[Row]]) -> list[list[Row]]:
 
 
 @pytest.mark.parametrize("batch_size", [2, 4])
-@pytest.mark.parametrize(
-    "kind, mix", [("lora", "mixed"), ("lora", "soft"), ("ia3", "ia2"), ("prompt", "sft"), ("prefix", "ia2")]
-)
+@pytest.mark.parametrize("kind, mix", [("lora", "mixed"), ("lora", "soft"), ("ia3", "ia2"), ("ia3-inputs", "sft")])
 def test_training_recorded_equals_training(model, recorded, monkeypatch, kind, mix, batch_size):
     """Runs leave at once, or half of them together: either way the same with recordings."""
     monkeypatch.setattr(ia2mini.train, "launch_bound", lambda *step: batch_size == 4)

@@ -42,7 +42,7 @@ def make_grid(model, kind, labels="truth", rows=5, **more):
     "kind, labels, method",
     [("lora", "truth", method) for method in PHASES]
     + [("lora", "icl", method) for method in ("sft", "ia2-sft", "sft-sft")]
-    + [(kind, "truth", method) for kind in ("ia3", "prompt", "prefix") for method in ("ia2-sft", "ia2+sft", "soft")],
+    + [(kind, "truth", method) for kind in ("ia3",) for method in ("ia2-sft", "ia2+sft", "soft")],
 )
 def test_every_method_equals_the_plain_loop(folder, model, kind, labels, method):
     watched = []

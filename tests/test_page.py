@@ -55,12 +55,10 @@ def test_another_adapter_where_ia2_sft_is_not_there_or_worse(tmp_path):
     assert "<code>adapters/mood-n4-ia2-set0" in page
     document = made_up(methods=("base", "icl", "ia2-sft", "sft"))
     document["cells"] = [cell | {"task": task} for cell in document["cells"] for task in ("mood", "b")]
-    for cell in document["cells"]:
-        cell["adapter"] = cell["adapter"] and "full"  # saved as a checkpoint
     for cell, noise in zip(document["cells"], (0.001, 0.002, 0.004, 0.003) * 9):
         cell["acc"] = [cell["acc_mean"] + noise, cell["acc_mean"]]
     page = write_page(document, tmp_path, "")
-    assert "<code>adapters/mood-n4-sft-set0" in page and "PeftModel" not in page
+    assert "<code>adapters/mood-n4-sft-set0" in page and "PeftModel" in page
 
 
 def test_nothing_in_a_document_becomes_markup(tmp_path):

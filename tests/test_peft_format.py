@@ -10,7 +10,7 @@ import transformers
 from ia2mini.models import UsageError, load
 from reference import random_ids, upstream
 
-from ia2mini.adapters import EVERY_MATRIX, IA3, TARGETS, Full, LoRA, PrefixTuning, Prompt, adapted
+from ia2mini.adapters import EVERY_MATRIX, IA3, TARGETS, LoRA, adapted
 from ia2mini.peft_format import save_adapter, save_merged
 
 PEFT = {
@@ -20,10 +20,7 @@ PEFT = {
     "ia3": lambda m: IA3(m),
     "ia3-one-layer-values-mlp": lambda m: IA3(m, ("v_proj", "down_proj"), layers=[1]),
     "ia3-inputs": lambda m: IA3(m, (*TARGETS, "down_proj"), scale_inputs=True),
-    "prompt": lambda m: Prompt(m, 5),
-    "prefix": lambda m: PrefixTuning(m, 5),
 }
-MATRICES = {kind: make for kind, make in PEFT.items() if kind not in ("prompt", "prefix")} | {"full": lambda m: Full(m)}
 
 
 def trained(adapter, model):
@@ -41,7 +38,7 @@ def test_peft_loads_what_we_save(tiny, tmp_path, kind):
     folder, model = tiny
     adapter, ids = PEFT[kind](model), random_ids(3, 9)
     theta = trained(adapter, model)
-    save_adapter(model, adapter, theta, tmp_path / "new" / "adapter", str(folder))
+    save_adapter(adapter, theta, tmp_path / "new" / "adapter", str(folder))
     assert {p.name for p in (tmp_path / "new" / "adapter").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -49,9 +46,7 @@ def test_peft_loads_what_we_save(tiny, tmp_path, kind):
     config = json.loads((tmp_path / "new" / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(folder)
     theirs = peft.PeftModel.from_pretrained(upstream(folder), tmp_path / "new" / "adapter")
-    added = [
-        p for name, p in theirs.named_parameters() if any(part in name for part in ("lora_", "ia3_l", "prompt_encoder"))
-    ]
+    added = [p for name, p in theirs.named_parameters() if any(part in name for part in ("lora_", "ia3_l"))]
     assert sum(p.numel() for p in added) == theta.numel(), "peft added weights that we do not have"
     with torch.no_grad():
         expected = theirs(ids).logits[:, -ids.shape[1] :]
@@ -59,10 +54,10 @@ def test_peft_loads_what_we_save(tiny, tmp_path, kind):
         assert (model(ids) - expected).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("kind", MATRICES)
+@pytest.mark.parametrize("kind", PEFT)
 def test_a_merged_checkpoint_equals_the_adapted_model(tiny, tmp_path, kind):
     folder, model = tiny
-    adapter, ids, before = MATRICES[kind](model), random_ids(3, 9), copy.deepcopy(model.state_dict())
+    adapter, ids, before = PEFT[kind](model), random_ids(3, 9), copy.deepcopy(model.state_dict())
     theta = trained(adapter, model)
     expected = our_logits(model, adapter, theta, ids)
     save_merged(model, adapter, theta, tmp_path, load(folder)[1])
@@ -73,25 +68,6 @@ def test_a_merged_checkpoint_equals_the_adapted_model(tiny, tmp_path, kind):
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert all(linear.adapter is None for linear in adapter.linears.values())
-
-
-def test_full_fine_tuning_is_saved_as_a_checkpoint(tiny, tmp_path):
-    folder, model = tiny
-    adapter, ids = Full(model), random_ids(2, 7)
-    theta = trained(adapter, model)
-    save_adapter(model, adapter, theta, tmp_path, str(folder), load(folder)[1])
-    with torch.no_grad():
-        assert (load(tmp_path)[0](ids) - our_logits(model, adapter, theta, ids)).abs().max() <= 2e-5
-        assert (upstream(tmp_path)(ids).logits - our_logits(model, adapter, theta, ids)).abs().max() <= 2e-5
-
-
-@pytest.mark.parametrize("kind", [Prompt, PrefixTuning])
-def test_what_stands_before_the_text_cannot_be_merged(tiny, tmp_path, kind):
-    _, model = tiny
-    adapter = kind(model, 3)
-    with pytest.raises(UsageError, match="cannot be merged") as error:
-        save_merged(model, adapter, trained(adapter, model), tmp_path / "merged")
-    assert "\n" not in str(error.value) and not (tmp_path / "merged").exists()
 
 
 def test_the_model_in_memory_survives_a_failed_save(tiny, tmp_path):

@@ -29,7 +29,7 @@ LABELS = {
     "several": ("apple Friday", "apple banana"),
     "nested": ("apple", "apple Friday"),
 }
-RATES = {"lora": 1e-2, "ia3": 1e-1, "prompt": 1e-1, "prefix": 1e-1}
+RATES = {"lora": 1e-2, "ia3": 1e-1}
 
 
 def toy_rows(count: int, labels=LABELS["single"], start: int = 0, split: str = "train") -> list[dict]:
@@ -78,7 +78,7 @@ def by_hand(model, fitted, text: str) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "adapter, labels", [*((a, "single") for a in RATES), ("lora", "several"), ("lora", "nested"), ("prefix", "nested")]
+    "adapter, labels", [*((a, "single") for a in RATES), ("lora", "several"), ("lora", "nested"), ("ia3", "nested")]
 )
 def test_probabilities_are_those_of_peft_and_a_plain_loop(saved, adapter, labels):
     fitted, folder = saved(adapter, labels)

@@ -37,7 +37,7 @@ from reference import (
 import ia2mini.files
 import ia2mini.train
 from ia2mini import open_subject
-from ia2mini.adapters import EVERY_MATRIX, IA3, Full, LoRA, PrefixTuning, Prompt, adapted
+from ia2mini.adapters import EVERY_MATRIX, IA3, LoRA, adapted
 from ia2mini.batch import collate
 from ia2mini.cli import main
 from ia2mini.evaluate import label_scores, share_prefix
@@ -54,8 +54,6 @@ ADAPTERS = {
     "lora on every matrix": partial(LoRA, targets=EVERY_MATRIX),
     "ia3": partial(IA3, targets=EVERY_MATRIX),
     "ia3 on inputs": partial(IA3, targets=EVERY_MATRIX, scale_inputs=True),
-    "prompt": partial(Prompt, tokens=3),
-    "prefix": partial(PrefixTuning, tokens=3),
 }
 CASES = {
     "untied": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -144,7 +142,6 @@ def split(folder: Path):
 
 def computed_split(folder: Path, adapters: tuple) -> dict:
     model, tokenizer = split(folder)
-    refused(lambda: Full(model), "--adapter full", "--shard")
     return compute(model, tokenizer, adapters)
 
 
@@ -162,7 +159,7 @@ def case(request, tmp_path_factory):
 def test_ranks_compute_what_one_process_does(case, ranks):
     folder, whole = case
     torch.manual_seed(0)
-    adapters = tuple(ADAPTERS) if ranks == 2 else ("lora on every matrix", "prefix")
+    adapters = tuple(ADAPTERS) if ranks == 2 else ("lora on every matrix", "ia3")
     parts = same(ranks, partial(computed_split, folder, adapters))
     assert ranks > 2 or parts.keys() == whole.keys()
     for name, value in parts.items():

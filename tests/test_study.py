@@ -290,8 +290,8 @@ def test_adapters_of_the_same_matrices_are_one():
     }
     for targets, expected in names.items():
         assert [kind.name for kind in Options(targets=targets).adapters] == expected
-    found = Options(adapter=("lora", "prompt", "full"), rank=(4, 8), targets=("qk",)).adapters
-    assert [kind.name for kind in found] == ["lora r4 qk", "lora qk", "prompt", "full qk"]
+    found = Options(adapter=("lora", "ia3"), rank=(4, 8), targets=("qk",)).adapters
+    assert [kind.name for kind in found] == ["lora r4 qk", "lora qk", "ia3 qk"]
 
 
 @pytest.mark.parametrize("adapters", [("lora",), ("lora", "ia3")])

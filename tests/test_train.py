@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from reference import MIXES, in_order, make_rows, peft_twin, plain_loss, relative, starts
 
-from ia2mini.adapters import IA3, Full, LoRA, PrefixTuning, Prompt, adapted, unpack
+from ia2mini.adapters import IA3, LoRA, adapted, unpack
 from ia2mini.batch import Row, collate
 from ia2mini.losses import per_run
 from ia2mini.train import RACE_FROM, Adam, EarlyStopping, Runs, Settings, losses, train_runs
@@ -18,15 +18,13 @@ from ia2mini.train import RACE_FROM, Adam, EarlyStopping, Runs, Settings, losses
 ADAPTERS = {
     "lora": LoRA,
     "ia3": IA3,
-    "prompt": lambda m: Prompt(m, 3),
-    "prefix": lambda m: PrefixTuning(m, 3),
-    "full": Full,
+    "ia3-inputs": lambda m: IA3(m, scale_inputs=True),
 }
 
 
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("kind", ["lora", "prompt", "prefix"])
+@pytest.mark.parametrize("kind", ["lora", "ia3", "ia3-inputs"])
 def test_losses_of_a_batch_equal_the_plain_ones(folder, model, kind, mix, pack):
     adapter = ADAPTERS[kind](model)
     theta = starts(adapter, model, 2) + 0.05 * torch.randn(2, 1)
@@ -101,7 +99,7 @@ def test_a_race_needs_all_runs_side_by_side(model):
     assert runs.take(torch.tensor([1, 0])).config.tolist() == [1, 0] and runs.take(torch.tensor([1])).config is None
 
 
-@pytest.mark.parametrize("kind, mix", [("lora", "mixed"), ("ia3", "ia2"), ("prompt", "soft"), ("prefix", "sft")])
+@pytest.mark.parametrize("kind, mix", [("lora", "mixed"), ("ia3", "ia2"), ("ia3", "soft"), ("ia3-inputs", "sft")])
 def test_runs_side_by_side_equal_alone_in_any_order(model, kind, mix):
     adapter, R, settings = ADAPTERS[kind](model), 6, Settings(batch_size=2, epochs=10, patience=99)
     theta, rates = starts(adapter, model, R), torch.tensor([1e-2, 3e-3, 1e-3] * 2)
@@ -235,7 +233,7 @@ def own_cross_entropy(student, batch):
 
 
 @pytest.mark.parametrize("mix", ["sft", "mixed"])
-@pytest.mark.parametrize("kind", ["lora", "prefix"])
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
 def test_a_loss_of_ones_own_trains_as_the_built_in_one_does(model, kind, mix):
     """Runs leave at different steps, and the own loss's weights with them."""
     adapter, R, settings, called = ADAPTERS[kind](model), 4, Settings(batch_size=2, epochs=8, patience=2), []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import UsageError
-from ..adapters import Full, LoRA
+from ..adapters import LoRA
 from ..files import json_line, plain, write_text
 from ..metrics import ece, ece_null, logarithms, row_losses, smooth_ece, smooth_ece_interval
 from ..tasks import same_answer
@@ -195,7 +195,7 @@ ia2mini predict {folder} NEW_ROWS
 def card(fitted, folder: Path, command: str) -> str:
     """The model card."""
     spec, report, subject = fitted.spec, fitted.report, fitted.subject
-    peft = fitted.adapter is not None and not isinstance(fitted.adapter, Full)
+    peft = fitted.adapter is not None
     text = {"library": "peft" if peft else "transformers", "method": spec["method"], "name": markdown(report["name"])}
     text |= {"hub": f"base_model: {subject.base}\n" if subject.revision else "", "sentence": report["sentence"]}
     text |= {"version": spec["versions"]["ia2mini"], "command": span(command), "template": span(repr(spec["template"]))}
@@ -212,10 +212,10 @@ def span(text: str) -> str:
 def code(fitted, folder: str, peft: bool) -> str:
     """How others load what was shipped: transformers, after it peft, and vLLM, which takes LoRA alone."""
     adapter, base, revision = fitted.adapter, fitted.subject.base, fitted.subject.revision
-    source = repr(folder) if isinstance(adapter, Full) else repr(base) + f", revision={revision!r}" * bool(revision)
+    source = repr(base) + f", revision={revision!r}" * bool(revision)
     dtype = str(next(fitted.subject.model.parameters()).dtype).removeprefix("torch.")  # it was fitted, and is right, in
     lines = ["```python", loading(source, folder if peft else None, f", dtype={dtype!r}"), "```", ""]
-    if isinstance(adapter, LoRA):
+    if isinstance(adapter, LoRA) and base != "tiny":
         at = f" --revision {revision}" if revision else ""
         rank = f" --max-lora-rank {1 << (adapter.rank - 1).bit_length()}" if adapter.rank > 16 else ""
         modules = f"--lora-modules {shlex.quote(fitted.report['name'] + '=' + folder)}"

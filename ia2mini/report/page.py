@@ -142,14 +142,16 @@ def adapter(document: dict, cells: list[dict], folder: Path) -> list[str]:
         return []
     items = "".join(f"<li><code>{shown(name)}</code></li>" for name in names)
     about = f"{LABELS.get(method, method)}, trained on the first set of N = {cells[0]['n']}:"
-    path, full = str(folder / names[0]), kind.startswith("full")  # full: saved as a checkpoint
-    code = loading(repr(path)) if full else loading(repr(document["config"]["model"]), path)
+    code = loading(repr(document["config"]["model"]), str(folder / names[0]))
     return [lines([about]), f"<ul>{items}</ul><pre>{shown(code)}</pre>"]
 
 
 def loading(source: str, adapter: str | None = None, dtype: str = "") -> str:
     """Python that loads a checkpoint by transformers, and the folder `adapter` onto it by peft."""
     code = ["import peft, transformers" if adapter else "import transformers", ""]
+    if source == repr("tiny"):
+        code.insert(1, "from ia2mini.models.checkpoint import TINY")
+        source = "TINY"
     code.append(f"tokenizer = transformers.AutoTokenizer.from_pretrained({source})")
     code.append(f"model = transformers.AutoModelForCausalLM.from_pretrained({source}{dtype})")
     return "\n".join(code + [f"model = peft.PeftModel.from_pretrained(model, {adapter!r})"] * bool(adapter))
