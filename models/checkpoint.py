@@ -77,8 +77,13 @@ def locate(name: str | Path, revision: str | None = None, weights: bool = True) 
     if str(name) == "tiny":
         return TINY
     if os.path.isdir(name):
-        check_name(Path(name))
-        return check_layout(Path(name))
+        folder = Path(name)
+        check_name(folder)
+        refuse_adapter(folder)
+        if not (folder / "config.json").is_file():
+            layout = "give a folder in the Hugging Face layout (config.json, *.safetensors)"
+            raise UsageError(f"{folder}: no config.json there; {layout}")
+        return folder
     hub_id = SHORT_NAMES.get(str(name).lower(), str(name))
     if hub_id.count("/") != 1 or str(name).startswith((".", "/", "~")):
         shown = repr(str(name))[:200]
@@ -87,26 +92,24 @@ def locate(name: str | Path, revision: str | None = None, weights: bool = True) 
 
     files = FILES + WEIGHT_FILES if weights else FILES
     with hub_errors(hub_id, "model", revision, "give a folder"):
-        found = patiently(lambda: snapshot_download(hub_id, revision=revision, allow_patterns=files))
-    return check_layout(Path(found))
+        folder = Path(patiently(lambda: snapshot_download(hub_id, revision=revision, allow_patterns=files)))
+    refuse_adapter(folder)
+    return folder
 
 
-def check_layout(folder: Path) -> Path:
-    """The folder, if it holds a checkpoint and no adapter. Raises UsageError.
+def refuse_adapter(folder: Path) -> None:
+    """Raises UsageError for a folder that holds an adapter, with a checkpoint or alone.
 
     Of a folder with both transformers loads the model that the adapter names, and puts the adapter on it.
     """
-    whole = (folder / "config.json").is_file()
-    if is_there(folder / "adapter_config.json"):
-        base = repr(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))[:200]
-        if not whole:
-            raise UsageError(f"{folder}: an adapter and no checkpoint; give the model it was trained on ({base})")
-        ways = f"an adapter on {base}, or the checkpoint without it; move adapter_config.json into a folder of its own"
-        raise UsageError(f"{folder}: holds a checkpoint and an adapter, and may mean {ways}")
-    if not whole:
-        layout = "give a folder in the Hugging Face layout (config.json, *.safetensors)"
-        raise UsageError(f"{folder}: no config.json there; {layout}")
-    return folder
+    config = folder / "adapter_config.json"
+    if not is_there(config):
+        return
+    base = repr(read_json(config).get("base_model_name_or_path"))[:200]
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder}: an adapter and no checkpoint; give the model it was trained on ({base})")
+    ways = f"an adapter on {base}, or the checkpoint without it; move {config.name} into a folder of its own"
+    raise UsageError(f"{folder}: holds a checkpoint and an adapter, and may mean {ways}")
 
 
 def hint(name: str) -> str:

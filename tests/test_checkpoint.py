@@ -64,8 +64,8 @@ def test_only_a_tied_head_may_be_absent_or_repeated(tmp_path, tied):
     if not tied:
         rewrite(folder, lambda t: t.pop("lm_head.weight"))
         return refused(lambda: load(folder), "missing tensor lm_head.weight")
-    repeated = {"lm_head.weight": torch.ones(288, 32), "model.layers.0.rotary_emb.inv_freq": torch.ones(4)}
-    rewrite(folder, lambda t: t.update(repeated))
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    rewrite(folder, lambda t: t.update({"model.layers.0.rotary_emb.inv_freq": torch.ones(4)}))
     model = load(folder)[0]
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert_equal(our_pass(model, ids), before, 0.0)
@@ -208,14 +208,28 @@ NEAR = {
     "qwen3-4b-bse": "'qwen3-4b-base'",
     "llama3.2-1b": "'llama-3.2-1b'",
     "tinny": "'tiny'",
-    "zzzz": "short names: tiny",
+    "qwne3-4b": "'qwen3-4b'",
+    "Llama-3.2-1b-instrct": "'llama-3.2-1b-instruct'",
 }
+FAR = (
+    "zzzz",
+    "gpt2",
+    "qwen2-4b",
+    "qwen3-5b",
+    "llama-3.3-70b",
+    "qwen2.5-0.5b",
+    "mistral-7b",
+    "llama-2-7b",
+    "gemma-3-4b",
+)
+FAR += ("phi-3-mini", "smollm2-135m", "tiny-random", "", "x" * 5000)
+NEAR |= dict.fromkeys(FAR, "families: llama, qwen3; short names: tiny, qwen3-0.6b-base")
 NEAR |= dict.fromkeys(["./none/there", "/none/there", "../none", "none/there/at-all"], "not a folder")
 
 
 @pytest.mark.parametrize("name, hint", NEAR.items())
 def test_an_unknown_name_gets_the_nearest(name, hint):
-    refused(lambda: load(name), repr(name), hint)
+    refused(lambda: load(name), repr(name)[:200], hint)
 
 
 @families

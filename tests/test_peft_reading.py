@@ -30,19 +30,43 @@ CONFIGS = {
     "rsLoRA": lambda: peft.LoraConfig(
         r=4, lora_alpha=6, target_modules=QKV, use_rslora=True, rank_pattern={"v_proj": 9}
     ),
+    "rsLoRA without an alpha": lambda: peft.LoraConfig(r=4, target_modules=QKV, use_rslora=True),
     "some layers": lambda: peft.LoraConfig(r=3, target_modules=QKV, layers_to_transform=[0, 2]),
     "one layer": lambda: peft.LoraConfig(r=3, target_modules=QKV, layers_to_transform=1),
+    "full names beside some layers": lambda: peft.LoraConfig(
+        r=3, target_modules=["model.layers.2.self_attn.q_proj", "k_proj"], layers_to_transform=[0]
+    ),
+    "blocks of another name": lambda: peft.LoraConfig(
+        r=3, target_modules=QKV, layers_to_transform=[0, 1], layers_pattern=["h", "layers"]
+    ),
+    "ends of names beside some layers": lambda: peft.LoraConfig(
+        r=3, target_modules=["self_attn.v_proj", "mlp.up_proj"], layers_to_transform=[1, 2]
+    ),
+    "excluded names": lambda: peft.LoraConfig(r=3, target_modules=QKV, exclude_modules=["layers.1.self_attn.k_proj"]),
     "a pattern of targets": lambda: peft.LoraConfig(r=3, target_modules=r".*\.[12]\.(self_attn\.o|mlp\.up)_proj"),
     "excluded targets": lambda: peft.LoraConfig(r=3, target_modules=QKV, exclude_modules=r".*layers\.1.*k_proj"),
     "every matrix": lambda: peft.LoraConfig(r=2, target_modules="all-linear"),
     "ia3": lambda: peft.IA3Config(target_modules=[*QKV, *MLP], feedforward_modules=MLP),
+    "ia3, one map of a square target fed": lambda: peft.IA3Config(
+        target_modules=["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"],
+        feedforward_modules=["layers.0.self_attn.q_proj"],
+    ),
+    "ia3, some layers fed by a pattern": lambda: peft.IA3Config(
+        target_modules=["o_proj", "q_proj"], feedforward_modules=r".*layers\.(0|2)\..*(o|q)_proj"
+    ),
+    "ia3, ends of names without a dot": lambda: peft.IA3Config(
+        target_modules=r".*(q_proj|o_proj|gate_proj)", feedforward_modules=["attn.q_proj", "o_proj"]
+    ),
+    "ia3, all maps fed": lambda: peft.IA3Config(target_modules=QKV, feedforward_modules=QKV),
+    "ia3, excluded": lambda: peft.IA3Config(
+        target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"], exclude_modules=r".*layers\.1\..*"
+    ),
     "ia3, one layer": lambda: peft.IA3Config(
         target_modules=r".*\.1\..*(k|v|down)_proj", feedforward_modules=r".*down_proj"
     ),
 }
 REFUSED = {
     "use_dora": lambda: peft.LoraConfig(r=3, target_modules=QKV, use_dora=True),
-    "bias": lambda: peft.LoraConfig(r=3, target_modules=QKV, bias="lora_only"),
     "modules_to_save": lambda: peft.LoraConfig(r=3, target_modules=QKV, modules_to_save=["lm_head"]),
     "PROMPT_TUNING": lambda: peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
     "PREFIX_TUNING": lambda: peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM", **TUNED),
@@ -113,6 +137,78 @@ def test_what_is_not_supported_is_refused_by_name(tiny, tmp_path, name):
     refused(lambda: read_adapter(tmp_path / "a", model), str(tmp_path / "a"), name)
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_are_refused_where_there_are_some_and_nothing_where_there_are_none(tiny, tmp_path, bias):
+    folder, model = tiny
+    twin = theirs(folder, peft.LoraConfig(r=3, target_modules=["v_proj", "down_proj"], bias=bias), tmp_path)
+    if any(name.endswith(".bias") for name, _ in model.named_parameters()):
+        return refused(lambda: read_adapter(tmp_path, model), f"bias = {bias!r}", "_proj.bias")
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        assert (ours(model, tmp_path, ids) - twin(ids).logits).abs().max() <= 1e-5
+
+
+def test_a_rank_and_an_alpha_that_are_not_told_are_pefts_own(tiny, tmp_path):
+    folder, model = tiny
+    twin, ids = theirs(folder, peft.LoraConfig(target_modules=QKV), tmp_path), random_ids(2, 9)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for name in ("r", "lora_alpha", "bias", "rank_pattern", "alpha_pattern", "use_rslora", "layers_to_transform"):
+        config.pop(name)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    again = peft.PeftModel.from_pretrained(upstream(folder), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, twin(ids).logits)
+        assert (ours(model, tmp_path, ids) - twin(ids).logits).abs().max() <= 1e-5
+
+
+def test_what_the_file_holds_besides_or_otherwise_is_refused(tiny, tmp_path):
+    """Each of these was read with a part left out, or stretched to fit."""
+    folder, model = tiny
+    theirs(folder, peft.LoraConfig(r=3, target_modules=["q_proj"]), tmp_path / "lora")
+    theirs(folder, peft.IA3Config(target_modules=["o_proj"], feedforward_modules=["o_proj"]), tmp_path / "ia3")
+    name = "base_model.model.model.layers.1.self_attn.q_proj"
+    square = "base_model.model.model.layers.1.self_attn.o_proj.ia3_l"
+    changes = {
+        "embed_tokens": ("lora", lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(2, 2)})),
+        "twice": ("lora", lambda t: t.update({f"{name}.lora_A.weight"[17:]: t[f"{name}.lora_A.weight"].clone()})),
+        "lora_B is (1, 3)": ("lora", lambda t: t.update({f"{name}.lora_B.weight": torch.ones(1, 3)})),
+        "lora_A is (2,": ("lora", lambda t: t.update({f"{name}.lora_A.weight": torch.ones(2, 32)})),
+        "beside lora_A": ("lora", lambda t: t.update({f"{name}.lora_magnitude_vector": torch.ones(3)})),
+        "disagree": ("ia3", lambda t: t.update({square: torch.ones(32, 1)})),
+        "ia3_l is": ("ia3", lambda t: t.update({square: torch.ones(1, 7)})),
+    }
+    for said, (kind, change) in changes.items():
+        path = tmp_path / kind / "adapter_model.safetensors"
+        tensors = load_file(path)
+        whole = dict(tensors)
+        change(tensors)
+        save_file(tensors, path)
+        refused(lambda: read_adapter(tmp_path / kind, model), said)
+        save_file(whole, path)
+    config = tmp_path / "lora" / "adapter_config.json"
+    whole = json.loads(config.read_text())
+    for change, said in (
+        ({"layers_to_transform": [0, 1, 2], "target_modules": ".*q_proj"}, "layers_to_transform"),
+        ({"r": 4}, "lora_A is (3,"),
+        ({"rank_pattern": {"layers.2.self_attn.q_proj": 2}}, "lora_A is (3,"),
+        ({"use_a_new_way": True}, "use_a_new_way"),
+        ({"kasa_config": {"beta": 1}}, "kasa_config"),
+    ):
+        config.write_text(json.dumps(whole | change))
+        refused(lambda: read_adapter(tmp_path / "lora", model), said)
+
+
+def test_where_an_adapter_lies_instead_is_said(tiny, tmp_path):
+    folder, model = tiny
+    refused(lambda: read_adapter(folder, model), "a checkpoint and no adapter", "--model")
+    twin = peft.get_peft_model(upstream(folder), CONFIGS["lora"](), adapter_name="first")
+    twin.save_pretrained(tmp_path / "two")
+    refused(lambda: read_adapter(tmp_path / "two", model), "in first; give one of these folders")
+    read_adapter(tmp_path / "two" / "first", model)
+    (tmp_path / "two" / "first" / "adapter_model.safetensors").rename(tmp_path / "two" / "first" / "adapter_model.bin")
+    refused(lambda: read_adapter(tmp_path / "two" / "first", model), "missing", "adapter_model.bin is not read")
+
+
 @pytest.fixture
 def saved(tiny, tmp_path):
     folder, model = tiny
@@ -161,8 +257,6 @@ def test_an_adapter_of_another_architecture_is_refused(tiny, tmp_path):
     other = make_checkpoint(tmp_path / "m", "llama", hidden_size=48, num_hidden_layers=2, head_dim=12)
     theirs(other, CONFIGS["lora"](), tmp_path / "a")
     refused(lambda: read_adapter(tmp_path / "a", model), str(tmp_path / "a"))
-    theirs(other, CONFIGS["prompt"](), tmp_path / "b")
-    refused(lambda: read_adapter(tmp_path / "b", model), "do not fit this model")
 
 
 WRONG_CONFIGS = [{"target_modules": "("}, {"target_modules": 5}, {"lora_alpha": float("nan")}, {"lora_alpha": 1e308}]
