@@ -31,8 +31,10 @@ class LayerCache(NamedTuple):
         if self.stored is None:
             return k, v
         index = self.slots[:, None, :, None].expand_as(k)
-        stored = self.stored[0].scatter_(2, index, k), self.stored[1].scatter_(2, index, v)
-        return (k, v) if self.mask is None else stored
+        keys, values = self.stored
+        keys.scatter_(2, index, k)
+        values.scatter_(2, index, v)
+        return (k, v) if self.mask is None else (keys, values)
 
 
 class Prefix:
@@ -72,7 +74,9 @@ class Packed:
     def __init__(self, documents: Tensor, positions: Tensor, branches: bool = False):
         self.places = positions
         same = documents[:, None, :, None] == documents[:, None, None, :]
-        self.mask = (same | (documents == 0)[:, None, None, :] if branches else same).tril()  # [B, 1, T, T]
+        if branches:
+            same = same | (documents == 0)[:, None, None, :]
+        self.mask = same.tril()  # [B, 1, T, T]
 
     def positions(self, tokens: int, device) -> Tensor:
         return self.places
@@ -100,17 +104,21 @@ class Cache:
 
     def positions(self, tokens: int, device) -> Tensor:
         """Where the next `tokens` tokens of each row go: [B, T] int64."""
-        self.slots, fresh = self.lengths[:, None] + torch.arange(tokens, device=device), self.filled == 0
+        fresh = self.filled == 0
         capacity = self.keys[0].shape[2]
         self.filled = capacity if self.static and not fresh else self.filled + tokens
         assert self.filled <= capacity, f"the cache holds {capacity} tokens a row, not {self.filled}"
-        seen = torch.arange(self.filled, device=device) <= self.slots[..., None]
-        self.mask = None if fresh else seen[:, None]  # [B, 1, T, S]
+        self.slots = self.lengths[:, None] + torch.arange(tokens, device=device)
+        self.mask = None
+        if not fresh:
+            seen = torch.arange(self.filled, device=device) <= self.slots[..., None]
+            self.mask = seen[:, None]  # [B, 1, T, S]
         return self.slots
 
     def layer(self, layer: int) -> LayerCache:
-        stored = self.keys[layer][:, :, : self.filled], self.values[layer][:, :, : self.filled]
-        return LayerCache(self.mask, stored, self.slots)
+        keys = self.keys[layer][:, :, : self.filled]
+        values = self.values[layer][:, :, : self.filled]
+        return LayerCache(self.mask, (keys, values), self.slots)
 
     def keep(self, rows: Tensor) -> None:
         """Drop every row but these (int64 indices), in this order."""

@@ -28,7 +28,7 @@ MUTANTS = {
     ],
     "models/cache.py": [
         ("(documents == 0)[:, None, None, :]", "(documents == 0)[:, None, :, None]", "cache branches"),
-        ("else same).tril()", "else same)", "cache packed_documents"),
+        ("same.tril()", "same", "cache packed_documents"),
         ("<= self.slots[..., None]", "< self.slots[..., None]", "cache unequal_prompts"),
         ("T, E) * E**-0.5", "T, E) / E", "cache prefix_equals"),
     ],

@@ -183,7 +183,7 @@ def test_what_the_file_holds_besides_or_otherwise_is_refused(tiny, tmp_path):
         whole = dict(tensors)
         change(tensors)
         save_file(tensors, path)
-        refused(lambda: read_adapter(tmp_path / kind, model), said)
+        refused(lambda kind=kind: read_adapter(tmp_path / kind, model), said)
         save_file(whole, path)
     config = tmp_path / "lora" / "adapter_config.json"
     whole = json.loads(config.read_text())
