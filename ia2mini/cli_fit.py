@@ -191,7 +191,7 @@ def open_adapter(folder: Path, model=None, revision=None, template=None, labels=
     from .subject import open_subject
     from .tasks.own import check_template
 
-    spec = {"template": check_template(template)}
+    spec: dict = {"template": check_template(template)}
     if labels is not None:
         spec["labels"] = [label.strip() for label in labels.split(",")]
         check_labels(spec["labels"])

@@ -236,7 +236,7 @@ def parser(value) -> bool:
 
 
 TOKENS = {"tokens": [number(0, 2**31, int)], "log_probabilities": [number(-1e9, 0)]}
-SHAPE = {"template": template, "labels": labels, "max_tokens": number(1, 2**16, int), "stop": str | None}
+SHAPE: dict = {"template": template, "labels": labels, "max_tokens": number(1, 2**16, int), "stop": str | None}
 SHAPE |= {"parser": parser, "confidences": [number(0, 1.001)], "demonstrations": [{"prompt": str, "answer": str}]}
 SHAPE |= {"temperature": number(1e-6, 1e6)}
 SHAPE |= {"method": str, "chat": bool, "context": bool, "example": str, "report": dict, "adapter_digest": str | None}

@@ -71,6 +71,14 @@ def test_fit_says_how_rows_were_read_and_what_to_type_next(tmp_path):
     assert len(predicted.stdout.splitlines()) == 14
 
 
+def test_score_reads_whole_numbers_as_fit_does(saved, tmp_path):
+    rows = world.rows("toy-mood", "train")[:8]
+    (tmp_path / "ints.csv").write_text("text;label\n" + "".join(f'"{r["text"]}";{r["label"]}\n' for r in rows))
+    (tmp_path / "floats.csv").write_text("text;label\n" + "".join(f'"{r["text"]}";{r["label"]}.0\n' for r in rows))
+    one, other = (run("score", saved, tmp_path / name).stdout for name in ("ints.csv", "floats.csv"))
+    assert one.partition("\n")[2] == other.partition("\n")[2] and "8 rows" in one
+
+
 def test_queries_without_a_prompt_are_left_out_and_named(saved):
     rows = world.rows("toy-mood", "train")[4:16]
     more = [{"text": "good"}, {"text": None}, {}]

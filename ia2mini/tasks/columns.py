@@ -1,5 +1,6 @@
 """Which columns of a user's rows hold what is asked and what is answered: as given, by convention, or by name."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ia2mini import UsageError
@@ -30,7 +31,8 @@ class Chosen:
         """A sentence on what was taken and what was left out."""
         prompt = ", ".join(map(repr, self.prompts))
         if "{?" in self.body:
-            prompt = f"{self.prompts[0]!r}, then {self.prompts[1]!r} where it is not empty (as in Alpaca)"
+            first, second = self.prompts
+            prompt = f"{first!r}, then {second!r} where it is not empty (as in Alpaca)"
         said = f"columns: the prompt is {prompt}"
         if self.answer is not None:
             said += f"; the answer is {self.answer!r}"
@@ -56,19 +58,17 @@ def choose_columns(
         if alpaca is not None:
             return alpaca
     prompts, answers = candidates(there, asked, answer, answered)
-    taken = [*prompts, *answers]
-    forgotten = []
-    if not asked:
-        forgotten = [c for c in there if c not in taken and may_be_asked(rows, c)]
+    left_out = without(there, [*prompts, *answers])
+    forgotten = [] if asked else may_be_asked(rows, left_out)
     if not answered:
-        forgotten = [c for c in forgotten if not has_name(c, ANSWERS)]
-    several = len(prompts) > 1 and not asked
-    wanted = 1 if answered else 0
-    if not prompts or several or forgotten or len(answers) != wanted:
-        parts = [c for c in there if c in prompts or c in forgotten]
-        raise UsageError(ask_for_names(rows[0].where, there, parts, answered, len(answers) == wanted))
-    left_out = tuple(c for c in there if c not in taken)
-    return Chosen(tuple(prompts), answers[0] if answered else None, f"{{{prompts[0]}}}", left_out)
+        forgotten = without(forgotten, named(forgotten, ANSWERS))
+    prompt_known = bool(asked) or len(prompts) == 1
+    answer_known = len(answers) == 1 if answered else True
+    if forgotten or not prompt_known or not answer_known:
+        parts = [column for column in there if column in (*prompts, *forgotten)]
+        raise UsageError(ask_for_names(rows[0].where, there, parts, answered, answer_known))
+    found = answers[0] if answered else None
+    return Chosen(tuple(prompts), found, f"{{{prompts[0]}}}", tuple(left_out))
 
 
 def given_prompts(prompt: str | None, answer: str | None, template: str | None) -> list[str]:
@@ -92,13 +92,14 @@ def candidates(there: list[str], asked: list[str], answer: str | None, answered:
     """
     answers = [] if answer is None else [answer]
     if answered and answer is None:
-        answers = [c for c in there if has_name(c, ANSWERS) and c not in asked]
-    prompts = asked or [c for c in there if has_name(c, PROMPTS) and c not in answers]
-    rest = [c for c in there if c not in prompts and c not in answers]
-    if len(rest) == 1 and answered and prompts and not answers:
-        return prompts, rest
-    if len(rest) == 1 and not prompts and (answers or not answered):
-        return rest, answers
+        answers = named(without(there, asked), ANSWERS)
+    prompts = asked or named(without(there, answers), PROMPTS)
+    rest = without(there, [*prompts, *answers])
+    if len(rest) == 1:
+        if not prompts and (answers or not answered):
+            prompts = rest
+        elif prompts and not answers and answered:
+            answers = rest
     return prompts, answers
 
 
@@ -107,50 +108,67 @@ def by_alpaca(rows: list[Row], there: list[str], answer: str | None, answered: b
 
     None where they are not of that form, or where a further column may belong to the prompt.
     """
-    instructions = [c for c in there if has_name(c, ["instruction"])]
-    inputs = [c for c in there if has_name(c, ALPACA_INPUTS)]
-    answers = [c for c in there if has_name(c, ALPACA_ANSWERS)]
-    if len(instructions) != 1 or len(inputs) != 1 or len(answers) > 1 or (answered and not answers):
+    instructions = named(there, ["instruction"])
+    inputs = named(there, ALPACA_INPUTS)
+    answers = named(there, ALPACA_ANSWERS)
+    if len(instructions) != 1 or len(inputs) != 1 or len(answers) > 1:
         return None
-    if answer is not None and answer not in answers:
+    if answered and not answers or answer not in (None, *answers):
         return None
-    taken = [*instructions, *inputs, *answers] if answered else [*instructions, *inputs]
-    rest = tuple(c for c in there if c not in taken)
-    allowed = [*answers, "text"]  # Alpaca's own "text" is the whole of prompt and answer
-    if any(may_be_asked(rows, c) for c in rest if c not in allowed):
+    prompts = (*instructions, *inputs)
+    rest = without(there, [*prompts, *answers])
+    whole = named(rest, ["text"])  # Alpaca's own "text" is prompt and answer together
+    if may_be_asked(rows, without(rest, whole)):
         return None
     body = f"{{{instructions[0]}}}\n{{?{inputs[0]}}}"
-    return Chosen((*instructions, *inputs), answers[0] if answered else None, body, rest)
+    if answered:
+        return Chosen(prompts, answers[0], body, tuple(rest))
+    return Chosen(prompts, None, body, tuple(without(there, prompts)))
 
 
-def has_name(column: str, names) -> bool:
-    return column.strip().lower() in names
+def named(columns: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The columns that have one of these names, in any case."""
+    return [column for column in columns if column.strip().lower() in names]
 
 
-def may_be_asked(rows: list[Row], column: str) -> bool:
-    """Whether a column may belong to the prompt: by its name, or since most entries are texts of several words.
+def without(columns: Iterable[str], others: Iterable[str]) -> list[str]:
+    return [column for column in columns if column not in others]
+
+
+def may_be_asked(rows: list[Row], columns: list[str]) -> list[str]:
+    """The columns that may belong to the prompt: by their name, or since most entries are texts of several words.
 
     Categories, which repeat, are no such texts.
     """
-    held = [row[column] for row in rows if not is_blank(row, column)]
-    if held and has_name(column, (*PROMPTS, *PARTS)):
-        return True
-    texts = [value for value in held if isinstance(value, str) and count_words(value) >= SENTENCE]
-    different = len(set(texts))
-    categories = different <= FEW and 2 * different <= len(texts)
-    return 2 * len(texts) > len(held) and not categories
+    found = []
+    for column in columns:
+        held = [row[column] for row in rows if not is_blank(row, column)]
+        texts = [value for value in held if is_sentence(value)]
+        different = len(set(texts))
+        categories = different <= FEW and 2 * different <= len(texts)
+        has_texts = 2 * len(texts) > len(held) and not categories
+        has_name = held and named([column], (*PROMPTS, *PARTS))
+        if has_texts or has_name:
+            found.append(column)
+    return found
 
 
-def count_words(text: str) -> int:
-    """Words of letters between blanks: none in dates, numbers and addresses of pages."""
-    return sum(word.strip(".,;:!?()\"'").isalpha() for word in text.split())
+def is_sentence(value) -> bool:
+    """Whether a value is a text of several words. Dates, numbers and addresses of pages are no words."""
+    if not isinstance(value, str):
+        return False
+    words = [word for word in value.split() if word.strip(".,;:!?()\"'").isalpha()]
+    return len(words) >= SENTENCE
 
 
 def ask_for_names(where: str, there: list[str], parts: list[str], answered: bool, answer_known: bool) -> str:
     """The sentence that asks for the columns' names; `parts` may all belong to the prompt."""
-    answer = " and --answer-column" if answered else ""
-    said = f"{where}: columns {', '.join(map(repr, there))}: name yours with --prompt-column{answer}"
+    listed = ", ".join(map(repr, there))
+    said = f"{where}: columns {listed}: name yours with --prompt-column"
+    if answered:
+        said += " and --answer-column"
     if len(parts) > 1 and answer_known:
-        together = "\\n".join(f"{{{column}}}" for column in parts)
-        said += f", or several columns of the prompt with --template '{together}\\nAnswer:'"
+        braces = [f"{{{column}}}" for column in parts]
+        template = "\\n".join([*braces, "Answer:"])
+        said += f", or several columns of the prompt with --template '{template}'"
     return said

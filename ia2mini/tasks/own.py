@@ -32,19 +32,27 @@ def own_task(rows: list[Row], name: str, prompt=None, answer=None, template: str
         empty = "the prompt" if lacks(rows[0], asked, None) else f"column {answer!r}"
         raise UsageError(f"{rows[0].where}: {empty} is empty, and no row has both a prompt and an answer")
     answers = [row.text(answer) for row in complete]
-    different = {(fill(asked, row), row.text(answer)) for row in complete}
+    different = {(fill(asked, row), text) for row, text in zip(complete, answers)}
     labels, known, said = read_labels(complete, answer)
     if len(labels) == 1:
         raise UsageError(f"{name}: every row has the answer {labels[0]!r}; nothing can be learned from it")
     labelled = len(labels) <= MOST_LABELS and 2 * len(labels) <= len(different)
-    about: dict = {"label": answer, "answer": f"{{{answer}}}", "train": "train", "eval": "eval"}
-    about["prompt"] = template or default_template(chosen, labelled)
+    task = Task(
+        name,
+        name,
+        train="train",
+        eval="eval",
+        prompt=template or default_template(chosen, labelled),
+        label=answer,
+        answer=f"{{{answer}}}",
+    )
     if labelled:
         told = f"{chosen.told()}; {len(labels)} labels"
-        return Task(name, name, **about, labels=labels, known=known, remarks=(*remarks, *said, told))
+        return replace(task, labels=labels, known=known, remarks=(*remarks, *said, told))
     parser = next(parser for parser, parse in PARSERS.items() if all(map(parse, answers)))
-    told = f"{chosen.told()}; {len(set(answers))} different answers in {len(different)} rows: texts, not labels"
-    return Task(name, name, **about, max_tokens=200, parser=parser, remarks=(*remarks, told))
+    count = f"{len(set(answers))} different answers in {len(different)} rows"
+    told = f"{chosen.told()}; {count}: texts, not labels"
+    return replace(task, max_tokens=200, parser=parser, remarks=(*remarks, told))
 
 
 def check_template(template: str | None) -> str | None:
@@ -78,7 +86,8 @@ def read_labels(rows: list[Row], answer: str) -> tuple[tuple[str, ...], dict[str
     said = []
     for label in labels:
         if len(ways[label]) > 1 or label not in written:
-            said.append(f"{', '.join(sorted(ways[label]))} in column {answer!r} is read as label {label!r}")
+            listed = ", ".join(sorted(ways[label]))
+            said.append(f"{listed} in column {answer!r} is read as label {label!r}")
     places = {label: i for i, label in enumerate(labels)}
     return labels, {text: places[label] for text, label in meant.items()}, said
 
@@ -106,9 +115,12 @@ def without_gaps(rows: list[Row], template: str, answer: str | None) -> tuple[li
             lacking[what].append(row.where)
     said = []
     for what, places in lacking.items():
-        if places:
-            named = ", ".join(places[:NAMED]) + " …" * (len(places) > NAMED)
-            said.append(f"left out for want of {what}: {len(places)} of {len(rows)} rows ({named})")
+        if not places:
+            continue
+        named = ", ".join(places[:NAMED])
+        if len(places) > NAMED:
+            named += " …"
+        said.append(f"left out for want of {what}: {len(places)} of {len(rows)} rows ({named})")
     return complete, said
 
 
