@@ -16,10 +16,11 @@ import click
 
 from . import UsageError, parallel
 from .cli_options import MODEL_HELP, Several, data_options, file_option, model_options, options_of, taken
+from .cli_rows import find_tasks, keep_apart, refuse_unnamed_model, tell_all
 from .files import plain
 from .options import Options
 
-DEMO, DEMO_ROWS = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap"), 120  # about a minute
+DEMO_ROWS = 120  # about a minute
 MINUTE = 60
 
 
@@ -182,9 +183,8 @@ def run(names, model, compiling, checkpointing, dry_run, **given):
             raise UsageError(f"--{option}: give at least one")
     options = Options(**given)
     models = [model] if Path(model).is_dir() else list(dict.fromkeys(filter(None, model.split(",")))) or [model]
-    unnamed = click.get_current_context().get_parameter_source("model").name == "DEFAULT"
-    if own["data"] and model == "tiny" and unnamed:
-        raise UsageError("--data: name a --model for your own rows (the embedded one knows 449 words)")
+    if own["data"]:
+        refuse_unnamed_model("--data")
     if how["shard"] and (compiling or dry_run or len(models) > 1):
         wrong = "--compile" if compiling else "--dry-run" if dry_run else "several models"
         raise UsageError(f"{wrong}: not with --shard; leave one of them out")
@@ -205,6 +205,8 @@ def run(names, model, compiling, checkpointing, dry_run, **given):
             continue
         study = open_study(tasks, subject, options, out, data, side_by_side, progress)
         prepare(subject.model, compiling, checkpointing, partial(worth_compiling, study[0]))
+        if name == models[0]:
+            tell_all(remark for task in tasks for remark in task.remarks)
         document, folder = carry_out(*study)
         if name == models[-1]:
             parallel.stop()
@@ -226,7 +228,8 @@ def conclude(document: dict, folder: Path, full: bool, columns, figures, as_json
     show(table, full or with_paper)
     written = count(len(drawn), "figure") if drawn else "no figures (pip install 'ia2mini[report]')"
     adapters = count(len(document["adapters"]), "adapter")
-    click.echo(f"{folder}: report.html, results.json, tables, {written}, {adapters} for peft")
+    tables = "tables" if (folder / "table.csv").exists() else "table.txt (pip install 'ia2mini[report]': more)"
+    click.echo(f"{folder}: report.html, results.json, {tables}, {written}, {adapters} for peft")
     if as_json:
         click.echo(json.dumps(document))
 
@@ -253,32 +256,6 @@ def prepare(model, compiling: bool | None, checkpointing: bool, worth: Callable 
 def tell_of_compiling() -> None:
     """Say it once, as it begins."""
     click.echo(f"compiling (minutes at first; kept in {os.environ['TORCHINDUCTOR_CACHE_DIR']})", err=True)
-
-
-def find_tasks(names: tuple[str, ...], data, prompt_column, answer_column, template, eval_data) -> list:
-    """The tasks of these names, the one of own rows, or the demo's. Raises UsageError."""
-    from .tasks import custom_task, find_task
-
-    if data and names:
-        raise UsageError("give either TASK or --data, not both")
-    if not data and (template or eval_data):
-        raise UsageError("--template and --eval-data say how your own rows are read; give --data too")
-    if data:
-        return [custom_task(data, prompt_column, answer_column, template, eval_data)]
-    return [find_task(name) for name in names or DEMO]
-
-
-def keep_apart(task, tokenizer, template: str | None):
-    """A task on own rows with a line end after the default template where an answer would merge with it."""
-    from .tasks import own, rows
-
-    if not task.files or template is not None:
-        return task
-    kept = own.keep_apart(task, rows.read_rows(Path(task.files[0])), tokenizer)
-    merging = "answers would merge with the end of the template in this tokenizer"
-    if kept is not task and parallel.says(merging):
-        click.echo(f"{merging}, so it is now {kept.prompt!r}", err=True)
-    return kept
 
 
 def show(document: dict, full: bool) -> None:
@@ -329,6 +306,7 @@ def tasks(name, model, revision, n, data_dir, **own):
         pool = load_examples(task, "train", data_dir)
         sizes.insert(0, f"pool: {pool.origin['used']} of {pool.origin['rows']} rows")
         demonstrations = draw_episode(pool.rows, n).icl[0]
+    tell_all(task.remarks)
     click.echo(f"{task.name} ({task.tag}) from {task.hub or 'this package'} · {' · '.join(sizes)}\n")
     rows = [("demonstration", "cyan", d) for d in demonstrations] + [("query", "yellow", examples.rows[0])]
     for role, color, e in rows:

@@ -1,5 +1,6 @@
 """The practitioner's commands: fit, predict, score, merge."""
 
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -9,11 +10,11 @@ import click
 
 from . import UsageError, parallel
 from .cli import main, prepare, progress, typed
-from .cli_options import check_option, file_option, many, model_options, options_of, shard_option, taken
+from .cli_options import GUESS, check_option, file_option, many, model_options, options_of, shard_option, taken
+from .cli_rows import refuse_unnamed_model, tell_all
 from .files import json_line, plain, read_text
 from .options import FitOptions
 
-GUESS = "  [default: guessed from the header]"
 adapter_options = many(
     click.argument("adapter", type=click.Path(path_type=Path, exists=True, file_okay=False)),
     click.option("--model", help="base model  [default: the one that the adapter names]"),
@@ -53,18 +54,22 @@ def fit(rows, unlabelled, context, prompts, out, **given):
     from .fitting import fit as fit_rows
     from .report.fit import write_fit_report, write_fit_table
     from .subject import open_subject
+    from .tasks.rows import as_rows
 
     if (rows is None) == (context is None) or (context is None) != (prompts is None):
         raise UsageError("give ROWS, or --context with --prompts")
+    refuse_unnamed_model("ROWS" if context is None else "--context")
     how = taken(given, "model", "device", "dtype", "revision", "check", "shard")
     columns = Columns(*taken(given, "prompt_column", "answer_column", "template").values())
     text = read_text(context).replace("\r\n", "\n").strip() if context else ""
     if context and not text:
         raise UsageError(f"{context}: the file is empty")
     options = FitOptions(**given, context=text)
-    own, _ = read_own(rows or prompts, columns, bool(context))  # its mistakes show before a model is loaded
+    own = as_rows(rows or prompts)
+    _, task = read_own(own, columns, bool(context))  # its mistakes show before a model is loaded
     subject = open_subject(**how)
     prepare(subject.model, None, False)
+    tell_all(task.remarks)
     fitted = fit_rows(own, subject, options, columns, unlabelled or (), keep=out, bar=progress)
     if not parallel.same and not parallel.stop():
         return
@@ -77,7 +82,7 @@ def fit(rows, unlabelled, context, prompts, out, **given):
     click.echo(plain(write_fit_table(fitted.report)))
     shipped = "no adapter" if fitted.adapter is None else "adapter"
     click.echo(f"{out}: {shipped}, ia2mini.json, README.md, report.html, held_out.jsonl")
-    click.echo(f"next: ia2mini predict {out} NEW_ROWS")
+    click.echo(plain(f"next: ia2mini predict {shlex.quote(str(out))} NEW_ROWS"))
 
 
 def read_new(rows: str, strict: bool) -> Iterator:
@@ -182,10 +187,14 @@ def generate(prompt, max_tokens, stop, adapter, chat, **how):
 
 def open_adapter(folder: Path, model=None, revision=None, template=None, labels=None, **how):
     """A saved adapter on its base model, or another."""
-    from .predictor import base_of, load_adapter
+    from .predictor import base_of, check_labels, load_adapter
     from .subject import open_subject
+    from .tasks.own import check_template
 
-    spec = {"template": template and template.replace("\\n", "\n"), "labels": labels and labels.split(",")}
+    spec: dict = {"template": check_template(template)}
+    if labels is not None:
+        spec["labels"] = [label.strip() for label in labels.split(",")]
+        check_labels(spec["labels"])
     name, revision = (model, revision) if model else base_of(folder)
     subject = open_subject(name, revision=revision, **how)
     return load_adapter(folder, subject, **{name: value for name, value in spec.items() if value})

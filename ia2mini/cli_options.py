@@ -71,6 +71,7 @@ def determined(context, option, wanted: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
+GUESS = "  [default: guessed from the header]"
 MODEL_HELP = "folder, hub id, or short name: tiny (embedded), qwen3-4b-base, llama-3.2-1b …"
 DTYPE_HELP = "of frozen weights  [default: float32, on a GPU bfloat16]"
 shard_option = click.option("--shard", is_flag=True, help="split the model over the processes of torchrun")
@@ -88,8 +89,8 @@ model_options = many(
 )
 data_options = many(
     file_option("--data", "your own rows: JSONL, JSON, CSV, TSV or Parquet (instead of TASK)"),
-    click.option("--prompt-column", default="text", help="of --data"),
-    click.option("--answer-column", default="label", help="of --data"),
+    click.option("--prompt-column", help=f"of --data{GUESS}"),
+    click.option("--answer-column", help=f"of --data{GUESS}"),
     click.option("--template", help="prompt of --data, columns in braces  [default: 'Text:{text}\\nLabel:']"),
     file_option("--eval-data", "evaluation rows for --data  [default: a held-out part]"),
     file_option("--data-dir", "local sets in hub columns, as DIR/sst2/train.jsonl  [default: hub]"),

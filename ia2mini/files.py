@@ -1,5 +1,6 @@
 """Files in and out: JSON that is checked, writing that is whole or not there, strangers' texts, the hub's errors."""
 
+import base64
 import hashlib
 import json
 import os
@@ -28,8 +29,12 @@ def plain(text: str, kept: str = "\t\n") -> str:
 
 
 def json_line(value) -> str:
-    """`value` as JSON in one line and in its own letters, with what is hidden in it escaped."""
-    return HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
+    """`value` as JSON in one line and in its own letters, with what is hidden in it escaped.
+
+    NaN and infinity, which JSON does not have, become null; dates and other things of Parquet become texts.
+    """
+    line = json.dumps(finite(value, as_text), ensure_ascii=False)
+    return HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
 
 
 def check_name(path: Path) -> None:
@@ -142,9 +147,16 @@ def read_sealed(path: Path) -> dict:
     return content
 
 
-def finite(value):
-    """`value` as JSON holds it, with every NaN and infinity replaced by None."""
-    return json.loads(json.dumps(value), parse_constant=lambda name: None)
+def finite(value, default: Callable | None = None):
+    """`value` as JSON holds it, with every NaN and infinity replaced by None; `default` writes other things."""
+    return json.loads(json.dumps(value, default=default), parse_constant=lambda name: None)
+
+
+def as_text(value) -> str:
+    """A date, a decimal number and the like as text; bytes in base64."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return str(value)
 
 
 def patiently(fetch: Callable):

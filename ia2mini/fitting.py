@@ -27,7 +27,7 @@ from .report.summary import count
 from .runs import RunFolder, checkpoint_digest
 from .subject import Subject
 from .tasks import Example, Task, same_answer
-from .tasks.own import keep_apart, near_labels, own_task, queries_task
+from .tasks.own import complete_rows, keep_apart, near_labels, own_task, queries_task
 from .tasks.rows import Row, as_rows, fill
 from .teacher import answer_tokens_at_most
 
@@ -71,7 +71,10 @@ def fit(
         if not task.labels:
             task = replace(task, max_tokens=answer_tokens_at_most(subject.tokenizer, examples))
     examples = list(dict.fromkeys(examples))
-    more = [Example(chat(fill(task.prompt, row)), "") for row in as_rows(unlabelled)]
+    queries, lacking = [], []
+    if unlabelled:
+        queries, lacking = complete_rows(as_rows(unlabelled), replace(task, answer=""))
+    more = [Example(chat(fill(task.prompt, row)), "") for row in queries]
     cv = CrossValidation(subject, task, examples, options, more, bar=bar)
     if keep is not None:
         what: dict = {"ia2mini": __version__, "options": asdict(options)}
@@ -79,16 +82,24 @@ def fit(
         what["rows"] = [(str(e.prompt), e.answer) for e in examples + more]
         cv.once = RunFolder(keep, "unfinished", what).once
     fitted = conclude(cv)
-    fitted.report["remarks"] += remarks(rows, task, examples)
+    fitted.report["remarks"] += [*lacking, *remarks(rows, task, examples)]
     return fitted
 
 
 def read_own(rows: str | Path | list[dict], columns: tuple = (), queries: bool = False) -> tuple[list[Row], Task]:
-    """One's own rows, and the task that they describe; `queries` have no answers. Raises UsageError."""
-    if not (rows := as_rows(rows)):
+    """One's own rows that have all that is needed, and the task that they describe; `queries` have no answers.
+
+    `task.remarks` says how they were read, and which were left out. Raises UsageError.
+    """
+    rows, columns = as_rows(rows), Columns(*columns)
+    if not rows:
         raise UsageError("no rows to fit")
     name = plain(Path(re.split(r":| ?row ", rows[0].where)[0]).stem, "") or "rows"
-    return rows, queries_task(rows, name, *columns) if queries else own_task(rows, name, *columns)
+    if queries:
+        task = queries_task(rows, name, columns.prompt, columns.template)
+    else:
+        task = own_task(rows, name, *columns)
+    return complete_rows(rows, task)[0], task
 
 
 def answered(prompts: list[str], subject: Subject, options: FitOptions) -> list[Example]:
@@ -163,7 +174,7 @@ def make_report(cv: CrossValidation, candidates: dict[str, Candidate], chosen: C
 
 
 def remarks(rows: list[Row], task: Task, examples: list[Example]) -> list[str]:
-    """What is odd about the rows, in sentences."""
+    """What is odd about the rows, and how they were read, in sentences."""
     said = near_labels(task.labels)
     if repeats := len(rows) - len(examples):
         said.append(f"{count(repeats, 'row')} repeated another and counted once")
@@ -172,4 +183,4 @@ def remarks(rows: list[Row], task: Task, examples: list[Example]) -> list[str]:
     if rare := [label for i, label in enumerate(task.labels) if sum(e.label == i for e in examples) == 1]:
         named = ", ".join(map(repr, rare))
         said.append(f"only one row has the answer {named}: held out, nothing like it was trained on")
-    return said
+    return said + list(task.remarks)

@@ -31,7 +31,9 @@ from .peft_format import claim, read_adapter, read_config, save_adapter, save_me
 from .runs import checkpoint_digest, versions
 from .subject import Subject, open_subject
 from .tasks import Example
-from .tasks.rows import Row, fill
+from .tasks.answers import PARSERS
+from .tasks.own import check_template
+from .tasks.rows import Row, fill, placeholders
 
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 BESIDE += ("added_tokens.json",)
@@ -220,9 +222,24 @@ def number(least: float, most: float, kind=float | int) -> Callable:
     return lambda value: isinstance(value, kind) and least <= value <= most
 
 
+def template(value) -> bool:
+    """Whether a value is a template of a prompt, with a column."""
+    return isinstance(value, str) and bool(placeholders(value))
+
+
+def labels(value) -> bool:
+    """Whether a value is a list of labels, or of none where the answers are texts."""
+    return isinstance(value, list) and (not value or wrong_labels(value) is None)
+
+
+def parser(value) -> bool:
+    """Whether a value names a parser of texts; None where there are labels."""
+    return value is None or value in list(PARSERS)
+
+
 TOKENS = {"tokens": [number(0, 2**31, int)], "log_probabilities": [number(-1e9, 0)]}
-SHAPE = {"template": str, "labels": [str], "max_tokens": number(1, 2**16, int), "stop": str | None}
-SHAPE |= {"parser": str | None, "confidences": [number(0, 1.001)], "demonstrations": [{"prompt": str, "answer": str}]}
+SHAPE: dict = {"template": template, "labels": labels, "max_tokens": number(1, 2**16, int), "stop": str | None}
+SHAPE |= {"parser": parser, "confidences": [number(0, 1.001)], "demonstrations": [{"prompt": str, "answer": str}]}
 SHAPE |= {"temperature": number(1e-6, 1e6)}
 SHAPE |= {"method": str, "chat": bool, "context": bool, "example": str, "report": dict, "adapter_digest": str | None}
 SHAPE |= {"base": {"name": str, "revision": str | None}, "canary": {"dtype": str, "base": TOKENS, "adapted": TOKENS}}
@@ -230,6 +247,24 @@ SHAPE |= {"base": {"name": str, "revision": str | None}, "canary": {"dtype": str
 
 def digest(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def wrong_labels(labels: list) -> str | None:
+    """What is wrong with a list of labels; None where nothing is."""
+    if not all(isinstance(label, str) and label.strip() for label in labels):
+        return "a label is empty"
+    if len(set(labels)) < len(labels):
+        return "a label is given twice"
+    if len(labels) < 2:
+        return "there are fewer than two labels"
+    return None
+
+
+def check_labels(labels: list[str] | None) -> None:
+    """Raises UsageError for labels that cannot be told apart."""
+    wrong = wrong_labels(labels) if labels else None
+    if wrong:
+        raise UsageError(f"--labels {','.join(map(str, labels))}: {wrong}; give two different ones or more")
 
 
 def load_adapter(folder: str | Path, subject: Subject | None = None, **spec) -> Predictor:
@@ -242,6 +277,8 @@ def load_adapter(folder: str | Path, subject: Subject | None = None, **spec) -> 
         next(predictor.predict([{"text": "My invoice is wrong"}]))["answer"]
     """
     folder = Path(folder)
+    check_template(spec.get("template"))
+    check_labels(spec.get("labels"))
     if subject is None:
         name, revision = base_of(folder)
         subject = open_subject(name, revision=revision)
@@ -273,7 +310,10 @@ def read_spec(folder: Path) -> dict | None:
     kept = read_json(path) if is_there(path) else None
     if kept is None and next(folder.glob("unfinished-*"), None):
         raise UsageError(f"{folder}: its `ia2mini fit` was interrupted; the same command goes on from there")
-    if kept is not None and (field := misfit(kept, SHAPE, "")):
+    field = misfit(kept, SHAPE, "") if kept is not None else None
+    if kept is not None and not field and not kept["labels"] and kept["parser"] is None:
+        field = ".parser"
+    if field:
         broken = f"field {field[1:]} is missing or not what it should be: damaged, or written by another version"
         raise UsageError(f"{path}: {broken}; fit the adapter again")
     return kept

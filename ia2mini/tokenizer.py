@@ -10,6 +10,8 @@ from . import UsageError
 from .added_tokens import add_tokens
 from .files import is_there, read_json
 
+NAMED = 5  # unknown words that are named in warnings
+
 
 class Tokenizer:
     """A checkpoint's tokenizer. BOS comes where the file's own post-processor adds it, EOS from the config."""
@@ -18,6 +20,7 @@ class Tokenizer:
         self.backend, self.eos_ids, self.size = backend, eos_ids, size  # the model knows ids below `size`
         unknown = getattr(backend.model, "unk_token", None)
         self.unknown = unknown and backend.token_to_id(unknown)
+        self.warned: set[str] = set()  # of these unknown words
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
@@ -55,7 +58,7 @@ class Tokenizer:
         return [len(encoding.ids) for encoding in self.backend.encode_batch(texts)]
 
     def known(self, text: str, encoding: Encoding) -> list[int]:
-        """The ids of an encoding; a word that the vocabulary lacks costs a warning, and is the unknown token.
+        """The ids of an encoding; a word that the vocabulary lacks is the unknown token, and is warned of once.
 
         Raises UsageError for an id that the model does not know.
         """
@@ -63,8 +66,18 @@ class Tokenizer:
             raise UsageError(f"token {most} of {text[:40]!r} is beyond the model's vocab_size {self.size}")
         if self.unknown is not None and self.unknown in encoding.ids:
             start, end = encoding.offsets[encoding.ids.index(self.unknown)]
-            warnings.warn(f"{text[start:end]!r} is not in the vocabulary and is read as an unknown word", stacklevel=3)
+            self.warn_of(text[start:end])
         return encoding.ids
+
+    def warn_of(self, word: str) -> None:
+        """Warn of an unknown word: once of each of the first few, then once that there are more."""
+        if word in self.warned or len(self.warned) > NAMED:
+            return
+        self.warned.add(word)
+        if len(self.warned) <= NAMED:
+            warnings.warn(f"{word!r} is not in the vocabulary and is read as an unknown word", stacklevel=4)
+        else:
+            warnings.warn("more words are not in the vocabulary; they are not named", stacklevel=4)
 
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=True)

@@ -125,8 +125,8 @@ MUTANTS = {
         ('{tuple(tensor.shape)} ".encode', '".encode', "runs a_digest_sees"),
         ('(".json", ".safetensors")', '(".safetensors",)', "runs checkpoint_digest_sees"),
     ],
-    "ia2mini/tasks/rows.py": [
-        ("reader.line_num + 1", "reader.line_num", "rows what_is_wrong"),
+    "ia2mini/tasks/delimited.py": [
+        ("line + reader.line_num", "line - 1 + reader.line_num", "delimited lines_are_those"),
     ],
     "ia2mini/tasks/catalog.py": [
         ("rows[: -task.held]", "rows", "sources forty_lines"),

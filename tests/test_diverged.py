@@ -141,10 +141,11 @@ def test_a_fit_shows_what_failed_and_never_chooses_it(subject, tmp_path):
     said = told(lambda: found.append(fit(rows, subject, options)))
     failed = "; ".join(f"fold {number} at rate 1e+38 failed at step 2: no finite loss" for number in (0, 1, 2))
     lines = [f"{method}: {failed}" for method in ("sft", "ia2", "ia2-sft")]
-    assert said == lines and found[0].report["remarks"] == lines and found[0].spec["rate"] == 1e-2
+    remarks = [*lines, "columns: the prompt is 'text'; the answer is 'label'; 2 labels"]
+    assert said == lines and found[0].report["remarks"] == remarks and found[0].spec["rate"] == 1e-2
     assert all(line in write_fit_table(found[0].report) for line in lines)
     found[0].save(tmp_path)
-    assert json.loads((tmp_path / "ia2mini.json").read_text())["report"]["remarks"] == lines
+    assert json.loads((tmp_path / "ia2mini.json").read_text())["report"]["remarks"] == remarks
     assert found[0].theta.isfinite().all() and all(one["nll"][0] < 9 for one in found[0].report["candidates"].values())
 
 

@@ -188,7 +188,7 @@ def test_few_rows_and_unknown_names_are_one_line(subject, tmp_path):
         lambda: fit([{"q": r["text"], "answer": "good " * 900 + str(i)} for i, r in enumerate(rows)], subject), "read"
     )
     run("fit", code=2)
-    run("fit", tmp_path / "none.csv", "--out", tmp_path / "o", code=2)
+    run("fit", tmp_path / "none.csv", "--model", "tiny", "--out", tmp_path / "o", code=2)
     assert not (tmp_path / "o").exists()
 
 
@@ -237,7 +237,13 @@ def test_a_context_goes_into_the_weights(subject, tmp_path):
     rows = "".join(json.dumps({"text": row["text"]}) + "\n" for row in toy_rows(16))
     (tmp_path / "queries.jsonl").write_text(rows)
     how = ("--context", tmp_path / "context.txt", "--prompts", tmp_path / "queries.jsonl", "--max-tokens", 1)
-    how += ("--template", "Text:{text}\\nLabel:", *"--methods ia2,sft --rates 1e-2 --epochs 8 --folds 3".split())
+    how += (
+        "--model",
+        "tiny",
+        "--template",
+        "Text:{text}\\nLabel:",
+        *"--methods ia2,sft --rates 1e-2 --epochs 8 --folds 3".split(),
+    )
     result = run("fit", *how, "--out", tmp_path / "o")
     report = json.loads((tmp_path / "o" / "ia2mini.json").read_text())["report"]
     kl = {name: one["nll"][0] for name, one in report["candidates"].items()}
@@ -254,7 +260,20 @@ def test_a_killed_fit_goes_on_and_nothing_half_written_stays(subject, tmp_path, 
     (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"{r['text']!r},{r['label']}\n" for r in toy_rows(12)))
     text = (tmp_path / "rows.csv").read_text().replace("'", '"')
     (tmp_path / "rows.csv").write_text(text)
-    how = ("fit", tmp_path / "rows.csv", "--methods", "sft,ia2", "--rates", "1e-2", "--epochs", 3, "--folds", 3)
+    how = (
+        "fit",
+        tmp_path / "rows.csv",
+        "--model",
+        "tiny",
+        "--methods",
+        "sft,ia2",
+        "--rates",
+        "1e-2",
+        "--epochs",
+        3,
+        "--folds",
+        3,
+    )
     whole = run(*how, "--out", tmp_path / "whole")
     out, held_out, calls = tmp_path / "killed", CrossValidation.held_out, []
 

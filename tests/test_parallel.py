@@ -32,7 +32,7 @@ CELL = "run toy-mood --n 4 --sets 2 --epochs 16 --eval-rows 12 --methods icl,sft
 CELLS = (
     "run toy-mood toy-sums-short --n 2 --sets 2 --epochs 4 --eval-rows 8 --methods base,icl,ia2 --device cpu".split()
 )
-FIT = "fit --rates 3e-3,1e-2 --epochs 4 --folds 3 --methods sft,ia2 --device cpu".split()
+FIT = "fit --model tiny --rates 3e-3,1e-2 --epochs 4 --folds 3 --methods sft,ia2 --device cpu".split()
 LOST = "ia2mini: another process has ended; what was finished is kept, and the same command goes on from there\n"
 
 

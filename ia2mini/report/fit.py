@@ -14,7 +14,7 @@ from ..adapters import LoRA
 from ..files import json_line, plain, write_text
 from ..metrics import ece, ece_null, logarithms, row_losses, smooth_ece, smooth_ece_interval
 from ..tasks import same_answer
-from ..tasks.rows import Row
+from ..tasks.rows import Row, whole_number
 from .page import lines, loading, section, shown, table, whole
 from .summary import LABELS, count
 from .tables import markdown
@@ -232,6 +232,7 @@ def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) ->
     true = [row.text(column) for row in rows]
     name = "icl" if icl else spec["method"]
     labels = spec["labels"]
+    true = [text if text in labels else whole_number(text) for text in true]
     if unknown := [(row.where, text) for row, text in zip(rows, true) if labels and text not in labels]:
         (where, text), known = unknown[0], ", ".join(map(repr, labels))
         raise UsageError(f"{where}: answer {text!r} is none of the labels {known}")

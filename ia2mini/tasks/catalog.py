@@ -11,7 +11,7 @@ import numpy as np
 
 from ia2mini import UsageError
 
-from .rows import Row, fill
+from .rows import Row, fill, lacks, whole_number
 from .world import TOY_TASKS
 
 
@@ -48,12 +48,14 @@ class Task:
     max_tokens: int = 1
     parser: str | None = None  # of a text: answer -> what is compared, one of answers.PARSERS
     prepare: str | None = None  # columns to add to a row, one of PREPARE
-    steps: tuple[str, ...] = ("shuffle", "filter")  # in order; also "unique", which drops repeated prompts, and …
+    steps: tuple[str, ...] = ("shuffle", "filter")  # in order; also "complete", which drops rows without prompt or
+    # answer, "unique", which drops repeated prompts, and …
     held: int = 500  # … "split": this many rows, the last ones, are held out for evaluation
     archive: tuple[str, str, str] | None = None  # rows in a zip instead of Parquet: path, sha256, member
     fallback: tuple[str, ...] = ()  # another dataset id with the same rows, then its splits, if `hub` has no Parquet
     folder: str | None = None  # folder in a local collection, where it is not the hub's name
     files: tuple[str, str] | None = None  # own rows: file of the pool, file of the evaluation
+    remarks: tuple[str, ...] = ()  # own rows: how they were read, in sentences
 
     @property
     def evals(self) -> tuple[str, ...]:
@@ -64,8 +66,8 @@ class Task:
         """Index of the row's label, or None where the row is not part of the task. UsageError for an unknown label."""
         known = self.known or {str(i): i for i in range(len(self.labels))}
         text = row.text(self.label)
-        key = text if text in known else text.lower()
-        if key not in known:
+        key = next((key for key in (text, text.lower(), whole_number(text)) if key in known), None)
+        if key is None:
             listed = ", ".join(map(repr, known))
             raise UsageError(f"{row.where}: unknown label {text!r} in column {self.label!r}; known labels: {listed}")
         return known[key]
@@ -91,6 +93,8 @@ def arrange(task: Task, role: str, rows: list[Row]) -> list[Row]:
             rows = [rows[i] for i in np.random.default_rng(42).permutation(len(rows))]  # `datasets`' shuffle(seed=42)
         elif step == "filter":
             rows = [row for row in rows if not task.labels or task.label_of(row) is not None]
+        elif step == "complete":
+            rows = [row for row in rows if lacks(row, task.prompt, task.label) is None]
         elif step == "unique":
             first = {fill(task.prompt, row): row for row in reversed(rows)}
             rows = [row for row in rows if first[fill(task.prompt, row)] is row]

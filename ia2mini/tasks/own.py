@@ -1,67 +1,169 @@
 """A user's own rows as a task: which columns hold prompt and answer, and whether answers are labels or text."""
 
+import unicodedata
 from dataclasses import replace
 
 from ia2mini import UsageError
 
 from .answers import PARSERS
 from .catalog import Task
-from .rows import Row, placeholders
+from .columns import Chosen, choose_columns
+from .rows import Row, fill, lacks, needed_columns, placeholders, whole_number
 
-PROMPTS = "text prompt question input sentence query message content review ticket title".split()
-ANSWERS = "label answer output response completion category class target intent sentiment".split()
 MOST_LABELS = 20
-
-
-def guess_columns(row: Row, prompt: str | None, answer: str | None) -> tuple[str, str]:
-    """The columns of prompt and answer: as given, else by the header's names. UsageError where it does not tell."""
-    known = [[c for name in names for c in row if c.lower() == name] for names in (PROMPTS, ANSWERS)]
-    answer = answer or next(iter(known[1]), None)
-    prompt = prompt or next((c for c in known[0] if c != answer), None)
-    rest = [c for c in row if c not in (prompt, answer)]
-    if len(row) == 2 and (prompt is None) != (answer is None):
-        prompt, answer = prompt or rest[0], answer or rest[0]
-    if prompt is None or answer is None:
-        there = ", ".join(map(repr, row))
-        raise UsageError(f"{row.where}: columns {there}: name yours with --prompt-column and --answer-column")
-    return prompt, answer
+TRUTH = {"true": "1", "false": "0"}
+NOTHING = ("none", "null", "na", "n/a", "#n/a", "nil")  # may be a label, or stand for a missing one
+NAMED = 10  # rows that are left out and named
 
 
 def own_task(rows: list[Row], name: str, prompt=None, answer=None, template: str | None = None) -> Task:
     """The task that rows describe; `prompt` and `answer` are their columns, guessed from the header where not given.
 
-    At most 20 different answers, each given twice on average, are labels: `task.labels`, sorted. Others are text,
-    parsed as numbers, boxes or after `####` where every answer has that form. In a template, `\\n` is a line end.
-    UsageError for whatever is wrong with the rows or the template.
+    At most 20 different answers, each given twice on average to different prompts, are labels: `task.labels`, sorted.
+    Others are text, parsed as numbers, boxes or after `####` where every answer has that form. In a template, `\\n` is
+    a line end. Rows without a prompt or an answer do not count (`complete_rows`). What was decided is in
+    `task.remarks`. UsageError for whatever is wrong with the rows or the template.
     """
-    prompt, answer = guess_columns(rows[0], prompt or next(iter(placeholders(template or "")), None), answer)
-    answers = [row.text(answer) for row in rows]
-    if empty := [row.where for row, text in zip(rows, answers) if not text.strip()]:
-        raise UsageError(f"{empty[0]}: column {answer!r} is empty")
-    found = sorted(set(answers))
-    if len(found) == 1:
-        raise UsageError(f"{name}: every row has the answer {found[0]!r}; nothing can be learned from it")
-    labelled = len(found) <= MOST_LABELS and 2 * len(found) <= len(rows)
-    default = f"Text:{{{prompt}}}\nLabel:" if labelled else f"Question:{{{prompt}}}\nAnswer:"
-    template = template.replace("\\n", "\n") if template else default
-    if not (columns := placeholders(template)) or answer in columns:
-        wanted = f"must name a column of the prompt, as {{{prompt}}}, and not the answer's"
-        raise UsageError(f"template {template!r}: {wanted}")
-    about: dict = {"prompt": template, "label": answer, "answer": f"{{{answer}}}", "train": "train", "eval": "eval"}
+    template = check_template(template)
+    chosen = choose_columns(rows, prompt, answer, template)
+    asked, answer = template or chosen.body, chosen.answer
+    complete, remarks = without_gaps(rows, asked, answer)
+    if not complete:
+        empty = "the prompt" if lacks(rows[0], asked, None) else f"column {answer!r}"
+        raise UsageError(f"{rows[0].where}: {empty} is empty, and no row has both a prompt and an answer")
+    answers = [row.text(answer) for row in complete]
+    different = {(fill(asked, row), text) for row, text in zip(complete, answers)}
+    labels, known, said = read_labels(complete, answer)
+    if len(labels) == 1:
+        raise UsageError(f"{name}: every row has the answer {labels[0]!r}; nothing can be learned from it")
+    labelled = len(labels) <= MOST_LABELS and 2 * len(labels) <= len(different)
+    task = Task(
+        name,
+        name,
+        train="train",
+        eval="eval",
+        prompt=template or default_template(chosen, labelled),
+        label=answer,
+        answer=f"{{{answer}}}",
+    )
     if labelled:
-        return Task(name, name, **about, labels=tuple(found), known={text: i for i, text in enumerate(found)})
+        told = f"{chosen.told()}; {len(labels)} labels"
+        return replace(task, labels=labels, known=known, remarks=(*remarks, *said, told))
     parser = next(parser for parser, parse in PARSERS.items() if all(map(parse, answers)))
-    return Task(name, name, **about, max_tokens=200, parser=parser)
+    count = f"{len(set(answers))} different answers in {len(different)} rows"
+    told = f"{chosen.told()}; {count}: texts, not labels"
+    return replace(task, max_tokens=200, parser=parser, remarks=(*remarks, told))
+
+
+def check_template(template: str | None) -> str | None:
+    """A template with its line ends. Raises UsageError for one without a column, which asks the same of every row."""
+    if template is None:
+        return None
+    if not placeholders(template):
+        raise UsageError(f"template {template!r}: must name a column of the prompt, as {{text}}")
+    return template.replace("\\n", "\n")
+
+
+def default_template(chosen: Chosen, labelled: bool) -> str:
+    if labelled:
+        return f"Text:{chosen.body}\nLabel:"
+    return f"Question:{chosen.body}\nAnswer:"
+
+
+def read_labels(rows: list[Row], answer: str) -> tuple[tuple[str, ...], dict[str, int], list[str]]:
+    """The labels, sorted; which one each text of the column means; and a sentence where several texts mean one.
+
+    In a column of whole numbers 1 and 1.0 are one label; true is 1, too, where all others are 0 or 1.
+    """
+    written: dict[str, set[str]] = {}  # a text -> how it stands in the file, strings in quotes
+    for row in rows:
+        written.setdefault(row.text(answer), set()).add(repr(row[answer]))
+    meant = mean_the_same(list(written))
+    labels = tuple(sorted(set(meant.values())))
+    ways: dict[str, set[str]] = {label: set() for label in labels}
+    for text, label in meant.items():
+        ways[label] |= written[text]
+    said = []
+    for label in labels:
+        if len(ways[label]) > 1 or label not in written:
+            listed = ", ".join(sorted(ways[label]))
+            said.append(f"{listed} in column {answer!r} is read as label {label!r}")
+    places = {label: i for i, label in enumerate(labels)}
+    return labels, {text: places[label] for text, label in meant.items()}, said
+
+
+def mean_the_same(texts: list[str]) -> dict[str, str]:
+    """The label that each text of a column means."""
+    numbers = {text: whole_number(text) for text in texts}
+    if all(number.lstrip("-").isdecimal() for number in numbers.values()):
+        return numbers
+    truths = {text: TRUTH.get(text.lower(), number) for text, number in numbers.items()}
+    numeric = any(number in TRUTH.values() for number in numbers.values())
+    if numeric and set(truths.values()) <= set(TRUTH.values()):
+        return truths
+    return {text: text for text in texts}
+
+
+def without_gaps(rows: list[Row], template: str, answer: str | None) -> tuple[list[Row], list[str]]:
+    """The rows that have a prompt and an answer, and sentences that name the others."""
+    complete, lacking = [], {"prompt": [], "answer": []}
+    for row in rows:
+        what = lacks(row, template, answer)
+        if what is None:
+            complete.append(row)
+        else:
+            lacking[what].append(row.where)
+    said = []
+    for what, places in lacking.items():
+        if not places:
+            continue
+        named = ", ".join(places[:NAMED])
+        if len(places) > NAMED:
+            named += " …"
+        said.append(f"left out for want of {what}: {len(places)} of {len(rows)} rows ({named})")
+    return complete, said
+
+
+def complete_rows(rows: list[Row], task: Task) -> tuple[list[Row], list[str]]:
+    """Rows for a task on own rows: those that have a prompt and, where the task has answers, an answer; `without_gaps`.
+
+    Raises UsageError where a column is in no row.
+    """
+    answer = task.label if task.answer else None
+    for column in (*needed_columns(task.prompt), answer):
+        if column is not None and not any(column in row for row in rows):
+            rows[0][column]  # raises
+    return without_gaps(rows, task.prompt, answer)
 
 
 def near_labels(labels: tuple[str, ...]) -> list[str]:
-    """A sentence for every two labels that differ only in blanks or case."""
+    """A sentence for every two labels that differ only in blanks or case, and for those that may be mistakes."""
     plain, said = {}, []
     for label in labels:
         first = plain.setdefault(" ".join(label.lower().split()), label)
         if first != label:
             said.append(f"labels {first!r} and {label!r} differ only in blanks or case; they are kept apart")
+    alike = {}
+    for label in plain.values():
+        first = alike.setdefault(unified(label), label)
+        if first != label:
+            said.append(f"labels {first!r} and {label!r} are two ways to write the same; they are kept apart")
+    for label in labels:
+        if label != label.strip():
+            said.append(f"label {label!r} begins or ends with a blank, which is part of it")
+        if label.strip().lower() in NOTHING:
+            said.append(f"{label!r} is read as a label; if it stands for no answer, empty these cells")
     return said
+
+
+def unified(label: str) -> str:
+    """What labels share that are written in two ways: composed letters, one number, or true and 1."""
+    text = unicodedata.normalize("NFKC", label).casefold().strip()
+    text = TRUTH.get(text, text)
+    try:
+        return str(float(text.replace(",", ".")))
+    except ValueError:
+        return text
 
 
 def keep_apart(task: Task, rows: list[Row], tokenizer) -> Task:
@@ -70,10 +172,10 @@ def keep_apart(task: Task, rows: list[Row], tokenizer) -> Task:
     return replace(task, prompt=task.prompt + "\n") if merging else task
 
 
-def queries_task(rows: list[Row], name: str, prompt=None, answer=None, template: str | None = None) -> Task:
+def queries_task(rows: list[Row], name: str, prompt=None, template: str | None = None) -> Task:
     """The task of rows that only ask: what they are answered is text. Raises UsageError where no column is known."""
-    known = [c for wanted in PROMPTS for c in rows[0] if c.lower() == wanted] + list(rows[0]) * (len(rows[0]) == 1)
-    if not (prompt or template or known):
-        raise UsageError(f"{rows[0].where}: columns {', '.join(map(repr, rows[0]))}: name yours with --prompt-column")
-    template = template.replace("\\n", "\n") if template else f"Question:{{{prompt or known[0]}}}\nAnswer:"
-    return Task(name, name, prompt=template, answer="", parser="text")
+    template = check_template(template)
+    chosen = choose_columns(rows, prompt, None, template, answered=False)
+    template = template or default_template(chosen, False)
+    _, remarks = without_gaps(rows, template, None)
+    return Task(name, name, prompt=template, answer="", parser="text", remarks=(*remarks, chosen.told()))

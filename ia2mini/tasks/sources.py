@@ -16,7 +16,7 @@ from ia2mini.files import hub_errors, patiently, plain
 
 from . import world
 from .catalog import Example, Task, arrange
-from .own import own_task
+from .own import complete_rows, own_task
 from .rows import READERS, Row, fill, read_rows
 
 POOL, EVAL = 2000, 500  # most rows of a pool and of an evaluation
@@ -60,7 +60,8 @@ def fetch(task: Task, role: str, data_dir: str | Path | None) -> tuple[list[Row]
         return [Row(f"{task.name} {role} row {i}", row) for i, row in enumerate(world.rows(task.name, role), 1)], origin
     if task.files or data_dir is not None:
         path = Path(task.files[role == "eval"]) if task.files else find_local(task, split, Path(data_dir))
-        return read_rows(path), {"source": "own rows" if task.files else "folder", "files": [str(path)]}
+        origin = {"source": "own rows" if task.files else "folder", "files": [str(path)]}
+        return read_rows(path, named_classes=bool(task.files)), origin
     if task.archive:
         return read_archive(task.hub, *task.archive)
     try:
@@ -126,7 +127,7 @@ def read_hub(repo: str, config: str | None, splits: tuple[str, ...]) -> tuple[li
         return sum(chosen, [])
 
     paths, origin = download(repo, choose, PARQUET)
-    return [row for path in paths for row in read_rows(path)], origin
+    return [row for path in paths for row in read_rows(path, named_classes=False)], origin
 
 
 def read_archive(repo: str, name: str, sha256: str, member: str) -> tuple[list[Row], dict]:
@@ -144,7 +145,7 @@ def read_archive(repo: str, name: str, sha256: str, member: str) -> tuple[list[R
     return [Row(f"{name}:{i}", each) for i, each in enumerate(columns, 1)], origin
 
 
-def custom_task(path: str | Path, prompt: str, answer: str, template: str | None = None, eval_path=None) -> Task:
+def custom_task(path: str | Path, prompt=None, answer=None, template: str | None = None, eval_path=None) -> Task:
     """The task (`own_task`) of a user's file: `load_examples` works on it as on any other. Its name is the file's.
 
     Without `eval_path`, the last 20 % (at least 20, at most half and 500) of the shuffled rows without repeated prompts
@@ -152,8 +153,13 @@ def custom_task(path: str | Path, prompt: str, answer: str, template: str | None
     """
     file, rows = Path(path), read_rows(Path(path))
     task = own_task(rows, str(path), prompt, answer, template)
-    prompts = len({fill(task.prompt, row) for row in rows})
+    complete, _ = complete_rows(rows, task)
+    remarks = task.remarks
+    if eval_path:
+        _, said = complete_rows(read_rows(Path(eval_path)), task)
+        remarks = (*remarks, *said)
+    prompts = len({fill(task.prompt, row) for row in complete})
     held = min(max(prompts // 5, 20), prompts // 2, EVAL)
-    steps = ("unique", "shuffle", "filter", *(() if eval_path else ("split",)))
-    files = (str(path), str(eval_path or path))
-    return replace(task, name=plain(file.stem, ""), tag=plain(file.name, ""), steps=steps, held=held, files=files)
+    steps = ("complete", "unique", "shuffle", "filter", *(() if eval_path else ("split",)))
+    about: dict = {"name": plain(file.stem, ""), "tag": plain(file.name, ""), "remarks": remarks}
+    return replace(task, **about, steps=steps, held=held, files=(str(path), str(eval_path or path)))

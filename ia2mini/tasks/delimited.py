@@ -1,0 +1,97 @@
+"""CSV and TSV files: which delimiter they use, and their rows under the names of their header."""
+
+import csv
+import io
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from ia2mini import UsageError
+from ia2mini.files import read_text
+
+DELIMITERS = (",", ";", "\t")  # semicolons where a comma is the decimal point
+NAMED_DELIMITER = re.compile(r'"?sep=(.)"?\r?\n', re.IGNORECASE)  # a first line that Excel reads and writes
+csv.field_size_limit(2**31 - 1)  # Python's own limit is 131,072 characters
+
+
+def read_delimited(path: Path, usual: str) -> list[tuple[str, dict[str, str]]]:
+    """Where each row stands ("file:line"), and its columns.
+
+    A field in quotes may hold delimiters, line ends and doubled quotes. Blanks around the names of the header are
+    dropped, and so are columns at the end without a name and without content. Raises UsageError.
+    """
+    text = read_text(path)
+    if "\0" in text:
+        raise UsageError(f"{path}: holds zero bytes, as UTF-16 does; save the file as UTF-8")
+    named, line = NAMED_DELIMITER.match(text), 1
+    if named:
+        text, line = text[named.end() :], 2
+    delimiter = named[1] if named else find_delimiter(text, path, usual)
+    every = list(records(text, delimiter, path, line))
+    if not every:
+        return []
+    (line, header), *rows = every
+    header = [name.strip() for name in header]
+    for number, fields in rows:
+        if len(fields) != len(header):
+            counts = f"{len(fields)} fields, the header has {len(header)}"
+            raise UsageError(f"{path}:{number}: {counts}; quote a field that holds {delimiter!r}")
+    while header and not header[-1] and not any(fields[len(header) - 1].strip() for _, fields in rows):
+        header.pop()
+    check_names(f"{path}:{line}", header)
+    return [(f"{path}:{number}", dict(zip(header, fields))) for number, fields in rows]
+
+
+def records(text: str, delimiter: str, path: Path, line: int = 1) -> Iterator[tuple[int, list[str]]]:
+    """The line at which each record begins, and its fields; `line` is that of the text. Raises UsageError."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    start = line
+    try:
+        for fields in reader:
+            if fields:
+                yield start, fields
+            start = line + reader.line_num
+    except csv.Error as error:
+        raise UsageError(f"{path}:{start}: {error}; is a quote not closed?") from None
+
+
+def find_delimiter(text: str, path: Path, usual: str) -> str:
+    """The delimiter that splits the header, and every row into as many fields; the usual one where none does.
+
+    Raises UsageError where two do.
+    """
+    uneven = {}
+    for delimiter in dict.fromkeys((usual, *DELIMITERS)):
+        count = uneven_rows(text, path, delimiter)
+        if count is not None:
+            uneven[delimiter] = count
+    if not uneven:
+        return usual
+    best, *others = sorted(uneven, key=uneven.get)
+    if others and uneven[best] == uneven[others[0]] == 0:
+        both = f"both {best!r} and {others[0]!r} split every line alike"
+        raise UsageError(f"{path}: {both}; put the names of the header into quotes")
+    return best
+
+
+def uneven_rows(text: str, path: Path, delimiter: str) -> float | None:
+    """How many rows do not have as many fields as the header; None where the delimiter does not split the header."""
+    every, width, count = records(text, delimiter, path), 0, 0
+    try:
+        for _, fields in every:
+            width = width or len(fields)
+            if width == 1:
+                return None
+            count += len(fields) != width
+    except UsageError:  # a quote is not closed, or not before this delimiter
+        return math.inf if width else None
+    return count if width else None
+
+
+def check_names(where: str, names: list[str]) -> None:
+    """Raises UsageError for a column that is there twice."""
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise UsageError(f"{where}: two columns of the same name, {name!r}; rename one")

@@ -1,0 +1,295 @@
+"""A user's own rows: which columns are taken, which answers are labels, which rows are left out, and what is said."""
+
+import json
+import math
+
+import pandas
+import pyarrow as pa
+import pytest
+from mistakes import refused
+from pyarrow import parquet
+from tables import write_rows
+
+from ia2mini.fitting import read_own
+from ia2mini.tasks import custom_task, find_task, load_examples
+from ia2mini.tasks.own import near_labels, own_task, queries_task
+from ia2mini.tasks.rows import fill, read_rows
+
+CATEGORIES = ("label", "target", "category", "class", "sentiment", "lang", "label_text")
+WORDS = "one two three four five six seven eight".split()
+
+
+def rows_of(columns: str) -> list[dict]:
+    """Eight rows: categories, numbers, dates and addresses where the names say so, else different sentences."""
+    found = []
+    for i, word in enumerate(WORDS):
+        row = {}
+        for column in columns.split():
+            row[column] = f"this {column} has {word}"
+            if column in CATEGORIES:
+                row[column] = ("yes", "no")[i % 2]
+            elif column == "id":
+                row[column] = i
+            elif column == "date":
+                row[column] = f"2024-01-0{i + 1} 10:00 UTC"
+            elif column == "url":
+                row[column] = f"https://example.org/{word}"
+        found.append(row)
+    return found
+
+
+TAKEN = {  # columns -> prompt, answer, left out
+    "text label": ("text", "label", []),
+    "Text Label": ("Text", "Label", []),
+    "id text label": ("text", "label", ["id"]),
+    "label url text date lang": ("text", "label", ["url", "date", "lang"]),
+    "text label label_text": ("text", "label", ["label_text"]),
+    "instruction output": ("instruction", "output", []),
+    "prompt completion": ("prompt", "completion", []),
+    "review stars": ("review", "stars", []),
+    "source target": ("source", "target", []),
+    "message sentiment": ("message", "sentiment", []),
+}
+
+
+@pytest.mark.parametrize("columns", TAKEN)
+def test_what_is_taken_and_left_out_is_said(columns):
+    prompt, answer, left_out = TAKEN[columns]
+    rows, task = read_own(rows_of(columns))
+    for row in rows:
+        example = task.example(row)
+        assert str(row[prompt]) in example.prompt and example.answer == row[answer]
+        assert not any(str(row[column]) in example.prompt for column in row if column != prompt and len(row) < 3)
+    said = task.remarks[-1]
+    assert f"the prompt is {prompt!r}" in said and f"the answer is {answer!r}" in said
+    named = said.partition("left out: ")[2].partition(";")[0]
+    assert named == ", ".join(map(repr, left_out))
+
+
+MANY = [
+    "context question answer",
+    "question context answer",
+    "query passage label",
+    "premise hypothesis label",
+    "sentence1 sentence2 label",
+    "text_a text_b label",
+    "question1 question2 is_duplicate",
+    "title text label",
+    "text comment label",
+    "text label category",
+    "text aspect label",
+    "input output label",
+    "system prompt response",
+    "prompt chosen rejected",
+    "question choices answer",
+    "instruction input label",
+    "instruction input output system",
+    "response label",
+    "question text",
+    "a b",
+    "text",
+]
+
+
+@pytest.mark.parametrize("columns", MANY)
+def test_a_header_that_may_be_read_in_several_ways_is_refused(columns):
+    rows = rows_of(columns)
+    refused(lambda: read_own(rows), *map(repr, rows[0]), "--prompt-column", "--answer-column")
+
+
+def test_the_refusal_shows_a_template_that_works():
+    rows = rows_of("context question answer")
+    with pytest.raises(ValueError) as error:
+        read_own(rows)
+    template = str(error.value).partition("--template '")[2].rpartition("'")[0]
+    kept, task = read_own(rows, (None, None, template))
+    assert task.example(kept[0]).prompt == "this context has one\nthis question has one\nAnswer:"
+    assert task.example(kept[0]).answer == "this answer has one" and "left out" not in task.remarks[-1]
+
+
+def test_named_columns_are_taken_and_the_others_named():
+    rows = rows_of("context question answer id")
+    _, task = read_own(rows, ("question", None, None))
+    assert task.label == "answer" and "left out: 'context', 'id'" in task.remarks[-1]
+    _, task = read_own(rows, (None, "context", "{question}:"))
+    assert task.label == "context" and "left out: 'answer', 'id'" in task.remarks[-1]
+    refused(lambda: read_own(rows, ("question", "question", None)), "'question' cannot be both prompt and answer")
+    refused(lambda: read_own(rows, ("question", None, "{context}:")), "'{context}:'", "{question}")
+    for template in ("", "Is it good?", "{", "}{"):
+        refused(lambda template=template: read_own(rows, (None, None, template)), "must name a column", "{text}")
+        refused(lambda template=template: queries_task(rows, "q", None, template), "must name a column", "{text}")
+
+
+ALPACA = [
+    {"instruction": "Give the capital.", "input": "France", "output": "Paris"},
+    {"instruction": "Name the opposite.", "input": "big", "output": "small"},
+    {"instruction": "Write a greeting.", "input": "", "output": "Hello there"},
+    {"instruction": "Name a colour.", "input": None, "output": "red"},
+    {"instruction": "Name a {fruit}.", "input": " \n", "output": "plum"},
+    {"instruction": "Name a tree.", "output": "oak"},
+]
+
+
+@pytest.mark.parametrize("names", [("instruction", "input", "output"), ("instruction", "context", "response")])
+@pytest.mark.parametrize("more", [{}, {"text": "### Instruction: this is the whole of it"}])
+def test_alpacas_rows_are_read_as_such(names, more):
+    rows = [{names[("instruction", "input", "output").index(k)]: v for k, v in row.items()} | more for row in ALPACA]
+    kept, task = read_own(rows)
+    for row, found in zip(ALPACA, kept, strict=True):
+        asked = row["instruction"]
+        if (row.get("input") or "").strip():
+            asked += "\n" + row["input"]
+        example = task.example(found)
+        assert (example.prompt, example.answer) == (f"Question:{asked}\nAnswer:", row["output"])
+    said = task.remarks[-1]
+    assert all(repr(name) in said for name in (*names, *more)) and "Alpaca" in said
+    assert ("left out: 'text'" in said) == bool(more)
+    asking = queries_task(kept, "queries")
+    assert fill(asking.prompt, kept[0]) == "Question:Give the capital.\nFrance\nAnswer:"
+
+
+def labelled(labels: list) -> list[dict]:
+    return [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)]
+
+
+MISSING = [None, math.nan, "", " ", "nan", "NaN", "<NA>"]
+
+
+@pytest.mark.parametrize("nothing", MISSING, ids=map(repr, MISSING))
+@pytest.mark.parametrize("labels", [["good", "bad"], [1, 0], [1.0, 0.0]], ids=repr)
+def test_what_is_missing_is_no_class_and_its_rows_are_named(labels, nothing):
+    rows, task = read_own(labelled([*labels, nothing] * 4))
+    known = pandas.Series([*labels, nothing] * 4).replace(["", " ", "nan", "NaN", "<NA>"], None).dropna()
+    assert task.labels == tuple(sorted({str(x).removesuffix(".0") for x in known}))
+    assert [row.where for row in rows] == [f"row {i + 1}" for i in known.index]
+    assert task.remarks[0] == "left out for want of answer: 4 of 12 rows (row 3, row 6, row 9, row 12)"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_missing_answers_of_every_kind_of_file(tmp_path, suffix):
+    path = tmp_path / f"rows.{suffix}"
+    table = pandas.DataFrame({"text": [f"text {i}" for i in range(12)], "label": [1.0, 0.0, None] * 4})
+    if suffix == "parquet":
+        table.to_parquet(path)
+    elif suffix.startswith("json"):
+        table.to_json(path, orient="records", lines=suffix == "jsonl")
+    else:
+        table.to_csv(path, sep="\t" if suffix == "tsv" else ",", index=False)
+    rows, task = read_own(path)
+    assert task.labels == ("0", "1") and len(rows) == 8 and "4 of 12 rows" in task.remarks[0]
+    assert [task.example(row).label for row in rows] == table["label"].dropna().astype(int).tolist()
+    study = custom_task(path)
+    pool, held = (load_examples(study, role).rows for role in ("train", "eval"))
+    assert {e.prompt for e in pool + held} == {task.example(row).prompt for row in rows}
+
+
+def test_rows_without_a_prompt_are_left_out_and_others_named(tmp_path):
+    rows = labelled([1, 0] * 4)
+    rows[2]["text"], rows[5]["text"] = None, " "
+    del rows[7]["text"]
+    kept, task = read_own(rows)
+    assert len(kept) == 5 and task.remarks[0] == "left out for want of prompt: 3 of 8 rows (row 3, row 6, row 8)"
+    path = write_rows(tmp_path / "eval.jsonl", [{"text": "a", "label": 1.0}, {"text": "b"}, {"text": "c", "label": 0}])
+    task = custom_task(write_rows(tmp_path / "rows.jsonl", labelled([1, 0] * 4)), eval_path=path)
+    assert f"1 of 3 rows ({path}:2)" in task.remarks[-1]
+    assert {(e.prompt[5:6], e.label) for e in load_examples(task, "eval").rows} == {("a", 1), ("c", 0)}
+    refused(lambda: read_own([{"text": "a", "label": None}] * 4), "'label' is empty")
+    refused(lambda: read_own([{"text": None, "label": 1}] * 4), "the prompt is empty")
+    refused(lambda: custom_task(path, eval_path=write_rows(tmp_path / "e.jsonl", [{"text": "a"}])), "no column 'label'")
+
+
+ONE_LABEL = {  # what one column holds -> the labels
+    "floats and ints": ([1, 0, 1.0, 0.0], ["0", "1"]),
+    "texts of them": (["1", "0", "1.0", "0.00"], ["0", "1"]),
+    "text and number": (["1", 0, 1, "0"], ["0", "1"]),
+    "true and one": ([True, False, 1, 0], ["0", "1"]),
+    "texts of true and one": (["True", "False", "1", "0"], ["0", "1"]),
+    "negative": ([-1.0, 1, -1, 1.0], ["-1", "1"]),
+    "only floats": ([1.0, 2.0, 3.0], ["1", "2", "3"]),
+    "halves": ([1.0, 1.5, 2, 2.0], ["1", "1.5", "2"]),
+    "versions": (["1.0", "1.5", "1.10"], ["1.0", "1.10", "1.5"]),
+    "booleans": ([True, False], ["false", "true"]),
+    "codes": (["01", "1", "2"], ["01", "1", "2"]),
+}
+
+
+@pytest.mark.parametrize("name", ONE_LABEL)
+def test_numbers_are_labels_once_for_the_whole_column(name):
+    held, labels = ONE_LABEL[name]
+    rows, task = read_own(labelled(held * 4))
+    assert list(task.labels) == labels
+    for row in rows:
+        spoken = task.labels[task.example(row).label]
+        assert spoken == str(row["label"]).lower() or float(spoken) == float({"True": 1, "False": 0}.get(
+            str(row["label"]), row["label"]))  # fmt: skip
+    merged = len({repr(value) for value in held}) > len(labels)
+    assert any("is read as label" in remark for remark in task.remarks) == (merged or name == "texts of them")
+
+
+def test_labels_that_may_be_mistakes_are_remarked():
+    for labels, said in {
+        (" yes", "yes"): "differ only in blanks or case",
+        ("Yes", "yes"): "differ only in blanks or case",
+        ("1", "1,0"): "two ways to write the same",
+        ("01", "1"): "two ways to write the same",
+        ("1", "2", "true"): "two ways to write the same",
+        ("é", "e\u0301"): "two ways to write the same",
+        ("no ", "yes"): "begins or ends with a blank",
+        ("None", "a"): "'None' is read as a label",
+        ("a", "n/a"): "'n/a' is read as a label",
+    }.items():
+        assert any(said in remark for remark in near_labels(labels)), labels
+    assert not near_labels(("0", "1", "bad", "good"))
+
+
+def test_answers_that_do_not_repeat_are_texts_and_that_is_said():
+    different = [{"text": f"q{i}", "label": f"a{i}"} for i in range(6)]
+    for rows in (different, different * 2, different * 5):  # repeated rows tell nothing new
+        task = own_task(read_own(rows)[0], "own")
+        assert not task.labels and task.remarks[-1].endswith("6 different answers in 6 rows: texts, not labels")
+    again = [row | {"text": row["text"] + "!"} for row in different]
+    task = own_task(read_own(different + again)[0], "own")
+    assert len(task.labels) == 6 and task.remarks[-1].endswith("; 6 labels")
+
+
+def class_table(labels: list, names: list[str]) -> pa.Table:
+    """A table as `datasets` writes it: numbers, and their names in the metadata of the schema."""
+    features = {"text": {"dtype": "string", "_type": "Value"}, "label": {"names": names, "_type": "ClassLabel"}}
+    table = pa.table({"text": [f"text {i}" for i in range(len(labels))], "label": pa.array(labels, pa.int64())})
+    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def test_classes_of_parquet_keep_their_names(tmp_path):
+    path, numbers = tmp_path / "rows.parquet", [0, 1, 1, 0, -1, None] * 2
+    parquet.write_table(class_table(numbers, ["bad", "good"]), path)
+    rows, task = read_own(path)
+    assert task.labels == ("bad", "good") and "left out for want of answer: 4 of 12 rows" in task.remarks[0]
+    assert [task.example(row).answer for row in rows] == [["bad", "good"][i] for i in numbers if i in (0, 1)]
+    study = custom_task(path)
+    assert {e.answer for e in load_examples(study, "train").rows} == {"bad", "good"}
+    parquet.write_table(class_table([0, 1, 2], ["bad", "good"]), path)
+    refused(lambda: read_rows(path), "rows.parquet row 3: class 2", "2 names")
+    for broken in (b"{", b'{"info": {"features": [1]}}', b'{"info": 3}', b'{"info": {"features": {"label": 1}}}'):
+        table = class_table([0, 1], ["bad", "good"]).replace_schema_metadata({b"huggingface": broken})
+        parquet.write_table(table, path)
+        assert [row["label"] for row in read_rows(path)] == [0, 1]
+
+
+def test_tasks_of_the_catalog_keep_the_numbers(tmp_path):
+    table = class_table([0, 1] * 3, ["negative", "positive"]).rename_columns(["sentence", "label"])
+    (tmp_path / "sst2").mkdir()
+    parquet.write_table(table, tmp_path / "sst2" / "validation.parquet")
+    found = load_examples(find_task("sst2"), "eval", tmp_path).rows
+    assert sorted((e.answer, e.label) for e in found) == [("0", 0)] * 3 + [("1", 1)] * 3
+
+
+def test_a_column_that_is_there_twice_is_refused_by_name(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array([0]), pa.array([1])], names=["text", "label", "label"])
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    (tmp_path / "rows.csv").write_text("text,label,label\na,0,1\n")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": 0, "label": 1}\n')
+    (tmp_path / "rows.json").write_text(
+        '[{"text": "a", "label": {"of": 0}}, {"text": "b", "more": {"label": 1, "label": 2}}]'
+    )
+    for suffix in ("parquet", "csv", "jsonl", "json"):
+        refused(lambda suffix=suffix: read_rows(tmp_path / f"rows.{suffix}"), f"rows.{suffix}", "'label'")
