@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import UsageError
 from .adapters import IA3, Adapter, Full, LoRA, PrefixTuning, Prompt, unpack
+from .errors import out_of_memory
 from .files import is_there, read_json, write, write_text
 from .models.checkpoint import save
 from .models.common import Linear
@@ -93,8 +94,12 @@ def read_adapter(folder: Path, model: nn.Module) -> tuple[Adapter, Tensor]:
     except UsageError:
         raise
     except (OSError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
         raise UsageError(f"{path}: truncated or corrupt ({error})") from None
     except Exception as error:  # whatever comes of a configuration that says anything
+        if out_of_memory(error):
+            raise
         raise UsageError(f"{folder}: its tensors do not fit this model ({type(error).__name__}: {error})") from None
     if not theta.isfinite().all():
         raise UsageError(f"{folder}: the adapter holds NaN or infinity: damaged, or its training failed")

@@ -7,6 +7,7 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from . import UsageError
+from .errors import out_of_memory
 from .files import is_there, read_json
 
 
@@ -27,6 +28,8 @@ class Tokenizer:
         try:
             backend = Backend.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
+            if out_of_memory(error):
+                raise
             raise UsageError(f"{path}: not a tokenizers file ({error})") from None
         backend.no_truncation()  # some files carry both from their training
         backend.no_padding()

@@ -13,6 +13,7 @@ from . import UsageError, parallel
 from .adapters import Adapter, adapted
 from .batch import Batch, Row, collate, send
 from .cost import run_bytes
+from .errors import out_of_memory
 from .graphs import CapturedStep, launch_bound
 from .losses import activation_mse, cross_entropy, fused, per_run, soft_cross_entropy
 from .models.common import Taps, checkpoint_blocks, is_checkpointed
@@ -203,7 +204,7 @@ def train_runs(
 
     Where steps are recorded and cost more to launch than to compute, half of the batch leaves at once: shapes stay.
     Looks at the dev loss after every second step and at each epoch's end. `watch(step, best dev losses of live runs)`
-    after each look. Raises torch.OutOfMemoryError where R runs do not fit (see `train_in_parts`).
+    after each look. Raises what says `out_of_memory` where R runs do not fit (see `train_in_parts`).
     """
     device, rows = runs.theta.device, len(runs.train[0])
     stopping = EarlyStopping(runs.theta, settings, runs.config, runs.hear)
@@ -280,7 +281,9 @@ def train_in_parts(
             try:
                 parts.append(train_runs(model, adapter, here, settings, watch))
                 rest = rest[len(some) :]
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
                 if parallel.same:  # the others wait for this process within a pass
                     raise UsageError(f"not enough memory for {len(some)} runs; use a lower --side-by-side") from None
                 if len(some) == 1:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ia2mini import UsageError
+from ia2mini.errors import out_of_memory
 from ia2mini.files import hub_errors, patiently, read_json, write, write_text
 from ia2mini.tokenizer import Tokenizer
 
@@ -168,6 +169,8 @@ def shards(folder: Path) -> dict[str, Path]:
             with safe_open(file, "pt") as f:
                 where.update(dict.fromkeys(f.keys(), file))
         except (SafetensorError, OSError, struct.error) as error:
+            if out_of_memory(error):
+                raise
             mend = f"delete {file.resolve()} and download it again"  # a link of the hub's cache would be kept
             raise UsageError(f"{file}: truncated or corrupt safetensors file ({error}); {mend}") from None
     return where

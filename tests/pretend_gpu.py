@@ -44,13 +44,8 @@ WAITS = {  # operations whose result Python needs, or whose size the GPU must te
     aten.bincount.default: "bincount",
     aten.repeat_interleave.Tensor: "repeat_interleave",
 }
-INDEXING = {
-    aten.index.Tensor,
-    aten._unsafe_index.Tensor,
-    aten.index_put.default,
-    aten.index_put_.default,
-    aten._index_put_impl_.default,
-}
+INDEXING = {aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default}
+INDEXING |= {aten.index_put_.default, aten._index_put_impl_.default}
 
 
 class GpuTensor(torch.Tensor):
@@ -100,9 +95,6 @@ class GpuTensor(torch.Tensor):
 
     def data_ptr(self):
         return self.inner.data_ptr()
-
-    def __repr__(self):
-        return f"GpuTensor({self.inner!r})"
 
 
 def asked(args: tuple, kwargs: dict) -> tuple[torch.device | None, torch.dtype | None]:
