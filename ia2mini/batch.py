@@ -87,15 +87,21 @@ def collate(runs: list[list[Row]], device="cpu", pack: bool = False) -> Batch:
             targets[r, span] = row.answer
             weights[r, span] = 1 / (len(row.answer) * len(run))
 
-    def send(array):
-        tensor = torch.from_numpy(array)
-        return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    def there(array):
+        return send(torch.from_numpy(array), device)
 
-    packed = Packed(send(documents), send(places)) if pack else None
-    positions = send(at[0].reshape(-1)), send(at[1].reshape(-1))
+    packed = Packed(there(documents), there(places)) if pack else None
+    positions = there(at[0].reshape(-1)), there(at[1].reshape(-1))
     kept = {"activations": 1, "soft": 0, "soft_ids": 0, "states": 1}  # along which dimension positions are
     kept = (join_positions(runs, name, most, dim) for name, dim in kept.items())
-    return Batch(send(ids), packed, positions, send(targets.reshape(-1)), send(weights), *kept)
+    return Batch(there(ids), packed, positions, there(targets.reshape(-1)), there(weights), *kept)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`, without waiting for what a GPU is doing."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def join_positions(runs: list[list[Row]], name: str, most: int, dim: int) -> Tensor | None:

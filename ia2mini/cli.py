@@ -17,6 +17,7 @@ import click
 from . import UsageError, parallel
 from .cli_options import MODEL_HELP, Several, data_options, file_option, model_options, options_of, taken
 from .cli_rows import find_tasks, keep_apart, refuse_unnamed_model, tell_all
+from .errors import NO_MEMORY, out_of_memory
 from .files import plain
 from .options import Options
 
@@ -50,18 +51,24 @@ class Commands(click.Group):
         except (click.Abort, KeyboardInterrupt):  # the latter outside click's own care
             say("interrupted; what was finished is kept, and the same command goes on from there", before="\n")
             sys.exit(130)
-        except OSError as error:
-            if error.errno is None:
-                raise
-            mistake, sys.stdout = f"{error.filename or 'output'}: {error.strerror}", None  # not tried again at exit
-        except RuntimeError as error:
-            mistake = "the device has too little memory; use a smaller --model, --dtype bfloat16 or another --device"
-            if parallel.lost(error):
-                mistake = parallel.LOST
-            elif type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not be loaded yet
+        except Exception as error:
+            mistake = what_happened(error)
+            if mistake is None:
                 raise
         say(mistake)
         sys.exit(2)
+
+
+def what_happened(error: Exception) -> str | None:
+    """A line for an error that the surroundings have caused; None for one of ours."""
+    if out_of_memory(error):
+        return NO_MEMORY
+    if isinstance(error, OSError) and error.errno is not None:
+        sys.stdout = None  # it may be what cannot be written: not tried again at exit
+        return f"{error.filename or 'output'}: {error.strerror}"
+    if isinstance(error, RuntimeError) and parallel.lost(error):
+        return parallel.LOST
+    return None
 
 
 def say(line: str, once: str = "the end", before: str = "") -> None:

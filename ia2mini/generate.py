@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import parallel
-from .batch import Watch, by_length
+from .batch import Watch, by_length, send
 from .graphs import RECORDERS, CapturedStep
 from .models.cache import Cache
 from .models.common import Taps
@@ -78,15 +78,17 @@ def _batch(model, tokenizer, prompts, group: list[int], how: Decoding, observer)
     for left in reversed(range(how.max_tokens)):
         chosen = tokens.tolist()
         if observer:
-            rows = [row for row, _ in going] if static else slice(None)  # a replay overwrites what it has given
-            observer([group[i] for _, i in going], [chosen[row] for row, _ in going], logits[rows], outputs[:, rows])
+            live = [row for row, _ in going]
+            rows = send(torch.tensor(live), device) if static else slice(None)  # a replay overwrites what it has given
+            observer([group[i] for _, i in going], [chosen[row] for row in live], logits[rows], outputs[:, rows])
         going = [(row, i) for row, i in going if not ended(tokenizer, responses[i], chosen[row], how.stop)]
         if not going or not left:
             break
         rows = staying([row for row, _ in going], len(tokens), how.runs)
         if len(rows) <= (len(tokens) // 2 if static else len(tokens) - 1):
             places = {row: place for place, row in enumerate(rows)}
-            going, rows = [(places[row], i) for row, i in going], torch.tensor(rows, device=device)
+            going = [(places[row], i) for row, i in going]
+            rows = send(torch.tensor(rows), device)
             cache.keep(rows)
             tokens, step = tokens[rows], recorded()
         logits, outputs = step()

@@ -3,11 +3,13 @@
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
 from .batch import Batch
 from .cost import RANK, Pass
+from .errors import out_of_memory
 
 OFTEN = 1  # calls of a shape before it is recorded: these also have libraries set themselves up
 MOST = 8  # recordings of one function: each keeps a batch, and a graph of thousands of kernels
@@ -23,13 +25,27 @@ class CudaRecorder:
         self.pool = torch.cuda.graph_pool_handle()  # shared: a replay may overwrite another recording's result
 
     def __call__(self, function: Callable) -> tuple[Callable, object]:
-        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        graph = torch.cuda.CUDAGraph()
+        before = torch.cuda.current_stream(self.device)
+        mode = "thread_local"  # "global" would have NCCL's own threads, which ask for events, break the capture
         try:
-            with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool):
+            with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool, capture_error_mode=mode):
                 return graph.replay, function()
         except BaseException:
             torch.cuda.set_stream(before)  # a capture that fails leaves its own behind
+            self.end_allocation()
             raise
+
+    def end_allocation(self) -> None:
+        """Tell PyTorch's allocator that the capture has ended: where that fails, PyTorch before 2.12 does not.
+
+        As long as it believes one to be under way it gives no memory back, and says too early that there is none.
+        """
+        current = getattr(torch._C, "_cuda_endAllocateToPool", None)
+        end = current or torch._C._cuda_endAllocateCurrentStreamToPool  # its name before 2.8
+        index = torch.cuda.current_device() if self.device.index is None else self.device.index
+        with suppress(RuntimeError):  # it knew
+            end(index, self.pool)
 
 
 RECORDERS: dict[str, type] = {"cuda": CudaRecorder}  # device type -> what can record there
@@ -84,8 +100,7 @@ class CapturedStep:
             self.recordings[shapes] = batches, *self.recorder(lambda: self.function(*batches))
             COUNTED["recordings"] += 1
         except RuntimeError as error:
-            causes = error, error.__context__  # ending a capture that failed fails too
-            if any(isinstance(cause, torch.OutOfMemoryError) for cause in causes):
+            if out_of_memory(error):  # or what it followed: ending a capture that failed fails too
                 self.most = len(self.recordings)
                 if self.fewer:
                     raise torch.OutOfMemoryError(str(error)) from None

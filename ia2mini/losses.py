@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import out_of_memory
 from .models.shard import through
 
 LOGITS = 2**25  # in memory at once: 128 MB in float32
@@ -49,9 +50,12 @@ def fused(function: Callable) -> Callable:
         try:
             return kernel(*tensors)
         except Exception as error:  # a missing compiler shows as one of many
+            if out_of_memory(error):
+                raise
+            found = function(*tensors)  # fails too where the compiler is not to blame
             warnings.warn(f"{function.__name__} runs unfused: {type(error).__name__}", stacklevel=2)
             kernel = function
-            return function(*tensors)
+            return found
 
     return call
 

@@ -7,17 +7,22 @@ is 1, and what would be spread again is not.
 import io
 import os
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
 from . import UsageError
+from .errors import out_of_memory
 
 LOST = "another process has ended; what was finished is kept, and the same command goes on from there"
 rank, size = 0, 1  # of this process among those that share the work at hand
 chief = True  # whether it is the first of all
 same = False  # whether all compute the same, on one model that is split over them (models/shard.py)
 store = None  # keys that all processes see
+watch: "Watch | None" = None  # over the next process, where a pass would not notice its end
+FOREVER = timedelta(days=7)  # who has nothing left to do waits for the others, however long they work
 
 
 def start() -> None:
@@ -31,8 +36,9 @@ def start() -> None:
     enough = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     if enough:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    with together():  # who has nothing left to do waits for the others, however long they work
-        dist.init_process_group("nccl" if enough else "gloo", timeout=timedelta(days=7))
+    with together():
+        # What processes say to one another goes by gloo, where the end of one is an error; by NCCL it is an abort
+        dist.init_process_group("cpu:gloo,cuda:nccl" if enough else "gloo", timeout=FOREVER)
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     rank, size = dist.get_rank(), dist.get_world_size()
     chief = rank == 0
@@ -54,11 +60,14 @@ def writes() -> bool:
 
 def stop() -> bool:
     """Part from the others; whether this process is the one that goes on."""
-    global rank, size
+    global rank, size, watch
     if size > 1 or same:
         import torch.distributed as dist
 
         rank, size = 0, 1
+        if watch is not None:
+            watch.end()
+            watch = None
         dist.destroy_process_group()
     return chief
 
@@ -69,6 +78,38 @@ def says(line: str) -> bool:
         return store is None or store.add(line, 1) == 1
     except RuntimeError:  # who kept the keys is gone
         return True
+
+
+class Watch(threading.Thread):
+    """Ends this process with a line when the next one ends without a word. All processes make one at the same time.
+
+    For passes that talk by NCCL: of a process that has died these wait for ever, or abort.
+    """
+
+    def __init__(self):
+        import torch
+        import torch.distributed as dist
+
+        super().__init__(daemon=True)
+        self.dist = dist
+        self.group = dist.new_group(backend="gloo", timeout=FOREVER)
+        self.rank = dist.get_rank()
+        self.count = dist.get_world_size()
+        self.word = torch.zeros(1)
+
+    def run(self) -> None:
+        try:
+            self.dist.recv(self.word, src=(self.rank + 1) % self.count, group=self.group)
+        except RuntimeError:
+            if says("the end"):
+                print(f"ia2mini: {LOST}", file=sys.stderr, flush=True)
+            os._exit(2)
+
+    def end(self) -> None:
+        """Say the word to the process before this one, and wait for the next one's."""
+        with together():
+            self.dist.send(self.word, dst=(self.rank - 1) % self.count, group=self.group)
+        self.join()
 
 
 def lost(error: Exception) -> bool:
@@ -82,6 +123,8 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise
         for number in (signal.SIGINT, signal.SIGTERM):  # of torchrun, which ends who is left: it ends already
             signal.signal(number, signal.SIG_IGN)
         raise UsageError(LOST) from error

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import UsageError
 from .adapters import IA3, Adapter, LoRA, unpack
+from .errors import out_of_memory
 from .files import check_name, is_there, read_json, write, write_text
 from .models.checkpoint import save
 from .models.common import Linear
@@ -100,6 +101,8 @@ def read_adapter(folder: Path, model: nn.Module) -> tuple[Adapter, Tensor]:
     except UsageError:
         raise
     except Exception as error:  # whatever comes of a configuration that says anything
+        if out_of_memory(error):
+            raise
         raise UsageError(f"{folder}: its tensors do not fit this model ({type(error).__name__}: {error})") from None
     theta = torch.cat([weights[name].flatten() for name in adapter.shapes])
     if not theta.isfinite().all():

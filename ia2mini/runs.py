@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import UsageError, parallel
+from .errors import out_of_memory
 from .files import finite, is_there, read_sealed, sealed, write, write_json
 
 
@@ -59,6 +60,8 @@ class RunFolder:
         try:
             return read(path) if is_there(path) else None
         except (UsageError, SafetensorError, OSError) as error:
+            if out_of_memory(error):
+                raise
             path.replace(aside := path.with_name(f"{path.name}.bad"))
             reason = str(error).removeprefix(f"{path}: ")
             warnings.warn(f"{path}: damaged ({reason}); set aside as {aside.name} and computed again", stacklevel=3)

@@ -57,6 +57,8 @@ def share(device: str) -> tuple:
     count, kind = parallel.share(), torch.device(device).type
     if kind == "cuda":
         torch.cuda.set_device(device := f"cuda:{os.environ['LOCAL_RANK']}")
+        parallel.watch = parallel.Watch()
+        parallel.watch.start()
     from torch.distributed.device_mesh import init_device_mesh
 
     RECORDERS.clear()  # no CUDA graphs: what the processes say to one another has not been tried in one

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer as Backend
 
 from . import UsageError
 from .added_tokens import add_tokens
+from .errors import out_of_memory
 from .files import is_there, read_json
 
 NAMED = 5  # unknown words that are named in warnings
@@ -31,6 +32,8 @@ class Tokenizer:
         try:
             backend = Backend.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
+            if out_of_memory(error):
+                raise
             raise UsageError(f"{path}: not a tokenizers file ({error})") from None
         add_tokens(backend, folder)
         backend.no_truncation()  # some files carry both from their training

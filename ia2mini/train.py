@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from . import UsageError, parallel
 from .adapters import Adapter, adapted
-from .batch import Batch, Row, collate
+from .batch import Batch, Row, collate, send
 from .cost import run_bytes
+from .errors import out_of_memory
 from .graphs import CapturedStep, launch_bound
 from .losses import activation_mse, cross_entropy, fused, per_run, soft_cross_entropy
 from .models.common import Taps, checkpoint_blocks, is_checkpointed
@@ -55,7 +56,8 @@ class Runs:
 
     def take(self, runs: Tensor) -> "Runs":
         """Only these runs (indices on the CPU), in this order; rates are no longer compared where some are missing."""
-        here, some = runs.to(self.theta.device), runs.tolist()
+        here = send(runs, self.theta.device)
+        some = runs.tolist()
         train, dev = ([rows[r] for r in some] for rows in (self.train, self.dev))
         mix = {name: weight[here] for name, weight in self.mix.items()}
         config = None if self.config is None or len(some) < len(self) else self.config[some]
@@ -145,7 +147,7 @@ class EarlyStopping:
         better, finite = dev_loss < self.dev_loss[runs], dev_loss.isfinite()
         keeps = finite if self.settings.keep_last else better
         kept = keeps.nonzero()[:, 0]
-        self.theta[runs[kept].to(theta.device)] = theta[kept.to(theta.device)]
+        self.theta[send(runs[kept], theta.device)] = theta[send(kept, theta.device)]
         self.dev_loss[runs[better]] = dev_loss[better]
         self.misses[runs] = torch.where(better, 0, self.misses[runs] + 1)
         self.steps[runs] = step
@@ -202,7 +204,7 @@ def train_runs(
 
     Where steps are recorded and cost more to launch than to compute, half of the batch leaves at once: shapes stay.
     Looks at the dev loss after every second step and at each epoch's end. `watch(step, best dev losses of live runs)`
-    after each look. Raises torch.OutOfMemoryError where R runs do not fit (see `train_in_parts`).
+    after each look. Raises what says `out_of_memory` where R runs do not fit (see `train_in_parts`).
     """
     device, rows = runs.theta.device, len(runs.train[0])
     stopping = EarlyStopping(runs.theta, settings, runs.config, runs.hear)
@@ -241,7 +243,9 @@ def train_runs(
             continue
         theta, dev = adam.theta.detach(), look(dev_batch)
         if len(places) < len(live):
-            theta, dev = (t[places.to(device)] for t in (theta, dev))
+            there = send(places, device)
+            theta = theta[there]
+            dev = dev[there]
         places = places[stopping.look(live[places], theta, dev, step)]
         if watch:
             watch(step, stopping.dev_loss[live[places]])
@@ -249,7 +253,7 @@ def train_runs(
             break
         if len(places) <= (len(live) // 2 if launch_bound(model.config, batch) else len(live) - 1):
             live, going = live[places], going.take(places)
-            adam.keep(places.to(device))
+            adam.keep(send(places, device))
             places, dev_batch, batch = torch.arange(len(live)), collate(going.dev, device, pack=True), None
             train_step, look = recorded()  # for fewer runs
     return Trained(stopping.theta, stopping.dev_loss, stopping.steps, stopping.best, stopping.broken)
@@ -277,7 +281,9 @@ def train_in_parts(
             try:
                 parts.append(train_runs(model, adapter, here, settings, watch))
                 rest = rest[len(some) :]
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
                 if parallel.same:  # the others wait for this process within a pass
                     raise UsageError(f"not enough memory for {len(some)} runs; use a lower --side-by-side") from None
                 if len(some) == 1:

@@ -136,6 +136,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, past: Past
         return attend_behind(q, k, v, mask, *past)
     if mask is not None and q.is_cuda:
         return folded(q, k, v, mask)
+    if q.is_cuda and q.dtype == torch.float32:
+        return expanded(q, k, v)
     # right padding needs no mask: a real token never sees the padding behind it
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
 
@@ -179,3 +181,14 @@ def folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     K, shared = k.shape[1], q.shape[1] // k.shape[1]
     rows = q.reshape(q.shape[0], K, -1, q.shape[-1])  # [B, K, H / K * T, E]
     return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask.repeat(1, 1, shared, 1)).view(q.shape)
+
+
+def expanded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention with a copy of each key/value head for every head that shares it.
+
+    A GPU's fused kernel that takes float32 refuses `enable_gqa`, and PyTorch would fall back to whole score matrices.
+    """
+    shared = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(shared, dim=1)  # [B, H, T, E]
+    v = v.repeat_interleave(shared, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)

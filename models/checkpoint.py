@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ia2mini import UsageError
+from ia2mini.errors import out_of_memory
 from ia2mini.files import check_name, hub_errors, is_there, patiently, read_json, write, write_text
 from ia2mini.tokenizer import Tokenizer
 
@@ -225,6 +226,8 @@ def tensor_files(folder: Path, config) -> dict[str, Path]:
             with safe_open(file, "pt") as f:
                 names = list(f.keys())
         except (SafetensorError, OSError, struct.error) as error:
+            if out_of_memory(error):
+                raise
             mend = f"delete {file.resolve()} and download it again"  # a link of the hub's cache would be kept
             raise UsageError(f"{file}: truncated or corrupt safetensors file ({error}); {mend}") from None
         for name in names:

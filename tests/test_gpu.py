@@ -5,8 +5,9 @@ On a CPU the same checks run with stand-ins (the compiler's front end, kernels u
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ia2mini.models import Taps, load
-from ia2mini.models.cache import folded
+from ia2mini.models.cache import attend, expanded, folded
 from ia2mini.models.common import compile_blocks
 from reference import make_checkpoint, make_rows, random_ids, relative, starts
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -94,6 +95,28 @@ def test_masked_attention_has_a_fused_kernel():
         fused = folded(q, k, v, mask)
     with sdpa_kernel(SDPBackend.MATH):
         assert relative(fused.float(), folded(q, k, v, mask).float()) < 0.02
+
+
+@pytest.mark.parametrize("heads, shared", [(8, 2), (6, 6), (4, 1)])
+def test_attention_with_copied_heads_is_attention_with_shared_ones(heads, shared):
+    q, k, v = (torch.randn(2, count, 13, 16, device=DEVICE).requires_grad_() for count in (heads, shared, shared))
+    found = []
+    for z in (
+        expanded(q, k, v),
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+    ):
+        found.append((z, *torch.autograd.grad(z.square().sum(), (q, k, v))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@only_gpu
+def test_float32_attention_has_a_fused_kernel():
+    q, k, v = (torch.randn(2, heads, 40, 64, device=DEVICE) for heads in (8, 2, 2))
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        fused = attend(q, k, v, None, None)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert relative(fused, attend(q, k, v, None, None)) < 1e-3
 
 
 @only_gpu

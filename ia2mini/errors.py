@@ -1,0 +1,44 @@
+"""What an error of another library means: whether memory has run out, a GPU's or the machine's."""
+
+import errno
+
+NO_MEMORY = "the device has too little memory; use a smaller --model, --dtype bfloat16 or another --device"
+WORDS = (
+    "not enough memory",  # PyTorch's allocator for the CPU, on Windows
+    "can't allocate memory",  # the same elsewhere
+    "cannot allocate memory",  # the operating system, as where a file is mapped
+    "out of memory",  # CUDA
+    "alloc_failed",  # cuBLAS, cuDNN, cuSOLVER
+    "bad allocation",
+    "bad_alloc",
+)
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether `error`, or one that it was raised from or that a compiler wrapped into it, says so."""
+    seen = []
+    while error is not None and error not in seen:
+        if names_memory(error):
+            return True
+        seen.append(error)
+        error = cause(error)
+    return False
+
+
+def cause(error: BaseException) -> BaseException | None:
+    wrapped = getattr(error, "inner_exception", None)  # of torch's compiler
+    if wrapped is not None:
+        return wrapped
+    return error.__cause__ if error.__suppress_context__ else error.__context__
+
+
+def names_memory(error: BaseException) -> bool:
+    name = type(error).__name__
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError":  # torch's own; torch may not be loaded yet
+        return True
+    if isinstance(error, OSError):  # its text holds the name of a file
+        return error.errno == errno.ENOMEM
+    if not isinstance(error, (RuntimeError, ImportError)) and name not in ("SafetensorError", "Exception"):
+        return False  # tokenizers raises bare Exception
+    text = str(error).lower()
+    return any(words in text for words in WORDS)
