@@ -289,17 +289,6 @@ def show(document: dict, full: bool) -> None:
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-def rescore(folder):
-    """Parse the generated texts of a finished run again, without the model, and print its table."""
-    from .report import write_report
-    from .study import rescore as parse_again
-
-    write_report(document := parse_again(folder), folder)
-    show(document, full=True)
-
-
-@main.command()
 @click.argument("name", required=False, metavar="[TASK]")
 @click.option("--model", default="tiny", help=MODEL_HELP)
 @click.option("--revision", help="branch, tag or commit on the hub")

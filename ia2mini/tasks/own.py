@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from ia2mini import UsageError
 
-from .answers import PARSERS
+from .answers import parser_for
 from .catalog import Task
 from .rows import Row, placeholders
 
@@ -50,8 +50,7 @@ def own_task(rows: list[Row], name: str, prompt=None, answer=None, template: str
     about: dict = {"prompt": template, "label": answer, "answer": f"{{{answer}}}", "train": "train", "eval": "eval"}
     if labelled:
         return Task(name, name, **about, labels=tuple(found), known={text: i for i, text in enumerate(found)})
-    parser = next(parser for parser, parse in PARSERS.items() if all(map(parse, answers)))
-    return Task(name, name, **about, max_tokens=200, parser=parser)
+    return Task(name, name, **about, max_tokens=200, parser=parser_for(answers))
 
 
 def near_labels(labels: tuple[str, ...]) -> list[str]:
