@@ -21,6 +21,7 @@ from .options import Options
 
 DEMO, DEMO_ROWS = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap"), 120  # about a minute
 MINUTE = 60
+COLUMNS_HELP = "of the tables; also nll, brier …  [default: acc,ece,ece_null,asim; of --data also acc_labels]"
 
 
 class Commands(click.Group):
@@ -159,7 +160,7 @@ def progress(label: str, total: int):
 @file_option("--out", "folder of results; the same command goes on where it was", default="runs")
 @click.option("--full", is_flag=True, help="a line for every task and evaluation, not only their mean")
 @click.option("--with-paper", is_flag=True, help="the paper's numbers beside ours where it has the same cell; --full")
-@click.option("--columns", type=Several(str), default="acc,ece,ece_null,asim", help="of the tables; also nll, brier …")
+@click.option("--columns", type=Several(str), default="", show_default=False, help=COLUMNS_HELP)
 @click.option("--figures", type=Several(str), default="png", help="formats of the figures: png,pdf,svg")
 @click.option("--json", "as_json", is_flag=True, help="one JSON document on the last line of stdout")
 @click.option("--dry-run", is_flag=True, help="list tokens, memory and least time of every task and N; train nothing")
@@ -191,9 +192,11 @@ def run(names, model, compiling, checkpointing, dry_run, **given):
     chosen = find_tasks(names, **own)
     from .report.figures import LEFT_OUT
     from .report.summary import METRICS
+    from .report.tables import COLUMNS, OWN_COLUMNS
     from .study import carry_out, lay_out, open_study, plan, worth_compiling
     from .subject import open_subject, usable
 
+    shown["columns"] = shown["columns"] or (OWN_COLUMNS if own["data"] else COLUMNS)
     for option, known in (("figures", LEFT_OUT), ("columns", METRICS)):
         if bad := [name for name in shown[option] if name not in known]:
             raise UsageError(f"--{option} {bad[0]}: unknown; there are {', '.join(known)}")

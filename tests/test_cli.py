@@ -12,7 +12,7 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from commands import PROGRAM, SMALL, forbid, invoke, refused, stopping, toy
+from commands import PROGRAM, SMALL, forbid, invoke, stopping, toy
 from hub import connect, serve
 from ia2mini.models import load
 from ia2mini.models.checkpoint import TINY
@@ -256,6 +256,9 @@ def test_own_rows_with_labels_in_words(ground, tmp_path):
     for run in document["runs"]:  # labels of several tokens are scored, not generated
         assert run["ece"] is not None and 0 <= run["acc"] <= 1 and "texts" not in run
     assert not list(folder.rglob("generations")) and document["config"]["templates"] == {"mine": "{body}\nKind:"}
+    heads = result.stdout.splitlines()[1]  # own rows: both meanings of accuracy, unless others are asked for
+    assert "accuracy (%) ↑  accuracy among labels (%) ↑" in heads and "ECE ↓" in heads, heads
+    assert "accuracy among labels" not in invoke(*command, "--columns", "acc,ece").stdout.splitlines()[1]
 
 
 def test_own_rows_with_free_answers(ground, tmp_path):

@@ -76,7 +76,7 @@ def may_be_answer(amount: str) -> bool:
 
 
 def plain_number(text: str, start: int, amount: str) -> str:
-    """The `amount` that begins at `start` of `text`, with its sign, without commas and needless zeros; "" for commas."""
+    """The `amount` that begins at `start` of `text`, signed, without commas and needless zeros; "" without digits."""
     whole, _, decimals = amount.replace(",", "").partition(".")
     if not whole and not decimals:
         return ""
