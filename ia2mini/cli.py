@@ -219,11 +219,13 @@ def run(names, model, compiling, checkpointing, dry_run, **given):
 def conclude(document: dict, folder: Path, full: bool, columns, figures, as_json: bool, with_paper: bool) -> None:
     """Write a study's report, and print its table and where everything is."""
     from .report import write_report
-    from .report.paper import add_paper
+    from .report.paper import add_paper, departures
     from .report.summary import count
 
     if with_paper and not add_paper(document):
-        click.echo("--with-paper: the paper has none of these cells", err=True)
+        others = ", ".join(departures(document["config"]))
+        reason = f"the paper's runs were not with this {others}" if others else "the paper has none of these cells"
+        click.echo(f"--with-paper: nothing beside ours, {reason}", err=True)
     table = document | {"columns": columns}
     drawn = write_report(table, folder, typed(), figures)
     show(table, full or with_paper)

@@ -1,7 +1,6 @@
 """Metrics against hand-worked numbers, naive loops, numpy and scipy."""
 
 import math
-import sys
 
 import numpy as np
 import pytest

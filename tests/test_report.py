@@ -13,8 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ia2mini.report import summary
-from ia2mini.report.paper import add_paper
 from ia2mini.report.summary import METRICS, average, count, parts, summarise
 from ia2mini.report.tables import seconds_line, write_table, write_tables
 
@@ -255,43 +253,6 @@ def test_seconds_line():
 
 def test_counts():
     assert [count(n, "adapter") for n in (0, 1, 2, 1200)] == ["0 adapters", "1 adapter", "2 adapters", "1,200 adapters"]
-
-
-def paper_study(model="Qwen--Qwen3-4B-Base", adapter="lora", **config) -> dict:
-    config = {"labels": "truth", "unlabelled": (0,)} | config
-    runs = records("sst2", "sst2", model=model) + records("sst2", "finsen", model=model)
-    return {"cells": summarise([run | {"adapter": run["adapter"] and adapter} for run in runs]), "config": config}
-
-
-def test_the_papers_numbers_stand_beside_the_same_cells():
-    document = paper_study()
-    assert add_paper(document) == 8  # the paper has no base here
-    said = {(c["eval"], c["method"]): c.get("paper") for c in document["cells"]}
-    assert said["sst2", "sft"] == "65.2 / 0.22" and said["finsen", "ia2-sft"] == "82.4 / 0.11"  # Table 1
-    assert said["sst2", "icl"] == "85.4 / 0.13" and said["sst2", "base"] is None
-    table = write_table(document, full=True)
-    assert re.search(r"paper \(% / ECE\)\n", table) and re.search(r"SFT .* 65.2 / 0.22\n", table)
-    on_responses = paper_study(labels="icl")
-    assert add_paper(on_responses) == 8
-    said = {(c["eval"], c["method"]): c["paper"] for c in on_responses["cells"] if "paper" in c}
-    assert said["sst2", "sft"] == "62.3 / 0.34" and said["sst2", "ia2"] == "82.7 / 0.28"  # Table 9; IA2 as in Table 1
-    assert add_paper(found := paper_study(unlabelled=(8,))) == 0 and "paper" not in write_table(found, full=True)
-    for other in ("lora r16", "prompt"):
-        assert add_paper(found := paper_study(adapter=other)) == 2  # ICL's alone, which has no adapter
-        assert not any("paper" in c for c in found["cells"] if c["adapter"])
-
-
-def test_the_papers_numbers_are_those_of_its_text():
-    text = Path(__file__).parents[2] / "shared" / "paper.md"
-    if not text.is_file():
-        pytest.skip("the paper's text is not beside the clone")
-    text = re.sub(r"</?b>", "", text.read_text(encoding="utf-8"))
-    with (Path(summary.__file__).parent / "paper.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 348
-    for row in rows:
-        assert f"{float(row['acc']):04.1f} ({float(row['acc_std']):04.1f})" in text
-        assert not row["ece"] or f"{float(row['ece']):.2f}" in text
 
 
 if __name__ == "__main__":
