@@ -26,6 +26,7 @@ from .gain import gain
 from .report import RESULTS, Result, finish, show
 from .scale import scale
 from .shapes import SHAPES, stand
+from .table8 import table8
 from .timing import Bystanders, recorded
 
 CPU_SHAPES, GPU_SHAPES = ("tiny", "100m"), ("qwen3-0.6b", "qwen3-4b")
@@ -205,6 +206,12 @@ add_study("race", race, "both")
 def gain_command(save):
     show(result := gain())
     finish([result], "python -m bench gain", save, name="gain")
+
+
+@main.command("table8", help=table8.__doc__)
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+def table8_command(folders):
+    click.echo("\n".join(table8(folders)))
 
 
 @main.command("cost")

@@ -23,6 +23,7 @@ from .options import Options
 
 DEMO_ROWS = 120  # about a minute
 MINUTE = 60
+COLUMNS_HELP = "of the tables; also nll, brier …  [default: acc,ece,ece_null,asim; of --data also acc_labels]"
 
 
 class Commands(click.Group):
@@ -167,7 +168,7 @@ def progress(label: str, total: int):
 @file_option("--out", "folder of results; the same command goes on where it was", default="runs")
 @click.option("--full", is_flag=True, help="a line for every task and evaluation, not only their mean")
 @click.option("--with-paper", is_flag=True, help="the paper's numbers beside ours where it has the same cell; --full")
-@click.option("--columns", type=Several(str), default="acc,ece,ece_null,asim", help="of the tables; also nll, brier …")
+@click.option("--columns", type=Several(str), default="", show_default=False, help=COLUMNS_HELP)
 @click.option("--figures", type=Several(str), default="png", help="formats of the figures: png,pdf,svg")
 @click.option("--json", "as_json", is_flag=True, help="one JSON document on the last line of stdout")
 @click.option("--dry-run", is_flag=True, help="list tokens, memory and least time of every task and N; train nothing")
@@ -198,9 +199,11 @@ def run(names, model, compiling, checkpointing, dry_run, **given):
     chosen = find_tasks(names, **own)
     from .report.figures import LEFT_OUT
     from .report.summary import METRICS
+    from .report.tables import COLUMNS, OWN_COLUMNS
     from .study import carry_out, lay_out, open_study, plan, worth_compiling
     from .subject import open_subject, usable
 
+    shown["columns"] = shown["columns"] or (OWN_COLUMNS if own["data"] else COLUMNS)
     for option, known in (("figures", LEFT_OUT), ("columns", METRICS)):
         if bad := [name for name in shown[option] if name not in known]:
             raise UsageError(f"--{option} {bad[0]}: unknown; there are {', '.join(known)}")
@@ -225,11 +228,13 @@ def run(names, model, compiling, checkpointing, dry_run, **given):
 def conclude(document: dict, folder: Path, full: bool, columns, figures, as_json: bool, with_paper: bool) -> None:
     """Write a study's report, and print its table and where everything is."""
     from .report import write_report
-    from .report.paper import add_paper
+    from .report.paper import add_paper, departures
     from .report.summary import count
 
     if with_paper and not add_paper(document):
-        click.echo("--with-paper: the paper has none of these cells", err=True)
+        others = ", ".join(departures(document["config"]))
+        reason = f"the paper's runs were not with this {others}" if others else "the paper has none of these cells"
+        click.echo(f"--with-paper: nothing beside ours, {reason}", err=True)
     table = document | {"columns": columns}
     drawn = write_report(table, folder, typed(), figures)
     show(table, full or with_paper)
@@ -270,17 +275,6 @@ def show(document: dict, full: bool) -> None:
 
     click.echo(write_table(document, full, color=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
     click.echo(seconds_line(document))
-
-
-@main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-def rescore(folder):
-    """Parse the generated texts of a finished run again, without the model, and print its table."""
-    from .report import write_report
-    from .study import rescore as parse_again
-
-    write_report(document := parse_again(folder), folder)
-    show(document, full=True)
 
 
 @main.command()

@@ -132,6 +132,8 @@ def read_tensors(folder: Path, config: dict) -> dict[str, Tensor]:
     try:
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
         raise UsageError(f"{path}: truncated or corrupt ({error})") from None
     found = {name.removeprefix(PEFT_PREFIX): tensor.float() for name, tensor in stored.items()}
     if len(found) < len(stored):

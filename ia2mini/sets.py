@@ -62,6 +62,7 @@ class FewShotSets:
         for name, examples in evals.items() if self.labelled else ():
             self.labels[name] = subject.tokenizer.label_tokens(examples.rows[0].prompt, self.find(name).labels)
         self.max_tokens = label_tokens_at_most(self.labels[task.name]) if self.labelled else task.max_tokens
+        self.teacher_tokens = task.teacher_tokens or self.max_tokens
         if self.max_tokens > 1 and not subject.tokenizer.eos_ids:
             lack = "its answers end with EOS, but the checkpoint's config.json names no eos_token_id"
             raise UsageError(f"{task.name}: {lack}; add it there")
@@ -107,7 +108,7 @@ class FewShotSets:
         """Refuse a row that is longer than the model reads, and one whose teacher's prompt is; warn where ICL's are."""
         o, subject, count = self.setting.options, self.setting.subject, self.setting.subject.tokenizer.count
         taught = phases(o.methods) - {*UNTRAINED, *["sft"] * (o.labels == "truth")}
-        more = self.max_tokens - 1
+        more = self.teacher_tokens - 1
         for e in [*self.episodes, *(self.further() if o.select == "kl" else ())]:
             rows, shown = e.train + e.dev + e.unlabelled, e.demonstrations + e.more_demonstrations
             for row, tokens in zip(rows, count([row.prompt + row.answer for row in rows])):
@@ -155,7 +156,7 @@ class FewShotSets:
             o = self.setting.options
             needed, stop = phases(o.methods), None if o.paper_compat else STOP
             soft_k = o.soft_k if "soft" in needed else None
-            asked = Asked(self.max_tokens, soft_k, self.layers, stop, self.setting.budget, "hidden" in needed)
+            asked = Asked(self.teacher_tokens, soft_k, self.layers, stop, self.setting.budget, "hidden" in needed)
             self.taught += self.told("collecting", self.episodes, asked)
         return self.taught
 
@@ -224,7 +225,7 @@ class FewShotSets:
     def judges(self) -> list[list[Row]]:
         """The `further` queries as the teacher answers them, with its distributions."""
         if not self.judged:
-            asked = Asked(self.max_tokens, self.setting.options.soft_k)
+            asked = Asked(self.teacher_tokens, self.setting.options.soft_k)
             self.judged += self.told("collecting further queries", self.further(), asked)
         return [taught.icl_train for taught in self.judged]
 

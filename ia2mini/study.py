@@ -14,7 +14,7 @@ from . import UsageError, __version__, parallel
 from .adapters import LoRA, unpack
 from .cost import Cell, Cost, gemm_rate
 from .episode import with_demonstrations
-from .experiment import Experiment, parsed_correct
+from .experiment import Experiment
 from .files import finite, read_json, write_json
 from .graphs import RATE
 from .methods import BEGINS_WITH, METHODS
@@ -257,16 +257,3 @@ def sample(experiment: Experiment, picks: dict[str, list[int]]) -> dict:
             row = {"prompt": rows[i].prompt, "answer": rows[i].answer, "said": said[i]}
             shown["rows"].append(row | {"confidence": sure[i], "right": verdict})
     return shown
-
-
-def rescore(path: Path) -> dict:
-    """Parse a finished study's saved texts again, and save its results. Raises UsageError where no answer is text."""
-    document = read_json(path / "results.json")
-    records = [record for record in document["runs"] if "texts" in record]
-    if not records:
-        raise UsageError(f"{path}: no generated texts there; only tasks whose answers are text can be parsed again")
-    for record in records:
-        record["acc"] = accuracy(parsed_correct(read_json(path / record["texts"])))
-    document["cells"] = summarise(document["runs"], document["config"]["select"])
-    write_json(path / "results.json", document)
-    return document

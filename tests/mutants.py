@@ -95,8 +95,8 @@ MUTANTS = {
         ("** 2).sum(1)", "** 2).mean(1)", "metrics accuracy_nll_brier"),
         ("default_rng(seed).random(", "default_rng().random(", "metrics ece_null_equals"),
         ("0.0 if oracle else 1 / (n + 2)", "0.0", "fit the_temperature_is"),
-        ("mean(1), [0.025, 0.975]", "mean(1), [0.05, 0.95]", "metrics paired_test_equals_scipy"),
-        ("stats.ttest_rel(a, b)", "stats.ttest_ind(a, b)", "metrics paired_test_equals_scipy"),
+        ("p: float = 0.05", "p: float = 0.1", "metrics paired_test_equals_scipy"),
+        ("pairs < FEWEST_PAIRS or", "pairs < 2 or", "metrics of_few_pairs"),
     ],
     "ia2mini/crossval.py": [
         ("range(gained, n + 1)", "range(gained + 1, n + 1)", "shipped where_icl_is_behind"),

@@ -112,7 +112,7 @@ MISTAKES = {
         "--targets", "prompt adapter", "leave it out"),
     "device": ("run toy-mood --device tpu9", "--device tpu9", "use --device cpu"),
     "device of others": ("run toy-mood --device mps", "--device mps: ia2mini runs on cpu and cuda", "use --device cpu"),
-    "rescore nothing": ("rescore {g}/nowhere", "nowhere/results.json: no such file"),
+    "rescore": ("rescore {g}/nowhere", "rescore"),
     "empty prompt": ("generate --model {g}/model --prompt=", "--prompt is empty"),
 }  # fmt: skip
 

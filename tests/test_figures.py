@@ -104,6 +104,32 @@ def test_reliability_drops_bins_of_few_rows_and_overlap_shows_chance():
     assert axis.collections[-1].get_segments()[0][:, 0].tolist() == [0.1, 0.1]
 
 
+def test_deviations_are_of_samples_and_one_set_has_none():
+    (axis,) = figure("overlap").axes
+    assert reach(axis) == pytest.approx([0.4 - 0.02**0.5, 0.4 + 0.02**0.5])  # of 0.3 and 0.5
+    document = made_up()
+    document["overlap"].append(document["overlap"][0] | {"task": "b", "overlap": [0.5, 0.3]})
+    (axis,) = draw("overlap", next(views(document))).axes
+    assert reach(axis) == pytest.approx([0.4, 0.4])  # the sets' means over tasks are equal
+    document = made_up()
+    for cell in document["cells"]:
+        cell["asim_layers"] = [0.7 if cell["ood"] else 0.9, 0.2]
+    (axis,) = draw("asim_layers", next(views(document))).axes
+    band = axis.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((0.2, 0.8 + 0.02**0.5))  # of 0.7 and 0.9
+    document = made_up(sizes=(2, 4))
+    for cell in document["cells"]:
+        cell["acc"] = cell["acc"][:1]
+    (view,) = views(document)
+    band = draw("by_n", view).axes[0].collections[0].get_paths()[0].vertices[:, 1]
+    assert band == pytest.approx(50)  # the base in distribution: no wider than its line
+
+
+def reach(axis) -> list[float]:
+    """From where to where the first error bar of an axis reaches."""
+    return axis.containers[0].lines[2][0].get_segments()[0][:, 0].tolist()
+
+
 def test_the_same_document_gives_the_same_bytes(tmp_path):
     document = made_up(text=True, methods=("base", r"$\new$")) | {"overlap": []}  # also: a method without a colour
     document["cells"] = [{k: v for k, v in cell.items() if "asim" not in k} for cell in document["cells"]]

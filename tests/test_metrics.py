@@ -1,7 +1,6 @@
 """Metrics against hand-worked numbers, naive loops, numpy and scipy."""
 
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -135,43 +134,49 @@ def test_subspace_overlap_of_products_equals_that_of_b():
     assert metrics.subspace_overlap(b1 @ a1, b2 @ a2, 2).item() == pytest.approx(np.sum((u1.T @ u2) ** 2) / 2, abs=1e-5)
 
 
-def test_paired_test_equals_scipy():
+@pytest.mark.parametrize("pairs", [5, 6, 20, 105, 600])
+def test_paired_test_equals_scipy(pairs):
     rng = np.random.default_rng(3)
-    a = rng.normal(0.8, 0.1, 25)
-    b = a - rng.normal(0.05, 0.02, 25)
+    a = rng.normal(0.8, 0.1, pairs)
+    b = a - rng.normal(0.05, 0.1, pairs)
     got, want = metrics.paired_test(a, b), stats.ttest_rel(a, b)
-    assert (got.t, got.p, got.mean) == pytest.approx((want.statistic, want.pvalue, (a - b).mean()))
-    interval = stats.bootstrap(
-        (a - b,), np.mean, method="percentile", n_resamples=100_000, batch=1000
-    ).confidence_interval
-    assert (got.low, got.high) == pytest.approx((interval.low, interval.high), abs=1.5e-3)
-    assert got.d == pytest.approx(want.statistic / math.sqrt(len(a)))
-    assert got == metrics.paired_test(a, b) and got.low != metrics.paired_test(a, b, seed=1).low
+    assert (got.t, got.p, got.mean) == pytest.approx((want.statistic, want.pvalue, (a - b).mean()), rel=1e-9)
+    interval = want.confidence_interval(0.95)
+    assert (got.low, got.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
+    assert got.d == pytest.approx(want.statistic / math.sqrt(pairs)) and got.pairs == pairs
 
 
-def test_paired_test_of_one_pair_knows_the_difference_only():
-    got = metrics.paired_test([0.75], torch.tensor([0.5]))
-    assert (got.mean, got.pairs) == (0.25, 1)
-    assert all(math.isnan(x) for x in (got.low, got.high, got.t, got.p))
-    none = metrics.paired_test([], [])
-    assert none.pairs == 0 and all(math.isnan(x) for x in none[:5])
+@pytest.mark.parametrize("df", [4, 5, 19, 104, 2000])
+def test_students_p_value_and_quantile_equal_scipy(df):
+    for t in (0.0, 0.1, 1.0, 2.3, 8.0, 40.0):
+        assert metrics.student_p(-t, df) == metrics.student_p(t, df)
+        assert metrics.student_p(t, df) == pytest.approx(2 * stats.t.sf(t, df), rel=1e-9, abs=1e-250)
+    assert metrics.student_quantile(df) == pytest.approx(stats.t.ppf(0.975, df), rel=1e-10)
+
+
+def test_interval_and_p_value_of_a_paired_test_agree():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        pairs = int(rng.integers(5, 12))
+        got = metrics.paired_test(rng.normal(0.8, 1, pairs), rng.normal(0, 1, pairs))
+        assert (got.low > 0 or got.high < 0) == (got.p < 0.05)
+
+
+@pytest.mark.parametrize("pairs", [0, 1, 2, 3, 4])
+def test_of_few_pairs_only_the_mean_is_known(pairs):
+    got = metrics.paired_test(np.arange(pairs) ** 2, torch.zeros(pairs))
+    assert got.pairs == pairs and (math.isnan(got.mean) if pairs == 0 else got.mean == np.mean(np.arange(pairs) ** 2))
+    assert all(math.isnan(x) for x in (got.low, got.high, got.t, got.p, got.d))
     with pytest.raises(AssertionError):
         metrics.paired_test([1, 2], [1])
 
 
-def test_paired_test_of_equal_differences():
-    got = metrics.paired_test([0.5, 0.75, 1.0], [0.25, 0.5, 0.75])
-    assert (got.mean, got.low, got.high, got.pairs) == (0.25, 0.25, 0.25, 3) and got.t == math.inf and got.p == 0
-    same = metrics.paired_test([1, 2], [1, 2])
-    assert (same.mean, same.low, same.high) == (0, 0, 0) and math.isnan(same.t) and math.isnan(same.p)
-
-
-def test_paired_test_without_scipy_keeps_the_interval(monkeypatch):
-    want = metrics.paired_test([1, 2, 4], [2, 1, 1])
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    got = metrics.paired_test([1, 2, 4], [2, 1, 1])
-    assert (got.mean, got.low, got.high, got.pairs) == (want.mean, want.low, want.high, 3)
-    assert math.isnan(got.t) and math.isnan(got.p) and not math.isnan(want.t) and not math.isnan(want.p)
+@pytest.mark.parametrize("gain", [0.0, 0.25, 0.1])
+def test_of_equal_differences_only_the_mean_is_known(gain):
+    a = np.linspace(0, 1, 7)
+    got = metrics.paired_test(a + gain, a)
+    assert got.mean == pytest.approx(gain) and got.pairs == 7
+    assert all(math.isnan(x) for x in (got.low, got.high, got.t, got.p, got.d))
 
 
 def naive_null(confidence, bins, scheme, draws, seed):

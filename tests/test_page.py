@@ -23,7 +23,7 @@ def test_page_tells_the_outcome_the_adapter_and_the_command(tmp_path):
     text = html.unescape(re.sub("<[^>]*>", "\n", page))
     assert page.index("<h1>IA2→SFT against SFT: accuracy +21.0 points") < page.index("<table")
     assert f"from_pretrained(model, {str(tmp_path / 'adapters/mood-n4-ia2-sft-set0')!r})" in text
-    wanted = ["91.0 ± 8.0", "ia2mini run mood --template 'a<b'", "AutoModelForCausalLM.from_pretrained('org/base')"]
+    wanted = ["91.0 ± 11.3", "ia2mini run mood --template 'a<b'", "AutoModelForCausalLM.from_pretrained('org/base')"]
     wanted += ["Text:bad\nLabel:0", "IA2→SFT, set 0: 1 row that it got wrong", "0.88", "torch 2", "rate by lowest dev"]
     assert not [part for part in wanted if part not in text]
     assert '<html lang="en">' in page and '<meta name="viewport"' in page and "color-scheme: light dark" in page
@@ -54,8 +54,8 @@ def test_another_adapter_where_ia2_sft_is_not_there_or_worse(tmp_path):
     page = write_page(made_up(methods=("base", "icl", "sft", "ia2")), tmp_path, "")
     assert "<code>adapters/mood-n4-ia2-set0" in page
     document = made_up(methods=("base", "icl", "ia2-sft", "sft"))
-    document["cells"] = [cell | {"task": task} for cell in document["cells"] for task in ("mood", "b")]
-    for cell, noise in zip(document["cells"], (0.001, 0.002, 0.004, 0.003) * 9):
+    document["cells"] = [cell | {"task": task} for cell in document["cells"] for task in ("mood", "b", "c")]
+    for cell, noise in zip(document["cells"], (0.001, 0.002, 0.004, 0.003) * 12):
         cell["acc"] = [cell["acc_mean"] + noise, cell["acc_mean"]]
     page = write_page(document, tmp_path, "")
     assert "<code>adapters/mood-n4-sft-set0" in page and "PeftModel" in page

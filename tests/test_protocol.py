@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 
 import numpy as np
 import pytest
@@ -134,7 +134,7 @@ def test_compare_equals_the_plain_protocol(studied, select, folder, tmp_path, mo
         for metric in ("acc", "asim", *(["ece", "nll"] if kind != "multi" else [])):
             values = [run[metric] for run in by_rate[cell["rate"]]]
             found = cell[f"{metric}_mean"], cell[f"{metric}_std"]
-            assert found == pytest.approx((fmean(values), pstdev(values)), abs=5e-4)
+            assert found == pytest.approx((fmean(values), stdev(values)), abs=5e-4)
     choices = {None, "dev", "eval"} if select == "both" else {None, "dev"}
     assert {cell["selected_by"] for cell in document["cells"]} == choices
     sft = [run["acc"] for run in document["runs"] if run["method"] == "sft"]

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from scipy import stats
 from test_report import ACC, record, records, study
 
 from ia2mini.files import finite
@@ -22,44 +23,59 @@ def versus(sft: list[float], ours: list[float], icl: list[float] | None = None, 
     return verdict(summarise(runs))
 
 
+SFT, OURS = [0.6, 0.65, 0.7, 0.6, 0.64], [0.8, 0.86, 0.9, 0.81, 0.84]
+SHARED = "5 pairs of task and set, not independent: those of a task share their evaluation rows"
+
+
 def test_verdict_of_a_certain_gain():
-    pytest.importorskip("scipy")
-    (line,) = versus([0.6, 0.65, 0.7, 0.6], [0.8, 0.86, 0.9, 0.81], [0.9] * 4)
-    gain = [0.2, 0.21, 0.2, 0.21]
+    (line,) = versus(SFT, OURS, [0.95] * 5)
     found = re.fullmatch(
-        r"IA2→SFT against SFT: accuracy \+20\.5 points \(95 % \+(\S+) to \+(\S+), p = (\S+), d = (\S+)\); "
-        r"ECE -0\.05 \(95 % (\S+) to (\S+), p = (\S+), d = (\S+)\); 4 pairs of task and set",
+        r"IA2→SFT against SFT: accuracy \+20\.4 points \(95 % \+(\S+) to \+(\S+), p = (\S+), d = (\S+)\); "
+        rf"ECE -0\.05 \(95 % (\S+) to (\S+), p = (\S+), d = (\S+)\); {SHARED}",
         line,
     )
+    want = stats.ttest_rel(OURS, SFT)
+    ends = want.confidence_interval(0.95)
     low, high, p = map(float, found.groups()[:3])
-    assert 100 * min(gain) - 0.05 <= low <= high <= 100 * max(gain) + 0.05 and p < 0.001
+    assert (low, high) == pytest.approx((100 * ends.low, 100 * ends.high), abs=0.051)
+    assert p == pytest.approx(want.pvalue, rel=0.05)
 
 
 def test_verdict_of_texts_says_nothing_of_calibration():
-    (line,) = versus([0.6, 0.65, 0.7, 0.6], [0.8, 0.86, 0.9, 0.81], ece=False)
-    assert "accuracy +20.5 points" in line and "ECE" not in line
+    (line,) = versus(SFT, OURS, ece=False)
+    assert "accuracy +20.4 points" in line and "ECE" not in line
 
 
 def test_verdict_of_what_may_be_chance():
-    lines = versus([0.6, 0.9, 0.7], [0.8, 0.7, 0.75])
-    assert lines[0].startswith("IA2→SFT against SFT: accuracy +1.7 points (95 % -")
+    lines = versus([0.6, 0.9, 0.7, 0.6, 0.8], [0.8, 0.7, 0.75, 0.7, 0.7])
+    assert lines[0].startswith("IA2→SFT against SFT: accuracy +1.0 points (95 % -")
     assert lines[1:] == ["The difference in accuracy may be chance; more --sets tell."]
 
 
-def test_verdict_of_one_pair_has_no_interval():
-    lines = versus([0.6], [0.8])
-    assert lines[0] == "IA2→SFT against SFT: accuracy +20.0 points; ECE -0.05; 1 pair of task and set"
+@pytest.mark.parametrize("pairs", [1, 2, 4])
+def test_verdict_of_few_pairs_has_no_interval(pairs):
+    lines = versus(SFT[:pairs], [acc + 0.2 for acc in SFT[:pairs]])
+    noun = "pair" if pairs == 1 else "pairs"
+    said = f"{pairs} {noun} of task and set: too few for a p-value or an interval"
+    assert lines[0] == f"IA2→SFT against SFT: accuracy +20.0 points; ECE -0.05; {said}"
+    assert lines[1:] == ["The difference in accuracy may be chance; more --sets tell."]
+
+
+def test_verdict_of_equal_differences_has_no_interval():
+    lines = versus(SFT, [acc + 0.2 for acc in SFT])
+    equal = "(equal in all pairs: no test)"
+    assert lines[0] == f"IA2→SFT against SFT: accuracy +20.0 points {equal}; ECE -0.05 {equal}; {SHARED}"
     assert lines[1:] == ["The difference in accuracy may be chance; more --sets tell."]
 
 
 def test_verdict_of_a_loss():
-    lines = versus([0.8, 0.86, 0.9, 0.81], [0.6, 0.65, 0.7, 0.6], [0.95] * 4)
-    assert lines[0].startswith("IA2→SFT against SFT: accuracy -20.5 points (95 % -")
+    lines = versus(OURS, SFT, [0.95] * 5)
+    assert lines[0].startswith("IA2→SFT against SFT: accuracy -20.4 points (95 % -")
     assert lines[1:] == ["IA2→SFT is worse than SFT here: take SFT."]
 
 
 def test_verdict_where_demonstrations_teach_less_than_sft():
-    lines = versus([0.6, 0.65, 0.7, 0.6], [0.8, 0.86, 0.9, 0.81], [0.5, 0.55, 0.6, 0.5])
+    lines = versus(SFT, OURS, [acc - 0.1 for acc in SFT])
     said = "Demonstrations teach this model less than SFT does (ICL -10.0 points): IA2 has little to pass on."
     assert lines[1:] == [said]
 
@@ -70,7 +86,6 @@ def test_no_verdict_without_both_methods():
 
 
 def test_pairs_are_tasks_and_sets_averaged_over_evaluations():
-    stats = pytest.importorskip("scipy.stats")
     cells = study()["cells"]
     test = paired(cells, "acc")
     values = {}
@@ -109,7 +124,7 @@ def test_summarise_against_numpy():
     assert (paper["acc"], paper["ece"], paper["sets"], paper["ood"]) == ([0.5, 0.7], [0.3, 0.1], 2, False)
     for metric, values in (("acc", [0.5, 0.7]), ("ece", [0.3, 0.1])):
         assert paper[f"{metric}_mean"] == pytest.approx(np.mean(values))
-        assert paper[f"{metric}_std"] == pytest.approx(np.std(values))
+        assert paper[f"{metric}_std"] == pytest.approx(np.std(values, ddof=1))
     assert paper["asim_layers"] == pytest.approx([0.35, 0.5])
     for select in ("dev", "eval"):
         assert [c["selected_by"] for c in summarise(RATES, select)] == [select]

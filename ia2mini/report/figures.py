@@ -8,7 +8,7 @@ import numpy as np
 
 from .. import UsageError
 from ..files import write
-from .summary import LABELS, METRICS, average, count, dashed, grouped, parts, title
+from .summary import LABELS, METRICS, average, count, dashed, deviation, grouped, parts, title
 
 COLORS = {  # after Okabe and Ito, who chose them to be told apart by every eye; blue for IA2 and what follows it
     "base": "#b0b0b0", "icl": "#404040", "sft": "#d55e00", "sft-sft": "#f0a070", "soft": "#e6b000",
@@ -17,7 +17,7 @@ COLORS = {  # after Okabe and Ito, who chose them to be told apart by every eye;
     "sft-ia2": "#cc79a7", "ia2+sft": "#009e73", "ia2-sft": "#0072b2",
 }  # fmt: skip
 CAPTIONS = {  # in the order of the page
-    "methods": "Means over evaluations, deviations over sets; black: the ECE that perfect calibration would show.",
+    "methods": "Means over evaluations, their deviation over sets; black: the ECE that perfect calibration would show.",
     "by_n": "The methods over N, the training rows of a set; bands: deviation over sets (paper Figures 5 and 6).",
     "asim_layers": "Likeness of attention outputs to those with demonstrations (asim; 1: the same), layer by layer.",
     "asim_scatter": "What likeness to the model with demonstrations brings; a point an evaluation (paper Figure 3).",
@@ -119,7 +119,7 @@ def by_n(figure, view: dict) -> str:
     for axis, metric, factor, ood in panels(figure, view["cells"], sides):
         rows = [r | {"n": p["n"]} for p in view["parts"] for r in average([c for c in p["cells"] if c["ood"] == ood])]
         for style, mine in by_method(rows, f"{metric}_mean"):
-            n, mean, std = np.array([[row[k] for k in ("n", f"{metric}_mean", f"{metric}_std")] for row in mine]).T
+            n, mean, std = (np.array([row[k] or 0 for row in mine]) for k in ("n", f"{metric}_mean", f"{metric}_std"))
             axis.plot(n, factor * mean, marker=".", clip_on=False, **style)
             band = factor * np.clip([mean - std, mean + std], 0, 1)
             axis.fill_between(n, *band, color=style["color"], alpha=0.15, lw=0)
@@ -134,7 +134,8 @@ def asim_layers(figure, view: dict) -> str | None:
     axis = figure.subplots()
     for style, mine in by_method([c for c in view["cells"] if c["method"] != "icl"], "asim_layers"):
         rows = np.array([c["asim_layers"] for c in mine], float)  # [evaluations, L]
-        mean, std, layers = rows.mean(0), rows.std(0), range(rows.shape[1])
+        mean, layers = rows.mean(0), range(rows.shape[1])
+        std = rows.std(0, ddof=1) if len(rows) > 1 else 0 * mean
         axis.plot(layers, mean, marker=".", clip_on=False, **style)
         axis.fill_between(layers, mean - std, mean + std, color=style["color"], alpha=0.15, lw=0)
     axis.set(xlabel="layer", ylabel="asim with ICL", ylim=(min(0, axis.get_ylim()[0]), 1))
@@ -175,14 +176,14 @@ def reliability(figure, view: dict) -> str | None:
 
 
 def overlap(figure, view: dict) -> str | None:
-    """A bar a pair of methods: mean over tasks, deviation over sets; marks of chance."""
+    """A bar a pair of methods: mean over tasks, deviation over sets of that mean; marks of chance."""
     pairs = {tuple(o["methods"]): o["chance"] for o in view["overlap"]}
     figure.set_size_inches(6, 1.6 + 0.24 * len(pairs))
     axis = figure.subplots()
     for y, (pair, chance) in enumerate(pairs.items()):
-        sets = np.array([o["overlap"] for o in view["overlap"] if tuple(o["methods"]) == pair])  # [tasks, sets]
+        sets = np.mean([o["overlap"] for o in view["overlap"] if tuple(o["methods"]) == pair], axis=0)  # over tasks
         name = " · ".join(LABELS.get(m, m) for m in pair)
-        bar = axis.barh(name, sets.mean(), xerr=sets.std(1).mean(), color=COLORS["ia2-sft"])
+        bar = axis.barh(name, sets.mean(), xerr=deviation(sets.tolist()), color=COLORS["ia2-sft"])
         axis.bar_label(bar, fmt="%.2f", padding=2, fontsize=7)
         axis.vlines(chance, y - 0.5, y + 0.5, color="black", ls="--", label="chance")
     axis.set(xlabel="share of the subspace in common", xlim=(0, None), ylim=(len(pairs) - 0.4, -0.6))

@@ -132,7 +132,8 @@ def adapter(document: dict, cells: list[dict], folder: Path) -> list[str]:
     """Adapters to take, and how: IA2→SFT's, SFT's where it is surely better, else those of the most accurate method."""
     means = {row["method"]: row["acc_mean"] for row in average(cells) if row["method"] not in UNTRAINED}
     method = "ia2-sft" if "ia2-sft" in means else max(means, key=means.get, default=None)
-    if (gain := paired(cells, "acc")) and gain.high < 0 and not gain.p > 0.05:
+    gain = paired(cells, "acc")
+    if gain and gain.mean < 0 and gain.p < 0.05:
         method = "sft"
     kinds = {c["adapter"] for c in document["cells"] if c["adapter"]}
     kind = next((c["adapter"] or "" for c in cells if c["method"] == method), "")

@@ -1,9 +1,9 @@
 """From the records of runs to the cells of the tables: the choice of a rate, means and deviations, the gain."""
 
 import math
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 
-from ..metrics import PairedTest, paired_test
+from ..metrics import FEWEST_PAIRS, PairedTest, paired_test
 
 METRICS = {  # metric: as the head of its column has it
     "acc": "accuracy (%) ↑", "ece": "ECE ↓", "ece_null": "(null)", "nll": "NLL ↓", "brier": "Brier ↓", "asim": "asim ↑",
@@ -62,13 +62,18 @@ def summarise(records: list[dict], select: str = "dev") -> list[dict]:
             for metric in METRICS:
                 known = [run[metric] for run in runs if run.get(metric) is not None]
                 cell[f"{metric}_mean"] = fmean(known) if known else None
-                cell[f"{metric}_std"] = pstdev(known) if known else None
+                cell[f"{metric}_std"] = deviation(known)
             if runs[0].get("reliability"):
                 bins = zip(*(run["reliability"] for run in runs))
                 cell["reliability"] = [[sum(values) for values in zip(*parts)] for parts in bins]
             cell["asim_layers"] = [fmean(layer) for layer in zip(*(run["asim_layers"] for run in runs))]
             cells.append(cell | {metric: [run.get(metric) for run in runs] for metric in METRICS})
     return cells
+
+
+def deviation(values: list[float]) -> float | None:
+    """Standard deviation of a sample, divided by n - 1; None of fewer than two values."""
+    return stdev(values) if len(values) > 1 else None
 
 
 def parts(document: dict) -> list[dict]:
@@ -104,17 +109,33 @@ def count(number: int, noun: str) -> str:
 
 
 def average(cells: list[dict]) -> list[dict]:
-    """A row a method, averaged over the evaluations, of the methods that every evaluation has."""
-    rows, evaluations = [], len(grouped(cells, "task", "eval"))
+    """A row a method, averaged over the evaluations, of the methods that every evaluation has.
+
+    The deviation is that of the sets: each set's mean over the evaluations is one value.
+    """
+    rows = []
+    evaluations = len(grouped(cells, "task", "eval"))
     for (method,), mine in grouped(cells, "method").items():
-        if len(mine) == evaluations:
-            row, rates = {"method": method, "evaluations": evaluations}, list(grouped(mine, "rate", "beta"))
-            row["rate"], row["beta"] = rates[0] if len(rates) == 1 else (None, None)
-            for field in (f"{metric}_{what}" for metric in METRICS for what in ("mean", "std")):
-                known = [c[field] for c in mine if c.get(field) is not None]
-                row[field] = fmean(known) if known else None
-            rows.append(row)
+        if len(mine) != evaluations:
+            continue
+        row = {"method": method, "evaluations": evaluations}
+        rates = list(grouped(mine, "rate", "beta"))
+        row["rate"], row["beta"] = rates[0] if len(rates) == 1 else (None, None)
+        for metric in METRICS:
+            means = [cell[f"{metric}_mean"] for cell in mine if cell.get(f"{metric}_mean") is not None]
+            row[f"{metric}_mean"] = fmean(means) if means else None
+            row[f"{metric}_std"] = deviation(over_evaluations(mine, metric))
+        rows.append(row)
     return rows
+
+
+def over_evaluations(cells: list[dict], metric: str) -> list[float]:
+    """Each set's mean over the evaluations of one method; none where a set has no value, or not all have each set."""
+    known = [cell.get(metric, []) for cell in cells if cell.get(f"{metric}_mean") is not None]
+    if len({len(values) for values in known}) != 1:
+        return []
+    sets = list(zip(*known))
+    return [] if any(None in values for values in sets) else [fmean(values) for values in sets]
 
 
 def paired(cells: list[dict], metric: str, method: str = "ia2-sft", against: str = "sft") -> PairedTest | None:
@@ -131,26 +152,38 @@ def paired(cells: list[dict], metric: str, method: str = "ia2-sft", against: str
 
 def verdict(cells: list[dict]) -> list[str]:
     """What IA2 before SFT brought, with intervals, and where demonstrations teach the model less than SFT: in words."""
-    lines, gain = [], paired(cells, "acc")
+    gain = paired(cells, "acc")
     if gain is None:
-        return lines
+        return []
     line = f"IA2→SFT against SFT: accuracy {100 * gain.mean:+.1f} points{interval(gain, 100, '.1f')}"
-    if (calibration := paired(cells, "ece")) is not None:
+    calibration = paired(cells, "ece")
+    if calibration is not None:
         line += f"; ECE {calibration.mean:+.2f}{interval(calibration, 1, '.2f')}"
-    lines.append(f"{line}; {count(gain.pairs, 'pair')} of task and set")
-    if not (gain.low > 0 or gain.high < 0) or gain.p > 0.05:
+    lines = [f"{line}; {pairs_of(gain)}"]
+    if not gain.p < 0.05:  # also where there was nothing to test
         lines.append("The difference in accuracy may be chance; more --sets tell.")
     elif gain.mean < 0:
         lines.append("IA2→SFT is worse than SFT here: take SFT.")
-    if (lead := paired(cells, "acc", "icl", "sft")) is not None and lead.mean < 0:
+    lead = paired(cells, "acc", "icl", "sft")
+    if lead is not None and lead.mean < 0:
         less = "Demonstrations teach this model less than SFT does"
         lines.append(f"{less} (ICL {100 * lead.mean:+.1f} points): IA2 has little to pass on.")
     return lines
 
 
+def pairs_of(test: PairedTest) -> str:
+    """ "20 pairs of task and set, not independent: …", or that they are too few for a test."""
+    pairs = f"{count(test.pairs, 'pair')} of task and set"
+    if test.pairs < FEWEST_PAIRS:
+        return f"{pairs}: too few for a p-value or an interval"
+    return f"{pairs}, not independent: those of a task share their evaluation rows"
+
+
 def interval(test: PairedTest, factor: float, form: str) -> str:
-    if math.isnan(test.low):
+    """ " (95 % -1.0 to +3.0, p = 0.2, d = 0.4)"; nothing of too few pairs."""
+    if test.pairs < FEWEST_PAIRS:
         return ""
-    p = "" if math.isnan(test.p) else f", p = {test.p:.2g}"
-    p += "" if math.isnan(test.d) else f", d = {test.d:.2g}"
-    return f" (95 % {factor * test.low:+{form}} to {factor * test.high:+{form}}{p})"
+    if math.isnan(test.p):
+        return " (equal in all pairs: no test)"
+    ends = f"95 % {factor * test.low:+{form}} to {factor * test.high:+{form}}"
+    return f" ({ends}, p = {test.p:.2g}, d = {test.d:.2g})"

@@ -7,6 +7,7 @@ from ..files import plain, write_text
 from .summary import LABELS, METRICS, average, count, grouped, parts, verdict
 
 COLUMNS = ("acc", "ece", "ece_null", "asim")  # where no others are asked for
+OWN_COLUMNS = ("acc", "acc_labels", *COLUMNS[1:])  # of own rows, which `fit` judges among the labels
 HEADS = METRICS | {"rate": "rate", "paper": "paper (% / ECE)"}  # these always the last
 SYMBOLS: dict = {"→": r"$\rightarrow$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "±": r"$\pm$", "–": "--"}
 SYMBOLS |= {"β": r"$\beta$", "·": r"$\cdot$"}
@@ -66,7 +67,7 @@ def cell(value):
 
 
 def entry(row: dict, column: str) -> str:
-    """Mean ± standard deviation over sets, or the rate with its β."""
+    """Mean ± standard deviation over sets (of one set the mean alone), or the rate with its β."""
     if column == "rate":
         return " β ".join(f"{row[key]:g}" for key in ("rate", "beta") if row.get(key) is not None) or "–"
     if column == "paper":
@@ -74,18 +75,25 @@ def entry(row: dict, column: str) -> str:
     mean, std = row.get(f"{column}_mean"), row.get(f"{column}_std")
     if mean is None:
         return "–"
-    if column in ("acc", "acc_labels"):
-        return f"{100 * mean:.1f} ± {100 * std:.1f}"
-    return f"{mean:.2f}" if column in ("ece_null", "asim") else f"{mean:.2f} ± {std:.2f}"
+    percent = column in ("acc", "acc_labels")
+    shown = f"{100 * mean:.1f}" if percent else f"{mean:.2f}"
+    if std is None or column in ("ece_null", "asim"):
+        return shown
+    return f"{shown} ± {100 * std:.1f}" if percent else f"{shown} ± {std:.2f}"
 
 
 def legend(document: dict) -> list[str]:
-    lines = [f"mean ± standard deviation over {count(max(c['sets'] for c in document['cells']), 'set')}"]
-    columns = known_columns(document["cells"], document)
+    """What stands in the table, and which runs failed, in lines."""
+    cells, columns = document["cells"], known_columns(document["cells"], document)
+    sets = max(cell["sets"] for cell in cells)
+    lines = [f"mean ± standard deviation over {sets:,} sets" if sets > 1 else "one set, so no deviation"]
     if "ece_null" in columns:
         lines[0] += "; (null): the ECE that perfect calibration would show on these rows"
+    if any(cell.get("acc_labels_mean") is not None for cell in cells):
+        lines.append("accuracy: of all tokens the likeliest is the label; among labels, as `fit` counts: of the labels")
+        lines[-1] += "" if "acc_labels" in columns else " (--columns acc_labels)"
     lines += ["asim: likeness of attention outputs to those with demonstrations"] * ("asim" in columns)
-    if any(c["ood"] for c in document["cells"]):
+    if any(cell["ood"] for cell in cells):
         lines[-1] += "; means include evaluations out of distribution (*)"
     broken = [record for record in document.get("training") or [] if record.get("trouble")]
     for group in grouped(broken, "task", "n", "method", "rate", "beta", "trouble").items():

@@ -45,7 +45,8 @@ class Task:
     label: str = "label"
     known: dict[str, int | None] = field(default_factory=dict, hash=False)
     ood: tuple[str, ...] = ()  # out-of-distribution evaluations
-    max_tokens: int = 1
+    max_tokens: int = 1  # of an answer in evaluation
+    teacher_tokens: int | None = None  # of the teacher's responses to training rows; None: as many
     parser: str | None = None  # of a text: answer -> what is compared, one of answers.PARSERS
     prepare: str | None = None  # columns to add to a row, one of PREPARE
     steps: tuple[str, ...] = ("shuffle", "filter")  # in order; also "complete", which drops rows without prompt or

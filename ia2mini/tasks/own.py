@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from ia2mini import UsageError
 
-from .answers import PARSERS
+from .answers import parser_for
 from .catalog import Task
 from .columns import Chosen, choose_columns
 from .rows import Row, fill, lacks, needed_columns, placeholders, whole_number
@@ -49,7 +49,7 @@ def own_task(rows: list[Row], name: str, prompt=None, answer=None, template: str
     if labelled:
         told = f"{chosen.told()}; {len(labels)} labels"
         return replace(task, labels=labels, known=known, remarks=(*remarks, *said, told))
-    parser = next(parser for parser, parse in PARSERS.items() if all(map(parse, answers)))
+    parser = parser_for(answers)
     count = f"{len(set(answers))} different answers in {len(different)} rows"
     told = f"{chosen.told()}; {count}: texts, not labels"
     return replace(task, max_tokens=200, parser=parser, remarks=(*remarks, told))
