@@ -18,9 +18,11 @@ from . import UsageError, parallel
 from .cli_options import MODEL_HELP, Several, data_options, file_option, model_options, options_of, taken
 from .files import plain
 from .options import Options
+from .streams import check_arguments, need_output, open_streams
 
 DEMO, DEMO_ROWS = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap"), 120  # about a minute
 MINUTE = 60
+PRINTING = ("predict", "score", "generate", "tasks")  # commands whose whole result is what they print
 
 
 class Commands(click.Group):
@@ -30,12 +32,14 @@ class Commands(click.Group):
         parallel.start()
         return super().invoke(context)
 
-    def main(self, *args, **more):
+    def main(self, args=None, **more):
         interrupts = heed_interrupts()
+        open_streams()
         warnings.showwarning = lambda text, *where, **_: say(f"warning: {text}", f"warning: {text}")
         try:
             try:
-                sys.exit(super().main(*args, **more | {"standalone_mode": False}))
+                check_arguments(sys.argv[1:] if args is None else list(args))
+                sys.exit(super().main(args, **more | {"standalone_mode": False}))
             except Exception:
                 if interrupts:
                     raise KeyboardInterrupt from None
@@ -52,7 +56,9 @@ class Commands(click.Group):
         except OSError as error:
             if error.errno is None:
                 raise
-            mistake, sys.stdout = f"{error.filename or 'output'}: {error.strerror}", None  # not tried again at exit
+            if error.filename is None:  # what is left to print is not tried again at exit
+                sys.stdout = None
+            mistake = str(UsageError(f"{error.filename or 'output'}: {error.strerror}"))  # a name may be long
         except RuntimeError as error:
             mistake = "the device has too little memory; use a smaller --model, --dtype bfloat16 or another --device"
             if parallel.lost(error):
@@ -101,6 +107,8 @@ def main(context):
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
+    if context.invoked_subcommand in PRINTING or "--dry-run" in sys.argv:
+        need_output()
     if parallel.size > 1 and context.invoked_subcommand not in ("run", "fit") and "--shard" not in sys.argv:
         raise UsageError(
             "only `run` and `fit` are spread over processes; start the others with --shard or without torchrun"
@@ -284,7 +292,8 @@ def keep_apart(task, tokenizer, template: str | None):
 def show(document: dict, full: bool) -> None:
     from .report import seconds_line, write_table
 
-    click.echo(write_table(document, full, color=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    click.echo(write_table(document, full, color=terminal and not os.environ.get("NO_COLOR")))
     click.echo(seconds_line(document))
 
 

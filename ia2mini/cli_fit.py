@@ -12,6 +12,7 @@ from .cli import main, prepare, progress, typed
 from .cli_options import check_option, file_option, many, model_options, options_of, shard_option, taken
 from .files import json_line, plain, read_text
 from .options import FitOptions
+from .streams import need_input
 
 GUESS = "  [default: guessed from the header]"
 adapter_options = many(
@@ -119,6 +120,8 @@ def predict(adapter, rows, coverage, icl, strict, **how):
     """
     if how["shard"] and rows == "-":
         raise UsageError("--shard: every process reads the rows; give a file in place of standard input")
+    if rows == "-":
+        need_input()
     fitted = open_adapter(adapter, **how)
     for row in fitted.predict(read_new(rows, strict), icl, coverage, wrong=lambda error: complain(error, strict)):
         click.echo(json_line(row))

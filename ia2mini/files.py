@@ -20,6 +20,7 @@ BROKEN_OFF = ("RemoteProtocolError", "ReadError", "ChunkedEncodingError")  # of 
 PARTS = ("connect", "read", "write", "pool")  # of a request, each with a time limit
 # control characters, marks that turn the direction of text, line and paragraph ends of Unicode, halves of surrogates
 HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+HALF = re.compile("[\ud800-\udfff]")  # half of a surrogate pair; Python also spells a byte so that is not UTF-8
 
 
 def plain(text: str, kept: str = "\t\n") -> str:
@@ -30,6 +31,12 @@ def plain(text: str, kept: str = "\t\n") -> str:
 def json_line(value) -> str:
     """`value` as JSON in one line and in its own letters, with what is hidden in it escaped."""
     return HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
+
+
+def check_text(text: str, what: str, mend: str) -> None:
+    """Raises UsageError for a text that holds half a surrogate pair, which no tokenizer reads and no file keeps."""
+    if HALF.search(text):
+        raise UsageError(f"{what} {text[:60]!r} holds half a surrogate pair, which is no character; {mend}")
 
 
 def is_there(path: Path) -> bool:
