@@ -20,10 +20,12 @@ from .cli_rows import find_tasks, keep_apart, refuse_unnamed_model, tell_all
 from .errors import NO_MEMORY, out_of_memory
 from .files import plain
 from .options import Options
+from .streams import check_arguments, need_output, open_streams
 
 DEMO_ROWS = 120  # about a minute
 MINUTE = 60
 COLUMNS_HELP = "of the tables; also nll, brier …  [default: acc,ece,ece_null,asim; of --data also acc_labels]"
+PRINTING = ("predict", "score", "generate", "tasks")  # commands whose whole result is what they print
 
 
 class Commands(click.Group):
@@ -33,12 +35,14 @@ class Commands(click.Group):
         parallel.start()
         return super().invoke(context)
 
-    def main(self, *args, **more):
+    def main(self, args=None, **more):
         interrupts = heed_interrupts()
+        open_streams()
         warnings.showwarning = lambda text, *where, **_: say(f"warning: {text}", f"warning: {text}")
         try:
             try:
-                sys.exit(super().main(*args, **more | {"standalone_mode": False}))
+                check_arguments(sys.argv[1:] if args is None else list(args))
+                sys.exit(super().main(args, **more | {"standalone_mode": False}))
             except Exception:
                 if interrupts:
                     raise KeyboardInterrupt from None
@@ -65,8 +69,9 @@ def what_happened(error: Exception) -> str | None:
     if out_of_memory(error):
         return NO_MEMORY
     if isinstance(error, OSError) and error.errno is not None:
-        sys.stdout = None  # it may be what cannot be written: not tried again at exit
-        return f"{error.filename or 'output'}: {error.strerror}"
+        if error.filename is None:  # what is left to print is not tried again at exit
+            sys.stdout = None
+        return str(UsageError(f"{error.filename or 'output'}: {error.strerror}"))  # a name may be long
     if isinstance(error, RuntimeError) and parallel.lost(error):
         return parallel.LOST
     return None
@@ -110,6 +115,8 @@ def main(context):
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
+    if context.invoked_subcommand in PRINTING or "--dry-run" in sys.argv:
+        need_output()
     if parallel.size > 1 and context.invoked_subcommand not in ("run", "fit") and "--shard" not in sys.argv:
         raise UsageError(
             "only `run` and `fit` are spread over processes; start the others with --shard or without torchrun"
@@ -273,7 +280,8 @@ def tell_of_compiling() -> None:
 def show(document: dict, full: bool) -> None:
     from .report import seconds_line, write_table
 
-    click.echo(write_table(document, full, color=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    click.echo(write_table(document, full, color=terminal and not os.environ.get("NO_COLOR")))
     click.echo(seconds_line(document))
 
 

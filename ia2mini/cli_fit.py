@@ -14,6 +14,7 @@ from .cli_options import GUESS, check_option, file_option, many, model_options, 
 from .cli_rows import refuse_unnamed_model, tell_all
 from .files import json_line, plain, read_text
 from .options import FitOptions
+from .streams import need_input
 
 adapter_options = many(
     click.argument("adapter", type=click.Path(path_type=Path, exists=True, file_okay=False)),
@@ -124,6 +125,8 @@ def predict(adapter, rows, coverage, icl, strict, **how):
     """
     if how["shard"] and rows == "-":
         raise UsageError("--shard: every process reads the rows; give a file in place of standard input")
+    if rows == "-":
+        need_input()
     fitted = open_adapter(adapter, **how)
     for row in fitted.predict(read_new(rows, strict), icl, coverage, wrong=lambda error: complain(error, strict)):
         click.echo(json_line(row))
@@ -187,7 +190,8 @@ def generate(prompt, max_tokens, stop, adapter, chat, **how):
 
 def open_adapter(folder: Path, model=None, revision=None, template=None, labels=None, **how):
     """A saved adapter on its base model, or another."""
-    from .predictor import base_of, check_labels, load_adapter
+    from .predictor import base_of, load_adapter
+    from .spec import check_labels
     from .subject import open_subject
     from .tasks.own import check_template
 

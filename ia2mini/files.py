@@ -21,6 +21,7 @@ BROKEN_OFF = ("RemoteProtocolError", "ReadError", "ChunkedEncodingError")  # of 
 PARTS = ("connect", "read", "write", "pool")  # of a request, each with a time limit
 # control characters, marks that turn the direction of text, line and paragraph ends of Unicode, halves of surrogates
 HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+HALF = re.compile("[\ud800-\udfff]")  # half of a surrogate pair; Python also spells a byte so that is not UTF-8
 
 
 def plain(text: str, kept: str = "\t\n") -> str:
@@ -43,6 +44,12 @@ def check_name(path: Path) -> None:
         str(path.absolute()).encode()
     except UnicodeEncodeError:
         raise UsageError(f"{plain(str(path), '')}: its name, or a folder's above it, is not UTF-8; rename it") from None
+
+
+def check_text(text: str, what: str, mend: str) -> None:
+    """Raises UsageError for a text that holds half a surrogate pair, which no tokenizer reads and no file keeps."""
+    if HALF.search(text):
+        raise UsageError(f"{what} {text[:60]!r} holds half a surrogate pair, which is no character; {mend}")
 
 
 def is_there(path: Path) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from inspect import isfunction
 from itertools import islice
 from pathlib import Path
 
@@ -23,21 +22,20 @@ from .batch import Watch
 from .chat import ChatTemplate
 from .episode import with_demonstrations
 from .evaluate import answer_scores, label_scores, share_prefix
-from .files import check_name, finite, is_there, read_json, write, write_text
-from .generate import STOP, Decoding, generate
+from .files import finite, write, write_text
+from .generate import Decoding, generate
 from .models.checkpoint import load
 from .models.common import device_of
 from .peft_format import claim, read_adapter, read_config, save_adapter, save_merged
 from .runs import checkpoint_digest, versions
+from .spec import FOREIGN, SPEC, check_given, read_spec
 from .subject import Subject, open_subject
 from .tasks import Example
-from .tasks.answers import PARSERS
-from .tasks.own import check_template
-from .tasks.rows import Row, fill, placeholders
+from .tasks.rows import Row, fill
 
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 BESIDE += ("added_tokens.json",)
-SPEC, TOP, AT_ONCE = "ia2mini.json", 5, 64
+TOP, AT_ONCE = 5, 64
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 ADDED = r"^(?=(row_)*(answer|abstained|confidence|probabilities)$)"  # what a row's answer is called
 ALLOWED = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.1}  # mean difference of a canary's log-probabilities
@@ -99,7 +97,8 @@ class Predictor:
         """The prompt of a row. Raises UsageError for a missing column, or where it is longer than the model reads."""
         prompt = self.chat(fill(self.spec["template"], row))
         tokens = len(self.subject.tokenizer.encode(with_demonstrations(shown, prompt)))
-        if not 0 < tokens <= (most := self.subject.reads):
+        most = self.subject.reads
+        if not 0 < tokens <= most:
             behind = " with demonstrations" * bool(shown)
             raise UsageError(f"{row.where}: its prompt{behind} has {tokens} tokens; the model reads 1 to {most}")
         return prompt
@@ -213,58 +212,8 @@ def answer_texts(student, tokenizer, ids: list[list[int]], how: Decoding, watch:
     return list(map(tokenizer.decode, responses)), answer_scores(student, ended)[0].exp().tolist()
 
 
-FOREIGN = {"template": "{text}", "labels": [], "parser": "text", "max_tokens": 200, "stop": STOP, "temperature": 1.0}
-FOREIGN |= {"confidences": [], "demonstrations": [], "method": "adapter", "chat": False, "context": False}
-
-
-def number(least: float, most: float, kind=float | int) -> Callable:
-    """Whether a value is a number from `least` to `most`."""
-    return lambda value: isinstance(value, kind) and least <= value <= most
-
-
-def template(value) -> bool:
-    """Whether a value is a template of a prompt, with a column."""
-    return isinstance(value, str) and bool(placeholders(value))
-
-
-def labels(value) -> bool:
-    """Whether a value is a list of labels, or of none where the answers are texts."""
-    return isinstance(value, list) and (not value or wrong_labels(value) is None)
-
-
-def parser(value) -> bool:
-    """Whether a value names a parser of texts; None where there are labels."""
-    return value is None or value in list(PARSERS)
-
-
-TOKENS = {"tokens": [number(0, 2**31, int)], "log_probabilities": [number(-1e9, 0)]}
-SHAPE: dict = {"template": template, "labels": labels, "max_tokens": number(1, 2**16, int), "stop": str | None}
-SHAPE |= {"parser": parser, "confidences": [number(0, 1.001)], "demonstrations": [{"prompt": str, "answer": str}]}
-SHAPE |= {"temperature": number(1e-6, 1e6)}
-SHAPE |= {"method": str, "chat": bool, "context": bool, "example": str, "report": dict, "adapter_digest": str | None}
-SHAPE |= {"base": {"name": str, "revision": str | None}, "canary": {"dtype": str, "base": TOKENS, "adapted": TOKENS}}
-
-
 def digest(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-
-
-def wrong_labels(labels: list) -> str | None:
-    """What is wrong with a list of labels; None where nothing is."""
-    if not all(isinstance(label, str) and label.strip() for label in labels):
-        return "a label is empty"
-    if len(set(labels)) < len(labels):
-        return "a label is given twice"
-    if len(labels) < 2:
-        return "there are fewer than two labels"
-    return None
-
-
-def check_labels(labels: list[str] | None) -> None:
-    """Raises UsageError for labels that cannot be told apart."""
-    wrong = wrong_labels(labels) if labels else None
-    if wrong:
-        raise UsageError(f"--labels {','.join(map(str, labels))}: {wrong}; give two different ones or more")
 
 
 def load_adapter(folder: str | Path, subject: Subject | None = None, **spec) -> Predictor:
@@ -277,8 +226,7 @@ def load_adapter(folder: str | Path, subject: Subject | None = None, **spec) -> 
         next(predictor.predict([{"text": "My invoice is wrong"}]))["answer"]
     """
     folder = Path(folder)
-    check_template(spec.get("template"))
-    check_labels(spec.get("labels"))
+    check_given(spec)
     if subject is None:
         name, revision = base_of(folder)
         subject = open_subject(name, revision=revision)
@@ -301,35 +249,6 @@ def ships_adapter(folder: Path, kept: dict | None) -> bool:
             beside = f"its {SPEC} says that the base model answers, but {name} lies beside it"
             raise UsageError(f"{folder}: {beside}; move one of the two into a folder of its own")
     return False
-
-
-def read_spec(folder: Path) -> dict | None:
-    """The description of an adapter that ia2mini fitted, None of another. Raises UsageError for a damaged one."""
-    check_name(folder)
-    path = folder / SPEC
-    kept = read_json(path) if is_there(path) else None
-    if kept is None and next(folder.glob("unfinished-*"), None):
-        raise UsageError(f"{folder}: its `ia2mini fit` was interrupted; the same command goes on from there")
-    field = misfit(kept, SHAPE, "") if kept is not None else None
-    if kept is not None and not field and not kept["labels"] and kept["parser"] is None:
-        field = ".parser"
-    if field:
-        broken = f"field {field[1:]} is missing or not what it should be: damaged, or written by another version"
-        raise UsageError(f"{path}: {broken}; fit the adapter again")
-    return kept
-
-
-def misfit(value, shape, name: str) -> str | None:
-    """The first field that has not its shape: a type, what tells of a value, or an object or a list of shapes."""
-    if isinstance(shape, dict) and isinstance(value, dict):
-        parts = [(value.get(key, ...), inner, f"{name}.{key}") for key, inner in shape.items()]
-    elif isinstance(shape, list) and isinstance(value, list):
-        parts = [(part, shape[0], name) for part in value]
-    else:
-        plain = not isinstance(shape, (dict, list))
-        fits = shape(value) if isfunction(shape) else plain and isinstance(value, shape)
-        return None if fits else name
-    return next(filter(None, (misfit(*part) for part in parts)), None)
 
 
 def base_of(folder: Path) -> tuple[str, str | None]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from . import UsageError, parallel
-from .files import plain
+from .files import check_text, plain
 from .graphs import RECORDERS
 from .models.checkpoint import SHORT_NAMES, TINY, load, locate
 from .tokenizer import Tokenizer
@@ -76,6 +76,7 @@ def open_subject(
     With `shard` it is split over the processes of torchrun.
     """
     device, folder = usable(device), locate(model, revision, weights)
+    check_text(str(folder.resolve()), "the folder", "give it, and those above it, names in UTF-8")
     dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
     mesh, device = share(device) if shard else (None, device)
     network, tokenizer = load(folder, dtype, device if weights else "meta", check=check, mesh=mesh)

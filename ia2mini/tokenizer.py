@@ -1,6 +1,8 @@
 """Text to ids and back: a thin layer over `tokenizers`, and the check that prompt and answer join safely."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizers import Encoding
@@ -9,9 +11,24 @@ from tokenizers import Tokenizer as Backend
 from . import UsageError
 from .added_tokens import add_tokens
 from .errors import out_of_memory
-from .files import is_there, read_json
+from .files import check_text, is_there, read_json
 
 NAMED = 5  # unknown words that are named in warnings
+
+
+@contextmanager
+def broken_file() -> Iterator[None]:
+    """Turn what `tokenizers` raises into a UsageError: a bare Exception, or a panic of its Rust, which is no Exception.
+
+    Some broken files are found out only where a text is read: by a word that they have no token for, and the like.
+    """
+    try:
+        yield
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"
+        if not panic and (isinstance(error, UsageError) or not isinstance(error, Exception)):
+            raise
+        raise UsageError(f"the tokenizer.json of this checkpoint is broken ({error}); download it again") from None
 
 
 class Tokenizer:
@@ -50,15 +67,25 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Ids of `text`; with `special`, also what the file's post-processor adds (BOS for Llama, nothing for Qwen)."""
-        return self.known(text, self.backend.encode(text, add_special_tokens=special))
+        check_text(text, "the text", "write the whole character")
+        with broken_file():
+            encoding = self.backend.encode(text, add_special_tokens=special)
+        return self.known(text, encoding)
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
         """`encode` for many texts at once."""
-        return [self.known(text, encoding) for text, encoding in zip(texts, self.backend.encode_batch(texts))]
+        return [self.known(text, encoding) for text, encoding in zip(texts, self.read(texts))]
 
     def count(self, texts: list[str]) -> list[int]:
         """Tokens of each text."""
-        return [len(encoding.ids) for encoding in self.backend.encode_batch(texts)]
+        return [len(encoding.ids) for encoding in self.read(texts)]
+
+    def read(self, texts: list[str]) -> list[Encoding]:
+        """What the backend makes of each text. Raises UsageError for half a surrogate pair."""
+        for text in texts:
+            check_text(text, "the text", "write the whole character")
+        with broken_file():
+            return self.backend.encode_batch(texts)
 
     def known(self, text: str, encoding: Encoding) -> list[int]:
         """The ids of an encoding; a word that the vocabulary lacks is the unknown token, and is warned of once.
@@ -69,7 +96,7 @@ class Tokenizer:
             raise UsageError(f"token {most} of {text[:40]!r} is beyond the model's vocab_size {self.size}")
         if self.unknown is not None and self.unknown in encoding.ids:
             start, end = encoding.offsets[encoding.ids.index(self.unknown)]
-            self.warn_of(text[start:end])
+            self.warn_of(text[start:end][:40])
         return encoding.ids
 
     def warn_of(self, word: str) -> None:
@@ -83,7 +110,8 @@ class Tokenizer:
             warnings.warn("more words are not in the vocabulary; they are not named", stacklevel=4)
 
     def decode(self, ids: list[int]) -> str:
-        return self.backend.decode(ids, skip_special_tokens=True)
+        with broken_file():
+            return self.backend.decode(ids, skip_special_tokens=True)
 
     def encode_answer(self, prompt: str, answer: str, apart: bool = False) -> list[int]:
         """Ids of `answer` right after `prompt`. Raises UsageError when it merges with the prompt's last token.

@@ -15,8 +15,9 @@ from ia2mini import FitOptions, fit, load_adapter, open_subject
 from ia2mini.adapters import make_adapter
 from ia2mini.cli import main
 from ia2mini.metrics import row_losses
-from ia2mini.predictor import FOREIGN, SHAPE, Predictor
+from ia2mini.predictor import FOREIGN, Predictor
 from ia2mini.report.fit import card, measures
+from ia2mini.spec import SHAPE
 from ia2mini.tasks import world
 
 QUICK = FitOptions(epochs=8, rates=(1e-2,), methods=("sft",), folds=2)

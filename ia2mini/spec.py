@@ -1,0 +1,154 @@
+"""How a saved adapter answers, as `ia2mini.json` says it: what each field must be, and reading a stranger's."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from . import UsageError
+from .files import HALF, check_name, is_there, read_json
+from .generate import STOP
+from .tasks.answers import PARSERS
+from .tasks.rows import placeholders
+
+SPEC = "ia2mini.json"
+FOREIGN = {"template": "{text}", "labels": [], "parser": "text", "max_tokens": 200, "stop": STOP, "temperature": 1.0}
+FOREIGN |= {"confidences": [], "demonstrations": [], "method": "adapter", "chat": False, "context": False}
+FOREIGN |= {"answer_column": None}
+
+
+def number(least: float, most: float) -> Callable:
+    """Whether a value is a number from `least` to `most`."""
+    return lambda value: type(value) in (int, float) and least <= value <= most
+
+
+def whole_number(least: int, most: int) -> Callable:
+    return lambda value: type(value) is int and least <= value <= most
+
+
+def text(value) -> bool:
+    """Whether a value is a text that a tokenizer can read."""
+    return isinstance(value, str) and not HALF.search(value)
+
+
+def text_or_none(value) -> bool:
+    return value is None or text(value)
+
+
+def some_text(value) -> bool:
+    return text(value) and value.strip() != ""
+
+
+def optional(value) -> bool:
+    """Whether a value is a text, None, or missing (`...`)."""
+    return value is ... or text_or_none(value)
+
+
+def template(value) -> bool:
+    return text(value) and bool(placeholders(value))
+
+
+def wrong_labels(labels: list) -> str | None:
+    """What is wrong with a list of labels; None where nothing is."""
+    if not all(some_text(label) for label in labels):
+        return "a label is empty"
+    if len(set(labels)) < len(labels):
+        return "a label is given twice"
+    if len(labels) < 2:
+        return "there are fewer than two labels"
+    return None
+
+
+def check_labels(labels: list[str] | None) -> None:
+    """Raises UsageError for labels that cannot be told apart."""
+    wrong = wrong_labels(labels) if labels else None
+    if wrong:
+        raise UsageError(f"--labels {','.join(map(str, labels))}: {wrong}; give two different ones or more")
+
+
+def labels(value) -> bool:
+    """Whether a value is a list of labels that can be told apart, or empty where the answers are texts."""
+    return isinstance(value, (list, tuple)) and (not value or wrong_labels(value) is None)
+
+
+def parser(value) -> bool:
+    return value is None or isinstance(value, str) and value in PARSERS
+
+
+TOKENS = {"tokens": [whole_number(0, 2**31)], "log_probabilities": [number(-1e9, 0)]}
+SHAPE = {
+    "template": template,
+    "answer_column": text_or_none,
+    "labels": labels,
+    "parser": parser,
+    "max_tokens": whole_number(1, 2**16),
+    "stop": text_or_none,
+    "temperature": number(1e-6, 1e6),
+    "confidences": [number(0, 1.001)],
+    "demonstrations": [{"prompt": text, "answer": text}],
+    "method": text,
+    "chat": bool,
+    "context": bool,
+    "example": some_text,
+    "report": dict,
+    "adapter_digest": text_or_none,
+    "base": {"name": some_text, "revision": optional},
+    "canary": {"dtype": text, "base": TOKENS, "adapted": TOKENS},
+}
+
+
+def misfit(value, shape, name: str) -> str | None:
+    """The first field that is not what its shape says, None where all are.
+
+    A shape is a type, a function that tells whether a value is right, or an object or a list of shapes.
+    """
+    if isinstance(shape, type):
+        return None if isinstance(value, shape) else name
+    if callable(shape):
+        return None if shape(value) else name
+    if not isinstance(value, dict if isinstance(shape, dict) else (list, tuple)):
+        return name
+    if isinstance(shape, dict):
+        parts = [(value.get(key, ...), inner, f"{name}.{key}") for key, inner in shape.items()]
+    else:
+        parts = [(part, shape[0], name) for part in value]
+    for part in parts:
+        if field := misfit(*part):
+            return field
+    return None
+
+
+def read_spec(folder: Path) -> dict | None:
+    """The description of an adapter that ia2mini fitted, None of another. Raises UsageError for a damaged one."""
+    check_name(folder)
+    path = folder / SPEC
+    kept = read_json(path) if is_there(path) else None
+    if kept is None and next(folder.glob("unfinished-*"), None):
+        raise UsageError(f"{folder}: its `ia2mini fit` was interrupted; the same command goes on from there")
+    if kept is None:
+        return None
+    field = misfit(kept, SHAPE, "")
+    if field is None and not kept["labels"] and kept["parser"] is None:
+        field = ".parser"  # without labels the answers are texts, which something must parse
+    if field:
+        broken = f"field {field[1:]} is missing or not what it should be: damaged, or written by another version"
+        raise UsageError(f"{path}: {broken}; fit the adapter again")
+    return kept
+
+
+WANTED = {
+    "template": "a text with columns in braces",
+    "labels": "a list of two or more different texts, none of them empty; or an empty list",
+    "parser": f"one of {', '.join(PARSERS)}",
+    "max_tokens": "a whole number from 1 to 65,536",
+    "stop": "a text, or None",
+    "temperature": "a number from 1e-6 to 1e6",
+}
+
+
+def check_given(spec: dict) -> None:
+    """Raises UsageError for what somebody says of how an adapter answers, if there is no such field or it is wrong."""
+    for name, value in spec.items():
+        if name not in FOREIGN:
+            raise UsageError(f"{name}: unknown; what can be said of an adapter is {', '.join(FOREIGN)}")
+        if misfit(value, SHAPE[name], name):
+            wanted = WANTED.get(name, f"a {type(FOREIGN[name]).__name__}, as in ia2mini.json")
+            raise UsageError(f"{name} = {repr(value)[:60]}: it must be {wanted}")

@@ -1,0 +1,58 @@
+"""What a command is started with: standard streams, of which some may be closed, and arguments, which may be no text.
+
+Services and cron jobs may start a program without standard input, output or errors; Python then has None for it.
+"""
+
+import io
+import os
+import sys
+
+from . import UsageError
+from .files import HALF
+
+
+def open_streams() -> None:
+    """Put /dev/null where a standard stream is closed, and write UTF-8 whatever the locale says.
+
+    Otherwise the next file that is opened gets the number of the closed stream, and what is printed goes into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            os.set_inheritable(number, True)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def need_input() -> None:
+    """Raises UsageError where standard input cannot be read."""
+    mend = "give a file of rows, or a pipe"
+    if sys.stdin is None:
+        raise UsageError(f"standard input is closed; {mend}")
+    try:
+        os.read(0, 0)
+    except OSError as error:
+        raise UsageError(f"standard input cannot be read ({error.strerror}); {mend}") from None
+
+
+def need_output() -> None:
+    """Raises UsageError where standard output is closed: what would be printed is all that the command gives."""
+    if sys.stdout is None:
+        raise UsageError("standard output is closed, and the answer goes there; send it to a file or a pipe")
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """Raises UsageError for an argument that is not UTF-8."""
+    for argument in arguments:
+        if not HALF.search(argument):
+            continue
+        encoding = sys.getfilesystemencoding()
+        if encoding != "utf-8":
+            raise UsageError(f"argument {argument!r}: Python reads arguments as {encoding} here; set PYTHONUTF8=1")
+        typed = HALF.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", argument)
+        raise UsageError(f"argument '{typed}' is not UTF-8; type it in UTF-8, or give the file a name in UTF-8")
