@@ -4,6 +4,7 @@ Each takes the whole answer text and returns its parsed answer, or None where th
 """
 
 import re
+from unicodedata import normalize
 
 NUMBER = r"\+?(?P<sign>-?) *\$? *(?P<size>(?:\d[\d,]*)?\.\d+|\d[\d,]*)(?P<over> ?/ ?\d[\d,]*)?"
 AFTER_HASHES = re.compile(rf"####\s*{NUMBER}")
@@ -57,6 +58,6 @@ PARSERS = {"number": parse_number, "boxed": parse_boxed, "hashes": parse_hashes,
 
 
 def same_answer(parser: str, text: str, answer: str) -> bool:
-    """Whether a text parses to the same as the true answer does."""
-    found = PARSERS[parser](text)
-    return found is not None and found == PARSERS[parser](answer)
+    """Whether a text parses to the same as the true answer does, however either writes its accents (NFC, NFD)."""
+    found = PARSERS[parser](normalize("NFC", text))
+    return found is not None and found == PARSERS[parser](normalize("NFC", answer))
