@@ -7,7 +7,7 @@ import torch
 
 from ia2mini.adapters import adapted
 from ia2mini.cost import Cost
-from ia2mini.evaluate import label_scores, share_prefix
+from ia2mini.evaluate import Scoring, label_scores, share_prefix
 from ia2mini.experiment import Experiment
 from ia2mini.generate import Decoding, generate
 from ia2mini.methods import BEGINS_WITH
@@ -30,7 +30,8 @@ def behind_demonstrations(experiment: Experiment, method: str, asked: Experiment
             shown = asked.episodes[number].icl
             student, prompts = share_prefix(student, tokenizer, shown, [row.prompt for row in rows])
             if asked.labelled:
-                top = label_scores(student, prompts, asked.labels[task.name]).top[0].tolist()
+                scores = label_scores(student, prompts, asked.labels[task.name], Scoring(ends=tokenizer.eos_ids))
+                top = scores.top[0].tolist()
                 right = [said == row.label for said, row in zip(top, rows)]
             else:
                 said = map(tokenizer.decode, generate(student, tokenizer, prompts, Decoding(task.max_tokens)))

@@ -81,7 +81,8 @@ def scores(experiment: Experiment, theta: Tensor) -> Tensor:
     for some in theta.split(10):
         with adapted(subject.model, experiment.adapter, some) as student:
             if experiment.labelled:
-                every = label_scores(student, prompts, experiment.labels[name], Scoring(len(some))).logarithms
+                how = Scoring(len(some), ends=subject.tokenizer.eos_ids)
+                every = label_scores(student, prompts, experiment.labels[name], how).log_probabilities
                 found.append(-row_losses(every, torch.tensor([row.label for row in rows])))
             else:
                 answers = [truth_row(row, subject.tokenizer, True) for row in rows]

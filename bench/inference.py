@@ -110,7 +110,7 @@ def icl(
         mine = ours(4)
         for found in (a.score(whole[:4], first), b.score(whole[:4], first), b.score(ids[:4], first, prefix=prefix)):
             remark = agree("top-1 probabilities", mine.confidence[0], found[0])
-            agree("label probabilities", mine.labels[0], found[1])
+            agree("label probabilities", mine.probabilities[0], found[1])
         result.remarks.append(remark)
         cached = min(128, queries)
         stacks = {

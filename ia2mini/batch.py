@@ -3,19 +3,22 @@
 R runs, B rows a run, T tokens, P answer positions (flattened over rows), L layers, D hidden.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .chat import ChatPrompt
 from .models.cache import Packed
 from .models.common import At
 from .tasks import Example
 from .tokenizer import Tokenizer
 
 MOST_PACKED, WORTH_PACKING = 512, 0.8  # tokens of a packed line (its attention is computed whole); share of the padded
+TOGETHER, FAR = 4096, 2  # tokens that are always one batch, with their padding; times the median: a row of its own
 Watch = Callable[[int], object] | None  # is called with the number of rows of each finished pass
 
 
@@ -36,9 +39,16 @@ class Row:
 
 
 def truth_row(example: Example, tokenizer: Tokenizer, end: bool) -> Row:
-    """The row with its true answer, closed by EOS if `end`. Raises UsageError when prompt and label merge."""
+    """The row with its true answer; with `end` closed as the chat template closes a turn, else as the tokenizer does.
+
+    Raises UsageError when prompt and label merge.
+    """
+    if isinstance(example.prompt, ChatPrompt):
+        tokenizer = tokenizer.ending_with(example.prompt.chat.end)
     answer = tokenizer.encode_answer(example.prompt, example.answer, apart=example.label is None)
-    return Row(tokenizer.encode(example.prompt), answer + list(tokenizer.eos_ids[:1]) if end else answer)
+    if end:
+        answer = answer + tokenizer.closing
+    return Row(tokenizer.encode(example.prompt), answer)
 
 
 @dataclass
@@ -54,10 +64,11 @@ class Batch:
     soft: Tensor | None  # [P, k]
     soft_ids: Tensor | None  # [P, k]
     states: Tensor | None  # [L, P, D]
+    runs: Tensor | None = None  # [R] which of more runs these are; None: there are no others
 
     def tensors(self) -> list[Tensor]:
         packed = (self.packed.mask, self.packed.places) if self.packed else ()
-        kept = self.activations, self.soft, self.soft_ids, self.states
+        kept = self.activations, self.soft, self.soft_ids, self.states, self.runs
         return [t for t in (self.ids, *packed, *self.at, self.targets, self.weights, *kept) if t is not None]
 
 
@@ -102,6 +113,37 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def in_batches(runs: list[list[Row]], device="cpu") -> list[Batch]:
+    """R lists of rows as one batch or, where most of that would be padding, as several: their losses add up to its own.
+
+    Rows of more than `FAR` times the median length leave it, and are batched with one another.
+    """
+    lengths = [len(row) for rows in runs for row in rows]
+    padded = len(runs) * max(map(len, runs)) * max(lengths)
+    lines = max(sum(map(len, rows)) for rows in runs)
+    if lines <= MOST_PACKED or padded <= max(TOGETHER, FAR * sum(lengths)):
+        return [collate(runs, device, pack=True)]
+    usual = FAR * float(np.median(lengths))
+    short = {r: [row for row in rows if len(row) <= usual] for r, rows in enumerate(runs)}
+    long = [(r, row) for r, rows in enumerate(runs) for row in rows if len(row) > usual]
+    parts = [{r: rows for r, rows in short.items() if rows}]
+    for group in by_length([len(row) for _, row in long], TOGETHER):
+        part = defaultdict(list)
+        for i in group:
+            r, row = long[i]
+            part[r].append(row)
+        parts.append(part)
+    return [portion(runs, part, device) for part in parts]
+
+
+def portion(runs: list[list[Row]], part: dict[int, list[Row]], device) -> Batch:
+    """The rows `part` of some of the runs; their weights are as among all rows of their run."""
+    batch = collate(list(part.values()), device, pack=True)
+    shares = torch.tensor([len(rows) / len(runs[r]) for r, rows in part.items()])
+    weights = batch.weights * shares[:, None].to(batch.weights.device)
+    return replace(batch, weights=weights, runs=torch.tensor(list(part), device=weights.device))
 
 
 def join_positions(runs: list[list[Row]], name: str, most: int, dim: int) -> Tensor | None:

@@ -1,22 +1,25 @@
-"""Prompts as turns of a conversation, by the checkpoint's own chat template in a sandbox."""
+"""Prompts as turns of a conversation, by the checkpoint's own chat template, in the sandbox that transformers uses."""
 
+import json
+from datetime import datetime
 from pathlib import Path
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
 
 from . import UsageError
 from .files import is_there, read_json, read_text
-from .tokenizer import Tokenizer
+from .tokenizer import Rendered, Tokenizer, special_tokens
 
 
-class ChatPrompt(str):
+class ChatPrompt(Rendered):
     """A question as the template renders it, up to where the answer begins; demonstrations become earlier turns."""
 
     chat: "ChatTemplate"
     question: str
 
-    def after(self, demonstrations: list) -> str:
+    def after(self, demonstrations: list) -> Rendered:
         """The prompt behind demonstrations: each a question and its answer, or a text alone as the system's message."""
         turns = []
         for shown in demonstrations:
@@ -29,39 +32,105 @@ class ChatPrompt(str):
 
 
 class ChatTemplate:
-    """The chat template of a checkpoint folder. Raises UsageError where there is none or it is broken."""
+    """The chat template of a checkpoint folder. Raises UsageError where there is none or it is broken.
+
+    `end` is the token that it writes behind an answer, None where that is no special token. `tokenizer` is the given
+    one, for which a text ends there.
+    """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer):
-        path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-        settings = read_json(config) if is_there(config) else {}
-        source = read_text(path) if is_there(path) else settings.get("chat_template")
-        if not isinstance(source, str):
-            raise UsageError(f"{folder}: --chat needs a chat template (chat_template.jinja or tokenizer_config.json)")
-        sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        sandbox.globals["raise_exception"] = self.refuse
+        self.tokens = special_tokens(folder)
         try:
-            self.template = sandbox.from_string(source)
+            self.template = sandbox().from_string(template_of(folder))
         except (TemplateError, RecursionError) as error:
             raise UsageError(f"{folder}: its chat template is broken ({error})") from None
-        tokens = {name: settings.get(name) or "" for name in ("bos_token", "eos_token")}  # texts, or objects with one
-        self.tokens = {k: str(t.get("content", "") if isinstance(t, dict) else t) for k, t in tokens.items()}
-        self.start = tokenizer.backend.decode(tokenizer.encode(""), skip_special_tokens=False)
+        self.end = self.find_end(tokenizer)
+        self.tokenizer = tokenizer.ending_with(self.end)
 
-    @staticmethod
-    def refuse(message: str):
-        raise UsageError(f"the chat template refuses these turns: {message}")
-
-    def render(self, turns: list[dict]) -> str:
-        """The conversation as text up to the assistant's answer, without what the tokenizer itself puts before it."""
+    def find_end(self, tokenizer: Tokenizer) -> int | None:
+        """The first special token behind an assistant's turn."""
+        answer = "An answer"
+        turns = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": answer}]
         try:
-            text = self.template.render(messages=turns, add_generation_prompt=True, **self.tokens)
+            text = self.render(turns, asks=False)
+        except UsageError:  # it may take no such turns; those that are needed say so themselves
+            return None
+        before, _, behind = text.rpartition(answer)
+        if not before:
+            return None
+        added = tokenizer.backend.get_added_tokens_decoder()
+        special = {i for i, token in added.items() if token.special and i < tokenizer.size}
+        special.update(tokenizer.eos_ids)
+        ids = tokenizer.backend.encode(behind, add_special_tokens=False).ids
+        return next((i for i in ids if i in special), None)
+
+    def render(self, turns: list[dict], asks: bool = True) -> Rendered:
+        """The conversation as text; if it `asks`, up to where the assistant's answer begins. Raises UsageError."""
+        given = {"tools": None, "documents": None, "add_generation_prompt": asks, **self.tokens}
+        try:
+            return Rendered(self.template.render(messages=turns, **given))
         except UsageError:
             raise
         except Exception as error:  # a template is a program, and raises what a program does
             raise UsageError(f"the chat template fails on these turns ({error})") from None
-        return text.removeprefix(self.start)
 
     def __call__(self, question: str) -> ChatPrompt:
         prompt = ChatPrompt(self.render([{"role": "user", "content": question}]))
-        prompt.chat, prompt.question = self, question
+        prompt.chat = self
+        prompt.question = question
         return prompt
+
+
+def template_of(folder: Path) -> str:
+    """The source of a checkpoint's chat template; of several that have names the one called "default"."""
+    if is_there(folder / "chat_template.jinja"):
+        return read_text(folder / "chat_template.jinja")
+    source = None
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if source is None and is_there(folder / name):
+            source = read_json(folder / name).get("chat_template")
+    if isinstance(source, list) and all(isinstance(one, dict) for one in source):
+        named = {one.get("name"): one.get("template") for one in source}
+        if source and "default" not in named:
+            raise UsageError(f"{folder}: none of its chat templates {sorted(map(str, named))} is called 'default'")
+        source = named.get("default")
+    if not isinstance(source, str):
+        raise UsageError(f"{folder}: --chat needs a chat template (chat_template.jinja or tokenizer_config.json)")
+    return source
+
+
+def sandbox() -> Sandbox:
+    """What chat templates run in: options, filters and functions of transformers' `apply_chat_template`."""
+    found = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
+    found.filters["tojson"] = tojson
+    found.globals["raise_exception"] = refuse
+    found.globals["strftime_now"] = strftime_now
+    return found
+
+
+def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """JSON as it is, where Jinja's own filter of that name escapes what HTML would read."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def refuse(message: str):
+    raise UsageError(f"the chat template refuses these turns: {message}")
+
+
+def strftime_now(form: str) -> str:
+    """Today's date."""
+    return datetime.now().strftime(form)
+
+
+class Generation(Extension):
+    """`{% generation %}` marks what the assistant says; it is rendered as it stands."""
+
+    tags = {"generation"}
+
+    def parse(self, parser) -> nodes.CallBlock:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("said"), [], [], body).set_lineno(line)
+
+    def said(self, caller) -> str:
+        return caller()

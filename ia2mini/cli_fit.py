@@ -1,5 +1,6 @@
 """The practitioner's commands: fit, predict, score, merge."""
 
+import select
 import shlex
 import shutil
 import sys
@@ -16,6 +17,7 @@ from .files import json_line, plain, read_text
 from .options import FitOptions
 from .streams import need_input
 
+PORTION = 2**16  # bytes that are read at once
 adapter_options = many(
     click.argument("adapter", type=click.Path(path_type=Path, exists=True, file_okay=False)),
     click.option("--model", help="base model  [default: the one that the adapter names]"),
@@ -87,21 +89,55 @@ def fit(rows, unlabelled, context, prompts, out, **given):
 
 
 def read_new(rows: str, strict: bool) -> Iterator:
-    """Rows of a file; of JSONL and standard input line by line, where a wrong line is told on stderr and left out."""
+    """Rows of a file; of JSONL and standard input line by line, where a wrong line is told on stderr and left out.
+
+    None where the next line of standard input has yet to come.
+    """
     from .tasks.rows import Row, parse_json, read_rows
 
     path = Path(rows)
     if rows != "-" and (path.suffix.lower() != ".jsonl" or not path.is_file()):
         yield from read_rows(path)
         return
-    with sys.stdin.buffer if rows == "-" else path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
+    number = 0
+    with sys.stdin.buffer if rows == "-" else path.open("rb") as stream:
+        for line in arriving(stream):
+            if line is None:
+                yield None
+                continue
+            number += 1
+            where = f"{rows}:{number}"
             try:
                 if line.strip():
-                    where = f"{rows}:{number}"
                     yield Row(where, parse_json(line, where, "one object a line is expected"))
             except UsageError as error:
                 complain(error, strict)
+
+
+def arriving(stream) -> Iterator[bytes | None]:
+    """The lines of a binary stream as they come, and None wherever the next part of it has yet to come."""
+    begun: list[bytes] = []  # parts of a line without its end
+    while True:
+        if not is_ready(stream):
+            yield None
+        part = stream.read1(PORTION)  # waits for one byte, and takes what there is
+        if not part:
+            break
+        first, *lines = part.split(b"\n")
+        begun.append(first)
+        for line in lines:
+            yield b"".join(begun)
+            begun = [line]
+    if last := b"".join(begun):
+        yield last
+
+
+def is_ready(stream) -> bool:
+    """Whether reading would not wait; True where that cannot be asked."""
+    try:
+        return bool(select.select([stream.fileno()], [], [], 0)[0])
+    except (OSError, ValueError):
+        return True
 
 
 def complain(error: UsageError, strict: bool) -> None:
@@ -160,7 +196,7 @@ def merge(adapter, out, **how):
 @model_options
 @click.option("--prompt", required=True, help="text to continue")
 @click.option("--max-tokens", default=100, type=click.IntRange(1), help="at most, within what the model reads")
-@click.option("--stop", help="text at which to stop, besides the end of sequence")
+@click.option("--stop", help="text at which to stop, besides the end of sequence; \\n is a line end")
 @file_option("--adapter", "folder of an adapter; its own base is the model")
 @click.option("--chat", is_flag=True, help="the prompt as a turn of the checkpoint's chat template")
 def generate(prompt, max_tokens, stop, adapter, chat, **how):
@@ -171,6 +207,8 @@ def generate(prompt, max_tokens, stop, adapter, chat, **how):
     from .predictor import FOREIGN, Predictor
     from .subject import open_subject
 
+    if stop == "":
+        raise UsageError("--stop is empty; give some text, or leave it out")
     if adapter:
         if click.get_current_context().get_parameter_source("model").name == "DEFAULT":
             how["model"] = how["revision"] = None
@@ -178,14 +216,22 @@ def generate(prompt, max_tokens, stop, adapter, chat, **how):
     else:
         fitted = Predictor(open_subject(**how), None, None, FOREIGN)
     subject = fitted.subject
-    ids = subject.tokenizer.encode(ChatTemplate(subject.folder, subject.tokenizer)(prompt) if chat else prompt)
+    tokenizer = subject.tokenizer
+    text = prompt
+    if chat:
+        template = ChatTemplate(subject.folder, tokenizer)
+        tokenizer = template.tokenizer
+        text = template(prompt)
+    ids = tokenizer.encode(text)
     if not ids:
         raise UsageError("--prompt is empty and this model's tokenizer adds no BOS; give some text")
-    subject.check_room(prompt, len(ids), "use a shorter --prompt")
-    max_tokens = min(max_tokens, subject.reads + 1 - len(ids))
+    before = fitted.adapter.tokens if fitted.adapter else 0
+    subject.check_room(prompt, before + len(ids), "use a shorter --prompt")
+    max_tokens = min(max_tokens, subject.reads + 1 - before - len(ids))
+    stop = stop and stop.replace("\\n", "\n")
     with fitted.student() as student:
-        (response,) = continue_text(student, subject.tokenizer, [ids], Decoding(max_tokens, stop))
-    click.echo(plain(subject.tokenizer.decode(ids + response)[len(subject.tokenizer.decode(ids)) :]))
+        (response,) = continue_text(student, tokenizer, [ids], Decoding(max_tokens, stop))
+    click.echo(plain(tokenizer.decode(ids + response)[len(tokenizer.decode(ids)) :]))
 
 
 def open_adapter(folder: Path, model=None, revision=None, template=None, labels=None, **how):

@@ -19,13 +19,12 @@ from . import UsageError, parallel
 from .adapters import adapted, make_adapter
 from .batch import Row, truth_row
 from .episode import Episode, balanced, draw_folds, seeded, with_demonstrations
-from .evaluate import Scoring, answer_scores, label_scores, last_states, share_prefix
+from .evaluate import Scoring, answer_scores, answer_texts, label_scores, last_states, share_prefix
 from .generate import STOP, Decoding
 from .methods import BEGINS_WITH, METHODS, Grid
-from .metrics import fit_temperature, logarithms, row_losses
+from .metrics import fit_temperature, row_losses
 from .models.common import device_of
 from .options import FitOptions, last_phase, phases
-from .predictor import answer_texts
 from .subject import Subject
 from .tasks import Example, Task
 from .teacher import Asked, label_tokens_at_most, observe, teach
@@ -34,6 +33,7 @@ from .train import Settings, Trained, warn_of_failed
 SURE = 1.645  # standard errors by which another method must beat SFT: one chance in twenty
 LEAST, ALONE = 4, 10  # rows that cross-validation needs; up to this many are left out one at a time
 SOFT_K = 1024  # likeliest tokens of a distribution that is matched
+UNSEEN = -87.0  # log-probability that the probe gives a label of which it has seen no row
 
 
 @dataclass
@@ -145,7 +145,8 @@ class CrossValidation:
         With a context minus the KL from the teacher, who sees it, [runs, n, 1].
         """
         if self.labels:
-            return label_scores(student, prompts, self.labels, Scoring(runs)).logarithms
+            how = Scoring(runs, ends=self.subject.tokenizer.eos_ids)
+            return label_scores(student, prompts, self.labels, how).log_probabilities
         rows = [replace(row, prompt=prompt) for row, prompt in zip(self.targets(number), prompts)]
         return answer_scores(student, rows, runs)[..., None]
 
@@ -223,7 +224,7 @@ class CrossValidation:
         except ImportError:
             return None
         states = last_states(self.subject.model, self.subject.tokenizer.encode_all([row.prompt for row in self.rows]))
-        scores = logarithms(torch.zeros(len(self.rows), len(self.task.labels)))
+        scores = torch.full((len(self.rows), len(self.task.labels)), UNSEEN)
         for fold in self.folds:
             others = sorted(set(range(len(self.rows))) - set(fold.test))
             scaled = StandardScaler().fit(states[others]).transform(states)

@@ -1,7 +1,7 @@
 """Scoring R adapted models, the base, or the base with demonstrations, on evaluation rows (protocol section 5)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, takewhile
 
@@ -13,8 +13,9 @@ from . import parallel
 from .adapters import Adapter, adapted
 from .batch import Batch, Row, Watch, by_length, collate
 from .episode import with_demonstrations
+from .generate import Decoding, responses
 from .losses import cross_entropy, soft_cross_entropy
-from .metrics import asim, logarithms, measure
+from .metrics import asim, measure
 from .models.cache import Packed, Prefix
 from .models.common import At, Taps, device_of
 from .tasks import Example
@@ -31,6 +32,7 @@ class Scoring:
     like: Tensor | None = None  # [L, S, n, D] outputs of the first n prompts under S sets, to measure `asim` to:
     # one run is compared with every set, S × k runs k by k with each
     budget: int = 4096  # tokens in one pass
+    ends: tuple[int, ...] = ()  # tokens each of which ends a text: a label that is closed by one ends with any of them
 
 
 @dataclass
@@ -39,28 +41,36 @@ class LabelScores:
 
     top: Tensor  # [R, Q] index of the label that greedy decoding gives, -1 where it gives none of them
     confidence: Tensor  # [R, Q] probability of what greedy decoding gives
-    labels: Tensor  # [R, Q, C] probability of each label, of all that could be said
+    log_probabilities: Tensor  # [R, Q, C] of each label, of all that could be said; natural logarithms
     outputs: Tensor | None = None  # [L, R, n, D] attention outputs of the first n prompts, on the device
     asim: Tensor | None = None  # [R, L] mean similarity to the attention outputs that were given
 
     @property
-    def logarithms(self) -> Tensor:
-        """Of the labels' probabilities, [R, Q, C]; finite, also where one is zero."""
-        return logarithms(self.labels)
+    def probabilities(self) -> Tensor:
+        """Of each label, [R, Q, C]; zero below the smallest float32."""
+        return self.log_probabilities.exp()
 
 
 class LabelTree:
-    """C labels of up to I tokens behind one prompt: the prompt is read once, every label is a branch from its end."""
+    """C labels of up to I tokens behind one prompt: the prompt is read once, every label is a branch from its end.
 
-    def __init__(self, labels: list[list[int]], device):
+    A label whose last token is one of `ends` may end with any of them: their probabilities are added.
+    """
+
+    def __init__(self, labels: list[list[int]], device, ends: tuple[int, ...] = ()):
         self.tokens = [token for label in labels for token in label[:-1]]  # the last token of a label is only said
         lengths = torch.tensor([[len(label)] for label in labels])
-        self.said = pad_sequence([torch.tensor(label) for label in labels], batch_first=True).to(device)  # [C, I]
-        places = torch.arange(self.said.shape[1])
+        said = pad_sequence([torch.tensor(label) for label in labels], batch_first=True)  # [C, I]
+        places = torch.arange(said.shape[1])
         real = places < lengths
         starts = (lengths - 1).cumsum(0) - (lengths - 1)
-        self.at = ((starts + places) * (real & (places > 0))).to(device)  # 0: the prompt's last token
-        self.real, self.branches = real.to(device), real[:, 1:].nonzero().T.to(device)  # label and place of each token
+        at = (starts + places) * (real & (places > 0))  # 0: the prompt's last token
+        self.ends = torch.tensor(ends, dtype=torch.int64, device=device)
+        self.said = said.to(device)
+        self.real = real.to(device)
+        self.at = at.to(device)
+        self.closes = torch.isin(self.said, self.ends) & (places == lengths - 1).to(device)  # [C, I]
+        self.branches = self.real[:, 1:].nonzero().T  # label and place of each token
 
     def batch(self, prompts: list[list[int]], runs: int, device) -> tuple[Tensor, At, Packed | None]:
         """ids [R * B, T], positions (rows, columns) of 1 + branch tokens a row, and what keeps the branches apart."""
@@ -78,17 +88,34 @@ class LabelTree:
         return rows.ids, at, Packed(documents, places, branches=True)
 
     def read(self, logits: Tensor, among: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Of logits [..., 1 + branch tokens, V]: label of the greedy answer, its probability, each label's [..., C]."""
-        total, best = logits.logsumexp(-1, keepdim=True), logits.max(-1)
-        log_probabilities = (logits[..., self.at, self.said] - total[..., self.at, 0]) * self.real  # [..., C, I]
-        whole = total[..., 0] if among is None else logits.topk(among).values.logsumexp(-1)
-        greedy = (best.indices[..., self.at] == self.said) | ~self.real
-        agreed = greedy.cumprod(-1)  # up to where the greedy answer leaves the label
-        reached = torch.cat((torch.ones_like(agreed[..., :1]), agreed[..., :-1]), -1) * self.real
-        confidence = ((best.values - whole)[..., self.at] * reached).sum(-1).exp()  # [..., C]
-        nearest = ((agreed * self.real).sum(-1) + agreed[..., -1]).argmax(-1, keepdim=True)
-        top = torch.where(agreed[..., -1].gather(-1, nearest).bool(), nearest, -1)
-        return top[..., 0], confidence.gather(-1, nearest)[..., 0], log_probabilities.sum(-1).exp()
+        """Of logits [..., 1 + branch tokens, V]: label of the greedy answer, its probability, labels' logs [..., C].
+
+        The label is -1 where the greedy answer is none: the probability is then that of the tokens up to there.
+        """
+        total = logits.logsumexp(-1)
+        best = logits.max(-1)
+        said = logits[..., self.at, self.said]  # [..., C, I]
+        greedy = best.indices[..., self.at]
+        agrees = greedy == self.said
+        likeliest = best.values[..., self.at]
+        if self.closes.any():
+            ending = logits[..., self.ends].logsumexp(-1)[..., self.at]
+            said = torch.where(self.closes, ending, said)
+            ended = self.closes & torch.isin(greedy, self.ends)
+            agrees = agrees | ended
+            if among is None:
+                likeliest = torch.where(ended, ending, likeliest)
+        log_probabilities = (said - total[..., self.at]).masked_fill(~self.real, 0.0).sum(-1)
+        whole = total if among is None else logits.topk(among).values.logsumexp(-1)
+        agreed = (agrees | ~self.real).cumprod(-1)  # [..., C, I] 1 up to where the greedy answer leaves the label
+        before = torch.cat((torch.ones_like(agreed[..., :1]), agreed[..., :-1]), -1)
+        steps = likeliest - whole[..., self.at]
+        confidence = steps.masked_fill(~(before.bool() & self.real), 0.0).sum(-1).exp()  # [..., C]
+        complete = agreed[..., -1]
+        longest = (agreed * self.real).sum(-1) + complete
+        nearest = longest.argmax(-1, keepdim=True)
+        top = torch.where(complete.gather(-1, nearest).bool(), nearest, -1)
+        return top[..., 0], confidence.gather(-1, nearest)[..., 0], log_probabilities
 
 
 @torch.no_grad()
@@ -97,7 +124,7 @@ def label_scores(
 ) -> LabelScores:
     """Score every prompt under every run in one pass each; `labels`: the tokens of each."""
     runs, device = how.runs, device_of(model)
-    tree = LabelTree(labels, device)
+    tree = LabelTree(labels, device, how.ends)
     tapped = min(len(prompts), how.keep if how.like is None else how.like.shape[2])
 
     def scored(group: list[int]) -> tuple:
@@ -116,12 +143,12 @@ def label_scores(
     groups += [[tapped + i for i in group] for group in by_length(lengths[tapped:], budget)]
     order = torch.tensor(sum(groups, [])).argsort()
     *found, taken = zip(*parallel.spread(scored, groups, watch))
-    top, confidence, probabilities = (torch.cat(parts, 1)[:, order] for parts in found)
+    top, confidence, log_probabilities = (torch.cat(parts, 1)[:, order] for parts in found)
     taken = [part for part in taken if part is not None]
     if how.like is not None:
-        return LabelScores(top, confidence, probabilities, asim=(sum(taken) / tapped).cpu())
+        return LabelScores(top, confidence, log_probabilities, asim=(sum(taken) / tapped).cpu())
     outputs = torch.cat(taken, 2)[:, :, order[:tapped]] if taken else None
-    return LabelScores(top, confidence, probabilities, outputs)
+    return LabelScores(top, confidence, log_probabilities, outputs)
 
 
 @torch.no_grad()
@@ -143,12 +170,17 @@ def layer_asim(model: Callable, runs: list[list[Row]], budget: int = 4096) -> Te
 
 
 @torch.no_grad()
-def answer_scores(model: Callable, rows: list[Row], runs: int = 1, budget: int = 4096) -> Tensor:
-    """Mean log-probability of an answer token, of rows with `soft` minus the mean KL, [R, Q] float32 on the CPU."""
+def answer_scores(
+    model: Callable, rows: list[Row], runs: int = 1, budget: int = 4096, ends: tuple[int, ...] = ()
+) -> Tensor:
+    """Mean log-probability of an answer token, of rows with `soft` minus the mean KL, [R, Q] float32 on the CPU.
+
+    An answer token among `ends`, each of which ends a text, counts with the probability of them all.
+    """
 
     def scored(group: list[int]) -> Tensor:
         batch = collate([[rows[i] for i in group]] * runs, device_of(model))
-        loss = model(batch.ids, logits=batch.at, head=partial(answer_loss, batch))
+        loss = model(batch.ids, logits=batch.at, head=partial(answer_loss, batch, ends))
         parts = loss.view(runs, -1).split([len(rows[i].answer) for i in group], 1)
         return -torch.stack([part.mean(1) for part in parts], 1).cpu()
 
@@ -156,11 +188,30 @@ def answer_scores(model: Callable, rows: list[Row], runs: int = 1, budget: int =
     return torch.cat(parallel.spread(scored, groups), 1)[:, torch.tensor(sum(groups, [])).argsort()]
 
 
-def answer_loss(batch: Batch, states: Tensor, head: Tensor) -> Tensor:
+def answer_loss(batch: Batch, ends: tuple[int, ...], states: Tensor, head: Tensor) -> Tensor:
     """KL from the teacher's distributions where the batch has them, else cross-entropy on the answers, [P]."""
-    if batch.soft is None:
-        return cross_entropy(states, head, batch.targets)
-    return soft_cross_entropy(states, head, batch.soft, batch.soft_ids)
+    if batch.soft is not None:
+        return soft_cross_entropy(states, head, batch.soft, batch.soft_ids)
+    loss = cross_entropy(states, head, batch.targets)
+    ending = torch.isin(batch.targets, torch.tensor(ends, dtype=torch.int64, device=loss.device))
+    if len(ends) > 1 and ending.any():
+        there = states[ending]
+        each = [cross_entropy(there, head, torch.full_like(batch.targets[ending], end)) for end in ends]
+        loss[ending] = -torch.stack(each).neg().logsumexp(0)
+    return loss
+
+
+def answer_texts(
+    model: Callable, tokenizer: Tokenizer, prompts: list[list[int]], how: Decoding, watch: Watch = None
+) -> tuple[list[str], list[float]]:
+    """What a model answers to prompts, greedily, and the geometric mean of its tokens' probabilities.
+
+    Every token that was generated counts: an EOS with the probability of all EOS tokens, or those of the stop text.
+    """
+    found = responses(model, tokenizer, prompts, how, watch)
+    said = [Row(prompt, response.generated) for prompt, response in zip(prompts, found)]
+    sure = answer_scores(model, said, ends=tokenizer.eos_ids)[0].exp()
+    return [tokenizer.decode(response.ids) for response in found], sure.tolist()
 
 
 @torch.no_grad()
@@ -209,11 +260,15 @@ def score(
 
         score(model, tokenizer, examples, ("0", "1"), lora, trained.theta)[0]["acc"]
     """
-    prompts, tokens = [e.prompt for e in examples], tokenizer.label_tokens(examples[0].prompt, labels)
+    prompts = [e.prompt for e in examples]
+    tokens = tokenizer.label_tokens(prompts[0], labels)
+    how = Scoring(ends=tokenizer.eos_ids)
     if theta is None:
-        scores = label_scores(*share_prefix(model, tokenizer, [list(demonstrations)], prompts), tokens)
+        student, ids = share_prefix(model, tokenizer, [list(demonstrations)], prompts)
+        scores = label_scores(student, ids, tokens, how)
     else:
         with adapted(model, adapter, theta) as student:
-            scores = label_scores(student, tokenizer.encode_all(prompts), tokens, Scoring(len(theta)))
+            scores = label_scores(student, tokenizer.encode_all(prompts), tokens, replace(how, runs=len(theta)))
     gold = torch.tensor([e.label for e in examples])
-    return [measure(*run, gold) for run in zip(scores.confidence, scores.top == gold, scores.labels)]
+    each_run = zip(scores.confidence, scores.top == gold, scores.log_probabilities)
+    return [measure(*run, gold) for run in each_run]

@@ -96,14 +96,16 @@ class Experiment(FewShotSets):
             model, prompts = self.prompts(dev, number if method == "icl" else None)
             under = nullcontext(model) if theta is None else adapted(model, self.adapter, theta[[place]])
             with under as student:
-                scores = label_scores(student, prompts, self.labels[self.task.name]).logarithms[0]
-            found.append(fit_temperature(scores, torch.tensor([e.label for e in dev])))
+                how = Scoring(ends=self.setting.subject.tokenizer.eos_ids)
+                scores = label_scores(student, prompts, self.labels[self.task.name], how)
+            found.append(fit_temperature(scores.log_probabilities[0], torch.tensor([e.label for e in dev])))
         return found
 
     def score_labels(self, name: str, model: Callable, prompts: list[list[int]], bar, how: Scoring) -> dict:
         """`label_scores` of `model` on evaluation `name`, and which rows are right."""
         o, examples = self.setting.options, self.evals[name].rows
-        how = replace(how, among=10 if o.paper_compat else None, budget=self.setting.budget)
+        ends = self.setting.subject.tokenizer.eos_ids
+        how = replace(how, among=10 if o.paper_compat else None, budget=self.setting.budget, ends=ends)
         scores = label_scores(model, prompts, self.labels[name], how, lambda queries: bar.update(queries * how.runs))
         correct = scores.top == torch.tensor([e.label for e in examples[: len(prompts)]])
         return {key: value for key, value in vars(scores).items() if value is not None} | {"correct": correct}
@@ -141,7 +143,7 @@ class Experiment(FewShotSets):
 
     def ended(self, response: list[int]) -> list[int]:
         """A generated response with the end-of-sequence token, unless it was cut."""
-        return (response + list(self.setting.subject.tokenizer.eos_ids[:1]))[: self.max_tokens]
+        return (response + self.setting.subject.tokenizer.closing)[: self.max_tokens]
 
 
 def cut(row: Row, response: list[int]) -> Row:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import NamedTuple
 
 import torch
@@ -30,6 +30,8 @@ from .tasks import Example, Task, same_answer
 from .tasks.own import complete_rows, keep_apart, near_labels, own_task, queries_task
 from .tasks.rows import Row, as_rows, fill
 from .teacher import answer_tokens_at_most
+
+LONG, FAR = 500, 10  # tokens, and times the median: from both on a row is named
 
 
 class Columns(NamedTuple):
@@ -60,7 +62,10 @@ def fit(
     """
     options, columns = options or FitOptions(), Columns(*columns)
     rows, task = read_own(rows, columns, bool(options.context))
-    chat = ChatTemplate(subject.folder, subject.tokenizer) if options.chat else str
+    chat: Callable = str
+    if options.chat:
+        chat = ChatTemplate(subject.folder, subject.tokenizer)
+        subject = replace(subject, tokenizer=chat.tokenizer)
     if options.context:
         examples = answered([chat(fill(task.prompt, row)) for row in rows], subject, options)
         task = replace(task, max_tokens=options.max_tokens)
@@ -83,6 +88,7 @@ def fit(
         cv.once = RunFolder(keep, "unfinished", what).once
     fitted = conclude(cv)
     fitted.report["remarks"] += [*lacking, *remarks(rows, task, examples)]
+    fitted.report["remarks"] += far_longer(rows, subject.tokenizer.count([fill(task.prompt, row) for row in rows]))
     return fitted
 
 
@@ -184,3 +190,14 @@ def remarks(rows: list[Row], task: Task, examples: list[Example]) -> list[str]:
         named = ", ".join(map(repr, rare))
         said.append(f"only one row has the answer {named}: held out, nothing like it was trained on")
     return said + list(task.remarks)
+
+
+def far_longer(rows: list[Row], lengths: list[int]) -> list[str]:
+    """A sentence for each row that is far longer than the others, of `lengths` in tokens."""
+    usual = median(lengths)
+    said = []
+    for row, tokens in zip(rows, lengths):
+        if tokens > max(LONG, FAR * usual):
+            costs = "it takes most of the time; cut it, or leave it out"
+            said.append(f"{row.where} has {tokens} tokens, half of the rows have at most {usual:.0f}: {costs}")
+    return said

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from .tokenizer import Tokenizer
 
 STOP = "\n\n"  # what separates demonstrations
 WORTH = 8  # tokens of a response from which on recording its steps pays
+PARTS = 4  # bytes of the longest character in UTF-8
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,13 @@ class Decoding:
     runs: int = 1  # R that the model computes side by side
 
 
+class Response(NamedTuple):
+    """What was generated for a prompt."""
+
+    ids: list[int]  # the answer: without EOS, and cut before the stop text
+    generated: list[int]  # every token that was chosen, EOS and those of the stop text too
+
+
 def generate(
     model: Callable, tokenizer: Tokenizer, prompts: list[list[int]], how: Decoding, watch: Watch = None, observer=None
 ) -> list[list[int]]:
@@ -38,6 +48,11 @@ def generate(
     single run: which prompts still go on, the token of each, the logits [b, V] it came from and the attention outputs
     [L, b, D] there.
     """
+    return [response.ids for response in responses(model, tokenizer, prompts, how, watch, observer)]
+
+
+def responses(model, tokenizer, prompts: list[list[int]], how: Decoding, watch=None, observer=None) -> list[Response]:
+    """As `generate`, with every token that was chosen."""
     groups = by_length([len(p) + how.max_tokens for p in prompts], how.budget // how.runs)
     found = parallel.spread(lambda group: _batch(model, tokenizer, prompts, group, how, observer), groups, watch)
     places = [run * len(prompts) + i for group in groups for run in range(how.runs) for i in group]
@@ -45,7 +60,7 @@ def generate(
 
 
 @torch.inference_mode()
-def _batch(model, tokenizer, prompts, group: list[int], how: Decoding, observer) -> list[list[int]]:
+def _batch(model, tokenizer, prompts, group: list[int], how: Decoding, observer) -> list[Response]:
     """Responses to the prompts of `group`, run by run. Ended rows leave; where steps are recorded, half at once."""
     network = getattr(model, "func", model)
     weight = network.model.embed_tokens.weight
@@ -72,7 +87,7 @@ def _batch(model, tokenizer, prompts, group: list[int], how: Decoding, observer)
     def recorded() -> Callable:
         return CapturedStep(decode, device) if static else decode
 
-    responses: list[list[int]] = [[] for _ in ids]
+    found = [Response([], []) for _ in ids]
     logits, outputs = forward(ids, last)
     tokens, going, step = logits.argmax(-1), list(enumerate(range(len(ids)))), recorded()
     for left in reversed(range(how.max_tokens)):
@@ -81,7 +96,7 @@ def _batch(model, tokenizer, prompts, group: list[int], how: Decoding, observer)
             live = [row for row, _ in going]
             rows = send(torch.tensor(live), device) if static else slice(None)  # a replay overwrites what it has given
             observer([group[i] for _, i in going], [chosen[row] for row in live], logits[rows], outputs[:, rows])
-        going = [(row, i) for row, i in going if not ended(tokenizer, responses[i], chosen[row], how.stop)]
+        going = [(row, i) for row, i in going if not ended(tokenizer, found[i], chosen[row], how.stop)]
         if not going or not left:
             break
         rows = staying([row for row, _ in going], len(tokens), how.runs)
@@ -92,7 +107,7 @@ def _batch(model, tokenizer, prompts, group: list[int], how: Decoding, observer)
             cache.keep(rows)
             tokens, step = tokens[rows], recorded()
         logits, outputs = step()
-    return responses
+    return found
 
 
 def staying(going: list[int], rows: int, runs: int) -> list[int]:
@@ -103,22 +118,42 @@ def staying(going: list[int], rows: int, runs: int) -> list[int]:
     return [row for run in each for row in run[:most]]
 
 
-def ended(tokenizer: Tokenizer, response: list[int], token: int, stop: str | None) -> bool:
-    """Whether `token` ends the response, which it is added to unless it is EOS or completes the stop text."""
+def ended(tokenizer: Tokenizer, response: Response, token: int, stop: str | None) -> bool:
+    """Whether `token`, which is added to the response, ends it: it is an EOS, or completes the stop text."""
+    response.generated.append(token)
     if token in tokenizer.eos_ids:
         return True
-    response.append(token)
-    before = None if stop is None else before_stop(tokenizer, response, stop)
-    if before is not None:
-        response[:] = before
-    return before is not None
+    response.ids.append(token)
+    before = before_stop(tokenizer, response.ids, stop) if stop else None
+    if before is None:
+        return False
+    response.ids[:] = before
+    return True
 
 
 def before_stop(tokenizer: Tokenizer, ids: list[int], stop: str) -> list[int] | None:
     """The ids before the stop text if their end has just completed it, else None."""
-    if stop not in tokenizer.decode(ids[-len(stop) :]):  # a stop of two characters spans at most two tokens
+    decode = partial(tokenizer.decode, special=tokenizer.holds_special(stop))
+    if stop not in tail(decode, ids, len(stop)):
         return None
-    text = tokenizer.decode(ids)
-    before = text[: text.index(stop)]
-    n = next(n for n in range(len(ids), -1, -1) if before.startswith(tokenizer.decode(ids[:n])))
-    return ids[:n] + tokenizer.encode(before[len(tokenizer.decode(ids[:n])) :], special=False)
+    text = decode(ids)
+    place = text.find(stop)
+    if place < 0:
+        return None
+    before = text[:place]
+    kept = len(ids)
+    while not before.startswith(decode(ids[:kept])):
+        kept -= 1
+    rest = before[len(decode(ids[:kept])) :]
+    return ids[:kept] + tokenizer.encode(rest, special=False)
+
+
+def tail(decode: Callable, ids: list[int], characters: int) -> str:
+    """The end of a text: what the last token says, and at least so many characters before it, where there are any.
+
+    A character may take several tokens, and its last part alone may decode as several unknown ones.
+    """
+    tokens = characters + 1
+    while tokens < len(ids) and len(decode(ids[-tokens:-1])) < characters + PARTS:
+        tokens *= 2
+    return decode(ids[-tokens:])

@@ -9,12 +9,12 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from .adapters import Adapter, adapted
-from .batch import collate
+from .adapters import Adapter
+from .batch import collate, in_batches
 from .episode import seeded
 from .ridge import solve
 from .teacher import Taught
-from .train import Runs, Settings, Trained, losses, train_in_parts
+from .train import Runs, Settings, Trained, summed_losses, train_in_parts
 
 
 def configs(method: str, sets: int, rates: Sequence[float], betas: Sequence[float]) -> list[tuple]:
@@ -127,9 +127,9 @@ def ridge(grid: Grid) -> Trained:
         for first, taught in zip(grid.start(configs)[::each], grid.sets):
             rows = collate([taught.icl_train], device, pack=True)
             theta.append(solve(grid.model, grid.adapter, first[None], rows, grid.settings.layers))
-            with torch.no_grad(), adapted(grid.model, grid.adapter, theta[-1]) as student:
-                judges = collate([taught.icl_dev or taught.icl_train], device, pack=True)
-                dev.append(losses(student, judges, {"mse": torch.ones(1, device=device)}, grid.settings.layers))
+            judges = in_batches([taught.icl_dev or taught.icl_train], device)
+            mix = {"mse": torch.ones(1, device=device)}
+            dev.append(summed_losses(grid.model, grid.adapter, theta[-1], judges, mix, grid.settings.layers))
     none = [torch.zeros(len(configs), dtype=torch.int64) for _ in range(3)]  # steps
     dev_loss = torch.cat(dev).cpu().repeat_interleave(each)
     return Trained(torch.cat(theta).repeat_interleave(each, 0), dev_loss, *none)

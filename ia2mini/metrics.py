@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 FEWEST_PAIRS = 5  # of a test; fewer say nothing of chance
-TINIEST = torch.finfo(torch.float32).tiny  # the smallest normal float32
 
 
 class PairedTest(NamedTuple):
@@ -170,14 +169,9 @@ def murphy(confidence, correct, bins: int = 15) -> tuple[float, float, float]:
     return float(calibration), float((share * (right / rows - rate) ** 2).sum()), float(rate * (1 - rate))
 
 
-def nll(p_label) -> float:
-    """Mean negative log-likelihood in nats; p_label [Q], at least the smallest normal float32: the mean is finite."""
-    return _mean(-np.log(np.maximum(_float64(p_label), TINIEST)))
-
-
-def logarithms(probabilities: torch.Tensor) -> torch.Tensor:
-    """Their natural logarithms; finite, also where one is zero."""
-    return probabilities.clamp_min(TINIEST).log()
+def nll(log_probabilities) -> float:
+    """Mean negative log-likelihood in nats, of the true labels' log-probabilities [Q]; infinite where one is -inf."""
+    return _mean(-_float64(log_probabilities))
 
 
 def row_losses(scores: torch.Tensor, gold: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -192,7 +186,12 @@ def temperatures(scores: torch.Tensor, gold: torch.Tensor, doubt: float = 0.0) -
     C = scores.shape[1]
     true = torch.full_like(scores, doubt / (C - 1), dtype=torch.float64).scatter_(1, gold[:, None], 1 - doubt)
     grid = torch.logspace(math.log10(0.05), math.log10(20), 241, dtype=torch.float64)
-    return grid, torch.stack([-(true * (scores.double() / t).log_softmax(-1)).sum(-1) for t in grid])
+    losses = []
+    for temperature in grid:
+        log_shares = (scores.double() / temperature).log_softmax(-1)
+        expected = torch.where(true > 0, true * log_shares, 0.0)  # a label that cannot be said may be impossible
+        losses.append(-expected.sum(-1))
+    return grid, torch.stack(losses)
 
 
 def fit_temperature(scores: torch.Tensor, gold: torch.Tensor, oracle: bool = False) -> float:
@@ -294,16 +293,15 @@ def nodes() -> tuple[np.ndarray, np.ndarray]:
     return np.polynomial.legendre.leggauss(300)
 
 
-def measure(confidence, correct, probabilities, gold, scheme: str = "width", temperature: float = 1.0) -> dict:
+def measure(confidence, correct, scores, gold, scheme: str = "width", temperature: float = 1.0) -> dict:
     """All metrics of one run on Q labelled rows (protocol section 5).
 
-    `confidence` [Q] of the greedy answer, `correct` [Q], `probabilities` [Q, C] of the labels among all that could be
-    said, `gold` [Q] indices of the true labels. `scheme`: bins of `ece`, of equal "width" or "mass". Among the labels
-    alone there are the NLL as it is, at a `temperature` from other rows, for each row at that of all others (left out),
-    and at the best one for these rows (oracle).
+    `confidence` [Q] of the greedy answer, `correct` [Q], `scores` [Q, C] log-probabilities of the labels among all that
+    could be said, `gold` [Q] indices of the true labels. `scheme`: bins of `ece`, of equal "width" or "mass". Among the
+    labels alone there are the NLL as it is, at a `temperature` from other rows, for each row at that of all others
+    (left out), and at the best one for these rows (oracle).
     """
-    best = (probabilities / probabilities.sum(-1, keepdim=True)).max(-1)
-    scores = logarithms(probabilities)
+    best = scores.softmax(-1).max(-1)
     heats = {"nll_labels": 1.0, "nll_dev": temperature, "nll_oracle": fit_temperature(scores, gold, oracle=True)}
     calibrated = {name: row_losses(scores.double(), gold, heat).mean().item() for name, heat in heats.items()}
     parts = dict(zip(("reliability_brier", "resolution", "uncertainty"), murphy(confidence, correct)))
@@ -317,8 +315,8 @@ def measure(confidence, correct, probabilities, gold, scheme: str = "width", tem
         "ece": ece(confidence, correct, scheme=scheme),
         "ece_null": ece_null(confidence, scheme=scheme),
         "ece_mass": ece(confidence, correct, scheme="mass"),
-        "nll": nll(probabilities.gather(1, gold[:, None])[:, 0]),
-        "brier": brier(probabilities, gold),
+        "nll": nll(scores.gather(1, gold[:, None])[:, 0]),
+        "brier": brier(scores.double().exp(), gold),
         "acc_labels": accuracy(best.indices == gold),
         "ece_labels": ece(best.values, best.indices == gold),
         "reliability": reliability(confidence, correct).tolist(),

@@ -6,10 +6,12 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,13 +19,11 @@ from torch import Tensor
 
 from . import UsageError, parallel
 from .adapters import Adapter, adapted
-from .batch import Row as IdsRow
-from .batch import Watch
 from .chat import ChatTemplate
 from .episode import with_demonstrations
-from .evaluate import answer_scores, label_scores, share_prefix
+from .evaluate import Scoring, answer_texts, label_scores, share_prefix
 from .files import finite, write, write_text
-from .generate import Decoding, generate
+from .generate import Decoding
 from .models.checkpoint import load
 from .models.common import device_of
 from .peft_format import claim, read_adapter, read_config, save_adapter, save_merged
@@ -32,6 +32,7 @@ from .spec import FOREIGN, SPEC, check_given, read_spec
 from .subject import Subject, open_subject
 from .tasks import Example
 from .tasks.rows import Row, fill
+from .tokenizer import Rendered
 
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 BESIDE += ("added_tokens.json",)
@@ -52,7 +53,10 @@ class Predictor:
     report: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        self.chat = ChatTemplate(self.subject.folder, self.subject.tokenizer) if self.spec["chat"] else str
+        self.chat = str
+        if self.spec["chat"]:
+            self.chat = ChatTemplate(self.subject.folder, self.subject.tokenizer)
+            self.subject = replace(self.subject, tokenizer=self.chat.tokenizer)
 
     def student(self, wanted: bool = True) -> AbstractContextManager:
         """The model under the adapter, if there is one and it is wanted."""
@@ -60,30 +64,39 @@ class Predictor:
         return adapted(model, self.adapter, self.theta) if wanted and self.adapter else nullcontext(model)
 
     def predict(
-        self, rows: Iterable[dict], icl: bool = False, coverage: float | None = None, wrong: Callable | None = None
+        self, rows: Iterable[dict | None], icl=False, coverage: float | None = None, wrong: Callable | None = None
     ) -> Iterator[dict]:
         """Each row with its answer added: `answer`, `confidence` and, of labels, `probabilities`; lazily, in order.
 
-        A column of the row's own that is called so becomes `row_answer` and so on.
+        A column of the row's own that is called so becomes `row_answer` and so on. None in place of a row says that the
+        next has yet to come: what has come is answered first.
         `icl`: the base with demonstrations instead. `coverage`: the least certain rows get the answer None, by the
         threshold above which that share of the held-out rows was. A row without its columns is a UsageError, which
         `wrong`, where given, is called with instead.
         """
-        threshold, shown = self.threshold(coverage), self.shown() if icl else []
-        every = (row if isinstance(row, Row) else Row(f"row {i}", row) for i, row in enumerate(rows, 1))
-        while some := list(islice(every, AT_ONCE)):
-            prompts = {}
-            for i, row in enumerate(some):
+        threshold = self.threshold(coverage)
+        for row, found in self.answers(rows, icl, wrong):
+            found.pop("log_probabilities", None)
+            if found["confidence"] < threshold:
+                found = {"answer": None, "abstained": found.pop("answer")} | found
+            yield {re.sub(ADDED, "row_", name): value for name, value in row.items()} | found
+
+    def answers(self, rows: Iterable[dict | None], icl=False, wrong=None) -> Iterator[tuple[Row, dict]]:
+        """Each row and what is said to it, of labels also the `log_probabilities`, among them alone."""
+        shown = self.shown() if icl else []
+        for some in blocks(rows):
+            questions = []
+            for row in some:
                 try:
-                    prompts[i] = self.prompt(row, shown)
+                    questions.append(self.question(row, shown))
                 except UsageError as error:
                     if wrong is None:
                         raise
                     wrong(error)
-            for i, found in zip(prompts, self.answer(list(prompts.values()), shown) if prompts else ()):
-                if found["confidence"] < threshold:
-                    found = {"answer": None, "abstained": found.pop("answer")} | found
-                yield {re.sub(ADDED, "row_", name): value for name, value in some[i].items()} | found
+            for labels, group in groupby(questions, attrgetter("labels")):
+                alike = list(group)
+                found = self.answer([question.prompt for question in alike], shown, labels)
+                yield from zip([question.row for question in alike], found)
 
     def shown(self) -> list[Example]:
         """The demonstrations, or the context, that stand before every row where the base is to answer."""
@@ -93,15 +106,30 @@ class Predictor:
         asked = str if spec["context"] else self.chat
         return [Example(asked(e["prompt"]), e["answer"]) for e in spec["demonstrations"]]
 
-    def prompt(self, row: Row, shown: list[Example]) -> str:
-        """The prompt of a row. Raises UsageError for a missing column, or where it is longer than the model reads."""
+    def question(self, row: Row, shown: list[Example]) -> "Question":
+        """What a row asks. Raises UsageError for a missing column, and where it is longer than the model reads."""
         prompt = self.chat(fill(self.spec["template"], row))
-        tokens = len(self.subject.tokenizer.encode(with_demonstrations(shown, prompt)))
-        most = self.subject.reads
-        if not 0 < tokens <= most:
-            behind = " with demonstrations" * bool(shown)
-            raise UsageError(f"{row.where}: its prompt{behind} has {tokens} tokens; the model reads 1 to {most}")
-        return prompt
+        tokenizer = self.subject.tokenizer
+        tokens = len(tokenizer.encode(with_demonstrations(shown, prompt)))
+        try:
+            labels = self.label_tokens(prompt)
+        except UsageError as error:
+            raise UsageError(f"{row.where}: {error}") from None
+        answer = max(map(len, labels)) if labels else self.spec["max_tokens"]
+        if 0 < tokens and tokens + answer - 1 <= self.subject.reads:  # the answer's last token is not read
+            return Question(row, prompt, labels)
+        said = [f"its prompt{' with demonstrations' if shown else ''} has {tokens} tokens"]
+        if answer > 1:
+            said.append(f"its answer may have {answer}")
+        raise UsageError(f"{row.where}: {', '.join(said)}; the model reads 1 to {self.subject.reads}")
+
+    def label_tokens(self, prompt: str) -> list[list[int]]:
+        """The tokens of every label: as they were fitted, or of a strange adapter as they stand behind this prompt."""
+        if not self.spec["labels"]:
+            return []
+        if "example" in self.spec:
+            prompt = self.chat(self.spec["example"])
+        return self.subject.tokenizer.label_tokens(prompt, self.spec["labels"])
 
     def threshold(self, coverage: float | None) -> float:
         """The confidence that the share `coverage` of held-out rows reaches (split conformal: of n + 1 rows)."""
@@ -115,15 +143,15 @@ class Predictor:
         below = int(np.floor((len(held) + 1) * (1 - coverage) + 1e-9))
         return held[below - 1] if below else 0.0
 
-    def answer(self, prompts: list[str], shown: list[Example]) -> list[dict]:
+    def answer(self, prompts: list[str], shown: list[Example], labels: list[list[int]]) -> list[dict]:
         """Answers to prompts: the adapted model's, or the base's where demonstrations are shown."""
         spec, tokenizer = self.spec, self.subject.tokenizer
         model, ids = self.subject.model, tokenizer.encode_all(prompts)
         if shown:
             model, ids = share_prefix(model, tokenizer, [shown], prompts)
         with nullcontext(model) if shown else self.student() as student:
-            if spec["labels"]:
-                found = self.answer_labels(student, prompts, ids)
+            if labels:
+                found = self.answer_labels(student, ids, labels)
             else:
                 texts = answer_texts(student, tokenizer, ids, Decoding(spec["max_tokens"], spec["stop"]))
                 found = [{"answer": text, "confidence": sure} for text, sure in zip(*texts)]
@@ -131,22 +159,25 @@ class Predictor:
             raise UsageError("the model computes NaN: weights of model or adapter are too large; try --dtype float32")
         return found
 
-    def answer_labels(self, student, prompts: list[str], ids: list[list[int]]) -> list[dict]:
+    def answer_labels(self, student, ids: list[list[int]], tokens: list[list[int]]) -> list[dict]:
         labels = self.spec["labels"]
-        tokens = self.subject.tokenizer.label_tokens(self.chat(self.spec.get("example", prompts[0])), labels)
-        if (longest := max(map(len, tokens))) > (most := self.subject.reads):
-            raise UsageError(f"a label has {longest} tokens; the model reads at most {most}")
-        scores = label_scores(student, ids, tokens).logarithms[0]
+        scores = label_scores(student, ids, tokens, Scoring(ends=self.subject.tokenizer.eos_ids)).log_probabilities[0]
+        logs = (scores.double() / self.spec["temperature"]).log_softmax(-1)
         found = []
-        for row in (scores / self.spec["temperature"]).softmax(-1).tolist():
-            best = max(range(len(labels)), key=row.__getitem__)
-            found.append({"answer": labels[best], "confidence": row[best], "probabilities": dict(zip(labels, row))})
+        for best, row in zip(logs.argmax(-1).tolist(), logs):
+            shares = row.exp().tolist()
+            about = {"answer": labels[best], "confidence": shares[best], "probabilities": dict(zip(labels, shares))}
+            found.append(about | {"log_probabilities": row.tolist()})
         return found
 
     def canary(self, kept: dict | None = None) -> dict:
         """Next tokens of a prompt (the likeliest, or as `kept`) and their log-probabilities, with and without it."""
-        ids = torch.tensor([self.subject.tokenizer.encode(self.chat(self.spec["example"]))])
+        prompt = self.chat(self.spec["example"])
         found: dict = {"dtype": str(next(self.subject.model.parameters()).dtype).removeprefix("torch.")}
+        if self.spec["chat"]:  # a template may write today's date: what it wrote then is asked again
+            prompt = Rendered((kept or {}).get("prompt", prompt))
+            found["prompt"] = str(prompt)
+        ids = torch.tensor([self.subject.tokenizer.encode(prompt)])
         for name, wanted in (("base", False), ("adapted", True)):
             with torch.no_grad(), self.student(wanted) as student:
                 logits = student(ids.to(device_of(self.subject.model)))[0, -1].float().cpu().log_softmax(-1)
@@ -205,11 +236,27 @@ class Predictor:
         write_text(folder / SPEC, json.dumps(finite(self.spec), indent=1, ensure_ascii=False) + "\n")
 
 
-def answer_texts(student, tokenizer, ids: list[list[int]], how: Decoding, watch: Watch = None) -> tuple[list, list]:
-    """What a model answers to prompts, greedily, and the geometric mean of its tokens' (and EOS's) probabilities."""
-    responses = generate(student, tokenizer, ids, how, watch)
-    ended = [IdsRow(prompt, response + list(tokenizer.eos_ids[:1])) for prompt, response in zip(ids, responses)]
-    return list(map(tokenizer.decode, responses)), answer_scores(student, ended)[0].exp().tolist()
+class Question(NamedTuple):
+    """A row, its prompt, and the tokens of each label behind it (of texts none)."""
+
+    row: Row
+    prompt: str
+    labels: list[list[int]]
+
+
+def blocks(rows: Iterable[dict | None]) -> Iterator[list[Row]]:
+    """Rows in lists of up to `AT_ONCE`; fewer where the next row has yet to come (None)."""
+    some: list[Row] = []
+    number = 0
+    for row in rows:
+        if row is not None:
+            number += 1
+            some.append(row if isinstance(row, Row) else Row(f"row {number}", row))
+        if some and (row is None or len(some) == AT_ONCE):
+            yield some
+            some = []
+    if some:
+        yield some
 
 
 def digest(path: Path) -> str | None:

@@ -78,7 +78,7 @@ def respond(model, tokenizer, rows: list[Row], prompts: list[list[int]], asked: 
 
     how, rest = Decoding(asked.max_tokens, asked.stop, 4 * asked.budget, asked.layers), []
     for i, (row, response) in enumerate(zip(rows, generate(model, tokenizer, prompts, how, watch, observer))):
-        row.answer = (response + list(tokenizer.eos_ids[:1]))[: asked.max_tokens]
+        row.answer = (response + tokenizer.closing)[: asked.max_tokens]
         tokens, outputs, *soft = zip(*steps[i][: len(row.answer)])
         if list(tokens[: len(response)]) != response:
             rest.append(i)

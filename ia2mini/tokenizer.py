@@ -1,8 +1,9 @@
 """Text to ids and back: a thin layer over `tokenizers`, and the check that prompt and answer join safely."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import permutations
 from pathlib import Path
 
 from tokenizers import Encoding
@@ -13,7 +14,7 @@ from .added_tokens import add_tokens
 from .errors import out_of_memory
 from .files import check_text, is_there, read_json
 
-NAMED = 5  # unknown words that are named in warnings
+WORDS_NAMED = 5  # unknown words that are named in warnings
 
 
 @contextmanager
@@ -31,18 +32,37 @@ def broken_file() -> Iterator[None]:
         raise UsageError(f"the tokenizer.json of this checkpoint is broken ({error}); download it again") from None
 
 
-class Tokenizer:
-    """A checkpoint's tokenizer. BOS comes where the file's own post-processor adds it, EOS from the config."""
+NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
-    def __init__(self, backend: Backend, eos_ids: tuple[int, ...], size: int = 2**31):
-        self.backend, self.eos_ids, self.size = backend, eos_ids, size  # the model knows ids below `size`
+
+class Rendered(str):
+    """A text as a chat template wrote it: BOS stands in it where it belongs, and the tokenizer adds nothing."""
+
+    def __add__(self, more: str) -> "Rendered":
+        return Rendered(str(self) + more)
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer. BOS comes where the file's own post-processor adds it.
+
+    A text ends at any of `eos_ids`: those of the config, and what the tokenizer itself calls its end. `closing` is what
+    closes an answer that is trained on: one of them (`end`, else the first), or nothing where there is none.
+    """
+
+    def __init__(self, backend: Backend, eos_ids: tuple[int, ...], size: int = 2**31, end: int | None = None):
+        self.backend = backend
+        self.size = size  # the model knows ids below it
+        if end is not None and end not in eos_ids:
+            eos_ids = (*eos_ids, end)
+        self.eos_ids = eos_ids
+        self.closing = list(eos_ids[:1]) if end is None else [end]
         unknown = getattr(backend.model, "unk_token", None)
         self.unknown = unknown and backend.token_to_id(unknown)
         self.warned: set[str] = set()  # of these unknown words
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
-        """Read tokenizer.json and the end-of-sequence ids of (generation_)config.json. Raises UsageError."""
+        """Read tokenizer.json and the ends of sequence that the other files name. Raises UsageError."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise UsageError(f"{path}: no such file; a checkpoint needs its tokenizer.json")
@@ -63,29 +83,39 @@ class Tokenizer:
         if type(size) is not int or not all(type(i) is int and 0 <= i < size for i in ids):
             wanted = f"neither a token id nor a list of them (vocab_size = {repr(size)[:80]})"
             raise UsageError(f"{folder}: eos_token_id = {repr(eos)[:80]} is {wanted}")
-        return cls(backend, ids, size)
+        end = backend.token_to_id(special_tokens(folder).get("eos_token", ""))
+        return cls(backend, ids, size, end if end is not None and end < size else None)
+
+    def ending_with(self, end: int | None) -> "Tokenizer":
+        """The same tokenizer with another token that closes an answer; None: with its own."""
+        return self if end is None else Tokenizer(self.backend, self.eos_ids, self.size, end)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Ids of `text`; with `special`, also what the file's post-processor adds (BOS for Llama, nothing for Qwen)."""
         check_text(text, "the text", "write the whole character")
+        special = special and not isinstance(text, Rendered)
         with broken_file():
             encoding = self.backend.encode(text, add_special_tokens=special)
         return self.known(text, encoding)
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
         """`encode` for many texts at once."""
-        return [self.known(text, encoding) for text, encoding in zip(texts, self.read(texts))]
+        return [self.known(text, encoding) for text, encoding in zip(texts, self.encodings(texts))]
 
     def count(self, texts: list[str]) -> list[int]:
         """Tokens of each text."""
-        return [len(encoding.ids) for encoding in self.read(texts)]
+        return [len(encoding.ids) for encoding in self.encodings(texts)]
 
-    def read(self, texts: list[str]) -> list[Encoding]:
-        """What the backend makes of each text. Raises UsageError for half a surrogate pair."""
+    def encodings(self, texts: Sequence[str]) -> list[Encoding]:
+        """Encodings of texts that are all rendered by a chat template, or none of which is.
+
+        Raises UsageError for half a surrogate pair.
+        """
         for text in texts:
             check_text(text, "the text", "write the whole character")
+        special = not any(isinstance(text, Rendered) for text in texts)
         with broken_file():
-            return self.backend.encode_batch(texts)
+            return self.backend.encode_batch(list(texts), add_special_tokens=special)
 
     def known(self, text: str, encoding: Encoding) -> list[int]:
         """The ids of an encoding; a word that the vocabulary lacks is the unknown token, and is warned of once.
@@ -101,17 +131,23 @@ class Tokenizer:
 
     def warn_of(self, word: str) -> None:
         """Warn of an unknown word: once of each of the first few, then once that there are more."""
-        if word in self.warned or len(self.warned) > NAMED:
+        if word in self.warned or len(self.warned) > WORDS_NAMED:
             return
         self.warned.add(word)
-        if len(self.warned) <= NAMED:
+        if len(self.warned) <= WORDS_NAMED:
             warnings.warn(f"{word!r} is not in the vocabulary and is read as an unknown word", stacklevel=4)
         else:
             warnings.warn("more words are not in the vocabulary; they are not named", stacklevel=4)
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], special: bool = False) -> str:
+        """The text of ids; with `special` also what special tokens are called."""
         with broken_file():
-            return self.backend.decode(ids, skip_special_tokens=True)
+            return self.backend.decode(ids, skip_special_tokens=not special)
+
+    def holds_special(self, text: str) -> bool:
+        """Whether what a special token is called stands in a text."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return any(token.special and token.content in text for token in added)
 
     def encode_answer(self, prompt: str, answer: str, apart: bool = False) -> list[int]:
         """Ids of `answer` right after `prompt`. Raises UsageError when it merges with the prompt's last token.
@@ -132,11 +168,46 @@ class Tokenizer:
         return self.encode(prompt + answer)[: len(before)] != before
 
     def label_tokens(self, prompt: str, labels: tuple[str, ...]) -> list[list[int]]:
-        """Tokens of every label after `prompt`, with EOS where one begins another. UsageError for equal ones."""
+        """Tokens of every label after `prompt`, closed where one begins another.
+
+        Raises UsageError for labels of the same tokens, and for such beginnings without an end of sequence.
+        """
         tokens = [self.encode_answer(prompt, label) for label in labels]
         for i, mine in enumerate(tokens):
             if mine in tokens[:i]:
                 same = f"label {labels[i]!r} has the tokens of label {labels[tokens.index(mine)]!r} in this tokenizer"
                 raise UsageError(f"{same}; choose other labels")
-        nested = any(a != b and b[: len(a)] == a for a in tokens for b in tokens)
-        return [ids + list(self.eos_ids[:1]) for ids in tokens] if nested else tokens
+        known = dict(zip(labels, tokens))
+        alike = [(a, b) for a, b in permutations(labels, 2) if begins(known[a], known[b])]
+        if not alike:
+            return tokens
+        if not self.closing:
+            said = "label {!r} begins label {!r}".format(*alike[0])
+            lack = "no end of sequence tells them apart: this checkpoint names no eos_token_id"
+            raise UsageError(f"{said}, and {lack}; add it to its config.json, or choose other labels")
+        return [ids + self.closing for ids in tokens]
+
+
+def begins(one: list[int], other: list[int]) -> bool:
+    """Whether the longer list goes on from the shorter one."""
+    return len(one) < len(other) and other[: len(one)] == one
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """The special tokens that a checkpoint names ("bos_token" and so on), as transformers reads them.
+
+    special_tokens_map.json counts where tokenizer_config.json does not list the added tokens. Raises UsageError.
+    """
+    config = folder / "tokenizer_config.json"
+    older = folder / "special_tokens_map.json"
+    said = read_json(config) if is_there(config) else {}
+    if "added_tokens_decoder" not in said and is_there(older):
+        said.update(read_json(older))
+    found = {}
+    for name in NAMED:
+        token = said.get(name)
+        if isinstance(token, dict):  # an added token with its properties
+            token = token.get("content")
+        if isinstance(token, str):
+            found[name] = token
+    return found

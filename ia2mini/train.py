@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import UsageError, parallel
 from .adapters import Adapter, adapted
-from .batch import Batch, Row, collate, send
+from .batch import Batch, Row, in_batches, send
 from .cost import run_bytes
 from .errors import out_of_memory
 from .graphs import CapturedStep, launch_bound
@@ -197,6 +197,35 @@ def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None 
     return sum(weight * values[loss] for loss, weight in mix.items())
 
 
+def gradient(model: nn.Module, adapter: Adapter, theta: Tensor, batches: Sequence[Batch], mix, layers) -> Tensor:
+    """The gradient [R, M] of each run's loss by its weights, of several batches summed one after another."""
+    total = torch.zeros_like(theta)
+    for batch in batches:
+        with adapted(model, adapter, of_runs(theta, batch)) as student:
+            found = losses(student, batch, {loss: of_runs(w, batch) for loss, w in mix.items()}, layers)
+            total += torch.autograd.grad(found.sum(), theta)[0]
+    return total
+
+
+@torch.no_grad()
+def summed_losses(model: nn.Module, adapter: Adapter, theta: Tensor, batches: Sequence[Batch], mix, layers) -> Tensor:
+    """Each run's loss [R] over several batches."""
+    total = torch.zeros(len(theta), device=theta.device)
+    for batch in batches:
+        with adapted(model, adapter, of_runs(theta, batch)) as student:
+            found = losses(student, batch, {loss: of_runs(w, batch) for loss, w in mix.items()}, layers)
+        if batch.runs is None:
+            total = total + found
+        else:
+            total.index_add_(0, batch.runs, found)
+    return total
+
+
+def of_runs(values: Tensor, batch: Batch) -> Tensor:
+    """Those of values [R, …] that belong to the runs of a batch."""
+    return values if batch.runs is None else values[batch.runs]
+
+
 def train_runs(
     model: nn.Module, adapter: Adapter, runs: Runs, settings: Settings = Settings(), watch: Callable | None = None
 ) -> Trained:
@@ -211,17 +240,14 @@ def train_runs(
     adam = Adam(runs.theta, runs.rates.to(device))
     live, going = torch.arange(len(runs)), runs  # those in the batch, in its order
     places = torch.arange(len(runs))  # which of them still train; the others' weights are kept already
-    dev_batch = None if settings.steps else collate(runs.dev, device, pack=True)
-    batch, step = None, 0
+    dev_batches = None if settings.steps else in_batches(runs.dev, device)
+    batches, step = None, 0
 
-    def update(batch: Batch) -> None:
-        with adapted(model, adapter, adam.theta) as student:
-            adam.step(*torch.autograd.grad(losses(student, batch, going.mix, settings.layers).sum(), adam.theta))
+    def update(*batches: Batch) -> None:
+        adam.step(gradient(model, adapter, adam.theta, batches, going.mix, settings.layers))
 
-    @torch.no_grad()
-    def dev_losses(batch: Batch) -> Tensor:
-        with adapted(model, adapter, adam.theta) as student:
-            return losses(student, batch, going.mix, settings.layers)
+    def dev_losses(*batches: Batch) -> Tensor:
+        return summed_losses(model, adapter, adam.theta, batches, going.mix, settings.layers)
 
     def recorded() -> list[CapturedStep]:
         return [CapturedStep(function, device, fewer=len(live) > 1) for function in (update, dev_losses)]
@@ -230,18 +256,18 @@ def train_runs(
     portions = range(0, rows, settings.batch_size)
     epochs = settings.epochs if settings.steps is None else -(-settings.steps // len(portions))
     for epoch, start in product(range(epochs), portions):
-        if batch is None or rows > settings.batch_size:
+        if batches is None or rows > settings.batch_size:
             portion = slice(start, start + settings.batch_size)
             chosen = [[run[i] for i in order(epoch)[portion]] for run, order in zip(going.train, going.order)]
-            batch = collate(chosen, device, pack=True)
-        train_step(batch)
+            batches = in_batches(chosen, device)
+        train_step(*batches)
         step += 1
         if step == settings.steps:
             stopping.stop(adam.theta.detach(), step)
             break
         if settings.steps or step % 2 and start + settings.batch_size < rows:
             continue
-        theta, dev = adam.theta.detach(), look(dev_batch)
+        theta, dev = adam.theta.detach(), look(*dev_batches)
         if len(places) < len(live):
             there = send(places, device)
             theta = theta[there]
@@ -251,10 +277,12 @@ def train_runs(
             watch(step, stopping.dev_loss[live[places]])
         if not len(places):
             break
-        if len(places) <= (len(live) // 2 if launch_bound(model.config, batch) else len(live) - 1):
+        if len(places) <= (len(live) // 2 if launch_bound(model.config, batches[0]) else len(live) - 1):
             live, going = live[places], going.take(places)
             adam.keep(send(places, device))
-            places, dev_batch, batch = torch.arange(len(live)), collate(going.dev, device, pack=True), None
+            places = torch.arange(len(live))
+            dev_batches = in_batches(going.dev, device)
+            batches = None
             train_step, look = recorded()  # for fewer runs
     return Trained(stopping.theta, stopping.dev_loss, stopping.steps, stopping.best, stopping.broken)
 

@@ -86,8 +86,8 @@ MUTANTS = {
         ("if rows[i].prompt != without and", "if", "folds balanced"),
     ],
     "ia2mini/evaluate.py": [
-        ("agreed[..., :-1]), -1) * self.real", "agreed[..., 1:]), -1) * self.real", "labels several_tokens_equal"),
-        ("total[..., self.at, 0]) * self.real", "total[..., self.at, 0])", "labels several_tokens_equal"),
+        ("agreed[..., :1]), agreed[..., :-1])", "agreed[..., :1]), agreed[..., 1:])", "labels several_tokens_equal"),
+        ("masked_fill(~self.real, 0.0)", "masked_fill(self.real, 0.0)", "labels several_tokens_equal"),
         ("zip(*(p[:-1] for p in prompts))", "zip(*prompts)", "evaluate one_query"),
     ],
     "ia2mini/metrics.py": [
@@ -106,17 +106,17 @@ MUTANTS = {
     ],
     "ia2mini/predictor.py": [
         ("(len(held) + 1) * (1", "len(held) * (1", "predictor coverage_of_few"),
-        ('(scores / self.spec["temperature"])', "scores", "predictor probabilities_are"),
+        ('(scores.double() / self.spec["temperature"])', "scores", "predictor probabilities_are"),
     ],
     "ia2mini/generate.py": [
-        ("ids[-len(stop) :]", "ids[-1:]", "generate a_stop_text"),
+        ("return decode(ids[-tokens:])", "return decode(ids[-1:])", "generate a_stop_text"),
         ("cache.lengths += last + 1", "cache.lengths += ids.shape[1]", "generate runs_side_by_side"),
     ],
     "ia2mini/teacher.py": [
         ("rows[n:labelled])", "rows[n:])", "unlabelled only_ia2"),
     ],
     "ia2mini/chat.py": [
-        ("return text.removeprefix(self.start)", "return text", "chat rendering_equals"),
+        ("return Rendered(self.template", "return str(self.template", "chat rendering_equals"),
     ],
     "ia2mini/files.py": [
         ("pid.isdecimal() and not alive(int(pid)):", "pid.isdecimal():", "runs what_killed"),

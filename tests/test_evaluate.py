@@ -46,7 +46,7 @@ def check_scores(scores, run, net, prompts, labels, among=None):
         assert scores.top[run, q] == (labels.index([top]) if [top] in labels else -1)
         confidence = e[top] / sum(sorted(e)[-among:] if among else e)
         assert scores.confidence[run, q].item() == pytest.approx(confidence, abs=1e-5)
-        assert scores.labels[run, q].tolist() == pytest.approx([e[i] / sum(e) for (i,) in labels], abs=1e-5)
+        assert scores.probabilities[run, q].tolist() == pytest.approx([e[i] / sum(e) for (i,) in labels], abs=1e-5)
 
 
 @pytest.mark.parametrize("labels", [LABELS, EVERY], ids=["three", "every"])
@@ -57,7 +57,7 @@ def test_scores_equal_a_naive_loop(tiny, budget, among, labels):
     scores = label_scores(model, PROMPTS, labels, Scoring(among=among, budget=budget), watched.append)
     check_scores(scores, 0, upstream(folder), PROMPTS, labels, among)
     assert sum(watched) == len(PROMPTS) and len(watched) == {8192: 1, 1: 7, 20: 4}[budget]
-    assert scores.top.shape == (1, 7) and scores.labels.shape == (1, 7, len(labels))
+    assert scores.top.shape == (1, 7) and scores.probabilities.shape == (1, 7, len(labels))
 
 
 @pytest.mark.parametrize("among", [None, 10])
@@ -74,7 +74,7 @@ def test_labels_of_one_token_are_read_off_the_last_position_to_the_bit(tiny, amo
             whole = total[..., 0] if among is None else logits.topk(among).values.logsumexp(-1)
             assert torch.equal(VOCABULARY - 1 - scores.top[:, group], best.indices)
             assert torch.equal(scores.confidence[:, group], (best.values - whole).exp())
-            assert torch.equal(scores.labels[:, group].flip(-1), (logits - total).exp())
+            assert torch.equal(scores.probabilities[:, group].flip(-1), (logits - total).exp())
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
@@ -99,7 +99,7 @@ def test_any_order_of_rows_gives_the_same_scores(tiny, order, budget):
     found = label_scores(model, [PROMPTS[i] for i in order], labels, Scoring(budget=budget))
     assert torch.equal(found.top, expected.top[:, order])
     torch.testing.assert_close(found.confidence, expected.confidence[:, order], rtol=0, atol=1e-5)
-    torch.testing.assert_close(found.labels, expected.labels[:, order], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.probabilities, expected.probabilities[:, order], rtol=0, atol=1e-5)
 
 
 DEMONSTRATIONS = [Example(f"Text:example {i} of some\nLabel:", str(i % 2), i % 2) for i in range(3)]
@@ -118,7 +118,7 @@ def test_demonstrations_computed_once_equal_whole_prompts(tiny):
     expected, found = label_scores(model, whole, EVERY), label_scores(student, rest, EVERY)
     assert torch.equal(expected.top, found.top)
     assert (expected.confidence - found.confidence).abs().max() <= 1e-5
-    assert (expected.labels - found.labels).abs().max() <= 1e-5
+    assert (expected.probabilities - found.probabilities).abs().max() <= 1e-5
     how = Decoding(6, stop=None)
     assert generate(student, tokenizer, rest, how) == generate(model, tokenizer, whole, how)
     answers = [[1, 2], [3], [4, 5, 6]]
@@ -135,7 +135,7 @@ def test_one_query_keeps_its_last_token(tiny):
     assert rest == [whole[-1:]]
     for labels in (LABELS, [[1, 2, 3], [1, 4]]):
         found, expected = label_scores(student, rest, labels), label_scores(model, [whole], labels)
-        torch.testing.assert_close(found.labels, expected.labels, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.probabilities, expected.probabilities, rtol=0, atol=1e-5)
 
 
 def test_demonstrations_a_query_stay_whole(tiny):

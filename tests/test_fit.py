@@ -341,12 +341,14 @@ def test_the_kept_confidences_of_text_are_those_of_what_was_said(subject):
 
 
 def plain_answer(student, tokenizer, prompt: str, max_tokens: int) -> tuple[list[int], list[float]]:
-    """The greedy answer's tokens and their log-probabilities, EOS's last."""
+    """The greedy answer's tokens, and the log-probabilities of all that was generated, EOS too where it came."""
     ids, said, logs = tokenizer.encode(prompt), [], []
     while True:
         p = student(torch.tensor([ids + said]))[0, -1].log_softmax(-1)
         best = p.argmax().item()
-        if best in tokenizer.eos_ids or len(said) == max_tokens:
-            return said, [*logs, p[tokenizer.eos_ids[0]].item()]
+        if len(said) == max_tokens:
+            return said, logs
+        if best in tokenizer.eos_ids:
+            return said, [*logs, p[list(tokenizer.eos_ids)].logsumexp(0).item()]
         said.append(best)
         logs.append(p[best].item())

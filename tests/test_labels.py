@@ -29,7 +29,7 @@ def tiny(request, tmp_path_factory):
 def check_labels(scores, run, following, prompts, labels, among=None):
     """Of labels of any length."""
     for q, prompt in enumerate(prompts):
-        found = scores.labels[run, q].double().log().tolist()
+        found = scores.probabilities[run, q].double().log().tolist()
         assert found == pytest.approx([label_log_probability(following, prompt, label) for label in labels], abs=1e-4)
         top, confidence = greedy_label(following, prompt, labels, among)
         assert scores.top[run, q] == top
@@ -82,7 +82,7 @@ def test_each_run_scores_labels_of_several_tokens_as_its_own_model_does(tiny, ki
         scores = label_scores(student, PROMPTS, labels, Scoring(3, budget=200))
     for r, following in enumerate(nets):
         check_labels(scores, r, following, PROMPTS, labels)
-    assert (scores.top[0] >= 0).any() and not torch.equal(scores.labels[0], scores.labels[1])
+    assert (scores.top[0] >= 0).any() and not torch.equal(scores.probabilities[0], scores.probabilities[1])
 
 
 def test_labels_of_several_tokens_behind_shared_demonstrations(tiny):

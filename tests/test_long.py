@@ -1,10 +1,12 @@
 """Rows that are longer than the model reads: refused in one line that names them, before any work; of ICL a warning."""
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 
 import pytest
+import torch
 from click.testing import CliRunner
 from mistakes import refused
 from reference import make_checkpoint
@@ -12,8 +14,10 @@ from reference import make_checkpoint
 import ia2mini.generate
 import ia2mini.sets
 from ia2mini import FitOptions, UsageError, fit, fitting, open_subject
+from ia2mini.adapters import Prompt
 from ia2mini.cli import main
 from ia2mini.options import Options
+from ia2mini.peft_format import save_adapter
 from ia2mini.predictor import FOREIGN, Predictor
 from ia2mini.study import compare, open_study
 from ia2mini.tasks import custom_task
@@ -108,6 +112,47 @@ def test_predict_and_score_name_file_and_row(subject, tmp_path):
     from ia2mini.report.fit import score_rows
 
     refused(lambda: score_rows(fitted, rows, False), "new.jsonl:2: its prompt has 101 tokens")
+
+
+@pytest.mark.parametrize("virtual", [0, 20])
+@pytest.mark.parametrize("labels, answer", [(["a", "b"], 1), (["a", "ab"], 3), (["abcde", "b"], 5), ([], 30)])
+def test_predict_counts_virtual_tokens_and_the_answer(subject, virtual, labels, answer):
+    """Nested labels are closed by EOS; the last token of an answer is not read."""
+    adapter = Prompt(subject.model, virtual) if virtual else None
+    theta = adapter.init(subject.model, torch.Generator().manual_seed(0))[None] if adapter else None
+    spec = {"template": "Text:{text}\nLabel:", "labels": labels, "max_tokens": 30, "stop": None}
+    fitted = Predictor(subject, adapter, theta, FOREIGN | spec)
+    most, told = READS - virtual - answer + 1, []
+    rows = [Row("new.jsonl:1", row(most, 0)), Row("new.jsonl:2", row(most + 1, 1))]
+    found = list(fitted.predict(rows, wrong=lambda error: told.append(str(error))))
+    assert [one["text"][:2] for one in found] == ["00"]
+    (line,) = told
+    assert line.startswith(f"new.jsonl:2: its prompt has {most + 1} tokens")
+    assert ("the adapter puts 20 before them" in line) == (virtual > 0)
+    assert (f"its answer may have {answer}" in line) == (answer > 1)
+
+
+def test_chat_turns_and_demonstrations_count(subject, tmp_path):
+    folder = shutil.copytree(subject.folder, tmp_path / "chat")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}" + "-" * 40)
+    spec = {"template": "{text}", "labels": ["a", "b"], "chat": True}
+    fitted = Predictor(open_subject(str(folder), "cpu"), None, None, FOREIGN | spec)
+    fitted.spec["demonstrations"] = [{"prompt": "q" * 20, "answer": "a"}]
+    fits = {False: READS - 42, True: READS - 42 - 25}
+    for icl, most in fits.items():
+        assert len(list(fitted.predict([{"text": "x" * most}], icl))) == 1
+        refused(lambda n=most + 1, icl=icl: list(fitted.predict([{"text": "x" * n}], icl)), "row 1", "101 tokens")
+
+
+def test_generate_counts_virtual_tokens(subject, tmp_path):
+    adapter = Prompt(subject.model, 20)
+    theta = adapter.init(subject.model, torch.Generator().manual_seed(0))
+    save_adapter(subject.model, adapter, theta, tmp_path, str(subject.folder), subject.tokenizer)
+    for length, said in ((80, 1), (79, 2), (81, None)):
+        how = ["--prompt", "x" * length, "--adapter", str(tmp_path), "--model", str(subject.folder)]
+        result = CliRunner().invoke(main, ["generate", *how, "--device", "cpu"])
+        assert (result.exit_code == 0) == (said is not None), result.output
+        assert said is not None or "has 101 tokens" in result.stderr
 
 
 def test_generate_refuses_and_ends_where_the_model_ends(subject, monkeypatch):

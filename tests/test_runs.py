@@ -254,7 +254,7 @@ def test_versions_and_memory_are_told():
 def test_measure_on_a_written_out_example():
     p = np.array([[0.6, 0.2], [0.3, 0.5], [0.02, 0.2], [0.45, 0.4]])
     confidence, correct, gold = np.array([0.6, 0.5, 0.7, 0.45]), np.array([1, 0, 0, 1]), [0, 0, 1, 0]
-    found = measure(torch.tensor(confidence), torch.tensor(correct).bool(), torch.tensor(p), torch.tensor(gold))
+    found = measure(torch.tensor(confidence), torch.tensor(correct).bool(), torch.tensor(p).log(), torch.tensor(gold))
     share = p / p.sum(1, keepdims=True)
     right = share.argmax(1) == gold
     gap = np.abs  # no two rows share a bin
@@ -278,7 +278,7 @@ def test_measure_on_a_written_out_example():
 def test_measure_bins_as_asked():
     confidence = torch.tensor([0.02] * 20 + [0.03] * 10 + [0.9] * 30)
     correct = torch.tensor([True] * 15 + [False] * 45)
-    given = confidence, correct, torch.full((60, 2), 0.5), torch.zeros(60, dtype=torch.int64)
+    given = confidence, correct, torch.full((60, 2), 0.5).log(), torch.zeros(60, dtype=torch.int64)
     found = measure(*given)
     width = (abs(15 - 20 * 0.02 - 10 * 0.03) + 30 * 0.9) / 60  # 0.02 and 0.03 share the first fifteenth, not a mass bin
     mass = (abs(15 - 20 * 0.02) + 10 * 0.03 + 30 * 0.9) / 60

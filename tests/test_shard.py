@@ -131,7 +131,7 @@ def compute(model, tokenizer, adapters=tuple(ADAPTERS)) -> dict:
     found["answers"] = generate(model, tokenizer, prompts, Decoding(12, stop=None))
     shared, queries = share_prefix(model, tokenizer, [[Example("a demonstration", "0")]], ["one", "another"])
     scores = label_scores(shared, queries, [[48], [49, EOS]])
-    found |= {"label": scores.top, "probability": scores.labels}
+    found |= {"label": scores.top, "probability": scores.probabilities}
     return {name: value.tolist() if torch.is_tensor(value) else value for name, value in found.items()}
 
 

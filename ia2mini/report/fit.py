@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import UsageError
 from ..adapters import LoRA
 from ..files import json_line, plain, write_text
-from ..metrics import ece, ece_null, logarithms, row_losses, smooth_ece, smooth_ece_interval
+from ..metrics import ece, ece_null, row_losses, smooth_ece, smooth_ece_interval
 from ..tasks import same_answer
 from ..tasks.rows import Row, whole_number
 from .page import lines, loading, section, shown, table, whole
@@ -236,10 +236,10 @@ def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) ->
     if unknown := [(row.where, text) for row, text in zip(rows, true) if labels and text not in labels]:
         (where, text), known = unknown[0], ", ".join(map(repr, labels))
         raise UsageError(f"{where}: answer {text!r} is none of the labels {known}")
-    found = list(fitted.predict(rows, icl))
+    found = [answer for _, answer in fitted.answers(rows, icl)]
     if labels:
         gold = torch.tensor([labels.index(text) for text in true])
-        scores = logarithms(torch.tensor([list(f["probabilities"].values()) for f in found]))
+        scores = torch.tensor([answer["log_probabilities"] for answer in found], dtype=torch.float64)
         numbers = measures(scores, gold, 1.0)
     else:
         right = torch.tensor([same_answer(spec["parser"], f["answer"], text) for f, text in zip(found, true)])

@@ -5,6 +5,7 @@ sign, which the scripts drop. Each takes the whole text; None where there is not
 """
 
 import re
+from unicodedata import normalize
 
 AMOUNT = r"[0-9,]+(?:\.[0-9]+)?"
 UNITS = "miles? meters? hours? minutes? bolts? glasses? sheep eggs? cups? downloads? years? weeks? dollars? GB".split()
@@ -128,6 +129,9 @@ def parser_for(answers: list[str]) -> str:
 
 
 def same_answer(parser: str, text: str, answer: str) -> bool:
-    """Whether a text parses to the same as the true answer does; nothing is never right."""
-    found = PARSERS[parser](text)
-    return bool(found) and found == PARSERS[parser](answer)
+    """Whether a text parses to the same as the true answer does, however either writes its accents (NFC, NFD).
+
+    Nothing is never right.
+    """
+    found = PARSERS[parser](normalize("NFC", text))
+    return bool(found) and found == PARSERS[parser](normalize("NFC", answer))
