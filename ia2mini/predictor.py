@@ -27,6 +27,7 @@ from .files import finite, is_there, read_json, write, write_text
 from .generate import STOP, Decoding, generate
 from .models.checkpoint import load
 from .models.common import device_of
+from .options import UNTRAINED
 from .peft_format import read_adapter, save_adapter, save_merged
 from .runs import checkpoint_digest, versions
 from .subject import Subject, open_subject
@@ -64,10 +65,11 @@ class Predictor:
         """Each row with its answer added: `answer`, `confidence` and, of labels, `probabilities`; lazily, in order.
 
         A column of the row's own that is called so becomes `row_answer` and so on.
-        `icl`: the base with demonstrations instead. `coverage`: the least certain rows get the answer None, by the
-        threshold above which that share of the held-out rows was. A row without its columns is a UsageError, which
-        `wrong`, where given, is called with instead.
+        `icl`: the base with demonstrations instead, as always where these were shipped. `coverage`: the least certain
+        rows get the answer None, by the threshold above which that share of the held-out rows was. A row without its
+        columns is a UsageError, which `wrong`, where given, is called with instead.
         """
+        icl = icl or self.spec["method"] == "icl"
         threshold, shown = self.threshold(coverage), self.shown() if icl else []
         every = (row if isinstance(row, Row) else Row(f"row {i}", row) for i, row in enumerate(rows, 1))
         while some := list(islice(every, AT_ONCE)):
@@ -157,7 +159,10 @@ class Predictor:
         """Write a whole checkpoint with the adapter in its matrices; the largest difference of a logit on a prompt."""
         subject = self.subject
         if self.adapter is None:
-            raise UsageError(f"there is no adapter to merge; what answers is {subject.base}, a whole model already")
+            answers = f"{subject.base}, a whole model already"
+            if self.spec["method"] == "icl":
+                answers = f"{subject.base} with demonstrations in its prompt; a merged model would lack them"
+            raise UsageError(f"there is no adapter to merge; what answers is {answers}")
         save_merged(subject.model, self.adapter, self.theta[0], out, subject.tokenizer)
         self.beside(out)
         ids = torch.tensor([subject.tokenizer.encode(self.chat(self.spec.get("example", "Once upon a time")))])
@@ -249,7 +254,7 @@ def load_adapter(folder: str | Path, subject: Subject | None = None, **spec) -> 
         name, revision = base_of(folder)
         subject = open_subject(name, revision=revision)
     kept = read_spec(folder)
-    if not whole(folder) and (kept is None or kept["method"] != "base"):
+    if not whole(folder) and (kept is None or kept["method"] not in UNTRAINED):
         adapter, theta = read_adapter(folder, subject.model)
     predictor = Predictor(subject, adapter, theta, FOREIGN | (kept or {}) | spec, (kept or {}).get("report", {}))
     if kept:
@@ -262,7 +267,8 @@ def read_spec(folder: Path) -> dict | None:
     path = folder / SPEC
     kept = read_json(path) if is_there(path) else None
     if kept is None and next(folder.glob("unfinished-*"), None):
-        raise UsageError(f"{folder}: its `ia2mini fit` was interrupted; the same command goes on from there")
+        mend = "wait, or type the same command again, which goes on from there"
+        raise UsageError(f"{folder}: its `ia2mini fit` is not finished: it still runs or was interrupted; {mend}")
     if kept is not None and (field := misfit(kept, SHAPE, "")):
         broken = f"field {field[1:]} is missing or not what it should be: damaged, or written by another version"
         raise UsageError(f"{path}: {broken}; fit the adapter again")

@@ -49,6 +49,8 @@ class Runs:
     order: Sequence[Callable[[int], list[int]]]  # for each run: epoch -> the order of its rows
     config: Tensor | None = None  # [R] number of each one's rate (and β); those that are beaten leave (None: none do)
     hear: Callable | None = None  # (configs, dev losses) -> these of every process that trains a part of the runs
+    after_look: Callable | None = None  # (step, runs [r], weights [r, M]) -> which go on, [r] bool, at epochs' ends;
+    # the dev rows are then not looked at, and the weights with which a run leaves are kept
 
     def __len__(self) -> int:
         return len(self.rates)
@@ -169,9 +171,11 @@ class EarlyStopping:
         reached = means - AHEAD * (self.means[-1 - PACE] - means) / PACE
         return ~(reached <= means.min())[self.config]  # NaN: a rate of which a run has diverged
 
-    def stop(self, theta: Tensor, step: int) -> None:
-        """Keep the weights [R, M] of all runs as they are after `step`."""
-        self.theta, self.steps[:], self.best[:] = theta, step, step
+    def keep(self, runs: Tensor, theta: Tensor, step: int) -> None:
+        """Keep the weights [r, M] of `runs` as they are after `step`."""
+        self.theta[runs.to(theta.device)] = theta
+        self.steps[runs] = step
+        self.best[runs] = step
 
 
 def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None = None) -> Tensor:
@@ -201,15 +205,17 @@ def train_runs(
     """Train R runs by `losses`; a run that has not improved for `patience` looks leaves the batch.
 
     Where steps are recorded and cost more to launch than to compute, half of the batch leaves at once: shapes stay.
-    Looks at the dev loss after every second step and at each epoch's end. `watch(step, best dev losses of live runs)`
-    after each look. Raises torch.OutOfMemoryError where R runs do not fit (see `train_in_parts`).
+    Looks at the dev loss after every second step and at each epoch's end; where the runs have an `after_look`, it is
+    asked at each epoch's end instead. `watch(step, best dev losses of live runs)` after each look. Raises
+    torch.OutOfMemoryError where R runs do not fit (see `train_in_parts`).
     """
     device, rows = runs.theta.device, len(runs.train[0])
     stopping = EarlyStopping(runs.theta, settings, runs.config, runs.hear)
     adam = Adam(runs.theta, runs.rates.to(device))
     live, going = torch.arange(len(runs)), runs  # those in the batch, in its order
     places = torch.arange(len(runs))  # which of them still train; the others' weights are kept already
-    dev_batch = None if settings.steps else collate(runs.dev, device, pack=True)
+    no_dev = settings.steps is not None or runs.after_look is not None
+    dev_batch = None if no_dev else collate(runs.dev, device, pack=True)
     batch, step = None, 0
 
     def update(batch: Batch) -> None:
@@ -234,15 +240,19 @@ def train_runs(
             batch = collate(chosen, device, pack=True)
         train_step(batch)
         step += 1
+        theta, here = adam.theta.detach(), places.to(device)
         if step == settings.steps:
-            stopping.stop(adam.theta.detach(), step)
+            stopping.keep(live, theta, step)
             break
-        if settings.steps or step % 2 and start + settings.batch_size < rows:
+        ended = start + settings.batch_size >= rows  # an epoch
+        if settings.steps or not ended and (runs.after_look or step % 2):
             continue
-        theta, dev = adam.theta.detach(), look(dev_batch)
-        if len(places) < len(live):
-            theta, dev = (t[places.to(device)] for t in (theta, dev))
-        places = places[stopping.look(live[places], theta, dev, step)]
+        if runs.after_look:
+            stopping.keep(live[places], theta[here], step)
+            places = places[runs.after_look(step, live[places], theta[here])]
+        else:
+            dev = look(dev_batch)
+            places = places[stopping.look(live[places], theta[here], dev[here], step)]
         if watch:
             watch(step, stopping.dev_loss[live[places]])
         if not len(places):
@@ -250,7 +260,8 @@ def train_runs(
         if len(places) <= (len(live) // 2 if launch_bound(model.config, batch) else len(live) - 1):
             live, going = live[places], going.take(places)
             adam.keep(places.to(device))
-            places, dev_batch, batch = torch.arange(len(live)), collate(going.dev, device, pack=True), None
+            places, batch = torch.arange(len(live)), None
+            dev_batch = None if no_dev else collate(going.dev, device, pack=True)
             train_step, look = recorded()  # for fewer runs
     return Trained(stopping.theta, stopping.dev_loss, stopping.steps, stopping.best, stopping.broken)
 
@@ -274,6 +285,7 @@ def train_in_parts(
         while len(rest):
             some = rest[:most]
             here = replace(runs.take(some), config=None if config is None else config[some], hear=rounds.hear)
+            here.after_look = numbered(runs.after_look, some)
             try:
                 parts.append(train_runs(model, adapter, here, settings, watch))
                 rest = rest[len(some) :]
@@ -299,6 +311,11 @@ def train_in_parts(
     parts = sum(found, [])
     whole = Trained(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
     return whole, min(filter(None, most), default=at_once)
+
+
+def numbered(after_look: Callable | None, some: Tensor) -> Callable | None:
+    """An `after_look` for `some` of the runs, which is told their numbers among all."""
+    return after_look and (lambda step, runs, theta: after_look(step, some[runs], theta))
 
 
 def fitting(model: nn.Module, runs: Runs, batch_size: int) -> int:
