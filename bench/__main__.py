@@ -244,7 +244,6 @@ def gpu_command(again):
 @click.option("--part", type=click.Choice(["all", "sft", "gate", "real"]), default="all", show_default=True)
 @click.option("--seeds", default=10, show_default=True, help="draws of the rows")
 @click.option("--tasks", default=114, show_default=True, help="generated; one in eight has random labels")
-@click.option("--rows", default=40, show_default=True, help="of --part real")
 @click.option("--epochs", default=30, show_default=True)
 @click.option("--methods", type=Several(str), default=",".join(FitOptions().methods), show_default=True)
 @many(*STUDY[1:])

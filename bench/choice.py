@@ -14,7 +14,7 @@ from torch import Tensor
 from ia2mini.cli import progress
 from ia2mini.crossval import CrossValidation
 from ia2mini.experiment import Experiment
-from ia2mini.metrics import paired_test, row_losses
+from ia2mini.metrics import paired_test
 from ia2mini.options import FitOptions, Options
 from ia2mini.report.summary import chosen, interval
 from ia2mini.study import open_study
@@ -78,8 +78,8 @@ def cross_validated(experiment: Experiment, method: str, number: int) -> Tensor:
     rows = list(dict.fromkeys(episode.train + episode.dev))
     cv = CrossValidation(experiment.setting.subject, experiment.task, rows, options)
     cv.once = lambda name, make: folder.once(f"{experiment.name}/folds-{number}-{name}", make)
-    scores = cv.once(f"held-{method}", lambda: {"scores": cv.held_out(method)})["scores"]
-    return row_losses(scores, cv.gold).mean(1).double()
+    losses = cv.selection.losses(cv.tried(method))  # [epochs, rates, n]
+    return losses.mean(-1).amin(0).double()
 
 
 def race(subject: Subject, options: Options, part: str, data: Path | None = None) -> Result:

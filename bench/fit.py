@@ -1,9 +1,11 @@
-"""`fit`: does what `ia2mini fit` ships harm? Against SFT alone, on generated tasks of every kind, on real rows."""
+"""`fit`: does what `ia2mini fit` ships harm, and is it told what it is worth? On generated tasks and on real rows."""
 
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -11,31 +13,32 @@ from statistics import fmean
 import click
 import torch
 
-from ia2mini import UsageError
-from ia2mini.crossval import CrossValidation
-from ia2mini.fitting import conclude, read_own
+from ia2mini import UsageError, metrics
+from ia2mini.fitting import conclude, cross_validation
 from ia2mini.methods import METHODS
 from ia2mini.metrics import paired_test
 from ia2mini.options import FitOptions
 from ia2mini.predictor import Predictor
 from ia2mini.report.summary import interval
+from ia2mini.runs import RunFolder, checkpoint_digest
 from ia2mini.subject import Subject, open_subject
 from ia2mini.tasks import world
 from ia2mini.tasks.rows import read_rows
 
-from .report import Line, Result, difference
+from .report import Line, Result
 
 TOYS = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap")
 KINDS = ("words", "words", "words", "digits", "digits", "pair", "length", "random")  # what generated tasks are, in turn
 RATES = 3e-3, 1e-2  # the upper two of the embedded model: the lowest never wins in so few epochs
-REAL_RATES = 3e-4, 1e-3  # of others, likewise
-REAL = {  # folder -> column of the text, file of fresh rows, words of the labels
-    "ag_news": ("text", "test", ("World", "Sports", "Business", "Technology")),
-    "financial_phrasebank": ("sentence", "test", ("negative", "neutral", "positive")),
-    "poem_sentiment": ("verse_text", "test", ("negative", "positive", "neutral", "mixed")),
+REAL_RATES = (1e-3,)  # of others: the uppermost
+REAL = {  # folder -> column of the text, file of fresh rows, words of the labels; the cheapest first
     "sst2": ("sentence", "validation", ("negative", "positive")),
+    "poem_sentiment": ("verse_text", "test", ("negative", "positive", "neutral", "mixed")),
+    "financial_phrasebank": ("sentence", "test", ("negative", "neutral", "positive")),
+    "ag_news": ("text", "test", ("World", "Sports", "Business", "Technology")),
 }
-FRESH, SOME, POINT = 500, 200, 1.0  # rows that were neither trained on nor held out; what a shipped adapter may lose
+FRESH, SOME = 500, 200  # rows that were neither trained on nor held out, at most
+RIVALS, POINTS = ("base", "icl", "sft"), 2.0  # what is shipped may lose so many points against the best of these
 
 
 @dataclass
@@ -43,35 +46,61 @@ class Trial:
     """One fit: the accuracy (%) on fresh rows of what it ships and of every candidate, and what was known of it."""
 
     accuracy: dict[str, float]
-    held_out: dict[str, float]  # of its own rows, by cross-validation
+    nll: dict[str, float]  # on the same fresh rows
+    held_out: dict[str, float]  # accuracy (%) on its own rows, by cross-validation
+    losses: dict[str, list[float]]  # of its own rows, held out
+    right: dict[str, list[bool]]
     shipped: str
-    ahead: dict[str, float]  # of SFT in held-out loss, in standard errors of the rows' paired differences
+    choices: list[str]  # what the rule takes for each fold, without its rows
+    stated: list[float]  # accuracy (%) of what is shipped, as the report says it: mean, low, high
 
     @property
     def lost(self) -> float:
-        """Points of accuracy behind the best of base and SFT."""
-        return max(self.accuracy["base"], self.accuracy["sft"]) - self.accuracy[self.shipped]
+        """Points of accuracy behind the best of base, ICL and SFT."""
+        return max(self.accuracy[name] for name in RIVALS) - self.accuracy[self.shipped]
+
+    @property
+    def held(self) -> bool:
+        """Whether the stated interval holds the accuracy on fresh rows."""
+        _, low, high = self.stated
+        return low <= self.accuracy[self.shipped] <= high
 
 
-def trial(subject: Subject, rows: list[dict], fresh: list[dict], options: FitOptions) -> Trial:
-    """Fit `rows`; what is shipped and each method alone, trained on all rows at its own rate, answer `fresh` ones."""
-    rows, task = read_own(rows)
-    cv, kept = CrossValidation(subject, task, list(dict.fromkeys(map(task.example, rows))), options), {}
-    cv.once = lambda name, make: kept.setdefault(name, None) or kept.update({name: make()}) or kept[name]
+def trial(
+    subject: Subject, rows: list[dict], fresh: list[dict], options: FitOptions, once: Callable | None = None
+) -> Trial:
+    """Fit `rows`; what is shipped and each candidate, trained on all rows at its own rate, answer `fresh` ones."""
+    kept: dict = {}
+    cv, _ = cross_validation(rows, subject, options)
+    cv.once = once or (lambda name, make: kept.setdefault(name, None) or kept.update({name: make()}) or kept[name])
     fitted = conclude(cv)
-    candidates, accuracy = {name: cv.candidate(name) for name in ("base", "icl", *options.methods)}, {}
-    for name, candidate in candidates.items():
+    tried = [cv.tried(name) for name in ("base", "icl", *options.methods)]
+    found = cv.selection.judged(tried, range(len(cv.folds)))
+    accuracy, nll = {}, {}
+    for each in tried:
+        name, theta = each.name, None
         if name == fitted.spec["method"]:
             theta = fitted.theta
-        else:
-            theta = cv.final(candidate) if name in METHODS else None
-        alone = Predictor(subject, None if theta is None else cv.adapter, theta, fitted.spec)
-        answers = alone.predict(fresh, icl=name == "icl")
-        accuracy[name] = 100 * fmean(found["answer"] == row["label"] for found, row in zip(answers, fresh))
-    held_out = {name: 100 * one["acc"][0] for name, one in fitted.report["candidates"].items()}
-    ahead = {name: candidates["sft"].losses - one.losses for name, one in candidates.items() if name != "sft"}
-    ahead = {name: (a.mean() / a.std() * len(a) ** 0.5).item() for name, a in ahead.items()}
-    return Trial(accuracy, held_out, fitted.spec["method"], ahead)
+        elif name in METHODS:
+            theta = cv.once(f"final-{name}", lambda name=name: {"theta": cv.final(found[name])})["theta"]
+        spec = fitted.spec | {"method": name, "temperature": found[name].temperature}
+        alone = Predictor(subject, cv.adapter if name in METHODS else None, theta, spec)
+        answers = list(alone.predict(fresh))
+        right = [answer["answer"] == row["label"] for answer, row in zip(answers, fresh)]
+        shares = [answer["probabilities"][row["label"]] for answer, row in zip(answers, fresh)]
+        accuracy[name] = 100 * fmean(right)
+        nll[name] = metrics.nll(shares)
+    report = fitted.report
+    return Trial(
+        accuracy,
+        nll,
+        {name: 100 * one["acc"][0] for name, one in report["candidates"].items()},
+        {name: one.losses.tolist() for name, one in found.items()},
+        {name: one.right.tolist() for name, one in found.items()},
+        report["chosen"],
+        report["chosen_by_fold"],
+        [100 * share for share in report["shipped"]["acc"]],
+    )
 
 
 def generated(number: int, kinds: tuple[str, ...] = KINDS) -> tuple[str, list[dict], list[dict]]:
@@ -111,9 +140,22 @@ def generated(number: int, kinds: tuple[str, ...] = KINDS) -> tuple[str, list[di
 
 def line(what: str, trial: Trial) -> Line:
     rates = {f"% {name}": right for name, right in trial.accuracy.items()}
+    rates |= {f"NLL {name}": loss for name, loss in trial.nll.items()}
     rates |= {f"held out % {name}": right for name, right in trial.held_out.items()}
-    rates |= {f"errors ahead {name}": ahead for name, ahead in trial.ahead.items()}
-    return Line(what, f"ships {trial.shipped}", rates=rates, note=f"{-trial.lost:+.1f} points")
+    rates |= dict(zip(("stated %", "stated low", "stated high"), trial.stated))
+    note = f"{-trial.lost:+.1f} points" + ", outside the stated interval" * (not trial.held)
+    return Line(what, f"ships {trial.shipped}", rates=rates, note=note)
+
+
+def promises(result: Result, trials: dict[str, list[Trial]]) -> None:
+    """How often the two promises of `fit` held, by kind of task."""
+    for kind, some in {"all": sum(trials.values(), []), **trials}.items():
+        result.ratios[f"share without harm, {kind} ({len(some)})"] = fmean(t.lost <= POINTS for t in some)
+        result.ratios[f"share within the stated interval, {kind} ({len(some)})"] = fmean(t.held for t in some)
+    every = sum(trials.values(), [])
+    result.ratios["mean points against the best of base, ICL and SFT"] = -fmean(t.lost for t in every)
+    shipped = Counter(t.shipped for t in every)
+    result.remarks.append("shipped: " + ", ".join(f"{name} {times}" for name, times in shipped.most_common()))
 
 
 def against_sft(subject: Subject, seeds: int, rows: int, options: FitOptions) -> Result:
@@ -135,7 +177,7 @@ def against_sft(subject: Subject, seeds: int, rows: int, options: FitOptions) ->
 
 
 def gate(subject: Subject, tasks: int, options: FitOptions) -> Result:
-    """Generated tasks: how often what is shipped is at least the best of base and SFT, minus a point of accuracy.
+    """Generated tasks: how often what is shipped is at least the best of base, ICL and SFT, minus two points.
 
     Of random labels every predictor is right in half the cases; a difference there is chance, and counts apart.
     """
@@ -145,42 +187,59 @@ def gate(subject: Subject, tasks: int, options: FitOptions) -> Result:
         found = trial(subject, rows, fresh, options)
         result.lines.append(line(name, found))
         kinds.setdefault(name.partition(" ")[0], []).append(found)
-        click.echo(f"  {name}: {found.shipped}, {-found.lost:+.1f} points", err=True)
+        click.echo(f"  {name}: {result.lines[-1].stack}, {result.lines[-1].note}", err=True)
     by_chance = kinds.pop("random", [])
-    every = sum(kinds.values(), [])
-    for kind, some in {"all": every, **kinds}.items():
-        result.ratios[f"share without harm, {kind} ({len(some)})"] = fmean(t.lost <= POINT for t in some)
-    result.ratios["mean points against the best of base and SFT"] = -fmean(t.lost for t in every)
-    shipped = Counter(t.shipped for t in every)
-    result.remarks.append("shipped: " + ", ".join(f"{name} {times}" for name, times in shipped.most_common()))
-    gain = paired_test([t.accuracy[t.shipped] for t in every], [t.accuracy["sft"] for t in every])
-    said = f"{gain.mean:+.1f}{interval(gain, 1, '.1f')} points, {gain.pairs} tasks"
-    result.remarks.append(f"what fit ships against SFT alone: {said}")
+    promises(result, kinds)
     none = sum(t.shipped == "base" for t in by_chance)
-    result.remarks.append(f"random labels, apart: no adapter for {none} of {len(by_chance)}")
+    held = sum(t.held for t in by_chance)
+    random_labels = f"nothing shipped for {none} of {len(by_chance)}, {held} within the stated interval"
+    result.remarks.append(f"random labels, apart: {random_labels}")
     return result
 
 
-def real(subject: Subject, data: Path | None, draws: int, rows: int, options: FitOptions) -> Result:
-    """Rows of real data sets with words as labels: what is shipped, and every method, on fresh rows."""
+def real(subject: Subject, data: Path | None, draws: int, sizes: tuple[int, ...], options: FitOptions) -> Result:
+    """Rows of real data sets with words as labels, so many of each: what is shipped, and every candidate.
+
+    What was computed is kept in runs/, so that the same command goes on.
+    """
     if data is None:
         raise UsageError("real: name the folder that holds sst2/train.jsonl … with --data-dir or $IA2MINI_DATA")
-    result = Result("fit", f"{subject.name}: {rows} real rows, {SOME} fresh ones at most, {about(options)}", [])
-    trials = []
-    for draw, name in product(range(draws), REAL):
-        column, file, words = REAL[name]
-        pool, fresh = (read_rows(data / name / f"{part}.jsonl") for part in ("train", file))
-        parts = random.Random(draw).sample(pool, rows), fresh[:SOME]
-        drawn, fresh = ([{"text": row[column], "label": words[row["label"]]} for row in part] for part in parts)
-        trials.append(trial(subject, drawn, fresh, options))
-        result.lines.append(line(f"{name}, draw {draw}", trials[-1]))
-        click.echo(f"  {result.lines[-1].what}: {trials[-1]}", err=True)
-    for name in ("ships", *options.methods):
-        if name != "sft":
-            ours = [t.accuracy[t.shipped if name == "ships" else name] for t in trials]
-            gain = paired_test(ours, [t.accuracy["sft"] for t in trials])
-            result.remarks.append(f"{name} against SFT: {difference(gain, 1, '.1f')}")
+    sizes_said = " and ".join(map(str, sizes))
+    about_rows = f"{subject.name}: {sizes_said} real rows a label, {SOME} fresh ones at most"
+    result, found = Result("fit", f"{about_rows}, {about(options)}", []), {}
+    what = {"options": asdict(options), "checkpoint": checkpoint_digest(subject.folder), "fresh": SOME}
+    folder = RunFolder(Path("runs"), "fit-real", what)
+    for size, draw, name in product(sizes, range(draws), REAL):
+        drawn, fresh = real_rows(data, name, size, draw)
+        cell = f"{name}-{size}-{draw}"
+        once = partial(kept, folder, cell)
+
+        def tried(drawn=drawn, fresh=fresh, once=once) -> dict:
+            return asdict(trial(subject, drawn, fresh, options, once))
+
+        each = Trial(**folder.json_once(f"{cell}.json", tried))
+        result.lines.append(line(f"{name}, {size} a label, draw {draw}", each))
+        found.setdefault(f"{name} {size}", []).append(each)
+        click.echo(f"  {result.lines[-1].what}: {result.lines[-1].stack}, {result.lines[-1].note}", err=True)
+    promises(result, found)
     return result
+
+
+def kept(folder: RunFolder, cell: str, name: str, make: Callable) -> dict:
+    return folder.once(f"{cell}/{name}", make)
+
+
+def real_rows(data: Path, name: str, size: int, draw: int) -> tuple[list[dict], list[dict]]:
+    """`size` rows of each label of a real data set, drawn anew for each number of a draw, and fresh ones."""
+    column, file, words = REAL[name]
+    pool, fresh = (read_rows(data / name / f"{part}.jsonl") for part in ("train", file))
+    random.Random(draw).shuffle(pool)
+    drawn = []
+    for label in range(len(words)):
+        drawn += [row for row in pool if row["label"] == label][:size]
+    parts = drawn, fresh[:SOME]
+    drawn, fresh = ([{"text": row[column], "label": words[row["label"]]} for row in part] for part in parts)
+    return drawn, fresh
 
 
 def about(options: FitOptions) -> str:
@@ -189,12 +248,12 @@ def about(options: FitOptions) -> str:
 
 
 def fit(part: str, counts: dict[str, int], methods: tuple[str, ...], on: dict) -> list[Result]:
-    """Is what `ia2mini fit` ships better than SFT alone, and never worse than the best of the base model and SFT?"""
+    """Is what `ia2mini fit` ships better than SFT alone, and never worse than the best of the base model, ICL and SFT?"""
     options = FitOptions(epochs=counts["epochs"], rates=RATES, methods=methods)
     if part == "real":
-        options = replace(options, rates=REAL_RATES, folds=3)
+        options = replace(options, rates=REAL_RATES, folds=3, patience=2)
         subject = open_subject(on["model"], "cpu", on["dtype"])
-        return [real(subject, on["data_dir"], counts["seeds"], counts["rows"], options)]
+        return [real(subject, on["data_dir"], counts["seeds"], (8, 16), options)]
     subject = open_subject("tiny", "cpu")
     results = [against_sft(subject, counts["seeds"], 16, options)] if part != "gate" else []
     return results + ([gate(subject, counts["tasks"], options)] if part != "sft" else [])

@@ -1,7 +1,8 @@
 """Cross-validation of one's own rows: every method at every rate on every fold, judged by the rows a fold never saw.
 
 The three steps of a study, over folds instead of sets: teach every fold, train every method at every rate side by side,
-score what was held out.
+score what was held out. What is trained on true answers (SFT, also after another phase) is scored after every epoch;
+what learns from the teacher alone stops by its own loss on a few rows of the fold.
 """
 
 import math
@@ -21,32 +22,19 @@ from .batch import Row, truth_row
 from .episode import Episode, balanced, draw_folds, seeded, with_demonstrations
 from .evaluate import Scoring, answer_scores, answer_texts, label_scores, last_states, share_prefix
 from .generate import STOP, Decoding
+from .looks import Looks, failures
 from .methods import BEGINS_WITH, METHODS, Grid
-from .metrics import fit_temperature, row_losses
 from .models.common import device_of
 from .options import FitOptions, last_phase, phases
+from .selection import Candidate, Selection, Tried
 from .subject import Subject
-from .tasks import Example, Task
+from .tasks import Example, Task, same_answer
 from .teacher import Asked, label_tokens_at_most, observe, teach
 from .train import Settings, Trained, warn_of_failed
 
-SURE = 1.645  # standard errors by which another method must beat SFT: one chance in twenty
 LEAST, ALONE = 4, 10  # rows that cross-validation needs; up to this many are left out one at a time
 SOFT_K = 1024  # likeliest tokens of a distribution that is matched
 UNSEEN = -87.0  # log-probability that the probe gives a label of which it has seen no row
-
-
-@dataclass
-class Candidate:
-    """One way to answer, on rows that it has not seen: chosen among rates by the other folds' rows."""
-
-    name: str
-    scores: Tensor  # [n, C] log-probability of every label, or [n, 1] of the true answer, a token's mean
-    losses: Tensor  # [n] negative log-likelihood of the true answer, at `temperature`
-    temperature: float = 1.0
-    rate: int | None = None  # index of the rate with the lowest loss over all folds
-    picks: tuple[int, ...] = ()  # index of the rate taken for each fold
-    right: Tensor | None = None  # [n] whether the likeliest label is the true one; None of texts
 
 
 @dataclass
@@ -81,12 +69,16 @@ class CrossValidation:
         self.tokens = cache(lambda text: len(subject.tokenizer.encode(text)))  # each is asked for in every fold
         self.longest = max(rows, key=lambda row: self.tokens(row.prompt))
         self.fits: dict[str, Trained] = {}
+        self.found: dict[str, Tried] = {}
+        self.said: dict[str, tuple[list[str], list[float]]] = {}  # answers to held-out rows, and how sure each is
         self.troubles: list[str] = []  # sentences about runs of which a loss was not finite
         self.answers: dict[int, list[Row]] = {}
         parts = prompts if prompts <= ALONE else min(options.folds, prompts)
         self.folds = draw_folds(rows, parts, self.shown, options.seed)
         self.folds = [replace(fold, **self.unlabelled(number, fold.train)) for number, fold in enumerate(self.folds)]
         self.places = torch.tensor(sum((f.test for f in self.folds), [])).argsort().tolist()  # of rows, fold after fold
+        tests = [fold.test for fold in self.folds]
+        self.selection = Selection(tests, self.gold, options.patience, options.temperature)
 
     def unlabelled(self, number: int, train: list[Example]) -> dict:
         """The rows without answers and, after those of all others, their demonstrations, as fields of an episode."""
@@ -130,14 +122,53 @@ class CrossValidation:
     def fold_grid(self) -> Grid:
         return replace(self.grid(self.folds, self.rates), first=self.trained)
 
+    @property
+    def whole_grid(self) -> Grid:
+        """The same folds for what trains on true answers: the rows that decide when others stop train, too."""
+        sets = [replace(taught, train=taught.train + taught.dev, dev=[]) for taught in self.fold_grid.sets]
+        return replace(self.fold_grid, sets=sets)
+
+    @property
+    def epoch_steps(self) -> int:
+        """Steps of an epoch of `whole_grid`."""
+        fold = self.folds[0]
+        return math.ceil((len(fold.train) + len(fold.dev)) / self.options.batch_size)
+
     def trained(self, method: str) -> Trained:
-        """All folds × rates of a method."""
+        """All folds × rates of a method, each for as many steps as suit it.
+
+        What ends with true answers trains for the epochs that suit the other folds' rows at each rate.
+        """
         if method not in self.fits:
-            kept = self.once(f"fit-{method}", lambda: vars(METHODS[method](self.fold_grid)))
+            kept = self.once(f"fit-{method}", lambda: vars(self.train(method)))
             self.fits[method] = Trained(**kept | {"theta": kept["theta"].to(device_of(self.subject.model))})
-            names = [f"fold {fold} at rate {rate:g}" for fold, rate in product(range(len(self.folds)), self.rates)]
-            self.troubles += warn_of_failed(method, self.fits[method], names, len(self.folds))
+            if last_phase(method) != "sft":
+                self.warn(method, self.fits[method])
         return self.fits[method]
+
+    def train(self, method: str) -> Trained:
+        if last_phase(method) != "sft":
+            return METHODS[method](self.fold_grid)
+        losses = self.selection.losses(self.tried(method))
+        epochs = []
+        for fold in range(len(self.folds)):
+            rows = self.selection.others(fold, range(len(self.folds)))
+            epochs += [self.selection.pick(losses[:, [rate]], rows)[0] + 1 for rate in range(len(self.rates))]
+        return self.train_for(method, torch.tensor(epochs))
+
+    def train_for(self, method: str, epochs: Tensor) -> Trained:
+        """All folds × rates of a method that ends with true answers, each for its number of `epochs` [R]."""
+        steps = epochs * self.epoch_steps
+
+        def goes_on(step: int, runs: Tensor, theta: Tensor) -> Tensor:
+            return step < steps[runs]
+
+        return METHODS[method](replace(self.whole_grid, after_look=goes_on))
+
+    def warn(self, method: str, found: Trained) -> None:
+        """Note which runs had a loss that is not finite. Raises UsageError where no rate is left."""
+        names = [f"fold {fold} at rate {rate:g}" for fold, rate in product(range(len(self.folds)), self.rates)]
+        self.troubles += warn_of_failed(method, found, names, len(self.folds))
 
     def score(self, student: Callable, prompts: list[list[int]], number: int, runs: int = 1) -> Tensor:
         """Log-probabilities [runs, n, C] of the labels of held-out rows, or of their true answers [runs, n, 1].
@@ -162,62 +193,91 @@ class CrossValidation:
             self.answers[number] = rows
         return self.answers[number]
 
-    @contextmanager
-    def student(self, name: str, number: int, rates: slice) -> Iterator[tuple[Callable, list[list[int]]]]:
-        """The model as `name` (base, icl or a method, at these rates) on fold `number`, and its held-out prompts."""
-        model, tokenizer, fold = self.subject.model, self.subject.tokenizer, self.folds[number]
-        texts = [self.rows[i].prompt for i in fold.test]
-        if name in METHODS:
-            theta = self.trained(name).theta.view(len(self.folds), len(self.rates), -1)[number, rates]
-            with adapted(model, self.adapter, theta) as student:
-                yield student, tokenizer.encode_all(texts)
-            return
-        yield share_prefix(model, tokenizer, fold.icl if name == "icl" else [[]], texts)
+    def held_out_texts(self, number: int) -> list[str]:
+        return [self.rows[i].prompt for i in self.folds[number].test]
+
+    def adapted_scores(self, number: int, theta: Tensor) -> Tensor:
+        """What adapters [runs, M] say of the rows that fold `number` held out, [runs, n, C]."""
+        prompts = self.subject.tokenizer.encode_all(self.held_out_texts(number))
+        with adapted(self.subject.model, self.adapter, theta) as student:
+            return self.score(student, prompts, number, len(theta))
+
+    def untrained_scores(self, name: str, number: int) -> Tensor:
+        """The same of the base or ICL, [1, n, C]."""
+        shown = self.folds[number].icl if name == "icl" else [[]]
+        student, prompts = share_prefix(self.subject.model, self.subject.tokenizer, shown, self.held_out_texts(number))
+        return self.score(student, prompts, number)
 
     def held_out(self, name: str) -> Tensor:
-        """What `name` says of every row that its fold held out, [rates, n, C]; of base and icl [1, n, C]."""
-        runs, rows = len(self.rates) if name in METHODS else 1, [fold.test for fold in self.folds]
+        """What `name` says of every row that its fold held out, [epochs, rates, n, C]; of base and icl [1, 1, n, C]."""
+        if name in METHODS and last_phase(name) == "sft":
+            if name in BEGINS_WITH:
+                self.trained(BEGINS_WITH[name])  # its bar comes first
+            looks = Looks(self.adapted_scores, self.selection, len(self.rates), self.epoch_steps)
+            METHODS[name](replace(self.whole_grid, after_look=looks))
+            return looks.gathered()
+        theta = None
         if name in METHODS:
-            self.trained(name)  # before the bar of scoring begins
+            theta = self.trained(name).theta.unflatten(0, (len(self.folds), -1))
         with self.bar(f"scoring {name}", len(self.rows)) as bar:
 
-            def scored(test: list[int]) -> Tensor:
-                with self.student(name, number := rows.index(test), slice(None)) as (student, prompts):
-                    return self.score(student, prompts, number, runs)
+            def scored(number: int) -> Tensor:
+                bar.update(len(self.folds[number].test))
+                if theta is None:
+                    return self.untrained_scores(name, number)
+                return self.adapted_scores(number, theta[number])
 
-            return torch.cat(parallel.spread(scored, rows, bar.update), 1)[:, self.places]
+            parts = parallel.spread(scored, range(len(self.folds)))
+        return torch.cat(parts, 1)[None, :, self.places]
+
+    def tried(self, name: str) -> Tried:
+        """What `name` says of held-out rows; kept, so that an interrupted fit goes on."""
+        if name not in self.found:
+            scores = self.once(f"held-out-{name}", lambda: {"scores": self.held_out(name)})["scores"]
+            self.found[name] = found = Tried(name, scores)
+            if name in METHODS and last_phase(name) == "sft":
+                self.warn(name, failures(scores, self.selection.folds, self.epoch_steps))
+            if not self.task.labels:
+                unread = replace(found, right=torch.zeros(len(self.rows), dtype=torch.bool))
+                self.said[name] = self.texts(self.selection.judge(unread, range(len(self.folds))))
+                texts, _ = self.said[name]
+                right = [same_answer(self.task.parser, text, row.answer) for text, row in zip(texts, self.rows)]
+                found.right = torch.tensor(right)
+        return self.found[name]
 
     def texts(self, candidate: Candidate) -> tuple[list[str], list[float]]:
         """What a candidate answers to every held-out row, greedily, and how sure it is."""
+        theta = self.weights(candidate) if candidate.name in METHODS else None
+        tokenizer, how = self.subject.tokenizer, Decoding(self.max_tokens, self.stop)
         with self.bar(f"answers of {candidate.name}", len(self.rows)) as bar:
 
             def answers(number: int) -> tuple:
-                pick, how = candidate.picks[number], Decoding(self.max_tokens, self.stop)
-                with self.student(candidate.name, number, slice(pick, pick + 1)) as (student, prompts):
-                    return answer_texts(student, self.subject.tokenizer, prompts, how, bar.update)
+                model, texts = self.subject.model, self.held_out_texts(number)
+                if theta is not None:
+                    with adapted(model, self.adapter, theta[number][None]) as student:
+                        return answer_texts(student, tokenizer, tokenizer.encode_all(texts), how, bar.update)
+                shown = self.folds[number].icl if candidate.name == "icl" else [[]]
+                student, prompts = share_prefix(model, tokenizer, shown, texts)
+                return answer_texts(student, tokenizer, prompts, how, bar.update)
 
             parts = parallel.spread(answers, range(len(self.folds)))
         said, sure = (sum(part, []) for part in zip(*parts))
         return [said[i] for i in self.places], [sure[i] for i in self.places]
 
-    def candidate(self, name: str) -> Candidate:
-        """`name` with, for each fold, the rate that is best on all other folds: no row chooses for itself."""
-        every = self.once(f"held-out-{name}", lambda: {"scores": self.held_out(name)})["scores"]
-        losses = row_losses(every, self.gold)  # [rates, n]
-        losses[losses.isnan().any(1)] = torch.inf  # a rate that failed in some fold
-        nested, picks = torch.empty_like(every[0]), []
-        for fold in self.folds:
-            others = torch.ones(len(self.rows), dtype=torch.bool)
-            others[fold.test] = False
-            picks.append(int(losses[:, others].mean(1).argmin()))
-            nested[fold.test] = every[picks[-1], fold.test]
-        temperature = fit_temperature(nested, self.gold) if self.options.temperature else 1.0
-        rate = int(losses.mean(1).argmin())
-        losses, right = row_losses(nested, self.gold, temperature), nested.argmax(-1) == self.gold
-        return Candidate(name, nested, losses, temperature, rate, tuple(picks), right if self.task.labels else None)
+    def weights(self, candidate: Candidate) -> Tensor:
+        """Each fold's weights [F, M] of a method, at the rate and after the epochs that its rows are judged with."""
+        folds, rates = len(self.folds), [candidate.picks[fold][1] for fold in range(len(self.folds))]
+        if last_phase(candidate.name) == "sft":
+            epochs = torch.zeros(folds, len(self.rates), dtype=torch.int64)  # others leave after their first
+            for fold, (epoch, rate) in candidate.picks.items():
+                epochs[fold, rate] = epoch + 1
+            theta = self.train_for(candidate.name, epochs.flatten()).theta
+        else:
+            theta = self.trained(candidate.name).theta
+        return theta.unflatten(0, (folds, -1))[range(folds), rates]
 
-    def probe(self) -> Candidate | None:
-        """L2-regularised logistic regression on the base's last hidden state; None without scikit-learn."""
+    def probe(self) -> Tensor | None:
+        """Log-probabilities [n, C] of logistic regression on the base's last states; None without scikit-learn."""
         try:
             from sklearn.linear_model import LogisticRegression
             from sklearn.preprocessing import StandardScaler
@@ -232,55 +292,35 @@ class CrossValidation:
                 fitted = LogisticRegression(C=0.1, max_iter=1000).fit(scaled[others], self.gold[others])
                 found = torch.tensor(fitted.predict_log_proba(scaled[fold.test])).float()
                 scores[torch.tensor(fold.test)[:, None], torch.tensor(seen)] = found
-        return Candidate("probe", scores, row_losses(scores, self.gold))
+        return scores
 
     def final(self, winner: Candidate) -> Tensor:
-        """Weights [1, M] of the winner trained on every row, each phase for the epochs that were best in the folds."""
+        """Weights [1, M] of the winner, trained on every row at its rate for its epochs.
+
+        A phase that learns from the teacher alone trains for as many epochs as were best in the folds on average.
+        """
         rows, o, rate = self.rows, self.options, winner.rate
         rng = seeded(o.seed, len(self.folds), "final")
         shown = [self.shown(rows, rng, row) for row in rows]
         everything = Episode(rows, [], shown, [], **self.unlabelled(len(self.folds), rows))
         grid, first = self.grid([everything], [self.rates[rate]]), {}
         for method in filter(None, (BEGINS_WITH.get(winner.name), winner.name)):
-            best = self.trained(method).best.view(len(self.folds), -1)[:, rate].float().mean().item()
-            more = 0 if last_phase(method) == "sft" else len(self.more)  # only the teacher answers these
-            # steps an epoch, with every row and in a fold
-            now, then = (-(-(len(e.train) + more) // o.batch_size) for e in (everything, self.folds[0]))
-            settings = replace(grid.settings, steps=max(1, round(best * now / then)))
+            if last_phase(method) == "sft":
+                epochs = winner.epoch + 1
+                if method != winner.name:
+                    epochs = self.mean_steps(method, rate) / self.epoch_steps
+                now = math.ceil(len(rows) / o.batch_size)
+            else:  # only the teacher answers rows without answers
+                then = math.ceil((len(self.folds[0].train) + len(self.more)) / o.batch_size)
+                epochs = self.mean_steps(method, rate) / then
+                now = math.ceil((len(rows) + len(self.more)) / o.batch_size)
+            settings = replace(grid.settings, steps=max(1, round(epochs * now)))
             first[method] = METHODS[method](replace(grid, settings=settings, first=first.get))
         if not (theta := first[winner.name].theta).isfinite().all():
             mend = "use lower --rates or --dtype float32"
             raise UsageError(f"{winner.name} at rate {self.rates[rate]:g} diverged when trained on every row; {mend}")
         return theta
 
-
-def choose(candidates: dict[str, Candidate]) -> str:
-    """What to ship: the lowest held-out loss; SFT, though, unless another (the base too) is surely better than SFT.
-
-    "base" is no adapter: nothing was better. Surely: by `SURE` standard errors of the rows' paired differences. Where
-    the teacher, ICL, is no better than SFT, it has little to pass on, and what learned from it is shipped only if it is
-    also surely right on more rows than SFT (sign test). `python -m bench fit` measures how often this harms.
-    """
-    losses = {name: c.losses for name, c in candidates.items() if name in METHODS or name == "base"}
-    best = min(losses, key=lambda name: losses[name].mean().item())
-    if best == "base" or "sft" not in losses:
-        return best
-    ahead = {name: losses["sft"] - loss for name, loss in losses.items()}
-    surely = [name for name, a in ahead.items() if a.mean() > SURE * a.std() / len(a) ** 0.5]
-    if not surely:
-        return "sft"
-    alone = not phases((best,)) - {"sft"}  # it has learned nothing from the teacher
-    if alone or candidates["icl"].losses.mean() < losses["sft"].mean():
-        return best
-    if right_more_often(candidates[best], candidates["sft"]):
-        return best
-    return "base" if "base" in surely else "sft"
-
-
-def right_more_often(one: Candidate, other: Candidate) -> bool:
-    """Whether one is right on more of the rows on which only one of them is, by a sign test at one chance in twenty."""
-    if one.right is None or other.right is None:
-        return False
-    gained, lost = int((one.right & ~other.right).sum()), int((other.right & ~one.right).sum())
-    n = gained + lost
-    return sum(math.comb(n, k) for k in range(gained, n + 1)) / 2**n < 0.05
+    def mean_steps(self, method: str, rate: int) -> float:
+        """Steps that were best in the folds at a rate, on average."""
+        return self.trained(method).best.view(len(self.folds), -1)[:, rate].float().mean().item()

@@ -95,9 +95,9 @@ class Fold(Episode):
 def draw_folds(rows: list[Example], folds: int, choose: Callable, seed: int = 0) -> list[Fold]:
     """Cross-validation: every row is held out once, in `folds` parts with equal shares of each label.
 
-    Rows of one prompt stay together. Of a fold's other rows a fifth (at most 48) decides when to stop; all folds train
-    on equally many. A row's demonstrations are `choose(training rows, generator, row)`, those of held-out rows
-    `choose(training rows, generator, None)`.
+    Rows of one prompt stay together. All folds train on equally many rows, `train` and `dev`: what has no true answers
+    to learn from stops by the latter, a fifth of them (at most 48). A row's demonstrations are `choose(training rows,
+    generator, row)`, those of held-out rows `choose(training rows, generator, None)`.
     """
     groups: dict[str, list[int]] = {}
     for i in seeded(seed, 0, "folds").permutation(len(rows)).tolist():
@@ -109,7 +109,7 @@ def draw_folds(rows: list[Example], folds: int, choose: Callable, seed: int = 0)
     for number, test in enumerate(parts):
         rng, held = seeded(seed, number, "fold"), set(test)
         others = shuffled([row for i, row in enumerate(rows) if i not in held], rng)
-        train, dev = split_dev(others, size, min(len(others) - size, 48))
+        train, dev = split_dev(others, size, least - size)
         shown = [choose(train, rng, row) for row in train + dev]
         found.append(Fold(train, dev, shown, [choose(train, rng, None)], test=test))
     return found

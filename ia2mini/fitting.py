@@ -8,25 +8,25 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import NamedTuple
 
-import torch
-from tqdm import tqdm
-
 from . import UsageError, __version__
 from .chat import ChatTemplate
-from .crossval import Candidate, CrossValidation, choose
+from .crossval import CrossValidation
 from .episode import seeded, with_demonstrations
 from .evaluate import share_prefix
 from .files import plain
 from .generate import STOP, Decoding, generate
+from .intervals import sign_test
 from .methods import METHODS
 from .models.common import device_of
-from .options import FitOptions
+from .options import FitOptions, last_phase
 from .predictor import Predictor
-from .report.fit import classes, measures, sentence
+from .report.fit import classes, measures
+from .report.sentence import sentence
 from .report.summary import count
 from .runs import RunFolder, checkpoint_digest
+from .selection import Candidate, choose
 from .subject import Subject
-from .tasks import Example, Task, same_answer
+from .tasks import Example, Task
 from .tasks.own import complete_rows, keep_apart, near_labels, own_task, queries_task
 from .tasks.rows import Row, as_rows, fill
 from .teacher import answer_tokens_at_most
@@ -49,7 +49,7 @@ def fit(
     columns: Columns | tuple = (),
     unlabelled: str | Path | Sequence[dict] = (),
     keep: Path | None = None,
-    bar: Callable = lambda label, total: tqdm(disable=True),
+    bar: Callable | None = None,
 ) -> Predictor:
     """Cross-validate on `rows`, choose, train that on all: a Predictor (`.report`, `.predict(rows)`, `.save(dir)`).
 
@@ -60,7 +60,17 @@ def fit(
         fitted = fit("tickets.csv", open_subject("llama-3.2-1b"))
         print(fitted.report["sentence"])
     """
-    options, columns = options or FitOptions(), Columns(*columns)
+    cv, odd = cross_validation(rows, subject, options or FitOptions(), columns, unlabelled, keep, bar)
+    fitted = conclude(cv)
+    fitted.report["remarks"] += odd
+    return fitted
+
+
+def cross_validation(
+    rows, subject: Subject, options: FitOptions, columns: tuple = (), unlabelled=(), keep=None, bar=None
+) -> tuple[CrossValidation, list[str]]:
+    """The cross-validation that `fit` concludes, before anything is computed; what is odd about the rows."""
+    columns = Columns(*columns)
     rows, task = read_own(rows, columns, bool(options.context))
     chat: Callable = str
     if options.chat:
@@ -80,16 +90,17 @@ def fit(
     if unlabelled:
         queries, lacking = complete_rows(as_rows(unlabelled), replace(task, answer=""))
     more = [Example(chat(fill(task.prompt, row)), "") for row in queries]
-    cv = CrossValidation(subject, task, examples, options, more, bar=bar)
+    cv = CrossValidation(subject, task, examples, options, more)
+    if bar is not None:
+        cv.bar = bar
     if keep is not None:
         what: dict = {"ia2mini": __version__, "options": asdict(options)}
         what |= {"checkpoint": checkpoint_digest(subject.folder), "dtype": str(next(subject.model.parameters()).dtype)}
         what["rows"] = [(str(e.prompt), e.answer) for e in examples + more]
         cv.once = RunFolder(keep, "unfinished", what).once
-    fitted = conclude(cv)
-    fitted.report["remarks"] += [*lacking, *remarks(rows, task, examples)]
-    fitted.report["remarks"] += far_longer(rows, subject.tokenizer.count([fill(task.prompt, row) for row in rows]))
-    return fitted
+    odd = [*lacking, *remarks(rows, task, examples)]
+    odd += far_longer(rows, subject.tokenizer.count([fill(task.prompt, row) for row in rows]))
+    return cv, odd
 
 
 def read_own(rows: str | Path | list[dict], columns: tuple = (), queries: bool = False) -> tuple[list[Row], Task]:
@@ -123,10 +134,11 @@ def answered(prompts: list[str], subject: Subject, options: FitOptions) -> list[
 def conclude(cv: CrossValidation) -> Predictor:
     """The choice among all candidates, trained on every row, with its report."""
     begun, o, task = time.perf_counter(), cv.options, cv.task
-    candidates = {name: cv.candidate(name) for name in ("base", "icl", *o.methods)}
-    if task.labels and (probe := cv.probe()):
-        candidates["probe"] = probe
-    chosen = candidates[choose(candidates)]
+    tried = [cv.tried(name) for name in ("base", "icl", *o.methods)]
+    found = cv.selection.judged(tried, range(len(cv.folds)))
+    rivals = [each for each in tried if not (o.context and each.name == "icl")]  # ICL is then the teacher itself
+    chosen = found[choose({name: one for name, one in found.items() if not (o.context and name == "icl")})]
+    report = make_report(cv, found, chosen, cv.selection.shipped(rivals))
     adapter, theta = None, None
     if chosen.name in METHODS:
         adapter = cv.adapter
@@ -134,10 +146,12 @@ def conclude(cv: CrossValidation) -> Predictor:
     shown = cv.shown(cv.rows, seeded(o.seed, len(cv.folds), "icl"))
     spec: dict = {"template": task.prompt, "answer_column": task.label, "labels": list(task.labels)}
     spec |= {"max_tokens": cv.max_tokens, "stop": cv.stop, "method": chosen.name, "temperature": chosen.temperature}
-    spec |= {"rate": cv.rates[chosen.rate] if adapter else None, "example": question(cv.rows[0].prompt)}
+    spec |= {"rate": None, "epochs": None, "example": question(cv.rows[0].prompt)}
+    if adapter:
+        spec["rate"] = cv.rates[chosen.rate]
+        spec["epochs"] = chosen.epoch + 1 if last_phase(chosen.name) == "sft" else None
     spec["demonstrations"] = [{"prompt": question(e.prompt), "answer": e.answer} for e in shown]
     spec |= {"parser": task.parser, "chat": o.chat, "context": bool(o.context)}
-    report = make_report(cv, candidates, chosen)
     spec["confidences"] = [row["confidence"] for row in report["held_out"]]
     return Predictor(cv.subject, adapter, theta, spec, report | {"seconds": time.perf_counter() - begun})
 
@@ -147,36 +161,64 @@ def question(prompt: str) -> str:
     return getattr(prompt, "question", prompt)
 
 
-def make_report(cv: CrossValidation, candidates: dict[str, Candidate], chosen: Candidate) -> dict:
-    """The numbers that a person should know, the sentence, and every held-out row with what was said of it."""
-    task, gold, found = cv.task, cv.gold, {}
-    held: list[dict] = [{"prompt": question(row.prompt), "true": row.answer} for row in cv.rows]
-    for name, candidate in candidates.items():
-        if task.labels:
-            shares, best = (candidate.scores / candidate.temperature).softmax(-1), candidate.scores.argmax(-1)
-            said, sure, right = [task.labels[i] for i in best], shares.max(-1).values.tolist(), best == gold
-        else:
-            said, sure = cv.texts(candidate)
-            right = torch.tensor([same_answer(task.parser, t, row.answer) for t, row in zip(said, cv.rows)])
-        found[name] = measures(candidate.scores, gold, candidate.temperature, None if task.labels else right)
-        if candidate is chosen:
-            for row, answer, p, hit in zip(held, said, sure, right.tolist()):
-                row |= {"said": answer, "confidence": p, "right": hit}
-            for row, p in zip(held, shares.tolist() if task.labels else ()):
-                row["probabilities"] = dict(zip(task.labels, p))
+def make_report(cv: CrossValidation, found: dict[str, Candidate], chosen: Candidate, shipped: tuple) -> dict:
+    """The numbers that a person should know, the sentence, and every held-out row with what was said of it.
+
+    `shipped`: what the whole choice says of held-out rows, and which candidate it takes for each fold.
+    """
+    task, gold, (whole, choices) = cv.task, cv.gold, shipped
+    numbers = {name: measured(cv, one) for name, one in found.items()}
+    probe = cv.probe() if task.labels else None
+    if probe is not None:
+        numbers["probe"] = measures(probe, gold)
     query = fmean(cv.tokens(row.prompt) for row in cv.rows)
     shown = fmean(sum(cv.tokens(f"{e.prompt}{e.answer}\n\n") for e in fold.icl[0]) for fold in cv.folds)
     about = {"name": task.name, "model": cv.subject.name, "rows": len(cv.rows), "folds": len(cv.folds)}
-    about |= {"chosen": chosen.name, "tokens": {"query": query, "icl": query + shown}}
-    about |= {"candidates": found, "remarks": list(cv.troubles)}
-    if "sft" in candidates and not cv.options.context:
-        behind = candidates["icl"].losses - candidates["sft"].losses
-        about["icl_behind"] = bool(behind.mean() > 1.96 * behind.std() / len(behind) ** 0.5)
+    about |= {"chosen": chosen.name, "chosen_by_fold": choices, "tokens": {"query": query, "icl": query + shown}}
+    about |= {"temperature": chosen.temperature, "calibration": chosen.calibration}
+    about |= {"candidates": numbers, "shipped": measured(cv, whole), "remarks": list(cv.troubles)}
+    about["all_differ"] = len({row.answer for row in cv.rows}) == len(cv.rows)
+    about["against"] = {name: against(whole, found[name]) for name in rivals(found, chosen, cv)}
     if task.labels:
         about |= classes(chosen.scores, gold, task.labels)
     if cv.options.context:
-        about["kl"] = {name: one["nll"][0] for name, one in found.items()}
-    return about | {"sentence": sentence(about), "held_out": held}
+        about["kl"] = {name: one["nll"][0] for name, one in numbers.items()}
+    return about | {"sentence": sentence(about), "held_out": held_out(cv, chosen)}
+
+
+def rivals(found: dict[str, Candidate], chosen: Candidate, cv: CrossValidation) -> list[str]:
+    """What the shipped one is compared with, row by row; with a context ICL is what it is compared with already."""
+    names = ["base", "sft"] if cv.options.context else ["base", "icl", "sft"]
+    return [name for name in names if name in found and name != chosen.name]
+
+
+def measured(cv: CrossValidation, one: Candidate) -> dict:
+    temperatures = 1.0 if one.temperatures is None else one.temperatures
+    return measures(one.scores, cv.gold, temperatures, None if cv.task.labels else one.right)
+
+
+def against(one: Candidate, other: Candidate) -> tuple[int, int, float]:
+    """On how many rows only one of two is right, and only the other; the sign test's p."""
+    more = int((one.right & ~other.right).sum())
+    less = int((other.right & ~one.right).sum())
+    return more, less, sign_test(more, less)
+
+
+def held_out(cv: CrossValidation, chosen: Candidate) -> list[dict]:
+    """Every row with what the chosen candidate's folds, which have not seen it, say of it."""
+    labels, held = cv.task.labels, []
+    if labels:
+        shares = (chosen.scores / chosen.temperatures[:, None]).softmax(-1)
+        texts, sure = [labels[i] for i in shares.argmax(-1)], shares.max(-1).values.tolist()
+    else:
+        texts, sure = cv.said[chosen.name]
+    for i, row in enumerate(cv.rows):
+        about = {"prompt": question(row.prompt), "true": row.answer, "said": texts[i], "confidence": sure[i]}
+        about["right"] = bool(chosen.right[i])
+        if labels:
+            about["probabilities"] = dict(zip(labels, shares[i].tolist()))
+        held.append(about)
+    return held
 
 
 def remarks(rows: list[Row], task: Task, examples: list[Example]) -> list[str]:
@@ -186,6 +228,8 @@ def remarks(rows: list[Row], task: Task, examples: list[Example]) -> list[str]:
         said.append(f"{count(repeats, 'row')} repeated another and counted once")
     if contrary := len(examples) - len({e.prompt for e in examples}):
         said.append(f"{count(contrary, 'row')} had the prompt of another row but a different answer")
+    if not task.labels and len(examples) > 1 and len({e.answer for e in examples}) == len(examples):
+        said.append("every row has another answer, so that answers are read as text")
     if rare := [label for i, label in enumerate(task.labels) if sum(e.label == i for e in examples) == 1]:
         named = ", ".join(map(repr, rare))
         said.append(f"only one row has the answer {named}: held out, nothing like it was trained on")

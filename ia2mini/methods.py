@@ -38,6 +38,7 @@ class Grid:
     race: Sequence[str] = ()  # methods whose rates leave when they are beaten (`EarlyStopping`)
     progress: Callable = nullcontext  # of (phase, runs, most steps): a context manager that yields `train_runs`' watch
     first: Callable[[str], Trained] | None = None  # where to get the method that another begins with; None: train it
+    after_look: Callable | None = None  # `Runs.after_look` of every phase that is trained
 
     def configs(self, method: str) -> list[tuple[int, float, float | None]]:
         return configs(method, len(self.sets), self.rates, self.betas)
@@ -63,6 +64,7 @@ class Grid:
         rates = torch.tensor([rate for _, rate, _ in configs])
         orders = [partial(self.order, number, len(train)) for (number, _, _), (train, _) in zip(configs, rows)]
         runs = Runs(theta, rates, [train for train, _ in rows], [dev for _, dev in rows], weights, orders)
+        runs.after_look = self.after_look
         if method in self.race:
             runs.config = torch.arange(len(configs)) % (len(configs) // len(self.sets))
         steps = self.settings.epochs * -(-len(runs.train[0]) // self.settings.batch_size)

@@ -45,6 +45,16 @@ def accuracy(correct) -> float:
     return _mean(_float64(correct))
 
 
+def macro_f1(said, gold) -> float:
+    """Mean F1 of the labels that were given or are true; `said` and `gold` [Q] are indices of labels."""
+    said, gold = np.asarray(said), np.asarray(gold)
+    found = []
+    for label in np.union1d(said, gold):
+        both = np.sum((said == label) & (gold == label))
+        found.append(2 * both / (np.sum(said == label) + np.sum(gold == label)))
+    return _mean(np.array(found))
+
+
 def reliability(confidence, correct, bins: int = 15, scheme: str = "width") -> np.ndarray:
     """Reliability diagram of Guo et al. 2017, of [Q] twice: each bin's rows, sum of confidences, right rows, [bins, 3].
 

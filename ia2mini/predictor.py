@@ -70,9 +70,9 @@ class Predictor:
 
         A column of the row's own that is called so becomes `row_answer` and so on. None in place of a row says that the
         next has yet to come: what has come is answered first.
-        `icl`: the base with demonstrations instead. `coverage`: the least certain rows get the answer None, by the
-        threshold above which that share of the held-out rows was. A row without its columns is a UsageError, which
-        `wrong`, where given, is called with instead.
+        `icl`: the base with demonstrations instead, as always where these were shipped. `coverage`: the least certain
+        rows get the answer None, by the threshold above which that share of the held-out rows was. A row without its
+        columns is a UsageError, which `wrong`, where given, is called with instead.
         """
         threshold = self.threshold(coverage)
         for row, found in self.answers(rows, icl, wrong):
@@ -83,7 +83,7 @@ class Predictor:
 
     def answers(self, rows: Iterable[dict | None], icl=False, wrong=None) -> Iterator[tuple[Row, dict]]:
         """Each row and what is said to it, of labels also the `log_probabilities`, among them alone."""
-        shown = self.shown() if icl else []
+        shown = self.shown() if icl or self.spec["method"] == "icl" else []
         for some in blocks(rows):
             questions = []
             for row in some:
@@ -193,7 +193,10 @@ class Predictor:
         """
         subject = self.subject
         if self.adapter is None:
-            raise UsageError(f"there is no adapter to merge; what answers is {subject.base}, a whole model already")
+            answers = f"{subject.base}, a whole model already"
+            if self.spec["method"] == "icl":
+                answers = f"{subject.base} with demonstrations in its prompt; a merged model would lack them"
+            raise UsageError(f"there is no adapter to merge; what answers is {answers}")
         dtype = str(next(subject.model.parameters()).dtype).removeprefix("torch.")
         weights = hashlib.sha256(self.theta.cpu().numpy().tobytes()).hexdigest()
         claim(out, {"base": subject.base, "adapter_digest": weights, "dtype": dtype})

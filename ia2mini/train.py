@@ -50,6 +50,8 @@ class Runs:
     order: Sequence[Callable[[int], list[int]]]  # for each run: epoch -> the order of its rows
     config: Tensor | None = None  # [R] number of each one's rate (and β); those that are beaten leave (None: none do)
     hear: Callable | None = None  # (configs, dev losses) -> these of every process that trains a part of the runs
+    after_look: Callable | None = None  # (step, runs [r], weights [r, M]) -> which go on, [r] bool, at epochs' ends;
+    # the dev rows are then not looked at, and the weights with which a run leaves are kept
 
     def __len__(self) -> int:
         return len(self.rates)
@@ -171,9 +173,11 @@ class EarlyStopping:
         reached = means - AHEAD * (self.means[-1 - PACE] - means) / PACE
         return ~(reached <= means.min())[self.config]  # NaN: a rate of which a run has diverged
 
-    def stop(self, theta: Tensor, step: int) -> None:
-        """Keep the weights [R, M] of all runs as they are after `step`."""
-        self.theta, self.steps[:], self.best[:] = theta, step, step
+    def keep(self, runs: Tensor, theta: Tensor, step: int) -> None:
+        """Keep the weights [r, M] of `runs` as they are after `step`."""
+        self.theta[runs.to(theta.device)] = theta
+        self.steps[runs] = step
+        self.best[runs] = step
 
 
 def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None = None) -> Tensor:
@@ -232,15 +236,17 @@ def train_runs(
     """Train R runs by `losses`; a run that has not improved for `patience` looks leaves the batch.
 
     Where steps are recorded and cost more to launch than to compute, half of the batch leaves at once: shapes stay.
-    Looks at the dev loss after every second step and at each epoch's end. `watch(step, best dev losses of live runs)`
-    after each look. Raises what says `out_of_memory` where R runs do not fit (see `train_in_parts`).
+    Looks at the dev loss after every second step and at each epoch's end; where the runs have an `after_look`, it is
+    asked at each epoch's end instead. `watch(step, best dev losses of live runs)` after each look. Raises what says
+    `out_of_memory` where R runs do not fit (see `train_in_parts`).
     """
     device, rows = runs.theta.device, len(runs.train[0])
     stopping = EarlyStopping(runs.theta, settings, runs.config, runs.hear)
     adam = Adam(runs.theta, runs.rates.to(device))
     live, going = torch.arange(len(runs)), runs  # those in the batch, in its order
     places = torch.arange(len(runs))  # which of them still train; the others' weights are kept already
-    dev_batches = None if settings.steps else in_batches(runs.dev, device)
+    no_dev = settings.steps is not None or runs.after_look is not None
+    dev_batches = None if no_dev else in_batches(runs.dev, device)
     batches, step = None, 0
 
     def update(*batches: Batch) -> None:
@@ -262,17 +268,19 @@ def train_runs(
             batches = in_batches(chosen, device)
         train_step(*batches)
         step += 1
+        theta, here = adam.theta.detach(), send(places, device)
         if step == settings.steps:
-            stopping.stop(adam.theta.detach(), step)
+            stopping.keep(live, theta, step)
             break
-        if settings.steps or step % 2 and start + settings.batch_size < rows:
+        ended = start + settings.batch_size >= rows  # an epoch
+        if settings.steps or not ended and (runs.after_look or step % 2):
             continue
-        theta, dev = adam.theta.detach(), look(*dev_batches)
-        if len(places) < len(live):
-            there = send(places, device)
-            theta = theta[there]
-            dev = dev[there]
-        places = places[stopping.look(live[places], theta, dev, step)]
+        if runs.after_look:
+            stopping.keep(live[places], theta[here], step)
+            places = places[runs.after_look(step, live[places], theta[here])]
+        else:
+            dev = look(*dev_batches)
+            places = places[stopping.look(live[places], theta[here], dev[here], step)]
         if watch:
             watch(step, stopping.dev_loss[live[places]])
         if not len(places):
@@ -281,7 +289,7 @@ def train_runs(
             live, going = live[places], going.take(places)
             adam.keep(send(places, device))
             places = torch.arange(len(live))
-            dev_batches = in_batches(going.dev, device)
+            dev_batches = None if no_dev else in_batches(going.dev, device)
             batches = None
             train_step, look = recorded()  # for fewer runs
     return Trained(stopping.theta, stopping.dev_loss, stopping.steps, stopping.best, stopping.broken)
@@ -306,6 +314,7 @@ def train_in_parts(
         while len(rest):
             some = rest[:most]
             here = replace(runs.take(some), config=None if config is None else config[some], hear=rounds.hear)
+            here.after_look = numbered(runs.after_look, some)
             try:
                 parts.append(train_runs(model, adapter, here, settings, watch))
                 rest = rest[len(some) :]
@@ -333,6 +342,11 @@ def train_in_parts(
     parts = sum(found, [])
     whole = Trained(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
     return whole, min(filter(None, most), default=at_once)
+
+
+def numbered(after_look: Callable | None, some: Tensor) -> Callable | None:
+    """An `after_look` for `some` of the runs, which is told their numbers among all."""
+    return after_look and (lambda step, runs, theta: after_look(step, some[runs], theta))
 
 
 def fitting(model: nn.Module, runs: Runs, batch_size: int) -> int:

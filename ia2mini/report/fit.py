@@ -1,57 +1,60 @@
-"""What a person should know about a fitted adapter: a sentence, a small table, per-class figures, held-out rows."""
+"""The report of `fit` and `score`: numbers of held-out rows with intervals, a table, a page."""
 
 import math
-import re
-import shlex
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import UsageError
-from ..adapters import LoRA
-from ..files import json_line, plain, write_text
-from ..metrics import ece, ece_null, row_losses, smooth_ece, smooth_ece_interval
+from ..files import json_line, write_text
+from ..intervals import LEAST_ROWS, mean_interval, share_interval
+from ..metrics import ece, ece_null, macro_f1, row_losses, smooth_ece
 from ..tasks import same_answer
 from ..tasks.rows import Row, whole_number
-from .page import lines, loading, section, shown, table, whole
-from .summary import LABELS, count
-from .tables import markdown
+from .card import card
+from .page import lines, section, shown, table, whole
+from .sentence import NAMES, never_right, percent
+from .summary import count
 
-DRAWS = 1000  # resamples of the rows for an interval
-HEADS = {"acc": "accuracy (%)", "ece": "ECE", "ece_null": "(null)", "brier": "Brier", "nll": "NLL"}
+HEADS = {
+    "acc": "right (%)",
+    "macro_f1": "macro-F1",
+    "ece": "ECE",
+    "ece_null": "(null)",
+    "brier": "Brier",
+    "nll": "NLL",
+}
+AMONG_LABELS, AGREES = "right, among the labels (%)", "as with the context (%)"
+INTERVALS = "95 % intervals: Clopper-Pearson for shares, Student's t for means"
 
 
-def measures(scores: Tensor, gold: Tensor, temperature: float, right: Tensor | None = None) -> dict:
-    """Accuracy, ECE, Brier and NLL of held-out `scores` (`crossval.Candidate`), each with its 95 % bootstrap interval.
+def measures(scores: Tensor, gold: Tensor, temperatures=1.0, right: Tensor | None = None) -> dict:
+    """How good `scores` (`selection.Candidate`) are on their rows.
 
+    Accuracy, NLL and Brier with their 95 % intervals, [mean, low, high]. The rest are points: macro-F1, ECE, its null
+    (ECE is biased upwards: an interval by resampling would lie above it). `temperatures`: a number, or [n] of the rows.
     Of text, `right` [n] says which answers were right, and only accuracy and NLL (a token) are known.
     """
-    n, rng = len(scores), np.random.default_rng(0)
-    draws = [np.arange(n), *rng.integers(n, size=(DRAWS, n))]
+    heat = torch.as_tensor(temperatures).expand(len(scores))[:, None]
+    losses = row_losses(scores.double(), gold, heat).tolist()
     if right is not None:
-        rows = {"acc": right.double().numpy()}
-    else:
-        p = (scores.double() / temperature).softmax(-1)
-        confidence, best = (t.numpy() for t in p.max(-1))
-        correct = (best == gold.numpy()).astype(float)
-        distance = ((p - torch.nn.functional.one_hot(gold, p.shape[1])) ** 2).sum(-1).numpy()
-        rows = {"acc": correct, "brier": distance}
-    rows["nll"] = row_losses(scores.double(), gold, temperature).numpy()
-    found = {name: [values[draw].mean() for draw in draws] for name, values in rows.items()}
-    if right is None:
-        found["ece"] = [ece(confidence[draw], correct[draw]) for draw in draws]
-    known: dict = {name: [float(v[0]), *map(float, np.quantile(v[1:], [0.025, 0.975]))] for name, v in found.items()}
-    if right is None:
-        raw = scores.double().softmax(-1).max(-1).values.numpy()
-        known |= {
-            "smooth_ece": [smooth_ece(confidence, correct), *smooth_ece_interval(confidence, correct)],
-            "ece_null": ece_null(confidence),
-            "ece_without_temperature": ece(raw, correct),
-            "temperature": temperature,
-        }
-    return known
+        return {"acc": list(share_interval(int(right.sum()), len(right))), "nll": list(mean_interval(losses))}
+    p = (scores.double() / heat).softmax(-1)
+    confidence, said = (t.numpy() for t in p.max(-1))
+    correct = said == gold.numpy()
+    distances = ((p - torch.nn.functional.one_hot(gold, p.shape[1])) ** 2).sum(-1)
+    raw = scores.double().softmax(-1).max(-1).values.numpy()
+    return {
+        "acc": list(share_interval(int(correct.sum()), len(correct))),
+        "macro_f1": macro_f1(said, gold.numpy()),
+        "brier": list(mean_interval(distances.tolist())),
+        "nll": list(mean_interval(losses)),
+        "ece": ece(confidence, correct),
+        "ece_null": ece_null(confidence),
+        "smooth_ece": smooth_ece(confidence, correct),
+        "ece_without_temperature": ece(raw, correct),
+    }
 
 
 def classes(scores: Tensor, gold: Tensor, labels: tuple[str, ...]) -> dict:
@@ -66,66 +69,61 @@ def classes(scores: Tensor, gold: Tensor, labels: tuple[str, ...]) -> dict:
     return {"confusion": matrix.tolist(), "classes": rows}
 
 
-def sentence(report: dict) -> str:
-    """What a person should know, from the numbers."""
-    found, chosen, n = report["candidates"], report["chosen"], report["rows"]
-
-    def said(name: str) -> str:
-        one = found[name]
-        return f"{100 * one['acc'][0]:.0f} % right" + (f", ECE {one['ece'][0]:.2f}" if "ece" in one else "")
-
-    if "kl" in report:
-        text = f"{LABELS[chosen]} answers as the model that sees the context: {100 * found[chosen]['acc'][0]:.0f} % of"
-        text += f" {count(n, 'held-out prompt')}, KL {report['kl'][chosen]:.2f} nats a token"
-        text += f" (base {100 * found['base']['acc'][0]:.0f} %, {report['kl']['base']:.2f})"
-        return f"{text}. A query costs {report['tokens']['query']:.0f} tokens instead of {report['tokens']['icl']:.0f}."
-    others = [name for name in ("sft", "ia2-sft", "base") if name in found and name != chosen]
-    beside = "; ".join(f"{LABELS[name]} {said(name)}" for name in others)
-    beside += f"; ICL {said('icl')} at {report['tokens']['icl'] / max(1, report['tokens']['query']):.1f} × the tokens"
-    text = f"{LABELS[chosen] if chosen != 'base' else 'No adapter'}: {said(chosen)} ({beside})."
-    p = found[chosen]["acc"][0]
-    chance = 100 * 1.96 * math.sqrt(2 * max(p * (1 - p), 1 / (n + 2)) / n)
-    text += f" Over {count(n, 'row')} a difference of {chance:.0f} points may be chance."
-    if chosen == "base":
-        text += " Nothing that was trained is better than the base model, so none is shipped."
-    if report.get("icl_behind"):
-        less = "Demonstrations teach this model less than SFT does"
-        taken = {"sft": ", and SFT was taken", "base": ""}
-        text += f" {less}{taken.get(chosen, f'; still, {LABELS[chosen]} is surely right on more rows than SFT')}."
-    if "probe" in found and found["probe"]["nll"][0] < found[chosen]["nll"][0]:
-        text += f" A linear probe on the base's last hidden state would do better: {said('probe')}."
-    return text
-
-
 def write_fit_table(report: dict) -> str:
     """The short report for the terminal."""
     rows = measured(report)
     widths = [max(map(len, column)) for column in zip(*rows)]
-    table = ["  ".join(f"{t:{'>' if i else '<'}{w}}" for i, (t, w) in enumerate(zip(r, widths))).rstrip() for r in rows]
-    note = "95 % intervals by bootstrap" + "; *: shipped" * bool(report["chosen"])
-    table.append(note + "; (null): the ECE that perfect calibration would show" * (HEADS["ece_null"] in rows[0]))
-    return "\n".join([about(report), *table, "", report["sentence"], *report["remarks"]])
+    table = []
+    for row in rows:
+        entries = [f"{row[0]:<{widths[0]}}"]
+        entries += [f"{text:>{width}}" for text, width in zip(row[1:], widths[1:])]
+        table.append("  ".join(entries).rstrip())
+    return "\n".join([about(report), *table, *notes(report), "", report["sentence"], *report["remarks"]])
+
+
+def notes(report: dict) -> list[str]:
+    """What the table's signs mean."""
+    said = [INTERVALS]
+    if report["rows"] < LEAST_ROWS:
+        said = [f"no intervals: below {LEAST_ROWS} rows"]
+    if report["chosen"]:
+        said.append("*: shipped")
+        said.append("as shipped: each row by the choice that the other folds make")
+    if "ece_null" in report["candidates"][next(iter(report["candidates"]))]:
+        said.append("(null): the ECE that perfect calibration would show")
+    return ["; ".join(said)]
 
 
 def measured(report: dict) -> list[list[str]]:
-    """The table of the candidates: its heads, then a line for each, the shipped one marked."""
-    known = [name for name in HEADS if any(name in one for one in report["candidates"].values())]
-    heads = HEADS | ({"nll": "KL"} if "kl" in report else {})
+    """The table of the candidates: its heads, then a line for each, the chosen one marked, and the whole choice."""
+    lines = dict(report["candidates"])
+    if report["chosen"]:
+        lines["shipped"] = report["shipped"]
+    known = [name for name in HEADS if any(name in one for one in lines.values())]
+    heads = dict(HEADS)
+    if "kl" in report:
+        heads |= {"acc": AGREES, "nll": "KL"}
+    elif "macro_f1" in known:
+        heads["acc"] = AMONG_LABELS
     rows = [["", *map(heads.get, known)]]
-    for name, one in report["candidates"].items():
+    for name, one in lines.items():
         mark = " *" if name == report["chosen"] else ""
-        rows.append([LABELS.get(name, name) + mark, *(entry(one.get(column), column) for column in known)])
+        rows.append([NAMES.get(name, name) + mark, *(entry(one.get(column), column) for column in known)])
     return rows
 
 
 def entry(value, name: str) -> str:
+    """A measure as the table shows it: with its interval, if it has one."""
     if value is None:
         return "–"
-    if name == "ece_null":
-        return f"{value:.2f}"
-    factor, form = (100, ".0f") if name == "acc" else (1, ".2f")
-    mean, low, high = (factor * v + 0.0 for v in value)  # no -0
-    return f"{mean:{form}} ({low:{form}} to {high:{form}})"
+    if not isinstance(value, list):
+        return f"{value + 0.0:.2f}"
+    if name == "acc":
+        return percent(value).replace(" %", "")
+    mean, low, high = value
+    if low is None or math.isnan(low):
+        return f"{mean + 0.0:.2f}"
+    return f"{mean + 0.0:.2f} ({low + 0.0:.2f} to {high + 0.0:.2f})"
 
 
 def write_fit_report(fitted, folder: Path, command: str) -> None:
@@ -139,13 +137,11 @@ def write_fit_report(fitted, folder: Path, command: str) -> None:
 def fit_page(report: dict, command: str) -> str:
     """The report as one HTML page."""
     heads, *rows = measured(report)
-    results, notes = [table("Held-out rows, 95 % intervals by bootstrap; *: shipped", heads, rows, "means")], []
-    chosen, tokens = report["candidates"][report["chosen"]], report["tokens"]
-    if "temperature" in chosen:
-        before, after = chosen["ece_without_temperature"], chosen["ece"][0]
-        notes.append(f"One temperature, {chosen['temperature']:.2f}: ECE {before:.2f} before, {after:.2f} after.")
-    notes.append(f"A query costs {tokens['query']:.0f} tokens; with demonstrations {tokens['icl']:.0f}.")
-    results.append(lines([*notes, f"{report['seconds']:.0f} s in all."]))
+    results = [table("Held-out rows", heads, rows, "means")]
+    tokens = report["tokens"]
+    said = [*notes(report), *calibration(report)]
+    said.append(f"A query costs {tokens['query']:.0f} tokens; with demonstrations {tokens['icl']:.0f}.")
+    results.append(lines([*said, f"{report['seconds']:.0f} s in all."]))
     answers = []
     if "classes" in report:
         labels = [c["label"] for c in report["classes"]]
@@ -161,6 +157,20 @@ def fit_page(report: dict, command: str) -> str:
     return whole(f"{report['name']}: fitted", report["sentence"], lines(report["remarks"]), sections)
 
 
+def calibration(report: dict) -> list[str]:
+    """Which temperature is shipped, and why."""
+    if not report.get("calibration"):
+        return []
+    before, after = report["calibration"]
+    losses = f"the NLL would have been {after:.2f} instead of {before:.2f}"
+    if report["temperature"] == 1:
+        return [f"No temperature: with those that suit the other folds' rows {losses}."]
+    losses = f"with those that suit the other folds' rows the NLL is {after:.2f} instead of {before:.2f}"
+    chosen = report["candidates"][report["chosen"]]
+    errors = f"ECE {chosen['ece_without_temperature']:.2f} without, {chosen['ece']:.2f} with it"
+    return [f"One temperature, {report['temperature']:.2f}: {losses} ({errors})."]
+
+
 def share(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.0f} %"
 
@@ -169,58 +179,6 @@ def about(report: dict) -> str:
     """Rows, model and folds in one line."""
     folds = [f"held out in {count(report['folds'], 'fold')}"] * bool(report["folds"])
     return " · ".join([report["name"], count(report["rows"], "row"), report["model"], *folds])
-
-
-CARD = """---
-library_name: {library}
-{hub}tags: [ia2mini, {method}]
----
-
-# {name}
-
-{sentence}
-
-Fitted by [ia2mini](https://arxiv.org/abs/2509.22621) {version}: {command}. Template, labels, temperature and held-out
-numbers are in `ia2mini.json`, every held-out row in `held_out.jsonl`, the report in `report.html`.
-
-The prompt is {template}{turn}; the answer follows it at once.
-
-```
-ia2mini predict {folder} NEW_ROWS
-```
-
-{code}"""
-
-
-def card(fitted, folder: Path, command: str) -> str:
-    """The model card."""
-    spec, report, subject = fitted.spec, fitted.report, fitted.subject
-    peft = fitted.adapter is not None
-    text = {"library": "peft" if peft else "transformers", "method": spec["method"], "name": markdown(report["name"])}
-    text |= {"hub": f"base_model: {subject.base}\n" if subject.revision else "", "sentence": report["sentence"]}
-    text |= {"version": spec["versions"]["ia2mini"], "command": span(command), "template": span(repr(spec["template"]))}
-    text |= {"turn": ", a turn of the chat template" if spec["chat"] else "", "code": code(fitted, str(folder), peft)}
-    return CARD.format(**text, folder=plain(shlex.quote(str(folder)), ""))
-
-
-def span(text: str) -> str:
-    """A text in Markdown's backticks, more of them than it holds in a row."""
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence} {plain(text, '')} {fence}" if "`" in text else f"{fence}{plain(text, '')}{fence}"
-
-
-def code(fitted, folder: str, peft: bool) -> str:
-    """How others load what was shipped: transformers, after it peft, and vLLM, which takes LoRA alone."""
-    adapter, base, revision = fitted.adapter, fitted.subject.base, fitted.subject.revision
-    source = repr(base) + f", revision={revision!r}" * bool(revision)
-    dtype = str(next(fitted.subject.model.parameters()).dtype).removeprefix("torch.")  # it was fitted, and is right, in
-    lines = ["```python", loading(source, folder if peft else None, f", dtype={dtype!r}"), "```", ""]
-    if isinstance(adapter, LoRA) and base != "tiny":
-        at = f" --revision {revision}" if revision else ""
-        rank = f" --max-lora-rank {1 << (adapter.rank - 1).bit_length()}" if adapter.rank > 16 else ""
-        modules = f"--lora-modules {shlex.quote(fitted.report['name'] + '=' + folder)}"
-        lines += ["vLLM: " + span(f"vllm serve {shlex.quote(base)}{at} --enable-lora{rank} {modules}"), ""]
-    return "\n".join(lines)
 
 
 def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) -> dict:
@@ -237,14 +195,23 @@ def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) ->
         (where, text), known = unknown[0], ", ".join(map(repr, labels))
         raise UsageError(f"{where}: answer {text!r} is none of the labels {known}")
     found = [answer for _, answer in fitted.answers(rows, icl)]
+    report = {"name": Path(rows[0].where.partition(":")[0]).stem, "model": fitted.subject.name, "rows": len(rows)}
+    report |= {"folds": 0, "chosen": None, "remarks": []}
     if labels:
         gold = torch.tensor([labels.index(text) for text in true])
         scores = torch.tensor([answer["log_probabilities"] for answer in found], dtype=torch.float64)
-        numbers = measures(scores, gold, 1.0)
+        numbers = {name: measures(scores, gold), "commonest": commonest(gold, len(labels))}
+        report |= classes(scores, gold, labels)
     else:
         right = torch.tensor([same_answer(spec["parser"], f["answer"], text) for f, text in zip(found, true)])
-        numbers = measures(torch.tensor([[f["confidence"]] for f in found]).log(), torch.zeros(0), 1.0, right)
-        numbers.pop("nll")
-    sentence = f"{LABELS.get(name, name)}: {100 * numbers['acc'][0]:.0f} % right."
-    told = {"name": Path(rows[0].where.partition(":")[0]).stem, "model": fitted.subject.name, "rows": len(rows)}
-    return told | {"folds": 0, "candidates": {name: numbers}, "chosen": None, "sentence": sentence, "remarks": []}
+        numbers = {name: {"acc": list(share_interval(int(right.sum()), len(right)))}}
+    told = f"{NAMES.get(name, name)}: {percent(numbers[name]['acc'])} of {count(len(rows), 'row')} right."
+    if len(rows) < LEAST_ROWS:
+        told += " So few rows prove nothing."
+    return report | {"candidates": numbers, "sentence": " ".join([told, *never_right(report)])}
+
+
+def commonest(gold: Tensor, labels: int) -> dict:
+    """The measures of always saying the most frequent label, with the frequencies among these rows."""
+    shares = torch.bincount(gold, minlength=labels) / len(gold)
+    return measures(logarithms(shares).expand(len(gold), -1), gold)

@@ -1,0 +1,133 @@
+"""What `fit` tells a person in a few sentences: what is shipped, what it is worth, beside what, and what to do."""
+
+import math
+
+from .summary import LABELS, count
+
+NAMES = LABELS | {"commonest": "commonest answer", "shipped": "as shipped", "probe": "linear probe"}
+HELP = "What may help: more rows, or a larger model."
+EACH = "each answered by what the same choice makes of the other folds"
+
+
+def sentence(report: dict) -> str:
+    """The outcome in words, from the numbers of `fitting.make_report`."""
+    if report["chosen"] == "base":
+        told = [nothing(report)]
+    elif "kl" in report:
+        told = [context_shipped(report), *differences(report)]
+    else:
+        told = [shipped(report), *differences(report)]
+    return " ".join([*told, *others(report), *never_right(report), *price(report)])
+
+
+def shipped(report: dict) -> str:
+    """What is shipped, and what held-out rows say of the whole choice."""
+    worth, chosen = report["shipped"], report["chosen"]
+    what = f"{NAMES[chosen]} is shipped"
+    if chosen == "icl":
+        what = "Demonstrations in the prompt (ICL) are shipped, without an adapter"
+    sure = f", ECE {worth['ece']:.2f}" if "ece" in worth else ""
+    return f"{what}: {percent(worth['acc'])} of {count(report['rows'], 'held-out row')} right{sure}, {EACH}."
+
+
+def context_shipped(report: dict) -> str:
+    """The same of a context."""
+    worth, chosen = report["shipped"], report["chosen"]
+    text = f"{NAMES[chosen]} is shipped: it answers as the model that sees the context on {percent(worth['acc'])}"
+    text += f" of {count(report['rows'], 'held-out prompt')}, KL {worth['nll'][0]:.2f} nats a token"
+    return f"{text} (base {report['kl']['base']:.2f}), {EACH}."
+
+
+def nothing(report: dict) -> str:
+    """Why nothing is shipped, and what to do."""
+    found, rows = report["candidates"], count(report["rows"], "held-out row")
+    tried = [NAMES[name] for name in found if name not in ("base", "commonest", "probe")]
+    if "kl" in report:
+        tried.remove(NAMES["icl"])
+    what = f"Nothing is shipped. Tried were {listed(tried)}"
+    if "commonest" in found:
+        base, commonest = (found[name]["acc"][0] for name in ("base", "commonest"))
+        than = f"both the base ({share(base)} right) and always the commonest answer ({share(commonest)})"
+        return f"{what}; on {rows} none was surely better than {than}. {HELP}"
+    if "kl" not in report and not any(one["acc"][0] for one in found.values()):
+        judged = "so held-out rows cannot judge answers that all differ" if report["all_differ"] else HELP.lower()
+        return f"{what}; none gave any held-out answer exactly, {judged.rstrip('.')}."
+    agreed = "in agreement with the model that sees the context" if "kl" in report else "right"
+    than = f"the base ({share(found['base']['acc'][0])} {agreed})"
+    return f"{what}; on {rows} none had surely a lower loss than {than} and was {agreed.split()[0]} on more. {HELP}"
+
+
+def differences(report: dict) -> list[str]:
+    """What is shipped against base, ICL and SFT, row by row."""
+    told = []
+    for name, (more, less, p) in report["against"].items():
+        beside = f"Against {against(name, report)}"
+        if more == less == 0:
+            told.append(f"{beside}: right on the same rows.")
+            continue
+        less = f"on {less} less" if less else "on none less"
+        more = f"on {count(more, 'row')} more" if more else "on no row more"
+        told.append(f"{beside}: right {more} and {less} ({probability(p)}).")
+    return told
+
+
+def against(name: str, report: dict) -> str:
+    """A rival with its share of right rows; of demonstrations also what they cost."""
+    said = f"{NAMES[name]} ({share(report['candidates'][name]['acc'][0])}"
+    if name == "icl":
+        said += f" at {report['tokens']['icl'] / max(1, report['tokens']['query']):.1f} × the tokens"
+    return f"{said})"
+
+
+def others(report: dict) -> list[str]:
+    """What else a reader should know: the commonest answer, and a probe that has the lower loss."""
+    found, told = report["candidates"], []
+    if "commonest" in found and report["chosen"] != "base":
+        told.append(f"Always the commonest answer: {share(found['commonest']['acc'][0])}.")
+    loss = report["shipped"]["nll"][0]
+    if "probe" in found and found["probe"]["nll"][0] < loss:
+        probe = found["probe"]
+        than = f"the lower NLL ({probe['nll'][0]:.2f} against {loss:.2f}; {share(probe['acc'][0])} right)"
+        told.append(f"A linear probe on the base's last hidden state has {than}.")
+    return told
+
+
+def never_right(report: dict) -> list[str]:
+    """The labels that no held-out row was rightly given."""
+    missed = [repr(one["label"]) for one in report.get("classes", []) if one["rows"] and not one["recall"]]
+    return [f"Never right: {listed(missed)}."] if missed else []
+
+
+def price(report: dict) -> list[str]:
+    """What a query costs in tokens."""
+    if "tokens" not in report:
+        return []
+    query, icl = (f"{report['tokens'][name]:.0f}" for name in ("query", "icl"))
+    if report["chosen"] == "icl":
+        return [f"A query costs {icl} tokens instead of {query}."]
+    return [f"A query costs {query} tokens instead of {icl}."] if "kl" in report else []
+
+
+def listed(names: list[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def share(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def percent(value: list[float]) -> str:
+    """A share with its interval, if it has one: "83 % (63 to 95)"."""
+    mean, low, high = value
+    if low is None or math.isnan(low):
+        return share(mean)
+    return f"{share(mean)} ({100 * low:.0f} to {100 * high:.0f})"
+
+
+def probability(p: float) -> str:
+    """ "p = .12", as few digits as tell something."""
+    if p < 0.001:
+        return "p < .001"
+    digits = 3 if p < 0.01 else 2
+    return f"p = {p:.{digits}f}".replace("0.", ".", 1)
