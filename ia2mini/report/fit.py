@@ -214,4 +214,4 @@ def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) ->
 def commonest(gold: Tensor, labels: int) -> dict:
     """The measures of always saying the most frequent label, with the frequencies among these rows."""
     shares = torch.bincount(gold, minlength=labels) / len(gold)
-    return measures(logarithms(shares).expand(len(gold), -1), gold)
+    return measures(shares.log().clamp_min(-100).expand(len(gold), -1), gold)
