@@ -40,8 +40,6 @@ MUTANTS = {
     ],
     "models/checkpoint.py": [
         ("re.fullmatch(", "re.match(", "checkpoint a_shard_elsewhere"),
-        ("if outer is not None and", "if outer is None and", "checkpoint_readings told_twice"),
-        ("range(0, rows, AT_ONCE)", "range(0, min(rows, 1), AT_ONCE)", "checkpoint_readings compared_to_the_end"),
     ],
     "ia2mini/losses.py": [
         ("weights).sum(1)", "weights).mean(1)", "losses a_run_averages"),
@@ -74,11 +72,6 @@ MUTANTS = {
     "ia2mini/peft_format.py": [
         ('"lora_alpha": adapter.alpha', '"lora_alpha": adapter.rank', "peft_format peft_loads"),
         ('get("use_rslora") else len(A)', 'get("use_rslora") else rank', "peft_reading with_equal_logits"),
-        ("if layers and name not in targets:", "if layers:", "peft_reading with_equal_logits"),
-        ("if tensor.shape[0] == 1}", "if 'down_proj' in name}", "peft_reading with_equal_logits"),
-    ],
-    "ia2mini/added_tokens.py": [
-        ("token.special = token.special or", "token.special =", "checkpoint_readings stand_beside"),
     ],
     "ia2mini/episode.py": [
         ("crc32(purpose.encode())]", "0]", "episode the_same_command"),

@@ -82,7 +82,8 @@ def test_the_bases_commit_on_the_hub_is_kept_and_loaded(tmp_path, monkeypatch):
 def test_the_card_shows_what_can_load_it(fitted, tmp_path, adapter):
     spec = FOREIGN | {"versions": {"ia2mini": "0"}, "chat": False}
     made = adapter and make_adapter(fitted.subject.model, replace(QUICK, adapter=adapter, rank=20))
-    text = card(Predictor(fitted.subject, made, None, spec, fitted.report), tmp_path / "a", "ia2mini fit")
+    subject = replace(fitted.subject, base="/models/mine")
+    text = card(Predictor(subject, made, None, spec, fitted.report), tmp_path / "a", "ia2mini fit")
     (code,) = re.findall("```python\n(.*?)```", text, re.S)
     compile(code, "card", "exec")
     assert ("peft" in text) == (adapter is not None), "the base needs transformers alone"
@@ -90,6 +91,9 @@ def test_the_card_shows_what_can_load_it(fitted, tmp_path, adapter):
     assert code.count(repr(str(tmp_path / "a"))) == (0 if adapter is None else 1)
     assert "dtype='float32'" in code and "\n\n\n" not in text.replace(code, "")
     assert "base_model" not in text, "a folder is no name on the hub"
+    assert "from_pretrained('/models/mine'" in code
+    text = card(Predictor(fitted.subject, made, None, spec, fitted.report), tmp_path / "a", "ia2mini fit")
+    assert "import TINY" in text and "from_pretrained(TINY" in text and "vLLM" not in text
 
 
 def test_a_damaged_field_is_named_and_a_bug_of_ours_is_not_disguised(saved, tmp_path, monkeypatch):

@@ -237,7 +237,7 @@ def test_run_json_holds_what_the_defaults_came_to(studied, subject, tmp_path, mo
     kept = json.loads((studied["dev"][1] / "run.json").read_text())
     assert kept["rates"] == [1e-3, 1e-2] and kept["targets"] == ["q_proj", "k_proj", "o_proj"]
     assert kept["templates"] == {"toy-mood": "Text:{text}\nLabel:"} and kept["ia2mini"] == ia2mini.__version__
-    assert kept["model"] == str(subject.folder.resolve()) and kept["dtype"] == "float32" and kept["device"] == "cpu"
+    assert kept["model"] == subject.base == "tiny" and kept["dtype"] == "float32" and kept["device"] == "cpu"
     monkeypatch.setattr(study, "run_experiment", lambda experiment: NOTHING)
     document, folder = compare([MOOD], subject, Options(n=(2,), sets=1, adapter=("ia3",)), tmp_path)
     kept = json.loads((folder / "run.json").read_text())
