@@ -47,7 +47,7 @@ def refuse_unnamed_model(rows: str) -> None:
 
 
 def tell_all(remarks: Iterable[str]) -> None:
-    """Tell on stderr how one's own rows were read, each sentence once."""
-    for remark in remarks:
-        if parallel.says(remark):
+    """Tell on stderr how one's own rows were read; of several processes the first tells it."""
+    if parallel.chief:
+        for remark in remarks:
             click.echo(plain(remark), err=True)

@@ -193,6 +193,9 @@ def test_rows_without_a_prompt_are_left_out_and_others_named(tmp_path):
     task = custom_task(write_rows(tmp_path / "rows.jsonl", labelled([1, 0] * 4)), eval_path=path)
     assert f"1 of 3 rows ({path}:2)" in task.remarks[-1]
     assert {(e.prompt[5:6], e.label) for e in load_examples(task, "eval").rows} == {("a", 1), ("c", 0)}
+    (tmp_path / "eval.csv").write_text("text;label\na;1.0\nb;0.0\n")  # as pandas writes what held nothing once
+    task = custom_task(tmp_path / "rows.jsonl", eval_path=tmp_path / "eval.csv")
+    assert {e.label for e in load_examples(task, "eval").rows} == {0, 1}
     refused(lambda: read_own([{"text": "a", "label": None}] * 4), "'label' is empty")
     refused(lambda: read_own([{"text": None, "label": 1}] * 4), "the prompt is empty")
     refused(lambda: custom_task(path, eval_path=write_rows(tmp_path / "e.jsonl", [{"text": "a"}])), "no column 'label'")
@@ -276,10 +279,9 @@ def test_classes_of_parquet_keep_their_names(tmp_path):
 
 
 def test_tasks_of_the_catalog_keep_the_numbers(tmp_path):
-    table = class_table([0, 1] * 3, ["negative", "positive"]).rename_columns(["sentence", "label"])
-    (tmp_path / "sst2").mkdir()
-    parquet.write_table(table, tmp_path / "sst2" / "validation.parquet")
-    found = load_examples(find_task("sst2"), "eval", tmp_path).rows
+    (tmp_path / "ag_news").mkdir()
+    parquet.write_table(class_table([0, 1] * 3, ["World", "Sports"]), tmp_path / "ag_news" / "test.parquet")
+    found = load_examples(find_task("agnews"), "eval", tmp_path).rows
     assert sorted((e.answer, e.label) for e in found) == [("0", 0)] * 3 + [("1", 1)] * 3
 
 
