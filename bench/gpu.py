@@ -1,6 +1,7 @@
 """`gpu`: the first hour on a GPU as one command. Its steps, one process each, in an order that pays early.
 
-What a step says is shown and kept as it comes; the same command goes on with what is missing.
+What a step says is shown and kept as it comes; the same command goes on with what is missing. `--failed` also tries
+again what has failed.
 """
 
 import os

@@ -152,7 +152,8 @@ def keep(document: dict, name: str | None = None) -> Path:
     return path
 
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the largest value: what rounding may do to a model's own
+# Of the largest value: how far rounding may take two stacks apart. In bfloat16 up to 1.8e-2 was seen, of 8 layers.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 
 
 def agree(what: str, ours, theirs, tolerance: float = 1e-3) -> str:
