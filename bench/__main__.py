@@ -2,9 +2,11 @@
 
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
 import torch
@@ -23,7 +25,7 @@ from .choice import choice, race
 from .effect import METHODS, TASKS, effect
 from .fit import fit
 from .gain import gain
-from .report import RESULTS, Result, finish, show
+from .report import RESULTS, Result, finish, keep, show, written
 from .scale import scale
 from .shapes import SHAPES, stand
 from .table8 import table8
@@ -36,15 +38,21 @@ def shapes(shape: str | None, device: str) -> tuple[str, ...]:
     return (shape,) if shape else (CPU_SHAPES if device == "cpu" else GPU_SHAPES)
 
 
-def run(name: str, shape: str | None, device: str, dtype: torch.dtype, select: str) -> list[Result]:
-    """The results of one bench, shown as they come; `select`: which runs `cell` scores."""
-    found = []
+QUICK: dict[str, dict] = {  # sizes that show in seconds whether all stacks run and agree
+    "step": {"runs": 2, "seconds": 0.0},
+    "cell": {"whole": training.Size(sets=2, rates=1, steps=2, rows=8), "repeats": 1},
+    "collect": {"rows": 2, "tokens": 8, "sample": 2, "seconds": 0.0},
+    "icl": {"queries": 20, "shown": 3, "sample": 8, "seconds": 0.0},
+    "generate": {"rows": 4, "length": 8, "tokens": 16, "seconds": 0.0},
+    "kernel": {"sizes": ((64, 1), (64, 32)), "seconds": 0.0},
+    "memory": {"tokens": 8},
+}
 
-    def done(result: Result) -> None:
-        result.remarks += [said] if (said := recorded()) else []
-        show(result)
-        found.append(result)
 
+def run(
+    name: str, shape: str | None, device: str, dtype: torch.dtype, select: str, quick: bool, done: Callable
+) -> None:
+    """One bench; `done` is called with every result as it comes. `select`: which runs `cell` scores."""
     benches = {
         "step": training.step,
         "collect": inference.collect,
@@ -52,10 +60,11 @@ def run(name: str, shape: str | None, device: str, dtype: torch.dtype, select: s
         "generate": inference.generate,
     }
     largest = shapes(shape, device)[-1]
+    sizes = QUICK.get(name, {}) if quick else {}
     if name == "kernel":
-        done(resources.kernel(device))
+        done(resources.kernel(device, **sizes))
     elif name == "memory":
-        done(resources.memory(largest, device, dtype))
+        done(resources.memory(largest, device, dtype, **sizes))
     elif name == "load":
         done(resources.load(largest, device))
     elif name == "scale":
@@ -63,11 +72,12 @@ def run(name: str, shape: str | None, device: str, dtype: torch.dtype, select: s
     else:
         for each in shapes(shape, device):
             ground = stand(each, device, dtype)
-            if name == "cell":
-                done(training.cell(ground, *training.portions(each, device, select)))
+            if name != "cell":
+                done(benches[name](ground, **sizes))
+            elif quick:
+                done(training.cell(ground, **sizes))
             else:
-                done(benches[name](ground))
-    return found
+                done(training.cell(ground, *training.portions(each, device, select)))
 
 
 BENCHES = ("step", "cell", "collect", "icl", "generate", "kernel", "memory", "load", "scale")
@@ -79,6 +89,9 @@ def options(command):
     for option in (
         click.option("--save", is_flag=True, help="keep the results in bench/results/, with the date and the machine"),
         click.option(
+            "--quick", is_flag=True, help="tiny sizes, once: do all stacks run and agree? The times say little"
+        ),
+        click.option(
             "--dtype", type=click.Choice(["float32", "bfloat16"]), help="[default: float32, on a GPU bfloat16]"
         ),
         click.option("--device", help="[default: a GPU if there is one]"),
@@ -88,15 +101,39 @@ def options(command):
     return command
 
 
-def several(names: tuple[str, ...], shape, device, dtype, save, select: str = "dev") -> None:
+def several(names: tuple[str, ...], shape, device, dtype, save, quick, select: str = "dev") -> None:
+    """Run the benches. Of several, one that fails is told and does not end the others; then the exit status is 1."""
     warnings.simplefilter("ignore")
     keep_freed_memory()  # for all stacks alike
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
-    start, results = time.perf_counter(), []
+    asked = [names[0]] if len(names) == 1 else []
+    given = {"shape": shape, "dtype": dtype, "select": "" if select == "dev" else select}
+    asked += [f"--{key} {value}" for key, value in given.items() if value]
+    asked += ["--quick"] if quick else []
+    command = " ".join(["python -m bench", *asked])
+    start = time.perf_counter()
+    results: list[Result] = []
+    failed = []
+
+    def done(result: Result) -> None:
+        if said := recorded():
+            result.remarks.append(said)
+        show(result)
+        results.append(result)
+        if save:
+            keep(written(results, command))
+
     for name in names:
         with Bystanders() as others:
-            results += run(name, shape, device, kind, select)
+            try:
+                run(name, shape, device, kind, select, quick, done)
+            except Exception:
+                if len(names) == 1:
+                    raise
+                traceback.print_exc()
+                failed.append(name)
+                continue
         click.echo(f"  {name}: {time.perf_counter() - start:.0f} s so far")
         results[-1].ratios["share of the processors that others had meanwhile"] = others.share
         if others.share > 0.05:
@@ -104,10 +141,10 @@ def several(names: tuple[str, ...], shape, device, dtype, save, select: str = "d
                 f"  others had {others.share:.0%} of the processors meanwhile: do not trust these numbers", fg="red"
             )
     click.echo(f"\n{time.perf_counter() - start:.0f} s in all")
-    asked = [names[0]] if len(names) == 1 else []
-    given = {"shape": shape, "dtype": dtype, "select": "" if select == "dev" else select}
-    asked += [f"--{key} {value}" for key, value in given.items() if value]
-    finish(results, " ".join(["python -m bench", *asked]), save)
+    finish(results, command, save)
+    if failed:
+        click.secho(f"failed: {', '.join(failed)}", fg="red")
+        sys.exit(1)
 
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -221,21 +258,39 @@ def cost_command():
     click.echo(f"wrote {cost.PAGE}")
 
 
+def here(command: list[str], *about) -> tuple[int, str]:
+    """Run a bench in this process, whose imports then serve all of them; other commands as `gpu.attempt` does."""
+    if command[2] != "bench":
+        return gpu.attempt(command, *about)
+    try:
+        main.main(command[3:])
+    except SystemExit as end:
+        return end.code or 0, ""
+    except Exception:
+        traceback.print_exc()
+    return 1, ""
+
+
 @main.command("gpu")
 @click.option("--again", is_flag=True, help="forget what earlier calls have done")
-def gpu_command(again):
+@click.option("--failed", is_flag=True, help="also try again what failed or ran too long in an earlier call")
+@click.option("--dry", is_flag=True, help="every step on this CPU, at tiny sizes in bfloat16: does each of them run?")
+def gpu_command(again, failed, dry):
     """The first hour on a GPU: its tests, then step, cell, kernel, collect, icl, generate and memory on real shapes.
 
-    At most 25 minutes a call and 9 a step; every step is saved as it ends, and the same command goes on.
+    At most 25 minutes a call and 9 a step. What a step says is shown and kept as it comes; a step that fails does not
+    end the others. The same command goes on with what is missing.
     """
-    if not torch.cuda.is_available():
-        raise UsageError("bench gpu: PyTorch sees no GPU here")
-    kept = RESULTS / f"gpu-{torch.cuda.get_device_name().replace(' ', '-')}.json"
-    if again:
-        kept.unlink(missing_ok=True)
-    todo = gpu.steps()
-    found = gpu.first_hour(todo, kept)
-    missing = [name for name in todo if found.get(name, {}).get("status") != 0]
+    if dry:
+        with TemporaryDirectory() as folder:
+            missing = gpu.first_hour(gpu.dry_steps(), Path(folder) / "dry.json", run=here)
+    elif torch.cuda.is_available():
+        kept = RESULTS / f"gpu-{torch.cuda.get_device_name().replace(' ', '-')}.json"
+        if again:
+            kept.unlink(missing_ok=True)
+        missing = gpu.first_hour(gpu.steps(), kept, failed)
+    else:
+        raise UsageError("bench gpu: PyTorch sees no GPU here; --dry tries every step on the CPU")
     click.echo(f"missing or failed: {', '.join(missing)}" if missing else "all is done")
     sys.exit(bool(missing))
 

@@ -1,5 +1,7 @@
 """`collect`: the teacher's pass over long answers; `icl`: queries behind demonstrations; `generate`: decoding."""
 
+from itertools import accumulate
+
 import torch
 from ia2mini.models.common import Taps
 
@@ -24,6 +26,35 @@ def spread(tokens: int, count: int) -> list[int]:
     return [int((i + 0.5) * tokens / count) for i in range(count)]
 
 
+@torch.no_grad()
+def same_tokens(stand: Stand, prompts: list[list[int]], ours: list[list[int]], theirs: list[list[int]]) -> str:
+    """Both stacks generate the same tokens.
+
+    In bfloat16 rounding may decide between two likely tokens, and what follows differs. There ours need only be the
+    likeliest for transformers, to rounding, behind the same text.
+    """
+    if stand.dtype == torch.float32:
+        return agree("tokens", ours, theirs, 0)
+    chosen, best = [], []
+    for prompt, response in zip(prompts, ours):
+        ids = torch.tensor([prompt + response], device=stand.device)
+        logits = stand.net(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()  # [P, V]
+        chosen.append(logits.gather(1, ids[0, len(prompt) :, None])[:, 0])
+        best.append(logits.amax(-1))
+    return agree("logits of the generated tokens", torch.cat(chosen), torch.cat(best), stand.tolerance)
+
+
+def comparable(ours: list[Row], theirs: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention outputs of two stacks [L, P, D] at the positions that both have reached by the same tokens."""
+    pairs = [], []
+    for mine, other in zip(ours, theirs):
+        equal = [a == b for a, b in zip(mine.answer, other.answer)]
+        shared = 1 + sum(accumulate(equal[:-1], min))  # what predicts the first token is the same for both
+        for found, row in zip(pairs, (mine, other)):
+            found.append(row.activations[:, :shared].cpu())
+    return torch.cat(pairs[0], 1), torch.cat(pairs[1], 1)
+
+
 def collect(
     stand: Stand, rows: int = 8, tokens: int = 200, demonstrations: int = 3, sample: int = 4, seconds: float = 25.0
 ) -> Result:
@@ -41,10 +72,10 @@ def collect(
     a, b = AsReleased(stand), UsedWell(stand)
     theirs = b.collect(queries[:2], prompts[:2], 8)
     ours = teach(stand.model, stand.tokenizer, Episode(pool[:2], [], shown[:2], []), Asked(8)).icl_train
-    pair = [torch.stack([row.activations for row in rows]) for rows in (ours, theirs)]
-    result.remarks.append(agree("attention outputs", *pair))
-    agree("responses", [r.answer for r in ours], [r.answer for r in theirs], 0)
-    agree("attention outputs", ours[0].activations, a.collect(queries[:1], prompts[:1], 8)[0].activations)
+    same_tokens(stand, prompts[:2], [row.answer for row in ours], [row.answer for row in theirs])
+    for others in (a.collect(queries[:1], prompts[:1], 8), theirs):
+        remark = agree("attention outputs", *comparable(ours, others), stand.tolerance)
+    result.remark(remark)
 
     times = race(
         {
@@ -60,9 +91,7 @@ def collect(
     times["(a)"] = some["(a)"].scaled(rows * tokens / sample)
     for name, timing in times.items():
         note = f"extrapolated from {sample} of {rows * tokens} passes" if name == "(a)" else ""
-        result.lines.append(
-            Line("collect", name, timing, "set", {"answer tokens/s": rows * tokens / timing.seconds}, note)
-        )
+        result.add(Line("collect", name, timing, "set", {"answer tokens/s": rows * tokens / timing.seconds}, note))
     for name in ("(a)", "(b)"):
         result.ratio(f"{name} / us", times[name], times["us"])
     overhead(stand, result, prompts, tokens, seconds / 4)
@@ -83,7 +112,7 @@ def overhead(stand: Stand, result: Result, prompts: list[list[int]], tokens: int
     ceiling = gemm_ceiling(stand.config, batch.ids.numel(), stand.device, stand.model.lm_head.weight.dtype)
     for name, timing in times.items():
         rates = {"FLOP/s": work / timing.seconds, "GEMM": work / timing.seconds / ceiling}
-        result.lines.append(Line("forward pass", name, timing, "pass", rates))
+        result.add(Line("forward pass", name, timing, "pass", rates))
     result.ratio("tapped / plain", times["tapped"], times["plain"])
 
 
@@ -109,9 +138,9 @@ def icl(
     with a.net.disable_adapter(), b.net.disable_adapter():
         mine = ours(4)
         for found in (a.score(whole[:4], first), b.score(whole[:4], first), b.score(ids[:4], first, prefix=prefix)):
-            remark = agree("top-1 probabilities", mine.confidence[0], found[0])
-            agree("label probabilities", mine.probabilities[0], found[1])
-        result.remarks.append(remark)
+            remark = agree("top-1 probabilities", mine.confidence[0], found[0], stand.tolerance)
+            agree("label probabilities", mine.probabilities[0], found[1], stand.tolerance)
+        result.remark(remark)
         cached = min(128, queries)
         stacks = {
             "us": ours,
@@ -124,7 +153,7 @@ def icl(
     for name, timing in times.items():
         times[name] = timing = timing.scaled(queries / counts[name])
         note = f"extrapolated from {counts[name]} queries" if counts[name] < queries else ""
-        result.lines.append(
+        result.add(
             Line("ICL evaluation", name, timing, f"{queries} queries", {"queries/s": queries / timing.seconds}, note)
         )
     for name in list(times)[1:]:
@@ -140,8 +169,8 @@ def generate(
     a, b = AsReleased(stand), UsedWell(stand)
     result = Result("generate", f"{stand.about}; {rows} prompts of {length} tokens, {tokens} new tokens each", [])
     mine = our_generate(stand.model, stand.tokenizer, prompts[:4], Decoding(16))
-    result.remarks.append(agree("tokens", mine, b.generate(prompts[:4], 16), 0))
-    agree("tokens", mine[:1], a.generate(prompts[:1], 16), 0)
+    result.remark(same_tokens(stand, prompts[:4], mine, b.generate(prompts[:4], 16)))
+    same_tokens(stand, prompts[:1], mine[:1], a.generate(prompts[:1], 16))
     stacks = {
         "us": lambda: our_generate(stand.model, stand.tokenizer, prompts, Decoding(tokens)),
         "(b)": lambda: b.generate(prompts, tokens),
@@ -151,9 +180,7 @@ def generate(
     times["(a)"] = some["(a)"].scaled(rows * tokens / sample)
     for name, timing in times.items():
         note = f"extrapolated from {sample} of {rows * tokens} passes" if name == "(a)" else ""
-        result.lines.append(
-            Line("generate", name, timing, "batch", {"new tokens/s": rows * tokens / timing.seconds}, note)
-        )
+        result.add(Line("generate", name, timing, "batch", {"new tokens/s": rows * tokens / timing.seconds}, note))
     for name in ("(a)", "(b)"):
         result.ratio(f"{name} / us", times[name], times["us"])
     return result

@@ -251,8 +251,10 @@ class UsedWell(Peer):
                 batch["past_key_values"].batch_repeat_interleave(len(group))
                 batch["position_ids"] = batch["position_ids"] + len(prefix)
                 batch["attention_mask"] = F.pad(batch["attention_mask"], (len(prefix), 0), value=1)
-            probabilities = self.net(**batch, logits_to_keep=1, use_cache=bool(prefix)).logits[:, -1].softmax(-1)
-            top[group], shares[group] = probabilities.amax(-1).cpu(), probabilities[:, labels].cpu()
+            logits = self.net(**batch, logits_to_keep=1, use_cache=bool(prefix)).logits
+            probabilities = logits[:, -1].float().softmax(-1)
+            top[group] = probabilities.amax(-1).cpu()
+            shares[group] = probabilities[:, labels].cpu()
         return top, shares
 
 

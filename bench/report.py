@@ -44,6 +44,15 @@ class Result:
     ratios: dict[str, float] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
+    def add(self, line: Line) -> None:
+        """One more line; it is shown at once, as all of them are at the end."""
+        self.lines.append(line)
+        tell(said(line))
+
+    def remark(self, text: str) -> None:
+        self.remarks.append(text)
+        tell(text)
+
     def ratio(self, name: str, slow: Timing, fast: Timing) -> None:
         self.ratios[name] = slow.seconds / fast.seconds
 
@@ -58,6 +67,17 @@ def amount(name: str, value: float) -> str:
         text = f"{value / 1e9:.2f} GB" if abs(value) >= 1e9 else f"{value / 1e6:.1f} MB"
         return f"{text} {name[6:]}".strip()
     return f"{value:,.3g} {name}" if abs(value) < 100 else f"{value:,.0f} {name}"
+
+
+def said(line: Line) -> str:
+    spent = str(line.timing) if line.timing else ""
+    rates = [amount(name, value) for name, value in line.rates.items()]
+    return "  ".join([line.what, line.stack, spent, *rates])
+
+
+def tell(text: str) -> None:
+    """Show on stderr what has just been found, in the minutes before the table."""
+    click.echo(f"  … {text}", err=True)
 
 
 def show(result: Result) -> None:
@@ -101,33 +121,45 @@ def hardware() -> dict:
 
 def finish(results: list[Result], command: str, save: bool, name: str | None = None) -> None:
     """Print the JSON line; with `save`, keep it and the machine in bench/results/<date>-<command>.json."""
+    document = written(results, command)
+    if save:
+        click.echo(f"\nsaved in {keep(document, name)}")
+    click.echo(json.dumps(document))
+
+
+def written(results: list[Result], command: str) -> dict:
+    """The results, what made them and the machine, as JSON has them."""
     import peft
     import transformers
 
-    machine = hardware()
     document = {
         "date": date.today().isoformat(),
         "command": command,
-        "hardware": machine,
+        "hardware": hardware(),
         "versions": versions() | {"transformers": transformers.__version__, "peft": peft.__version__},
         "results": [asdict(result) for result in results],
     }
-    document = finite(document)
-    if save:
-        name = (
-            [name] if name else command.removeprefix("python -m bench").replace("--save", "").replace("--", "").split()
-        )
-        kind = machine.get("gpu", "cpu").replace(" ", "-")
-        path = RESULTS / f"{document['date']}-{'-'.join(name) or 'all'}-{kind}.json"
-        write_text(path, json.dumps(document, indent=1) + "\n")
-        click.echo(f"\nsaved in {path}")
-    click.echo(json.dumps(document))
+    return finite(document)
+
+
+def keep(document: dict, name: str | None = None) -> Path:
+    """Write a document into bench/results; the file."""
+    words = document["command"].removeprefix("python -m bench").replace("--save", "").replace("--", "").split()
+    name = name or "-".join(words) or "all"
+    kind = document["hardware"].get("gpu", "cpu").replace(" ", "-")
+    path = RESULTS / f"{document['date']}-{name}-{kind}.json"
+    write_text(path, json.dumps(document, indent=1) + "\n")
+    return path
+
+
+# Of the largest value: how far rounding may take two stacks apart. In bfloat16 up to 1.8e-2 was seen, of 8 layers.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 
 
 def agree(what: str, ours, theirs, tolerance: float = 1e-3) -> str:
     """Check that two stacks computed the same numbers, relative to their size, before either is timed.
 
-    Returns a remark saying how closely.
+    `tolerance`: see `TOLERANCE`. Returns a remark saying how closely.
     """
     ours, theirs = torch.as_tensor(ours).float().cpu(), torch.as_tensor(theirs).float().cpu()
     assert ours.shape == theirs.shape, f"{what}: shapes differ, {tuple(ours.shape)} and {tuple(theirs.shape)}"

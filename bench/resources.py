@@ -36,13 +36,16 @@ def both_ways(loss, outputs: list[Tensor], targets: Tensor) -> Tensor:
     return outputs[0].grad
 
 
-def kernel(device: str = "cpu", dtype=torch.bfloat16, layers: int | None = None, seconds: float = 2.0) -> Result:
+SIZES = ((2048, 1), (2048, 64), (2048, 1024), (5120, 1024), (2048, 16384))  # of `kernel`: hidden units, positions
+
+
+def kernel(device: str = "cpu", dtype=torch.bfloat16, layers=None, seconds: float = 2.0, sizes=SIZES) -> Result:
     """The loss, forward and backward, for P answer positions of D hidden units; against eager code and a plain copy."""
     layers = layers or (4 if device == "cpu" else 28)
     result = Result(
         "kernel", f"activation loss, forward and backward, {layers} layers, {str(dtype)[6:]} inputs, {device}", []
     )
-    for D, P in ((2048, 1), (2048, 64), (2048, 1024), (5120, 1024), (2048, 16384)):
+    for D, P in sizes:
         outputs = [torch.randn(P, D, device=device, dtype=dtype).requires_grad_() for _ in range(layers)]
         targets = torch.randn(layers, P, D, device=device, dtype=dtype)
         agree("loss", activation_mse(outputs, targets).detach(), plain_mse(outputs, targets).detach(), 1e-4)
@@ -62,20 +65,18 @@ def kernel(device: str = "cpu", dtype=torch.bfloat16, layers: int | None = None,
         copied = 2 * targets.nbytes / times["copy"].low
         for name in ("us", "eager"):
             rate = 5 * targets.nbytes / times[name].seconds  # both tensors read twice, one gradient written
-            result.lines.append(
-                Line(f"D {D}, P {P}", name, times[name], "", {"% of copy bandwidth": 100 * rate / copied})
-            )
+            result.add(Line(f"D {D}, P {P}", name, times[name], "", {"% of copy bandwidth": 100 * rate / copied}))
         result.ratio(f"D {D}, P {P}: eager / us", times["eager"], times["us"])
     for name, loss in (("us", activation_mse), ("eager", plain_mse)):
-        extra = extra_bytes(loss, layers, device, dtype)
-        result.lines.append(Line("D 2048, P 16384: over the inputs", name, rates={"bytes": extra}))
+        extra = extra_bytes(loss, layers, D, P, device, dtype)
+        result.add(Line(f"D {D}, P {P}: over the inputs", name, rates={"bytes": extra}))
     return result
 
 
-def extra_bytes(loss, layers: int, device: str, dtype) -> int:
+def extra_bytes(loss, layers: int, D: int, P: int, device: str, dtype) -> int:
     """Bytes that the loss needs, forward and backward, beside inputs and gradients."""
-    outputs = [torch.randn(16384, 2048, device=device, dtype=dtype).requires_grad_() for _ in range(layers)]
-    targets = torch.randn(layers, 16384, 2048, device=device, dtype=dtype)
+    outputs = [torch.randn(P, D, device=device, dtype=dtype).requires_grad_() for _ in range(layers)]
+    targets = torch.randn(layers, P, D, device=device, dtype=dtype)
     return allocated(lambda: both_ways(loss, outputs, targets), device) - targets.nbytes
 
 
@@ -96,7 +97,8 @@ def memory(shape: str = "100m", device: str = "cpu", dtype=torch.float32, tokens
             peer.begin(ground.theta()[0], 1e-3)
             stacks[name] = partial(peer.step, rows, phase)
         most = {name: allocated(step, device) for name, step in stacks.items()}
-        result.lines += [Line(f"{method} step", name, rates={"bytes of tensors": size}) for name, size in most.items()]
+        for name, size in most.items():
+            result.add(Line(f"{method} step", name, rates={"bytes of tensors": size}))
         for name in PEERS:
             for mine in ("us", "us, checkpointing"):
                 result.ratios[f"{method}: {mine} / {name}"] = most[mine] / most[name]
@@ -177,7 +179,7 @@ def load(shape: str = "100m", device: str = "cpu", repeats: int = 2) -> Result:
                     "s to import": Timing.of([r[0] for r in runs]).seconds,
                     "bytes more at most": max(r[3] for r in runs),
                 }
-                result.lines.append(Line(f"{kept} file as {wanted}, and a pass", name, totals[name], "", rates))
+                result.add(Line(f"{kept} file as {wanted}, and a pass", name, totals[name], "", rates))
             result.ratio(f"{kept} as {wanted}: transformers / us", totals["transformers"], totals["us"])
             most = [max(r[3] for r in spent[name]) for name in ("us", "transformers")]
             result.ratios[f"  memory, {kept} as {wanted}: us / transformers"] = most[0] / most[1]
@@ -198,7 +200,7 @@ def load(shape: str = "100m", device: str = "cpu", repeats: int = 2) -> Result:
         assert python(code).split() == python(them).split(), "ia2mini and transformers continue the prompt differently"
         times = race({"us": lambda: python(code), "transformers": lambda: python(them)}, repeats, 20)
         for name, timed in times.items():
-            result.lines.append(Line("command to first tokens", name, timed))
+            result.add(Line("command to first tokens", name, timed))
         result.ratio("first tokens: us / transformers", times["us"], times["transformers"])
     finally:
         shutil.rmtree(folder)

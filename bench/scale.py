@@ -61,7 +61,7 @@ def scale(shape: str = "tiny", device: str = "cpu", dtype=None) -> Result:
                 "",
                 {f"s {stage}": seconds for stage, seconds in spent.items()},
             )
-            result.lines.append(line)
+            result.add(line)
         (a, b) = (min(totals), max(totals))
         result.ratios[f"{name}: time grows by, from {a} to {b} ({b / a:g} ×)"] = totals[b] / totals[a]
     result.remarks.append(plot(found, ground.shape, ground.device.type))

@@ -16,6 +16,8 @@ from ia2mini.adapters import LoRA, unpack
 from ia2mini.tasks import Example
 from ia2mini.tokenizer import Tokenizer
 
+from .report import TOLERANCE
+
 QWEN = {"vocab_size": 151936, "rope": Rope(1e6), "tie_word_embeddings": True}
 LLAMA_ROPE = Rope(
     5e5, {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -69,6 +71,15 @@ class Stand:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.lm_head.weight.dtype
+
+    @property
+    def tolerance(self) -> float:
+        """How far two stacks may differ, of the largest value."""
+        return TOLERANCE[self.dtype]
 
     @cached_property
     def adapter(self) -> LoRA:

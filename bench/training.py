@@ -16,7 +16,7 @@ from ia2mini.teacher import Asked, Taught, teach
 from ia2mini.train import Adam, Settings, Trained, losses
 
 from .peers import PEERS, Peer
-from .report import Line, Result, agree
+from .report import Line, Result, agree, tell
 from .shapes import LABELS, SST2_LENGTHS, Stand
 from .timing import Timing, clock, gemm_ceiling, race
 
@@ -64,8 +64,9 @@ def check_step(stand: Stand, rows: list[Row], method: str) -> str:
         peer = kind(stand)
         peer.begin(theta[0], 0.0)  # a rate of zero: the step leaves the weights, but not the gradient
         peer.optimizer.zero_grad = lambda: None
-        remark = agree(f"{method} loss", loss, peer.step(rows, phase))
-        agree(f"{method} gradient", gradient, torch.cat([p.grad.flatten() for p in peer.weights]))
+        remark = agree(f"{method} loss", loss, peer.step(rows, phase), stand.tolerance)
+        theirs = torch.cat([p.grad.flatten() for p in peer.weights])
+        agree(f"{method} gradient", gradient, theirs, stand.tolerance)
     return remark
 
 
@@ -78,7 +79,7 @@ def step(stand: Stand, runs: int = 15, n: int = 4, tokens: int = 26, seconds: fl
     )
     for method, (phase, _) in PHASES.items():
         mine = [part(rows[r % 5], method)[0] for r in range(runs)]
-        result.remarks.append(check_step(stand, mine[0], method))
+        result.remark(check_step(stand, mine[0], method))
         ours = OurStep(stand, mine, phase, stand.theta(runs))
         stacks = {"us": ours}
         for name, kind in PEERS.items():
@@ -91,7 +92,7 @@ def step(stand: Stand, runs: int = 15, n: int = 4, tokens: int = 26, seconds: fl
         for name, timing in times.items():
             rate = work / timing.seconds
             rates = {"tokens/s": n * tokens / timing.seconds, "FLOP/s": rate, "GEMM": rate / ceiling}
-            result.lines.append(Line(method, name, timing, "run and step", rates))
+            result.add(Line(method, name, timing, "run and step", rates))
         for name in PEERS:
             result.ratio(f"{method}: {name} / us", times[name], times["us"])
     return result
@@ -255,7 +256,8 @@ def check_cell(stand: Stand, small: Size = Size(2, 1, 2, 8)) -> str:
     for kind in PEERS.values():
         _, same, theirs = peer_cell(kind(stand), small, prompts)
         assert runs == same, f"the stacks score different runs: {runs} and {same}; nothing was timed"
-        remark = agree("top-1 probabilities after training", ours, theirs, 2e-2)
+        allowed = max(2e-2, stand.tolerance)
+        remark = agree("top-1 probabilities after training", ours, theirs, allowed)
     return remark
 
 
@@ -268,23 +270,29 @@ def cell(stand: Stand, whole: Size = Size(), parts: dict[str, Size] | None = Non
     parts = {name: parts.get(name, whole) for name in ("us", *PEERS)}
     about = f"{stand.about}; {whole.sets} sets × {whole.rates} rates × (sft, ia2, ia2-sft), N = {whole.n}, "
     about += f"prompt lengths of SST2, {whole.steps} steps a run with a look after each, {whole.rows} evaluation rows"
-    result = Result("cell", about, [], remarks=[check_cell(stand)])
+    result = Result("cell", about, [])
+    result.remark(check_cell(stand))
     peers = {name: kind(stand) for name, kind in PEERS.items()}
     prompts = stand.prompts(whole.rows, SST2_LENGTHS, seed=99)
     some = {name: sample(prompts, size.rows, name) for name, size in parts.items()}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in parts}
     for _ in range(repeats):
         for name, size in parts.items():
-            spent = (our_cell(stand, size, some[name]) if name == "us" else peer_cell(peers[name], size, some[name]))[0]
+            if name == "us":
+                spent = our_cell(stand, size, some[name])[0]
+            else:
+                spent = peer_cell(peers[name], size, some[name])[0]
+            stages = ", ".join(f"{stage} {seconds:.3g} s" for stage, seconds in spent.items())
+            tell(f"{name}: {stages} ({size.said(whole)})")
             found[name].append(size.times(spent, whole, sum(map(len, some[name])) / sum(map(len, prompts))))
     totals = {}
     for name, stages in found.items():
         totals[name] = Timing.of([sum(spent.values()) for spent in stages])
         rates = {"runs/hour": 3 * whole.runs * 3600 / totals[name].seconds}
         note = f"{SCORES[whole.select]}, {3 * whole.scored} of {3 * whole.runs}; {parts[name].said(whole)}"
-        result.lines.append(Line("whole cell", name, totals[name], "cell", rates, note))
+        result.add(Line("whole cell", name, totals[name], "cell", rates, note))
         for stage in stages[0]:
-            result.lines.append(Line(f"  {stage}", name, Timing.of([spent[stage] for spent in stages])))
+            result.add(Line(f"  {stage}", name, Timing.of([spent[stage] for spent in stages])))
     for name in PEERS:
         result.ratio(f"{name} / us", totals[name], totals["us"])
         for stage in ("collect", "train", "evaluate"):

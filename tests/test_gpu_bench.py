@@ -1,18 +1,37 @@
 """The driver of the first hour on a GPU, on a CPU: order, what is kept, going on, failures and steps that last."""
 
 import json
+import subprocess
 import sys
+import time
+import warnings
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from bench import gpu
+from bench import gpu, training
 from bench.__main__ import main
 
 
 def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
+
+
+class Clock:
+    """The driver's time, which goes by while `runs` only: how busy the machine is decides nothing."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.runs = 0.0, False
+        monkeypatch.setattr(gpu, "time", self)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(0.02)
+        if self.runs:
+            self.now += 1
 
 
 def test_order_and_commands():
@@ -33,47 +52,116 @@ def test_order_and_commands():
         assert (gpu.ROOT / file).is_file()
 
 
-def test_failures_and_long_steps_do_not_stop_what_follows_and_are_tried_again(tmp_path):
-    log, kept, lines = tmp_path / "log", tmp_path / "kept.json", []
+def test_failures_and_long_steps_do_not_stop_what_follows_and_are_tried_again_when_asked(tmp_path, monkeypatch):
+    log, kept, lines, clock = tmp_path / "log", tmp_path / "kept.json", [], Clock(monkeypatch)
+
+    def say(line: str) -> None:
+        lines.append(line)
+        clock.runs = line == "said by long"
 
     def noted(name: str, then: str = "") -> list[str]:
         return python(f"import time; open({str(log)!r}, 'a').write({name!r} + ' '); print('said by', {name!r}); {then}")
 
-    todo = {"good": noted("good"), "bad": noted("bad", "raise SystemExit(3)")}
-    todo |= {"long": noted("long", "import sys; sys.stdout.flush(); time.sleep(60)"), "last": noted("last")}
-    found = gpu.first_hour(todo, kept, step=4, say=lines.append)
+    todo = {"good": noted("good"), "bad": noted("bad", "raise SystemExit(3)"), "none": [str(tmp_path / "no such")]}
+    todo |= {"long": noted("long", "time.sleep(600)"), "last": noted("last")}
+    assert gpu.first_hour(todo, kept, step=4, say=say) == ["bad", "none", "long"]
+    found = json.loads(kept.read_text())
     assert log.read_text().split() == ["good", "bad", "long", "last"]
-    assert [found[name]["status"] for name in todo] == [0, 3, gpu.TIMEOUT, 0] and found["long"]["seconds"] < 10
-    assert json.loads(kept.read_text()) == found and found["long"]["said"] == "said by long"
-    assert "failed with status 3" in lines[1] and "ran too long" in lines[2]
-    log.unlink()
+    assert [found[name]["status"] for name in todo] == [0, 3, gpu.NO_COMMAND, gpu.TIMEOUT, 0]
+    assert found["long"]["said"] == "said by long" and "No such file" in found["none"]["said"]
+    assert any("bad: failed with status 3" in line for line in lines)
+    assert any("long: ran too long" in line for line in lines)
+    assert kept.with_suffix(".log").read_text().splitlines() == [f"said by {name}" for name in log.read_text().split()]
+
     todo = {name: noted(name) for name in todo} | {"new": noted("new")}
-    found = gpu.first_hour(todo, kept, say=lines.append)
-    assert log.read_text().split() == ["new", "bad", "long"], "what was never begun before what has failed"
-    assert all(entry["status"] == 0 for entry in found.values()) and any("good: done before" in line for line in lines)
+    log.unlink()
+    assert gpu.first_hour(todo, kept, say=lines.append) == ["bad", "none", "long"]
+    assert log.read_text().split() == ["new"], "what failed for good is left"
+    assert any(line == "bad: failed with status 3 in an earlier call; --failed tries it again" for line in lines)
+    log.unlink()
+    assert gpu.first_hour(todo, kept, failed=True, say=lines.append) == []
+    assert log.read_text().split() == ["bad", "none", "long"]
+    assert any("good: done before" in line for line in lines)
 
 
-def test_every_step_is_saved_as_it_ends_and_the_whole_has_an_end(tmp_path):
-    kept, seen = tmp_path / "kept.json", []
+def test_what_only_the_end_of_the_call_cut_short_is_tried_again(tmp_path, monkeypatch):
+    kept, long, clock = tmp_path / "kept.json", {"long": python("import time; time.sleep(600)")}, Clock(monkeypatch)
+    clock.runs = True
+    assert gpu.first_hour(long, kept, step=500, total=3, say=lambda line: None) == ["long"]
+    clock.runs = False
+    assert not json.loads(kept.read_text())["long"]["for_good"]
+    assert gpu.first_hour({"long": python("")}, kept, say=lambda line: None) == []
+
+
+def test_a_step_is_heard_while_it_runs_and_what_it_said_is_kept_at_once(tmp_path, monkeypatch):
+    """It waits for a file that is only made once its first line was heard, and kept, and a word said for it."""
+    monkeypatch.setattr(gpu, "QUIET", 0.2)
+    kept, go = tmp_path / "kept.json", tmp_path / "go"
+    code = "import pathlib, time; print('first'); print('{}')\n"
+    code += f"while not pathlib.Path({str(go)!r}).exists(): time.sleep(0.05)\nprint('then', end='')"
+    lines = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if "first" in lines and line.startswith("  … "):
+            assert kept.with_suffix(".log").read_text().splitlines() == ["first", "{}"]
+            go.touch()
+
+    assert gpu.first_hour({"step": python(code)}, kept, step=100, say=say) == []
+    assert [line for line in lines if not line.startswith("  … ")][:3] == ["== step", "first", "then"]
+    assert json.loads(kept.read_text())["step"]["said"] == "first\nthen"
+
+
+def test_every_step_is_saved_as_it_ends_and_the_whole_has_an_end(tmp_path, monkeypatch):
+    kept, seen, clock = tmp_path / "kept.json", [], Clock(monkeypatch)
 
     def say(line: str) -> None:
         seen.append((line, list(json.loads(kept.read_text())) if kept.is_file() else []))
+        if line == "here":
+            clock.now += 6
 
-    todo = {name: python("import time; time.sleep(0.5)") for name in ("one", "two", "three")}
-    gpu.first_hour(todo, kept, total=0.6, say=say)
-    assert seen[0][1] == ["one"] and "not begun" in seen[-1][0] and "three" not in seen[-1][1]
-    assert set(gpu.first_hour(todo, kept, say=say)) == set(todo)
+    todo = {name: python("print('here')") for name in ("one", "two", "three")}
+    missing = gpu.first_hour(todo, kept, total=10, say=say)
+    first = next(names for line, names in seen if line.startswith("== one: done"))
+    assert first == ["one"] and "not begun" in seen[-1][0] and "three" in missing
+    assert gpu.first_hour(todo, kept, say=say) == []
+
+
+def test_the_whole_first_hour_runs_on_a_cpu_in_bfloat16():
+    """Every bench at tiny sizes: float32 and bfloat16 do not mix, and the stacks agree as far as bfloat16 does."""
+    command = [sys.executable, "-m", "bench", "gpu", "--dry"]
+    done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for name in gpu.steps(("tiny",)):
+        assert f"== {name}: done" in done.stdout
+    assert "  … us: collect" in done.stderr and done.stdout.rstrip().endswith("all is done")
+
+
+def test_one_bench_that_fails_does_not_end_the_others(monkeypatch):
+    def broken(*given, **more):
+        raise AssertionError("the stacks differ")
+
+    monkeypatch.setattr(training, "step", broken)
+    monkeypatch.setattr("bench.__main__.BENCHES", ("step", "kernel"))
+    with warnings.catch_warnings():
+        done = CliRunner().invoke(main, ["--quick", "--shape", "tiny", "--device", "cpu"])
+    assert done.exit_code == 1 and "failed: step" in done.stdout
+    assert "the stacks differ" in done.stderr and "kernel  activation loss" in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
     said = CliRunner().invoke(main, ["gpu"])
-    assert said.exit_code == 2 and said.stderr == "ia2mini: bench gpu: PyTorch sees no GPU here\n"
+    assert (
+        said.exit_code == 2
+        and said.stderr == "ia2mini: bench gpu: PyTorch sees no GPU here; --dry tries every step on the CPU\n"
+    )
 
 
 def test_every_step_is_a_command_that_the_bench_knows(tmp_path):
     """On the tiny shape too; in a process of its own its JSON line, which --save keeps, is left out."""
     for name, command in gpu.steps(("tiny",), "cpu").items():
         assert name == "tests" or CliRunner().invoke(main, [*command[3:], "--help"]).exit_code == 0, command
-    told = gpu.first_hour({"a": python("print('{}'); print('seen')")}, tmp_path / "kept.json", say=lambda line: None)
-    assert told["a"]["said"] == "seen"
+    kept = tmp_path / "kept.json"
+    gpu.first_hour({"a": python("print('{}'); print('seen')")}, kept, say=lambda line: None)
+    assert json.loads(kept.read_text())["a"]["said"] == "seen"
