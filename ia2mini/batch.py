@@ -54,15 +54,19 @@ class Batch:
     soft: Tensor | None  # [P, k]
     soft_ids: Tensor | None  # [P, k]
     states: Tensor | None  # [L, P, D]
+    rows: Tensor | None = None  # [R, B, P / R] 1 where a position belongs to a row: losses are rounded row by row
 
     def tensors(self) -> list[Tensor]:
         packed = (self.packed.mask, self.packed.places) if self.packed else ()
-        kept = self.activations, self.soft, self.soft_ids, self.states
+        kept = self.activations, self.soft, self.soft_ids, self.states, self.rows
         return [t for t in (self.ids, *packed, *self.at, self.targets, self.weights, *kept) if t is not None]
 
 
-def collate(runs: list[list[Row]], device="cpu", pack: bool = False) -> Batch:
-    """One batch of R lists of rows, shorter ones padded with empty rows; `pack`: no padding where it is worth it."""
+def collate(runs: list[list[Row]], device="cpu", pack: bool = False, by_row: bool = False) -> Batch:
+    """One batch of R lists of rows, shorter ones padded with empty rows; `pack`: no padding where it is worth it.
+
+    `by_row`: with `Batch.rows`.
+    """
     R, B, device = len(runs), max(map(len, runs)), torch.device(device)
     lengths = np.array([[*map(len, run), *[0] * (B - len(run))] for run in runs])
     totals = lengths.sum(1)
@@ -74,6 +78,7 @@ def collate(runs: list[list[Row]], device="cpu", pack: bool = False) -> Batch:
     most = max(sum(len(row.answer) for row in run) for run in runs)
     at, targets = np.zeros((2, R, most), np.int64), np.zeros((R, most), np.int64)
     weights = np.zeros((R, most), np.float32)
+    belongs = np.zeros((R, B, most), np.float32)
     at[0] = lines[:, :1]  # positions of no weight stay within the run
     for r, run in enumerate(runs):
         p = 0
@@ -86,6 +91,7 @@ def collate(runs: list[list[Row]], device="cpu", pack: bool = False) -> Batch:
             at[1, r, span] = here.start + len(row.prompt) - 1 + np.arange(len(row.answer))
             targets[r, span] = row.answer
             weights[r, span] = 1 / (len(row.answer) * len(run))
+            belongs[r, i, span] = 1
 
     def send(array):
         tensor = torch.from_numpy(array)
@@ -95,7 +101,9 @@ def collate(runs: list[list[Row]], device="cpu", pack: bool = False) -> Batch:
     positions = send(at[0].reshape(-1)), send(at[1].reshape(-1))
     kept = {"activations": 1, "soft": 0, "soft_ids": 0, "states": 1}  # along which dimension positions are
     kept = (join_positions(runs, name, most, dim) for name, dim in kept.items())
-    return Batch(send(ids), packed, positions, send(targets.reshape(-1)), send(weights), *kept)
+    batch = Batch(send(ids), packed, positions, send(targets.reshape(-1)), send(weights), *kept)
+    batch.rows = send(belongs) if by_row else None
+    return batch
 
 
 def join_positions(runs: list[list[Row]], name: str, most: int, dim: int) -> Tensor | None:

@@ -14,7 +14,7 @@ from .adapters import Adapter, adapted
 from .batch import Batch, Row, collate
 from .cost import run_bytes
 from .graphs import CapturedStep, launch_bound
-from .losses import activation_mse, cross_entropy, fused, per_run, soft_cross_entropy
+from .losses import activation_mse, cross_entropy, fused, per_run, per_run_in_bfloat16, soft_cross_entropy
 from .models.common import Taps, checkpoint_blocks, is_checkpointed
 
 RACE_FROM, PACE, AHEAD = 10, 3, 30  # looks at the dev loss: see `EarlyStopping`
@@ -29,6 +29,7 @@ class Settings:
     patience: int = 5  # looks at the dev loss without improvement
     layers: list[int] | None = None  # whose attention outputs are aligned; None: all
     keep_last: bool = False  # keep a run's last weights, not its best: what the paper's released scripts do
+    bfloat16_losses: bool = False  # MSE and KL of each row are rounded: as in the released scripts
     steps: int | None = None  # exactly so many, whatever the dev loss, and the last weights are kept
 
 
@@ -180,18 +181,23 @@ def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None 
     taps = Taps(batch.at, layers, tapped == "hidden") if tapped else None
     values = {loss: loss(student, batch) for loss in mix if callable(loss)}
 
+    def of_runs(each: Tensor, count: int = 1) -> Tensor:
+        if batch.rows is None:
+            return per_run(each, batch.weights)
+        return per_run_in_bfloat16(each, batch.weights, batch.rows, count)
+
     def head(states: Tensor, weight: Tensor) -> None:
         if "ce" in mix:
             values["ce"] = per_run(cross_entropy(states, weight, batch.targets), batch.weights)
         if "kl" in mix:
-            values["kl"] = per_run(soft_cross_entropy(states, weight, batch.soft, batch.soft_ids), batch.weights)
+            values["kl"] = of_runs(soft_cross_entropy(states, weight, batch.soft, batch.soft_ids))
 
     if named := mix.keys() - values.keys():
         positions = batch.at if named - {tapped} else False
         student(batch.ids, taps=taps, logits=positions, cache=batch.packed, head=head)
     if tapped:
         wanted = batch.activations if tapped == "mse" else batch.states
-        values[tapped] = per_run(activation_mse(taps.each(), wanted), batch.weights)
+        values[tapped] = of_runs(activation_mse(taps.each(), wanted), len(wanted))
     return sum(weight * values[loss] for loss, weight in mix.items())
 
 
@@ -209,7 +215,8 @@ def train_runs(
     adam = Adam(runs.theta, runs.rates.to(device))
     live, going = torch.arange(len(runs)), runs  # those in the batch, in its order
     places = torch.arange(len(runs))  # which of them still train; the others' weights are kept already
-    dev_batch = None if settings.steps else collate(runs.dev, device, pack=True)
+    form = {"pack": True, "by_row": settings.bfloat16_losses}
+    dev_batch = None if settings.steps else collate(runs.dev, device, **form)
     batch, step = None, 0
 
     def update(batch: Batch) -> None:
@@ -231,7 +238,7 @@ def train_runs(
         if batch is None or rows > settings.batch_size:
             portion = slice(start, start + settings.batch_size)
             chosen = [[run[i] for i in order(epoch)[portion]] for run, order in zip(going.train, going.order)]
-            batch = collate(chosen, device, pack=True)
+            batch = collate(chosen, device, **form)
         train_step(batch)
         step += 1
         if step == settings.steps:
@@ -250,7 +257,7 @@ def train_runs(
         if len(places) <= (len(live) // 2 if launch_bound(model.config, batch) else len(live) - 1):
             live, going = live[places], going.take(places)
             adam.keep(places.to(device))
-            places, dev_batch, batch = torch.arange(len(live)), collate(going.dev, device, pack=True), None
+            places, dev_batch, batch = torch.arange(len(live)), collate(going.dev, device, **form), None
             train_step, look = recorded()  # for fewer runs
     return Trained(stopping.theta, stopping.dev_loss, stopping.steps, stopping.best, stopping.broken)
 
