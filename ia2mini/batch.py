@@ -65,15 +65,19 @@ class Batch:
     soft_ids: Tensor | None  # [P, k]
     states: Tensor | None  # [L, P, D]
     runs: Tensor | None = None  # [R] which of more runs these are; None: there are no others
+    rows: Tensor | None = None  # [R, B, P / R] 1 where a position belongs to a row: losses are rounded row by row
 
     def tensors(self) -> list[Tensor]:
         packed = (self.packed.mask, self.packed.places) if self.packed else ()
-        kept = self.activations, self.soft, self.soft_ids, self.states, self.runs
+        kept = self.activations, self.soft, self.soft_ids, self.states, self.runs, self.rows
         return [t for t in (self.ids, *packed, *self.at, self.targets, self.weights, *kept) if t is not None]
 
 
-def collate(runs: list[list[Row]], device="cpu", pack: bool = False) -> Batch:
-    """One batch of R lists of rows, shorter ones padded with empty rows; `pack`: no padding where it is worth it."""
+def collate(runs: list[list[Row]], device="cpu", pack: bool = False, by_row: bool = False) -> Batch:
+    """One batch of R lists of rows, shorter ones padded with empty rows; `pack`: no padding where it is worth it.
+
+    `by_row`: with `Batch.rows`.
+    """
     R, B, device = len(runs), max(map(len, runs)), torch.device(device)
     lengths = np.array([[*map(len, run), *[0] * (B - len(run))] for run in runs])
     totals = lengths.sum(1)
@@ -85,6 +89,7 @@ def collate(runs: list[list[Row]], device="cpu", pack: bool = False) -> Batch:
     most = max(sum(len(row.answer) for row in run) for run in runs)
     at, targets = np.zeros((2, R, most), np.int64), np.zeros((R, most), np.int64)
     weights = np.zeros((R, most), np.float32)
+    belongs = np.zeros((R, B, most), np.float32)
     at[0] = lines[:, :1]  # positions of no weight stay within the run
     for r, run in enumerate(runs):
         p = 0
@@ -97,6 +102,7 @@ def collate(runs: list[list[Row]], device="cpu", pack: bool = False) -> Batch:
             at[1, r, span] = here.start + len(row.prompt) - 1 + np.arange(len(row.answer))
             targets[r, span] = row.answer
             weights[r, span] = 1 / (len(row.answer) * len(run))
+            belongs[r, i, span] = 1
 
     def there(array):
         return send(torch.from_numpy(array), device)
@@ -105,7 +111,9 @@ def collate(runs: list[list[Row]], device="cpu", pack: bool = False) -> Batch:
     positions = there(at[0].reshape(-1)), there(at[1].reshape(-1))
     kept = {"activations": 1, "soft": 0, "soft_ids": 0, "states": 1}  # along which dimension positions are
     kept = (join_positions(runs, name, most, dim) for name, dim in kept.items())
-    return Batch(there(ids), packed, positions, there(targets.reshape(-1)), there(weights), *kept)
+    batch = Batch(there(ids), packed, positions, there(targets.reshape(-1)), there(weights), *kept)
+    batch.rows = there(belongs) if by_row else None
+    return batch
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -115,11 +123,14 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def in_batches(runs: list[list[Row]], device="cpu") -> list[Batch]:
+def in_batches(runs: list[list[Row]], device="cpu", by_row: bool = False) -> list[Batch]:
     """R lists of rows as one batch or, where most of that would be padding, as several: their losses add up to its own.
 
-    Rows of more than `FAR` times the median length leave it, and are batched with one another.
+    Rows of more than `FAR` times the median length leave it, and are batched with one another. `by_row`: one batch, with
+    `Batch.rows`.
     """
+    if by_row:
+        return [collate(runs, device, pack=True, by_row=True)]
     lengths = [len(row) for rows in runs for row in rows]
     padded = len(runs) * max(map(len, runs)) * max(lengths)
     lines = max(sum(map(len, rows)) for rows in runs)

@@ -191,8 +191,6 @@ def run(names, model, compiling, checkpointing, dry_run, **given):
     out, data, side_by_side = taken(given, "out", "data_dir", "side_by_side").values()
     shown = taken(given, "full", "columns", "figures", "as_json", "with_paper")
     given["eval_rows"] = given["eval_rows"] or (500 if names or own["data"] else DEMO_ROWS)
-    if given["paper_compat"]:
-        given["select"] = "eval"
     for option in ("n", "methods", "adapter", "rank", "unlabelled"):
         if not given[option]:
             raise UsageError(f"--{option}: give at least one")
@@ -200,8 +198,9 @@ def run(names, model, compiling, checkpointing, dry_run, **given):
     models = [model] if Path(model).is_dir() else list(dict.fromkeys(filter(None, model.split(",")))) or [model]
     if own["data"]:
         refuse_unnamed_model("--data")
-    if how["shard"] and (compiling or dry_run or len(models) > 1):
-        wrong = "--compile" if compiling else "--dry-run" if dry_run else "several models"
+    apart = {"--compile": compiling, "--dry-run": dry_run, "--paper-compat": options.paper_compat}
+    apart["several models"] = len(models) > 1
+    for wrong in (name for name, asked in apart.items() if how["shard"] and asked):
         raise UsageError(f"{wrong}: not with --shard; leave one of them out")
     chosen = find_tasks(names, **own)
     from .report.figures import LEFT_OUT

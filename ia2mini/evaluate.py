@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import cycle, takewhile
 
 import torch
@@ -33,6 +33,7 @@ class Scoring:
     # one run is compared with every set, S × k runs k by k with each
     budget: int = 4096  # tokens in one pass
     ends: tuple[int, ...] = ()  # tokens each of which ends a text: a label that is closed by one ends with any of them
+    spelled: Tensor | None = None  # [V] the label that a token counts as, -1: none (see `spellings`); labels of 1 token
 
 
 @dataclass
@@ -118,6 +119,19 @@ class LabelTree:
         return top[..., 0], confidence.gather(-1, nearest)[..., 0], log_probabilities
 
 
+@cache
+def spellings(tokenizer: Tokenizer, labels: tuple[str, ...], size: int) -> Tensor:
+    """For each of `size` tokens the label that its text is but for surrounding blanks, else -1, [V] int64.
+
+    So the paper's released scripts compare: " Friday" is "Friday".
+    """
+    places = {label.strip(): place for place, label in reversed(list(enumerate(labels)))}
+    known = min(size, tokenizer.backend.get_vocab_size())
+    texts = tokenizer.backend.decode_batch([[token] for token in range(known)])
+    found = [places.get(text.strip(), -1) for text in texts]
+    return torch.tensor(found + [-1] * (size - known))
+
+
 @torch.no_grad()
 def label_scores(
     model: Callable, prompts: list[list[int]], labels: list[list[int]], how: Scoring = Scoring(), watch: Watch = None
@@ -131,7 +145,11 @@ def label_scores(
         ids, at, branches = tree.batch([prompts[i] for i in group], runs, device)
         taps = Taps((at[0][:: len(tree.tokens) + 1], at[1][:: len(tree.tokens) + 1])) if group[0] < tapped else None
         logits = model(ids, taps=taps, logits=at, cache=branches).float()
-        found = tree.read(logits.view(runs, len(group), len(tree.tokens) + 1, -1), how.among)
+        logits = logits.view(runs, len(group), len(tree.tokens) + 1, -1)
+        top, *probabilities = tree.read(logits, how.among)
+        if how.spelled is not None:
+            top = how.spelled.to(device)[logits[..., 0, :].argmax(-1)]
+        found = top, *probabilities
         outputs = taps.stack().unflatten(1, (runs, -1)) if taps else None
         if outputs is not None and how.like is not None:
             outputs = outputs.unflatten(1, (min(how.like.shape[1], runs), -1))  # [L, sets, runs a set, rows, D]
@@ -152,8 +170,11 @@ def label_scores(
 
 
 @torch.no_grad()
-def layer_asim(model: Callable, runs: list[list[Row]], budget: int = 4096) -> Tensor:
-    """Mean cosine similarity [R, L] of R runs' attention outputs to the `activations` of each one's rows."""
+def layer_asim(model: Callable, runs: list[list[Row]], budget: int = 4096, by_row: bool = False) -> Tensor:
+    """Mean cosine similarity [R, L] of R runs' attention outputs to the `activations` of each one's rows.
+
+    The mean is over all positions; `by_row` over those of a row, then over rows, as in the released scripts.
+    """
     device = device_of(model)
 
     def alike(group: list[int]) -> Tensor:
@@ -161,12 +182,14 @@ def layer_asim(model: Callable, runs: list[list[Row]], budget: int = 4096) -> Te
         taps = Taps(batch.at)
         model(batch.ids, taps=taps, logits=False)
         similar = asim(taps.stack(), batch.activations).unflatten(1, (len(runs), -1))  # [L, R, P / R]
+        if by_row:
+            return (similar * batch.weights).sum(-1) * len(group)
         return (similar * (batch.weights > 0)).sum(-1)
 
     lengths = [max(map(len, rows)) + 1 for rows in zip(*runs)]
     total = sum(parallel.spread(alike, by_length(lengths, budget // len(runs))))
-    positions = torch.tensor([sum(len(row.answer) for row in rows) for rows in runs], device=device)
-    return (total / positions).T.cpu()
+    counts = [len(rows) if by_row else sum(len(row.answer) for row in rows) for rows in runs]
+    return (total / torch.tensor(counts, device=device)).T.cpu()
 
 
 @torch.no_grad()

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapters import adapted
+from .adapters import IA3, Adapter, LoRA, adapted
 from .batch import Row
-from .evaluate import Scoring, label_scores, layer_asim, share_prefix
+from .evaluate import Scoring, label_scores, layer_asim, share_prefix, spellings
 from .generate import Decoding, generate
 from .metrics import fit_temperature
 from .options import UNTRAINED
+from .peft_format import Merged
 from .sets import FewShotSets
 from .tasks import Example, same_answer
-from .teacher import Asked, observe
+from .teacher import Asked, label_tokens_at_most, observe
 
 
 class Experiment(FewShotSets):
@@ -76,7 +77,7 @@ class Experiment(FewShotSets):
         under = nullcontext(model)
         if method not in UNTRAINED:
             runs = self.reported(method)
-            under = adapted(model, self.adapter, self.trained(method).theta[runs])
+            under = adapted(model, self.scored, self.trained(method).theta[runs])
         with self.stage("evaluate", f"{method} on {name}", len(runs) * len(prompts)) as bar, under as student:
             if self.labelled:
                 return self.score_labels(name, student, prompts, bar, Scoring(len(runs), like=alike))
@@ -94,7 +95,7 @@ class Experiment(FewShotSets):
         for place, number in enumerate(sets):
             dev = self.episodes[number].dev
             model, prompts = self.prompts(dev, number if method == "icl" else None)
-            under = nullcontext(model) if theta is None else adapted(model, self.adapter, theta[[place]])
+            under = nullcontext(model) if theta is None else adapted(model, self.scored, theta[[place]])
             with under as student:
                 how = Scoring(ends=self.setting.subject.tokenizer.eos_ids)
                 scores = label_scores(student, prompts, self.labels[self.task.name], how)
@@ -104,11 +105,25 @@ class Experiment(FewShotSets):
     def score_labels(self, name: str, model: Callable, prompts: list[list[int]], bar, how: Scoring) -> dict:
         """`label_scores` of `model` on evaluation `name`, and which rows are right."""
         o, examples = self.setting.options, self.evals[name].rows
-        ends = self.setting.subject.tokenizer.eos_ids
-        how = replace(how, among=10 if o.paper_compat else None, budget=self.setting.budget, ends=ends)
+        how = replace(how, budget=self.setting.budget, ends=self.setting.subject.tokenizer.eos_ids)
+        if o.paper_compat:
+            how = replace(how, among=10, spelled=self.spellings(name))
         scores = label_scores(model, prompts, self.labels[name], how, lambda queries: bar.update(queries * how.runs))
         correct = scores.top == torch.tensor([e.label for e in examples[: len(prompts)]])
         return {key: value for key, value in vars(scores).items() if value is not None} | {"correct": correct}
+
+    @property
+    def scored(self) -> Adapter:
+        """The adapter as it is scored: the released scripts merge it into bfloat16 weights."""
+        merge = self.setting.options.paper_compat and isinstance(self.adapter, (LoRA, IA3))
+        return Merged(self.adapter) if merge else self.adapter
+
+    def spellings(self, name: str) -> Tensor | None:
+        """Which tokens count as which label of evaluation `name`; None where a label has several tokens."""
+        if label_tokens_at_most(self.labels[name]) > 1:
+            return None
+        subject = self.setting.subject
+        return spellings(subject.tokenizer, self.find(name).labels, subject.model.config.vocab_size)
 
     def score_texts(self, name: str, model: Callable, prompts: list[list[int]], bar, runs: list[str]) -> tuple:
         """Greedy responses (ids) of `model`'s `runs` on evaluation `name`, and which are right, [R, Q].
@@ -136,10 +151,11 @@ class Experiment(FewShotSets):
 
     def likeness(self, model: Callable, like: list[list[Row]], responses: list[list[list[int]]]) -> Tensor:
         """asim of R runs to a list of rows each, [R, L]; as in the released scripts on the runs' own `responses`."""
-        if self.setting.options.paper_compat:
+        compat = self.setting.options.paper_compat
+        if compat:
             own = responses * (len(like) // len(responses))
             like = [[cut(row, self.ended(r)) for row, r in zip(rows, texts)] for rows, texts in zip(like, own)]
-        return layer_asim(model, like, self.setting.budget)
+        return layer_asim(model, like, self.setting.budget, by_row=compat)
 
     def ended(self, response: list[int]) -> list[int]:
         """A generated response with the end-of-sequence token, unless it was cut."""

@@ -19,6 +19,19 @@ def per_run(values: Tensor, weights: Tensor) -> Tensor:
     return (values.view(weights.shape) * weights).sum(1)
 
 
+def per_run_in_bfloat16(values: Tensor, weights: Tensor, rows: Tensor, layers: int = 1) -> Tensor:
+    """As `per_run`, with each row's loss rounded to bfloat16, as the paper's released scripts have it: [R].
+
+    `rows` [R, B, P / R] is 1 where a position belongs to a row. A row's mean over layers is rounded, and so is that
+    mean times the number of layers; the mean over rows is float32.
+    """
+    counts = rows.amax(-1).sum(-1)  # [R] rows of each run
+    shares = (values.view(weights.shape) * weights)[:, None] * rows
+    each = shares.sum(-1) * counts[:, None]  # [R, B]
+    rounded = (each / layers).bfloat16() * layers
+    return rounded.float().sum(-1) / counts
+
+
 def activation_mse(outputs: Sequence[Tensor], targets: Tensor) -> Tensor:
     """Equation 4: squared error of outputs, L times [P, D], to targets [L, P, D]; mean over D, sum over L: [P]."""
     return sum(SquaredError.apply(output, target) for output, target in zip(outputs, targets, strict=True))

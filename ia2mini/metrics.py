@@ -60,7 +60,8 @@ def reliability(confidence, correct, bins: int = 15, scheme: str = "width") -> n
 
     `width`: equal widths on [0, 1], each bin open on the left, closed on the right; a confidence of 0 belongs to the
     first. `mass`: rows sorted by confidence and cut into bins whose counts differ by at most one. Rows of equal
-    confidence share their mean correctness, so the order of rows never matters.
+    confidence share their mean correctness, so the order of rows never matters. `scripts`: as the paper's released
+    scripts cut sorted rows, Q // bins in each and the rest in the last; rows of equal confidence stay in their order.
     """
     confidence, correct = _float64(confidence), _float64(correct)
     assert confidence.shape == correct.shape and confidence.ndim == 1, (confidence.shape, correct.shape)
@@ -73,8 +74,13 @@ def reliability(confidence, correct, bins: int = 15, scheme: str = "width") -> n
         index = np.empty(len(confidence), dtype=np.int64)
         for i, rows in enumerate(np.array_split(np.argsort(confidence, kind="stable"), bins)):
             index[rows] = i
+    elif scheme == "scripts":
+        order = np.argsort(confidence, kind="stable")
+        size = len(confidence) // bins
+        index = np.full(len(confidence), bins - 1)
+        index[order[: size * (bins - 1)]] = np.repeat(np.arange(bins - 1), size)
     else:
-        raise ValueError(f"scheme {scheme!r}: use width or mass")
+        raise ValueError(f"scheme {scheme!r}: use width, mass or scripts")
     return np.stack([np.bincount(index, values, bins) for values in (None, confidence, correct)], 1)
 
 
@@ -96,8 +102,10 @@ def ece_null(confidence, bins: int = 15, scheme: str = "width", draws: int = 100
     rows, confidences, _ = reliability(confidence, confidence, bins, scheme).T
     ends = np.cumsum(rows).astype(np.int64)  # sorted by confidence, a bin's rows stand together in both schemes
     right = np.random.default_rng(seed).random((draws, len(confidence))) < confidence
-    _, first, tie, count = np.unique(confidence, return_index=True, return_inverse=True, return_counts=True)
-    shared = (np.add.reduceat(right.astype(float), first, axis=1) / count)[:, tie]  # as `reliability` does
+    shared = right.astype(float)
+    if scheme != "scripts":  # rows of equal confidence share their mean, as `reliability` has it
+        _, first, tie, count = np.unique(confidence, return_index=True, return_inverse=True, return_counts=True)
+        shared = (np.add.reduceat(shared, first, axis=1) / count)[:, tie]
     until = np.concatenate([np.zeros((draws, 1)), shared.cumsum(1)], 1)[:, np.concatenate([[0], ends])]
     return float(np.abs(np.diff(until, axis=1) - confidences).sum(1).mean() / len(confidence))
 
@@ -307,9 +315,9 @@ def measure(confidence, correct, scores, gold, scheme: str = "width", temperatur
     """All metrics of one run on Q labelled rows (protocol section 5).
 
     `confidence` [Q] of the greedy answer, `correct` [Q], `scores` [Q, C] log-probabilities of the labels among all that
-    could be said, `gold` [Q] indices of the true labels. `scheme`: bins of `ece`, of equal "width" or "mass". Among the
-    labels alone there are the NLL as it is, at a `temperature` from other rows, for each row at that of all others
-    (left out), and at the best one for these rows (oracle).
+    could be said, `gold` [Q] indices of the true labels. `scheme`: bins of `ece`, see `reliability`. Among the labels
+    alone there are the NLL as it is, at a `temperature` from other rows, for each row at that of all others (left out),
+    and at the best one for these rows (oracle).
     """
     best = scores.softmax(-1).max(-1)
     heats = {"nll_labels": 1.0, "nll_dev": temperature, "nll_oracle": fit_temperature(scores, gold, oracle=True)}

@@ -3,9 +3,12 @@
 import json
 import math
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -261,6 +264,32 @@ def claim(folder: Path, merge: dict) -> None:
     if marker.exists() and read_json(marker) != merge:
         raise UsageError(f"{folder}: holds another merged checkpoint; choose another folder with --out")
     write_text(marker, json.dumps(merge, indent=1) + "\n")
+
+
+class Merged(Adapter):
+    """LoRA or (IA)3 merged into the frozen matrices, rounded to bfloat16: what the paper's released scripts score.
+
+    A matrix is merged anew for every pass, so that not all of R runs are held at once.
+    """
+
+    def __init__(self, adapter: Adapter):
+        self.adapter, self.shapes = adapter, adapter.shapes
+        self.linears = adapter.linears
+
+    def change(self, name: str, weights: dict[str, Tensor]) -> Callable:
+        mine = {key: tensor for key, tensor in weights.items() if key in (name, f"{name}.A", f"{name}.B")}
+        return partial(self.product, name, mine)
+
+    def product(self, name: str, weights: dict[str, Tensor], base: Callable, x: Tensor) -> Tensor:
+        """The merged map of each run on its group of x [R * rows, T, in]."""
+        linear = self.linears[name]
+        runs = len(next(iter(weights.values())))
+        outputs = []
+        for r, rows in enumerate(x.chunk(runs)):
+            change = merged(self.adapter, name, {key: tensor[r] for key, tensor in weights.items()}, linear)
+            change = {key: tensor.bfloat16().to(x.dtype) for key, tensor in change.items()}
+            outputs.append(F.linear(rows, change[f"{name}.weight"], change.get(f"{name}.bias", linear.bias)))
+        return torch.cat(outputs)
 
 
 @torch.no_grad()

@@ -155,7 +155,8 @@ class FewShotSets:
         if not self.taught:
             o = self.setting.options
             needed, stop = phases(o.methods), None if o.paper_compat else STOP
-            soft_k = o.soft_k if "soft" in needed else None
+            kept = self.setting.subject.model.config.vocab_size if o.paper_compat else o.soft_k
+            soft_k = kept if "soft" in needed else None
             asked = Asked(self.teacher_tokens, soft_k, self.layers, stop, self.setting.budget, "hidden" in needed)
             self.taught += self.told("collecting", self.episodes, asked)
         return self.taught
@@ -171,7 +172,8 @@ class FewShotSets:
     def grid(self) -> Grid:
         """All runs of the experiment."""
         setting, o = self.setting, self.setting.options
-        settings = Settings(o.batch_size, o.epochs, o.patience, self.layers, keep_last=o.paper_compat)
+        compat = {"keep_last": o.paper_compat, "bfloat16_losses": o.paper_compat}
+        settings = Settings(o.batch_size, o.epochs, o.patience, self.layers, **compat)
         model, sets = setting.subject.model, self.teach()
         grid = Grid(model, self.adapter, sets, self.rates, self.betas, o.seed, o.labels, settings)
         begun = {BEGINS_WITH.get(method) for method in o.methods}  # what goes on from every rate needs all of them

@@ -198,7 +198,7 @@ def score_records(experiment: Experiment, method: str, name: str, heats: list[fl
         at = r if len(scores["correct"]) > 1 else 0  # base has one row for all sets
         if task.labels:
             sure, right, labels = (scores[key][at] for key in ("confidence", "correct", "log_probabilities"))
-            scheme = "mass" if o.paper_compat else "width"
+            scheme = "scripts" if o.paper_compat else "width"
             record |= measure(sure, right, labels, torch.tensor(gold), scheme, heats[r]) | {"temperature": heats[r]}
         else:
             record |= {"acc": accuracy(scores["correct"][at])}

@@ -15,7 +15,7 @@ from .batch import Batch, Row, in_batches, send
 from .cost import run_bytes
 from .errors import out_of_memory
 from .graphs import CapturedStep, launch_bound
-from .losses import activation_mse, cross_entropy, fused, per_run, soft_cross_entropy
+from .losses import activation_mse, cross_entropy, fused, per_run, per_run_in_bfloat16, soft_cross_entropy
 from .models.common import Taps, checkpoint_blocks, is_checkpointed
 
 RACE_FROM, PACE, AHEAD = 10, 3, 30  # looks at the dev loss: see `EarlyStopping`
@@ -30,6 +30,7 @@ class Settings:
     patience: int = 5  # looks at the dev loss without improvement
     layers: list[int] | None = None  # whose attention outputs are aligned; None: all
     keep_last: bool = False  # keep a run's last weights, not its best: what the paper's released scripts do
+    bfloat16_losses: bool = False  # MSE and KL of each row are rounded: as in the released scripts
     steps: int | None = None  # exactly so many, whatever the dev loss, and the last weights are kept
 
 
@@ -186,18 +187,23 @@ def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None 
     taps = Taps(batch.at, layers, tapped == "hidden") if tapped else None
     values = {loss: loss(student, batch) for loss in mix if callable(loss)}
 
+    def of_runs(each: Tensor, count: int = 1) -> Tensor:
+        if batch.rows is None:
+            return per_run(each, batch.weights)
+        return per_run_in_bfloat16(each, batch.weights, batch.rows, count)
+
     def head(states: Tensor, weight: Tensor) -> None:
         if "ce" in mix:
             values["ce"] = per_run(cross_entropy(states, weight, batch.targets), batch.weights)
         if "kl" in mix:
-            values["kl"] = per_run(soft_cross_entropy(states, weight, batch.soft, batch.soft_ids), batch.weights)
+            values["kl"] = of_runs(soft_cross_entropy(states, weight, batch.soft, batch.soft_ids))
 
     if named := mix.keys() - values.keys():
         positions = batch.at if named - {tapped} else False
         student(batch.ids, taps=taps, logits=positions, cache=batch.packed, head=head)
     if tapped:
         wanted = batch.activations if tapped == "mse" else batch.states
-        values[tapped] = per_run(activation_mse(taps.each(), wanted), batch.weights)
+        values[tapped] = of_runs(activation_mse(taps.each(), wanted), len(wanted))
     return sum(weight * values[loss] for loss, weight in mix.items())
 
 
@@ -246,7 +252,8 @@ def train_runs(
     live, going = torch.arange(len(runs)), runs  # those in the batch, in its order
     places = torch.arange(len(runs))  # which of them still train; the others' weights are kept already
     no_dev = settings.steps is not None or runs.after_look is not None
-    dev_batches = None if no_dev else in_batches(runs.dev, device)
+    form = {"by_row": settings.bfloat16_losses}
+    dev_batches = None if no_dev else in_batches(runs.dev, device, **form)
     batches, step = None, 0
 
     def update(*batches: Batch) -> None:
@@ -265,7 +272,7 @@ def train_runs(
         if batches is None or rows > settings.batch_size:
             portion = slice(start, start + settings.batch_size)
             chosen = [[run[i] for i in order(epoch)[portion]] for run, order in zip(going.train, going.order)]
-            batches = in_batches(chosen, device)
+            batches = in_batches(chosen, device, **form)
         train_step(*batches)
         step += 1
         theta, here = adam.theta.detach(), send(places, device)
@@ -289,7 +296,7 @@ def train_runs(
             live, going = live[places], going.take(places)
             adam.keep(send(places, device))
             places = torch.arange(len(live))
-            dev_batches = None if no_dev else in_batches(going.dev, device)
+            dev_batches = None if no_dev else in_batches(going.dev, device, **form)
             batches = None
             train_step, look = recorded()  # for fewer runs
     return Trained(stopping.theta, stopping.dev_loss, stopping.steps, stopping.best, stopping.broken)

@@ -87,7 +87,7 @@ def test_reliability_counts_and_empty_bins():
     curve = metrics.reliability(torch.tensor([0.9, 0.95], dtype=torch.bfloat16), torch.tensor([True, False]), bins=10)
     assert curve[:8].tolist() == [[0, 0, 0]] * 8
     assert curve[8:, [0, 2]].tolist() == [[1, 1], [1, 0]] and curve[8:, 1] == pytest.approx([0.9, 0.95], abs=4e-3)
-    with pytest.raises(ValueError, match="width or mass"):
+    with pytest.raises(ValueError, match="width, mass or scripts"):
         metrics.reliability([0.5], [1], scheme="height")
 
 
@@ -176,6 +176,22 @@ def test_of_equal_differences_only_the_mean_is_known(gain):
     got = metrics.paired_test(a + gain, a)
     assert got.mean == pytest.approx(gain) and got.pairs == 7
     assert all(math.isnan(x) for x in (got.low, got.high, got.t, got.p, got.d))
+
+
+@pytest.mark.parametrize("rows", [3, 14, 15, 16, 44, 500])
+def test_bins_of_the_released_scripts_against_a_plain_loop(rows):
+    """Sorted, ties in their order; rows // 15 in each bin, what is left in the last."""
+    rng = np.random.default_rng(rows)
+    confidence = np.round(rng.random(rows), 1)  # many alike
+    right = rng.random(rows) < 0.5
+    order = sorted(range(rows), key=lambda i: confidence[i])
+    size, total = rows // 15, 0.0
+    for i in range(15):
+        mine = order[i * size : (i + 1) * size] if i < 14 else order[14 * size :]
+        total += abs(sum(right[j] for j in mine) - sum(confidence[j] for j in mine))
+    assert metrics.ece(confidence, right, scheme="scripts") == pytest.approx(total / rows)
+    null = metrics.ece_null(confidence, scheme="scripts", draws=60, seed=2)
+    assert null == pytest.approx(naive_null(np.sort(confidence), 15, "scripts", 60, 2))
 
 
 def naive_null(confidence, bins, scheme, draws, seed):
