@@ -33,11 +33,12 @@ class Commands(click.Group):
         return super().invoke(context)
 
     def main(self, args=None, **more):
-        interrupts = heed_interrupts()
-        open_streams()
+        interrupts = []
         warnings.showwarning = lambda text, *where, **_: say(f"warning: {text}", f"warning: {text}")
         try:
             try:
+                heed_interrupts(interrupts)
+                open_streams()
                 check_arguments(sys.argv[1:] if args is None else list(args))
                 sys.exit(super().main(args, **more | {"standalone_mode": False}))
             except Exception:
@@ -75,9 +76,8 @@ def say(line: str, once: str = "the end", before: str = "") -> None:
         click.echo(before + plain(f"ia2mini: {line}"), err=True)
 
 
-def heed_interrupts() -> list:
-    """Have SIGTERM interrupt as Ctrl-C does. The list holds what came: native code may turn it into another error."""
-    came = []
+def heed_interrupts(came: list) -> None:
+    """Have SIGTERM interrupt as Ctrl-C does, and note it in `came`: native code may turn it into another error."""
 
     def interrupt(*signals):
         came.append(signals)
@@ -87,7 +87,6 @@ def heed_interrupts() -> list:
         signal.signal(signal.SIGTERM, interrupt)
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell's jobs in the background have it
             signal.signal(signal.SIGINT, interrupt)
-    return came
 
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120}

@@ -33,17 +33,29 @@ def test_order_and_commands():
         assert (gpu.ROOT / file).is_file()
 
 
-def test_failures_and_long_steps_do_not_stop_what_follows_and_are_tried_again(tmp_path):
+def test_failures_and_long_steps_do_not_stop_what_follows_and_are_tried_again(tmp_path, monkeypatch):
     log, kept, lines = tmp_path / "log", tmp_path / "kept.json", []
 
     def noted(name: str, then: str = "") -> list[str]:
-        return python(f"import time; open({str(log)!r}, 'a').write({name!r} + ' '); print('said by', {name!r}); {then}")
+        return python(f"open({str(log)!r}, 'a').write({name!r} + ' '); print('said by', {name!r}); {then}")
 
-    todo = {"good": noted("good"), "bad": noted("bad", "raise SystemExit(3)")}
-    todo |= {"long": noted("long", "import sys; sys.stdout.flush(); time.sleep(60)"), "last": noted("last")}
-    found = gpu.first_hour(todo, kept, step=4, say=lines.append)
+    attempt = gpu.attempt
+
+    def late(command: list[str], seconds: float) -> tuple[int, str]:
+        status, said = attempt(command, seconds)
+        return (gpu.TIMEOUT if command == todo["long"] else status), said
+
+    todo = {
+        "good": noted("good"),
+        "bad": noted("bad", "raise SystemExit(3)"),
+        "long": noted("long"),
+        "last": noted("last"),
+    }
+    with monkeypatch.context() as m:
+        m.setattr(gpu, "attempt", late)
+        found = gpu.first_hour(todo, kept, say=lines.append)
     assert log.read_text().split() == ["good", "bad", "long", "last"]
-    assert [found[name]["status"] for name in todo] == [0, 3, gpu.TIMEOUT, 0] and found["long"]["seconds"] < 10
+    assert [found[name]["status"] for name in todo] == [0, 3, gpu.TIMEOUT, 0]
     assert json.loads(kept.read_text()) == found and found["long"]["said"] == "said by long"
     assert "failed with status 3" in lines[1] and "ran too long" in lines[2]
     log.unlink()
@@ -51,6 +63,10 @@ def test_failures_and_long_steps_do_not_stop_what_follows_and_are_tried_again(tm
     found = gpu.first_hour(todo, kept, say=lines.append)
     assert log.read_text().split() == ["new", "bad", "long"], "what was never begun before what has failed"
     assert all(entry["status"] == 0 for entry in found.values()) and any("good: done before" in line for line in lines)
+
+
+def test_a_step_that_never_ends_is_ended():
+    assert gpu.attempt(python("import time; time.sleep(10**6)"), 0.1) == (gpu.TIMEOUT, "")
 
 
 def test_every_step_is_saved_as_it_ends_and_the_whole_has_an_end(tmp_path):
