@@ -60,6 +60,8 @@ class Commands(click.Group):
             if error.filename is None:  # what is left to print is not tried again at exit
                 sys.stdout = None
             mistake = str(UsageError(f"{error.filename or 'output'}: {error.strerror}"))  # a name may be long
+        except ModuleNotFoundError as error:
+            mistake = f"the package {error.name} is missing; `pip install ia2mini` installs what is needed"
         except RuntimeError as error:
             mistake = "the device has too little memory; use a smaller --model, --dtype bfloat16 or another --device"
             if parallel.lost(error):
