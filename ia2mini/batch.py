@@ -126,8 +126,8 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 def in_batches(runs: list[list[Row]], device="cpu", by_row: bool = False) -> list[Batch]:
     """R lists of rows as one batch or, where most of that would be padding, as several: their losses add up to its own.
 
-    Rows of more than `FAR` times the median length leave it, and are batched with one another. `by_row`: one batch, with
-    `Batch.rows`.
+    Rows of more than `FAR` times the median length leave it, and are batched with one another. `by_row`: one batch,
+    with `Batch.rows`.
     """
     if by_row:
         return [collate(runs, device, pack=True, by_row=True)]

@@ -36,11 +36,12 @@ class Commands(click.Group):
         return super().invoke(context)
 
     def main(self, args=None, **more):
-        interrupts = heed_interrupts()
-        open_streams()
+        interrupts = []
         warnings.showwarning = lambda text, *where, **_: say(f"warning: {text}", f"warning: {text}")
         try:
             try:
+                heed_interrupts(interrupts)
+                open_streams()
                 check_arguments(sys.argv[1:] if args is None else list(args))
                 sys.exit(super().main(args, **more | {"standalone_mode": False}))
             except Exception:
@@ -72,6 +73,8 @@ def what_happened(error: Exception) -> str | None:
         if error.filename is None:  # what is left to print is not tried again at exit
             sys.stdout = None
         return str(UsageError(f"{error.filename or 'output'}: {error.strerror}"))  # a name may be long
+    if isinstance(error, ModuleNotFoundError):
+        return f"the package {error.name} is missing; `pip install ia2mini` installs what is needed"
     if isinstance(error, RuntimeError) and parallel.lost(error):
         return parallel.LOST
     return None
@@ -83,9 +86,8 @@ def say(line: str, once: str = "the end", before: str = "") -> None:
         click.echo(before + plain(f"ia2mini: {line}"), err=True)
 
 
-def heed_interrupts() -> list:
-    """Have SIGTERM interrupt as Ctrl-C does. The list holds what came: native code may turn it into another error."""
-    came = []
+def heed_interrupts(came: list) -> None:
+    """Have SIGTERM interrupt as Ctrl-C does, and note it in `came`: native code may turn it into another error."""
 
     def interrupt(*signals):
         came.append(signals)
@@ -95,7 +97,6 @@ def heed_interrupts() -> list:
         signal.signal(signal.SIGTERM, interrupt)
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell's jobs in the background have it
             signal.signal(signal.SIGINT, interrupt)
-    return came
 
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120}

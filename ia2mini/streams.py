@@ -3,6 +3,7 @@
 Services and cron jobs may start a program without standard input, output or errors; Python then has None for it.
 """
 
+import codecs
 import io
 import os
 import sys
@@ -25,7 +26,7 @@ def open_streams() -> None:
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+        if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 

@@ -13,6 +13,22 @@ from ia2mini.cli import main
 SMALL = "--n 4 --sets 2 --rates 1e-2,3e-2 --epochs 3 --eval-rows 10 --device cpu".split()
 PROGRAM = [sys.executable, "-c", "from ia2mini.cli import main; main(prog_name='ia2mini')"]
 
+ENDED = """import os, signal
+from ia2mini.cli import main
+rename = os.replace
+def renamed(source, target):
+    rename(source, target)
+    if os.path.basename(target) == {file!r}:
+        os.kill(os.getpid(), signal.{how})
+os.replace = renamed
+main(prog_name='ia2mini')
+"""
+
+
+def ended_by(how: str, file: str) -> list[str]:
+    """A program that runs a command, and gets the signal `how` as soon as a file of that name is there."""
+    return [sys.executable, "-c", ENDED.format(how=how, file=file)]
+
 
 def invoke(*arguments) -> Result:
     return CliRunner().invoke(main, list(map(str, arguments)))

@@ -19,7 +19,10 @@ import numpy as np
 from ia2mini import UsageError
 
 CASES = 500  # mutations of each kind of file, unless $IA2MINI_FUZZ says for how many seconds all kinds are to go on
-KINDS, SLOWEST, MEMORY = 5, 10, 1 << 30  # of a case: seconds, bytes of memory beyond what is held
+KINDS = 5
+SLOWEST = 10  # seconds of a processor that a case may take
+LONGEST = 300  # seconds after which a case waits for something that never comes
+MEMORY = 1 << 30  # bytes that a case may take beyond what is held
 DEEP = json.loads("[" * 300 + "]" * 300)
 EVIL = [{}, [], None, True, 0, -1, 1, 7, 2**31, 2**63, 2**70, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf")]
 EVIL += [
@@ -163,17 +166,22 @@ def watched():
     """Run the block within SLOWEST seconds and MEMORY bytes; Hang, or whatever running out of memory raises."""
 
     def stop(*_):
-        raise Hang(f"more than {SLOWEST} seconds")
+        raise Hang(f"more than {SLOWEST} seconds of a processor, or {LONGEST} of waiting")
 
-    before, limits = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_AS)
+    timers = {signal.ITIMER_PROF: (signal.SIGPROF, SLOWEST), signal.ITIMER_REAL: (signal.SIGALRM, LONGEST)}
+    before = {number: signal.signal(number, stop) for number, _ in timers.values()}
+    limits = resource.getrlimit(resource.RLIMIT_AS)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, limits[1]))
-    signal.setitimer(signal.ITIMER_REAL, SLOWEST)
+    for timer, (_, seconds) in timers.items():
+        signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for timer in timers:
+            signal.setitimer(timer, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
@@ -192,7 +200,7 @@ def fuzz(name: str, tmp: Path, make: Callable, check: Callable, kept: bool = Tru
     )
     while case < CASES or time.monotonic() - start < budget:
         if case % 10 == 0:  # a hang in which Python does not come to word ends the process
-            faulthandler.dump_traceback_later(10 * SLOWEST, exit=True)
+            faulthandler.dump_traceback_later(10 * LONGEST, exit=True)
         rng, folder = np.random.default_rng([case, *name.encode()]), tmp / "case"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()

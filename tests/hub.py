@@ -106,6 +106,8 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(
             {**asked, "range": self.headers.get("Range"), "token": self.headers.get("Authorization")}
         )
+        if self.headers.get("X-Fault") == "hang":
+            return self.spoil("hang")
         if (fault := next((f.pop(0) for part, f in self.hub.faults.items() if f and part in path), None)) is not None:
             self.lie = {"long": 10, "short": -10}.get(fault, 0)
             if not self.lie:
@@ -189,7 +191,7 @@ class Handler(BaseHTTPRequestHandler):
     def spoil(self, fault: int | str) -> None:
         """An answer that is none."""
         if fault == "hang":
-            self.hub.closed.wait(60)
+            self.hub.closed.wait()
         elif fault == "html":
             self.answer(200, b"<html>Please log in to this network</html>", {"Content-Type": "text/html"})
         elif fault == "loop":

@@ -2,6 +2,7 @@
 
     done = command(folder, "fit", kill=(0.2, signal.SIGKILL))       # 0.2 s after it has begun
     done = command(folder, "run", at=(3, signal.SIGTERM))           # before its third file gets its name
+    done = command(folder, "predict", at=(3, signal.SIGTERM))       # before its third answer is printed
     done = command(folder, "merge", room=5000)                      # no file may be longer
     done = command(folder, "run", powerless=True)                   # root, too, heeds permissions
 
@@ -19,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,7 +61,7 @@ _figure.savefig(io.BytesIO())
 
 
 class Done(NamedTuple):
-    """How a command ended: exit code (negative: the signal), what it printed, its seconds, files that it named."""
+    """How a command ended: exit code (negative: the signal), what it printed, its seconds, files named or answers."""
 
     code: int
     out: bytes
@@ -80,10 +82,10 @@ def command(folder: Path, name: str, kill=None, **how) -> Done:
     begun = time.monotonic()
     if kill:
         process.join(kill[0])
-        if process.exitcode is None:
+        with suppress(ProcessLookupError):  # it has ended
             os.kill(process.pid, kill[1])
     printed, told = (b"".join(iter(lambda end=end: os.read(end.fileno(), 1 << 16), b"")) for end in (out, err))
-    process.join(60)
+    process.join(600)
     assert process.exitcode is not None, f"{name} hangs"
     files = ready.recv() if process.exitcode == 0 else 0
     return Done(process.exitcode, printed, told.decode(), time.monotonic() - begun, files)
@@ -102,23 +104,39 @@ def child(folder, name, ends, at=None, room=None, powerless=False, output=None) 
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
     if powerless:
         heed_permissions()
-    begin, rename = click.Group.main, os.replace
+    begin, rename, echo = click.Group.main, os.replace, click.echo
+    heed = ia2mini.cli.heed_interrupts
+
+    def heeding(came):
+        heed(came)
+        ends[2].send("begun")  # before this a signal would find Python's own handlers
 
     def told(*arguments, **more):
-        ends[2].send("begun")
         try:
             return begin(*arguments, **more)
         finally:  # the child's own end is not the command's
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
 
-    def counted(*paths):
-        counted.files += 1
-        if at and counted.files == at[0]:
+    def count():
+        count.events += 1
+        if at and count.events == at[0]:
             at[1]() if callable(at[1]) else os.kill(os.getpid(), at[1])
+
+    def counted(*paths):
+        count()
         rename(*paths)
 
-    counted.files, click.Group.main, os.replace = 0, told, counted
+    def answering(*line, **how):
+        count()
+        echo(*line, **how)
+
+    count.events = 0
+    click.Group.main = told
+    ia2mini.cli.heed_interrupts = heeding
+    os.replace = counted
+    if name == "predict":
+        click.echo = answering
     sys.argv = ["ia2mini", *COMMANDS[name]]
     if name == "pretrain":
         full = bench.pretrain.pretrain
@@ -128,7 +146,7 @@ def child(folder, name, ends, at=None, room=None, powerless=False, output=None) 
     try:
         (bench_main if name == "pretrain" else ia2mini.cli.main)()
     finally:
-        ends[2].send(counted.files)
+        ends[2].send(count.events)
 
 
 def heed_permissions() -> None:

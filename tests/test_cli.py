@@ -5,14 +5,13 @@ import os
 import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from commands import PROGRAM, SMALL, forbid, invoke, stopping, toy
+from commands import SMALL, ended_by, forbid, invoke, stopping, toy
 from hub import connect, serve
 from ia2mini.models import load
 from reference import random_ids, upstream
@@ -43,7 +42,9 @@ def numbers(folder: Path) -> dict:
 @pytest.fixture(scope="module")
 def finished(ground) -> tuple[Result, Path]:
     """A whole run and its folder."""
-    result = invoke(*toy(ground, ground / "runs"))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("ia2mini.cli.MINUTE", 10**6)  # no line of progress but the first of a phase, however long it takes
+        result = invoke(*toy(ground, ground / "runs"))
     assert result.exit_code == 0, result.output
     (folder,) = (ground / "runs").iterdir()
     return result, folder
@@ -214,19 +215,16 @@ def test_a_run_that_is_ended_from_outside_goes_on_to_the_same_numbers(how, groun
     def heed():
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and so would theirs
 
-    pipes, environment = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}, os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*PROGRAM, *map(str, toy(ground, tmp_path))]
-    process = subprocess.Popen(command, text=True, env=environment, preexec_fn=heed, **pipes)
-    begun = "*/run.json" if how != "SIGKILL" else "*/*/fit-sft.safetensors"
-    while process.poll() is None and not list(tmp_path.glob(begun)):
-        time.sleep(0.01)
-    process.send_signal(getattr(signal, how))
-    stdout, stderr = process.communicate(timeout=120)
+    begun = "run.json" if how != "SIGKILL" else "fit-sft.safetensors"
+    command = [*ended_by(how, begun), *map(str, toy(ground, tmp_path))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, preexec_fn=heed)
+    stdout, stderr = done.stdout, done.stderr
     *phases, last = [line for line in stderr.splitlines() if line]
     assert stdout == "" and "Traceback" not in stderr
     if how != "SIGKILL":
-        assert process.returncode == 130 and last.startswith("ia2mini: interrupted")
-    assert process.returncode in (130, -signal.SIGKILL) and all(phase.startswith("phase ") for phase in phases)
+        assert done.returncode == 130 and last.startswith("ia2mini: interrupted")
+    assert done.returncode in (130, -signal.SIGKILL) and all(phase.startswith("phase ") for phase in phases)
     (folder,) = tmp_path.iterdir()
     assert not (folder / "results.json").exists()
     assert invoke(*toy(ground, tmp_path)).exit_code == 0

@@ -60,7 +60,7 @@ def test_failures_and_long_steps_do_not_stop_what_follows_and_are_tried_again_wh
         clock.runs = line == "said by long"
 
     def noted(name: str, then: str = "") -> list[str]:
-        return python(f"import time; open({str(log)!r}, 'a').write({name!r} + ' '); print('said by', {name!r}); {then}")
+        return python(f"open({str(log)!r}, 'a').write({name!r} + ' '); print('said by', {name!r}); {then}")
 
     todo = {"good": noted("good"), "bad": noted("bad", "raise SystemExit(3)"), "none": [str(tmp_path / "no such")]}
     todo |= {"long": noted("long", "time.sleep(600)"), "last": noted("last")}

@@ -1,5 +1,6 @@
 """A hub that is slow, breaks off, redirects, lies or refuses: another try where it may help, then a line; no token."""
 
+import threading
 import time
 
 import pytest
@@ -10,12 +11,14 @@ from ia2mini.models import load
 from mistakes import refused
 from reference import make_checkpoint
 
+import ia2mini.files
 from ia2mini.cli import main
 from ia2mini.files import WAITS, hub_errors
 from ia2mini.tasks import find_task, load_examples
 
 REPO = ("model", "some/one")
 INFO, TREE, FILE, LARGE = "/revision/", "/tree/", "/resolve/", "/cdn/"
+LONG = 60  # seconds that an answer may take
 SHARD = "model-00002-of-00002.safetensors"
 
 
@@ -28,13 +31,31 @@ def files(tmp_path_factory) -> dict[str, bytes]:
 
 @pytest.fixture
 def hub(files, monkeypatch, tmp_path):
-    """A hub with that repository; the client waits for an answer for half a second, and between tries not at all."""
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
-    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.5)
+    """A hub with that repository; the client waits a moment for what never comes, and between tries not at all."""
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", LONG)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", LONG)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with serve({REPO: {"main": files}}) as hub:
         connect(monkeypatch, hub, tmp_path / "cache")
+        monkeypatch.setattr(ia2mini.files, "limit", limit_of(hub))
         yield hub
+
+
+def limit_of(hub):
+    """The library's own limit, which is made short for a request that the hub will never answer, and for no other."""
+    lock, limit = threading.Lock(), ia2mini.files.limit
+
+    def limited(request) -> None:
+        limit(request)
+        assert all(request.extensions["timeout"][part] <= LONG for part in ia2mini.files.PARTS)
+        with lock:
+            fault = next((f for part, f in hub.faults.items() if f and part in request.url.path), [])
+            if fault[:1] == ["hang"]:
+                fault.pop(0)
+                request.headers["X-Fault"] = "hang"
+                request.extensions["timeout"] = dict.fromkeys(ia2mini.files.PARTS, 0.2)
+
+    return limited
 
 
 PASSING = [(INFO, 429), (INFO, 500), (INFO, 503), (INFO, "gone"), (INFO, "loop"), (INFO, "long"), (TREE, 503)]

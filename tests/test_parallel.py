@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def begin(count: int, arguments: list[str], out: Path, patch=None) -> list:
 def end(started: list, out: Path) -> tuple[list[int], list[str], list[str]]:
     """Exit codes of the processes, what each said on stdout and on stderr."""
     for process in started:
-        process.join(120)
+        process.join(600)
         assert process.exitcode is not None, "still running"
     streams = ([(out / f"{r}.{name}").read_text() for r in range(len(started))] for name in ("out", "err"))
     return [process.exitcode for process in started], *streams
@@ -166,15 +167,34 @@ def test_a_fit_is_the_same(tmp_path):
         assert files(one).keys() == files(two).keys()
 
 
+class Dying(NamedTuple):
+    """Ends process `killed` (None: every one, by an interrupt) at its second training, when the first one is kept."""
+
+    killed: int | None
+    first: Path
+
+    def __call__(self, rank: int) -> None:
+        trainings = []
+        train_runs = ia2mini.train.train_runs
+
+        def dying(*arguments):
+            trainings.append(arguments)
+            while len(trainings) == 2 and not self.first.exists():
+                time.sleep(0.01)
+            if len(trainings) == 2:
+                os.kill(os.getpid(), signal.SIGINT if self.killed is None else signal.SIGKILL)
+            return train_runs(*arguments)
+
+        if self.killed in (None, rank):
+            ia2mini.train.train_runs = dying
+
+
 @pytest.mark.parametrize("killed, code", [(1, 2), (0, 2), (None, 130)])
 def test_a_process_that_dies_ends_the_others_and_one_goes_on(killed, code, cell, tmp_path):
-    started, first = begin(2, CELL, tmp_path), tmp_path / f"out/{cell.name}/toy-mood-n4/fit-sft.safetensors"
-    while not first.exists() and all(process.is_alive() for process in started):
-        time.sleep(0.01)
-    for process in started if killed is None else [started[killed]]:
-        os.kill(process.pid, signal.SIGINT if killed is None else signal.SIGKILL)
+    first = tmp_path / f"out/{cell.name}/toy-mood-n4/fit-sft.safetensors"
+    started = begin(2, CELL, tmp_path, Dying(killed, first))
     codes, _, complaints = end(started, tmp_path)
-    assert not (first.parent.parent / "results.json").exists(), "it was over too soon to be killed"
+    assert not (first.parent.parent / "results.json").exists()
     left = [c for r, c in enumerate(codes) if r != killed]
     assert set(left) <= {code, 2} and code in left, complaints
     lines = re.findall("^ia2mini: .*\n", "".join(complaints), re.M)
@@ -249,7 +269,7 @@ def test_two_nodes_started_by_torchrun_itself(tmp_path):
     nodes = [
         subprocess.Popen([*agent, "--node-rank", str(rank), "-m", "--", "ia2mini", *command, *more]) for rank in (0, 1)
     ]
-    assert [node.wait(120) for node in nodes] == [0, 0]
+    assert [node.wait(600) for node in nodes] == [0, 0]
     assert differ(results(found(tmp_path / "two")), results(alone(command, tmp_path / "one"))) <= BOUND
 
 

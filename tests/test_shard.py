@@ -80,7 +80,7 @@ def on_ranks(ranks: int, *work) -> tuple[list, list[int]]:
     ]
     for process in every:
         process.start()
-    found, deadline = [], time.monotonic() + 100
+    found, deadline = [], time.monotonic() + 600
     for process, answer in zip(every, answers, strict=True):
         while answer.empty() and process.is_alive() and time.monotonic() < deadline:
             process.join(0.02)

@@ -8,7 +8,6 @@ import pytest
 from commands import invoke
 from ia2mini.models.checkpoint import TINY
 
-from ia2mini import streams
 from ia2mini.cli import PRINTING, main
 
 ROW = '{"text": "a grim é film"}\n'
@@ -159,9 +158,3 @@ def test_what_is_printed_is_utf_8_in_every_locale(ground):
     done = started(words, env=ascii_only)
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode() == invoke(*words).stdout and "é" in done.stdout.decode()
-
-
-def test_halves_of_characters_are_written_as_escapes(capfdbinary):
-    streams.open_streams()
-    print("\ud800", file=sys.stdout, flush=True)
-    assert capfdbinary.readouterr().out == b"\\ud800\n"
