@@ -31,7 +31,6 @@ from .tasks.own import keep_apart, near_labels, own_task, queries_task
 from .tasks.rows import Row, as_rows, fill
 from .teacher import answer_tokens_at_most
 
-
 LONG, FAR = 500, 10  # tokens, and times the median: from both on a row is named
 
 
