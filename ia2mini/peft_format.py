@@ -286,7 +286,7 @@ class Merged(Adapter):
         runs = len(next(iter(weights.values())))
         outputs = []
         for r, rows in enumerate(x.chunk(runs)):
-            change = self.adapter.merged(name, {key: tensor[[r]] for key, tensor in weights.items()})
+            change = self.adapter.merged(name, {key: tensor[r] for key, tensor in weights.items()})
             change = {key: tensor.bfloat16().to(x.dtype) for key, tensor in change.items()}
             outputs.append(F.linear(rows, change[f"{name}.weight"], change.get(f"{name}.bias", linear.bias)))
         return torch.cat(outputs)

@@ -11,12 +11,13 @@ from reference import EOS, MIXES, byte_tokenizer, make_checkpoint, make_rows, pe
 from tokenizers import Tokenizer as Backend
 
 import ia2mini.batch
+import ia2mini.train
 from ia2mini.adapters import IA3, LoRA, adapted
-from ia2mini.batch import Row, by_length, collate, truth_row
+from ia2mini.batch import TOGETHER, Row, by_length, collate, in_batches, truth_row
 from ia2mini.episode import with_demonstrations
 from ia2mini.tasks import Example
 from ia2mini.tokenizer import Tokenizer
-from ia2mini.train import Runs, Settings, losses, train_runs
+from ia2mini.train import Runs, Settings, gradient, losses, summed_losses, train_runs
 
 TEXT = st.text(max_size=30)
 
@@ -157,6 +158,70 @@ def test_runs_of_unequal_numbers_of_rows_have_the_loss_they_have_alone(tiny, mon
             twin = peft_twin(folder, adapter, theta[r])
             plain = sum(plain_loss(twin, row, MIXES[mix]).item() for row in run) / len(run)
         assert found[r].item() == pytest.approx(plain, rel=1e-5)
+
+
+def uneven(runs: int, rows: int, long: int, seed: int = 0) -> list[list[Row]]:
+    """Runs of short rows, in each of which one has `long` further tokens."""
+    found = [make_rows(rows, seed + r) for r in range(runs)]
+    for r, some in enumerate(found):
+        some[r % rows].prompt[:0] = [7] * long
+    return found
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_long_row_among_short_ones_has_batches_of_its_own_and_the_same_loss(tiny, mix):
+    """And the gradient of every run; no batch is much longer than what it holds."""
+    _, model = tiny
+    adapter, runs = LoRA(model), uneven(6, 4, 1500)
+    theta = starts(adapter, model, 6) + 0.05 * torch.randn(6, 1)
+    weights = {name: torch.linspace(0.5, 1, 6) * w for name, w in MIXES[mix].items()}
+    found = []
+    for batches in (in_batches(runs), [collate(runs)]):
+        leaf = theta.clone().requires_grad_()
+        of = model, adapter, leaf, batches, weights, None
+        found.append((summed_losses(*of).detach(), gradient(*of)))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert relative(one, other) <= 1e-5
+    sizes = [batch.ids.numel() for batch in in_batches(runs)]
+    assert max(sizes) <= TOGETHER and len(sizes) > 1
+    assert collate(runs).ids.numel() > 6 * TOGETHER
+
+
+@given(st.lists(st.lists(st.integers(1, 3000), min_size=1, max_size=4), min_size=1, max_size=8))
+def test_however_uneven_rows_are_batches_hold_each_once_and_little_else(lengths):
+    counter = iter(range(10**9))
+    runs = [[Row([next(counter) for _ in range(n)], [1]) for n in some] for some in lengths]
+    total = sum(map(sum, lengths))
+    batches = in_batches(runs)
+    weights = torch.zeros(len(runs))
+    for batch in batches:
+        which = torch.arange(len(runs)) if batch.runs is None else batch.runs
+        weights.index_add_(0, which, batch.weights.sum(1))
+    torch.testing.assert_close(weights, torch.ones(len(runs)))
+    kept = [[row.prompt[-1] for row in run] for run in runs]
+    seen = []
+    for batch in batches:
+        real = batch.weights.flatten() > 0
+        seen += batch.ids[batch.at[0][real], batch.at[1][real]].tolist()
+    assert sorted(seen) == sorted(sum(kept, []))
+    longest = max(map(max, lengths))
+    for batch in batches:
+        assert batch.ids.numel() <= max(4 * TOGETHER, longest, len(runs) * 512, 8 * total)
+
+
+def test_training_with_a_long_row_gives_what_whole_batches_give(tiny, monkeypatch):
+    _, model = tiny
+    adapter, runs = LoRA(model), uneven(3, 4, 1500)
+    rates, weights = torch.tensor([1e-2, 3e-2, 1e-3]), {"ce": torch.ones(3)}
+    given = Runs(starts(adapter, model, 3), rates, runs, uneven(3, 2, 1500, 9), weights, [lambda epoch: range(4)] * 3)
+    settings = Settings(batch_size=2, epochs=3)
+    found = train_runs(model, adapter, given, settings)
+    monkeypatch.setattr(ia2mini.train, "in_batches", lambda runs, device: [collate(runs, device)])
+    whole = train_runs(model, adapter, given, settings)
+    assert torch.equal(found.steps, whole.steps)
+    torch.testing.assert_close(found.dev_loss, whole.dev_loss, rtol=1e-4, atol=1e-5)
+    assert relative(found.theta, whole.theta) <= 1e-3
 
 
 def test_runs_of_unequal_numbers_of_dev_rows_train_as_alone(tiny):

@@ -11,6 +11,7 @@ from ia2mini.models.checkpoint import TINY
 from mistakes import refused
 from reference import make_checkpoint
 
+import ia2mini.chat
 from ia2mini import FitOptions, fit, load_adapter, open_subject
 from ia2mini.chat import ChatTemplate
 from ia2mini.cli import main
@@ -88,6 +89,185 @@ def test_a_template_in_a_file_of_its_own_comes_first(tmp_path):
 def test_a_template_that_is_missing_broken_or_hostile_is_one_line(tmp_path, template, said):
     folder = checkpoint(tmp_path, template)
     refused(lambda: ChatTemplate(folder, Tokenizer.from_folder(folder))("hi"), said)
+
+
+QWEN = """{%- if tools %}
+    {{- '<|im_start|>system\\n' }}{{ tools | tojson }}<|im_end|>
+{%- else %}
+    {%- if messages[0].role == 'system' %}
+        {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endif %}
+{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.multi_step_tool and message.role == "user" and message.content is string %}
+        {%- set ns.multi_step_tool = false %}
+        {%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
+    {%- elif message.role == "assistant" %}
+        {%- if loop.last or loop.index0 > ns.last_query_index %}
+            {{- '<|im_start|>' + message.role + '\\n<think>\\n\\n</think>\\n\\n' + content.lstrip('\\n') }}
+        {%- else %}
+            {{- '<|im_start|>' + message.role + '\\n' + content }}
+        {%- endif %}
+        {{- '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+{%- endif %}"""
+LLAMA32 = """{{- bos_token }}
+{%- if custom_tools is defined %}{%- set tools = custom_tools %}{%- endif %}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{%- if not tools is defined %}
+    {%- set tools = none %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{%- if tools is not none %}
+    {{- "Environment: ipython\\n" }}
+{%- endif %}
+{{- "Cutting Knowledge Date: December 2023\\n" }}
+{{- "Today Date: " + date_string + "\\n\\n" }}
+{{- system_message }}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + "
+    "' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token}}{% elif message['role'] "
+    "== 'system' %}{{ '<<SYS>>' + message['content'] }}{% else %}{{ raise_exception('Only user and assistant!') }}"
+    "{% endif %}{% endfor %}"
+)
+SMOL = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
+You are a helpful AI assistant named SmolLM<|im_end|>
+' }}{% endif %}{{'<|im_start|>' + message['role'] + '
+' + message['content'] + '<|im_end|>' + '
+'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
+' }}{% endif %}"""
+LOOP = "{% for m in messages %}"
+MANY = {
+    "chatml": CHATML,
+    "llama": LLAMA,
+    "qwen": QWEN,
+    "llama 3.2": LLAMA32,
+    "mistral": MISTRAL,
+    "smollm": SMOL,
+    "tinyllama": LOOP + "<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}<|assistant|>\n",
+    "tojson": LOOP
+    + "{{ m | tojson }} {{ m.content | tojson(indent=2) }}{% endfor %}{{ {'b': 1, 'a': '<é&>'} | tojson }}",
+    "sorted": "{{ messages | tojson(sort_keys=true, separators=(',', ':'), ensure_ascii=true) }}",
+    "generation": LOOP + "{% if m.role == 'assistant' %}{% generation %}A: {{ m.content }}\n  {% endgeneration %}"
+    "{% else %}Q: {{ m.content }}\n{% endif %}{% endfor %}{% generation %}{% endgeneration %}!",
+    "tools": "{% if tools is not none %}T{% endif %}{% if tools is defined %}D{% endif %}"
+    "{% if documents is none %}N{% endif %}" + LOOP + "{{ m.content }}{% endfor %}",
+    "tokens": "{% for t in (bos_token, eos_token, pad_token, unk_token) %}[{{ t }}]{% endfor %}"
+    "{{ sep_token is defined }}{{ mask_token }}" + LOOP + "{{ m.content }}{% endfor %}",
+    "today": "{{ strftime_now('%Y-%m-%d %A') }}" + LOOP + "{{ m.content }}{% endfor %}",
+    "loops": LOOP + "{% if m.role == 'system' %}{% continue %}{% endif %}{{ loop.index }}{{ m.content }}"
+    "{% if loop.index > 4 %}{% break %}{% endif %}{% endfor %}",
+    "blocks": "  {% if true %}  \n   {# a comment #}\n  {{ messages[-1].content }}\n\n  {% endif %}\n\n",
+    "escapes": LOOP
+    + "{{ m.content | e }}{{ m['content'] | replace('<', '') | upper }}{{ '%s!' | format(m.role) }}{% endfor %}",
+    "macros": "{% macro turn(m) %}<{{ m.role }}>{{ m.content }}{% endmacro %}{% set ns = namespace(n=0) %}"
+    + LOOP
+    + "{{ turn(m) }}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}{{ dict(a=1) }}",
+    "dates": "{% set day = strftime_now('%d') %}{{ day | int }}{{ messages | length }}"
+    "{{ messages[-1]['content'].split(' ')[0] }}",
+}
+EVERY_TOKEN = {"pad_token": "</s>", "unk_token": {"__type": "AddedToken", "content": "<s>"}}
+
+
+@pytest.mark.parametrize("bos", [True, False], ids=["bos", "no bos"])
+@pytest.mark.parametrize("name", MANY)
+def test_many_templates_are_rendered_as_by_transformers(tmp_path, name, bos):
+    """The text to the byte, and the ids: where a template leaves BOS out, the tokenizer does not put it there."""
+    folder = checkpoint(tmp_path, MANY[name], "llama" if bos else "qwen3", **EVERY_TOKEN)
+    tokenizer = Tokenizer.from_folder(folder)
+    chat = ChatTemplate(folder, tokenizer)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    asked = {"role": "user", "content": "Text: <four> & 'é' 日本\n"}
+    turns = [{"role": role, "content": text} for turn in TURNS for role, text in zip(("user", "assistant"), turn)]
+    for before in ([], turns, [{"role": "system", "content": "Be <brief>."}, *turns]):
+        messages = [*before, asked]
+        expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert chat.render(messages) == expected
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        assert tokenizer.encode(chat.render(messages)) == tokenizer.encode_all([chat.render(messages)])[0] == ids
+        assert tokenizer.count([chat.render(messages)]) == [len(ids)]
+    answered = [*turns, asked, {"role": "assistant", "content": "yes"}]
+    assert chat.render(answered, asks=False) == theirs.apply_chat_template(answered, tokenize=False)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_special_tokens_come_from_every_file(tmp_path, listed):
+    """special_tokens_map.json counts where tokenizer_config.json does not list the added tokens."""
+    settings = {"pad_token": "<old>"}
+    if listed:
+        settings["added_tokens_decoder"] = {"256": {"content": "<s>", "special": True}}
+    folder = checkpoint(tmp_path, MANY["tokens"], "qwen3", **settings)
+    said = {
+        "pad_token": {"content": "<pad>", "lstrip": False},
+        "unk_token": "<unk>",
+        "additional_special_tokens": ["<x>"],
+    }
+    (folder / "special_tokens_map.json").write_text(json.dumps(said))
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    messages = [{"role": "user", "content": "hi"}]
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    found = ChatTemplate(folder, Tokenizer.from_folder(folder))("hi")
+    assert found == expected and ("<pad>" in found) == (not listed)
+
+
+def test_of_named_templates_the_default_is_taken(tmp_path):
+    named = [{"name": "tool_use", "template": "{{ wrong }}"}, {"name": "default", "template": MISTRAL}]
+    folder = checkpoint(tmp_path, named)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    messages = [{"role": "user", "content": "hi"}]
+    expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert ChatTemplate(folder, Tokenizer.from_folder(folder))("hi") == expected
+    checkpoint(tmp_path, named[:1])
+    refused(lambda: ChatTemplate(folder, Tokenizer.from_folder(folder)), "'tool_use'", "'default'")
+    checkpoint(tmp_path, None)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": MISTRAL}))
+    assert ChatTemplate(folder, Tokenizer.from_folder(folder))("hi") == expected
+
+
+def test_an_adapter_that_talks_of_the_date_loads_on_another_day(talking, tmp_path, monkeypatch):
+    folder = shutil.copytree(talking, tmp_path / "dated")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text("{{ strftime_now('%A') }}\n" + template)
+    options = FitOptions(epochs=2, rates=(1e-2,), methods=("sft",), folds=2, chat=True)
+    monkeypatch.setattr(ia2mini.chat, "strftime_now", lambda form: "good")
+    rows = world.rows("toy-mood-remap", "train")[4:12]
+    fit(rows, open_subject(str(folder), "cpu"), options, ("text", "label", "{text}")).save(tmp_path / "a")
+    monkeypatch.setattr(ia2mini.chat, "strftime_now", lambda form: "bad bad bad")
+    loaded = load_adapter(tmp_path / "a")
+    assert loaded.chat("x").startswith("bad bad bad")
+    assert next(loaded.predict(rows[:1]))["answer"] in loaded.spec["labels"]
 
 
 def test_a_template_file_that_is_not_text_is_one_line(tmp_path):

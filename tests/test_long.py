@@ -16,6 +16,7 @@ import ia2mini.sets
 from ia2mini import FitOptions, UsageError, fit, fitting, open_subject
 from ia2mini.adapters import Prompt
 from ia2mini.cli import main
+from ia2mini.fitting import far_longer
 from ia2mini.options import Options
 from ia2mini.peft_format import save_adapter
 from ia2mini.predictor import FOREIGN, Predictor
@@ -112,6 +113,13 @@ def test_predict_and_score_name_file_and_row(subject, tmp_path):
     from ia2mini.report.fit import score_rows
 
     refused(lambda: score_rows(fitted, rows, False), "new.jsonl:2: its prompt has 101 tokens")
+
+
+def test_fit_names_a_row_that_is_far_longer_than_the_others():
+    rows = [Row(f"mine.csv:{i}", {}) for i in range(2, 8)]
+    (said,) = far_longer(rows, [40, 30, 2500, 45, 50, 450])
+    assert said.startswith("mine.csv:4 has 2500 tokens") and "at most 45" not in said
+    assert far_longer(rows, [2000, 2500, 1800, 2200, 1900, 2600]) == far_longer(rows, [3, 4, 400, 5, 4, 3]) == []
 
 
 @pytest.mark.parametrize("virtual", [0, 20])

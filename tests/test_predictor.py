@@ -1,6 +1,8 @@
 """A fitted adapter in use: probabilities, streams, abstention, self-proof, merging; by transformers and peft too."""
 
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from ia2mini import FitOptions, UsageError, fit, load_adapter, open_subject
 from ia2mini.cli import main
+from ia2mini.cli_fit import arriving
 from ia2mini.tasks import world
 
 QUICK = FitOptions(epochs=8, rates=(1e-2,), methods=("sft",), folds=2)
@@ -128,6 +131,61 @@ def test_standard_input_is_a_stream(saved):
         process.stdin.write(json.dumps({"text": toy_rows(1)[0]["text"], "id": "last"}) + "\n")
         process.stdin.close()
         assert first == list(range(64)) and json.loads(process.stdout.read())["id"] == "last"
+
+
+def test_what_has_come_is_answered_while_the_input_stays_open(saved):
+    """One row, and the answer to it, at a time; then three at once."""
+    command = [sys.executable, "-m", "ia2mini", "predict", saved()[1], "-"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=Path(__file__).parents[1], **pipes) as process:
+        for some in ([0], [1], [2, 3, 4]):
+            process.stdin.write("".join(json.dumps(toy_rows(5)[i]) + "\n" for i in some))
+            process.stdin.flush()
+            assert [json.loads(process.stdout.readline())["id"] for _ in some] == some
+        process.stdin.close()
+        assert process.stdout.read() == ""
+
+
+def test_rows_are_answered_before_the_next_is_asked_for(saved):
+    """None stands where the next row has yet to come."""
+    rows = toy_rows(3)
+    asked = []
+
+    def coming():
+        for row in (rows[0], None, None, rows[1], rows[2], None):
+            asked.append(row)
+            yield row
+        raise AssertionError("asked for more before what has come was answered")
+
+    answers = saved()[0].predict(coming())
+    assert next(answers)["id"] == 0 and len(asked) == 2
+    assert [next(answers)["id"] for _ in range(2)] == [1, 2] and len(asked) == 6
+
+
+def test_lines_as_they_come_through_a_pipe():
+    reading, writing = os.pipe()
+    with open(reading, "rb") as stream, open(writing, "wb", buffering=0) as pipe:
+        lines = arriving(stream)
+        assert next(lines) is None
+        pipe.write(b"one\ntwo\nthr")
+        assert [next(lines) for _ in range(3)] == [b"one", b"two", None]
+        pipe.write(b"ee\n\n")
+        assert [next(lines) for _ in range(3)] == [b"three", b"", None]
+        pipe.write(b"x" * 60_000)
+        assert next(lines) is None
+        pipe.write(b"y" * 60_000 + b"\nlast")
+        assert next(lines) == b"x" * 60_000 + b"y" * 60_000
+        pipe.close()
+        assert [line for line in lines if line is not None] == [b"last"]
+
+
+@pytest.mark.parametrize("data", [b"", b"\n", b"a", b"a\n", b"a\n\nb\r\nc", b"a\n" * 9 + b"b" * 200_000 + b"\nc"])
+def test_lines_of_a_file_are_all_there(tmp_path, data):
+    (tmp_path / "rows").write_bytes(data)
+    for stream in ((tmp_path / "rows").open("rb"), io.BytesIO(data)):
+        with stream:
+            expected = [line.removesuffix(b"\n") for line in io.BytesIO(data)]
+            assert [line for line in arriving(stream) if line is not None] == expected
 
 
 @pytest.mark.parametrize("coverage", [0.5, 0.9])
