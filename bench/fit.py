@@ -248,7 +248,7 @@ def about(options: FitOptions) -> str:
 
 
 def fit(part: str, counts: dict[str, int], methods: tuple[str, ...], on: dict) -> list[Result]:
-    """Is what `ia2mini fit` ships better than SFT alone, and never worse than the best of the base model, ICL and SFT?"""
+    """Is what `ia2mini fit` ships better than SFT alone, and never worse than the best of base, ICL and SFT?"""
     options = FitOptions(epochs=counts["epochs"], rates=RATES, methods=methods)
     if part == "real":
         options = replace(options, rates=REAL_RATES, folds=3, patience=2)
