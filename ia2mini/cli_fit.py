@@ -50,15 +50,18 @@ def fit(rows, unlabelled, context, prompts, out, **given):
       ia2mini predict tickets new.csv > answers.jsonl
       ia2mini fit --context policy.txt --prompts queries.jsonl --model llama-3.2-1b-instruct --chat --out policy
 
-    Every method and rate is cross-validated side by side. SFT is trained on all rows, or what is surely better on
-    held-out rows; where nothing beats the base model, no adapter is shipped.
+    Every method and learning rate is cross-validated. Shipped is what is surely better on held-out rows than the base
+    model and than always the commonest answer: an adapter, trained on all rows, or demonstrations in the prompt. Where
+    nothing is, nothing is shipped, and the report says what to do.
     """
     from .fitting import Columns, read_own
     from .fitting import fit as fit_rows
+    from .predictor import check_own
     from .report.fit import write_fit_report, write_fit_table
     from .subject import open_subject
     from .tasks.rows import as_rows
 
+    check_own(out)
     if (rows is None) == (context is None) or (context is None) != (prompts is None):
         raise UsageError("give ROWS, or --context with --prompts")
     refuse_unnamed_model("ROWS" if context is None else "--context")
@@ -83,7 +86,7 @@ def fit(rows, unlabelled, context, prompts, out, **given):
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished)
     click.echo(plain(write_fit_table(fitted.report)))
-    shipped = "no adapter" if fitted.adapter is None else "adapter"
+    shipped = {"base": "no adapter", "icl": "demonstrations"}.get(fitted.spec["method"], "adapter")
     click.echo(f"{out}: {shipped}, ia2mini.json, README.md, report.html, held_out.jsonl")
     click.echo(plain(f"next: ia2mini predict {shlex.quote(str(out))} NEW_ROWS"))
 

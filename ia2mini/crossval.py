@@ -6,6 +6,7 @@ what learns from the teacher alone stops by its own loss on a few rows of the fo
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from .looks import Looks, failures
 from .methods import BEGINS_WITH, METHODS, Grid
 from .models.common import device_of
 from .options import FitOptions, last_phase, phases
+from .probe import probe_scores
 from .selection import Candidate, Selection, Tried
 from .subject import Subject
 from .tasks import Example, Task, same_answer
@@ -33,8 +35,8 @@ from .teacher import Asked, label_tokens_at_most, observe, teach
 from .train import Settings, Trained, warn_of_failed
 
 LEAST, ALONE = 4, 10  # rows that cross-validation needs; up to this many are left out one at a time
+MINUTE = 60  # seconds; of less no estimate is given
 SOFT_K = 1024  # likeliest tokens of a distribution that is matched
-UNSEEN = -87.0  # log-probability that the probe gives a label of which it has seen no row
 
 
 @dataclass
@@ -70,6 +72,8 @@ class CrossValidation:
         self.longest = max(rows, key=lambda row: self.tokens(row.prompt))
         self.fits: dict[str, Trained] = {}
         self.found: dict[str, Tried] = {}
+        self.seconds: float | None = None  # that scoring every row by the base has taken
+        self.estimated = False  # whether it has been said how long training will take
         self.said: dict[str, tuple[list[str], list[float]]] = {}  # answers to held-out rows, and how sure each is
         self.troubles: list[str] = []  # sentences about runs of which a loss was not finite
         self.answers: dict[int, list[Row]] = {}
@@ -104,8 +108,22 @@ class CrossValidation:
     @contextmanager
     def training(self, about: tuple[str, int, int]) -> Iterator[Callable]:
         phase, runs, steps = about
-        with self.bar(f"training {phase}", steps) as bar:
+        with self.bar(f"training {phase}{self.estimate()}", steps) as bar:
             yield lambda step, losses: bar.update(step - bar.n)
+
+    def estimate(self) -> str:
+        """How long all training will take, if that is minutes: from the seconds that scoring the base has taken."""
+        if self.estimated or self.seconds is None:
+            return ""
+        self.estimated = True
+        o, folds = self.options, len(self.folds)
+        phases = {*o.methods, *(BEGINS_WITH[name] for name in o.methods if name in BEGINS_WITH)}
+        passes = 3 * (folds - 1) + 1  # over all rows in an epoch: forward and backward in all folds but one; scoring
+        epoch = self.seconds * passes * len(self.rates) * len(phases)
+        least, most = epoch * min(o.epochs, o.patience + 1), epoch * o.epochs
+        if most < MINUTE:
+            return ""
+        return f" (all training: about {duration(least)} to {duration(most)})"
 
     def grid(self, episodes: list[Episode], rates) -> Grid:
         """Every episode with every rate, after the teacher's pass over them."""
@@ -233,7 +251,10 @@ class CrossValidation:
     def tried(self, name: str) -> Tried:
         """What `name` says of held-out rows; kept, so that an interrupted fit goes on."""
         if name not in self.found:
+            begun = time.perf_counter()
             scores = self.once(f"held-out-{name}", lambda: {"scores": self.held_out(name)})["scores"]
+            if name == "base":
+                self.seconds = time.perf_counter() - begun
             self.found[name] = found = Tried(name, scores)
             if name in METHODS and last_phase(name) == "sft":
                 self.warn(name, failures(scores, self.selection.folds, self.epoch_steps))
@@ -277,22 +298,10 @@ class CrossValidation:
         return theta.unflatten(0, (folds, -1))[range(folds), rates]
 
     def probe(self) -> Tensor | None:
-        """Log-probabilities [n, C] of logistic regression on the base's last states; None without scikit-learn."""
-        try:
-            from sklearn.linear_model import LogisticRegression
-            from sklearn.preprocessing import StandardScaler
-        except ImportError:
-            return None
-        states = last_states(self.subject.model, self.subject.tokenizer.encode_all([row.prompt for row in self.rows]))
-        scores = torch.full((len(self.rows), len(self.task.labels)), UNSEEN)
-        for fold in self.folds:
-            others = sorted(set(range(len(self.rows))) - set(fold.test))
-            scaled = StandardScaler().fit(states[others]).transform(states)
-            if len(seen := sorted({int(self.gold[i]) for i in others})) > 1:
-                fitted = LogisticRegression(C=0.1, max_iter=1000).fit(scaled[others], self.gold[others])
-                found = torch.tensor(fitted.predict_log_proba(scaled[fold.test])).float()
-                scores[torch.tensor(fold.test)[:, None], torch.tensor(seen)] = found
-        return scores
+        """What a linear probe on the base's last hidden state says, [n, C]; None without scikit-learn."""
+        prompts = self.subject.tokenizer.encode_all([row.prompt for row in self.rows])
+        states = last_states(self.subject.model, prompts)
+        return probe_scores(states, self.gold, self.selection.folds, len(self.task.labels))
 
     def final(self, winner: Candidate) -> Tensor:
         """Weights [1, M] of the winner, trained on every row at its rate for its epochs.
@@ -324,3 +333,12 @@ class CrossValidation:
     def mean_steps(self, method: str, rate: int) -> float:
         """Steps that were best in the folds at a rate, on average."""
         return self.trained(method).best.view(len(self.folds), -1)[:, rate].float().mean().item()
+
+
+def duration(seconds: float) -> str:
+    """ "40 s", "12 min", "3.5 h"."""
+    if seconds < MINUTE:
+        return f"{seconds:.0f} s"
+    if seconds < 60 * MINUTE:
+        return f"{seconds / MINUTE:.0f} min"
+    return f"{seconds / MINUTE / 60:.1f} h"

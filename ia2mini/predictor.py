@@ -37,6 +37,7 @@ from .tokenizer import Rendered
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 BESIDE += ("added_tokens.json",)
 TOP, AT_ONCE = 5, 64
+CARD_MARK = b"tags: [ia2mini, "  # of a model card that ia2mini wrote
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 ADDED = r"^(?=(row_)*(answer|abstained|confidence|probabilities)$)"  # what a row's answer is called
 ALLOWED = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.1}  # mean difference of a canary's log-probabilities
@@ -227,7 +228,8 @@ class Predictor:
             raise UsageError(f"{folder}: the adapter is damaged: {ADAPTER[0]} is not the file that was saved")
 
     def save(self, folder: Path) -> None:
-        """Write the adapter in peft's format, `ia2mini.json` and a model card. Raises UsageError."""
+        """Write the adapter in peft's format and `ia2mini.json`. Raises UsageError, also for a folder of others."""
+        check_own(folder)
         subject = self.subject
         for name in ADAPTER if parallel.writes() else ():  # of an earlier fit
             (folder / name).unlink(missing_ok=True)
@@ -260,6 +262,22 @@ def blocks(rows: Iterable[dict | None]) -> Iterator[list[Row]]:
             some = []
     if some:
         yield some
+
+
+def check_own(folder: Path) -> None:
+    """Raises UsageError for a folder that holds something, and not what an earlier fit left there."""
+    mend = "choose a new or empty folder with --out"
+    if not folder.is_dir():
+        if folder.exists():
+            raise UsageError(f"{folder}: is a file; {mend}")
+        return
+    left = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    ours = SPEC in left or any(name.startswith("unfinished-") for name in left)
+    if left and not ours:
+        raise UsageError(f"{folder}: holds {left[0]!r} and is no folder of an earlier fit; {mend}")
+    card = folder / "README.md"
+    if card.is_file() and CARD_MARK not in card.read_bytes():
+        raise UsageError(f"{card}: was not written by ia2mini and would be replaced; move it, or {mend}")
 
 
 def digest(path: Path) -> str | None:

@@ -81,8 +81,11 @@ class Selection:
         return epoch, rate
 
     def losses(self, tried: Tried) -> Tensor:
-        """[epochs, rates, n], infinite where a run had failed or training had ended."""
-        return row_losses(tried.scores, self.gold).nan_to_num(nan=math.inf)
+        """[epochs, rates, n], infinite where the run of any fold had failed or training had ended."""
+        losses = row_losses(tried.scores, self.gold)
+        gone = ~tried.scores.isfinite().all(-1).all(-1)
+        losses[gone] = math.inf
+        return losses
 
     def judge(self, tried: Tried, within: list[int]) -> Candidate:
         """A way to answer, on the rows of the folds `within` and by nothing but these rows."""

@@ -64,7 +64,8 @@ class Runs:
         train, dev = ([rows[r] for r in some] for rows in (self.train, self.dev))
         mix = {name: weight[here] for name, weight in self.mix.items()}
         config = None if self.config is None or len(some) < len(self) else self.config[some]
-        return Runs(self.theta[here], self.rates[some], train, dev, mix, [self.order[r] for r in some], config)
+        order = [self.order[r] for r in some]
+        return Runs(self.theta[here], self.rates[some], train, dev, mix, order, config, after_look=self.after_look)
 
 
 @dataclass
@@ -141,11 +142,18 @@ class EarlyStopping:
     def __init__(self, theta: Tensor, settings: Settings, config: Tensor | None = None, hear: Callable | None = None):
         self.settings, self.theta, self.config, self.means = settings, theta * torch.nan, config, []
         self.hear = hear or (lambda mine: [mine])
+        self.after_look: Callable | None = None  # see `Runs`
         self.dev_loss = torch.full((len(theta),), torch.inf)  # on the CPU, as all but the weights
         self.misses, self.steps, self.best, self.broken = torch.zeros(4, len(theta), dtype=torch.int64)
 
-    def look(self, runs: Tensor, theta: Tensor, dev_loss: Tensor, step: int) -> Tensor:
-        """Note the weights [r, M] and dev losses [r] of `runs` after `step`; which go on, [r] bool on the CPU."""
+    def look(self, runs: Tensor, theta: Tensor, dev_loss: Tensor | None, step: int) -> Tensor:
+        """Note the weights [r, M] and dev losses [r] of `runs` after `step`; which go on, [r] bool on the CPU.
+
+        Without dev losses the weights are kept, and `after_look` says which go on.
+        """
+        if dev_loss is None:
+            self.keep(runs, theta, step)
+            return self.after_look(step, runs, theta)
         dev_loss = dev_loss.cpu()  # the only wait for the device
         better, finite = dev_loss < self.dev_loss[runs], dev_loss.isfinite()
         keeps = finite if self.settings.keep_last else better
@@ -236,6 +244,13 @@ def of_runs(values: Tensor, batch: Batch) -> Tensor:
     return values if batch.runs is None else values[batch.runs]
 
 
+def dev_rows(runs: Runs, device, form: dict) -> list[Batch]:
+    """The dev rows of all runs; none where there are none, or `after_look` is asked instead."""
+    if runs.after_look or not runs.dev[0]:
+        return []
+    return in_batches(runs.dev, device, **form)
+
+
 def train_runs(
     model: nn.Module, adapter: Adapter, runs: Runs, settings: Settings = Settings(), watch: Callable | None = None
 ) -> Trained:
@@ -248,12 +263,12 @@ def train_runs(
     """
     device, rows = runs.theta.device, len(runs.train[0])
     stopping = EarlyStopping(runs.theta, settings, runs.config, runs.hear)
+    stopping.after_look = runs.after_look
     adam = Adam(runs.theta, runs.rates.to(device))
     live, going = torch.arange(len(runs)), runs  # those in the batch, in its order
     places = torch.arange(len(runs))  # which of them still train; the others' weights are kept already
-    no_dev = settings.steps is not None or runs.after_look is not None
     form = {"by_row": settings.bfloat16_losses}
-    dev_batches = None if no_dev else in_batches(runs.dev, device, **form)
+    dev_batches = dev_rows(runs, device, form)
     batches, step = None, 0
 
     def update(*batches: Batch) -> None:
@@ -282,12 +297,8 @@ def train_runs(
         ended = start + settings.batch_size >= rows  # an epoch
         if settings.steps or not ended and (runs.after_look or step % 2):
             continue
-        if runs.after_look:
-            stopping.keep(live[places], theta[here], step)
-            places = places[runs.after_look(step, live[places], theta[here])]
-        else:
-            dev = look(*dev_batches)
-            places = places[stopping.look(live[places], theta[here], dev[here], step)]
+        dev = look(*dev_batches)[here] if dev_batches else None
+        places = places[stopping.look(live[places], theta[here], dev, step)]
         if watch:
             watch(step, stopping.dev_loss[live[places]])
         if not len(places):
@@ -296,7 +307,7 @@ def train_runs(
             live, going = live[places], going.take(places)
             adam.keep(send(places, device))
             places = torch.arange(len(live))
-            dev_batches = None if no_dev else in_batches(going.dev, device, **form)
+            dev_batches = dev_rows(going, device, form)
             batches = None
             train_step, look = recorded()  # for fewer runs
     return Trained(stopping.theta, stopping.dev_loss, stopping.steps, stopping.best, stopping.broken)

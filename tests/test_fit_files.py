@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from hub import connect, serve
 from ia2mini.models.checkpoint import TINY
 from mistakes import refused
+from shipping import shipping
 
 from ia2mini import FitOptions, fit, load_adapter, open_subject
 from ia2mini.adapters import make_adapter
@@ -29,7 +30,8 @@ def toy_rows(count: int, start: int = 4) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def fitted():
-    return fit(toy_rows(12), open_subject("tiny", "cpu"), QUICK)
+    with shipping("sft"):
+        return fit(toy_rows(12), open_subject("tiny", "cpu"), QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,8 @@ def test_the_bases_commit_on_the_hub_is_kept_and_loaded(tmp_path, monkeypatch):
     with serve({("model", "some/one"): {"main": files}}) as hub:
         connect(monkeypatch, hub, tmp_path / "cache")
         then = hub.commit("model", "some/one", "main")
-        found = fit(toy_rows(12), open_subject("some/one", "cpu"), QUICK)
+        with shipping("sft"):
+            found = fit(toy_rows(12), open_subject("some/one", "cpu"), QUICK)
         found.save(tmp_path / "a")
         assert json.loads((tmp_path / "a" / "ia2mini.json").read_text())["base"]["revision"] == then
         assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["revision"] == then

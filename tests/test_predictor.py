@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import peft
@@ -20,13 +19,14 @@ from ia2mini.models.checkpoint import TINY
 from mistakes import refused
 from reference import make_checkpoint, upstream
 from safetensors.torch import load_file, save_file
+from shipping import shipping
 
 from ia2mini import FitOptions, UsageError, fit, load_adapter, open_subject
 from ia2mini.cli import main
 from ia2mini.cli_fit import arriving
 from ia2mini.tasks import world
 
-QUICK = FitOptions(epochs=8, rates=(1e-2,), methods=("sft",), folds=2)
+QUICK = FitOptions(epochs=1, rates=(1e-2,), methods=("sft",), folds=2)
 LABELS = {
     "single": ("apple", "Friday"),
     "several": ("apple Friday", "apple banana"),
@@ -55,7 +55,7 @@ def saved(subject, tmp_path_factory):
             folder = tmp_path_factory.mktemp("fitted") / f"{adapter}-{labels}"
             rate = RATES[adapter] if labels == "single" or adapter != "lora" else 3e-2
             options = replace(QUICK, adapter=adapter, rates=(rate,))
-            with patch("ia2mini.fitting.choose", lambda candidates: "sft"):  # whatever the gate says: to be loaded
+            with shipping("sft"):
                 fitted = fit(toy_rows(12, LABELS[labels], start=4), subject, options)
             fitted.save(folder)
             known[adapter, labels] = fitted, folder
@@ -196,7 +196,8 @@ def test_coverage_answers_that_share_of_fresh_rows(saved, coverage):
     fitted.spec["confidences"] = [found["confidence"] for found in fitted.predict(rows[:1000])]
     found = list(fitted.predict(rows[1000:], coverage=coverage))
     sure = [row["answer"] is not None for row in found]
-    assert abs(np.mean(sure) - coverage) <= 0.02
+    error = (2 * coverage * (1 - coverage) / 1000) ** 0.5  # of a difference of two shares of 1,000 rows
+    assert abs(np.mean(sure) - coverage) <= 3 * error
     least = min(row["confidence"] for row in found if row["answer"])
     assert all(row["confidence"] < least and row["abstained"] for row in found if row["answer"] is None)
 
@@ -286,14 +287,15 @@ def test_merged_equals_unmerged(saved, tmp_path, subject, monkeypatch, shard):
     monkeypatch.setattr(checkpoints, "LARGEST", shard)
     fitted, folder = saved()
     result = run("merge", folder, "--out", tmp_path / "whole")
-    assert float(result.stdout.split()[-1]) <= 1e-5
     assert len(list((tmp_path / "whole").glob("*.safetensors"))) == 1 if shard == "5GB" else 5
     rows, whole = toy_rows(8, split="eval"), open_subject(str(tmp_path / "whole"), "cpu")
     ids = torch.tensor([subject.tokenizer.encode(f"Text:{rows[0]['text']}\nLabel:")])
     with torch.no_grad(), fitted.student() as student:
         expected = student(ids)
-        assert (whole.model(ids) - expected).abs().max() <= 1e-5
-        assert (upstream(tmp_path / "whole")(ids).logits - expected).abs().max() <= 1e-5
+        rounding = 2e-6 * expected.abs().max()  # of float32, over all layers
+        assert (whole.model(ids) - expected).abs().max() <= rounding
+        assert (upstream(tmp_path / "whole")(ids).logits - expected).abs().max() <= rounding
+    assert float(result.stdout.split()[-1]) <= rounding
     assert whole.tokenizer.encode("Text:a\n") == subject.tokenizer.encode("Text:a\n")
 
 

@@ -39,7 +39,7 @@ def measures(scores: Tensor, gold: Tensor, temperatures=1.0, right: Tensor | Non
     heat = torch.as_tensor(temperatures).expand(len(scores))[:, None]
     losses = row_losses(scores.double(), gold, heat).tolist()
     if right is not None:
-        return {"acc": list(share_interval(int(right.sum()), len(right))), "nll": list(mean_interval(losses))}
+        return {"acc": list(share_interval(int(right.sum()), len(right))), "nll": positive(losses)}
     p = (scores.double() / heat).softmax(-1)
     confidence, said = (t.numpy() for t in p.max(-1))
     correct = said == gold.numpy()
@@ -48,13 +48,19 @@ def measures(scores: Tensor, gold: Tensor, temperatures=1.0, right: Tensor | Non
     return {
         "acc": list(share_interval(int(correct.sum()), len(correct))),
         "macro_f1": macro_f1(said, gold.numpy()),
-        "brier": list(mean_interval(distances.tolist())),
-        "nll": list(mean_interval(losses)),
+        "brier": positive(distances.tolist()),
+        "nll": positive(losses),
         "ece": ece(confidence, correct),
         "ece_null": ece_null(confidence),
         "smooth_ece": smooth_ece(confidence, correct),
         "ece_without_temperature": ece(raw, correct),
     }
+
+
+def positive(values: list[float]) -> list[float]:
+    """Mean and interval of what is never below zero, which is where the interval is cut."""
+    mean, low, high = mean_interval(values)
+    return [mean, low if math.isnan(low) else max(0.0, low), high]
 
 
 def classes(scores: Tensor, gold: Tensor, labels: tuple[str, ...]) -> dict:

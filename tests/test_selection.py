@@ -1,0 +1,228 @@
+"""What `fit` ships, from held-out rows: every choice by the other folds' rows, by plain loops and by scipy."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from ia2mini.looks import Looks, failures
+from ia2mini.metrics import fit_temperature
+from ia2mini.selection import COMMONEST, MATTERS, Candidate, Selection, Tried, best_epoch, choose
+
+FOLDS = [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
+GOLD = torch.tensor([0, 1] * 6)
+
+
+def selection(**changes) -> Selection:
+    return replace(Selection(FOLDS, GOLD, patience=2, calibrate=False), **changes)
+
+
+def some_scores(seed: int, epochs: int = 6, rates: int = 3, labels: int = 2, strength: float = 1.0) -> torch.Tensor:
+    """Random log-probabilities [epochs, rates, n, labels] that lean to the true label."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(epochs, rates, len(GOLD), labels, generator=generator)
+    logits += strength * torch.nn.functional.one_hot(GOLD, labels)
+    return (2 * logits).log_softmax(-1)
+
+
+def plain_pick(scores: torch.Tensor, rows: list[int], patience: int) -> tuple[int, int]:
+    """Epoch and rate with the lowest mean loss over rows, each rate's curve read until it gains nothing any more."""
+    best = (math.inf, None, None)
+    for rate in range(scores.shape[1]):
+        low, at, waited = math.inf, None, 0
+        for epoch in range(scores.shape[0]):
+            loss = -np.mean([float(scores[epoch, rate, row, GOLD[row]]) for row in rows])
+            if loss < low - MATTERS:
+                low, at, waited = loss, epoch, 0
+            else:
+                waited += 1
+            if waited >= patience:
+                break
+        if low < best[0]:
+            best = (low, at, rate)
+    return best[1], best[2]
+
+
+def test_an_epoch_counts_only_if_it_gains_what_matters():
+    assert best_epoch([1.0, 0.9, 0.895, 0.85, 0.9, 0.9, 0.1], patience=2) == 3
+    assert best_epoch([1.0, 1.1, 1.1, 0.1], patience=2) == 0
+    assert best_epoch([1.0, 1.1, 1.1, 0.1], patience=3) == 3
+    assert best_epoch([math.inf, math.inf, 2.0], patience=5) == 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_folds_rows_are_judged_by_what_the_others_choose(seed):
+    scores = some_scores(seed)
+    found = selection().judge(Tried("sft", scores), [0, 1, 2])
+    for fold, rows in enumerate(FOLDS):
+        others = [row for row in range(12) if row not in rows]
+        epoch, rate = plain_pick(scores, others, 2)
+        assert found.picks[fold] == (epoch, rate)
+        assert torch.equal(found.scores[rows], scores[epoch, rate, rows])
+    assert (found.epoch, found.rate) == plain_pick(scores, list(range(12)), 2)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_shipped_is_judged_by_the_whole_rule_on_the_other_folds(seed):
+    """Rates, epochs, temperature and method of a fold by a plain call of the same rule on the other folds alone."""
+    strengths = {"base": 0.0, "icl": 1.0 + seed, "sft": 2.0, "ia2-sft": 0.5 * seed}
+    tried = [Tried(name, some_scores(i + 10 * seed, strength=s)) for i, (name, s) in enumerate(strengths.items())]
+    tried[:2] = [Tried(each.name, each.scores[:1, :1]) for each in tried[:2]]
+    whole, chosen = selection(calibrate=True).shipped(tried)
+    for fold, rows in enumerate(FOLDS):
+        others = sorted(set(range(12)) - set(rows))
+        places = {row: place for place, row in enumerate(others)}
+        folds = [[places[row] for row in each] for each in FOLDS if each is not rows]
+        alone = Selection(folds, GOLD[others], patience=2, calibrate=True)
+        cut = [Tried(each.name, each.scores[:, :, others]) for each in tried]
+        found = alone.judged(cut, [0, 1])
+        name = choose(found)
+        best = found[name]
+        assert chosen[fold] == name
+        said = next(each.scores for each in tried if each.name == name)[best.epoch, best.rate, rows]
+        assert torch.allclose(whole.scores[rows], said / best.temperature)
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_a_held_out_answer_changes_nothing_that_is_said_of_its_row(calibrate):
+    tried = [Tried("base", some_scores(0, 1, 1)), Tried("icl", some_scores(1, 1, 1)), Tried("sft", some_scores(2))]
+    for fold, rows in enumerate(FOLDS):
+        other = GOLD.clone()
+        other[rows] = 1 - other[rows]
+        kinds = [selection(gold=gold, calibrate=calibrate) for gold in (GOLD, other)]
+        (whole, chosen), (again, chosen_again) = (kind.shipped(tried) for kind in kinds)
+        assert chosen[fold] == chosen_again[fold] and torch.equal(whole.scores[rows], again.scores[rows])
+        assert torch.equal(whole.right[rows], ~again.right[rows])
+        for each in tried:
+            first, second = (kind.judge(each, [0, 1, 2]) for kind in kinds)
+            assert torch.equal(first.scores[rows], second.scores[rows])
+            assert first.picks[fold] == second.picks[fold]
+
+
+def test_a_temperature_is_kept_only_where_it_helps_rows_that_did_not_fit_it():
+    sharp = 30 * some_scores(3, 1, 1, strength=0.5)
+    kept, plain = selection(calibrate=True).judge(Tried("sft", sharp), [0, 1, 2]), sharp[0, 0]
+    for rows in FOLDS:
+        others = [row for row in range(12) if row not in rows]
+        heat = fit_temperature(plain[others], GOLD[others])
+        assert torch.allclose(kept.temperatures[rows], torch.tensor(heat))
+        expected = -(plain[rows] / heat).log_softmax(-1)[range(4), GOLD[rows]]
+        assert torch.allclose(kept.losses[rows], expected)
+    before, after = kept.calibration
+    assert after < before and kept.temperature == fit_temperature(plain, GOLD) > 1
+    fine = some_scores(4, 1, 1, strength=4.0)
+    left = selection(calibrate=True).judge(Tried("sft", fine), [0, 1, 2])
+    before, after = left.calibration
+    assert after >= before and left.temperature == 1 and (left.temperatures == 1).all()
+
+
+def test_the_commonest_label_has_the_rows_frequencies():
+    gold = torch.tensor([0, 1, 1, 1, 0, 2, 1, 0, 1, 1, 1, 1])
+    found = selection(gold=gold).commonest(3, [0, 1, 2])
+    counts = np.bincount(gold.numpy())
+    assert found.losses.mean().item() == pytest.approx(stats.entropy(counts))
+    assert found.right.sum() == counts.max()
+
+
+def candidates(**losses) -> dict[str, Candidate]:
+    """Candidates by their rows' losses, all right on every row; names with _ for -."""
+    found = {}
+    for name, rows in losses.items():
+        right = torch.ones(len(rows), dtype=torch.bool)
+        found[name.replace("_", "-")] = Candidate(name, None, torch.tensor(rows), right)
+    return found
+
+
+def test_only_what_is_surely_better_than_base_and_commonest_is_shipped():
+    base, good = [2.0, 2.1, 1.9, 2.0, 2.2, 1.8], [0.9, 1.0, 1.1, 1.0, 0.8, 1.2]
+    assert choose(candidates(base=base, commonest=base, icl=base, sft=good)) == "sft"
+    assert choose(candidates(base=base, commonest=good, icl=base, sft=good)) == "base"
+    assert choose(candidates(base=good, commonest=base, icl=base, sft=good)) == "base"
+    barely = [loss - MATTERS / 2 for loss in base]
+    assert choose(candidates(base=base, commonest=base, icl=base, sft=barely)) == "base", "no difference that matters"
+    assert choose(candidates(base=base[:4], commonest=base[:4], icl=base[:4], sft=good[:4])) == "base", "four rows"
+
+
+@pytest.mark.parametrize("shift", [0.2, 0.5, 0.8, 1.1, 1.4])
+def test_surely_is_students_one_sided_test(shift):
+    rng = np.random.default_rng(0)
+    base = rng.normal(2, 1, 9)
+    sft = base - shift - rng.normal(0, 1.2, 9)
+    sure = stats.ttest_rel(base - MATTERS, sft, alternative="greater").pvalue < 0.05
+    found = candidates(base=base.tolist(), commonest=(base + 9).tolist(), sft=sft.tolist())
+    assert choose(found) == ("sft" if sure else "base")
+
+
+def test_what_is_right_on_fewer_rows_is_not_shipped():
+    base, good = [2.0] * 6, [1.0] * 6
+    found = candidates(base=base, commonest=base, sft=good)
+    for name in ("base", COMMONEST):
+        found["sft"].right = torch.tensor([True] * 5 + [False])
+        assert choose(found) == "base", name
+        found["base"].right, found[COMMONEST].right = torch.zeros(2, 6, dtype=torch.bool)
+        assert choose(found) == "sft"
+        found[name].right = torch.ones(6, dtype=torch.bool)
+
+
+def test_texts_must_be_right_on_more_rows_than_the_base():
+    found = candidates(base=[2.0] * 6, sft=[1.0] * 6)
+    assert choose(found) == "base", "right on as many"
+    found["base"].right = torch.tensor([True] * 5 + [False])
+    assert choose(found) == "sft"
+
+
+def test_among_what_may_be_shipped():
+    base, good, better = [2.0] * 6, [1.0, 1.1] * 3, [0.5, 0.6] * 3
+    assert choose(candidates(base=base, commonest=base, icl=good, sft=good, ia2_sft=better)) == "ia2-sft"
+    assert choose(candidates(base=base, commonest=base, icl=better, sft=good)) == "icl", (
+        "surely better than any adapter"
+    )
+    close = [0.5, 1.5] * 3
+    assert choose(candidates(base=base, commonest=base, icl=close, sft=good)) == "sft", "which costs fewer tokens"
+    assert choose(candidates(base=base, commonest=base, icl=good, sft=base)) == "icl"
+    assert choose(candidates(base=base, commonest=base, icl=base, sft=base)) == "base"
+
+
+def test_a_rate_that_failed_in_a_fold_is_not_chosen_after_that():
+    scores = some_scores(5, epochs=3, rates=2, strength=3.0)
+    scores[1:, 0, FOLDS[1]] = -math.inf
+    scores[2:, 0] = torch.nan
+    found = selection().judge(Tried("sft", scores), [0, 1, 2])
+    for epoch, rate in found.picks.values():
+        assert rate == 1 or epoch == 0
+    runs = failures(scores, FOLDS, epoch_steps=4)
+    assert runs.broken.tolist() == [0, 0, 8, 0, 0, 0] and runs.best[2] == 4
+    scores[0, 0, FOLDS[1]] = -math.inf
+    assert all(rate == 1 for _, rate in selection().judge(Tried("sft", scores), [0, 1, 2]).picks.values())
+    assert failures(scores, FOLDS, 4).dev_loss.isinf().tolist() == [False, False, True, False, False, False]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("apart", [False, True])
+def test_no_choice_depends_on_when_training_stopped(seed, apart):
+    """Runs that leave as `Looks` says, together or one part after another, give the choices of the whole curves."""
+    tried = [Tried("base", some_scores(40, 1, 1, strength=0.0)), Tried("sft", some_scores(seed, epochs=30))]
+    chosen = selection()
+
+    def score(fold: int, theta: torch.Tensor) -> torch.Tensor:
+        epochs, rates = theta.long().T
+        return tried[1].scores[epochs, rates][:, FOLDS[fold]]
+
+    looks = Looks(score, chosen, rates=3, epoch_steps=5)
+    for part in torch.arange(9).split(4 if apart else 9):
+        live = part
+        for epoch in range(30):
+            theta = torch.stack([torch.full((len(live),), epoch), live % 3], 1).float()
+            live = live[looks(5 * (epoch + 1), live, theta)]
+            if not len(live):
+                break
+    stopped = looks.gathered()
+    assert apart or len(stopped) < 30, "something ended early"
+    cut = [tried[0], Tried("sft", stopped)]
+    for (whole, names), (again, same) in [[chosen.shipped(each) for each in (tried, cut)]]:
+        assert names == same and torch.equal(whole.scores, again.scores)
+    first, second = (chosen.judge(each, [0, 1, 2]) for each in (tried[1], cut[1]))
+    assert first.picks == second.picks and (first.epoch, first.rate) == (second.epoch, second.rate)
