@@ -12,11 +12,11 @@ import click
 import torch
 
 from ia2mini import UsageError
-from ia2mini.cli import Commands, keep_freed_memory
-from ia2mini.cli_options import Several, many, options_of
+from ia2mini.cli.main import Commands, keep_freed_memory
+from ia2mini.cli.options import Several, many, options_of
 from ia2mini.files import write_text
-from ia2mini.options import FitOptions, Options
-from ia2mini.subject import open_subject
+from ia2mini.engine.options import FitOptions, Options
+from ia2mini.engine.subject import open_subject
 
 from . import cost, gpu, inference, layers, resources, training
 from .averaged import averaged

@@ -7,13 +7,13 @@ import torch
 
 from ia2mini.adapters import adapted
 from ia2mini.cost import Cost
-from ia2mini.evaluate import Scoring, label_scores, share_prefix
+from ia2mini.scoring import Scoring, label_scores, share_prefix
 from ia2mini.experiment import Experiment
 from ia2mini.generate import Decoding, generate
 from ia2mini.methods import BEGINS_WITH
 from ia2mini.metrics import accuracy
-from ia2mini.options import last_phase
-from ia2mini.study import cell_of
+from ia2mini.engine.options import last_phase
+from ia2mini.study.study import cell_of
 from ia2mini.tasks import same_answer
 
 

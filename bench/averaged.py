@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ia2mini.adapters import adapted
 from ia2mini.batch import Row, truth_row
-from ia2mini.cli import progress
-from ia2mini.evaluate import Scoring, answer_scores, label_scores
+from ia2mini.cli.main import progress
+from ia2mini.scoring import Scoring, answer_scores, label_scores
 from ia2mini.experiment import Experiment
 from ia2mini.methods import METHODS, Grid
 from ia2mini.metrics import paired_test, row_losses
-from ia2mini.options import Options
-from ia2mini.study import open_study
-from ia2mini.subject import Subject
+from ia2mini.engine.options import Options
+from ia2mini.study.study import open_study
+from ia2mini.engine.subject import Subject
 from ia2mini.teacher import Asked, Taught, observe
 from ia2mini.train import Settings
 

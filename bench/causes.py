@@ -12,15 +12,15 @@ from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
-from ia2mini.cli import progress
+from ia2mini.cli.main import progress
 from ia2mini.cost import Cost
 from ia2mini.experiment import Experiment
 from ia2mini.methods import BEGINS_WITH
 from ia2mini.metrics import paired_test
-from ia2mini.options import UNTRAINED, Options
+from ia2mini.engine.options import UNTRAINED, Options
 from ia2mini.report.summary import average, grouped, paired
-from ia2mini.study import carry_out, open_study
-from ia2mini.subject import Subject
+from ia2mini.study.study import carry_out, open_study
+from ia2mini.engine.subject import Subject
 
 from .after import behind_demonstrations, spent
 from .effect import tasks_of

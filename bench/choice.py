@@ -11,14 +11,14 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from ia2mini.cli import progress
-from ia2mini.crossval import CrossValidation
+from ia2mini.cli.main import progress
+from ia2mini.fitting.crossval import CrossValidation
 from ia2mini.experiment import Experiment
 from ia2mini.metrics import paired_test
-from ia2mini.options import FitOptions, Options
+from ia2mini.engine.options import FitOptions, Options
 from ia2mini.report.summary import chosen, interval
-from ia2mini.study import open_study
-from ia2mini.subject import Subject
+from ia2mini.study.study import open_study
+from ia2mini.engine.subject import Subject
 
 from .effect import tasks_of
 from .report import Line, Result

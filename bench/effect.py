@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import fmean
 
 from ia2mini import UsageError
-from ia2mini.cli import progress
-from ia2mini.options import Options
+from ia2mini.cli.main import progress
+from ia2mini.engine.options import Options
 from ia2mini.report.summary import average, grouped, paired
-from ia2mini.study import compare
-from ia2mini.subject import Subject
+from ia2mini.study.study import compare
+from ia2mini.engine.subject import Subject
 from ia2mini.tasks import Task, custom_task, find_task
 
 from .report import Line, Result, difference

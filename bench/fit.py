@@ -14,14 +14,14 @@ import click
 import torch
 
 from ia2mini import UsageError, metrics
-from ia2mini.fitting import conclude, cross_validation
+from ia2mini.fitting.fit import conclude, cross_validation
 from ia2mini.methods import METHODS
 from ia2mini.metrics import paired_test
-from ia2mini.options import FitOptions
-from ia2mini.predictor import Predictor
+from ia2mini.engine.options import FitOptions
+from ia2mini.fitting.predictor import Predictor
 from ia2mini.report.summary import interval
-from ia2mini.runs import RunFolder, checkpoint_digest
-from ia2mini.subject import Subject, open_subject
+from ia2mini.engine.store import RunFolder, checkpoint_digest
+from ia2mini.engine.subject import Subject, open_subject
 from ia2mini.tasks import world
 from ia2mini.tasks.rows import read_rows
 

@@ -3,12 +3,12 @@
 from itertools import accumulate
 
 import torch
-from ia2mini.models.common import Taps
+from ia2mini.models.taps import Taps
 
 from ia2mini.batch import Row, collate
 from ia2mini.cost import Pass, flops
 from ia2mini.episode import Episode, with_demonstrations
-from ia2mini.evaluate import label_scores, share_prefix
+from ia2mini.scoring import label_scores, share_prefix
 from ia2mini.generate import Decoding
 from ia2mini.generate import generate as our_generate
 from ia2mini.teacher import Asked, teach

@@ -4,11 +4,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from ia2mini.cli import progress
-from ia2mini.options import THIRDS, Options
-from ia2mini.report.summary import LABELS, average, grouped, interval, paired
-from ia2mini.study import compare
-from ia2mini.subject import Subject
+from ia2mini.cli.main import progress
+from ia2mini.engine.options import THIRDS, Options
+from ia2mini.report.summary import (LABELS, average, grouped, interval, paired)
+from ia2mini.study.study import compare
+from ia2mini.engine.subject import Subject
 
 from .effect import tasks_of
 from .report import RESULTS, Line, Result, difference, newest

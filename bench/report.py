@@ -13,7 +13,7 @@ import torch
 from ia2mini.files import finite, write_text
 from ia2mini.metrics import PairedTest
 from ia2mini.report.summary import interval
-from ia2mini.runs import versions
+from ia2mini.engine.store import versions
 
 from .timing import Timing
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from ia2mini.models.checkpoint import save
-from ia2mini.models.common import checkpoint_blocks
+from ia2mini.scale.blocks import checkpoint_blocks
 from torch import Tensor
 
 from ia2mini.batch import Row
@@ -195,7 +195,7 @@ def load(shape: str = "100m", device: str = "cpu", repeats: int = 2) -> Result:
             "--device",
             device,
         ]
-        code = f"from ia2mini.cli import main; main({command!r})"
+        code = f"from ia2mini.cli.main import main; main({command!r})"
         them = FIRST.format(folder=str(folder / "tiny"))
         assert python(code).split() == python(them).split(), "ia2mini and transformers continue the prompt differently"
         times = race({"us": lambda: python(code), "transformers": lambda: python(them)}, repeats, 20)

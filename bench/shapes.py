@@ -7,7 +7,7 @@ from functools import cache, cached_property
 
 import torch
 from ia2mini.models import llama, qwen3
-from ia2mini.models.common import Rope
+from ia2mini.models.layers import Rope
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 from torch import Tensor, nn

@@ -14,7 +14,7 @@ from statistics import median
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ia2mini import graphs
+from ia2mini.scale import graphs
 from ia2mini.cost import gemm_rate
 
 

@@ -9,11 +9,11 @@ from ia2mini.adapters import adapted
 from ia2mini.batch import Row, collate, truth_row
 from ia2mini.cost import Pass, flops
 from ia2mini.episode import draw_episode, with_demonstrations
-from ia2mini.evaluate import Scoring, label_scores
-from ia2mini.graphs import CapturedStep
+from ia2mini.scoring import Scoring, label_scores
+from ia2mini.scale.graphs import CapturedStep
 from ia2mini.methods import METHODS, Grid
 from ia2mini.teacher import Asked, Taught, teach
-from ia2mini.train import Adam, Settings, Trained, losses
+from ia2mini.train import (Adam, Settings, Trained, losses)
 
 from .peers import PEERS, Peer
 from .report import Line, Result, agree, tell

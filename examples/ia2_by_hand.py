@@ -2,7 +2,7 @@
 
 import torch
 
-from ia2mini import METHODS, Grid, LoRA, Taps, draw_episode, find_task, load, load_examples, score, teach
+from ia2mini import (METHODS, Grid, LoRA, Taps, draw_episode, find_task, load, load_examples, score, teach)
 
 model, tokenizer = load("tiny")
 task = find_task("toy-mood-flip")

@@ -30,18 +30,18 @@ __version__ = "0.3.0"
 
 MODULES = {
     ".models.checkpoint": "load",
-    ".models.common": "Taps",
+    ".models.taps": "Taps",
     ".tasks": "find_task load_examples Example",
     ".episode": "draw_episode",
     ".teacher": "teach",
     ".adapters": "LoRA IA3 adapted",
     ".methods": "Grid METHODS",
     ".train": "Runs Settings train_runs",
-    ".evaluate": "score",
-    ".subject": "open_subject",
-    ".fitting": "fit",
-    ".options": "FitOptions",
-    ".predictor": "load_adapter",
+    ".scoring": "score",
+    ".engine.subject": "open_subject",
+    ".fitting.fit": "fit",
+    ".engine.options": "FitOptions",
+    ".fitting.predictor": "load_adapter",
 }
 NAMES = {name: module for module, names in MODULES.items() for name in names.split()}
 __all__ = ["UsageError", *NAMES]

@@ -1,5 +1,5 @@
 """`python -m ia2mini`, also for torchrun."""
 
-from .cli import main
+from .cli.main import main
 
 main(prog_name="ia2mini")

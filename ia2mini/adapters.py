@@ -15,9 +15,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from . import UsageError
-from .models.common import Linear
+from .engine.options import MATRICES, AdapterOptions, matrices
+from .models.layers import Linear
 from .models.shard import INTO, OUT, mesh_of, own, shared
-from .options import MATRICES, AdapterOptions, matrices
 
 TARGETS = ("q_proj", "k_proj", "o_proj")  # paper section 5
 EVERY_MATRIX = tuple(MATRICES.values())

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .chat import ChatPrompt
-from .models.cache import Packed
-from .models.common import At
+from .models.attention import Packed
+from .models.taps import At
 from .tasks import Example
+from .tasks.chat import ChatPrompt
 from .tokenizer import Tokenizer
 
 MOST_PACKED, WORTH_PACKING = 512, 0.8  # tokens of a packed line (its attention is computed whole); share of the padded

@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from .options import MATCHED, UNTRAINED, last_phase
+from .engine.options import MATCHED, UNTRAINED, last_phase
 
 RANK, BUDGET = 8, 4096  # of LoRA where nothing else is said; tokens of one pass (`Setting.budget`)
 KERNELS = {"qwen3": (56, 18, 100), "llama": (38, 18, 78)}  # bfloat16 operations a layer: forward, LoRA, backward

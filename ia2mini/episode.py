@@ -9,8 +9,8 @@ from zlib import crc32
 import numpy as np
 
 from . import UsageError
-from .chat import ChatPrompt
 from .tasks import Example
+from .tasks.chat import ChatPrompt
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import parallel
 from .batch import Watch, by_length, send
-from .graphs import RECORDERS, CapturedStep
-from .models.cache import Cache
-from .models.common import Taps
+from .models.attention import Cache
+from .models.taps import Taps
+from .scale import ranks as parallel
+from .scale.graphs import RECORDERS, CapturedStep
 from .tokenizer import Tokenizer
 
 STOP = "\n\n"  # what separates demonstrations

@@ -7,11 +7,11 @@ from itertools import repeat
 import torch
 from torch import Tensor, nn
 
-from . import parallel
 from .batch import Row, Watch, by_length, collate, truth_row
 from .episode import Episode, with_demonstrations
 from .generate import STOP, Decoding, generate
-from .models.common import Taps, device_of
+from .models.taps import Taps, device_of
+from .scale import ranks as parallel
 from .tasks import Example
 from .tokenizer import Tokenizer
 

@@ -10,9 +10,9 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from . import UsageError
-from .added_tokens import add_tokens
 from .errors import out_of_memory
 from .files import check_text, is_there, read_json
+from .files.added_tokens import add_tokens
 
 WORDS_NAMED = 5  # unknown words that are named in warnings
 

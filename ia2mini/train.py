@@ -9,14 +9,16 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from . import UsageError, parallel
+from . import UsageError
 from .adapters import Adapter, adapted
 from .batch import Batch, Row, in_batches, send
 from .cost import run_bytes
 from .errors import out_of_memory
-from .graphs import CapturedStep, launch_bound
 from .losses import activation_mse, cross_entropy, fused, per_run, per_run_in_bfloat16, soft_cross_entropy
-from .models.common import Taps, checkpoint_blocks, is_checkpointed
+from .models.taps import Taps
+from .scale import ranks as parallel
+from .scale.blocks import checkpoint_blocks, is_checkpointed
+from .scale.graphs import CapturedStep, launch_bound
 
 RACE_FROM, PACE, AHEAD = 10, 3, 30  # looks at the dev loss: see `EarlyStopping`
 

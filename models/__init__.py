@@ -3,6 +3,6 @@
 from ia2mini import UsageError
 
 from .checkpoint import load
-from .common import Taps
+from .taps import Taps
 
 __all__ = ["load", "Taps", "UsageError"]

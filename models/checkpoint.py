@@ -16,11 +16,12 @@ from torch import nn
 
 from ia2mini import UsageError
 from ia2mini.errors import out_of_memory
-from ia2mini.files import check_name, hub_errors, is_there, patiently, read_json, write, write_text
+from ia2mini.files import check_name, is_there, read_json, write, write_text
+from ia2mini.files.hub import hub_errors, patiently
 from ia2mini.tokenizer import Tokenizer
 
 from . import llama, qwen3, shard
-from .common import LLAMA3, Rope
+from .layers import LLAMA3, Rope
 
 FAMILIES = {"llama": (llama.Config, llama.Llama), "qwen3": (qwen3.Config, qwen3.Qwen3)}
 TINY = Path(__file__).parent / "tiny"  # the embedded checkpoint

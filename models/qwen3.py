@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import Cache, LayerCache, Packed, Past, Prefix, attend
-from .common import At, Embedding, Head, Linear, RMSNorm, Rope, Rotation, Taps, rotate
+from .attention import Cache, LayerCache, Packed, Past, Prefix, attend
+from .layers import Embedding, Head, Linear, RMSNorm, Rope, Rotation, rotate
+from .taps import At, Taps
 
 
 @dataclass(frozen=True)

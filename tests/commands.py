@@ -8,13 +8,13 @@ from click.testing import CliRunner, Result
 import ia2mini.experiment
 import ia2mini.runs
 import ia2mini.train
-from ia2mini.cli import main
+from ia2mini.cli.main import main
 
 SMALL = "--n 4 --sets 2 --rates 1e-2,3e-2 --epochs 3 --eval-rows 10 --device cpu".split()
-PROGRAM = [sys.executable, "-c", "from ia2mini.cli import main; main(prog_name='ia2mini')"]
+PROGRAM = [sys.executable, "-c", "from ia2mini.cli.main import main; main(prog_name='ia2mini')"]
 
 ENDED = """import os, signal
-from ia2mini.cli import main
+from ia2mini.cli.main import main
 rename = os.replace
 def renamed(source, target):
     rename(source, target)

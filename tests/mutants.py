@@ -69,7 +69,7 @@ MUTANTS = {
         ("math.sqrt(weight.shape[-1])", "math.sqrt(weight.shape[-2])", "adapters lora_starts"),
         ("linear.bias.float() * s", "linear.bias.float()", "peft_format a_merged_checkpoint_equals"),
     ],
-    "ia2mini/peft_format.py": [
+    "ia2mini/engine/peft.py": [
         ('"lora_alpha": adapter.alpha', '"lora_alpha": adapter.rank', "peft_format peft_loads"),
         ('get("use_rslora") else len(A)', 'get("use_rslora") else rank', "peft_reading with_equal_logits"),
     ],
@@ -78,7 +78,7 @@ MUTANTS = {
         ("shuffled(train[:i] + train[i + 1 :], rng)", "shuffled(train, rng)[1:]", "episode are_the_other"),
         ("if rows[i].prompt != without and", "if", "folds balanced"),
     ],
-    "ia2mini/evaluate.py": [
+    "ia2mini/scoring.py": [
         ("agreed[..., :1]), agreed[..., :-1])", "agreed[..., :1]), agreed[..., 1:])", "labels several_tokens_equal"),
         ("masked_fill(~self.real, 0.0)", "masked_fill(self.real, 0.0)", "labels several_tokens_equal"),
         ("zip(*(p[:-1] for p in prompts))", "zip(*prompts)", "evaluate one_query"),
@@ -91,13 +91,13 @@ MUTANTS = {
         ("p: float = 0.05", "p: float = 0.1", "metrics paired_test_equals_scipy"),
         ("pairs < FEWEST_PAIRS or", "pairs < 2 or", "metrics of_few_pairs"),
     ],
-    "ia2mini/crossval.py": [
+    "ia2mini/fitting/crossval.py": [
         ("range(gained, n + 1)", "range(gained + 1, n + 1)", "shipped where_icl_is_behind"),
         ("a.std() / len(a) ** 0.5]", "a.std()]", "shipped what_is_shipped"),
         ("others[fold.test] = False", "others[fold.test] = True", "fit no_row_chooses"),
         ('losses.mean() < losses["sft"].mean():', 'losses.mean() > losses["sft"].mean():', "shipped what_is_shipped"),
     ],
-    "ia2mini/predictor.py": [
+    "ia2mini/fitting/predictor.py": [
         ("(len(held) + 1) * (1", "len(held) * (1", "predictor coverage_of_few"),
         ('(scores.double() / self.spec["temperature"])', "scores", "predictor probabilities_are"),
     ],
@@ -108,13 +108,13 @@ MUTANTS = {
     "ia2mini/teacher.py": [
         ("rows[n:labelled])", "rows[n:])", "unlabelled only_ia2"),
     ],
-    "ia2mini/chat.py": [
+    "ia2mini/tasks/chat.py": [
         ("return Rendered(self.template", "return str(self.template", "chat rendering_equals"),
     ],
-    "ia2mini/files.py": [
+    "ia2mini/files/__init__.py": [
         ("pid.isdecimal() and not alive(int(pid)):", "pid.isdecimal():", "runs what_killed"),
     ],
-    "ia2mini/runs.py": [
+    "ia2mini/engine/store.py": [
         ('{tuple(tensor.shape)} ".encode', '".encode', "runs a_digest_sees"),
         ('(".json", ".safetensors")', '(".safetensors",)', "runs checkpoint_digest_sees"),
     ],

@@ -27,7 +27,7 @@ from tape import Tape
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ia2mini import graphs
+from ia2mini.scale import graphs
 
 aten = torch.ops.aten
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")

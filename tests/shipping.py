@@ -5,4 +5,4 @@ from unittest.mock import patch
 
 def shipping(name: str):
     """A context in which `fit` ships the candidate `name`."""
-    return patch("ia2mini.fitting.choose", lambda found: name)
+    return patch("ia2mini.fitting.fit.choose", lambda found: name)

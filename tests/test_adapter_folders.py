@@ -14,9 +14,9 @@ from mistakes import refused
 from reference import make_checkpoint, random_ids, upstream
 from safetensors.torch import load_file
 
-from ia2mini import FitOptions, fit, load_adapter, open_subject
-from ia2mini.cli import main
-from ia2mini.predictor import base_of
+from ia2mini import (FitOptions, fit, load_adapter, open_subject)
+from ia2mini.cli.main import main
+from ia2mini.fitting.predictor import base_of
 from ia2mini.report.page import loading
 from ia2mini.tasks import world
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ia2mini.models import UsageError, load
 from reference import make_checkpoint, peft_twin, random_ids, twin_parameters, twin_theta
 
-from ia2mini.adapters import EVERY_MATRIX, IA3, TARGETS, LoRA, adapted, find_linears, unpack
+from ia2mini.adapters import (EVERY_MATRIX, IA3, TARGETS, LoRA, adapted, find_linears, unpack)
 from ia2mini.train import Adam
 
 MLP = ("gate_proj", "up_proj", "down_proj")

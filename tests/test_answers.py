@@ -6,7 +6,7 @@ from decimal import Decimal
 import pytest
 
 from ia2mini.tasks import same_answer
-from ia2mini.tasks.answers import PARSERS, parse_boxed, parse_hashes, parse_number, parse_text, parser_for
+from ia2mini.tasks.answers import (PARSERS, parse_boxed, parse_hashes, parse_number, parse_text, parser_for)
 
 NUMBERS = {  # hard texts -> the number of the released scripts' rules, with the sign
     "so he has 3.\n#### 18": "18",

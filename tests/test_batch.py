@@ -13,11 +13,11 @@ from tokenizers import Tokenizer as Backend
 import ia2mini.batch
 import ia2mini.train
 from ia2mini.adapters import IA3, LoRA, adapted
-from ia2mini.batch import TOGETHER, Row, by_length, collate, in_batches, truth_row
+from ia2mini.batch import (TOGETHER, Row, by_length, collate, in_batches, truth_row)
 from ia2mini.episode import with_demonstrations
 from ia2mini.tasks import Example
 from ia2mini.tokenizer import Tokenizer
-from ia2mini.train import Runs, Settings, gradient, losses, summed_losses, train_runs
+from ia2mini.train import (Runs, Settings, gradient, losses, summed_losses, train_runs)
 
 TEXT = st.text(max_size=30)
 

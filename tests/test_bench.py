@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import inference, report, timing, training  # noqa: E402
 from bench.__main__ import main  # noqa: E402
 from bench.shapes import stand  # noqa: E402
-from ia2mini import graphs  # noqa: E402
-from ia2mini.batch import Row  # noqa: E402
-from ia2mini.cost import Pass, flops  # noqa: E402
+from ia2mini.scale import graphs
+from ia2mini.batch import Row
+from ia2mini.cost import Pass, flops
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import after, averaged, causes, choice, effect, fit, gain, layers  # noqa: E402
-from ia2mini import UsageError, adapted, draw_episode, open_subject  # noqa: E402
-from ia2mini.cli import progress  # noqa: E402
-from ia2mini.episode import with_demonstrations  # noqa: E402
-from ia2mini.options import FitOptions, Options  # noqa: E402
-from ia2mini.sets import FURTHER  # noqa: E402
-from ia2mini.study import carry_out, open_study  # noqa: E402
-from ia2mini.tasks import find_task, load_examples  # noqa: E402
+from ia2mini import (UsageError, adapted, draw_episode, open_subject)
+from ia2mini.cli.main import progress
+from ia2mini.episode import with_demonstrations
+from ia2mini.engine.options import FitOptions, Options
+from ia2mini.sets import FURTHER
+from ia2mini.study.study import carry_out, open_study
+from ia2mini.tasks import find_task, load_examples
 
 
 def test_the_effect_is_what_the_librarys_document_says(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ia2mini.models import Taps, load
-from ia2mini.models.cache import Cache, Packed, Prefix, folded
+from ia2mini.models.attention import (Cache, Packed, Prefix, folded)
 from reference import assert_equal, make_checkpoint, our_pass, random_ids, upstream, upstream_pass
 
 families = pytest.mark.parametrize("family", ["llama", "qwen3"])

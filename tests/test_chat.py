@@ -12,9 +12,9 @@ from mistakes import refused
 from reference import make_checkpoint
 
 import ia2mini.chat
-from ia2mini import FitOptions, fit, load_adapter, open_subject
-from ia2mini.chat import ChatTemplate
-from ia2mini.cli import main
+from ia2mini import (FitOptions, fit, load_adapter, open_subject)
+from ia2mini.tasks.chat import ChatTemplate
+from ia2mini.cli.main import main
 from ia2mini.episode import with_demonstrations
 from ia2mini.tasks import Example, world
 from ia2mini.tokenizer import Tokenizer

@@ -25,7 +25,7 @@ from reference import (
 )
 from safetensors.torch import load_file, save_file
 
-from ia2mini.cli import main
+from ia2mini.cli.main import main
 
 families = pytest.mark.parametrize("family", ["llama", "qwen3"])
 

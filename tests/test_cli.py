@@ -21,10 +21,10 @@ import ia2mini.experiment
 import ia2mini.runs
 import ia2mini.train
 from ia2mini.adapters import LoRA, adapted
-from ia2mini.cli import options_of, progress
+from ia2mini.cli.main import options_of, progress
 from ia2mini.methods import METHODS
-from ia2mini.options import FitOptions
-from ia2mini.subject import open_subject as load_subject
+from ia2mini.engine.options import FitOptions
+from ia2mini.engine.subject import open_subject as load_subject
 
 CELL = set("task eval ood model n method adapter sets selected_by rate beta acc ece asim_layers".split())
 CELL |= {f"{metric}_{kind}" for metric in "acc ece ece_null nll brier asim".split() for kind in ("mean", "std")}
@@ -43,7 +43,7 @@ def numbers(folder: Path) -> dict:
 def finished(ground) -> tuple[Result, Path]:
     """A whole run and its folder."""
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("ia2mini.cli.MINUTE", 10**6)  # no line of progress but the first of a phase, however long it takes
+        m.setattr("ia2mini.cli.main.MINUTE", 10**6)  # no line of progress but the first of a phase, however long it takes
         result = invoke(*toy(ground, ground / "runs"))
     assert result.exit_code == 0, result.output
     (folder,) = (ground / "runs").iterdir()
@@ -61,7 +61,7 @@ def test_what_is_on_by_default_can_be_turned_off():
 
 
 def test_long_work_says_how_far_it_is_where_there_is_no_terminal(monkeypatch, capsys):
-    monkeypatch.setattr("ia2mini.cli.MINUTE", 0)
+    monkeypatch.setattr("ia2mini.cli.main.MINUTE", 0)
     with progress("3/20 training sft", 40) as bar:
         for _ in range(40):
             bar.update()
@@ -69,7 +69,7 @@ def test_long_work_says_how_far_it_is_where_there_is_no_terminal(monkeypatch, ca
     assert first == "phase 3/20 training sft" and len(lines) >= 40
     for line in lines:
         assert re.fullmatch(r"phase 3/20 training sft +\d+% \|[# \d]{20}\| \d\d:\d\d, \S+ left *", line), line
-    monkeypatch.setattr("ia2mini.cli.MINUTE", 60)
+    monkeypatch.setattr("ia2mini.cli.main.MINUTE", 60)
     with progress("4/20 short", 3) as bar:
         bar.update(3)
     assert capsys.readouterr().err == "phase 4/20 short\n"

@@ -17,8 +17,8 @@ from ia2mini.models.qwen3 import Config, Qwen3
 import ia2mini.experiment
 import ia2mini.runs
 import ia2mini.train
-from ia2mini.cli import main
-from ia2mini.options import FitOptions, Options
+from ia2mini.cli.main import main
+from ia2mini.engine.options import FitOptions, Options
 
 
 def test_tasks_and_what_the_model_sees(ground):

@@ -10,7 +10,7 @@ from mistakes import refused
 from pyarrow import parquet
 from tables import write_rows
 
-from ia2mini.fitting import read_own
+from ia2mini.fitting.fit import read_own
 from ia2mini.tasks import custom_task, find_task, load_examples
 from ia2mini.tasks.own import near_labels, own_task, queries_task
 from ia2mini.tasks.rows import fill, read_rows

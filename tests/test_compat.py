@@ -12,11 +12,11 @@ import ia2mini.sets
 import ia2mini.study
 from ia2mini.adapters import IA3, LoRA, adapted
 from ia2mini.batch import Row, collate
-from ia2mini.evaluate import Scoring, label_scores, layer_asim, spellings
-from ia2mini.options import Options
-from ia2mini.peft_format import Merged
-from ia2mini.study import compare
-from ia2mini.subject import open_subject
+from ia2mini.scoring import (Scoring, label_scores, layer_asim, spellings)
+from ia2mini.engine.options import Options
+from ia2mini.engine.peft import Merged
+from ia2mini.study.study import compare
+from ia2mini.engine.subject import open_subject
 from ia2mini.tasks import find_task
 from ia2mini.tokenizer import Tokenizer
 from ia2mini.train import losses

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
-from ia2mini.models import common, load
+from ia2mini.models import layers as common, load
 from ia2mini.models.checkpoint import TINY
 from reference import make_checkpoint, starts
 from torch._dynamo.callback import callback_handler
@@ -22,15 +22,15 @@ import ia2mini.cost
 import ia2mini.study
 from bench import cost
 from bench.shapes import SHAPES
-from ia2mini import METHODS, Grid, draw_episode, load_examples, open_subject, teach
+from ia2mini import (METHODS, Grid, draw_episode, load_examples, open_subject, teach)
 from ia2mini.adapters import LoRA, adapted
 from ia2mini.batch import Row, collate
-from ia2mini.cli import main, prepare
-from ia2mini.cost import KERNELS, Cell, Cost, Pass, flops, lora_size, run_bytes
-from ia2mini.evaluate import Scoring, label_scores, share_prefix
+from ia2mini.cli.main import main, prepare
+from ia2mini.cost import (KERNELS, Cell, Cost, Pass, flops, lora_size, run_bytes)
+from ia2mini.scoring import Scoring, label_scores, share_prefix
 from ia2mini.generate import Decoding, generate
-from ia2mini.options import Options
-from ia2mini.study import lay_out, worth_compiling
+from ia2mini.engine.options import Options
+from ia2mini.study.study import lay_out, worth_compiling
 from ia2mini.tasks import find_task
 from ia2mini.train import Settings, losses
 
@@ -208,7 +208,7 @@ def test_a_pass_moves_its_matrices_once_and_more_rows_only_states():
 def test_dry_run_lists_what_would_be_done_and_does_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ia2mini.cost, "gemm_rate", None)
-    monkeypatch.setattr("ia2mini.study.gemm_rate", lambda *shape, **how: 1e9)
+    monkeypatch.setattr("ia2mini.study.study.gemm_rate", lambda *shape, **how: 1e9)
     weights = make_checkpoint(tmp_path / "shape", "qwen3", num_hidden_layers=2)
     (weights / "model.safetensors").unlink()
     asked = ["run", "toy-mood", "--model", str(weights), "--n", "2,4", "--eval-rows", "50", "--dry-run"]

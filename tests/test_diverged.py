@@ -13,15 +13,15 @@ from shipping import shipping
 from test_train import ADAPTERS
 
 from ia2mini import FitOptions, fit, open_subject
-from ia2mini.crossval import CrossValidation
-from ia2mini.fitting import read_own
-from ia2mini.options import Options
+from ia2mini.fitting.crossval import CrossValidation
+from ia2mini.fitting.fit import read_own
+from ia2mini.engine.options import Options
 from ia2mini.report import write_report, write_table
 from ia2mini.report.fit import write_fit_table
-from ia2mini.selection import Candidate
-from ia2mini.study import compare
+from ia2mini.fitting.selection import Candidate
+from ia2mini.study.study import compare
 from ia2mini.tasks import find_task, world
-from ia2mini.train import EarlyStopping, Runs, Settings, Trained, train_runs, warn_of_failed
+from ia2mini.train import (EarlyStopping, Runs, Settings, Trained, train_runs, warn_of_failed)
 
 NAN, INF = torch.nan, torch.inf
 SMALL = Options(n=(2,), sets=2, epochs=6, eval_rows=3, methods=("icl", "sft", "ia2", "ia2-sft"))

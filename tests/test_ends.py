@@ -17,11 +17,11 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from ia2mini import open_subject
 from ia2mini.batch import truth_row
-from ia2mini.chat import ChatTemplate
-from ia2mini.cli import main
-from ia2mini.evaluate import Scoring, answer_texts, label_scores, score
+from ia2mini.tasks.chat import ChatTemplate
+from ia2mini.cli.main import main
+from ia2mini.scoring import (Scoring, answer_texts, label_scores, score)
 from ia2mini.generate import Decoding, before_stop
-from ia2mini.predictor import FOREIGN, Predictor
+from ia2mini.fitting.predictor import FOREIGN, Predictor
 from ia2mini.report.fit import score_rows
 from ia2mini.tasks import Example, same_answer
 from ia2mini.tasks.rows import Row

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ia2mini.models import UsageError
 
-from ia2mini.episode import controlled, draw_episode, seeded, with_demonstrations
+from ia2mini.episode import (controlled, draw_episode, seeded, with_demonstrations)
 from ia2mini.tasks import Example
 
 POOL = [Example(f"Text:row {i}\nLabel:", str(i % 2), i % 2) for i in range(60)]

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from ia2mini.models.checkpoint import SHORT_NAMES
 from reference import make_checkpoint
 
-from ia2mini.cli import main, run
+from ia2mini.cli.main import main, run
 from ia2mini.methods import METHODS
 from ia2mini.tasks import all_tasks, find_task
 

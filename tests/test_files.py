@@ -10,7 +10,7 @@ from mistakes import refused
 from reference import make_checkpoint
 
 from ia2mini import UsageError
-from ia2mini.files import finite, read_json, read_sealed, sealed, sweep, write, write_json, write_text
+from ia2mini.files import (finite, read_json, read_sealed, sealed, sweep, write, write_json, write_text)
 
 
 @pytest.mark.parametrize(

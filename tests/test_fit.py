@@ -15,13 +15,14 @@ from scipy.optimize import minimize_scalar
 from shipping import shipping
 from sklearn import metrics as theirs
 
-from ia2mini import FitOptions, crossval, fit, load_adapter, open_subject
+from ia2mini import (FitOptions, fit, load_adapter, open_subject)
+from ia2mini.fitting import crossval
 from ia2mini.adapters import adapted
-from ia2mini.cli import main
-from ia2mini.crossval import CrossValidation
+from ia2mini.cli.main import main
+from ia2mini.fitting.crossval import CrossValidation
 from ia2mini.episode import with_demonstrations
-from ia2mini.evaluate import label_scores
-from ia2mini.fitting import conclude, read_own
+from ia2mini.scoring import label_scores
+from ia2mini.fitting.fit import conclude, read_own
 from ia2mini.methods import METHODS, Grid
 from ia2mini.metrics import ece, fit_temperature
 from ia2mini.tasks import world

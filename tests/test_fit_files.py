@@ -12,13 +12,13 @@ from ia2mini.models.checkpoint import TINY
 from mistakes import refused
 from shipping import shipping
 
-from ia2mini import FitOptions, fit, load_adapter, open_subject
+from ia2mini import (FitOptions, fit, load_adapter, open_subject)
 from ia2mini.adapters import make_adapter
-from ia2mini.cli import main
+from ia2mini.cli.main import main
 from ia2mini.metrics import row_losses
-from ia2mini.predictor import FOREIGN, Predictor
+from ia2mini.fitting.predictor import FOREIGN, Predictor
 from ia2mini.report.fit import card, measures
-from ia2mini.spec import SHAPE
+from ia2mini.fitting.spec import SHAPE
 from ia2mini.tasks import world
 
 QUICK = FitOptions(epochs=8, rates=(1e-2,), methods=("sft",), folds=2)
@@ -113,7 +113,7 @@ def test_a_damaged_field_is_named_and_a_bug_of_ours_is_not_disguised(saved, tmp_
     def bug(*_):
         raise KeyError("a bug of ours")
 
-    monkeypatch.setattr("ia2mini.predictor.read_adapter", bug)
+    monkeypatch.setattr("ia2mini.fitting.predictor.read_adapter", bug)
     with pytest.raises(KeyError, match="a bug of ours"):
         load_adapter(saved)
 

@@ -19,11 +19,11 @@ from tables import write_rows
 
 from ia2mini import UsageError
 from ia2mini.adapters import IA3, LoRA
-from ia2mini.chat import ChatTemplate
-from ia2mini.peft_format import save_adapter
-from ia2mini.predictor import FOREIGN, Predictor, base_of, load_adapter
-from ia2mini.runs import RunFolder
-from ia2mini.subject import Subject
+from ia2mini.tasks.chat import ChatTemplate
+from ia2mini.engine.peft import save_adapter
+from ia2mini.fitting.predictor import (FOREIGN, Predictor, base_of, load_adapter)
+from ia2mini.engine.store import RunFolder
+from ia2mini.engine.subject import Subject
 from ia2mini.tasks.own import near_labels, own_task
 from ia2mini.tasks.rows import read_rows
 

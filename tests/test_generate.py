@@ -13,7 +13,7 @@ from ia2mini.batch import Row, by_length, truth_row
 from ia2mini.episode import Episode, with_demonstrations
 from ia2mini.generate import Decoding, before_stop, generate
 from ia2mini.tasks import Example
-from ia2mini.teacher import Asked, Taught, observe, teach
+from ia2mini.teacher import (Asked, Taught, observe, teach)
 from ia2mini.tokenizer import Tokenizer
 
 STORY = (

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ia2mini.models import Taps, load
-from ia2mini.models.cache import attend, expanded, folded
-from ia2mini.models.common import compile_blocks
+from ia2mini.models.attention import attend, expanded, folded
+from ia2mini.scale.blocks import compile_blocks
 from reference import make_checkpoint, make_rows, random_ids, relative, starts
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -21,13 +21,14 @@ from reference import in_order, make_checkpoint, make_rows, relative, starts
 from test_shard import on_ranks
 
 import ia2mini.train
-from ia2mini import UsageError, graphs, parallel
+from ia2mini import UsageError
+from ia2mini.scale import graphs, ranks as parallel
 from ia2mini.adapters import LoRA
 from ia2mini.errors import out_of_memory
 from ia2mini.losses import fused
-from ia2mini.runs import RunFolder
+from ia2mini.engine.store import RunFolder
 from ia2mini.tokenizer import Tokenizer
-from ia2mini.train import Runs, Settings, train_in_parts, train_runs
+from ia2mini.train import (Runs, Settings, train_in_parts, train_runs)
 
 TOO_MUCH = 2**60
 
@@ -153,7 +154,7 @@ def test_a_real_limit_is_one_line_too(tmp_path):
     code = f"""
 import resource, torch, ia2mini.subject, ia2mini.predictor
 from pathlib import Path
-from ia2mini.cli import main
+from ia2mini.cli.main import main
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 most = pages * resource.getpagesize() + 80_000_000
 resource.setrlimit(resource.RLIMIT_AS, (most, most))

@@ -11,11 +11,11 @@ from ia2mini.models.checkpoint import TINY
 from pretend_gpu import GpuTensor, pretended_gpu
 from reference import relative, starts
 
-from ia2mini import Grid, LoRA, draw_episode, load, score, teach
-from ia2mini.adapters import IA3, Full, PrefixTuning, Prompt
+from ia2mini import (Grid, LoRA, draw_episode, load, score, teach)
+from ia2mini.adapters import (IA3, Full, PrefixTuning, Prompt)
 from ia2mini.generate import Decoding, generate
 from ia2mini.methods import METHODS
-from ia2mini.peft_format import save_adapter
+from ia2mini.engine.peft import save_adapter
 from ia2mini.tasks import find_task, load_examples, world
 from ia2mini.teacher import Asked
 from ia2mini.train import Settings

@@ -7,17 +7,17 @@ from functools import partial
 import pytest
 import torch
 from ia2mini.models import load
-from ia2mini.models.common import checkpoint_blocks
+from ia2mini.scale.blocks import checkpoint_blocks
 from reference import EOS, MIXES, in_order, make_checkpoint, make_rows, random_ids, starts
 from tape import Tape
 
 import ia2mini.train
-from ia2mini import graphs
+from ia2mini.scale import graphs
 from ia2mini.adapters import IA3, LoRA
 from ia2mini.batch import Row, collate
 from ia2mini.generate import Decoding, generate
 from ia2mini.tokenizer import Tokenizer
-from ia2mini.train import Runs, Settings, train_in_parts, train_runs
+from ia2mini.train import (Runs, Settings, train_in_parts, train_runs)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ADAPTERS = {"lora": LoRA, "ia3": IA3, "ia3-inputs": lambda m: IA3(m, scale_inputs=True)}

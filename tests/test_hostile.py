@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from reference import make_checkpoint
 from test_report import latex_rows, record, records, tables
 
-from ia2mini.cli import main
+from ia2mini.cli.main import main
 from ia2mini.files import json_line
 from ia2mini.report.summary import summarise
 from ia2mini.report.tables import write_table
@@ -183,7 +183,7 @@ def test_what_fit_writes_is_harmless(ground, tmp_path):
 
 def test_the_command_of_a_report_can_be_typed_again(monkeypatch):
     monkeypatch.setattr("sys.argv", ["x", "fit", "a b.csv", "--template", "{text}\n`$(rm -rf ~)`"])
-    from ia2mini.cli import typed
+    from ia2mini.cli.main import typed
 
     assert shlex.split(typed()) == ["ia2mini", "fit", "a b.csv", "--template", "{text}\n`$(rm -rf ~)`"]
 

@@ -12,8 +12,8 @@ from mistakes import refused
 from reference import make_checkpoint
 
 import ia2mini.files
-from ia2mini.cli import main
-from ia2mini.files import WAITS, hub_errors
+from ia2mini.cli.main import main
+from ia2mini.files.hub import WAITS, hub_errors
 from ia2mini.tasks import find_task, load_examples
 
 REPO = ("model", "some/one")

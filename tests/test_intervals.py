@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ia2mini.intervals import mean_interval, share_interval, sign_test, student_quantile, surely_positive
+from ia2mini.intervals import (mean_interval, share_interval, sign_test, student_quantile, surely_positive)
 
 
 @pytest.mark.parametrize("n", [5, 6, 24, 100, 999])

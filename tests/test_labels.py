@@ -15,7 +15,7 @@ from test_evaluate import ADAPTERS, DEMONSTRATIONS, PROMPTS, QUERIES, trained
 
 from ia2mini.adapters import adapted
 from ia2mini.episode import with_demonstrations
-from ia2mini.evaluate import Scoring, label_scores, score, share_prefix
+from ia2mini.scoring import (Scoring, label_scores, score, share_prefix)
 from ia2mini.tasks import Example
 
 

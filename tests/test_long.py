@@ -13,14 +13,15 @@ from reference import make_checkpoint
 
 import ia2mini.generate
 import ia2mini.sets
-from ia2mini import FitOptions, UsageError, fit, fitting, open_subject
+from ia2mini import (FitOptions, UsageError, fit, open_subject)
+from ia2mini.fitting import fit as fitting
 from ia2mini.adapters import Prompt
-from ia2mini.cli import main
-from ia2mini.fitting import far_longer
-from ia2mini.options import Options
-from ia2mini.peft_format import save_adapter
-from ia2mini.predictor import FOREIGN, Predictor
-from ia2mini.study import compare, open_study
+from ia2mini.cli.main import main
+from ia2mini.fitting.fit import far_longer
+from ia2mini.engine.options import Options
+from ia2mini.engine.peft import save_adapter
+from ia2mini.fitting.predictor import FOREIGN, Predictor
+from ia2mini.study.study import compare, open_study
 from ia2mini.tasks import custom_task
 from ia2mini.tasks.rows import Row
 

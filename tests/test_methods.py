@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from ia2mini.models import UsageError
-from ia2mini.models.common import checkpoint_blocks, is_checkpointed
+from ia2mini.scale.blocks import checkpoint_blocks, is_checkpointed
 from reference import make_rows, peft_twin, plain_fit, relative
 from test_train import ADAPTERS, own_cross_entropy
 

@@ -6,8 +6,10 @@ from functools import partial
 import pytest
 import torch
 from ia2mini.models import Taps, UsageError, load
-from ia2mini.models.cache import Cache, Prefix
-from ia2mini.models.common import Head, checkpoint_blocks, compile_blocks, device_of
+from ia2mini.models.attention import Cache, Prefix
+from ia2mini.models.layers import Head
+from ia2mini.scale.blocks import checkpoint_blocks, compile_blocks
+from ia2mini.models.taps import device_of
 from reference import (
     LLAMA3_SCALING,
     assert_equal,

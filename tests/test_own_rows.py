@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from mistakes import refused
 from pyarrow import parquet
 
-from ia2mini import FitOptions, fit, load_adapter, open_subject
-from ia2mini.cli import main
+from ia2mini import (FitOptions, fit, load_adapter, open_subject)
+from ia2mini.cli.main import main
 from ia2mini.files import finite, json_line
 from ia2mini.tasks import world
 

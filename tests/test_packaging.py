@@ -71,7 +71,7 @@ def test_the_source_archive_holds_what_its_tests_need(tmp_path):
     assert not wanted - held
 
 
-WITHOUT = "import sys; sys.modules[sys.argv.pop(1)] = None; from ia2mini.cli import main; main(prog_name='ia2mini')"
+WITHOUT = "import sys; sys.modules[sys.argv.pop(1)] = None; from ia2mini.cli.main import main; main(prog_name='ia2mini')"
 
 
 @pytest.mark.parametrize("package", ["jinja2", "torch", "tokenizers", "safetensors.torch"])

@@ -15,13 +15,13 @@ import ia2mini.teacher
 from bench.table8 import table8
 from ia2mini import UsageError
 from ia2mini.files import read_json, write_json
-from ia2mini.options import RATES, Options
+from ia2mini.engine.options import RATES, Options
 from ia2mini.report import paper
 from ia2mini.report.paper import add_paper, departures, table_8
 from ia2mini.report.summary import summarise
 from ia2mini.report.tables import write_table
-from ia2mini.study import compare
-from ia2mini.subject import open_subject
+from ia2mini.study.study import compare
+from ia2mini.engine.subject import open_subject
 from ia2mini.tasks import all_tasks, find_task
 
 SMALL = Options(n=(2,), sets=2, epochs=2, eval_rows=3, methods=("icl", "ia2"), rates=(1e-3, 1e-2))

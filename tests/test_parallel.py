@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
 import ia2mini.train
-from ia2mini.cli import main
+from ia2mini.cli.main import main
 from ia2mini.train import EarlyStopping
 
 SERVER = multiprocessing.get_context("forkserver")

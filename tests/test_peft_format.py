@@ -10,8 +10,8 @@ import transformers
 from ia2mini.models import UsageError, load
 from reference import random_ids, upstream
 
-from ia2mini.adapters import EVERY_MATRIX, IA3, TARGETS, LoRA, adapted
-from ia2mini.peft_format import save_adapter, save_merged
+from ia2mini.adapters import (EVERY_MATRIX, IA3, TARGETS, LoRA, adapted)
+from ia2mini.engine.peft import save_adapter, save_merged
 
 PEFT = {
     "lora": lambda m: LoRA(m),

@@ -12,9 +12,9 @@ from reference import make_checkpoint, random_ids, upstream
 from safetensors.torch import load_file, save_file
 
 from ia2mini.adapters import IA3, LoRA, adapted
-from ia2mini.peft_format import read_adapter, save_adapter
-from ia2mini.predictor import FOREIGN, Predictor
-from ia2mini.subject import Subject
+from ia2mini.engine.peft import read_adapter, save_adapter
+from ia2mini.fitting.predictor import FOREIGN, Predictor
+from ia2mini.engine.subject import Subject
 
 QKV, MLP = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "down_proj"]
 TUNED = {"num_attention_heads": 2, "token_dim": 16}

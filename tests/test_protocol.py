@@ -19,11 +19,11 @@ from tokenizers import Tokenizer as Backend
 
 import ia2mini.sets
 import ia2mini.train
-from ia2mini.cli import main
+from ia2mini.cli.main import main
 from ia2mini.episode import draw_episode
-from ia2mini.options import Options
-from ia2mini.study import compare
-from ia2mini.subject import Subject
+from ia2mini.engine.options import Options
+from ia2mini.study.study import compare
+from ia2mini.engine.subject import Subject
 from ia2mini.tasks import Task, find_task, load_examples
 from ia2mini.tokenizer import Tokenizer
 

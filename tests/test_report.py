@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ia2mini.report.summary import METRICS, average, count, parts, summarise
+from ia2mini.report.summary import (METRICS, average, count, parts, summarise)
 from ia2mini.report.tables import seconds_line, write_table, write_tables
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from ia2mini.models.common import Taps
+from ia2mini.models.taps import Taps
 from reference import make_rows
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from test_methods import make_grid
 
 from ia2mini import UsageError
-from ia2mini.adapters import IA3, LoRA, adapted, unpack
+from ia2mini.adapters import (IA3, LoRA, adapted, unpack)
 from ia2mini.batch import collate
 from ia2mini.methods import METHODS
 from ia2mini.ridge import STRENGTHS, ridge, solve

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tables import SST2, parquet_bytes, write_rows
 
 from ia2mini import UsageError
-from ia2mini.tasks.rows import Row, fill, placeholders, read_rows
+from ia2mini.tasks.rows import (Row, fill, placeholders, read_rows)
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

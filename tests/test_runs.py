@@ -15,10 +15,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ia2mini import UsageError, runs
+from ia2mini import UsageError
+from ia2mini.engine import store as runs
 from ia2mini.files import finite, read_sealed, write_json
 from ia2mini.metrics import measure
-from ia2mini.runs import RunFolder, checkpoint_digest, peak_memory, versions
+from ia2mini.engine.store import (RunFolder, checkpoint_digest, peak_memory, versions)
 
 
 def files(folder) -> set[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from ia2mini.cli import main
+from ia2mini.cli.main import main
 from ia2mini.files import plain
 
 SOURCES = [path for folder in ("ia2mini", "models") for path in (Path(__file__).parents[1] / folder).rglob("*.py")]

@@ -14,10 +14,10 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import ia2mini.subject
-from ia2mini.cli import main
-from ia2mini.options import Options
-from ia2mini.study import compare
-from ia2mini.subject import open_subject
+from ia2mini.cli.main import main
+from ia2mini.engine.options import Options
+from ia2mini.study.study import compare
+from ia2mini.engine.subject import open_subject
 from ia2mini.tasks import find_task, world
 
 MEASURED = ("seconds", "seconds_by_phase", "peak_memory_bytes")
@@ -56,7 +56,7 @@ def studied(tmp_path, tasks=TASKS, options=SMALL, **more) -> Path:
 
 def test_the_same_command_gives_the_same_bytes_in_another_process(first, tmp_path):
     """Hashes of strings differ there, so that no order comes from a set."""
-    program = [sys.executable, "-c", "from ia2mini.cli import main; main(prog_name='ia2mini')"]
+    program = [sys.executable, "-c", "from ia2mini.cli.main import main; main(prog_name='ia2mini')"]
     environment = os.environ | {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
     subprocess.run([*program, *COMMAND, "--out", tmp_path], env=environment, check=True, capture_output=True)
     (again,) = tmp_path.iterdir()

@@ -8,9 +8,9 @@ import pytest
 import torch
 from scipy import stats
 
-from ia2mini.looks import Looks, failures
+from ia2mini.fitting.looks import Looks, failures
 from ia2mini.metrics import fit_temperature
-from ia2mini.selection import COMMONEST, MATTERS, Candidate, Selection, Tried, best_epoch, choose
+from ia2mini.fitting.selection import (COMMONEST, MATTERS, Candidate, Selection, Tried, best_epoch, choose)
 
 FOLDS = [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
 GOLD = torch.tensor([0, 1] * 6)

@@ -18,7 +18,7 @@ import torch.distributed.tensor  # once, before the ranks are forked
 from click.testing import CliRunner
 from ia2mini.models import Taps, llama, load
 from ia2mini.models.checkpoint import save
-from ia2mini.models.common import checkpoint_blocks
+from ia2mini.scale.blocks import checkpoint_blocks
 from ia2mini.models.shard import local, mesh_of
 from mistakes import refused
 from reference import (
@@ -37,16 +37,16 @@ from reference import (
 import ia2mini.files
 import ia2mini.train
 from ia2mini import open_subject
-from ia2mini.adapters import EVERY_MATRIX, IA3, LoRA, adapted
+from ia2mini.adapters import (EVERY_MATRIX, IA3, LoRA, adapted)
 from ia2mini.batch import collate
-from ia2mini.cli import main
-from ia2mini.evaluate import label_scores, share_prefix
+from ia2mini.cli.main import main
+from ia2mini.scoring import label_scores, share_prefix
 from ia2mini.generate import Decoding, generate
-from ia2mini.options import Options
-from ia2mini.study import compare
-from ia2mini.subject import share as start
+from ia2mini.engine.options import Options
+from ia2mini.study.study import compare
+from ia2mini.engine.subject import share as start
 from ia2mini.tasks import Example, find_task
-from ia2mini.train import Runs, Settings, losses, train_runs
+from ia2mini.train import (Runs, Settings, losses, train_runs)
 
 RUNS = 3
 ADAPTERS = {

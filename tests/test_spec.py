@@ -12,8 +12,8 @@ from reference import make_checkpoint
 
 from ia2mini import UsageError, load_adapter, open_subject
 from ia2mini.adapters import LoRA
-from ia2mini.predictor import FOREIGN, Predictor
-from ia2mini.spec import SHAPE
+from ia2mini.fitting.predictor import FOREIGN, Predictor
+from ia2mini.fitting.spec import SHAPE
 from ia2mini.tokenizer import Tokenizer
 
 WILD = [None, True, -1, 0, 2**70, 0.5, float("nan"), "", " ", "x", "\ud800", [], {}, [None], [""], ["\ud800"]]

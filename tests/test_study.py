@@ -14,13 +14,14 @@ from plain import Plain, joined, label_log_probability
 from reference import peft_twin, upstream
 
 import ia2mini
-from ia2mini import UsageError, study
+from ia2mini import UsageError
+from ia2mini.study import study
 from ia2mini.methods import METHODS
 from ia2mini.metrics import fit_temperature
-from ia2mini.options import TINY_RATES, Options
+from ia2mini.engine.options import TINY_RATES, Options
 from ia2mini.sets import FURTHER
-from ia2mini.study import compare, open_study
-from ia2mini.subject import open_subject as load_subject
+from ia2mini.study.study import compare, open_study
+from ia2mini.engine.subject import open_subject as load_subject
 from ia2mini.tasks import custom_task, find_task, world
 
 EVERY = ("base", "icl", "sft", "ia2", "ia2-sft", "ia2+sft")

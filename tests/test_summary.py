@@ -9,7 +9,7 @@ from scipy import stats
 from test_report import ACC, record, records, study
 
 from ia2mini.files import finite
-from ia2mini.report.summary import chosen, paired, summarise, verdict
+from ia2mini.report.summary import (chosen, paired, summarise, verdict)
 
 
 def versus(sft: list[float], ours: list[float], icl: list[float] | None = None, ece: bool = True) -> list[str]:

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from reference import MIXES, in_order, make_rows, peft_twin, plain_loss, relative, starts
 
-from ia2mini.adapters import IA3, LoRA, adapted, unpack
+from ia2mini.adapters import (IA3, LoRA, adapted, unpack)
 from ia2mini.batch import Row, collate
 from ia2mini.losses import per_run
-from ia2mini.train import RACE_FROM, Adam, EarlyStopping, Runs, Settings, losses, train_runs
+from ia2mini.train import (RACE_FROM, Adam, EarlyStopping, Runs, Settings, losses, train_runs)
 
 ADAPTERS = {
     "lora": LoRA,

@@ -5,10 +5,10 @@ from ia2mini.models.checkpoint import load
 
 from ia2mini import UsageError
 from ia2mini.episode import draw_episode
-from ia2mini.options import Options
+from ia2mini.engine.options import Options
 from ia2mini.report.summary import parts
-from ia2mini.study import compare
-from ia2mini.subject import open_subject
+from ia2mini.study.study import compare
+from ia2mini.engine.subject import open_subject
 from ia2mini.tasks import find_task, load_examples
 from ia2mini.teacher import teach
 

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from .. import UsageError
 from ..files import json_line, write_text
+from ..fitting.sentence import NAMES, never_right, percent
 from ..intervals import LEAST_ROWS, mean_interval, share_interval
 from ..metrics import ece, ece_null, macro_f1, row_losses, smooth_ece
 from ..tasks import same_answer
 from ..tasks.rows import Row, whole_number
 from .card import card
 from .page import lines, section, shown, table, whole
-from .sentence import NAMES, never_right, percent
 from .summary import count
 
 HEADS = {

@@ -4,8 +4,8 @@ import csv
 from pathlib import Path
 
 from .. import UsageError
+from ..engine.options import BETAS, RATES, Options
 from ..metrics import PairedTest, paired_test
-from ..options import BETAS, RATES, Options
 from .summary import grouped
 
 FIELDS = ("model", "n", "adapter", "labels", "task", "eval", "method")

@@ -12,7 +12,8 @@ from itertools import product
 from pathlib import Path, PurePosixPath
 
 from ia2mini import UsageError
-from ia2mini.files import hub_errors, patiently, plain
+from ia2mini.files import plain
+from ia2mini.files.hub import hub_errors, patiently
 
 from . import world
 from .catalog import Example, Task, arrange

@@ -8,9 +8,9 @@ from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
 
-from . import UsageError
-from .files import is_there, read_json, read_text
-from .tokenizer import Rendered, Tokenizer, special_tokens
+from ia2mini import UsageError
+from ia2mini.files import is_there, read_json, read_text
+from ia2mini.tokenizer import Rendered, Tokenizer, special_tokens
 
 
 class ChatPrompt(Rendered):

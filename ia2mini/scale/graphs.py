@@ -7,9 +7,9 @@ from contextlib import suppress
 
 import torch
 
-from .batch import Batch
-from .cost import RANK, Pass
-from .errors import out_of_memory
+from ..batch import Batch
+from ..cost import RANK, Pass
+from ..errors import out_of_memory
 
 OFTEN = 1  # calls of a shape before it is recorded: these also have libraries set themselves up
 MOST = 8  # recordings of one function: each keeps a batch, and a graph of thousands of kernels

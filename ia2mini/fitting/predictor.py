@@ -17,22 +17,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import UsageError, parallel
-from .adapters import Adapter, adapted
-from .chat import ChatTemplate
-from .episode import with_demonstrations
-from .evaluate import Scoring, answer_texts, label_scores, share_prefix
-from .files import finite, write, write_text
-from .generate import Decoding
-from .models.checkpoint import load
-from .models.common import device_of
-from .peft_format import claim, read_adapter, read_config, save_adapter, save_merged
-from .runs import checkpoint_digest, versions
+from .. import UsageError
+from ..adapters import Adapter, adapted
+from ..engine.peft import claim, read_adapter, read_config, save_adapter, save_merged
+from ..engine.store import checkpoint_digest, versions
+from ..engine.subject import Subject, open_subject
+from ..episode import with_demonstrations
+from ..files import finite, write, write_text
+from ..generate import Decoding
+from ..models.checkpoint import load
+from ..models.taps import device_of
+from ..scale import ranks as parallel
+from ..scoring import Scoring, answer_texts, label_scores, share_prefix
+from ..tasks import Example
+from ..tasks.chat import ChatTemplate
+from ..tasks.rows import Row, fill
+from ..tokenizer import Rendered
 from .spec import FOREIGN, SPEC, check_given, read_spec
-from .subject import Subject, open_subject
-from .tasks import Example
-from .tasks.rows import Row, fill
-from .tokenizer import Rendered
 
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 BESIDE += ("added_tokens.json",)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .intervals import surely_positive
-from .metrics import fit_temperature, row_losses
+from ..intervals import surely_positive
+from ..metrics import fit_temperature, row_losses
 
 COMMONEST = "commonest"  # always says the most frequent label, with the labels' frequencies as probabilities
 MATTERS = 0.01  # nats: a smaller difference of mean losses is none

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import click
 
-from . import UsageError, parallel
-from .files import plain
+from .. import UsageError
+from ..files import plain
+from ..scale import ranks as parallel
 
 DEMO = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap")
 
 
 def find_tasks(names: tuple[str, ...], data, prompt_column, answer_column, template, eval_data) -> list:
     """The tasks of these names, the one of own rows, or the demo's. Raises UsageError."""
-    from .tasks import custom_task, find_task
+    from ..tasks import custom_task, find_task
 
     if data and names:
         raise UsageError("give either TASK or --data, not both")
@@ -28,7 +29,7 @@ def find_tasks(names: tuple[str, ...], data, prompt_column, answer_column, templ
 
 def keep_apart(task, tokenizer, template: str | None):
     """A task on own rows with a line end after the default template where an answer would merge with it."""
-    from .tasks import own, rows
+    from ..tasks import own, rows
 
     if not task.files or template is not None:
         return task

@@ -2,7 +2,7 @@
 
 import math
 
-from .summary import LABELS, count
+from ..report.summary import LABELS, count
 
 NAMES = LABELS | {"commonest": "commonest answer", "shipped": "as shipped", "probe": "linear probe"}
 HELP = "What may help: more rows, or a larger model."

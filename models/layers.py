@@ -6,21 +6,13 @@ Shape letters: B rows, T tokens, P chosen positions, L layers, D hidden, H heads
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from itertools import product
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
-from ia2mini import UsageError
 
 from .shard import is_split, local, through
 
-At = tuple[Tensor, Tensor]  # (rows, columns), int64 [P] each: positions in a [B, T] batch
-HALVES = ("attention_output", "mlp_output")  # of a block
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of `Rope.scaling`
 Rotation = tuple[Tensor, Tensor]  # cos and signed sin of positions, [(B, 1,) T, E] each
 
@@ -117,78 +109,3 @@ class Rope:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x [B, H, T, E], split-halves layout: coordinate i pairs with i + E/2."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
-
-
-class Taps:
-    """Asks a forward pass for attention outputs: what each attention block adds to the residual stream (after W_O).
-
-    `at`: (rows, cols), two int64 vectors of length P, or None for every position. `layers`: layer indices, or None for
-    all. After the pass `stack()` is [L, P, D] in the order given ([L, B, T, D] without `at`), attached to the graph.
-    With `residual` it is the stream after that addition instead.
-
-        taps = Taps()
-        logits = model(ids, taps=taps)   # ids [B, T] -> [B, T, V]
-        taps.stack()                     # [L, B, T, D]
-    """
-
-    def __init__(self, at: At | None = None, layers: list[int] | None = None, residual: bool = False):
-        self.at, self.layers, self.residual = at, layers, residual
-        self.outputs: dict[int, Tensor] = {}
-
-    def record(self, layer: int, attention_output: Tensor, stream: Tensor) -> None:
-        """Keep layer `layer`'s attention output [B, T, D], or the `stream` after it, where it was asked for."""
-        if self.layers is None or layer in self.layers:
-            wanted = stream if self.residual else attention_output
-            self.outputs[layer] = wanted if self.at is None else wanted[self.at]
-
-    def last(self, layers: int) -> int:
-        """The last layer asked for, in a model of `layers` layers."""
-        if self.layers is None:
-            return layers - 1
-        if not self.layers or not all(0 <= i < layers for i in self.layers):
-            raise UsageError(f"taps on layers {self.layers}: give layer indices from 0 to {layers - 1}")
-        return max(self.layers)
-
-    def each(self) -> list[Tensor]:
-        """The attention outputs, a tensor a layer, in the order of `layers`."""
-        return [self.outputs[i] for i in (self.layers or sorted(self.outputs))]
-
-    def stack(self) -> Tensor:
-        return torch.stack(self.each())
-
-
-def device_of(model: Any) -> torch.device:
-    """Where a model is, or the model inside a partial."""
-    return getattr(model, "func", model).model.embed_tokens.weight.device
-
-
-def compile_blocks(model: nn.Module, **options) -> None:
-    """Put torch.compile with these `options` around both halves of every block.
-
-    Where no compiler works they run as they are, with a warning.
-    """
-    config = torch._dynamo.config
-    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # the latter in 2.6
-    setattr(config, limit, 64)  # with and without gradients, adapter, mask, cache and prefix
-    config.suppress_errors = not options.get("fullgraph")
-    for half in HALVES:  # one function serves all layers: one compilation
-        function = torch.compile(getattr(type(model.model.layers[0]), half), dynamic=True, **options)
-        for block in model.model.layers:
-            setattr(block, half, partial(function, block))
-
-
-def checkpoint_blocks(model: nn.Module) -> bool:
-    """Have both halves of every block keep only their inputs for the backward pass, where they are computed again.
-
-    Returns whether they did not yet. To be called after `compile_blocks`.
-    """
-    if is_checkpointed(model):
-        return False
-    for block, half in product(model.model.layers, HALVES):
-        anew = partial(checkpoint, getattr(block, half), use_reentrant=False, preserve_rng_state=False)
-        setattr(block, half, anew)
-    return True
-
-
-def is_checkpointed(model: nn.Module) -> bool:
-    return getattr(model.model.layers[0].mlp_output, "func", None) is checkpoint

@@ -10,22 +10,23 @@ from statistics import fmean
 import torch
 from tqdm import tqdm
 
-from . import UsageError, __version__, parallel
-from .adapters import LoRA, unpack
-from .cost import Cell, Cost, gemm_rate
-from .episode import with_demonstrations
-from .experiment import Experiment
-from .files import finite, read_json, write_json
-from .graphs import RATE
-from .methods import BEGINS_WITH, METHODS
-from .metrics import accuracy, measure, subspace_overlap
-from .options import UNTRAINED, Options
-from .peft_format import save_adapter
-from .report.summary import at_config, chosen, summarise
-from .runs import RunFolder, checkpoint_digest, versions
-from .sets import Setting
-from .subject import Subject
-from .tasks import Task, find_task, load_examples
+from .. import UsageError, __version__
+from ..adapters import LoRA, unpack
+from ..cost import Cell, Cost, gemm_rate
+from ..engine.options import UNTRAINED, Options
+from ..engine.peft import save_adapter
+from ..engine.store import RunFolder, checkpoint_digest, versions
+from ..engine.subject import Subject
+from ..episode import with_demonstrations
+from ..experiment import Experiment
+from ..files import finite, read_json, write_json
+from ..methods import BEGINS_WITH, METHODS
+from ..metrics import accuracy, measure, subspace_overlap
+from ..report.summary import at_config, chosen, summarise
+from ..scale import ranks as parallel
+from ..scale.graphs import RATE
+from ..sets import Setting
+from ..tasks import Task, find_task, load_examples
 
 COMPILING = 60  # seconds that compiling is assumed to take on a GPU, to be measured
 SHOWN = 10  # right and wrong rows that the page shows of each task

@@ -8,8 +8,8 @@ import io
 import os
 import sys
 
-from . import UsageError
-from .files import HALF
+from .. import UsageError
+from ..files import HALF
 
 
 def open_streams() -> None:

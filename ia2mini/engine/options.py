@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import product
 
-from . import UsageError
+from .. import UsageError
 
 RATES = {"lora": (1e-4, 3e-4, 1e-3), "ia3": (1e-3, 1e-2, 1e-1)}  # protocol section 4
 TINY_RATES = {"lora": (1e-3, 3e-3, 1e-2), "ia3": RATES["ia3"]}  # the embedded model is small: LoRA's ten times

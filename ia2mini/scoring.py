@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from . import parallel
 from .adapters import Adapter, adapted
 from .batch import Batch, Row, Watch, by_length, collate
 from .episode import with_demonstrations
 from .generate import Decoding, responses
 from .losses import cross_entropy, soft_cross_entropy
 from .metrics import asim, measure
-from .models.cache import Packed, Prefix
-from .models.common import At, Taps, device_of
+from .models.attention import Packed, Prefix
+from .models.taps import At, Taps, device_of
+from .scale import ranks as parallel
 from .tasks import Example
 from .tokenizer import Tokenizer
 

@@ -9,7 +9,6 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from . import UsageError, parallel
 from .adapters import adapted, make_adapter
 from .batch import Row
 from .episode import Episode, controlled, draw_episode, with_demonstrations
@@ -20,6 +19,7 @@ from .models.common import device_of
 from .options import BETAS, UNTRAINED, AdapterOptions, Options, phases
 from .report.summary import at_config, chosen, dashed
 from .runs import RunFolder
+from .study import UsageError, parallel
 from .subject import Subject
 from .tasks import Examples, Task, find_task
 from .teacher import Asked, Taught, answer_tokens_at_most, label_tokens_at_most, teach

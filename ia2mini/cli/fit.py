@@ -9,12 +9,13 @@ from pathlib import Path
 
 import click
 
-from . import UsageError, parallel
-from .cli import main, prepare, progress, typed
-from .cli_options import GUESS, check_option, file_option, many, model_options, options_of, shard_option, taken
-from .cli_rows import refuse_unnamed_model, tell_all
-from .files import json_line, plain, read_text
-from .options import FitOptions
+from .. import UsageError
+from ..engine.options import FitOptions
+from ..files import json_line, plain, read_text
+from ..scale import ranks as parallel
+from .main import main, prepare, progress, typed
+from .options import GUESS, check_option, file_option, many, model_options, options_of, shard_option, taken
+from .rows import refuse_unnamed_model, tell_all
 from .streams import need_input
 
 PORTION = 2**16  # bytes that are read at once
@@ -54,12 +55,12 @@ def fit(rows, unlabelled, context, prompts, out, **given):
     model and than always the commonest answer: an adapter, trained on all rows, or demonstrations in the prompt. Where
     nothing is, nothing is shipped, and the report says what to do.
     """
-    from .fitting import Columns, read_own
-    from .fitting import fit as fit_rows
-    from .predictor import check_own
-    from .report.fit import write_fit_report, write_fit_table
-    from .subject import open_subject
-    from .tasks.rows import as_rows
+    from ..engine.subject import open_subject
+    from ..fitting.fit import Columns, read_own
+    from ..fitting.fit import fit as fit_rows
+    from ..fitting.predictor import check_own
+    from ..report.fit import write_fit_report, write_fit_table
+    from ..tasks.rows import as_rows
 
     check_own(out)
     if (rows is None) == (context is None) or (context is None) != (prompts is None):
@@ -96,7 +97,7 @@ def read_new(rows: str, strict: bool) -> Iterator:
 
     None where the next line of standard input has yet to come.
     """
-    from .tasks.rows import Row, parse_json, read_rows
+    from ..tasks.rows import Row, parse_json, read_rows
 
     path = Path(rows)
     if rows != "-" and (path.suffix.lower() != ".jsonl" or not path.is_file()):
@@ -179,8 +180,8 @@ def predict(adapter, rows, coverage, icl, strict, **how):
 @click.option("--icl", is_flag=True, help="the base model with demonstrations in its prompt instead, to compare")
 def score(adapter, rows, answer_column, icl, **how):
     """How good an ADAPTER is on labelled ROWS: accuracy, ECE, Brier and NLL with intervals."""
-    from .report.fit import score_rows, write_fit_table
-    from .tasks.rows import read_rows
+    from ..report.fit import score_rows, write_fit_table
+    from ..tasks.rows import read_rows
 
     rows = read_rows(rows)  # its mistakes show before a model is loaded
     click.echo(plain(write_fit_table(score_rows(open_adapter(adapter, **how), rows, icl, answer_column))))
@@ -204,11 +205,11 @@ def merge(adapter, out, **how):
 @click.option("--chat", is_flag=True, help="the prompt as a turn of the checkpoint's chat template")
 def generate(prompt, max_tokens, stop, adapter, chat, **how):
     """Continue a text greedily; the continuation goes to stdout."""
-    from .chat import ChatTemplate
-    from .generate import Decoding
-    from .generate import generate as continue_text
-    from .predictor import FOREIGN, Predictor
-    from .subject import open_subject
+    from ..engine.subject import open_subject
+    from ..fitting.predictor import FOREIGN, Predictor
+    from ..generate import Decoding
+    from ..generate import generate as continue_text
+    from ..tasks.chat import ChatTemplate
 
     if stop == "":
         raise UsageError("--stop is empty; give some text, or leave it out")
@@ -239,10 +240,10 @@ def generate(prompt, max_tokens, stop, adapter, chat, **how):
 
 def open_adapter(folder: Path, model=None, revision=None, template=None, labels=None, **how):
     """A saved adapter on its base model, or another."""
-    from .predictor import base_of, load_adapter
-    from .spec import check_labels
-    from .subject import open_subject
-    from .tasks.own import check_template
+    from ..engine.subject import open_subject
+    from ..fitting.predictor import base_of, load_adapter
+    from ..fitting.spec import check_labels
+    from ..tasks.own import check_template
 
     spec: dict = {"template": check_template(template)}
     if labels is not None:

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import UsageError, parallel
-from .files import check_text, plain
-from .graphs import RECORDERS
-from .models.checkpoint import SHORT_NAMES, TINY, load, locate
-from .tokenizer import Tokenizer
+from .. import UsageError
+from ..files import check_text, plain
+from ..models.checkpoint import SHORT_NAMES, TINY, load, locate
+from ..scale import ranks as parallel
+from ..scale.graphs import RECORDERS
+from ..tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

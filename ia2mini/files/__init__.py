@@ -1,4 +1,4 @@
-"""Files in and out: JSON that is checked, writing that is whole or not there, strangers' texts, the hub's errors."""
+"""Files in and out: JSON that is checked, writing that is whole or not there, strangers' texts."""
 
 import base64
 import hashlib
@@ -7,18 +7,14 @@ import os
 import platform
 import re
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from . import UsageError, parallel
 
-WAITS = (1, 4)  # seconds before a download is tried again
-BROKEN_OFF = ("RemoteProtocolError", "ReadError", "ChunkedEncodingError")  # of the client's library, httpx or requests
-PARTS = ("connect", "read", "write", "pool")  # of a request, each with a time limit
 # control characters, marks that turn the direction of text, line and paragraph ends of Unicode, halves of surrogates
 HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 HALF = re.compile("[\ud800-\udfff]")  # half of a surrogate pair; Python also spells a byte so that is not UTF-8
@@ -164,58 +160,3 @@ def as_text(value) -> str:
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
     return str(value)
-
-
-def patiently(fetch: Callable):
-    """`fetch()` by huggingface_hub, tried again where the hub is busy or breaks off, with a time limit to each answer.
-
-    The client itself waits for ever for some answers (lists of files), and gives up at once on some that may pass.
-    """
-    from huggingface_hub.utils import get_session
-
-    hooks = getattr(get_session(), "event_hooks", {}).get("request", [])  # none in clients before 1.0
-    hooks += [limit] * (limit not in hooks)
-    for wait in (*WAITS, None):
-        try:
-            return fetch()
-        except Exception as error:
-            cause = error.__cause__ or error
-            status = getattr(getattr(cause, "response", None), "status_code", 0)
-            if wait is None or not (status == 429 or status >= 500 or type(cause).__name__ in BROKEN_OFF):
-                raise
-        time.sleep(wait)
-
-
-def limit(request) -> None:
-    """Have no part of a request take longer than the client's own settings allow (HF_HUB_DOWNLOAD_TIMEOUT)."""
-    from huggingface_hub import constants
-
-    most = max(constants.HF_HUB_DOWNLOAD_TIMEOUT, constants.HF_HUB_ETAG_TIMEOUT)
-    given = request.extensions.get("timeout", {})
-    request.extensions["timeout"] = {part: min(given.get(part) or most, most) for part in PARTS}
-
-
-@contextmanager
-def hub_errors(repo: str, kind: str, revision: str | None, instead: str) -> Iterator[None]:
-    """Turn whatever goes wrong with a "model" or "dataset" on the hub into a UsageError; `instead`: a way around."""
-    from huggingface_hub import errors
-
-    log_in = "log in with `hf auth login` or set HF_TOKEN"
-    try:
-        yield
-    except UsageError:
-        raise
-    except errors.GatedRepoError:
-        page = f"https://huggingface.co/{'datasets/' * (kind == 'dataset')}{repo}"
-        raise UsageError(f"{repo} is gated: accept its terms at {page}, then {log_in}") from None
-    except errors.RepositoryNotFoundError:
-        raise UsageError(f"{repo}: no such {kind} on the hub (or private: {log_in})") from None
-    except errors.RevisionNotFoundError:
-        raise UsageError(f"{repo}: the hub has no revision {revision} of it; {instead}") from None
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
-        status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
-        missing = f"not in the local cache, and the hub {f'answers {status}' if status else 'is out of reach'}"
-        raise UsageError(f"{repo}: {missing}; check the network, or {instead}") from None
-    except Exception as error:  # bad ids and the client's own network errors, whose classes differ between its versions
-        reason = re.sub("Bearer [^'\"]*", "Bearer …", " ".join(f"{type(error).__name__}: {error}".split()))[:160]
-        raise UsageError(f"{repo}: cannot be downloaded ({reason}); check the network, or {instead}") from None

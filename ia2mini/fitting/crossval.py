@@ -17,22 +17,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import UsageError, parallel
-from .adapters import adapted, make_adapter
-from .batch import Row, truth_row
-from .episode import Episode, balanced, draw_folds, seeded, with_demonstrations
-from .evaluate import Scoring, answer_scores, answer_texts, label_scores, last_states, share_prefix
-from .generate import STOP, Decoding
+from .. import UsageError
+from ..adapters import adapted, make_adapter
+from ..batch import Row, truth_row
+from ..engine.options import FitOptions, last_phase, phases
+from ..engine.subject import Subject
+from ..episode import Episode, balanced, draw_folds, seeded, with_demonstrations
+from ..generate import STOP, Decoding
+from ..methods import BEGINS_WITH, METHODS, Grid
+from ..models.taps import device_of
+from ..scale import ranks as parallel
+from ..scoring import Scoring, answer_scores, answer_texts, label_scores, last_states, share_prefix
+from ..tasks import Example, Task, same_answer
+from ..teacher import Asked, label_tokens_at_most, observe, teach
+from ..train import Settings, Trained, warn_of_failed
 from .looks import Looks, failures
-from .methods import BEGINS_WITH, METHODS, Grid
-from .models.common import device_of
-from .options import FitOptions, last_phase, phases
 from .probe import probe_scores
 from .selection import Candidate, Selection, Tried
-from .subject import Subject
-from .tasks import Example, Task, same_answer
-from .teacher import Asked, label_tokens_at_most, observe, teach
-from .train import Settings, Trained, warn_of_failed
 
 LEAST, ALONE = 4, 10  # rows that cross-validation needs; up to this many are left out one at a time
 MINUTE = 60  # seconds; of less no estimate is given

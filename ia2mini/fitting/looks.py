@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import parallel
-from .metrics import row_losses
+from ..metrics import row_losses
+from ..scale import ranks as parallel
+from ..train import Trained
 from .selection import Selection, best_epoch
-from .train import Trained
 
 
 class Looks:

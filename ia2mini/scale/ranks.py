@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
-from . import UsageError
-from .errors import out_of_memory
+from .. import UsageError
+from ..errors import out_of_memory
 
 LOST = "another process has ended; what was finished is kept, and the same command goes on from there"
 rank, size = 0, 1  # of this process among those that share the work at hand

@@ -8,28 +8,28 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import NamedTuple
 
-from . import UsageError, __version__
-from .chat import ChatTemplate
+from .. import UsageError, __version__
+from ..engine.options import FitOptions, last_phase
+from ..engine.store import RunFolder, checkpoint_digest
+from ..engine.subject import Subject
+from ..episode import seeded, with_demonstrations
+from ..files import plain
+from ..generate import STOP, Decoding, generate
+from ..intervals import sign_test
+from ..methods import METHODS
+from ..models.taps import device_of
+from ..report.fit import classes, measures
+from ..report.summary import count
+from ..scoring import share_prefix
+from ..tasks import Example, Task
+from ..tasks.chat import ChatTemplate
+from ..tasks.own import complete_rows, keep_apart, near_labels, own_task, queries_task
+from ..tasks.rows import Row, as_rows, fill
+from ..teacher import answer_tokens_at_most
 from .crossval import CrossValidation
-from .episode import seeded, with_demonstrations
-from .evaluate import share_prefix
-from .files import plain
-from .generate import STOP, Decoding, generate
-from .intervals import sign_test
-from .methods import METHODS
-from .models.common import device_of
-from .options import FitOptions, last_phase
 from .predictor import Predictor
-from .report.fit import classes, measures
-from .report.sentence import sentence
-from .report.summary import count
-from .runs import RunFolder, checkpoint_digest
 from .selection import Candidate, choose
-from .subject import Subject
-from .tasks import Example, Task
-from .tasks.own import complete_rows, keep_apart, near_labels, own_task, queries_task
-from .tasks.rows import Row, as_rows, fill
-from .teacher import answer_tokens_at_most
+from .sentence import sentence
 
 LONG, FAR = 500, 10  # tokens, and times the median: from both on a row is named
 

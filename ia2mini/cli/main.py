@@ -14,12 +14,13 @@ from pathlib import Path
 
 import click
 
-from . import UsageError, parallel
-from .cli_options import MODEL_HELP, Several, data_options, file_option, model_options, options_of, taken
-from .cli_rows import find_tasks, keep_apart, refuse_unnamed_model, tell_all
-from .errors import NO_MEMORY, out_of_memory
-from .files import plain
-from .options import Options
+from .. import UsageError
+from ..engine.options import Options
+from ..errors import NO_MEMORY, out_of_memory
+from ..files import plain
+from ..scale import ranks as parallel
+from .options import MODEL_HELP, Several, data_options, file_option, model_options, options_of, taken
+from .rows import find_tasks, keep_apart, refuse_unnamed_model, tell_all
 from .streams import check_arguments, need_output, open_streams
 
 DEMO_ROWS = 120  # about a minute
@@ -204,11 +205,11 @@ def run(names, model, compiling, checkpointing, dry_run, **given):
     for wrong in (name for name, asked in apart.items() if how["shard"] and asked):
         raise UsageError(f"{wrong}: not with --shard; leave one of them out")
     chosen = find_tasks(names, **own)
-    from .report.figures import LEFT_OUT
-    from .report.summary import METRICS
-    from .report.tables import COLUMNS, OWN_COLUMNS
-    from .study import carry_out, lay_out, open_study, plan, worth_compiling
-    from .subject import open_subject, usable
+    from ..engine.subject import open_subject, usable
+    from ..report.figures import LEFT_OUT
+    from ..report.summary import METRICS
+    from ..report.tables import COLUMNS, OWN_COLUMNS
+    from ..study.study import carry_out, lay_out, open_study, plan, worth_compiling
 
     shown["columns"] = shown["columns"] or (OWN_COLUMNS if own["data"] else COLUMNS)
     for option, known in (("figures", LEFT_OUT), ("columns", METRICS)):
@@ -234,9 +235,9 @@ def run(names, model, compiling, checkpointing, dry_run, **given):
 
 def conclude(document: dict, folder: Path, full: bool, columns, figures, as_json: bool, with_paper: bool) -> None:
     """Write a study's report, and print its table and where everything is."""
-    from .report import write_report
-    from .report.paper import add_paper, departures
-    from .report.summary import count
+    from ..report import write_report
+    from ..report.paper import add_paper, departures
+    from ..report.summary import count
 
     if with_paper and not add_paper(document):
         others = ", ".join(departures(document["config"]))
@@ -255,8 +256,8 @@ def conclude(document: dict, folder: Path, full: bool, columns, figures, as_json
 
 def prepare(model, compiling: bool | None, checkpointing: bool, worth: Callable = lambda: True) -> None:
     """Compile and checkpoint a model's blocks as the options say (None: compile on a GPU, where it is `worth` it)."""
-    from .graphs import RECORDERS
-    from .models.common import checkpoint_blocks, compile_blocks
+    from ..scale.blocks import checkpoint_blocks, compile_blocks
+    from ..scale.graphs import RECORDERS
 
     if compiling is None:
         compiling = next(model.parameters()).is_cuda and not parallel.same and worth()
@@ -278,7 +279,7 @@ def tell_of_compiling() -> None:
 
 
 def show(document: dict, full: bool) -> None:
-    from .report import seconds_line, write_table
+    from ..report import seconds_line, write_table
 
     terminal = sys.stdout is not None and sys.stdout.isatty()
     click.echo(write_table(document, full, color=terminal and not os.environ.get("NO_COLOR")))
@@ -293,7 +294,7 @@ def show(document: dict, full: bool) -> None:
 @data_options
 def tasks(name, model, revision, n, data_dir, **own):
     """List the tasks; with TASK or --data, show what the model sees: a prompt with its demonstrations, token counts."""
-    from .tasks import all_tasks, load_examples
+    from ..tasks import all_tasks, load_examples
 
     if name is None and not own["data"]:
         click.echo(f"{'task':<24}{'paper':<16}{'answer':<28}evaluated on (* out of distribution)")
@@ -302,9 +303,9 @@ def tasks(name, model, revision, n, data_dir, **own):
             on = ", ".join([task.name, *(f"{e}*" for e in task.ood)]) if task.train else "evaluation only"
             click.echo(f"{task.name:<24}{task.tag if task.hub else '–':<16}{answer:<28}{on}")
         return
-    from .episode import draw_episode
-    from .models.checkpoint import locate
-    from .tokenizer import Tokenizer
+    from ..episode import draw_episode
+    from ..models.checkpoint import locate
+    from ..tokenizer import Tokenizer
 
     (task,) = find_tasks((name,) if name else (), **own)
     tokenizer = Tokenizer.from_folder(locate(model, revision))
@@ -324,4 +325,3 @@ def tasks(name, model, revision, n, data_dir, **own):
         click.echo(click.style(plain(e.prompt), fg=color) + click.style(plain(e.answer), fg="green", bold=True) + "\n")
 
 
-from . import cli_fit  # noqa: E402, F401  (its commands join the group)

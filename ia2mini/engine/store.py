@@ -19,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from . import UsageError, parallel
-from .errors import out_of_memory
-from .files import finite, is_there, read_sealed, sealed, write, write_json
+from .. import UsageError
+from ..errors import out_of_memory
+from ..files import finite, is_there, read_sealed, sealed, write, write_json
+from ..scale import ranks as parallel
 
 
 class RunFolder:

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from . import UsageError
-from .files import HALF, check_name, is_there, read_json
-from .generate import STOP
-from .tasks.answers import PARSERS
-from .tasks.rows import placeholders
+from .. import UsageError
+from ..files import HALF, check_name, is_there, read_json
+from ..generate import STOP
+from ..tasks.answers import PARSERS
+from ..tasks.rows import placeholders
 
 SPEC = "ia2mini.json"
 FOREIGN = {"template": "{text}", "labels": [], "parser": "text", "max_tokens": 200, "stop": STOP, "temperature": 1.0}

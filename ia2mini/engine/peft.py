@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from . import UsageError
-from .adapters import IA3, Adapter, LoRA, unpack
-from .errors import out_of_memory
-from .files import check_name, is_there, read_json, write, write_text
-from .models.checkpoint import save
-from .models.common import Linear
+from .. import UsageError
+from ..adapters import IA3, Adapter, LoRA, unpack
+from ..errors import out_of_memory
+from ..files import check_name, is_there, read_json, write, write_text
+from ..models.checkpoint import save
+from ..models.layers import Linear
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

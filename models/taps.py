@@ -1,0 +1,56 @@
+"""Activation taps: what a forward pass is asked to keep.
+
+P chosen positions, L layers, B rows, T tokens, D hidden.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ia2mini import UsageError
+
+At = tuple[Tensor, Tensor]  # (rows, columns), int64 [P] each: positions in a [B, T] batch
+
+
+class Taps:
+    """Asks a forward pass for attention outputs: what each attention block adds to the residual stream (after W_O).
+
+    `at`: (rows, cols), two int64 vectors of length P, or None for every position. `layers`: layer indices, or None for
+    all. After the pass `stack()` is [L, P, D] in the order given ([L, B, T, D] without `at`), attached to the graph.
+    With `residual` it is the stream after that addition instead.
+
+        taps = Taps()
+        logits = model(ids, taps=taps)   # ids [B, T] -> [B, T, V]
+        taps.stack()                     # [L, B, T, D]
+    """
+
+    def __init__(self, at: At | None = None, layers: list[int] | None = None, residual: bool = False):
+        self.at, self.layers, self.residual = at, layers, residual
+        self.outputs: dict[int, Tensor] = {}
+
+    def record(self, layer: int, attention_output: Tensor, stream: Tensor) -> None:
+        """Keep layer `layer`'s attention output [B, T, D], or the `stream` after it, where it was asked for."""
+        if self.layers is None or layer in self.layers:
+            wanted = stream if self.residual else attention_output
+            self.outputs[layer] = wanted if self.at is None else wanted[self.at]
+
+    def last(self, layers: int) -> int:
+        """The last layer asked for, in a model of `layers` layers."""
+        if self.layers is None:
+            return layers - 1
+        if not self.layers or not all(0 <= i < layers for i in self.layers):
+            raise UsageError(f"taps on layers {self.layers}: give layer indices from 0 to {layers - 1}")
+        return max(self.layers)
+
+    def each(self) -> list[Tensor]:
+        """The attention outputs, a tensor a layer, in the order of `layers`."""
+        return [self.outputs[i] for i in (self.layers or sorted(self.outputs))]
+
+    def stack(self) -> Tensor:
+        return torch.stack(self.each())
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model is, or the model inside a partial."""
+    return getattr(model, "func", model).model.embed_tokens.weight.device
