@@ -15,12 +15,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from . import UsageError
-from .engine.options import MATRICES, AdapterOptions, matrices
 from .models.layers import Linear
-from .models.shard import INTO, OUT, mesh_of, own, shared
 
 TARGETS = ("q_proj", "k_proj", "o_proj")  # paper section 5
-EVERY_MATRIX = tuple(MATRICES.values())
+EVERY_MATRIX = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a layer
 
 
 class Adapter:
@@ -69,9 +67,8 @@ class LoRA(Adapter):
         return theta
 
     def change(self, name: str, weights: dict[str, Tensor]) -> Callable:
-        frozen = self.linears[name].weight
-        A = own(weights[f"{name}.A"], 2, frozen, INTO)
-        B = own(weights[f"{name}.B"], 1, frozen, OUT)
+        A = weights[f"{name}.A"]
+        B = weights[f"{name}.B"]
         return partial(self.add_low_rank, A, B, self.alpha / self.rank)
 
     @staticmethod
@@ -134,10 +131,9 @@ class IA3(Adapter):
         return super().init(model, generator) + 1
 
     def change(self, name: str, weights: dict[str, Tensor]) -> Callable:
-        frozen = self.linears[name].weight
         if name in self.inputs:
-            return partial(self.scale_input, own(weights[name], 1, frozen, INTO))
-        return partial(self.scale_output, own(weights[name], 1, frozen, OUT))
+            return partial(self.scale_input, weights[name])
+        return partial(self.scale_output, weights[name])
 
     @staticmethod
     def scale_output(s: Tensor, base: Callable, x: Tensor) -> Tensor:
@@ -162,14 +158,6 @@ class IA3(Adapter):
         return found
 
 
-def make_adapter(model: nn.Module, o: AdapterOptions, scale_inputs: bool = False) -> Adapter:
-    """The adapter that the options ask for. Raises UsageError for targets that the model lacks."""
-    targets = matrices(o.targets) or TARGETS
-    if o.adapter == "lora":
-        return LoRA(model, targets, rank=o.rank, alpha=o.alpha)
-    return IA3(model, targets, scale_inputs=scale_inputs)
-
-
 def by_run(x: Tensor, weight: Tensor) -> Tensor:
     """x [R * rows, (T,) D] as [R, rows * T, D]: one group a run."""
     return x.reshape(len(weight), -1, x.shape[-1])
@@ -182,7 +170,7 @@ def adapted(model: nn.Module, adapter: Adapter, theta: Tensor) -> Iterator[Calla
     Within the block the batch's rows come in R equal groups. Gradients reach theta; the backward pass belongs into the
     block too, since checkpointed layers compute anew there.
     """
-    weights = unpack(shared(theta, mesh_of(model)), adapter.shapes)
+    weights = unpack(theta, adapter.shapes)
     try:
         for name, linear in adapter.linears.items():
             linear.adapter = adapter.change(name, weights)

@@ -1,9 +1,8 @@
-"""Rows as ids, and batches of them: right-padded, or packed without padding.
+"""Rows as ids, and batches of them: right-padded.
 
 R runs, B rows a run, T tokens, P answer positions (flattened over rows), L layers, D hidden.
 """
 
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -17,8 +16,6 @@ from .tasks import Example
 from .tasks.chat import ChatPrompt
 from .tokenizer import Tokenizer
 
-MOST_PACKED, WORTH_PACKING = 512, 0.8  # tokens of a packed line (its attention is computed whole); share of the padded
-TOGETHER, FAR = 4096, 2  # tokens that are always one batch, with their padding; times the median: a row of its own
 Watch = Callable[[int], object] | None  # is called with the number of rows of each finished pass
 
 
@@ -53,67 +50,53 @@ def truth_row(example: Example, tokenizer: Tokenizer, end: bool) -> Row:
 
 @dataclass
 class Batch:
-    """Rows of R runs, run by run: each right-padded, or all of a run one after another in a single line (`packed`)."""
+    """Rows of R runs, run by run, each right-padded."""
 
-    ids: Tensor  # [R * B, T], packed [R, T]
-    packed: Packed | None
+    ids: Tensor  # [R * B, T]
     at: At  # rows and columns of the P answer positions, run by run
     targets: Tensor  # [P] answer tokens
     weights: Tensor  # [R, P / R]: mean over positions of a row, mean over rows; 0 where a run has fewer positions
+    lengths: Tensor  # [R, B] tokens of each row; on the CPU
     activations: Tensor | None  # [L, P, D]
     soft: Tensor | None  # [P, k]
     soft_ids: Tensor | None  # [P, k]
     states: Tensor | None  # [L, P, D]
+    packed: Packed | None = None  # what keeps rows apart that stand in one line
     runs: Tensor | None = None  # [R] which of more runs these are; None: there are no others
     rows: Tensor | None = None  # [R, B, P / R] 1 where a position belongs to a row: losses are rounded row by row
 
     def tensors(self) -> list[Tensor]:
-        packed = (self.packed.mask, self.packed.places) if self.packed else ()
-        kept = self.activations, self.soft, self.soft_ids, self.states, self.runs, self.rows
-        return [t for t in (self.ids, *packed, *self.at, self.targets, self.weights, *kept) if t is not None]
+        """What a pass reads, on its device."""
+        found = [self.ids, *self.at, self.targets, self.weights]
+        kept = (self.activations, self.soft, self.soft_ids, self.states, self.runs, self.rows)
+        found += [tensor for tensor in kept if tensor is not None]
+        if self.packed is not None:
+            found += [self.packed.mask, self.packed.places]
+        return found
 
+    def of_runs(self, values: Tensor) -> Tensor:
+        """Those of values [R, …] that belong to the runs of this batch."""
+        return values if self.runs is None else values[self.runs]
 
-def collate(runs: list[list[Row]], device="cpu", pack: bool = False, by_row: bool = False) -> Batch:
-    """One batch of R lists of rows, shorter ones padded with empty rows; `pack`: no padding where it is worth it.
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device; what the teacher gave is there already."""
+        packed = self.packed
+        if packed is not None:
+            packed = Packed(send(packed.documents, device), send(packed.places, device))
+        return replace(
+            self,
+            ids=send(self.ids, device),
+            at=(send(self.at[0], device), send(self.at[1], device)),
+            targets=send(self.targets, device),
+            weights=send(self.weights, device),
+            packed=packed,
+            runs=None if self.runs is None else send(self.runs, device),
+            rows=None if self.rows is None else send(self.rows, device),
+        )
 
-    `by_row`: with `Batch.rows`.
-    """
-    R, B, device = len(runs), max(map(len, runs)), torch.device(device)
-    lengths = np.array([[*map(len, run), *[0] * (B - len(run))] for run in runs])
-    totals = lengths.sum(1)
-    pack = pack and totals.max() <= min(MOST_PACKED, WORTH_PACKING * B * lengths.max())
-    lines = np.arange(R)[:, None].repeat(B, 1) if pack else np.arange(R * B).reshape(R, B)
-    starts = lengths.cumsum(1) - lengths if pack else np.zeros_like(lengths)
-    ids = np.zeros((R, totals.max()) if pack else (R * B, lengths.max()), np.int64)
-    documents, places = np.full(ids.shape, -1), np.zeros_like(ids)
-    most = max(sum(len(row.answer) for row in run) for run in runs)
-    at, targets = np.zeros((2, R, most), np.int64), np.zeros((R, most), np.int64)
-    weights = np.zeros((R, most), np.float32)
-    belongs = np.zeros((R, B, most), np.float32)
-    at[0] = lines[:, :1]  # positions of no weight stay within the run
-    for r, run in enumerate(runs):
-        p = 0
-        for i, row in enumerate(run):
-            line, here = lines[r, i], slice(starts[r, i], starts[r, i] + lengths[r, i])
-            ids[line, here] = row.prompt + row.answer[:-1]
-            documents[line, here], places[line, here] = i, np.arange(lengths[r, i])
-            span = slice(p, p := p + len(row.answer))
-            at[0, r, span] = line
-            at[1, r, span] = here.start + len(row.prompt) - 1 + np.arange(len(row.answer))
-            targets[r, span] = row.answer
-            weights[r, span] = 1 / (len(row.answer) * len(run))
-            belongs[r, i, span] = 1
-
-    def there(array):
-        return send(torch.from_numpy(array), device)
-
-    packed = Packed(there(documents), there(places)) if pack else None
-    positions = there(at[0].reshape(-1)), there(at[1].reshape(-1))
-    kept = {"activations": 1, "soft": 0, "soft_ids": 0, "states": 1}  # along which dimension positions are
-    kept = (join_positions(runs, name, most, dim) for name, dim in kept.items())
-    batch = Batch(there(ids), packed, positions, there(targets.reshape(-1)), there(weights), *kept)
-    batch.rows = there(belongs) if by_row else None
-    return batch
+    def packed_as(self, ids: Tensor, at: At, packed: Packed) -> "Batch":
+        """The same rows in other lines."""
+        return replace(self, ids=ids, at=at, packed=packed)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -123,38 +106,46 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def in_batches(runs: list[list[Row]], device="cpu", by_row: bool = False) -> list[Batch]:
-    """R lists of rows as one batch or, where most of that would be padding, as several: their losses add up to its own.
+def collate(runs: list[list[Row]], by_row: bool = False) -> Batch:
+    """One right-padded batch of R lists of rows, shorter lists filled up with empty rows; on the CPU.
 
-    Rows of more than `FAR` times the median length leave it, and are batched with one another. `by_row`: one batch,
-    with `Batch.rows`.
+    `by_row`: with `Batch.rows`.
     """
-    if by_row:
-        return [collate(runs, device, pack=True, by_row=True)]
-    lengths = [len(row) for rows in runs for row in rows]
-    padded = len(runs) * max(map(len, runs)) * max(lengths)
-    lines = max(sum(map(len, rows)) for rows in runs)
-    if lines <= MOST_PACKED or padded <= max(TOGETHER, FAR * sum(lengths)):
-        return [collate(runs, device, pack=True)]
-    usual = FAR * float(np.median(lengths))
-    short = {r: [row for row in rows if len(row) <= usual] for r, rows in enumerate(runs)}
-    long = [(r, row) for r, rows in enumerate(runs) for row in rows if len(row) > usual]
-    parts = [{r: rows for r, rows in short.items() if rows}]
-    for group in by_length([len(row) for _, row in long], TOGETHER):
-        part = defaultdict(list)
-        for i in group:
-            r, row = long[i]
-            part[r].append(row)
-        parts.append(part)
-    return [portion(runs, part, device) for part in parts]
-
-
-def portion(runs: list[list[Row]], part: dict[int, list[Row]], device) -> Batch:
-    """The rows `part` of some of the runs; their weights are as among all rows of their run."""
-    batch = collate(list(part.values()), device, pack=True)
-    shares = torch.tensor([len(rows) / len(runs[r]) for r, rows in part.items()])
-    weights = batch.weights * shares[:, None].to(batch.weights.device)
-    return replace(batch, weights=weights, runs=torch.tensor(list(part), device=weights.device))
+    R = len(runs)
+    B = max(map(len, runs))
+    lengths = np.zeros((R, B), np.int64)
+    for r, rows in enumerate(runs):
+        lengths[r, : len(rows)] = [len(row) for row in rows]
+    P = max(sum(len(row.answer) for row in rows) for rows in runs)  # positions of a run
+    ids = np.zeros((R, B, lengths.max()), np.int64)
+    at_rows = np.repeat(np.arange(R)[:, None] * B, P, 1)  # positions of no weight stay within the run
+    at_columns = np.zeros((R, P), np.int64)
+    targets = np.zeros((R, P), np.int64)
+    weights = np.zeros((R, P), np.float32)
+    belongs = np.zeros((R, B, P), np.float32)
+    for r, rows in enumerate(runs):
+        p = 0
+        for b, row in enumerate(rows):
+            ids[r, b, : len(row)] = row.prompt + row.answer[:-1]
+            span = slice(p, p + len(row.answer))
+            at_rows[r, span] = r * B + b
+            at_columns[r, span] = len(row.prompt) - 1 + np.arange(len(row.answer))
+            targets[r, span] = row.answer
+            weights[r, span] = 1 / (len(row.answer) * len(rows))
+            belongs[r, b, span] = 1
+            p = span.stop
+    return Batch(
+        ids=torch.from_numpy(ids.reshape(R * B, -1)),
+        at=(torch.from_numpy(at_rows.reshape(-1)), torch.from_numpy(at_columns.reshape(-1))),
+        targets=torch.from_numpy(targets.reshape(-1)),
+        weights=torch.from_numpy(weights),
+        lengths=torch.from_numpy(lengths),
+        activations=join_positions(runs, "activations", P, dim=1),
+        soft=join_positions(runs, "soft", P, dim=0),
+        soft_ids=join_positions(runs, "soft_ids", P, dim=0),
+        states=join_positions(runs, "states", P, dim=1),
+        rows=torch.from_numpy(belongs) if by_row else None,
+    )
 
 
 def join_positions(runs: list[list[Row]], name: str, most: int, dim: int) -> Tensor | None:
@@ -178,3 +169,13 @@ def by_length(lengths: list[int], budget: int) -> list[list[int]]:
             groups.append([])
         groups[-1].append(i)
     return groups
+
+
+def over_groups(function: Callable[[list[int]], object], groups: list[list[int]], watch: Watch = None) -> list:
+    """`function` of every group of rows, in order; `watch` hears how many rows each had."""
+    found = []
+    for group in groups:
+        found.append(function(group))
+        if watch:
+            watch(len(group))
+    return found

@@ -1,4 +1,4 @@
-"""Batched greedy generation with a key/value cache; rows stop at EOS or at a stop text and leave the batch."""
+"""Batched greedy generation with a key/value cache; a row ends at EOS or at a stop text."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +11,28 @@ from torch import Tensor
 from .batch import Watch, by_length, send
 from .models.attention import Cache
 from .models.taps import Taps
-from .scale import ranks as parallel
-from .scale.graphs import RECORDERS, CapturedStep
 from .tokenizer import Tokenizer
 
 STOP = "\n\n"  # what separates demonstrations
-WORTH = 8  # tokens of a response from which on recording its steps pays
 PARTS = 4  # bytes of the longest character in UTF-8
+
+
+def as_it_is(function: Callable) -> Callable:
+    return function
+
+
+def everyone_stays(going: list[bool], runs: int) -> list[int] | None:
+    return None
+
+
+@dataclass(frozen=True)
+class DecodingHooks:
+    """Where scale/ hooks into decoding; a notebook needs none of it."""
+
+    wrap: Callable[[Callable], Callable] = as_it_is  # of the step that chooses a token: records it as a CUDA graph
+    static: bool = False  # whether the cache keeps its shape from the second token on: what a recorded step needs
+    who_stays: Callable[[list[bool], int], list[int] | None] = everyone_stays  # (which rows still go on, runs) -> the
+    # rows that stay in the batch; None: all
 
 
 @dataclass(frozen=True)
@@ -29,6 +44,7 @@ class Decoding:
     budget: int = 16384  # tokens of cache that a batch may hold
     layers: list[int] | None = None  # whose attention outputs the observer is told; None: all
     runs: int = 1  # R that the model computes side by side
+    hooks: DecodingHooks = DecodingHooks()
 
 
 class Response(NamedTuple):
@@ -53,23 +69,28 @@ def generate(
 
 def responses(model, tokenizer, prompts: list[list[int]], how: Decoding, watch=None, observer=None) -> list[Response]:
     """As `generate`, with every token that was chosen."""
-    groups = by_length([len(p) + how.max_tokens for p in prompts], how.budget // how.runs)
-    found = parallel.spread(lambda group: _batch(model, tokenizer, prompts, group, how, observer), groups, watch)
-    places = [run * len(prompts) + i for group in groups for run in range(how.runs) for i in group]
-    return [response for _, response in sorted(zip(places, sum(found, [])))]
+    groups = by_length([len(prompt) + how.max_tokens for prompt in prompts], how.budget // how.runs)
+    found = [Response([], [])] * (how.runs * len(prompts))
+    for group in groups:
+        decoded = decode_group(model, tokenizer, prompts, group, how, observer)
+        places = [run * len(prompts) + i for run in range(how.runs) for i in group]
+        for place, response in zip(places, decoded):
+            found[place] = response
+        if watch:
+            watch(len(group))
+    return found
 
 
 @torch.inference_mode()
-def _batch(model, tokenizer, prompts, group: list[int], how: Decoding, observer) -> list[Response]:
-    """Responses to the prompts of `group`, run by run. Ended rows leave; where steps are recorded, half at once."""
+def decode_group(model, tokenizer, prompts, group: list[int], how: Decoding, observer=None) -> list[Response]:
+    """Responses to the prompts of `group`, run by run: each step appends the likeliest token to every row."""
     network = getattr(model, "func", model)
     weight = network.model.embed_tokens.weight
     device = weight.device
-    static = device.type in RECORDERS and how.max_tokens >= WORTH  # steps are recorded
-    last = torch.tensor([len(prompts[i]) for i in group], device=device).repeat(how.runs) - 1
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompts[i]) for i in group], batch_first=True).to(device)
-    ids = ids.repeat(how.runs, 1)
-    cache = Cache(network.config, len(ids), ids.shape[1] + how.max_tokens, weight, static)
+    last = torch.tensor([len(prompts[i]) - 1 for i in group], device=device).repeat(how.runs)
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompts[i]) for i in group], batch_first=True)
+    ids = ids.to(device).repeat(how.runs, 1)
+    cache = Cache(network.config, len(ids), ids.shape[1] + how.max_tokens, weight, how.hooks.static)
 
     def forward(ids: Tensor, last: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [b, V] and attention outputs [L, b, D] at the `last` of the new tokens [b, T]."""
@@ -79,43 +100,39 @@ def _batch(model, tokenizer, prompts, group: list[int], how: Decoding, observer)
         cache.lengths += last + 1
         return logits, taps.stack() if taps else None
 
-    def decode() -> tuple[Tensor, Tensor | None]:
+    def step() -> tuple[Tensor, Tensor | None]:
+        """Append `tokens`, and put the next ones in their place."""
         logits, outputs = forward(tokens[:, None], torch.zeros_like(tokens))
         tokens.copy_(logits.argmax(-1))
         return logits, outputs
 
-    def recorded() -> Callable:
-        return CapturedStep(decode, device) if static else decode
-
     found = [Response([], []) for _ in ids]
+    rows = list(range(len(ids)))  # which response each row of the batch is
+    going = [True] * len(ids)
     logits, outputs = forward(ids, last)
-    tokens, going, step = logits.argmax(-1), list(enumerate(range(len(ids)))), recorded()
+    tokens = logits.argmax(-1)
+    next_step = how.hooks.wrap(step)
     for left in reversed(range(how.max_tokens)):
         chosen = tokens.tolist()
+        live = [place for place, goes_on in enumerate(going) if goes_on]
         if observer:
-            live = [row for row, _ in going]
-            rows = send(torch.tensor(live), device) if static else slice(None)  # a replay overwrites what it has given
-            observer([group[i] for _, i in going], [chosen[row] for row in live], logits[rows], outputs[:, rows])
-        going = [(row, i) for row, i in going if not ended(tokenizer, found[i], chosen[row], how.stop)]
-        if not going or not left:
+            here = slice(None) if len(live) == len(going) else send(torch.tensor(live), device)
+            numbers = [group[rows[place]] for place in live]
+            observer(numbers, [chosen[place] for place in live], logits[here], outputs[:, here])
+        for place in live:
+            going[place] = not ended(tokenizer, found[rows[place]], chosen[place], how.stop)
+        if not any(going) or not left:
             break
-        rows = staying([row for row, _ in going], len(tokens), how.runs)
-        if len(rows) <= (len(tokens) // 2 if static else len(tokens) - 1):
-            places = {row: place for place, row in enumerate(rows)}
-            going = [(places[row], i) for row, i in going]
-            rows = send(torch.tensor(rows), device)
-            cache.keep(rows)
-            tokens, step = tokens[rows], recorded()
-        logits, outputs = step()
+        staying = how.hooks.who_stays(going, how.runs)
+        if staying is not None:
+            rows = [rows[place] for place in staying]
+            going = [going[place] for place in staying]
+            kept = send(torch.tensor(staying), device)
+            cache.keep(kept)
+            tokens = tokens[kept]
+            next_step = how.hooks.wrap(step)
+        logits, outputs = next_step()
     return found
-
-
-def staying(going: list[int], rows: int, runs: int) -> list[int]:
-    """Which rows stay in a batch: those still going and, in runs with fewer of them, ended ones up to equal numbers."""
-    live, size = set(going), rows // runs
-    each = [sorted(range(run, run + size), key=lambda row: row not in live) for run in range(0, rows, size)]
-    most = max(len(live.intersection(run)) for run in each)
-    return [row for run in each for row in run[:most]]
 
 
 def ended(tokenizer: Tokenizer, response: Response, token: int, stop: str | None) -> bool:

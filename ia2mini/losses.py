@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import out_of_memory
-from .models.shard import through
 
 LOGITS = 2**25  # in memory at once: 128 MB in float32
 
@@ -109,11 +108,11 @@ class HeadDivergence(torch.autograd.Function):
         portion = max(1, LOGITS // len(head))
         values, gradients = [], []
         for x, t, i in zip(states.split(portion), teacher.split(portion), ids.split(portion)):
-            student = through(F.linear, x, head).float().log_softmax(-1)
+            student = F.linear(x, head).float().log_softmax(-1)
             values.append((t.exp() * (t - student.gather(1, i))).sum(-1))
             if ctx.needs_input_grad[0]:
                 of_logits = student.exp_().scatter_add_(1, i, -t.exp())
-                gradients.append(through(torch.mm, of_logits.to(x.dtype), head))
+                gradients.append(of_logits.to(x.dtype) @ head)
         ctx.save_for_backward(*gradients)
         return torch.cat(values)
 

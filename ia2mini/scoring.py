@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .adapters import Adapter, adapted
-from .batch import Batch, Row, Watch, by_length, collate
+from .batch import Batch, Row, Watch, by_length, collate, over_groups
 from .episode import with_demonstrations
 from .generate import Decoding, responses
 from .losses import cross_entropy, soft_cross_entropy
 from .metrics import asim, measure
 from .models.attention import Packed, Prefix
 from .models.taps import At, Taps, device_of
-from .scale import ranks as parallel
 from .tasks import Example
 from .tokenizer import Tokenizer
 
@@ -75,7 +74,7 @@ class LabelTree:
 
     def batch(self, prompts: list[list[int]], runs: int, device) -> tuple[Tensor, At, Packed | None]:
         """ids [R * B, T], positions (rows, columns) of 1 + branch tokens a row, and what keeps the branches apart."""
-        rows = collate([[Row(prompt + self.tokens, [0]) for prompt in prompts]] * runs, device)
+        rows = collate([[Row(prompt + self.tokens, [0]) for prompt in prompts]] * runs).to(torch.device(device))
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat(runs)[:, None]
         offsets = torch.arange(len(self.tokens) + 1, device=device)
         columns = lengths - 1 + offsets
@@ -160,7 +159,7 @@ def label_scores(
     groups = by_length(lengths[:tapped], budget)
     groups += [[tapped + i for i in group] for group in by_length(lengths[tapped:], budget)]
     order = torch.tensor(sum(groups, [])).argsort()
-    *found, taken = zip(*parallel.spread(scored, groups, watch))
+    *found, taken = zip(*over_groups(scored, groups, watch))
     top, confidence, log_probabilities = (torch.cat(parts, 1)[:, order] for parts in found)
     taken = [part for part in taken if part is not None]
     if how.like is not None:
@@ -178,7 +177,7 @@ def layer_asim(model: Callable, runs: list[list[Row]], budget: int = 4096, by_ro
     device = device_of(model)
 
     def alike(group: list[int]) -> Tensor:
-        batch = collate([[rows[i] for i in group] for rows in runs], device)
+        batch = collate([[rows[i] for i in group] for rows in runs]).to(device)
         taps = Taps(batch.at)
         model(batch.ids, taps=taps, logits=False)
         similar = asim(taps.stack(), batch.activations).unflatten(1, (len(runs), -1))  # [L, R, P / R]
@@ -187,7 +186,7 @@ def layer_asim(model: Callable, runs: list[list[Row]], budget: int = 4096, by_ro
         return (similar * (batch.weights > 0)).sum(-1)
 
     lengths = [max(map(len, rows)) + 1 for rows in zip(*runs)]
-    total = sum(parallel.spread(alike, by_length(lengths, budget // len(runs))))
+    total = sum(over_groups(alike, by_length(lengths, budget // len(runs))))
     counts = [len(rows) if by_row else sum(len(row.answer) for row in rows) for rows in runs]
     return (total / torch.tensor(counts, device=device)).T.cpu()
 
@@ -202,13 +201,13 @@ def answer_scores(
     """
 
     def scored(group: list[int]) -> Tensor:
-        batch = collate([[rows[i] for i in group]] * runs, device_of(model))
+        batch = collate([[rows[i] for i in group]] * runs).to(device_of(model))
         loss = model(batch.ids, logits=batch.at, head=partial(answer_loss, batch, ends))
         parts = loss.view(runs, -1).split([len(rows[i].answer) for i in group], 1)
         return -torch.stack([part.mean(1) for part in parts], 1).cpu()
 
     groups = by_length(list(map(len, rows)), max(1, budget // runs))
-    return torch.cat(parallel.spread(scored, groups), 1)[:, torch.tensor(sum(groups, [])).argsort()]
+    return torch.cat(over_groups(scored, groups), 1)[:, torch.tensor(sum(groups, [])).argsort()]
 
 
 def answer_loss(batch: Batch, ends: tuple[int, ...], states: Tensor, head: Tensor) -> Tensor:
@@ -242,11 +241,11 @@ def last_states(model: Callable, prompts: list[list[int]], budget: int = 4096) -
     """The state [Q, D] that the last token of each prompt gives to the head, float32 on the CPU."""
 
     def states(group: list[int]) -> Tensor:
-        batch = collate([[Row(prompts[i], [0]) for i in group]], device_of(model))
+        batch = collate([[Row(prompts[i], [0]) for i in group]]).to(device_of(model))
         return model(batch.ids, logits=batch.at, head=lambda states, head: states).float().cpu()
 
     groups = by_length([len(prompt) for prompt in prompts], budget)
-    found = torch.cat(parallel.spread(states, groups))
+    found = torch.cat(over_groups(states, groups))
     return found[torch.tensor(sum(groups, [])).argsort()]
 
 

@@ -7,11 +7,10 @@ from itertools import repeat
 import torch
 from torch import Tensor, nn
 
-from .batch import Row, Watch, by_length, collate, truth_row
+from .batch import Row, Watch, by_length, collate, over_groups, truth_row
 from .episode import Episode, with_demonstrations
-from .generate import STOP, Decoding, generate
+from .generate import STOP, Decoding, DecodingHooks, generate
 from .models.taps import Taps, device_of
-from .scale import ranks as parallel
 from .tasks import Example
 from .tokenizer import Tokenizer
 
@@ -26,6 +25,7 @@ class Asked:
     stop: str | None = STOP  # text at which a response ends, besides EOS
     budget: int = 4096  # tokens in one pass (of generation: a quarter of those in the cache)
     residual: bool = False  # also the residual stream after every attention
+    hooks: DecodingHooks = DecodingHooks()
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def respond(model, tokenizer, rows: list[Row], prompts: list[list[int]], asked: 
         for i, token, output, (log_probabilities, ids) in zip(live, tokens, outputs.unbind(1), soft):
             steps[i].append((token, output, log_probabilities, ids))
 
-    how, rest = Decoding(asked.max_tokens, asked.stop, 4 * asked.budget, asked.layers), []
+    how, rest = Decoding(asked.max_tokens, asked.stop, 4 * asked.budget, asked.layers, hooks=asked.hooks), []
     for i, (row, response) in enumerate(zip(rows, generate(model, tokenizer, prompts, how, watch, observer))):
         row.answer = (response + tokenizer.closing)[: asked.max_tokens]
         tokens, outputs, *soft = zip(*steps[i][: len(row.answer)])
@@ -115,7 +115,7 @@ def observe(model: Callable, rows: list[Row], prompts: list[list[int]], asked: A
     single = asked.max_tokens == 1
 
     def seen(group: list[int]) -> list[tuple]:
-        batch = collate([[Row(prompts[i], rows[i].answer) for i in group]], device_of(model))
+        batch = collate([[Row(prompts[i], rows[i].answer) for i in group]]).to(device_of(model))
         taps = Taps(batch.at, asked.layers, asked.residual)
         logits = model(batch.ids, taps=taps, logits=batch.at if single or asked.soft_k else False)
         sizes = [len(rows[i].answer) for i in group]
@@ -124,7 +124,7 @@ def observe(model: Callable, rows: list[Row], prompts: list[list[int]], asked: A
         return list(zip(answers, taps.stack().split(sizes, dim=1), *soft))
 
     groups = by_length([len(prompt) + len(row.answer) for prompt, row in zip(prompts, rows)], asked.budget)
-    for group, found in zip(groups, parallel.spread(seen, groups, watch)):
+    for group, found in zip(groups, over_groups(seen, groups, watch)):
         for i, (answer, outputs, soft, soft_ids) in zip(group, found):
             rows[i].answer = answer
             setattr(rows[i], "states" if asked.residual else "activations", outputs)

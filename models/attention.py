@@ -5,13 +5,12 @@ a layer through a `LayerCache` what its tokens see. B rows, T new tokens, H head
 S earlier keys.
 """
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from .shard import Weight, is_split, local
 
 Past = tuple[Tensor, Tensor]  # a prefix's keys and values of one layer, [1, K, S, E] each
 
@@ -72,11 +71,17 @@ class Packed:
     """
 
     def __init__(self, documents: Tensor, positions: Tensor, branches: bool = False):
+        self.documents = documents
         self.places = positions
-        same = documents[:, None, :, None] == documents[:, None, None, :]
-        if branches:
-            same = same | (documents == 0)[:, None, None, :]
-        self.mask = same.tril()  # [B, 1, T, T]
+        self.branches = branches
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """[B, 1, T, T], True where a token sees another."""
+        seen = self.documents[:, None, :, None] == self.documents[:, None, None, :]
+        if self.branches:
+            seen = seen | (self.documents == 0)[:, None, None, :]
+        return seen.tril()
 
     def positions(self, tokens: int, device) -> Tensor:
         return self.places
@@ -93,11 +98,10 @@ class Cache:
     With `static`, every call but the first attends to all slots under a mask: shapes stay, so it can be captured.
     """
 
-    def __init__(self, config, rows: int, capacity: int, like: Weight, static: bool = False):
+    def __init__(self, config, rows: int, capacity: int, like: Tensor, static: bool = False):
         """Room for `capacity` tokens of each row, in the dtype and on the device of `like`, a weight of the model."""
-        ranks = like.device_mesh.size() if is_split(like) else 1  # of a split one: each keeps its heads
-        shape = (rows, config.num_key_value_heads // ranks, capacity, config.head_dim)
-        self.keys = [local(like).new_zeros(shape) for _ in range(config.num_hidden_layers)]
+        shape = (rows, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros_like(k) for k in self.keys]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=like.device)
         self.filled, self.static = 0, static  # slots that any row may have written

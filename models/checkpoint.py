@@ -20,7 +20,7 @@ from ia2mini.files import check_name, is_there, read_json, write, write_text
 from ia2mini.files.hub import hub_errors, patiently
 from ia2mini.tokenizer import Tokenizer
 
-from . import llama, qwen3, shard
+from . import llama, qwen3
 from .layers import LLAMA3, Rope
 
 FAMILIES = {"llama": (llama.Config, llama.Llama), "qwen3": (qwen3.Config, qwen3.Qwen3)}
@@ -47,13 +47,11 @@ def load(
     device: str = "cpu",
     revision: str | None = None,
     check: bool = True,
-    mesh=None,
 ) -> tuple[nn.Module, Tokenizer]:
     """Load `name`, a folder, a short name ("qwen3-4b-base", "tiny") or a hub id: (model, tokenizer).
 
     The model is in evaluation mode with every weight frozen, in `dtype` on `device`; weights are streamed one tensor at
-    a time; none on "meta". `check`: none may be NaN or infinite. With a `mesh` of processes each reads and
-    keeps its part (shard.py). Raises UsageError for anything a user can mend.
+    a time; none on "meta". `check`: none may be NaN or infinite. Raises UsageError for anything a user can mend.
 
         model, tokenizer = load("tiny")
         logits = model(torch.tensor([tokenizer.encode("Text:a lovely film\\nLabel:")]))   # [1, T, V]
@@ -64,13 +62,10 @@ def load(
     where = {} if weightless else tensor_files(folder, config)  # before so many layers are made
     with torch.device("meta"):
         model = family(config)
-    if mesh is not None:
-        shard.check(config, mesh.size())
-        shard.join(model, mesh)
     if weightless:
         model.to(dtype)
     else:
-        fill(model, folder, where, dtype, torch.device(device), check, mesh)
+        fill(model, folder, where, dtype, torch.device(device), check)
     return model.eval().requires_grad_(False), Tokenizer.from_folder(folder)
 
 
@@ -249,7 +244,6 @@ def fill(
     dtype: torch.dtype,
     device: torch.device,
     check: bool,
-    mesh=None,
 ) -> None:
     """Give every parameter of `model` (on the meta device) its tensor. Raises UsageError naming the first misfit."""
     wanted = {name: p.shape for name, p in model.named_parameters()}
@@ -267,8 +261,8 @@ def fill(
                 stored = f"is {found.get_dtype()} of shape {found.get_shape()}"
                 asked = f"config.json asks for {list(shape)}, and {', '.join(STORED)} can be read"
                 raise UsageError(f"{where[name]}: tensor {name} {stored}; {asked}")
-            tensor = f.get_tensor(name).to(dtype) if mesh is None else shard.part(found, name, dtype, mesh)
-        if check and not torch.stack(shard.local(tensor).aminmax()).isfinite().all():  # NaN is both least and most
+            tensor = f.get_tensor(name).to(dtype)
+        if check and not torch.stack(tensor.aminmax()).isfinite().all():  # NaN is both least and most
             way = "use other weights, another --dtype, or --no-check to load them anyway"
             raise UsageError(f"{where[name]}: tensor {name} holds NaN or infinity; {way}")
         owner, _, leaf = name.rpartition(".")

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .shard import is_split, local, through
-
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of `Rope.scaling`
 Rotation = tuple[Tensor, Tensor]  # cos and signed sin of positions, [(B, 1,) T, E] each
 
@@ -59,7 +57,7 @@ class Linear(nn.Linear):
         return self.base(x) if self.adapter is None else self.adapter(self.base, x)
 
     def base(self, x: Tensor) -> Tensor:
-        return F.linear(x, local(self.weight), local(self.bias))
+        return F.linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):
@@ -68,17 +66,14 @@ class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         """No draw: on the meta device it would import torch's compiler, a second at every start."""
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return through(F.embedding, ids, self.weight)
-
 
 class Head(nn.Linear):
     """The map to logits, without a seam."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dim() == 2 and 6 <= len(x) <= 16 and not is_split(self.weight):
+        if x.device.type == "cpu" and x.dim() == 2 and 6 <= len(x) <= 16:
             return (self.weight @ x.mT).mT  # a batch that decodes: up to twice as fast so
-        return through(F.linear, x, self.weight)
+        return F.linear(x, self.weight)
 
 
 @dataclass(frozen=True)

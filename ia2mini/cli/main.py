@@ -323,5 +323,3 @@ def tasks(name, model, revision, n, data_dir, **own):
         count = len(tokenizer.encode(e.prompt)), len(tokenizer.encode_answer(e.prompt, e.answer, e.label is None))
         click.secho(f"{role}: {count[0]} tokens, answer {count[1]}", dim=True)
         click.echo(click.style(plain(e.prompt), fg=color) + click.style(plain(e.answer), fg="green", bold=True) + "\n")
-
-

@@ -9,107 +9,90 @@ import platform
 import resource
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import UsageError
 from ..errors import out_of_memory
-from ..files import finite, is_there, read_sealed, sealed, write, write_json
-from ..scale import ranks as parallel
+from ..files import finite, is_there, read_json, write, write_json
+from ..scale import ranks
 
 
-class RunFolder:
-    """The folder that `what` makes: tensors and texts computed once, seconds per stage over all its sessions."""
+class Store:
+    """A folder in which tensors and texts are computed once, and the seconds of each stage over all its sessions."""
 
     def __init__(self, out: Path, name: str, what: dict):
         """Open `out`/`name`-<digest of `what`>; nothing is written yet."""
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
-        self.path, self.whole = out / f"{name}-{key}", set()  # stamps of files that were checked
+        self.path = out / f"{name}-{key}"
         nothing = {"seconds": {}, "seconds_by_phase": {}, "peak_memory_bytes": 0}
-        self.spent: dict = self.kept(self.path / "seconds.json", read_sealed) or nothing
+        self.spent = nothing | (self.read(self.path / "seconds.json", read_json) or {})
+
+    def tensors(self, name: str) -> dict[str, Tensor] | None:
+        """The tensors that were kept under a name, on the CPU; None where there are none."""
+        path = self.path / f"{name}.safetensors"
+        return ranks.first(lambda: self.read(path, load_file))
+
+    def keep(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Keep tensors under a name; as they are kept, on the CPU."""
+        path = self.path / f"{name}.safetensors"
+        kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        if ranks.chief:
+            write(path, lambda temporary: save_file(kept, temporary))
+        return kept
 
     def once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors of file `name`: read if they are there, else made and saved. On the CPU either way."""
-        path = self.path / f"{name}.safetensors"
-        read = load_file if stamp(path) in self.whole else read_tensors
-        if (kept := parallel.first(lambda: self.kept(path, read))) is None:
-            kept = {key: tensor.detach().cpu().contiguous() for key, tensor in make().items()}
-            if parallel.writes():
-                about = {"sha256": digest(kept, path)}
-                write(path, lambda temporary: save_file(kept, temporary, metadata=about))
-                kept = load_file(path)
-        self.whole.add(stamp(path))
+        """The tensors of a name: as they are kept, else made and kept."""
+        kept = self.tensors(name)
+        if kept is None:
+            kept = self.keep(name, make())
         return kept
 
-    def json_once(self, name: str, make: Callable[[], dict]) -> dict:
-        """The content of JSON file `name`: read if it is there, else made and saved. Raises UsageError."""
-        path = self.path / name
-        if (kept := parallel.first(lambda: self.kept(path, read_sealed))) is None:
-            kept = finite(make())
-            parallel.first(lambda: write_json(path, sealed(path, kept)))
-        return kept
+    def json(self, name: str) -> dict | None:
+        """The content of the JSON file `name`; None where it is not there."""
+        return ranks.first(lambda: self.read(self.path / name, read_json))
 
-    def kept(self, path: Path, read: Callable):
+    def keep_json(self, name: str, content: dict) -> dict:
+        content = finite(content)
+        if ranks.chief:
+            write_json(self.path / name, content)
+        return content
+
+    def read(self, path: Path, reader: Callable):
         """What a file holds; None where it is not there, or damaged: then it is set aside, with a warning."""
         try:
-            return read(path) if is_there(path) else None
+            return reader(path) if is_there(path) else None
         except (UsageError, SafetensorError, OSError) as error:
             if out_of_memory(error):
                 raise
-            path.replace(aside := path.with_name(f"{path.name}.bad"))
+            aside = path.with_name(f"{path.name}.bad")
+            path.replace(aside)
             reason = str(error).removeprefix(f"{path}: ")
             warnings.warn(f"{path}: damaged ({reason}); set aside as {aside.name} and computed again", stacklevel=3)
             return None
 
     @contextmanager
-    def stage(self, name: str, phase: str):
+    def stage(self, name: str, phase: str) -> Iterator[None]:
         """Count the seconds of the block, and the peak memory so far, towards stage `name` and its `phase`."""
         start = time.perf_counter()
         try:
             yield
         finally:
             took = time.perf_counter() - start
-            for kind, key in (("seconds", name), ("seconds_by_phase", phase)):
-                self.spent[kind][key] = self.spent[kind].get(key, 0.0) + took
+            by_phase = self.spent["seconds_by_phase"]
+            seconds = self.spent["seconds"]
+            by_phase[phase] = by_phase.get(phase, 0.0) + took
+            seconds[name] = seconds.get(name, 0.0) + took
             self.spent["peak_memory_bytes"] = max(self.spent["peak_memory_bytes"], peak_memory())
-            if parallel.chief:
-                path = self.path / "seconds.json"
-                write_json(path, sealed(path, self.spent))
-
-
-def stamp(path: Path) -> tuple | None:
-    """What changes with a file's content, without reading it; None where there is no file."""
-    try:
-        about = path.stat()
-    except OSError:
-        return None
-    return path, about.st_ino, about.st_size, about.st_mtime_ns
-
-
-def digest(tensors: dict[str, Tensor], path: Path) -> str:
-    """sha256 over names, shapes, dtypes and bytes, and the file's place: another file's content is no better."""
-    found = hashlib.sha256("/".join(path.parts[-2:]).encode())
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that `RunFolder.once` wrote. Raises SafetensorError, or UsageError for other content."""
-    with safe_open(path, "pt") as file:
-        expected = (file.metadata() or {}).get("sha256")
-    tensors = load_file(path)
-    if digest(tensors, path) != expected:
-        raise UsageError(f"{path}: its content is not what was written")
-    return tensors
+            if ranks.chief:
+                write_json(self.path / "seconds.json", self.spent)
 
 
 def peak_memory() -> int:
@@ -123,7 +106,8 @@ def peak_memory() -> int:
 def versions() -> dict[str, str]:
     """What computed the results: Python, packages, processor."""
     found = {"python": platform.python_version(), "machine": platform.machine(), "torch": torch.__version__}
-    found |= {package: version(package) for package in ("ia2mini", "tokenizers", "safetensors", "numpy")}
+    for package in ("ia2mini", "tokenizers", "safetensors", "numpy"):
+        found[package] = version(package)
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     if torch.are_deterministic_algorithms_enabled():
@@ -134,7 +118,9 @@ def versions() -> dict[str, str]:
 def checkpoint_digest(folder: Path) -> str:
     """sha256 over a checkpoint's config, tokenizer and weights (a hub cache's files are named by their sha256)."""
     digest = hashlib.sha256()
-    for file in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors") and p.is_file()):
+    for file in sorted(folder.iterdir()):
+        if file.suffix not in (".json", ".safetensors") or not file.is_file():
+            continue
         target = file.resolve()
         if target.parent.name == "blobs" and len(target.name) == 64:
             digest.update(target.name.encode())

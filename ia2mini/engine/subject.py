@@ -1,7 +1,5 @@
 """The model that a command or a notebook works with, and how it is opened by name."""
 
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +9,6 @@ from torch import nn
 from .. import UsageError
 from ..files import check_text, plain
 from ..models.checkpoint import SHORT_NAMES, TINY, load, locate
-from ..scale import ranks as parallel
-from ..scale.graphs import RECORDERS
 from ..tokenizer import Tokenizer
 
 
@@ -52,35 +48,15 @@ def usable(device: str | None) -> str:
     return device
 
 
-def share(device: str) -> tuple:
-    """The mesh of all processes, which compute the same from here on, and the device of this one. Raises UsageError."""
-    parallel.start()
-    count, kind = parallel.share(), torch.device(device).type
-    if kind == "cuda":
-        torch.cuda.set_device(device := f"cuda:{os.environ['LOCAL_RANK']}")
-        parallel.watch = parallel.Watch()
-        parallel.watch.start()
-    from torch.distributed.device_mesh import init_device_mesh
-
-    RECORDERS.clear()  # no CUDA graphs: what the processes say to one another has not been tried in one
-    if not parallel.chief:
-        sys.stdout = open(os.devnull, "w")
-    return init_device_mesh(kind, (count,)), device
-
-
-def open_subject(
-    model: str = "tiny", device=None, dtype=None, revision=None, check: bool = True, weights: bool = True, shard=False
-) -> Subject:
+def open_subject(model: str = "tiny", device=None, dtype=None, revision=None, check: bool = True) -> Subject:
     """The model of a folder, hub id or short name; on a GPU if there is one, there in bfloat16. Raises UsageError.
 
-    `check`: no weight may be NaN or infinite. Without `weights` only its shape: nothing large is read or downloaded.
-    With `shard` it is split over the processes of torchrun.
+    `check`: no weight may be NaN or infinite.
     """
-    device, folder = usable(device), locate(model, revision, weights)
+    device, folder = usable(device), locate(model, revision)
     check_text(str(folder.resolve()), "the folder", "give it, and those above it, names in UTF-8")
     dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
-    mesh, device = share(device) if shard else (None, device)
-    network, tokenizer = load(folder, dtype, device if weights else "meta", check=check, mesh=mesh)
+    network, tokenizer = load(folder, dtype, device, check=check)
     local = folder == TINY or Path(model).is_dir()
     name = plain(folder.resolve().name if local else model.replace("/", "--"), "")
     base = SHORT_NAMES.get(model.lower(), model)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from . import UsageError, parallel
+from .. import UsageError
 
 # control characters, marks that turn the direction of text, line and paragraph ends of Unicode, halves of surrogates
 HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -83,10 +83,8 @@ def read_json(path: Path) -> dict:
 def write(path: Path, writer: Callable[[Path], object]) -> None:
     """Run `writer(temporary path)` beside `path`, then rename: the file is whole or not there. Raises UsageError.
 
-    What killed processes had begun of it is swept. Of processes that compute the same the first writes.
+    What killed processes had begun of it is swept.
     """
-    if not parallel.writes():
-        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path)

@@ -7,8 +7,7 @@ what learns from the teacher alone stops by its own loss on a few rows of the fo
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from itertools import accumulate, product
@@ -18,19 +17,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import UsageError
-from ..adapters import adapted, make_adapter
+from ..adapters import adapted
 from ..batch import Row, truth_row
-from ..engine.options import FitOptions, last_phase, phases
+from ..engine.adapter import make_adapter
+from ..engine.experiment import make_trainer
+from ..engine.options import FitOptions, last_phase, losses_of
 from ..engine.subject import Subject
 from ..episode import Episode, balanced, draw_folds, seeded, with_demonstrations
 from ..generate import STOP, Decoding
-from ..methods import BEGINS_WITH, METHODS, Grid
+from ..methods import METHODS, STARTS_FROM, Grid
 from ..models.taps import device_of
-from ..scale import ranks as parallel
+from ..scale import ranks
+from ..scale.decode import fast_decoding
+from ..scale.graphs import recorded
+from ..scale.pack import in_batches
 from ..scoring import Scoring, answer_scores, answer_texts, label_scores, last_states, share_prefix
 from ..tasks import Example, Task, same_answer
 from ..teacher import Asked, label_tokens_at_most, observe, teach
-from ..train import Settings, Trained, warn_of_failed
+from ..train import Hooks, Settings, State, Trained, go_on, warn_of_failed
 from .looks import Looks, failures
 from .probe import probe_scores
 from .selection import Candidate, Selection, Tried
@@ -106,11 +110,19 @@ class CrossValidation:
         taken = accumulate(self.tokens(f"{e.prompt}{e.answer}\n\n") for e in shown)
         return [example for example, tokens in zip(shown, taken) if needed + tokens <= self.subject.reads]
 
-    @contextmanager
-    def training(self, about: tuple[str, int, int]) -> Iterator[Callable]:
-        phase, runs, steps = about
-        with self.bar(f"training {phase}{self.estimate()}", steps) as bar:
-            yield lambda step, losses: bar.update(step - bar.n)
+    def train_phase(self, grid: Grid, method: str, first: Trained | None, after_look: Callable = go_on) -> Trained:
+        """One method on a grid, from the phase `first` that it starts from."""
+        rows = len(grid.sets[0].train) if last_phase(method) == "sft" else len(grid.sets[0].icl_train)
+        steps = grid.settings.steps or grid.settings.epochs * math.ceil(rows / grid.settings.batch_size)
+        with self.bar(f"training {method}{self.estimate()}", steps) as bar:
+
+            def looked(state: State) -> bool:
+                bar.update(state.step - bar.n)
+                return after_look(state)
+
+            hooks = Hooks(in_batches, partial(recorded, device=device_of(self.subject.model)), looked)
+            grid = replace(grid, hooks=hooks)
+            return METHODS[method](grid) if first is None else METHODS[method](grid, first)
 
     def estimate(self) -> str:
         """How long all training will take, if that is minutes: from the seconds that scoring the base has taken."""
@@ -118,7 +130,7 @@ class CrossValidation:
             return ""
         self.estimated = True
         o, folds = self.options, len(self.folds)
-        phases = {*o.methods, *(BEGINS_WITH[name] for name in o.methods if name in BEGINS_WITH)}
+        phases = {*o.methods, *(STARTS_FROM[name] for name in o.methods if name in STARTS_FROM)}
         passes = 3 * (folds - 1) + 1  # over all rows in an epoch: forward and backward in all folds but one; scoring
         epoch = self.seconds * passes * len(self.rates) * len(phases)
         least, most = epoch * min(o.epochs, o.patience + 1), epoch * o.epochs
@@ -129,17 +141,26 @@ class CrossValidation:
     def grid(self, episodes: list[Episode], rates) -> Grid:
         """Every episode with every rate, after the teacher's pass over them."""
         o, subject = self.options, self.subject
-        needed, settings = phases(o.methods), Settings(o.batch_size, o.epochs, o.patience, self.layers)
+        needed, settings = losses_of(o.methods), Settings(o.batch_size, o.epochs, o.patience, self.layers)
         soft_k = SOFT_K if "soft" in needed else None
-        asked = Asked(self.max_tokens, soft_k, self.layers, self.stop, residual="hidden" in needed)
+        asked = Asked(
+            self.max_tokens,
+            soft_k,
+            self.layers,
+            self.stop,
+            residual="hidden" in needed,
+            hooks=fast_decoding(device_of(subject.model), self.max_tokens),
+        )
         with self.bar("collecting", sum(len(e.demonstrations) for e in episodes)) as bar:
             told = partial(teach, subject.model, subject.tokenizer, asked=asked, watch=bar.update)
-            sets = parallel.spread(told, episodes)
-        return Grid(subject.model, self.adapter, sets, rates, seed=o.seed, settings=settings, progress=self.training)
+            sets = ranks.spread(told, episodes)
+        return Grid(
+            subject.model, self.adapter, sets, rates, seed=o.seed, settings=settings, trainer=make_trainer(None)
+        )
 
     @cached_property
     def fold_grid(self) -> Grid:
-        return replace(self.grid(self.folds, self.rates), first=self.trained)
+        return self.grid(self.folds, self.rates)
 
     @property
     def whole_grid(self) -> Grid:
@@ -167,7 +188,7 @@ class CrossValidation:
 
     def train(self, method: str) -> Trained:
         if last_phase(method) != "sft":
-            return METHODS[method](self.fold_grid)
+            return self.train_phase(self.fold_grid, method, self.first_phase(method))
         losses = self.selection.losses(self.tried(method))
         epochs = []
         for fold in range(len(self.folds)):
@@ -179,10 +200,15 @@ class CrossValidation:
         """All folds × rates of a method that ends with true answers, each for its number of `epochs` [R]."""
         steps = epochs * self.epoch_steps
 
-        def goes_on(step: int, runs: Tensor, theta: Tensor) -> Tensor:
-            return step < steps[runs]
+        def until_its_epochs(state: State) -> bool:
+            state.going &= state.step < steps[state.index]
+            return False
 
-        return METHODS[method](replace(self.whole_grid, after_look=goes_on))
+        return self.train_phase(self.whole_grid, method, self.first_phase(method), until_its_epochs)
+
+    def first_phase(self, method: str) -> Trained | None:
+        """What a method starts from."""
+        return self.trained(STARTS_FROM[method]) if method in STARTS_FROM else None
 
     def warn(self, method: str, found: Trained) -> None:
         """Note which runs had a loss that is not finite. Raises UsageError where no rate is left."""
@@ -230,10 +256,10 @@ class CrossValidation:
     def held_out(self, name: str) -> Tensor:
         """What `name` says of every row that its fold held out, [epochs, rates, n, C]; of base and icl [1, 1, n, C]."""
         if name in METHODS and last_phase(name) == "sft":
-            if name in BEGINS_WITH:
-                self.trained(BEGINS_WITH[name])  # its bar comes first
+            if name in STARTS_FROM:
+                self.trained(STARTS_FROM[name])  # its bar comes first
             looks = Looks(self.adapted_scores, self.selection, len(self.rates), self.epoch_steps)
-            METHODS[name](replace(self.whole_grid, after_look=looks))
+            self.train_phase(self.whole_grid, name, self.first_phase(name), looks)
             return looks.gathered()
         theta = None
         if name in METHODS:
@@ -246,7 +272,7 @@ class CrossValidation:
                     return self.untrained_scores(name, number)
                 return self.adapted_scores(number, theta[number])
 
-            parts = parallel.spread(scored, range(len(self.folds)))
+            parts = ranks.spread(scored, range(len(self.folds)))
         return torch.cat(parts, 1)[None, :, self.places]
 
     def tried(self, name: str) -> Tried:
@@ -270,7 +296,10 @@ class CrossValidation:
     def texts(self, candidate: Candidate) -> tuple[list[str], list[float]]:
         """What a candidate answers to every held-out row, greedily, and how sure it is."""
         theta = self.weights(candidate) if candidate.name in METHODS else None
-        tokenizer, how = self.subject.tokenizer, Decoding(self.max_tokens, self.stop)
+        tokenizer, how = (
+            self.subject.tokenizer,
+            Decoding(self.max_tokens, self.stop, hooks=fast_decoding(device_of(self.subject.model), self.max_tokens)),
+        )
         with self.bar(f"answers of {candidate.name}", len(self.rows)) as bar:
 
             def answers(number: int) -> tuple:
@@ -282,7 +311,7 @@ class CrossValidation:
                 student, prompts = share_prefix(model, tokenizer, shown, texts)
                 return answer_texts(student, tokenizer, prompts, how, bar.update)
 
-            parts = parallel.spread(answers, range(len(self.folds)))
+            parts = ranks.spread(answers, range(len(self.folds)))
         said, sure = (sum(part, []) for part in zip(*parts))
         return [said[i] for i in self.places], [sure[i] for i in self.places]
 
@@ -313,8 +342,9 @@ class CrossValidation:
         rng = seeded(o.seed, len(self.folds), "final")
         shown = [self.shown(rows, rng, row) for row in rows]
         everything = Episode(rows, [], shown, [], **self.unlabelled(len(self.folds), rows))
-        grid, first = self.grid([everything], [self.rates[rate]]), {}
-        for method in filter(None, (BEGINS_WITH.get(winner.name), winner.name)):
+        grid = self.grid([everything], [self.rates[rate]])
+        found = None
+        for method in filter(None, (STARTS_FROM.get(winner.name), winner.name)):
             if last_phase(method) == "sft":
                 epochs = winner.epoch + 1
                 if method != winner.name:
@@ -325,8 +355,9 @@ class CrossValidation:
                 epochs = self.mean_steps(method, rate) / then
                 now = math.ceil((len(rows) + len(self.more)) / o.batch_size)
             settings = replace(grid.settings, steps=max(1, round(epochs * now)))
-            first[method] = METHODS[method](replace(grid, settings=settings, first=first.get))
-        if not (theta := first[winner.name].theta).isfinite().all():
+            found = self.train_phase(replace(grid, settings=settings), method, found)
+        theta = found.theta
+        if not theta.isfinite().all():
             mend = "use lower --rates or --dtype float32"
             raise UsageError(f"{winner.name} at rate {self.rates[rate]:g} diverged when trained on every row; {mend}")
         return theta

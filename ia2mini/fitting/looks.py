@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from ..metrics import row_losses
-from ..scale import ranks as parallel
-from ..train import Trained
+from ..scale import ranks
+from ..train import State, Trained
 from .selection import Selection, best_epoch
 
 
 class Looks:
-    """A `Runs.after_look` of all folds × rates: keeps what each run says of its fold's held-out rows after an epoch.
+    """An `after_look` hook of all folds × rates: keeps what each run says of its fold's held-out rows after an epoch.
 
     A rate trains until the mean loss of held-out rows has not improved for `patience` epochs. Each choice that is made
     later leaves out the rows of one or two folds; it waits for the mean loss over the rows of the others, too, so that
@@ -33,17 +33,22 @@ class Looks:
         subsets = [[fold for fold in folds if fold not in gone] for gone in left_out]
         return [list(folds), *filter(None, subsets)]
 
-    def __call__(self, step: int, runs: Tensor, theta: Tensor) -> Tensor:
-        """Score the held-out rows of `runs` with `theta` [r, M]; which runs go on, [r] bool."""
-        epoch = step // self.epoch_steps - 1
-        folds, rates = runs // self.rates, runs % self.rates
+    def __call__(self, state: State) -> bool:
+        """Score the held-out rows of the runs still going, and end those of rates that no longer gain."""
+        epoch = state.step // self.epoch_steps - 1
+        going = state.going.nonzero()[:, 0]
+        runs = state.index[going]
+        folds = runs // self.rates
+        rates = runs % self.rates
+        theta = state.theta.detach()[going.to(state.theta.device)]
         for fold in folds.unique().tolist():
             here = folds == fold
             found = self.score(fold, theta[here.to(theta.device)])
             found = torch.where(found.isfinite().all(-1, keepdim=True), found, -torch.inf)
             self.note(epoch, rates[here], self.selection.folds[fold], found)
-        going = [self.goes_on(epoch, rate) for rate in range(self.rates)]
-        return torch.tensor(going)[rates]
+        goes_on = torch.tensor([self.goes_on(epoch, rate) for rate in range(self.rates)])
+        state.going[going] = goes_on[rates]
+        return False
 
     def note(self, epoch: int, rates: Tensor, rows: list[int], found: Tensor) -> None:
         while len(self.scores) <= epoch:
@@ -68,7 +73,7 @@ class Looks:
 
     def gathered(self) -> Tensor:
         """What the runs of all processes have said, [epochs, rates, n, C]."""
-        parts = parallel.gather(torch.stack(self.scores) if self.scores else None)
+        parts = ranks.gather(torch.stack(self.scores) if self.scores else None)
         parts = [part for part in parts if part is not None]
         whole = torch.full_like(max(parts, key=len), torch.nan)
         for part in parts:

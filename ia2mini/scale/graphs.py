@@ -6,14 +6,17 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import torch
+from torch import nn
 
 from ..batch import Batch
-from ..cost import RANK, Pass
 from ..errors import out_of_memory
+from ..train import Runs, Settings
 
 OFTEN = 1  # calls of a shape before it is recorded: these also have libraries set themselves up
 MOST = 8  # recordings of one function: each keeps a batch, and a graph of thousands of kernels
-LAUNCH, RATE = 5e-6, 4e14  # seconds to launch a kernel, FLOP/s of a step: assumed, to be measured on a GPU
+LAUNCH = 5e-6  # seconds to launch a kernel: assumed, to be measured on a GPU
+RATE = 4e14  # FLOP/s of a step: assumed, to be measured on a GPU
+KERNELS = 170  # of a layer in a training step with LoRA, counted for Qwen3 in bfloat16
 COUNTED: Counter = Counter()  # calls, recordings and replays of all steps where there is a recorder
 
 
@@ -51,13 +54,26 @@ class CudaRecorder:
 RECORDERS: dict[str, type] = {"cuda": CudaRecorder}  # device type -> what can record there
 
 
-def launch_bound(config, batch: Batch) -> bool:
-    """Whether a training step on `batch` is recorded and takes longer to launch than to compute, by `cost`."""
-    if batch.ids.device.type not in RECORDERS:
+def recorded(function: Callable, device: torch.device) -> Callable:
+    """`function` as it is, or where steps can be recorded a `CapturedStep` of it: a `wrap` hook of the loop."""
+    return CapturedStep(function, device) if device.type in RECORDERS else function
+
+
+def launch_bound(model: nn.Module, runs: Runs, settings: Settings) -> bool:
+    """Whether a training step is recorded and takes longer to launch than to compute.
+
+    Then ended runs leave by halves, since every new shape is recorded anew.
+    """
+    weight = model.model.embed_tokens.weight
+    if weight.device.type not in RECORDERS:
         return False
-    rows, tokens = batch.ids.shape
-    step = Pass(rows, tokens, len(batch.targets), True, True, RANK).cost(config)
-    return step.kernels * LAUNCH > step.flops / RATE
+    config = model.config
+    block = sum(weights.numel() for weights in model.model.layers[0].parameters())
+    longest = max(len(row) for rows in runs.train for row in rows)
+    tokens = len(runs) * min(settings.batch_size, len(runs.train[0])) * longest
+    operations = 4 * tokens * block * config.num_hidden_layers  # forward, and the gradient of every input
+    kernels = KERNELS * config.num_hidden_layers
+    return kernels * LAUNCH > operations / RATE
 
 
 class CapturedStep:
@@ -66,14 +82,17 @@ class CapturedStep:
     The function changes tensors in place, the same ones every time, and brings no value back from the device. Its
     result is overwritten by the next call; so is the batch that was recorded, when others of its shape follow. Where
     there is no recorder the function is called as it is; where recording fails too, with a warning, and nothing is
-    recorded there again. Where memory runs out in recording, torch.OutOfMemoryError says so to callers that can do with
-    `fewer` runs; others go on with what is recorded.
+    recorded there again. Where memory runs out in recording a batch of several runs, torch.OutOfMemoryError says so:
+    fewer runs may do. With one run, or none, what is recorded already has to do.
     """
 
-    def __init__(self, function: Callable, device: torch.device, fewer: bool = False):
-        self.function, self.device, self.fewer, self.most = function, device, fewer, MOST
+    def __init__(self, function: Callable, device: torch.device):
+        self.function = function
+        self.device = device
+        self.most = MOST
         self.recorder: Callable | None = None
-        self.calls, self.recordings = Counter(), {}
+        self.calls: Counter = Counter()
+        self.recordings: dict = {}
 
     def __call__(self, *batches: Batch):
         if self.device.type not in RECORDERS:
@@ -102,7 +121,7 @@ class CapturedStep:
         except RuntimeError as error:
             if out_of_memory(error):  # or what it followed: ending a capture that failed fails too
                 self.most = len(self.recordings)
-                if self.fewer:
+                if batches and len(batches[0].weights) > 1:
                     raise torch.OutOfMemoryError(str(error)) from None
                 return
             self.recordings.clear()

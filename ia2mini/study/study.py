@@ -1,35 +1,38 @@
 """A study: tasks × N on one model; the records of all runs, and what is saved of them."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
-from itertools import combinations, groupby, product
-from operator import attrgetter
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 
-import torch
-from tqdm import tqdm
-
-from .. import UsageError, __version__
-from ..adapters import LoRA, unpack
-from ..cost import Cell, Cost, gemm_rate
-from ..engine.options import UNTRAINED, Options
-from ..engine.peft import save_adapter
-from ..engine.store import RunFolder, checkpoint_digest, versions
+from .. import __version__
+from ..engine.experiment import Experiment, in_order, make_trainer, train_all
+from ..engine.options import UNTRAINED, Options, losses_of
+from ..engine.progress import Progress, silent
+from ..engine.select import reported
+from ..engine.store import Store, checkpoint_digest, versions
 from ..engine.subject import Subject
-from ..episode import with_demonstrations
-from ..experiment import Experiment
-from ..files import finite, read_json, write_json
-from ..methods import BEGINS_WITH, METHODS
-from ..metrics import accuracy, measure, subspace_overlap
-from ..report.summary import at_config, chosen, summarise
-from ..scale import ranks as parallel
-from ..scale.graphs import RATE
-from ..sets import Setting
-from ..tasks import Task, find_task, load_examples
-
-COMPILING = 60  # seconds that compiling is assumed to take on a GPU, to be measured
-SHOWN = 10  # right and wrong rows that the page shows of each task
+from ..episode import draw_episode
+from ..files import finite, write_json
+from ..generate import STOP
+from ..models.taps import device_of
+from ..report.summary import summarise
+from ..scale import ranks
+from ..scale.decode import fast_decoding
+from ..scale.pack import in_batches, in_one_batch
+from ..tasks import Task
+from ..teacher import Asked
+from ..train import Settings
+from .cells import Cell, lay_out
+from .records import (
+    overlaps,
+    pick,
+    sample,
+    save_adapters,
+    score_records,
+    training_records,
+    untrained_runs,
+)
+from .scoring import score_all, temperatures
 
 
 def compare(
@@ -39,222 +42,134 @@ def compare(
     out: Path,
     data_dir: Path | None = None,
     side_by_side: int | None = None,
-    bar: Callable = lambda label, total: tqdm(disable=True),
+    bar: Callable = silent,
+    draw: Callable = draw_episode,
 ) -> tuple[dict, Path]:
     """Run every task at every N; (results document, run folder), with results and adapters saved in the folder.
 
     The folder lies in `out` and is found again by the same options, data, checkpoint and version of this package: an
     interrupted study goes on there. `write_report` makes its tables and figures. Raises UsageError.
     """
-    return carry_out(*open_study(tasks, subject, options, out, data_dir, side_by_side, bar))
+    cells = lay_out(tasks, subject, options, data_dir, draw)
+    store, config = open_folder(cells, out, draw)
+    progress = Progress(bar, phases=sum(map(count_phases, cells)))
+    trainer = make_trainer(side_by_side)
+    found: dict[str, list] = {"runs": [], "training": [], "overlap": [], "adapters": [], "samples": []}
+    for cell in cells:
+        for key, records in run_cell(cell, experiment_of(cell, store, progress, trainer)).items():
+            found[key] += records
+    document = {"cells": summarise(found["runs"], options.select)}
+    document.update(store.spent)
+    document.update(found)
+    document["config"] = config
+    document["versions"] = versions()
+    document = finite(document)
+    if ranks.chief:
+        write_json(store.path / "results.json", document)
+    return document, store.path
 
 
-def carry_out(experiments: list[Experiment], config: dict) -> tuple[dict, Path]:
-    """Run what `open_study` has opened: `compare`'s document and folder."""
-    options, folder = experiments[0].setting.options, experiments[0].setting.folder
-    cells = [list(variants) for _, variants in groupby(experiments, attrgetter("name"))]  # what they share is together
-    experiments.clear()  # what they hold leaves memory with them
-
-    def run(i: int) -> list[dict[str, list]]:
-        variants, cells[i] = cells[i], []
-        return [run_experiment(experiment) for experiment in variants]
-
-    order, size = list(range(len(cells))), parallel.size
-    if size > 1:
-        order.sort(key=lambda i: -cells[i][0].about["n"])  # the long ones first
-    everywhere = all(parallel.gather((folder.path / "run.json").is_file()))  # else only the first process can write
-    dealt = len(order) // size * size if everywhere else 0
-    found = dict(zip(order, parallel.spread(run, order[:dealt]) + [run(i) for i in order[dealt:]]))
-    parts = sum((found[i] for i in range(len(found))), [])
-    records = {key: sum((part[key] for part in parts), []) for key in parts[0]}
-    about = {"config": config, "versions": versions()}
-    document = finite({"cells": summarise(records["runs"], options.select), **folder.spent, **records, **about})
-    if parallel.chief:
-        write_json(folder.path / "results.json", document)
-    return document, folder.path
-
-
-def open_study(
-    tasks: list[Task], subject: Subject, options: Options, out: Path, data_dir: Path | None, side_by_side, bar: Callable
-) -> tuple[list[Experiment], dict]:
-    """The experiments of `compare`, nothing of them computed yet, and what makes their folder."""
-    experiments = lay_out(tasks, subject, options, data_dir, side_by_side)
-    setting = experiments[0].setting
-    weight = next(subject.model.parameters())
-    config = {"ia2mini": __version__, "tasks": [task.name for task in tasks], "model": subject.base, **asdict(options)}
-    config |= {"dtype": str(weight.dtype).removeprefix("torch."), "device": weight.device.type}
-    config |= {"checkpoint": checkpoint_digest(subject.folder), "templates": {t.name: t.prompt for t in tasks}}
-    config |= {kind: {k: v.origin for k, v in getattr(setting, kind).items()} for kind in ("pools", "evals")}
-    about = "+".join(config["tasks"]) if len(tasks) < 4 else f"{len(tasks)}-tasks"
-    folder = RunFolder(out, f"{about}-{subject.name}-n{'-'.join(map(str, options.n))}", config)
-    setting.folder, setting.bar = folder, bar
-    resolved = {e.kind.name: {"rates": e.rates, "targets": e.adapter.targets} for e in experiments}
-    config |= {"adapters": resolved} if len(options.adapters) > 1 else resolved[options.adapters[0].name]
-    folder.json_once("run.json", lambda: config)  # every mistake in tasks, sizes and options has shown by now
-    return experiments, config
-
-
-def lay_out(
-    tasks: list[Task], subject: Subject, options: Options, data_dir: Path | None, side_by_side: int | None = None
-) -> list[Experiment]:
-    """The experiments of a study, which share a setting without a folder yet."""
-    if unknown := set(options.methods) - {*UNTRAINED, *METHODS}:
-        raise UsageError(f"unknown method {min(unknown)!r}; methods: base, icl, {', '.join(METHODS)}")
-    pools = {task.name: load_examples(task, "train", data_dir) for task in tasks}
-    evals = {name: task if name == task.name else find_task(name) for task in tasks for name in task.evals}
-    evals = {name: load_examples(task, "eval", data_dir, options.eval_rows) for name, task in evals.items()}
-    setting = Setting(subject, options, side_by_side, pools, evals)
-    cells = (Experiment(setting, *cell) for cell in product(tasks, options.n, options.unlabelled))
-    experiments = [experiment for cell in cells for experiment in cell.variants()]
-    setting.phases = tuple(phase for experiment in experiments for phase in experiment.phases())
-    return experiments
-
-
-def plan(experiments: list[Experiment], device: str) -> str:
-    """What each experiment costs by its shapes, as `ia2mini run --dry-run` says it; a matrix product is timed."""
-    setting = experiments[0].setting
-    config, dtype, total = setting.subject.model.config, next(setting.subject.model.parameters()).dtype, Cost()
-    rate, out = gemm_rate(1024, 1024, 1024, device, dtype, seconds=0.2), []
-    for experiment in experiments:
-        cell, parts = cell_of(experiment), {}
-        for stage, cost in cell.stages(config, dtype.itemsize).items():
-            kind = stage.partition(" ")[0]
-            if kind != "collect" or experiment.first:
-                parts[kind] = parts.get(kind, Cost()) + cost
-        whole = sum(parts.values(), Cost())
-        memory = cell.memory(config, dtype.itemsize, setting.side_by_side) / 1e9
-        spent = ", ".join(f"{kind} {cost.seconds(rate):.3g} s" for kind, cost in parts.items())
-        shape = f"prompts of {cell.query:.0f} tokens, {cell.shown:.0f} of demonstrations"
-        shape += f", answers of up to {cell.answer:.0f}"
-        work = f"{whole.tokens / 1e6:.3g} M tokens, {memory:.2g} GB in training, {whole.seconds(rate):.3g} s ({spent})"
-        out.append(f"{experiment.trains}: {shape}; {work}")
-        total += whole
-    out.append(f"in all {total.tokens / 1e6:.3g} M tokens, {total.flops / 1e12:.3g} TFLOP, {total.seconds(rate):.3g} s")
-    said = f"seconds if all ran at the {rate / 1e9:,.0f} GFLOP/s of a matrix product here ({device}, {str(dtype)[6:]})"
-    return "\n".join([*out, f"{said}, training for all of its epochs; nothing was computed"])
-
-
-def cell_of(experiment: Experiment) -> Cell:
-    """The numbers that an experiment's cost depends on; an answer counts as long as the longest may be."""
-    o, encode = experiment.setting.options, experiment.setting.subject.tokenizer.encode_all
-    n, more = experiment.about["n"], experiment.about["unlabelled"]
-
-    def tokens(texts: Iterable[str]) -> float:
-        return fmean(map(len, encode(list(texts))))
-
-    rows = [row for episode in experiment.episodes for row in episode.train]
-    methods, kind = tuple(experiment.methods), experiment.kind
-    trained = tuple(dict.fromkeys(m for method in methods for m in (BEGINS_WITH.get(method), method) if m in METHODS))
-    query = tokens(row.prompt for row in rows)
-    shown = (n - 1) * tokens(f"{row.prompt}{row.answer}\n\n" for row in rows)
-    configs = len(experiment.rates) * (len(experiment.betas) if "ia2+sft" in trained else 1)
-    scored = o.sets if o.select in ("dev", "kl") else o.sets * configs
-    evals, rank = tuple(len(e.rows) for e in experiment.evals.values()), kind.rank * (kind.adapter == "lora")
-    found = Cell(query, shown, experiment.max_tokens, n, evals, o.sets, configs, scored, methods, trained)
-    return replace(found, epochs=o.epochs, batch=o.batch_size, more=more, rank=rank)
-
-
-def worth_compiling(experiments: list[Experiment]) -> bool:
-    """Whether a GPU has more to do, at the least, than compiling takes; what is kept of an earlier run is not known."""
-    model = experiments[0].setting.subject.model
-    costs = [cost for e in experiments for cost in cell_of(e).stages(model.config).values()]
-    return sum(cost.seconds(RATE) for cost in costs) > COMPILING
-
-
-def run_experiment(experiment: Experiment) -> dict[str, list]:
-    """Records of every scored run and of all training; overlaps, saved adapters and samples."""
-    o, runs, training, methods = experiment.setting.options, [], [], experiment.methods
-    for method in methods:
-        training += [] if method in UNTRAINED else experiment.training_records(method)
-        heats = experiment.temperatures(method) if experiment.labelled else []
-        for name in experiment.evals:
-            runs += score_records(experiment, method, name, heats)
-    picks = {method: pick(method, training, runs, o.select) for method in methods if method not in UNTRAINED}
-    found = {"runs": runs, "training": training, "overlap": overlaps(experiment, picks)}
-    adapters = [path for method, numbers in picks.items() for path in save_adapters(experiment, method, numbers)]
-    return found | {"adapters": adapters, "samples": [sample(experiment, picks)] * experiment.first}
-
-
-def pick(method: str, training: list[dict], runs: list[dict], select: str) -> list[int]:
-    """A method's runs at the chosen rate (and β), one a set: indices on the R axis."""
-    training = [record for record in training if record["method"] == method]
-    judged = [r for r in runs if r["method"] == method and r["eval"] == r["task"]] if select == "eval" else training
-    return at_config(training, chosen(judged, "dev" if select == "both" else select))
-
-
-def score_records(experiment: Experiment, method: str, name: str, heats: list[float]) -> list[dict]:
-    """A record of each of a method's scored runs on one evaluation: what it is, and its metrics.
-
-    `heats`: the runs' temperatures from dev rows.
-    """
-    o, task, trained = experiment.setting.options, experiment.find(name), method not in UNTRAINED
-    scores, gold = experiment.score(method, name), [e.label for e in experiment.evals[name].rows]
-    about = experiment.about | {"eval": name, "ood": name != experiment.task.name, "method": method}
-    about |= {"model": experiment.setting.subject.name, "adapter": experiment.kind.name if trained else None}
-    sets, records = range(o.sets), []
-    untrained = [{"set": number, "rate": None, "beta": None, "dev_loss": None, "steps": 0} for number in sets]
-    known = experiment.training_records(method) if trained else untrained
-    for r, (run, asim) in enumerate(zip(experiment.reported(method) if trained else sets, scores["asim"].tolist())):
-        record = about | known[run] | {"asim": fmean(asim), "asim_layers": asim}
-        at = r if len(scores["correct"]) > 1 else 0  # base has one row for all sets
-        if task.labels:
-            sure, right, labels = (scores[key][at] for key in ("confidence", "correct", "log_probabilities"))
-            scheme = "scripts" if o.paper_compat else "width"
-            record |= measure(sure, right, labels, torch.tensor(gold), scheme, heats[r]) | {"temperature": heats[r]}
+def run_cell(cell: Cell, x: Experiment) -> dict[str, list]:
+    """The order of the work: teach and train, choose the rates, score, and keep what was found."""
+    options = cell.study.options
+    trained = train_all(x)
+    training = training_records(cell, x, trained)
+    runs_of = {}
+    for method, records in training.items():
+        runs_of[method] = reported(records, trained[method], len(x.episodes), options.select)
+    scores = score_all(cell, x, trained, runs_of)
+    runs = []
+    picks = {}
+    adapters = []
+    for method in options.methods:
+        if method in UNTRAINED:
+            described = untrained_runs(cell)
         else:
-            record |= {"acc": accuracy(scores["correct"][at])}
-            record["texts"] = experiment.texts_file(f"{method}-{0 if method == 'base' else run}", name)
-        records.append(record)
-    return records
+            described = [training[method][run] | {"run": run} for run in runs_of[method]]
+        heats = temperatures(cell, x, method, trained, runs_of) if cell.labels else []
+        mine = []
+        for name in cell.evaluations:
+            mine += score_records(cell, x, method, name, scores[method, name], described, heats)
+        runs += mine
+        if method not in UNTRAINED:
+            own = [record for record in mine if record["eval"] == cell.task.name]
+            picks[method] = pick(training[method], own, options.select)
+            adapters += save_adapters(cell, x, method, trained[method], picks[method], training[method])
+    return {
+        "runs": runs,
+        "training": [record for records in training.values() for record in records],
+        "overlap": overlaps(cell, x, trained, picks),
+        "adapters": adapters,
+        "samples": [sample(cell, x, scores, picks, runs_of)],
+    }
 
 
-def save_adapters(experiment: Experiment, method: str, numbers: list[int]) -> list[str]:
-    """Save a method's chosen runs in PEFT's format; folder names."""
-    setting, records = experiment.setting, experiment.training_records(method)
-    subject, theta = setting.subject, experiment.trained(method).theta
-    names = [f"adapters/{experiment.trains}-{method}-set{records[r]['set']}" for r in numbers]
-    for r, name in zip(numbers, names) if parallel.writes() else ():
-        path = setting.folder.path / name
-        save_adapter(experiment.adapter, theta[r], path, subject.base, subject.revision)
-    return names
+def experiment_of(cell: Cell, store: Store, progress: Progress, trainer: Callable) -> Experiment:
+    """What a cell teaches and trains."""
+    study = cell.study
+    options = study.options
+    needed = losses_of(options.methods)
+    soft_k = None
+    if "soft" in needed:
+        soft_k = study.subject.model.config.vocab_size if options.paper_compat else options.soft_k
+    asked = Asked(
+        max_tokens=cell.teacher_tokens,
+        soft_k=soft_k,
+        layers=study.layers,
+        stop=None if options.paper_compat else STOP,
+        budget=study.budget,
+        residual="hidden" in needed,
+        hooks=fast_decoding(device_of(study.subject.model), cell.teacher_tokens),
+    )
+    settings = Settings(
+        options.batch_size, options.epochs, options.patience, study.layers, keep_last=options.paper_compat
+    )
+    return Experiment(
+        name=cell.name,
+        subject=study.subject,
+        adapter=study.adapter,
+        episodes=cell.episodes,
+        methods=in_order(options.methods),
+        rates=study.rates,
+        betas=study.betas,
+        seed=options.seed,
+        labels=options.labels,
+        settings=settings,
+        collate=in_one_batch if options.paper_compat else in_batches,
+        asked=asked,
+        racing=options.race and options.select == "dev",
+        trainer=trainer,
+        store=store,
+        progress=progress,
+    )
 
 
-def overlaps(experiment: Experiment, picks: dict[str, list[int]]) -> list[dict]:
-    """Share of LoRA's subspace that two chosen methods have in common by set (paper Figure 4), and that of chance."""
-    adapter, found = experiment.adapter, []
-    if not isinstance(adapter, LoRA):
-        return found
-    weights = {m: unpack(experiment.trained(m).theta[numbers], adapter.shapes) for m, numbers in picks.items()}
-    names = [name for name in adapter.shapes if name.endswith(".B")]
-    chance = fmean(adapter.rank / adapter.shapes[name][0] for name in names)
-    for one, other in combinations(picks, 2):
-        each = [subspace_overlap(weights[one][name], weights[other][name], adapter.rank) for name in names]  # [sets]
-        sets = [fmean(values) for values in zip(*(e.tolist() for e in each))]
-        shared = {"adapter": experiment.kind.name, "methods": [one, other], "overlap": sets, "mean": fmean(sets)}
-        found.append(experiment.about | shared | {"chance": chance})
-    return found
+def count_phases(cell: Cell) -> int:
+    """Of a cell: collecting, training each method and, on each evaluation, ICL and every other method."""
+    options = cell.study.options
+    scored = 1 + len([method for method in options.methods if method != "icl"])
+    return 1 + len(in_order(options.methods)) + len(cell.evaluations) * scored
 
 
-def sample(experiment: Experiment, picks: dict[str, list[int]]) -> dict:
-    """What the model saw (one whole prompt), and right and wrong rows of the last trained method's first set."""
-    name, task, rows = experiment.task.name, experiment.task, experiment.evals[experiment.task.name].rows
-    prompt = with_demonstrations(experiment.episodes[0].icl[0], rows[0].prompt)
-    shown: dict = experiment.about | {"rows": [], "prompt": prompt}
-    if not picks:
-        return shown
-    method = list(picks)[-1]
-    place, scores = experiment.reported(method).index(picks[method][0]), experiment.score(method, name)
-    if task.labels:
-        said = [task.labels[top] if top >= 0 else "(no label)" for top in scores["top"][place].tolist()]
-        sure = scores["confidence"][place].tolist()
-    else:
-        file = experiment.texts_file(f"{method}-{picks[method][0]}", name)
-        said = parallel.first(lambda: read_json(experiment.setting.folder.path / file)["texts"])
-        sure = [None] * len(rows)
-    shown |= {"method": method, "set": 0}
-    right = scores["correct"][place].tolist()
-    for verdict in (True, False):
-        for i in [i for i, one in enumerate(right) if one == verdict][:SHOWN]:
-            row = {"prompt": rows[i].prompt, "answer": rows[i].answer, "said": said[i]}
-            shown["rows"].append(row | {"confidence": sure[i], "right": verdict})
-    return shown
+def open_folder(cells: list[Cell], out: Path, draw: Callable) -> tuple[Store, dict]:
+    """The folder of a study, and what makes it: run.json."""
+    study = cells[0].study
+    options = study.options
+    weight = next(study.subject.model.parameters())
+    tasks = list({cell.task.name: cell.task for cell in cells}.values())
+    config: dict = {"ia2mini": __version__, "tasks": [task.name for task in tasks], "model": study.subject.base}
+    config.update(asdict(options))
+    config["dtype"] = str(weight.dtype).removeprefix("torch.")
+    config["device"] = weight.device.type
+    config["checkpoint"] = checkpoint_digest(study.subject.folder)
+    config["templates"] = {task.name: task.prompt for task in tasks}
+    config["pools"] = {name: examples.origin for name, examples in study.pools.items()}
+    config["evals"] = {name: examples.origin for name, examples in study.evaluations.items()}
+    if draw is not draw_episode:
+        config["draw"] = repr(draw)
+    about = "+".join(config["tasks"]) if len(tasks) < 4 else f"{len(tasks)}-tasks"
+    store = Store(out, f"{about}-{study.subject.name}-n{'-'.join(map(str, options.n))}", config)
+    config["rates"] = study.rates
+    config["targets"] = study.adapter.targets
+    store.keep_json("run.json", config)  # every mistake in tasks, sizes and options has shown by now
+    return store, config

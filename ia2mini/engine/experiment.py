@@ -1,0 +1,150 @@
+"""Episodes × learning rates on one frozen model: taught and trained, each result kept on disk."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from ..adapters import Adapter
+from ..episode import Episode
+from ..methods import METHODS, STARTS_FROM, Grid, configs
+from ..models.taps import device_of
+from ..scale import ranks
+from ..scale.graphs import launch_bound, recorded
+from ..scale.memory import within_memory
+from ..scale.race import Race
+from ..scale.ranks import over_ranks
+from ..scale.shrink import shrinking
+from ..teacher import Asked, Taught, teach
+from ..train import Hooks, Settings, State, Trained, train, warn_of_failed
+from .progress import Progress
+from .store import Store
+from .subject import Subject
+
+
+def make_trainer(side_by_side: int | None) -> Callable:
+    """The loop with all that makes it fast and fit; `side_by_side`: runs trained at once (None: all)."""
+    return over_ranks(within_memory(shrinking(train, launch_bound), side_by_side))
+
+
+def in_order(methods: tuple[str, ...]) -> list[str]:
+    """The methods that are trained, each after the phase that it starts from."""
+    found = []
+    for method in methods:
+        if method in METHODS:
+            found += [STARTS_FROM.get(method), method]
+    return [method for method in dict.fromkeys(found) if method]
+
+
+@dataclass
+class Experiment:
+    """What is taught and trained, and where it is kept."""
+
+    name: str  # of its folder in the store
+    subject: Subject
+    adapter: Adapter
+    episodes: list[Episode]
+    methods: list[str]  # that are trained, in order (`in_order`)
+    rates: tuple[float, ...]
+    betas: tuple[float, ...]
+    seed: int
+    labels: str  # what cross-entropy trains on
+    settings: Settings
+    collate: Callable  # `Hooks.collate`
+    asked: Asked  # of the teacher
+    racing: bool  # whether rates that cannot win leave
+    trainer: Callable
+    store: Store
+    progress: Progress
+    episode_is: str = "set"  # what messages call an episode
+
+    @contextmanager
+    def phase(self, stage: str, phase: str, total: int):
+        """Count the seconds of the block towards a stage (collect, train or evaluate), under a bar."""
+        with self.store.stage(stage, phase), self.progress.phase(f"{self.name}: {phase}", total) as bar:
+            yield bar
+
+
+def teach_all(x: Experiment) -> list[Taught]:
+    """The teacher's pass over every episode."""
+    rows = sum(len(episode.demonstrations) for episode in x.episodes)
+    with x.phase("collect", "collecting", rows) as bar:
+        ask = partial(teach, x.subject.model, x.subject.tokenizer, asked=x.asked, watch=bar.update)
+        return ranks.spread(ask, x.episodes)
+
+
+def train_all(x: Experiment) -> dict[str, Trained]:
+    """Every method at every rate on every episode. What is kept is read; the teacher is asked where something is not.
+
+    Warns of runs whose loss was not finite. Raises UsageError where no rate of a method is left.
+    """
+    trained: dict[str, Trained] = {}
+    taught = None
+    for method in x.methods:
+        kept = x.store.tensors(f"{x.name}/fit-{method}")
+        if kept is not None:
+            x.progress.kept()
+        else:
+            if taught is None:
+                taught = teach_all(x)
+            found = train_method(x, method, taught, trained)
+            kept = x.store.keep(f"{x.name}/fit-{method}", vars(found))
+        kept["theta"] = kept["theta"].to(device_of(x.subject.model))
+        trained[method] = Trained(**kept)
+        warn_of_failed(f"{x.name}, {method}", trained[method], run_names(x, method), len(x.episodes))
+    if taught is None:
+        x.progress.kept()
+    return trained
+
+
+def train_method(x: Experiment, method: str, taught: list[Taught], trained: dict[str, Trained]) -> Trained:
+    """One method, all its runs side by side, from the phase that it starts from where there is one."""
+    runs = configs(method, len(x.episodes), x.rates, x.betas)
+    race = make_race(x, method, len(runs))
+    rows = len(x.episodes[0].train)
+    steps = x.settings.epochs * -(-rows // x.settings.batch_size)
+    with x.phase("train", f"training {method}", steps) as bar:
+
+        def after_look(state: State) -> bool:
+            bar.update(state.step - bar.n)
+            going = state.dev_loss[state.going]
+            if len(going):
+                losses = f"{going.min():.3g} to {going.max():.3g}"
+                bar.set_postfix_str(f"{len(going)} of {len(runs)} runs going, dev loss {losses}", refresh=False)
+            return race(state) if race else False
+
+        hooks = Hooks(x.collate, partial(recorded, device=device_of(x.subject.model)), after_look)
+        grid = Grid(
+            model=x.subject.model,
+            adapter=x.adapter,
+            sets=taught,
+            rates=x.rates,
+            betas=x.betas,
+            seed=x.seed,
+            labels=x.labels,
+            settings=x.settings,
+            hooks=hooks,
+            trainer=x.trainer,
+        )
+        first = STARTS_FROM.get(method)
+        return METHODS[method](grid, trained[first]) if first else METHODS[method](grid)
+
+
+def make_race(x: Experiment, method: str, runs: int) -> Race | None:
+    """Rates race unless a later phase goes on from all of them."""
+    goes_on = method in [STARTS_FROM.get(later) for later in x.methods]
+    if not x.racing or goes_on:
+        return None
+    rates = runs // len(x.episodes)
+    return Race(torch.arange(runs) % rates)
+
+
+def run_names(x: Experiment, method: str) -> list[str]:
+    """How messages call each run of a method."""
+    names = []
+    for number, rate, beta in configs(method, len(x.episodes), x.rates, x.betas):
+        name = f"{x.episode_is} {number} at rate {rate:g}"
+        names.append(name if beta is None else f"{name} β {beta}")
+    return names

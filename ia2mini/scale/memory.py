@@ -1,0 +1,110 @@
+"""Fewer runs side by side where memory does not hold all of them."""
+
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .. import UsageError
+from ..batch import Row
+from ..errors import out_of_memory
+from ..train import DEFAULTS, NO_HOOKS, Hooks, Runs, Settings, State
+from .blocks import checkpoint_blocks, is_checkpointed
+
+MARGIN = 0.9  # of what is free
+RANK = 8  # of LoRA: small beside the rest
+WEIGHTS_KEPT = 7  # best, now, gradients, and what Adam keeps and computes
+FLOAT32 = 4  # bytes
+
+
+def within_memory(train: Callable, at_once: int | None = None) -> Callable:
+    """`train` in parts of at most `at_once` runs (None: all), fewer where memory is too small, also in later calls.
+
+    What memory holds is estimated before, and halved where it still runs out. A single run that does not fit is
+    checkpointed. Raises UsageError where that does not help.
+    """
+    most_ever = at_once
+
+    def train_in_parts(
+        model, adapter, runs: Runs, settings: Settings = DEFAULTS, state: State | None = None, hooks: Hooks = NO_HOOKS
+    ) -> State:
+        nonlocal most_ever
+        whole = State.begin(runs.theta) if state is None else state
+        most = min(most_ever or len(runs), runs_that_fit(model, runs, settings.batch_size))
+        rest = torch.arange(len(runs))
+        while len(rest):
+            part = rest[:most]
+            try:
+                found = train(model, adapter, runs.take(part), settings, whole.take(part), hooks)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                most = fewer(model, len(part))
+                continue
+            whole.put(part, found)
+            rest = rest[most:]
+        if most < len(runs):
+            most_ever = most
+        return whole
+
+    return train_in_parts
+
+
+def fewer(model: nn.Module, runs: int) -> int:
+    """How many runs are tried next where so many did not fit; a single one is checkpointed. Raises UsageError."""
+    if runs > 1:
+        now = f"going on with {runs // 2} (--side-by-side {runs // 2})"
+        warnings.warn(f"out of memory with {runs} runs side by side; {now}", stacklevel=3)
+        return runs // 2
+    if not checkpoint_blocks(model):
+        raise UsageError("not enough memory for a single run; use a smaller --batch-size or a smaller model")
+    warnings.warn("out of memory with a single run; going on with --checkpointing", stacklevel=3)
+    return 1
+
+
+def runs_that_fit(model: nn.Module, runs: Runs, batch_size: int) -> int:
+    """How many of the runs free memory holds by estimate, at least one."""
+    weight = model.model.embed_tokens.weight
+    free = free_bytes(weight.device)
+    if math.isinf(free):
+        return len(runs)
+    longest = [sorted(rows, key=len)[-batch_size:] for rows in runs.train]
+    tokens = max(sum(map(len, rows)) for rows in longest)
+    positions = max(count_positions(rows) for rows in longest)
+    each = run_bytes(model.config, tokens, positions, weight.itemsize, runs.theta.shape[1], is_checkpointed(model))
+    return max(1, int(min(len(runs), MARGIN * free / each)))
+
+
+def count_positions(rows: list[Row]) -> int:
+    return sum(len(row.answer) for row in rows)
+
+
+def free_bytes(device: torch.device) -> float:
+    """Bytes that tensors may still take; a CPU cannot say, so there without bound."""
+    if device.type != "cuda":
+        return math.inf
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def run_bytes(config, tokens: float, positions: float, size: int, trained: int, checkpointing: bool = False) -> float:
+    """Bytes that training one run takes beside the model: states of a step that are kept for the backward pass.
+
+    A layer keeps, a token: what its norms and LoRA read, queries, keys (also before their norm), values, what attention
+    gives, three states of the MLP, LoRA's and the norms' small ones; checkpointed, what both halves read, and one layer
+    is there as a whole. Weights count seven times (best, now, gradients, Adam's), an answer its targets and gradient.
+    """
+    D = config.hidden_size
+    M = config.intermediate_size
+    Q = config.num_attention_heads * config.head_dim
+    K = config.num_key_value_heads * config.head_dim
+    L = config.num_hidden_layers
+    before_norm = Q + K if config.model_type == "qwen3" else 0
+    layer = size * (3 * D + 2 * Q + 2 * K + 3 * M + before_norm) + 24 * RANK
+    last_mlp = size * (3 * M + D)  # only answer positions reach it
+    layers = L * layer - last_mlp
+    if checkpointing:
+        layers = L * 2 * D * size + layer
+    return tokens * layers + positions * (L + 2) * D * size + WEIGHTS_KEPT * FLOAT32 * trained

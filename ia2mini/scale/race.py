@@ -1,0 +1,48 @@
+"""Learning rates that cannot win any more leave: rates are compared over all sets while they train."""
+
+import torch
+from torch import Tensor
+
+from ..train import State
+
+FIRST_LOOK = 10  # rates are compared from this look on
+PACE = 3  # looks back over which a rate's fall is measured
+AHEAD = 30  # looks ahead for which it is thought to go on
+
+
+class Race:
+    """An `after_look` hook. A rate is beaten, and its runs end, when its mean best dev loss over sets would still be
+    above that of the best rate if it went on falling for `AHEAD` looks as it did in the last `PACE`.
+
+    Rates are compared only while all runs that still train do so side by side: where memory or processes take them in
+    parts, each part trains to its end.
+    """
+
+    def __init__(self, config: Tensor):
+        self.config = config  # [R] int64, the number of each run's learning rate (and β)
+        self.dev_loss = torch.full((len(config),), torch.inf)
+        self.going = torch.ones(len(config), dtype=torch.bool)
+        self.means: list[Tensor] = []  # of each look, a mean a rate
+
+    def __call__(self, state: State) -> bool:
+        elsewhere = self.going.clone()
+        elsewhere[state.index] = False
+        if elsewhere.any():
+            return False
+        self.dev_loss[state.index] = state.dev_loss
+        state.going &= ~self.beaten()[state.index]
+        self.going[state.index] = state.going
+        return False
+
+    def beaten(self) -> Tensor:
+        """Which runs have a rate that is beaten, after one more look, [R] bool."""
+        nobody = torch.zeros(len(self.config), dtype=torch.bool)
+        means = torch.zeros(int(self.config.max()) + 1)
+        means.scatter_reduce_(0, self.config, self.dev_loss, "mean", include_self=False)
+        self.means.append(means)
+        if len(self.means) < FIRST_LOOK or means.min().isinf():
+            return nobody
+        fall = (self.means[-1 - PACE] - means) / PACE
+        reached = means - AHEAD * fall
+        may_win = reached <= means.min()  # False for NaN: a rate of which a run has diverged
+        return ~may_win[self.config]

@@ -1,0 +1,155 @@
+"""A cell of a study: one task at one N. Its few-shot sets are drawn, and every length is checked, before any work."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from .. import UsageError
+from ..adapters import Adapter
+from ..engine.adapter import make_adapter
+from ..engine.options import BETAS, UNTRAINED, Options, losses_of
+from ..engine.subject import Subject
+from ..episode import Episode, draw_episode, with_demonstrations
+from ..methods import METHODS
+from ..tasks import Examples, Task, find_task, load_examples
+from ..teacher import answer_tokens_at_most, label_tokens_at_most
+
+
+@dataclass
+class Study:
+    """What all cells share."""
+
+    subject: Subject
+    options: Options
+    adapter: Adapter
+    rates: tuple[float, ...]
+    betas: tuple[float, ...]
+    layers: list[int] | None  # that are aligned
+    pools: dict[str, Examples]  # training pool of every task
+    evaluations: dict[str, Examples]  # rows of every evaluation
+    budget: int = 4096  # tokens in one forward pass
+
+
+@dataclass
+class Cell:
+    """One task at one N."""
+
+    study: Study
+    task: Task
+    n: int
+    episodes: list[Episode]  # the few-shot sets
+    labels: dict[str, list[list[int]]]  # tokens of each label, by evaluation; empty where answers are texts
+    max_tokens: int  # of a response
+    teacher_tokens: int  # of one of the teacher's, in training
+
+    @property
+    def name(self) -> str:
+        return f"{self.task.name}-n{self.n}"
+
+    @property
+    def evaluations(self) -> dict[str, Examples]:
+        """The task's own evaluation first, then those out of distribution."""
+        return {name: self.study.evaluations[name] for name in self.task.evals}
+
+    def evaluation_task(self, name: str) -> Task:
+        """The task of an evaluation; one's own task needs no entry in the catalog."""
+        return self.task if name == self.task.name else find_task(name)
+
+
+def lay_out(
+    tasks: list[Task], subject: Subject, options: Options, data_dir=None, draw: Callable = draw_episode
+) -> list[Cell]:
+    """The cells of a study, in order. `draw` makes an episode, as `draw_episode` does. Raises UsageError."""
+    known = [*UNTRAINED, *METHODS]
+    for method in options.methods:
+        if method not in known:
+            raise UsageError(f"unknown method {method!r}; methods: {', '.join(known)}")
+    pools = {task.name: load_examples(task, "train", data_dir) for task in tasks}
+    evaluations = {}
+    for task in tasks:
+        for name in task.evals:
+            evaluated = task if name == task.name else find_task(name)
+            evaluations[name] = load_examples(evaluated, "eval", data_dir, options.eval_rows)
+    study = Study(
+        subject=subject,
+        options=options,
+        adapter=make_adapter(subject.model, options, scale_inputs=options.paper_compat),
+        rates=options.rates_for(subject.name, options.adapter),
+        betas=options.betas or BETAS[subject.model.config.model_type],
+        layers=options.layer_numbers(subject.model.config.num_hidden_layers),
+        pools=pools,
+        evaluations=evaluations,
+    )
+    return [make_cell(study, task, n, draw) for task in tasks for n in options.n]
+
+
+def make_cell(study: Study, task: Task, n: int, draw: Callable) -> Cell:
+    """Draw the sets of a task at one N and check them. Raises UsageError for what cannot be trained or read."""
+    options = study.options
+    tokenizer = study.subject.tokenizer
+    pool = study.pools[task.name].rows
+    if task.files and not task.labels:  # one's own texts: the longest answer says how long one may become
+        answered = pool + study.evaluations[task.name].rows
+        task = replace(task, max_tokens=answer_tokens_at_most(tokenizer, answered))
+    queries = 0
+    if options.icl_demos == "pool" or options.paper_compat:
+        queries = max(len(study.evaluations[name].rows) for name in task.evals)
+    episodes = []
+    for number in range(options.sets):
+        episodes.append(draw(pool, n, number, options.seed, pool_demos=queries, reuse=options.paper_compat))
+    cell = Cell(study, task, n, episodes, labels={}, max_tokens=task.max_tokens, teacher_tokens=0)
+    if task.labels:  # labels that merge are found before any work
+        for name, examples in cell.evaluations.items():
+            labels = cell.evaluation_task(name).labels
+            cell.labels[name] = tokenizer.label_tokens(examples.rows[0].prompt, labels)
+        cell.max_tokens = label_tokens_at_most(cell.labels[task.name])
+    cell.teacher_tokens = task.teacher_tokens or cell.max_tokens
+    if cell.max_tokens > 1 and not tokenizer.eos_ids:
+        lack = "its answers end with EOS, but the checkpoint's config.json names no eos_token_id"
+        raise UsageError(f"{task.name}: {lack}; add it there")
+    check_training_rows(cell)
+    check_evaluation_rows(cell)
+    return cell
+
+
+def check_training_rows(cell: Cell) -> None:
+    """Raises UsageError for a row that is longer than the model reads, by itself or behind its demonstrations."""
+    subject = cell.study.subject
+    count = subject.tokenizer.count
+    options = cell.study.options
+    asks_the_teacher = losses_of(options.methods) - {*UNTRAINED, "sft"} or options.labels == "icl"
+    for episode in cell.episodes:
+        rows = episode.train + episode.dev
+        for row, tokens in zip(rows, count([row.prompt + row.answer for row in rows])):
+            subject.check_room(row.prompt, tokens)
+        if not asks_the_teacher:
+            continue
+        full = [with_demonstrations(shown, row.prompt) for shown, row in zip(episode.demonstrations, rows)]
+        for row, tokens in zip(rows, count(full)):
+            needed = tokens + cell.teacher_tokens - 1
+            subject.check_room(row.prompt, needed, "behind its demonstrations: use a smaller --n")
+
+
+def check_evaluation_rows(cell: Cell) -> None:
+    """Raises UsageError for an evaluation row that is too long; warns where only ICL's prompts are."""
+    subject = cell.study.subject
+    count = subject.tokenizer.count
+    for name, examples in cell.evaluations.items():
+        answer = cell.evaluation_task(name).max_tokens
+        if cell.labels:
+            answer = label_tokens_at_most(cell.labels[name])
+        lengths = [tokens + answer - 1 for tokens in count([row.prompt for row in examples.rows])]
+        for row, tokens in zip(examples.rows, lengths):
+            subject.check_room(row.prompt, tokens)
+        longest = 0
+        for episode in cell.episodes:
+            shown = count([with_demonstrations(demonstrations, "") for demonstrations in episode.icl])
+            for i, tokens in enumerate(lengths):
+                longest = max(longest, shown[i % len(shown)] + tokens)
+        if longest > subject.reads:
+            need = f"rows of {name} need up to {longest} tokens behind demonstrations"
+            warnings.warn(
+                f"{cell.name}: {need}; the model reads {subject.reads}: "
+                "ICL is not at its best, a smaller --n would fit",
+                stacklevel=2,
+            )

@@ -1,0 +1,172 @@
+"""The records of a cell: what every scored run is and how good it is, overlaps of adapters, samples."""
+
+from itertools import combinations
+from statistics import fmean
+
+import torch
+
+from ..adapters import LoRA, unpack
+from ..engine.experiment import Experiment
+from ..engine.options import UNTRAINED
+from ..engine.peft import save_adapter
+from ..engine.select import at_config, chosen
+from ..episode import with_demonstrations
+from ..methods import configs
+from ..metrics import accuracy, measure, subspace_overlap
+from ..scale import ranks
+from ..train import Trained
+from .cells import Cell
+from .scoring import Scores, texts_file
+
+ROWS_SHOWN = 10  # right and wrong ones that the page shows of each task
+
+
+def about(cell: Cell) -> dict:
+    """What every record of a cell says."""
+    return {"task": cell.task.name, "n": cell.n}
+
+
+def training_records(cell: Cell, x: Experiment, trained: dict[str, Trained]) -> dict[str, list[dict]]:
+    """Of each method a record a run: its set, rate, β, dev loss and steps."""
+    found = {}
+    for method in cell.study.options.methods:
+        if method in UNTRAINED:
+            continue
+        runs = trained[method]
+        troubles = runs.troubles()
+        records = []
+        for r, (number, rate, beta) in enumerate(configs(method, len(x.episodes), x.rates, x.betas)):
+            record = about(cell)
+            record["method"] = method
+            record["adapter"] = cell.study.options.adapter_name
+            record["set"] = number
+            record["rate"] = rate
+            record["beta"] = beta
+            record["dev_loss"] = runs.dev_loss[r].item()
+            record["steps"] = int(runs.steps[r])
+            record["trouble"] = troubles[r]
+            records.append(record)
+        found[method] = records
+    return found
+
+
+def score_records(
+    cell: Cell, x: Experiment, method: str, name: str, scores: Scores, runs: list[dict], temperatures: list[float]
+) -> list[dict]:
+    """A record of each of a method's scored runs on one evaluation: what it is, and its metrics.
+
+    `runs`: their training records; `temperatures`: theirs from dev rows.
+    """
+    options = cell.study.options
+    task = cell.evaluation_task(name)
+    gold = torch.tensor([example.label for example in cell.evaluations[name].rows]) if task.labels else None
+    records = []
+    for r, run in enumerate(runs):
+        asim = scores["asim"][r].tolist()
+        at = r if len(scores["correct"]) > 1 else 0  # base has one row for all sets
+        record = about(cell)
+        record["eval"] = name
+        record["ood"] = name != cell.task.name
+        record["method"] = method
+        record["model"] = x.subject.name
+        record["adapter"] = None if method in UNTRAINED else options.adapter_name
+        record.update(run)
+        record["asim"] = fmean(asim)
+        record["asim_layers"] = asim
+        if task.labels:
+            scheme = "scripts" if options.paper_compat else "width"
+            confidence, correct, labels = (scores[key][at] for key in ("confidence", "correct", "log_probabilities"))
+            record.update(measure(confidence, correct, labels, gold, scheme, temperatures[r]))
+            record["temperature"] = temperatures[r]
+        else:
+            record["acc"] = accuracy(scores["correct"][at])
+            number = 0 if method == "base" else run["run"]
+            record["texts"] = texts_file(x, f"{method}-{number}", name)
+        del record["run"]
+        records.append(record)
+    return records
+
+
+def untrained_runs(cell: Cell) -> list[dict]:
+    """What stands for the training records of base and ICL: one a set."""
+    nothing = {"rate": None, "beta": None, "dev_loss": None, "steps": 0}
+    return [{"set": number, "run": number, **nothing} for number in range(len(cell.episodes))]
+
+
+def pick(records: list[dict], scored: list[dict], select: str) -> list[int]:
+    """A method's runs at the chosen rate (and β), one a set: indices on the R axis.
+
+    `records`: of its training; `scored`: of its runs on the task's own evaluation.
+    """
+    if select == "eval":
+        return at_config(records, chosen(scored, "eval"))
+    return at_config(records, chosen(records, "dev"))
+
+
+def save_adapters(cell: Cell, x: Experiment, method: str, trained: Trained, picked: list[int], records) -> list[str]:
+    """Save a method's chosen runs in PEFT's format; folder names."""
+    subject = x.subject
+    names = []
+    for r in picked:
+        name = f"adapters/{x.name}-{method}-set{records[r]['set']}"
+        names.append(name)
+        if ranks.chief:
+            save_adapter(x.adapter, trained.theta[r], x.store.path / name, subject.base, subject.revision)
+    return names
+
+
+def overlaps(cell: Cell, x: Experiment, trained: dict[str, Trained], picks: dict[str, list[int]]) -> list[dict]:
+    """Share of LoRA's subspace that two chosen methods have in common by set (paper Figure 4), and that of chance."""
+    adapter = x.adapter
+    if not isinstance(adapter, LoRA):
+        return []
+    weights = {method: unpack(trained[method].theta[runs], adapter.shapes) for method, runs in picks.items()}
+    names = [name for name in adapter.shapes if name.endswith(".B")]
+    chance = fmean(adapter.rank / adapter.shapes[name][0] for name in names)
+    found = []
+    for one, other in combinations(picks, 2):
+        shared = [subspace_overlap(weights[one][name], weights[other][name], adapter.rank).tolist() for name in names]
+        by_set = [fmean(values) for values in zip(*shared)]  # over matrices
+        record = about(cell)
+        record["adapter"] = cell.study.options.adapter_name
+        record["methods"] = [one, other]
+        record["overlap"] = by_set
+        record["mean"] = fmean(by_set)
+        record["chance"] = chance
+        found.append(record)
+    return found
+
+
+def sample(cell: Cell, x: Experiment, scores: dict, picks: dict[str, list[int]], reported: dict) -> dict:
+    """What the model saw (one whole prompt), and right and wrong rows of the last trained method's first set."""
+    name = cell.task.name
+    rows = cell.evaluations[name].rows
+    found = about(cell)
+    found["rows"] = []
+    found["prompt"] = with_demonstrations(cell.episodes[0].icl[0], rows[0].prompt)
+    if not picks:
+        return found
+    method = list(picks)[-1]
+    run = picks[method][0]
+    found["method"] = method
+    found["set"] = 0
+    said, confidence, right = answers_of_run(cell, x, scores[method, name], reported[method].index(run), method, run)
+    for wanted in (True, False):
+        places = [i for i, correct in enumerate(right) if correct == wanted]
+        for i in places[:ROWS_SHOWN]:
+            row = {"prompt": rows[i].prompt, "answer": rows[i].answer, "said": said[i]}
+            row["confidence"] = confidence[i]
+            row["right"] = wanted
+            found["rows"].append(row)
+    return found
+
+
+def answers_of_run(cell: Cell, x: Experiment, scores: Scores, place: int, method: str, run: int):
+    """What one run answers to every row of the task's own evaluation, how sure it is, and whether it is right."""
+    right = scores["correct"][place].tolist()
+    if cell.labels:
+        labels = cell.task.labels
+        said = [labels[top] if top >= 0 else "(no label)" for top in scores["top"][place].tolist()]
+        return said, scores["confidence"][place].tolist(), right
+    texts = x.store.json(texts_file(x, f"{method}-{run}", cell.task.name))["texts"]
+    return texts, [None] * len(texts), right
