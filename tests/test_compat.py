@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from ia2mini.models import load
 from reference import VOCABULARY, make_checkpoint, peft_twin, upstream
 from tokenizers import Tokenizer as Backend
 
