@@ -171,7 +171,7 @@ def against_sft(subject: Subject, seeds: int, rows: int, options: FitOptions) ->
             click.echo(f"  {name}, seed {seed}: {trials[-1].shipped}", err=True)
     gain = paired_test([t.accuracy[t.shipped] for t in trials], [t.accuracy["sft"] for t in trials])
     result.ratios["points of accuracy over SFT"] = gain.mean
-    said = f"{gain.mean:+.1f}{interval(gain, 1, '.1f')} points, p {gain.p:.2g}, {gain.pairs} pairs"
+    said = f"{gain.mean:+.1f}{interval(gain, 1, '.1f')} points, {gain.pairs} pairs"
     result.remarks.append(f"what fit ships against SFT alone: {said}")
     return result
 
