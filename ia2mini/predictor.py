@@ -144,7 +144,10 @@ class Predictor:
 
     def canary(self, kept: dict | None = None) -> dict:
         """Next tokens of a prompt (the likeliest, or as `kept`) and their log-probabilities, with and without it."""
-        ids = torch.tensor([self.subject.tokenizer.encode(self.chat(self.spec["example"]))])
+        example = self.chat(self.spec["example"])
+        tokens = self.subject.tokenizer.encode(example)
+        self.subject.check_room(example, len(tokens), "fit the adapter again")
+        ids = torch.tensor([tokens])
         found: dict = {"dtype": str(next(self.subject.model.parameters()).dtype).removeprefix("torch.")}
         for name, wanted in (("base", False), ("adapted", True)):
             with torch.no_grad(), self.student(wanted) as student:
