@@ -254,7 +254,6 @@ def test_fits_of_real_rows_are_judged_by_fresh_ones(shared_data, tmp_path, monke
         names = {"base", "icl", "sft", "ridge-sft"}
         assert {f"% {name}" for name in names} | {"stated %", "stated low", "stated high"} <= rates.keys()
         assert all(rates[f"% {name}"] % 10 == 0 for name in names), "of ten fresh rows"
-<<<<<<< HEAD
         shipped = rates[f"% {line.stack.removeprefix('ships ')}"]
         lost = max(rates["% base"], rates["% icl"], rates["% sft"]) - shipped
         assert line.note.startswith(f"{-lost:+.1f} points")
@@ -262,9 +261,3 @@ def test_fits_of_real_rows_are_judged_by_fresh_ones(shared_data, tmp_path, monke
         assert held != ("outside" in line.note)
     monkeypatch.setattr(fit, "trial", lambda *_: pytest.fail("what was kept is computed again"))
     assert fit.real(subject, shared_data, 2, (6,), options).lines == found.lines
-=======
-        lost = max(rates["% base"], rates["% sft"]) - rates[f"% {line.stack.removeprefix('ships ')}"]
-        assert line.note == f"{-lost:+.1f} points"
-    gain = fmean(line.rates["% ridge-sft"] - line.rates["% sft"] for line in found.lines)
-    assert any(remark == f"ridge-sft against SFT: {gain:+.1f}, 2 pairs, too few for a test" for remark in found.remarks)
->>>>>>> paper
