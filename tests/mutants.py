@@ -97,7 +97,11 @@ MUTANTS = {
         ("if after < before:", "if True:", "selection a_temperature_is_kept"),
     ],
     "ia2mini/looks.py": [
-        ("for first in folds for second in folds", "for first in folds for second in [first]", "selection no_choice"),
+        (
+            "for first in folds for second in folds",
+            "for first in folds for second in [first]",
+            "selection waits_for_a_choice",
+        ),
     ],
     "ia2mini/predictor.py": [
         ("(len(held) + 1) * (1", "len(held) * (1", "predictor coverage_of_few"),

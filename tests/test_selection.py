@@ -247,3 +247,20 @@ def test_no_choice_depends_on_when_training_stopped(seed, apart):
     for within in ([0, 1, 2], [0, 1], [0, 2], [1, 2]):
         first, second = (chosen.judge(each, within) for each in (tried[1], cut[1]))
         assert first.picks == second.picks and (first.epoch, first.rate) == (second.epoch, second.rate)
+
+
+def test_training_waits_for_a_choice_that_two_folds_leave_out():
+    """Fold 0 gains what the others lose: only the choice without both of them still gains."""
+    epochs = torch.arange(10.0)
+    losses = torch.ones(10, 1, 12)
+    for fold, slope in zip(FOLDS, (-0.05, 0.05, 0.05)):
+        losses[:, 0, fold] += slope * epochs[:, None]
+    true = -losses
+    scores = torch.stack([true, torch.log1p(-true.exp())], -1)
+    scores[:, :, GOLD == 1] = scores[:, :, GOLD == 1].flip(-1)
+    looks = Looks(lambda fold, theta: scores[theta[:, 0].long(), 0][:, FOLDS[fold]], selection(), 1, 1)
+    runs = torch.arange(3)
+    for epoch in range(10):
+        assert looks(epoch + 1, runs, torch.full((3, 1), float(epoch))).all()
+    alone = Selection(FOLDS[:2], GOLD, patience=2, calibrate=False)
+    assert alone.judge(Tried("sft", scores), [0, 1]).picks[1] == (9, 0)
