@@ -166,7 +166,7 @@ def surely_better(one: Candidate, other: Candidate, labels: bool) -> bool:
     few rows that it is sure of and wrong spread the losses so far that t sees nothing.
     """
     gained = other.losses - one.losses - MATTERS
-    if surely_positive(gained):
+    if surely_positive(gained.tolist()):
         return True
     more = int((one.right & ~other.right).sum())
     less = int((other.right & ~one.right).sum())
