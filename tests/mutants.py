@@ -94,11 +94,17 @@ MUTANTS = {
         ("p: float = 0.05", "p: float = 0.1", "metrics paired_test_equals_scipy"),
         ("pairs < FEWEST_PAIRS or", "pairs < 2 or", "metrics of_few_pairs"),
     ],
-    "ia2mini/crossval.py": [
-        ("range(gained, n + 1)", "range(gained + 1, n + 1)", "shipped where_icl_is_behind"),
-        ("a.std() / len(a) ** 0.5]", "a.std()]", "shipped what_is_shipped"),
-        ("others[fold.test] = False", "others[fold.test] = True", "fit no_row_chooses"),
-        ('losses.mean() < losses["sft"].mean():', 'losses.mean() > losses["sft"].mean():', "shipped what_is_shipped"),
+    "ia2mini/selection.py": [
+        ("if other != fold] or [fold]", "] or [fold]", "selection a_folds_rows_are_judged"),
+        ("[other for other in every if other != fold]", "list(every)", "selection the_whole_rule"),
+        ("if after < before:", "if True:", "selection a_temperature_is_kept"),
+    ],
+    "ia2mini/looks.py": [
+        (
+            "for first in folds for second in folds",
+            "for first in folds for second in [first]",
+            "selection waits_for_a_choice",
+        ),
     ],
     "ia2mini/predictor.py": [
         ("(len(held) + 1) * (1", "len(held) * (1", "predictor coverage_of_few"),

@@ -259,5 +259,5 @@ def test_fits_of_real_rows_are_judged_by_fresh_ones(shared_data, tmp_path, monke
         assert line.note.startswith(f"{-lost:+.1f} points")
         held = rates["stated low"] <= shipped <= rates["stated high"]
         assert held != ("outside" in line.note)
-    monkeypatch.setattr(fit, "trial", lambda *_: pytest.fail("what was kept is computed again"))
+    monkeypatch.setattr(fit, "fresh_scores", lambda *_: pytest.fail("what was kept is computed again"))
     assert fit.real(subject, shared_data, 2, (6,), options).lines == found.lines
