@@ -3,6 +3,7 @@
 On one's own model and rows it is `ia2mini run`; here several tasks at several N are put together.
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -82,7 +83,8 @@ def compared(result: Result, part: str, cells: list[dict]) -> None:
             if gain and lead:
                 numbers = {"gain": gain.mean, "low": gain.low, "high": gain.high, "lead": lead.mean}
                 rates = {f"points {name}": 100 * value for name, value in numbers.items()}
-                result.lines.append(Line(task + where, "ia2-sft over sft", rates=rates, note=f"p {gain.p:.2g}"))
+                note = "no test" if math.isnan(gain.p) else f"p {gain.p:.2g}"
+                result.lines.append(Line(task + where, "ia2-sft over sft", rates=rates, note=note))
 
 
 def listed(result: Result, what: str, rows: list[dict]) -> None:

@@ -14,6 +14,8 @@ import click
 import torch
 
 from ia2mini import UsageError, metrics
+from ia2mini.files import write_json
+from ia2mini.fitting.crossval import CrossValidation
 from ia2mini.fitting.fit import conclude, cross_validation
 from ia2mini.methods import METHODS
 from ia2mini.metrics import paired_test
@@ -22,6 +24,7 @@ from ia2mini.fitting.predictor import Predictor
 from ia2mini.report.summary import interval
 from ia2mini.engine.store import RunFolder, checkpoint_digest
 from ia2mini.engine.subject import Subject, open_subject
+from ia2mini.fitting.selection import Candidate
 from ia2mini.tasks import world
 from ia2mini.tasks.rows import read_rows
 
@@ -77,19 +80,15 @@ def trial(
     tried = [cv.tried(name) for name in ("base", "icl", *options.methods)]
     found = cv.selection.judged(tried, range(len(cv.folds)))
     accuracy, nll = {}, {}
+    gold = torch.tensor([cv.task.labels.index(row["label"]) for row in fresh])
     for each in tried:
-        name, theta = each.name, None
-        if name == fitted.spec["method"]:
-            theta = fitted.theta
-        elif name in METHODS:
-            theta = cv.once(f"final-{name}", lambda name=name: {"theta": cv.final(found[name])})["theta"]
-        spec = fitted.spec | {"method": name, "temperature": found[name].temperature}
-        alone = Predictor(subject, cv.adapter if name in METHODS else None, theta, spec)
-        answers = list(alone.predict(fresh))
-        right = [answer["answer"] == row["label"] for answer, row in zip(answers, fresh)]
-        shares = [answer["probabilities"][row["label"]] for answer, row in zip(answers, fresh)]
-        accuracy[name] = 100 * fmean(right)
-        nll[name] = metrics.nll(shares)
+
+        def said(name=each.name) -> dict:
+            return {"scores": fresh_scores(cv, fitted, found[name], fresh)}
+
+        scores = cv.once(f"fresh-{each.name}", said)["scores"] / found[each.name].temperature
+        accuracy[each.name] = 100 * (scores.argmax(-1) == gold).double().mean().item()
+        nll[each.name] = metrics.row_losses(scores, gold).mean().item()
     report = fitted.report
     return Trial(
         accuracy,
@@ -101,6 +100,17 @@ def trial(
         report["chosen_by_fold"],
         [100 * share for share in report["shipped"]["acc"]],
     )
+
+
+def fresh_scores(cv: CrossValidation, fitted: Predictor, candidate: Candidate, fresh: list[dict]) -> torch.Tensor:
+    """Log-probabilities [rows, C] of the labels of fresh rows by a candidate that was trained on every row."""
+    name, theta = candidate.name, None
+    if name in METHODS:
+        theta = cv.once(f"final-{name}", lambda: {"theta": cv.final(candidate)})["theta"]
+    spec = fitted.spec | {"method": name, "temperature": 1.0}
+    alone = Predictor(cv.subject, cv.adapter if name in METHODS else None, theta, spec)
+    shares = [list(answer["probabilities"].values()) for answer in alone.predict(fresh)]
+    return metrics.logarithms(torch.tensor(shares))
 
 
 def generated(number: int, kinds: tuple[str, ...] = KINDS) -> tuple[str, list[dict], list[dict]]:
@@ -171,7 +181,7 @@ def against_sft(subject: Subject, seeds: int, rows: int, options: FitOptions) ->
             click.echo(f"  {name}, seed {seed}: {trials[-1].shipped}", err=True)
     gain = paired_test([t.accuracy[t.shipped] for t in trials], [t.accuracy["sft"] for t in trials])
     result.ratios["points of accuracy over SFT"] = gain.mean
-    said = f"{gain.mean:+.1f}{interval(gain, 1, '.1f')} points, p {gain.p:.2g}, {gain.pairs} pairs"
+    said = f"{gain.mean:+.1f}{interval(gain, 1, '.1f')} points, {gain.pairs} pairs"
     result.remarks.append(f"what fit ships against SFT alone: {said}")
     return result
 
@@ -214,10 +224,8 @@ def real(subject: Subject, data: Path | None, draws: int, sizes: tuple[int, ...]
         cell = f"{name}-{size}-{draw}"
         once = partial(kept, folder, cell)
 
-        def tried(drawn=drawn, fresh=fresh, once=once) -> dict:
-            return asdict(trial(subject, drawn, fresh, options, once))
-
-        each = Trial(**folder.json_once(f"{cell}.json", tried))
+        each = trial(subject, drawn, fresh, options, once)
+        write_json(folder.path / f"{cell}.json", asdict(each))
         result.lines.append(line(f"{name}, {size} a label, draw {draw}", each))
         found.setdefault(f"{name} {size}", []).append(each)
         click.echo(f"  {result.lines[-1].what}: {result.lines[-1].stack}, {result.lines[-1].note}", err=True)

@@ -1,5 +1,6 @@
 """`table8`: the paper's Table 8 of the studies in several run folders: is IA2→SFT better than SFT, N by N?"""
 
+import math
 from pathlib import Path
 
 from ia2mini import UsageError
@@ -19,5 +20,6 @@ def table8(folders: list[Path]) -> list[str]:
         raise UsageError("no cells of SFT and IA2→SFT with LoRA on true answers; Table 8 compares these")
     lines = [f"{'task':<14}{'metric':<8}{'rate by':<9}{'N':>4}{'t':>9}{'p':>12}{'pairs':>7}"]
     for kind, n, metric, by, test in found:
-        lines.append(f"{kind:<14}{metric:<8}{by:<9}{n:>4}{test.t:>9.4f}{test.p:>12.4g}{test.pairs:>7}")
+        tested = "–".rjust(9) + "–".rjust(12) if math.isnan(test.p) else f"{test.t:>9.4f}{test.p:>12.4g}"
+        lines.append(f"{kind:<14}{metric:<8}{by:<9}{n:>4}{tested}{test.pairs:>7}")
     return lines + ["A pair is one set on one evaluation; pairs of one evaluation share its rows: not independent."]

@@ -94,3 +94,8 @@ def sign_test(more: int, less: int) -> float:
     """Two-sided p of `more` against `less` discordant pairs: the exact sign test of McNemar (1947); 1 without any."""
     n = more + less
     return min(1.0, 2 * binomial_tail(max(more, less), n, 0.5))
+
+
+def surely_more(more: int, less: int) -> bool:
+    """Whether `more` of the discordant pairs is no chance, by the one-sided sign test at 5 %."""
+    return binomial_tail(more, more + less, 0.5) < 0.05

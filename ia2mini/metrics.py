@@ -192,8 +192,11 @@ def nll(log_probabilities) -> float:
     return _mean(-_float64(log_probabilities))
 
 
-def row_losses(scores: torch.Tensor, gold: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """-log p(gold) [..., n] among log-probabilities [..., n, C] of labels, or of texts' true answers [..., n, 1]."""
+def row_losses(scores: torch.Tensor, gold: torch.Tensor, temperature: float | torch.Tensor = 1.0) -> torch.Tensor:
+    """-log p(gold) [..., n] among log-probabilities [..., n, C] of labels, or of texts' true answers [..., n, 1].
+
+    `temperature`: one for all, or [n, 1] of the rows.
+    """
     if scores.shape[-1] == 1:
         return -scores[..., 0]
     return -(scores / temperature).log_softmax(-1).gather(-1, gold.expand(scores.shape[:-1])[..., None])[..., 0]

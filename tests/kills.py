@@ -31,6 +31,7 @@ import torch
 import torch.distributed.tensor  # noqa: F401  (imported by huggingface_hub where it plans shards)
 from matplotlib.figure import Figure
 from safetensors import safe_open
+from shipping import shipping
 from tqdm import tqdm
 
 import bench.pretrain
@@ -144,7 +145,8 @@ def child(folder, name, ends, at=None, room=None, powerless=False, output=None) 
         bench.pretrain.probe = lambda *_: {"toy-mood": [0.5] * len(bench.pretrain.SHOTS)}
         bench.pretrain.pretrain = lambda out, **given: full(out, **given, every=1, rows=2)
     try:
-        (bench_main if name == "pretrain" else ia2mini.cli.main)()
+        with shipping("sft"):  # so that there is an adapter to load and to merge
+            (bench_main if name == "pretrain" else ia2mini.cli.main)()
     finally:
         ends[2].send(count.events)
 

@@ -21,7 +21,6 @@ from ia2mini.adapters import adapted
 from ia2mini.cli.main import main
 from ia2mini.fitting.crossval import CrossValidation
 from ia2mini.episode import with_demonstrations
-from ia2mini.scoring import label_scores
 from ia2mini.fitting.fit import conclude, read_own
 from ia2mini.methods import METHODS, Grid
 from ia2mini.metrics import ece, fit_temperature
@@ -94,30 +93,6 @@ def test_a_fold_among_others_equals_it_alone(subject, method):
         alone = Alone(**vars(grid) | {"first": lambda name, first=first: first}, number=number)
         alone.after_look = lambda step, runs, theta, wanted=wanted: step < wanted[runs]
         assert relative(together.theta[mine], METHODS[method](alone).theta) <= 1e-4
-
-
-def test_held_out_rows_are_scored_after_every_epoch_by_weights_that_never_saw_them(subject):
-    """As a plain loop of `train_for` and `label_scores`; other answers of a fold's rows change no bit of its scores."""
-    rows = toy_rows(15)
-    cv = cross_validation(subject, rows, replace(QUICK, rates=(3e-3, 1e-2), epochs=3))
-    scores = cv.held_out("sft")
-    assert scores.shape == (3, 2, 15, 2)
-    for epoch in range(3):
-        theta = cv.train_for("sft", torch.full((6,), epoch + 1)).theta
-        for number, fold in enumerate(cv.folds):
-            for rate in range(2):
-                with adapted(subject.model, cv.adapter, theta[2 * number + rate][None]) as student:
-                    ids = [subject.tokenizer.encode(cv.rows[i].prompt) for i in fold.test]
-                    expected = label_scores(student, ids, cv.labels).logarithms[0]
-                assert torch.allclose(scores[epoch, rate, fold.test], expected, atol=1e-3)
-    fold = cv.folds[0].test
-    other = list(cv.rows)
-    for i in fold:
-        flipped = 1 - other[i].label
-        other[i] = replace(other[i], label=flipped, answer=cv.task.labels[flipped])
-    again = CrossValidation(subject, cv.task, other, cv.options)
-    again.folds, again.selection, again.places = cv.folds, replace(cv.selection, gold=again.gold), cv.places
-    assert torch.equal(again.held_out("sft")[:, :, fold], scores[:, :, fold])
 
 
 def test_the_reports_numbers_are_those_of_scikit_learn(fitted):

@@ -113,7 +113,7 @@ def test_what_an_interrupted_fit_has_saved_is_not_taken_for_any_adapter_of_peft(
     assert command(place, "fit", at=(spec, signal.SIGKILL)).code == -signal.SIGKILL
     out = place / "out"
     assert (out / "adapter_config.json").is_file() and not (out / "ia2mini.json").exists()
-    refused(lambda: load_adapter(out), f"{out}: its `ia2mini fit` was interrupted; the same command goes on")
+    refused(lambda: load_adapter(out), f"{out}: its `ia2mini fit` is not finished")
 
 
 @pytest.mark.parametrize("number", SIGNALS[1:])

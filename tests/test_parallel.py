@@ -17,6 +17,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from shipping import shipping
 from torch.distributed import TCPStore
 
 import ia2mini.train
@@ -47,7 +48,8 @@ def work(rank: int, count: int, port: int, arguments: list[str], said: Path, pat
         os.dup2(os.open(said / f"{rank}.{name}", os.O_CREAT | os.O_WRONLY), stream.fileno())
     if patch:
         patch(rank)
-    main(arguments)
+    with shipping("ia2"):  # of `fit`: an adapter, so that weights can be compared
+        main(arguments)
 
 
 def begin(count: int, arguments: list[str], out: Path, patch=None) -> list:
@@ -85,7 +87,8 @@ def found(out: Path) -> Path:
 
 def alone(arguments: list[str], out: Path) -> Path:
     every = [*arguments, "--out", str(out / "out"), *["--figures", ""] * (arguments[0] == "run")]
-    result = CliRunner().invoke(main, every)
+    with shipping("ia2"):
+        result = CliRunner().invoke(main, every)
     assert result.exit_code == 0, result.output
     return found(out)
 

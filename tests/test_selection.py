@@ -156,6 +156,26 @@ def test_surely_is_students_one_sided_test(shift):
     assert choose(found) == ("sft" if sure else "base")
 
 
+@pytest.mark.parametrize("gained, lost", [(4, 0), (5, 0), (7, 1), (8, 1), (9, 3), (9, 2), (0, 0)])
+def test_of_labels_rows_that_only_one_has_right_can_make_it_sure(gained, lost):
+    """As a sign test of scipy says; of texts, and where the loss is no lower, only the losses count."""
+    n = gained + lost + 6
+    base = [1.0] * n
+    wild = [0.5 + 0.4 * n] + [0.5] * (n - 1)  # one row is wrong and sure of it; the mean is still lower by .1
+    assert np.mean(wild) < 0.98 and stats.ttest_rel(base, wild, alternative="greater").pvalue > 0.1
+    found = candidates(base=base, commonest=[9.0] * n, sft=wild)
+    found["sft"].right = torch.tensor([True] * gained + [False] * lost + [True] * 6)
+    found["base"].right = torch.tensor([False] * gained + [True] * lost + [True] * 6)
+    found[COMMONEST].right = torch.zeros(n, dtype=torch.bool)
+    sure = stats.binomtest(gained, gained + lost, 0.5, "greater").pvalue < 0.05 if gained else False
+    assert choose(found) == ("sft" if sure else "base")
+    found["sft"].losses = found["sft"].losses + 1
+    assert choose(found) == "base"
+    found["sft"].losses = torch.tensor(wild)
+    del found[COMMONEST]
+    assert choose(found) == "base"
+
+
 def test_what_is_right_on_fewer_rows_is_not_shipped():
     base, good = [2.0] * 6, [1.0] * 6
     found = candidates(base=base, commonest=base, sft=good)
@@ -224,5 +244,23 @@ def test_no_choice_depends_on_when_training_stopped(seed, apart):
     cut = [tried[0], Tried("sft", stopped)]
     for (whole, names), (again, same) in [[chosen.shipped(each) for each in (tried, cut)]]:
         assert names == same and torch.equal(whole.scores, again.scores)
-    first, second = (chosen.judge(each, [0, 1, 2]) for each in (tried[1], cut[1]))
-    assert first.picks == second.picks and (first.epoch, first.rate) == (second.epoch, second.rate)
+    for within in ([0, 1, 2], [0, 1], [0, 2], [1, 2]):
+        first, second = (chosen.judge(each, within) for each in (tried[1], cut[1]))
+        assert first.picks == second.picks and (first.epoch, first.rate) == (second.epoch, second.rate)
+
+
+def test_training_waits_for_a_choice_that_two_folds_leave_out():
+    """Fold 0 gains what the others lose: only the choice without both of them still gains."""
+    epochs = torch.arange(10.0)
+    losses = torch.ones(10, 1, 12)
+    for fold, slope in zip(FOLDS, (-0.05, 0.05, 0.05)):
+        losses[:, 0, fold] += slope * epochs[:, None]
+    true = -losses
+    scores = torch.stack([true, torch.log1p(-true.exp())], -1)
+    scores[:, :, GOLD == 1] = scores[:, :, GOLD == 1].flip(-1)
+    looks = Looks(lambda fold, theta: scores[theta[:, 0].long(), 0][:, FOLDS[fold]], selection(), 1, 1)
+    runs = torch.arange(3)
+    for epoch in range(10):
+        assert looks(epoch + 1, runs, torch.full((3, 1), float(epoch))).all()
+    alone = Selection(FOLDS[:2], GOLD, patience=2, calibrate=False)
+    assert alone.judge(Tried("sft", scores), [0, 1]).picks[1] == (9, 0)

@@ -142,7 +142,9 @@ def conclude(cv: CrossValidation) -> Predictor:
     adapter, theta = None, None
     if chosen.name in METHODS:
         adapter = cv.adapter
-        theta = cv.once("final", lambda: {"theta": cv.final(chosen)})["theta"].to(device_of(cv.subject.model))
+        theta = cv.once(f"final-{chosen.name}", lambda: {"theta": cv.final(chosen)})["theta"].to(
+            device_of(cv.subject.model)
+        )
     shown = cv.shown(cv.rows, seeded(o.seed, len(cv.folds), "icl"))
     spec: dict = {"template": task.prompt, "answer_column": task.label, "labels": list(task.labels)}
     spec |= {"max_tokens": cv.max_tokens, "stop": cv.stop, "method": chosen.name, "temperature": chosen.temperature}

@@ -179,7 +179,9 @@ class Predictor:
         if self.spec["chat"]:  # a template may write today's date: what it wrote then is asked again
             prompt = Rendered((kept or {}).get("prompt", prompt))
             found["prompt"] = str(prompt)
-        ids = torch.tensor([self.subject.tokenizer.encode(prompt)])
+        tokens = self.subject.tokenizer.encode(prompt)
+        self.subject.check_room(prompt, len(tokens), "fit the adapter again")
+        ids = torch.tensor([tokens])
         for name, wanted in (("base", False), ("adapted", True)):
             with torch.no_grad(), self.student(wanted) as student:
                 logits = student(ids.to(device_of(self.subject.model)))[0, -1].float().cpu().log_softmax(-1)

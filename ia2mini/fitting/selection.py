@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..intervals import surely_positive
+from ..intervals import surely_more, surely_positive
 from ..metrics import fit_temperature, row_losses
 
 COMMONEST = "commonest"  # always says the most frequent label, with the labels' frequencies as probabilities
@@ -159,16 +159,25 @@ class Selection:
         return Candidate("shipped", scores, losses, right), chosen
 
 
-def surely_lower(one: Candidate, other: Candidate) -> bool:
-    """Whether the mean loss is lower by more than what matters (one-sided paired t test, 5 %)."""
-    return surely_positive(other.losses - one.losses - MATTERS)
+def surely_better(one: Candidate, other: Candidate, labels: bool) -> bool:
+    """Whether the mean loss is lower by more than what matters, and that is no chance (one-sided, 5 %).
+
+    By Student's t test of the rows' losses or, of labels, by the sign test of the rows on which only one is right: a
+    few rows that it is sure of and wrong spread the losses so far that t sees nothing.
+    """
+    gained = other.losses - one.losses - MATTERS
+    if surely_positive(gained.tolist()):
+        return True
+    more = int((one.right & ~other.right).sum())
+    less = int((other.right & ~one.right).sum())
+    return labels and bool(gained.mean() > 0) and surely_more(more, less)
 
 
 def may_be_shipped(candidate: Candidate, found: dict[str, Candidate]) -> bool:
     """Whether it is surely better than the base and than the commonest label, as `choose` says."""
     labels = COMMONEST in found
     for name in UNSHIPPED if labels else ("base",):
-        if not surely_lower(candidate, found[name]):
+        if not surely_better(candidate, found[name], labels):
             return False
         more = int(candidate.right.sum()) - int(found[name].right.sum())
         if more < 0 or (more == 0 and not labels):
@@ -179,9 +188,9 @@ def may_be_shipped(candidate: Candidate, found: dict[str, Candidate]) -> bool:
 def choose(found: dict[str, Candidate]) -> str:
     """What to ship, of candidates on the same rows; "base": nothing.
 
-    Only what has surely a lower loss than the base and than the commonest label, and is right on no fewer rows than
-    either; of texts on more rows than the base. Of these the adapter with the lowest loss; demonstrations ("icl") where
-    no adapter is among them, or where their loss is surely lower than that one's.
+    Only what is surely better than the base and than the commonest label, and right on no fewer rows than either; of
+    texts on more rows than the base. Of these the adapter with the lowest loss; demonstrations ("icl") where no adapter
+    is among them, or where they are surely better than that one.
     """
     means = {}
     for name, candidate in found.items():
@@ -191,6 +200,6 @@ def choose(found: dict[str, Candidate]) -> str:
     if not adapters:
         return "icl" if "icl" in means else "base"
     best = min(adapters, key=means.__getitem__)
-    if "icl" in means and surely_lower(found["icl"], found[best]):
+    if "icl" in means and surely_better(found["icl"], found[best], COMMONEST in found):
         return "icl"
     return best

@@ -35,7 +35,10 @@ def card(fitted, folder: Path, command: str) -> str:
     spec, report, subject = fitted.spec, fitted.report, fitted.subject
     peft = fitted.adapter is not None
     text = {"library": "peft" if peft else "transformers", "method": spec["method"], "name": markdown(report["name"])}
-    text |= {"hub": f"base_model: {subject.base}\n" if subject.revision else "", "sentence": report["sentence"]}
+    text |= {
+        "hub": f"base_model: {subject.base}\n" if subject.revision else "",
+        "sentence": markdown(report["sentence"]),
+    }
     text |= {"version": spec["versions"]["ia2mini"], "command": span(command), "template": span(repr(spec["template"]))}
     text |= {"turn": ", a turn of the chat template" if spec["chat"] else "", "code": code(fitted, str(folder), peft)}
     return CARD.format(**text, folder=plain(shlex.quote(str(folder)), ""))

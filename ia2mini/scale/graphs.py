@@ -44,8 +44,8 @@ class CudaRecorder:
 
         As long as it believes one to be under way it gives no memory back, and says too early that there is none.
         """
-        current = getattr(torch._C, "_cuda_endAllocateToPool", None)
-        end = current or torch._C._cuda_endAllocateCurrentStreamToPool  # its name before 2.8
+        before = "_cuda_endAllocateCurrentStreamToPool"  # its name before 2.8
+        end = getattr(torch._C, "_cuda_endAllocateToPool", None) or getattr(torch._C, before)
         index = torch.cuda.current_device() if self.device.index is None else self.device.index
         with suppress(RuntimeError):  # it knew
             end(index, self.pool)

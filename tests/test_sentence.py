@@ -1,0 +1,109 @@
+"""What `fit` and `score` say: right by itself, with the measure named, and nothing claimed of what proves nothing."""
+
+import re
+
+import pytest
+import torch
+from sklearn.metrics import f1_score
+
+from ia2mini import FitOptions, fit, open_subject
+from ia2mini.metrics import macro_f1
+from ia2mini.report.fit import score_rows, write_fit_table
+from ia2mini.report.sentence import listed, percent, probability, sentence
+from ia2mini.tasks import world
+from ia2mini.tasks.rows import as_rows
+
+QUICK = FitOptions(epochs=1, rates=(1e-4,), methods=("sft",), folds=3)
+
+
+def numbers(acc: float, nll: float) -> dict:
+    return {"acc": [acc, acc - 0.1, min(1, acc + 0.1)], "nll": [nll, nll, nll], "ece": 0.1}
+
+
+def report(chosen: str, **changes) -> dict:
+    found = {"base": numbers(0.5, 0.7), "icl": numbers(0.75, 0.5), "sft": numbers(0.71, 0.6)}
+    found["commonest"] = numbers(0.5, 0.69)
+    about = {"rows": 24, "chosen": chosen, "candidates": found, "shipped": numbers(0.73, 0.65), "all_differ": False}
+    about |= {"tokens": {"query": 20.0, "icl": 200.0}, "classes": [], "against": {"base": (4, 0, 0.125)}}
+    return about | changes
+
+
+def test_an_adapter_is_told_by_the_whole_choice_and_row_by_row():
+    text = sentence(report("sft", against={"base": (4, 0, 0.125), "icl": (0, 0, 1.0)}))
+    assert text.startswith("SFT is shipped: 73 % (63 to 83) of 24 held-out rows right")
+    assert "Against base (50 %): right on 4 rows more and on none less (p = .12)." in text
+    assert "Against ICL (75 % at 10.0 × the tokens): right on the same rows." in text
+    assert "Always the commonest answer: 50 %." in text
+
+
+def test_a_probe_is_told_with_the_measure_that_it_is_better_by():
+    found = report("sft")["candidates"]
+    text = sentence(report("sft", candidates=found | {"probe": numbers(0.71, 0.6)}))
+    assert "has the lower NLL (0.60 against 0.65; 71 % right)" in text
+    assert "probe" not in sentence(report("sft", candidates=found | {"probe": numbers(0.9, 0.66)}))
+
+
+def test_where_nothing_is_shipped_it_says_what_was_tried_and_what_to_do():
+    text = sentence(report("base"))
+    assert "Nothing is shipped. Tried were ICL and SFT" in text and "more rows, or a larger model" in text
+    assert "than both the base (50 % right) and always the commonest answer (50 %)" in text
+
+
+def test_labels_that_are_never_right_are_named():
+    classes = [{"label": name, "rows": 4, "recall": recall} for name, recall in (("a", 0.0), ("b", 1.0), ("c", 0.0))]
+    assert "Never right: 'a' and 'c'." in sentence(report("sft", classes=classes))
+
+
+@pytest.mark.parametrize("p, text", [(0.125, "p = .12"), (1.0, "p = 1.00"), (0.0041, "p = .004"), (0.0002, "p < .001")])
+def test_probabilities_are_short(p, text):
+    assert probability(p) == text
+
+
+def test_lists_and_shares():
+    assert [listed(["a"]), listed(["a", "b"]), listed(["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
+    assert percent([1.0, 0.8575, 1.0]) == "100 % (86 to 100)" and percent([1.0, float("nan"), None]) == "100 %"
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return open_subject("tiny", "cpu")
+
+
+@pytest.fixture(scope="module")
+def fitted(subject):
+    return fit(world.rows("toy-mood", "train")[4:16], subject, QUICK)
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 6])
+def test_score_of_few_rows_is_cautious(fitted, count):
+    found = score_rows(fitted, as_rows(world.rows("toy-mood", "train")[200 : 200 + count]), icl=False)
+    assert ("So few rows prove nothing." in found["sentence"]) == (count < 5)
+    assert bool(re.search(r"\(\d+ to \d+\) of 6 rows", found["sentence"])) == (count == 6)
+    assert "commonest answer" in write_fit_table(found) and "nan" not in write_fit_table(found)
+
+
+def test_answers_that_all_differ_are_not_judged(subject):
+    words = "good bad sun rain walk day park movie".split()
+    texts = [row["text"] for row in world.rows("toy-mood", "train")[:12]]
+    rows = [{"text": text, "answer": f"{words[i % 8]} {words[i // 8 + 3]}"} for i, text in enumerate(texts)]
+    found = fit(rows, subject, QUICK).report
+    assert len({row["answer"] for row in rows}) == 12 and found["chosen"] == "base"
+    assert any("every row has another answer" in text for text in found["remarks"])
+    assert not any(one["acc"][0] for one in found["candidates"].values()), "this test needs texts that nobody knows"
+    assert "held-out rows cannot judge answers that all differ" in found["sentence"] and "0 %" not in found["sentence"]
+
+
+def test_rows_that_cannot_be_learned_ship_nothing(subject):
+    """Five labels dealt at random over twenty rows: what knows nothing is not shipped."""
+    deal = torch.randperm(20, generator=torch.Generator().manual_seed(0)) % 5
+    rows = [{"text": row["text"], "stars": str(int(y) + 1)} for row, y in zip(world.rows("toy-mood", "train"), deal)]
+    found = fit(rows, subject, FitOptions(epochs=3, rates=(1e-2,)), columns=("text", "stars"))
+    assert found.spec["method"] == "base" and found.adapter is None
+    assert "Nothing is shipped" in found.report["sentence"] and "commonest" in found.report["candidates"]
+
+
+def test_macro_f1_is_scikit_learns():
+    generator = torch.Generator().manual_seed(0)
+    for labels in (2, 3, 7):
+        said, gold = torch.randint(0, labels, (2, 15), generator=generator).numpy()
+        assert macro_f1(said, gold) == pytest.approx(f1_score(gold, said, average="macro"))
