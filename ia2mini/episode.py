@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from zlib import crc32
 
@@ -31,13 +31,13 @@ def seeded(seed: int, number: int, purpose: str) -> np.random.Generator:
 
 
 def draw_episode(
-    pool: list[Example], n: int, number: int = 0, seed: int = 0, pool_demos: int = 0, reuse: bool = False, more: int = 0
+    pool: list[Example], n: int, number: int = 0, seed: int = 0, pool_demos: int = 0, reuse: bool = False
 ) -> Episode:
     """Set `number` of size `n`: the pool shuffled with the set's seed, N rows to train, the next ones as dev.
 
     Two choices of the released scripts: with `pool_demos`, that many evaluation rows have each N - 1 demonstrations of
-    their own, drawn from the rest of the pool; with `reuse`, dev row j has training row j's demonstrations. `more` rows
-    of the rest are unlabelled. Raises UsageError for N too small or large. The next step is `teach`.
+    their own, drawn from the rest of the pool; with `reuse`, dev row j has training row j's demonstrations.
+    Raises UsageError for N too small or large. The next step is `teach`.
     """
     dev_size = min(max(1, n // 2), 48)
     if n < 2:
@@ -58,31 +58,7 @@ def draw_episode(
             raise UsageError(f"--n {n}: {lack}")
         rng = seeded(seed, number, "icl from the pool")
         icl = [[rest[i] for i in rng.choice(len(rest), n - 1, replace=False)] for _ in range(pool_demos)]
-    if more > len(rest):
-        asked = f"{more} rows without answers (--unlabelled, --select kl)"
-        raise UsageError(f"{asked}: besides the sets the pool holds only {len(rest)} rows; use fewer")
-    rng = seeded(seed, number, "unlabelled")
-    more_shown = [shuffled(train, rng) for _ in range(more)]
-    return Episode(train, dev, leave_one_out + for_dev, icl, rest[:more], more_shown)
-
-
-def controlled(episode: Episode, teacher: str, other: Callable[[], Episode], seed: int = 0) -> Episode:
-    """The episode with a control in place of what the teacher sees; `teacher` "true": as it is.
-
-    "none": nothing; "other": the demonstrations of the episode `other()`; "shuffled": the training rows' answers have
-    changed places, no row keeps its own place (labels may still agree). Evaluation by ICL sees the true ones.
-    """
-    if teacher == "true":
-        return episode
-    source = other() if teacher == "other" else episode
-    lists = {name: getattr(source, name) for name in ("demonstrations", "more_demonstrations")}
-    if teacher == "none":
-        lists = {name: [[] for _ in shown] for name, shown in lists.items()}
-    elif teacher == "shuffled":
-        ring = shuffled(episode.train, seeded(seed, 0, "answers in other places"))
-        moved = {a: replace(a, answer=b.answer, label=b.label) for a, b in zip(ring, ring[1:] + ring[:1])}
-        lists = {name: [[moved[row] for row in rows] for rows in shown] for name, shown in lists.items()}
-    return replace(episode, **lists)
+    return Episode(train, dev, leave_one_out + for_dev, icl)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -175,18 +175,6 @@ def risk_coverage(confidence, correct) -> float:
     return float((wrong.cumsum() / np.arange(1, len(wrong) + 1)).mean())
 
 
-def murphy(confidence, correct, bins: int = 15) -> tuple[float, float, float]:
-    """Reliability, resolution and uncertainty of the top answer (Murphy 1973), over the equal widths of `reliability`.
-
-    Their Brier score is reliability - resolution + uncertainty, but for the spread of confidences within a bin.
-    """
-    table = reliability(confidence, correct, bins)
-    rows, confidences, right = table[table[:, 0] > 0].T
-    share, rate = rows / rows.sum(), right.sum() / rows.sum()
-    calibration = (share * ((confidences - right) / rows) ** 2).sum()
-    return float(calibration), float((share * (right / rows - rate) ** 2).sum()), float(rate * (1 - rate))
-
-
 def nll(log_probabilities) -> float:
     """Mean negative log-likelihood in nats, of the true labels' log-probabilities [Q]; infinite where one is -inf."""
     return _mean(-_float64(log_probabilities))
@@ -325,10 +313,8 @@ def measure(confidence, correct, scores, gold, scheme: str = "width", temperatur
     best = scores.softmax(-1).max(-1)
     heats = {"nll_labels": 1.0, "nll_dev": temperature, "nll_oracle": fit_temperature(scores, gold, oracle=True)}
     calibrated = {name: row_losses(scores.double(), gold, heat).mean().item() for name, heat in heats.items()}
-    parts = dict(zip(("reliability_brier", "resolution", "uncertainty"), murphy(confidence, correct)))
     return {
         **calibrated,
-        **parts,
         "nll_left_out": left_out_nll(scores, gold),
         "acc": accuracy(correct),
         "smooth_ece": smooth_ece(confidence, correct),

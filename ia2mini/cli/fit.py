@@ -12,10 +12,11 @@ import click
 from .. import UsageError
 from ..engine.options import FitOptions
 from ..files import json_line, plain, read_text
-from ..scale import ranks as parallel
-from .main import main, prepare, progress, typed
-from .options import GUESS, check_option, file_option, many, model_options, options_of, shard_option, taken
+from ..scale import ranks
+from .group import main, progress, typed
+from .options import GUESS, check_option, file_option, many, model_options, options_of, taken
 from .rows import refuse_unnamed_model, tell_all
+from .run import prepare
 from .streams import need_input
 
 PORTION = 2**16  # bytes that are read at once
@@ -66,7 +67,7 @@ def fit(rows, unlabelled, context, prompts, out, **given):
     if (rows is None) == (context is None) or (context is None) != (prompts is None):
         raise UsageError("give ROWS, or --context with --prompts")
     refuse_unnamed_model("ROWS" if context is None else "--context")
-    how = taken(given, "model", "device", "dtype", "revision", "check", "shard")
+    how = taken(given, "model", "device", "dtype", "revision", "check")
     columns = Columns(*taken(given, "prompt_column", "answer_column", "template").values())
     text = read_text(context).replace("\r\n", "\n").strip() if context else ""
     if context and not text:
@@ -78,11 +79,10 @@ def fit(rows, unlabelled, context, prompts, out, **given):
     prepare(subject.model, None, False)
     tell_all(task.remarks)
     fitted = fit_rows(own, subject, options, columns, unlabelled or (), keep=out, bar=progress)
-    if not parallel.same and not parallel.stop():
+    ranks.stop()
+    if not ranks.chief:
         return
-    fitted.save(out)  # its canary is computed, by all that share the model
-    if not parallel.stop():
-        return
+    fitted.save(out)
     write_fit_report(fitted, out, typed())
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished)
@@ -152,7 +152,6 @@ def complain(error: UsageError, strict: bool) -> None:
 
 @main.command()
 @adapter_options
-@shard_option
 @click.argument("rows", metavar="ROWS|-")
 @click.option("--coverage", type=float, help="answer only the most certain rows: this share of them")
 @click.option("--icl", is_flag=True, help="the base model with demonstrations in its prompt instead, to compare")
@@ -163,8 +162,6 @@ def predict(adapter, rows, coverage, icl, strict, **how):
     Prints JSONL: the row's own columns, answer, confidence and, of labels, the probability of each. Where --coverage
     abstains, answer is null and abstained the answer. A column of yours with such a name becomes row_answer and so on.
     """
-    if how["shard"] and rows == "-":
-        raise UsageError("--shard: every process reads the rows; give a file in place of standard input")
     if rows == "-":
         need_input()
     fitted = open_adapter(adapter, **how)
@@ -174,7 +171,6 @@ def predict(adapter, rows, coverage, icl, strict, **how):
 
 @main.command()
 @adapter_options
-@shard_option
 @click.argument("rows", metavar="ROWS", type=click.Path(path_type=Path))
 @click.option("--answer-column", help="what is answered  [default: as in the rows it was fitted on]")
 @click.option("--icl", is_flag=True, help="the base model with demonstrations in its prompt instead, to compare")
@@ -229,9 +225,8 @@ def generate(prompt, max_tokens, stop, adapter, chat, **how):
     ids = tokenizer.encode(text)
     if not ids:
         raise UsageError("--prompt is empty and this model's tokenizer adds no BOS; give some text")
-    before = fitted.adapter.tokens if fitted.adapter else 0
-    subject.check_room(prompt, before + len(ids), "use a shorter --prompt")
-    max_tokens = min(max_tokens, subject.reads + 1 - before - len(ids))
+    subject.check_room(prompt, len(ids), "use a shorter --prompt")
+    max_tokens = min(max_tokens, subject.reads + 1 - len(ids))
     stop = stop and stop.replace("\\n", "\n")
     with fitted.student() as student:
         (response,) = continue_text(student, tokenizer, [ids], Decoding(max_tokens, stop))

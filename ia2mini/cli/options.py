@@ -74,7 +74,6 @@ def determined(context, option, wanted: bool) -> None:
 GUESS = "  [default: guessed from the header]"
 MODEL_HELP = "folder, hub id, or short name: tiny (embedded), qwen3-4b-base, llama-3.2-1b …"
 DTYPE_HELP = "of frozen weights  [default: float32, on a GPU bfloat16]"
-shard_option = click.option("--shard", is_flag=True, help="split the model over the processes of torchrun")
 check_option = click.option("--check/--no-check", default=True, help="that no weight is NaN or infinite")
 model_options = many(
     click.option("--model", default="tiny", help=MODEL_HELP),
@@ -82,7 +81,6 @@ model_options = many(
     click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help=DTYPE_HELP),
     click.option("--revision", help="branch, tag or commit on the hub"),
     check_option,
-    shard_option,
     click.option(
         "--deterministic", is_flag=True, expose_value=False, callback=determined, help="the same bits on a GPU, slower"
     ),

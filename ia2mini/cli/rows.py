@@ -7,7 +7,7 @@ import click
 
 from .. import UsageError
 from ..files import plain
-from ..scale import ranks as parallel
+from ..scale import ranks
 
 DEMO = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap")
 
@@ -36,7 +36,7 @@ def keep_apart(task, tokenizer, template: str | None):
     complete, _ = own.complete_rows(rows.read_rows(Path(task.files[0])), task)
     kept = own.keep_apart(task, complete, tokenizer)
     merging = "answers would merge with the end of the template in this tokenizer"
-    if kept is not task and parallel.says(merging):
+    if kept is not task and ranks.says(merging):
         click.echo(f"{merging}, so it is now {kept.prompt!r}", err=True)
     return kept
 
@@ -49,6 +49,6 @@ def refuse_unnamed_model(rows: str) -> None:
 
 def tell_all(remarks: Iterable[str]) -> None:
     """Tell on stderr how one's own rows were read; of several processes the first tells it."""
-    if parallel.chief:
+    if ranks.chief:
         for remark in remarks:
             click.echo(plain(remark), err=True)

@@ -9,6 +9,22 @@ RATES = {"lora": (1e-4, 3e-4, 1e-3), "ia3": (1e-3, 1e-2, 1e-1)}  # protocol sect
 TINY_RATES = {"lora": (1e-3, 3e-3, 1e-2), "ia3": (1e-3, 1e-2, 1e-1)}  # the embedded model is small: LoRA's ten times
 BETAS = {"qwen3": (0.1, 0.5, 0.7, 0.9), "llama": (0.001, 0.01, 0.05, 0.5)}
 UNTRAINED = ("base", "icl")
+LABELS = {  # method: as it is written, in the order of every table and figure
+    "base": "base",
+    "icl": "ICL",
+    "sft": "SFT",
+    "sft-sft": "SFT→SFT",
+    "soft": "soft labels",
+    "soft-sft": "soft→SFT",
+    "hidden": "hidden",
+    "hidden-sft": "hidden→SFT",
+    "ridge": "ridge",
+    "ridge-sft": "ridge→SFT",
+    "ia2": "IA2",
+    "sft-ia2": "SFT→IA2",
+    "ia2+sft": "IA2+SFT",
+    "ia2-sft": "IA2→SFT",
+}
 LETTERS = {  # letter -> matrix, in the order of a layer
     "q": "q_proj",
     "k": "k_proj",

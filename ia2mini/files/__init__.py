@@ -158,3 +158,8 @@ def as_text(value) -> str:
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
     return str(value)
+
+
+def count(number: int, noun: str) -> str:
+    """ "1 set", "5 sets"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

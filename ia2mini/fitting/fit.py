@@ -13,13 +13,11 @@ from ..engine.options import FitOptions, last_phase
 from ..engine.store import RunFolder, checkpoint_digest
 from ..engine.subject import Subject
 from ..episode import seeded, with_demonstrations
-from ..files import plain
+from ..files import count, plain
 from ..generate import STOP, Decoding, generate
 from ..intervals import sign_test
 from ..methods import METHODS
 from ..models.taps import device_of
-from ..report.fit import classes, measures
-from ..report.summary import count
 from ..scoring import share_prefix
 from ..tasks import Example, Task
 from ..tasks.chat import ChatTemplate
@@ -27,6 +25,7 @@ from ..tasks.own import complete_rows, keep_apart, near_labels, own_task, querie
 from ..tasks.rows import Row, as_rows, fill
 from ..teacher import answer_tokens_at_most
 from .crossval import CrossValidation
+from .measures import classes, measures
 from .predictor import Predictor
 from .selection import Candidate, choose
 from .sentence import sentence

@@ -27,7 +27,6 @@ from ..files import finite, write, write_text
 from ..generate import Decoding
 from ..models.checkpoint import load
 from ..models.taps import device_of
-from ..scale import ranks as parallel
 from ..scoring import Scoring, answer_texts, label_scores, share_prefix
 from ..tasks import Example
 from ..tasks.chat import ChatTemplate
@@ -234,7 +233,7 @@ class Predictor:
         """Write the adapter in peft's format and `ia2mini.json`. Raises UsageError, also for a folder of others."""
         check_own(folder)
         subject = self.subject
-        for name in ADAPTER if parallel.writes() else ():  # of an earlier fit
+        for name in ADAPTER:  # of an earlier fit
             (folder / name).unlink(missing_ok=True)
         if self.adapter:
             save_adapter(self.adapter, self.theta[0], folder, subject.base, subject.revision)

@@ -2,7 +2,8 @@
 
 import math
 
-from ..report.summary import LABELS, count
+from ..engine.options import LABELS
+from ..files import count
 
 NAMES = LABELS | {"commonest": "commonest answer", "shipped": "as shipped", "probe": "linear probe"}
 HELP = "What may help: more rows, or a larger model."

@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from .. import UsageError
-from ..files import write
-from .summary import LABELS, METRICS, average, count, dashed, deviation, grouped, parts, title
+from ..engine.options import LABELS
+from ..engine.select import grouped
+from ..files import count, write
+from ..study.table import METRICS, deviation
+from .summary import average, dashed, parts, title
 
 COLORS = {  # after Okabe and Ito, who chose them to be told apart by every eye; blue for IA2 and what follows it
     "base": "#b0b0b0", "icl": "#404040", "sft": "#d55e00", "sft-sft": "#f0a070", "soft": "#e6b000",
@@ -40,7 +43,6 @@ def views(document: dict):
     choices, kinds = (list(dict.fromkeys(values)) for values in zip(*found))
     for (by, kind), mine in found.items():
         mine = sorted(mine, key=lambda part: part["n"])
-        mine = [part for part in mine if part["unlabelled"] == mine[0]["unlabelled"]]  # others are in the tables
         cells, sizes, last = mine[-1]["cells"], ", ".join(str(part["n"]) for part in mine), mine[-1]["n"]
         saved = [o for o in document.get("overlap") or [] if (o["n"], o.get("adapter", kind)) == (last, kind)]
         suffix = f"-{dashed(kind or '')}" * (len(kinds) > 1) + f"-{by}" * (len(choices) > 1)

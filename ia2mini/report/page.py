@@ -6,9 +6,10 @@ from base64 import b64encode
 from datetime import date
 from pathlib import Path
 
-from ..engine.options import UNTRAINED
+from ..engine.options import LABELS, UNTRAINED
+from ..files import count
 from .figures import CAPTIONS, views
-from .summary import LABELS, average, count, dashed, paired, parts, title, verdict
+from .summary import average, dashed, paired, parts, title, verdict
 from .tables import HEADS, known_columns, legend, seconds_line, texts
 
 STYLE = """

@@ -1,35 +1,40 @@
 """The paper's numbers (all tables but 8, in paper.csv) beside a study's, and its Table 8 of several studies."""
 
 import csv
+import math
 from pathlib import Path
 
 from .. import UsageError
 from ..engine.options import BETAS, RATES, Options
+from ..engine.select import grouped
 from ..metrics import PairedTest, paired_test
-from .summary import grouped
 
 FIELDS = ("model", "n", "adapter", "labels", "task", "eval", "method")
-SAME = ("teacher", "layers", "sets", "epochs", "patience", "batch_size", "eval_rows", "unlabelled", "soft_k")
+SAME = ("layers", "sets", "epochs", "patience", "batch_size", "eval_rows", "soft_k")
 
 
 def departures(config: dict) -> list[str]:
-    """The options of a study, as they are typed, by which its runs are not those of the paper."""
+    """The options of a study, as they are typed, by which its runs are not those of the paper.
+
+    Of joined studies an option may hold a list of values.
+    """
     usual = Options()
     found = []
     for name in SAME:
-        value, paper = config[name], getattr(usual, name)
-        if isinstance(paper, tuple):
-            value = tuple(value)
-        if value != paper:
+        if as_tuple(config[name]) != as_tuple(getattr(usual, name)):
             found.append(f"--{name.replace('_', '-')}")
-    trained = config.get("adapters") or {config["adapter"][0]: config}
-    for name, about in trained.items():
-        kind = name.split(" ")[0]
-        if tuple(about["rates"]) not in ((), RATES[kind]):
-            found.append("--rates")
-    if config["betas"] and tuple(config["betas"]) not in BETAS.values():
+    papers_rates = [*RATES.values(), sum(RATES.values(), ())]
+    if as_tuple(config["rates"]) not in papers_rates:
+        found.append("--rates")
+    if config["betas"] and as_tuple(config["betas"]) not in BETAS.values():
         found.append("--betas")
-    return list(dict.fromkeys(found))
+    if "draw" in config:
+        found.append("control")
+    return found
+
+
+def as_tuple(value) -> tuple:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 def add_paper(document: dict) -> int:
@@ -53,32 +58,38 @@ def add_paper(document: dict) -> int:
     return found
 
 
-def table_8(documents: dict[str, dict]) -> list[tuple[str, int, str, str, PairedTest]]:
-    """The paper's Table 8 of several studies (name -> results document): lines of (kind, N, metric, choice, test).
+def table_8(document: dict) -> list[tuple[str, int, str, str, PairedTest]]:
+    """The paper's Table 8 of a joint document: lines of (kind, N, metric, choice of the rate, test).
 
     A pair is one set on one evaluation, of SFT and IA2→SFT with LoRA on true answers; those of all models, tasks and
-    evaluations are pooled. Differences are what IA2→SFT has gained: accuracy, or ECE that it lost. Raises UsageError
-    for two studies with the same cell.
+    evaluations are pooled. Differences are what IA2→SFT has gained: accuracy, or ECE that it lost.
     """
-    cells: dict[tuple, dict] = {}
-    origin: dict[tuple, str] = {}
-    for name, document in documents.items():
-        if document["config"]["labels"] != "truth":
-            continue
-        for cell in document["cells"]:
-            key = tuple(cell[field] for field in ("model", "task", "eval", "n", "selected_by", "method"))
-            if cell["adapter"] != "lora" or cell["method"] not in ("sft", "ia2-sft"):
-                continue
-            if key in cells:
-                raise UsageError(f"{name} and {origin[key]} both hold {' · '.join(map(str, key))}: leave one out")
-            cells[key], origin[key] = cell, name
     lines = []
     for kind, metrics in (("single-token", ("acc", "ece")), ("multi-token", ("acc",))):
-        mine = [c for c in cells.values() if (c["ece_mean"] is not None) == ("ece" in metrics)]
+        mine = []
+        for cell in document["cells"]:
+            labelled = cell["ece_mean"] is not None
+            if cell["adapter"] == "lora" and cell["method"] in ("sft", "ia2-sft") and labelled == ("ece" in metrics):
+                mine.append(cell)
         for (n, by), some in sorted(grouped(mine, "n", "selected_by").items()):
             for metric in metrics:
                 lines.append((kind, n, metric, by, pooled(some, metric)))
     return lines
+
+
+def write_table_8(document: dict) -> str:
+    """Table 8 as text. Raises UsageError where no cell belongs in it."""
+    found = table_8(document)
+    if not found:
+        raise UsageError("no cells of SFT and IA2→SFT with LoRA; Table 8 compares these")
+    lines = [f"{'task':<14}{'metric':<8}{'rate by':<9}{'N':>4}{'t':>9}{'p':>12}{'pairs':>7}"]
+    for kind, n, metric, by, test in found:
+        tested = f"{test.t:>9.4f}{test.p:>12.4g}"
+        if math.isnan(test.p):
+            tested = f"{'–':>9}{'–':>12}"
+        lines.append(f"{kind:<14}{metric:<8}{by:<9}{n:>4}{tested}{test.pairs:>7}")
+    lines.append("A pair is one set on one evaluation; pairs of one evaluation share its rows: not independent.")
+    return "\n".join(lines)
 
 
 def pooled(cells: list[dict], metric: str) -> PairedTest:

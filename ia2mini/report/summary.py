@@ -1,90 +1,30 @@
 """From the records of runs to the cells of the tables: the choice of a rate, means and deviations, the gain."""
 
 import math
-from statistics import fmean, stdev
+from statistics import fmean
 
+from ..engine.options import LABELS
+from ..engine.select import grouped
+from ..files import count
 from ..metrics import FEWEST_PAIRS, PairedTest, paired_test
+from ..study.table import METRICS, deviation
 
-METRICS = {  # metric: as the head of its column has it
-    "acc": "accuracy (%) ↑", "ece": "ECE ↓", "ece_null": "(null)", "nll": "NLL ↓", "brier": "Brier ↓", "asim": "asim ↑",
-    "ece_mass": "ECE, mass ↓", "acc_labels": "accuracy among labels (%) ↑", "ece_labels": "ECE among labels ↓",
-    "smooth_ece": "smooth ECE ↓", "risk_coverage": "risk-coverage ↓", "nll_labels": "NLL among labels ↓",
-    "nll_dev": "NLL, dev temperature ↓", "nll_left_out": "NLL, left out ↓", "nll_oracle": "NLL, oracle ↓",
-    "reliability_brier": "reliability ↓", "resolution": "resolution ↑", "uncertainty": "uncertainty",
-}  # fmt: skip
-LABELS = {  # method: as it is written, in the order of every table and figure
-    "base": "base", "icl": "ICL", "sft": "SFT", "sft-sft": "SFT→SFT", "responses": "responses",
-    "responses-sft": "responses→SFT", "soft": "soft labels", "soft-sft": "soft→SFT", "hidden": "hidden",
-    "hidden-sft": "hidden→SFT", "ridge": "ridge", "ridge-sft": "ridge→SFT", "ia2": "IA2",
-    "sft-ia2": "SFT→IA2", "ia2+sft": "IA2+SFT", "ia2-sft": "IA2→SFT",
-}  # fmt: skip
 CHOICES = {
     "dev": "rate by lowest dev loss",
-    "kl": "rate by KL to the teacher on further queries (SFT: dev loss)",
     "eval": "rate by accuracy on the evaluation rows, as in the paper",
 }
 
 
-def chosen(records: list[dict], by: str) -> tuple[float | None, float | None]:
-    """(rate, β) of one method's records: lowest mean dev loss ("dev") or KL ("kl"), or highest accuracy ("eval")."""
-
-    def cost(record: dict) -> float:
-        value = -record["acc"] if by == "eval" else record["kl" if by == "kl" and "kl" in record else "dev_loss"]
-        return math.inf if value is None or math.isnan(value) else value  # a run that diverged
-
-    configs = grouped(records, "rate", "beta")
-    return min(configs, key=lambda config: fmean(map(cost, configs[config])))
-
-
-def at_config(records: list[dict], config: tuple[float | None, float | None]) -> list[int]:
-    """Which of a method's records, in order, have this (rate, β)."""
-    return [r for r, record in enumerate(records) if (record["rate"], record["beta"]) == config]
-
-
-def grouped(rows: list[dict], *fields: str) -> dict[tuple, list[dict]]:
-    """The rows by their values of some fields, in order."""
-    found: dict[tuple, list[dict]] = {}
-    for row in rows:
-        found.setdefault(tuple(map(row.get, fields)), []).append(row)
-    return found
-
-
-def summarise(records: list[dict], select: str = "dev") -> list[dict]:
-    """The cells of the table: means and deviations over sets at the rate chosen by `select` ("both": two cells)."""
-    cells, choices = [], ("dev", "eval") if select == "both" else (select,)
-    for group in grouped(records, "task", "n", "unlabelled", "method", "eval", "adapter").values():
-        for by in choices if group[0]["rate"] is not None else (None,):
-            rate, beta = chosen(group, by) if by else (None, None)
-            runs = grouped(group, "rate", "beta")[rate, beta]
-            cell = {key: runs[0][key] for key in ("task", "eval", "ood", "model", "n", "method", "adapter")}
-            cell |= {"unlabelled": runs[0].get("unlabelled", 0), "sets": len(runs)}
-            cell |= {"selected_by": by, "rate": rate, "beta": beta}
-            for metric in METRICS:
-                known = [run[metric] for run in runs if run.get(metric) is not None]
-                cell[f"{metric}_mean"] = fmean(known) if known else None
-                cell[f"{metric}_std"] = deviation(known)
-            if runs[0].get("reliability"):
-                bins = zip(*(run["reliability"] for run in runs))
-                cell["reliability"] = [[sum(values) for values in zip(*parts)] for parts in bins]
-            cell["asim_layers"] = [fmean(layer) for layer in zip(*(run["asim_layers"] for run in runs))]
-            cells.append(cell | {metric: [run.get(metric) for run in runs] for metric in METRICS})
-    return cells
-
-
-def deviation(values: list[float]) -> float | None:
-    """Standard deviation of a sample, divided by n - 1; None of fewer than two values."""
-    return stdev(values) if len(values) > 1 else None
-
-
 def parts(document: dict) -> list[dict]:
-    """What one table shows: each model, N, number of unlabelled rows, adapter and choice of rate, its `cells`."""
+    """What one table shows: each model, N, adapter and choice of rate, its `cells`."""
     rank = {method: i for i, method in enumerate(LABELS)}
     cells = sorted(document["cells"], key=lambda cell: rank.get(cell["method"], len(rank)))
     trained = [c for c in cells if c["selected_by"]] or [c | {"selected_by": None} for c in cells]
-    found, groups = [], grouped(cells, "model", "n", "unlabelled")
-    for model, n, more, kind, by in grouped(trained, "model", "n", "unlabelled", "adapter", "selected_by"):
-        mine = [c for c in groups[model, n, more] if c["selected_by"] in (by, None) and c["adapter"] in (kind, None)]
-        about = {"model": model, "n": n, "unlabelled": more, "adapter": kind, "by": by}
+    groups = grouped(cells, "model", "n")
+    found = []
+    for model, n, kind, by in grouped(trained, "model", "n", "adapter", "selected_by"):
+        mine = [c for c in groups[model, n] if c["selected_by"] in (by, None) and c["adapter"] in (kind, None)]
+        about = {"model": model, "n": n, "adapter": kind, "by": by}
         found.append(about | {"cells": mine, "title": title(mine, by)})
     return found
 
@@ -94,18 +34,12 @@ def title(cells: list[dict], by: str | None) -> str:
     tasks = list(dict.fromkeys(c["task"] for c in cells))
     adapter = next((c["adapter"] for c in cells if c["adapter"]), None)
     about = [cells[0]["model"], ", ".join(tasks) if len(tasks) < 3 else f"{len(tasks)} tasks", f"N = {cells[0]['n']}"]
-    about += [f"{more} unlabelled"] if (more := cells[0].get("unlabelled")) else []
     return " · ".join([*about, *filter(None, [adapter, count(cells[0]["sets"], "set"), CHOICES.get(by)])])
 
 
 def dashed(adapter: str) -> str:
     """An adapter's name in names of files."""
     return adapter.replace(" ", "-")
-
-
-def count(number: int, noun: str) -> str:
-    """ "1 set", "5 sets"."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def average(cells: list[dict]) -> list[dict]:

@@ -3,8 +3,11 @@
 from functools import partial
 from pathlib import Path
 
-from ..files import plain, write_text
-from .summary import LABELS, METRICS, average, count, grouped, parts, verdict
+from ..engine.options import LABELS
+from ..engine.select import grouped
+from ..files import count, plain, write_text
+from ..study.table import METRICS
+from .summary import average, parts, verdict
 
 COLUMNS = ("acc", "ece", "ece_null", "asim")  # where no others are asked for
 OWN_COLUMNS = ("acc", "acc_labels", *COLUMNS[1:])  # of own rows, which `fit` judges among the labels

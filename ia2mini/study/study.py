@@ -15,7 +15,6 @@ from ..episode import draw_episode
 from ..files import finite, write_json
 from ..generate import STOP
 from ..models.taps import device_of
-from ..report.summary import summarise
 from ..scale import ranks
 from ..scale.decode import fast_decoding
 from ..scale.pack import in_batches, in_one_batch
@@ -33,6 +32,7 @@ from .records import (
     untrained_runs,
 )
 from .scoring import score_all, temperatures
+from .table import summarise
 
 
 def compare(

@@ -1,0 +1,156 @@
+"""The command line: thin shells over the functions of the other rooms. Torch is imported only by what computes."""
+
+import ctypes
+import os
+import shlex
+import signal
+import sys
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+import click
+
+from .. import UsageError
+from ..errors import NO_MEMORY, out_of_memory
+from ..files import plain
+from ..scale import ranks
+from .streams import check_arguments, need_output, open_streams
+
+MINUTE = 60
+PRINTING = ("predict", "score", "generate", "tasks")  # commands whose whole result is what they print
+
+
+class Commands(click.Group):
+    """A group that turns a user's mistake into one line and exit code 2, and an interrupt into 130."""
+
+    def invoke(self, context):
+        ranks.start()
+        return super().invoke(context)
+
+    def main(self, args=None, **more):
+        interrupts = []
+        warnings.showwarning = lambda text, *where, **_: say(f"warning: {text}", f"warning: {text}")
+        try:
+            try:
+                heed_interrupts(interrupts)
+                open_streams()
+                check_arguments(sys.argv[1:] if args is None else list(args))
+                sys.exit(super().main(args, **more | {"standalone_mode": False}))
+            except Exception:
+                if interrupts:
+                    raise KeyboardInterrupt from None
+                raise
+        except UsageError as error:
+            mistake = str(error)
+        except click.UsageError as error:
+            mistake = f"{error.format_message()} `{error.ctx.command_path} --help` lists what there is"
+        except click.ClickException as error:
+            mistake = error.format_message()
+        except (click.Abort, KeyboardInterrupt):  # the latter outside click's own care
+            say("interrupted; what was finished is kept, and the same command goes on from there", before="\n")
+            sys.exit(130)
+        except Exception as error:
+            mistake = what_happened(error)
+            if mistake is None:
+                raise
+        say(mistake)
+        sys.exit(2)
+
+
+def what_happened(error: Exception) -> str | None:
+    """A line for an error that the surroundings have caused; None for one of ours."""
+    if out_of_memory(error):
+        return NO_MEMORY
+    if isinstance(error, OSError) and error.errno is not None:
+        if error.filename is None:  # what is left to print is not tried again at exit
+            sys.stdout = None
+        return str(UsageError(f"{error.filename or 'output'}: {error.strerror}"))  # a name may be long
+    if isinstance(error, ModuleNotFoundError):
+        return f"the package {error.name} is missing; `pip install ia2mini` installs what is needed"
+    if isinstance(error, RuntimeError) and ranks.lost(error):
+        return ranks.LOST
+    return None
+
+
+def say(line: str, once: str = "the end", before: str = "") -> None:
+    """Tell a line on stderr, unless another process has told what is said `once`."""
+    if ranks.says(once):
+        click.echo(before + plain(f"ia2mini: {line}"), err=True)
+
+
+def heed_interrupts(came: list) -> None:
+    """Have SIGTERM interrupt as Ctrl-C does, and note it in `came`: native code may turn it into another error."""
+
+    def interrupt(*signals):
+        came.append(signals)
+        raise KeyboardInterrupt
+
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, interrupt)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell's jobs in the background have it
+            signal.signal(signal.SIGINT, interrupt)
+
+
+SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 120}
+
+
+@click.group(cls=Commands, invoke_without_command=True, context_settings=SETTINGS)
+@click.version_option(package_name="ia2mini")
+@click.pass_context
+def main(context):
+    """Teach a language model a task from a handful of examples by ICL Activation Alignment (IA2, arXiv 2509.22621).
+
+    \b
+      ia2mini run                                            the demo: four toy tasks on the embedded model, a minute
+      ia2mini run sst2 --model qwen3-4b-base --n 4           one row block of the paper's Table 1
+      ia2mini run --data mine.jsonl --prompt-column text --answer-column label --model llama-3.2-1b --n 8
+      ia2mini tasks                                          what can be run
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+    if context.invoked_subcommand in PRINTING:
+        need_output()
+    if ranks.size > 1 and context.invoked_subcommand not in ("run", "fit"):
+        raise UsageError("only `run` and `fit` are spread over processes; start the others without torchrun")
+    keep_freed_memory()
+    lasting = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ia2mini", "compiled")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(lasting))  # torch's own place does not outlive a restart
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory instead of mapping it anew for every tensor: a tenth of a small model's step."""
+    with suppress(AttributeError, OSError, TypeError):  # of another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at its largest
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def typed() -> str:
+    """The command as it was typed, for reports."""
+    return shlex.join(["ia2mini", *sys.argv[1:]])
+
+
+class Lines:
+    """What a bar is written to where stderr is no terminal: a line each time."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            click.echo(text.strip(), err=True)
+
+    def flush(self) -> None:
+        pass
+
+
+def progress(label: str, total: int):
+    """A bar on stderr with the time that remains; where that is no terminal a line at first, then one a minute."""
+    from tqdm import tqdm
+
+    if not ranks.chief:
+        return tqdm(disable=True)
+    known = "{percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left {postfix}"
+    if sys.stderr.isatty():
+        return tqdm(desc=f"phase {label:<40}", total=total, leave=False, bar_format="{desc} " + known)
+    click.echo(f"phase {label}", err=True)
+    slow = {"delay": MINUTE, "mininterval": MINUTE, "miniters": 1, "ascii": True}
+    return tqdm(desc=f"phase {label}", total=total, leave=False, bar_format="{desc} " + known, file=Lines(), **slow)

@@ -1,0 +1,221 @@
+"""The researcher's commands: run, report, tasks."""
+
+import json
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+import click
+
+from .. import UsageError
+from ..engine.options import Options
+from ..files import plain
+from ..scale import ranks
+from .group import main, progress, typed
+from .options import MODEL_HELP, Several, data_options, file_option, model_options, options_of, taken
+from .rows import find_tasks, keep_apart, refuse_unnamed_model, tell_all
+
+DEMO_ROWS = 120  # about a minute
+COLUMNS_HELP = "of the tables; also nll, brier …  [default: acc,ece,ece_null,asim; of --data also acc_labels]"
+table_options = [
+    click.option("--full", is_flag=True, help="a line for every task and evaluation, not only their mean"),
+    click.option("--with-paper", is_flag=True, help="the paper's numbers beside ours, where it has the cell; --full"),
+    click.option("--columns", type=Several(str), default="", show_default=False, help=COLUMNS_HELP),
+    click.option("--figures", type=Several(str), default="png", help="formats of the figures: png,pdf,svg"),
+    click.option("--json", "as_json", is_flag=True, help="one JSON document on the last line of stdout"),
+]
+
+
+def with_table_options(command):
+    for option in reversed(table_options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("names", nargs=-1, metavar="[TASK]...")
+@model_options
+@options_of(Options, eval_rows=None)
+@data_options
+@click.option("--side-by-side", type=click.IntRange(1), help="runs trained at once  [default: all]; fewer: less memory")
+@click.option("--compile/--no-compile", "compiling", default=None, help="also CUDA graphs  [default: on a GPU]")
+@click.option("--checkpointing", is_flag=True, help="compute anew for the backward pass: memory for long answers")
+@file_option("--out", "folder of results; the same command goes on where it was", default="runs")
+@with_table_options
+def run(names, compiling, checkpointing, out, data_dir, side_by_side, **given):
+    """Train and compare methods on TASKs: a table, figures, a page, and the chosen adapters in PEFT's format.
+
+    Without TASK, the demo: the four toy classification tasks. All sets and learning rates of a method are trained side
+    by side. The table shows the rate with the lowest dev loss; only its runs are scored, unless --select asks for more.
+    """
+    own = taken(given, "data", "prompt_column", "answer_column", "template", "eval_data")
+    how = taken(given, "model", "device", "dtype", "revision", "check")
+    shown = taken(given, "full", "columns", "figures", "as_json", "with_paper")
+    if not given["eval_rows"]:
+        given["eval_rows"] = 500 if names or own["data"] else DEMO_ROWS
+    for option in ("n", "methods"):
+        if not given[option]:
+            raise UsageError(f"--{option}: give at least one")
+    options = Options(**given)
+    if own["data"]:
+        refuse_unnamed_model("--data")
+    chosen = find_tasks(names, **own)
+    check_shown(shown, bool(own["data"]))
+    from ..engine.subject import open_subject
+    from ..study.study import compare
+
+    subject = open_subject(**how)
+    tasks = [keep_apart(task, subject.tokenizer, own["template"]) for task in chosen]
+    prepare(subject.model, compiling, checkpointing)
+    tell_all(remark for task in tasks for remark in task.remarks)
+    document, folder = compare(tasks, subject, options, out, data_dir, side_by_side, progress)
+    ranks.stop()
+    if ranks.chief:
+        conclude(document, folder, **shown)
+
+
+@main.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FOLDER...")
+@file_option("--out", "folder of the joint report", default="report")
+@click.option("--table-8", is_flag=True, help="also the paper's Table 8: IA2→SFT against SFT, pooled by N")
+@with_table_options
+def report(folders, out, table_8, **shown):
+    """Join finished runs in FOLDERs into one set of tables, tests and figures: several models, adapters or ranks.
+
+    \b
+      ia2mini run sst2 --model qwen3-4b-base --rank 4 --out a
+      ia2mini run sst2 --model qwen3-4b-base --rank 16 --out b
+      ia2mini report a/* b/* --out ranks
+    """
+    from ..files import write_json
+    from ..report.join import join
+    from ..report.paper import write_table_8
+
+    check_shown(shown, own_rows=False)
+    document = join(list(folders))
+    write_json(out / "results.json", document)
+    conclude(document, out, **shown)
+    if table_8:
+        click.echo(write_table_8(document))
+
+
+def check_shown(shown: dict, own_rows: bool) -> None:
+    """Fill in the usual columns. Raises UsageError for unknown columns or formats of figures."""
+    from ..report.figures import LEFT_OUT
+    from ..report.tables import COLUMNS, OWN_COLUMNS
+    from ..study.table import METRICS
+
+    if not shown["columns"]:
+        shown["columns"] = OWN_COLUMNS if own_rows else COLUMNS
+    for option, known in (("figures", LEFT_OUT), ("columns", METRICS)):
+        for name in shown[option]:
+            if name not in known:
+                raise UsageError(f"--{option} {name}: unknown; there are {', '.join(known)}")
+
+
+def conclude(document: dict, folder: Path, full: bool, columns, figures, as_json: bool, with_paper: bool) -> None:
+    """Write a study's report, and print its table and where everything is."""
+    from ..files import count
+    from ..report import write_report
+    from ..report.paper import add_paper, departures
+
+    if with_paper and not add_paper(document):
+        others = ", ".join(departures(document["config"]))
+        reason = f"the paper's runs were not with this {others}" if others else "the paper has none of these cells"
+        click.echo(f"--with-paper: nothing beside ours, {reason}", err=True)
+    table = document | {"columns": columns}
+    drawn = write_report(table, folder, typed(), figures)
+    show(table, full or with_paper)
+    written = count(len(drawn), "figure") if drawn else "no figures (pip install 'ia2mini[report]')"
+    adapters = count(len(document["adapters"]), "adapter")
+    tables = "tables" if (folder / "table.csv").exists() else "table.txt (pip install 'ia2mini[report]': more)"
+    click.echo(f"{folder}: report.html, results.json, {tables}, {written}, {adapters} for peft")
+    if as_json:
+        click.echo(json.dumps(document))
+
+
+def show(document: dict, full: bool) -> None:
+    from ..report import seconds_line, write_table
+
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    click.echo(write_table(document, full, color=terminal and not os.environ.get("NO_COLOR")))
+    click.echo(seconds_line(document))
+
+
+def prepare(model, compiling: bool | None, checkpointing: bool) -> None:
+    """Compile and checkpoint a model's blocks as the options say (None: compile on a GPU)."""
+    from ..scale.blocks import checkpoint_blocks, compile_blocks
+    from ..scale.graphs import RECORDERS
+
+    if compiling is None:
+        compiling = next(model.parameters()).is_cuda
+    elif not compiling:
+        RECORDERS.clear()
+    if compiling:
+        from torch._dynamo.callback import on_compile_start
+
+        on_compile_start(lambda *about: tell_of_compiling())
+        compile_blocks(model)
+    if checkpointing:
+        checkpoint_blocks(model)
+
+
+@cache
+def tell_of_compiling() -> None:
+    """Say it once, as it begins."""
+    click.echo(f"compiling (minutes at first; kept in {os.environ['TORCHINDUCTOR_CACHE_DIR']})", err=True)
+
+
+@main.command()
+@click.argument("name", required=False, metavar="[TASK]")
+@click.option("--model", default="tiny", help=MODEL_HELP)
+@click.option("--revision", help="branch, tag or commit on the hub")
+@click.option("--n", default=4, type=click.IntRange(2), help="training rows of the set that is shown")
+@data_options
+def tasks(name, model, revision, n, data_dir, **own):
+    """List the tasks; with TASK or --data, show what the model sees: a prompt with its demonstrations, token counts."""
+    from ..episode import draw_episode
+    from ..models.checkpoint import locate
+    from ..tasks import load_examples
+    from ..tokenizer import Tokenizer
+
+    if name is None and not own["data"]:
+        list_tasks()
+        return
+    (task,) = find_tasks((name,) if name else (), **own)
+    tokenizer = Tokenizer.from_folder(locate(model, revision))
+    task = keep_apart(task, tokenizer, own["template"])
+    examples = load_examples(task, "eval", data_dir)
+    sizes = [f"evaluation: {examples.origin['used']} of {examples.origin['rows']} rows"]
+    demonstrations = []
+    if task.train:
+        pool = load_examples(task, "train", data_dir)
+        sizes.insert(0, f"pool: {pool.origin['used']} of {pool.origin['rows']} rows")
+        demonstrations = draw_episode(pool.rows, n).icl[0]
+    tell_all(task.remarks)
+    click.echo(f"{task.name} ({task.tag}) from {task.hub or 'this package'} · {' · '.join(sizes)}\n")
+    for row in demonstrations:
+        show_row("demonstration", "cyan", row, tokenizer)
+    show_row("query", "yellow", examples.rows[0], tokenizer)
+
+
+def list_tasks() -> None:
+    from ..tasks import all_tasks
+
+    click.echo(f"{'task':<24}{'paper':<16}{'answer':<28}evaluated on (* out of distribution)")
+    for task in all_tasks().values():
+        answer = "/".join(task.labels)[:26] if task.labels else f"text, at most {task.max_tokens} tokens"
+        evaluated = "evaluation only"
+        if task.train:
+            evaluated = ", ".join([task.name, *(f"{name}*" for name in task.ood)])
+        click.echo(f"{task.name:<24}{task.tag if task.hub else '–':<16}{answer:<28}{evaluated}")
+
+
+def show_row(role: str, color: str, row, tokenizer) -> None:
+    """A row as the model sees it, with its numbers of tokens."""
+    prompt = len(tokenizer.encode(row.prompt))
+    answer = len(tokenizer.encode_answer(row.prompt, row.answer, row.label is None))
+    click.secho(f"{role}: {prompt} tokens, answer {answer}", dim=True)
+    text = click.style(plain(row.prompt), fg=color) + click.style(plain(row.answer), fg="green", bold=True)
+    click.echo(text + "\n")
