@@ -1,6 +1,5 @@
 """The command line: thin shells over the functions of the other rooms. Torch is imported only by what computes."""
 
-import ctypes
 import json
 import os
 import shlex
@@ -18,7 +17,7 @@ from . import UsageError, parallel
 from .cli_options import MODEL_HELP, Several, data_options, file_option, model_options, options_of, taken
 from .files import plain
 from .options import Options
-from .streams import check_arguments, need_output, open_streams
+from .streams import check_arguments, keep_freed_memory, need_output, open_streams
 
 DEMO, DEMO_ROWS = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap"), 120  # about a minute
 MINUTE = 60
@@ -117,14 +116,6 @@ def main(context):
     keep_freed_memory()
     lasting = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ia2mini", "compiled")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(lasting))  # torch's own place does not outlive a restart
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory instead of mapping it anew for every tensor: a tenth of a small model's step."""
-    with suppress(AttributeError, OSError, TypeError):  # of another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at its largest
-        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def typed() -> str:
@@ -304,9 +295,12 @@ def rescore(folder):
     """Parse the generated texts of a finished run again, without the model, and print its table."""
     from .report import write_report
     from .study import rescore as parse_again
+    from .study import strange_results
 
-    write_report(document := parse_again(folder), folder)
-    show(document, full=True)
+    with strange_results(folder):
+        document = parse_again(folder)
+        write_report(document, folder)
+        show(document, full=True)
 
 
 @main.command()

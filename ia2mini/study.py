@@ -1,6 +1,7 @@
 """A study: tasks × N on one model; the records of all runs, and what is saved of them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import combinations, groupby, product
 from operator import attrgetter
@@ -267,7 +268,27 @@ def rescore(path: Path) -> dict:
     if not records:
         raise UsageError(f"{path}: no generated texts there; only tasks whose answers are text can be parsed again")
     for record in records:
-        record["acc"] = accuracy(parsed_correct(read_json(path / record["texts"])))
+        record["acc"] = accuracy(parsed_correct(read_json(inside(path, record["texts"]))))
     document["cells"] = summarise(document["runs"], document["config"]["select"])
     write_json(path / "results.json", document)
     return document
+
+
+@contextmanager
+def strange_results(path: Path) -> Iterator[None]:
+    """Turn whatever comes of a results.json that says anything into a UsageError."""
+    try:
+        yield
+    except (UsageError, OSError):
+        raise
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+        raise UsageError(f"{path}/results.json: not what `ia2mini run` writes ({found}); run it again") from None
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file of that name in a folder. Raises UsageError for a name that leads out of it."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"{folder}/results.json: names {name!r}, which is outside its folder; run it again")
+    return path

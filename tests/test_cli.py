@@ -275,4 +275,13 @@ def test_own_rows_with_free_answers_and_rescoring(ground, tmp_path):
     again = json.loads((folder / "results.json").read_text())
     assert {c["acc_mean"] for c in again["cells"] if c["method"] == "sft"} == {2 / 3}
     assert again["seconds"] == document["seconds"] and again["config"] == document["config"]
+    for change in ({"runs": [{"texts": 3}]}, {"seconds": -1}, {"config": []}, {"runs": 3}):
+        (folder / "results.json").write_text(json.dumps(again | change))
+        result = invoke("rescore", folder)
+        (line,) = result.stderr.splitlines()
+        assert result.exit_code == 2 and "results.json: not what `ia2mini run` writes" in line
+    again["runs"][0]["texts"] = "/etc/hostname"
+    (folder / "results.json").write_text(json.dumps(again))
+    result = invoke("rescore", folder)
+    assert result.exit_code == 2 and "names '/etc/hostname', which is outside its folder" in result.stderr
     assert "66.7 ± 0.0" in (folder / "table.txt").read_text()
