@@ -217,7 +217,7 @@ def real(subject: Subject, data: Path | None, draws: int, sizes: tuple[int, ...]
     sizes_said = " and ".join(map(str, sizes))
     about_rows = f"{subject.name}: {sizes_said} real rows a label, {SOME} fresh ones at most"
     result, found = Result("fit", f"{about_rows}, {about(options)}", []), {}
-    what = {"options": asdict(options), "checkpoint": checkpoint_digest(subject.folder), "fresh": SOME}
+    what = {"options": asdict(options), "checkpoint": checkpoint_digest(subject.folder), "fresh": f"{SOME}, balanced"}
     folder = RunFolder(Path("runs"), "fit-real", what)
     for size, draw, name in product(sizes, range(draws), REAL):
         drawn, fresh = real_rows(data, name, size, draw)
@@ -238,15 +238,21 @@ def kept(folder: RunFolder, cell: str, name: str, make: Callable) -> dict:
 
 
 def real_rows(data: Path, name: str, size: int, draw: int) -> tuple[list[dict], list[dict]]:
-    """`size` rows of each label of a real data set, drawn anew for each number of a draw, and fresh ones."""
+    """`size` rows of each label of a real data set, drawn anew for each number of a draw, and others as fresh ones.
+
+    The fresh ones hold the labels equally often, too, as far as there are rows: what was held out can tell nothing of
+    other shares.
+    """
     column, file, words = REAL[name]
-    pool, fresh = (read_rows(data / name / f"{part}.jsonl") for part in ("train", file))
+    pool, others = (read_rows(data / name / f"{part}.jsonl") for part in ("train", file))
     random.Random(draw).shuffle(pool)
-    drawn = []
+    drawn, fresh = [], []
     for label in range(len(words)):
-        drawn += [row for row in pool if row["label"] == label][:size]
-    parts = drawn, fresh[:SOME]
-    drawn, fresh = ([{"text": row[column], "label": words[row["label"]]} for row in part] for part in parts)
+        mine = [row for row in pool if row["label"] == label]
+        drawn += mine[:size]
+        unseen = [row for row in others if row["label"] == label] + mine[size:]
+        fresh += unseen[: SOME // len(words)]
+    drawn, fresh = ([{"text": row[column], "label": words[row["label"]]} for row in part] for part in (drawn, fresh))
     return drawn, fresh
 
 

@@ -13,7 +13,7 @@ from test_report import record, records
 
 import ia2mini.teacher
 from bench.table8 import table8
-from ia2mini import UsageError
+from ia2mini import UsageError, cli
 from ia2mini.files import read_json, write_json
 from ia2mini.engine.options import RATES, Options
 from ia2mini.report import paper
@@ -173,3 +173,27 @@ def test_table_8_refuses_what_it_cannot_pool(tmp_path):
             table8([tmp_path])
     with pytest.raises(UsageError, match="no such file"):
         table8([tmp_path / "none"])
+
+
+def test_the_commands_of_table_8_hold_the_papers_pairs():
+    """Those that its degrees of freedom give: pairs - 1; of N = 4 the paper has one evaluation less."""
+    page = (Path(__file__).parents[1] / "docs" / "paper.md").read_text(encoding="utf-8")
+    lines = page.split("| Table 8 |")[1].split("| Table 9 |")[0].split("\n")
+    commands = [line.split("`ia2mini run ")[1].split("`")[0] for line in lines if "`ia2mini run " in line]
+    pairs = {}
+    for command in commands:
+        given = cli.run.make_context("run", command.split()).params
+        for task in map(find_task, given["names"]):
+            for n in given["n"]:
+                kind = "labels" if task.labels else "texts"
+                pairs[kind, n] = pairs.get((kind, n), 0) + 5 * len(task.evals)
+    freedom = {2: 104, 4: 99 + 5, 8: 104, 16: 79, 32: 64, 64: 59, 128: 59}
+    expected = {("labels", n): df + 1 for n, df in freedom.items()}
+    assert pairs == expected | {("texts", 2): 35, ("texts", 4): 35, ("texts", 8): 35, ("texts", 16): 15}
+
+
+def test_what_is_in_the_way_of_the_papers_numbers_is_said(capsys, tmp_path):
+    document = paper_study(teacher="none", epochs=3) | {"adapters": [], "seconds": {}}
+    cli.conclude(document, tmp_path, False, ("acc",), ("png",), False, True)
+    said = capsys.readouterr().err
+    assert said == "--with-paper: nothing beside ours, the paper's runs had another --teacher, --epochs\n"

@@ -118,7 +118,7 @@ def read_new(rows: str, strict: bool) -> Iterator:
                 complain(error, strict)
 
 
-def arriving(stream) -> Iterator[bytes | None]:
+def arriving(stream) -> Iterator:
     """The lines of a binary stream as they come, and None wherever the next part of it has yet to come."""
     begun: list[bytes] = []  # parts of a line without its end
     while True:

@@ -1,6 +1,5 @@
 """The command line: thin shells over the functions of the other rooms. Torch is imported only by what computes."""
 
-import ctypes
 import os
 import shlex
 import signal
@@ -15,7 +14,7 @@ from .. import UsageError
 from ..errors import NO_MEMORY, out_of_memory
 from ..files import plain
 from ..scale import ranks
-from .streams import check_arguments, need_output, open_streams
+from .streams import check_arguments, keep_freed_memory, need_output, open_streams
 
 MINUTE = 60
 PRINTING = ("predict", "score", "generate", "tasks")  # commands whose whole result is what they print
@@ -116,14 +115,6 @@ def main(context):
     keep_freed_memory()
     lasting = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ia2mini", "compiled")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(lasting))  # torch's own place does not outlive a restart
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory instead of mapping it anew for every tensor: a tenth of a small model's step."""
-    with suppress(AttributeError, OSError, TypeError):  # of another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at its largest
-        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def typed() -> str:

@@ -122,7 +122,7 @@ def conclude(document: dict, folder: Path, full: bool, columns, figures, as_json
 
     if with_paper and not add_paper(document):
         others = ", ".join(departures(document["config"]))
-        reason = f"the paper's runs were not with this {others}" if others else "the paper has none of these cells"
+        reason = f"the paper's runs had another {others}" if others else "the paper has none of these cells"
         click.echo(f"--with-paper: nothing beside ours, {reason}", err=True)
     table = document | {"columns": columns}
     drawn = write_report(table, folder, typed(), figures)

@@ -150,12 +150,13 @@ class Predictor:
         model, ids = self.subject.model, tokenizer.encode_all(prompts)
         if shown:
             model, ids = share_prefix(model, tokenizer, [shown], prompts)
+        found: list[dict] = []
         with nullcontext(model) if shown else self.student() as student:
             if labels:
                 found = self.answer_labels(student, ids, labels)
             else:
-                texts = answer_texts(student, tokenizer, ids, Decoding(spec["max_tokens"], spec["stop"]))
-                found = [{"answer": text, "confidence": sure} for text, sure in zip(*texts)]
+                texts, sure = answer_texts(student, tokenizer, ids, Decoding(spec["max_tokens"], spec["stop"]))
+                found = [{"answer": text, "confidence": p} for text, p in zip(texts, sure)]
         if any(np.isnan(answer["confidence"]) for answer in found):
             raise UsageError("the model computes NaN: weights of model or adapter are too large; try --dtype float32")
         return found

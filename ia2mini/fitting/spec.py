@@ -104,14 +104,17 @@ def misfit(value, shape, name: str) -> str | None:
         return None if isinstance(value, shape) else name
     if callable(shape):
         return None if shape(value) else name
-    if not isinstance(value, dict if isinstance(shape, dict) else (list, tuple)):
-        return name
     if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return name
         parts = [(value.get(key, ...), inner, f"{name}.{key}") for key, inner in shape.items()]
     else:
+        if not isinstance(value, (list, tuple)):
+            return name
         parts = [(part, shape[0], name) for part in value]
     for part in parts:
-        if field := misfit(*part):
+        field = misfit(*part)
+        if field:
             return field
     return None
 

@@ -127,7 +127,7 @@ class Generation(Extension):
 
     tags = {"generation"}
 
-    def parse(self, parser) -> nodes.CallBlock:
+    def parse(self, parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("said"), [], [], body).set_lineno(line)
