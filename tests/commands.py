@@ -1,13 +1,11 @@
 """What the tests of commands share: how one is called, and how one is stopped."""
 
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from click.testing import CliRunner, Result
 
-import ia2mini.experiment
-import ia2mini.runs
-import ia2mini.train
 from ia2mini.cli.main import main
 
 SMALL = "--n 4 --sets 2 --rates 1e-2,3e-2 --epochs 3 --eval-rows 10 --device cpu".split()
@@ -38,9 +36,11 @@ def toy(ground: Path, out: Path, *more) -> list:
     return ["run", "toy-mood", "--model", ground / "model", "--out", out, "--json", *SMALL, *more]
 
 
-def forbid(monkeypatch, name: str, after: int = 0):
-    """Let ia2mini.train.`name` raise as an interrupt does, after so many calls."""
-    monkeypatch.setattr(ia2mini.train, name, stopping(getattr(ia2mini.train, name), after))
+def forbid(monkeypatch, where: str, after: int = 0):
+    """Let the function `where` (module.name) raise as an interrupt does, after so many calls."""
+    module, name = where.rsplit(".", 1)
+    function = getattr(import_module(module), name)
+    monkeypatch.setattr(where, stopping(function, after))
 
 
 def stopping(function, after: int = 0):

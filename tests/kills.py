@@ -35,11 +35,12 @@ from shipping import shipping
 from tqdm import tqdm
 
 import bench.pretrain
-import ia2mini.cli
-import ia2mini.fitting
+import ia2mini.cli.group
+import ia2mini.fitting.fit
 import ia2mini.report.fit
-import ia2mini.study  # noqa: F401
+import ia2mini.study.study  # noqa: F401
 from bench.__main__ import main as bench_main
+from ia2mini.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 FEW = ["--model", str(ROOT / "models/tiny"), *"--rates 1e-2 --epochs 2 --device cpu".split()]
@@ -106,7 +107,7 @@ def child(folder, name, ends, at=None, room=None, powerless=False, output=None) 
     if powerless:
         heed_permissions()
     begin, rename, echo = click.Group.main, os.replace, click.echo
-    heed = ia2mini.cli.heed_interrupts
+    heed = ia2mini.cli.group.heed_interrupts
 
     def heeding(came):
         heed(came)
@@ -134,7 +135,7 @@ def child(folder, name, ends, at=None, room=None, powerless=False, output=None) 
 
     count.events = 0
     click.Group.main = told
-    ia2mini.cli.heed_interrupts = heeding
+    ia2mini.cli.group.heed_interrupts = heeding
     os.replace = counted
     if name == "predict":
         click.echo = answering
@@ -146,7 +147,7 @@ def child(folder, name, ends, at=None, room=None, powerless=False, output=None) 
         bench.pretrain.pretrain = lambda out, **given: full(out, **given, every=1, rows=2)
     try:
         with shipping("sft"):  # so that there is an adapter to load and to merge
-            (bench_main if name == "pretrain" else ia2mini.cli.main)()
+            (bench_main if name == "pretrain" else main)()
     finally:
         ends[2].send(count.events)
 
@@ -178,7 +179,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def measured(name: str, data: bytes) -> bytes:
-    if name.endswith("seconds.json"):  # nothing else, and a digest of it
+    if name.endswith("seconds.json"):  # nothing else
         return b""
     text = name.endswith((".json", ".html")) and Path(name).name != "tokenizer.json"
     return re.sub(MEASURED, "", data.decode()).encode() if text else data

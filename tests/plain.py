@@ -10,10 +10,10 @@ from ia2mini.models import load
 from reference import peft_twin, twin_parameters, twin_theta, upstream
 
 from ia2mini.adapters import LoRA
+from ia2mini.engine.options import Options
 from ia2mini.episode import draw_episode, seeded
 from ia2mini.methods import Grid
-from ia2mini.engine.options import Options
-from ia2mini.tasks import (Example, Task, find_task, load_examples)
+from ia2mini.tasks import Example, Task, find_task, load_examples
 from ia2mini.tasks.answers import PARSERS
 from ia2mini.tokenizer import Tokenizer
 
