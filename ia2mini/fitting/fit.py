@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from .. import UsageError, __version__
 from ..engine.options import FitOptions, last_phase
-from ..engine.store import RunFolder, checkpoint_digest
+from ..engine.store import Store, checkpoint_digest
 from ..engine.subject import Subject
 from ..episode import seeded, with_demonstrations
 from ..files import count, plain
@@ -96,7 +96,7 @@ def cross_validation(
         what: dict = {"ia2mini": __version__, "options": asdict(options)}
         what |= {"checkpoint": checkpoint_digest(subject.folder), "dtype": str(next(subject.model.parameters()).dtype)}
         what["rows"] = [(str(e.prompt), e.answer) for e in examples + more]
-        cv.once = RunFolder(keep, "unfinished", what).once
+        cv.once = Store(keep, "unfinished", what).once
     odd = [*lacking, *remarks(rows, task, examples)]
     odd += far_longer(rows, subject.tokenizer.count([fill(task.prompt, row) for row in rows]))
     return cv, odd
