@@ -1,122 +1,260 @@
-"""`cost`: docs/cost.md, what a cell of the paper's grid costs by its shapes, and what a CPU was measured to take."""
+"""What a cell costs, computed from shapes: operations, bytes, kernels, least seconds and memory of every stage.
 
-import json
-from dataclasses import replace
-from pathlib import Path
-
-from ia2mini.cost import Cell, Cost, Pass
-
-from .report import RESULTS
-from .shapes import SHAPES, SST2_LENGTHS
-
-PAGE = Path(__file__).parents[1] / "docs/cost.md"
-RATE = 989e12  # dense bfloat16 FLOP/s of an H100 and an H200 (SXM), NVIDIA's data sheets
-BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}  # bytes/s, the same
-REACHED = 790e12  # FLOP/s that large matrix products are said to reach; not measured here
-WORDS = sum(SST2_LENGTHS) / len(SST2_LENGTHS)
-METHODS = ("sft", "ia2", "ia2-sft")  # of `python -m bench cell`
-LABELLED = Cell(query=WORDS, shown=3 * (WORDS + 2))
-TEXTS = Cell(query=60, shown=3 * 182, answer=120, rows=(500, 500))
-CELLS = {
-    "qwen3-4b": {"sst2": LABELLED, "gsm8k": TEXTS},
-    "llama-3.2-1b": {"sst2": LABELLED},
-    "llama-3.2-3b": {"sciq_remap": replace(LABELLED, query=60, shown=3 * 62)},
-    "llama-3.2-1b-instruct": {"gsm8k": TEXTS},
-}
-HEAD = """# What a cell costs
-
-Made by `python -m bench cost` from shapes (`ia2mini/cost.py`); `ia2mini run --dry-run` computes the same of any study.
-**Nothing on this page was measured on a GPU.**
-
-A cell: one task at N = 4, five sets × three rates, `base, icl, sft, ia2, ia2-sft`, all 50 epochs with a look at the dev
-loss after each (early stopping makes it less), the runs of one rate scored on every evaluation. Rows are as long as
-SST2's ({words:.0f} tokens), sciq_remap's (60, assumed) or gsm8k's (60 and 120 of answer, roughly, on two evaluations of
-500 rows).
-
-- TFLOP: what matrix products and attention need, without padding; a test compares it with `torch.utils.flop_counter`.
-- GB: a frozen matrix read once a pass (4,096 tokens; in training a step of all runs), inputs and outputs of matrix
-  products once, in bfloat16.
-- Kernels: operations of PyTorch's eager mode in bfloat16; a test counts those of a layer. CUDA graphs replay them,
-  `--compile` fuses some.
-- H100, H200: the least seconds, the larger of TFLOP at {rate:.0f} TFLOP/s (the peak of dense bfloat16) and GB at {h100}
-  or {h200} TB/s.
-- s at {reached:.0f}: the same at the {reached:.0f} TFLOP/s that large matrix products are said to reach, on an H100.
-
-Where memory is short, runs are trained in groups, by themselves: two groups read the matrices twice, checkpointing
-(`--checkpointing`) computes the blocks' forward pass again, which is the dearer of the two in every cell below. A
-single run that does not fit is checkpointed by itself.
+The least: no padding, a matrix read once a pass, inputs and outputs of matrix products once, all else fused into one.
+D hidden, M of the MLP, Q and K widths of queries and of keys, V vocabulary, L layers.
 """
 
+import math
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, replace
+from statistics import fmean
 
-def steps(config, cell: Cell) -> str:
-    """The least seconds of a step of SFT on an H100: all runs at once, in two groups, and checkpointed."""
-    rows = cell.sets * cell.configs * min(cell.n, cell.batch)
-    step = Pass(rows, cell.length, rows * cell.answer, True, True, cell.rank)
-    half = replace(step, rows=rows / 2, positions=step.positions / 2, times=2)
-    forward = replace(step, head=False, backward=False).cost(config)
-    ways = {"at once": step.cost(config), "in two groups": half.cost(config)}
-    ways["checkpointed"] = ways["at once"] + forward
-    said = (f"{number(1e3 * cost.seconds(RATE, BANDWIDTH['H100']))} ms {way}" for way, cost in ways.items())
-    return f"A step of SFT of all runs, at the least on an H100: {', '.join(said)}."
+from ia2mini.engine.experiment import in_order
+from ia2mini.engine.options import last_phase
+from ia2mini.methods import configs
+from ia2mini.scale.memory import run_bytes
+from ia2mini.study.cells import Cell
 
-
-def line(name: str, costs: list[Cost]) -> str:
-    """A line of a table: stages one after another."""
-    whole = sum(costs, Cost())
-    machines = [(RATE, BANDWIDTH["H100"]), (RATE, BANDWIDTH["H200"]), (REACHED, BANDWIDTH["H100"])]
-    spent = [sum(cost.seconds(*machine) for cost in costs) for machine in machines]
-    entries = [whole.flops / 1e12, whole.bytes / 1e9, whole.kernels / 1e3, whole.tokens / 1e3, *spent]
-    return f"| {name} | " + " | ".join(map(number, entries)) + " |"
+RANK = 8  # of LoRA where nothing else is said
+BUDGET = 4096  # tokens of one pass (`Study.budget`)
+DECODED_AT_ONCE = 4 * BUDGET  # tokens of cache of a batch that is decoded (`Decoding.budget`)
+MOST_DEV = 48  # rows that decide when a run stops
+KERNELS = {"qwen3": (56, 18, 100), "llama": (38, 18, 78)}  # bfloat16 operations a layer: forward, LoRA, backward
+KERNELS_AROUND = 20  # of a pass, outside its layers
+MATCHED = ("ia2", "hidden")  # phases that match activations: they need no head
 
 
-def number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+@dataclass(frozen=True)
+class Cost:
+    """Of a stage; `tokens` as they go through the model."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    kernels: float = 0.0
+    tokens: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other))))
+
+    def times(self, factor: float) -> "Cost":
+        return Cost(*(factor * value for value in astuple(self)))
+
+    def seconds(self, rate: float, bandwidth: float = math.inf) -> float:
+        """At least, on a machine of `rate` FLOP/s and `bandwidth` bytes/s."""
+        return max(self.flops / rate, self.bytes / bandwidth)
 
 
-def table(shape: str, task: str, cell: Cell) -> list[str]:
-    """The stages of a cell at a shape."""
-    config = SHAPES[shape.removesuffix("-instruct")]
-    stages = cell.stages(config)
-    memory = cell.memory(config) / 1e9
-    out = [
-        f"## {shape}, {task}",
-        "",
-        f"In training at most {number(memory)} GB, all {cell.sets * cell.configs} runs. {steps(config, cell)}",
-    ]
-    out += ["", "| stage | TFLOP | GB | 1,000 kernels | 1,000 tokens | s, H100 | s, H200 |"]
-    out[-1] += f" s at {REACHED / 1e12:.0f} |"
-    out += ["|---|---|---|---|---|---|---|---|"]
-    out += [line(name, [cost]) for name, cost in stages.items()]
-    return [*out, line("**cell**", list(stages.values())), ""]
+@dataclass(frozen=True)
+class Pass:
+    """`times` passes of `rows` rows of `tokens` tokens each, the last MLP and the head at `positions` in all a time.
+
+    `past`: earlier tokens that each row sees, in `pasts` different caches; `copies` of the frozen matrices are read.
+    """
+
+    rows: float
+    tokens: float
+    positions: float
+    head: bool = True
+    backward: bool = False
+    rank: int = 0
+    past: float = 0.0
+    pasts: float = 0.0
+    times: float = 1.0
+    copies: float = 1.0  # matrices are read so often a time: rows beyond a pass's budget
+
+    def cost(self, config, size: int = 2) -> Cost:
+        """`size`: bytes of a frozen weight or a state."""
+        forward, lora, backward = KERNELS[config.model_type]
+        layer = forward
+        if self.rank:
+            layer += lora
+        if self.backward:
+            layer += backward
+        once = Cost(
+            flops=flops(config, self),
+            bytes=moved(config, self, size),
+            kernels=self.copies * (config.num_hidden_layers * layer + KERNELS_AROUND),
+            tokens=self.rows * self.tokens,
+        )
+        return once.times(self.times)
 
 
-def measured(folder: Path = RESULTS) -> list[str]:
-    """Our own steps and cells on a CPU, as kept in bench/results: what was reached in each stage."""
-    out = ["## Measured on a CPU", "", "float32, two cores. A training step, from the newest whole bench:", ""]
-    for result in json.loads(sorted(folder.glob("*-all-cpu.json"))[-1].read_text())["results"]:
-        for entry in (e for e in result["lines"] if result["bench"] == "step" and e["stack"] == "us"):
-            share, reached = f"{100 * entry['rates']['GEMM']:.0f} %", entry["rates"]["FLOP/s"] / 1e9
-            shape = result["about"].partition(":")[0]
-            out.append(f"- {shape}, {entry['what']}: {reached:.0f} GFLOP/s, {share} of that machine's matrix rate")
-    out += ["", "The stages of `python -m bench cell`, which scores three methods:", ""]
-    out += ["| shape | date | stage | GFLOP | s | GFLOP/s |", "|---|---|---|---|---|---|"]
-    for shape in ("tiny", "100m"):
-        document = json.loads(sorted(folder.glob(f"*-cell-{shape}-cpu.json"))[-1].read_text())
-        lines = [entry for entry in document["results"][0]["lines"] if entry["stack"] == "us"]
-        spent = {entry["what"].strip(): entry["timing"]["seconds"] for entry in lines}
-        stages = replace(LABELLED, methods=METHODS, shown=3 * (WORDS + 1)).stages(SHAPES[shape], size=4)
-        for kind, names in {"collect": ("collect",), "train": ("train", "look"), "evaluate": ("score",)}.items():
-            work = sum(cost.flops for stage, cost in stages.items() if stage.partition(" ")[0] in names) / 1e9
-            entries = [number(work), number(spent[kind]), number(work / spent[kind])]
-            out.append(f"| {shape} | {document['date']} | {kind} | " + " | ".join(entries) + " |")
-    return out
+def widths(config) -> tuple[int, int]:
+    """Q and K: all heads of queries, and all of keys."""
+    return config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
 
 
-def page() -> str:
-    """docs/cost.md."""
-    bandwidths = {card.lower(): f"{rate / 1e12:g}" for card, rate in BANDWIDTH.items()}
-    out = [HEAD.format(words=WORDS, rate=RATE / 1e12, reached=REACHED / 1e12, **bandwidths)]
-    for shape, cells in CELLS.items():
-        for task, cell in cells.items():
-            out += table(shape, task, cell)
-    return "\n".join([*out, *measured()]) + "\n"
+def matrices(config) -> tuple[int, int, int]:
+    """Weights of a layer's frozen maps: q, k, v; o; MLP."""
+    D = config.hidden_size
+    Q, K = widths(config)
+    return D * (Q + 2 * K), Q * D, 3 * D * config.intermediate_size
+
+
+def lora_size(config, rank: int) -> int:
+    """Weights of one run's LoRA on q, k and o."""
+    Q, K = widths(config)
+    return config.num_hidden_layers * rank * (3 * config.hidden_size + 2 * Q + K)
+
+
+def flops(config, p: Pass) -> float:
+    """FLOPs that a pass needs; a multiply-add counts two, norms and softmax none.
+
+    Forward, a layer: every frozen map 2 · in · out a token; scores and mix 4 · keys · Q a token (the causal half
+    not deducted); with `rank`, LoRA on q, k and o 2 · rank · (in + out) a token. The last MLP and the head only at
+    `positions`, not at all without a head. `backward` adds the gradient of every input once more, of attention and
+    LoRA twice more (their both operands need one), but nothing below the first layer's LoRA.
+    """
+    D = config.hidden_size
+    L = config.num_hidden_layers
+    Q, K = widths(config)
+    n = p.rows * p.tokens
+    qkv, out, mlp = (2 * weights for weights in matrices(config))
+    attention = 4 * (p.tokens + p.past) * Q
+    lora = 2 * p.rank * (3 * D + 2 * Q + K)
+    last = p.positions * (mlp + 2 * D * config.vocab_size) if p.head else 0
+    total = L * n * (qkv + out + attention + lora) + (L - 1) * n * mlp + last
+    if p.backward:
+        total += (L - 1) * n * (qkv + out + mlp) + n * out + last
+        total += 2 * L * n * (attention + lora)
+        total -= n * 2 * p.rank * 2 * D  # no gradient reaches the embeddings: A of the first q and k
+    return float(total)
+
+
+def moved(config, p: Pass, size: int) -> float:
+    """Bytes of device memory that a pass reads and writes: matrices, states between them, keys and values, logits."""
+    D = config.hidden_size
+    L = config.num_hidden_layers
+    V = config.vocab_size
+    Q, K = widths(config)
+    states = p.rows * p.tokens * (4 * D + 4 * Q + 4 * K + 3 * config.intermediate_size)
+    weights = sum(matrices(config)) * p.copies
+    head = p.copies * V * D * size + 8 * p.positions * V if p.head else 0
+    if p.backward:
+        states *= 3  # kept, read again, and gradients
+        weights *= 2
+        head *= 2
+    cached = 2 * K * p.past * p.pasts
+    return L * size * (weights + states + cached) + head
+
+
+@dataclass(frozen=True)
+class CellSize:
+    """One task at one N, in the numbers that its cost depends on; tokens are means over rows."""
+
+    query: float  # tokens of a prompt without demonstrations
+    shown: float  # of the demonstrations before it
+    answer: float = 1.0  # of a response
+    n: int = 4
+    rows: tuple[int, ...] = (500,)  # of each evaluation
+    sets: int = 5
+    configs: int = 3  # rates (× β) of a set
+    scored: int = 5  # runs of a method that are scored
+    methods: tuple[str, ...] = ("base", "icl", "sft", "ia2", "ia2-sft")
+    trained: tuple[str, ...] = ("sft", "ia2", "ia2-sft")  # also what they start from
+    epochs: int = 50
+    batch: int = 4
+    rank: int = RANK
+
+    @property
+    def dev(self) -> int:
+        return min(max(1, self.n // 2), MOST_DEV)
+
+    @property
+    def length(self) -> float:
+        """Tokens of a training row."""
+        return self.query + self.answer - 1
+
+    @property
+    def steps_an_epoch(self) -> int:
+        return math.ceil(self.n / self.batch)
+
+    def stages(self, config, size: int = 2) -> dict[str, Cost]:
+        """The cost of each stage in order; training for all of its epochs: at most."""
+        taught = self.sets * (self.n + self.dev)
+        found = {"collect": self.read(taught, self.query + self.shown, config, size)}
+        for method in self.trained:
+            for stage, passes in self.training(last_phase(method)).items():
+                found[f"{stage} {method}"] = passes.cost(config, size)
+        for method in self.methods:
+            found[f"score {method}"] = self.score(method, config, size)
+        return found
+
+    def training(self, phase: str) -> dict[str, Pass]:
+        """The steps of a phase for all runs, and their looks at the dev loss."""
+        if phase == "ridge":  # a pass over every set
+            return {"train": Pass(self.sets * self.n, self.length, 0, head=False)}
+        runs = self.sets * self.configs
+        rows = runs * self.n / self.steps_an_epoch
+        step = Pass(rows, self.length, rows * self.answer, phase not in MATCHED, backward=True, rank=self.rank)
+        look = replace(step, rows=runs * self.dev, positions=runs * self.dev * self.answer, backward=False)
+        looks_an_epoch = math.ceil(self.steps_an_epoch / 2)
+        return {
+            "train": replace(step, times=self.epochs * self.steps_an_epoch),
+            "look": replace(look, times=self.epochs * looks_an_epoch),
+        }
+
+    def score(self, method: str, config, size: int) -> Cost:
+        """The answers of a method's runs to every evaluation."""
+        queries = sum(self.rows)
+        if method == "base":
+            return self.read(queries, self.query, config, size)
+        if method == "icl":
+            demonstrations = Pass(self.sets, self.shown, 0, head=False, times=len(self.rows))
+            behind = self.read(self.sets * queries, self.query, config, size, shared=self.shown)
+            return behind + demonstrations.cost(config, size)
+        return self.read(self.scored * queries, self.query, config, size, rank=self.rank)
+
+    def read(self, rows: float, tokens: float, config, size: int, shared: float = 0, rank: int = 0) -> Cost:
+        """`rows` prompts of `tokens` tokens, and their responses decoded where these have more than one token."""
+        copies = max(1, rows * tokens / BUDGET)
+        pasts = copies if shared else 0
+        prompt = Pass(rows, tokens, rows, rank=rank, past=shared, pasts=pasts, copies=copies)
+        total = prompt.cost(config, size)
+        if self.answer > 1:
+            copies = max(1, rows * (tokens + self.answer) / DECODED_AT_ONCE)
+            past = shared + tokens + self.answer / 2
+            steps = self.answer - 1
+            decode = Pass(rows, 1, rows, rank=rank, past=past, pasts=rows, times=steps, copies=copies)
+            total += decode.cost(config, size)
+        return total
+
+    def memory(self, config, size: int = 2, side_by_side: int | None = None) -> float:
+        """Bytes at most in training: the frozen weights, and what the runs of a step keep for the backward pass."""
+        tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+        weights = config.num_hidden_layers * sum(matrices(config)) + tables
+        rows = min(self.n, self.batch)
+        kept = run_bytes(config, rows * self.length, rows * self.answer, size, lora_size(config, self.rank))
+        runs = self.sets * self.configs
+        if side_by_side is not None:
+            runs = min(runs, side_by_side)
+        return size * weights + runs * kept
+
+
+def size_of(cell: Cell) -> CellSize:
+    """The numbers that a study's cell costs by; an answer counts as long as the longest may be."""
+    study = cell.study
+    options = study.options
+    encode = study.subject.tokenizer.encode_all
+
+    def tokens(texts: Iterable[str]) -> float:
+        return fmean(map(len, encode(list(texts))))
+
+    rows = [row for episode in cell.episodes for row in episode.train]
+    trained = tuple(in_order(options.methods))
+    most = max((len(configs(method, 1, study.rates, study.betas)) for method in trained), default=0)
+    return CellSize(
+        query=tokens(row.prompt for row in rows),
+        shown=(cell.n - 1) * tokens(f"{row.prompt}{row.answer}\n\n" for row in rows),
+        answer=cell.max_tokens,
+        n=cell.n,
+        rows=tuple(len(examples.rows) for examples in cell.evaluations.values()),
+        sets=options.sets,
+        configs=most,
+        scored=options.sets * (1 if options.select == "dev" else most),
+        methods=options.methods,
+        trained=trained,
+        epochs=options.epochs,
+        batch=options.batch_size,
+        rank=options.rank if options.adapter == "lora" else 0,
+    )

@@ -12,10 +12,10 @@ from pathlib import Path
 from statistics import median
 
 import torch
+import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from ia2mini.scale import graphs
-from ia2mini.cost import gemm_rate
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,10 @@ def race(stacks: dict[str, Callable], repeats: int = 5, seconds: float = 20.0, d
     for _ in range(graphs.OFTEN + 1 if torch.device(device).type in graphs.RECORDERS else 0):
         for run in stacks.values():
             clock(run, device)
-    start, times, done, first = time.perf_counter(), {name: [] for name in stacks}, 0, True
+    start = time.perf_counter()
+    times: dict[str, list[float]] = {name: [] for name in stacks}
+    done = 0
+    first = True
     while done < repeats and (done < 2 or time.perf_counter() - start < seconds):
         for name, run in stacks.items():
             times[name].append(clock(run, device))
@@ -83,6 +86,33 @@ def recorded() -> str:
         return ""
     found = f"recorded {counts.get('recordings', 0)} ×, {counts.get('replays', 0)} of {counts['calls']} calls replayed"
     return f"CUDA graphs: {found}, warming up included"
+
+
+def gemm_rate(rows: int, inputs: int, outputs: int, device="cpu", dtype=torch.float32, seconds: float = 0.5) -> float:
+    """FLOP/s of x [rows, inputs] @ W^T [inputs, outputs]: the best of as many rounds as fit into `seconds`."""
+    x = torch.randn(rows, inputs, device=device, dtype=dtype)
+    w = torch.randn(outputs, inputs, device=device, dtype=dtype)
+    wait = torch.cuda.synchronize if x.is_cuda else lambda: None
+    times = []
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or len(times) < 3:
+        wait()
+        begun = time.perf_counter()
+        F.linear(x, w)
+        wait()
+        times.append(time.perf_counter() - begun)
+    return 2 * rows * inputs * outputs / min(times)
+
+
+def gemm_rate(rows: int, inputs: int, outputs: int, device="cpu", dtype=torch.float32, seconds: float = 0.5) -> float:
+    """FLOP/s of x [rows, inputs] @ W^T [inputs, outputs]: the best of as many rounds as fit into `seconds`."""
+    x = torch.randn(rows, inputs, device=device, dtype=dtype)
+    w = torch.randn(outputs, inputs, device=device, dtype=dtype)
+    times = []
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or len(times) < 3:
+        times.append(clock(lambda: F.linear(x, w), device))
+    return 2 * rows * inputs * outputs / min(times)
 
 
 def gemm_ceiling(config, rows: int, device="cpu", dtype=torch.float32) -> float:

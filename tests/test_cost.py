@@ -1,6 +1,5 @@
 """What a study costs, by formula: against torch's counters, bytes that autograd keeps, and a study's own passes."""
 
-import json
 import os
 from collections import Counter
 from dataclasses import replace
@@ -10,27 +9,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
-from ia2mini.models import layers as common, load
-from ia2mini.models.checkpoint import TINY
+from ia2mini.models import load
 from reference import make_checkpoint, starts
 from torch._dynamo.callback import callback_handler
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import ia2mini.cost
-import ia2mini.study
-from bench import cost
+from bench import cost_page
+from bench.cost import KERNELS, CellSize, Cost, Pass, flops, lora_size, size_of
 from bench.shapes import SHAPES
-from ia2mini import (METHODS, Grid, draw_episode, load_examples, open_subject, teach)
+from ia2mini import METHODS, Grid, draw_episode, load_examples, open_subject, teach
 from ia2mini.adapters import LoRA, adapted
 from ia2mini.batch import Row, collate
-from ia2mini.cli.main import main, prepare
-from ia2mini.cost import (KERNELS, Cell, Cost, Pass, flops, lora_size, run_bytes)
-from ia2mini.scoring import Scoring, label_scores, share_prefix
-from ia2mini.generate import Decoding, generate
+from ia2mini.cli import run
+from ia2mini.cli.main import main
 from ia2mini.engine.options import Options
-from ia2mini.study.study import lay_out, worth_compiling
+from ia2mini.generate import Decoding, generate
+from ia2mini.methods import STARTS_FROM
+from ia2mini.scale import blocks
+from ia2mini.scale.memory import run_bytes
+from ia2mini.scoring import Scoring, label_scores, share_prefix
+from ia2mini.study.cells import lay_out
 from ia2mini.tasks import find_task
 from ia2mini.train import Settings, losses
 
@@ -66,9 +66,12 @@ def test_a_whole_cell_costs_what_torch_counts():
     taught = []
     found["collect"] = counted(lambda: taught.extend(teach(model, tokenizer, e) for e in episodes))
     settings = Settings(epochs=1, patience=99)
-    grid = Grid(model, lora, taught, (1e-3, 1e-2), settings=settings, first=fits.__getitem__)
+    grid = Grid(model, lora, taught, (1e-3, 1e-2), settings=settings)
     for method in ("sft", "ia2", "ia2-sft"):
-        found[f"train {method}"] = counted(lambda method=method: fits.update({method: METHODS[method](grid)}))
+        first = [fits[STARTS_FROM[method]]] if method in STARTS_FROM else []
+        found[f"train {method}"] = counted(
+            lambda method=method, first=first: fits.update({method: METHODS[method](grid, *first)})
+        )
         with adapted(model, lora, fits[method].theta[:2]) as student:
             ids = tokenizer.encode_all(prompts)
             found[f"score {method}"] = counted(lambda ids=ids: label_scores(student, ids, labels, Scoring(2)))
@@ -76,7 +79,7 @@ def test_a_whole_cell_costs_what_torch_counts():
     rest, prefix = len(icl[0][1][0]), icl[0][0].keywords["prefix"].length
     found["score icl"] = counted(lambda: [label_scores(*shared, labels) for shared in icl])
     shown = len(tokenizer.encode(episodes[0].train[0].prompt + episodes[0].train[0].answer + "\n\n"))
-    cell = Cell(length, 3 * shown, n=4, rows=(6,), sets=2, configs=2, scored=2, epochs=1)
+    cell = CellSize(length, 3 * shown, n=4, rows=(6,), sets=2, configs=2, scored=2, epochs=1)
     stages = {name: cost.flops for name, cost in cell.stages(model.config, 4).items()}
     for method in ("sft", "ia2", "ia2-sft"):
         stages[f"train {method}"] += stages.pop(f"look {method}")
@@ -97,7 +100,7 @@ def test_decoding_costs_what_torch_counts():
     for step in range(network.passes - 1):
         expected += flops(model.config, Pass(3, 1, 3, past=10 + step))
     assert total == pytest.approx(expected, rel=0.001) and network.passes > 2
-    read = Cell(10, 0, answer=network.passes).read(3, 10, model.config, 4)
+    read = CellSize(10, 0, answer=network.passes).read(3, 10, model.config, 4)
     assert read.flops == pytest.approx(expected, rel=0.01) and read.tokens == 3 * (10 + network.passes - 1)
 
 
@@ -205,34 +208,24 @@ def test_a_pass_moves_its_matrices_once_and_more_rows_only_states():
     assert Cost(1, 2, 3, 4) + Cost(1, 1, 1, 1) == Cost(2, 3, 4, 5)
 
 
-def test_dry_run_lists_what_would_be_done_and_does_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ia2mini.cost, "gemm_rate", None)
-    monkeypatch.setattr("ia2mini.study.study.gemm_rate", lambda *shape, **how: 1e9)
-    weights = make_checkpoint(tmp_path / "shape", "qwen3", num_hidden_layers=2)
-    (weights / "model.safetensors").unlink()
-    asked = ["run", "toy-mood", "--model", str(weights), "--n", "2,4", "--eval-rows", "50", "--dry-run"]
-    shape = {key: json.loads((TINY / "config.json").read_text())[key] for key in ("vocab_size", "eos_token_id")}
-    shape = json.loads((weights / "config.json").read_text()) | shape
-    (weights / "config.json").write_text(json.dumps(shape))
-    (weights / "tokenizer.json").write_bytes((TINY / "tokenizer.json").read_bytes())
-    before = sorted(tmp_path.rglob("*"))
-    said = CliRunner().invoke(main, asked)
-    assert said.exit_code == 0, said.output
-    assert sorted(tmp_path.rglob("*")) == before, "no folder of results, and the weights were not asked for"
-    two, four, whole, remark = said.stdout.splitlines()
-    assert two.startswith("toy-mood-n2: prompts of ") and four.startswith("toy-mood-n4: ")
-    assert "1 GFLOP/s" in remark and "nothing was computed" in remark
+def test_a_cell_of_a_study_is_as_large_as_its_rows():
     subject = open_subject("tiny", "cpu")
+    options = Options(n=(2, 4), methods=("icl", "ia2-sft", "ia2+sft"), rates=(1e-3, 1e-2), eval_rows=50)
+    two, four = map(size_of, lay_out([find_task("toy-mood")], subject, options))
     pool = load_examples(find_task("toy-mood"), "train").rows
-    tokens = subject.tokenizer.encode_all([e.prompt for i in range(5) for e in draw_episode(pool, 4, i).train])
-    assert f"prompts of {sum(map(len, tokens)) / 20:.0f} tokens" in four
-    seconds = [float(line.rpartition(" s (")[0].rpartition(", ")[2]) for line in (two, four)]
-    assert float(whole.split()[-2]) == pytest.approx(sum(seconds), rel=0.01) and seconds[0] < seconds[1]
+    prompts = subject.tokenizer.encode_all([e.prompt for i in range(5) for e in draw_episode(pool, 4, i).train])
+    assert four.query == pytest.approx(sum(map(len, prompts)) / 20)
+    assert four.shown == pytest.approx(3 * (four.query + 2))  # a label and what stands between rows
+    assert four.trained == ("ia2", "ia2-sft", "ia2+sft") and four.rows == (50, 50)
+    assert (four.sets, four.configs, four.scored) == (5, 8, 5)  # a run for each rate and β, the best is scored
+    whole = [sum(size.stages(subject.model.config, 4).values(), Cost()).seconds(1e9) for size in (two, four)]
+    assert whole[0] < whole[1]
+    (every,) = lay_out([find_task("toy-mood")], subject, replace(options, n=(4,), select="both"))
+    assert size_of(every) == replace(four, scored=40)
 
 
 def test_the_page_is_what_the_script_makes():
-    assert cost.PAGE.read_text() == cost.page(), "python -m bench cost"
+    assert cost_page.PAGE.read_text() == cost_page.page(), "python -m bench cost"
 
 
 def test_the_paper_s_largest_cell_by_hand():
@@ -240,27 +233,27 @@ def test_the_paper_s_largest_cell_by_hand():
     shape, tokens = SHAPES["qwen3-4b"], 15 * 4 * 26
     weights = 36 * (2560 * (4096 + 2 * 1024) + 4096 * 2560 + 3 * 2560 * 9728)
     assert flops(shape, Pass(60, 26, 60, False, True, 8)) == pytest.approx(4 * weights * tokens, rel=0.05)
-    (line,) = [line for line in cost.table("qwen3-4b", "", cost.LABELLED) if "| train ia2 |" in line]
+    (line,) = [line for line in cost_page.table("qwen3-4b", "", cost_page.LABELLED) if "| train ia2 |" in line]
     assert float(line.split("|")[2]) == pytest.approx(50 * 4 * weights * 15 * 4 * 16 / 1e12, rel=0.05)
 
 
-def test_compiling_is_chosen_by_the_work_and_said(monkeypatch, capsys):
-    """On a GPU blocks are compiled only for long studies; the compiler's results are kept where they last."""
-    subject = open_subject("tiny", "cpu", weights=False)
-    (short,) = lay_out([find_task("toy-mood")], subject, Options(eval_rows=10), None)
-    assert not worth_compiling([short])
-    monkeypatch.setattr(ia2mini.study, "cell_of", lambda experiment: Cell(1e4, 1e5, answer=1e4, rows=(10**6,)))
-    assert worth_compiling([short])
+def test_compiling_is_said_and_kept_where_it_lasts(monkeypatch, capsys):
+    """Blocks are compiled where that is asked for; the compiler's results are kept."""
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     CliRunner().invoke(main, ["tasks"])
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/somewhere/ia2mini/compiled"
-    model, asked = load("tiny")[0], []
-    prepare(model, None, False, lambda: asked.append(1))
+    model = load("tiny")[0]
+    asked = []
+    monkeypatch.setattr(blocks, "compile_blocks", asked.append)
+    run.prepare(model, None, False)
     assert not asked, "on a CPU nothing is compiled unless asked for"
-    monkeypatch.setattr(common, "compile_blocks", partial(common.compile_blocks, backend="eager"))
+    monkeypatch.undo()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere/ia2mini/compiled")
+    monkeypatch.setattr(blocks, "compile_blocks", partial(blocks.compile_blocks, backend="eager"))
     monkeypatch.setattr(callback_handler, "start_callbacks", [])
-    prepare(model, True, False)
+    run.tell_of_compiling.cache_clear()
+    run.prepare(model, True, False)
     assert not capsys.readouterr().err
     for length in (3, 4):
         model(torch.arange(length)[None], logits=False)
@@ -269,9 +262,9 @@ def test_compiling_is_chosen_by_the_work_and_said(monkeypatch, capsys):
 
 def test_a_phase_costs_by_what_it_is_whatever_it_began_with():
     config = SHAPES["qwen3-4b"]
-    names = ("sft", "ia2", "hidden", "soft", "responses", "ridge", "soft-sft", "ridge-sft")
-    stages = Cell(16, 64, more=8, trained=names, methods=names).stages(config)
+    names = ("sft", "ia2", "hidden", "soft", "ridge", "soft-sft", "ridge-sft")
+    stages = CellSize(16, 64, trained=names, methods=names).stages(config)
     cost = {name: stages[f"train {name}"].flops for name in names}
-    assert cost["hidden"] == cost["ia2"] and cost["soft"] == cost["responses"] > cost["ia2"] > cost["sft"]
-    assert cost["soft-sft"] == cost["ridge-sft"] == cost["sft"]  # rows without answers are the teacher's
+    assert cost["hidden"] == cost["ia2"] < cost["soft"] == cost["sft"]  # activations need no head
+    assert cost["soft-sft"] == cost["ridge-sft"] == cost["sft"]
     assert 0 < cost["ridge"] < cost["ia2"] / 100 and "look ridge" not in stages

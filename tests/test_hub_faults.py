@@ -11,7 +11,7 @@ from ia2mini.models import load
 from mistakes import refused
 from reference import make_checkpoint
 
-import ia2mini.files
+import ia2mini.files.hub
 from ia2mini.cli.main import main
 from ia2mini.files.hub import WAITS, hub_errors
 from ia2mini.tasks import find_task, load_examples
@@ -37,23 +37,23 @@ def hub(files, monkeypatch, tmp_path):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with serve({REPO: {"main": files}}) as hub:
         connect(monkeypatch, hub, tmp_path / "cache")
-        monkeypatch.setattr(ia2mini.files, "limit", limit_of(hub))
+        monkeypatch.setattr(ia2mini.files.hub, "limit", limit_of(hub))
         yield hub
 
 
 def limit_of(hub):
     """The library's own limit, which is made short for a request that the hub will never answer, and for no other."""
-    lock, limit = threading.Lock(), ia2mini.files.limit
+    lock, limit = threading.Lock(), ia2mini.files.hub.limit
 
     def limited(request) -> None:
         limit(request)
-        assert all(request.extensions["timeout"][part] <= LONG for part in ia2mini.files.PARTS)
+        assert all(request.extensions["timeout"][part] <= LONG for part in ia2mini.files.hub.PARTS)
         with lock:
             fault = next((f for part, f in hub.faults.items() if f and part in request.url.path), [])
             if fault[:1] == ["hang"]:
                 fault.pop(0)
                 request.headers["X-Fault"] = "hang"
-                request.extensions["timeout"] = dict.fromkeys(ia2mini.files.PARTS, 0.2)
+                request.extensions["timeout"] = dict.fromkeys(ia2mini.files.hub.PARTS, 0.2)
 
     return limited
 
