@@ -2,7 +2,7 @@
 
 import torch
 
-from ia2mini import (METHODS, Grid, LoRA, Taps, draw_episode, find_task, load, load_examples, score, teach)
+from ia2mini import METHODS, Grid, LoRA, Taps, draw_episode, find_task, load, load_examples, score, teach
 
 model, tokenizer = load("tiny")
 task = find_task("toy-mood-flip")
@@ -22,14 +22,12 @@ for method in ("sft", "ia2", "ia2-sft"):
 
 def cosine(student, batch) -> torch.Tensor:
     """A loss of one's own: one minus the cosine to the teacher's attention outputs, a number a run."""
-    student(batch.ids, taps=(taps := Taps(batch.at)), logits=False, cache=batch.packed)
+    taps = Taps(batch.at)
+    student(batch.ids, taps=taps, logits=False, cache=batch.packed)
     distance = 1 - torch.cosine_similarity(taps.stack(), batch.activations, dim=-1).mean(0)  # [P]
     return (distance.view(batch.weights.shape) * batch.weights).sum(1)
 
 
-trained = grid.train("cosine", {cosine: 1.0}, icl_rows=True)
-print(
-    "cosine  ",
-    "accuracy",
-    [round(s["acc"], 2) for s in score(model, tokenizer, test, task.labels, lora, trained.theta)],
-)
+trained = grid.train("cosine", {cosine: 1.0}, answers="icl")
+found = score(model, tokenizer, test, task.labels, lora, trained.theta)
+print("cosine   accuracy", [round(run["acc"], 2) for run in found])

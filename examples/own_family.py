@@ -1,0 +1,20 @@
+"""A model family of one's own: Llama with another activation in its MLP, read from a checkpoint folder as any other."""
+
+import torch.nn.functional as F
+from ia2mini.models import checkpoint, llama
+
+
+class GeluMLP(llama.MLP):
+    def forward(self, x):
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class GeluLlama(llama.Llama):
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.model.layers:
+            block.mlp = GeluMLP(config)
+
+
+# config.json then says "model_type": "gelu-llama"; its attention outputs are tapped as Llama's are
+checkpoint.FAMILIES["gelu-llama"] = (llama.Config, GeluLlama)
