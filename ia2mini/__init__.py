@@ -26,7 +26,7 @@ from importlib import import_module
 from importlib.util import spec_from_file_location
 from pathlib import Path
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 MODULES = {
     ".models.checkpoint": "load",
