@@ -1,10 +1,13 @@
 """Sets and their demonstrations, and prompts byte for byte."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from ia2mini.models import UsageError
 
-from ia2mini.episode import (controlled, draw_episode, seeded, with_demonstrations)
+from bench.studies.controls import controlled
+from ia2mini.episode import draw_episode, seeded, with_demonstrations
 from ia2mini.tasks import Example
 
 POOL = [Example(f"Text:row {i}\nLabel:", str(i % 2), i % 2) for i in range(60)]
@@ -92,9 +95,15 @@ def test_a_prompt_with_demonstrations_byte_for_byte():
     assert with_demonstrations([], "Text:so so\nLabel:") == "Text:so so\nLabel:"
 
 
+def with_queries(episode, queries):
+    """The episode with rows without answers, each behind two training rows of its own."""
+    shown = [[episode.train[i], episode.train[i + 1]] for i in range(len(queries))]
+    return replace(episode, unlabelled=[replace(row, answer="") for row in queries], more_demonstrations=shown)
+
+
 def test_what_controls_show_the_teacher():
     pool = [Example(f"Text:row {i}\nLabel:", f"answer {i}", i % 2) for i in range(60)]
-    episode, other = draw_episode(pool, 5, 1, more=3), draw_episode(POOL, 5, 1, more=3)
+    episode, other = (with_queries(draw_episode(rows, 5, 1), rows[-3:]) for rows in (pool, POOL))
     assert controlled(episode, "true", None) is episode
     nothing = controlled(episode, "none", None)
     assert nothing.demonstrations == [[]] * 7 and nothing.more_demonstrations == [[]] * 3

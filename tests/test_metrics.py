@@ -317,17 +317,6 @@ def test_area_under_the_risk_coverage_curve_by_hand():
     assert math.isnan(metrics.risk_coverage([], [])) and math.isnan(metrics.risk_coverage([float("nan"), 0.5], [1, 0]))
 
 
-def test_murphys_parts_add_up_to_the_brier_score():
-    confidence = np.repeat([0.1, 0.5, 0.7, 0.95], [10, 20, 30, 40])  # one value a bin: no spread within
-    right = np.random.default_rng(0).random(100) < confidence**1.5
-    calibration, resolution, uncertainty = metrics.murphy(confidence, right)
-    assert calibration - resolution + uncertainty == pytest.approx(np.mean((confidence - right) ** 2))
-    assert uncertainty == pytest.approx(right.mean() * (1 - right.mean()))
-    assert calibration == pytest.approx(
-        sum(((confidence - right)[confidence == c].mean()) ** 2 * (confidence == c).mean() for c in set(confidence))
-    )
-
-
 def test_the_oracle_temperature_is_the_best_there_is():
     scores = torch.randn(300, 3, generator=torch.Generator().manual_seed(0)) * 3
     gold = (scores / 6).softmax(-1).multinomial(1, generator=torch.Generator().manual_seed(1))[:, 0]

@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ia2mini.report.summary import (METRICS, average, count, parts, summarise)
+from ia2mini.files import count
+from ia2mini.report.summary import average, parts
 from ia2mini.report.tables import seconds_line, write_table, write_tables
+from ia2mini.study.table import METRICS, summarise
 
 GOLDEN = Path(__file__).parent / "golden"
 ACC = {  # of three sets; a rate of 0.01 adds 0.04 on evaluation rows, and 0.2 of dev loss

@@ -8,8 +8,10 @@ import pytest
 from scipy import stats
 from test_report import ACC, record, records, study
 
+from ia2mini.engine.select import chosen
 from ia2mini.files import finite
-from ia2mini.report.summary import (chosen, paired, summarise, verdict)
+from ia2mini.report.summary import paired, verdict
+from ia2mini.study.table import summarise
 
 
 def versus(sft: list[float], ours: list[float], icl: list[float] | None = None, ece: bool = True) -> list[str]:
@@ -149,5 +151,5 @@ def test_a_run_that_diverged_is_never_chosen_also_from_the_saved_file():
     diverged = [{**r, "dev_loss": math.inf} if r["rate"] in (1e-4, 1e-2) else r for r in RATES]
     assert chosen(diverged, "dev") == chosen(finite(diverged), "dev") == (1e-3, None)  # JSON holds no infinity
     assert summarise(finite(diverged)) == summarise(diverged)
-    unknown = [{**r, "kl": math.nan if r["rate"] == 1e-4 else r["dev_loss"]} for r in RATES]
-    assert chosen(unknown, "kl") == (1e-2, None)
+    unknown = [{**r, "dev_loss": math.nan if r["rate"] == 1e-4 else r["dev_loss"]} for r in RATES]
+    assert chosen(unknown, "dev") == (1e-2, None)
