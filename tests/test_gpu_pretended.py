@@ -10,19 +10,23 @@ from commands import invoke
 from ia2mini.models.checkpoint import TINY
 from pretend_gpu import GpuTensor, pretended_gpu
 from reference import relative, starts
+from tape import Tape
 
-from ia2mini import (Grid, LoRA, draw_episode, load, score, teach)
-from ia2mini.adapters import (IA3, Full, PrefixTuning, Prompt)
+from ia2mini import Grid, LoRA, draw_episode, load, score, teach
+from ia2mini.adapters import IA3
+from ia2mini.engine.experiment import make_trainer
+from ia2mini.engine.peft import save_adapter
 from ia2mini.generate import Decoding, generate
 from ia2mini.methods import METHODS
-from ia2mini.engine.peft import save_adapter
+from ia2mini.scale.decode import fast_decoding
+from ia2mini.scale.graphs import recorded
+from ia2mini.scale.pack import in_batches
 from ia2mini.tasks import find_task, load_examples, world
 from ia2mini.teacher import Asked
-from ia2mini.train import Settings
+from ia2mini.train import Hooks, Settings, train
 
 TRAINED = ("sft", "ia2", "ia2-sft", "soft", "hidden", "ridge")
-ADAPTERS = {"lora": LoRA, "ia3": IA3, "prompt": partial(Prompt, tokens=3), "prefix": partial(PrefixTuning, tokens=3)}
-ADAPTERS["full"] = Full
+ADAPTERS = {"lora": LoRA, "ia3": IA3}
 SHORT = Settings(batch_size=2, epochs=2, patience=2)
 LABELS = ("0", "1")
 
@@ -38,13 +42,19 @@ def set_of_rows(model, tokenizer, seed: int):
     return teach(model, tokenizer, draw_episode(rows, 4, seed), Asked(soft_k=5, residual=True))
 
 
-def path(device: str, dtype: torch.dtype, trained=TRAINED, kind: str = "lora") -> dict[str, torch.Tensor]:
+def fast(device: str, after_look=lambda state: False) -> dict:
+    """What `run` and `fit` put around the loop."""
+    record = partial(recorded, device=torch.device(device))
+    return {"hooks": Hooks(in_batches, record, after_look), "trainer": make_trainer(None)}
+
+
+def path(device: str, dtype: torch.dtype, trained=TRAINED, kind: str = "lora", around=fast) -> dict[str, torch.Tensor]:
     """Load, teach, train by every method, score and generate: what each step gives, on the CPU."""
     model, tokenizer = load("tiny", dtype, device)
     rows = load_examples(find_task("toy-mood"), "eval").rows[:8]
     sets = [set_of_rows(model, tokenizer, seed) for seed in range(2)]
     found = {"targets": sets[0].icl_train[0].activations.cpu()}
-    grid = Grid(model, ADAPTERS[kind](model), sets, [1e-2, 1e-3], settings=SHORT)
+    grid = Grid(model, ADAPTERS[kind](model), sets, [1e-2, 1e-3], settings=SHORT, **around(device))
     for method in trained:
         fitted = METHODS[method](grid)
         found[method] = fitted.theta.cpu()
@@ -55,7 +65,8 @@ def path(device: str, dtype: torch.dtype, trained=TRAINED, kind: str = "lora") -
     scores = score(model, tokenizer, rows, LABELS, demonstrations=demonstrations)
     found["icl, scores"] = torch.tensor([scores[0]["nll"]])
     prompts = tokenizer.encode_all([row.prompt for row in rows[:3]])
-    found["generated"] = torch.tensor(generate(model, tokenizer, prompts, Decoding(10, stop=None)))
+    decoding = Decoding(10, stop=None, hooks=fast_decoding(torch.device(device), 10))
+    found["generated"] = torch.tensor(generate(model, tokenizer, prompts, decoding))
     return found
 
 
@@ -69,17 +80,22 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], allo
 def test_the_path_gives_what_it_gives_on_a_cpu(dtype, allowed):
     """Attention under a mask is computed in another order there, and bfloat16 rounds."""
     expected = path("cpu", dtype)
+    replays = Tape.replays
     with pretended_gpu() as gpu:
         found = path("cuda", dtype)
     same(found, expected, allowed)
-    assert gpu.sent and not gpu.unfused
+    assert gpu.sent and not gpu.unfused and Tape.replays > replays
 
 
-@pytest.mark.parametrize("kind", ["ia3", "prompt", "prefix", "full"])
-def test_so_does_every_adapter(kind):
-    expected = path("cpu", torch.float32, ("ia2",), kind)
+def plain(device: str) -> dict:
+    return {"trainer": train}
+
+
+@pytest.mark.parametrize("kind, around", [("ia3", fast), ("lora", plain)])
+def test_so_do_the_other_adapter_and_the_plain_loop(kind, around):
+    expected = path("cpu", torch.float32, ("ia2",), kind, around)
     with pretended_gpu():
-        found = path("cuda", torch.float32, ("ia2",), kind)
+        found = path("cuda", torch.float32, ("ia2",), kind, around)
     same(found, expected, 1e-4)
 
 
@@ -102,7 +118,7 @@ def test_so_do_the_commands(tmp_path, dtype, gpu):
     model, tokenizer = load("tiny", torch.float32, "cuda")
     adapter = LoRA(model)
     theta = starts(adapter, model, 1).to("cuda")
-    save_adapter(model, adapter, theta[0], tmp_path / "peft", str(TINY), tokenizer)
+    save_adapter(adapter, theta[0], tmp_path / "peft", str(TINY))
     for command in commands:
         found = invoke(*command, *on)
         assert found.exit_code == 0, found.output
@@ -114,21 +130,12 @@ def test_a_look_at_the_dev_loss_waits_once_and_a_step_never(gpu):
     sets = [set_of_rows(model, tokenizer, seed) for seed in range(3)]
     settings, waited, live = Settings(batch_size=2, epochs=20, patience=2), [], []
 
-    def watch(step, losses):
+    def watch(state):
         waited.append(sum(gpu.waits.values()))
-        live.append(len(losses))
+        live.append(len(state.index))
+        return False
 
-    class Progress:
-        def __init__(self, *about):
-            pass
-
-        def __enter__(self):
-            return watch
-
-        def __exit__(self, *error):
-            pass
-
-    grid = Grid(model, LoRA(model), sets, [1e-1, 1e-2, 1e-4], settings=settings, progress=Progress)
+    grid = Grid(model, LoRA(model), sets, [1e-1, 1e-2, 1e-4], settings=settings, **fast("cuda", watch))
     METHODS["ia2"](grid)
     assert len(set(live)) > 2, "runs leave at different looks"
     each = np.diff(waited)
@@ -148,7 +155,8 @@ def test_a_token_waits_once(gpu):
             waited.append(sum(gpu.waits.values()))
             live.append(len(going))
 
-        generate(model, tokenizer, prompts, Decoding(tokens, stop=None), observer=observer)
+        decoding = Decoding(tokens, stop=None, hooks=fast_decoding(torch.device("cuda"), tokens))
+        generate(model, tokenizer, prompts, decoding, observer=observer)
         assert len(set(live)) > 1 and set(np.diff(waited)) == {1}
 
 
