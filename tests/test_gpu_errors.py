@@ -1,11 +1,8 @@
 """Memory that runs out, recordings that fail, processes that end: what a device's errors are taken for."""
 
 import errno
-import os
-import signal
 import subprocess
 import sys
-import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -18,17 +15,17 @@ import torch
 from commands import invoke
 from pretend_gpu import pretended_gpu
 from reference import in_order, make_checkpoint, make_rows, relative, starts
-from test_shard import on_ranks
 
 import ia2mini.train
 from ia2mini import UsageError
-from ia2mini.scale import graphs, ranks as parallel
 from ia2mini.adapters import LoRA
+from ia2mini.engine.store import Store
 from ia2mini.errors import out_of_memory
 from ia2mini.losses import fused
-from ia2mini.engine.store import RunFolder
+from ia2mini.scale import graphs, ranks
+from ia2mini.scale.memory import within_memory
 from ia2mini.tokenizer import Tokenizer
-from ia2mini.train import (Runs, Settings, train_in_parts, train_runs)
+from ia2mini.train import Runs, Settings, train, train_runs
 
 TOO_MUCH = 2**60
 
@@ -104,24 +101,33 @@ def test_nothing_else_is_taken_for_it(error):
 @pytest.mark.parametrize("failing", [lambda: torch.empty(TOO_MUCH), lambda: np.empty(2**46)])
 def test_runs_are_halved_on_a_cpu_too(model, monkeypatch, failing):
     """What the CPU's allocator raises in a step; each run ends as it does with all side by side."""
-    adapter, room, plain = LoRA(model), 2, ia2mini.train.losses
-    train = [make_rows(4, r) for r in range(5)]
+    adapter = LoRA(model)
+    room = 2
+    most = []
+    plain = ia2mini.train.losses
+    rows = [make_rows(4, r) for r in range(5)]
     dev = [make_rows(2, 50 + r) for r in range(5)]
     orders = [partial(in_order, r) for r in range(5)]
-    theta, rates = starts(adapter, model, 5), torch.full((5,), 1e-2)
-    runs = Runs(theta, rates, train, dev, {"mse": torch.ones(5)}, orders)
+    runs = Runs(starts(adapter, model, 5), torch.full((5,), 1e-2), rows, dev, {"mse": torch.ones(5)}, orders)
     settings = Settings(epochs=4)
     whole = train_runs(model, adapter, runs, settings)
 
     def losses(student, batch, *more):
-        if len(batch.weights) > room:
+        most.append(len(batch.weights))
+        if most[-1] > room:
             failing()
         return plain(student, batch, *more)
 
     monkeypatch.setattr(ia2mini.train, "losses", losses)
+    train_in_parts = within_memory(train)
     with pytest.warns(UserWarning, match="out of memory with 5 runs side by side; going on with 2"):
-        found, most = train_in_parts(model, adapter, runs, settings)
-    assert most == 2 and relative(found.theta, whole.theta) < 1e-5 and torch.equal(found.steps, whole.steps)
+        found = train_in_parts(model, adapter, runs, settings).trained()
+    assert relative(found.theta, whole.theta) < 1e-5 and torch.equal(found.steps, whole.steps)
+    most.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = train_in_parts(model, adapter, runs, settings).trained()
+    assert set(most) == {1, 2} and torch.equal(again.theta, found.theta), "as many as went before"
     room = 0
     with pytest.warns(UserWarning), pytest.raises(UsageError, match="not enough memory for a single run"):
         train_in_parts(model, adapter, runs, settings)
@@ -152,7 +158,7 @@ def test_a_real_limit_is_one_line_too(tmp_path):
     """Less room than the weights take, once everything is imported."""
     folder = make_checkpoint(tmp_path / "model", "llama", vocab_size=60_000, hidden_size=512, num_hidden_layers=2)
     code = f"""
-import resource, torch, ia2mini.subject, ia2mini.predictor
+import resource, torch, ia2mini.engine.subject, ia2mini.fitting.predictor
 from pathlib import Path
 from ia2mini.cli.main import main
 pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -167,11 +173,11 @@ main(["generate", "--model", {str(folder)!r}, "--device", "cpu", "--prompt", "a"
 
 
 def test_a_good_file_is_not_called_damaged_where_memory_runs_out(tmp_path, monkeypatch, folder):
-    kept = RunFolder(tmp_path, "run", {})
+    kept = Store(tmp_path, "run", {})
     kept.once("numbers", lambda: {"x": torch.ones(3)})
     files = sorted(kept.path.iterdir())
     with pytest.raises(OSError, match="Cannot allocate"):
-        kept.kept(files[0], no_room)
+        kept.read(files[0], no_room)
     assert sorted(kept.path.iterdir()) == files
     monkeypatch.setattr(checkpoint, "safe_open", no_room)
     with pytest.raises(OSError, match="Cannot allocate"):
@@ -278,33 +284,6 @@ def test_a_recording_that_fails_is_over_for_the_allocator_too(monkeypatch, ends_
     assert set(cuda.modes) == {"thread_local"}, "other threads, as NCCL's, may ask for events meanwhile"
 
 
-def watched(out, seconds: float, dies: bool = False) -> None:
-    """A process that watches the next one, and works for some time as in a pass that comes back to nobody."""
-    sys.stderr = open(out / f"told-{os.environ['RANK']}", "w", buffering=1)
-    parallel.start()
-    parallel.share()
-    parallel.watch = parallel.Watch()
-    parallel.watch.start()
-    if dies:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(seconds)
-    parallel.stop()
-
-
-def test_a_process_that_dies_ends_those_that_talk_by_nccl_with_a_line(tmp_path):
-    waiting, dying = partial(watched, tmp_path, 90), partial(watched, tmp_path, 0, dies=True)
-    _, codes = on_ranks(3, waiting, dying, waiting)
-    assert codes == [2, -signal.SIGKILL, 2]
-    line = f"ia2mini: {parallel.LOST}\n"
-    assert (tmp_path / "told-0").read_text() == line
-    assert (tmp_path / "told-2").read_text() in ("", line), "the first has kept the list of who has spoken, and is gone"
-
-
-def test_processes_that_end_one_after_another_lose_nobody(tmp_path):
-    _, codes = on_ranks(3, *[partial(watched, tmp_path, seconds) for seconds in (0, 0.4, 0.2)])
-    assert codes == [0, 0, 0] and not any(path.read_text() for path in tmp_path.glob("told-*"))
-
-
 def test_what_processes_say_goes_by_gloo_also_where_each_has_a_gpu(monkeypatch):
     """Only then is the end of one an error that becomes a line."""
     asked = []
@@ -317,7 +296,7 @@ def test_what_processes_say_goes_by_gloo_also_where_each_has_a_gpu(monkeypatch):
     for name, value in address.items():
         monkeypatch.setenv(name, value)
     for gpus in (2, 1):
-        monkeypatch.setattr(parallel, "store", None)
+        monkeypatch.setattr(ranks, "store", None)
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
-        parallel.start()
+        ranks.start()
     assert asked == ["cpu:gloo,cuda:nccl", "gloo"]
