@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from ia2mini.models import UsageError, load
 from reference import make_checkpoint, peft_twin, random_ids, twin_parameters, twin_theta
+from test_train import adam_step
 
-from ia2mini.adapters import (EVERY_MATRIX, IA3, TARGETS, LoRA, adapted, find_linears, unpack)
-from ia2mini.train import Adam
+from ia2mini.adapters import EVERY_MATRIX, IA3, TARGETS, LoRA, adapted, find_linears, unpack
+from ia2mini.train import State
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 PEFT = {
@@ -48,7 +49,7 @@ def test_logits_gradients_and_adam_steps_equal_pefts(tiny, kind):
     theta, ids, targets = start(adapter, model), random_ids(3, 9), random_ids(3, 9)
     twin = peft_twin(folder, adapter, theta[0])
     theirs = torch.optim.Adam(twin_parameters(twin, adapter), lr=1e-2)
-    ours = Adam(theta, torch.tensor([1e-2]))
+    ours, rate = State.begin(theta), torch.tensor([1e-2])
     for step in range(3):
         with adapted(model, adapter, ours.theta) as student:
             logits = student(ids)
@@ -60,7 +61,7 @@ def test_logits_gradients_and_adam_steps_equal_pefts(tiny, kind):
         gradients = twin_theta(twin, adapter, gradients=True)
         assert relative(gradient[0], gradients) <= 1e-5 and gradients.norm() > 1e-3
         theirs.step()
-        ours.step(gradient)
+        adam_step(ours, gradient, rate)
         torch.testing.assert_close(ours.theta[0], twin_theta(twin, adapter), rtol=0, atol=2e-5)
     assert (ours.theta - theta).abs().max() > 1e-2
 
@@ -102,11 +103,12 @@ def test_two_steps_move_every_tensor_and_no_bit_of_the_base(model, kind):
     before = copy.deepcopy(model.state_dict())
     adapter = PEFT[kind](model)
     theta = start(adapter, model, 2, noise=0)
-    adam = Adam(theta, torch.tensor([1e-2, 1e-3]))
+    state, rates = State.begin(theta), torch.tensor([1e-2, 1e-3])
     for _ in range(2):  # LoRA's A moves only once B is no longer zero
-        with adapted(model, adapter, adam.theta) as student:
-            adam.step(*torch.autograd.grad(loss_of(student(random_ids(4, 6)), random_ids(4, 6)), adam.theta))
-    for name, moved in unpack(adam.theta.detach() - theta, adapter.shapes).items():
+        with adapted(model, adapter, state.theta) as student:
+            loss = loss_of(student(random_ids(4, 6)), random_ids(4, 6))
+            adam_step(state, *torch.autograd.grad(loss, state.theta), rates)
+    for name, moved in unpack(state.theta.detach() - theta, adapter.shapes).items():
         assert moved.flatten(1).norm(dim=1).min() > 1e-5, name
     for name, value in model.state_dict().items():
         assert torch.equal(value.view(torch.int32), before[name].view(torch.int32)), name

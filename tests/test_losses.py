@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ia2mini import losses
 from ia2mini.batch import Row, collate
-from ia2mini.losses import (activation_mse, cross_entropy, per_run, soft_cross_entropy)
+from ia2mini.losses import activation_mse, cross_entropy, per_run, soft_cross_entropy
 
 
 def test_losses_equal_naive_loops():

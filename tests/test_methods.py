@@ -1,21 +1,22 @@
 """Every method against its phases trained by transformers one row at a time, and what phases and runs share."""
 
 import copy
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 from ia2mini.models import UsageError
-from ia2mini.scale.blocks import checkpoint_blocks, is_checkpointed
 from reference import make_rows, peft_twin, plain_fit, relative
-from test_train import ADAPTERS, own_cross_entropy
+from test_train import ADAPTERS, own_cross_entropy, watching
 
-import ia2mini.train
-from ia2mini.cost import run_bytes
-from ia2mini.methods import METHODS, Grid
+from ia2mini.engine.experiment import make_trainer
+from ia2mini.methods import ICL, METHODS, Grid
+from ia2mini.scale import memory
+from ia2mini.scale.blocks import checkpoint_blocks, is_checkpointed
+from ia2mini.scale.memory import run_bytes, within_memory
 from ia2mini.teacher import Taught
-from ia2mini.train import Settings, train_runs
+from ia2mini.train import Settings, Trained, train
 
 TRUTH, TAUGHT = ("truth", {"ce": 1.0}), ("icl", {"mse": 1.0})
 PHASES = {  # method -> its phases: which rows, which losses (protocol section 4)
@@ -28,8 +29,17 @@ PHASES = {  # method -> its phases: which rows, which losses (protocol section 4
     "soft": [("icl", {"kl": 1.0})],
     "soft-sft": [("icl", {"kl": 1.0}), TRUTH],
     "hidden-sft": [("icl", {"hidden": 1.0}), TRUTH],
-    "responses-sft": [("icl", {"ce": 1.0}), TRUTH],
 }
+
+
+def noting(trainer: Callable, note: Callable) -> Callable:
+    """A trainer that tells `note` the runs of each of its calls before it trains them."""
+
+    def noted(model, adapter, runs, *more, **named):
+        note(runs)
+        return trainer(model, adapter, runs, *more, **named)
+
+    return noted
 
 
 def make_grid(model, kind, labels="truth", rows=5, **more):
@@ -47,18 +57,16 @@ def make_grid(model, kind, labels="truth", rows=5, **more):
 def test_every_method_equals_the_plain_loop(folder, model, kind, labels, method):
     watched = []
 
-    @contextmanager
-    def progress(about):
-        watched.append([])
-        yield lambda step, live: watched[-1].append((step, live.clone()))
+    def look(state) -> None:
+        watched[-1].append((state.step, state.dev_loss.clone()))
 
-    grid = make_grid(model, kind, labels, progress=progress)
+    grid = make_grid(model, kind, labels, hooks=watching(look), trainer=noting(train, lambda runs: watched.append([])))
     found, configs = METHODS[method](grid), grid.configs(method)
     assert len(found.theta) == len(configs) == (8 if method == "ia2+sft" else 4)
     assert len(watched) == len(PHASES[method])
     for r in (1, len(configs) - 2):
         number, rate, beta = configs[r]
-        s, theta, steps = grid.sets[number], grid.start(configs)[r], 0
+        s, theta, steps = grid.sets[number], grid.first_weights(number), 0
         for (rows, mix), looks in zip(PHASES[method], watched, strict=True):
             mix = {"mse": 1 - beta, "ce": beta} if beta else mix
             data = (s.train, s.dev) if (rows, labels) == ("truth", "truth") else (s.icl_train, s.icl_dev)
@@ -72,7 +80,7 @@ def test_every_method_equals_the_plain_loop(folder, model, kind, labels, method)
 
 
 def test_runs_in_portions_equal_all_at_once(model):
-    whole, portions = make_grid(model, "lora"), make_grid(model, "lora", side_by_side=3)
+    whole, portions = make_grid(model, "lora"), make_grid(model, "lora", trainer=make_trainer(3))
     for method in ("ia2-sft", "ia2+sft"):
         a, b = METHODS[method](whole), METHODS[method](portions)
         assert a.steps.tolist() == b.steps.tolist()
@@ -80,52 +88,55 @@ def test_runs_in_portions_equal_all_at_once(model):
         torch.testing.assert_close(a.dev_loss, b.dev_loss, rtol=1e-5, atol=0)
 
 
-def test_runs_that_do_not_fit_into_memory_are_trained_in_portions(model, monkeypatch):
+def test_runs_that_do_not_fit_into_memory_are_trained_in_portions(model):
     room, tried = 2, []
 
-    def full(*args):
-        tried.append(len(args[2]))
-        if len(args[2]) > room + (room == 0 and is_checkpointed(args[0])):
+    def full(model, adapter, runs, *more):
+        tried.append(len(runs))
+        if len(runs) > room + (room == 0 and is_checkpointed(model)):
             raise torch.OutOfMemoryError
-        return train_runs(*args)
+        return train(model, adapter, runs, *more)
 
     whole = METHODS["sft"](make_grid(model, "lora"))
-    monkeypatch.setattr(ia2mini.train, "train_runs", full)
+    grid = make_grid(model, "lora", trainer=within_memory(full))
     with pytest.warns(UserWarning, match="out of memory with 4 runs side by side; going on with 2"):
-        parts = METHODS["sft"](grid := make_grid(model, "lora"))
-    assert tried == [4, 2, 2] and grid.side_by_side == 2
+        parts = METHODS["sft"](grid)
+    assert tried == [4, 2, 2]
     METHODS["ia2"](grid)
     assert tried[3:] == [2, 2], "the next phase begins with what memory has held"
     assert parts.steps.tolist() == whole.steps.tolist()
     assert all(relative(x, y) <= 1e-5 for x, y in zip(parts.theta, whole.theta, strict=True))
     room, small = 0, copy.deepcopy(model)
     with pytest.warns(UserWarning, match="out of memory with a single run; going on with --checkpointing"):
-        again = METHODS["sft"](make_grid(small, "lora"))
+        again = METHODS["sft"](make_grid(small, "lora", trainer=within_memory(full)))
     assert all(relative(x, y) <= 1e-5 for x, y in zip(again.theta, whole.theta, strict=True))
     room = -1
     with pytest.warns(UserWarning), pytest.raises(UsageError, match="single run; use a smaller --batch-size"):
-        METHODS["sft"](make_grid(small, "lora"))
+        METHODS["sft"](make_grid(small, "lora", trainer=within_memory(full)))
 
 
 def test_portions_are_estimated_before_memory_runs_out(model, monkeypatch):
     tried, grid = [], make_grid(model, "lora")
-    monkeypatch.setattr(ia2mini.train, "train_runs", lambda *args: tried.append(len(args[2])) or train_runs(*args))
+
+    def trained() -> Trained:
+        tried.clear()
+        counted = noting(train, lambda runs: tried.append(len(runs)))
+        return METHODS["sft"](make_grid(model, "lora", trainer=within_memory(counted)))
+
     runs, size = len(grid.configs("sft")), grid.adapter.init(model, torch.Generator()).numel()
     whole = METHODS["sft"](grid)
     batches = [sorted(taught.train, key=len)[-grid.settings.batch_size :] for taught in grid.sets]
     tokens, positions = (max(sum(map(of, batch)) for batch in batches) for of in (len, lambda row: len(row.answer)))
     each = run_bytes(model.config, tokens, positions, 4, size)
     for room, expected in ((runs / 0.9 + 9, [runs]), (2.5, [2] * (runs // 2)), (0.1, [1] * runs)):
-        tried.clear()
-        monkeypatch.setattr(ia2mini.train, "free_memory", lambda device, room=room: room * each / 0.9)
-        found = METHODS["sft"](make_grid(model, "lora"))
+        monkeypatch.setattr(memory, "free_bytes", lambda device, room=room: room * each / 0.9)
+        found = trained()
         assert tried == expected
         assert all(relative(x, y) <= 1e-5 for x, y in zip(found.theta, whole.theta, strict=True))
     checkpoint_blocks(model)
     try:
-        monkeypatch.setattr(ia2mini.train, "free_memory", lambda device: 1.9 * each / 0.9)
-        tried.clear()
-        METHODS["sft"](make_grid(model, "lora"))
+        monkeypatch.setattr(memory, "free_bytes", lambda device: 1.9 * each / 0.9)
+        trained()
         assert tried[0] > 1, "checkpointed, a run takes less"
     finally:
         for block in model.model.layers:
@@ -133,18 +144,21 @@ def test_portions_are_estimated_before_memory_runs_out(model, monkeypatch):
 
 
 def test_a_first_phase_that_is_already_there_is_not_trained_again(model):
-    grid, asked = make_grid(model, "ia3"), []
+    trained = []
+    grid = make_grid(model, "ia3", trainer=noting(train, trained.append))
     ready = METHODS["ia2"](grid)
     whole = METHODS["ia2-sft"](grid)
-    grid.first = lambda method: asked.append(method) or ready
-    again = METHODS["ia2-sft"](grid)
-    assert asked == ["ia2"] and torch.equal(again.theta, whole.theta) and torch.equal(again.steps, whole.steps)
+    assert len(trained) == 3
+    again = METHODS["ia2-sft"](grid, ready)
+    assert len(trained) == 4 and torch.equal(again.theta, whole.theta) and torch.equal(again.steps, whole.steps)
     assert not torch.equal(again.theta, ready.theta)
 
 
 def test_sets_start_differently_and_rates_of_a_set_alike(model):
-    grid = make_grid(model, "lora")
-    theta = grid.start(grid.configs("sft"))
+    grid, started = make_grid(model, "lora"), []
+    grid.trainer = noting(train, started.append)
+    grid.train("sft", {"ce": 1.0}, grid.labels)
+    theta = started[0].theta
     assert torch.equal(theta[0], theta[1]) and torch.equal(theta[2], theta[3]) and not torch.equal(theta[0], theta[2])
     assert sorted(grid.order(0, 5, 0)) == list(range(5))
     assert len({tuple(grid.order(n, 5, e)) for n in range(2) for e in range(4)}) > 4
@@ -152,7 +166,7 @@ def test_sets_start_differently_and_rates_of_a_set_alike(model):
 
 def test_a_phase_takes_a_loss_of_ones_own(model):
     grid = make_grid(model, "lora")
-    own, built_in = (grid.train("sft", {loss: 1.0, "mse": 0.1}, icl_rows=True) for loss in (own_cross_entropy, "ce"))
+    own, built_in = (grid.train("sft", {loss: 1.0, "mse": 0.1}, ICL) for loss in (own_cross_entropy, "ce"))
     assert own.steps.tolist() == built_in.steps.tolist()
     assert all(relative(x, y) <= 1e-5 for x, y in zip(own.theta, built_in.theta, strict=True))
     torch.testing.assert_close(own.dev_loss, built_in.dev_loss, rtol=1e-5, atol=0)

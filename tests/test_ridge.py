@@ -9,7 +9,7 @@ from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from test_methods import make_grid
 
 from ia2mini import UsageError
-from ia2mini.adapters import (IA3, LoRA, adapted, unpack)
+from ia2mini.adapters import IA3, LoRA, adapted, unpack
 from ia2mini.batch import collate
 from ia2mini.methods import METHODS
 from ia2mini.ridge import STRENGTHS, ridge, solve
@@ -88,12 +88,8 @@ def test_as_a_method_it_has_no_steps_and_sft_goes_on_from_it(model):
     assert (then.steps > 0).all() and not torch.equal(then.theta, found.theta)
 
 
-def test_it_is_for_lora_on_the_output_map_of_a_whole_model(model, monkeypatch):
+def test_it_is_for_lora_on_the_output_map(model):
     batch = collate([make_rows(2, 0)])
-    lora = LoRA(model)
-    with monkeypatch.context() as split, pytest.raises(UsageError, match="leave out --shard"):
-        split.setattr(model, "mesh", object(), raising=False)
-        solve(model, lora, lora.init(model, torch.Generator())[None], batch)
     for adapter in (IA3(model), LoRA(model, ("q_proj",))):
         with pytest.raises(UsageError, match="o_proj"):
             solve(model, adapter, torch.zeros(1, len(adapter.init(model, torch.Generator()))), batch)

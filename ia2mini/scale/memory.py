@@ -34,6 +34,7 @@ def within_memory(train: Callable, at_once: int | None = None) -> Callable:
         whole = State.begin(runs.theta) if state is None else state
         most = min(most_ever or len(runs), runs_that_fit(model, runs, settings.batch_size))
         rest = torch.arange(len(runs))
+        reached = []
         while len(rest):
             part = rest[:most]
             try:
@@ -43,8 +44,10 @@ def within_memory(train: Callable, at_once: int | None = None) -> Callable:
                     raise
                 most = fewer(model, len(part))
                 continue
-            whole.put(part, found)
+            reached.append((part, found))
             rest = rest[most:]
+        for part, found in reached:  # only now: each part has begun where the whole stood
+            whole.put(part, found)
         if most < len(runs):
             most_ever = most
         return whole

@@ -22,12 +22,14 @@ class Race:
         self.config = config  # [R] int64, the number of each run's learning rate (and β)
         self.dev_loss = torch.full((len(config),), torch.inf)
         self.going = torch.ones(len(config), dtype=torch.bool)
+        self.over = False
         self.means: list[Tensor] = []  # of each look, a mean a rate
 
     def __call__(self, state: State) -> bool:
         elsewhere = self.going.clone()
         elsewhere[state.index] = False
-        if elsewhere.any():
+        self.over |= bool(elsewhere.any())
+        if self.over:
             return False
         self.dev_loss[state.index] = state.dev_loss
         state.going &= ~self.beaten()[state.index]
