@@ -12,10 +12,10 @@ from ..episode import Episode
 from ..methods import METHODS, STARTS_FROM, Grid, configs
 from ..models.taps import device_of
 from ..scale import ranks
+from ..scale.dealt import over_ranks
 from ..scale.graphs import launch_bound, recorded
 from ..scale.memory import within_memory
 from ..scale.race import Race
-from ..scale.ranks import over_ranks
 from ..scale.shrink import shrinking
 from ..teacher import Asked, Taught, teach
 from ..train import Hooks, Settings, State, Trained, train, warn_of_failed

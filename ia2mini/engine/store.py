@@ -33,7 +33,7 @@ class Store:
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
         self.path = out / f"{name}-{key}"
         nothing = {"seconds": {}, "seconds_by_phase": {}, "peak_memory_bytes": 0}
-        self.spent = nothing | (self.read(self.path / "seconds.json", read_json) or {})
+        self.spent = nothing | (self.json("seconds.json") or {})
 
     def tensors(self, name: str) -> dict[str, Tensor] | None:
         """The tensors that were kept under a name, on the CPU; None where there are none."""

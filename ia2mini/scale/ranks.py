@@ -1,7 +1,7 @@
 """Several processes as one, where torchrun has started several: all run the same program and hear all results.
 
 The first process (`chief`) keeps the files and shows the progress. Work is dealt out at one level: sets when teaching
-and scoring, runs when training.
+and scoring, runs when training. The command line asks here before it computes: torch is imported where it is used.
 """
 
 import io
@@ -11,12 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
-import torch
-import torch.distributed as dist
-
 from .. import UsageError
 from ..errors import out_of_memory
-from ..train import DEFAULTS, NO_HOOKS, Hooks, Runs, Settings, State
 
 LOST = "another process has ended; what was finished is kept, and the same command goes on from there"
 NEVER = timedelta(days=7)  # who has nothing left to do waits for the others, however long they work
@@ -35,6 +31,9 @@ def start() -> None:
     global rank, size, chief, store
     if store is not None or not torchrun_started_several():
         return
+    import torch
+    import torch.distributed as dist
+
     enough_gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     if enough_gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -51,6 +50,8 @@ def stop() -> None:
     """Part from the others; what follows is the first process's alone."""
     global rank, size
     if size > 1:
+        import torch.distributed as dist
+
         rank = 0
         size = 1
         dist.destroy_process_group()
@@ -86,6 +87,8 @@ def gather(value) -> list:
     """What each process says, in order of rank; tensors from a GPU come to this process's own."""
     if size == 1:
         return [value]
+    import torch.distributed as dist
+
     found = [b""] * size
     with one_line_when_lost():
         dist.all_gather_object(found, packed(value))
@@ -96,6 +99,8 @@ def first(function: Callable):
     """What `function` gives the first process, for all; the others do not call it."""
     if size == 1:
         return function()
+    import torch.distributed as dist
+
     box = [packed(function()) if chief else None]
     with one_line_when_lost():
         dist.broadcast_object_list(box)
@@ -103,12 +108,16 @@ def first(function: Callable):
 
 
 def packed(value) -> bytes:
+    import torch
+
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
 
 
 def unpacked(content: bytes):
+    import torch
+
     def here(storage, location: str):
         return storage.cuda() if location.startswith("cuda") else storage
 
@@ -120,25 +129,3 @@ def spread(function: Callable, items: Sequence) -> list:
     mine = [function(item) for item in items[rank::size]]
     parts = gather(mine)
     return [parts[i % size][i // size] for i in range(len(items))]
-
-
-def over_ranks(train: Callable) -> Callable:
-    """`train` of a part of the runs on each process."""
-
-    def train_a_part(
-        model, adapter, runs: Runs, settings: Settings = DEFAULTS, state: State | None = None, hooks: Hooks = NO_HOOKS
-    ) -> State:
-        if size == 1:
-            return train(model, adapter, runs, settings, state, hooks)
-        whole = State.begin(runs.theta) if state is None else state
-        parts = torch.arange(len(runs)).tensor_split(size)
-
-        def trained(part: torch.Tensor) -> State:
-            return train(model, adapter, runs.take(part), settings, whole.take(part), hooks) if len(part) else None
-
-        for part, found in zip(parts, spread(trained, parts)):
-            if len(part):
-                whole.put(part, found)
-        return whole
-
-    return train_a_part
