@@ -17,14 +17,13 @@ from ia2mini.models import load
 from reference import random_ids, upstream
 from safetensors.torch import load_file
 
-import ia2mini.experiment
-import ia2mini.runs
-import ia2mini.train
+from ia2mini import __version__
 from ia2mini.adapters import LoRA, adapted
-from ia2mini.cli.main import options_of, progress
-from ia2mini.methods import METHODS
+from ia2mini.cli.group import progress
+from ia2mini.cli.options import options_of
 from ia2mini.engine.options import FitOptions
 from ia2mini.engine.subject import open_subject as load_subject
+from ia2mini.methods import METHODS
 
 CELL = set("task eval ood model n method adapter sets selected_by rate beta acc ece asim_layers".split())
 CELL |= {f"{metric}_{kind}" for metric in "acc ece ece_null nll brier asim".split() for kind in ("mean", "std")}
@@ -43,7 +42,7 @@ def numbers(folder: Path) -> dict:
 def finished(ground) -> tuple[Result, Path]:
     """A whole run and its folder."""
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("ia2mini.cli.main.MINUTE", 10**6)  # no line of progress but the first of a phase, however long it takes
+        m.setattr("ia2mini.cli.group.MINUTE", 10**6)  # of a phase no line but the first, however long it takes
         result = invoke(*toy(ground, ground / "runs"))
     assert result.exit_code == 0, result.output
     (folder,) = (ground / "runs").iterdir()
@@ -61,7 +60,7 @@ def test_what_is_on_by_default_can_be_turned_off():
 
 
 def test_long_work_says_how_far_it_is_where_there_is_no_terminal(monkeypatch, capsys):
-    monkeypatch.setattr("ia2mini.cli.main.MINUTE", 0)
+    monkeypatch.setattr("ia2mini.cli.group.MINUTE", 0)
     with progress("3/20 training sft", 40) as bar:
         for _ in range(40):
             bar.update()
@@ -69,7 +68,7 @@ def test_long_work_says_how_far_it_is_where_there_is_no_terminal(monkeypatch, ca
     assert first == "phase 3/20 training sft" and len(lines) >= 40
     for line in lines:
         assert re.fullmatch(r"phase 3/20 training sft +\d+% \|[# \d]{20}\| \d\d:\d\d, \S+ left *", line), line
-    monkeypatch.setattr("ia2mini.cli.main.MINUTE", 60)
+    monkeypatch.setattr("ia2mini.cli.group.MINUTE", 60)
     with progress("4/20 short", 3) as bar:
         bar.update(3)
     assert capsys.readouterr().err == "phase 4/20 short\n"
@@ -130,7 +129,7 @@ def test_run_folder_holds_everything_and_nothing_half(ground, finished):
     assert not [name for name in names if Path(name).name.startswith(".")]
     what = json.loads((folder / "run.json").read_text())
     assert what["pools"]["toy-mood"]["digest"] and what["checkpoint"] and what["rates"] == [1e-2, 3e-2]
-    assert what["targets"] == ["q_proj", "k_proj", "o_proj"] and what["ia2mini"] == ia2mini.__version__
+    assert what["targets"] == ["q_proj", "k_proj", "o_proj"] and what["ia2mini"] == __version__
     assert what["model"] == str(ground / "model")
     assert what["templates"] == {"toy-mood": "Text:{text}\nLabel:"}
 
@@ -176,7 +175,8 @@ def test_adapters_name_a_base_that_is_found_from_anywhere(ground, tmp_path, monk
 
 def test_the_same_command_does_not_train_again(ground, finished, monkeypatch):
     before = (finished[1] / "results.json").read_bytes()
-    forbid(monkeypatch, "train_runs")
+    forbid(monkeypatch, "ia2mini.engine.experiment.train_method")
+    forbid(monkeypatch, "ia2mini.train.losses")
     result = invoke(*toy(ground, ground / "runs"))
     assert result.exit_code == 0 and [p.name for p in (ground / "runs").iterdir()] == [finished[1].name]
     assert (finished[1] / "results.json").read_bytes() == before
@@ -194,10 +194,10 @@ def test_paper_compat_reports_the_rate_that_is_best_on_the_evaluation_rows(groun
     assert {c["selected_by"] for c in document["cells"]} == {None, "eval"} and document["config"]["select"] == "eval"
 
 
-@pytest.mark.parametrize("where", ["train_runs", "losses"])
-def test_an_interrupted_run_goes_on_to_the_same_numbers(where, ground, finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize("where, after", [("engine.experiment.train_method", 2), ("train.losses", 9)])
+def test_an_interrupted_run_goes_on_to_the_same_numbers(where, after, ground, finished, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        forbid(m, where, after=2 if where == "train_runs" else 9)  # between methods, or between steps
+        forbid(m, f"ia2mini.{where}", after)  # between methods, or between steps
         result = invoke(*toy(ground, tmp_path))
     *phases, line = [line for line in result.stderr.splitlines() if line]
     assert result.exit_code == 130 and line.startswith("ia2mini: interrupted")

@@ -1,5 +1,6 @@
 """Run folders: computed once, whole or absent, found again by what made them; a run's metrics against numpy."""
 
+import errno
 import json
 import math
 import os
@@ -7,19 +8,17 @@ import platform
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ia2mini import UsageError
-from ia2mini.engine import store as runs
-from ia2mini.files import finite, read_sealed, write_json
+from ia2mini.engine import store
+from ia2mini.engine.store import Store, checkpoint_digest, peak_memory, versions
+from ia2mini.files import finite, write_json
 from ia2mini.metrics import measure
-from ia2mini.engine.store import (RunFolder, checkpoint_digest, peak_memory, versions)
 
 
 def files(folder) -> set[str]:
@@ -27,7 +26,7 @@ def files(folder) -> set[str]:
 
 
 def test_once_computes_once_and_reads_back(tmp_path):
-    folder, calls = RunFolder(tmp_path, "name", {"n": 4}), []
+    folder, calls = Store(tmp_path, "name", {"n": 4}), []
 
     def make():
         calls.append(1)
@@ -35,7 +34,7 @@ def test_once_computes_once_and_reads_back(tmp_path):
 
     assert not (folder.path / "cell/fit.safetensors").exists()
     first = folder.once("cell/fit", make)
-    again = RunFolder(tmp_path, "name", {"n": 4}).once("cell/fit", make)
+    again = Store(tmp_path, "name", {"n": 4}).once("cell/fit", make)
     assert calls == [1] and (folder.path / "cell/fit.safetensors").is_file()
     for found in (first, again, load_file(folder.path / "cell/fit.safetensors")):
         assert torch.equal(found["a"], torch.arange(6.0).view(2, 3).T) and torch.equal(found["b"], torch.tensor([1, 2]))
@@ -43,41 +42,45 @@ def test_once_computes_once_and_reads_back(tmp_path):
 
 def test_nothing_is_written_before_the_run_begins(tmp_path):
     what = {"n": [4], "rates": []}
-    folder = RunFolder(tmp_path / "out", "name", what)
+    folder = Store(tmp_path / "out", "name", what)
     assert not (tmp_path / "out").exists()
-    folder.json_once("run.json", lambda: what | {"rates": (1e-3,), "targets": ("q_proj",)})
+    folder.keep_json("run.json", what | {"rates": (1e-3,), "targets": ("q_proj",)})
     assert files(folder.path) == {"run.json"}
     kept = json.loads((folder.path / "run.json").read_text())
-    assert len(kept.pop("sha256")) == 64
     assert kept == {
         "n": [4],
         "rates": [1e-3],
         "targets": ["q_proj"],
-    }  # as resolved, in a folder named by what was asked
-    RunFolder(tmp_path / "out", "name", what).json_once("run.json", lambda: what | {"rates": (1e-4,)})
-    assert read_sealed(folder.path / "run.json") == kept  # what made the folder stays
+    }  # as resolved; asked for was what names the folder
+    assert Store(tmp_path / "out", "name", what).json("run.json") == kept
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="file/name-.*: cannot write there .*; choose another folder with --out"):
-        RunFolder(tmp_path / "file", "name", {}).json_once("run.json", dict)
+        Store(tmp_path / "file", "name", {}).keep_json("run.json", {})
 
 
-def test_json_once_makes_once_and_reads_back(tmp_path):
-    folder, calls = RunFolder(tmp_path, "name", {}), []
+def test_json_is_kept_and_read_back(tmp_path):
+    folder = Store(tmp_path, "name", {})
+    assert folder.json("cell/texts.json") is None and files(tmp_path) == set()
+    held = {"texts": ["a", "ü"], "share": None}
+    assert folder.keep_json("cell/texts.json", {"texts": ["a", "ü"], "share": math.nan}) == held
+    assert folder.json("cell/texts.json") == Store(tmp_path, "name", {}).json("cell/texts.json") == held
 
-    def make():
-        calls.append(1)
-        return {"texts": ["a", "ü"], "share": math.nan}
 
-    for _ in range(2):
-        assert folder.json_once("cell/texts.json", make) == {"texts": ["a", "ü"], "share": None}
-    assert calls == [1]
+def test_tensors_are_kept_and_read_back(tmp_path):
+    folder = Store(tmp_path, "name", {})
+    assert folder.tensors("cell/fit") is None and files(tmp_path) == set()
+    given = {"a": torch.ones(2, 3, requires_grad=True).T, "b": torch.tensor([], dtype=torch.bool)}
+    kept = folder.keep("cell/fit", given)
+    for found in (kept, folder.tensors("cell/fit"), Store(tmp_path, "name", {}).tensors("cell/fit")):
+        assert found.keys() == given.keys() and all(torch.equal(found[name], given[name]) for name in given)
+        assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in found.values())
 
 
 def test_once_leaves_nothing_of_a_failing_maker_and_goes_on_later(tmp_path):
-    folder = RunFolder(tmp_path, "name", {})
+    folder = Store(tmp_path, "name", {})
     before = files(tmp_path)
 
     def fail():
@@ -90,14 +93,14 @@ def test_once_leaves_nothing_of_a_failing_maker_and_goes_on_later(tmp_path):
 
 
 def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
-    folder = RunFolder(tmp_path, "name", {})
+    folder = Store(tmp_path, "name", {})
     write_json(folder.path / "results.json", {"a": 1})
 
-    def cut(tensors, path, metadata):
+    def cut(tensors, path):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs, "save_file", cut)
+    monkeypatch.setattr(store, "save_file", cut)
     with pytest.raises(UsageError, match="fit.safetensors: cannot be written .No space left.*free some space"):
         folder.once("fit", lambda: {"a": torch.ones(1)})
     with pytest.raises(TypeError):
@@ -106,22 +109,22 @@ def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
     assert not any(name.startswith(".") or "fit" in name for name in files(folder.path))
 
 
-@pytest.mark.parametrize("harm", ["half", "a bit", "empty", "other tensors", "no digest", "text"])
+@pytest.mark.parametrize("harm", ["half", "less", "more", "header", "empty", "text"])
 def test_a_damaged_file_is_set_aside_and_computed_again(tmp_path, harm):
-    folder, tensors = (
-        RunFolder(tmp_path, "name", {}),
-        {"a": torch.arange(9.0), "b": torch.ones(2, dtype=torch.bfloat16)},
-    )
+    folder = Store(tmp_path, "name", {})
+    tensors = {"a": torch.arange(9.0), "b": torch.ones(2, dtype=torch.bfloat16)}
     folder.once("cell/fit", lambda: tensors)
     path = folder.path / "cell/fit.safetensors"
     whole = path.read_bytes()
-    flipped = whole[:-3] + bytes([whole[-3] ^ 4]) + whole[-2:]
-    save_file(tensors | {"a": torch.zeros(9)}, tmp_path / "other", metadata=safe_open(path, "pt").metadata())
-    save_file(tensors, tmp_path / "plain")
-    other, plain = (tmp_path / name for name in ("other", "plain"))
-    content = {"half": whole[: len(whole) // 2], "a bit": flipped, "empty": b"", "text": b"not tensors at all"}
-    path.write_bytes(content[harm] if harm in content else (other if harm == "other tensors" else plain).read_bytes())
-    harmed = path.read_bytes()
+    harmed = {
+        "half": whole[: len(whole) // 2],
+        "less": whole[:-1],
+        "more": whole + b"\0",
+        "header": whole[:9] + bytes([whole[9] ^ 4]) + whole[10:],
+        "empty": b"",
+        "text": b"not tensors at all",
+    }[harm]
+    path.write_bytes(harmed)
     with pytest.warns(
         UserWarning, match="fit.safetensors: damaged .*set aside as fit.safetensors.bad and computed again"
     ):
@@ -133,29 +136,19 @@ def test_a_damaged_file_is_set_aside_and_computed_again(tmp_path, harm):
         folder.once("cell/fit", lambda: pytest.fail("it is whole again"))
 
 
-PLACE = Path("run/fit.safetensors")
-
-
-def test_a_digest_sees_names_types_shapes_and_every_bit():
-    tensors = {"a": torch.arange(6.0), "b": torch.ones(2, dtype=torch.int32)}
-    others = [{"a": tensors["a"].view(2, 3)}, {"a": tensors["a"].view(3, 2)}, {"b": tensors["b"].view(torch.float32)}]
-    others += [{"a": torch.arange(6.0).nextafter(torch.tensor(9.0))}, {"c": torch.zeros(0)}]
-    digests = [runs.digest(tensors | other, PLACE) for other in ({}, *others)]
-    assert len(set(digests)) == 6 and runs.digest(dict(reversed(tensors.items())), PLACE) == digests[0]
-    assert runs.digest({"c": tensors["a"], "b": tensors["b"]}, PLACE) not in digests
-
-
-def test_damaged_json_is_set_aside_and_made_again(tmp_path):
-    folder = RunFolder(tmp_path, "name", {})
-    folder.json_once("texts.json", lambda: {"a": 1})
-    (folder.path / "texts.json").write_text('{"a": ')
-    with pytest.warns(UserWarning, match="texts.json: damaged .not valid JSON.*set aside as texts.json.bad"):
-        assert folder.json_once("texts.json", lambda: {"a": 2}) == {"a": 2}
-    assert (folder.path / "texts.json.bad").read_text() == '{"a": '
+@pytest.mark.parametrize("harmed", ['{"a": ', "", "[1]", "\ufeff\0", '{"a": ' + "9" * 5000 + "}"])
+def test_damaged_json_is_set_aside_and_made_again(tmp_path, harmed):
+    folder = Store(tmp_path, "name", {})
+    folder.keep_json("texts.json", {"a": 1})
+    (folder.path / "texts.json").write_text(harmed)
+    with pytest.warns(UserWarning, match="texts.json: damaged .*JSON.*set aside as texts.json.bad"):
+        assert folder.json("texts.json") is None
+    assert (folder.path / "texts.json.bad").read_text() == harmed and folder.json("texts.json") is None
+    assert folder.keep_json("texts.json", {"a": 2}) == folder.json("texts.json") == {"a": 2}
 
 
 def test_what_killed_processes_had_begun_is_swept(tmp_path):
-    folder = RunFolder(tmp_path, "name", {})
+    folder = Store(tmp_path, "name", {})
     code = (
         "import os, signal, sys; from pathlib import Path; from ia2mini.files import write\n"
         "write(Path(sys.argv[1]), lambda path: (path.write_text('half'), os.kill(os.getpid(), signal.SIGKILL)))"
@@ -178,31 +171,31 @@ def test_what_killed_processes_had_begun_is_swept(tmp_path):
 
 def test_seconds_add_up_over_sessions(tmp_path, monkeypatch):
     clock = iter([10.0, 12.5, 20.0, 21.0, 30.0, 34.0])
-    monkeypatch.setattr(runs.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(store.time, "perf_counter", lambda: next(clock))
     memory = iter([300, 700, 500])
-    monkeypatch.setattr(runs, "peak_memory", lambda: next(memory))
-    first = RunFolder(tmp_path, "name", {})
+    monkeypatch.setattr(store, "peak_memory", lambda: next(memory))
+    first = Store(tmp_path, "name", {})
     with first.stage("train", "training sft"):
         pass
     with pytest.raises(KeyboardInterrupt), first.stage("train", "training sft"):
         raise KeyboardInterrupt
-    second = RunFolder(tmp_path, "name", {})
+    second = Store(tmp_path, "name", {})
     with second.stage("evaluate", "icl on news"):
         pass
     phases = {"training sft": 3.5, "icl on news": 4.0}
     expected = {"seconds": {"train": 3.5, "evaluate": 4.0}, "seconds_by_phase": phases, "peak_memory_bytes": 700}
-    assert second.spent == expected == RunFolder(tmp_path, "name", {}).spent
+    assert second.spent == expected == Store(tmp_path, "name", {}).spent
 
 
 def test_a_folder_belongs_to_what_made_it(tmp_path):
     what = {"rates": (1e-3,), "n": (4,), "seed": 0}
-    folder = RunFolder(tmp_path, "name", what)
-    assert RunFolder(tmp_path, "name", dict(reversed(what.items()))).path == folder.path  # order says nothing
-    assert RunFolder(tmp_path, "name", {"rates": [1e-3], "n": [4], "seed": 0}).path == folder.path
+    folder = Store(tmp_path, "name", what)
+    assert Store(tmp_path, "name", dict(reversed(what.items()))).path == folder.path  # order says nothing
+    assert Store(tmp_path, "name", {"rates": [1e-3], "n": [4], "seed": 0}).path == folder.path
     for change in ({"seed": 1}, {"rates": (1e-4,)}, {"n": (4, 8)}):
-        assert RunFolder(tmp_path, "name", what | change).path != folder.path
+        assert Store(tmp_path, "name", what | change).path != folder.path
     assert folder.path.parent == tmp_path and folder.path.name.startswith("name-")
-    assert RunFolder(tmp_path / "elsewhere", "name", what).path.name == folder.path.name
+    assert Store(tmp_path / "elsewhere", "name", what).path.name == folder.path.name
 
 
 def test_checkpoint_digest_sees_every_byte_of_config_tokenizer_and_weights(tmp_path):
@@ -287,33 +280,28 @@ def test_measure_bins_as_asked():
     assert measure(*given, scheme="mass")["ece"] == pytest.approx(mass, abs=1e-6)
 
 
-def test_a_changed_number_or_another_file_in_json_is_found(tmp_path):
-    folder = RunFolder(tmp_path, "name", {})
-    for name in ("one.json", "two.json"):
-        folder.json_once(name, lambda name=name: {"text": name, "n": 1.5})
-    path = folder.path / "one.json"
-    whole = path.read_text()
-    for harmed in (whole.replace("1.5", "1.25"), (folder.path / "two.json").read_text(), "{}"):
-        path.write_text(harmed)
-        with pytest.warns(UserWarning, match="one.json: damaged .*not what was written.*set aside as one.json.bad"):
-            assert folder.json_once("one.json", lambda: {"text": "one.json", "n": 1.5}) == {
-                "text": "one.json",
-                "n": 1.5,
-            }
-        assert path.read_text() == whole and (folder.path / "one.json.bad").read_text() == harmed
-
-
-def test_another_files_tensors_a_folder_and_damaged_seconds_are_set_aside(tmp_path):
-    folder = RunFolder(tmp_path, "name", {})
+def test_a_folder_for_a_file_and_damaged_seconds_are_set_aside(tmp_path):
+    folder = Store(tmp_path, "name", {})
     with folder.stage("train", "training sft"):
         folder.once("fit-sft", lambda: {"a": torch.zeros(2)})
-        folder.once("fit-ia2", lambda: {"a": torch.ones(2)})
-    (folder.path / "fit-ia2.safetensors").write_bytes((folder.path / "fit-sft.safetensors").read_bytes())
-    (folder.path / "seconds.json").write_text('{"seconds": []}')
+    (folder.path / "seconds.json").write_text('{"seconds": ')
     (folder.path / "fit-sft.safetensors").unlink()
     (folder.path / "fit-sft.safetensors").mkdir()
     with pytest.warns(UserWarning, match="seconds.json: damaged"):
-        folder = RunFolder(tmp_path, "name", {})
-    for name, value in (("fit-ia2", 1), ("fit-sft", 0)):
-        with pytest.warns(UserWarning, match=f"{name}.safetensors: damaged"):
-            assert folder.once(name, lambda value=value: {"a": torch.full((2,), value)})["a"].tolist() == [value] * 2
+        folder = Store(tmp_path, "name", {})
+    assert folder.spent == {"seconds": {}, "seconds_by_phase": {}, "peak_memory_bytes": 0}
+    with pytest.warns(UserWarning, match="fit-sft.safetensors: damaged"):
+        assert folder.once("fit-sft", lambda: {"a": torch.zeros(2)})["a"].tolist() == [0, 0]
+
+
+def test_what_memory_does_not_hold_is_not_damaged(tmp_path, monkeypatch):
+    folder = Store(tmp_path, "name", {})
+    folder.keep("fit", {"a": torch.zeros(2)})
+
+    def full(path):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(store, "load_file", full)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        folder.tensors("fit")
+    assert files(folder.path) == {"fit.safetensors"}
