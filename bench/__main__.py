@@ -12,30 +12,26 @@ import click
 import torch
 
 from ia2mini import UsageError
-from ia2mini.cli.main import Commands, keep_freed_memory
-from ia2mini.cli.options import Several, many, options_of
+from ia2mini.cli.group import Commands
+from ia2mini.cli.streams import keep_freed_memory
 from ia2mini.files import write_text
-from ia2mini.engine.options import FitOptions, Options
-from ia2mini.engine.subject import open_subject
 
-from . import cost, gpu, inference, layers, resources, training
-from .averaged import averaged
-from .causes import MATCHED, TEACHERS, causes
-from .choice import choice, race
-from .effect import METHODS, TASKS, effect
-from .fit import fit
-from .gain import gain
+from . import cost_page, gpu, inference, resources, training
 from .report import RESULTS, Result, finish, keep, show, written
 from .scale import scale
 from .shapes import SHAPES, stand
-from .table8 import table8
+from .studies.commands import COMMANDS
 from .timing import Bystanders, recorded
 
-CPU_SHAPES, GPU_SHAPES = ("tiny", "100m"), ("qwen3-0.6b", "qwen3-4b")
+CPU_SHAPES = ("tiny", "100m")
+GPU_SHAPES = ("qwen3-0.6b", "qwen3-4b")
+BUSY = 0.05  # share of the processors that others may have before a result is not to be trusted
 
 
 def shapes(shape: str | None, device: str) -> tuple[str, ...]:
-    return (shape,) if shape else (CPU_SHAPES if device == "cpu" else GPU_SHAPES)
+    if shape:
+        return (shape,)
+    return CPU_SHAPES if device == "cpu" else GPU_SHAPES
 
 
 QUICK: dict[str, dict] = {  # sizes that show in seconds whether all stacks run and agree
@@ -107,17 +103,14 @@ def several(names: tuple[str, ...], shape, device, dtype, save, quick, select: s
     keep_freed_memory()  # for all stacks alike
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
-    asked = [names[0]] if len(names) == 1 else []
-    given = {"shape": shape, "dtype": dtype, "select": "" if select == "dev" else select}
-    asked += [f"--{key} {value}" for key, value in given.items() if value]
-    asked += ["--quick"] if quick else []
-    command = " ".join(["python -m bench", *asked])
+    command = typed(names, shape, dtype, select, quick)
     start = time.perf_counter()
     results: list[Result] = []
     failed = []
 
     def done(result: Result) -> None:
-        if said := recorded():
+        said = recorded()
+        if said:
             result.remarks.append(said)
         show(result)
         results.append(result)
@@ -136,15 +129,26 @@ def several(names: tuple[str, ...], shape, device, dtype, save, quick, select: s
                 continue
         click.echo(f"  {name}: {time.perf_counter() - start:.0f} s so far")
         results[-1].ratios["share of the processors that others had meanwhile"] = others.share
-        if others.share > 0.05:
-            click.secho(
-                f"  others had {others.share:.0%} of the processors meanwhile: do not trust these numbers", fg="red"
-            )
+        if others.share > BUSY:
+            warning = f"others had {others.share:.0%} of the processors meanwhile: do not trust these numbers"
+            click.secho(f"  {warning}", fg="red")
     click.echo(f"\n{time.perf_counter() - start:.0f} s in all")
     finish(results, command, save)
     if failed:
         click.secho(f"failed: {', '.join(failed)}", fg="red")
         sys.exit(1)
+
+
+def typed(names: tuple[str, ...], shape, dtype, select: str, quick: bool) -> str:
+    """The command of a speed bench, as far as it says what is measured."""
+    words = ["python -m bench"]
+    if len(names) == 1:
+        words.append(names[0])
+    given = {"shape": shape, "dtype": dtype, "select": None if select == "dev" else select}
+    words += [f"--{option} {value}" for option, value in given.items() if value]
+    if quick:
+        words.append("--quick")
+    return " ".join(words)
 
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -156,8 +160,9 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 def main(context, **asked):
     """How fast ia2mini is, against transformers with peft as (a) the paper's scripts use them and (b) used well.
 
-    Without a command: every bench of speed; on two cores about a quarter of an hour. `effect` asks what IA2 brings,
-    `fit` whether what is shipped harms anyone, `pretrain` makes models/tiny.
+    Without a command: every bench of speed; on two cores about a quarter of an hour. Studies ask how good it is:
+    `effect` what IA2 brings, `causes` and `layers` why, `choice` and `race` about the learning rate, `gain` what tells
+    beforehand, `fit` whether what is shipped harms anyone. `pretrain` makes models/tiny.
     """
     if context.invoked_subcommand is None:
         several(BENCHES, **asked)
@@ -186,76 +191,15 @@ for bench in (resources.kernel, resources.memory, resources.load, scale):
     add(bench.__name__, bench.__doc__)
 
 
-STUDY = (
-    click.option("--part", type=click.Choice(list(TASKS)), default="classification", show_default=True),
-    click.option("--model", default="tiny", show_default=True, help="folder, hub id or short name"),
-    click.option("--data-dir", type=click.Path(path_type=Path), envvar="IA2MINI_DATA", help="holds relations/*.jsonl"),
-    click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", help="of frozen weights"),
-    click.option("--save", is_flag=True),
-)
-
-
-def typed(model: str) -> str:
-    """The command as it was typed, but for the model's folder and --save."""
-    words = (Path(word).name if word == model else word for word in sys.argv[1:] if word != "--save")
-    return " ".join(["python -m bench", *words])
-
-
-def add_study(name: str, ask: Callable, select: str, *more) -> None:
-    """A command that asks something of the runs of a study: `ask(subject, options, part, data)`."""
-
-    @main.command(name, help=ask.__doc__)
-    @many(*STUDY, *more)
-    @options_of(Options, n=(2, 4, 8), sets=10, methods=METHODS, eval_rows=100, select=select)
-    def command(part, model, dtype, data_dir, save, **given):
-        asked = {name: given.pop(name) for name in ("folds", "teachers", "matched") if name in given}
-        options = Options(**given)
-        if len(options.adapters) > 1:
-            raise UsageError("a bench compares methods of one adapter: give one --adapter, --rank and set of --targets")
-        if name in ("causes", "layers", "averaged") and options.select != "dev":
-            raise UsageError(f"{name} takes the rates of the dev loss: leave out --select")
-        show(result := ask(open_subject(model, "cpu", dtype), options, part, data_dir, **asked))
-        finish([result], typed(model), save, name=f"{name}-{part}")
-        if save and name == "layers":
-            layers.draw()
-
-
-FOLDS = click.option("--folds", is_flag=True, help="also cross-validation within each set: several times the training")
-SEEN = click.option(
-    "--teachers", type=Several(str, TEACHERS), default=",".join(TEACHERS), show_default=True, help="what they see"
-)
-
-
-def matched(names: tuple[str, ...]):
-    return click.option("--matched", type=Several(str, MATCHED), default=",".join(names), show_default=True)
-
-
-add_study("effect", effect, "dev")
-add_study("causes", causes, "dev", SEEN, matched(MATCHED))
-add_study("layers", layers.layers, "dev", matched(layers.MATCHED))
-add_study("averaged", averaged, "dev")
-add_study("choice", choice, "both", FOLDS)
-add_study("race", race, "both")
-
-
-@main.command("gain", help=gain.__doc__)
-@click.option("--save", is_flag=True)
-def gain_command(save):
-    show(result := gain())
-    finish([result], "python -m bench gain", save, name="gain")
-
-
-@main.command("table8", help=table8.__doc__)
-@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
-def table8_command(folders):
-    click.echo("\n".join(table8(folders)))
+for study in COMMANDS:
+    main.add_command(study)
 
 
 @main.command("cost")
 def cost_command():
     """Write docs/cost.md: FLOPs, bytes, kernels and least seconds of a cell's stages, computed from shapes."""
-    write_text(cost.PAGE, cost.page())
-    click.echo(f"wrote {cost.PAGE}")
+    write_text(cost_page.PAGE, cost_page.page())
+    click.echo(f"wrote {cost_page.PAGE}")
 
 
 def here(command: list[str], *about) -> tuple[int, str]:
@@ -293,20 +237,6 @@ def gpu_command(again, failed, dry):
         raise UsageError("bench gpu: PyTorch sees no GPU here; --dry tries every step on the CPU")
     click.echo(f"missing or failed: {', '.join(missing)}" if missing else "all is done")
     sys.exit(bool(missing))
-
-
-@main.command("fit", help=fit.__doc__)
-@click.option("--part", type=click.Choice(["all", "sft", "gate", "real"]), default="all", show_default=True)
-@click.option("--seeds", default=10, show_default=True, help="draws of the rows")
-@click.option("--tasks", default=114, show_default=True, help="generated; one in eight has random labels")
-@click.option("--epochs", default=30, show_default=True)
-@click.option("--methods", type=Several(str), default=",".join(FitOptions().methods), show_default=True)
-@many(*STUDY[1:])
-def fit_command(part, methods, model, data_dir, dtype, save, **counts):
-    results = fit(part, counts, methods, {"model": model, "data_dir": data_dir, "dtype": dtype})
-    for result in results:
-        show(result)
-    finish(results, typed(model), save, name=f"fit-{part}")
 
 
 @main.command("pretrain")

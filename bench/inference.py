@@ -6,13 +6,15 @@ import torch
 from ia2mini.models.taps import Taps
 
 from ia2mini.batch import Row, collate
-from ia2mini.cost import Pass, flops
 from ia2mini.episode import Episode, with_demonstrations
-from ia2mini.scoring import label_scores, share_prefix
 from ia2mini.generate import Decoding
-from ia2mini.generate import generate as our_generate
-from ia2mini.teacher import Asked, teach
+from ia2mini.generate import generate as decode
+from ia2mini.labels import label_scores
+from ia2mini.scale.decode import fast_decoding
+from ia2mini.scoring import share_prefix
+from ia2mini.teacher import Asked, Taught, teach
 
+from .cost import Pass, flops
 from .peers import AsReleased, UsedWell
 from .report import Line, Result, agree
 from .shapes import LABELS, SST2_LENGTHS, Stand
@@ -55,6 +57,16 @@ def comparable(ours: list[Row], theirs: list[Row]) -> tuple[torch.Tensor, torch.
     return torch.cat(pairs[0], 1), torch.cat(pairs[1], 1)
 
 
+def our_collect(stand: Stand, episode: Episode, tokens: int) -> Taught:
+    asked = Asked(tokens, hooks=fast_decoding(stand.device, tokens))
+    return teach(stand.model, stand.tokenizer, episode, asked)
+
+
+def our_generate(stand: Stand, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    how = Decoding(tokens, hooks=fast_decoding(stand.device, tokens))
+    return decode(stand.model, stand.tokenizer, prompts, how)
+
+
 def collect(
     stand: Stand, rows: int = 8, tokens: int = 200, demonstrations: int = 3, sample: int = 4, seconds: float = 25.0
 ) -> Result:
@@ -71,7 +83,7 @@ def collect(
     result = Result("collect", about, [])
     a, b = AsReleased(stand), UsedWell(stand)
     theirs = b.collect(queries[:2], prompts[:2], 8)
-    ours = teach(stand.model, stand.tokenizer, Episode(pool[:2], [], shown[:2], []), Asked(8)).icl_train
+    ours = our_collect(stand, Episode(pool[:2], [], shown[:2], []), 8).icl_train
     same_tokens(stand, prompts[:2], [row.answer for row in ours], [row.answer for row in theirs])
     for others in (a.collect(queries[:1], prompts[:1], 8), theirs):
         remark = agree("attention outputs", *comparable(ours, others), stand.tolerance)
@@ -79,7 +91,7 @@ def collect(
 
     times = race(
         {
-            "us": lambda: teach(stand.model, stand.tokenizer, episode, Asked(tokens)),
+            "us": lambda: our_collect(stand, episode, tokens),
             "(b)": lambda: b.collect(queries, prompts, tokens),
         },
         3,
@@ -101,7 +113,7 @@ def collect(
 @torch.no_grad()
 def overhead(stand: Stand, result: Result, prompts: list[list[int]], tokens: int, seconds: float) -> None:
     """What taps at the answer positions add to a plain forward."""
-    batch = collate([[Row(p, p[:tokens]) for p in prompts]], stand.device)
+    batch = collate([[Row(p, p[:tokens]) for p in prompts]]).to(stand.device)
     last = (batch.at[0][tokens - 1 :: tokens], batch.at[1][tokens - 1 :: tokens])
     stacks = {
         "plain": lambda: stand.model(batch.ids, logits=last),
@@ -168,11 +180,11 @@ def generate(
     prompts = stand.prompts(rows, (length,))
     a, b = AsReleased(stand), UsedWell(stand)
     result = Result("generate", f"{stand.about}; {rows} prompts of {length} tokens, {tokens} new tokens each", [])
-    mine = our_generate(stand.model, stand.tokenizer, prompts[:4], Decoding(16))
+    mine = our_generate(stand, prompts[:4], 16)
     result.remark(same_tokens(stand, prompts[:4], mine, b.generate(prompts[:4], 16)))
     same_tokens(stand, prompts[:1], mine[:1], a.generate(prompts[:1], 16))
     stacks = {
-        "us": lambda: our_generate(stand.model, stand.tokenizer, prompts, Decoding(tokens)),
+        "us": lambda: our_generate(stand, prompts, tokens),
         "(b)": lambda: b.generate(prompts, tokens),
     }
     times = race(stacks, 5, seconds, stand.device)

@@ -10,10 +10,10 @@ from pathlib import Path
 import click
 import torch
 
+from ia2mini.engine.store import versions
 from ia2mini.files import finite, write_text
 from ia2mini.metrics import FEWEST_PAIRS, PairedTest
 from ia2mini.report.summary import interval
-from ia2mini.engine.store import versions
 
 from .timing import Timing
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from ia2mini.models.checkpoint import save
-from ia2mini.scale.blocks import checkpoint_blocks
 from torch import Tensor
 
 from ia2mini.batch import Row
 from ia2mini.losses import activation_mse
+from ia2mini.scale.blocks import HALVES, checkpoint_blocks
 
 from .peers import PEERS
 from .report import Line, Result, agree
@@ -111,7 +111,8 @@ def with_checkpointing(model, step) -> None:
         step()
     finally:
         for block in model.model.layers:
-            del block.attention_output, block.mlp_output
+            for half in HALVES:
+                delattr(block, half)
 
 
 US = """

@@ -92,22 +92,6 @@ def gemm_rate(rows: int, inputs: int, outputs: int, device="cpu", dtype=torch.fl
     """FLOP/s of x [rows, inputs] @ W^T [inputs, outputs]: the best of as many rounds as fit into `seconds`."""
     x = torch.randn(rows, inputs, device=device, dtype=dtype)
     w = torch.randn(outputs, inputs, device=device, dtype=dtype)
-    wait = torch.cuda.synchronize if x.is_cuda else lambda: None
-    times = []
-    start = time.perf_counter()
-    while time.perf_counter() - start < seconds or len(times) < 3:
-        wait()
-        begun = time.perf_counter()
-        F.linear(x, w)
-        wait()
-        times.append(time.perf_counter() - begun)
-    return 2 * rows * inputs * outputs / min(times)
-
-
-def gemm_rate(rows: int, inputs: int, outputs: int, device="cpu", dtype=torch.float32, seconds: float = 0.5) -> float:
-    """FLOP/s of x [rows, inputs] @ W^T [inputs, outputs]: the best of as many rounds as fit into `seconds`."""
-    x = torch.randn(rows, inputs, device=device, dtype=dtype)
-    w = torch.randn(outputs, inputs, device=device, dtype=dtype)
     times = []
     start = time.perf_counter()
     while time.perf_counter() - start < seconds or len(times) < 3:

@@ -1,20 +1,25 @@
 """`step`: one training step; `cell`: everything that one cell of the paper's grid costs."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ia2mini.adapters import adapted
 from ia2mini.batch import Row, collate, truth_row
-from ia2mini.cost import Pass, flops
+from ia2mini.engine.experiment import make_trainer
+from ia2mini.engine.options import last_phase
 from ia2mini.episode import draw_episode, with_demonstrations
-from ia2mini.scoring import Scoring, label_scores
-from ia2mini.scale.graphs import CapturedStep
-from ia2mini.methods import METHODS, Grid
+from ia2mini.labels import Scoring, label_scores
+from ia2mini.methods import METHODS, STARTS_FROM, Grid
+from ia2mini.scale.decode import fast_decoding
+from ia2mini.scale.graphs import CapturedStep, recorded
+from ia2mini.scale.pack import in_batches, pack
 from ia2mini.teacher import Asked, Taught, teach
-from ia2mini.train import (Adam, Settings, Trained, losses)
+from ia2mini.train import Hooks, Settings, State, Trained, adam, losses
 
+from .cost import Pass, flops
 from .peers import PEERS, Peer
 from .report import Line, Result, agree, tell
 from .shapes import LABELS, SST2_LENGTHS, Stand
@@ -27,7 +32,8 @@ NEVER = 10**9  # patience: every stack takes the same number of steps
 def taught_set(stand: Stand, n: int, number: int, lengths=SST2_LENGTHS, tokens: int = 1) -> Taught:
     """Set `number` of random rows, after the teacher's pass."""
     pool = stand.examples(n + min(max(1, n // 2), 48), lengths, tokens, seed=number)
-    return teach(stand.model, stand.tokenizer, draw_episode(pool, n, number), Asked(tokens))
+    asked = Asked(tokens, hooks=fast_decoding(stand.device, tokens))
+    return teach(stand.model, stand.tokenizer, draw_episode(pool, n, number), asked)
 
 
 def part(rows: Taught, method: str) -> tuple[list[Row], list[Row]]:
@@ -35,19 +41,27 @@ def part(rows: Taught, method: str) -> tuple[list[Row], list[Row]]:
 
 
 class OurStep:
-    """The body of `train_runs`' loop for R runs whose rows stay the same."""
+    """A step of the training loop for R runs whose rows stay the same."""
 
     def __init__(self, stand: Stand, runs: list[list[Row]], phase: str, theta: Tensor, rate: float = 1e-3):
-        self.stand, self.batch = stand, collate(runs, stand.device, pack=True)
+        self.stand = stand
+        self.batch = pack(collate(runs)).to(stand.device)
         self.mix = {phase: torch.ones(len(runs), device=stand.device)}
-        self.optimizer = Adam(theta, torch.full((len(runs),), rate, device=stand.device))
-        self.update = CapturedStep(lambda: self.optimizer.step(self.gradient()[1]), torch.device(stand.device))
+        self.state = State.begin(theta)
+        self.rates = torch.full((len(runs), 1), rate, device=stand.device)
+        self.update = CapturedStep(self.step, stand.device)
 
     def gradient(self) -> tuple[Tensor, Tensor]:
         """Losses [R] and the gradient [R, M]."""
-        with adapted(self.stand.model, self.stand.adapter, self.optimizer.theta) as student:
+        theta = self.state.theta
+        with adapted(self.stand.model, self.stand.adapter, theta) as student:
             found = losses(student, self.batch, self.mix)
-            return found.detach(), *torch.autograd.grad(found.sum(), self.optimizer.theta)
+            return found.detach(), *torch.autograd.grad(found.sum(), theta)
+
+    def step(self) -> None:
+        _, gradient = self.gradient()
+        state = self.state
+        adam(state.theta.detach(), gradient, state.m, state.v, state.t, self.rates)
 
     def __call__(self) -> None:
         self.update()
@@ -153,6 +167,7 @@ class Size:
 
 
 RATES = (1e-4, 3e-4, 1e-3)
+CELL = ("sft", "ia2", "ia2-sft")  # methods of a cell, in order
 
 
 def sample(prompts: list[list[int]], rows: int, name: str) -> list[list[int]]:
@@ -166,6 +181,14 @@ def sample(prompts: list[list[int]], rows: int, name: str) -> list[list[int]]:
     return [p for quarter in (1, 3) for p in ordered[quarter * len(ordered) // 4 - rows // 4 :][: rows // 2]]
 
 
+def our_grid(stand: Stand, sets: list[Taught], size: Size) -> Grid:
+    """The runs of a cell, trained as `ia2mini run` trains them, all to their last step."""
+    settings = Settings(epochs=-(-size.steps // max(1, size.n // 4)), patience=NEVER)
+    hooks = Hooks(in_batches, partial(recorded, device=stand.device))
+    rates = RATES[: size.rates]
+    return Grid(stand.model, stand.adapter, sets, rates, settings=settings, hooks=hooks, trainer=make_trainer(None))
+
+
 def our_cell(
     stand: Stand, size: Size, prompts: list[list[int]], tokens: int = 1
 ) -> tuple[dict[str, float], list[list[int]], Tensor]:
@@ -174,7 +197,6 @@ def our_cell(
     Where answers have many `tokens` nothing is scored.
     """
     sets: list[Taught] = []
-    settings = Settings(epochs=-(-size.steps // max(1, size.n // 4)), patience=NEVER)
     fits: dict[str, Trained] = {}
     picked: list[list[int]] = []
     tops: list[Tensor] = []
@@ -184,9 +206,10 @@ def our_cell(
         sets.extend(taught_set(stand, size.n, i, tokens=tokens) for i in range(size.sets))
 
     def train():
-        grid = Grid(stand.model, stand.adapter, sets, RATES[: size.rates], settings=settings, first=fits.__getitem__)
-        for method in ("sft", "ia2", "ia2-sft"):
-            fits[method] = METHODS[method](grid)
+        grid = our_grid(stand, sets, size)
+        for method in CELL:
+            started = [fits[STARTS_FROM[method]]] if method in STARTS_FROM else []
+            fits[method] = METHODS[method](grid, *started)
 
     def evaluate():
         for trained in fits.values():
@@ -215,38 +238,39 @@ def peer_sets(peer: Peer, size: Size) -> list[Taught]:
 
 def peer_cell(peer: Peer, size: Size, prompts: list[list[int]]) -> tuple[dict[str, float], list[list[int]], Tensor]:
     """The same, one run after another."""
-    device, methods, sets = peer.device, ("sft", "ia2", "ia2-sft"), []
-    kept: dict[str, list[list[Tensor]]] = {method: [] for method in methods}  # the best weights of each run
-    dev: dict[str, list[float]] = {method: [] for method in methods}
+    sets: list[Taught] = []
+    kept: dict[str, list[list[Tensor]]] = {method: [] for method in CELL}  # the best weights of each run
+    dev: dict[str, list[float]] = {method: [] for method in CELL}
     picked: list[list[int]] = []
     tops: list[Tensor] = []
     labels = [label for (label,) in peer.stand.tokenizer.label_tokens("w20", LABELS)]
 
     def train():
-        grid = Grid(peer.stand.model, peer.stand.adapter, sets, RATES[: size.rates])
-        configs = grid.configs("sft")
-        for run, (theta, (number, rate, _)) in enumerate(zip(grid.start(configs), configs)):
-            for method in methods:
-                if method == "ia2-sft":
-                    peer.load(kept["ia2"][run], rate)
+        grid = our_grid(peer.stand, sets, size)
+        for run, (number, rate, _) in enumerate(grid.configs("sft")):
+            for method in CELL:
+                if method in STARTS_FROM:
+                    peer.load(kept[STARTS_FROM[method]][run], rate)
                 else:
-                    peer.begin(theta, rate)
-                phase, rows = PHASES[method[-3:]][0], part(sets[number], method[-3:])
-                best, loss = peer.train(*rows, phase, size.steps)
+                    peer.begin(grid.first_weights(number), rate)
+                last = last_phase(method)
+                best, loss = peer.train(*part(sets[number], last), PHASES[last][0], size.steps)
                 kept[method].append(best)
                 dev[method].append(loss)
 
     def evaluate():
-        for method in methods:
+        for method in CELL:
             picked.append(size.chosen(torch.tensor(dev[method])))
             for run in picked[-1]:
                 peer.load(kept[method][run], 0.0)
                 with peer.merged():
                     tops.append(peer.score(prompts, labels)[0])
 
-    seconds = {"collect": clock(lambda: sets.extend(peer_sets(peer, size)), device)}
-    seconds |= {stage.__name__: clock(stage, device) for stage in (train, evaluate)}
-    return seconds, picked, torch.stack(tops).unflatten(0, (len(methods), -1))
+    def collect():
+        sets.extend(peer_sets(peer, size))
+
+    seconds = {stage.__name__: clock(stage, peer.device) for stage in (collect, train, evaluate)}
+    return seconds, picked, torch.stack(tops).unflatten(0, (len(CELL), -1))
 
 
 def check_cell(stand: Stand, small: Size = Size(2, 1, 2, 8)) -> str:

@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import inference, report, timing, training  # noqa: E402
 from bench.__main__ import main  # noqa: E402
+from bench.cost import Pass, flops  # noqa: E402
 from bench.shapes import stand  # noqa: E402
-from ia2mini.scale import graphs
-from ia2mini.batch import Row
-from ia2mini.cost import Pass, flops
+from ia2mini.batch import Row  # noqa: E402
+from ia2mini.scale import graphs  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_a_cell_says_on_both_sides_which_runs_it_scores(tiny):
 def test_options_of_the_command():
     shown = CliRunner().invoke(main, ["cell", "--help"])
     assert shown.exit_code == 0 and "--select" in shown.stdout and "dev" in shown.stdout
-    for name in set(main.commands) - {"cell", "effect", "causes", "layers", "averaged", "choice", "race"}:
+    for name in set(main.commands) - {"cell", "effect", "causes", "layers", "choice", "race"}:
         shown = CliRunner().invoke(main, [name, "--help"])
         assert shown.exit_code == 0 and "--select" not in shown.stdout
     wrong = CliRunner().invoke(main, ["--shape", "tiny", "step"])

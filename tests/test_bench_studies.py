@@ -1,26 +1,25 @@
-"""bench: what studies of causes, layers, averages and choices say, against their documents and by hand."""
+"""bench/studies: what those of effect, causes, layers, choice, gain and fit say, against documents and by hand."""
 
 import json
-import math
 import sys
 from dataclasses import asdict, replace
-from itertools import combinations, product
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench import after, averaged, causes, choice, effect, fit, gain, layers  # noqa: E402
-from ia2mini import (UsageError, adapted, draw_episode, open_subject)
-from ia2mini.cli.main import progress
-from ia2mini.episode import with_demonstrations
-from ia2mini.engine.options import FitOptions, Options
-from ia2mini.sets import FURTHER
-from ia2mini.study.study import carry_out, open_study
-from ia2mini.tasks import find_task, load_examples
+from bench.__main__ import main  # noqa: E402
+from bench.studies import after, causes, choice, controls, effect, fit, gain, layers, reopened  # noqa: E402
+from ia2mini import UsageError, draw_episode, open_subject  # noqa: E402
+from ia2mini.engine.options import FitOptions, Options  # noqa: E402
+from ia2mini.engine.select import chosen  # noqa: E402
+from ia2mini.study.study import compare  # noqa: E402
+from ia2mini.tasks import find_task, load_examples  # noqa: E402
 
 
 def test_the_effect_is_what_the_librarys_document_says(tmp_path, monkeypatch):
@@ -72,7 +71,12 @@ def test_the_matrix_of_causes_compares_the_same_sets(tmp_path, monkeypatch):
     for rate in ("TFLOP", "million tokens", "s"):
         assert spent["ia2-sft"][rate] > spent["ia2"][rate] > 0 and spent["sft-sft"][rate] > spent["sft"][rate] > 0
         assert spent["ia2"][rate] > spent["ridge"][rate] or rate == "s"
-    each = {d["config"]["teacher"]: [c for c in d["cells"] if not c["ood"]] for d in documents}
+    each = {}
+    for document in documents:
+        drawn = document["config"].get("draw")  # the true teacher's sets are those of `ia2mini run`
+        (teacher,) = (t for t in causes.TEACHERS if (drawn and repr(t) in drawn) or (not drawn and t == "true"))
+        each[teacher] = [c for c in document["cells"] if not c["ood"]]
+    assert each.keys() == set(causes.TEACHERS)
     for teacher, cells in each.items():
         mean = fmean(c["nll_oracle_mean"] for c in cells if c["method"] == "hidden-sft")
         assert lines[f"hidden-sft, {teacher}"]["nll_oracle"] == pytest.approx(mean)
@@ -97,23 +101,54 @@ def test_demonstrations_before_an_adapted_model_are_those_of_its_set(tmp_path, m
     monkeypatch.chdir(tmp_path)
     tasks, options = [find_task(name) for name in ("toy-mood", "toy-sums")], Options(n=(2,), sets=2, eval_rows=8)
     subject, options = open_subject("tiny", "cpu"), replace(options, methods=("icl", "sft"), epochs=1, rates=(1e-2,))
-    experiments, config = open_study(tasks, subject, options, Path("runs"), None, None, progress)
-    document, _ = carry_out(list(experiments), config)
+    document, _ = compare(tasks, subject, options, reopened.RUNS)
     icl = {c["task"]: c["acc"] for c in document["cells"] if c["method"] == "icl" and c["eval"] == c["task"]}
-    for experiment in experiments:
-        nothing = experiment.adapter.init(subject.model, torch.Generator())
-        theta = torch.randn(6, len(nothing))  # of the other runs, which break the model
-        theta[[2, 5]] = nothing
-        monkeypatch.setattr(experiment, "trained", lambda method, theta=theta: SimpleNamespace(theta=theta))
-        monkeypatch.setattr(experiment, "reported", lambda method: [2, 5])
-        for asked in experiments:
-            assert after.behind_demonstrations(experiment, "sft", asked) == pytest.approx(icl[asked.task.name])
+    cells = reopened.reopen(tasks, subject, options)
+    nothing = cells[0].x.adapter.init(subject.model, torch.Generator())
+    theta = torch.randn(6, len(nothing))  # of the other runs, which break the model
+    theta[[2, 5]] = nothing
+    for mine in cells:
+        mine = replace(mine, trained={"sft": SimpleNamespace(theta=theta)}, reported={"sft": [2, 5]})
+        for asked in cells:
+            found = after.accuracies_behind_demonstrations(mine, "sft", asked)
+            assert found == pytest.approx(icl[asked.cell.task.name])
+
+
+def test_a_study_is_reopened_as_it_was(tmp_path, monkeypatch):
+    """Its sets, its weights and the runs that it scored; nothing is taught or trained again."""
+    monkeypatch.chdir(tmp_path)
+    tasks, subject = [find_task("toy-mood")], open_subject("tiny", "cpu")
+    options = Options(n=(2,), sets=2, methods=("sft",), eval_rows=8, epochs=2, rates=(1e-3, 1e-2))
+    document, folder = compare(tasks, subject, options, reopened.RUNS)
+    monkeypatch.setattr("ia2mini.engine.experiment.teach", lambda *_, **__: pytest.fail("taught again"))
+    monkeypatch.setattr("ia2mini.engine.experiment.train_method", lambda *_: pytest.fail("trained again"))
+    (one,) = reopened.reopen(tasks, subject, options)
+    assert one.x.store.path == folder and one.training["sft"] == document["training"]
+    assert one.cell.episodes == [draw_episode(load_examples(tasks[0], "train").rows, 2, number) for number in range(2)]
+    rate, _ = chosen(document["training"], "dev")
+    assert [document["training"][run]["rate"] for run in one.reported["sft"]] == [rate, rate]
+
+
+def test_the_other_task_of_a_control_is_the_next_one():
+    pools = [load_examples(find_task(name), "train").rows for name in ("toy-mood", "toy-topic", "toy-sums")]
+    for place, pool in enumerate(pools):
+        following = draw_episode(pools[(place + 1) % 3], 6, 1, 5)
+        true = draw_episode(pool, 6, 1, 5)
+        found = {teacher: controls.Control(teacher, pools)(pool, 6, 1, 5) for teacher in controls.TEACHERS}
+        assert found["true"] == true and found["other"].demonstrations == following.demonstrations
+        assert found["none"].demonstrations == [[]] * 9 and found["shuffled"].demonstrations != true.demonstrations
+        for episode in found.values():
+            assert (episode.train, episode.dev, episode.icl) == (true.train, true.dev, true.icl)
+    names = {repr(controls.Control(teacher, pools)) for teacher in controls.TEACHERS}
+    assert len(names) == 4 and all(len(name) < 40 for name in names), "a folder is found again by it"
 
 
 def test_bands_of_layers():
     found = layers.bands(30)
     assert list(found) == ["all", "first third", "middle third", "last third", *[f"{2**k} of 30" for k in range(5)]]
-    assert found["1 of 30"] == ("15",) and found["4 of 30"] == ("3", "11", "18", "26")
+    assert found["1 of 30"] == (15,) and found["4 of 30"] == (3, 11, 18, 26)
+    assert found["all"] == () and found["first third"] + found["middle third"] + found["last third"] == tuple(range(30))
+    assert [len(found[f"{name} third"]) for name in ("first", "middle", "last")] == [10, 10, 10]
     assert list(layers.bands(2)) == ["all", "first third", "middle third", "last third", "1 of 2"]
 
 
@@ -131,42 +166,8 @@ def test_which_layers_matter_is_told_with_a_figure(tmp_path, monkeypatch):
     assert (tmp_path / "layers.png").stat().st_size > 10_000
 
 
-def test_averages_of_runs_by_hand(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(effect.TASKS, "classification", ("toy-mood",))
-    subject = open_subject("tiny", "cpu")
-    options = Options(n=(2,), sets=2, eval_rows=6, epochs=2, rates=(1e-3, 1e-2))
-    found = averaged.averaged(subject, options, "classification")
-    said = {line.stack: line.rates["NLL"] for line in found.lines if line.what == "classification, N = 2, sft"}
-    options = replace(options, methods=("sft", "ia2-sft"), race=False)
-    asked = Path("runs"), None, None, progress
-    (experiment,), _ = open_study([find_task("toy-mood")], subject, options, *asked)
-    trained, rows = experiment.trained("sft"), experiment.evals["toy-mood"].rows
-    labels, prompts = experiment.labels["toy-mood"], [subject.tokenizer.encode(row.prompt) for row in rows]
-    shares = torch.zeros(2, 2, len(rows))  # of the true label: sets, rates, rows
-    for r, q in product(range(4), range(len(rows))):
-        with torch.no_grad(), adapted(subject.model, experiment.adapter, trained.theta[[r]]) as student:
-            logits = student(torch.tensor([prompts[q]]))[0, -1]
-        shares[r // 2, r % 2, q] = logits[[label[0] for label in labels]].softmax(-1)[rows[q].label]
-    best = trained.dev_loss.view(2, 2).mean(0).argmin()
-    assert said[averaged.CHOSEN] == pytest.approx(-shares[:, best].log().mean().item(), rel=1e-4)
-    assert said[averaged.BEST] == pytest.approx(-shares.log().mean(2).max(1).values.mean().item(), rel=1e-4)
-    assert said["rates averaged"] == pytest.approx(-shares.mean(1).log().mean().item(), rel=1e-4)
-    assert said["sets averaged"] == pytest.approx(-shares[:, best].mean(0).log().mean().item(), rel=1e-4)
-    told = averaged.mixture(experiment, trained.theta, experiment.teach()[0].train)
-    for row in told:
-        with torch.no_grad():
-            each = []
-            for run in trained.theta:
-                with adapted(subject.model, experiment.adapter, run[None]) as student:
-                    each.append(student(torch.tensor([row.prompt]))[0, -1].softmax(-1))
-        mean = torch.stack(each).mean(0)
-        assert torch.allclose(row.soft[0].exp(), mean[row.soft_ids[0]], atol=1e-6)
-    assert math.isfinite(said["distilled from the sets"])
-
-
 def test_rules_for_the_rate_judged_by_hand(tmp_path, monkeypatch):
-    """Every rule's accuracy from the kept runs; the KL by a plain pass over each run and row."""
+    """Every rule's accuracy from the kept runs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(effect.TASKS, "classification", ("toy-mood",))
     options = Options(n=(4,), sets=2, methods=effect.METHODS, eval_rows=10, epochs=3, select="both")
@@ -195,21 +196,12 @@ def test_rules_for_the_rate_judged_by_hand(tmp_path, monkeypatch):
         False,
     }  # 3 looks: no race
     assert raced.ratios["share of choices that change"] == 0
-    (experiment,), _ = open_study([effect.find_task("toy-mood")], subject, options, Path("runs"), None, None, progress)
-    found, pool, model = (
-        experiment.divergences("ia2-sft"),
-        load_examples(experiment.task, "train").rows,
-        subject.model,
-    )
-    for r in (0, 5):
-        drawn, losses = draw_episode(pool, 4, r // 3, more=FURTHER), []
-        for row, shown in zip(drawn.unlabelled, drawn.more_demonstrations, strict=True):
-            seen = torch.tensor([subject.tokenizer.encode(with_demonstrations(shown, row.prompt))])
-            wanted = model(seen)[0, -1].float().log_softmax(-1)
-            with adapted(model, experiment.adapter, experiment.trained("ia2-sft").theta[r : r + 1]) as student:
-                said = student(torch.tensor([subject.tokenizer.encode(row.prompt)]))[0, -1].float().log_softmax(-1)
-            losses.append((wanted.exp() * (wanted - said)).sum().item())
-        assert found[r].item() == pytest.approx(fmean(losses), abs=1e-4)
+
+
+def test_a_study_says_which_choice_of_the_rate_it_needs():
+    for name, select in (("causes", "both"), ("layers", "eval"), ("choice", "dev"), ("race", "eval")):
+        said = CliRunner().invoke(main, [name, "--select", select])
+        assert said.exit_code == 2 and name in said.stderr and "leave out --select" in said.stderr
 
 
 def test_relations_are_read_from_a_folder(tmp_path, shared_data):

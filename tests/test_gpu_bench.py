@@ -63,7 +63,7 @@ def test_failures_and_long_steps_do_not_stop_what_follows_and_are_tried_again_wh
         return python(f"open({str(log)!r}, 'a').write({name!r} + ' '); print('said by', {name!r}); {then}")
 
     todo = {"good": noted("good"), "bad": noted("bad", "raise SystemExit(3)"), "none": [str(tmp_path / "no such")]}
-    todo |= {"long": noted("long", "time.sleep(600)"), "last": noted("last")}
+    todo |= {"long": noted("long", "import time; time.sleep(600)"), "last": noted("last")}
     assert gpu.first_hour(todo, kept, step=4, say=say) == ["bad", "none", "long"]
     found = json.loads(kept.read_text())
     assert log.read_text().split() == ["good", "bad", "long", "last"]

@@ -1,9 +1,12 @@
 """Controls: what the teacher sees in place of the demonstrations."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
-from ia2mini.episode import Episode, seeded, shuffled
+from ia2mini.episode import Episode, draw_episode, seeded, shuffled
+from ia2mini.tasks import Example
+
+TEACHERS = ("true", "shuffled", "other", "none")  # what they see
 
 
 def controlled(episode: Episode, teacher: str, other: Callable[[], Episode], seed: int = 0) -> Episode:
@@ -23,3 +26,22 @@ def controlled(episode: Episode, teacher: str, other: Callable[[], Episode], see
         moved = {a: replace(a, answer=b.answer, label=b.label) for a, b in zip(ring, ring[1:] + ring[:1])}
         lists = {name: [[moved[row] for row in rows] for rows in shown] for name, shown in lists.items()}
     return replace(episode, **lists)
+
+
+@dataclass
+class Control:
+    """Draws the episodes of a study (`compare(…, draw=…)`), with a control in place of what the teacher sees.
+
+    The other task of a task is the next one of the study; of the last the first.
+    """
+
+    teacher: str
+    pools: list[list[Example]] = field(repr=False)  # training rows of each task of the study, in order
+
+    def __call__(self, pool: list[Example], n: int, number: int = 0, seed: int = 0, **choices) -> Episode:
+        def other() -> Episode:
+            following = (self.pools.index(pool) + 1) % len(self.pools)
+            return draw_episode(self.pools[following], n, number, seed, **choices)
+
+        episode = draw_episode(pool, n, number, seed, **choices)
+        return controlled(episode, self.teacher, other, seed + number)

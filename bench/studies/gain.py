@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
-from .report import RESULTS, Line, Result, newest
+from ..report import RESULTS, Line, Result, newest
 
-FIGURE = Path(__file__).parents[1] / "docs" / "gain.png"
+FIGURE = Path(__file__).parents[2] / "docs" / "gain.png"
 GROUPS = {"toy": "#0072b2", "real": "#d55e00", "fit": "#009e73"}
 CAPTIONS = {
     "toy": "toy tasks, embedded model",
@@ -47,37 +48,53 @@ def points(folder: Path = RESULTS) -> dict[str, list[Point]]:
 
 def gain(folder: Path = RESULTS, figure: Path = FIGURE) -> Result:
     """What IA2 → SFT gains over SFT against what ICL leads SFT by, with Spearman's rank correlation of each group."""
-    from matplotlib.figure import Figure
+    result = Result("gain", f"points of accuracy; figure: {figure.name}", [])
+    groups = points(folder)
+    labels = {}
+    for group, some in groups.items():
+        for p in some:
+            result.lines.append(Line(p.name, group, rates={"points lead": p.lead, "points gain": p.gain}))
+        labels[group] = f"{CAPTIONS[group]}\n{correlated(result, CAPTIONS[group], some)}"
+        for where, ahead in (("ICL ahead of SFT", True), ("ICL not ahead", False)):
+            mine = [p.gain for p in some if (p.lead > 0) == ahead]
+            if mine:
+                result.ratios[f"{CAPTIONS[group]}, {where}: mean gain of {len(mine)}"] = fmean(mine)
+    draw(groups, labels, figure)
+    return result
+
+
+def correlated(result: Result, caption: str, some: list[Point]) -> str:
+    """How ICL's lead goes with the gain, in words; as remarks of the result that, and how asim does."""
     from scipy.stats import spearmanr
 
-    result, groups = Result("gain", f"points of accuracy; figure: {figure.name}", []), points(folder)
+    gains = [p.gain for p in some]
+    found = spearmanr([p.lead for p in some], gains)
+    said = f"ρ = {found.statistic:.2f} (p = {found.pvalue:.1g}, {len(some)} points)"
+    result.remarks.append(f"{caption}: ICL's lead and the gain, Spearman's {said}")
+    if all(p.asim is not None for p in some):
+        alike = spearmanr([p.asim for p in some], gains)
+        of_asim = f"ρ = {alike.statistic:.2f} (p = {alike.pvalue:.1g})"
+        result.remarks.append(f"{caption}: asim that IA2 reached and the gain, Spearman's {of_asim}")
+    return said
+
+
+def draw(groups: dict[str, list[Point]], labels: dict[str, str], figure: Path) -> None:
+    from matplotlib.figure import Figure
+
     drawn = Figure(figsize=(7, 3.4), layout="constrained")
-    axes = drawn.subplots(1, 2, sharey=True)
-    for axis in axes:
+    left, right = drawn.subplots(1, 2, sharey=True)
+    for axis in (left, right):
         axis.axhline(0, color="#888888", linewidth=0.8)
         axis.axvline(0, color="#888888", linewidth=0.8)
-    for group, some in groups.items():
-        axis, color = axes[int(group == "fit")], GROUPS[group]
-        lead, more = ([getattr(point, key) for point in some] for key in ("lead", "gain"))
-        found = spearmanr(lead, more)
-        said = f"ρ = {found.statistic:.2f} (p = {found.pvalue:.1g}, {len(some)} points)"
-        bars = None if group == "fit" else [[p.gain - p.low for p in some], [p.high - p.gain for p in some]]
-        axis.errorbar(lead, more, bars, fmt="o", ms=4, color=color, lw=0.8, label=f"{CAPTIONS[group]}\n{said}")
-        result.lines += [Line(p.name, group, rates={"points lead": p.lead, "points gain": p.gain}) for p in some]
-        result.remarks.append(f"{CAPTIONS[group]}: ICL's lead and the gain, Spearman's {said}")
-        if all(point.asim is not None for point in some):
-            alike = spearmanr([point.asim for point in some], more)
-            said = f"ρ = {alike.statistic:.2f} (p = {alike.pvalue:.1g})"
-            result.remarks.append(f"{CAPTIONS[group]}: asim that IA2 reached and the gain, Spearman's {said}")
-        for sign, where in ((1, "ICL ahead of SFT"), (-1, "ICL not ahead")):
-            mine = [p.gain for p in some if (p.lead > 0) == (sign > 0)]
-            if mine:
-                result.ratios[f"{CAPTIONS[group]}, {where}: mean gain of {len(mine)}"] = sum(mine) / len(mine)
-    axes[0].set(xlabel="ICL over SFT, evaluation rows (points)", ylabel="IA2→SFT over SFT (points)")
-    axes[1].set(xlabel="ICL over SFT, cross-validation (points)")
-    for axis in axes:
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7, frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
+    for group, some in groups.items():
+        bars = None
+        if group != "fit":  # its points have no interval
+            bars = [[p.gain - p.low for p in some], [p.high - p.gain for p in some]]
+        look = {"fmt": "o", "ms": 4, "color": GROUPS[group], "lw": 0.8, "label": labels[group]}
+        axis = right if group == "fit" else left
+        axis.errorbar([p.lead for p in some], [p.gain for p in some], bars, **look)
+        axis.legend(fontsize=7, frameon=False)
+    left.set(xlabel="ICL over SFT, evaluation rows (points)", ylabel="IA2→SFT over SFT (points)")
+    right.set(xlabel="ICL over SFT, cross-validation (points)")
     drawn.savefig(figure, dpi=200, metadata={"Software": None})
-    return result

@@ -14,25 +14,25 @@ import click
 import torch
 
 from ia2mini import UsageError, metrics
-from ia2mini.files import write_json
+from ia2mini.engine.options import FitOptions
+from ia2mini.engine.store import Store, checkpoint_digest
+from ia2mini.engine.subject import Subject, open_subject
 from ia2mini.fitting.crossval import CrossValidation
 from ia2mini.fitting.fit import conclude, cross_validation
+from ia2mini.fitting.predictor import Predictor
+from ia2mini.fitting.selection import Candidate
 from ia2mini.methods import METHODS
 from ia2mini.metrics import paired_test
-from ia2mini.engine.options import FitOptions
-from ia2mini.fitting.predictor import Predictor
 from ia2mini.report.summary import interval
-from ia2mini.engine.store import RunFolder, checkpoint_digest
-from ia2mini.engine.subject import Subject, open_subject
-from ia2mini.fitting.selection import Candidate
 from ia2mini.tasks import world
 from ia2mini.tasks.rows import read_rows
 
-from .report import Line, Result
+from ..report import Line, Result
+from .reopened import RUNS
 
 TOYS = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap")
 KINDS = ("words", "words", "words", "digits", "digits", "pair", "length", "random")  # what generated tasks are, in turn
-RATES = 3e-3, 1e-2  # the upper two of the embedded model: the lowest never wins in so few epochs
+RATES = (3e-3, 1e-2)  # the upper two of the embedded model: the lowest never wins in so few epochs
 REAL_RATES = (1e-3,)  # of others: the uppermost
 REAL = {  # folder -> column of the text, file of fresh rows, words of the labels; the cheapest first
     "sst2": ("sentence", "validation", ("negative", "positive")),
@@ -40,8 +40,10 @@ REAL = {  # folder -> column of the text, file of fresh rows, words of the label
     "financial_phrasebank": ("sentence", "test", ("negative", "neutral", "positive")),
     "ag_news": ("text", "test", ("World", "Sports", "Business", "Technology")),
 }
-FRESH, SOME = 500, 200  # rows that were neither trained on nor held out, at most
-RIVALS, POINTS = ("base", "icl", "sft"), 2.0  # what is shipped may lose so many points against the best of these
+FRESH = 500  # rows of a generated task that were neither trained on nor held out
+SOME = 200  # the same of real rows, at most
+RIVALS = ("base", "icl", "sft")
+POINTS = 2.0  # that what is shipped may lose against the best of these
 
 
 @dataclass
@@ -69,48 +71,57 @@ class Trial:
         return low <= self.accuracy[self.shipped] <= high
 
 
+class Memory(dict):
+    """Keeps what was made once, by name, as a `Store` does on disk."""
+
+    def once(self, name: str, make: Callable[[], dict]) -> dict:
+        if name not in self:
+            self[name] = make()
+        return self[name]
+
+
 def trial(
     subject: Subject, rows: list[dict], fresh: list[dict], options: FitOptions, once: Callable | None = None
 ) -> Trial:
     """Fit `rows`; what is shipped and each candidate, trained on all rows at its own rate, answer `fresh` ones."""
-    kept: dict = {}
     cv, _ = cross_validation(rows, subject, options)
-    cv.once = once or (lambda name, make: kept.setdefault(name, None) or kept.update({name: make()}) or kept[name])
+    cv.once = once or Memory().once
     fitted = conclude(cv)
     tried = [cv.tried(name) for name in ("base", "icl", *options.methods)]
     found = cv.selection.judged(tried, range(len(cv.folds)))
-    accuracy, nll = {}, {}
     gold = torch.tensor([cv.task.labels.index(row["label"]) for row in fresh])
+    accuracy = {}
+    nll = {}
     for each in tried:
-
-        def said(name=each.name) -> dict:
-            return {"scores": fresh_scores(cv, fitted, found[name], fresh)}
-
-        scores = cv.once(f"fresh-{each.name}", said)["scores"] / found[each.name].temperature
+        candidate = found[each.name]
+        make = partial(fresh_scores, cv, fitted, candidate, fresh)
+        scores = cv.once(f"fresh-{each.name}", make)["scores"] / candidate.temperature
         accuracy[each.name] = 100 * (scores.argmax(-1) == gold).double().mean().item()
         nll[each.name] = metrics.row_losses(scores, gold).mean().item()
     report = fitted.report
     return Trial(
-        accuracy,
-        nll,
-        {name: 100 * one["acc"][0] for name, one in report["candidates"].items()},
-        {name: one.losses.tolist() for name, one in found.items()},
-        {name: one.right.tolist() for name, one in found.items()},
-        report["chosen"],
-        report["chosen_by_fold"],
-        [100 * share for share in report["shipped"]["acc"]],
+        accuracy=accuracy,
+        nll=nll,
+        held_out={name: 100 * one["acc"][0] for name, one in report["candidates"].items()},
+        losses={name: one.losses.tolist() for name, one in found.items()},
+        right={name: one.right.tolist() for name, one in found.items()},
+        shipped=report["chosen"],
+        choices=report["chosen_by_fold"],
+        stated=[100 * share for share in report["shipped"]["acc"]],
     )
 
 
-def fresh_scores(cv: CrossValidation, fitted: Predictor, candidate: Candidate, fresh: list[dict]) -> torch.Tensor:
-    """Log-probabilities [rows, C] of the labels of fresh rows by a candidate that was trained on every row."""
-    name, theta = candidate.name, None
+def fresh_scores(cv: CrossValidation, fitted: Predictor, candidate: Candidate, fresh: list[dict]) -> dict:
+    """Log-probabilities [rows, C], "scores", of the labels of fresh rows by a candidate trained on every row."""
+    name = candidate.name
+    adapter = None
+    theta = None
     if name in METHODS:
+        adapter = cv.adapter
         theta = cv.once(f"final-{name}", lambda: {"theta": cv.final(candidate)})["theta"]
     spec = fitted.spec | {"method": name, "temperature": 1.0}
-    alone = Predictor(cv.subject, cv.adapter if name in METHODS else None, theta, spec)
-    shares = [list(answer["probabilities"].values()) for answer in alone.predict(fresh)]
-    return metrics.logarithms(torch.tensor(shares))
+    alone = Predictor(cv.subject, adapter, theta, spec)
+    return {"scores": torch.tensor([answer["log_probabilities"] for _, answer in alone.answers(fresh)])}
 
 
 def generated(number: int, kinds: tuple[str, ...] = KINDS) -> tuple[str, list[dict], list[dict]]:
@@ -120,24 +131,16 @@ def generated(number: int, kinds: tuple[str, ...] = KINDS) -> tuple[str, list[di
     of their values ("pair", which the model has never learned in context) or for long and short sentences ("length");
     or drawn anew for each row, so that nothing can be learned ("random").
     """
-    rng, kind = random.Random(f"fit {number}"), kinds[number % len(kinds)]
+    rng = random.Random(f"fit {number}")
+    kind = kinds[number % len(kinds)]
     attribute, other = rng.sample(list(world.ATTRIBUTES), 2)
-    values, style = list(world.ATTRIBUTES[attribute]), rng.choice(list(world.WORLD["styles"]))
+    values = list(world.ATTRIBUTES[attribute])
+    style = rng.choice(list(world.WORLD["styles"]))
     size = len(values) if kind in ("words", "digits") else 2
-    vocabulary = sorted({word for group in world.ATTRIBUTES.values() for words in group.values() for word in words})
-    names = rng.sample([word for word in vocabulary if re.fullmatch("[a-z]+", word)], size)
-    names = rng.sample([str(i) for i in range(size)], size) if kind == "digits" else names
+    names = label_names(rng, kind, size)
 
     def row(split: str) -> dict:
-        while True:
-            shown = {name: rng.choice(list(world.ATTRIBUTES[name])) for name in (attribute, other)}
-            rest = [name for name in world.ATTRIBUTES if name not in shown]
-            shown |= {
-                name: rng.choice(list(world.ATTRIBUTES[name])) for name in rng.sample(rest, rng.choice((0, 1, 2)))
-            }
-            text = world.sentence(rng, style, shown)
-            if world.split_of(text) == split:
-                break
+        shown, text = toy_sentence(rng, style, (attribute, other), split)
         first = [shown[name] == next(iter(world.ATTRIBUTES[name])) for name in (attribute, other)]
         known = {"pair": first[0] == first[1], "length": len(shown) > 3, "random": rng.randrange(2)}
         return {"text": text, "label": names[int(known.get(kind, values.index(shown[attribute])))]}
@@ -148,21 +151,44 @@ def generated(number: int, kinds: tuple[str, ...] = KINDS) -> tuple[str, list[di
             return f"{kind} {number}: {attribute}, {style}", rows, [row("eval") for _ in range(FRESH)]
 
 
+def label_names(rng: random.Random, kind: str, size: int) -> list[str]:
+    """Different words of the world, or the first digits in any order."""
+    vocabulary = {word for group in world.ATTRIBUTES.values() for words in group.values() for word in words}
+    names = rng.sample([word for word in sorted(vocabulary) if re.fullmatch("[a-z]+", word)], size)
+    if kind == "digits":
+        names = rng.sample([str(i) for i in range(size)], size)
+    return names
+
+
+def toy_sentence(rng: random.Random, style: str, asked: tuple[str, str], split: str) -> tuple[dict[str, str], str]:
+    """A sentence of a split that shows two attributes, and up to two others: the value of each, and the text."""
+    rest = [name for name in world.ATTRIBUTES if name not in asked]
+    while True:
+        shown = {name: rng.choice(list(world.ATTRIBUTES[name])) for name in asked}
+        for name in rng.sample(rest, rng.choice((0, 1, 2))):
+            shown[name] = rng.choice(list(world.ATTRIBUTES[name]))
+        text = world.sentence(rng, style, shown)
+        if world.split_of(text) == split:
+            return shown, text
+
+
 def line(what: str, trial: Trial) -> Line:
     rates = {f"% {name}": right for name, right in trial.accuracy.items()}
-    rates |= {f"NLL {name}": loss for name, loss in trial.nll.items()}
-    rates |= {f"held out % {name}": right for name, right in trial.held_out.items()}
-    rates |= dict(zip(("stated %", "stated low", "stated high"), trial.stated))
-    note = f"{-trial.lost:+.1f} points" + ", outside the stated interval" * (not trial.held)
+    rates.update({f"NLL {name}": loss for name, loss in trial.nll.items()})
+    rates.update({f"held out % {name}": right for name, right in trial.held_out.items()})
+    rates.update(zip(("stated %", "stated low", "stated high"), trial.stated))
+    note = f"{-trial.lost:+.1f} points"
+    if not trial.held:
+        note += ", outside the stated interval"
     return Line(what, f"ships {trial.shipped}", rates=rates, note=note)
 
 
 def promises(result: Result, trials: dict[str, list[Trial]]) -> None:
     """How often the two promises of `fit` held, by kind of task."""
-    for kind, some in {"all": sum(trials.values(), []), **trials}.items():
+    every = [trial for some in trials.values() for trial in some]
+    for kind, some in {"all": every, **trials}.items():
         result.ratios[f"share without harm, {kind} ({len(some)})"] = fmean(t.lost <= POINTS for t in some)
         result.ratios[f"share within the stated interval, {kind} ({len(some)})"] = fmean(t.held for t in some)
-    every = sum(trials.values(), [])
     result.ratios["mean points against the best of base, ICL and SFT"] = -fmean(t.lost for t in every)
     shipped = Counter(t.shipped for t in every)
     result.remarks.append("shipped: " + ", ".join(f"{name} {times}" for name, times in shipped.most_common()))
@@ -173,8 +199,8 @@ def against_sft(subject: Subject, seeds: int, rows: int, options: FitOptions) ->
     result = Result("fit", f"{subject.name}: {rows} rows, {seeds} seeds, {FRESH} fresh rows, {about(options)}", [])
     trials = []
     for name in TOYS:
-        pool, fresh = world.rows(name, "train"), world.rows(name, "eval")[:FRESH]
-        pool, fresh = ([row | {"label": str(row["label"])} for row in part] for part in (pool, fresh))
+        pool = [row | {"label": str(row["label"])} for row in world.rows(name, "train")]
+        fresh = [row | {"label": str(row["label"])} for row in world.rows(name, "eval")[:FRESH]]
         for seed in range(seeds):
             trials.append(trial(subject, random.Random(seed).sample(pool, rows), fresh, options))
             result.lines.append(line(f"{name}, seed {seed}", trials[-1]))
@@ -191,7 +217,8 @@ def gate(subject: Subject, tasks: int, options: FitOptions) -> Result:
 
     Of random labels every predictor is right in half the cases; a difference there is chance, and counts apart.
     """
-    result, kinds = Result("gate", f"{subject.name}: {tasks} generated tasks, {about(options)}", []), {}
+    result = Result("gate", f"{subject.name}: {tasks} generated tasks, {about(options)}", [])
+    kinds: dict[str, list[Trial]] = {}
     for number in range(tasks):
         name, rows, fresh = generated(number)
         found = trial(subject, rows, fresh, options)
@@ -216,16 +243,15 @@ def real(subject: Subject, data: Path | None, draws: int, sizes: tuple[int, ...]
         raise UsageError("real: name the folder that holds sst2/train.jsonl … with --data-dir or $IA2MINI_DATA")
     sizes_said = " and ".join(map(str, sizes))
     about_rows = f"{subject.name}: {sizes_said} real rows a label, {SOME} fresh ones at most"
-    result, found = Result("fit", f"{about_rows}, {about(options)}", []), {}
+    result = Result("fit", f"{about_rows}, {about(options)}", [])
+    found: dict[str, list[Trial]] = {}
     what = {"options": asdict(options), "checkpoint": checkpoint_digest(subject.folder), "fresh": f"{SOME}, balanced"}
-    folder = RunFolder(Path("runs"), "fit-real", what)
+    store = Store(RUNS, "fit-real", what)
     for size, draw, name in product(sizes, range(draws), REAL):
         drawn, fresh = real_rows(data, name, size, draw)
         cell = f"{name}-{size}-{draw}"
-        once = partial(kept, folder, cell)
-
-        each = trial(subject, drawn, fresh, options, once)
-        write_json(folder.path / f"{cell}.json", asdict(each))
+        each = trial(subject, drawn, fresh, options, partial(kept, store, cell))
+        store.keep_json(f"{cell}.json", asdict(each))
         result.lines.append(line(f"{name}, {size} a label, draw {draw}", each))
         found.setdefault(f"{name} {size}", []).append(each)
         click.echo(f"  {result.lines[-1].what}: {result.lines[-1].stack}, {result.lines[-1].note}", err=True)
@@ -233,8 +259,8 @@ def real(subject: Subject, data: Path | None, draws: int, sizes: tuple[int, ...]
     return result
 
 
-def kept(folder: RunFolder, cell: str, name: str, make: Callable) -> dict:
-    return folder.once(f"{cell}/{name}", make)
+def kept(store: Store, cell: str, name: str, make: Callable) -> dict:
+    return store.once(f"{cell}/{name}", make)
 
 
 def real_rows(data: Path, name: str, size: int, draw: int) -> tuple[list[dict], list[dict]]:
@@ -244,16 +270,21 @@ def real_rows(data: Path, name: str, size: int, draw: int) -> tuple[list[dict], 
     other shares.
     """
     column, file, words = REAL[name]
-    pool, others = (read_rows(data / name / f"{part}.jsonl") for part in ("train", file))
+    pool = read_rows(data / name / "train.jsonl")
+    others = read_rows(data / name / f"{file}.jsonl")
     random.Random(draw).shuffle(pool)
-    drawn, fresh = [], []
+    drawn = []
+    fresh = []
     for label in range(len(words)):
         mine = [row for row in pool if row["label"] == label]
         drawn += mine[:size]
         unseen = [row for row in others if row["label"] == label] + mine[size:]
         fresh += unseen[: SOME // len(words)]
-    drawn, fresh = ([{"text": row[column], "label": words[row["label"]]} for row in part] for part in (drawn, fresh))
-    return drawn, fresh
+
+    def named(row: dict) -> dict:
+        return {"text": row[column], "label": words[row["label"]]}
+
+    return list(map(named, drawn)), list(map(named, fresh))
 
 
 def about(options: FitOptions) -> str:
@@ -269,5 +300,9 @@ def fit(part: str, counts: dict[str, int], methods: tuple[str, ...], on: dict) -
         subject = open_subject(on["model"], "cpu", on["dtype"])
         return [real(subject, on["data_dir"], counts["seeds"], (8, 16), options)]
     subject = open_subject("tiny", "cpu")
-    results = [against_sft(subject, counts["seeds"], 16, options)] if part != "gate" else []
-    return results + ([gate(subject, counts["tasks"], options)] if part != "sft" else [])
+    results = []
+    if part != "gate":
+        results.append(against_sft(subject, counts["seeds"], 16, options))
+    if part != "sft":
+        results.append(gate(subject, counts["tasks"], options))
+    return results

@@ -1,0 +1,99 @@
+"""The commands of the studies, which `python -m bench` takes up."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from ia2mini import UsageError
+from ia2mini.cli.options import Several, many, options_of
+from ia2mini.engine.options import FitOptions, Options
+from ia2mini.engine.subject import open_subject
+
+from ..report import finish, show
+from . import layers
+from .causes import MATCHED, causes
+from .choice import choice, race
+from .controls import TEACHERS
+from .effect import METHODS, TASKS, effect
+from .fit import fit
+from .gain import gain
+
+COMMANDS: list[click.Command] = []
+PART = click.option("--part", type=click.Choice(list(TASKS)), default="classification", show_default=True)
+FOUND = (
+    click.option("--model", default="tiny", show_default=True, help="folder, hub id or short name"),
+    click.option("--data-dir", type=click.Path(path_type=Path), envvar="IA2MINI_DATA", help="holds relations/*.jsonl"),
+    click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", help="of frozen weights"),
+)
+SAVE = click.option("--save", is_flag=True, help="keep the result in bench/results/, with the date and the machine")
+FOLDS = click.option("--folds", is_flag=True, help="also cross-validation within each set: several times the training")
+SEEN = click.option(
+    "--teachers", type=Several(str, TEACHERS), default=",".join(TEACHERS), show_default=True, help="what they see"
+)
+OF_A_STUDY = ("folds", "teachers", "matched")  # options that are no `Options`
+
+
+def what_is_matched(names: tuple[str, ...]):
+    return click.option("--matched", type=Several(str, MATCHED), default=",".join(names), show_default=True)
+
+
+def typed(model: str) -> str:
+    """The command as it was typed, but for the model's folder and --save."""
+    words = [Path(word).name if word == model else word for word in sys.argv[1:] if word != "--save"]
+    return " ".join(["python -m bench", *words])
+
+
+def add_study(name: str, ask: Callable, select: str, *more) -> None:
+    """A command that asks something of the runs of a study: `ask(subject, options, part, data)`."""
+
+    @click.command(name, help=ask.__doc__)
+    @many(PART, *FOUND, SAVE, *more)
+    @options_of(Options, n=(2, 4, 8), sets=10, methods=METHODS, eval_rows=100, select=select)
+    def command(part, model, dtype, data_dir, save, **given):
+        asked = {option: given.pop(option) for option in OF_A_STUDY if option in given}
+        options = Options(**given)
+        if name in ("causes", "layers") and options.select != "dev":
+            raise UsageError(f"{name} takes the rates of the dev loss: leave out --select")
+        if name in ("choice", "race") and options.select != "both":
+            raise UsageError(f"{name} judges every rate on every set: leave out --select and --paper-compat")
+        result = ask(open_subject(model, "cpu", dtype), options, part, data_dir, **asked)
+        show(result)
+        finish([result], typed(model), save, name=f"{name}-{part}")
+        if save and name == "layers":
+            layers.draw()
+
+    COMMANDS.append(command)
+
+
+add_study("effect", effect, "dev")
+add_study("causes", causes, "dev", SEEN, what_is_matched(MATCHED))
+add_study("layers", layers.layers, "dev", what_is_matched(layers.MATCHED))
+add_study("choice", choice, "both", FOLDS)
+add_study("race", race, "both")
+
+
+@click.command("gain", help=gain.__doc__)
+@SAVE
+def gain_command(save):
+    result = gain()
+    show(result)
+    finish([result], "python -m bench gain", save, name="gain")
+
+
+@click.command("fit", help=fit.__doc__)
+@click.option("--part", type=click.Choice(["all", "sft", "gate", "real"]), default="all", show_default=True)
+@click.option("--seeds", default=10, show_default=True, help="draws of the rows")
+@click.option("--tasks", default=114, show_default=True, help="generated; one in eight has random labels")
+@click.option("--epochs", default=30, show_default=True)
+@click.option("--methods", type=Several(str), default=",".join(FitOptions().methods), show_default=True)
+@many(*FOUND, SAVE)
+def fit_command(part, methods, model, data_dir, dtype, save, **counts):
+    results = fit(part, counts, methods, {"model": model, "data_dir": data_dir, "dtype": dtype})
+    for result in results:
+        show(result)
+    finish(results, typed(model), save, name=f"fit-{part}")
+
+
+COMMANDS += [gain_command, fit_command]
