@@ -14,9 +14,6 @@ from hub import connect, serve
 from ia2mini.models.checkpoint import save
 from ia2mini.models.qwen3 import Config, Qwen3
 
-import ia2mini.experiment
-import ia2mini.runs
-import ia2mini.train
 from ia2mini.cli.main import main
 from ia2mini.engine.options import FitOptions, Options
 
@@ -102,13 +99,12 @@ MISTAKES = {
     "n in words": ("run toy-mood --n abc", "--n", "'abc' is not a list of int values separated by commas"),
     "no n": ("run toy-mood --n ,", "--n", "at least one"),
     "no method": ("run toy-mood --methods ,", "--methods", "at least one"),
-    "no unlabelled": ("run toy-mood --unlabelled ,", "--unlabelled", "at least one"),
     "option of all": ("--nonsense", "--nonsense"),
     "option": ("run toy-mood --setz 3", "--setz", "--sets"),
     "command": ("rum", "rum"),
     "layer": ("run toy-mood --layers 99", "--layers 99: this model has layers 0 to 1"),
     "target": ("run toy-mood --targets nonsense", "'nonsense' matches no matrix", "q_proj"),
-    "an adapter that is gone": ("run toy-mood --adapter prompt", "--adapter", "'prompt' is not one of lora, ia3"),
+    "an adapter that is gone": ("run toy-mood --adapter prompt", "--adapter", "'prompt' is not one of 'lora', 'ia3'"),
     "device": ("run toy-mood --device tpu9", "--device tpu9", "use --device cpu"),
     "device of others": ("run toy-mood --device mps", "--device mps: ia2mini runs on cpu and cuda", "use --device cpu"),
     "rescore": ("rescore {g}/nowhere", "rescore"),
@@ -141,7 +137,7 @@ LIGHT = {"--help": "Usage:", "run --help": "--methods", "tasks": "toy-mood-verse
 
 @pytest.mark.parametrize("command", LIGHT)
 def test_help_and_the_list_of_tasks_do_not_wait_for_torch(command):
-    code = f"import sys; from ia2mini.cli import main\ntry: main({command.split()!r}, prog_name='ia2mini')\n"
+    code = f"import sys; from ia2mini.cli.main import main\ntry: main({command.split()!r}, prog_name='ia2mini')\n"
     code += "finally: assert not {'torch', 'tokenizers', 'pandas', 'matplotlib', 'scipy'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and LIGHT[command] in done.stdout, done.stderr
@@ -192,7 +188,7 @@ def test_a_full_device(ground, tmp_path, monkeypatch):
     def full(*args, **more):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(ia2mini.experiment, "label_scores", full)
+    monkeypatch.setattr("ia2mini.study.scoring.label_scores", full)
     result = invoke(*toy(ground, tmp_path))
     *phases, line = result.stderr.splitlines()
     assert result.exit_code == 2 and all(phase.startswith("phase ") for phase in phases)
@@ -202,15 +198,15 @@ def test_a_full_device(ground, tmp_path, monkeypatch):
 
 
 def test_a_full_disk(ground, tmp_path, monkeypatch):
-    def full(tensors, path, metadata):
+    def full(tensors, path):
         Path(path).write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ia2mini.runs, "save_file", full)
+    monkeypatch.setattr("ia2mini.engine.store.save_file", full)
     result = invoke(*toy(ground, tmp_path))
     *phases, line = result.stderr.splitlines()
     assert result.exit_code == 2 and all(phase.startswith("phase ") for phase in phases)
-    assert "base-on-toy-mood.safetensors: cannot be written (No space left on device); free some space" in line
+    assert "fit-sft.safetensors: cannot be written (No space left on device); free some space" in line
     assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {"run.json", "seconds.json"}
 
 

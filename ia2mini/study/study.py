@@ -50,8 +50,29 @@ def compare(
     The folder lies in `out` and is found again by the same options, data, checkpoint and version of this package: an
     interrupted study goes on there. `write_report` makes its tables and figures. Raises UsageError.
     """
+    cells, store, config = open_study(tasks, subject, options, out, data_dir, draw)
+    return carry_out(cells, store, config, side_by_side, bar)
+
+
+def open_study(
+    tasks: list[Task],
+    subject: Subject,
+    options: Options,
+    out: Path,
+    data_dir: Path | None = None,
+    draw: Callable = draw_episode,
+) -> tuple[list[Cell], Store, dict]:
+    """The cells of a study, its folder, and what makes it. Every mistake has shown after that. Raises UsageError."""
     cells = lay_out(tasks, subject, options, data_dir, draw)
     store, config = open_folder(cells, out, draw)
+    return cells, store, config
+
+
+def carry_out(
+    cells: list[Cell], store: Store, config: dict, side_by_side: int | None = None, bar: Callable = silent
+) -> tuple[dict, Path]:
+    """Run every cell of an opened study: (results document, run folder)."""
+    options = cells[0].study.options
     progress = Progress(bar, phases=sum(map(count_phases, cells)))
     trainer = make_trainer(side_by_side)
     found: dict[str, list] = {"runs": [], "training": [], "overlap": [], "adapters": [], "samples": []}
