@@ -175,7 +175,7 @@ def plain_protocol(folder: Path, task: Task, n: int, o: Options) -> dict:
     tasks = {e: task if e == task.name else find_task(e) for e in task.evals}
     evals = {e: load_examples(here, "eval", limit=o.eval_rows).rows for e, here in tasks.items()}
     draws = Grid(model, adapter, [None] * o.sets, o.rates)
-    first, taught, traces, records = draws.start(draws.configs("sft")), [], {phase: [] for phase in TRAINED}, {}
+    taught, traces, records = [], {phase: [] for phase in TRAINED}, {}
     for s in range(o.sets):
         episode = draw_episode(pool, n, s)
         examples = list(zip(episode.demonstrations, episode.train + episode.dev, strict=True))
@@ -188,8 +188,9 @@ def plain_protocol(folder: Path, task: Task, n: int, o: Options) -> dict:
             likes[e] = [teacher(base, episode.icl[0], row.prompt, alike) for row in rows[: o.asim_rows]]
             records["base", e, s, None] = evaluate(base, tasks[e], rows) | {"asim": similarity(base, likes[e])}
             records["icl", e, s, None] = evaluate(base, tasks[e], rows, joined(episode.icl[0])) | {"asim": 1.0}
-        for r, rate in enumerate(o.rates, s * len(o.rates)):
-            start, before = {"sft": first[r], "ia2": first[r]}, {}
+        first = draws.first_weights(s)
+        for rate in o.rates:
+            start, before = {"sft": first, "ia2": first}, {}
             for phase in TRAINED:
                 rows = taught[s] if phase == "ia2" else truth
                 student = Plain(peft_twin(folder, adapter, start[phase]), tokenizer)

@@ -8,16 +8,18 @@ from ia2mini.models import load
 from reference import VOCABULARY, make_checkpoint, peft_twin, upstream
 from tokenizers import Tokenizer as Backend
 
-import ia2mini.experiment
-import ia2mini.sets
-import ia2mini.study
+import ia2mini.engine.experiment
+import ia2mini.study.records
+import ia2mini.study.scoring
 from ia2mini.adapters import IA3, LoRA, adapted
 from ia2mini.batch import Row, collate
-from ia2mini.scoring import (Scoring, label_scores, layer_asim, spellings)
 from ia2mini.engine.options import Options
 from ia2mini.engine.peft import Merged
-from ia2mini.study.study import compare
 from ia2mini.engine.subject import open_subject
+from ia2mini.labels import Scoring, label_scores, spellings
+from ia2mini.scale.pack import in_one_batch, pack
+from ia2mini.scoring import layer_asim
+from ia2mini.study.study import compare
 from ia2mini.tasks import find_task
 from ia2mini.tokenizer import Tokenizer
 from ia2mini.train import losses
@@ -50,8 +52,8 @@ def test_scored_weights_are_those_that_peft_merges_rounded_to_bfloat16(kind, tin
         assert (student(ids.flatten(0, 1)).unflatten(0, (2, 3)) - ours).abs().max() > 1e-4, "no rounding was seen"
 
 
-@pytest.mark.parametrize("pack", [False, True])
-def test_losses_are_rounded_row_by_row(pack, tmp_path):
+@pytest.mark.parametrize("packed", [False, True])
+def test_losses_are_rounded_row_by_row(packed, tmp_path):
     model, _ = load(make_checkpoint(tmp_path, "qwen3", num_hidden_layers=3))  # dividing by 2 or 4 would not round
     generator = torch.Generator().manual_seed(0)
     L, D = model.config.num_hidden_layers, model.config.hidden_size
@@ -79,8 +81,11 @@ def test_losses_are_rounded_row_by_row(pack, tmp_path):
                 each.append(value.item() if name == "ce" else value.bfloat16().item())  # transformers' is float32
             expected.append(sum(each) / len(each))
         with torch.no_grad(), adapted(model, adapter, theta) as student:
-            found = losses(student, collate(runs, pack=pack, by_row=True), mix)
-            plain = losses(student, collate(runs, pack=pack), mix)
+            as_scripts, plain = collate(runs, by_row=True), collate(runs)
+            if packed:
+                (as_scripts,), plain = in_one_batch(runs), pack(plain)
+                assert as_scripts.packed and plain.packed
+            found, plain = (losses(student, batch, mix) for batch in (as_scripts, plain))
         assert found.tolist() == pytest.approx(expected, rel=1e-6)
         assert name == "ce" or (found - plain).abs().max() > 1e-4, "nothing was rounded"
 
@@ -98,13 +103,13 @@ def test_a_study_trains_and_stops_by_rounded_losses(tmp_path):
 
 
 def test_soft_labels_are_the_whole_vocabulary(tmp_path, monkeypatch):
-    asked, teach = [], ia2mini.sets.teach
+    asked, teach = [], ia2mini.engine.experiment.teach
 
     def seen(*given, **more):
         asked.append(more["asked"].soft_k)
         return teach(*given, **more)
 
-    monkeypatch.setattr(ia2mini.sets, "teach", seen)
+    monkeypatch.setattr(ia2mini.engine.experiment, "teach", seen)
     subject, task = open_subject("tiny", "cpu", None, None), find_task("toy-mood")
     for compat in (True, False):
         compare([task], subject, replace(COMPAT, methods=("soft",), soft_k=7, paper_compat=compat), tmp_path)
@@ -137,7 +142,9 @@ def test_a_token_that_is_spelled_like_a_label_is_right(model, folder):
     spelled[tops[1]] = 1
     found = label_scores(model, prompts, labels, Scoring(spelled=spelled))
     assert plain.top.tolist() == [[-1, -1]] and found.top.tolist() == [[-1, 1]]
-    assert torch.equal(found.confidence, plain.confidence) and torch.equal(found.labels, plain.labels)
+    assert torch.equal(found.confidence, plain.confidence) and torch.equal(
+        found.log_probabilities, plain.log_probabilities
+    )
 
 
 def test_asim_is_a_mean_over_rows(model, folder):
@@ -153,7 +160,7 @@ def test_asim_is_a_mean_over_rows(model, folder):
 
 def test_options_in_python_choose_the_rate_as_the_command_does():
     assert COMPAT.select == "eval" and replace(COMPAT, select="dev").select == "eval"
-    assert Options().select == "dev" and replace(COMPAT, paper_compat=False, select="kl").select == "kl"
+    assert Options().select == "dev" and replace(COMPAT, paper_compat=False, select="both").select == "both"
 
 
 def test_a_study_scores_as_the_released_scripts_do(tmp_path, monkeypatch):
@@ -169,9 +176,9 @@ def test_a_study_scores_as_the_released_scripts_do(tmp_path, monkeypatch):
 
         monkeypatch.setattr(module, name, call)
 
-    counted(ia2mini.experiment, "Merged")
-    counted(ia2mini.experiment, "spellings")
-    counted(ia2mini.study, "measure")
+    counted(ia2mini.study.scoring, "Merged")
+    counted(ia2mini.study.scoring, "spellings")
+    counted(ia2mini.study.records, "measure")
     subject, task = open_subject("tiny", "cpu", None, None), find_task("toy-mood")
     for compat in (True, False):
         used.clear()

@@ -17,13 +17,13 @@ from plain import TRAINED, Plain, joined, plain_protocol
 from reference import make_checkpoint, upstream
 from tokenizers import Tokenizer as Backend
 
-import ia2mini.sets
+import ia2mini.engine.experiment
 import ia2mini.train
 from ia2mini.cli.main import main
-from ia2mini.episode import draw_episode
 from ia2mini.engine.options import Options
-from ia2mini.study.study import compare
 from ia2mini.engine.subject import Subject
+from ia2mini.episode import draw_episode
+from ia2mini.study.study import compare
 from ia2mini.tasks import Task, find_task, load_examples
 from ia2mini.tokenizer import Tokenizer
 
@@ -55,8 +55,8 @@ def side_by_side(runs: list[list[float]]) -> list[list[float]]:
 def ours(folder: Path, task: Task, o: Options, out: Path, monkeypatch) -> tuple[dict, Path, list, list]:
     """`compare` on the same: document, folder, the teacher's rows of each set, every loss that training looked at."""
     taught, seen = [], []
-    teach, losses = ia2mini.sets.teach, ia2mini.train.losses
-    monkeypatch.setattr(ia2mini.sets, "teach", lambda *args, **more: taught.append(teach(*args, **more)) or taught[-1])
+    engine, teach, losses = ia2mini.engine.experiment, ia2mini.engine.experiment.teach, ia2mini.train.losses
+    monkeypatch.setattr(engine, "teach", lambda *args, **more: taught.append(teach(*args, **more)) or taught[-1])
     monkeypatch.setattr(ia2mini.train, "losses", lambda *args: seen.append(losses(*args)) or seen[-1])
     subject = Subject(*load(folder), folder, "random", str(folder))
     document, kept = compare([task], subject, o, out)
