@@ -63,13 +63,14 @@ def run(names, compiling, checkpointing, out, data_dir, side_by_side, **given):
     chosen = find_tasks(names, **own)
     check_shown(shown, bool(own["data"]))
     from ..engine.subject import open_subject
-    from ..study.study import compare
+    from ..study.study import carry_out, open_study
 
     subject = open_subject(**how)
     tasks = [keep_apart(task, subject.tokenizer, own["template"]) for task in chosen]
+    study = open_study(tasks, subject, options, out, data_dir)
     prepare(subject.model, compiling, checkpointing)
     tell_all(remark for task in tasks for remark in task.remarks)
-    document, folder = compare(tasks, subject, options, out, data_dir, side_by_side, progress)
+    document, folder = carry_out(*study, side_by_side, progress)
     ranks.stop()
     if ranks.chief:
         conclude(document, folder, **shown)
@@ -94,10 +95,13 @@ def report(folders, out, table_8, **shown):
 
     check_shown(shown, own_rows=False)
     document = join(list(folders))
+    if out.resolve() in [folder.resolve() for folder in folders]:
+        raise UsageError(f"--out {out}: a study is there; give another folder")
+    pooled = write_table_8(document) if table_8 else None
     write_json(out / "results.json", document)
     conclude(document, out, **shown)
-    if table_8:
-        click.echo(write_table_8(document))
+    if pooled:
+        click.echo(pooled)
 
 
 def check_shown(shown: dict, own_rows: bool) -> None:
@@ -121,7 +125,7 @@ def conclude(document: dict, folder: Path, full: bool, columns, figures, as_json
     from ..report.paper import add_paper, departures
 
     if with_paper and not add_paper(document):
-        others = ", ".join(departures(document["config"]))
+        others = ", ".join(departures(document))
         reason = f"the paper's runs had another {others}" if others else "the paper has none of these cells"
         click.echo(f"--with-paper: nothing beside ours, {reason}", err=True)
     table = document | {"columns": columns}
@@ -175,14 +179,14 @@ def tell_of_compiling() -> None:
 @data_options
 def tasks(name, model, revision, n, data_dir, **own):
     """List the tasks; with TASK or --data, show what the model sees: a prompt with its demonstrations, token counts."""
+    if name is None and not own["data"]:
+        list_tasks()
+        return
     from ..episode import draw_episode
     from ..models.checkpoint import locate
     from ..tasks import load_examples
     from ..tokenizer import Tokenizer
 
-    if name is None and not own["data"]:
-        list_tasks()
-        return
     (task,) = find_tasks((name,) if name else (), **own)
     tokenizer = Tokenizer.from_folder(locate(model, revision))
     task = keep_apart(task, tokenizer, own["template"])

@@ -15,9 +15,8 @@ from .summary import average, dashed, parts, title
 
 COLORS = {  # after Okabe and Ito, who chose them to be told apart by every eye; blue for IA2 and what follows it
     "base": "#b0b0b0", "icl": "#404040", "sft": "#d55e00", "sft-sft": "#f0a070", "soft": "#e6b000",
-    "soft-sft": "#a07800", "hidden": "#8fd0b0", "hidden-sft": "#3a8a60", "responses": "#b8a080",
-    "responses-sft": "#705030", "ridge": "#9a8fd0", "ridge-sft": "#5a48a0", "ia2": "#56b4e9",
-    "sft-ia2": "#cc79a7", "ia2+sft": "#009e73", "ia2-sft": "#0072b2",
+    "soft-sft": "#a07800", "hidden": "#8fd0b0", "hidden-sft": "#3a8a60", "ridge": "#9a8fd0", "ridge-sft": "#5a48a0",
+    "ia2": "#56b4e9", "sft-ia2": "#cc79a7", "ia2+sft": "#009e73", "ia2-sft": "#0072b2",
 }  # fmt: skip
 CAPTIONS = {  # in the order of the page
     "methods": "Means over evaluations, their deviation over sets; black: the ECE that perfect calibration would show.",
@@ -38,16 +37,27 @@ LEAST = 5  # rows of a bin of confidence that say something
 
 
 def views(document: dict):
-    """What is drawn of each adapter and choice of the rate: its parts by N; of the largest N, cells and overlaps."""
-    found = grouped(parts(document), "by", "adapter")
-    choices, kinds = (list(dict.fromkeys(values)) for values in zip(*found))
-    for (by, kind), mine in found.items():
+    """What is drawn of each model, adapter and choice of the rate: its parts; of the largest N, cells and overlaps."""
+    found = grouped(parts(document), "by", "adapter", "model")
+    choices, kinds, models = (list(dict.fromkeys(values)) for values in zip(*found))
+    for (by, kind, model), mine in found.items():
         mine = sorted(mine, key=lambda part: part["n"])
-        cells, sizes, last = mine[-1]["cells"], ", ".join(str(part["n"]) for part in mine), mine[-1]["n"]
-        saved = [o for o in document.get("overlap") or [] if (o["n"], o.get("adapter", kind)) == (last, kind)]
-        suffix = f"-{dashed(kind or '')}" * (len(kinds) > 1) + f"-{by}" * (len(choices) > 1)
-        view = {"suffix": suffix, "parts": mine, "cells": cells, "overlap": saved if by == choices[0] else []}
-        yield view | {"title": title([cells[0] | {"n": sizes}, *cells], by)}
+        cells = mine[-1]["cells"]
+        saved = []
+        for record in document.get("overlap") or []:
+            about = record["n"], record.get("adapter", kind), record.get("model", model)
+            if by == choices[0] and about == (mine[-1]["n"], kind, model):
+                saved.append(record)
+        suffix = ""
+        if len(models) > 1:
+            suffix += f"-{dashed(model)}"
+        if len(kinds) > 1:
+            suffix += f"-{dashed(kind or '')}"
+        if len(choices) > 1:
+            suffix += f"-{by}"
+        sizes = ", ".join(str(part["n"]) for part in mine)
+        heading = title([cells[0] | {"n": sizes}, *cells], by)
+        yield {"suffix": suffix, "parts": mine, "cells": cells, "overlap": saved, "title": heading}
 
 
 def draw_figures(document: dict, folder: Path, formats: tuple[str, ...] = ("png",)) -> list[str]:

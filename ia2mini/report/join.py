@@ -5,8 +5,9 @@ from pathlib import Path
 from .. import UsageError
 from ..engine.select import grouped
 from ..files import read_json
+from ..fitting.spec import misfit, text_or_none
+from ..study.table import METRICS
 
-LISTS = ("cells", "runs", "training", "overlap", "samples")  # of a results document
 FREE = {  # options in which joined studies may differ: each is told apart in the tables, or changes no number
     "adapter", "alpha", "betas", "checkpoint", "device", "dtype", "evals", "methods", "model", "n", "pools", "rank",
     "rates", "targets", "tasks", "templates",
@@ -14,25 +15,74 @@ FREE = {  # options in which joined studies may differ: each is told apart in th
 SAME_CELL = ("model", "task", "n", "method", "eval", "adapter", "selected_by")
 
 
+def number_or_none(value) -> bool:
+    return value is None or type(value) in (int, float)
+
+
+CELL = {
+    "model": str,
+    "task": str,
+    "eval": str,
+    "ood": bool,
+    "n": int,
+    "method": str,
+    "adapter": text_or_none,
+    "selected_by": text_or_none,
+    "sets": int,
+    "rate": number_or_none,
+    "beta": number_or_none,
+    "asim_layers": [number_or_none],
+}
+for metric in METRICS:
+    CELL[metric] = [number_or_none]
+    CELL[f"{metric}_mean"] = number_or_none
+    CELL[f"{metric}_std"] = number_or_none
+OVERLAP = {
+    "task": str,
+    "n": int,
+    "adapter": str,
+    "methods": [str],
+    "overlap": [number_or_none],
+    "chance": number_or_none,
+}
+LISTS = {  # of a results document, and what each of their records holds
+    "cells": [CELL],
+    "runs": [dict],
+    "training": [dict],
+    "overlap": [OVERLAP],
+    "samples": [{"task": str, "n": int, "prompt": str, "rows": [dict]}],
+}
+RESULTS = {
+    **LISTS,
+    "adapters": [str],
+    "seconds": dict,
+    "peak_memory_bytes": int,
+    "config": {"ia2mini": str, "model": str, "labels": str, "methods": [str]},
+    "versions": dict,
+}
+
+
 def join(folders: list[Path]) -> dict:
-    """The results documents of finished studies as one document.
+    """The results documents of finished studies as one document; `studies` holds the options of each by its folder.
 
     Raises UsageError for a folder that is none, and for studies that do not belong together: other options than
     model, adapter, tasks, N and methods differ, or the same cell has two results.
     """
-    documents = [read_results(folder) for folder in folders]
-    check_options(folders, documents)
-    joined = {key: [] for key in LISTS}
-    joined["adapters"] = []
-    for folder, document in zip(folders, documents):
+    documents = {str(folder): read_results(folder) for folder in folders}
+    configs = {folder: document["config"] for folder, document in documents.items()}
+    check_options(configs)
+    joined: dict = {key: [] for key in (*LISTS, "adapters")}
+    for folder, document in documents.items():
+        about = {"model": document["cells"][0]["model"], "study": folder}
         for key in LISTS:
-            joined[key] += document[key]
-        joined["adapters"] += [str(folder / name) for name in document["adapters"]]
+            joined[key] += [record | about for record in document[key]]
+        joined["adapters"] += [f"{folder}/{name}" for name in document["adapters"]]
     joined["cells"] = without_repeats(joined["cells"])
-    joined["seconds"] = add_up([document["seconds"] for document in documents])
-    joined["peak_memory_bytes"] = max(document["peak_memory_bytes"] for document in documents)
-    joined["config"] = join_configs([document["config"] for document in documents])
-    joined["versions"] = documents[0]["versions"]
+    joined["seconds"] = add_up([document["seconds"] for document in documents.values()])
+    joined["peak_memory_bytes"] = max(document["peak_memory_bytes"] for document in documents.values())
+    joined["config"] = join_configs(list(configs.values()))
+    joined["studies"] = configs
+    joined["versions"] = next(iter(documents.values()))["versions"]
     return joined
 
 
@@ -42,21 +92,26 @@ def read_results(folder: Path) -> dict:
     if not path.is_file():
         raise UsageError(f"{folder}: no results.json there; give folders of finished `ia2mini run`s")
     document = read_json(path)
-    for key in (*LISTS, "adapters", "seconds", "config", "versions", "peak_memory_bytes"):
-        if key not in document:
-            raise UsageError(f"{path}: no {key!r} in it; it is not the results of an `ia2mini run` of this version")
+    if "studies" in document:
+        raise UsageError(f"{folder}: a report of several studies; give the folders of its studies instead")
+    field = misfit(document, RESULTS, "")
+    if field is None and not document["cells"]:
+        field = ".cells"
+    if field:
+        wrong = f"field {field[1:]} is missing or not what it should be"
+        raise UsageError(f"{path}: {wrong}; it is not the results of an `ia2mini run` of this version")
     return document
 
 
-def check_options(folders: list[Path], documents: list[dict]) -> None:
+def check_options(configs: dict[str, dict]) -> None:
     """Raises UsageError for an option in which studies differ though their tables do not show it."""
-    first = documents[0]["config"]
-    for folder, document in zip(folders[1:], documents[1:]):
-        config = document["config"]
+    first_folder, first = next(iter(configs.items()))
+    for folder, config in configs.items():
         for option in sorted((first.keys() | config.keys()) - FREE):
+            theirs = first.get(option)
             mine = config.get(option)
-            if mine != first.get(option):
-                both = f"{option} = {first.get(option)!r} in {folders[0]} and {mine!r} in {folder}"
+            if mine != theirs:
+                both = f"{option} = {theirs!r} in {first_folder} and {mine!r} in {folder}"
                 raise UsageError(f"{both}: these studies do not belong together")
 
 
@@ -64,11 +119,13 @@ def without_repeats(cells: list[dict]) -> list[dict]:
     """Each cell once: studies of several adapters have the same base and ICL. UsageError where its results differ."""
     found = []
     for key, same in grouped(cells, *SAME_CELL).items():
+        first = same[0]
         for other in same[1:]:
-            if other["acc"] != same[0]["acc"]:
-                where = ", ".join(f"{name} {value}" for name, value in zip(SAME_CELL, key) if value is not None)
-                raise UsageError(f"two different results of one cell ({where}): these studies do not belong together")
-        found.append(same[0])
+            if other["acc"] != first["acc"]:
+                cell = " · ".join(str(value) for value in key if value is not None)
+                both = f"{first['study']} and {other['study']} both hold {cell}, with different results"
+                raise UsageError(f"{both}: leave one out")
+        found.append(first)
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..engine.options import LABELS, UNTRAINED
 from ..files import count
 from .figures import CAPTIONS, views
-from .summary import average, dashed, paired, parts, title, verdict
+from .summary import average, paired, parts, title, verdict
 from .tables import HEADS, known_columns, legend, seconds_line, texts
 
 STYLE = """
@@ -136,15 +136,20 @@ def adapter(document: dict, cells: list[dict], folder: Path) -> list[str]:
     gain = paired(cells, "acc")
     if gain and gain.mean < 0 and gain.p < 0.05:
         method = "sft"
-    kinds = {c["adapter"] for c in document["cells"] if c["adapter"]}
-    kind = next((c["adapter"] or "" for c in cells if c["method"] == method), "")
-    of = f"n{cells[0]['n']}" + f"-{dashed(kind)}" * (len(kinds) > 1)
-    names = [f"adapters/{name}-{of}-{method}-set0" for name in dict.fromkeys(c["task"] for c in cells)]
-    if not (names := [name for name in names if name in document.get("adapters", [])]):
+    names = {}  # of each adapter the study that it is of, where several are joined
+    for cell in cells:
+        name = f"adapters/{cell['task']}-n{cell['n']}-{method}-set0"
+        if "study" in cell:
+            name = f"{cell['study']}/{name}"
+        if cell["method"] == method and name in document.get("adapters", []):
+            names[name] = cell.get("study")
+    if not names:
         return []
     items = "".join(f"<li><code>{shown(name)}</code></li>" for name in names)
     about = f"{LABELS.get(method, method)}, trained on the first set of N = {cells[0]['n']}:"
-    code = loading(repr(document["config"]["model"]), str(folder / names[0]))
+    first, study = next(iter(names.items()))
+    config = document["studies"][study] if study else document["config"]
+    code = loading(repr(config["model"]), first if study else str(folder / first))
     return [lines([about]), f"<ul>{items}</ul><pre>{shown(code)}</pre>"]
 
 

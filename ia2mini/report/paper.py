@@ -13,28 +13,32 @@ FIELDS = ("model", "n", "adapter", "labels", "task", "eval", "method")
 SAME = ("layers", "sets", "epochs", "patience", "batch_size", "eval_rows", "soft_k")
 
 
-def departures(config: dict) -> list[str]:
-    """The options of a study, as they are typed, by which its runs are not those of the paper.
+def departures(document: dict) -> list[str]:
+    """The options, as they are typed, by which the runs of a study, or of joined ones, are not those of the paper."""
+    studies = document.get("studies") or {"": document["config"]}
+    found = []
+    for config in studies.values():
+        found += departures_of(config)
+    return list(dict.fromkeys(found))
 
-    Of joined studies an option may hold a list of values.
-    """
+
+def departures_of(config: dict) -> list[str]:
+    """Those of one study."""
     usual = Options()
     found = []
     for name in SAME:
-        if as_tuple(config[name]) != as_tuple(getattr(usual, name)):
+        value = config[name]
+        if isinstance(value, list):
+            value = tuple(value)
+        if value != getattr(usual, name):
             found.append(f"--{name.replace('_', '-')}")
-    papers_rates = [*RATES.values(), sum(RATES.values(), ())]
-    if as_tuple(config["rates"]) not in papers_rates:
+    if config["rates"] and tuple(config["rates"]) != RATES[config["adapter"]]:
         found.append("--rates")
-    if config["betas"] and as_tuple(config["betas"]) not in BETAS.values():
+    if config["betas"] and tuple(config["betas"]) not in BETAS.values():
         found.append("--betas")
     if "draw" in config:
-        found.append("control")
+        found.append("another teacher")
     return found
-
-
-def as_tuple(value) -> tuple:
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 def add_paper(document: dict) -> int:
@@ -43,7 +47,7 @@ def add_paper(document: dict) -> int:
     None where `departures` finds an option that the paper did not use.
     """
     config = document["config"]
-    if departures(config):
+    if departures(document):
         return 0
     with (Path(__file__).parent / "paper.csv").open(encoding="utf-8") as file:
         known = {tuple(row[field] for field in FIELDS): row for row in csv.DictReader(file)}
@@ -59,12 +63,14 @@ def add_paper(document: dict) -> int:
 
 
 def table_8(document: dict) -> list[tuple[str, int, str, str, PairedTest]]:
-    """The paper's Table 8 of a joint document: lines of (kind, N, metric, choice of the rate, test).
+    """The paper's Table 8 of a study or joined ones: lines of (kind, N, metric, choice of the rate, test).
 
     A pair is one set on one evaluation, of SFT and IA2→SFT with LoRA on true answers; those of all models, tasks and
     evaluations are pooled. Differences are what IA2→SFT has gained: accuracy, or ECE that it lost.
     """
-    lines = []
+    lines: list[tuple] = []
+    if document["config"]["labels"] != "truth":
+        return lines
     for kind, metrics in (("single-token", ("acc", "ece")), ("multi-token", ("acc",))):
         mine = []
         for cell in document["cells"]:
@@ -81,7 +87,7 @@ def write_table_8(document: dict) -> str:
     """Table 8 as text. Raises UsageError where no cell belongs in it."""
     found = table_8(document)
     if not found:
-        raise UsageError("no cells of SFT and IA2→SFT with LoRA; Table 8 compares these")
+        raise UsageError("no cells of SFT and IA2→SFT with LoRA on true answers; Table 8 compares these")
     lines = [f"{'task':<14}{'metric':<8}{'rate by':<9}{'N':>4}{'t':>9}{'p':>12}{'pairs':>7}"]
     for kind, n, metric, by, test in found:
         tested = f"{test.t:>9.4f}{test.p:>12.4g}"

@@ -1,6 +1,7 @@
 """From the records of runs to the cells of the tables: the choice of a rate, means and deviations, the gain."""
 
 import math
+import re
 from statistics import fmean
 
 from ..engine.options import LABELS
@@ -22,11 +23,20 @@ def parts(document: dict) -> list[dict]:
     trained = [c for c in cells if c["selected_by"]] or [c | {"selected_by": None} for c in cells]
     groups = grouped(cells, "model", "n")
     found = []
-    for model, n, kind, by in grouped(trained, "model", "n", "adapter", "selected_by"):
-        mine = [c for c in groups[model, n] if c["selected_by"] in (by, None) and c["adapter"] in (kind, None)]
+    for (model, n, kind, by), own in grouped(trained, "model", "n", "adapter", "selected_by").items():
+        others = evaluations([c for c in trained if (c["model"], c["n"]) == (model, n)]) - evaluations(own)
+        mine = []
+        for c in groups[model, n]:
+            belongs = c["selected_by"] in (by, None) and c["adapter"] in (kind, None)
+            if belongs and (c["task"], c["eval"]) not in others:  # the base and ICL of what this adapter has not
+                mine.append(c)
         about = {"model": model, "n": n, "adapter": kind, "by": by}
         found.append(about | {"cells": mine, "title": title(mine, by)})
     return found
+
+
+def evaluations(cells: list[dict]) -> set[tuple[str, str]]:
+    return {(c["task"], c["eval"]) for c in cells}
 
 
 def title(cells: list[dict], by: str | None) -> str:
@@ -37,9 +47,9 @@ def title(cells: list[dict], by: str | None) -> str:
     return " · ".join([*about, *filter(None, [adapter, count(cells[0]["sets"], "set"), CHOICES.get(by)])])
 
 
-def dashed(adapter: str) -> str:
-    """An adapter's name in names of files."""
-    return adapter.replace(" ", "-")
+def dashed(name: str) -> str:
+    """A model's or an adapter's name in names of files."""
+    return re.sub(r"[^\w.-]", "-", name)
 
 
 def average(cells: list[dict]) -> list[dict]:
@@ -48,11 +58,11 @@ def average(cells: list[dict]) -> list[dict]:
     The deviation is that of the sets: each set's mean over the evaluations is one value.
     """
     rows = []
-    evaluations = len(grouped(cells, "task", "eval"))
+    count_of_evaluations = len(evaluations(cells))
     for (method,), mine in grouped(cells, "method").items():
-        if len(mine) != evaluations:
+        if len(mine) != count_of_evaluations:
             continue
-        row = {"method": method, "evaluations": evaluations}
+        row = {"method": method, "evaluations": count_of_evaluations}
         rates = list(grouped(mine, "rate", "beta"))
         row["rate"], row["beta"] = rates[0] if len(rates) == 1 else (None, None)
         for metric in METRICS:

@@ -99,12 +99,19 @@ def legend(document: dict) -> list[str]:
     if any(cell["ood"] for cell in cells):
         lines[-1] += "; means include evaluations out of distribution (*)"
     broken = [record for record in document.get("training") or [] if record.get("trouble")]
-    for group in grouped(broken, "task", "n", "method", "rate", "beta", "trouble").items():
-        (task, n, method, *_, trouble), runs = group
-        sets = ", ".join(str(run["set"]) for run in runs)
-        who = f"{LABELS.get(method, method)} at rate {entry(runs[0], 'rate')}"
-        lines.append(plain(f"{task}, N = {n}: {who}, set {sets}: {trouble}", ""))
+    apart = [name for name in ("model", "adapter") if len({c[name] for c in cells if c[name]}) > 1]
+    for runs in grouped(broken, "model", "adapter", "task", "n", "method", "rate", "beta", "trouble").values():
+        lines.append(plain(failure(runs, apart), ""))
     return lines
+
+
+def failure(runs: list[dict], apart: list[str]) -> str:
+    """What went wrong in some sets' runs at one rate; `apart`: fields that tell them from others of the document."""
+    first = runs[0]
+    method = LABELS.get(first["method"], first["method"])
+    where = ", ".join([str(first.get(name)) for name in apart] + [first["task"], f"N = {first['n']}"])
+    sets = ", ".join(str(run["set"]) for run in runs)
+    return f"{where}: {method} at rate {entry(first, 'rate')}, set {sets}: {first['trouble']}"
 
 
 def seconds_line(document: dict) -> str:
