@@ -116,7 +116,7 @@ def decode_group(model, tokenizer, prompts, group: list[int], how: Decoding, obs
         chosen = tokens.tolist()
         live = [place for place, goes_on in enumerate(going) if goes_on]
         if observer:
-            here = slice(None) if len(live) == len(going) else send(torch.tensor(live), device)
+            here = send(torch.tensor(live), device)  # what is given is a copy: a replay overwrites its own result
             numbers = [group[rows[place]] for place in live]
             observer(numbers, [chosen[place] for place in live], logits[here], outputs[:, here])
         for place in live:

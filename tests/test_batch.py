@@ -10,14 +10,14 @@ from ia2mini.models import UsageError, load
 from reference import EOS, MIXES, byte_tokenizer, make_checkpoint, make_rows, peft_twin, plain_loss, relative, starts
 from tokenizers import Tokenizer as Backend
 
-import ia2mini.batch
-import ia2mini.train
 from ia2mini.adapters import IA3, LoRA, adapted
-from ia2mini.batch import (TOGETHER, Row, by_length, collate, in_batches, truth_row)
+from ia2mini.batch import Row, by_length, collate, truth_row
 from ia2mini.episode import with_demonstrations
+from ia2mini.scale import pack as packing
+from ia2mini.scale.pack import TOGETHER, in_batches, pack
 from ia2mini.tasks import Example
 from ia2mini.tokenizer import Tokenizer
-from ia2mini.train import (Runs, Settings, gradient, losses, summed_losses, train_runs)
+from ia2mini.train import Hooks, Runs, Settings, losses, summed_losses, train_runs
 
 TEXT = st.text(max_size=30)
 
@@ -89,7 +89,7 @@ def test_every_position_of_a_batch_predicts_its_answer_token(shape):
 
 def test_a_packed_batch_written_out(monkeypatch):
     runs = [[Row([10, 11], [1, 2]), Row([20], [4])], [Row([30], [5]), Row([40], [6])]]
-    batch = collate(runs, pack=True)
+    batch = pack(collate(runs))
     assert batch.ids.tolist() == [[10, 11, 1, 20], [30, 40, 0, 0]]
     assert batch.packed.places.tolist() == [[0, 1, 2, 0], [0, 0, 0, 0]]
     assert batch.packed.mask[:, 0].int().tolist() == [
@@ -97,10 +97,10 @@ def test_a_packed_batch_written_out(monkeypatch):
         [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]],  # the padding sees only itself
     ]
     assert [x.tolist() for x in batch.at] == [[0, 0, 0, 1, 1, 1], [1, 2, 3, 0, 1, 0]]
-    assert collate([[Row([1], [2])]], pack=True).packed is None  # nothing to pack
-    assert collate([[Row([1, 2], [3]), Row([4, 5], [6])]], pack=True).packed is None  # nothing saved
-    monkeypatch.setattr(ia2mini.batch, "MOST_PACKED", 3)
-    assert collate(runs, pack=True).packed is None  # too long a line
+    assert pack(collate([[Row([1], [2])]])).packed is None  # nothing to pack
+    assert pack(collate([[Row([1, 2], [3]), Row([4, 5], [6])]])).packed is None  # nothing saved
+    monkeypatch.setattr(packing, "MOST_TOKENS", 3)
+    assert pack(collate(runs)).packed is None  # too long a line
 
 
 def test_batches_of_unequal_runs_written_out():
@@ -109,7 +109,8 @@ def test_batches_of_unequal_runs_written_out():
         [Row([40, 41], [5])],
         [Row([50], [6]), Row([60], [7])],
     ]
-    padded, packed = collate(runs), collate(runs, pack=True)
+    padded = collate(runs)
+    packed = pack(padded)
     assert padded.ids.tolist() == [
         *([10, 11, 1], [20, 0, 0], [30, 0, 0]),
         *([40, 41, 0], [0, 0, 0], [0, 0, 0]),
@@ -131,20 +132,20 @@ def tiny(tmp_path_factory):
     return folder, load(folder)[0]
 
 
-@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("kind", [LoRA, IA3])
-def test_runs_of_unequal_numbers_of_rows_have_the_loss_they_have_alone(tiny, monkeypatch, kind, mix, pack):
+def test_runs_of_unequal_numbers_of_rows_have_the_loss_they_have_alone(tiny, monkeypatch, kind, mix, packed):
     """And the gradient; and the loss of transformers, row by row."""
-    monkeypatch.setattr(ia2mini.batch, "WORTH_PACKING", 2)  # always
+    monkeypatch.setattr(packing, "WORTH_IT", 2)  # always
     folder, model = tiny
     adapter, counts = kind(model), (3, 1, 4, 2)
     runs = [make_rows(count, 10 + r) for r, count in enumerate(counts)]
     theta = (starts(adapter, model, 4) + 0.05 * torch.randn(4, 1)).requires_grad_()
 
     def together(runs, theta):
-        batch = collate(runs, pack=pack)
-        assert (batch.packed is not None) == pack
+        batch = pack(collate(runs)) if packed else collate(runs)
+        assert (batch.packed is not None) == packed
         with adapted(model, adapter, theta) as student:
             found = losses(student, batch, {name: torch.full((len(runs),), w) for name, w in MIXES[mix].items()})
             return found.detach(), torch.autograd.grad(found.sum(), theta)[0]
@@ -178,8 +179,10 @@ def test_a_long_row_among_short_ones_has_batches_of_its_own_and_the_same_loss(ti
     found = []
     for batches in (in_batches(runs), [collate(runs)]):
         leaf = theta.clone().requires_grad_()
-        of = model, adapter, leaf, batches, weights, None
-        found.append((summed_losses(*of).detach(), gradient(*of)))
+        for batch in batches:
+            with adapted(model, adapter, batch.of_runs(leaf)) as student:
+                losses(student, batch, weights).sum().backward()
+        found.append((summed_losses(model, adapter, theta, batches, weights, None), leaf.grad))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
     for one, other in zip(found[0][1], found[1][1], strict=True):
         assert relative(one, other) <= 1e-5
@@ -210,14 +213,13 @@ def test_however_uneven_rows_are_batches_hold_each_once_and_little_else(lengths)
         assert batch.ids.numel() <= max(4 * TOGETHER, longest, len(runs) * 512, 8 * total)
 
 
-def test_training_with_a_long_row_gives_what_whole_batches_give(tiny, monkeypatch):
+def test_training_with_a_long_row_gives_what_whole_batches_give(tiny):
     _, model = tiny
     adapter, runs = LoRA(model), uneven(3, 4, 1500)
     rates, weights = torch.tensor([1e-2, 3e-2, 1e-3]), {"ce": torch.ones(3)}
     given = Runs(starts(adapter, model, 3), rates, runs, uneven(3, 2, 1500, 9), weights, [lambda epoch: range(4)] * 3)
     settings = Settings(batch_size=2, epochs=3)
-    found = train_runs(model, adapter, given, settings)
-    monkeypatch.setattr(ia2mini.train, "in_batches", lambda runs, device: [collate(runs, device)])
+    found = train_runs(model, adapter, given, settings, Hooks(in_batches))
     whole = train_runs(model, adapter, given, settings)
     assert torch.equal(found.steps, whole.steps)
     torch.testing.assert_close(found.dev_loss, whole.dev_loss, rtol=1e-4, atol=1e-5)
@@ -234,7 +236,8 @@ def test_runs_of_unequal_numbers_of_dev_rows_train_as_alone(tiny):
         rows = [[data[r] for r in runs] for data in (train, dev)]
         weights = {name: torch.full((len(runs),), w) for name, w in mix.items()}
         orders = [lambda epoch: [0, 1, 2, 3]] * len(runs)
-        return train_runs(model, adapter, Runs(theta[runs], rates[runs], *rows, weights, orders), settings)
+        given = Runs(theta[runs], rates[runs], *rows, weights, orders)
+        return train_runs(model, adapter, given, settings, Hooks(in_batches))
 
     together = trained([0, 1, 2])
     for r in range(3):
@@ -297,9 +300,9 @@ def test_what_goes_to_a_gpu_is_pinned_first(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "to", to)
     rows = [[Row([1, 2, 3], [4]), Row([1], [2, 3])]]
-    batch = collate(rows, "cuda", pack=True)
+    batch = pack(collate(rows)).to(torch.device("cuda"))
     assert sent == [(address, {"non_blocking": True}) for address in pinned] and len(sent) >= 5
     assert batch.ids.data_ptr() in pinned
     pinned.clear()
-    collate(rows)
+    pack(collate(rows)).to(torch.device("cpu"))
     assert not pinned

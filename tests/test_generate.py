@@ -1,5 +1,7 @@
 """Greedy generation against transformers on a real checkpoint, stop texts anywhere, the teacher token by token."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from ia2mini.models import load
@@ -11,11 +13,18 @@ import ia2mini.teacher
 from ia2mini.adapters import IA3, LoRA, adapted
 from ia2mini.batch import Row, by_length, truth_row
 from ia2mini.episode import Episode, with_demonstrations
-from ia2mini.generate import Decoding, before_stop, generate
+from ia2mini.generate import Decoding, DecodingHooks, before_stop, generate
+from ia2mini.scale.decode import ended_leave, fast_decoding, half_leaves
 from ia2mini.tasks import Example
-from ia2mini.teacher import (Asked, Taught, observe, teach)
+from ia2mini.teacher import Asked, Taught, observe, teach
 from ia2mini.tokenizer import Tokenizer
 
+CPU = torch.device("cpu")
+HOOKS = {
+    "plain": DecodingHooks(),
+    "rows leave at once": DecodingHooks(who_stays=ended_leave),
+    "half of them at once": DecodingHooks(static=True, who_stays=half_leaves),
+}
 STORY = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park with her big red ball "
     "and her dog."
@@ -41,17 +50,18 @@ def story(shared_data):
     return model, Tokenizer(tokenizer.backend, (eos,)), prompts, expected
 
 
-def test_fifty_prompts_in_one_batch_equal_transformers(story):
+@pytest.mark.parametrize("hooks", HOOKS)
+def test_fifty_prompts_in_one_batch_equal_transformers(story, hooks):
     model, tokenizer, prompts, expected = story
     assert len({len(p) for p in prompts}) > 10 and len({len(e) for e in expected}) > 2, (
         "unequal prompts, some of which meet EOS"
     )
-    batches = []
-    assert generate(model, tokenizer, prompts, Decoding(24, stop=None), batches.append) == expected
+    how, batches = Decoding(24, stop=None, hooks=HOOKS[hooks]), []
+    assert generate(model, tokenizer, prompts, how, batches.append) == expected
     assert batches == [50]
-    assert generate(model, tokenizer, prompts, Decoding(24, stop=None, budget=200), batches.append) == expected
+    assert generate(model, tokenizer, prompts, replace(how, budget=200), batches.append) == expected
     assert len(batches) > 5 and sum(batches) == 100
-    assert generate(model, tokenizer, prompts[:5], Decoding(3, stop=None)) == [e[:3] for e in expected[:5]]
+    assert generate(model, tokenizer, prompts[:5], replace(how, max_tokens=3)) == [e[:3] for e in expected[:5]]
 
 
 def test_rows_stop_where_the_text_of_the_whole_answer_is_cut(story):
@@ -128,9 +138,15 @@ def test_finished_rows_leave_the_batch():
     a, b, c, new, both, eos = vocabulary["a"], vocabulary["b"], vocabulary["c"], vocabulary[n], vocabulary[n + n], 299
     model = Chain({200: a, a: eos, 201: b, b: both, 202: c, c: c, 203: eos, 204: new, new: new})
     watched = []
-    found = generate(model, tokenizer, [[200], [9, 201], [202], [8, 8, 203], [204]], Decoding(6), watched.append)
+    prompts, how = [[200], [9, 201], [202], [8, 8, 203], [204]], Decoding(6, hooks=fast_decoding(CPU, 6))
+    found = generate(model, tokenizer, prompts, how, watched.append)
     assert found == [[a], [b], [c] * 6, [], []]
     assert model.rows == [5, 4, 1, 1, 1, 1] and watched == [5]
+    model.rows.clear()
+    assert generate(model, tokenizer, prompts, Decoding(6)) == found and model.rows == [5] * 6, "plainly, all stay"
+    model.rows.clear()
+    halves = replace(how, hooks=HOOKS["half of them at once"])
+    assert generate(model, tokenizer, prompts, halves) == found and model.rows == [5, 5, 1, 1, 1, 1]
     assert generate(model, tokenizer, [[204]], Decoding(4, stop=None)) == [[new] * 4]
 
 
@@ -164,8 +180,8 @@ def test_generation_under_an_adapter_equals_the_uncached_one(tiny, kind):
 
 @pytest.mark.parametrize("kind", [LoRA, IA3])
 @pytest.mark.parametrize("budget", [16384, 60])
-@pytest.mark.parametrize("static", [False, True], ids=["rows leave at once", "half of them at once"])
-def test_runs_side_by_side_answer_as_each_alone(tiny, kind, budget, static, monkeypatch):
+@pytest.mark.parametrize("hooks", HOOKS)
+def test_runs_side_by_side_answer_as_each_alone(tiny, kind, budget, hooks):
     """Rows of every run end at other steps, so that runs have unequally many left; a run's answers stay its own."""
     _, model, tokenizer = tiny
     adapter = kind(model)
@@ -180,12 +196,9 @@ def test_runs_side_by_side_answer_as_each_alone(tiny, kind, budget, static, monk
         with adapted(model, adapter, theta[r : r + 1]) as student:
             alone += generate(student, ending, prompts, how)
     assert len({len(answer) for answer in alone}) > 2
-    if static:
-        monkeypatch.setitem(ia2mini.generate.RECORDERS, "cpu", None)
-        monkeypatch.setattr(ia2mini.generate, "CapturedStep", lambda function, device: function)
-    watched = []
+    watched, together = [], Decoding(12, None, budget, runs=3, hooks=HOOKS[hooks])
     with adapted(model, adapter, theta) as student:
-        assert generate(student, ending, prompts, Decoding(12, None, budget, runs=3), watched.append) == alone
+        assert generate(student, ending, prompts, together, watched.append) == alone
     assert sum(watched) == 5 and (len(watched) > 1) == (budget == 60)
 
 

@@ -8,15 +8,17 @@ import torch
 import torch.nn.functional as F
 from ia2mini.models import Taps, load
 from ia2mini.models.attention import attend, expanded, folded
-from ia2mini.scale.blocks import compile_blocks
 from reference import make_checkpoint, make_rows, random_ids, relative, starts
+from test_train import adam_step
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ia2mini.adapters import LoRA, adapted
 from ia2mini.batch import Row, collate
-from ia2mini.cost import run_bytes
 from ia2mini.losses import activation_mse, squared_error
-from ia2mini.train import Adam, losses
+from ia2mini.scale.blocks import compile_blocks
+from ia2mini.scale.memory import run_bytes
+from ia2mini.scale.pack import pack
+from ia2mini.train import State, losses
 
 GPU = torch.cuda.is_available()
 DEVICE, BACKEND = ("cuda", "inductor") if GPU else ("cpu", "eager")
@@ -33,8 +35,9 @@ def gradient(model, phase: str, dtype=torch.float32) -> tuple[torch.Tensor, torc
     adapter = LoRA(model)
     theta = (starts(adapter, model, 2) + 0.02).to(DEVICE).requires_grad_()
     rows = [[Row(r.prompt, r.answer, r.activations.to(DEVICE, dtype)) for r in make_rows(4, s)] for s in range(2)]
+    batch = pack(collate(rows)).to(torch.device(DEVICE))
     with adapted(model, adapter, theta) as student:
-        found = losses(student, collate(rows, DEVICE, pack=True), {phase: torch.ones(2, device=DEVICE)})
+        found = losses(student, batch, {phase: torch.ones(2, device=DEVICE)})
         return found.detach(), *torch.autograd.grad(found.sum(), theta)
 
 
@@ -69,12 +72,12 @@ def test_fused_kernels_equal_eager_ones():
     for one, other in zip(*found, strict=True):
         assert relative(one, other) < 5e-3
     theta, rates = torch.randn(3, 50, device=DEVICE), torch.tensor([1e-3, 1e-2, 1e-1], device=DEVICE)
-    ours = Adam(theta, rates)
+    ours = State.begin(theta)
     rows = [row.clone().requires_grad_() for row in theta]
     theirs = [torch.optim.Adam([row], lr=rate.item()) for row, rate in zip(rows, rates)]
     for seed in range(5):
         step = torch.randn(3, 50, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-        ours.step(step)
+        adam_step(ours, step, rates)
         for row, optimizer, grad in zip(rows, theirs, step):
             row.grad = grad.clone()
             optimizer.step()
@@ -129,12 +132,13 @@ def test_the_estimate_of_memory_is_near_what_a_step_takes(tmp_path):
         theta = starts(adapter, model, runs).to(DEVICE)
         targets = torch.randn(8, 100, 512, device=DEVICE).bfloat16()
         rows = [[Row(list(range(5, 55)), [5] * 100, targets) for _ in range(4)] for _ in range(runs)]
-        adam, batch = Adam(theta, torch.ones(runs, device=DEVICE)), collate(rows, DEVICE)
+        state, batch = State.begin(theta), collate(rows).to(torch.device(DEVICE))
         mix = {"mse": torch.ones(runs, device=DEVICE)}
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        with adapted(model, adapter, adam.theta) as student:
-            adam.step(*torch.autograd.grad(losses(student, batch, mix).sum(), adam.theta))
+        with adapted(model, adapter, state.theta) as student:
+            (gradient_now,) = torch.autograd.grad(losses(student, batch, mix).sum(), state.theta)
+            adam_step(state, gradient_now, torch.ones(runs, device=DEVICE))
         peak[runs] = torch.cuda.max_memory_allocated() - before
     each = run_bytes(model.config, 4 * 149, 0, 2, 0)
     assert peak[10] - peak[2] == pytest.approx(8 * each, rel=0.35)

@@ -1,25 +1,30 @@
 """Recorded steps against plain ones. Without a GPU a tape is the CUDA graph: it replays operations, never Python."""
 
 import warnings
-from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from ia2mini.models import load
-from ia2mini.scale.blocks import checkpoint_blocks
 from reference import EOS, MIXES, in_order, make_checkpoint, make_rows, random_ids, starts
 from tape import Tape
 
 import ia2mini.train
-from ia2mini.scale import graphs
 from ia2mini.adapters import IA3, LoRA
 from ia2mini.batch import Row, collate
 from ia2mini.generate import Decoding, generate
+from ia2mini.scale import graphs
+from ia2mini.scale.blocks import checkpoint_blocks
+from ia2mini.scale.decode import fast_decoding
+from ia2mini.scale.memory import within_memory
+from ia2mini.scale.pack import in_batches
+from ia2mini.scale.shrink import shrinking
 from ia2mini.tokenizer import Tokenizer
-from ia2mini.train import (Runs, Settings, train_in_parts, train_runs)
+from ia2mini.train import Hooks, Runs, Settings, State, train
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HOOKS = Hooks(in_batches, partial(graphs.recorded, device=torch.device(DEVICE)))
 ADAPTERS = {"lora": LoRA, "ia3": IA3, "ia3-inputs": lambda m: IA3(m, scale_inputs=True)}
 
 
@@ -68,19 +73,19 @@ def on_device(rows: list[list[Row]]) -> list[list[Row]]:
 @pytest.mark.parametrize("kind, mix", [("lora", "mixed"), ("lora", "soft"), ("ia3", "ia2"), ("ia3-inputs", "sft")])
 def test_training_recorded_equals_training(model, recorded, monkeypatch, kind, mix, batch_size):
     """Runs leave at once, or half of them together: either way the same with recordings."""
-    monkeypatch.setattr(ia2mini.train, "launch_bound", lambda *step: batch_size == 4)
+    trainer = shrinking(train, lambda *step: batch_size == 4)
     adapter, R, calls = ADAPTERS[kind](model), 4, []
     plain_losses = ia2mini.train.losses
     monkeypatch.setattr(ia2mini.train, "losses", lambda *args: calls.append(1) or plain_losses(*args))
     theta, rates = starts(adapter, model, R).to(DEVICE), torch.tensor([1e-1, 1e-4, 3e-2, 1e-3])
-    train, dev = (on_device([make_rows(size, seed + r) for r in range(R)]) for size, seed in ((4, 0), (2, 50)))
+    rows = [on_device([make_rows(size, seed + r) for r in range(R)]) for size, seed in ((4, 0), (2, 50))]
     weights = {name: torch.full((R,), w, device=DEVICE) for name, w in MIXES[mix].items()}
     settings, counts = Settings(batch_size, epochs=14, patience=2), []
-    runs = Runs(theta, rates, train, dev, weights, [partial(in_order, r) for r in range(R)])
+    runs = Runs(theta, rates, *rows, weights, [partial(in_order, r) for r in range(R)])
 
     def trained():
         calls.clear()
-        found = train_runs(model, adapter, runs, settings)
+        found = trainer(model, adapter, runs, settings, hooks=HOOKS).trained()
         counts.append(len(calls))
         return found
 
@@ -100,10 +105,10 @@ def test_packed_and_checkpointed_steps_are_recorded_too(tmp_path, recorded):
     model = load(make_checkpoint(tmp_path, "llama", num_hidden_layers=2), device=DEVICE)[0]
     checkpoint_blocks(model)
     adapter, rows = LoRA(model), on_device([make_rows(4, r) for r in range(2)])
-    assert collate(rows, DEVICE, pack=True).packed is not None
+    assert in_batches(rows)[0].packed is not None
     theta, weights = starts(adapter, model, 2).to(DEVICE), {"mse": torch.ones(2, device=DEVICE)}
     runs = Runs(theta, torch.full((2,), 1e-2), rows, rows, weights, [lambda epoch: [0, 1, 2, 3]] * 2)
-    plain, replayed = recorded(lambda: train_runs(model, adapter, runs))
+    plain, replayed = recorded(lambda: train(model, adapter, runs, hooks=HOOKS).trained())
     same(replayed.theta, plain.theta)
     assert (plain.theta - theta).abs().max() > 0.01
 
@@ -121,7 +126,8 @@ def test_decoding_recorded_equals_decoding(loaded, recorded, observed):
 
     def run():
         seen.append([])
-        return generate(model, tokenizer, prompts, Decoding(12, stop=None), observer=observer if observed else None)
+        how = Decoding(12, stop=None, hooks=fast_decoding(torch.device(DEVICE), 12))
+        return generate(model, tokenizer, prompts, how, observer=observer if observed else None)
 
     plain, replayed = recorded(run)
     assert plain == replayed
@@ -131,6 +137,23 @@ def test_decoding_recorded_equals_decoding(loaded, recorded, observed):
     for (i, token, logits, outputs), (j, again, *others) in zip(*seen, strict=True):
         assert (i, token) == (j, again)
         torch.testing.assert_close(others, [logits, outputs], rtol=1e-4, atol=1e-5)
+    assert DEVICE != "cpu" or Tape.replays > 8
+
+
+def test_what_an_observer_keeps_no_replay_overwrites(loaded, recorded):
+    """No row ends before the last token: every step is one of the whole batch."""
+    model, tokenizer = loaded[0], Tokenizer(loaded[1].backend, ())
+    prompts, kept = [random_ids(1, 3 + i)[0].tolist() for i in range(3)], []
+
+    def run():
+        kept.append([])
+        how = Decoding(12, stop=None, hooks=fast_decoding(torch.device(DEVICE), 12))
+        return generate(model, tokenizer, prompts, how, observer=lambda *seen: kept[-1].append(seen[2:]))
+
+    plain, replayed = recorded(run)
+    assert plain == replayed and len(kept[0]) == len(kept[1]) == 12
+    for expected, found in zip(*kept, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert DEVICE != "cpu" or Tape.replays > 8
 
 
@@ -162,7 +185,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch):
 
 
 def race_of(model, R: int = 8, dev: int = 50) -> tuple:
-    """Runs that end at different steps, as arguments of `train_runs`."""
+    """Runs that end at different steps, as arguments of `train`."""
     adapter = LoRA(model)
     rows = [on_device([make_rows(4, seed + r) for r in range(R)]) for seed in (0, dev)]
     rates = torch.logspace(-3, -0.5, R)[torch.randperm(R, generator=torch.Generator().manual_seed(0))]
@@ -175,18 +198,16 @@ def test_half_of_a_batch_leaves_at_once_where_launching_costs_most(model, monkey
     if DEVICE == "cpu":
         monkeypatch.setitem(graphs.RECORDERS, "cpu", Tape)
     runs, found, replays, sizes = race_of(model), {}, {}, {}
-    plain_losses = ia2mini.train.losses
     for halves in (False, True):
-        monkeypatch.setattr(ia2mini.train, "launch_bound", lambda *step, halves=halves: halves)
         seen = sizes[halves] = []
 
-        def losses(student, batch, mix, layers, seen=seen):
-            seen.append(len(batch.weights))
-            return plain_losses(student, batch, mix, layers)
+        def noted(model, adapter, runs, *more, seen=seen) -> State:
+            seen.append(len(runs))
+            return train(model, adapter, runs, *more)
 
-        monkeypatch.setattr(ia2mini.train, "losses", losses)
+        trainer = shrinking(noted, lambda *step, halves=halves: halves)
         graphs.COUNTED.clear()
-        found[halves] = train_runs(*runs, Settings(epochs=40, patience=2))
+        found[halves] = trainer(*runs, Settings(epochs=40, patience=2), hooks=HOOKS).trained()
         replays[halves] = graphs.COUNTED["replays"] / graphs.COUNTED["calls"]
     once, together = found[False], found[True]
     assert len(set(once.steps.tolist())) >= 4, "they end at different steps"
@@ -198,12 +219,16 @@ def test_half_of_a_batch_leaves_at_once_where_launching_costs_most(model, monkey
 
 
 def test_what_a_step_costs_decides_how_runs_leave(model, monkeypatch):
-    few, many = (collate([make_rows(4, r) for r in range(R)]) for R in (1, 64))
-    assert not graphs.launch_bound(model.config, few), "nothing is recorded on a CPU"
+    few, many = (race_of(model, R)[2] for R in (1, 64))
+    assert not graphs.launch_bound(model, few, Settings()) or DEVICE == "cuda", "nothing is recorded on a CPU"
     monkeypatch.setitem(graphs.RECORDERS, "cpu", Tape)
-    assert graphs.launch_bound(model.config, few) and graphs.launch_bound(model.config, many)
-    large = replace(model.config, hidden_size=8192, intermediate_size=28672)
-    assert graphs.launch_bound(large, few) and not graphs.launch_bound(large, many)
+    assert graphs.launch_bound(model, few, Settings()) and graphs.launch_bound(model, many, Settings())
+    weights = torch.empty(1, device=DEVICE).expand(8192 * 28672 * 3)  # of a block; they take no memory
+    block = SimpleNamespace(parameters=lambda: [weights])
+    inner = SimpleNamespace(embed_tokens=model.model.embed_tokens, layers=[block])
+    large = SimpleNamespace(config=model.config, model=inner)
+    assert graphs.launch_bound(large, few, Settings()) and not graphs.launch_bound(large, many, Settings())
+    assert graphs.launch_bound(large, few, Settings(batch_size=1)), "a step has so many rows of a run"
 
 
 class Crowded(Tape):
@@ -231,17 +256,26 @@ def test_out_of_memory_while_recording_means_fewer_runs_and_graphs_go_on(model, 
         return plain_losses(student, batch, *more)
 
     monkeypatch.setattr(ia2mini.train, "losses", losses)
-    settings, Crowded.room = Settings(epochs=5), 2
+    settings, Crowded.room, tried = Settings(epochs=5), 2, []
+
+    def noted(model, adapter, runs, *more) -> State:
+        tried.append(len(runs))
+        return shrinking(train)(model, adapter, runs, *more)
+
     graphs.COUNTED.clear()
+    trainer = within_memory(noted)
     with pytest.warns(UserWarning, match="out of memory with 4 runs side by side; going on with 2"):
-        found, most = train_in_parts(*arguments, settings)
-    assert most == 2 and graphs.COUNTED["replays"] and DEVICE in graphs.RECORDERS
+        found = trainer(*arguments, settings, hooks=HOOKS).trained()
+    assert tried == [4, 2, 2] and graphs.COUNTED["replays"] and DEVICE in graphs.RECORDERS
     monkeypatch.delitem(graphs.RECORDERS, DEVICE)
-    torch.testing.assert_close(found.theta, train_runs(*arguments, settings).theta, rtol=1e-4, atol=1e-5)
+    plain = train(*arguments, settings, hooks=HOOKS).trained()
+    torch.testing.assert_close(found.theta, plain.theta, rtol=1e-4, atol=1e-5)
     monkeypatch.setitem(graphs.RECORDERS, DEVICE, Crowded)
     Crowded.room = 0
     graphs.COUNTED.clear()
+    tried.clear()
     alone = arguments[2].take(torch.tensor([0]))
-    single, most = train_in_parts(model, arguments[1], alone, settings)
-    assert most is None and not graphs.COUNTED["replays"] and graphs.COUNTED["calls"], "a single run goes on unrecorded"
+    single = within_memory(noted)(model, arguments[1], alone, settings, hooks=HOOKS).trained()
+    assert not graphs.COUNTED["replays"] and graphs.COUNTED["calls"], "a single run goes on unrecorded"
+    assert tried == [1]
     torch.testing.assert_close(single.theta, found.theta[:1], rtol=1e-4, atol=1e-5)
