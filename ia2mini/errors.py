@@ -1,6 +1,10 @@
-"""What an error of another library means: whether memory has run out, a GPU's or the machine's."""
+"""What an error of another library means: whether memory has run out, or a tokenizer's file is broken."""
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from . import UsageError
 
 NO_MEMORY = "the device has too little memory; use a smaller --model, --dtype bfloat16 or another --device"
 WORDS = (
@@ -42,3 +46,18 @@ def names_memory(error: BaseException) -> bool:
         return False  # tokenizers raises bare Exception
     text = str(error).lower()
     return any(words in text for words in WORDS)
+
+
+@contextmanager
+def broken_tokenizer() -> Iterator[None]:
+    """Turn what `tokenizers` raises into a UsageError: a bare Exception, or a panic of its Rust, which is no Exception.
+
+    Some broken files are found out only where a text is read: by a word that they have no token for, and the like.
+    """
+    try:
+        yield
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"
+        if not panic and (isinstance(error, UsageError) or not isinstance(error, Exception)):
+            raise
+        raise UsageError(f"the tokenizer.json of this checkpoint is broken ({error}); download it again") from None

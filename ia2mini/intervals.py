@@ -38,6 +38,11 @@ def student_within(t: float, freedom: int) -> float:
     return math.sin(angle) * total
 
 
+def student_p(t: float, freedom: int) -> float:
+    """Two-sided p-value of `t`, to 1e-15: what is less may be 0."""
+    return max(0.0, 1 - student_within(abs(t), freedom))
+
+
 @lru_cache
 def student_quantile(share: float, freedom: int) -> float:
     """The t that Student's t does not exceed with probability `share`, of at least one half."""

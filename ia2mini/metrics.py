@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .intervals import student_p, student_quantile
+
 FEWEST_PAIRS = 5  # of a test; fewer say nothing of chance
 
 
@@ -265,41 +267,9 @@ def paired_test(a, b) -> PairedTest:
     spread = float(difference.std(ddof=1))
     error = spread / math.sqrt(pairs)
     t = mean / error
-    reach = student_quantile(pairs - 1) * error
-    return PairedTest(mean, mean - reach, mean + reach, t, student_p(t, pairs - 1), pairs, mean / spread)
-
-
-def student_p(t: float, df: int) -> float:
-    """Two-sided p-value of Student's t with `df` degrees of freedom.
-
-    t = sqrt(df) tan(angle) turns the density into cos(angle)^(df - 1), which is integrated from the angle of t on.
-    """
-    points, weights = nodes()
-
-    def beyond(angle: float) -> float:
-        half = (math.pi / 2 - angle) / 2
-        angles = angle + half * (points + 1)
-        return half * float(weights @ np.cos(angles) ** (df - 1))
-
-    return beyond(math.atan(abs(t) / math.sqrt(df))) / beyond(0.0)
-
-
-def student_quantile(df: int, p: float = 0.05) -> float:
-    """The t whose two-sided p-value is `p`, by bisection."""
-    low, high = 0.0, 1e3
-    while high - low > 1e-12 * high:
-        middle = (low + high) / 2
-        if student_p(middle, df) > p:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
-@cache
-def nodes() -> tuple[np.ndarray, np.ndarray]:
-    """Points and weights of Gauss and Legendre's rule on [-1, 1]."""
-    return np.polynomial.legendre.leggauss(300)
+    reach = student_quantile(0.975, pairs - 1) * error
+    p = student_p(t, pairs - 1)
+    return PairedTest(mean, mean - reach, mean + reach, t, p, pairs, mean / spread)
 
 
 def measure(confidence, correct, scores, gold, scheme: str = "width", temperature: float = 1.0) -> dict:

@@ -1,8 +1,7 @@
 """Text to ids and back: a thin layer over `tokenizers`, and the check that prompt and answer join safely."""
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
 
@@ -10,26 +9,11 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from . import UsageError
-from .errors import out_of_memory
+from .errors import broken_tokenizer, out_of_memory
 from .files import check_text, is_there, read_json
 from .files.added_tokens import add_tokens
 
 WORDS_NAMED = 5  # unknown words that are named in warnings
-
-
-@contextmanager
-def broken_file() -> Iterator[None]:
-    """Turn what `tokenizers` raises into a UsageError: a bare Exception, or a panic of its Rust, which is no Exception.
-
-    Some broken files are found out only where a text is read: by a word that they have no token for, and the like.
-    """
-    try:
-        yield
-    except BaseException as error:
-        panic = type(error).__name__ == "PanicException"
-        if not panic and (isinstance(error, UsageError) or not isinstance(error, Exception)):
-            raise
-        raise UsageError(f"the tokenizer.json of this checkpoint is broken ({error}); download it again") from None
 
 
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -94,7 +78,7 @@ class Tokenizer:
         """Ids of `text`; with `special`, also what the file's post-processor adds (BOS for Llama, nothing for Qwen)."""
         check_text(text, "the text", "write the whole character")
         special = special and not isinstance(text, Rendered)
-        with broken_file():
+        with broken_tokenizer():
             encoding = self.backend.encode(text, add_special_tokens=special)
         return self.known(text, encoding)
 
@@ -114,7 +98,7 @@ class Tokenizer:
         for text in texts:
             check_text(text, "the text", "write the whole character")
         special = not any(isinstance(text, Rendered) for text in texts)
-        with broken_file():
+        with broken_tokenizer():
             return self.backend.encode_batch(list(texts), add_special_tokens=special)
 
     def known(self, text: str, encoding: Encoding) -> list[int]:
@@ -141,7 +125,7 @@ class Tokenizer:
 
     def decode(self, ids: list[int], special: bool = False) -> str:
         """The text of ids; with `special` also what special tokens are called."""
-        with broken_file():
+        with broken_tokenizer():
             return self.backend.decode(ids, skip_special_tokens=not special)
 
     def holds_special(self, text: str) -> bool:

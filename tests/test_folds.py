@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.model_selection import StratifiedKFold
 
-from ia2mini.episode import (balanced, draw_folds, in_turn, seeded)
+from ia2mini.episode import balanced, draw_folds, in_turn, seeded
 from ia2mini.tasks import Example
 
 

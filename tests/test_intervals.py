@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ia2mini.intervals import (mean_interval, share_interval, sign_test, student_quantile, surely_positive)
+from ia2mini.intervals import mean_interval, share_interval, sign_test, student_p, student_quantile, surely_positive
 
 
 @pytest.mark.parametrize("n", [5, 6, 24, 100, 999])
@@ -22,6 +22,14 @@ def test_a_shares_interval_is_clopper_and_pearsons(n):
 def test_quantiles_are_those_of_students_t(freedom):
     for share in (0.5, 0.9, 0.95, 0.975, 0.999):
         assert student_quantile(share, freedom) == pytest.approx(stats.t.ppf(share, freedom), rel=1e-7, abs=1e-9)
+
+
+@pytest.mark.parametrize("freedom", [4, 5, 19, 104, 2000])
+def test_p_values_are_those_of_students_t(freedom):
+    for t in (0.0, 0.1, 1.0, 2.3, 8.0, 40.0):
+        assert student_p(-t, freedom) == student_p(t, freedom) >= 0
+        assert student_p(t, freedom) == pytest.approx(2 * stats.t.sf(t, freedom), rel=1e-9, abs=1e-14)
+    assert student_quantile(0.975, freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-10)
 
 
 def test_a_means_interval_is_students_t():

@@ -13,7 +13,7 @@ from ia2mini.tasks import world
 
 
 def fit_into(out, rows):
-    how = ["--methods", "sft", "--epochs", "1", "--rates", "1e-9", "--folds", "2"]
+    how = ["--model", "tiny", "--methods", "sft", "--epochs", "1", "--rates", "1e-9", "--folds", "2"]
     return CliRunner().invoke(main, ["fit", str(rows), *how, "--out", str(out)])
 
 

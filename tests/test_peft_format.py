@@ -10,7 +10,7 @@ import transformers
 from ia2mini.models import UsageError, load
 from reference import random_ids, upstream
 
-from ia2mini.adapters import (EVERY_MATRIX, IA3, TARGETS, LoRA, adapted)
+from ia2mini.adapters import EVERY_MATRIX, IA3, TARGETS, LoRA, adapted
 from ia2mini.engine.peft import save_adapter, save_merged
 
 PEFT = {

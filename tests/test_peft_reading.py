@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from ia2mini.adapters import IA3, LoRA, adapted
 from ia2mini.engine.peft import read_adapter, save_adapter
-from ia2mini.fitting.predictor import FOREIGN, Predictor
 from ia2mini.engine.subject import Subject
+from ia2mini.fitting.predictor import FOREIGN, Predictor
 
 QKV, MLP = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "down_proj"]
 TUNED = {"num_attention_heads": 2, "token_dim": 16}

@@ -137,6 +137,9 @@ def test_tokenizer_files_that_break_only_on_a_text(subject, tmp_path):
     panics = broken_tokenizer(subject, tmp_path, post_processor=template)
     refused(lambda: panics.encode("a"), *mend)
     refused(lambda: panics.count(["a"]), *mend)
+    ends = {"add_bos_token": True, "bos_token": "<s>"}  # what they say is looked up in a text that is read
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(ends))
+    refused(lambda: Tokenizer.from_folder(tmp_path), *mend)
 
 
 def test_an_interrupt_while_a_text_is_read_stays_one(subject, monkeypatch):
@@ -154,11 +157,11 @@ def test_a_model_in_a_folder_that_is_not_utf_8(subject, tmp_path, monkeypatch):
     monkeypatch.chdir(folder.parent)  # so that no argument holds the name
     result = invoke("generate", "--model", "model", "--prompt", "a", "--device", "cpu")
     (line,) = result.stderr.splitlines()
-    assert result.exit_code == 2 and "names in UTF-8" in line and "delete" not in line
+    assert result.exit_code == 2 and "is not UTF-8; rename it" in line and "delete" not in line
 
 
 def test_names_that_are_too_long_are_one_line(saved, tmp_path):
     for command in (["generate", "--prompt", "a", "--model"], ["predict", saved, tmp_path / "r.jsonl", "--model"]):
         result = invoke(*command, "x" * 5000)
         (line,) = result.stderr.splitlines()
-        assert result.exit_code == 2 and line.startswith("ia2mini: xxx") and len(line) < 1100
+        assert result.exit_code == 2 and line.startswith("ia2mini: unknown model 'xxx") and len(line) < 1100

@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer
 
 from .. import UsageError
+from ..errors import broken_tokenizer
 from . import is_there, read_json
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -116,12 +117,13 @@ def token_of(value, path: Path, special: bool) -> AddedToken:
 
 def check_ends(backend: Tokenizer, settings: dict, folder: Path) -> None:
     """Raises UsageError where settings and tokenizer.json differ in whether BOS and EOS stand around every text."""
-    written = backend.encode("").ids
     for name, place in (("bos", 0), ("eos", -1)):
         wanted = settings.get(f"add_{name}_token")
         token = settings.get(f"{name}_token")
         if wanted is None or token is None:
             continue
+        with broken_tokenizer():
+            written = backend.encode("").ids
         number = backend.token_to_id(token_of(token, folder / "tokenizer_config.json", special=True).content)
         there = number in (written[:1] if place == 0 else written[-1:])
         if there != bool(wanted):
