@@ -6,20 +6,16 @@ import warnings
 from dataclasses import replace
 
 import pytest
-import torch
 from click.testing import CliRunner
 from mistakes import refused
 from reference import make_checkpoint
 
 import ia2mini.generate
-import ia2mini.sets
-from ia2mini import (FitOptions, UsageError, fit, open_subject)
-from ia2mini.fitting import fit as fitting
-from ia2mini.adapters import Prompt
+from ia2mini import FitOptions, fit, open_subject
 from ia2mini.cli.main import main
-from ia2mini.fitting.fit import far_longer
 from ia2mini.engine.options import Options
-from ia2mini.engine.peft import save_adapter
+from ia2mini.fitting import fit as fitting
+from ia2mini.fitting.fit import far_longer
 from ia2mini.fitting.predictor import FOREIGN, Predictor
 from ia2mini.study.study import compare, open_study
 from ia2mini.tasks import custom_task
@@ -57,7 +53,7 @@ def test_a_study_refuses_a_row_before_any_work(subject, tmp_path, pool, evaluati
     )
     assert not (tmp_path / "out").exists()
     fitting_rows = task_of(tmp_path, [20] * 3 + [READS - 1], [20, READS])
-    assert open_study([fitting_rows], subject, options, tmp_path / "out", None, None, None)
+    assert open_study([fitting_rows], subject, options, tmp_path / "out")
 
 
 def test_a_teacher_beyond_what_the_model_reads_is_refused_and_icl_warned_of(subject, tmp_path):
@@ -73,23 +69,7 @@ def test_a_teacher_beyond_what_the_model_reads_is_refused_and_icl_warned_of(subj
     assert {cell["method"] for cell in document["cells"]} == {"base", "icl", "sft"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        open_study([task_of(tmp_path, [20] * 4, [20, 30])], subject, QUICK, tmp_path / "out", None, None, None)
-
-
-def test_judging_queries_are_looked_at_too(subject, tmp_path, monkeypatch):
-    """Of five rows the set takes three, and the queries by which `--select kl` judges the two others."""
-    monkeypatch.setattr(ia2mini.sets, "FURTHER", 2)
-    unseen = 0
-    for place in range(5):
-        task = task_of(tmp_path, [READS if i == place else 20 for i in range(5)], [20])
-        refused(
-            lambda t=task: compare([t], subject, replace(QUICK, select="kl"), tmp_path / "out"), f"Text:0{place}xxx"
-        )
-        try:
-            unseen += bool(open_study([task], subject, QUICK, tmp_path / "out", None, None, None))
-        except UsageError:
-            pass
-    assert unseen == 2
+        open_study([task_of(tmp_path, [20] * 4, [20, 30])], subject, QUICK, tmp_path / "out")
 
 
 def test_fit_refuses_rows_contexts_and_rows_without_answers(subject, monkeypatch):
@@ -123,21 +103,17 @@ def test_fit_names_a_row_that_is_far_longer_than_the_others():
     assert far_longer(rows, [2000, 2500, 1800, 2200, 1900, 2600]) == far_longer(rows, [3, 4, 400, 5, 4, 3]) == []
 
 
-@pytest.mark.parametrize("virtual", [0, 20])
 @pytest.mark.parametrize("labels, answer", [(["a", "b"], 1), (["a", "ab"], 3), (["abcde", "b"], 5), ([], 30)])
-def test_predict_counts_virtual_tokens_and_the_answer(subject, virtual, labels, answer):
+def test_predict_counts_the_answer(subject, labels, answer):
     """Nested labels are closed by EOS; the last token of an answer is not read."""
-    adapter = Prompt(subject.model, virtual) if virtual else None
-    theta = adapter.init(subject.model, torch.Generator().manual_seed(0))[None] if adapter else None
     spec = {"template": "Text:{text}\nLabel:", "labels": labels, "max_tokens": 30, "stop": None}
-    fitted = Predictor(subject, adapter, theta, FOREIGN | spec)
-    most, told = READS - virtual - answer + 1, []
+    fitted = Predictor(subject, None, None, FOREIGN | spec)
+    most, told = READS - answer + 1, []
     rows = [Row("new.jsonl:1", row(most, 0)), Row("new.jsonl:2", row(most + 1, 1))]
     found = list(fitted.predict(rows, wrong=lambda error: told.append(str(error))))
     assert [one["text"][:2] for one in found] == ["00"]
     (line,) = told
     assert line.startswith(f"new.jsonl:2: its prompt has {most + 1} tokens")
-    assert ("the adapter puts 20 before them" in line) == (virtual > 0)
     assert (f"its answer may have {answer}" in line) == (answer > 1)
 
 
@@ -151,17 +127,6 @@ def test_chat_turns_and_demonstrations_count(subject, tmp_path):
     for icl, most in fits.items():
         assert len(list(fitted.predict([{"text": "x" * most}], icl))) == 1
         refused(lambda n=most + 1, icl=icl: list(fitted.predict([{"text": "x" * n}], icl)), "row 1", "101 tokens")
-
-
-def test_generate_counts_virtual_tokens(subject, tmp_path):
-    adapter = Prompt(subject.model, 20)
-    theta = adapter.init(subject.model, torch.Generator().manual_seed(0))
-    save_adapter(subject.model, adapter, theta, tmp_path, str(subject.folder), subject.tokenizer)
-    for length, said in ((80, 1), (79, 2), (81, None)):
-        how = ["--prompt", "x" * length, "--adapter", str(tmp_path), "--model", str(subject.folder)]
-        result = CliRunner().invoke(main, ["generate", *how, "--device", "cpu"])
-        assert (result.exit_code == 0) == (said is not None), result.output
-        assert said is not None or "has 101 tokens" in result.stderr
 
 
 def test_generate_refuses_and_ends_where_the_model_ends(subject, monkeypatch):
