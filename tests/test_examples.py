@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from ia2mini.models.checkpoint import SHORT_NAMES
 from reference import make_checkpoint
 
-from ia2mini.cli.main import main, run
+from ia2mini.cli.main import main
+from ia2mini.cli.run import report, run
 from ia2mini.methods import METHODS
 from ia2mini.tasks import all_tasks, find_task
 
@@ -37,6 +38,7 @@ def test_ia2_by_hand_beats_sft_and_is_short(capsys):
 
 PAPER = (Path(__file__).parents[1] / "docs" / "paper.md").read_text(encoding="utf-8")
 COMMANDS = [part.removeprefix("ia2mini run ") for part in PAPER.split("`") if part.startswith("ia2mini run ")]
+REPORTS = [part.removeprefix("ia2mini report ") for part in PAPER.split("`") if part.startswith("ia2mini report runs")]
 
 
 def test_every_table_and_figure_of_the_paper_has_a_command():
@@ -49,6 +51,9 @@ def test_every_table_and_figure_of_the_paper_has_a_command():
         given = run.make_context("run", command.split()).params
         assert all(find_task(task).train for task in given["names"]) and given["model"] in SHORT_NAMES
         assert not given["methods"] or set(given["methods"]) <= {"base", "icl", *METHODS}
+    filled = {str(run.make_context("run", command.split()).params["out"]) for command in COMMANDS}
+    joined = [report.make_context("report", command.split()).params["folders"] for command in REPORTS]
+    assert {str(folders[0].parent) for (*folders,) in joined} == filled - {"runs"} and len(joined) == 2
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,18 @@ from scipy import stats
 from test_report import record, records
 
 import ia2mini.teacher
-from bench.table8 import table8
-from ia2mini import UsageError, cli
-from ia2mini.files import read_json, write_json
+from ia2mini import UsageError
+from ia2mini.cli.run import conclude
+from ia2mini.cli.run import report as report_command
+from ia2mini.cli.run import run as run_command
 from ia2mini.engine.options import RATES, Options
+from ia2mini.engine.subject import open_subject
+from ia2mini.files import read_json
 from ia2mini.report import paper
-from ia2mini.report.paper import add_paper, departures, table_8
-from ia2mini.report.summary import summarise
+from ia2mini.report.paper import add_paper, departures, table_8, write_table_8
 from ia2mini.report.tables import write_table
 from ia2mini.study.study import compare
-from ia2mini.engine.subject import open_subject
+from ia2mini.study.table import summarise
 from ia2mini.tasks import all_tasks, find_task
 
 SMALL = Options(n=(2,), sets=2, epochs=2, eval_rows=3, methods=("icl", "ia2"), rates=(1e-3, 1e-2))
@@ -88,24 +90,35 @@ def test_the_papers_numbers_are_those_of_its_text():
 
 
 OTHERS = {  # not the paper's runs
-    "teacher": "none", "layers": ("0",), "epochs": 5, "sets": 3, "rates": (1e-3,), "patience": 9, "batch_size": 2,
-    "eval_rows": 100, "unlabelled": (8,), "betas": (0.3,), "soft_k": 5,
+    "layers": (0,), "epochs": 5, "sets": 3, "rates": (1e-3,), "patience": 9, "batch_size": 2,
+    "eval_rows": 100, "betas": (0.3,), "soft_k": 5,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("option", OTHERS)
 def test_no_numbers_of_the_paper_stand_beside_other_runs(option):
     document = paper_study(**{option: OTHERS[option]})
-    assert departures(document["config"]) == [f"--{option.replace('_', '-')}"]
+    assert departures(document) == [f"--{option.replace('_', '-')}"]
     assert add_paper(document) == 0 and "paper" not in write_table(document, full=True)
+
+
+def test_nor_beside_runs_of_another_teacher():
+    document = paper_study(draw="Control(teacher='none')")
+    assert departures(document) == ["another teacher"] and add_paper(document) == 0
 
 
 def test_what_the_paper_did_too_is_no_departure():
     for same in ({}, {"rates": list(RATES["lora"])}, {"seed": 3}, {"paper_compat": True}, {"n": (8,)}):
-        assert departures(paper_study(**same)["config"]) == []
-    two = {"lora r16": {"rates": RATES["lora"]}, "ia3": {"rates": RATES["ia3"]}}
-    assert departures(asdict(Options()) | {"adapters": two}) == []
-    assert departures(asdict(Options()) | {"adapters": two | {"ia3": {"rates": RATES["lora"]}}}) == ["--rates"]
+        assert departures(paper_study(**same)) == []
+    usual = asdict(Options())
+    lora = usual | {"rank": 16, "rates": list(RATES["lora"])}
+    ia3 = usual | {"adapter": "ia3", "rates": list(RATES["ia3"])}
+    assert departures({"studies": {"a": lora, "b": ia3}}) == []
+    assert departures({"studies": {"a": lora, "b": ia3 | {"rates": list(RATES["lora"])}}}) == ["--rates"]
+    assert departures({"studies": {"a": lora | {"epochs": 3}, "b": lora | {"epochs": 3, "sets": 2}}}) == [
+        "--epochs",
+        "--sets",
+    ]
 
 
 def test_the_cells_of_table_5_are_in_its_columns():
@@ -136,9 +149,15 @@ def studies() -> dict[str, dict]:
     return found
 
 
-def test_table_8_pools_every_evaluation_and_run_of_all_models(tmp_path):
+def pooled() -> dict:
+    """All of them as one document."""
+    cells = [cell for document in studies().values() for cell in document["cells"]]
+    return {"cells": cells, "config": asdict(Options())}
+
+
+def test_table_8_pools_every_evaluation_and_run_of_all_models():
     documents = studies()
-    lines = table_8(documents)
+    lines = table_8(pooled())
     assert [line[:4] for line in lines] == [
         ("single-token", 4, "acc", "dev"), ("single-token", 4, "ece", "dev"), ("multi-token", 4, "acc", "dev"),
     ]  # fmt: skip
@@ -149,30 +168,21 @@ def test_table_8_pools_every_evaluation_and_run_of_all_models(tmp_path):
         first, second = ("sft", "ia2-sft") if metric == "ece" else ("ia2-sft", "sft")
         want = stats.ttest_rel(values[first], values[second])
         assert (test.t, test.p) == pytest.approx((want.statistic, want.pvalue)) and test.pairs == pairs, kind
-    for name, document in documents.items():
-        write_json(tmp_path / name / "results.json", document)
-    said = table8([tmp_path / name for name in documents])
+    said = write_table_8(pooled()).splitlines()
     assert said[1].split()[:4] == ["single-token", "acc", "dev", "4"] and said[1].split()[-1] == "15"
 
 
-def test_table_8_refuses_what_it_cannot_pool(tmp_path):
-    documents = studies()
-    with pytest.raises(UsageError, match="d and a both hold one · mood · mood · 4 · dev · sft: leave one out"):
-        table_8(documents | {"d": documents["a"]})
-    for wrong in ({}, {"cells": 3}, {"cells": [{}], "config": {"labels": "truth"}}):
-        write_json(tmp_path / "results.json", wrong)
-        with pytest.raises(UsageError, match="not of `ia2mini run`"):
-            table8([tmp_path])
-    for name in ("labels", "adapter"):
-        document = studies()["a"]
-        document["config"]["labels"] = "icl" if name == "labels" else "truth"
-        for cell in document["cells"]:
-            cell["adapter"] = "ia3" if name == "adapter" else "lora"
-        write_json(tmp_path / "results.json", document)
-        with pytest.raises(UsageError, match="no cells of SFT and IA2→SFT with LoRA on true answers"):
-            table8([tmp_path])
-    with pytest.raises(UsageError, match="no such file"):
-        table8([tmp_path / "none"])
+@pytest.mark.parametrize("lacking", ["labels", "adapter", "method"])
+def test_table_8_refuses_what_it_cannot_pool(lacking):
+    document = pooled()
+    if lacking == "labels":
+        document["config"]["labels"] = "icl"
+    elif lacking == "adapter":
+        document["cells"] = [cell | {"adapter": "ia3"} for cell in document["cells"]]
+    else:
+        document["cells"] = [cell | {"method": "ia2"} for cell in document["cells"]]
+    with pytest.raises(UsageError, match="no cells of SFT and IA2→SFT with LoRA on true answers"):
+        write_table_8(document)
 
 
 def test_the_commands_of_table_8_hold_the_papers_pairs():
@@ -180,9 +190,12 @@ def test_the_commands_of_table_8_hold_the_papers_pairs():
     page = (Path(__file__).parents[1] / "docs" / "paper.md").read_text(encoding="utf-8")
     lines = page.split("| Table 8 |")[1].split("| Table 9 |")[0].split("\n")
     commands = [line.split("`ia2mini run ")[1].split("`")[0] for line in lines if "`ia2mini run " in line]
+    (report,) = [line.split("`ia2mini report ")[1].split("`")[0] for line in lines if "`ia2mini report " in line]
+    given = report_command.make_context("report", report.split()).params
+    assert given["table_8"] and all(f"--out {given['folders'][0].parent}" in command for command in commands)
     pairs = {}
     for command in commands:
-        given = cli.run.make_context("run", command.split()).params
+        given = run_command.make_context("run", command.split()).params
         for task in map(find_task, given["names"]):
             for n in given["n"]:
                 kind = "labels" if task.labels else "texts"
@@ -193,7 +206,7 @@ def test_the_commands_of_table_8_hold_the_papers_pairs():
 
 
 def test_what_is_in_the_way_of_the_papers_numbers_is_said(capsys, tmp_path):
-    document = paper_study(teacher="none", epochs=3) | {"adapters": [], "seconds": {}}
-    cli.conclude(document, tmp_path, False, ("acc",), ("png",), False, True)
+    document = paper_study(sets=3, epochs=3) | {"adapters": [], "seconds": {}}
+    conclude(document, tmp_path, False, ("acc",), ("png",), False, True)
     said = capsys.readouterr().err
-    assert said == "--with-paper: nothing beside ours, the paper's runs had another --teacher, --epochs\n"
+    assert said == "--with-paper: nothing beside ours, the paper's runs had another --sets, --epochs\n"
