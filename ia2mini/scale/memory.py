@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -32,22 +33,20 @@ def within_memory(train: Callable, at_once: int | None = None) -> Callable:
     ) -> State:
         nonlocal most_ever
         whole = State.begin(runs.theta) if state is None else state
+        begun = replace(whole)  # the same tensors, but every part begins at its step
         most = min(most_ever or len(runs), runs_that_fit(model, runs, settings.batch_size))
         rest = torch.arange(len(runs))
-        reached = []
         while len(rest):
             part = rest[:most]
             try:
-                found = train(model, adapter, runs.take(part), settings, whole.take(part), hooks)
+                found = train(model, adapter, runs.take(part), settings, begun.take(part), hooks)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
                 most = fewer(model, len(part))
                 continue
-            reached.append((part, found))
-            rest = rest[most:]
-        for part, found in reached:  # only now: each part has begun where the whole stood
             whole.put(part, found)
+            rest = rest[most:]
         if most < len(runs):
             most_ever = most
         return whole
