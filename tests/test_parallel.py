@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,17 +21,18 @@ from safetensors.torch import load_file
 from shipping import shipping
 from torch.distributed import TCPStore
 
-import ia2mini.train
+import ia2mini.engine.experiment
 from ia2mini.cli.main import main
-from ia2mini.train import EarlyStopping
+from ia2mini.scale.race import Race
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["ia2mini.cli", "ia2mini.study", "ia2mini.fitting", "ia2mini.report", "torch.distributed"]
+    ["ia2mini.cli.main", "ia2mini.study.study", "ia2mini.fitting.fit", "ia2mini.report", "torch.distributed"]
 )
 STORES = []
 BOUND = 1e-4  # of results' numbers, and of weights relative to their norm: processors round sums in their own order
-CELL = "run toy-mood --n 4 --sets 2 --epochs 16 --eval-rows 12 --methods icl,sft,ia2,ia2-sft --device cpu".split()
+RACING = "run toy-mood --n 4 --sets 2 --epochs 16 --eval-rows 12 --methods icl,sft,ia2,ia2-sft --device cpu".split()
+CELL = [*RACING, "--no-race"]  # rates race only where one process trains all runs
 CELLS = (
     "run toy-mood toy-sums-short --n 2 --sets 2 --epochs 4 --eval-rows 8 --methods base,icl,ia2 --device cpu".split()
 )
@@ -128,13 +130,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def cell(tmp_path_factory) -> Path:
-    """One cell by one process, in which a rate was beaten."""
-    beaten, kept = [], EarlyStopping.beaten
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EarlyStopping, "beaten", lambda self: (beaten.append(now := kept(self)), now)[1])
-        folder = alone(CELL, tmp_path_factory.mktemp("cell"))
-    assert any(now.any() for now in beaten)
-    return folder
+    """One cell by one process."""
+    return alone(CELL, tmp_path_factory.mktemp("cell"))
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -148,11 +145,29 @@ def test_a_cell_of_which_each_process_has_a_part_is_the_same(count, cell, tmp_pa
         assert relative_distance(one["theta"], other["theta"]) <= BOUND
 
 
-def test_cells_of_which_each_process_has_its_own_are_the_same_bytes(tmp_path):
-    one, two = alone(CELLS, tmp_path / "one"), together(2, CELLS, tmp_path / "two")
-    assert differ(results(one), results(two)) == 0 and files(one) == files(two)
+def test_rates_race_only_where_one_process_trains_all_runs(cell, tmp_path):
+    beaten = []
+    kept = Race.beaten
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Race, "beaten", lambda self: (beaten.append(now := kept(self)), now)[1])
+        raced = results(alone(RACING, tmp_path / "one"))
+    assert any(now.any() for now in beaten)
+    whole = results(cell)
+    steps = [[run["steps"] for run in found["training"]] for found in (raced, whole)]
+    assert steps[0] != steps[1] and all(less <= more for less, more in zip(*steps))
+    several = results(together(2, RACING, tmp_path))
+    for found in (whole, several):
+        found["config"].pop("race")
+    assert differ(whole, several) <= BOUND
+
+
+def test_cells_with_answers_of_their_own_length_are_the_same(tmp_path):
+    one = alone(CELLS, tmp_path / "one")
     assert any("generations" in name for name in files(one))
-    assert differ(results(one), results(together(3, CELLS, tmp_path / "three"))) <= BOUND
+    for count in (2, 3):
+        several = together(count, CELLS, tmp_path / str(count))
+        assert differ(results(one), results(several)) <= BOUND
+        assert files(one).keys() == files(several).keys()
 
 
 def test_a_fit_is_the_same(tmp_path):
@@ -178,7 +193,7 @@ class Dying(NamedTuple):
 
     def __call__(self, rank: int) -> None:
         trainings = []
-        train_runs = ia2mini.train.train_runs
+        train_method = ia2mini.engine.experiment.train_method
 
         def dying(*arguments):
             trainings.append(arguments)
@@ -186,10 +201,10 @@ class Dying(NamedTuple):
                 time.sleep(0.01)
             if len(trainings) == 2:
                 os.kill(os.getpid(), signal.SIGINT if self.killed is None else signal.SIGKILL)
-            return train_runs(*arguments)
+            return train_method(*arguments)
 
         if self.killed in (None, rank):
-            ia2mini.train.train_runs = dying
+            ia2mini.engine.experiment.train_method = dying
 
 
 @pytest.mark.parametrize("killed, code", [(1, 2), (0, 2), (None, 130)])
@@ -221,25 +236,27 @@ def test_what_one_process_began_two_go_on_with(cell, tmp_path):
 def short_of_memory(rank: int) -> None:
     """The second process's first training has no memory left after some looks."""
     if rank == 1:
-        whole, calls = ia2mini.train.train_runs, []
+        whole = ia2mini.engine.experiment.train
+        calls = []
 
-        def train_runs(*arguments):
-            def watch(step, dev_losses):
-                if len(calls) == 1 and step > 5:
+        def train(model, adapter, runs, settings, state, hooks):
+            def after_look(state):
+                if len(calls) == 1 and state.step > 5:
                     raise torch.OutOfMemoryError("out of memory")
+                return hooks.after_look(state)
 
             calls.append(1)
-            return whole(*arguments[:4], watch)
+            return whole(model, adapter, runs, settings, state, replace(hooks, after_look=after_look))
 
-        ia2mini.train.train_runs = train_runs
+        ia2mini.engine.experiment.train = train
 
 
-def test_a_process_without_memory_leaves_the_race_and_the_others_go_on(tmp_path):
+def test_a_process_without_memory_trains_fewer_runs_at_once_and_the_others_go_on(cell, tmp_path):
     codes, _, complaints = end(begin(3, CELL, tmp_path, short_of_memory), tmp_path)
     assert codes == [0, 0, 0], complaints
     told = [line for line in "".join(complaints).splitlines() if line.startswith("ia2mini")]
     assert told == ["ia2mini: warning: out of memory with 2 runs side by side; going on with 1 (--side-by-side 1)"]
-    assert results(found(tmp_path))["cells"]
+    assert differ(results(cell), results(found(tmp_path))) <= BOUND
 
 
 def test_torchrun_tells_a_mistake_once(tmp_path):
@@ -247,16 +264,14 @@ def test_torchrun_tells_a_mistake_once(tmp_path):
     command = [*launch, "ia2mini", *CELL, "--layers", "99"]
     ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert ended.returncode != 0 and not ended.stdout
-    mistake = "ia2mini: --layers 99: this model has layers 0 to 3; or say first-third, middle-third, last-third"
+    mistake = "ia2mini: --layers 99: this model has layers 0 to 3"
     assert [line for line in ended.stderr.splitlines() if line.startswith("ia2mini:")] == [mistake]
 
 
 def test_commands_that_are_not_spread_are_refused(tmp_path):
     codes, told, complaints = end(begin(2, ["tasks"], tmp_path), tmp_path)
     assert set(codes) == {2} and not any(told)
-    refusal = (
-        "ia2mini: only `run` and `fit` are spread over processes; start the others with --shard or without torchrun\n"
-    )
+    refusal = "ia2mini: only `run` and `fit` are spread over processes; start the others without torchrun\n"
     assert sorted(complaints) == ["", refusal]
 
 
@@ -274,12 +289,3 @@ def test_two_nodes_started_by_torchrun_itself(tmp_path):
     ]
     assert [node.wait(600) for node in nodes] == [0, 0]
     assert differ(results(found(tmp_path / "two")), results(alone(command, tmp_path / "one"))) <= BOUND
-
-
-@pytest.mark.parametrize("count", [2, 3])
-def test_adapters_that_share_a_teacher_stay_on_one_process(count, tmp_path):
-    """Of two cells with two adapters three processes are dealt none: they work on each together."""
-    command = "run toy-mood toy-topic --n 2 --sets 2 --epochs 2 --eval-rows 6 --methods icl,ia2 --rates 1e-2".split()
-    command += "--adapter lora,ia3 --select kl --device cpu".split()
-    ours, theirs = together(count, command, tmp_path / "several"), alone(command, tmp_path / "one")
-    assert differ(results(ours), results(theirs)) <= BOUND

@@ -16,10 +16,10 @@ from reference import relative, upstream, upstream_pass
 from bench.timing import allocated
 from ia2mini.adapters import LoRA, adapted
 from ia2mini.batch import Row
-from ia2mini.generate import Decoding, generate
 from ia2mini.engine.options import Options
-from ia2mini.study.study import compare
 from ia2mini.engine.subject import Subject
+from ia2mini.generate import Decoding, generate
+from ia2mini.study.study import compare
 from ia2mini.tasks import custom_task, load_examples
 from ia2mini.tokenizer import Tokenizer
 from ia2mini.train import Runs, Settings, train_runs

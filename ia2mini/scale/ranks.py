@@ -1,7 +1,7 @@
 """Several processes as one, where torchrun has started several: all run the same program and hear all results.
 
-The first process (`chief`) keeps the files and shows the progress. Work is dealt out at one level: sets when teaching
-and scoring, runs when training. The command line asks here before it computes: torch is imported where it is used.
+The first process (`chief`) keeps the files and shows the progress; what is dealt out each process keeps itself. Work is
+dealt out at one level: sets when teaching and scoring, runs when training. The command line asks here before it computes: torch is imported where it is used.
 """
 
 import io
@@ -124,8 +124,24 @@ def unpacked(content: bytes):
     return torch.load(io.BytesIO(content), map_location=here, weights_only=False)
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Work in which the other processes have no part: what is kept on the way this process keeps itself."""
+    global rank, size, chief
+    before = rank, size, chief
+    rank = 0
+    size = 1
+    chief = True
+    try:
+        yield
+    finally:
+        rank, size, chief = before
+
+
 def spread(function: Callable, items: Sequence) -> list:
-    """`function` of every item, in order: item i is computed by process i mod `size`."""
-    mine = [function(item) for item in items[rank::size]]
-    parts = gather(mine)
+    """`function` of every item, in order: item i is computed by process i mod `size`, alone."""
+    mine = items[rank::size]
+    with alone():
+        found = [function(item) for item in mine]
+    parts = gather(found)
     return [parts[i % size][i // size] for i in range(len(items))]
