@@ -10,24 +10,28 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from click import BadParameter
 from plain import Plain, joined, label_log_probability
 from reference import peft_twin, upstream
+from safetensors.torch import load_file
 
 import ia2mini
+from bench.studies.controls import TEACHERS, Control
 from ia2mini import UsageError
-from ia2mini.study import study
+from ia2mini.cli.options import Several
+from ia2mini.engine.options import TINY_RATES, Options
+from ia2mini.engine.subject import open_subject as load_subject
 from ia2mini.methods import METHODS
 from ia2mini.metrics import fit_temperature
-from ia2mini.engine.options import TINY_RATES, Options
-from ia2mini.sets import FURTHER
-from ia2mini.study.study import compare, open_study
-from ia2mini.engine.subject import open_subject as load_subject
-from ia2mini.tasks import custom_task, find_task, world
+from ia2mini.study import study
+from ia2mini.study.cells import lay_out
+from ia2mini.study.study import compare
+from ia2mini.tasks import custom_task, find_task, load_examples, world
 
 EVERY = ("base", "icl", "sft", "ia2", "ia2-sft", "ia2+sft")
 SMALL = Options(n=(2,), sets=2, epochs=4, eval_rows=12, methods=EVERY, rates=(1e-3, 1e-2), betas=(0.3, 0.7))
 MOOD, SUMS = find_task("toy-mood"), replace(find_task("toy-sums"), max_tokens=12)
-NOTHING = {"runs": [], "training": [], "overlap": [], "adapters": [], "samples": []}  # of an experiment that is not run
+NOTHING = {"runs": [], "training": [], "overlap": [], "adapters": [], "samples": []}  # of a cell that is not run
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +47,6 @@ def studied(subject, tmp_path_factory):
     texts = replace(SMALL, methods=("icl", "sft", "ia2-sft"), eval_rows=3, epochs=2)
     found = {select: compare([MOOD], subject, replace(SMALL, select=select), out) for select in ("dev", "eval", "both")}
     return found | {f"{s} texts": compare([SUMS], subject, replace(texts, select=s), out) for s in ("dev", "both")}
-
-
-def nobar(label, total):
-    return nullcontext(SimpleNamespace(update=lambda n: None, n=0, set_postfix_str=lambda text, refresh: None))
 
 
 def config_of(run: dict) -> tuple:
@@ -100,27 +100,6 @@ def test_eval_selection_scores_every_run_and_chooses_as_the_paper(studied):
         assert cell["acc_mean"] == max(fmean(r["acc"] for r in runs if config_of(r) == config) for config in configs)
 
 
-def test_the_rate_is_chosen_by_the_kl_to_the_teacher_where_asked(subject, tmp_path):
-    """Of what learned from the teacher; on queries that no phase has seen. SFT goes by its dev loss."""
-    options = replace(SMALL, select="kl", methods=("sft", "ia2", "ia2-sft"), rates=(1e-2, 1e-5, 3e-3), unlabelled=(3,))
-    document, _ = compare([MOOD], subject, options, tmp_path)
-    for method in options.methods:
-        field, losses = "dev_loss" if method == "sft" else "kl", {}
-        for record in (r for r in document["training"] if r["method"] == method):
-            assert ("kl" in record) == (method != "sft")
-            losses.setdefault(record["rate"], []).append(record[field])
-        (rate,) = {run["rate"] for run in document["runs"] if run["method"] == method}
-        assert rate == min(losses, key=lambda rate: fmean(losses[rate])) and len(losses) == 3
-        assert f"adapters/toy-mood-n2-unlabelled3-{method}-set0" in document["adapters"]
-    assert {cell["selected_by"] for cell in document["cells"]} == {"kl"}
-    (experiment,), _ = open_study([MOOD], subject, options, tmp_path, None, None, nullcontext)
-    for episode, more in zip(experiment.episodes, experiment.further(), strict=True):
-        assert len(more.train) == len(more.demonstrations) == FURTHER
-        seen = episode.train + episode.dev + episode.unlabelled
-        assert len(seen) == 6 and not {e.prompt for e in seen} & {e.prompt for e in more.train}
-        assert all(sorted(shown, key=str) == sorted(episode.train, key=str) for shown in more.demonstrations)
-
-
 def test_records_hold_what_they_say(studied):
     document, folder = studied["dev"]
     for run in document["runs"]:
@@ -137,32 +116,31 @@ def test_records_hold_what_they_say(studied):
     assert all(cell["ece_mean"] is cell["ece_null_mean"] is None for cell in texts["cells"])
 
 
-def test_temperatures_from_dev_rows_equal_plain_passes(studied, subject, tmp_path):
-    document, _ = studied["dev"]
-    net, (experiment,) = (
-        Plain(upstream(subject.folder), subject.tokenizer),
-        open_study([MOOD], subject, SMALL, tmp_path, None, None, nobar)[0],
-    )
+def test_temperatures_from_dev_rows_equal_plain_passes(studied, subject):
+    document, folder = studied["dev"]
+    net = Plain(upstream(subject.folder), subject.tokenizer)
+    (cell,) = lay_out([MOOD], subject, SMALL)
     labels = [subject.tokenizer.encode(label) for label in MOOD.labels]
     for method in ("base", "icl"):
-        for number, episode in enumerate(experiment.episodes):
+        for number, episode in enumerate(cell.episodes):
             before = joined(episode.icl[0]) if method == "icl" else ""
             prompts = [subject.tokenizer.encode(before + row.prompt) for row in episode.dev]
             scores = [[label_log_probability(net.following, ids, label) for label in labels] for ids in prompts]
             heat = fit_temperature(torch.tensor(scores), torch.tensor([row.label for row in episode.dev]))
             records = [r for r in document["runs"] if (r["method"], r["set"]) == (method, number)]
             assert records and all(r["temperature"] == pytest.approx(heat) for r in records)
-    theta, used = experiment.trained("sft").theta, {}
-    for run in experiment.reported("sft"):  # long prompts, alone as a set's only dev row too
-        number = experiment.training_records("sft")[run]["set"]
-        net = Plain(peft_twin(subject.folder, experiment.adapter, theta[run]), subject.tokenizer)
-        (row,) = experiment.episodes[number].dev
+    theta, used = load_file(folder / cell.name / "fit-sft.safetensors")["theta"], {}
+    sft = [record for record in document["training"] if record["method"] == "sft"]
+    for record, weights in zip(sft, theta, strict=True):  # long prompts, alone as a set's only dev row too
+        if config_of(record) != best(sft, "sft"):
+            continue
+        net = Plain(peft_twin(subject.folder, cell.study.adapter, weights), subject.tokenizer)
+        (row,) = cell.episodes[record["set"]].dev
         scores = [[label_log_probability(net.following, subject.tokenizer.encode(row.prompt), one) for one in labels]]
-        used[number] = fit_temperature(torch.tensor(scores), torch.tensor([row.label]))
+        used[record["set"]] = fit_temperature(torch.tensor(scores), torch.tensor([row.label]))
     told = {r["set"]: r["temperature"] for r in document["runs"] if r["method"] == "sft"}
-    assert told == pytest.approx(used) and any(
-        len(subject.tokenizer.encode(e.dev[0].prompt)) > 17 for e in experiment.episodes
-    )
+    assert told == pytest.approx(used) and len(used) == 2
+    assert any(len(subject.tokenizer.encode(e.dev[0].prompt)) > 17 for e in cell.episodes)
     trained = [r for r in document["runs"] if r["rate"]]
     assert all(r["nll_oracle"] <= min(r["nll_dev"], r["nll_labels"]) + 1e-3 for r in trained)
     assert any(r["temperature"] != trained[0]["temperature"] for r in trained)
@@ -171,8 +149,9 @@ def test_temperatures_from_dev_rows_equal_plain_passes(studied, subject, tmp_pat
 def test_controls_teach_something_else_and_leave_sft_alone(subject, tmp_path):
     options = replace(SMALL, methods=("icl", "sft", "ia2", "hidden"), rates=(1e-2,), n=(3,))
     found, tasks = {}, [MOOD, find_task("toy-topic")]
-    for teacher in ("true", "shuffled", "other", "none"):
-        document, _ = compare(tasks, subject, replace(options, teacher=teacher), tmp_path)
+    pools = [load_examples(task, "train").rows for task in tasks]
+    for teacher in TEACHERS:
+        document, _ = compare(tasks, subject, options, tmp_path, draw=Control(teacher, pools))
         found[teacher] = {(r["task"], r["method"], r["set"], r["eval"]): r for r in document["runs"]}
     for key, record in found["true"].items():
         others = [found[teacher][key] for teacher in ("shuffled", "other", "none")]
@@ -203,11 +182,10 @@ def test_ones_own_texts_may_be_as_long_as_the_longest_answer(subject, tmp_path):
     rows = world.rows("toy-sums", "train")[:60]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task, encode = custom_task(tmp_path / "sums.jsonl", "question", "answer"), subject.tokenizer.encode
-    (experiment,), _ = open_study([task], subject, SMALL, tmp_path / "runs", None, None, nullcontext)
+    (cell,) = lay_out([task], subject, SMALL)
     longest = max(len(encode(row["answer"])) for row in rows)
-    assert experiment.max_tokens == experiment.task.max_tokens == longest + 1 < task.max_tokens == 200
-    (labels,), _ = open_study([MOOD], subject, SMALL, tmp_path / "runs", None, None, nullcontext)
-    assert labels.max_tokens == 1
+    assert cell.max_tokens == cell.task.max_tokens == longest + 1 < task.max_tokens == 200
+    assert lay_out([MOOD], subject, SMALL)[0].max_tokens == 1
 
 
 def test_overlaps_are_of_the_chosen_runs(studied):
@@ -239,32 +217,14 @@ def test_run_json_holds_what_the_defaults_came_to(studied, subject, tmp_path, mo
     assert kept["rates"] == [1e-3, 1e-2] and kept["targets"] == ["q_proj", "k_proj", "o_proj"]
     assert kept["templates"] == {"toy-mood": "Text:{text}\nLabel:"} and kept["ia2mini"] == ia2mini.__version__
     assert kept["model"] == subject.base == "tiny" and kept["dtype"] == "float32" and kept["device"] == "cpu"
-    monkeypatch.setattr(study, "run_experiment", lambda experiment: NOTHING)
-    document, folder = compare([MOOD], subject, Options(n=(2,), sets=1, adapter=("ia3",)), tmp_path)
+    monkeypatch.setattr(study, "run_cell", lambda cell, experiment: NOTHING)
+    document, folder = compare([MOOD], subject, Options(n=(2,), sets=1, adapter="ia3"), tmp_path)
     kept = json.loads((folder / "run.json").read_text())
-    assert tuple(kept["rates"]) == TINY_RATES["ia3"] and document["config"] | {"sha256": kept["sha256"]} == kept
-
-
-def test_several_adapters_in_one_study_are_each_alone(subject, tmp_path):
-    one = replace(SMALL, methods=("base", "icl", "sft", "ia2-sft"))
-    several = replace(one, adapter=("lora", "ia3"), rank=(2, 8), targets=("qko", "qv"))
-    names = [kind.name for kind in several.adapters]
-    assert names == ["lora r2", "lora r2 qv", "lora", "lora qv", "ia3", "ia3 qv"]
-    document, folder = compare([MOOD], subject, several, tmp_path)
-    assert list(dict.fromkeys(run["adapter"] for run in document["runs"])) == [None, *names]
-    assert json.loads((folder / "run.json").read_text())["adapters"]["ia3 qv"]["targets"] == ["q_proj", "v_proj"]
-    for kind in (several.adapters[1], several.adapters[-2]):
-        options = replace(one, adapter=(kind.adapter,), rank=(kind.rank,), targets=kind.targets)
-        alone, _ = compare([MOOD], subject, options, tmp_path)
-        for key in ("runs", "training"):
-            assert alone[key] == [run for run in document[key] if run["adapter"] in (None, kind.name)]
-    assert len(document["samples"]) == 1 and len(set(document["adapters"])) == 6 * 2 * one.sets
-    assert all((folder / name).is_dir() for name in document["adapters"])
-    assert len(list(folder.rglob("icl-on-*"))) == len(MOOD.evals)
+    assert tuple(kept["rates"]) == TINY_RATES["ia3"] and document["config"] == kept
 
 
 def test_a_folder_belongs_to_version_model_data_template_and_options(subject, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "run_experiment", lambda experiment: NOTHING)
+    monkeypatch.setattr(study, "run_cell", lambda cell, experiment: NOTHING)
 
     def folder(task=MOOD, options=SMALL, subject=subject, **more) -> Path:
         return compare([task], subject, options, tmp_path, **more)[1]
@@ -274,46 +234,50 @@ def test_a_folder_belongs_to_version_model_data_template_and_options(subject, tm
     monkeypatch.setattr(study, "__version__", "99.0")
     found = {first, folder()}
     monkeypatch.undo()
-    monkeypatch.setattr(study, "run_experiment", lambda experiment: NOTHING)
+    monkeypatch.setattr(study, "run_cell", lambda cell, experiment: NOTHING)
     assert folder() == first
     found |= {folder(replace(MOOD, prompt="Text:{text}\nMood:")), folder(options=replace(SMALL, seed=1))}
     found |= {folder(options=replace(SMALL, select="both")), folder(options=replace(SMALL, eval_rows=11))}
     found |= {folder(subject=replace(subject, base="me/tiny"))}
-    assert len(found) == 7
+    found |= {folder(draw=Control("none", [])), folder(draw=Control("shuffled", []))}
+    assert len(found) == 9
 
 
-def test_adapters_of_the_same_matrices_are_one():
-    names = {
-        ("qk", "kq"): ["lora qk"],
-        ("qko", "o_proj", "q_proj", "k_proj"): ["lora"],
-        ("v_proj", "q_proj", "qk"): ["lora qv", "lora qk"],
-        ("all",): ["lora qkvogud"],
-    }
-    for targets, expected in names.items():
-        assert [kind.name for kind in Options(targets=targets).adapters] == expected
-    found = Options(adapter=("lora", "ia3"), rank=(4, 8), targets=("qk",)).adapters
-    assert [kind.name for kind in found] == ["lora r4 qk", "lora qk", "ia3 qk"]
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        ({"targets": ("qk",)}, "lora qk"),
+        ({"targets": ("kq",)}, "lora qk"),
+        ({"targets": ("qko",)}, "lora"),
+        ({"targets": ("o_proj", "q_proj", "k_proj")}, "lora"),
+        ({"targets": ("v_proj", "q_proj")}, "lora qv"),
+        ({"targets": ("all",)}, "lora qkvogud"),
+        ({"rank": 4, "targets": ("qk",)}, "lora r4 qk"),
+        ({"alpha": 16.0}, "lora α16"),
+        ({"adapter": "ia3", "rank": 4, "targets": ("qk",)}, "ia3 qk"),
+    ],
+)
+def test_adapters_of_the_same_matrices_have_one_name(options, name):
+    assert Options(**options).adapter_name == name
 
 
-@pytest.mark.parametrize("adapters", [("lora",), ("lora", "ia3")])
 @pytest.mark.parametrize(
     "methods",
     [("base",), ("icl",), ("sft",), ("ia2-sft", "sft"), ("sft-ia2", "base"), ("soft", "icl", "sft-sft", "ia2")],
 )
-def test_phases_are_counted_as_they_come(methods, adapters, subject, tmp_path):
+def test_phases_are_counted_as_they_come(methods, subject, tmp_path):
     said = []
 
     def bar(label, total):
         said.append(label)
         return nullcontext(SimpleNamespace(update=lambda n: None, n=0, set_postfix_str=lambda text, refresh: None))
 
-    few = replace(SMALL, methods=methods, adapter=adapters, epochs=1, sets=1, rates=(1e-2,), eval_rows=2, n=(2, 3))
+    few = replace(SMALL, methods=methods, epochs=1, sets=1, rates=(1e-2,), eval_rows=2, n=(2, 3))
     compare([MOOD], subject, few, tmp_path, bar=bar)
     numbers = [label.split(" ")[0] for label in said]
     assert numbers == [f"{i}/{len(said)}" for i in range(1, len(said) + 1)]
     named = {label.split(": ")[0].split(" ")[1] for label in said}
-    names = [f"toy-mood-n{n}{f'-{kind}' * (len(adapters) > 1)}" for kind in adapters for n in (2, 3)]
-    assert named == set(names[: len(names) if set(methods) - {"base", "icl"} else 2])
+    assert named == {"toy-mood-n2", "toy-mood-n3"}
 
 
 def test_runs_trained_in_turn_give_what_runs_side_by_side_give(studied, subject, tmp_path):
@@ -325,9 +289,8 @@ def test_runs_trained_in_turn_give_what_runs_side_by_side_give(studied, subject,
 def test_mistakes_leave_no_folder(subject, tmp_path):
     for options, said in (
         (replace(SMALL, methods=("base", "ia3")), "unknown method 'ia3'; methods: base, icl, sft"),
-        (replace(SMALL, layers=("4",)), "--layers 4: this model has layers 0 to 3"),
-        (replace(SMALL, layers=("-1",)), "--layers -1: this model has layers 0 to 3"),
-        (replace(SMALL, layers=("last",)), "--layers last: .*; or say first-third, middle-third, last-third"),
+        (replace(SMALL, layers=(4,)), "--layers 4: this model has layers 0 to 3"),
+        (replace(SMALL, layers=(-1,)), "--layers -1: this model has layers 0 to 3"),
         (replace(SMALL, n=(2, 4000)), "--n 4000: needs"),
     ):
         with pytest.raises(UsageError, match=said):
@@ -335,11 +298,11 @@ def test_mistakes_leave_no_folder(subject, tmp_path):
     assert not (tmp_path / "out").exists() and "sft" in METHODS
 
 
-def test_layers_by_number_or_by_thirds():
+def test_layers_by_number():
     def numbers(depth: int, *layers) -> list[int] | None:
         return Options(layers=layers).layer_numbers(depth)
 
-    assert numbers(36) is None and numbers(4, "2", 0) == [0, 2]
-    assert numbers(36, "first-third") == list(range(12)) and numbers(36, "last-third", "0") == [0, *range(24, 36)]
-    thirds = [numbers(28, f"{part}-third") for part in ("first", "middle", "last")]
-    assert sum(thirds, []) == list(range(28)) and {len(part) for part in thirds} == {9, 10}
+    assert numbers(36) is None and numbers(4, 2, 0, 2) == [0, 2]
+    assert Several(int).convert("2,0", None, None) == (2, 0)
+    with pytest.raises(BadParameter, match="'last-third' is not a list of int values"):
+        Several(int).convert("last-third", None, None)

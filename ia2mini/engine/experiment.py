@@ -94,7 +94,7 @@ def train_all(x: Experiment) -> dict[str, Trained]:
         kept["theta"] = kept["theta"].to(device_of(x.subject.model))
         trained[method] = Trained(**kept)
         warn_of_failed(f"{x.name}, {method}", trained[method], run_names(x, method), len(x.episodes))
-    if taught is None:
+    if x.methods and taught is None:
         x.progress.kept()
     return trained
 

@@ -166,10 +166,12 @@ def experiment_of(cell: Cell, store: Store, progress: Progress, trainer: Callabl
 
 
 def count_phases(cell: Cell) -> int:
-    """Of a cell: collecting, training each method and, on each evaluation, ICL and every other method."""
-    options = cell.study.options
-    scored = 1 + len([method for method in options.methods if method != "icl"])
-    return 1 + len(in_order(options.methods)) + len(cell.evaluations) * scored
+    """Of a cell: collecting and training each method, where there is one; on each evaluation ICL and every method."""
+    methods = cell.study.options.methods
+    trained = len(in_order(methods))
+    collected = 1 if trained else 0
+    scored = len({"icl", *methods})
+    return collected + trained + len(cell.evaluations) * scored
 
 
 def open_folder(cells: list[Cell], out: Path, draw: Callable) -> tuple[Store, dict]:
