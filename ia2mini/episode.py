@@ -75,28 +75,44 @@ def draw_folds(rows: list[Example], folds: int, choose: Callable, seed: int = 0)
     to learn from stops by the latter, a fifth of them (at most 48). A row's demonstrations are `choose(training rows,
     generator, row)`, those of held-out rows `choose(training rows, generator, None)`.
     """
-    groups: dict[str, list[int]] = {}
-    for i in seeded(seed, 0, "folds").permutation(len(rows)).tolist():
-        groups.setdefault(rows[i].prompt, []).append(i)
-    dealt = sorted(groups.values(), key=lambda group: (rows[group[0]].label is None, rows[group[0]].label or 0))
-    parts = [sum(dealt[f::folds], []) for f in range(folds)]
-    least = len(rows) - max(map(len, parts))
-    size, found = least - min(max(1, least // 5), 48), []
+    parts = deal(rows, folds, seeded(seed, 0, "folds"))
+    trained_on = len(rows) - max(map(len, parts))
+    dev_size = min(max(1, trained_on // 5), 48)
+    train_size = trained_on - dev_size
+    found = []
     for number, test in enumerate(parts):
-        rng, held = seeded(seed, number, "fold"), set(test)
-        others = shuffled([row for i, row in enumerate(rows) if i not in held], rng)
-        train, dev = split_dev(others, size, least - size)
+        rng = seeded(seed, number, "fold")
+        held_out = set(test)
+        others = shuffled([row for i, row in enumerate(rows) if i not in held_out], rng)
+        train, dev = split_dev(others, train_size, dev_size)
         shown = [choose(train, rng, row) for row in train + dev]
         found.append(Fold(train, dev, shown, [choose(train, rng, None)], test=test))
     return found
 
 
+def deal(rows: list[Example], parts: int, rng: np.random.Generator) -> list[list[int]]:
+    """Indices of all rows in parts with equal shares of each label; rows of one prompt stay together."""
+    by_prompt: dict[str, list[int]] = {}
+    for i in rng.permutation(len(rows)).tolist():
+        by_prompt.setdefault(rows[i].prompt, []).append(i)
+
+    def label_of(group: list[int]) -> tuple[bool, int]:
+        label = rows[group[0]].label
+        return label is None, label or 0
+
+    groups = sorted(by_prompt.values(), key=label_of)
+    return [sum(groups[part::parts], []) for part in range(parts)]
+
+
 def split_dev(rows: list[Example], size: int, dev: int) -> tuple[list[Example], list[Example]]:
     """`size` rows to train and `dev` others with equal shares of each label, none of which is a label's only row."""
     turns = in_turn(rows)
-    first = min(len({row.label for row in rows}), len(rows) - dev)
+    labels = len({row.label for row in rows})
+    first = min(labels, len(rows) - dev)  # one of each label trains
     rest = sorted(range(first, len(rows)), key=lambda i: (turns[i].label or 0, i))
-    picked = {rest[(2 * j + 1) * len(rest) // (2 * dev)] for j in range(dev)}
+    picked = set()
+    for j in range(dev):  # evenly spread over the labels
+        picked.add(rest[(2 * j + 1) * len(rest) // (2 * dev)])
     train = [row for i, row in enumerate(turns) if i not in picked]
     return train[:size], [turns[i] for i in sorted(picked)]
 
@@ -109,13 +125,17 @@ def in_turn(rows: list[Example]) -> list[Example]:
 
 def balanced(rows: list[Example], count: int, rng: np.random.Generator, without: str | None = None) -> list[Example]:
     """Up to `count` rows in random order, labels as equally often as there are rows; none with the prompt `without`."""
-    labels, seen, some = len({row.label for row in rows}), Counter(), []
+    labels = len({row.label for row in rows})
+    seen: Counter = Counter()
+    some = []
     for i in rng.permutation(len(rows)):  # of many rows only the first of each label are looked at
-        if rows[i].prompt != without and seen[rows[i].label] < count:
-            some.append(rows[i])
-            seen[rows[i].label] += 1
-            if len(seen) == labels and labels * min(seen.values()) >= count:
-                break
+        row = rows[i]
+        if row.prompt == without or seen[row.label] >= count:
+            continue
+        some.append(row)
+        seen[row.label] += 1
+        if len(seen) == labels and labels * min(seen.values()) >= count:
+            break
     return shuffled(in_turn(some)[:count], rng)
 
 

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import repeat
 
 import torch
 from torch import Tensor, nn
 
-from .batch import Row, Watch, by_length, collate, over_groups, truth_row
+from .batch import Row, Watch, by_length, collate, truth_row
 from .episode import Episode, with_demonstrations
 from .generate import STOP, Decoding, DecodingHooks, generate
 from .models.taps import Taps, device_of
@@ -49,19 +48,41 @@ def teach(
 
         taught = teach(model, tokenizer, draw_episode(examples, n=4))
     """
-    n, end = len(episode.train), asked.max_tokens > 1
-    truth = [truth_row(example, tokenizer, end) for example in episode.train + episode.dev]
+    texts = asked.max_tokens > 1
+    true_rows = [truth_row(example, tokenizer, end=texts) for example in episode.train + episode.dev]
     examples = episode.train + episode.dev + episode.unlabelled
     shown = episode.demonstrations + episode.more_demonstrations
-    prompts = [tokenizer.encode(with_demonstrations(d, e.prompt)) for d, e in zip(shown, examples)]
-    rows, rest = [Row(tokenizer.encode(e.prompt), [0]) for e in examples], list(range(len(examples)))
-    if asked.max_tokens > 1:
-        rest, watch = respond(model, tokenizer, rows, prompts, asked, watch), None
-    observe(model, [rows[i] for i in rest], [prompts[i] for i in rest], replace(asked, residual=False), watch)
+    prompts = []  # with demonstrations
+    rows = []  # without
+    for example, demonstrations in zip(examples, shown):
+        prompts.append(tokenizer.encode(with_demonstrations(demonstrations, example.prompt)))
+        rows.append(Row(tokenizer.encode(example.prompt), [0]))
+    missing = list(range(len(rows)))
+    if texts:
+        missing = respond(model, tokenizer, rows, prompts, asked, watch)
+        watch = None  # it has heard of every row
+    attention = replace(asked, residual=False)
+    observe(model, [rows[i] for i in missing], [prompts[i] for i in missing], attention, watch)
     if asked.residual:
         observe(model, rows, prompts, replace(asked, soft_k=None))
-    labelled = len(truth)
-    return Taught(truth[:n], truth[n:], rows[:n] + rows[labelled:], rows[n:labelled])
+    n = len(episode.train)
+    labelled = len(true_rows)
+    return Taught(
+        train=true_rows[:n],
+        dev=true_rows[n:],
+        icl_train=rows[:n] + rows[labelled:],
+        icl_dev=rows[n:labelled],
+    )
+
+
+@dataclass
+class Step:
+    """What was seen where one token of a response was chosen."""
+
+    token: int
+    output: Tensor  # [L, D] attention outputs
+    soft: Tensor | None = None  # [k] log-probabilities of the likeliest tokens
+    soft_ids: Tensor | None = None  # [k] these tokens
 
 
 def respond(model, tokenizer, rows: list[Row], prompts: list[list[int]], asked: Asked, watch: Watch) -> list[int]:
@@ -69,35 +90,44 @@ def respond(model, tokenizer, rows: list[Row], prompts: list[list[int]], asked: 
 
     Returns the indices of rows that still lack these: a stop text inside a token had them tokenized again.
     """
-    steps: list[list[tuple]] = [[] for _ in prompts]
+    steps: list[list[Step]] = [[] for _ in prompts]
 
-    def observer(live: list[int], tokens: list[int], logits: Tensor, outputs: Tensor) -> None:
-        soft = zip(*top(logits, asked.soft_k)) if asked.soft_k else repeat((None, None))
-        for i, token, output, (log_probabilities, ids) in zip(live, tokens, outputs.unbind(1), soft):
-            steps[i].append((token, output, log_probabilities, ids))
-
-    how, rest = Decoding(asked.max_tokens, asked.stop, 4 * asked.budget, asked.layers, hooks=asked.hooks), []
-    for i, (row, response) in enumerate(zip(rows, generate(model, tokenizer, prompts, how, watch, observer))):
-        row.answer = (response + tokenizer.closing)[: asked.max_tokens]
-        tokens, outputs, *soft = zip(*steps[i][: len(row.answer)])
-        if list(tokens[: len(response)]) != response:
-            rest.append(i)
-            continue
-        row.activations = torch.stack(outputs, 1)
+    def observer(numbers: list[int], tokens: list[int], logits: Tensor, outputs: Tensor) -> None:
+        """Keep what prompts `numbers` show: logits [b, V] and outputs [L, b, D] where `tokens` were chosen."""
+        seen = [Step(token, output) for token, output in zip(tokens, outputs.unbind(1))]
         if asked.soft_k:
-            row.soft, row.soft_ids = map(torch.stack, soft)
-    return rest
+            for step, soft, ids in zip(seen, *top(logits, asked.soft_k)):
+                step.soft = soft
+                step.soft_ids = ids
+        for number, step in zip(numbers, seen):
+            steps[number].append(step)
+
+    how = Decoding(asked.max_tokens, asked.stop, 4 * asked.budget, asked.layers, hooks=asked.hooks)
+    missing = []
+    for i, response in enumerate(generate(model, tokenizer, prompts, how, watch, observer)):
+        row = rows[i]
+        row.answer = (response + tokenizer.closing)[: asked.max_tokens]
+        seen = steps[i][: len(row.answer)]
+        if [step.token for step in seen[: len(response)]] != response:
+            missing.append(i)
+            continue
+        row.activations = torch.stack([step.output for step in seen], 1)
+        if asked.soft_k:
+            row.soft = torch.stack([step.soft for step in seen])
+            row.soft_ids = torch.stack([step.soft_ids for step in seen])
+    return missing
 
 
 def label_tokens_at_most(labels: list[list[int]]) -> int:
     """Tokens of the longest label as a response: those of several tokens end with EOS."""
     longest = max(map(len, labels))
-    return longest + (longest > 1)
+    return longest + 1 if longest > 1 else 1
 
 
 def answer_tokens_at_most(tokenizer: Tokenizer, examples: list[Example]) -> int:
     """Tokens of the longest answer, with EOS."""
-    return 1 + max(len(tokenizer.encode_answer(e.prompt, e.answer, apart=True)) for e in examples)
+    lengths = [len(tokenizer.encode_answer(e.prompt, e.answer, apart=True)) for e in examples]
+    return 1 + max(lengths)
 
 
 def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -112,21 +142,31 @@ def observe(model: Callable, rows: list[Row], prompts: list[list[int]], asked: A
     `model` may be a partial that holds a shared prefix; `prompts` are then what follows it. With `asked.residual`
     states in place of activations.
     """
+    lengths = [len(prompt) + len(row.answer) for prompt, row in zip(prompts, rows)]
+    for group in by_length(lengths, asked.budget):
+        observe_group(model, [rows[i] for i in group], [prompts[i] for i in group], asked)
+        if watch:
+            watch(len(group))
+
+
+def observe_group(model: Callable, rows: list[Row], prompts: list[list[int]], asked: Asked) -> None:
+    """`observe` in one pass."""
     single = asked.max_tokens == 1
-
-    def seen(group: list[int]) -> list[tuple]:
-        batch = collate([[Row(prompts[i], rows[i].answer) for i in group]]).to(device_of(model))
-        taps = Taps(batch.at, asked.layers, asked.residual)
-        logits = model(batch.ids, taps=taps, logits=batch.at if single or asked.soft_k else False)
-        sizes = [len(rows[i].answer) for i in group]
-        answers = [[token] for token in logits.argmax(-1).tolist()] if single else [rows[i].answer for i in group]
-        soft = [t.split(sizes) for t in top(logits, asked.soft_k)] if asked.soft_k else [repeat(None)] * 2
-        return list(zip(answers, taps.stack().split(sizes, dim=1), *soft))
-
-    groups = by_length([len(prompt) + len(row.answer) for prompt, row in zip(prompts, rows)], asked.budget)
-    for group, found in zip(groups, over_groups(seen, groups, watch)):
-        for i, (answer, outputs, soft, soft_ids) in zip(group, found):
-            rows[i].answer = answer
-            setattr(rows[i], "states" if asked.residual else "activations", outputs)
-            if asked.soft_k:
-                rows[i].soft, rows[i].soft_ids = soft, soft_ids
+    full = [Row(prompt, row.answer) for prompt, row in zip(prompts, rows)]
+    batch = collate([full]).to(device_of(model))
+    taps = Taps(batch.at, asked.layers, asked.residual)
+    logits = model(batch.ids, taps=taps, logits=batch.at if single or asked.soft_k else False)
+    sizes = [len(row.answer) for row in rows]
+    for row, outputs in zip(rows, taps.stack().split(sizes, dim=1)):
+        if asked.residual:
+            row.states = outputs
+        else:
+            row.activations = outputs
+    if asked.soft_k:
+        soft, soft_ids = top(logits, asked.soft_k)
+        for row, mine, ids in zip(rows, soft.split(sizes), soft_ids.split(sizes)):
+            row.soft = mine
+            row.soft_ids = ids
+    if single:
+        for row, token in zip(rows, logits.argmax(-1).tolist()):
+            row.answer = [token]

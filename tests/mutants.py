@@ -19,16 +19,18 @@ TREE = ("ia2mini", "models", "bench", "tests")  # what is copied
 # File -> what occurs there exactly once, what is put in its place, and the test that should notice: its file and a part
 # of its name. None is a crash, each is a mistake that one could make.
 MUTANTS = {
-    "models/common.py": [
+    "models/layers.py": [
         ("add_(eps).rsqrt_()", "rsqrt_().add_(eps)", "models equals_transformers_in_float32"),
         ("(inverse**3 / -x", "(inverse**2 / -x", "adapters logits_gradients"),
         ("cat((-sin, sin), -1)", "cat((sin, -sin), -1)", "models equals_transformers_in_float32"),
         ("(2 * math.pi)", "math.pi", "models scaling_far_beyond"),
+    ],
+    "models/taps.py": [
         ("(self.layers or sorted(self.outputs))", "sorted(self.outputs)", "models taps_pick_positions"),
     ],
-    "models/cache.py": [
-        ("(documents == 0)[:, None, None, :]", "(documents == 0)[:, None, :, None]", "cache branches"),
-        ("same.tril()", "same", "cache packed_documents"),
+    "models/attention.py": [
+        ("(self.documents == 0)[:, None, None, :]", "(self.documents == 0)[:, None, :, None]", "cache branches"),
+        ("return seen.tril()", "return seen", "cache packed_documents"),
         ("<= self.slots[..., None]", "< self.slots[..., None]", "cache unequal_prompts"),
         ("T, E) * E**-0.5", "T, E) / E", "cache prefix_equals"),
     ],
@@ -48,17 +50,18 @@ MUTANTS = {
         ("scatter_add_(1, i, -t.exp())", "scatter_add_(1, i, t.expm1())", "losses through_the_head"),
     ],
     "ia2mini/batch.py": [
-        ("1 / (len(row.answer) * len(run))", "1 / sum(len(r.answer) for r in run)", "batch a_batch_written_out"),
-        ("len(rows) / len(runs[r])", "1.0", "batch a_long_row_among"),
+        ("1 / (len(row.answer) * len(rows))", "1 / sum(len(r.answer) for r in rows)", "batch a_batch_written_out"),
         ("len(row.prompt) - 1 + np", "len(row.prompt) + np", "batch every_position"),
     ],
     "ia2mini/train.py": [
-        (".sqrt_().add_(Adam.eps)", ".add_(Adam.eps).sqrt_()", "train adam_equals"),
-        ("finite = dev_loss < self", "finite = dev_loss <= self", "train patience_counts"),
-        ("< self.settings.patience)", "<= self.settings.patience)", "train patience_counts"),
-        ("torch.where(better, 0, self", "torch.where(better, self.misses[runs], self", "train patience_counts"),
+        (".sqrt_().add_(EPSILON)", ".add_(EPSILON).sqrt_()", "train adam_equals"),
+        ("(losses < self.dev_loss)", "(losses <= self.dev_loss)", "train patience_counts"),
+        ("(self.misses < settings.patience)", "(self.misses <= settings.patience)", "train patience_counts"),
+        ("self.misses[better] = 0", "pass", "train patience_counts"),
+        ("self.dev[r] for r in chosen", "self.dev[r] for r in range(len(chosen))", "train stop_at_different_steps"),
+    ],
+    "ia2mini/scale/race.py": [
         ("self.means[-1 - PACE]", "self.means[-PACE]", "train a_rate_far_behind"),
-        ("weight[here] for name", "weight[: len(some)] for name", "train stop_at_different_steps"),
     ],
     "ia2mini/methods.py": [
         ('f"epoch {epoch}"', '"epoch"', "methods sets_start_differently"),
@@ -77,13 +80,15 @@ MUTANTS = {
     "ia2mini/episode.py": [
         ("crc32(purpose.encode())]", "0]", "episode the_same_command"),
         ("shuffled(train[:i] + train[i + 1 :], rng)", "shuffled(train, rng)[1:]", "episode are_the_other"),
-        ("if rows[i].prompt != without and", "if", "folds balanced"),
+        ("if row.prompt == without or", "if", "folds balanced"),
     ],
-    "ia2mini/scoring.py": [
+    "ia2mini/labels.py": [
         ("agreed[..., :1]), agreed[..., :-1])", "agreed[..., :1]), agreed[..., 1:])", "labels several_tokens_equal"),
         ("masked_fill(~self.real, 0.0)", "masked_fill(self.real, 0.0)", "labels several_tokens_equal"),
-        ("zip(*(p[:-1] for p in prompts))", "zip(*prompts)", "evaluate one_query"),
         ("torch.where(self.closes, ending, said)", "said", "ends a_label_ends_with_any"),
+    ],
+    "ia2mini/scoring.py": [
+        ("[prompt[:-1] for prompt in prompts]", "prompts", "evaluate one_query"),
         ("-torch.stack(each).neg().logsumexp(0)", "each[0]", "ends the_confidence_of_a_text"),
     ],
     "ia2mini/metrics.py": [
@@ -91,7 +96,7 @@ MUTANTS = {
         ("** 2).sum(1)", "** 2).mean(1)", "metrics accuracy_nll_brier"),
         ("default_rng(seed).random(", "default_rng().random(", "metrics ece_null_equals"),
         ("0.0 if oracle else 1 / (n + 2)", "0.0", "fit the_temperature_is"),
-        ("p: float = 0.05", "p: float = 0.1", "metrics paired_test_equals_scipy"),
+        ("student_quantile(0.975,", "student_quantile(0.95,", "metrics paired_test_equals_scipy"),
         ("pairs < FEWEST_PAIRS or", "pairs < 2 or", "metrics of_few_pairs"),
     ],
     "ia2mini/fitting/selection.py": [
@@ -116,7 +121,7 @@ MUTANTS = {
         ("cache.lengths += last + 1", "cache.lengths += ids.shape[1]", "generate runs_side_by_side"),
     ],
     "ia2mini/teacher.py": [
-        ("rows[n:labelled])", "rows[n:])", "unlabelled only_ia2"),
+        ("rows[n:labelled],", "rows[n:],", "unlabelled only_ia2"),
     ],
     "ia2mini/tokenizer.py": [
         ("special and not isinstance(text, Rendered)", "special", "chat many_templates"),
@@ -133,7 +138,6 @@ MUTANTS = {
         ("pid.isdecimal() and not alive(int(pid)):", "pid.isdecimal():", "runs what_killed"),
     ],
     "ia2mini/engine/store.py": [
-        ('{tuple(tensor.shape)} ".encode', '".encode', "runs a_digest_sees"),
         ('(".json", ".safetensors")', '(".safetensors",)', "runs checkpoint_digest_sees"),
     ],
     "ia2mini/tasks/delimited.py": [

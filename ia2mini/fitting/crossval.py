@@ -25,13 +25,14 @@ from ..engine.options import FitOptions, last_phase, losses_of
 from ..engine.subject import Subject
 from ..episode import Episode, balanced, draw_folds, seeded, with_demonstrations
 from ..generate import STOP, Decoding
+from ..labels import Scoring, label_scores
 from ..methods import METHODS, STARTS_FROM, Grid
 from ..models.taps import device_of
 from ..scale import ranks
 from ..scale.decode import fast_decoding
 from ..scale.graphs import recorded
 from ..scale.pack import in_batches
-from ..scoring import Scoring, answer_scores, answer_texts, label_scores, last_states, share_prefix
+from ..scoring import answer_scores, answer_texts, last_states, share_prefix
 from ..tasks import Example, Task, same_answer
 from ..teacher import Asked, label_tokens_at_most, observe, teach
 from ..train import Hooks, Settings, State, Trained, go_on, warn_of_failed

@@ -25,9 +25,10 @@ from ..engine.subject import Subject, open_subject
 from ..episode import with_demonstrations
 from ..files import finite, write, write_text
 from ..generate import Decoding
+from ..labels import Scoring, label_scores
 from ..models.checkpoint import load
 from ..models.taps import device_of
-from ..scoring import Scoring, answer_texts, label_scores, share_prefix
+from ..scoring import answer_texts, share_prefix
 from ..tasks import Example
 from ..tasks.chat import ChatTemplate
 from ..tasks.rows import Row, fill

@@ -17,11 +17,12 @@ from ..engine.experiment import Experiment
 from ..engine.options import UNTRAINED
 from ..engine.peft import Merged
 from ..generate import Decoding, generate
+from ..labels import Scoring, label_scores, spellings
 from ..metrics import fit_temperature
 from ..models.taps import device_of
 from ..scale import ranks
 from ..scale.decode import fast_decoding
-from ..scoring import Scoring, label_scores, layer_asim, share_prefix, spellings
+from ..scoring import layer_asim, share_prefix
 from ..tasks import Example, Task, same_answer
 from ..teacher import Asked, label_tokens_at_most, observe
 from ..train import Trained
