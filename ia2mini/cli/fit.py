@@ -205,6 +205,8 @@ def generate(prompt, max_tokens, stop, adapter, chat, **how):
     from ..fitting.predictor import FOREIGN, Predictor
     from ..generate import Decoding
     from ..generate import generate as continue_text
+    from ..models.taps import device_of
+    from ..scale.decode import fast_decoding
     from ..tasks.chat import ChatTemplate
 
     if stop == "":
@@ -229,7 +231,8 @@ def generate(prompt, max_tokens, stop, adapter, chat, **how):
     max_tokens = min(max_tokens, subject.reads + 1 - len(ids))
     stop = stop and stop.replace("\\n", "\n")
     with fitted.student() as student:
-        (response,) = continue_text(student, tokenizer, [ids], Decoding(max_tokens, stop))
+        how = Decoding(max_tokens, stop, hooks=fast_decoding(device_of(subject.model), max_tokens))
+        (response,) = continue_text(student, tokenizer, [ids], how)
     click.echo(plain(tokenizer.decode(ids + response)[len(tokenizer.decode(ids)) :]))
 
 

@@ -18,6 +18,7 @@ from ..generate import STOP, Decoding, generate
 from ..intervals import sign_test
 from ..methods import METHODS
 from ..models.taps import device_of
+from ..scale.decode import fast_decoding
 from ..scoring import share_prefix
 from ..tasks import Example, Task
 from ..tasks.chat import ChatTemplate
@@ -125,7 +126,9 @@ def answered(prompts: list[str], subject: Subject, options: FitOptions) -> list[
         tokens = len(tokenizer.encode(with_demonstrations(shown, prompt))) + options.max_tokens - 1
         subject.check_room(prompt, tokens, "behind the context: cut that, or use a smaller --max-tokens")
     model, ids = share_prefix(subject.model, tokenizer, [shown], prompts)
-    how = Decoding(options.max_tokens, None if options.chat else STOP)  # a turn ends by its own token
+    stop = None if options.chat else STOP  # a turn ends by its own token
+    hooks = fast_decoding(device_of(subject.model), options.max_tokens)
+    how = Decoding(options.max_tokens, stop, hooks=hooks)
     responses = map(tokenizer.decode, generate(model, tokenizer, ids, how))
     return [Example(prompt, response) for prompt, response in zip(prompts, responses)]
 

@@ -22,7 +22,9 @@ class Looks:
 
     def __init__(self, score: Callable, selection: Selection, rates: int, epoch_steps: int):
         self.score = score  # (fold, weights [runs, M]) -> log-probabilities [runs, rows, C]
-        self.selection, self.rates, self.epoch_steps = selection, rates, epoch_steps
+        self.selection = selection
+        self.rates = rates
+        self.epoch_steps = epoch_steps
         self.scores: list[Tensor] = []  # of every epoch [rates, n, C]; NaN where nothing was trained
         self.subsets = self.all_but_two()
 

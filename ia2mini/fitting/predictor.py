@@ -28,6 +28,7 @@ from ..generate import Decoding
 from ..labels import Scoring, label_scores
 from ..models.checkpoint import load
 from ..models.taps import device_of
+from ..scale.decode import fast_decoding
 from ..scoring import answer_texts, share_prefix
 from ..tasks import Example
 from ..tasks.chat import ChatTemplate
@@ -156,7 +157,9 @@ class Predictor:
             if labels:
                 found = self.answer_labels(student, ids, labels)
             else:
-                texts, sure = answer_texts(student, tokenizer, ids, Decoding(spec["max_tokens"], spec["stop"]))
+                hooks = fast_decoding(device_of(self.subject.model), spec["max_tokens"])
+                how = Decoding(spec["max_tokens"], spec["stop"], hooks=hooks)
+                texts, sure = answer_texts(student, tokenizer, ids, how)
                 found = [{"answer": text, "confidence": p} for text, p in zip(texts, sure)]
         if any(np.isnan(answer["confidence"]) for answer in found):
             raise UsageError("the model computes NaN: weights of model or adapter are too large; try --dtype float32")
