@@ -1,7 +1,8 @@
 """Several processes as one, where torchrun has started several: all run the same program and hear all results.
 
 The first process (`chief`) keeps the files and shows the progress; what is dealt out each process keeps itself. Work is
-dealt out at one level: sets when teaching and scoring, runs when training. The command line asks here before it computes: torch is imported where it is used.
+dealt out at one level: sets when teaching and scoring, runs when training. The command line asks here before it
+computes: torch is imported where it is used.
 """
 
 import io
