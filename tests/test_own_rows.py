@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from mistakes import refused
 from pyarrow import parquet
 
-from ia2mini import (FitOptions, fit, load_adapter, open_subject)
+from ia2mini import FitOptions, fit, load_adapter, open_subject
 from ia2mini.cli.main import main
 from ia2mini.files import finite, json_line
 from ia2mini.tasks import world
@@ -123,14 +123,14 @@ def test_labels_of_an_option(saved):
         told = run("predict", saved, "-", "--labels", labels, input=rows, code=2).stderr
         assert said in told and "--labels" in told and told.count("\n") == 1
     for labels in (["0", ""], ["0", "0"], ["0"], ["0", 1]):
-        refused(lambda labels=labels: load_adapter(saved, labels=labels), "--labels")
+        refused(lambda labels=labels: load_adapter(saved, labels=labels), "labels = ", "two or more different texts")
 
 
 def test_a_template_without_a_column_asks_every_row_the_same(saved):
     for template in ("Is it good?", "", "{text", "\\n"):
         told = run("predict", saved, "-", "--template", template, input="", code=2).stderr
         assert "must name a column of the prompt, as {text}" in told and told.count("\n") == 1
-        refused(lambda template=template: load_adapter(saved, template=template), "must name a column")
+        refused(lambda template=template: load_adapter(saved, template=template), "template = ", "columns in braces")
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ import sys
 import pytest
 from commands import invoke
 from ia2mini.models.checkpoint import TINY
+from shipping import shipping
 
-from ia2mini.cli.main import PRINTING, main
+from ia2mini.cli.group import PRINTING
+from ia2mini.cli.main import main
 
 ROW = '{"text": "a grim é film"}\n'
 
@@ -21,7 +23,8 @@ def ground(tmp_path_factory):
     texts = [line.replace("film", f"film {'so ' * i}") for i, line in enumerate(lines)]
     (folder / "rows.csv").write_text("text,label\n" + "".join(texts))
     (folder / "new.jsonl").write_text(ROW)
-    done = invoke(*fit_command(folder), "--out", folder / "fitted")
+    with shipping("sft"):
+        done = invoke(*fit_command(folder), "--out", folder / "fitted")
     assert done.exit_code == 0, done.output
     return folder
 
@@ -108,7 +111,7 @@ def test_closed_and_unreadable_streams_of_a_real_process(tmp_path):
 
 
 def test_a_file_never_gets_the_number_of_a_closed_stream(tmp_path):
-    code = "import os, sys, ia2mini.streams as s; s.open_streams(); print('lost')\n"
+    code = "import os, sys, ia2mini.cli.streams as s; s.open_streams(); print('lost')\n"
     code += f"number = os.open({str(tmp_path / 'file')!r}, os.O_CREAT | os.O_WRONLY)\n"
     code += "os.write(1, b'lost too'); sys.exit(number)"
     done = subprocess.run(["bash", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, code])
@@ -157,4 +160,4 @@ def test_what_is_printed_is_utf_8_in_every_locale(ground):
     ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = started(words, env=ascii_only)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.decode() == invoke(*words).stdout and "é" in done.stdout.decode()
+    assert done.stdout == started(words).stdout and "é" in done.stdout.decode()
