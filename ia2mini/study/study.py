@@ -79,7 +79,7 @@ def carry_out(
     for cell in cells:
         for key, records in run_cell(cell, experiment_of(cell, store, progress, trainer)).items():
             found[key] += records
-    document = {"cells": summarise(found["runs"], options.select)}
+    document: dict = {"cells": summarise(found["runs"], options.select)}
     document.update(store.spent)
     document.update(found)
     document["config"] = config
