@@ -13,11 +13,10 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-import ia2mini.subject
 from ia2mini.cli.main import main
 from ia2mini.engine.options import Options
-from ia2mini.study.study import compare
 from ia2mini.engine.subject import open_subject
+from ia2mini.study.study import compare
 from ia2mini.tasks import find_task, world
 
 MEASURED = ("seconds", "seconds_by_phase", "peak_memory_bytes")
@@ -137,7 +136,7 @@ def test_deterministic_is_set_before_the_device_is_looked_at_and_changes_no_numb
         seen.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
         return opened(*how, **more)
 
-    monkeypatch.setattr(ia2mini.subject, "open_subject", opening)
+    monkeypatch.setattr("ia2mini.engine.subject.open_subject", opening)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     try:
         result = CliRunner().invoke(main, ["run", *few, "--deterministic", "--out", str(tmp_path / "deterministic")])
