@@ -17,8 +17,8 @@ from test_report import latex_rows, record, records, tables
 
 from ia2mini.cli.main import main
 from ia2mini.files import json_line
-from ia2mini.report.summary import summarise
 from ia2mini.report.tables import write_table
+from ia2mini.study.table import summarise
 
 ESCAPES = "\x1b]0;t\x07\x1b[31m\x9b31m\r\x7f\u202egnp.\u2066\u200e\u2028"  # title, red, red, return, right to left
 MARKUP = "<script>alert(1)</script><img src=x onerror=y>`a` ```b``` ![c](http://d) [e](javascript:f) | \\input{g} $h$ %"
@@ -183,7 +183,7 @@ def test_what_fit_writes_is_harmless(ground, tmp_path):
 
 def test_the_command_of_a_report_can_be_typed_again(monkeypatch):
     monkeypatch.setattr("sys.argv", ["x", "fit", "a b.csv", "--template", "{text}\n`$(rm -rf ~)`"])
-    from ia2mini.cli.main import typed
+    from ia2mini.cli.group import typed
 
     assert shlex.split(typed()) == ["ia2mini", "fit", "a b.csv", "--template", "{text}\n`$(rm -rf ~)`"]
 
