@@ -11,12 +11,11 @@ from ia2mini.models.checkpoint import TINY
 from mistakes import refused
 from reference import make_checkpoint
 
-import ia2mini.chat
-from ia2mini import (FitOptions, fit, load_adapter, open_subject)
-from ia2mini.tasks.chat import ChatTemplate
+from ia2mini import FitOptions, fit, load_adapter, open_subject
 from ia2mini.cli.main import main
 from ia2mini.episode import with_demonstrations
 from ia2mini.tasks import Example, world
+from ia2mini.tasks.chat import ChatTemplate
 from ia2mini.tokenizer import Tokenizer
 
 CHATML = """{% for m in messages %}<|im_start|>{{ m['role'] }}
@@ -261,10 +260,10 @@ def test_an_adapter_that_talks_of_the_date_loads_on_another_day(talking, tmp_pat
     template = (folder / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").write_text("{{ strftime_now('%A') }}\n" + template)
     options = FitOptions(epochs=2, rates=(1e-2,), methods=("sft",), folds=2, chat=True)
-    monkeypatch.setattr(ia2mini.chat, "strftime_now", lambda form: "good")
+    monkeypatch.setattr("ia2mini.tasks.chat.strftime_now", lambda form: "good")
     rows = world.rows("toy-mood-remap", "train")[4:12]
     fit(rows, open_subject(str(folder), "cpu"), options, ("text", "label", "{text}")).save(tmp_path / "a")
-    monkeypatch.setattr(ia2mini.chat, "strftime_now", lambda form: "bad bad bad")
+    monkeypatch.setattr("ia2mini.tasks.chat.strftime_now", lambda form: "bad bad bad")
     loaded = load_adapter(tmp_path / "a")
     assert loaded.chat("x").startswith("bad bad bad")
     assert next(loaded.predict(rows[:1]))["answer"] in loaded.spec["labels"]

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from mistakes import refused
 from shipping import shipping
 
-from ia2mini import (FitOptions, fit, load_adapter, open_subject)
+from ia2mini import FitOptions, fit, load_adapter, open_subject
 from ia2mini.cli.main import main
 from ia2mini.episode import with_demonstrations
 from ia2mini.report.card import card

@@ -17,13 +17,14 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from ia2mini import open_subject
 from ia2mini.batch import truth_row
-from ia2mini.tasks.chat import ChatTemplate
 from ia2mini.cli.main import main
-from ia2mini.scoring import (Scoring, answer_texts, label_scores, score)
-from ia2mini.generate import Decoding, before_stop
 from ia2mini.fitting.predictor import FOREIGN, Predictor
+from ia2mini.generate import Decoding, before_stop
+from ia2mini.labels import Scoring, label_scores
 from ia2mini.report.fit import score_rows
+from ia2mini.scoring import answer_texts, score
 from ia2mini.tasks import Example, same_answer
+from ia2mini.tasks.chat import ChatTemplate
 from ia2mini.tasks.rows import Row
 from ia2mini.tokenizer import Tokenizer
 
@@ -45,7 +46,8 @@ def several_ends(folder, eos, **files) -> Tokenizer:
     backend = Backend.from_str(byte_tokenizer(bos=False))
     backend.add_special_tokens(["<|end_of_text|>", "<|im_end|>", "<|im_start|>"])
     backend.save(str(folder / "tokenizer.json"))
-    (folder / "config.json").write_text(json.dumps({"eos_token_id": eos}))
+    config = {"eos_token_id": eos, "vocab_size": backend.get_vocab_size()}
+    (folder / "config.json").write_text(json.dumps(config))
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return Tokenizer.from_folder(folder)

@@ -3,14 +3,15 @@
 import pytest
 
 from ia2mini import FitOptions, open_subject
-from ia2mini.crossval import duration
-from ia2mini.fitting import cross_validation
+from ia2mini.fitting import crossval
+from ia2mini.fitting.crossval import duration
+from ia2mini.fitting.fit import cross_validation
 from ia2mini.tasks import world
 
 OPTIONS = FitOptions(rates=(1e-3, 1e-2), methods=("sft", "ia2-sft"), folds=4, epochs=20, patience=3)
 
 
-def test_the_estimate_counts_rows_folds_rates_epochs_and_phases():
+def test_the_estimate_counts_rows_folds_rates_epochs_and_phases(monkeypatch):
     labels = []
 
     def bar(label, total):
@@ -24,11 +25,10 @@ def test_the_estimate_counts_rows_folds_rates_epochs_and_phases():
     cv.seconds = 10.0  # of one pass over all rows
     epoch = 10.0 * (3 * 3 + 1) * 2 * 3  # three folds there and back and a look; two rates; SFT, IA2 and SFT after it
     expected = f"about {duration(4 * epoch)} to {duration(20 * epoch)}"
-    with cv.training(("sft", 8, 100)):
-        pass
-    with cv.training(("ia2", 8, 100)):
-        pass
-    assert labels == [f"training sft (all training: {expected})", "training ia2"], "said once"
+    monkeypatch.setattr(crossval, "METHODS", {"sft": lambda grid: None, "ia2": lambda grid: None})
+    cv.train_phase(cv.whole_grid, "sft", None)
+    cv.train_phase(cv.fold_grid, "ia2", None)
+    assert labels == ["collecting", f"training sft (all training: {expected})", "training ia2"], "said once"
 
 
 def test_short_work_has_none():

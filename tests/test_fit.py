@@ -15,17 +15,17 @@ from scipy.optimize import minimize_scalar
 from shipping import shipping
 from sklearn import metrics as theirs
 
-from ia2mini import (FitOptions, fit, load_adapter, open_subject)
-from ia2mini.fitting import crossval
+from ia2mini import FitOptions, fit, load_adapter, open_subject
 from ia2mini.adapters import adapted
 from ia2mini.cli.main import main
-from ia2mini.fitting.crossval import CrossValidation
 from ia2mini.episode import with_demonstrations
+from ia2mini.fitting import crossval
+from ia2mini.fitting.crossval import CrossValidation
 from ia2mini.fitting.fit import conclude, read_own
 from ia2mini.methods import METHODS, Grid
 from ia2mini.metrics import ece, fit_temperature
 from ia2mini.tasks import world
-from ia2mini.train import Trained
+from ia2mini.train import Hooks, Trained, train
 
 QUICK = FitOptions(epochs=4, rates=(1e-2,), methods=("sft",), folds=3)
 
@@ -73,8 +73,8 @@ class Alone(Grid):
 
     number: int = 0
 
-    def start(self, configs):
-        return Grid.start(replace(self, sets=self.sets * (self.number + 1)), [(self.number, None, None)] * len(configs))
+    def first_weights(self, number):
+        return super().first_weights(self.number)
 
     def order(self, number, rows, epoch):
         return super().order(self.number, rows, epoch)
@@ -82,17 +82,22 @@ class Alone(Grid):
 
 @pytest.mark.parametrize("method", ["sft", "ia2-sft"])
 def test_a_fold_among_others_equals_it_alone(subject, method):
+    """In the plain loop, without what scale/ wraps around it."""
     cv = cross_validation(subject, toy_rows(15), replace(QUICK, rates=(3e-3, 1e-2)))
     together = cv.train_for(method, torch.tensor([1, 2, 3, 3, 2, 1]))
     for number in range(3):
-        grid = replace(cv.whole_grid, sets=[cv.whole_grid.sets[number]], first=None)
         mine = slice(2 * number, 2 * number + 2)
         wanted = together.steps[mine] - (cv.trained("ia2").steps[mine] if method == "ia2-sft" else 0)
         assert (wanted == cv.epoch_steps * torch.tensor([1, 2, 3, 3, 2, 1])[mine]).all()
-        first = Trained(*(value[mine] for value in vars(cv.trained("ia2")).values()))
-        alone = Alone(**vars(grid) | {"first": lambda name, first=first: first}, number=number)
-        alone.after_look = lambda step, runs, theta, wanted=wanted: step < wanted[runs]
-        assert relative(together.theta[mine], METHODS[method](alone).theta) <= 1e-4
+        phases = [Trained(*(value[mine] for value in vars(cv.trained("ia2")).values()))] * (method == "ia2-sft")
+
+        def until(state, wanted=wanted):
+            state.going &= state.step < wanted[state.index]
+            return False
+
+        grid = replace(cv.whole_grid, sets=[cv.whole_grid.sets[number]], hooks=Hooks(after_look=until), trainer=train)
+        alone = Alone(**vars(grid), number=number)
+        assert relative(together.theta[mine], METHODS[method](alone, *phases).theta) <= 1e-4
 
 
 def test_the_reports_numbers_are_those_of_scikit_learn(fitted):
@@ -278,7 +283,9 @@ def test_a_killed_fit_goes_on_and_nothing_half_written_stays(subject, tmp_path, 
     run(*how, "--out", out, code=130)
     assert [path.name.partition("-")[0] for path in out.iterdir()] == ["unfinished"]
     assert not list(out.rglob(".*")) and list(out.rglob("fit-ia2.safetensors"))
-    trained = {name: lambda grid, m=m: calls.append(len(grid.sets)) or m(grid) for name, m in METHODS.items()}
+    trained = {
+        name: lambda grid, *first, m=m: calls.append(len(grid.sets)) or m(grid, *first) for name, m in METHODS.items()
+    }
     monkeypatch.setattr(crossval, "METHODS", trained)
     again = run(*how, "--out", out)
     assert 3 not in calls, "folds that had been trained were trained again"

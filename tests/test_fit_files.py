@@ -12,13 +12,14 @@ from ia2mini.models.checkpoint import TINY
 from mistakes import refused
 from shipping import shipping
 
-from ia2mini import (FitOptions, fit, load_adapter, open_subject)
-from ia2mini.adapters import make_adapter
+from ia2mini import FitOptions, fit, load_adapter, open_subject
 from ia2mini.cli.main import main
-from ia2mini.metrics import row_losses
+from ia2mini.engine.adapter import make_adapter
+from ia2mini.fitting.measures import measures
 from ia2mini.fitting.predictor import FOREIGN, Predictor
-from ia2mini.report.fit import card, measures
 from ia2mini.fitting.spec import SHAPE
+from ia2mini.metrics import row_losses
+from ia2mini.report.card import card
 from ia2mini.tasks import world
 
 QUICK = FitOptions(epochs=8, rates=(1e-2,), methods=("sft",), folds=2)

@@ -6,9 +6,9 @@ import torch
 
 from ia2mini import FitOptions, open_subject
 from ia2mini.adapters import adapted
-from ia2mini.crossval import CrossValidation
-from ia2mini.evaluate import label_scores
-from ia2mini.fitting import cross_validation
+from ia2mini.fitting.crossval import CrossValidation
+from ia2mini.fitting.fit import cross_validation
+from ia2mini.labels import label_scores
 from ia2mini.tasks import world
 
 
@@ -25,7 +25,7 @@ def test_held_out_rows_are_scored_after_every_epoch_by_weights_that_never_saw_th
             for rate in range(2):
                 with adapted(subject.model, cv.adapter, theta[2 * number + rate][None]) as student:
                     ids = [subject.tokenizer.encode(cv.rows[i].prompt) for i in fold.test]
-                    expected = label_scores(student, ids, cv.labels).logarithms[0]
+                    expected = label_scores(student, ids, cv.labels).log_probabilities[0]
                 assert torch.allclose(scores[epoch, rate, fold.test], expected, atol=1e-3)
     fold = cv.folds[0].test
     other = list(cv.rows)

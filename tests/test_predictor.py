@@ -21,9 +21,9 @@ from reference import make_checkpoint, upstream
 from safetensors.torch import load_file, save_file
 from shipping import shipping
 
-from ia2mini import (FitOptions, UsageError, fit, load_adapter, open_subject)
-from ia2mini.cli.main import main
+from ia2mini import FitOptions, UsageError, fit, load_adapter, open_subject
 from ia2mini.cli.fit import arriving
+from ia2mini.cli.main import main
 from ia2mini.tasks import world
 
 QUICK = FitOptions(epochs=1, rates=(1e-2,), methods=("sft",), folds=2)
@@ -123,8 +123,9 @@ def test_wrong_rows_are_told_and_left_out(saved, tmp_path):
 
 def test_standard_input_is_a_stream(saved):
     """The first answers come while the input is still open."""
-    command = [Path(sys.executable).with_name("ia2mini"), "predict", saved()[1], "-"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "ia2mini", "predict", saved()[1], "-"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=Path(__file__).parents[1], **pipes) as process:
         process.stdin.write("".join(json.dumps(row) + "\n" for row in toy_rows(64)))
         process.stdin.flush()
         first = [json.loads(process.stdout.readline())["id"] for _ in range(64)]

@@ -9,8 +9,9 @@ import torch
 from scipy import stats
 
 from ia2mini.fitting.looks import Looks, failures
+from ia2mini.fitting.selection import COMMONEST, MATTERS, Candidate, Selection, Tried, best_epoch, choose
 from ia2mini.metrics import fit_temperature
-from ia2mini.fitting.selection import (COMMONEST, MATTERS, Candidate, Selection, Tried, best_epoch, choose)
+from ia2mini.train import State
 
 FOLDS = [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
 GOLD = torch.tensor([0, 1] * 6)
@@ -220,6 +221,13 @@ def test_a_rate_that_failed_in_a_fold_is_not_chosen_after_that():
     assert failures(scores, FOLDS, 4).dev_loss.isinf().tolist() == [False, False, True, False, False, False]
 
 
+def look_at(looks: Looks, state: State, step: int, weights: torch.Tensor) -> None:
+    """What the loop does at an epoch's end, after a step that gave these weights [R, M]."""
+    state.theta = weights
+    state.step = step
+    assert not looks(state), "runs end, the loop does not"
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("apart", [False, True])
 def test_no_choice_depends_on_when_training_stopped(seed, apart):
@@ -233,11 +241,11 @@ def test_no_choice_depends_on_when_training_stopped(seed, apart):
 
     looks = Looks(score, chosen, rates=3, epoch_steps=5)
     for part in torch.arange(9).split(4 if apart else 9):
-        live = part
+        state = State.begin(torch.zeros(9, 2)).take(part)
         for epoch in range(30):
-            theta = torch.stack([torch.full((len(live),), epoch), live % 3], 1).float()
-            live = live[looks(5 * (epoch + 1), live, theta)]
-            if not len(live):
+            weights = torch.stack([torch.full((len(part),), epoch), part % 3], 1).float()
+            look_at(looks, state, 5 * (epoch + 1), weights)
+            if not state.going.any():
                 break
     stopped = looks.gathered()
     assert apart or len(stopped) < 30, "something ended early"
@@ -259,8 +267,9 @@ def test_training_waits_for_a_choice_that_two_folds_leave_out():
     scores = torch.stack([true, torch.log1p(-true.exp())], -1)
     scores[:, :, GOLD == 1] = scores[:, :, GOLD == 1].flip(-1)
     looks = Looks(lambda fold, theta: scores[theta[:, 0].long(), 0][:, FOLDS[fold]], selection(), 1, 1)
-    runs = torch.arange(3)
+    state = State.begin(torch.zeros(3, 1))
     for epoch in range(10):
-        assert looks(epoch + 1, runs, torch.full((3, 1), float(epoch))).all()
+        look_at(looks, state, epoch + 1, torch.full((3, 1), float(epoch)))
+        assert state.going.all()
     alone = Selection(FOLDS[:2], GOLD, patience=2, calibrate=False)
     assert alone.judge(Tried("sft", scores), [0, 1]).picks[1] == (9, 0)

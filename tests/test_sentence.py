@@ -7,9 +7,9 @@ import torch
 from sklearn.metrics import f1_score
 
 from ia2mini import FitOptions, fit, open_subject
+from ia2mini.fitting.sentence import listed, percent, probability, sentence
 from ia2mini.metrics import macro_f1
 from ia2mini.report.fit import score_rows, write_fit_table
-from ia2mini.report.sentence import listed, percent, probability, sentence
 from ia2mini.tasks import world
 from ia2mini.tasks.rows import as_rows
 
