@@ -11,8 +11,9 @@ from reference import VOCABULARY, make_checkpoint, peft_twin, upstream, upstream
 from ia2mini.adapters import IA3, LoRA, adapted
 from ia2mini.batch import Row, by_length, collate
 from ia2mini.episode import with_demonstrations
-from ia2mini.scoring import (Scoring, label_scores, layer_asim, share_prefix)
 from ia2mini.generate import Decoding, generate
+from ia2mini.labels import Scoring, label_scores
+from ia2mini.scoring import layer_asim, share_prefix
 from ia2mini.tasks import Example
 from ia2mini.teacher import Asked, observe
 

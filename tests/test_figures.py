@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from ia2mini import UsageError
-from ia2mini.report.figures import (CAPTIONS, draw, draw_figures, views)
+from ia2mini.report.figures import CAPTIONS, draw, draw_figures, views
 
 pytest.importorskip("matplotlib")
 

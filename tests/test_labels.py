@@ -15,7 +15,8 @@ from test_evaluate import ADAPTERS, DEMONSTRATIONS, PROMPTS, QUERIES, trained
 
 from ia2mini.adapters import adapted
 from ia2mini.episode import with_demonstrations
-from ia2mini.scoring import (Scoring, label_scores, score, share_prefix)
+from ia2mini.labels import Scoring, label_scores
+from ia2mini.scoring import score, share_prefix
 from ia2mini.tasks import Example
 
 
