@@ -157,7 +157,8 @@ def label_scores(
         log_probabilities=torch.cat([part.log_probabilities for part in parts], 1)[:, order],
     )
     if how.like is not None:
-        found.asim = (sum(part.asim for part in parts if part.asim is not None) / tapped).cpu()
+        alike = torch.stack([part.asim for part in parts if part.asim is not None])
+        found.asim = (alike.sum(0) / tapped).cpu()
     elif tapped:
         outputs = [part.outputs for part in parts if part.outputs is not None]
         found.outputs = torch.cat(outputs, 2)[:, :, order[:tapped]]

@@ -66,7 +66,7 @@ def check_labels(labels: list[str] | None) -> None:
 
 def labels(value) -> bool:
     """Whether a value is a list of labels that can be told apart, or empty where the answers are texts."""
-    return isinstance(value, (list, tuple)) and (not value or wrong_labels(value) is None)
+    return isinstance(value, (list, tuple)) and (not value or wrong_labels(list(value)) is None)
 
 
 def parser(value) -> bool:
