@@ -60,6 +60,12 @@ MUTANTS = {
         ("self.misses[better] = 0", "pass", "train patience_counts"),
         ("self.dev[r] for r in chosen", "self.dev[r] for r in range(len(chosen))", "train stop_at_different_steps"),
     ],
+    "ia2mini/scale/pack.py": [
+        ("len(rows) / len(runs[r])", "1.0", "batch a_long_row_among"),
+    ],
+    "ia2mini/scale/shrink.py": [
+        ("live = live[part.going]", "live = live[: part.going.sum()]", "train stop_at_different_steps"),
+    ],
     "ia2mini/scale/race.py": [
         ("self.means[-1 - PACE]", "self.means[-PACE]", "train a_rate_far_behind"),
     ],
@@ -137,7 +143,11 @@ MUTANTS = {
     "ia2mini/files/__init__.py": [
         ("pid.isdecimal() and not alive(int(pid)):", "pid.isdecimal():", "runs what_killed"),
     ],
+    "ia2mini/engine/select.py": [
+        ("math.inf if value is None or math.isnan(value)", "math.inf if value is None", "summary diverged_is_never"),
+    ],
     "ia2mini/engine/store.py": [
+        ("by_phase.get(phase, 0.0) + took", "took", "runs seconds_add"),
         ('(".json", ".safetensors")', '(".safetensors",)', "runs checkpoint_digest_sees"),
     ],
     "ia2mini/tasks/delimited.py": [
@@ -148,9 +158,6 @@ MUTANTS = {
     ],
     "ia2mini/report/page.py": [
         ("return html.escape(", "return html.escape(quote=False, s=", "page nothing_in_a_document"),
-    ],
-    "ia2mini/report/summary.py": [
-        ("math.inf if value is None or math.isnan(value)", "math.inf if value is None", "summary diverged_is_never"),
     ],
 }
 

@@ -16,7 +16,7 @@ from kills import COMMANDS, ROOT, check_whole, command, content, lose_permission
 from mistakes import refused
 
 from ia2mini import load_adapter
-from ia2mini.cli.main import Commands
+from ia2mini.cli.group import Commands
 
 BY_THE_CLOCK = "IA2MINI_KILLS" in os.environ
 KILLS = int(os.environ.get("IA2MINI_KILLS", 2))
