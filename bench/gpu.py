@@ -19,10 +19,12 @@ from ia2mini.files import read_json, write_json
 ROOT = Path(__file__).parents[1]
 SHAPES = ("qwen3-0.6b", "qwen3-4b")
 BENCHES = ("step", "cell", "kernel", "collect", "icl", "generate", "memory")
-STEP, ALL = 530.0, 1490.0  # seconds at most: of a step, of a call
+STEP = 530.0  # seconds at most of a step
+ALL = 1490.0  # of a call
 QUIET = 30.0  # seconds without a word of a step, after which one is said for it
 TICK = 0.1  # seconds between looks at a step
-TIMEOUT, NO_COMMAND = 124, 127  # exit status of what ran too long, and of what could not be begun
+TIMEOUT = 124  # exit status of what ran too long
+NO_COMMAND = 127  # of what could not be begun
 SAID = 4000  # characters that are kept of what a step said
 
 

@@ -20,7 +20,8 @@ from .report import Line, Result, agree
 from .shapes import LABELS, SST2_LENGTHS, Stand
 from .timing import Timing, clock, gemm_ceiling, race
 
-QUESTION, ANSWER = 60, 120  # tokens of a GSM8K row, roughly, under Qwen3's tokenizer
+QUESTION = 60  # tokens of a GSM8K row, roughly, under Qwen3's tokenizer
+ANSWER = 120
 
 
 def spread(tokens: int, count: int) -> list[int]:
@@ -37,7 +38,8 @@ def same_tokens(stand: Stand, prompts: list[list[int]], ours: list[list[int]], t
     """
     if stand.dtype == torch.float32:
         return agree("tokens", ours, theirs, 0)
-    chosen, best = [], []
+    chosen = []
+    best = []
     for prompt, response in zip(prompts, ours):
         ids = torch.tensor([prompt + response], device=stand.device)
         logits = stand.net(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()  # [P, V]
@@ -81,7 +83,8 @@ def collect(
         f"{stand.about}; {rows} rows of {length} tokens with {demonstrations} demonstrations, {tokens} tokens generated"
     )
     result = Result("collect", about, [])
-    a, b = AsReleased(stand), UsedWell(stand)
+    a = AsReleased(stand)
+    b = UsedWell(stand)
     theirs = b.collect(queries[:2], prompts[:2], 8)
     ours = our_collect(stand, Episode(pool[:2], [], shown[:2], []), 8).icl_train
     same_tokens(stand, prompts[:2], [row.answer for row in ours], [row.answer for row in theirs])
@@ -138,7 +141,8 @@ def icl(
     ids = stand.tokenizer.encode_all(texts)
     labels = stand.tokenizer.label_tokens("w20", LABELS)
     first = [label for (label,) in labels]
-    a, b = AsReleased(stand), UsedWell(stand)
+    a = AsReleased(stand)
+    b = UsedWell(stand)
 
     def ours(count: int = queries):
         model, rest = share_prefix(stand.model, stand.tokenizer, [pool], texts[:count])
@@ -178,7 +182,8 @@ def generate(
 ) -> Result:
     """`tokens` greedy tokens after `rows` prompts of `length`, nothing ending early; peer (a) does `sample` passes."""
     prompts = stand.prompts(rows, (length,))
-    a, b = AsReleased(stand), UsedWell(stand)
+    a = AsReleased(stand)
+    b = UsedWell(stand)
     result = Result("generate", f"{stand.about}; {rows} prompts of {length} tokens, {tokens} new tokens each", [])
     mine = our_generate(stand, prompts[:4], 16)
     result.remark(same_tokens(stand, prompts[:4], mine, b.generate(prompts[:4], 16)))

@@ -61,7 +61,8 @@ class Peer:
 
     def train(self, rows: list[Row], dev: list[Row], phase: str, steps: int) -> tuple[list[Tensor], float]:
         """`steps` steps on all rows, a look at the dev loss after each; the best weights and their dev loss."""
-        best, kept = float("inf"), self.state()
+        best = float("inf")
+        kept = self.state()
         for _ in range(steps):
             self.step(rows, phase)
             loss = self.look(dev, phase)
@@ -109,13 +110,16 @@ class AsReleased(Peer):
         self, queries: list[list[int]], prompts: list[list[int]], tokens: int, at: list[int] | None = None
     ) -> list[Row]:
         """Responses and attention outputs under full prompts. `at`: only these of the `tokens` passes."""
-        rows, found = [], {}
+        rows = []
+        found: dict[int, Tensor] = {}
         with (
             self.net.disable_adapter(),
             hooks(self.attentions, lambda layer, output: found.update({layer: output.clone()})),
         ):
             for query, prompt in zip(queries, prompts):
-                ids, answer, activations = list(prompt), [], []
+                ids = list(prompt)
+                answer: list[int] = []
+                activations = []
                 for token in range(tokens):
                     if at is not None and token not in at:
                         ids.append(ids[-1])
@@ -160,7 +164,8 @@ class AsReleased(Peer):
     @torch.no_grad()
     def score(self, prompts: list[list[int]], labels: list[int]) -> tuple[Tensor, Tensor]:
         """Top-1 probability [Q] and label probabilities [Q, C]."""
-        top, shares = [], []
+        top = []
+        shares = []
         for start in range(0, len(prompts), 8):
             probabilities = self.net(**left_padded(prompts[start : start + 8], self.device)).logits[:, -1].softmax(-1)
             best = torch.topk(probabilities, 10)
@@ -237,12 +242,11 @@ class UsedWell(Peer):
     def score(self, prompts: list[list[int]], labels: list[int], size: int = 64, prefix: list[int] | None = None):
         """Top-1 probability [Q] and label probabilities [Q, C]; `prefix`: keys and values, copied for every batch."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        top, shares = torch.zeros(len(prompts)), torch.zeros(len(prompts), len(labels))
-        cache = (
-            self.net(input_ids=torch.tensor([prefix], device=self.device), use_cache=True).past_key_values
-            if prefix
-            else None
-        )
+        top = torch.zeros(len(prompts))
+        shares = torch.zeros(len(prompts), len(labels))
+        if prefix:
+            shown = torch.tensor([prefix], device=self.device)
+            cache = self.net(input_ids=shown, use_cache=True).past_key_values
         for start in range(0, len(order), size):
             group = order[start : start + size]
             batch = left_padded([prompts[i] for i in group], self.device)

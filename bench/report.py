@@ -162,7 +162,8 @@ def agree(what: str, ours, theirs, tolerance: float = 1e-3) -> str:
 
     `tolerance`: see `TOLERANCE`. Returns a remark saying how closely.
     """
-    ours, theirs = torch.as_tensor(ours).float().cpu(), torch.as_tensor(theirs).float().cpu()
+    ours = torch.as_tensor(ours).float().cpu()
+    theirs = torch.as_tensor(theirs).float().cpu()
     assert ours.shape == theirs.shape, f"{what}: shapes differ, {tuple(ours.shape)} and {tuple(theirs.shape)}"
     gap = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item()
     assert gap <= tolerance, (

@@ -85,7 +85,8 @@ def memory(shape: str = "100m", device: str = "cpu", dtype=torch.float32, tokens
     about = f"{shape}, {str(dtype)[6:]}, {device}: one step of 4 rows of 26 tokens with answers of {tokens}"
     result = Result("memory", about, [])
     ground = stand(shape, device, dtype)
-    c, ids = ground.config, [20 + i % 64 for i in range(tokens)]
+    c = ground.config
+    ids = [20 + i % 64 for i in range(tokens)]
     target = torch.randn(c.num_hidden_layers, tokens, c.hidden_size, device=device, dtype=dtype)
     for method, (phase, _) in PHASES.items():
         rows = [Row(prompt, ids, target if phase == "mse" else None) for prompt in ground.prompts(4, (26,))]

@@ -164,7 +164,8 @@ def allocated(function: Callable, device="cpu") -> int:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Nothing on stderr, where the profiler is chatty."""
-    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    stderr = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
         yield

@@ -224,7 +224,8 @@ def our_cell(
 
 def peer_sets(peer: Peer, size: Size) -> list[Taught]:
     """The same sets as ours, taught by the peer."""
-    stand, sets = peer.stand, []
+    stand = peer.stand
+    sets = []
     for i in range(size.sets):
         pool = stand.examples(size.n + max(1, size.n // 2), SST2_LENGTHS, 1, seed=i)
         episode = draw_episode(pool, size.n, i)
@@ -275,7 +276,8 @@ def peer_cell(peer: Peer, size: Size, prompts: list[list[int]]) -> tuple[dict[st
 
 def check_cell(stand: Stand, small: Size = Size(2, 1, 2, 8)) -> str:
     """A short cell gives the same top-1 probabilities of the same runs in all stacks."""
-    remark, prompts = "", stand.prompts(small.rows, SST2_LENGTHS, seed=99)
+    remark = ""
+    prompts = stand.prompts(small.rows, SST2_LENGTHS, seed=99)
     _, runs, ours = our_cell(stand, small, prompts)
     for kind in PEERS.values():
         _, same, theirs = peer_cell(kind(stand), small, prompts)

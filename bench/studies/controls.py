@@ -17,15 +17,25 @@ def controlled(episode: Episode, teacher: str, other: Callable[[], Episode], see
     """
     if teacher == "true":
         return episode
-    source = other() if teacher == "other" else episode
-    lists = {name: getattr(source, name) for name in ("demonstrations", "more_demonstrations")}
-    if teacher == "none":
-        lists = {name: [[] for _ in shown] for name, shown in lists.items()}
-    elif teacher == "shuffled":
+    if teacher == "other":
+        there = other()
+        return replace(episode, demonstrations=there.demonstrations, more_demonstrations=there.more_demonstrations)
+    moved = {}
+    if teacher == "shuffled":
         ring = shuffled(episode.train, seeded(seed, 0, "answers in other places"))
-        moved = {a: replace(a, answer=b.answer, label=b.label) for a, b in zip(ring, ring[1:] + ring[:1])}
-        lists = {name: [[moved[row] for row in rows] for rows in shown] for name, shown in lists.items()}
-    return replace(episode, **lists)
+        for row, following in zip(ring, ring[1:] + ring[:1]):
+            moved[row] = replace(row, answer=following.answer, label=following.label)
+
+    def seen(shown: list[list[Example]]) -> list[list[Example]]:
+        if teacher == "none":
+            return [[] for _ in shown]
+        return [[moved[row] for row in rows] for rows in shown]
+
+    return replace(
+        episode,
+        demonstrations=seen(episode.demonstrations),
+        more_demonstrations=seen(episode.more_demonstrations),
+    )
 
 
 @dataclass
