@@ -219,9 +219,9 @@ def test_no_memory_for_a_fused_kernel_is_no_missing_compiler(monkeypatch):
 
 
 def test_without_a_compiler_a_kernel_runs_unfused(monkeypatch):
-    with pretended_gpu():
+    with pretended_gpu(), monkeypatch.context() as patch:
         x, kernel = torch.ones(2, device="cuda"), Kernel(RuntimeError("Cannot find a working triton installation"), 9)
-        monkeypatch.setattr(torch, "compile", kernel)
+        patch.setattr(torch, "compile", kernel)
         double = fused(lambda x: 2 * x)
         with pytest.warns(UserWarning, match="runs unfused: RuntimeError"):
             assert double(x).tolist() == [2, 2]
