@@ -81,14 +81,19 @@ class Pass:
 
 def widths(config) -> tuple[int, int]:
     """Q and K: all heads of queries, and all of keys."""
-    return config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    Q = config.num_attention_heads * config.head_dim
+    K = config.num_key_value_heads * config.head_dim
+    return Q, K
 
 
 def matrices(config) -> tuple[int, int, int]:
     """Weights of a layer's frozen maps: q, k, v; o; MLP."""
     D = config.hidden_size
     Q, K = widths(config)
-    return D * (Q + 2 * K), Q * D, 3 * D * config.intermediate_size
+    qkv = D * (Q + 2 * K)
+    out = Q * D
+    mlp = 3 * D * config.intermediate_size
+    return qkv, out, mlp
 
 
 def lora_size(config, rank: int) -> int:
@@ -112,11 +117,17 @@ def flops(config, p: Pass) -> float:
     qkv, out, mlp = (2 * weights for weights in matrices(config))
     attention = 4 * (p.tokens + p.past) * Q
     lora = 2 * p.rank * (3 * D + 2 * Q + K)
-    last = p.positions * (mlp + 2 * D * config.vocab_size) if p.head else 0
-    total = L * n * (qkv + out + attention + lora) + (L - 1) * n * mlp + last
+    last = 0.0
+    if p.head:
+        last = p.positions * (mlp + 2 * D * config.vocab_size)
+    total = L * n * (qkv + out + attention + lora)
+    total += (L - 1) * n * mlp
+    total += last
     if p.backward:
-        total += (L - 1) * n * (qkv + out + mlp) + n * out + last
+        total += (L - 1) * n * (qkv + out + mlp)
+        total += n * out  # of the first layer
         total += 2 * L * n * (attention + lora)
+        total += last
         total -= n * 2 * p.rank * 2 * D  # no gradient reaches the embeddings: A of the first q and k
     return float(total)
 
@@ -127,9 +138,13 @@ def moved(config, p: Pass, size: int) -> float:
     L = config.num_hidden_layers
     V = config.vocab_size
     Q, K = widths(config)
-    states = p.rows * p.tokens * (4 * D + 4 * Q + 4 * K + 3 * config.intermediate_size)
+    state = 4 * (D + Q + K) + 3 * config.intermediate_size
+    states = p.rows * p.tokens * state
     weights = sum(matrices(config)) * p.copies
-    head = p.copies * V * D * size + 8 * p.positions * V if p.head else 0
+    head = 0.0
+    if p.head:
+        head = p.copies * V * D * size
+        head += 8 * p.positions * V
     if p.backward:
         states *= 3  # kept, read again, and gradients
         weights *= 2
@@ -186,13 +201,25 @@ class CellSize:
             return {"train": Pass(self.sets * self.n, self.length, 0, head=False)}
         runs = self.sets * self.configs
         rows = runs * self.n / self.steps_an_epoch
-        step = Pass(rows, self.length, rows * self.answer, phase not in MATCHED, backward=True, rank=self.rank)
-        look = replace(step, rows=runs * self.dev, positions=runs * self.dev * self.answer, backward=False)
+        step = Pass(
+            rows=rows,
+            tokens=self.length,
+            positions=rows * self.answer,
+            head=phase not in MATCHED,
+            backward=True,
+            rank=self.rank,
+            times=self.epochs * self.steps_an_epoch,
+        )
         looks_an_epoch = math.ceil(self.steps_an_epoch / 2)
-        return {
-            "train": replace(step, times=self.epochs * self.steps_an_epoch),
-            "look": replace(look, times=self.epochs * looks_an_epoch),
-        }
+        dev = runs * self.dev
+        look = replace(
+            step,
+            rows=dev,
+            positions=dev * self.answer,
+            backward=False,
+            times=self.epochs * looks_an_epoch,
+        )
+        return {"train": step, "look": look}
 
     def score(self, method: str, config, size: int) -> Cost:
         """The answers of a method's runs to every evaluation."""
@@ -213,16 +240,24 @@ class CellSize:
         total = prompt.cost(config, size)
         if self.answer > 1:
             copies = max(1, rows * (tokens + self.answer) / DECODED_AT_ONCE)
-            past = shared + tokens + self.answer / 2
-            steps = self.answer - 1
-            decode = Pass(rows, 1, rows, rank=rank, past=past, pasts=rows, times=steps, copies=copies)
+            decode = Pass(
+                rows=rows,
+                tokens=1,
+                positions=rows,
+                rank=rank,
+                past=shared + tokens + self.answer / 2,
+                pasts=rows,
+                times=self.answer - 1,
+                copies=copies,
+            )
             total += decode.cost(config, size)
         return total
 
     def memory(self, config, size: int = 2, side_by_side: int | None = None) -> float:
         """Bytes at most in training: the frozen weights, and what the runs of a step keep for the backward pass."""
-        tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-        weights = config.num_hidden_layers * sum(matrices(config)) + tables
+        weights = config.num_hidden_layers * sum(matrices(config))
+        tables = 1 if config.tie_word_embeddings else 2
+        weights += tables * config.vocab_size * config.hidden_size
         rows = min(self.n, self.batch)
         kept = run_bytes(config, rows * self.length, rows * self.answer, size, lora_size(config, self.rank))
         runs = self.sets * self.configs
