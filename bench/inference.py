@@ -85,12 +85,8 @@ def collect(
     result = Result("collect", about, [])
     a = AsReleased(stand)
     b = UsedWell(stand)
-    theirs = b.collect(queries[:2], prompts[:2], 8)
-    ours = our_collect(stand, Episode(pool[:2], [], shown[:2], []), 8).icl_train
-    same_tokens(stand, prompts[:2], [row.answer for row in ours], [row.answer for row in theirs])
-    for others in (a.collect(queries[:1], prompts[:1], 8), theirs):
-        remark = agree("attention outputs", *comparable(ours, others), stand.tolerance)
-    result.remark(remark)
+    two = Episode(pool[:2], [], shown[:2], [])
+    result.remark(same_outputs(stand, a, b, two, queries[:2], prompts[:2]))
 
     times = race(
         {
@@ -111,6 +107,18 @@ def collect(
         result.ratio(f"{name} / us", times[name], times["us"])
     overhead(stand, result, prompts, tokens, seconds / 4)
     return result
+
+
+def same_outputs(
+    stand: Stand, a: AsReleased, b: UsedWell, episode: Episode, queries: list[list[int]], prompts: list[list[int]]
+) -> str:
+    """That both peers see the attention outputs that we see, behind the same eight tokens of each response."""
+    ours = our_collect(stand, episode, 8).icl_train
+    theirs = b.collect(queries, prompts, 8)
+    same_tokens(stand, prompts, [row.answer for row in ours], [row.answer for row in theirs])
+    for others in (a.collect(queries[:1], prompts[:1], 8), theirs):
+        remark = agree("attention outputs", *comparable(ours, others), stand.tolerance)
+    return remark
 
 
 @torch.no_grad()
