@@ -46,7 +46,13 @@ QUICK: dict[str, dict] = {  # sizes that show in seconds whether all stacks run 
 
 
 def run(
-    name: str, shape: str | None, device: str, dtype: torch.dtype, select: str, quick: bool, done: Callable
+    name: str,
+    shape: str | None,
+    device: str,
+    dtype: torch.dtype,
+    select: str,
+    quick: bool,
+    done: Callable,
 ) -> None:
     """One bench; `done` is called with every result as it comes. `select`: which runs `cell` scores."""
     benches = {
@@ -83,12 +89,20 @@ def options(command):
     """What every bench of speed asks."""
     usual = f"{' and '.join(CPU_SHAPES)}; on a GPU {' and '.join(GPU_SHAPES)}"
     for option in (
-        click.option("--save", is_flag=True, help="keep the results in bench/results/, with the date and the machine"),
         click.option(
-            "--quick", is_flag=True, help="tiny sizes, once: do all stacks run and agree? The times say little"
+            "--save",
+            is_flag=True,
+            help="keep the results in bench/results/, with the date and the machine",
         ),
         click.option(
-            "--dtype", type=click.Choice(["float32", "bfloat16"]), help="[default: float32, on a GPU bfloat16]"
+            "--quick",
+            is_flag=True,
+            help="tiny sizes, once: do all stacks run and agree? The times say little",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16"]),
+            help="[default: float32, on a GPU bfloat16]",
         ),
         click.option("--device", help="[default: a GPU if there is one]"),
         click.option("--shape", type=click.Choice(list(SHAPES)), help=f"[default: {usual}]"),
@@ -167,7 +181,9 @@ def main(context, **asked):
     if context.invoked_subcommand is None:
         several(BENCHES, **asked)
     elif any(asked.values()):
-        raise UsageError(f"options come after the command: python -m bench {context.invoked_subcommand} …")
+        raise UsageError(
+            f"options come after the command: python -m bench {context.invoked_subcommand} …"
+        )
 
 
 def add(name: str, about: str, *more) -> None:
@@ -217,8 +233,14 @@ def here(command: list[str], *about) -> tuple[int, str]:
 
 @main.command("gpu")
 @click.option("--again", is_flag=True, help="forget what earlier calls have done")
-@click.option("--failed", is_flag=True, help="also try again what failed or ran too long in an earlier call")
-@click.option("--dry", is_flag=True, help="every step on this CPU, at tiny sizes in bfloat16: does each of them run?")
+@click.option(
+    "--failed", is_flag=True, help="also try again what failed or ran too long in an earlier call"
+)
+@click.option(
+    "--dry",
+    is_flag=True,
+    help="every step on this CPU, at tiny sizes in bfloat16: does each of them run?",
+)
 def gpu_command(again, failed, dry):
     """The first hour on a GPU: its tests, then step, cell, kernel, collect, icl, generate and memory on real shapes.
 
@@ -241,7 +263,10 @@ def gpu_command(again, failed, dry):
 
 @main.command("pretrain")
 @click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="folder of the checkpoint; rerun, it goes on"
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="folder of the checkpoint; rerun, it goes on",
 )
 @click.option("--steps", default=3000, type=click.IntRange(1), show_default=True)
 @click.option("--seed", default=0, show_default=True)
@@ -251,7 +276,9 @@ def pretrain_command(out, steps, seed, device):
     from .pretrain import pretrain
 
     pretrain(out, steps=steps, seed=seed, device=device)
-    click.echo(f"{out}: config.json, model.safetensors, tokenizer.json, curve.json; use it as --model {out}")
+    click.echo(
+        f"{out}: config.json, model.safetensors, tokenizer.json, curve.json; use it as --model {out}"
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,10 @@ RANK = 8  # of LoRA where nothing else is said
 BUDGET = 4096  # tokens of one pass (`Study.budget`)
 DECODED_AT_ONCE = 4 * BUDGET  # tokens of cache of a batch that is decoded (`Decoding.budget`)
 MOST_DEV = 48  # rows that decide when a run stops
-KERNELS = {"qwen3": (56, 18, 100), "llama": (38, 18, 78)}  # bfloat16 operations a layer: forward, LoRA, backward
+KERNELS = {
+    "qwen3": (56, 18, 100),
+    "llama": (38, 18, 78),
+}  # bfloat16 operations a layer: forward, LoRA, backward
 KERNELS_AROUND = 20  # of a pass, outside its layers
 MATCHED = ("ia2", "hidden")  # phases that match activations: they need no head
 
@@ -128,7 +131,9 @@ def flops(config, p: Pass) -> float:
         total += n * out  # of the first layer
         total += 2 * L * n * (attention + lora)
         total += last
-        total -= n * 2 * p.rank * 2 * D  # no gradient reaches the embeddings: A of the first q and k
+        total -= (
+            n * 2 * p.rank * 2 * D
+        )  # no gradient reaches the embeddings: A of the first q and k
     return float(total)
 
 
@@ -232,7 +237,9 @@ class CellSize:
             return behind + demonstrations.cost(config, size)
         return self.read(self.scored * queries, self.query, config, size, rank=self.rank)
 
-    def read(self, rows: float, tokens: float, config, size: int, shared: float = 0, rank: int = 0) -> Cost:
+    def read(
+        self, rows: float, tokens: float, config, size: int, shared: float = 0, rank: int = 0
+    ) -> Cost:
         """`rows` prompts of `tokens` tokens, and their responses decoded where these have more than one token."""
         copies = max(1, rows * tokens / BUDGET)
         pasts = copies if shared else 0
@@ -259,7 +266,9 @@ class CellSize:
         tables = 1 if config.tie_word_embeddings else 2
         weights += tables * config.vocab_size * config.hidden_size
         rows = min(self.n, self.batch)
-        kept = run_bytes(config, rows * self.length, rows * self.answer, size, lora_size(config, self.rank))
+        kept = run_bytes(
+            config, rows * self.length, rows * self.answer, size, lora_size(config, self.rank)
+        )
         runs = self.sets * self.configs
         if side_by_side is not None:
             runs = min(runs, side_by_side)

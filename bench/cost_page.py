@@ -68,7 +68,11 @@ def line(name: str, costs: list[Cost]) -> str:
     """A line of a table: stages one after another."""
     whole = sum(costs, Cost())
     entries = [whole.flops / 1e12, whole.bytes / 1e9, whole.kernels / 1e3, whole.tokens / 1e3]
-    for rate, bandwidth in ((RATE, BANDWIDTH["H100"]), (RATE, BANDWIDTH["H200"]), (REACHED, BANDWIDTH["H100"])):
+    for rate, bandwidth in (
+        (RATE, BANDWIDTH["H100"]),
+        (RATE, BANDWIDTH["H200"]),
+        (REACHED, BANDWIDTH["H100"]),
+    ):
         entries.append(sum(cost.seconds(rate, bandwidth) for cost in costs))
     return table_row(name, *map(number, entries))
 
@@ -91,7 +95,15 @@ def table(shape: str, task: str, cell: CellSize) -> list[str]:
     stages = cell.stages(config)
     memory = number(cell.memory(config) / 1e9)
     runs = cell.sets * cell.configs
-    units = ["TFLOP", "GB", "1,000 kernels", "1,000 tokens", "s, H100", "s, H200", f"s at {REACHED / 1e12:.0f}"]
+    units = [
+        "TFLOP",
+        "GB",
+        "1,000 kernels",
+        "1,000 tokens",
+        "s, H100",
+        "s, H200",
+        f"s at {REACHED / 1e12:.0f}",
+    ]
     out = [f"## {shape}, {task}", ""]
     out += [f"In training at most {memory} GB, all {runs} runs. {steps(config, cell)}", ""]
     out += table_head("stage", *units)
@@ -102,7 +114,12 @@ def table(shape: str, task: str, cell: CellSize) -> list[str]:
 
 def measured(folder: Path = RESULTS) -> list[str]:
     """Our own steps and cells on a CPU, as kept in bench/results: what was reached in each stage."""
-    out = ["## Measured on a CPU", "", "float32, two cores. A training step, from the newest whole bench:", ""]
+    out = [
+        "## Measured on a CPU",
+        "",
+        "float32, two cores. A training step, from the newest whole bench:",
+        "",
+    ]
     for result in newest(folder, "*-all-cpu.json")["results"]:
         if result["bench"] == "step":
             shape = result["about"].partition(":")[0]
@@ -130,14 +147,28 @@ def step_reached(entry: dict) -> str:
 
 def cell_reached(shape: str, document: dict) -> list[str]:
     """What the stages of a measured cell need by their shapes, and took."""
-    spent = {entry["what"].strip(): entry["timing"]["seconds"] for entry in our_lines(document["results"][0])}
+    spent = {
+        entry["what"].strip(): entry["timing"]["seconds"]
+        for entry in our_lines(document["results"][0])
+    }
     cell = replace(LABELLED, methods=METHODS, shown=3 * (WORDS + 1))
     stages = cell.stages(SHAPES[shape], size=4)
     out = []
-    for kind, names in {"collect": ("collect",), "train": ("train", "look"), "evaluate": ("score",)}.items():
-        work = sum(cost.flops for stage, cost in stages.items() if stage.partition(" ")[0] in names) / 1e9
+    for kind, names in {
+        "collect": ("collect",),
+        "train": ("train", "look"),
+        "evaluate": ("score",),
+    }.items():
+        work = (
+            sum(cost.flops for stage, cost in stages.items() if stage.partition(" ")[0] in names)
+            / 1e9
+        )
         seconds = spent[kind]
-        out.append(table_row(shape, document["date"], kind, number(work), number(seconds), number(work / seconds)))
+        out.append(
+            table_row(
+                shape, document["date"], kind, number(work), number(seconds), number(work / seconds)
+            )
+        )
     return out
 
 

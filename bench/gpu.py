@@ -28,14 +28,24 @@ NO_COMMAND = 127  # of what could not be begun
 SAID = 4000  # characters that are kept of what a step said
 
 
-def steps(shapes: tuple[str, ...] = SHAPES, device: str = "cuda", more=("--save",)) -> dict[str, list[str]]:
+def steps(
+    shapes: tuple[str, ...] = SHAPES, device: str = "cuda", more=("--save",)
+) -> dict[str, list[str]]:
     """Name -> command: tests first, then every bench on the small shape before the next one's large one."""
     python = [sys.executable, "-m"]
     found = {"tests": [*python, "pytest", "-q", "tests/test_graphs.py", "tests/test_gpu.py"]}
     for bench in BENCHES:
         for shape in shapes[:1] if bench == "kernel" else shapes:  # its sizes are its own
             asked = [] if bench == "kernel" else ["--shape", shape]
-            found[" ".join([bench, *asked[1:]])] = [*python, "bench", bench, *asked, "--device", device, *more]
+            found[" ".join([bench, *asked[1:]])] = [
+                *python,
+                "bench",
+                bench,
+                *asked,
+                "--device",
+                device,
+                *more,
+            ]
     return found
 
 
@@ -61,7 +71,9 @@ def attempt(command: list[str], log: Path, seconds: float, say: Callable) -> tup
         read.seek(0, os.SEEK_END)
         begun = heard = time.perf_counter()
         try:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=written, stderr=written, env=unbuffered)
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=written, stderr=written, env=unbuffered
+            )
         except OSError as error:
             return NO_COMMAND, str(error)
         try:

@@ -30,7 +30,9 @@ def spread(tokens: int, count: int) -> list[int]:
 
 
 @torch.no_grad()
-def same_tokens(stand: Stand, prompts: list[list[int]], ours: list[list[int]], theirs: list[list[int]]) -> str:
+def same_tokens(
+    stand: Stand, prompts: list[list[int]], ours: list[list[int]], theirs: list[list[int]]
+) -> str:
     """Both stacks generate the same tokens.
 
     In bfloat16 rounding may decide between two likely tokens, and what follows differs. There ours need only be the
@@ -45,7 +47,9 @@ def same_tokens(stand: Stand, prompts: list[list[int]], ours: list[list[int]], t
         logits = stand.net(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()  # [P, V]
         chosen.append(logits.gather(1, ids[0, len(prompt) :, None])[:, 0])
         best.append(logits.amax(-1))
-    return agree("logits of the generated tokens", torch.cat(chosen), torch.cat(best), stand.tolerance)
+    return agree(
+        "logits of the generated tokens", torch.cat(chosen), torch.cat(best), stand.tolerance
+    )
 
 
 def comparable(ours: list[Row], theirs: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +57,9 @@ def comparable(ours: list[Row], theirs: list[Row]) -> tuple[torch.Tensor, torch.
     pairs = [], []
     for mine, other in zip(ours, theirs):
         equal = [a == b for a, b in zip(mine.answer, other.answer)]
-        shared = 1 + sum(accumulate(equal[:-1], min))  # what predicts the first token is the same for both
+        shared = 1 + sum(
+            accumulate(equal[:-1], min)
+        )  # what predicts the first token is the same for both
         for found, row in zip(pairs, (mine, other)):
             found.append(row.activations[:, :shared].cpu())
     return torch.cat(pairs[0], 1), torch.cat(pairs[1], 1)
@@ -70,18 +76,23 @@ def our_generate(stand: Stand, prompts: list[list[int]], tokens: int) -> list[li
 
 
 def collect(
-    stand: Stand, rows: int = 8, tokens: int = 200, demonstrations: int = 3, sample: int = 4, seconds: float = 25.0
+    stand: Stand,
+    rows: int = 8,
+    tokens: int = 200,
+    demonstrations: int = 3,
+    sample: int = 4,
+    seconds: float = 25.0,
 ) -> Result:
     """Responses of `tokens` tokens and their attention outputs for `rows` rows; peer (a) does `sample` passes."""
     pool = stand.examples(rows * (demonstrations + 1), (QUESTION,), ANSWER)
     shown = [pool[rows + i * demonstrations :][:demonstrations] for i in range(rows)]
     episode = Episode(pool[:rows], [], shown, [])
     queries = [stand.tokenizer.encode(e.prompt) for e in pool[:rows]]
-    prompts = [stand.tokenizer.encode(with_demonstrations(d, e.prompt)) for d, e in zip(shown, pool)]
+    prompts = [
+        stand.tokenizer.encode(with_demonstrations(d, e.prompt)) for d, e in zip(shown, pool)
+    ]
     length = len(prompts[0])
-    about = (
-        f"{stand.about}; {rows} rows of {length} tokens with {demonstrations} demonstrations, {tokens} tokens generated"
-    )
+    about = f"{stand.about}; {rows} rows of {length} tokens with {demonstrations} demonstrations, {tokens} tokens generated"
     result = Result("collect", about, [])
     a = AsReleased(stand)
     b = UsedWell(stand)
@@ -98,11 +109,25 @@ def collect(
         stand.device,
     )
     passes = spread(tokens, sample)
-    some = race({"(a)": lambda: a.collect(queries[:1], prompts[:1], tokens, passes)}, 2, seconds / 2, stand.device)
+    some = race(
+        {"(a)": lambda: a.collect(queries[:1], prompts[:1], tokens, passes)},
+        2,
+        seconds / 2,
+        stand.device,
+    )
     times["(a)"] = some["(a)"].scaled(rows * tokens / sample)
     for name, timing in times.items():
         note = f"extrapolated from {sample} of {rows * tokens} passes" if name == "(a)" else ""
-        result.add(Line("collect", name, timing, "set", {"answer tokens/s": rows * tokens / timing.seconds}, note))
+        result.add(
+            Line(
+                "collect",
+                name,
+                timing,
+                "set",
+                {"answer tokens/s": rows * tokens / timing.seconds},
+                note,
+            )
+        )
     for name in ("(a)", "(b)"):
         result.ratio(f"{name} / us", times[name], times["us"])
     overhead(stand, result, prompts, tokens, seconds / 4)
@@ -110,7 +135,12 @@ def collect(
 
 
 def same_outputs(
-    stand: Stand, a: AsReleased, b: UsedWell, episode: Episode, queries: list[list[int]], prompts: list[list[int]]
+    stand: Stand,
+    a: AsReleased,
+    b: UsedWell,
+    episode: Episode,
+    queries: list[list[int]],
+    prompts: list[list[int]],
 ) -> str:
     """That both peers see the attention outputs that we see, behind the same eight tokens of each response."""
     ours = our_collect(stand, episode, 8).icl_train
@@ -122,7 +152,9 @@ def same_outputs(
 
 
 @torch.no_grad()
-def overhead(stand: Stand, result: Result, prompts: list[list[int]], tokens: int, seconds: float) -> None:
+def overhead(
+    stand: Stand, result: Result, prompts: list[list[int]], tokens: int, seconds: float
+) -> None:
     """What taps at the answer positions add to a plain forward."""
     batch = collate([[Row(p, p[:tokens]) for p in prompts]]).to(stand.device)
     last = (batch.at[0][tokens - 1 :: tokens], batch.at[1][tokens - 1 :: tokens])
@@ -132,7 +164,9 @@ def overhead(stand: Stand, result: Result, prompts: list[list[int]], tokens: int
     }
     times = race(stacks, 5, seconds, stand.device)
     work = flops(stand.config, Pass(*batch.ids.shape, len(last[0])))
-    ceiling = gemm_ceiling(stand.config, batch.ids.numel(), stand.device, stand.model.lm_head.weight.dtype)
+    ceiling = gemm_ceiling(
+        stand.config, batch.ids.numel(), stand.device, stand.model.lm_head.weight.dtype
+    )
     for name, timing in times.items():
         rates = {"FLOP/s": work / timing.seconds, "GEMM": work / timing.seconds / ceiling}
         result.add(Line("forward pass", name, timing, "pass", rates))
@@ -140,7 +174,12 @@ def overhead(stand: Stand, result: Result, prompts: list[list[int]], tokens: int
 
 
 def icl(
-    stand: Stand, queries: int = 500, shown: int = 30, size: int = 33, sample: int = 16, seconds: float = 20.0
+    stand: Stand,
+    queries: int = 500,
+    shown: int = 30,
+    size: int = 33,
+    sample: int = 16,
+    seconds: float = 20.0,
 ) -> Result:
     """`queries` single-token queries behind the same ~1k tokens of demonstrations; the peers take some of them."""
     pool = stand.examples(shown, (size,))
@@ -161,7 +200,11 @@ def icl(
     whole = [prefix + query for query in ids]
     with a.net.disable_adapter(), b.net.disable_adapter():
         mine = ours(4)
-        for found in (a.score(whole[:4], first), b.score(whole[:4], first), b.score(ids[:4], first, prefix=prefix)):
+        for found in (
+            a.score(whole[:4], first),
+            b.score(whole[:4], first),
+            b.score(ids[:4], first, prefix=prefix),
+        ):
             remark = agree("top-1 probabilities", mine.confidence[0], found[0], stand.tolerance)
             agree("label probabilities", mine.probabilities[0], found[1], stand.tolerance)
         result.remark(remark)
@@ -178,7 +221,14 @@ def icl(
         times[name] = timing = timing.scaled(queries / counts[name])
         note = f"extrapolated from {counts[name]} queries" if counts[name] < queries else ""
         result.add(
-            Line("ICL evaluation", name, timing, f"{queries} queries", {"queries/s": queries / timing.seconds}, note)
+            Line(
+                "ICL evaluation",
+                name,
+                timing,
+                f"{queries} queries",
+                {"queries/s": queries / timing.seconds},
+                note,
+            )
         )
     for name in list(times)[1:]:
         result.ratio(f"{name} / us", times[name], times["us"])
@@ -186,13 +236,22 @@ def icl(
 
 
 def generate(
-    stand: Stand, rows: int = 16, length: int = 64, tokens: int = 64, sample: int = 4, seconds: float = 15.0
+    stand: Stand,
+    rows: int = 16,
+    length: int = 64,
+    tokens: int = 64,
+    sample: int = 4,
+    seconds: float = 15.0,
 ) -> Result:
     """`tokens` greedy tokens after `rows` prompts of `length`, nothing ending early; peer (a) does `sample` passes."""
     prompts = stand.prompts(rows, (length,))
     a = AsReleased(stand)
     b = UsedWell(stand)
-    result = Result("generate", f"{stand.about}; {rows} prompts of {length} tokens, {tokens} new tokens each", [])
+    result = Result(
+        "generate",
+        f"{stand.about}; {rows} prompts of {length} tokens, {tokens} new tokens each",
+        [],
+    )
     mine = our_generate(stand, prompts[:4], 16)
     result.remark(same_tokens(stand, prompts[:4], mine, b.generate(prompts[:4], 16)))
     same_tokens(stand, prompts[:1], mine[:1], a.generate(prompts[:1], 16))
@@ -201,11 +260,25 @@ def generate(
         "(b)": lambda: b.generate(prompts, tokens),
     }
     times = race(stacks, 5, seconds, stand.device)
-    some = race({"(a)": lambda: a.generate(prompts[:1], tokens, spread(tokens, sample))}, 3, seconds / 2, stand.device)
+    some = race(
+        {"(a)": lambda: a.generate(prompts[:1], tokens, spread(tokens, sample))},
+        3,
+        seconds / 2,
+        stand.device,
+    )
     times["(a)"] = some["(a)"].scaled(rows * tokens / sample)
     for name, timing in times.items():
         note = f"extrapolated from {sample} of {rows * tokens} passes" if name == "(a)" else ""
-        result.add(Line("generate", name, timing, "batch", {"new tokens/s": rows * tokens / timing.seconds}, note))
+        result.add(
+            Line(
+                "generate",
+                name,
+                timing,
+                "batch",
+                {"new tokens/s": rows * tokens / timing.seconds},
+                note,
+            )
+        )
     for name in ("(a)", "(b)"):
         result.ratio(f"{name} / us", times[name], times["us"])
     return result

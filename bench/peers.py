@@ -48,7 +48,9 @@ class Peer:
     def __init__(self, stand: Stand):
         self.stand, self.device = stand, stand.device
         self.net = stand.peft()
-        self.attentions = [module for name, module in self.net.named_modules() if name.endswith("self_attn")]
+        self.attentions = [
+            module for name, module in self.net.named_modules() if name.endswith("self_attn")
+        ]
         self.weights = [p for p in self.net.parameters() if p.requires_grad]
 
     def begin(self, theta: Tensor, rate: float) -> None:
@@ -59,7 +61,9 @@ class Peer:
     def state(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.weights]
 
-    def train(self, rows: list[Row], dev: list[Row], phase: str, steps: int) -> tuple[list[Tensor], float]:
+    def train(
+        self, rows: list[Row], dev: list[Row], phase: str, steps: int
+    ) -> tuple[list[Tensor], float]:
         """`steps` steps on all rows, a look at the dev loss after each; the best weights and their dev loss."""
         best = float("inf")
         kept = self.state()
@@ -97,7 +101,11 @@ def left_padded(prompts: list[list[int]], device) -> dict[str, Tensor]:
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+    }
 
 
 class AsReleased(Peer):
@@ -107,7 +115,11 @@ class AsReleased(Peer):
 
     @torch.no_grad()
     def collect(
-        self, queries: list[list[int]], prompts: list[list[int]], tokens: int, at: list[int] | None = None
+        self,
+        queries: list[list[int]],
+        prompts: list[list[int]],
+        tokens: int,
+        at: list[int] | None = None,
     ) -> list[Row]:
         """Responses and attention outputs under full prompts. `at`: only these of the `tokens` passes."""
         rows = []
@@ -126,7 +138,9 @@ class AsReleased(Peer):
                         continue
                     batch = torch.tensor([ids], device=self.device)
                     logits = self.net(input_ids=batch, attention_mask=torch.ones_like(batch)).logits
-                    activations.append(torch.stack([found[layer][0, -1].cpu().clone() for layer in sorted(found)]))
+                    activations.append(
+                        torch.stack([found[layer][0, -1].cpu().clone() for layer in sorted(found)])
+                    )
                     answer.append(logits[:, -1].argmax(-1)[0].item())
                     ids.append(answer[-1])
                 rows.append(Row(query, answer, torch.stack(activations, 1)))
@@ -143,7 +157,9 @@ class AsReleased(Peer):
         with hooks(self.attentions, lambda layer, output: found.update({layer: output.clone()})):
             self.net(input_ids=ids, attention_mask=mask)
         start = len(row.prompt) - 1
-        mine = torch.stack([found[layer][0, start : start + len(row.answer)] for layer in sorted(found)])
+        mine = torch.stack(
+            [found[layer][0, start : start + len(row.answer)] for layer in sorted(found)]
+        )
         return F.mse_loss(mine, row.activations.to(self.device)) * len(found)
 
     def step(self, rows: list[Row], phase: str) -> float:
@@ -167,13 +183,19 @@ class AsReleased(Peer):
         top = []
         shares = []
         for start in range(0, len(prompts), 8):
-            probabilities = self.net(**left_padded(prompts[start : start + 8], self.device)).logits[:, -1].softmax(-1)
+            probabilities = (
+                self.net(**left_padded(prompts[start : start + 8], self.device))
+                .logits[:, -1]
+                .softmax(-1)
+            )
             best = torch.topk(probabilities, 10)
             top.append(best.values[:, 0].cpu())
             shares.append(probabilities[:, labels].cpu())
         return torch.cat(top), torch.cat(shares)
 
-    def generate(self, prompts: list[list[int]], tokens: int, at: list[int] | None = None) -> list[list[int]]:
+    def generate(
+        self, prompts: list[list[int]], tokens: int, at: list[int] | None = None
+    ) -> list[list[int]]:
         return [row.answer for row in self.collect(prompts, prompts, tokens, at)]
 
 
@@ -197,12 +219,18 @@ class UsedWell(Peer):
                 answers = self.net(**batch, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
             else:
                 answers = self.generated(batch, tokens)
-        activations = torch.stack([torch.stack(found[layer], 1) for layer in sorted(found)], 1)  # [B, L, P, D]
+        activations = torch.stack(
+            [torch.stack(found[layer], 1) for layer in sorted(found)], 1
+        )  # [B, L, P, D]
         return [Row(q, a, x) for q, a, x in zip(queries, answers.tolist(), activations)]
 
     def generated(self, batch: dict[str, Tensor], tokens: int) -> Tensor:
-        batch = {key: value for key, value in batch.items() if key != "position_ids"}  # generate makes its own
-        return self.net.generate(**batch, max_new_tokens=tokens, do_sample=False)[:, batch["input_ids"].shape[1] :]
+        batch = {
+            key: value for key, value in batch.items() if key != "position_ids"
+        }  # generate makes its own
+        return self.net.generate(**batch, max_new_tokens=tokens, do_sample=False)[
+            :, batch["input_ids"].shape[1] :
+        ]
 
     def generate(self, prompts: list[list[int]], tokens: int) -> list[list[int]]:
         with self.net.disable_adapter():
@@ -213,19 +241,28 @@ class UsedWell(Peer):
         batch = left_padded([row.prompt + row.answer[:-1] for row in rows], self.device)
         most = max(len(row.answer) for row in rows)
         weights = torch.tensor(
-            [[0.0] * (most - len(r.answer)) + [1 / (len(rows) * len(r.answer))] * len(r.answer) for r in rows]
+            [
+                [0.0] * (most - len(r.answer)) + [1 / (len(rows) * len(r.answer))] * len(r.answer)
+                for r in rows
+            ]
         )
         weights = weights.to(self.device)
         if phase == "ce":
-            targets = torch.tensor([[0] * (most - len(row.answer)) + row.answer for row in rows], device=self.device)
+            targets = torch.tensor(
+                [[0] * (most - len(row.answer)) + row.answer for row in rows], device=self.device
+            )
             logits = self.net(**batch, logits_to_keep=most, use_cache=False).logits.float()
-            return (F.cross_entropy(logits.transpose(1, 2), targets, reduction="none") * weights).sum()
+            return (
+                F.cross_entropy(logits.transpose(1, 2), targets, reduction="none") * weights
+            ).sum()
         found: dict[int, Tensor] = {}
         with hooks(self.attentions, lambda layer, output: found.update({layer: output[:, -most:]})):
             self.net.base_model.model.model(**batch, use_cache=False)  # no head
         mine = torch.stack([found[layer] for layer in sorted(found)])  # [L, B, P, D]
         padded = [F.pad(row.activations, (0, 0, most - len(row.answer), 0)) for row in rows]
-        return ((mine.float() - torch.stack(padded, 1).float()).square().mean(-1).sum(0) * weights).sum()
+        return (
+            (mine.float() - torch.stack(padded, 1).float()).square().mean(-1).sum(0) * weights
+        ).sum()
 
     def step(self, rows: list[Row], phase: str) -> float:
         loss = self.loss(rows, phase)
@@ -239,7 +276,13 @@ class UsedWell(Peer):
         return self.loss(rows, phase).item()
 
     @torch.no_grad()
-    def score(self, prompts: list[list[int]], labels: list[int], size: int = 64, prefix: list[int] | None = None):
+    def score(
+        self,
+        prompts: list[list[int]],
+        labels: list[int],
+        size: int = 64,
+        prefix: list[int] | None = None,
+    ):
         """Top-1 probability [Q] and label probabilities [Q, C]; `prefix`: keys and values, copied for every batch."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         top = torch.zeros(len(prompts))

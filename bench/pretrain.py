@@ -51,7 +51,9 @@ CANONICAL = 0.9  # share of episodes whose labels mean what they usually mean; i
 REMAPPED = 0.2  # share of episodes whose labels are unrelated words, eight for each value, instead of digits
 MINUS, FORMATS = 0.4, {"chain": 0.4, "bare": 0.35, "phrase": 0.25}
 STARTS, STOPS = ("Label:", "Answer:"), ("\n\n", EOS)  # an answer stands between them
-LEARNED = tuple(toy.name for toy in world.TOY_TASKS if len(toy.evals) > 1)  # the tasks that are not out of distribution
+LEARNED = tuple(
+    toy.name for toy in world.TOY_TASKS if len(toy.evals) > 1
+)  # the tasks that are not out of distribution
 
 
 @cache
@@ -59,7 +61,22 @@ def vocabulary() -> tuple[str, ...]:
     """Every token of the world: two specials, line ends, signs, prompt words, numbers, then words by the alphabet."""
     text = " ".join((json.dumps(world.WORLD), *world.FORMATS.values(), "an plus minus"))
     words = set(re.findall("[A-Za-z]+", re.sub(r"\{\w*\}", " ", text)))
-    first = (UNK, EOS, "\n\n", "\n", "####", ".", ",", "?", "Text:", "Label:", "Question:", "Answer:", "Task:", "Key:")
+    first = (
+        UNK,
+        EOS,
+        "\n\n",
+        "\n",
+        "####",
+        ".",
+        ",",
+        "?",
+        "Text:",
+        "Label:",
+        "Question:",
+        "Answer:",
+        "Task:",
+        "Key:",
+    )
     return (*first, *map(str, range(19)), *sorted(words))
 
 
@@ -70,11 +87,15 @@ def build_tokenizer() -> Tokenizer:
     around line ends and before a sign. A piece never crosses a colon or a line end, so prompt and answer may be encoded
     apart.
     """
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token=UNK))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token=UNK)
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), "removed", invert=True)
     joins = [(": ", ":"), (" \n", "\n"), ("\n ", "\n"), *((f" {sign}", sign) for sign in ".,?")]
     replaced = [decoders.Replace(old, new) for old, new in joins]
-    tokenizer.decoder = decoders.Sequence([decoders.WordPiece("\0", cleanup=False), decoders.Fuse(), *replaced])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.WordPiece("\0", cleanup=False), decoders.Fuse(), *replaced]
+    )
     tokenizer.add_special_tokens([UNK, EOS])
     return tokenizer
 
@@ -102,7 +123,10 @@ def episode(rng: random.Random, notes: float, prior: dict[str, float]) -> str:
     if kind == "sums":  # they share an operation and an answer format
         minus, format = rng.random() < MINUS, pick(rng, FORMATS)
         sums = [world.draw_sum(rng, "pretrain") for _ in range(rng.randint(8, 16))]
-        asked = [f"Question:{text}\nAnswer:{world.sum_answer(a, b, minus, format)}" for text, a, b in sums]
+        asked = [
+            f"Question:{text}\nAnswer:{world.sum_answer(a, b, minus, format)}"
+            for text, a, b in sums
+        ]
         return "\n\n".join(asked) + EOS
     if kind == "copy":
         return " ".join(rng.choices(vocabulary()[14:], k=rng.randint(8, 24)) * 8)
@@ -141,25 +165,33 @@ def batch(tokenizer: Tokenizer, seed: str, rows: int, *stage) -> Tensor:
 def answer_mask(ids: Tensor, starts: list[int], stops: list[int]) -> Tensor:
     """Where the token after ids [B, T] is of an answer or ends it: behind one of `starts`, up to one of `stops`."""
     at = torch.arange(ids.shape[1], device=ids.device)
-    found = (torch.where(torch.isin(ids, ids.new_tensor(tokens)), at, -1) for tokens in (starts, stops))
+    found = (
+        torch.where(torch.isin(ids, ids.new_tensor(tokens)), at, -1) for tokens in (starts, stops)
+    )
     start, stop = (places.cummax(1).values for places in found)  # the last one so far
     return start > stop
 
 
-def gradients(model: Qwen3, starts: list[int], stops: list[int], ids: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+def gradients(
+    model: Qwen3, starts: list[int], stops: list[int], ids: Tensor
+) -> tuple[tuple[Tensor, ...], Tensor]:
     """Gradients of answer loss + 0.05 × language-model loss, and the answer loss.
 
     A row counts the same as any; copying counts whole.
     """
     x, y = ids[:, :-1], ids[:, 1:]
-    with torch.autocast(ids.device.type, torch.bfloat16, cache_enabled=False):  # the cache is shared between threads
+    with torch.autocast(
+        ids.device.type, torch.bfloat16, cache_enabled=False
+    ):  # the cache is shared between threads
         logits = model(x.clamp(min=0)).float()
     each = F.cross_entropy(logits.transpose(1, 2), y, ignore_index=-1, reduction="none")  # [B, T]
     real = y >= 0
     mask = answer_mask(x, starts, stops) & real
     answers = torch.where(mask.any(1, keepdim=True), mask, real).float()
     answer = ((each * answers).sum(1) / answers.sum(1)).mean()
-    return torch.autograd.grad(answer + 0.05 * each.sum() / real.sum(), tuple(model.parameters())), answer.detach()
+    return torch.autograd.grad(
+        answer + 0.05 * each.sum() / real.sum(), tuple(model.parameters())
+    ), answer.detach()
 
 
 def orthogonal(g: Tensor) -> Tensor:
@@ -187,7 +219,11 @@ class Muon:
     def tensors(self) -> dict[str, Tensor]:
         """Everything a resumed run needs: weights and moments, by name."""
         groups = {"weight": self.parameters, "first": self.first, "second": self.second}
-        return {f"{group}.{k}": t.detach() for group, tensors in groups.items() for k, t in tensors.items()}
+        return {
+            f"{group}.{k}": t.detach()
+            for group, tensors in groups.items()
+            for k, t in tensors.items()
+        }
 
     @torch.no_grad()
     def step(self, gradients: list[Tensor], count: int, scale: float) -> None:
@@ -195,7 +231,12 @@ class Muon:
         for (name, p), g in zip(self.parameters.items(), gradients, strict=True):
             if name in self.second:
                 m, v = self.first[name].lerp_(g, 0.1), self.second[name].lerp_(g.square(), 0.05)
-                p.sub_(self.rates[1] * scale * (m / (1 - 0.9**count)) / ((v / (1 - 0.95**count)).sqrt() + 1e-8))
+                p.sub_(
+                    self.rates[1]
+                    * scale
+                    * (m / (1 - 0.9**count))
+                    / ((v / (1 - 0.95**count)).sqrt() + 1e-8)
+                )
             else:
                 update = orthogonal(g.lerp(self.first[name].lerp_(g, 0.05), 0.95))
                 p.sub_(self.rates[0] * scale * max(1, p.shape[0] / p.shape[1]) ** 0.5 * update)
@@ -216,13 +257,17 @@ def probe(
         rng, asked, curves[name] = random.Random(name), asked[:queries], []
         answers = [tokenizer.encode(query.answer).ids for query in asked]
         for shots in SHOTS:
-            shown = ["".join(f"{e.prompt}{e.answer}\n\n" for e in rng.sample(pool, shots)) for _ in asked]
+            shown = [
+                "".join(f"{e.prompt}{e.answer}\n\n" for e in rng.sample(pool, shots)) for _ in asked
+            ]
             texts = [before + query.prompt for before, query in zip(shown, asked)]
             prompts = [encoded.ids for encoded in tokenizer.encode_batch(texts)]
             rows = [torch.tensor(p + a) for p, a in zip(prompts, answers)]
             ids = pad_sequence(rows, batch_first=True).to(device)
             best = torch.cat([model(part).argmax(-1) for part in ids.split(50)]).tolist()
-            said = [row[len(p) - 1 : len(p) - 1 + len(a)] for row, p, a in zip(best, prompts, answers)]
+            said = [
+                row[len(p) - 1 : len(p) - 1 + len(a)] for row, p, a in zip(best, prompts, answers)
+            ]
             curves[name].append(sum(a == b for a, b in zip(said, answers)) / len(asked))
     return curves
 
@@ -259,26 +304,49 @@ def pretrain(
     starts, stops = ([tokenizer.token_to_id(t) for t in tokens] for tokens in (STARTS, STOPS))
     model = initial_model(seed).to(device)
     optimizer = Muon(model)
-    settings, state = {"steps": steps, "seed": seed, "rows": rows, "context": CONTEXT}, out / "state.safetensors"
+    settings, state = (
+        {"steps": steps, "seed": seed, "rows": rows, "context": CONTEXT},
+        out / "state.safetensors",
+    )
     new = {"settings": settings, "step": 0, "seconds": 0.0, "curve": []}
     record = resume(state, optimizer, settings) if state.is_file() else new
-    halves = ThreadPoolExecutor(2)  # of a step, a thread each: faster than two threads inside every small operation
+    halves = ThreadPoolExecutor(
+        2
+    )  # of a step, a thread each: faster than two threads inside every small operation
     threads, begun, losses = torch.get_num_threads(), time.monotonic() - record["seconds"], []
     torch.set_num_threads(1)
-    bar = tqdm(range(record["step"], steps), "pretrain", initial=record["step"], total=steps, mininterval=5)
+    bar = tqdm(
+        range(record["step"], steps), "pretrain", initial=record["step"], total=steps, mininterval=5
+    )
     for step in bar:
         stage = next(stage for until, *stage in STAGES if step < until * steps)
         ids = batch(tokenizer, f"{seed}/{step}", rows, *stage).to(device)
-        grads, answers = zip(*halves.map(partial(gradients, model, starts, stops), ids.chunk(2)), strict=True)
-        optimizer.step([(a + b) / 2 for a, b in zip(*grads, strict=True)], step + 1, min(1.0, 2 * (1 - step / steps)))
+        grads, answers = zip(
+            *halves.map(partial(gradients, model, starts, stops), ids.chunk(2)), strict=True
+        )
+        optimizer.step(
+            [(a + b) / 2 for a, b in zip(*grads, strict=True)],
+            step + 1,
+            min(1.0, 2 * (1 - step / steps)),
+        )
         losses.append(sum(answers) / 2)
         if (step + 1) % every == 0 or step + 1 == steps:
-            accuracy, loss = probe(model, tokenizer, LEARNED, queries), torch.stack(losses).mean().item()
+            accuracy, loss = (
+                probe(model, tokenizer, LEARNED, queries),
+                torch.stack(losses).mean().item(),
+            )
             shown = ", ".join(f"{name} {curve}" for name, curve in accuracy.items())
             bar.write(f"step {step + 1}: answer loss {loss:.3f}, {shown}")
             point = {"step": step + 1, "loss": loss, "accuracy": accuracy}
-            record |= {"step": step + 1, "seconds": time.monotonic() - begun, "curve": [*record["curve"], point]}
-            write(state, partial(save_file, optimizer.tensors(), metadata={"record": json.dumps(record)}))
+            record |= {
+                "step": step + 1,
+                "seconds": time.monotonic() - begun,
+                "curve": [*record["curve"], point],
+            }
+            write(
+                state,
+                partial(save_file, optimizer.tensors(), metadata={"record": json.dumps(record)}),
+            )
             losses = []
     torch.set_num_threads(threads)
     save(model, out, tokenizer.to_str(pretty=True), tokenizer.token_to_id(EOS))

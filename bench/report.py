@@ -83,7 +83,9 @@ def tell(text: str) -> None:
 def show(result: Result) -> None:
     click.secho(f"\n{result.bench}", bold=True, nl=False)
     click.echo(f"  {result.about}")
-    widths = [max([len(getattr(line, key)) for line in result.lines] or [0]) for key in ("what", "stack")]
+    widths = [
+        max([len(getattr(line, key)) for line in result.lines] or [0]) for key in ("what", "stack")
+    ]
     for line in result.lines:
         spent = f"{line.timing}{' a ' + line.unit if line.unit else ''}" if line.timing else ""
         rates = " · ".join(amount(name, value) for name, value in line.rates.items())
@@ -111,12 +113,22 @@ def hardware() -> dict:
     name = platform.processor() or platform.machine()
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name"))
+        name = next(
+            line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         pass
-    found = {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
+    found = {
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+    }
     if torch.cuda.is_available():
-        found |= {"gpu": torch.cuda.get_device_name(), "gpu_bytes": torch.cuda.get_device_properties(0).total_memory}
+        found |= {
+            "gpu": torch.cuda.get_device_name(),
+            "gpu_bytes": torch.cuda.get_device_properties(0).total_memory,
+        }
     return found
 
 
@@ -137,7 +149,8 @@ def written(results: list[Result], command: str) -> dict:
         "date": date.today().isoformat(),
         "command": command,
         "hardware": hardware(),
-        "versions": versions() | {"transformers": transformers.__version__, "peft": peft.__version__},
+        "versions": versions()
+        | {"transformers": transformers.__version__, "peft": peft.__version__},
         "results": [asdict(result) for result in results],
     }
     return finite(document)
@@ -145,7 +158,13 @@ def written(results: list[Result], command: str) -> dict:
 
 def keep(document: dict, name: str | None = None) -> Path:
     """Write a document into bench/results; the file."""
-    words = document["command"].removeprefix("python -m bench").replace("--save", "").replace("--", "").split()
+    words = (
+        document["command"]
+        .removeprefix("python -m bench")
+        .replace("--save", "")
+        .replace("--", "")
+        .split()
+    )
     name = name or "-".join(words) or "all"
     kind = document["hardware"].get("gpu", "cpu").replace(" ", "-")
     path = RESULTS / f"{document['date']}-{name}-{kind}.json"
@@ -164,7 +183,9 @@ def agree(what: str, ours, theirs, tolerance: float = 1e-3) -> str:
     """
     ours = torch.as_tensor(ours).float().cpu()
     theirs = torch.as_tensor(theirs).float().cpu()
-    assert ours.shape == theirs.shape, f"{what}: shapes differ, {tuple(ours.shape)} and {tuple(theirs.shape)}"
+    assert ours.shape == theirs.shape, (
+        f"{what}: shapes differ, {tuple(ours.shape)} and {tuple(theirs.shape)}"
+    )
     gap = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item()
     assert gap <= tolerance, (
         f"{what}: the stacks differ by {gap:.1e} of the largest value, more than {tolerance:.0e}; nothing was timed"

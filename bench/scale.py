@@ -9,13 +9,22 @@ from .timing import Timing
 from .training import Size, our_cell
 
 BASE = Size(steps=2, rows=20)  # of 50 steps and 500 rows: growth is asked for, not the total
-RUNS = {1: (1, 1), 2: (2, 1), 5: (5, 1), 15: (5, 3), 30: (10, 3), 60: (20, 3)}  # runs a method -> sets × rates
+RUNS = {
+    1: (1, 1),
+    2: (2, 1),
+    5: (5, 1),
+    15: (5, 3),
+    30: (10, 3),
+    60: (20, 3),
+}  # runs a method -> sets × rates
 COUNTS = (2, 4, 8, 16, 32, 64, 128)
 ANSWERS = (2, 8, 32, 100, 200)
 DEPTHS = (1, 2, 4, 8, 16)
 
 
-def sweep(points: dict[int, Callable[[], dict[str, float]]], repeats: int = 2) -> dict[int, dict[str, float]]:
+def sweep(
+    points: dict[int, Callable[[], dict[str, float]]], repeats: int = 2
+) -> dict[int, dict[str, float]]:
     """Seconds a stage at every point: the least of `repeats` rounds, after one over the first point.
 
     What takes 5 s is done once.
@@ -27,7 +36,9 @@ def sweep(points: dict[int, Callable[[], dict[str, float]]], repeats: int = 2) -
             if sum(found.get(x, {}).values()) > 5:
                 continue
             spent = run()
-            found[x] = {stage: min(seconds, found.get(x, spent)[stage]) for stage, seconds in spent.items()}
+            found[x] = {
+                stage: min(seconds, found.get(x, spent)[stage]) for stage, seconds in spent.items()
+            }
     return found
 
 
@@ -36,17 +47,25 @@ def scale(shape: str = "tiny", device: str = "cpu", dtype=None) -> Result:
     ground = stand(shape, device, dtype)
 
     def cell(ground: Stand, size: Size, tokens: int = 1) -> Callable[[], dict[str, float]]:
-        return lambda: our_cell(ground, size, ground.prompts(size.rows, SST2_LENGTHS, seed=99), tokens)[0]
+        return lambda: our_cell(
+            ground, size, ground.prompts(size.rows, SST2_LENGTHS, seed=99), tokens
+        )[0]
 
-    usual = f"{BASE.runs} runs a method, N = {BASE.n}, {BASE.steps} steps, {BASE.rows} evaluation rows"
+    usual = (
+        f"{BASE.runs} runs a method, N = {BASE.n}, {BASE.steps} steps, {BASE.rows} evaluation rows"
+    )
     result = Result("scale", f"{ground.about}; where not said otherwise {usual}", [])
     short = replace(BASE, sets=2, rates=2)
     sweeps = {
-        "runs a method": {r: cell(ground, replace(BASE, sets=s, rates=k)) for r, (s, k) in RUNS.items()},
+        "runs a method": {
+            r: cell(ground, replace(BASE, sets=s, rates=k)) for r, (s, k) in RUNS.items()
+        },
         "rows a set (N), an epoch of 4 runs": {
             n: cell(ground, replace(short, n=n, steps=max(1, n // 4))) for n in COUNTS
         },
-        "answer tokens (collect and train; 4 runs, 2 steps)": {g: cell(ground, short, g) for g in ANSWERS},
+        "answer tokens (collect and train; 4 runs, 2 steps)": {
+            g: cell(ground, short, g) for g in ANSWERS
+        },
         "layers": {depth: cell(stand(shape, device, dtype, depth), BASE) for depth in DEPTHS},
     }
     found = {}
@@ -63,7 +82,9 @@ def scale(shape: str = "tiny", device: str = "cpu", dtype=None) -> Result:
             )
             result.add(line)
         (a, b) = (min(totals), max(totals))
-        result.ratios[f"{name}: time grows by, from {a} to {b} ({b / a:g} ×)"] = totals[b] / totals[a]
+        result.ratios[f"{name}: time grows by, from {a} to {b} ({b / a:g} ×)"] = (
+            totals[b] / totals[a]
+        )
     result.remarks.append(plot(found, ground.shape, ground.device.type))
     return result
 
@@ -83,7 +104,9 @@ def plot(found: dict[str, dict[int, dict[str, float]]], shape: str, device: str)
             axes.plot(xs, [points[x][stage] for x in xs], marker="o", label=stage)
         total = [sum(points[x].values()) for x in xs]
         axes.plot(xs, total, color="black", marker="o", label="all")
-        axes.plot(xs, [total[-1] * x / xs[-1] for x in xs], color="grey", linestyle=":", label="linear")
+        axes.plot(
+            xs, [total[-1] * x / xs[-1] for x in xs], color="grey", linestyle=":", label="linear"
+        )
         axes.set(xscale="log", yscale="log", xlabel=name, ylabel="seconds", xticks=xs)
         axes.set_xticklabels([str(x) for x in xs])
         axes.minorticks_off()

@@ -20,7 +20,13 @@ from .report import TOLERANCE
 
 QWEN = {"vocab_size": 151936, "rope": Rope(1e6), "tie_word_embeddings": True}
 LLAMA_ROPE = Rope(
-    5e5, {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    5e5,
+    {
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
 )
 SHAPES = {  # vocabulary, hidden, MLP, layers, heads, key/value heads, head size
     "tiny": qwen3.Config(  # as models/tiny
@@ -48,7 +54,12 @@ SHAPES = {  # vocabulary, hidden, MLP, layers, heads, key/value heads, head size
         num_key_value_heads=8, head_dim=128, **QWEN
     ),
 }  # fmt: skip
-CPU_DEPTH = {"qwen3-0.6b": 4, "llama-3.2-1b": 2, "llama-3.2-3b": 2, "qwen3-4b": 2}  # layers on a CPU
+CPU_DEPTH = {
+    "qwen3-0.6b": 4,
+    "llama-3.2-1b": 2,
+    "llama-3.2-3b": 2,
+    "qwen3-4b": 2,
+}  # layers on a CPU
 LABELS = (" w0", " w1")
 # prompt tokens of SST2's training rows under Qwen3's tokenizer, template included, at 5 %, 15 %, … 95 %
 SST2_LENGTHS = (7, 8, 9, 10, 12, 14, 17, 21, 26, 36)
@@ -87,7 +98,9 @@ class Stand:
 
     def theta(self, runs: int = 1, trained: bool = False) -> Tensor:
         """First weights [R, M] of LoRA, a draw a run; B is random too if `trained`."""
-        rows = [self.adapter.init(self.model, torch.Generator().manual_seed(r)) for r in range(runs)]
+        rows = [
+            self.adapter.init(self.model, torch.Generator().manual_seed(r)) for r in range(runs)
+        ]
         theta = torch.stack(rows)
         if trained:
             theta += 0.02 * torch.randn(theta.shape, generator=torch.Generator().manual_seed(runs))
@@ -106,7 +119,9 @@ class Stand:
     def text(self, rng: random.Random, tokens: int) -> str:
         return " ".join(f"w{rng.randrange(16, self.config.vocab_size)}" for _ in range(tokens))
 
-    def examples(self, count: int, lengths: tuple[int, ...], answer: int = 1, seed: int = 0) -> list[Example]:
+    def examples(
+        self, count: int, lengths: tuple[int, ...], answer: int = 1, seed: int = 0
+    ) -> list[Example]:
         """`count` rows of random words, prompts of `lengths` tokens in turn, shuffled; one-word answers are labels."""
         rng = random.Random(f"{seed} {count} {lengths} {answer}")
         sizes = [lengths[i % len(lengths)] for i in range(count)]
@@ -115,26 +130,40 @@ class Stand:
         for size in sizes:
             label = rng.randrange(len(LABELS)) if answer == 1 else None
             rows.append(
-                Example(self.text(rng, size), LABELS[label] if answer == 1 else " " + self.text(rng, answer), label)
+                Example(
+                    self.text(rng, size),
+                    LABELS[label] if answer == 1 else " " + self.text(rng, answer),
+                    label,
+                )
             )
         return rows
 
     def prompts(self, count: int, lengths: tuple[int, ...], seed: int = 0) -> list[list[int]]:
-        return self.tokenizer.encode_all([e.prompt for e in self.examples(count, lengths, seed=seed)])
+        return self.tokenizer.encode_all(
+            [e.prompt for e in self.examples(count, lengths, seed=seed)]
+        )
 
 
 @cache
-def stand(shape: str, device: str = "cpu", dtype: torch.dtype = torch.float32, layers: int | None = None) -> Stand:
+def stand(
+    shape: str, device: str = "cpu", dtype: torch.dtype = torch.float32, layers: int | None = None
+) -> Stand:
     """Build a shape; on a CPU the large ones at CPU_DEPTH, unless `layers` says otherwise."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     whole = SHAPES[shape]
-    layers = layers or (CPU_DEPTH.get(shape) if device == "cpu" else None) or whole.num_hidden_layers
+    layers = (
+        layers or (CPU_DEPTH.get(shape) if device == "cpu" else None) or whole.num_hidden_layers
+    )
     config = replace(whole, num_hidden_layers=layers)
     torch.manual_seed(0)
     with torch.device(device):
-        net = transformers.AutoModelForCausalLM.from_config(theirs(config), dtype=dtype).eval().requires_grad_(False)
+        net = (
+            transformers.AutoModelForCausalLM.from_config(theirs(config), dtype=dtype)
+            .eval()
+            .requires_grad_(False)
+        )
     net.generation_config.eos_token_id, net.generation_config.pad_token_id = None, 0
     with torch.device("meta"):
         model = (qwen3.Qwen3 if config.model_type == "qwen3" else llama.Llama)(config)
@@ -144,11 +173,11 @@ def stand(shape: str, device: str = "cpu", dtype: torch.dtype = torch.float32, l
     model.tie()
     size = sum(p.numel() for p in model.parameters()) / 1e6
     depth = (
-        f"{layers} layers" if layers == whole.num_hidden_layers else f"{layers} of its {whole.num_hidden_layers} layers"
+        f"{layers} layers"
+        if layers == whole.num_hidden_layers
+        else f"{layers} of its {whole.num_hidden_layers} layers"
     )
-    about = (
-        f"{shape}: {size:.3g} M random weights, {depth}, vocabulary {config.vocab_size:,}, {str(dtype)[6:]}, {device}"
-    )
+    about = f"{shape}: {size:.3g} M random weights, {depth}, vocabulary {config.vocab_size:,}, {str(dtype)[6:]}, {device}"
     return Stand(shape, about, model.eval(), net, words(config.vocab_size))
 
 
@@ -176,4 +205,6 @@ def set_peft(net: nn.Module, theta: Tensor, adapter: LoRA) -> None:
     parameters = dict(net.named_parameters())
     with torch.no_grad():
         for name, tensor in unpack(theta[None], adapter.shapes).items():
-            parameters[f"base_model.model.{name[:-2]}.lora_{name[-1]}.default.weight"].copy_(tensor[0])
+            parameters[f"base_model.model.{name[:-2]}.lora_{name[-1]}.default.weight"].copy_(
+                tensor[0]
+            )

@@ -36,7 +36,9 @@ class Timing:
 
     def __str__(self) -> str:
         unit, factor = ("s", 1.0) if self.seconds >= 1 else ("ms", 1e3)
-        return f"{self.seconds * factor:.3g} {unit} [{self.low * factor:.3g}–{self.high * factor:.3g}]"
+        return (
+            f"{self.seconds * factor:.3g} {unit} [{self.low * factor:.3g}–{self.high * factor:.3g}]"
+        )
 
 
 def synchronize(device) -> None:
@@ -53,7 +55,9 @@ def clock(run: Callable[[], object], device="cpu") -> float:
     return time.perf_counter() - start
 
 
-def race(stacks: dict[str, Callable], repeats: int = 5, seconds: float = 20.0, device="cpu") -> dict[str, Timing]:
+def race(
+    stacks: dict[str, Callable], repeats: int = 5, seconds: float = 20.0, device="cpu"
+) -> dict[str, Timing]:
     """Time the stacks in turn, round after round, so that a busy spell of the machine meets all of them.
 
     `repeats` rounds after one to warm up, fewer once `seconds` are over but at least two. A first round that takes a
@@ -88,7 +92,9 @@ def recorded() -> str:
     return f"CUDA graphs: {found}, warming up included"
 
 
-def gemm_rate(rows: int, inputs: int, outputs: int, device="cpu", dtype=torch.float32, seconds: float = 0.5) -> float:
+def gemm_rate(
+    rows: int, inputs: int, outputs: int, device="cpu", dtype=torch.float32, seconds: float = 0.5
+) -> float:
     """FLOP/s of x [rows, inputs] @ W^T [inputs, outputs]: the best of as many rounds as fit into `seconds`."""
     x = torch.randn(rows, inputs, device=device, dtype=dtype)
     w = torch.randn(outputs, inputs, device=device, dtype=dtype)
@@ -134,7 +140,9 @@ def resident() -> tuple[int, int]:
     """Bytes resident now, and the most since `reset_peak` (or since the start, where the kernel cannot reset it)."""
     try:
         status = Path("/proc/self/status").read_text()
-        return tuple(int(re.search(rf"{key}:\s+(\d+)", status)[1]) * 1024 for key in ("VmRSS", "VmHWM"))
+        return tuple(
+            int(re.search(rf"{key}:\s+(\d+)", status)[1]) * 1024 for key in ("VmRSS", "VmHWM")
+        )
     except OSError:
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return most, most

@@ -43,7 +43,9 @@ def part(rows: Taught, method: str) -> tuple[list[Row], list[Row]]:
 class OurStep:
     """A step of the training loop for R runs whose rows stay the same."""
 
-    def __init__(self, stand: Stand, runs: list[list[Row]], phase: str, theta: Tensor, rate: float = 1e-3):
+    def __init__(
+        self, stand: Stand, runs: list[list[Row]], phase: str, theta: Tensor, rate: float = 1e-3
+    ):
         self.stand = stand
         self.batch = pack(collate(runs)).to(stand.device)
         self.mix = {phase: torch.ones(len(runs), device=stand.device)}
@@ -76,7 +78,9 @@ def check_step(stand: Stand, rows: list[Row], method: str) -> str:
     remark = ""
     for kind in PEERS.values():
         peer = kind(stand)
-        peer.begin(theta[0], 0.0)  # a rate of zero: the step leaves the weights, but not the gradient
+        peer.begin(
+            theta[0], 0.0
+        )  # a rate of zero: the step leaves the weights, but not the gradient
         peer.optimizer.zero_grad = lambda: None
         remark = agree(f"{method} loss", loss, peer.step(rows, phase), stand.tolerance)
         theirs = torch.cat([p.grad.flatten() for p in peer.weights])
@@ -84,12 +88,18 @@ def check_step(stand: Stand, rows: list[Row], method: str) -> str:
     return remark
 
 
-def step(stand: Stand, runs: int = 15, n: int = 4, tokens: int = 26, seconds: float = 8.0) -> Result:
+def step(
+    stand: Stand, runs: int = 15, n: int = 4, tokens: int = 26, seconds: float = 8.0
+) -> Result:
     """One step of `runs` runs on `n` rows of `tokens` tokens, one-token answers; a run's share, and a peer's step."""
     rows = [taught_set(stand, n, number, (tokens,)) for number in range(5)]
-    ceiling = gemm_ceiling(stand.config, runs * n * tokens, stand.device, stand.model.lm_head.weight.dtype)
+    ceiling = gemm_ceiling(
+        stand.config, runs * n * tokens, stand.device, stand.model.lm_head.weight.dtype
+    )
     result = Result(
-        "step", f"{stand.about}; {runs} runs × {n} rows × {tokens} tokens; GEMM {ceiling / 1e9:.0f} GFLOP/s", []
+        "step",
+        f"{stand.about}; {runs} runs × {n} rows × {tokens} tokens; GEMM {ceiling / 1e9:.0f} GFLOP/s",
+        [],
     )
     for method, (phase, _) in PHASES.items():
         mine = [part(rows[r % 5], method)[0] for r in range(runs)]
@@ -105,7 +115,11 @@ def step(stand: Stand, runs: int = 15, n: int = 4, tokens: int = 26, seconds: fl
         times["us"] = times["us"].scaled(1 / runs)
         for name, timing in times.items():
             rate = work / timing.seconds
-            rates = {"tokens/s": n * tokens / timing.seconds, "FLOP/s": rate, "GEMM": rate / ceiling}
+            rates = {
+                "tokens/s": n * tokens / timing.seconds,
+                "FLOP/s": rate,
+                "GEMM": rate / ceiling,
+            }
             result.add(Line(method, name, timing, "run and step", rates))
         for name in PEERS:
             result.ratio(f"{method}: {name} / us", times[name], times["us"])
@@ -178,7 +192,11 @@ def sample(prompts: list[list[int]], rows: int, name: str) -> list[list[int]]:
     if name == "(a)" or rows == len(prompts):  # (a) takes them as they come
         return prompts[:rows]
     ordered = sorted(prompts, key=len)
-    return [p for quarter in (1, 3) for p in ordered[quarter * len(ordered) // 4 - rows // 4 :][: rows // 2]]
+    return [
+        p
+        for quarter in (1, 3)
+        for p in ordered[quarter * len(ordered) // 4 - rows // 4 :][: rows // 2]
+    ]
 
 
 def our_grid(stand: Stand, sets: list[Taught], size: Size) -> Grid:
@@ -186,7 +204,15 @@ def our_grid(stand: Stand, sets: list[Taught], size: Size) -> Grid:
     settings = Settings(epochs=-(-size.steps // max(1, size.n // 4)), patience=NEVER)
     hooks = Hooks(in_batches, partial(recorded, device=stand.device))
     rates = RATES[: size.rates]
-    return Grid(stand.model, stand.adapter, sets, rates, settings=settings, hooks=hooks, trainer=make_trainer(None))
+    return Grid(
+        stand.model,
+        stand.adapter,
+        sets,
+        rates,
+        settings=settings,
+        hooks=hooks,
+        trainer=make_trainer(None),
+    )
 
 
 def our_cell(
@@ -237,10 +263,14 @@ def peer_sets(peer: Peer, size: Size) -> list[Taught]:
     return sets
 
 
-def peer_cell(peer: Peer, size: Size, prompts: list[list[int]]) -> tuple[dict[str, float], list[list[int]], Tensor]:
+def peer_cell(
+    peer: Peer, size: Size, prompts: list[list[int]]
+) -> tuple[dict[str, float], list[list[int]], Tensor]:
     """The same, one run after another."""
     sets: list[Taught] = []
-    kept: dict[str, list[list[Tensor]]] = {method: [] for method in CELL}  # the best weights of each run
+    kept: dict[str, list[list[Tensor]]] = {
+        method: [] for method in CELL
+    }  # the best weights of each run
     dev: dict[str, list[float]] = {method: [] for method in CELL}
     picked: list[list[int]] = []
     tops: list[Tensor] = []
@@ -281,7 +311,9 @@ def check_cell(stand: Stand, small: Size = Size(2, 1, 2, 8)) -> str:
     _, runs, ours = our_cell(stand, small, prompts)
     for kind in PEERS.values():
         _, same, theirs = peer_cell(kind(stand), small, prompts)
-        assert runs == same, f"the stacks score different runs: {runs} and {same}; nothing was timed"
+        assert runs == same, (
+            f"the stacks score different runs: {runs} and {same}; nothing was timed"
+        )
         allowed = max(2e-2, stand.tolerance)
         remark = agree("top-1 probabilities after training", ours, theirs, allowed)
     return remark
@@ -290,7 +322,9 @@ def check_cell(stand: Stand, small: Size = Size(2, 1, 2, 8)) -> str:
 SCORES = {"dev": "scores the chosen rate's runs", "eval": "scores every run"}
 
 
-def cell(stand: Stand, whole: Size = Size(), parts: dict[str, Size] | None = None, repeats: int = 2) -> Result:
+def cell(
+    stand: Stand, whole: Size = Size(), parts: dict[str, Size] | None = None, repeats: int = 2
+) -> Result:
     """A cell under every stack; `parts`: how much of it each one does, the rest is extrapolated."""
     parts = parts or {}
     parts = {name: parts.get(name, whole) for name in ("us", *PEERS)}
@@ -310,7 +344,9 @@ def cell(stand: Stand, whole: Size = Size(), parts: dict[str, Size] | None = Non
                 spent = peer_cell(peers[name], size, some[name])[0]
             stages = ", ".join(f"{stage} {seconds:.3g} s" for stage, seconds in spent.items())
             tell(f"{name}: {stages} ({size.said(whole)})")
-            found[name].append(size.times(spent, whole, sum(map(len, some[name])) / sum(map(len, prompts))))
+            found[name].append(
+                size.times(spent, whole, sum(map(len, some[name])) / sum(map(len, prompts)))
+            )
     totals = {}
     for name, stages in found.items():
         totals[name] = Timing.of([sum(spent.values()) for spent in stages])
@@ -334,7 +370,11 @@ def portions(shape: str, device: str, select: str = "dev") -> tuple[Size, dict[s
         (b, a) = (replace(whole, sets=sets, rates=1, steps=10, rows=128) for sets in (2, 1))
         return whole, {"(b)": b, "(a)": a}, 2
     if shape == "tiny":
-        return whole, {"(b)": replace(whole, sets=2, rates=1), "(a)": replace(whole, sets=1, rates=1)}, 2
+        return (
+            whole,
+            {"(b)": replace(whole, sets=2, rates=1), "(a)": replace(whole, sets=1, rates=1)},
+            2,
+        )
     short = replace(whole, steps=2, rows=40)
     some = replace(short, sets=1, rates=1, steps=3, rows=128)
     return whole, {"us": short, "(b)": some, "(a)": replace(short, sets=1, rates=1)}, 2

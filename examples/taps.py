@@ -18,7 +18,9 @@ ids = torch.tensor([tokenizer.encode("Text:the cast was bright near the trail\nL
 # Ours: ask for them. Taps(at=(rows, cols), layers=[0, 2]) would record only those positions and layers.
 taps = Taps()
 logits = model(ids, taps=taps)  # [B, T, V]
-ours = taps.stack()  # [L, B, T, D]: what each attention block adds to the residual stream, attached to the graph
+ours = (
+    taps.stack()
+)  # [L, B, T, D]: what each attention block adds to the residual stream, attached to the graph
 
 # transformers: a hook on every attention module, to be removed again.
 twin = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -32,5 +34,12 @@ with torch.no_grad():
 for hook in hooks:
     hook.remove()
 
-print("attention outputs", list(ours.shape), "largest difference", (ours - torch.stack(caught)).abs().max().item())
-print("logits", list(logits.shape), "largest difference", (logits - their_logits).abs().max().item())
+print(
+    "attention outputs",
+    list(ours.shape),
+    "largest difference",
+    (ours - torch.stack(caught)).abs().max().item(),
+)
+print(
+    "logits", list(logits.shape), "largest difference", (logits - their_logits).abs().max().item()
+)

@@ -65,8 +65,12 @@ class ModelsOfThisCheckout:
         if name != f"{__name__}.models":
             return None
         if not (cls.folder / "__init__.py").is_file():
-            raise ImportError(f"{cls.folder} is missing: this copy of ia2mini is not whole; install it again")
-        return spec_from_file_location(name, cls.folder / "__init__.py", submodule_search_locations=[str(cls.folder)])
+            raise ImportError(
+                f"{cls.folder} is missing: this copy of ia2mini is not whole; install it again"
+            )
+        return spec_from_file_location(
+            name, cls.folder / "__init__.py", submodule_search_locations=[str(cls.folder)]
+        )
 
 
 if not Path(__file__).with_name("models").is_dir():  # where it is installed, they lie within

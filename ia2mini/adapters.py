@@ -18,7 +18,15 @@ from . import UsageError
 from .models.layers import Linear
 
 TARGETS = ("q_proj", "k_proj", "o_proj")  # paper section 5
-EVERY_MATRIX = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a layer
+EVERY_MATRIX = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)  # of a layer
 
 
 class Adapter:
@@ -47,7 +55,9 @@ class Adapter:
 class LoRA(Adapter):
     """W x + (alpha / rank) B A x, A [rank, in] random, B [out, rank] zero at first (Hu et al. 2021; as in peft)."""
 
-    def __init__(self, model: nn.Module, targets=TARGETS, layers: list[int] | None = None, rank=8, alpha=8.0):
+    def __init__(
+        self, model: nn.Module, targets=TARGETS, layers: list[int] | None = None, rank=8, alpha=8.0
+    ):
         if rank < 1:
             raise UsageError(f"rank {rank}: LoRA needs a rank of at least 1")
         super().__init__(model, targets, layers)
@@ -203,4 +213,6 @@ def find_linears(model: nn.Module, targets, layers: list[int] | None) -> dict[st
 def unpack(theta: Tensor, shapes: dict[str, tuple]) -> dict[str, Tensor]:
     """Name -> [R, *shape] views of theta [R, M]."""
     parts = theta.split([math.prod(shape) for shape in shapes.values()], dim=1)
-    return {name: part.view(len(theta), *shape) for (name, shape), part in zip(shapes.items(), parts)}
+    return {
+        name: part.view(len(theta), *shape) for (name, shape), part in zip(shapes.items(), parts)
+    }

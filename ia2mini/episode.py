@@ -19,10 +19,16 @@ class Episode:
 
     train: list[Example]  # N rows
     dev: list[Example]  # max(1, N/2) rows, at most 48
-    demonstrations: list[list[Example]]  # one list a row of train + dev, N - 1 long: what the teacher sees before it
+    demonstrations: list[
+        list[Example]
+    ]  # one list a row of train + dev, N - 1 long: what the teacher sees before it
     icl: list[list[Example]]  # before each evaluation row; one list: the same for all
-    unlabelled: list[Example] = field(default_factory=list)  # more rows, which the teacher answers …
-    more_demonstrations: list[list[Example]] = field(default_factory=list)  # … with these before each
+    unlabelled: list[Example] = field(
+        default_factory=list
+    )  # more rows, which the teacher answers …
+    more_demonstrations: list[list[Example]] = field(
+        default_factory=list
+    )  # … with these before each
 
 
 def seeded(seed: int, number: int, purpose: str) -> np.random.Generator:
@@ -31,7 +37,12 @@ def seeded(seed: int, number: int, purpose: str) -> np.random.Generator:
 
 
 def draw_episode(
-    pool: list[Example], n: int, number: int = 0, seed: int = 0, pool_demos: int = 0, reuse: bool = False
+    pool: list[Example],
+    n: int,
+    number: int = 0,
+    seed: int = 0,
+    pool_demos: int = 0,
+    reuse: bool = False,
 ) -> Episode:
     """Set `number` of size `n`: the pool shuffled with the set's seed, N rows to train, the next ones as dev.
 
@@ -41,23 +52,32 @@ def draw_episode(
     """
     dev_size = min(max(1, n // 2), 48)
     if n < 2:
-        raise UsageError(f"--n {n}: with fewer than 2 rows no demonstration is left for the teacher; use --n 2 or more")
+        raise UsageError(
+            f"--n {n}: with fewer than 2 rows no demonstration is left for the teacher; use --n 2 or more"
+        )
     if n + dev_size > len(pool):
         needs = f"needs {n} training and {dev_size} dev rows, but the pool holds only {len(pool)}"
         raise UsageError(f"--n {n}: {needs}; use a smaller --n")
     order = np.arange(len(pool))
-    np.random.RandomState(seed * 1000 + number).shuffle(order)  # the released scripts' order when seed is 0
+    np.random.RandomState(seed * 1000 + number).shuffle(
+        order
+    )  # the released scripts' order when seed is 0
     train, dev, rest = ([pool[i] for i in part] for part in np.split(order, [n, n + dev_size]))
     rng = seeded(seed, number, "demonstrations")
     leave_one_out = [shuffled(train[:i] + train[i + 1 :], rng) for i in range(n)]
-    for_dev = [leave_one_out[j % n] if reuse else shuffled(train, rng)[: n - 1] for j in range(dev_size)]
+    for_dev = [
+        leave_one_out[j % n] if reuse else shuffled(train, rng)[: n - 1] for j in range(dev_size)
+    ]
     icl = [shuffled(train, seeded(seed, number, "icl"))]
     if pool_demos:
         if len(rest) < n - 1:
             lack = f"demonstrations from the pool need {n - 1} rows besides the set, but it has only {len(rest)}"
             raise UsageError(f"--n {n}: {lack}")
         rng = seeded(seed, number, "icl from the pool")
-        icl = [[rest[i] for i in rng.choice(len(rest), n - 1, replace=False)] for _ in range(pool_demos)]
+        icl = [
+            [rest[i] for i in rng.choice(len(rest), n - 1, replace=False)]
+            for _ in range(pool_demos)
+        ]
     return Episode(train, dev, leave_one_out + for_dev, icl)
 
 
@@ -123,7 +143,9 @@ def in_turn(rows: list[Example]) -> list[Example]:
     return sorted(rows, key=lambda row: next(rounds[row.label]))
 
 
-def balanced(rows: list[Example], count: int, rng: np.random.Generator, without: str | None = None) -> list[Example]:
+def balanced(
+    rows: list[Example], count: int, rng: np.random.Generator, without: str | None = None
+) -> list[Example]:
     """Up to `count` rows in random order, labels as equally often as there are rows; none with the prompt `without`."""
     labels = len({row.label for row in rows})
     seen: Counter = Counter()

@@ -6,7 +6,9 @@ from contextlib import contextmanager
 
 from . import UsageError
 
-NO_MEMORY = "the device has too little memory; use a smaller --model, --dtype bfloat16 or another --device"
+NO_MEMORY = (
+    "the device has too little memory; use a smaller --model, --dtype bfloat16 or another --device"
+)
 WORDS = (
     "not enough memory",  # PyTorch's allocator for the CPU, on Windows
     "can't allocate memory",  # the same elsewhere
@@ -38,11 +40,16 @@ def cause(error: BaseException) -> BaseException | None:
 
 def names_memory(error: BaseException) -> bool:
     name = type(error).__name__
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError":  # torch's own; torch may not be loaded yet
+    if (
+        isinstance(error, MemoryError) or name == "OutOfMemoryError"
+    ):  # torch's own; torch may not be loaded yet
         return True
     if isinstance(error, OSError):  # its text holds the name of a file
         return error.errno == errno.ENOMEM
-    if not isinstance(error, (RuntimeError, ImportError)) and name not in ("SafetensorError", "Exception"):
+    if not isinstance(error, (RuntimeError, ImportError)) and name not in (
+        "SafetensorError",
+        "Exception",
+    ):
         return False  # tokenizers raises bare Exception
     text = str(error).lower()
     return any(words in text for words in WORDS)
@@ -60,4 +67,6 @@ def broken_tokenizer() -> Iterator[None]:
         panic = type(error).__name__ == "PanicException"
         if not panic and (isinstance(error, UsageError) or not isinstance(error, Exception)):
             raise
-        raise UsageError(f"the tokenizer.json of this checkpoint is broken ({error}); download it again") from None
+        raise UsageError(
+            f"the tokenizer.json of this checkpoint is broken ({error}); download it again"
+        ) from None

@@ -29,9 +29,13 @@ def everyone_stays(going: list[bool], runs: int) -> list[int] | None:
 class DecodingHooks:
     """Where scale/ hooks into decoding; a notebook needs none of it."""
 
-    wrap: Callable[[Callable], Callable] = as_it_is  # of the step that chooses a token: records it as a CUDA graph
+    wrap: Callable[[Callable], Callable] = (
+        as_it_is  # of the step that chooses a token: records it as a CUDA graph
+    )
     static: bool = False  # whether the cache keeps its shape from the second token on: what a recorded step needs
-    who_stays: Callable[[list[bool], int], list[int] | None] = everyone_stays  # (which rows still go on, runs) -> the
+    who_stays: Callable[[list[bool], int], list[int] | None] = (
+        everyone_stays  # (which rows still go on, runs) -> the
+    )
     # rows that stay in the batch; None: all
 
 
@@ -55,7 +59,12 @@ class Response(NamedTuple):
 
 
 def generate(
-    model: Callable, tokenizer: Tokenizer, prompts: list[list[int]], how: Decoding, watch: Watch = None, observer=None
+    model: Callable,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    how: Decoding,
+    watch: Watch = None,
+    observer=None,
 ) -> list[list[int]]:
     """Greedy responses, ids per prompt, without EOS and cut before the stop text; of R runs all prompts, run by run.
 
@@ -67,7 +76,9 @@ def generate(
     return [response.ids for response in responses(model, tokenizer, prompts, how, watch, observer)]
 
 
-def responses(model, tokenizer, prompts: list[list[int]], how: Decoding, watch=None, observer=None) -> list[Response]:
+def responses(
+    model, tokenizer, prompts: list[list[int]], how: Decoding, watch=None, observer=None
+) -> list[Response]:
     """As `generate`, with every token that was chosen."""
     groups = by_length([len(prompt) + how.max_tokens for prompt in prompts], how.budget // how.runs)
     found = [Response([], [])] * (how.runs * len(prompts))
@@ -82,13 +93,17 @@ def responses(model, tokenizer, prompts: list[list[int]], how: Decoding, watch=N
 
 
 @torch.inference_mode()
-def decode_group(model, tokenizer, prompts, group: list[int], how: Decoding, observer=None) -> list[Response]:
+def decode_group(
+    model, tokenizer, prompts, group: list[int], how: Decoding, observer=None
+) -> list[Response]:
     """Responses to the prompts of `group`, run by run: each step appends the likeliest token to every row."""
     network = getattr(model, "func", model)
     weight = network.model.embed_tokens.weight
     device = weight.device
     last = torch.tensor([len(prompts[i]) - 1 for i in group], device=device).repeat(how.runs)
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompts[i]) for i in group], batch_first=True)
+    ids = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(prompts[i]) for i in group], batch_first=True
+    )
     ids = ids.to(device).repeat(how.runs, 1)
     cache = Cache(network.config, len(ids), ids.shape[1] + how.max_tokens, weight, how.hooks.static)
 
@@ -116,7 +131,9 @@ def decode_group(model, tokenizer, prompts, group: list[int], how: Decoding, obs
         chosen = tokens.tolist()
         live = [place for place, goes_on in enumerate(going) if goes_on]
         if observer:
-            here = send(torch.tensor(live), device)  # what is given is a copy: a replay overwrites its own result
+            here = send(
+                torch.tensor(live), device
+            )  # what is given is a copy: a replay overwrites its own result
             numbers = [group[rows[place]] for place in live]
             observer(numbers, [chosen[place] for place in live], logits[here], outputs[:, here])
         for place in live:

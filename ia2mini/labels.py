@@ -24,13 +24,21 @@ class Scoring:
     """How prompts are scored, and what is looked at besides."""
 
     runs: int = 1  # R that the model computes side by side
-    among: int | None = None  # top-1 confidence as the share among that many likeliest tokens (released scripts: 10)
+    among: int | None = (
+        None  # top-1 confidence as the share among that many likeliest tokens (released scripts: 10)
+    )
     keep: int = 0  # of how many of the first prompts the attention outputs are returned
-    like: Tensor | None = None  # [L, S, n, D] outputs of the first n prompts under S sets, to measure `asim` to:
+    like: Tensor | None = (
+        None  # [L, S, n, D] outputs of the first n prompts under S sets, to measure `asim` to:
+    )
     # one run is compared with every set, S × k runs k by k with each
     budget: int = 4096  # tokens in one pass
-    ends: tuple[int, ...] = ()  # tokens each of which ends a text: a label that is closed by one ends with any of them
-    spelled: Tensor | None = None  # [V] the label that a token counts as, -1: none (see `spellings`); labels of 1 token
+    ends: tuple[
+        int, ...
+    ] = ()  # tokens each of which ends a text: a label that is closed by one ends with any of them
+    spelled: Tensor | None = (
+        None  # [V] the label that a token counts as, -1: none (see `spellings`); labels of 1 token
+    )
 
 
 @dataclass
@@ -39,8 +47,12 @@ class LabelScores:
 
     top: Tensor  # [R, Q] index of the label that greedy decoding gives, -1 where it gives none of them
     confidence: Tensor  # [R, Q] probability of what greedy decoding gives
-    log_probabilities: Tensor  # [R, Q, C] of each label, of all that could be said; natural logarithms
-    outputs: Tensor | None = None  # [L, R, n, D] attention outputs of the first n prompts, on the device
+    log_probabilities: (
+        Tensor  # [R, Q, C] of each label, of all that could be said; natural logarithms
+    )
+    outputs: Tensor | None = (
+        None  # [L, R, n, D] attention outputs of the first n prompts, on the device
+    )
     asim: Tensor | None = None  # [R, L] mean similarity to the attention outputs that were given
 
     @property
@@ -56,7 +68,9 @@ class LabelTree:
     """
 
     def __init__(self, labels: list[list[int]], device, ends: tuple[int, ...] = ()):
-        self.tokens = [token for label in labels for token in label[:-1]]  # the last token of a label is only said
+        self.tokens = [
+            token for label in labels for token in label[:-1]
+        ]  # the last token of a label is only said
         lengths = torch.tensor([[len(label)] for label in labels])
         said = pad_sequence([torch.tensor(label) for label in labels], batch_first=True)  # [C, I]
         places = torch.arange(said.shape[1])
@@ -67,14 +81,20 @@ class LabelTree:
         self.said = said.to(device)
         self.real = real.to(device)
         self.at = at.to(device)
-        self.closes = torch.isin(self.said, self.ends) & (places == lengths - 1).to(device)  # [C, I]
+        self.closes = torch.isin(self.said, self.ends) & (places == lengths - 1).to(
+            device
+        )  # [C, I]
         self.branches = self.real[:, 1:].nonzero().T  # label and place of each token
 
-    def batch(self, prompts: list[list[int]], runs: int, device) -> tuple[Tensor, At, Packed | None]:
+    def batch(
+        self, prompts: list[list[int]], runs: int, device
+    ) -> tuple[Tensor, At, Packed | None]:
         """ids [R * B, T], positions (rows, columns) of 1 + branch tokens a row, and what keeps the branches apart."""
         one_run = [Row(prompt + self.tokens, [0]) for prompt in prompts]
         ids = collate([one_run] * runs).ids.to(device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat(runs)[:, None]
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat(runs)[
+            :, None
+        ]
         columns = lengths - 1 + torch.arange(len(self.tokens) + 1, device=device)
         rows = torch.arange(len(columns), device=device)[:, None].expand_as(columns)
         at = rows.reshape(-1), columns.reshape(-1)
@@ -108,7 +128,9 @@ class LabelTree:
                 likeliest = torch.where(ended, ending, likeliest)
         log_probabilities = (said - total[..., self.at]).masked_fill(~self.real, 0.0).sum(-1)
         whole = total if among is None else logits.topk(among).values.logsumexp(-1)
-        agreed = (agrees | ~self.real).cumprod(-1)  # [..., C, I] 1 up to where the greedy answer leaves the label
+        agreed = (agrees | ~self.real).cumprod(
+            -1
+        )  # [..., C, I] 1 up to where the greedy answer leaves the label
         before = torch.cat((torch.ones_like(agreed[..., :1]), agreed[..., :-1]), -1)
         steps = likeliest - whole[..., self.at]
         confidence = steps.masked_fill(~(before.bool() & self.real), 0.0).sum(-1).exp()  # [..., C]
@@ -134,7 +156,11 @@ def spellings(tokenizer: Tokenizer, labels: tuple[str, ...], size: int) -> Tenso
 
 @torch.no_grad()
 def label_scores(
-    model: Callable, prompts: list[list[int]], labels: list[list[int]], how: Scoring = Scoring(), watch: Watch = None
+    model: Callable,
+    prompts: list[list[int]],
+    labels: list[list[int]],
+    how: Scoring = Scoring(),
+    watch: Watch = None,
 ) -> LabelScores:
     """Score every prompt under every run in one pass each; `labels`: the tokens of each."""
     tree = LabelTree(labels, device_of(model), how.ends)
@@ -166,7 +192,12 @@ def label_scores(
 
 
 def score_group(
-    model: Callable, tree: LabelTree, prompts: list[list[int]], group: list[int], how: Scoring, tap: bool
+    model: Callable,
+    tree: LabelTree,
+    prompts: list[list[int]],
+    group: list[int],
+    how: Scoring,
+    tap: bool,
 ) -> LabelScores:
     """The prompts of `group` in one pass; with `tap` their attention outputs, or how alike these are, summed."""
     device = device_of(model)

@@ -33,7 +33,9 @@ def per_run_in_bfloat16(values: Tensor, weights: Tensor, rows: Tensor, layers: i
 
 def activation_mse(outputs: Sequence[Tensor], targets: Tensor) -> Tensor:
     """Equation 4: squared error of outputs, L times [P, D], to targets [L, P, D]; mean over D, sum over L: [P]."""
-    return sum(SquaredError.apply(output, target) for output, target in zip(outputs, targets, strict=True))
+    return sum(
+        SquaredError.apply(output, target) for output, target in zip(outputs, targets, strict=True)
+    )
 
 
 class SquaredError(torch.autograd.Function):
@@ -58,7 +60,9 @@ def fused(function: Callable) -> Callable:
         nonlocal kernel
         if not tensors[0].is_cuda or kernel is function:
             return function(*tensors)
-        kernel = kernel or torch.compile(function, dynamic=True)  # only now: the compiler alone takes seconds to import
+        kernel = kernel or torch.compile(
+            function, dynamic=True
+        )  # only now: the compiler alone takes seconds to import
         try:
             return kernel(*tensors)
         except Exception as error:  # a missing compiler shows as one of many
@@ -79,7 +83,9 @@ def squared_error(output: Tensor, target: Tensor) -> Tensor:
 
 @fused
 def squared_error_gradient(output: Tensor, target: Tensor, grad: Tensor) -> Tensor:
-    return ((output.float() - target.float()) * (grad[:, None] * (2 / output.shape[-1]))).to(output.dtype)
+    return ((output.float() - target.float()) * (grad[:, None] * (2 / output.shape[-1]))).to(
+        output.dtype
+    )
 
 
 def soft_cross_entropy(states: Tensor, head: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:

@@ -45,7 +45,9 @@ class Grid:
 
     def first_weights(self, number: int) -> Tensor:
         """First weights [M] of a set: the same at all its rates, so that rates are compared from one start."""
-        generator = torch.Generator().manual_seed(int(seeded(self.seed, number, "adapter").integers(2**62)))
+        generator = torch.Generator().manual_seed(
+            int(seeded(self.seed, number, "adapter").integers(2**62))
+        )
         return self.adapter.init(self.model, generator)
 
     def order(self, number: int, rows: int, epoch: int) -> list[int]:
@@ -73,10 +75,15 @@ class Grid:
             dev_rows.append(taught.icl_dev if answers == ICL else taught.dev)
             orders.append(partial(self.order, number, len(rows)))
         R = len(configs)
-        weights = {loss: torch.as_tensor(weight, device=device).expand(R).float() for loss, weight in mix.items()}
+        weights = {
+            loss: torch.as_tensor(weight, device=device).expand(R).float()
+            for loss, weight in mix.items()
+        }
         rates = torch.tensor([rate for _, rate, _ in configs])
         runs = Runs(theta, rates, train_rows, dev_rows, weights, orders)
-        found = self.trainer(self.model, self.adapter, runs, self.settings, hooks=self.hooks).trained()
+        found = self.trainer(
+            self.model, self.adapter, runs, self.settings, hooks=self.hooks
+        ).trained()
         if start is not None:
             found.steps += start.steps
         return found
@@ -145,7 +152,9 @@ def ridge(grid: Grid) -> Trained:
     for number, taught in enumerate(grid.sets):
         first = grid.first_weights(number).to(device)
         rows = collate([taught.icl_train]).to(device)
-        judges = [batch.to(device) for batch in grid.hooks.collate([taught.icl_dev or taught.icl_train])]
+        judges = [
+            batch.to(device) for batch in grid.hooks.collate([taught.icl_dev or taught.icl_train])
+        ]
         solved = solve(grid.model, grid.adapter, first[None], rows, layers)
         theta.append(solved)
         dev_loss.append(summed_losses(grid.model, grid.adapter, solved, judges, mse, layers))
@@ -180,4 +189,6 @@ METHODS: dict[str, Callable] = {
     "ridge": ridge,
     "ridge-sft": ridge_sft,
 }
-STARTS_FROM = {name: name.partition("-")[0] for name in METHODS if "-" in name}  # method -> its first phase
+STARTS_FROM = {
+    name: name.partition("-")[0] for name in METHODS if "-" in name
+}  # method -> its first phase

@@ -66,7 +66,10 @@ def reliability(confidence, correct, bins: int = 15, scheme: str = "width") -> n
     scripts cut sorted rows, Q // bins in each and the rest in the last; rows of equal confidence stay in their order.
     """
     confidence, correct = _float64(confidence), _float64(correct)
-    assert confidence.shape == correct.shape and confidence.ndim == 1, (confidence.shape, correct.shape)
+    assert confidence.shape == correct.shape and confidence.ndim == 1, (
+        confidence.shape,
+        correct.shape,
+    )
     assert not ((confidence < 0) | (confidence > 1 + 1e-6)).any(), "a confidence is outside [0, 1]"
     if scheme == "width":
         index = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence, side="left")
@@ -92,7 +95,9 @@ def ece(confidence, correct, bins: int = 15, scheme: str = "width") -> float:
     return float(np.abs(right - confidences).sum() / rows.sum()) if rows.any() else float("nan")
 
 
-def ece_null(confidence, bins: int = 15, scheme: str = "width", draws: int = 1000, seed: int = 0) -> float:
+def ece_null(
+    confidence, bins: int = 15, scheme: str = "width", draws: int = 1000, seed: int = 0
+) -> float:
     """The mean ECE that a perfectly calibrated predictor shows on rows of these confidences [Q], by simulation.
 
     Each of `draws` times a row is right with the probability that it was given; an ECE of this size is no evidence of
@@ -102,13 +107,19 @@ def ece_null(confidence, bins: int = 15, scheme: str = "width", draws: int = 100
     if not len(confidence):
         return float("nan")
     rows, confidences, _ = reliability(confidence, confidence, bins, scheme).T
-    ends = np.cumsum(rows).astype(np.int64)  # sorted by confidence, a bin's rows stand together in both schemes
+    ends = np.cumsum(rows).astype(
+        np.int64
+    )  # sorted by confidence, a bin's rows stand together in both schemes
     right = np.random.default_rng(seed).random((draws, len(confidence))) < confidence
     shared = right.astype(float)
     if scheme != "scripts":  # rows of equal confidence share their mean, as `reliability` has it
-        _, first, tie, count = np.unique(confidence, return_index=True, return_inverse=True, return_counts=True)
+        _, first, tie, count = np.unique(
+            confidence, return_index=True, return_inverse=True, return_counts=True
+        )
         shared = (np.add.reduceat(shared, first, axis=1) / count)[:, tie]
-    until = np.concatenate([np.zeros((draws, 1)), shared.cumsum(1)], 1)[:, np.concatenate([[0], ends])]
+    until = np.concatenate([np.zeros((draws, 1)), shared.cumsum(1)], 1)[
+        :, np.concatenate([[0], ends])
+    ]
     return float(np.abs(np.diff(until, axis=1) - confidences).sum(1).mean() / len(confidence))
 
 
@@ -123,14 +134,18 @@ def smooth_ece(confidence, correct, bandwidth: float | None = None) -> float:
     return float(smoothed(confidence, residuals, bandwidth)[0]) if len(confidence) else float("nan")
 
 
-def smooth_ece_interval(confidence, correct, draws: int = 200, seed: int = 0) -> tuple[float, float]:
+def smooth_ece_interval(
+    confidence, correct, draws: int = 200, seed: int = 0
+) -> tuple[float, float]:
     """The 95 % percentile interval of `smooth_ece` over resampled rows; biased upwards, as of all that is never < 0."""
     confidence = np.clip(_float64(confidence), 0, 1)
     n = len(confidence)
     if not n:
         return float("nan"), float("nan")
     times = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
-    low, high = np.quantile(smoothed(confidence, times * (_float64(correct) - confidence) / n), [0.025, 0.975])
+    low, high = np.quantile(
+        smoothed(confidence, times * (_float64(correct) - confidence) / n), [0.025, 0.975]
+    )
     return float(low), float(high)
 
 
@@ -141,7 +156,9 @@ def waves() -> tuple[np.ndarray, np.ndarray]:
     return found, np.cos(np.outer((np.arange(1024) + 0.5) / 1024, found))
 
 
-def smoothed(confidence: np.ndarray, residuals: np.ndarray, bandwidth: float | None = None) -> np.ndarray:
+def smoothed(
+    confidence: np.ndarray, residuals: np.ndarray, bandwidth: float | None = None
+) -> np.ndarray:
     """SmoothECE [B] of residuals [B, Q], a row's share of all rows times right minus confidence [Q].
 
     Reflection makes a smoothed residual a sum of cosines, each damped by the kernel.
@@ -173,7 +190,9 @@ def risk_coverage(confidence, correct) -> float:
     if not len(confidence) or np.isnan(confidence).any():
         return float("nan")
     _, tie = np.unique(-confidence, return_inverse=True)
-    wrong = 1 - (np.bincount(tie, correct) / np.bincount(tie))[np.sort(tie)]  # the most certain first
+    wrong = (
+        1 - (np.bincount(tie, correct) / np.bincount(tie))[np.sort(tie)]
+    )  # the most certain first
     return float((wrong.cumsum() / np.arange(1, len(wrong) + 1)).mean())
 
 
@@ -182,25 +201,37 @@ def nll(log_probabilities) -> float:
     return _mean(-_float64(log_probabilities))
 
 
-def row_losses(scores: torch.Tensor, gold: torch.Tensor, temperature: float | torch.Tensor = 1.0) -> torch.Tensor:
+def row_losses(
+    scores: torch.Tensor, gold: torch.Tensor, temperature: float | torch.Tensor = 1.0
+) -> torch.Tensor:
     """-log p(gold) [..., n] among log-probabilities [..., n, C] of labels, or of texts' true answers [..., n, 1].
 
     `temperature`: one for all, or [n, 1] of the rows.
     """
     if scores.shape[-1] == 1:
         return -scores[..., 0]
-    return -(scores / temperature).log_softmax(-1).gather(-1, gold.expand(scores.shape[:-1])[..., None])[..., 0]
+    return (
+        -(scores / temperature)
+        .log_softmax(-1)
+        .gather(-1, gold.expand(scores.shape[:-1])[..., None])[..., 0]
+    )
 
 
-def temperatures(scores: torch.Tensor, gold: torch.Tensor, doubt: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+def temperatures(
+    scores: torch.Tensor, gold: torch.Tensor, doubt: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Temperatures [T] from 0.05 to 20, and each row's loss at each, [T, n], with targets of 1 - `doubt`."""
     C = scores.shape[1]
-    true = torch.full_like(scores, doubt / (C - 1), dtype=torch.float64).scatter_(1, gold[:, None], 1 - doubt)
+    true = torch.full_like(scores, doubt / (C - 1), dtype=torch.float64).scatter_(
+        1, gold[:, None], 1 - doubt
+    )
     grid = torch.logspace(math.log10(0.05), math.log10(20), 241, dtype=torch.float64)
     losses = []
     for temperature in grid:
         log_shares = (scores.double() / temperature).log_softmax(-1)
-        expected = torch.where(true > 0, true * log_shares, 0.0)  # a label that cannot be said may be impossible
+        expected = torch.where(
+            true > 0, true * log_shares, 0.0
+        )  # a label that cannot be said may be impossible
         losses.append(-expected.sum(-1))
     return grid, torch.stack(losses)
 
@@ -272,7 +303,9 @@ def paired_test(a, b) -> PairedTest:
     return PairedTest(mean, mean - reach, mean + reach, t, p, pairs, mean / spread)
 
 
-def measure(confidence, correct, scores, gold, scheme: str = "width", temperature: float = 1.0) -> dict:
+def measure(
+    confidence, correct, scores, gold, scheme: str = "width", temperature: float = 1.0
+) -> dict:
     """All metrics of one run on Q labelled rows (protocol section 5).
 
     `confidence` [Q] of the greedy answer, `correct` [Q], `scores` [Q, C] log-probabilities of the labels among all that
@@ -281,8 +314,14 @@ def measure(confidence, correct, scores, gold, scheme: str = "width", temperatur
     and at the best one for these rows (oracle).
     """
     best = scores.softmax(-1).max(-1)
-    heats = {"nll_labels": 1.0, "nll_dev": temperature, "nll_oracle": fit_temperature(scores, gold, oracle=True)}
-    calibrated = {name: row_losses(scores.double(), gold, heat).mean().item() for name, heat in heats.items()}
+    heats = {
+        "nll_labels": 1.0,
+        "nll_dev": temperature,
+        "nll_oracle": fit_temperature(scores, gold, oracle=True),
+    }
+    calibrated = {
+        name: row_losses(scores.double(), gold, heat).mean().item() for name, heat in heats.items()
+    }
     return {
         **calibrated,
         "nll_left_out": left_out_nll(scores, gold),

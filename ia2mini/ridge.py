@@ -13,20 +13,31 @@ from . import UsageError
 from .adapters import Adapter, LoRA, adapted, unpack
 from .batch import Batch
 
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # of the penalty, as shares of the mean squared length of what W_O reads
+STRENGTHS = (
+    1e-3,
+    1e-2,
+    1e-1,
+    1.0,
+)  # of the penalty, as shares of the mean squared length of what W_O reads
 NEGLIGIBLE = 1e-6  # of the largest singular value
 
 
 @torch.no_grad()
-def solve(model: nn.Module, adapter: Adapter, theta: Tensor, batch: Batch, layers: list[int] | None = None) -> Tensor:
+def solve(
+    model: nn.Module, adapter: Adapter, theta: Tensor, batch: Batch, layers: list[int] | None = None
+) -> Tensor:
     """Weights [R, M] with LoRA's update of every W_O solved for the batch's `activations`, in one forward pass.
 
     Layer by layer, so that each sees what the layers before it have become. Raises UsageError where LoRA leaves W_O.
     """
     if not isinstance(adapter, LoRA) or "o_proj" not in adapter.targets:
-        raise UsageError("method ridge solves for LoRA's o_proj: use --adapter lora, with o_proj among --targets")
+        raise UsageError(
+            "method ridge solves for LoRA's o_proj: use --adapter lora, with o_proj among --targets"
+        )
     theta = theta.clone()
-    weights = unpack(theta, adapter.shapes)  # views: what is written there is what the pass goes on with
+    weights = unpack(
+        theta, adapter.shapes
+    )  # views: what is written there is what the pass goes on with
     if layers is None:
         layers = list(range(model.config.num_hidden_layers))
     with adapted(model, adapter, theta) as student:
@@ -47,10 +58,14 @@ def solved_first(solver: Callable, change: Callable, base: Callable, x: Tensor) 
     return change(base, x)
 
 
-def solve_one(A: Tensor, B: Tensor, wanted: Tensor, batch: Batch, scale: float, base: Callable, x: Tensor) -> None:
+def solve_one(
+    A: Tensor, B: Tensor, wanted: Tensor, batch: Batch, scale: float, base: Callable, x: Tensor
+) -> None:
     """Write into A [R, r, in] and B [R, out, r] the factors with scale * B A x ≈ wanted - base(x) [R * P, out]."""
     R, r, _ = A.shape
-    share = batch.weights.double().sqrt()[..., None]  # [R, P, 1]: rows count alike, however long their answers are
+    share = batch.weights.double().sqrt()[
+        ..., None
+    ]  # [R, P, 1]: rows count alike, however long their answers are
     read = x[batch.at].double().view(R, -1, x.shape[-1]) * share
     missing = (wanted - base(x)[batch.at]).double().view(R, -1, wanted.shape[-1]) * share
     left, size, right = ridge(read, missing)
@@ -73,7 +88,9 @@ def ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     lengths = gram.diagonal(dim1=-2, dim2=-1)
     mean_length = (lengths.sum(-1) / (lengths > 0).sum(-1))[:, None, None]
     identity = torch.eye(P, dtype=x.dtype, device=x.device)
-    inverses = [torch.linalg.inv(gram + strength * mean_length * identity) for strength in STRENGTHS]
+    inverses = [
+        torch.linalg.inv(gram + strength * mean_length * identity) for strength in STRENGTHS
+    ]
     inverse = torch.stack(inverses)  # [S, R, P, P]
     dual = inverse @ y
     left_out_errors = dual / inverse.diagonal(dim1=-2, dim2=-1)[..., None]  # without a fit for each

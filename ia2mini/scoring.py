@@ -25,7 +25,9 @@ from .tokenizer import Tokenizer
 
 
 @torch.no_grad()
-def layer_asim(model: Callable, runs: list[list[Row]], budget: int = 4096, by_row: bool = False) -> Tensor:
+def layer_asim(
+    model: Callable, runs: list[list[Row]], budget: int = 4096, by_row: bool = False
+) -> Tensor:
     """Mean cosine similarity [R, L] of R runs' attention outputs to the `activations` of each one's rows.
 
     The mean is over all positions; `by_row` over those of a row, then over rows, as in the released scripts.
@@ -39,7 +41,9 @@ def layer_asim(model: Callable, runs: list[list[Row]], budget: int = 4096, by_ro
         batch = collate(some).to(device)
         taps = Taps(batch.at)
         model(batch.ids, taps=taps, logits=False)
-        similar = asim(taps.stack(), batch.activations).unflatten(1, (len(runs), -1))  # [L, R, P / R]
+        similar = asim(taps.stack(), batch.activations).unflatten(
+            1, (len(runs), -1)
+        )  # [L, R, P / R]
         if by_row:
             total = total + (similar * batch.weights).sum(-1) * len(group)
         else:
@@ -79,13 +83,19 @@ def answer_loss(batch: Batch, ends: tuple[int, ...], states: Tensor, head: Tenso
     ending = torch.isin(batch.targets, torch.tensor(ends, dtype=torch.int64, device=loss.device))
     if len(ends) > 1 and ending.any():
         there = states[ending]
-        each = [cross_entropy(there, head, torch.full_like(batch.targets[ending], end)) for end in ends]
+        each = [
+            cross_entropy(there, head, torch.full_like(batch.targets[ending], end)) for end in ends
+        ]
         loss[ending] = -torch.stack(each).neg().logsumexp(0)
     return loss
 
 
 def answer_texts(
-    model: Callable, tokenizer: Tokenizer, prompts: list[list[int]], how: Decoding, watch: Watch = None
+    model: Callable,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    how: Decoding,
+    watch: Watch = None,
 ) -> tuple[list[str], list[float]]:
     """What a model answers to prompts, greedily, and the geometric mean of its tokens' probabilities.
 
@@ -117,13 +127,19 @@ def keep_states(states: Tensor, head: Tensor) -> Tensor:
 
 @torch.no_grad()
 def share_prefix(
-    model: nn.Module, tokenizer: Tokenizer, demonstrations: list[list[Example]], queries: list[str], least: int = 16
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    demonstrations: list[list[Example]],
+    queries: list[str],
+    least: int = 16,
 ) -> tuple[Callable, list[list[int]]]:
     """The model with what all ICL prompts begin with, `least` tokens or more, computed once; the rest of each prompt.
 
     `demonstrations`: one list for all queries, or one a query.
     """
-    texts = [with_demonstrations(shown, query) for shown, query in zip(cycle(demonstrations), queries)]
+    texts = [
+        with_demonstrations(shown, query) for shown, query in zip(cycle(demonstrations), queries)
+    ]
     prompts = tokenizer.encode_all(texts)
     shared = common_beginning([prompt[:-1] for prompt in prompts])
     if shared < least:
@@ -168,7 +184,9 @@ def score(
         scores = label_scores(student, ids, tokens, how)
     else:
         with adapted(model, adapter, theta) as student:
-            scores = label_scores(student, tokenizer.encode_all(prompts), tokens, replace(how, runs=len(theta)))
+            scores = label_scores(
+                student, tokenizer.encode_all(prompts), tokens, replace(how, runs=len(theta))
+            )
     gold = torch.tensor([e.label for e in examples])
     each_run = zip(scores.confidence, scores.top == gold, scores.log_probabilities)
     return [measure(*run, gold) for run in each_run]

@@ -38,7 +38,11 @@ class Taught:
 
 
 def teach(
-    model: nn.Module, tokenizer: Tokenizer, episode: Episode, asked: Asked = Asked(), watch: Watch = None
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    episode: Episode,
+    asked: Asked = Asked(),
+    watch: Watch = None,
 ) -> Taught:
     """Run the base model on every row of `episode` with its demonstrations; what it does there are the targets.
 
@@ -49,7 +53,9 @@ def teach(
         taught = teach(model, tokenizer, draw_episode(examples, n=4))
     """
     texts = asked.max_tokens > 1
-    true_rows = [truth_row(example, tokenizer, end=texts) for example in episode.train + episode.dev]
+    true_rows = [
+        truth_row(example, tokenizer, end=texts) for example in episode.train + episode.dev
+    ]
     examples = episode.train + episode.dev + episode.unlabelled
     shown = episode.demonstrations + episode.more_demonstrations
     prompts = []  # with demonstrations
@@ -85,7 +91,9 @@ class Step:
     soft_ids: Tensor | None = None  # [k] these tokens
 
 
-def respond(model, tokenizer, rows: list[Row], prompts: list[list[int]], asked: Asked, watch: Watch) -> list[int]:
+def respond(
+    model, tokenizer, rows: list[Row], prompts: list[list[int]], asked: Asked, watch: Watch
+) -> list[int]:
     """Fill in the responses of `rows` to their full `prompts`, and the activations and soft targets met on the way.
 
     Returns the indices of rows that still lack these: a stop text inside a token had them tokenized again.
@@ -136,7 +144,9 @@ def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def observe(model: Callable, rows: list[Row], prompts: list[list[int]], asked: Asked, watch: Watch = None) -> None:
+def observe(
+    model: Callable, rows: list[Row], prompts: list[list[int]], asked: Asked, watch: Watch = None
+) -> None:
     """Fill in activations, soft targets and a single-token response of `rows` from a pass over their full `prompts`.
 
     `model` may be a partial that holds a shared prefix; `prompts` are then what follows it. With `asked.residual`

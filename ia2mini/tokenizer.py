@@ -33,7 +33,9 @@ class Tokenizer:
     closes an answer that is trained on: one of them (`end`, else the first), or nothing where there is none.
     """
 
-    def __init__(self, backend: Backend, eos_ids: tuple[int, ...], size: int = 2**31, end: int | None = None):
+    def __init__(
+        self, backend: Backend, eos_ids: tuple[int, ...], size: int = 2**31, end: int | None = None
+    ):
         self.backend = backend
         self.size = size  # the model knows ids below it
         if end is not None and end not in eos_ids:
@@ -107,7 +109,9 @@ class Tokenizer:
         Raises UsageError for an id that the model does not know.
         """
         if (most := max(encoding.ids, default=0)) >= self.size:
-            raise UsageError(f"token {most} of {text[:40]!r} is beyond the model's vocab_size {self.size}")
+            raise UsageError(
+                f"token {most} of {text[:40]!r} is beyond the model's vocab_size {self.size}"
+            )
         if self.unknown is not None and self.unknown in encoding.ids:
             start, end = encoding.offsets[encoding.ids.index(self.unknown)]
             self.warn_of(text[start:end][:40])
@@ -119,7 +123,9 @@ class Tokenizer:
             return
         self.warned.add(word)
         if len(self.warned) <= WORDS_NAMED:
-            warnings.warn(f"{word!r} is not in the vocabulary and is read as an unknown word", stacklevel=4)
+            warnings.warn(
+                f"{word!r} is not in the vocabulary and is read as an unknown word", stacklevel=4
+            )
         else:
             warnings.warn("more words are not in the vocabulary; they are not named", stacklevel=4)
 
@@ -143,7 +149,9 @@ class Tokenizer:
             if apart:
                 return self.encode(answer, special=False)
             merging = f"answer {answer[:40]!r} merges with the end of its prompt {prompt[-12:]!r} in this tokenizer"
-            raise UsageError(f"{merging}; choose another label, or a template that ends in a line end")
+            raise UsageError(
+                f"{merging}; choose another label, or a template that ends in a line end"
+            )
         return self.encode(prompt + answer)[len(self.encode(prompt)) :]
 
     def merges(self, prompt: str, answer: str) -> bool:
@@ -168,7 +176,9 @@ class Tokenizer:
         if not self.closing:
             said = "label {!r} begins label {!r}".format(*alike[0])
             lack = "no end of sequence tells them apart: this checkpoint names no eos_token_id"
-            raise UsageError(f"{said}, and {lack}; add it to its config.json, or choose other labels")
+            raise UsageError(
+                f"{said}, and {lack}; add it to its config.json, or choose other labels"
+            )
         return [ids + self.closing for ids in tokens]
 
 

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from . import UsageError
 from .adapters import Adapter, adapted
 from .batch import Batch, Row, collate, send
-from .losses import activation_mse, cross_entropy, fused, per_run, per_run_in_bfloat16, soft_cross_entropy
+from .losses import (
+    activation_mse,
+    cross_entropy,
+    fused,
+    per_run,
+    per_run_in_bfloat16,
+    soft_cross_entropy,
+)
 from .models.taps import Taps
 
 BETA1 = 0.9
@@ -31,8 +38,12 @@ class Settings:
     epochs: int = 50
     patience: int = 5  # looks at the dev loss without improvement
     layers: list[int] | None = None  # whose attention outputs are aligned; None: all
-    keep_last: bool = False  # keep a run's last weights, not its best: what the paper's released scripts do
-    steps: int | None = None  # exactly so many, whatever the dev loss, and the last weights are kept
+    keep_last: bool = (
+        False  # keep a run's last weights, not its best: what the paper's released scripts do
+    )
+    steps: int | None = (
+        None  # exactly so many, whatever the dev loss, and the last weights are kept
+    )
 
 
 @dataclass
@@ -132,7 +143,10 @@ class State:
 
     def take(self, places: Tensor) -> "State":
         """A copy of the runs at these places (int64 on the CPU)."""
-        taken = {name: values.detach()[send(places, values.device)] for name, values in self.per_run().items()}
+        taken = {
+            name: values.detach()[send(places, values.device)]
+            for name, values in self.per_run().items()
+        }
         taken["theta"].requires_grad_()
         return State(**taken, t=self.t.clone(), step=self.step)
 
@@ -153,7 +167,9 @@ class State:
         finite = losses.isfinite()
         better = self.going & (losses < self.dev_loss)
         kept = self.going & finite if settings.keep_last else better
-        self.best_theta = torch.where(send(kept[:, None], self.theta.device), self.theta, self.best_theta)
+        self.best_theta = torch.where(
+            send(kept[:, None], self.theta.device), self.theta, self.best_theta
+        )
         self.best[kept] = self.step
         self.dev_loss[better] = losses[better]
         self.misses += 1
@@ -165,7 +181,9 @@ class State:
     @torch.no_grad()
     def keep(self) -> None:
         """Keep the weights of the runs still going as they are now."""
-        self.best_theta = torch.where(send(self.going[:, None], self.theta.device), self.theta, self.best_theta)
+        self.best_theta = torch.where(
+            send(self.going[:, None], self.theta.device), self.theta, self.best_theta
+        )
         self.steps[self.going] = self.step
         self.best[self.going] = self.step
 
@@ -190,8 +208,12 @@ def go_on(state: State) -> bool:
 class Hooks:
     """Where scale/ hooks into the loop; a notebook needs none of it."""
 
-    collate: Callable[[list[list[Row]]], list[Batch]] = one_batch  # or several, whose losses add up: packed, by length
-    wrap: Callable[[Callable], Callable] = as_it_is  # of the step and of the look: records them as CUDA graphs
+    collate: Callable[[list[list[Row]]], list[Batch]] = (
+        one_batch  # or several, whose losses add up: packed, by length
+    )
+    wrap: Callable[[Callable], Callable] = (
+        as_it_is  # of the step and of the look: records them as CUDA graphs
+    )
     after_look: Callable[[State], bool] = go_on  # True ends the loop; it may also end runs
 
 
@@ -250,13 +272,19 @@ def train(
 
 
 def train_runs(
-    model: nn.Module, adapter: Adapter, runs: Runs, settings: Settings = DEFAULTS, hooks: Hooks = NO_HOOKS
+    model: nn.Module,
+    adapter: Adapter,
+    runs: Runs,
+    settings: Settings = DEFAULTS,
+    hooks: Hooks = NO_HOOKS,
 ) -> Trained:
     """`train` from the beginning, and what it gave."""
     return train(model, adapter, runs, settings, hooks=hooks).trained()
 
 
-def portions(runs: Runs, settings: Settings, start: int, collate: Callable) -> Iterator[tuple[list[Batch], bool]]:
+def portions(
+    runs: Runs, settings: Settings, start: int, collate: Callable
+) -> Iterator[tuple[list[Batch], bool]]:
     """What each step from `start` on trains on, and whether it is followed by a look."""
     rows = len(runs.train[0])
     size = settings.batch_size
@@ -312,7 +340,13 @@ def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None 
             values["kl"] = mean(soft_cross_entropy(states, weight, batch.soft, batch.soft_ids))
 
     if tapped or headed:
-        student(batch.ids, taps=taps, logits=batch.at if headed else False, cache=batch.packed, head=head)
+        student(
+            batch.ids,
+            taps=taps,
+            logits=batch.at if headed else False,
+            cache=batch.packed,
+            head=head,
+        )
     if residual:
         values["hidden"] = mean(activation_mse(taps.each(), batch.states), len(batch.states))
     elif tapped:
@@ -321,7 +355,9 @@ def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None 
 
 
 @torch.no_grad()
-def summed_losses(model: nn.Module, adapter: Adapter, theta: Tensor, batches: Sequence[Batch], mix, layers) -> Tensor:
+def summed_losses(
+    model: nn.Module, adapter: Adapter, theta: Tensor, batches: Sequence[Batch], mix, layers
+) -> Tensor:
     """Each run's loss [R] over several batches."""
     total = torch.zeros(len(theta), device=theta.device)
     for batch in batches:
@@ -342,7 +378,9 @@ def warn_of_failed(method: str, found: Trained, names: list[str], sets: int) -> 
     told = [f"{name} {trouble}" for name, trouble in zip(names, found.troubles()) if trouble]
     if not found.dev_loss.isfinite().view(sets, -1).all(0).any():
         mend = "use lower --rates or --dtype float32"
-        raise UsageError(f"training {method} gave no rate a finite loss throughout ({told[0]}, …); {mend}")
+        raise UsageError(
+            f"training {method} gave no rate a finite loss throughout ({told[0]}, …); {mend}"
+        )
     if not told:
         return []
     line = f"{method}: {'; '.join(told)}"

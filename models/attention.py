@@ -18,7 +18,9 @@ Past = tuple[Tensor, Tensor]  # a prefix's keys and values of one layer, [1, K, 
 class LayerCache(NamedTuple):
     """A cache's part in one layer: what a row's tokens see, and where their keys and values go."""
 
-    mask: Tensor | None = None  # [B, 1, T, S], True where seen; None: each sees its own row up to itself
+    mask: Tensor | None = (
+        None  # [B, 1, T, S], True where seen; None: each sees its own row up to itself
+    )
     stored: Past | None = None  # [B, K, S, E] each, written into …
     slots: Tensor | None = None  # … at these places [B, T]
     kept: list[Tensor] | None = None  # is given keys and values as they are
@@ -111,7 +113,9 @@ class Cache:
         fresh = self.filled == 0
         capacity = self.keys[0].shape[2]
         self.filled = capacity if self.static and not fresh else self.filled + tokens
-        assert self.filled <= capacity, f"the cache holds {capacity} tokens a row, not {self.filled}"
+        assert self.filled <= capacity, (
+            f"the cache holds {capacity} tokens a row, not {self.filled}"
+        )
         self.slots = self.lengths[:, None] + torch.arange(tokens, device=device)
         self.mask = None
         if not fresh:
@@ -143,17 +147,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, past: Past
     if q.is_cuda and q.dtype == torch.float32:
         return expanded(q, k, v)
     # right padding needs no mask: a real token never sees the padding behind it
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
 
 
-def attend_behind(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, k0: Tensor, v0: Tensor) -> Tensor:
+def attend_behind(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, k0: Tensor, v0: Tensor
+) -> Tensor:
     """As `attend`, behind a prefix with keys and values k0, v0 [1, K, S, E]: one softmax over these and own keys.
 
     All rows share the prefix: its keys and values are multiplied with all of them at once, never copied.
     """
     B, H, T, E = q.shape
     K, S = k0.shape[1:3]
-    q = q.reshape(B, K, H // K * T, E) * E**-0.5  # the heads that share a key/value head stand together
+    q = (
+        q.reshape(B, K, H // K * T, E) * E**-0.5
+    )  # the heads that share a key/value head stand together
     before = all_rows(q) @ k0[0].mT  # [K, B * H / K * T, S]
     before = by_row(before, B).reshape(B, H, T, S)
     own = (q @ k.mT).view(B, H, T, -1)
@@ -184,7 +194,9 @@ def folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """
     K, shared = k.shape[1], q.shape[1] // k.shape[1]
     rows = q.reshape(q.shape[0], K, -1, q.shape[-1])  # [B, K, H / K * T, E]
-    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask.repeat(1, 1, shared, 1)).view(q.shape)
+    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask.repeat(1, 1, shared, 1)).view(
+        q.shape
+    )
 
 
 def expanded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

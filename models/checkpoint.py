@@ -25,7 +25,11 @@ from .layers import LLAMA3, Rope
 
 FAMILIES = {"llama": (llama.Config, llama.Llama), "qwen3": (qwen3.Config, qwen3.Qwen3)}
 TINY = Path(__file__).parent / "tiny"  # the embedded checkpoint
-MOST = {"num_hidden_layers": 2**12, "max_position_embeddings": 2**40, "rms_norm_eps": 1}  # of other numbers 2**20
+MOST = {
+    "num_hidden_layers": 2**12,
+    "max_position_embeddings": 2**40,
+    "rms_norm_eps": 1,
+}  # of other numbers 2**20
 
 QWEN3 = "0.6B-Base 1.7B-Base 4B-Base 8B-Base 14B-Base 0.6B 1.7B 4B 8B 14B 32B".split()
 LLAMA = "3.2-1B 3.2-3B 3.2-1B-Instruct 3.2-3B-Instruct 3.1-8B 3.1-70B 3.1-8B-Instruct 3.1-70B-Instruct".split()
@@ -84,12 +88,16 @@ def locate(name: str | Path, revision: str | None = None, weights: bool = True) 
     hub_id = SHORT_NAMES.get(str(name).lower(), str(name))
     if hub_id.count("/") != 1 or str(name).startswith((".", "/", "~")):
         shown = repr(str(name))[:200]
-        raise UsageError(f"unknown model {shown}: not a folder, a short name or a hub id owner/name; {hint(str(name))}")
+        raise UsageError(
+            f"unknown model {shown}: not a folder, a short name or a hub id owner/name; {hint(str(name))}"
+        )
     from huggingface_hub import snapshot_download
 
     files = FILES + WEIGHT_FILES if weights else FILES
     with hub_errors(hub_id, "model", revision, "give a folder"):
-        folder = Path(patiently(lambda: snapshot_download(hub_id, revision=revision, allow_patterns=files)))
+        folder = Path(
+            patiently(lambda: snapshot_download(hub_id, revision=revision, allow_patterns=files))
+        )
     refuse_adapter(folder)
     return folder
 
@@ -104,7 +112,9 @@ def refuse_adapter(folder: Path) -> None:
         return
     base = repr(read_json(config).get("base_model_name_or_path"))[:200]
     if not (folder / "config.json").is_file():
-        raise UsageError(f"{folder}: an adapter and no checkpoint; give the model it was trained on ({base})")
+        raise UsageError(
+            f"{folder}: an adapter and no checkpoint; give the model it was trained on ({base})"
+        )
     ways = f"an adapter on {base}, or the checkpoint without it; move {config.name} into a folder of its own"
     raise UsageError(f"{folder}: holds a checkpoint and an adapter, and may mean {ways}")
 
@@ -123,37 +133,59 @@ def read_folder_config(folder: Path):
     raw = read_json(where)
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UsageError(f"{where}: model_type {repr(kind)[:80]} is not supported (supported: {', '.join(FAMILIES)})")
+        raise UsageError(
+            f"{where}: model_type {repr(kind)[:80]} is not supported (supported: {', '.join(FAMILIES)})"
+        )
     cls, family = FAMILIES[kind]
     found, layers = {"rope": read_rope(raw, where)}, raw.get("layer_types") or []
     for name, fine, values in (
         ("hidden_act", raw.get("hidden_act", "silu") == "silu", "silu"),
         ("quantization_config", not raw.get("quantization_config"), "unquantised checkpoints"),
         ("use_sliding_window", not raw.get("use_sliding_window"), "no sliding window"),
-        ("layer_types", isinstance(layers, list) and layers == ["full_attention"] * len(layers), "all full_attention"),
+        (
+            "layer_types",
+            isinstance(layers, list) and layers == ["full_attention"] * len(layers),
+            "all full_attention",
+        ),
     ):
         if not fine:
-            raise UsageError(f"{where}: {name} = {repr(raw[name])[:80]} is not supported (supported: {values})")
+            raise UsageError(
+                f"{where}: {name} = {repr(raw[name])[:80]} is not supported (supported: {values})"
+            )
     if missing := [f.name for f in fields(cls) if f.default is MISSING and raw.get(f.name) is None]:
-        raise UsageError(f"{where}: needed field{'s' * (len(missing) > 1)} missing: {', '.join(missing)}")
+        raise UsageError(
+            f"{where}: needed field{'s' * (len(missing) > 1)} missing: {', '.join(missing)}"
+        )
     for f in fields(cls):
         if f.name != "rope" and raw.get(f.name) is not None:
-            found[f.name] = checked(raw[f.name], f.type, f"{where}: {f.name}", MOST.get(f.name, 2**20))
+            found[f.name] = checked(
+                raw[f.name], f.type, f"{where}: {f.name}", MOST.get(f.name, 2**20)
+            )
     config = cls(**found)
     heads, shared = config.num_attention_heads, config.num_key_value_heads
     if heads % shared:
-        raise UsageError(f"{where}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {shared}")
+        raise UsageError(
+            f"{where}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {shared}"
+        )
     if config.head_dim % 2 or not config.head_dim:
-        raise UsageError(f"{where}: head_dim = {config.head_dim} (or hidden_size over heads) is not an even number")
+        raise UsageError(
+            f"{where}: head_dim = {config.head_dim} (or hidden_size over heads) is not an even number"
+        )
     return config, family
 
 
 def checked(value, kind, where: str, most: float):
     """A config's value if it is of its field's type and, a number, within reason. Raises UsageError."""
     if kind in (int, int | None):
-        fine, wanted = type(value) is int and 0 < value <= most, f"a whole number from 1 to {most:,}"
+        fine, wanted = (
+            type(value) is int and 0 < value <= most,
+            f"a whole number from 1 to {most:,}",
+        )
     elif kind is float:
-        fine, wanted = type(value) in (int, float) and 1e-12 <= value <= most, f"a number from 1e-12 to {most:g}"
+        fine, wanted = (
+            type(value) in (int, float) and 1e-12 <= value <= most,
+            f"a number from 1e-12 to {most:g}",
+        )
     else:
         fine, wanted = type(value) is kind, kind.__name__
     if not fine:
@@ -167,22 +199,40 @@ def read_rope(raw: dict, where: Path) -> Rope:
     if len(told) == 2:
         readings = [read_rope(raw | {name: None}, where) for name in told]
         if readings[0] != readings[1]:
-            raise UsageError(f"{where}: rope_parameters and rope_scaling say different things; remove the wrong one")
+            raise UsageError(
+                f"{where}: rope_parameters and rope_scaling say different things; remove the wrong one"
+            )
     rope = raw[told[0]] if told else {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else type(rope).__name__
+    kind = (
+        rope.get("rope_type", rope.get("type", "default"))
+        if isinstance(rope, dict)
+        else type(rope).__name__
+    )
     if kind not in ("default", "llama3") or any(isinstance(value, dict) for value in rope.values()):
-        raise UsageError(f"{where}: rope_scaling type {repr(kind)[:80]} is not supported (supported: default, llama3)")
+        raise UsageError(
+            f"{where}: rope_scaling type {repr(kind)[:80]} is not supported (supported: default, llama3)"
+        )
     for partial in (raw.get("partial_rotary_factor"), rope.get("partial_rotary_factor")):
         if partial not in (1.0, None):
-            raise UsageError(f"{where}: partial_rotary_factor = {repr(partial)[:80]} is not supported (supported: 1.0)")
-    for name in ("rope_theta", "original_max_position_embeddings"):  # readers differ in which of the two they take
+            raise UsageError(
+                f"{where}: partial_rotary_factor = {repr(partial)[:80]} is not supported (supported: 1.0)"
+            )
+    for name in (
+        "rope_theta",
+        "original_max_position_embeddings",
+    ):  # readers differ in which of the two they take
         outer, inner = raw.get(name), rope.get(name)
         if outer is not None and inner is not None and outer != inner:
-            raise UsageError(f"{where}: {name} is {repr(outer)[:80]}, and {repr(inner)[:80]} in {told[0]}; remove one")
+            raise UsageError(
+                f"{where}: {name} is {repr(outer)[:80]}, and {repr(inner)[:80]} in {told[0]}; remove one"
+            )
     needed = LLAMA3 if kind == "llama3" else ()
     if missing := [name for name in needed if name not in rope]:
         raise UsageError(f"{where}: rope_scaling of type llama3 lacks {', '.join(missing)}")
-    theta, scaling = rope.get("rope_theta", raw.get("rope_theta", 10000.0)), {name: rope[name] for name in needed}
+    theta, scaling = (
+        rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
+        {name: rope[name] for name in needed},
+    )
     for name, value in {"rope_theta": theta, **scaling}.items():
         checked(value, float, f"{where}: {name}", 1e12)
     return Rope(float(theta), scaling or None)
@@ -196,12 +246,16 @@ def weight_files(folder: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
     if not names or not all(re.fullmatch(r"[\w.-]{1,200}", name) for name in names):
-        raise UsageError(f"{index}: weight_map is missing or empty, or names files elsewhere; download it again")
+        raise UsageError(
+            f"{index}: weight_map is missing or empty, or names files elsewhere; download it again"
+        )
     files = [folder / name for name in names]
     if single.is_file() and single not in files:
         if all(file.is_file() for file in files):
             mend = f"delete {INDEX} and its files, or {SINGLE} (which transformers would take)"
-            raise UsageError(f"{folder}: holds two sets of weights, {SINGLE} and the files of {INDEX}; {mend}")
+            raise UsageError(
+                f"{folder}: holds two sets of weights, {SINGLE} and the files of {INDEX}; {mend}"
+            )
         return [single]  # an index that was left behind, as transformers reads it
     return files
 
@@ -216,7 +270,9 @@ def tensor_files(folder: Path, config) -> dict[str, Path]:
         if not file.is_file():
             needs = f"every shard of {INDEX}" if (folder / INDEX).is_file() else "it"
             raise UsageError(f"{file}: no such file; the checkpoint needs {needs}")
-        if file.resolve().parent != folder.resolve() and file.resolve().parent.name != "blobs":  # of the hub's cache
+        if (
+            file.resolve().parent != folder.resolve() and file.resolve().parent.name != "blobs"
+        ):  # of the hub's cache
             raise UsageError(f"{file}: a link out of its folder; put the file itself there")
         try:
             with safe_open(file, "pt") as f:
@@ -225,15 +281,21 @@ def tensor_files(folder: Path, config) -> dict[str, Path]:
             if out_of_memory(error):
                 raise
             mend = f"delete {file.resolve()} and download it again"  # a link of the hub's cache would be kept
-            raise UsageError(f"{file}: truncated or corrupt safetensors file ({error}); {mend}") from None
+            raise UsageError(
+                f"{file}: truncated or corrupt safetensors file ({error}); {mend}"
+            ) from None
         for name in names:
             if name in where:
-                raise UsageError(f"{file}: tensor {name} stands in {where[name].name} too; download the folder again")
+                raise UsageError(
+                    f"{file}: tensor {name} stands in {where[name].name} too; download the folder again"
+                )
             where[name] = file
     numbers = {name.split(".")[2] for name in where if name.startswith("model.layers.")}
     if len(numbers) != config.num_hidden_layers:
         says = f"config.json says num_hidden_layers = {config.num_hidden_layers}"
-        raise UsageError(f"{folder}: {says}, the files hold {len(numbers)}; they do not belong together")
+        raise UsageError(
+            f"{folder}: {says}, the files hold {len(numbers)}; they do not belong together"
+        )
     return where
 
 
@@ -247,27 +309,42 @@ def fill(
 ) -> None:
     """Give every parameter of `model` (on the meta device) its tensor. Raises UsageError naming the first misfit."""
     wanted = {name: p.shape for name, p in model.named_parameters()}
-    unknown = [name for name in where if name not in wanted and not name.endswith("rotary_emb.inv_freq")]
+    unknown = [
+        name for name in where if name not in wanted and not name.endswith("rotary_emb.inv_freq")
+    ]
     if model.config.tie_word_embeddings and HEAD in unknown:
         unknown.remove(HEAD)
-    for problem, names in (("missing", [name for name in wanted if name not in where]), ("unknown", unknown)):
+    for problem, names in (
+        ("missing", [name for name in wanted if name not in where]),
+        ("unknown", unknown),
+    ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UsageError(f"{folder}: {problem} tensor {names[0]}{more}; the files do not fit config.json")
+            raise UsageError(
+                f"{folder}: {problem} tensor {names[0]}{more}; the files do not fit config.json"
+            )
     for name, shape in wanted.items():
-        with safe_open(where[name], "pt", device=str(device)) as f:  # one open a tensor: its pages are let go again
+        with safe_open(
+            where[name], "pt", device=str(device)
+        ) as f:  # one open a tensor: its pages are let go again
             found = f.get_slice(name)
             if found.get_shape() != list(shape) or found.get_dtype() not in STORED:
                 stored = f"is {found.get_dtype()} of shape {found.get_shape()}"
                 asked = f"config.json asks for {list(shape)}, and {', '.join(STORED)} can be read"
                 raise UsageError(f"{where[name]}: tensor {name} {stored}; {asked}")
             tensor = f.get_tensor(name).to(dtype)
-        if check and not torch.stack(tensor.aminmax()).isfinite().all():  # NaN is both least and most
+        if (
+            check and not torch.stack(tensor.aminmax()).isfinite().all()
+        ):  # NaN is both least and most
             way = "use other weights, another --dtype, or --no-check to load them anyway"
             raise UsageError(f"{where[name]}: tensor {name} holds NaN or infinity; {way}")
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
-    if model.config.tie_word_embeddings and HEAD in where and not same_tensor(where, HEAD, EMBEDDING):
+    if (
+        model.config.tie_word_embeddings
+        and HEAD in where
+        and not same_tensor(where, HEAD, EMBEDDING)
+    ):
         says = f"config.json ties head and embedding (tie_word_embeddings), but {HEAD} is another than {EMBEDDING}"
         mend = "set tie_word_embeddings to false to use it (as transformers 5 does), or remove it from the file"
         raise UsageError(f"{folder}: {says}; {mend}")
@@ -288,7 +365,13 @@ def same_tensor(where: dict[str, Path], one: str, other: str) -> bool:
     return True
 
 
-def save(model: nn.Module, folder: Path, tokenizer_json=None, eos_token_id=None, changed: dict | None = None) -> None:
+def save(
+    model: nn.Module,
+    folder: Path,
+    tokenizer_json=None,
+    eos_token_id=None,
+    changed: dict | None = None,
+) -> None:
     """Write `model`, with the tensors in `changed` (by name) for its own, in the Hugging Face layout into `folder`.
 
     config.json, model.safetensors (in shards above 5 GB) and, if given, tokenizer.json. Raises UsageError.
@@ -297,7 +380,11 @@ def save(model: nn.Module, folder: Path, tokenizer_json=None, eos_token_id=None,
 
     raw = asdict(model.config)
     rope = raw.pop("rope")
-    raw |= {"architectures": [f"{type(model).__name__}ForCausalLM"], "hidden_act": "silu", "rope_theta": rope["theta"]}
+    raw |= {
+        "architectures": [f"{type(model).__name__}ForCausalLM"],
+        "hidden_act": "silu",
+        "rope_theta": rope["theta"],
+    }
     raw["rope_scaling"] = rope["scaling"] and {"rope_type": "llama3", **rope["scaling"]}
     raw["torch_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     raw["eos_token_id"] = eos_token_id
@@ -312,4 +399,6 @@ def save(model: nn.Module, folder: Path, tokenizer_json=None, eos_token_id=None,
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
     if tokenizer_json is not None:
         write_text(folder / "tokenizer.json", tokenizer_json)
-    write_text(folder / "config.json", json.dumps(raw, indent=2) + "\n")  # last: without it this is no checkpoint
+    write_text(
+        folder / "config.json", json.dumps(raw, indent=2) + "\n"
+    )  # last: without it this is no checkpoint

@@ -37,8 +37,12 @@ class Config:
     model_type: str = "llama"
 
     def __post_init__(self):
-        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
-        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // self.num_attention_heads)
+        object.__setattr__(
+            self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads
+        )
+        object.__setattr__(
+            self, "head_dim", self.head_dim or self.hidden_size // self.num_attention_heads
+        )
 
 
 class Attention(nn.Module):
@@ -52,7 +56,9 @@ class Attention(nn.Module):
         self.v_proj = Linear(D, K * E, bias=bias)
         self.o_proj = Linear(H * E, D, bias=bias)
 
-    def forward(self, x: Tensor, rope: Rotation, cache: LayerCache | None, past: Past | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Rotation, cache: LayerCache | None, past: Past | None
+    ) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H, T, E]
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, E]
@@ -80,7 +86,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def attention_output(self, x: Tensor, rope: Rotation, cache: LayerCache | None, past: Past | None) -> Tensor:
+    def attention_output(
+        self, x: Tensor, rope: Rotation, cache: LayerCache | None, past: Past | None
+    ) -> Tensor:
         """What this block's attention adds to the residual stream x [B, T, D]; the tensor that IA2 aligns."""
         return self.self_attn(self.input_layernorm(x), rope, cache, past)
 
@@ -122,7 +130,9 @@ class Llama(nn.Module):
         of the map to logits, weight [V, D]: its result is returned.
         """
         x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)  # [B, T, D]
-        positions = (cache or Prefix()).positions(x.shape[1], x.device) + (prefix.length if prefix else 0)
+        positions = (cache or Prefix()).positions(x.shape[1], x.device) + (
+            prefix.length if prefix else 0
+        )
         rope = self.config.rope.at(positions, self.config.head_dim, x.dtype)
         last = len(self.model.layers) - 1
         stop = last if taps is None else taps.last(last + 1)

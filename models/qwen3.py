@@ -36,7 +36,9 @@ class Config:
     model_type: str = "qwen3"
 
     def __post_init__(self):
-        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
+        object.__setattr__(
+            self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads
+        )
 
 
 class Attention(nn.Module):
@@ -52,10 +54,16 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(E, config.rms_norm_eps)
         self.k_norm = RMSNorm(E, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: Rotation, cache: LayerCache | None, past: Past | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Rotation, cache: LayerCache | None, past: Past | None
+    ) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # [B, H, T, E]
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # [B, K, T, E]
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(
+            1, 2
+        )  # [B, H, T, E]
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(
+            1, 2
+        )  # [B, K, T, E]
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, E]
         z = attend(rotate(q, *rope), rotate(k, *rope), v, cache, past)  # [B, H, T, E]
         return self.o_proj(z.transpose(1, 2).reshape(B, T, -1))  # [B, T, D]
@@ -80,7 +88,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def attention_output(self, x: Tensor, rope: Rotation, cache: LayerCache | None, past: Past | None) -> Tensor:
+    def attention_output(
+        self, x: Tensor, rope: Rotation, cache: LayerCache | None, past: Past | None
+    ) -> Tensor:
         """What this block's attention adds to the residual stream x [B, T, D]; the tensor that IA2 aligns."""
         return self.self_attn(self.input_layernorm(x), rope, cache, past)
 
@@ -122,7 +132,9 @@ class Qwen3(nn.Module):
         of the map to logits, weight [V, D]: its result is returned.
         """
         x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)  # [B, T, D]
-        positions = (cache or Prefix()).positions(x.shape[1], x.device) + (prefix.length if prefix else 0)
+        positions = (cache or Prefix()).positions(x.shape[1], x.device) + (
+            prefix.length if prefix else 0
+        )
         rope = self.config.rope.at(positions, self.config.head_dim, x.dtype)
         last = len(self.model.layers) - 1
         stop = last if taps is None else taps.last(last + 1)

@@ -25,7 +25,9 @@ class Taps:
         taps.stack()                     # [L, B, T, D]
     """
 
-    def __init__(self, at: At | None = None, layers: list[int] | None = None, residual: bool = False):
+    def __init__(
+        self, at: At | None = None, layers: list[int] | None = None, residual: bool = False
+    ):
         self.at, self.layers, self.residual = at, layers, residual
         self.outputs: dict[int, Tensor] = {}
 
@@ -40,7 +42,9 @@ class Taps:
         if self.layers is None:
             return layers - 1
         if not self.layers or not all(0 <= i < layers for i in self.layers):
-            raise UsageError(f"taps on layers {self.layers}: give layer indices from 0 to {layers - 1}")
+            raise UsageError(
+                f"taps on layers {self.layers}: give layer indices from 0 to {layers - 1}"
+            )
         return max(self.layers)
 
     def each(self) -> list[Tensor]:

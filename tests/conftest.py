@@ -12,7 +12,9 @@ from hypothesis import settings
 from ia2mini.models.checkpoint import load
 from reference import EOS, make_checkpoint, upstream
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a job in the background; tests send it to their children
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # of a job in the background; tests send it to their children
     signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("busy", deadline=None)  # no test may fail because the machine is busy
 settings.load_profile("busy")
@@ -58,7 +60,9 @@ def tiny(request, tmp_path_factory):
 def real() -> Path:
     """Folder of a real checkpoint of 135 million weights, which `make test-real` makes (tests/real.py)."""
     if not (folder := os.environ.get("IA2MINI_REAL")):
-        pytest.skip("$IA2MINI_REAL does not name the folder of a real checkpoint; `make test-real` makes one")
+        pytest.skip(
+            "$IA2MINI_REAL does not name the folder of a real checkpoint; `make test-real` makes one"
+        )
     return Path(folder)
 
 
@@ -73,18 +77,29 @@ def ground(tmp_path_factory) -> Path:
     (g / "new/model.safetensors").replace(g / "model/model.safetensors")
     words = ["grand", "dull", "sweet", "stale"]
     rows = [(f"a {words[i % 4]} tale, number {i}", "xy"[i % 2]) for i in range(40)]
-    (g / "mine.csv").write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in rows))
-    (g / "mine.jsonl").write_text(
-        "".join(json.dumps({"body": text, "kind": ["good", "so so"]["xy".index(y)]}) + "\n" for text, y in rows)
+    (g / "mine.csv").write_text(
+        "text,label\n" + "".join(f'"{text}",{label}\n' for text, label in rows)
     )
-    lines = [json.dumps({"text": f"tale {i}", "label": f"{'very ' * (i % 3)}good, {i}"}) + "\n" for i in range(30)]
+    (g / "mine.jsonl").write_text(
+        "".join(
+            json.dumps({"body": text, "kind": ["good", "so so"]["xy".index(y)]}) + "\n"
+            for text, y in rows
+        )
+    )
+    lines = [
+        json.dumps({"text": f"tale {i}", "label": f"{'very ' * (i % 3)}good, {i}"}) + "\n"
+        for i in range(30)
+    ]
     (g / "free.jsonl").write_text("".join(lines))
     (g / "other.csv").write_text("text,label\na new tale,z\n")
     (g / "empty.csv").write_text("")
     (g / "header.csv").write_text("text,label\n")
     (g / "broken.jsonl").write_text('{"text": "a", "label": "x"}\n{"text": "b", "label"\n')
     (g / "hub/sst2").mkdir(parents=True)
-    lines = [json.dumps({"sentence": f"line {i}", "label": 7 if i == 2 else i % 2}) + "\n" for i in range(30)]
+    lines = [
+        json.dumps({"sentence": f"line {i}", "label": 7 if i == 2 else i % 2}) + "\n"
+        for i in range(30)
+    ]
     (g / "hub/sst2/train.jsonl").write_text("".join(lines))
     for name in ("cut", "garbage", "unsaid", "shape"):
         shutil.copytree(g / "model", g / name)
@@ -92,6 +107,8 @@ def ground(tmp_path_factory) -> Path:
     (g / "cut/model.safetensors").write_bytes(weights[: len(weights) // 2])
     (g / "garbage/model.safetensors").write_bytes(b"\xff" * 400)
     config = json.loads((g / "model/config.json").read_text())
-    (g / "unsaid/config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "num_attention_heads"}))
+    (g / "unsaid/config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k != "num_attention_heads"})
+    )
     (g / "shape/config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
     return g

@@ -24,7 +24,25 @@ SLOWEST = 10  # seconds of a processor that a case may take
 LONGEST = 300  # seconds after which a case waits for something that never comes
 MEMORY = 1 << 30  # bytes that a case may take beyond what is held
 DEEP = json.loads("[" * 300 + "]" * 300)
-EVIL = [{}, [], None, True, 0, -1, 1, 7, 2**31, 2**63, 2**70, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf")]
+EVIL = [
+    {},
+    [],
+    None,
+    True,
+    0,
+    -1,
+    1,
+    7,
+    2**31,
+    2**63,
+    2**70,
+    10**400,
+    0.5,
+    -0.0,
+    1e308,
+    float("nan"),
+    float("inf"),
+]
 EVIL += [
     "",
     " ",
@@ -54,23 +72,42 @@ def harm_bytes(rng: np.random.Generator, data: bytes) -> bytes:
     if rng.random() < 0.3:
         at = min(at, int(rng.integers(200)))  # where headers are
     before, some, after = data[:at], data[at : at + length], data[at + length :]
-    kind = any_of(rng, ["bits"] * 4 + ["cut", "cut", "delete", "double", "blank", "insert", "utf-8", "mark", "empty"])
+    kind = any_of(
+        rng,
+        ["bits"] * 4
+        + ["cut", "cut", "delete", "double", "blank", "insert", "utf-8", "mark", "empty"],
+    )
     if kind == "bits" and data:
         found = bytearray(data)
         for i in [min(at, len(data) - 1), *rng.integers(len(data), size=rng.integers(3))]:
             found[i] ^= 1 << rng.integers(8)
         return bytes(found)
     strange = (
-        rng.bytes(length) if rng.random() < 0.5 else any_of(rng, [b"\0", b'"', b"\n", b"{", b"[", b",", b"\r", b"9"])
+        rng.bytes(length)
+        if rng.random() < 0.5
+        else any_of(rng, [b"\0", b'"', b"\n", b"{", b"[", b",", b"\r", b"9"])
     )
-    made = {"cut": before, "delete": before + after, "double": before + some + some + after, "empty": b""}
+    made = {
+        "cut": before,
+        "delete": before + after,
+        "double": before + some + some + after,
+        "empty": b"",
+    }
     made |= {"blank": before + b"\0" * len(some) + after, "insert": before + strange + some + after}
-    return made.get(kind, before + b"\xff\xfe" + some + after if kind == "utf-8" else b"\xef\xbb\xbf" + data)
+    return made.get(
+        kind, before + b"\xff\xfe" + some + after if kind == "utf-8" else b"\xef\xbb\xbf" + data
+    )
 
 
 def places(value, path: tuple = ()) -> list[tuple]:
     """The path to every value inside a JSON document, the outermost first."""
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inside = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     return [path] * bool(path) + [p for key, inner in inside for p in places(inner, (*path, key))]
 
 
@@ -80,7 +117,9 @@ def harm_json(rng: np.random.Generator, data: bytes, wild: list = EVIL) -> bytes
         return json.dumps(any_of(rng, wild)).encode()
     document = json.loads(data)
     paths = places(document)
-    shallow = [path for path in paths if len(path) <= 2]  # a vocabulary is no better than any other field
+    shallow = [
+        path for path in paths if len(path) <= 2
+    ]  # a vocabulary is no better than any other field
     for _ in range(rng.integers(1, 3)):
         *way, last = any_of(rng, shallow if rng.random() < 0.7 else paths)
         try:
@@ -93,11 +132,18 @@ def harm_json(rng: np.random.Generator, data: bytes, wild: list = EVIL) -> bytes
             elif kind < 0.85:
                 del owner[last]
             elif isinstance(owner, dict):
-                text = json.dumps(owner)[:-1] + f", {json.dumps(last)}: {json.dumps(any_of(rng, wild))}}}"
+                text = (
+                    json.dumps(owner)[:-1]
+                    + f", {json.dumps(last)}: {json.dumps(any_of(rng, wild))}}}"
+                )
                 return json.dumps(document).replace(json.dumps(owner), text, 1).encode()
             elif isinstance(owner, list):
                 owner.append(owner[last])
-        except (KeyError, IndexError, TypeError):  # the first harm has taken the second's place away
+        except (
+            KeyError,
+            IndexError,
+            TypeError,
+        ):  # the first harm has taken the second's place away
             pass
     return json.dumps(document).encode()
 
@@ -109,7 +155,9 @@ def harm_safetensors(rng: np.random.Generator, data: bytes) -> bytes:
     if rng.random() < 0.5:
         names = sorted(set(json.loads(header)) - {"__metadata__"})
         shapes = [[10**9, 0], [0], [2**62, 4], [-1], [8], ["F64"], [[0, 10**9]], [1, 1]]
-        header = harm_json(rng, header, [*EVIL, *shapes, "F64", "I32", "BF16", "F8_E4M3", "BOOL", *names])
+        header = harm_json(
+            rng, header, [*EVIL, *shapes, "F64", "I32", "BF16", "F8_E4M3", "BOOL", *names]
+        )
         return len(header).to_bytes(8, "little") + header + bytes(body)
     at = int(rng.integers(len(body) // 4)) * 4
     body[at : at + 4] = np.float32(any_of(rng, [np.nan, np.inf, -np.inf, 3e38, 1e-40])).tobytes()
@@ -134,7 +182,9 @@ def harm(rng: np.random.Generator, folder: Path, names: list[str], elsewhere: Pa
     if kind < 0.90:
         return f"no {path.name}"
     if kind < 0.92:
-        path.symlink_to(any_of(rng, ["/dev/zero", "/dev/null", "nowhere", path.name, "..", "/proc/self/mem"]))
+        path.symlink_to(
+            any_of(rng, ["/dev/zero", "/dev/null", "nowhere", path.name, "..", "/proc/self/mem"])
+        )
         return f"{path.name} is a link to {os.readlink(path)}"
     if kind < 0.94:
         os.mkfifo(path)
@@ -143,7 +193,11 @@ def harm(rng: np.random.Generator, folder: Path, names: list[str], elsewhere: Pa
         (elsewhere / path.name).write_bytes(data)
         path.symlink_to(elsewhere / path.name)
         return f"{path.name} is a link out of the folder"
-    other = any_of(rng, sorted(p for p in folder.iterdir() if p.is_file() and not p.is_symlink()) or [Path(__file__)])
+    other = any_of(
+        rng,
+        sorted(p for p in folder.iterdir() if p.is_file() and not p.is_symlink())
+        or [Path(__file__)],
+    )
     path.write_bytes(other.read_bytes())
     return f"{other.name} for {path.name}"
 
@@ -153,7 +207,9 @@ def content(folder: Path) -> dict[str, bytes | str]:
     found = {}
     for path in folder.rglob("*"):
         read = path.is_file() and not path.is_symlink()
-        found[str(path.relative_to(folder))] = path.read_bytes() if read else os.path.islink(path) and os.readlink(path)
+        found[str(path.relative_to(folder))] = (
+            path.read_bytes() if read else os.path.islink(path) and os.readlink(path)
+        )
     return found
 
 
@@ -168,7 +224,10 @@ def watched():
     def stop(*_):
         raise Hang(f"more than {SLOWEST} seconds of a processor, or {LONGEST} of waiting")
 
-    timers = {signal.ITIMER_PROF: (signal.SIGPROF, SLOWEST), signal.ITIMER_REAL: (signal.SIGALRM, LONGEST)}
+    timers = {
+        signal.ITIMER_PROF: (signal.SIGPROF, SLOWEST),
+        signal.ITIMER_REAL: (signal.SIGALRM, LONGEST),
+    }
     before = {number: signal.signal(number, stop) for number, _ in timers.values()}
     limits = resource.getrlimit(resource.RLIMIT_AS)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

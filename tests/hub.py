@@ -41,7 +41,8 @@ class Hub:
     def commit(self, kind: str, repo: str, revision: str) -> str:
         """The commit id of a branch: a hash of what it holds."""
         content = [
-            (name, hashlib.sha256(data).hexdigest()) for name, data in sorted(self.repos[kind, repo][revision].items())
+            (name, hashlib.sha256(data).hexdigest())
+            for name, data in sorted(self.repos[kind, repo][revision].items())
         ]
         return hashlib.sha1(json.dumps([kind, repo, revision, content]).encode()).hexdigest()
 
@@ -62,7 +63,11 @@ def connect(monkeypatch, hub: Hub, cache: Path, offline: bool = False) -> None:
     from huggingface_hub.utils import close_session
 
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+    )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
@@ -76,7 +81,10 @@ def connect(monkeypatch, hub: Hub, cache: Path, offline: bool = False) -> None:
 def serve(repos: Repos, gated: tuple[str, ...] = ()) -> Iterator[Hub]:
     """Serve repositories until the block ends; a port is free again afterwards, so later requests are refused."""
     hub = Hub(repos, gated)
-    servers = [ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": hub})) for _ in range(2)]
+    servers = [
+        ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": hub}))
+        for _ in range(2)
+    ]
     hub.url, hub.cdn = (f"http://127.0.0.1:{server.server_port}" for server in servers)
     for server in servers:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
@@ -104,11 +112,19 @@ class Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         asked = {"method": self.command, "path": unquote(path)}
         self.hub.requests.append(
-            {**asked, "range": self.headers.get("Range"), "token": self.headers.get("Authorization")}
+            {
+                **asked,
+                "range": self.headers.get("Range"),
+                "token": self.headers.get("Authorization"),
+            }
         )
         if self.headers.get("X-Fault") == "hang":
             return self.spoil("hang")
-        if (fault := next((f.pop(0) for part, f in self.hub.faults.items() if f and part in path), None)) is not None:
+        if (
+            fault := next(
+                (f.pop(0) for part, f in self.hub.faults.items() if f and part in path), None
+            )
+        ) is not None:
             self.lie = {"long": 10, "short": -10}.get(fault, 0)
             if not self.lie:
                 return self.spoil(fault)
@@ -139,11 +155,18 @@ class Handler(BaseHTTPRequestHandler):
             return None
         files = self.hub.repos[kind, repo][branch]
         if rest[0] == "revision":
-            info = {"id": repo, "sha": self.hub.commit(kind, repo, branch), "gated": repo in self.hub.gated}
+            info = {
+                "id": repo,
+                "sha": self.hub.commit(kind, repo, branch),
+                "gated": repo in self.hub.gated,
+            }
             return self.json({**info, "siblings": [{"rfilename": name} for name in files]})
-        folders = {"/".join(name.split("/")[:i]) for name in files for i in range(1, name.count("/") + 1)}
+        folders = {
+            "/".join(name.split("/")[:i]) for name in files for i in range(1, name.count("/") + 1)
+        }
         tree = [
-            {"type": "directory", "path": name, "oid": git_id(name.encode()), "size": 0} for name in sorted(folders)
+            {"type": "directory", "path": name, "oid": git_id(name.encode()), "size": 0}
+            for name in sorted(folders)
         ]
         for name, data in files.items():
             entry = {"type": "file", "path": name, "oid": git_id(data), "size": len(data)}
@@ -171,7 +194,9 @@ class Handler(BaseHTTPRequestHandler):
     def large(self, key: str) -> tuple[str, bytes, dict]:
         branches = [branch for repo in self.hub.repos.values() for branch in repo.values()]
         files = [file for branch in branches for file in branch.items()]
-        name, data = next((name, data) for name, data in files if hashlib.sha256(data).hexdigest() == key)
+        name, data = next(
+            (name, data) for name, data in files if hashlib.sha256(data).hexdigest() == key
+        )
         return name, data, {"ETag": f'"{key}"'}
 
     def file(self, name: str, data: bytes, headers: dict[str, str]) -> None:
@@ -180,7 +205,12 @@ class Handler(BaseHTTPRequestHandler):
         cuts = self.hub.cut.get(name) if self.command == "GET" else None
         if start:
             headers = {**headers, "Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
-        self.answer(206 if start else 200, part, {"Accept-Ranges": "bytes", **headers}, cuts.pop(0) if cuts else None)
+        self.answer(
+            206 if start else 200,
+            part,
+            {"Accept-Ranges": "bytes", **headers},
+            cuts.pop(0) if cuts else None,
+        )
 
     def json(self, value) -> None:
         self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
@@ -193,13 +223,17 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "hang":
             self.hub.closed.wait()
         elif fault == "html":
-            self.answer(200, b"<html>Please log in to this network</html>", {"Content-Type": "text/html"})
+            self.answer(
+                200, b"<html>Please log in to this network</html>", {"Content-Type": "text/html"}
+            )
         elif fault == "loop":
             self.answer(302, b"", {"Location": self.path})
         elif fault != "gone":
             self.answer(fault, b"<html>sorry</html>", {"Content-Type": "text/html"})
 
-    def answer(self, status: int, body: bytes, headers: dict[str, str], cut: int | None = None) -> None:
+    def answer(
+        self, status: int, body: bytes, headers: dict[str, str], cut: int | None = None
+    ) -> None:
         self.send_response(status)
         for key, value in {"Content-Length": str(max(len(body) + self.lie, 0)), **headers}.items():
             self.send_header(key, value)

@@ -51,7 +51,9 @@ COMMANDS = {
     "merge": ["merge", "fitted"],
     "pretrain": ["pretrain", "--steps", "4"],
 }
-COMMANDS = {name: words + ["--out", "out"] * (name != "predict") for name, words in COMMANDS.items()}
+COMMANDS = {
+    name: words + ["--out", "out"] * (name != "predict") for name, words in COMMANDS.items()
+}
 MEASURED = r'"?(seconds|seconds_by_phase|peak_memory_bytes)"?: (\{[^}]*\}|[\d.]+),?|<p>[^<]*\d s\b[^<]*</p>'
 FORKED = multiprocessing.get_context("forkserver")
 
@@ -75,7 +77,9 @@ class Done(NamedTuple):
 def command(folder: Path, name: str, kill=None, **how) -> Done:
     """Run `COMMANDS[name]` in a child, in `folder`."""
     pipes = [FORKED.Pipe(duplex=False) for _ in range(3)]
-    process = FORKED.Process(target=child, args=(folder, name, [end for _, end in pipes]), kwargs=how)
+    process = FORKED.Process(
+        target=child, args=(folder, name, [end for _, end in pipes]), kwargs=how
+    )
     process.start()
     for _, end in pipes:
         end.close()
@@ -86,7 +90,9 @@ def command(folder: Path, name: str, kill=None, **how) -> Done:
         process.join(kill[0])
         with suppress(ProcessLookupError):  # it has ended
             os.kill(process.pid, kill[1])
-    printed, told = (b"".join(iter(lambda end=end: os.read(end.fileno(), 1 << 16), b"")) for end in (out, err))
+    printed, told = (
+        b"".join(iter(lambda end=end: os.read(end.fileno(), 1 << 16), b"")) for end in (out, err)
+    )
     process.join(600)
     assert process.exitcode is not None, f"{name} hangs"
     files = ready.recv() if process.exitcode == 0 else 0
@@ -155,7 +161,10 @@ def child(folder, name, ends, at=None, room=None, powerless=False, output=None) 
 def heed_permissions() -> None:
     """Give up root's right to write anywhere: capset with no capability."""
     if os.geteuid() == 0:
-        assert ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()) == 0
+        assert (
+            ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+            == 0
+        )
 
 
 def permit(folder: Path, mode: int) -> None:
@@ -175,7 +184,9 @@ def content(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, without what is measured: seconds and memory."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     found = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-    return {name: data if data[:1] == b"\x89" else measured(name, data) for name, data in found.items()}
+    return {
+        name: data if data[:1] == b"\x89" else measured(name, data) for name, data in found.items()
+    }
 
 
 def measured(name: str, data: bytes) -> bytes:

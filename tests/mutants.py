@@ -26,16 +26,28 @@ MUTANTS = {
         ("(2 * math.pi)", "math.pi", "models scaling_far_beyond"),
     ],
     "models/taps.py": [
-        ("(self.layers or sorted(self.outputs))", "sorted(self.outputs)", "models taps_pick_positions"),
+        (
+            "(self.layers or sorted(self.outputs))",
+            "sorted(self.outputs)",
+            "models taps_pick_positions",
+        ),
     ],
     "models/attention.py": [
-        ("(self.documents == 0)[:, None, None, :]", "(self.documents == 0)[:, None, :, None]", "cache branches"),
+        (
+            "(self.documents == 0)[:, None, None, :]",
+            "(self.documents == 0)[:, None, :, None]",
+            "cache branches",
+        ),
         ("return seen.tril()", "return seen", "cache packed_documents"),
         ("<= self.slots[..., None]", "< self.slots[..., None]", "cache unequal_prompts"),
         ("T, E) * E**-0.5", "T, E) / E", "cache prefix_equals"),
     ],
     "models/llama.py": [
-        ("(prefix.length if prefix else 0)", "(prefix.length - 1 if prefix else 0)", "cache prefix_equals"),
+        (
+            "(prefix.length if prefix else 0)",
+            "(prefix.length - 1 if prefix else 0)",
+            "cache prefix_equals",
+        ),
     ],
     "models/qwen3.py": [
         ("k = self.k_norm(", "k = self.q_norm(", "models equals_transformers_in_float32"),
@@ -47,50 +59,98 @@ MUTANTS = {
         ("weights).sum(1)", "weights).mean(1)", "losses a_run_averages"),
         ("(2 / output.shape[-1])", "(1 / output.shape[-1])", "losses gradients_of_the_squared"),
         ("teacher.float().log_softmax(-1), ids", "teacher.float(), ids", "losses equal_naive"),
-        ("scatter_add_(1, i, -t.exp())", "scatter_add_(1, i, t.expm1())", "losses through_the_head"),
+        (
+            "scatter_add_(1, i, -t.exp())",
+            "scatter_add_(1, i, t.expm1())",
+            "losses through_the_head",
+        ),
     ],
     "ia2mini/batch.py": [
-        ("1 / (len(row.answer) * len(rows))", "1 / sum(len(r.answer) for r in rows)", "batch a_batch_written_out"),
+        (
+            "1 / (len(row.answer) * len(rows))",
+            "1 / sum(len(r.answer) for r in rows)",
+            "batch a_batch_written_out",
+        ),
         ("len(row.prompt) - 1 + np", "len(row.prompt) + np", "batch every_position"),
     ],
     "ia2mini/train.py": [
         (".sqrt_().add_(EPSILON)", ".add_(EPSILON).sqrt_()", "train adam_equals"),
         ("(losses < self.dev_loss)", "(losses <= self.dev_loss)", "train patience_counts"),
-        ("(self.misses < settings.patience)", "(self.misses <= settings.patience)", "train patience_counts"),
+        (
+            "(self.misses < settings.patience)",
+            "(self.misses <= settings.patience)",
+            "train patience_counts",
+        ),
         ("self.misses[better] = 0", "pass", "train patience_counts"),
-        ("self.dev[r] for r in chosen", "self.dev[r] for r in range(len(chosen))", "train stop_at_different_steps"),
+        (
+            "self.dev[r] for r in chosen",
+            "self.dev[r] for r in range(len(chosen))",
+            "train stop_at_different_steps",
+        ),
     ],
     "ia2mini/scale/pack.py": [
         ("len(rows) / len(runs[r])", "1.0", "batch a_long_row_among"),
     ],
     "ia2mini/scale/shrink.py": [
-        ("live = live[part.going]", "live = live[: part.going.sum()]", "train stop_at_different_steps"),
+        (
+            "live = live[part.going]",
+            "live = live[: part.going.sum()]",
+            "train stop_at_different_steps",
+        ),
     ],
     "ia2mini/scale/race.py": [
         ("self.means[-1 - PACE]", "self.means[-PACE]", "train a_rate_far_behind"),
     ],
     "ia2mini/methods.py": [
         ('f"epoch {epoch}"', '"epoch"', "methods sets_start_differently"),
-        ('seeded(self.seed, number, "adapter")', 'seeded(self.seed, 0, "adapter")', "methods sets_start_differently"),
+        (
+            'seeded(self.seed, number, "adapter")',
+            'seeded(self.seed, 0, "adapter")',
+            "methods sets_start_differently",
+        ),
         ('"mse": 1 - betas, "ce": betas', '"mse": betas, "ce": 1 - betas', "methods every_method"),
     ],
     "ia2mini/adapters.py": [
-        ("A, B, self.alpha / self.rank", "A, B, self.alpha / self.rank**0.5", "adapters logits_gradients"),
+        (
+            "A, B, self.alpha / self.rank",
+            "A, B, self.alpha / self.rank**0.5",
+            "adapters logits_gradients",
+        ),
         ("math.sqrt(weight.shape[-1])", "math.sqrt(weight.shape[-2])", "adapters lora_starts"),
-        ("linear.bias.float() * s", "linear.bias.float()", "peft_format a_merged_checkpoint_equals"),
+        (
+            "linear.bias.float() * s",
+            "linear.bias.float()",
+            "peft_format a_merged_checkpoint_equals",
+        ),
     ],
     "ia2mini/engine/peft.py": [
         ('"lora_alpha": adapter.alpha', '"lora_alpha": adapter.rank', "peft_format peft_loads"),
-        ('get("use_rslora") else len(A)', 'get("use_rslora") else rank', "peft_reading with_equal_logits"),
+        (
+            'get("use_rslora") else len(A)',
+            'get("use_rslora") else rank',
+            "peft_reading with_equal_logits",
+        ),
     ],
     "ia2mini/episode.py": [
         ("crc32(purpose.encode())]", "0]", "episode the_same_command"),
-        ("shuffled(train[:i] + train[i + 1 :], rng)", "shuffled(train, rng)[1:]", "episode are_the_other"),
+        (
+            "shuffled(train[:i] + train[i + 1 :], rng)",
+            "shuffled(train, rng)[1:]",
+            "episode are_the_other",
+        ),
         ("if row.prompt == without or", "if", "folds balanced"),
     ],
     "ia2mini/labels.py": [
-        ("agreed[..., :1]), agreed[..., :-1])", "agreed[..., :1]), agreed[..., 1:])", "labels several_tokens_equal"),
-        ("masked_fill(~self.real, 0.0)", "masked_fill(self.real, 0.0)", "labels several_tokens_equal"),
+        (
+            "agreed[..., :1]), agreed[..., :-1])",
+            "agreed[..., :1]), agreed[..., 1:])",
+            "labels several_tokens_equal",
+        ),
+        (
+            "masked_fill(~self.real, 0.0)",
+            "masked_fill(self.real, 0.0)",
+            "labels several_tokens_equal",
+        ),
         ("torch.where(self.closes, ending, said)", "said", "ends a_label_ends_with_any"),
     ],
     "ia2mini/scoring.py": [
@@ -124,7 +184,11 @@ MUTANTS = {
     "ia2mini/generate.py": [
         ("< characters + PARTS", "< 0", "ends a_stop_text_of_characters"),
         ("return decode(ids[-tokens:])", "return decode(ids[-1:])", "generate a_stop_text"),
-        ("cache.lengths += last + 1", "cache.lengths += ids.shape[1]", "generate runs_side_by_side"),
+        (
+            "cache.lengths += last + 1",
+            "cache.lengths += ids.shape[1]",
+            "generate runs_side_by_side",
+        ),
     ],
     "ia2mini/teacher.py": [
         ("rows[n:labelled],", "rows[n:],", "unlabelled only_ia2"),
@@ -144,7 +208,11 @@ MUTANTS = {
         ("pid.isdecimal() and not alive(int(pid)):", "pid.isdecimal():", "runs what_killed"),
     ],
     "ia2mini/engine/select.py": [
-        ("math.inf if value is None or math.isnan(value)", "math.inf if value is None", "summary diverged_is_never"),
+        (
+            "math.inf if value is None or math.isnan(value)",
+            "math.inf if value is None",
+            "summary diverged_is_never",
+        ),
     ],
     "ia2mini/engine/store.py": [
         ("by_phase.get(phase, 0.0) + took", "took", "runs seconds_add"),
@@ -165,7 +233,10 @@ MUTANTS = {
 def tests_of(file: str, word: str) -> list[str]:
     """pytest's names of the tests in a file whose names hold a word."""
     path = ROOT / "tests" / f"test_{file}.py"
-    return [f"tests/{path.name}::{name}" for name in re.findall(rf"^def (test_\w*{word}\w*)\(", path.read_text(), re.M)]
+    return [
+        f"tests/{path.name}::{name}"
+        for name in re.findall(rf"^def (test_\w*{word}\w*)\(", path.read_text(), re.M)
+    ]
 
 
 def misfits() -> list[str]:
@@ -189,7 +260,9 @@ def misfits() -> list[str]:
 def copy_tree(folder: Path) -> None:
     shutil.copy(ROOT / "setup.cfg", folder)
     for name in TREE:
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "models"))
+        shutil.copytree(
+            ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "models")
+        )
     (folder / "ia2mini" / "models").symlink_to("../models")  # as `package_dir` in setup.cfg has it
 
 
@@ -199,12 +272,19 @@ def passes(folder: Path, tests: list[str]) -> bool:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     try:
         done = subprocess.run(
-            command, cwd=folder, env=os.environ | more, capture_output=True, text=True, timeout=SECONDS
+            command,
+            cwd=folder,
+            env=os.environ | more,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
         )
     except subprocess.TimeoutExpired:
         return False
     if done.returncode not in (0, 1):
-        sys.exit(f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        sys.exit(
+            f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
     return done.returncode == 0
 
 
@@ -215,7 +295,9 @@ def main(words: list[str]) -> None:
     chosen = [m for m in chosen if not words or any(word in f"{m[0]} {m[1]}" for word in words)]
     with TemporaryDirectory() as name:
         copy_tree(folder := Path(name).resolve())
-        tests = list(dict.fromkeys(test for *_, words in chosen for test in tests_of(*words.split())))
+        tests = list(
+            dict.fromkeys(test for *_, words in chosen for test in tests_of(*words.split()))
+        )
         if not passes(folder, tests):
             sys.exit("the tests fail before anything is broken")
         survivors = []
@@ -226,7 +308,10 @@ def main(words: list[str]) -> None:
             (folder / file).write_text(source, encoding="utf-8")
             survivors += [f"{file}: {old}"] * survived
             verdict = "survived" if survived else "caught"
-            print(f"{verdict:<9}{time.perf_counter() - begun:5.1f} s  {file}: {old} → {new}", flush=True)
+            print(
+                f"{verdict:<9}{time.perf_counter() - begun:5.1f} s  {file}: {old} → {new}",
+                flush=True,
+            )
     caught = len(chosen) - len(survivors)
     print(f"{caught} of {len(chosen)} caught; survivors: {', '.join(survivors) or 'none'}")
     sys.exit(caught < ENOUGH * len(chosen))

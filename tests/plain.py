@@ -27,7 +27,9 @@ class Plain:
         self.net, self.tokenizer, self.caught = net, tokenizer, []
         for name, module in net.named_modules():
             if name.endswith("self_attn"):
-                module.register_forward_hook(lambda module, args, out: self.caught.append(out[0][0]))
+                module.register_forward_hook(
+                    lambda module, args, out: self.caught.append(out[0][0])
+                )
 
     def __call__(self, prompt: list[int], answer: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [P, V] and attention outputs [L, P, D] at the P positions that predict the answer."""
@@ -49,7 +51,9 @@ class Plain:
                 break
             response.append(token)
             if "\n\n" in self.tokenizer.decode(response):
-                while self.tokenizer.decode(response).endswith("\n"):  # it may have taken several tokens
+                while self.tokenizer.decode(response).endswith(
+                    "\n"
+                ):  # it may have taken several tokens
                     response.pop()
                 return response
         return response
@@ -80,7 +84,9 @@ def teacher(base: Plain, demonstrations, prompt: str, most: int) -> PlainRow:
 def row_loss(student: Plain, row: PlainRow, phase: str) -> torch.Tensor:
     logits, outputs = student(row.prompt, row.answer)
     if phase == "ia2":
-        return sum(((ours - target) ** 2).mean() for ours, target in zip(outputs, row.targets, strict=True))
+        return sum(
+            ((ours - target) ** 2).mean() for ours, target in zip(outputs, row.targets, strict=True)
+        )
     return F.cross_entropy(logits, torch.tensor(row.answer))
 
 
@@ -126,16 +132,23 @@ def similarity(student: Plain, references: list[PlainRow]) -> float:
     return fmean(
         value
         for r in references
-        for value in F.cosine_similarity(student(r.prompt, r.answer)[1], r.targets, dim=-1).mean(0).tolist()
+        for value in F.cosine_similarity(student(r.prompt, r.answer)[1], r.targets, dim=-1)
+        .mean(0)
+        .tolist()
     )
 
 
 def label_log_probability(following, prompt: list[int], label: list[int]) -> float:
     """That of a whole label, a pass a token; `following(ids)`: logits [V] of the token after `ids`."""
-    return sum(following(prompt + label[:i]).double().log_softmax(0)[token].item() for i, token in enumerate(label))
+    return sum(
+        following(prompt + label[:i]).double().log_softmax(0)[token].item()
+        for i, token in enumerate(label)
+    )
 
 
-def greedy_label(following, prompt: list[int], labels: list[list[int]], among=None) -> tuple[int, float]:
+def greedy_label(
+    following, prompt: list[int], labels: list[list[int]], among=None
+) -> tuple[int, float]:
     """Greedy decoding until it has given a label or can give none: the label's index or -1, and the probability."""
     said, probability = [], 1.0
     while any(label[: len(said)] == said for label in labels) and said not in labels:
@@ -153,14 +166,27 @@ def evaluate(student: Plain, task: Task, rows: list[Example], before: str = "") 
     if task.labels:
         labels = [student.tokenizer.encode(label) for label in task.labels]
         said = [greedy_label(student.following, ids, labels) for ids in prompts]
-        correct = [top >= 0 and task.labels[top] == row.answer for (top, _), row in zip(said, rows, strict=True)]
+        correct = [
+            top >= 0 and task.labels[top] == row.answer
+            for (top, _), row in zip(said, rows, strict=True)
+        ]
         true = [student.tokenizer.encode(row.answer) for row in rows]
-        nll = -fmean(label_log_probability(student.following, *pair) for pair in zip(prompts, true, strict=True))
-        return {"acc": fmean(correct), "ece": fifteen_bins([sure for _, sure in said], correct), "nll": nll}
+        nll = -fmean(
+            label_log_probability(student.following, *pair)
+            for pair in zip(prompts, true, strict=True)
+        )
+        return {
+            "acc": fmean(correct),
+            "ece": fifteen_bins([sure for _, sure in said], correct),
+            "nll": nll,
+        }
     texts = [student.tokenizer.decode(student.respond(ids, task.max_tokens)) for ids in prompts]
     parse = PARSERS[task.parser]
     pairs = [(parse(text), parse(row.answer)) for text, row in zip(texts, rows, strict=True)]
-    return {"acc": fmean(said is not None and said == answer for said, answer in pairs), "texts": texts}
+    return {
+        "acc": fmean(said is not None and said == answer for said, answer in pairs),
+        "texts": texts,
+    }
 
 
 def plain_protocol(folder: Path, task: Task, n: int, o: Options) -> dict:
@@ -179,26 +205,44 @@ def plain_protocol(folder: Path, task: Task, n: int, o: Options) -> dict:
     for s in range(o.sets):
         episode = draw_episode(pool, n, s)
         examples = list(zip(episode.demonstrations, episode.train + episode.dev, strict=True))
-        taught.append([teacher(base, demonstrations, e.prompt, most) for demonstrations, e in examples])
-        truth = [PlainRow(tokenizer.encode(e.prompt), tokenizer.encode(e.answer) + end) for _, e in examples]
+        taught.append(
+            [teacher(base, demonstrations, e.prompt, most) for demonstrations, e in examples]
+        )
+        truth = [
+            PlainRow(tokenizer.encode(e.prompt), tokenizer.encode(e.answer) + end)
+            for _, e in examples
+        ]
         orders = [seeded(o.seed, s, f"epoch {epoch}").permutation(n) for epoch in range(o.epochs)]
         likes = {}
         for e, rows in evals.items():
             alike = 1 if task.labels else most  # of labels, the position before them is compared
-            likes[e] = [teacher(base, episode.icl[0], row.prompt, alike) for row in rows[: o.asim_rows]]
-            records["base", e, s, None] = evaluate(base, tasks[e], rows) | {"asim": similarity(base, likes[e])}
-            records["icl", e, s, None] = evaluate(base, tasks[e], rows, joined(episode.icl[0])) | {"asim": 1.0}
+            likes[e] = [
+                teacher(base, episode.icl[0], row.prompt, alike) for row in rows[: o.asim_rows]
+            ]
+            records["base", e, s, None] = evaluate(base, tasks[e], rows) | {
+                "asim": similarity(base, likes[e])
+            }
+            records["icl", e, s, None] = evaluate(base, tasks[e], rows, joined(episode.icl[0])) | {
+                "asim": 1.0
+            }
         first = draws.first_weights(s)
         for rate in o.rates:
             start, before = {"sft": first, "ia2": first}, {}
             for phase in TRAINED:
                 rows = taught[s] if phase == "ia2" else truth
                 student = Plain(peft_twin(folder, adapter, start[phase]), tokenizer)
-                trace, best, dev_loss, steps = train(student, adapter, rate, phase, (rows[:n], rows[n:]), orders, o)
+                trace, best, dev_loss, steps = train(
+                    student, adapter, rate, phase, (rows[:n], rows[n:]), orders, o
+                )
                 traces[phase].append(trace)
                 start[f"{phase}-sft"], before[f"{phase}-sft"] = best, steps
                 student = Plain(peft_twin(folder, adapter, best), tokenizer)
                 for e, rows in evals.items():
-                    scores = evaluate(student, tasks[e], rows) | {"asim": similarity(student, likes[e])}
-                    records[phase, e, s, rate] = scores | {"dev_loss": dev_loss, "steps": steps + before.get(phase, 0)}
+                    scores = evaluate(student, tasks[e], rows) | {
+                        "asim": similarity(student, likes[e])
+                    }
+                    records[phase, e, s, rate] = scores | {
+                        "dev_loss": dev_loss,
+                        "steps": steps + before.get(phase, 0),
+                    }
     return {"taught": taught, "traces": traces, "records": records}

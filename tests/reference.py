@@ -35,7 +35,9 @@ def byte_tokenizer(bos: bool) -> str:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>"])
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", BOS)]
+        )
     return tokenizer.to_str()
 
 
@@ -74,7 +76,9 @@ def make_checkpoint(
     raw = raw_config(family, torch_dtype=str(dtype).removeprefix("torch."), **changes)
     (folder / "config.json").write_text(json.dumps(raw))
     generator = torch.Generator().manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.from_pretrained(folder)
+    )
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
@@ -94,7 +98,8 @@ def upstream_pass(model, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     """transformers' logits [B, T, V] and attention outputs [L, B, T, D], the latter caught by forward hooks."""
     caught: list[torch.Tensor] = []
     handles = [
-        block.self_attn.register_forward_hook(lambda m, i, out: caught.append(out[0])) for block in model.model.layers
+        block.self_attn.register_forward_hook(lambda m, i, out: caught.append(out[0]))
+        for block in model.model.layers
     ]
     try:
         with torch.no_grad():
@@ -121,13 +126,18 @@ def distances(ours: tuple, theirs: tuple) -> list[tuple[str, float]]:
     """The largest absolute difference of every layer's attention output and, last, of the logits, by name."""
     names = [*(f"attention output of layer {i}" for i in range(len(theirs[1]))), "logits"]
     pairs = zip([*ours[1], ours[0]], [*theirs[1], theirs[0]], strict=True)
-    return [(name, (a.float() - b.float()).abs().max().item()) for name, (a, b) in zip(names, pairs, strict=True)]
+    return [
+        (name, (a.float() - b.float()).abs().max().item())
+        for name, (a, b) in zip(names, pairs, strict=True)
+    ]
 
 
 def assert_equal(ours: tuple, theirs: tuple, allowed: float | list[float] = 1e-5) -> None:
     """Both passes (logits, attention outputs) agree; the failure names the first layer that differs."""
     found = distances(ours, theirs)
-    for (name, gap), limit in zip(found, allowed if isinstance(allowed, list) else [allowed] * len(found), strict=True):
+    for (name, gap), limit in zip(
+        found, allowed if isinstance(allowed, list) else [allowed] * len(found), strict=True
+    ):
         assert gap <= limit, f"first difference at {name}: {gap:.2e} > {limit:.0e}"
 
 
@@ -138,9 +148,13 @@ def peft_twin(folder: Path, adapter, theta: torch.Tensor):
     linears, c = list(adapter.linears), {"task_type": "CAUSAL_LM"}
     net = upstream(folder)
     if isinstance(adapter, LoRA):
-        config = peft.LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=linears, **c)
+        config = peft.LoraConfig(
+            r=adapter.rank, lora_alpha=adapter.alpha, target_modules=linears, **c
+        )
     else:
-        config = peft.IA3Config(target_modules=linears, feedforward_modules=sorted(adapter.inputs), **c)
+        config = peft.IA3Config(
+            target_modules=linears, feedforward_modules=sorted(adapter.inputs), **c
+        )
     twin = peft.get_peft_model(net, config)
     with torch.no_grad():
         parts = unpack(theta[None], adapter.shapes).values()
@@ -153,7 +167,10 @@ def twin_parameters(twin, adapter) -> list[torch.nn.Parameter]:
     """The trained parameters of a twin in the order of `adapter.shapes`; no other parameter trains."""
     named = {name: p for name, p in twin.named_parameters() if p.requires_grad}
     if isinstance(adapter, LoRA):
-        names = [f"base_model.model.{name[:-2]}.lora_{name[-1]}.default.weight" for name in adapter.shapes]
+        names = [
+            f"base_model.model.{name[:-2]}.lora_{name[-1]}.default.weight"
+            for name in adapter.shapes
+        ]
     else:
         names = [f"base_model.model.{name}.ia3_l.default" for name in adapter.shapes]
     assert set(names) == set(named)
@@ -163,10 +180,17 @@ def twin_parameters(twin, adapter) -> list[torch.nn.Parameter]:
 def twin_theta(twin, adapter, gradients: bool = False) -> torch.Tensor:
     """A twin's weights, or their gradients, as our row [M]."""
     parameters = twin_parameters(twin, adapter)
-    return torch.cat([(p.grad if gradients else p.detach()).reshape(-1) for p in parameters]).clone()
+    return torch.cat(
+        [(p.grad if gradients else p.detach()).reshape(-1) for p in parameters]
+    ).clone()
 
 
-MIXES = {"sft": {"ce": 1.0}, "ia2": {"mse": 1.0}, "soft": {"kl": 1.0}, "mixed": {"mse": 0.3, "ce": 0.7}}
+MIXES = {
+    "sft": {"ce": 1.0},
+    "ia2": {"mse": 1.0},
+    "soft": {"kl": 1.0},
+    "mixed": {"mse": 0.3, "ce": 0.7},
+}
 MIXES |= {"hidden": {"hidden": 1.0}}
 
 
@@ -188,23 +212,34 @@ def plain_loss(twin, row: Row, mix: dict[str, float]) -> torch.Tensor:
     caught, streams = [], []
     blocks = [m for name, m in twin.named_modules() if name.endswith("self_attn")]
     norms = [m for name, m in twin.named_modules() if name.endswith("post_attention_layernorm")]
-    handles = [b.register_forward_hook(lambda module, args, out: caught.append(out[0])) for b in blocks]
-    handles += [norm.register_forward_pre_hook(lambda module, args: streams.append(args[0])) for norm in norms]
-    logits = twin(torch.tensor([row.prompt + row.answer[:-1]])).logits[0, -len(row.answer) :].double()
+    handles = [
+        b.register_forward_hook(lambda module, args, out: caught.append(out[0])) for b in blocks
+    ]
+    handles += [
+        norm.register_forward_pre_hook(lambda module, args: streams.append(args[0]))
+        for norm in norms
+    ]
+    logits = (
+        twin(torch.tensor([row.prompt + row.answer[:-1]])).logits[0, -len(row.answer) :].double()
+    )
     for handle in handles:
         handle.remove()
     total = 0.0
     for name, tapped, wanted in (("mse", caught, row.activations), ("hidden", streams, row.states)):
         if name in mix:
             layers = zip(tapped, wanted, strict=True)
-            total += mix[name] * sum((a[0, -len(row.answer) :].double() - t.double()).pow(2).mean() for a, t in layers)
+            total += mix[name] * sum(
+                (a[0, -len(row.answer) :].double() - t.double()).pow(2).mean() for a, t in layers
+            )
     if "ce" in mix:
         said = sum(torch.log(p.softmax(0)[t]) for p, t in zip(logits, row.answer, strict=True))
         total -= mix["ce"] * said / len(row.answer)
     if "kl" in mix:
         for p, soft, ids in zip(logits, row.soft, row.soft_ids, strict=True):
             teacher = soft.double().exp() / soft.double().exp().sum()
-            divergence = sum(q * (q.log() - p.log_softmax(0)[i]) for q, i in zip(teacher, ids, strict=True))
+            divergence = sum(
+                q * (q.log() - p.log_softmax(0)[i]) for q, i in zip(teacher, ids, strict=True)
+            )
             total += mix["kl"] * divergence / len(row.answer)
     return total
 
@@ -215,7 +250,9 @@ def plain_fit(twin, adapter, rate, mix, data, order, settings):
     optimizer = torch.optim.Adam(twin_parameters(twin, adapter), lr=rate)
     best, best_theta, steps, misses, history = math.inf, None, 0, 0, []
     for epoch in range(settings.epochs):
-        portions = np.array_split(order(epoch), range(settings.batch_size, len(train), settings.batch_size))
+        portions = np.array_split(
+            order(epoch), range(settings.batch_size, len(train), settings.batch_size)
+        )
         for number, portion in enumerate(portions):
             optimizer.zero_grad()
             for i in portion:

@@ -30,7 +30,9 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     """Write rows as the file's suffix says, with pyarrow's own writers where it has one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".jsonl":
-        path.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        path.write_bytes(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        )
     elif path.suffix == ".json":
         path.write_bytes(json.dumps(rows, ensure_ascii=False, indent=1).encode())
     elif path.suffix == ".parquet":

@@ -41,8 +41,12 @@ class Tape(TorchDispatchMode):
             if written and place not in self.made:
                 self.before.setdefault(value.data_ptr(), (value.detach(), value.detach().clone()))
         out = function(*arguments, **named)
-        self.made |= {t.untyped_storage().data_ptr() for t in tree_leaves(out) if isinstance(t, torch.Tensor)} - {
-            t.untyped_storage().data_ptr() for t in tree_leaves((arguments, named)) if isinstance(t, torch.Tensor)
+        self.made |= {
+            t.untyped_storage().data_ptr() for t in tree_leaves(out) if isinstance(t, torch.Tensor)
+        } - {
+            t.untyped_storage().data_ptr()
+            for t in tree_leaves((arguments, named))
+            if isinstance(t, torch.Tensor)
         }
         self.operations.append((function, arguments, named, out))
         return out
@@ -51,6 +55,8 @@ class Tape(TorchDispatchMode):
     def replay(self):
         Tape.replays += 1
         for function, arguments, named, out in self.operations:
-            for old, new in zip(tree_leaves(out), tree_leaves(function(*arguments, **named)), strict=True):
+            for old, new in zip(
+                tree_leaves(out), tree_leaves(function(*arguments, **named)), strict=True
+            ):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)

@@ -33,7 +33,9 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def twin(base):
     """peft's LoRA with random weights on the base."""
-    net = peft.get_peft_model(upstream(base), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    net = peft.get_peft_model(
+        upstream(base), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    )
     with torch.no_grad():
         for p in net.parameters():
             if p.requires_grad:
@@ -96,15 +98,21 @@ def test_an_adapter_is_used_whatever_lies_beside_it(base, twin, saved, layout):
     assert sure["named"] == sure["given"]
     bare = [file for file in saved.iterdir() if file.name in WEIGHTS]
     copied(bare, saved.parent / "bare")
-    assert sure["named"] == json.loads(run("predict", saved.parent / "bare", "-", *ASK))["confidence"]
+    assert (
+        sure["named"] == json.loads(run("predict", saved.parent / "bare", "-", *ASK))["confidence"]
+    )
     assert "label" not in run("generate", "--adapter", saved, "--prompt", "hi", "--max-tokens", "2")
 
 
 def test_transformers_reads_the_shared_folder_so_too(base, twin, saved):
     copied([file for file in base.iterdir() if file.is_file()], saved)
     assert (upstream(saved)(IDS).logits - logits(saved)).abs().max() <= 1e-5
-    assert "holds a checkpoint and an adapter" in run("predict", saved, "-", *ASK, "--model", saved, code=2)
-    assert "holds a checkpoint and an adapter" in run("generate", "--model", saved, "--prompt", "a", code=2)
+    assert "holds a checkpoint and an adapter" in run(
+        "predict", saved, "-", *ASK, "--model", saved, code=2
+    )
+    assert "holds a checkpoint and an adapter" in run(
+        "generate", "--model", saved, "--prompt", "a", code=2
+    )
 
 
 def test_a_folder_that_is_base_and_adapter_of_itself_is_refused(base, twin, tmp_path):
@@ -114,13 +122,19 @@ def test_a_folder_that_is_base_and_adapter_of_itself_is_refused(base, twin, tmp_
     config = json.loads((tmp_path / "both" / "adapter_config.json").read_text())
     named = config | {"base_model_name_or_path": str(tmp_path / "both")}
     (tmp_path / "both" / "adapter_config.json").write_text(json.dumps(named))
-    assert "holds a checkpoint and an adapter" in run("predict", tmp_path / "both", "-", *ASK, code=2)
+    assert "holds a checkpoint and an adapter" in run(
+        "predict", tmp_path / "both", "-", *ASK, code=2
+    )
 
 
 def test_a_checkpoint_is_no_adapter_and_an_adapter_no_checkpoint(base, saved, tmp_path):
     assert "a checkpoint and no adapter" in run("predict", base, "-", *ASK, code=2)
-    assert "a checkpoint and no adapter" in run("merge", base, "--model", base, "--out", tmp_path / "m", code=2)
-    assert "an adapter and no checkpoint" in run("generate", "--model", saved, "--prompt", "a", code=2)
+    assert "a checkpoint and no adapter" in run(
+        "merge", base, "--model", base, "--out", tmp_path / "m", code=2
+    )
+    assert "an adapter and no checkpoint" in run(
+        "generate", "--model", saved, "--prompt", "a", code=2
+    )
     assert not (tmp_path / "m").exists()
 
 
@@ -131,7 +145,11 @@ def shipped(tmp_path_factory):
     rows = world.rows("toy-mood", "train")[:12]
     how = FitOptions(methods=("sft",), rates=(1e-2,), epochs=6, folds=3, temperature=False)
     with shipping("sft"):
-        found = fit([{"text": row["text"], "label": row["label"]} for row in rows], open_subject("tiny", "cpu"), how)
+        found = fit(
+            [{"text": row["text"], "label": row["label"]} for row in rows],
+            open_subject("tiny", "cpu"),
+            how,
+        )
     found.save(folder)
     return found, folder
 
@@ -150,7 +168,10 @@ def test_where_the_base_alone_answers_no_adapter_may_lie_beside(shipped, saved, 
 def test_what_is_fitted_on_tiny_names_it_and_moves_with_it(shipped, tmp_path, monkeypatch):
     found, folder = shipped
     assert base_of(folder) == ("tiny", None) and open_subject("tiny", "cpu").base == "tiny"
-    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+    assert (
+        json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == "tiny"
+    )
     shutil.copytree(folder, tmp_path / "moved")
     (tmp_path / "moved" / "ia2mini.json").unlink()  # peft's part alone
     assert base_of(tmp_path / "moved") == ("tiny", None)
@@ -169,13 +190,21 @@ def test_what_is_fitted_on_tiny_names_it_and_moves_with_it(shipped, tmp_path, mo
 def test_a_base_that_is_no_text_is_named(saved, value, field):
     config = json.loads((saved / "adapter_config.json").read_text()) | {field: value}
     (saved / "adapter_config.json").write_text(json.dumps(config))
-    refused(lambda: base_of(saved), "adapter_config.json", f"{field} = {value!r}", "is not a text", "--model")
+    refused(
+        lambda: base_of(saved),
+        "adapter_config.json",
+        f"{field} = {value!r}",
+        "is not a text",
+        "--model",
+    )
     assert "is not a text" in run("predict", saved, "-", *ASK, code=2)
 
 
 @pytest.mark.parametrize("value", [None, "", "\0", "none/there/at/all", "\ud800", "x" * 5000])
 def test_a_base_that_is_not_there_is_one_line(saved, value):
-    config = json.loads((saved / "adapter_config.json").read_text()) | {"base_model_name_or_path": value}
+    config = json.loads((saved / "adapter_config.json").read_text()) | {
+        "base_model_name_or_path": value
+    }
     (saved / "adapter_config.json").write_text(json.dumps(config))
     told = run("predict", saved, "-", *ASK, code=2)
     assert "names no base model" in told if not value else "unknown model" in told
@@ -195,7 +224,9 @@ def test_merge_writes_into_a_new_or_empty_folder_alone(base, saved, tmp_path):
     (tmp_path / "link").symlink_to(base)
     for name in ("notes", "index", "nested", "link", "adapter"):
         before = contents(tmp_path / name)
-        assert "--out needs a new or empty folder" in run("merge", saved, "--out", tmp_path / name, code=2)
+        assert "--out needs a new or empty folder" in run(
+            "merge", saved, "--out", tmp_path / name, code=2
+        )
         assert contents(tmp_path / name) == before
     before = contents(base)
     assert "--out needs a new or empty folder" in run("merge", saved, "--out", base, code=2)
@@ -222,9 +253,13 @@ def test_the_same_merge_may_be_made_again_and_no_other(base, twin, saved, tmp_pa
     run("merge", saved, "--out", out)
     assert (out / "mine.txt").read_text() == "kept"
     other = tmp_path / "other"
-    peft.get_peft_model(upstream(base), peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(other)
+    peft.get_peft_model(
+        upstream(base), peft.LoraConfig(r=2, target_modules=["q_proj"])
+    ).save_pretrained(other)
     for adapter, more in ((other, ()), (saved, ("--dtype", "bfloat16"))):
-        assert "holds another merged checkpoint" in run("merge", adapter, "--out", out, *more, code=2)
+        assert "holds another merged checkpoint" in run(
+            "merge", adapter, "--out", out, *more, code=2
+        )
     assert contents(out) == kept | {out / "mine.txt": b"kept"}
 
 

@@ -69,7 +69,11 @@ def test_logits_gradients_and_adam_steps_equal_pefts(tiny, kind):
 @pytest.mark.parametrize("kind", PEFT)
 def test_runs_in_one_batch_equal_each_run_alone(model, kind):
     adapter, R, B = PEFT[kind](model), 3, 2
-    theta, ids, targets = start(adapter, model, R).requires_grad_(), random_ids(R * B, 7), random_ids(R * B, 7)
+    theta, ids, targets = (
+        start(adapter, model, R).requires_grad_(),
+        random_ids(R * B, 7),
+        random_ids(R * B, 7),
+    )
     with adapted(model, adapter, theta) as student:
         together = student(ids)
     (R * loss_of(together, targets)).backward()
@@ -94,8 +98,12 @@ def test_an_untrained_adapter_changes_nothing(model, kind):
 def test_lora_starts_as_pefts_does(model):
     adapter = LoRA(model, ("q_proj", "down_proj"), rank=64)
     for name, value in unpack(start(adapter, model, noise=0), adapter.shapes).items():
-        bound = 0.0 if name.endswith("B") else value.shape[-1] ** -0.5  # kaiming_uniform_(a=√5): within 1 / √in
-        assert 0.98 * bound <= value.abs().max() <= bound and value.std() == pytest.approx(bound / 3**0.5, rel=0.1)
+        bound = (
+            0.0 if name.endswith("B") else value.shape[-1] ** -0.5
+        )  # kaiming_uniform_(a=√5): within 1 / √in
+        assert 0.98 * bound <= value.abs().max() <= bound and value.std() == pytest.approx(
+            bound / 3**0.5, rel=0.1
+        )
 
 
 @pytest.mark.parametrize("kind", PEFT)
@@ -119,16 +127,25 @@ def test_two_steps_move_every_tensor_and_no_bit_of_the_base(model, kind):
 def test_adapters_are_gone_after_the_block_even_after_an_error(model, kind):
     adapter, ids = PEFT[kind](model), random_ids(2, 6)
     theta, plain = start(adapter, model, noise=0.3), model(ids)
-    with pytest.raises(RuntimeError, match="in the block"), adapted(model, adapter, theta) as student:
+    with (
+        pytest.raises(RuntimeError, match="in the block"),
+        adapted(model, adapter, theta) as student,
+    ):
         assert (student(ids) - plain).abs().max() > 1e-3
         raise RuntimeError("in the block")
     assert torch.equal(model(ids), plain)
-    assert all(linear.adapter is None for linear in find_linears(model, EVERY_MATRIX, None).values())
+    assert all(
+        linear.adapter is None for linear in find_linears(model, EVERY_MATRIX, None).values()
+    )
 
 
 def test_only_the_chosen_matrices_are_found(model):
-    assert list(find_linears(model, TARGETS, [1])) == [f"model.layers.1.self_attn.{t}" for t in TARGETS]
-    assert list(find_linears(model, ("down_proj",), None)) == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    assert list(find_linears(model, TARGETS, [1])) == [
+        f"model.layers.1.self_attn.{t}" for t in TARGETS
+    ]
+    assert list(find_linears(model, ("down_proj",), None)) == [
+        f"model.layers.{i}.mlp.down_proj" for i in range(2)
+    ]
     assert len(find_linears(model, EVERY_MATRIX, None)) == 2 * len(EVERY_MATRIX)
 
 

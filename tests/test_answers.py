@@ -6,7 +6,14 @@ from decimal import Decimal
 import pytest
 
 from ia2mini.tasks import same_answer
-from ia2mini.tasks.answers import (PARSERS, parse_boxed, parse_hashes, parse_number, parse_text, parser_for)
+from ia2mini.tasks.answers import (
+    PARSERS,
+    parse_boxed,
+    parse_hashes,
+    parse_number,
+    parse_text,
+    parser_for,
+)
 
 NUMBERS = {  # hard texts -> the number of the released scripts' rules, with the sign
     "so he has 3.\n#### 18": "18",
@@ -172,11 +179,22 @@ def by_the_rules(text: str) -> str | None:
     for group in (dollars, measured):
         if group:
             return signed(text, *group[-1])
-    alone = [(at, a) for at, a in found if not text[at - 1 : at].isalnum() and not text[at + len(a) :][:1].isalnum()]
-    for group in (alone, *(amounts(line) for line in reversed(text.split("\n")) if "?" not in line)):
+    alone = [
+        (at, a)
+        for at, a in found
+        if not text[at - 1 : at].isalnum() and not text[at + len(a) :][:1].isalnum()
+    ]
+    for group in (
+        alone,
+        *(amounts(line) for line in reversed(text.split("\n")) if "?" not in line),
+    ):
         chosen = [pair for pair in group if usual(pair[1])]
         if chosen:
-            where = text if group is alone else next(line for line in text.split("\n") if amounts(line) == group)
+            where = (
+                text
+                if group is alone
+                else next(line for line in text.split("\n") if amounts(line) == group)
+            )
             return signed(where, *chosen[-1])
     return text or None
 
@@ -201,12 +219,21 @@ def test_text():
 
 
 def test_answers_are_the_same_when_they_parse_to_the_same():
-    names = {"number": parse_number, "boxed": parse_boxed, "hashes": parse_hashes, "text": parse_text}
+    names = {
+        "number": parse_number,
+        "boxed": parse_boxed,
+        "hashes": parse_hashes,
+        "text": parse_text,
+    }
     assert names == PARSERS
-    assert same_answer("number", "so 1,000.0", "#### 1000") and not same_answer("number", "-1000", "#### 1000")
+    assert same_answer("number", "so 1,000.0", "#### 1000") and not same_answer(
+        "number", "-1000", "#### 1000"
+    )
     assert same_answer("boxed", r"\boxed{\dfrac{1} 2}", r"it is \boxed{\frac{1}2}")
     assert not same_answer("boxed", "4", "4") and not same_answer("boxed", r"\boxed{}", r"\boxed{}")
-    assert same_answer("hashes", "why\n#### b ", "#### b") and not same_answer("hashes", "#### a", "#### b")
+    assert same_answer("hashes", "why\n#### b ", "#### b") and not same_answer(
+        "hashes", "#### a", "#### b"
+    )
     assert same_answer("hashes", "b", "#### b")
     assert same_answer("text", " yes", "yes\n") and not same_answer("text", "yes", "Yes")
     assert not any(same_answer(parser, "", "") for parser in PARSERS)  # nothing is never right
@@ -236,11 +263,17 @@ def read(path):
 
 
 def test_every_gold_gsm8k_answer_parses_to_its_number(shared_data):
-    for file, count in {"gsm8k/train": 4000, "gsm8k/test": 1319, "gsm_symbolic/main_test": 2000}.items():
+    for file, count in {
+        "gsm8k/train": 4000,
+        "gsm8k/test": 1319,
+        "gsm_symbolic/main_test": 2000,
+    }.items():
         rows = read(shared_data / f"{file}.jsonl")
         assert len(rows) == count
         for row in rows:
-            assert parse_number(row["answer"]) == row["answer"].split("#### ")[1].strip().replace(",", "")
+            assert parse_number(row["answer"]) == row["answer"].split("#### ")[1].strip().replace(
+                ",", ""
+            )
             assert same_answer("number", row["answer"], row["answer"])
 
 
@@ -251,7 +284,9 @@ def test_every_gold_algebra_solution_parses_to_its_line(shared_data):
         rows = read(shared_data / f"{file}.jsonl")
         assert len(rows) == count
         for row in rows:
-            lines = [line for line in row["solution"].split("\n") if "}" in line.partition(r"\boxed{")[2]]
+            lines = [
+                line for line in row["solution"].split("\n") if "}" in line.partition(r"\boxed{")[2]
+            ]
             if lines:
                 inside = lines[0].partition(r"\boxed{")[2].rpartition("}")[0]
                 expected = inside.replace(" ", "").replace(r"\dfrac{", r"\frac{")
@@ -266,5 +301,9 @@ def test_every_gold_algebra_solution_parses_to_its_line(shared_data):
 def test_every_sciq_answer_parses_to_itself(shared_data):
     for row in read(shared_data / "sciq/validation.jsonl"):
         answer = f"{row['support']}\n#### {row['correct_answer']}"
-        assert parse_hashes(answer) == row["correct_answer"].strip() == parse_hashes(row["correct_answer"])
+        assert (
+            parse_hashes(answer)
+            == row["correct_answer"].strip()
+            == parse_hashes(row["correct_answer"])
+        )
         assert same_answer("hashes", answer, answer)

@@ -7,7 +7,17 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from ia2mini.models import UsageError, load
-from reference import EOS, MIXES, byte_tokenizer, make_checkpoint, make_rows, peft_twin, plain_loss, relative, starts
+from reference import (
+    EOS,
+    MIXES,
+    byte_tokenizer,
+    make_checkpoint,
+    make_rows,
+    peft_twin,
+    plain_loss,
+    relative,
+    starts,
+)
 from tokenizers import Tokenizer as Backend
 
 from ia2mini.adapters import IA3, LoRA, adapted
@@ -28,7 +38,9 @@ def tokenizer(bos=False) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def qwen(shared_data):
-    return Tokenizer(Backend.from_file(str(shared_data / "tokenizers/qwen3/tokenizer.json")), (151643,))
+    return Tokenizer(
+        Backend.from_file(str(shared_data / "tokenizers/qwen3/tokenizer.json")), (151643,)
+    )
 
 
 def test_answers_of_many_tokens_end_with_eos():
@@ -39,19 +51,37 @@ def test_answers_of_many_tokens_end_with_eos():
 
 
 def test_a_batch_written_out():
-    runs = [[Row([10, 11, 12], [1, 2, 3]), Row([20], [4])], [Row([30, 31], [5]), Row([40, 41], [6, 7])]]
+    runs = [
+        [Row([10, 11, 12], [1, 2, 3]), Row([20], [4])],
+        [Row([30, 31], [5]), Row([40, 41], [6, 7])],
+    ]
     for i, row in enumerate(row for run in runs for row in run):
         P = len(row.answer)
         row.activations = torch.arange(P).view(1, P, 1) + 10.0 * i
         row.soft, row.soft_ids = torch.arange(P)[:, None] + 0.5, torch.full((P, 1), i)
     batch = collate(runs)
-    assert batch.ids.tolist() == [[10, 11, 12, 1, 2], [20, 0, 0, 0, 0], [30, 31, 0, 0, 0], [40, 41, 6, 0, 0]]
+    assert batch.ids.tolist() == [
+        [10, 11, 12, 1, 2],
+        [20, 0, 0, 0, 0],
+        [30, 31, 0, 0, 0],
+        [40, 41, 6, 0, 0],
+    ]
     rows, columns = batch.at
     assert rows.tolist() == [0, 0, 0, 1, 2, 3, 3, 2]  # the last stands on padding, within its run
     assert columns.tolist() == [2, 3, 4, 0, 1, 1, 2, 0]
     assert batch.targets.tolist() == [1, 2, 3, 4, 5, 6, 7, 0]
-    torch.testing.assert_close(batch.weights, torch.tensor([[1 / 6, 1 / 6, 1 / 6, 1 / 2], [1 / 2, 1 / 4, 1 / 4, 0]]))
-    assert batch.activations[0, :7, 0].tolist() == [0, 1, 2, 10, 20, 30, 31] and batch.activations.shape == (1, 8, 1)
+    torch.testing.assert_close(
+        batch.weights, torch.tensor([[1 / 6, 1 / 6, 1 / 6, 1 / 2], [1 / 2, 1 / 4, 1 / 4, 0]])
+    )
+    assert batch.activations[0, :7, 0].tolist() == [
+        0,
+        1,
+        2,
+        10,
+        20,
+        30,
+        31,
+    ] and batch.activations.shape == (1, 8, 1)
     assert batch.soft[:7, 0].tolist() == [0.5, 1.5, 2.5, 0.5, 0.5, 0.5, 1.5]
     assert batch.soft_ids[:7, 0].tolist() == [0, 0, 0, 1, 2, 3, 3] and len(batch.soft_ids) == 8
     assert batch.ids.dtype == rows.dtype == columns.dtype == batch.targets.dtype == torch.int64
@@ -69,16 +99,28 @@ LENGTHS = st.tuples(st.integers(1, 6), st.integers(1, 5))
 def test_every_position_of_a_batch_predicts_its_answer_token(shape):
     counter = iter(range(1, 10_000))
     runs = [
-        [Row([next(counter) for _ in range(t)], [next(counter) for _ in range(p)]) for t, p in run] for run in shape
+        [Row([next(counter) for _ in range(t)], [next(counter) for _ in range(p)]) for t, p in run]
+        for run in shape
     ]
     batch = collate(runs)
     torch.testing.assert_close(batch.weights.sum(1), torch.ones(len(runs)))
     real = batch.weights.flatten() > 0
-    assert batch.targets[real].tolist() == [token for run in runs for row in run for token in row.answer]
+    assert batch.targets[real].tolist() == [
+        token for run in runs for row in run for token in row.answer
+    ]
     most = max(map(len, runs))  # shorter runs are padded with empty rows
-    sequences = {r * most + i: row.prompt + row.answer for r, run in enumerate(runs) for i, row in enumerate(run)}
-    for row, column, target in zip(*(x[real].tolist() for x in (*batch.at, batch.targets)), strict=True):
-        assert sequences[row][column + 1] == target and batch.ids[row, column] == sequences[row][column]
+    sequences = {
+        r * most + i: row.prompt + row.answer
+        for r, run in enumerate(runs)
+        for i, row in enumerate(run)
+    }
+    for row, column, target in zip(
+        *(x[real].tolist() for x in (*batch.at, batch.targets)), strict=True
+    ):
+        assert (
+            sequences[row][column + 1] == target
+            and batch.ids[row, column] == sequences[row][column]
+        )
     assert len(batch.ids) == most * len(runs)
     for weights, run in zip(batch.weights.tolist(), runs, strict=True):
         expected = [1 / len(row.answer) / len(run) for row in run for _ in row.answer]
@@ -116,7 +158,20 @@ def test_batches_of_unequal_runs_written_out():
         *([40, 41, 0], [0, 0, 0], [0, 0, 0]),
         *([50, 0, 0], [60, 0, 0], [0, 0, 0]),
     ]
-    assert padded.at[0].tolist() == [0, 0, 1, 2, 3, 3, 3, 3, 6, 7, 6, 6]  # no weight: in the run's first row
+    assert padded.at[0].tolist() == [
+        0,
+        0,
+        1,
+        2,
+        3,
+        3,
+        3,
+        3,
+        6,
+        7,
+        6,
+        6,
+    ]  # no weight: in the run's first row
     assert packed.ids.tolist() == [[10, 11, 1, 20, 30], [40, 41, 0, 0, 0], [50, 60, 0, 0, 0]]
     assert packed.at[0].tolist() == [0] * 4 + [1] * 4 + [2] * 4
     for batch in (padded, packed):
@@ -135,7 +190,9 @@ def tiny(tmp_path_factory):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("kind", [LoRA, IA3])
-def test_runs_of_unequal_numbers_of_rows_have_the_loss_they_have_alone(tiny, monkeypatch, kind, mix, packed):
+def test_runs_of_unequal_numbers_of_rows_have_the_loss_they_have_alone(
+    tiny, monkeypatch, kind, mix, packed
+):
     """And the gradient; and the loss of transformers, row by row."""
     monkeypatch.setattr(packing, "WORTH_IT", 2)  # always
     folder, model = tiny
@@ -147,7 +204,11 @@ def test_runs_of_unequal_numbers_of_rows_have_the_loss_they_have_alone(tiny, mon
         batch = pack(collate(runs)) if packed else collate(runs)
         assert (batch.packed is not None) == packed
         with adapted(model, adapter, theta) as student:
-            found = losses(student, batch, {name: torch.full((len(runs),), w) for name, w in MIXES[mix].items()})
+            found = losses(
+                student,
+                batch,
+                {name: torch.full((len(runs),), w) for name, w in MIXES[mix].items()},
+            )
             return found.detach(), torch.autograd.grad(found.sum(), theta)[0]
 
     found, gradient = together(runs, theta)
@@ -217,7 +278,14 @@ def test_training_with_a_long_row_gives_what_whole_batches_give(tiny):
     _, model = tiny
     adapter, runs = LoRA(model), uneven(3, 4, 1500)
     rates, weights = torch.tensor([1e-2, 3e-2, 1e-3]), {"ce": torch.ones(3)}
-    given = Runs(starts(adapter, model, 3), rates, runs, uneven(3, 2, 1500, 9), weights, [lambda epoch: range(4)] * 3)
+    given = Runs(
+        starts(adapter, model, 3),
+        rates,
+        runs,
+        uneven(3, 2, 1500, 9),
+        weights,
+        [lambda epoch: range(4)] * 3,
+    )
     settings = Settings(batch_size=2, epochs=3)
     found = train_runs(model, adapter, given, settings, Hooks(in_batches))
     whole = train_runs(model, adapter, given, settings)
@@ -228,7 +296,11 @@ def test_training_with_a_long_row_gives_what_whole_batches_give(tiny):
 
 def test_runs_of_unequal_numbers_of_dev_rows_train_as_alone(tiny):
     _, model = tiny
-    adapter, settings, mix = LoRA(model), Settings(batch_size=2, epochs=6, patience=2), {"mse": 0.3, "ce": 0.7}
+    adapter, settings, mix = (
+        LoRA(model),
+        Settings(batch_size=2, epochs=6, patience=2),
+        {"mse": 0.3, "ce": 0.7},
+    )
     theta, rates = starts(adapter, model, 3), torch.tensor([1e-1, 1e-2, 3e-2])
     train, dev = [make_rows(4, r) for r in range(3)], [make_rows(n, 50 + n) for n in (2, 1, 5)]
 
@@ -242,7 +314,10 @@ def test_runs_of_unequal_numbers_of_dev_rows_train_as_alone(tiny):
     together = trained([0, 1, 2])
     for r in range(3):
         alone = trained([r])
-        assert together.steps[r] == alone.steps[0] and relative(together.theta[r], alone.theta[0]) <= 1e-5
+        assert (
+            together.steps[r] == alone.steps[0]
+            and relative(together.theta[r], alone.theta[0]) <= 1e-5
+        )
         assert together.dev_loss[r].item() == pytest.approx(alone.dev_loss[0].item(), rel=1e-5)
 
 
@@ -258,15 +333,26 @@ def test_groups_of_similar_length_cover_all_rows_within_the_budget(lengths, budg
         assert (len(group) + 1) * lengths[group[0]] > budget and following
 
 
-@given(prompt=TEXT, answer=TEXT.filter(bool), shown=st.lists(st.tuples(TEXT, TEXT), max_size=3), bos=st.booleans())
+@given(
+    prompt=TEXT,
+    answer=TEXT.filter(bool),
+    shown=st.lists(st.tuples(TEXT, TEXT), max_size=3),
+    bos=st.booleans(),
+)
 def test_any_text_survives_template_tokenizer_and_batch(prompt, answer, shown, bos):
     assume(prompt or bos)
-    text, bytes_only = with_demonstrations([Example(*pair) for pair in shown], prompt + "\nLabel:"), tokenizer(bos)
+    text, bytes_only = (
+        with_demonstrations([Example(*pair) for pair in shown], prompt + "\nLabel:"),
+        tokenizer(bos),
+    )
     row = truth_row(Example(text, answer), bytes_only, end=True)
     batch = collate([[row, Row([1] * 300, [1])]])
     ids = batch.ids[0, : len(row.prompt) + len(row.answer) - 1].tolist()
     assert bytes_only.decode(ids) == text + answer and row.answer[-1] == EOS
-    assert bytes(b for b in text.encode()) == "\n\n".join([p + a for p, a in shown] + [prompt + "\nLabel:"]).encode()
+    assert (
+        bytes(b for b in text.encode())
+        == "\n\n".join([p + a for p, a in shown] + [prompt + "\nLabel:"]).encode()
+    )
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -276,7 +362,10 @@ def test_any_text_survives_a_real_tokenizer_and_a_label_that_merges_is_named(qwe
     row = truth_row(Example(text, answer), qwen, end=True)
     apart = unicodedata.normalize("NFC", text) + unicodedata.normalize("NFC", answer)
     assert row.prompt == qwen.encode(text)
-    assert qwen.decode(row.prompt + row.answer) in (apart, unicodedata.normalize("NFC", text + answer))
+    assert qwen.decode(row.prompt + row.answer) in (
+        apart,
+        unicodedata.normalize("NFC", text + answer),
+    )
     try:
         labelled = truth_row(Example(text, answer, 0), qwen, end=True)
     except UsageError as error:
@@ -289,7 +378,9 @@ def test_any_text_survives_a_real_tokenizer_and_a_label_that_merges_is_named(qwe
 def test_what_goes_to_a_gpu_is_pinned_first(monkeypatch):
     """Else a copy that claims not to block does."""
     pinned, sent = [], []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.data_ptr()) or tensor)
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.data_ptr()) or tensor
+    )
     plain = torch.Tensor.to
 
     def to(tensor, *where, **how):

@@ -41,12 +41,16 @@ def test_flops_formula_matches_torch_counter(tiny, method):
 
 def test_both_peers_compute_what_we_compute(tiny):
     for method in training.PHASES:
-        assert "same" in training.check_step(tiny, training.taught_set(tiny, 4, 0, (5, 9), 3).icl_train, method)
+        assert "same" in training.check_step(
+            tiny, training.taught_set(tiny, 4, 0, (5, 9), 3).icl_train, method
+        )
     assert "same" in training.check_cell(tiny)
 
 
 def test_both_sides_score_the_chosen_rates_runs_or_all_of_them(tiny, monkeypatch):
-    monkeypatch.setattr(training, "RATES", (1e-5, 3e-2))  # their dev losses differ more than the stacks do
+    monkeypatch.setattr(
+        training, "RATES", (1e-5, 3e-2)
+    )  # their dev losses differ more than the stacks do
     prompts = tiny.prompts(4, training.SST2_LENGTHS)
     found = {}
     for select, runs in (("dev", 2), ("eval", 4)):
@@ -57,19 +61,31 @@ def test_both_sides_score_the_chosen_rates_runs_or_all_of_them(tiny, monkeypatch
             assert picked == sides[0][1] and tops.shape == (3, runs, 4)
             torch.testing.assert_close(tops, sides[0][2], atol=1e-3, rtol=1e-3)
         found[select] = sides[0][1:]
-    assert all(some in ([0, 2], [1, 3]) for some in found["dev"][0]) and found["eval"][0] == [[0, 1, 2, 3]] * 3
+    assert (
+        all(some in ([0, 2], [1, 3]) for some in found["dev"][0])
+        and found["eval"][0] == [[0, 1, 2, 3]] * 3
+    )
     chosen = torch.stack([tops[some] for some, tops in zip(found["dev"][0], found["eval"][1])])
     torch.testing.assert_close(chosen, found["dev"][1])
-    assert training.Size(3, 2).chosen(torch.tensor([1.0, 0.9, 1.0, 0.9, 1.0, 1.3])) == [0, 2, 4]  # means over sets
+    assert training.Size(3, 2).chosen(torch.tensor([1.0, 0.9, 1.0, 0.9, 1.0, 1.3])) == [
+        0,
+        2,
+        4,
+    ]  # means over sets
 
 
 def test_a_cell_says_on_both_sides_which_runs_it_scores(tiny):
-    for select, said in (("dev", "scores the chosen rate's runs, 3 of 6"), ("eval", "scores every run, 6 of 6")):
+    for select, said in (
+        ("dev", "scores the chosen rate's runs, 3 of 6"),
+        ("eval", "scores every run, 6 of 6"),
+    ):
         whole = training.Size(1, 2, 2, 4, select=select)
         part = training.Size(1, 1, 2, 4, select=select)
         found = training.cell(tiny, whole, {"(a)": part, "(b)": part}, repeats=1)
         notes = {line.stack: line.note for line in found.lines if line.what == "whole cell"}
-        assert notes.keys() == {"us", "(a)", "(b)"} and all(note.startswith(said) for note in notes.values())
+        assert notes.keys() == {"us", "(a)", "(b)"} and all(
+            note.startswith(said) for note in notes.values()
+        )
         assert notes["us"].endswith("; whole") and "extrapolated from 3 of 6 runs" in notes["(a)"]
 
 
@@ -80,7 +96,10 @@ def test_options_of_the_command():
         shown = CliRunner().invoke(main, [name, "--help"])
         assert shown.exit_code == 0 and "--select" not in shown.stdout
     wrong = CliRunner().invoke(main, ["--shape", "tiny", "step"])
-    assert wrong.exit_code == 2 and "options come after the command: python -m bench step" in wrong.stderr
+    assert (
+        wrong.exit_code == 2
+        and "options come after the command: python -m bench step" in wrong.stderr
+    )
 
 
 def test_disagreement_stops_the_bench():
@@ -91,7 +110,11 @@ def test_disagreement_stops_the_bench():
 def test_extrapolation_scales_each_stage_by_its_own_count_and_says_so():
     whole, some = training.Size(), training.Size(sets=1, rates=1, steps=10, rows=50)
     once = {"collect": 1.0, "train": 1.0, "evaluate": 1.0}
-    assert some.times(once, whole, 0.1) == {"collect": 5.0, "train": 75.0, "evaluate": 50.0}  # a run a set is scored
+    assert some.times(once, whole, 0.1) == {
+        "collect": 5.0,
+        "train": 75.0,
+        "evaluate": 50.0,
+    }  # a run a set is scored
     counts = "3 of 45 runs, 3 of 15 scored runs, 10 of 50 steps, 50 of 500 rows"
     assert some.said(whole) == f"extrapolated from {counts}" and whole.said(whole) == "whole"
     every, some = replace(whole, select="eval"), replace(some, select="eval")
@@ -100,7 +123,9 @@ def test_extrapolation_scales_each_stage_by_its_own_count_and_says_so():
 
 def test_race_takes_turns_and_reports_median_and_spread():
     turns = []
-    times = timing.race({"us": lambda: turns.append("us"), "them": lambda: turns.append("them")}, repeats=3)
+    times = timing.race(
+        {"us": lambda: turns.append("us"), "them": lambda: turns.append("them")}, repeats=3
+    )
     assert turns == ["us", "them"] * 4  # a round to warm up, then three
     assert times["us"].repeats == 3 and times["us"].low <= times["us"].seconds <= times["us"].high
 
@@ -120,11 +145,17 @@ def test_recordings_are_made_before_anything_is_timed(monkeypatch):
     calls, timed, turns = [], [], []
     step = graphs.CapturedStep(lambda: calls.append("eager"), torch.device("cpu"))
     plain = timing.Timing.of
-    monkeypatch.setattr(timing.Timing, "of", lambda values: timed.append(len(values)) or plain(values))
+    monkeypatch.setattr(
+        timing.Timing, "of", lambda values: timed.append(len(values)) or plain(values)
+    )
     timing.recorded()
     timing.race({"us": step, "them": lambda: turns.append(1)}, repeats=3)
     assert calls[: graphs.OFTEN + 1] == ["eager"] * graphs.OFTEN + ["recording"]
-    assert timed == [3, 3] and calls[-3:] == ["replay"] * 3 and "eager" not in calls[graphs.OFTEN + 1 :]
+    assert (
+        timed == [3, 3]
+        and calls[-3:] == ["replay"] * 3
+        and "eager" not in calls[graphs.OFTEN + 1 :]
+    )
     assert len(turns) == graphs.OFTEN + 1 + 1 + 3, "the others warm up as long"
     rounds = graphs.OFTEN + 1 + 1 + 3
     said = f"CUDA graphs: recorded 1 ×, {rounds - graphs.OFTEN} of {rounds} calls replayed, warming up included"
@@ -133,7 +164,9 @@ def test_recordings_are_made_before_anything_is_timed(monkeypatch):
 
 def test_tensors_are_counted_at_their_most():
     def step():
-        return torch.ones(10_000_000) + torch.ones(5_000_000).sum()  # 40 MB, 20 MB for a while, 40 MB
+        return (
+            torch.ones(10_000_000) + torch.ones(5_000_000).sum()
+        )  # 40 MB, 20 MB for a while, 40 MB
 
     assert timing.allocated(step) == pytest.approx(80e6, rel=0.01)
     assert timing.allocated(lambda: torch.ones(5_000_000).sum()) == pytest.approx(20e6, rel=0.01)
@@ -142,9 +175,14 @@ def test_tensors_are_counted_at_their_most():
 def test_inference_benches_agree_and_name_what_is_extrapolated(tiny):
     found = inference.collect(tiny, rows=2, tokens=8, sample=2, seconds=0)
     assert {"(a) / us", "(b) / us", "tapped / plain"} == found.ratios.keys()
-    assert [line.note for line in found.lines if line.stack == "(a)"] == ["extrapolated from 2 of 16 passes"]
+    assert [line.note for line in found.lines if line.stack == "(a)"] == [
+        "extrapolated from 2 of 16 passes"
+    ]
     assert inference.generate(tiny, 4, 8, 16, seconds=0).ratios["(a) / us"] > 0
-    assert "(b) with a copied cache / us" in inference.icl(tiny, queries=20, shown=3, sample=8, seconds=0).ratios
+    assert (
+        "(b) with a copied cache / us"
+        in inference.icl(tiny, queries=20, shown=3, sample=8, seconds=0).ratios
+    )
 
 
 def test_a_sample_of_prompts_is_padded_as_little_as_all_of_them(tiny):
@@ -155,4 +193,7 @@ def test_a_sample_of_prompts_is_padded_as_little_as_all_of_them(tiny):
         padded = sum(max(block) * len(block) for block in (some[: rows // 2], some[rows // 2 :]))
         assert sum(some) / padded > 0.75
         assert sum(some) / rows == pytest.approx(sum(map(len, prompts)) / 500, rel=0.1)
-    assert training.sample(prompts, 40, "(a)") == prompts[:40] and training.sample(prompts, 500, "us") == prompts
+    assert (
+        training.sample(prompts, 40, "(a)") == prompts[:40]
+        and training.sample(prompts, 500, "us") == prompts
+    )

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ia2mini.models import Taps, load
-from ia2mini.models.attention import (Cache, Packed, Prefix, folded)
+from ia2mini.models.attention import Cache, Packed, Prefix, folded
 from reference import assert_equal, make_checkpoint, our_pass, random_ids, upstream, upstream_pass
 
 families = pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -25,7 +25,9 @@ def decode(model, rows, prompts, chosen, prefix=None, first_keep=None):
     """Logits [steps, rows, V] of feeding `chosen` [rows, steps] after right-padded `prompts`, with a cache."""
     lengths = torch.tensor([len(p) for p in prompts])
     cache = Cache(model.config, rows, int(lengths.max()) + chosen.shape[1], torch.zeros(()))
-    padded = torch.stack([torch.nn.functional.pad(p, (0, int(lengths.max()) - len(p)), value=7) for p in prompts])
+    padded = torch.stack(
+        [torch.nn.functional.pad(p, (0, int(lengths.max()) - len(p)), value=7) for p in prompts]
+    )
     steps = [last_tokens(model(padded, cache=cache, prefix=prefix), lengths.tolist())]
     cache.lengths += lengths
     for step in range(chosen.shape[1]):
@@ -44,7 +46,9 @@ def test_cache_with_unequal_prompts_equals_the_plain_pass(tiny):
         steps = decode(tiny, 4, prompts, chosen)
         for row, prompt in enumerate(prompts):
             whole = tiny(torch.cat((prompt, chosen[row]))[None])[0, len(prompt) - 1 :]
-            torch.testing.assert_close(torch.stack([s[row] for s in steps]), whole, atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                torch.stack([s[row] for s in steps]), whole, atol=1e-5, rtol=0
+            )
 
 
 def test_cache_keeps_the_rows_asked_for_in_their_order(tiny):
@@ -55,7 +59,9 @@ def test_cache_keeps_the_rows_asked_for_in_their_order(tiny):
         steps = decode(tiny, 4, prompts, chosen, first_keep=keep)
         for place, row in enumerate(keep.tolist()):
             whole = tiny(torch.cat((prompts[row], chosen[row]))[None])[0, len(prompts[row]) - 1 :]
-            torch.testing.assert_close(torch.stack([s[place] for s in steps[3:]]), whole[3:], atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                torch.stack([s[place] for s in steps[3:]]), whole[3:], atol=1e-5, rtol=0
+            )
 
 
 def test_cache_takes_several_tokens_at_once(tiny):
@@ -91,7 +97,9 @@ def test_gradients_through_the_prefix_equal_those_of_concatenation(tiny):
     plain = torch.autograd.grad((tiny(joined)[:, 4:] * weights).mean(), [before, *parameters])
     assert plain[0].abs().max() > 1e-5
     for ours, theirs in zip(shared, plain, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-6 * max(1, theirs.abs().max().item()), rtol=1e-4)
+        torch.testing.assert_close(
+            ours, theirs, atol=1e-6 * max(1, theirs.abs().max().item()), rtol=1e-4
+        )
 
 
 def test_prefix_and_cache_together_equal_the_plain_pass(tiny):
@@ -103,8 +111,12 @@ def test_prefix_and_cache_together_equal_the_plain_pass(tiny):
         tiny(before, cache=prefix, logits=False)
         steps = decode(tiny, 3, prompts, chosen, prefix=prefix)
         for row, prompt in enumerate(prompts):
-            whole = tiny(torch.cat((before[0], prompt, chosen[row]))[None])[0, 6 + len(prompt) - 1 :]
-            torch.testing.assert_close(torch.stack([s[row] for s in steps]), whole, atol=1e-5, rtol=0)
+            whole = tiny(torch.cat((before[0], prompt, chosen[row]))[None])[
+                0, 6 + len(prompt) - 1 :
+            ]
+            torch.testing.assert_close(
+                torch.stack([s[row] for s in steps]), whole, atol=1e-5, rtol=0
+            )
 
 
 @families
@@ -114,7 +126,10 @@ def test_prefix_in_bfloat16_stays_near(family, tmp_path):
     before, ids = random_ids(1, 16), random_ids(4, 8)
     joined = torch.cat((before.expand(4, -1), ids), 1)
     exact, theirs = (
-        x[:, 16:] for x in (upstream_pass(upstream(folder, d), joined)[0] for d in (torch.float32, torch.bfloat16))
+        x[:, 16:]
+        for x in (
+            upstream_pass(upstream(folder, d), joined)[0] for d in (torch.float32, torch.bfloat16)
+        )
     )
     prefix = Prefix()
     with torch.no_grad():
@@ -132,7 +147,9 @@ def places(lengths) -> tuple[torch.Tensor, torch.Tensor]:
 def test_branches_go_on_from_the_first_document(tiny):
     begin, ends = random_ids(2, 5), [random_ids(2, n) for n in (1, 4, 2)]
     documents, at = places((5, 1, 4, 2))
-    branches = Packed(documents.expand(2, -1), (at + 5 * (documents > 0)).expand(2, -1), branches=True)
+    branches = Packed(
+        documents.expand(2, -1), (at + 5 * (documents > 0)).expand(2, -1), branches=True
+    )
     taps = Taps()
     logits = tiny(torch.cat((begin, *ends), 1), taps=taps, cache=branches)
     alone = [our_pass(tiny, torch.cat((begin, end), 1)) for end in ends]
@@ -145,7 +162,11 @@ def test_a_cache_is_like_the_model(tiny):
     cache = Cache(tiny.config, 2, 9, torch.zeros(3, dtype=torch.bfloat16, device="meta"))
     assert len(cache.keys) == len(cache.values) == 3
     for kept in (*cache.keys, *cache.values):
-        assert kept.shape == (2, 2, 9, 8) and kept.dtype == torch.bfloat16 and kept.device.type == "meta"
+        assert (
+            kept.shape == (2, 2, 9, 8)
+            and kept.dtype == torch.bfloat16
+            and kept.device.type == "meta"
+        )
     assert cache.lengths.device.type == "meta" and cache.lengths.dtype == torch.int64
 
 
@@ -164,7 +185,9 @@ def test_packed_documents_are_computed_as_if_alone(tiny):
 def test_masked_attention_with_folded_heads_is_that_with_grouped_ones(shape):
     """What runs on a GPU, where a mask and `enable_gqa` together have no fused kernel."""
     B, H, K, T, S = shape
-    q, k, v = (torch.randn(B, heads, n, 8, requires_grad=True) for heads, n in ((H, T), (K, S), (K, S)))
+    q, k, v = (
+        torch.randn(B, heads, n, 8, requires_grad=True) for heads, n in ((H, T), (K, S), (K, S))
+    )
     mask = torch.rand(B, 1, T, S) < 0.5
     mask[..., 0] = True
     found, weight = [], torch.randn(B, H, T, 8)

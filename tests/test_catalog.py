@@ -63,7 +63,12 @@ WRITTEN_OUT = {  # task -> position among the evaluation rows, prompt, answer, l
         "Turning words into math, we want the value of $.5\\cdot2\\cdot10$, which is $\\boxed{10}$.",
         None,
     ),
-    "sciqa": (26, "Question:Plants take in carbon dioxide and give off what?\nAnswer:", "\n#### oxygen", None),
+    "sciqa": (
+        26,
+        "Question:Plants take in carbon dioxide and give off what?\nAnswer:",
+        "\n#### oxygen",
+        None,
+    ),
     "sciq_remap": (
         31,
         "Question:Pluto’s orbit is in the kuiper?\nChoices:\n[apple]belt\n[Friday]zone\n[banana]field\n[Saturday]area"
@@ -113,17 +118,25 @@ def test_counts_of_real_rows(shared_data, name):
 def test_order_of_real_rows(shared_data):
     """Rows stand where `datasets` puts them; sst2: shuffled; finsen: and filtered, cut; poems: filtered, shuffled."""
     source = rows_of(shared_data / "sst2/validation.jsonl")
-    found = [example.prompt for example in load_examples(find_task("sst2"), "eval", shared_data).rows[:8]]
+    found = [
+        example.prompt for example in load_examples(find_task("sst2"), "eval", shared_data).rows[:8]
+    ]
     assert found == [f"Text:{source[i]['sentence']}\nLabel:" for i in SHUFFLES[872]]
 
     source = rows_of(shared_data / "financial_phrasebank/train.jsonl")
-    kept = [source[i] for i in np.random.default_rng(42).permutation(4000) if source[i]["label"] != 1]
-    pool, held = (load_examples(find_task("finsen"), role, shared_data).rows for role in ("train", "eval"))
+    kept = [
+        source[i] for i in np.random.default_rng(42).permutation(4000) if source[i]["label"] != 1
+    ]
+    pool, held = (
+        load_examples(find_task("finsen"), role, shared_data).rows for role in ("train", "eval")
+    )
     assert [(e.prompt[5:-7], e.answer) for e in pool + held] == [
         (row["sentence"], {0: "0", 2: "1"}[row["label"]]) for row in kept
     ]
 
-    kept = [row for row in rows_of(shared_data / "poem_sentiment/train.jsonl") if row["label"] in (0, 1)]
+    kept = [
+        row for row in rows_of(shared_data / "poem_sentiment/train.jsonl") if row["label"] in (0, 1)
+    ]
     found = load_examples(find_task("poems"), "eval", shared_data).rows
     assert [e.prompt[5:-7] for e in found[:8]] == [kept[i]["verse_text"] for i in SHUFFLES[288]]
 
@@ -137,27 +150,54 @@ def test_strategytf_is_shuffled_cut_and_shuffled_again():
     assert [int(row["question"]) for row in pool[:6]] == [2250, 1135, 1833, 426, 662, 111]
     assert [int(row["question"]) for row in held[:6]] == [752, 1066, 528, 1918, 2288, 2011]
     example = task.example(Row("", {"question": "Is ice cold?", "answer": True}))
-    assert (example.prompt, example.answer, example.label) == ("Question:Is ice cold?\nAnswer:", "1", 1)
+    assert (example.prompt, example.answer, example.label) == (
+        "Question:Is ice cold?\nAnswer:",
+        "1",
+        1,
+    )
     assert task.example(Row("", {"question": "", "answer": "False"})).answer == "0"
 
 
 def test_news_labels_and_cut():
     task = find_task("bbcnews")
-    text = "word " * 50 + "abcdef and more"  # 256 characters end inside this: "abcdef" is cut to its end, then dropped
-    rows = arrange(task, "eval", [Row(f"row {label}", {"text": f"{text}", "label": label}) for label in range(5)])
-    assert {row["label"]: task.example(row).answer for row in rows} == {0: "3", 1: "2", 2: "1", 3: "0", 4: "0"}
+    text = (
+        "word " * 50 + "abcdef and more"
+    )  # 256 characters end inside this: "abcdef" is cut to its end, then dropped
+    rows = arrange(
+        task,
+        "eval",
+        [Row(f"row {label}", {"text": f"{text}", "label": label}) for label in range(5)],
+    )
+    assert {row["label"]: task.example(row).answer for row in rows} == {
+        0: "3",
+        1: "2",
+        2: "1",
+        3: "0",
+        4: "0",
+    }
     assert task.example(rows[0]).prompt == "Text:" + " ".join(["word"] * 50) + "\nLabel:"
-    assert arrange(task, "eval", [Row("", {"text": "one two three", "label": 0})])[0]["text"] == "one two"
+    assert (
+        arrange(task, "eval", [Row("", {"text": "one two three", "label": 0})])[0]["text"]
+        == "one two"
+    )
 
 
 def test_multiple_choice():
     sciq, qasc = find_task("sciq_remap"), find_task("qasc_remap")
-    columns = {"question": "Q?", "distractor1": "x", "distractor2": "y", "distractor3": "z", "correct_answer": "right"}
+    columns = {
+        "question": "Q?",
+        "distractor1": "x",
+        "distractor2": "y",
+        "distractor3": "z",
+        "correct_answer": "right",
+    }
     places = []
     for i in range(400):
         row = {**columns, "question": f"Q{i}?"}
         places_in_files = (Row("a:1", row), Row("b:7", dict(reversed(row.items()))))
-        example, again = (sciq.example(arrange(sciq, "eval", [place])[0]) for place in places_in_files)
+        example, again = (
+            sciq.example(arrange(sciq, "eval", [place])[0]) for place in places_in_files
+        )
         assert example == again  # wherever the row stands, its choices stand in the same order
         assert f"[{example.answer}]right\n" in example.prompt and sorted(
             example.prompt.count(f"]{c}\n") for c in "xyz"
@@ -166,7 +206,12 @@ def test_multiple_choice():
     assert min(np.bincount(places, minlength=4)) > 70
 
     row = Row(
-        "", {"question": "Q?", "choices": {"text": list("abcdefgh"), "label": list("ABCDEFGH")}, "answerKey": "F"}
+        "",
+        {
+            "question": "Q?",
+            "choices": {"text": list("abcdefgh"), "label": list("ABCDEFGH")},
+            "answerKey": "F",
+        },
     )
     example = qasc.example(arrange(qasc, "eval", [row])[0])
     assert (example.answer, example.label) == ("Sunday", 5)
@@ -214,10 +259,19 @@ def test_embedded_tasks_load():
 
 
 def test_unknown_names_labels_and_roles():
-    for typed, near in {"sst": "sst2", "SST2": "sst2", "agnew": "agnews", "toy_mood": "toy-mood", "": None}.items():
+    for typed, near in {
+        "sst": "sst2",
+        "SST2": "sst2",
+        "agnew": "agnews",
+        "toy_mood": "toy-mood",
+        "": None,
+    }.items():
         with pytest.raises(UsageError, match=f"did you mean '{near}'" if near else "unknown task"):
             find_task(typed)
-    with pytest.raises(UsageError, match=r"rows.csv:7: unknown label '-1' in column 'label'; known labels: '0', '1'"):
+    with pytest.raises(
+        UsageError,
+        match=r"rows.csv:7: unknown label '-1' in column 'label'; known labels: '0', '1'",
+    ):
         find_task("sst2").label_of(Row("rows.csv:7", {"label": -1}))
     with pytest.raises(UsageError, match="poems is only evaluated on"):
         load_examples(find_task("poems"), "train")

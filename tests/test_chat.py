@@ -41,31 +41,48 @@ def checkpoint(folder, template: str, family: str = "llama", **settings):
         "bos_token": "<s>",
         "eos_token": {"__type": "AddedToken", "content": "</s>"},
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(about | settings | {"chat_template": template}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(about | settings | {"chat_template": template})
+    )
     return folder
 
 
-@pytest.mark.parametrize("family, template", [("llama", LLAMA), ("qwen3", CHATML), ("qwen3", LLAMA)])
+@pytest.mark.parametrize(
+    "family, template", [("llama", LLAMA), ("qwen3", CHATML), ("qwen3", LLAMA)]
+)
 @pytest.mark.parametrize("system", [None, "Answer in one word."])
 def test_rendering_equals_transformers(tmp_path, family, template, system):
     folder = checkpoint(tmp_path, template, family)
     tokenizer = Tokenizer.from_folder(folder)
     chat = ChatTemplate(folder, tokenizer)
     shown = [Example(chat(question), answer) for question, answer in TURNS]
-    turns = [{"role": role, "content": text} for turn in TURNS for role, text in zip(("user", "assistant"), turn)]
+    turns = [
+        {"role": role, "content": text}
+        for turn in TURNS
+        for role, text in zip(("user", "assistant"), turn)
+    ]
     if system:
-        shown, turns = [Example(system, ""), *shown], [{"role": "system", "content": system}, *turns]
+        shown, turns = (
+            [Example(system, ""), *shown],
+            [{"role": "system", "content": system}, *turns],
+        )
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     for demonstrations, before in (([], []), (shown, turns)):
         messages = [*before, {"role": "user", "content": "Text: four"}]
-        expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        expected = theirs.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
         found = tokenizer.encode(with_demonstrations(demonstrations, chat("Text: four")))
-        assert found == expected and found.count(256) == (template is LLAMA), "BOS once, where the template has it"
+        assert found == expected and found.count(256) == (template is LLAMA), (
+            "BOS once, where the template has it"
+        )
 
 
 def test_a_template_in_a_file_of_its_own_comes_first(tmp_path):
     folder = checkpoint(tmp_path, "{{ wrong }}")
-    (folder / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    )
     assert ChatTemplate(folder, Tokenizer.from_folder(folder))("hi") == "<hi>"
 
 
@@ -175,18 +192,21 @@ MANY = {
     "llama 3.2": LLAMA32,
     "mistral": MISTRAL,
     "smollm": SMOL,
-    "tinyllama": LOOP + "<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}<|assistant|>\n",
+    "tinyllama": LOOP
+    + "<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}<|assistant|>\n",
     "tojson": LOOP
     + "{{ m | tojson }} {{ m.content | tojson(indent=2) }}{% endfor %}{{ {'b': 1, 'a': '<é&>'} | tojson }}",
     "sorted": "{{ messages | tojson(sort_keys=true, separators=(',', ':'), ensure_ascii=true) }}",
-    "generation": LOOP + "{% if m.role == 'assistant' %}{% generation %}A: {{ m.content }}\n  {% endgeneration %}"
+    "generation": LOOP
+    + "{% if m.role == 'assistant' %}{% generation %}A: {{ m.content }}\n  {% endgeneration %}"
     "{% else %}Q: {{ m.content }}\n{% endif %}{% endfor %}{% generation %}{% endgeneration %}!",
     "tools": "{% if tools is not none %}T{% endif %}{% if tools is defined %}D{% endif %}"
     "{% if documents is none %}N{% endif %}" + LOOP + "{{ m.content }}{% endfor %}",
     "tokens": "{% for t in (bos_token, eos_token, pad_token, unk_token) %}[{{ t }}]{% endfor %}"
     "{{ sep_token is defined }}{{ mask_token }}" + LOOP + "{{ m.content }}{% endfor %}",
     "today": "{{ strftime_now('%Y-%m-%d %A') }}" + LOOP + "{{ m.content }}{% endfor %}",
-    "loops": LOOP + "{% if m.role == 'system' %}{% continue %}{% endif %}{{ loop.index }}{{ m.content }}"
+    "loops": LOOP
+    + "{% if m.role == 'system' %}{% continue %}{% endif %}{{ loop.index }}{{ m.content }}"
     "{% if loop.index > 4 %}{% break %}{% endif %}{% endfor %}",
     "blocks": "  {% if true %}  \n   {# a comment #}\n  {{ messages[-1].content }}\n\n  {% endif %}\n\n",
     "escapes": LOOP
@@ -209,13 +229,23 @@ def test_many_templates_are_rendered_as_by_transformers(tmp_path, name, bos):
     chat = ChatTemplate(folder, tokenizer)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     asked = {"role": "user", "content": "Text: <four> & 'é' 日本\n"}
-    turns = [{"role": role, "content": text} for turn in TURNS for role, text in zip(("user", "assistant"), turn)]
+    turns = [
+        {"role": role, "content": text}
+        for turn in TURNS
+        for role, text in zip(("user", "assistant"), turn)
+    ]
     for before in ([], turns, [{"role": "system", "content": "Be <brief>."}, *turns]):
         messages = [*before, asked]
         expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         assert chat.render(messages) == expected
-        ids = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-        assert tokenizer.encode(chat.render(messages)) == tokenizer.encode_all([chat.render(messages)])[0] == ids
+        ids = theirs.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        assert (
+            tokenizer.encode(chat.render(messages))
+            == tokenizer.encode_all([chat.render(messages)])[0]
+            == ids
+        )
         assert tokenizer.count([chat.render(messages)]) == [len(ids)]
     answered = [*turns, asked, {"role": "assistant", "content": "yes"}]
     assert chat.render(answered, asks=False) == theirs.apply_chat_template(answered, tokenize=False)
@@ -242,7 +272,10 @@ def test_special_tokens_come_from_every_file(tmp_path, listed):
 
 
 def test_of_named_templates_the_default_is_taken(tmp_path):
-    named = [{"name": "tool_use", "template": "{{ wrong }}"}, {"name": "default", "template": MISTRAL}]
+    named = [
+        {"name": "tool_use", "template": "{{ wrong }}"},
+        {"name": "default", "template": MISTRAL},
+    ]
     folder = checkpoint(tmp_path, named)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     messages = [{"role": "user", "content": "hi"}]
@@ -262,7 +295,9 @@ def test_an_adapter_that_talks_of_the_date_loads_on_another_day(talking, tmp_pat
     options = FitOptions(epochs=2, rates=(1e-2,), methods=("sft",), folds=2, chat=True)
     monkeypatch.setattr("ia2mini.tasks.chat.strftime_now", lambda form: "good")
     rows = world.rows("toy-mood-remap", "train")[4:12]
-    fit(rows, open_subject(str(folder), "cpu"), options, ("text", "label", "{text}")).save(tmp_path / "a")
+    fit(rows, open_subject(str(folder), "cpu"), options, ("text", "label", "{text}")).save(
+        tmp_path / "a"
+    )
     monkeypatch.setattr("ia2mini.tasks.chat.strftime_now", lambda form: "bad bad bad")
     loaded = load_adapter(tmp_path / "a")
     assert loaded.chat("x").startswith("bad bad bad")
@@ -272,7 +307,10 @@ def test_an_adapter_that_talks_of_the_date_loads_on_another_day(talking, tmp_pat
 def test_a_template_file_that_is_not_text_is_one_line(tmp_path):
     folder = checkpoint(tmp_path, None)
     (folder / "chat_template.jinja").write_bytes(b"{{ 1 }}\n\xff")
-    refused(lambda: ChatTemplate(folder, Tokenizer.from_folder(folder)), "chat_template.jinja:2: not UTF-8")
+    refused(
+        lambda: ChatTemplate(folder, Tokenizer.from_folder(folder)),
+        "chat_template.jinja:2: not UTF-8",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -312,21 +350,39 @@ def test_a_context_is_the_systems_turn(talking, tmp_path):
     (tmp_path / "context.txt").write_text("Text:good\nLabel:1\n\nText:bad\nLabel:0")
     queries = [{"text": row["text"]} for row in world.rows("toy-mood", "train")[:8]]
     (tmp_path / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
-    how = ("--model", talking, "--chat", "--template", "{text}", "--max-tokens", 3, "--methods", "ia2", "--epochs", 2)
+    how = (
+        "--model",
+        talking,
+        "--chat",
+        "--template",
+        "{text}",
+        "--max-tokens",
+        3,
+        "--methods",
+        "ia2",
+        "--epochs",
+        2,
+    )
     how += ("--prompts", tmp_path / "queries.jsonl", "--rates", "1e-2", "--out", tmp_path / "o")
-    result = CliRunner().invoke(main, list(map(str, ("fit", "--context", tmp_path / "context.txt", *how))))
+    result = CliRunner().invoke(
+        main, list(map(str, ("fit", "--context", tmp_path / "context.txt", *how)))
+    )
     assert result.exit_code == 0, result.output
     spec = json.loads((tmp_path / "o" / "ia2mini.json").read_text())
-    assert spec["demonstrations"] == [{"prompt": (tmp_path / "context.txt").read_text(), "answer": ""}]
+    assert spec["demonstrations"] == [
+        {"prompt": (tmp_path / "context.txt").read_text(), "answer": ""}
+    ]
     assert spec["report"]["candidates"]["icl"]["nll"][0] == pytest.approx(0, abs=1e-4)
     assert spec["report"]["candidates"]["icl"]["acc"][0] == 1
 
 
 def test_generate_talks(talking):
     result = CliRunner().invoke(
-        main, ["generate", "--model", str(talking), "--chat", "--prompt", "good", "--max-tokens", "2"]
+        main,
+        ["generate", "--model", str(talking), "--chat", "--prompt", "good", "--max-tokens", "2"],
     )
     plain = CliRunner().invoke(
-        main, ["generate", "--model", str(talking), "--prompt", "Text:good\nLabel:", "--max-tokens", "2"]
+        main,
+        ["generate", "--model", str(talking), "--prompt", "Text:good\nLabel:", "--max-tokens", "2"],
     )
     assert result.exit_code == 0 and result.stdout == plain.stdout != "\n"

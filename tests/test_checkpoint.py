@@ -128,7 +128,9 @@ def test_a_weight_map_that_is_none_or_leaves_the_folder(tmp_path, value):
     refused(lambda: load(folder), "weight_map" if value in WRONG_MAPS else str(folder))
 
 
-@pytest.mark.parametrize("name", ["../away.safetensors", "/away.safetensors", "deeper/model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["../away.safetensors", "/away.safetensors", "deeper/model.safetensors"]
+)
 def test_a_shard_elsewhere_is_not_read(tmp_path, name):
     folder = make_checkpoint(tmp_path / "model", "llama")
     (folder / "deeper").mkdir()
@@ -147,7 +149,9 @@ def test_loaded_weights_are_frozen_and_in_the_type_asked_for(tmp_path):
         model, tokenizer = load(folder, dtype=dtype)
         assert not model.training and tokenizer.eos_ids == (257,)
         for name, p in model.named_parameters():
-            assert p.dtype == dtype and not p.requires_grad and torch.equal(p, stored[name].to(dtype)), name
+            assert (
+                p.dtype == dtype and not p.requires_grad and torch.equal(p, stored[name].to(dtype))
+            ), name
 
 
 MEASURE = """
@@ -181,17 +185,29 @@ def test_peak_memory_of_loading_is_near_the_weights(tmp_path, stored):
     with torch.device("meta"):
         config, family = module.read_folder_config(large)
         shapes = {name: p.shape for name, p in family(config).named_parameters()}
-    save_file({name: torch.ones(shape, dtype=stored) for name, shape in shapes.items()}, large / "model.safetensors")
-    done = subprocess.run([sys.executable, "-c", MEASURE, small, large], capture_output=True, text=True, check=True)
+    save_file(
+        {name: torch.ones(shape, dtype=stored) for name, shape in shapes.items()},
+        large / "model.safetensors",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, small, large], capture_output=True, text=True, check=True
+    )
     assert 0.95 < float(done.stdout) < 1.3
 
 
 def test_short_names_are_hub_ids(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda hub_id, revision, **how: asked.append((hub_id, revision)) or "."
+        "huggingface_hub.snapshot_download",
+        lambda hub_id, revision, **how: asked.append((hub_id, revision)) or ".",
     )
-    for name in ("qwen3-4b-base", "Llama-3.2-1B", "llama-3.2-3b", "llama-3.2-1b-instruct", "someone/else"):
+    for name in (
+        "qwen3-4b-base",
+        "Llama-3.2-1B",
+        "llama-3.2-3b",
+        "llama-3.2-1b-instruct",
+        "someone/else",
+    ):
         locate(name, "r1")
     ids = [
         "Qwen/Qwen3-4B-Base",
@@ -224,7 +240,9 @@ FAR = (
 )
 FAR += ("phi-3-mini", "smollm2-135m", "tiny-random", "", "x" * 5000)
 NEAR |= dict.fromkeys(FAR, "families: llama, qwen3; short names: tiny, qwen3-0.6b-base")
-NEAR |= dict.fromkeys(["./none/there", "/none/there", "../none", "none/there/at-all"], "not a folder")
+NEAR |= dict.fromkeys(
+    ["./none/there", "/none/there", "../none", "none/there/at-all"], "not a folder"
+)
 
 
 @pytest.mark.parametrize("name, hint", NEAR.items())
@@ -240,24 +258,40 @@ def test_transformers_loads_what_save_writes(family, tmp_path):
         else {"tie_word_embeddings": True, "head_dim": 16}
     )
     folder = make_checkpoint(
-        tmp_path / "first", family, rope_theta=123.0, attention_bias=True, rms_norm_eps=0.01, **extra
+        tmp_path / "first",
+        family,
+        rope_theta=123.0,
+        attention_bias=True,
+        rms_norm_eps=0.01,
+        **extra,
     )
     ids = random_ids(2, 40)
     model, tokenizer = load(folder)
-    save(model, tmp_path / "second", (folder / "tokenizer.json").read_text(), eos_token_id=list(tokenizer.eos_ids))
+    save(
+        model,
+        tmp_path / "second",
+        (folder / "tokenizer.json").read_text(),
+        eos_token_id=list(tokenizer.eos_ids),
+    )
     assert_equal(our_pass(model, ids), upstream_pass(upstream(tmp_path / "second"), ids), 1e-5)
     again, second_tokenizer = load(tmp_path / "second")
     assert again.config == model.config and second_tokenizer.eos_ids == tokenizer.eos_ids
     assert second_tokenizer.encode("a b") == tokenizer.encode("a b")
-    for (name, a), (other, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+    for (name, a), (other, b) in zip(
+        model.state_dict().items(), again.state_dict().items(), strict=True
+    ):
         assert name == other and torch.equal(a, b)
 
 
 def test_bfloat16_is_saved_as_such(tmp_path):
     model, _ = load(make_checkpoint(tmp_path / "first", "llama"), dtype=torch.bfloat16)
     save(model, tmp_path / "second")
-    assert json.loads((tmp_path / "second" / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    assert {t.dtype for t in load_file(tmp_path / "second" / "model.safetensors").values()} == {torch.bfloat16}
+    assert (
+        json.loads((tmp_path / "second" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    )
+    assert {t.dtype for t in load_file(tmp_path / "second" / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
     assert not (tmp_path / "second" / "tokenizer.json").exists()
 
 
@@ -265,17 +299,27 @@ def test_bfloat16_is_saved_as_such(tmp_path):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_weight_that_is_no_number_is_named(tmp_path, family, bad, stored):
-    folder, name = make_checkpoint(tmp_path, family, dtype=stored), "model.layers.1.mlp.up_proj.weight"
+    folder, name = (
+        make_checkpoint(tmp_path, family, dtype=stored),
+        "model.layers.1.mlp.up_proj.weight",
+    )
     rewrite(folder, lambda t: t[name].view(-1)[-1:].fill_(bad))
     for dtype in (torch.float32, torch.bfloat16):
         refused(
-            lambda dtype=dtype: load(folder, dtype), "model.safetensors", f"{name} holds NaN or infinity", "--no-check"
+            lambda dtype=dtype: load(folder, dtype),
+            "model.safetensors",
+            f"{name} holds NaN or infinity",
+            "--no-check",
         )
     model, _ = load(folder, check=False)
     assert model.model.layers[1].mlp.up_proj.weight.isfinite().sum() == 48 * 32 - 1
     prompt = ["generate", "--model", str(folder), "--prompt", "a", "--max-tokens", "1"]
     asked = CliRunner().invoke(main, prompt)
-    assert asked.exit_code == 2 and asked.stderr.count("\n") == 1 and f"{name} holds NaN" in asked.stderr
+    assert (
+        asked.exit_code == 2
+        and asked.stderr.count("\n") == 1
+        and f"{name} holds NaN" in asked.stderr
+    )
     assert CliRunner().invoke(main, [*prompt, "--no-check"]).exit_code == 0
 
 
@@ -294,7 +338,10 @@ def test_weights_of_another_kind_are_refused(tmp_path, dtype):
 
 
 def test_links_that_leave_the_folder_are_not_followed_but_those_of_the_hubs_cache(tmp_path):
-    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1", tmp_path / "models--a--b" / "blobs"
+    snapshot, blobs = (
+        tmp_path / "models--a--b" / "snapshots" / "1",
+        tmp_path / "models--a--b" / "blobs",
+    )
     folder = make_checkpoint(snapshot, "llama")
     file = folder / "model.safetensors"
     blobs.mkdir()
@@ -310,7 +357,9 @@ def test_links_that_leave_the_folder_are_not_followed_but_those_of_the_hubs_cach
     load(tmp_path / "name")
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "generation_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "model.safetensors", "generation_config.json"]
+)
 def test_a_pipe_or_folder_for_a_file_is_no_hang(tmp_path, name):
     folder = make_checkpoint(tmp_path, "llama")
     (folder / name).unlink(missing_ok=True)

@@ -13,8 +13,8 @@ from reference import LLAMA3_SCALING, make_checkpoint, random_ids, upstream
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 
-from ia2mini.files.added_tokens import add_tokens
 from ia2mini.engine.subject import open_subject
+from ia2mini.files.added_tokens import add_tokens
 
 LLAMA3 = LLAMA3_SCALING | {"original_max_position_embeddings": 16}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -52,17 +52,25 @@ def refused_unless_same(folder):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("head", ["absent", "equal", "differs", "differs in its last row", "of another shape"])
+@pytest.mark.parametrize(
+    "head", ["absent", "equal", "differs", "differs in its last row", "of another shape"]
+)
 def test_a_head_beside_the_embedding(tmp_path, family, tied, head):
     folder = make_checkpoint(tmp_path, family, tie_word_embeddings=tied)
     embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
-    heads = {"equal": embedding.clone(), "differs": torch.randn(288, 32), "of another shape": torch.ones(288, 31)}
+    heads = {
+        "equal": embedding.clone(),
+        "differs": torch.randn(288, 32),
+        "of another shape": torch.ones(288, 31),
+    }
     heads["differs in its last row"] = embedding.clone()
     heads["differs in its last row"][-1, -1] += 1
     change_weights(folder, lambda t: t.pop("lm_head.weight", None))
     if head in heads:
         change_weights(folder, lambda t: t.update({"lm_head.weight": heads[head]}))
-    fine = head in (("absent", "equal") if tied else ("equal", "differs", "differs in its last row"))
+    fine = head in (
+        ("absent", "equal") if tied else ("equal", "differs", "differs in its last row")
+    )
     if fine:
         return same_logits(folder)
     said = "tie_word_embeddings to false" if tied else "lm_head.weight"
@@ -77,27 +85,63 @@ def test_rows_of_head_and_embedding_are_compared_to_the_end(tmp_path, monkeypatc
 
 ROPES = {  # what config.json says: is it read?
     "theta at the top": ({"rope_theta": 300.0}, True),
-    "theta inside": ({"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}, True),
+    "theta inside": (
+        {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},
+        True,
+    ),
     "the same theta twice": ({"rope_theta": 300.0, "rope_parameters": {"rope_theta": 300.0}}, True),
     "two thetas": ({"rope_theta": 300.0, "rope_parameters": {"rope_theta": 500.0}}, False),
-    "two thetas, the old name": ({"rope_theta": 300.0, "rope_scaling": LLAMA3 | {"rope_theta": 500.0}}, False),
-    "llama3, the old name": ({"rope_scaling": LLAMA3}, True),
-    "llama3, the new name": ({"rope_parameters": LLAMA3 | {"rope_theta": 300.0}, "rope_theta": None}, True),
-    "llama3 twice": ({"rope_scaling": LLAMA3, "rope_parameters": LLAMA3}, True),
-    "two factors": ({"rope_scaling": LLAMA3, "rope_parameters": LLAMA3 | {"factor": 2.0}}, False),
-    "llama3 beside default": ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, False),
-    "default beside llama3": ({"rope_scaling": {"rope_type": "default"}, "rope_parameters": LLAMA3}, False),
-    "yarn beside default": ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "default"}}, False),
-    "default beside yarn": ({"rope_scaling": {"rope_type": "default"}, "rope_parameters": YARN}, False),
-    "nothing beside llama3": ({"rope_scaling": None, "rope_parameters": LLAMA3}, True),
-    "a theta that one of them drops": (
-        {"rope_theta": None, "rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 500.0}},
+    "two thetas, the old name": (
+        {"rope_theta": 300.0, "rope_scaling": LLAMA3 | {"rope_theta": 500.0}},
         False,
     ),
-    "a context at the top": ({"original_max_position_embeddings": 64, "rope_scaling": LLAMA3}, False),
-    "the same context at the top": ({"original_max_position_embeddings": 16, "rope_scaling": LLAMA3}, True),
+    "llama3, the old name": ({"rope_scaling": LLAMA3}, True),
+    "llama3, the new name": (
+        {"rope_parameters": LLAMA3 | {"rope_theta": 300.0}, "rope_theta": None},
+        True,
+    ),
+    "llama3 twice": ({"rope_scaling": LLAMA3, "rope_parameters": LLAMA3}, True),
+    "two factors": ({"rope_scaling": LLAMA3, "rope_parameters": LLAMA3 | {"factor": 2.0}}, False),
+    "llama3 beside default": (
+        {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}},
+        False,
+    ),
+    "default beside llama3": (
+        {"rope_scaling": {"rope_type": "default"}, "rope_parameters": LLAMA3},
+        False,
+    ),
+    "yarn beside default": (
+        {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default"}},
+        False,
+    ),
+    "default beside yarn": (
+        {"rope_scaling": {"rope_type": "default"}, "rope_parameters": YARN},
+        False,
+    ),
+    "nothing beside llama3": ({"rope_scaling": None, "rope_parameters": LLAMA3}, True),
+    "a theta that one of them drops": (
+        {
+            "rope_theta": None,
+            "rope_scaling": {"type": "default"},
+            "rope_parameters": {"rope_theta": 500.0},
+        },
+        False,
+    ),
+    "a context at the top": (
+        {"original_max_position_embeddings": 64, "rope_scaling": LLAMA3},
+        False,
+    ),
+    "the same context at the top": (
+        {"original_max_position_embeddings": 16, "rope_scaling": LLAMA3},
+        True,
+    ),
     "a type of the old spelling": (
-        {"rope_scaling": {"type": "llama3", **{k: v for k, v in LLAMA3.items() if k != "rope_type"}}},
+        {
+            "rope_scaling": {
+                "type": "llama3",
+                **{k: v for k, v in LLAMA3.items() if k != "rope_type"},
+            }
+        },
         True,
     ),
 }
@@ -121,7 +165,12 @@ def test_an_index_beside_a_single_file(tmp_path):
     """transformers takes the single file; where the other set is whole too, it is said."""
     folder, other = sharded(tmp_path / "a"), make_checkpoint(tmp_path / "b", "llama", seed=7)
     shutil.copy(other / "model.safetensors", folder)
-    refused(lambda: load(folder), "two sets of weights", "model.safetensors", "model.safetensors.index.json")
+    refused(
+        lambda: load(folder),
+        "two sets of weights",
+        "model.safetensors",
+        "model.safetensors.index.json",
+    )
     sorted(folder.glob("model-*"))[1].unlink()
     same_logits(folder)  # the index was left behind
     for file in folder.glob("model-*"):
@@ -146,8 +195,15 @@ def test_shards_that_are_missing_or_hold_a_tensor_twice(tmp_path):
 
 
 def test_single_files_of_other_names_are_left_alone(tmp_path):
-    folder, other = make_checkpoint(tmp_path / "a", "qwen3"), make_checkpoint(tmp_path / "b", "qwen3", seed=7)
-    for name in ("consolidated.safetensors", "model.fp16.safetensors", "model-00001-of-00002.safetensors"):
+    folder, other = (
+        make_checkpoint(tmp_path / "a", "qwen3"),
+        make_checkpoint(tmp_path / "b", "qwen3", seed=7),
+    )
+    for name in (
+        "consolidated.safetensors",
+        "model.fp16.safetensors",
+        "model-00001-of-00002.safetensors",
+    ):
         shutil.copy(other / "model.safetensors", folder / name)
     same_logits(folder)
 
@@ -156,16 +212,25 @@ def test_single_files_of_other_names_are_left_alone(tmp_path):
 def test_another_number_of_layers_is_found_before_they_are_made(tmp_path, monkeypatch, layers):
     folder = make_checkpoint(tmp_path, "qwen3")
     change_config(folder, num_hidden_layers=layers)
-    monkeypatch.setattr("ia2mini.models.qwen3.Qwen3.__init__", lambda *_: pytest.fail("the layers were made"))
+    monkeypatch.setattr(
+        "ia2mini.models.qwen3.Qwen3.__init__", lambda *_: pytest.fail("the layers were made")
+    )
     refused(lambda: load(folder), f"num_hidden_layers = {layers}, the files hold 3")
 
 
 def test_a_checkpoint_that_holds_an_adapter_too(tmp_path):
     """transformers puts the adapter on it (or on another base), which `load` does not."""
     folder = make_checkpoint(tmp_path / "base", "qwen3")
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "some/base"})
+    )
     for opened in (load, open_subject):
-        refused(lambda opened=opened: opened(str(folder)), str(folder), "some/base", "move adapter_config.json")
+        refused(
+            lambda opened=opened: opened(str(folder)),
+            str(folder),
+            "some/base",
+            "move adapter_config.json",
+        )
     (folder / "config.json").unlink()
     refused(lambda: load(folder), "an adapter and no checkpoint", "some/base")
 
@@ -181,29 +246,44 @@ def test_a_folder_whose_name_is_not_utf8(tmp_path):
 
 
 # What stands beside tokenizer.json, of which byte_tokenizer has <s> (256) and </s> (257)
-DECODER = {"256": {"content": "<s>", "special": True}, "258": {"content": "<|im|>", "special": True}}
+DECODER = {
+    "256": {"content": "<s>", "special": True},
+    "258": {"content": "<|im|>", "special": True},
+}
 DECODER["259"] = {"content": " hi", "lstrip": True, "normalized": False}
 BESIDE = {
     "nothing": {},
     "a decoder": {"tokenizer_config": {"added_tokens_decoder": DECODER}},
     "a decoder that makes a token special": {
-        "tokenizer_config": {"added_tokens_decoder": {"258": {"content": "<|im|>"}}, "eos_token": "<|im|>"}
+        "tokenizer_config": {
+            "added_tokens_decoder": {"258": {"content": "<|im|>"}},
+            "eos_token": "<|im|>",
+        }
     },
     "a decoder beside older files": {
         "tokenizer_config": {"added_tokens_decoder": DECODER},
         "added_tokens": {"x y": 260},
         "special_tokens_map": {"pad_token": "x y"},
     },
-    "a token that is in the vocabulary": {"tokenizer_config": {"added_tokens_decoder": {"71": {"content": "h"}}}},
+    "a token that is in the vocabulary": {
+        "tokenizer_config": {"added_tokens_decoder": {"71": {"content": "h"}}}
+    },
     "added tokens": {"added_tokens": {"<|im|>": 258, "x y": 259}},
     "added tokens that are special": {
         "added_tokens": {"<|im|>": 258, "x y": 259},
-        "special_tokens_map": {"eos_token": "<|im|>", "pad_token": {"content": "x y", "lstrip": True}},
+        "special_tokens_map": {
+            "eos_token": "<|im|>",
+            "pad_token": {"content": "x y", "lstrip": True},
+        },
     },
     "a map of special tokens": {"special_tokens_map": {"pad_token": "<|im|>", "bos_token": "<s>"}},
-    "named tokens": {"tokenizer_config": {"pad_token": "<|im|>", "image_token": "x y", "bos_token": "<s>"}},
+    "named tokens": {
+        "tokenizer_config": {"pad_token": "<|im|>", "image_token": "x y", "bos_token": "<s>"}
+    },
     "further tokens": {"tokenizer_config": {"additional_special_tokens": ["<|im|>", "x y"]}},
-    "further tokens of today": {"tokenizer_config": {"extra_special_tokens": {"audio_token": "x y"}}},
+    "further tokens of today": {
+        "tokenizer_config": {"extra_special_tokens": {"audio_token": "x y"}}
+    },
     "a token of one character": {"tokenizer_config": {"pad_token": "é"}},
 }
 
@@ -229,17 +309,38 @@ def test_tokens_that_stand_beside_tokenizer_json(tmp_path, family, name):
 
 
 CLASHES = {
-    "another id": ({"tokenizer_config": {"added_tokens_decoder": {"7": {"content": "<|im|>"}}}}, "has the id 7"),
+    "another id": (
+        {"tokenizer_config": {"added_tokens_decoder": {"7": {"content": "<|im|>"}}}},
+        "has the id 7",
+    ),
     "another id of a token": ({"added_tokens": {"</s>": 5}}, "has the id 5, and 257"),
-    "BOS is to be added": ({"tokenizer_config": {"add_bos_token": True, "bos_token": "<s>"}}, "does not add it"),
-    "EOS is to be added": ({"tokenizer_config": {"add_eos_token": True, "eos_token": "</s>"}}, "does not add it"),
+    "BOS is to be added": (
+        {"tokenizer_config": {"add_bos_token": True, "bos_token": "<s>"}},
+        "does not add it",
+    ),
+    "EOS is to be added": (
+        {"tokenizer_config": {"add_eos_token": True, "eos_token": "</s>"}},
+        "does not add it",
+    ),
     "a number": ({"tokenizer_config": {"pad_token": 5}}, "5 is not a token"),
     "a list": ({"special_tokens_map": {"pad_token": ["a"]}}, "is not a token"),
-    "a list of numbers": ({"tokenizer_config": {"additional_special_tokens": [1]}}, "1 is not a token"),
-    "a text": ({"tokenizer_config": {"extra_special_tokens": "ab"}}, "neither a list nor an object"),
+    "a list of numbers": (
+        {"tokenizer_config": {"additional_special_tokens": [1]}},
+        "1 is not a token",
+    ),
+    "a text": (
+        {"tokenizer_config": {"extra_special_tokens": "ab"}},
+        "neither a list nor an object",
+    ),
     "a decoder of lists": ({"tokenizer_config": {"added_tokens_decoder": []}}, "not an object"),
-    "a decoder of texts": ({"tokenizer_config": {"added_tokens_decoder": {"258": "a"}}}, "is not an id with a token"),
-    "an id in words": ({"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "a"}}}}, "is not an id"),
+    "a decoder of texts": (
+        {"tokenizer_config": {"added_tokens_decoder": {"258": "a"}}},
+        "is not an id with a token",
+    ),
+    "an id in words": (
+        {"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "a"}}}},
+        "is not an id",
+    ),
     "an id that is none": ({"added_tokens": {"a b": "x"}}, "is not a token's id"),
     "a flag that is none": (
         {"tokenizer_config": {"added_tokens_decoder": {"258": {"content": "a b", "lstrip": 3}}}},
@@ -259,7 +360,16 @@ def test_files_of_tokens_that_say_different_things_or_nonsense(tmp_path, name):
 def test_a_bos_that_both_files_add_or_leave_out_is_fine(tmp_path):
     for family, adds in (("llama", True), ("qwen3", False)):
         folder = make_checkpoint(tmp_path / family, family)
-        write_beside(folder, {"tokenizer_config": {"add_bos_token": adds, "bos_token": "<s>", "add_eos_token": False}})
+        write_beside(
+            folder,
+            {
+                "tokenizer_config": {
+                    "add_bos_token": adds,
+                    "bos_token": "<s>",
+                    "add_eos_token": False,
+                }
+            },
+        )
         theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
         assert load(folder)[1].encode("a") == theirs("a")["input_ids"]
         write_beside(folder, {"tokenizer_config": {"add_bos_token": not adds, "bos_token": "<s>"}})

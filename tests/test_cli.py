@@ -25,15 +25,23 @@ from ia2mini.engine.options import FitOptions
 from ia2mini.engine.subject import open_subject as load_subject
 from ia2mini.methods import METHODS
 
-CELL = set("task eval ood model n method adapter sets selected_by rate beta acc ece asim_layers".split())
-CELL |= {f"{metric}_{kind}" for metric in "acc ece ece_null nll brier asim".split() for kind in ("mean", "std")}
+CELL = set(
+    "task eval ood model n method adapter sets selected_by rate beta acc ece asim_layers".split()
+)
+CELL |= {
+    f"{metric}_{kind}"
+    for metric in "acc ece ece_null nll brier asim".split()
+    for kind in ("mean", "std")
+}
 
 
 def numbers(folder: Path) -> dict:
     """results.json but for what depends on the clock and the machine."""
     document = json.loads((folder / "results.json").read_text())
     assert document.pop("peak_memory_bytes") > 0 and all(
-        seconds >= 0 for name in ("seconds", "seconds_by_phase") for seconds in document.pop(name).values()
+        seconds >= 0
+        for name in ("seconds", "seconds_by_phase")
+        for seconds in document.pop(name).values()
     )
     return document
 
@@ -42,7 +50,9 @@ def numbers(folder: Path) -> dict:
 def finished(ground) -> tuple[Result, Path]:
     """A whole run and its folder."""
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("ia2mini.cli.group.MINUTE", 10**6)  # of a phase no line but the first, however long it takes
+        m.setattr(
+            "ia2mini.cli.group.MINUTE", 10**6
+        )  # of a phase no line but the first, however long it takes
         result = invoke(*toy(ground, ground / "runs"))
     assert result.exit_code == 0, result.output
     (folder,) = (ground / "runs").iterdir()
@@ -55,7 +65,9 @@ def test_what_is_on_by_default_can_be_turned_off():
     def command(temperature, chat, **others):
         click.echo(f"{temperature} {chat}")
 
-    said = [CliRunner().invoke(command, given).stdout for given in ([], ["--no-temperature", "--chat"])]
+    said = [
+        CliRunner().invoke(command, given).stdout for given in ([], ["--no-temperature", "--chat"])
+    ]
     assert said == ["True False\n", "False True\n"]
 
 
@@ -67,7 +79,9 @@ def test_long_work_says_how_far_it_is_where_there_is_no_terminal(monkeypatch, ca
     first, *lines = capsys.readouterr().err.splitlines()
     assert first == "phase 3/20 training sft" and len(lines) >= 40
     for line in lines:
-        assert re.fullmatch(r"phase 3/20 training sft +\d+% \|[# \d]{20}\| \d\d:\d\d, \S+ left *", line), line
+        assert re.fullmatch(
+            r"phase 3/20 training sft +\d+% \|[# \d]{20}\| \d\d:\d\d, \S+ left *", line
+        ), line
     monkeypatch.setattr("ia2mini.cli.group.MINUTE", 60)
     with progress("4/20 short", 3) as bar:
         bar.update(3)
@@ -99,8 +113,15 @@ def test_run_prints_a_table_and_one_json_document(finished):
     for cell in document["cells"]:
         about = cell["task"], cell["model"], cell["n"], cell["ood"]
         assert about == ("toy-mood", "model", 4, cell["eval"] != "toy-mood")
-        assert cell["sets"] == len(cell["acc"]) == len(cell["ece"]) == 2 and len(cell["asim_layers"]) == 2
-        assert (cell["rate"] in (1e-2, 3e-2)) == (cell["adapter"] == "lora") == (cell["method"] not in ("base", "icl"))
+        assert (
+            cell["sets"] == len(cell["acc"]) == len(cell["ece"]) == 2
+            and len(cell["asim_layers"]) == 2
+        )
+        assert (
+            (cell["rate"] in (1e-2, 3e-2))
+            == (cell["adapter"] == "lora")
+            == (cell["method"] not in ("base", "icl"))
+        )
     table = "\n".join(before)
     words = "accuracy (%),ECE,(null),asim,IA2→SFT,mean of 2 evaluations,N = 4,2 sets,rate by lowest dev loss,total "
     assert all(word in table for word in [*words.split(","), str(folder), "6 adapters for peft"])
@@ -111,7 +132,9 @@ def test_run_prints_a_table_and_one_json_document(finished):
 def test_each_phase_is_a_line_where_there_is_no_terminal(finished):
     lines = finished[0].stderr.splitlines()
     phases = [re.fullmatch(r"phase (\d+)/(\d+) toy-mood-n4: (.+)", line).groups() for line in lines]
-    assert [(int(k), int(of)) for k, of, _ in phases] == [(k, len(phases)) for k in range(1, len(phases) + 1)]
+    assert [(int(k), int(of)) for k, of, _ in phases] == [
+        (k, len(phases)) for k in range(1, len(phases) + 1)
+    ]
     said = [phase for *_, phase in phases]
     trained = [f"training {method}" for method in ("sft", "ia2", "ia2-sft")]
     assert said[:6] == ["collecting", *trained, "icl on toy-mood", "base on toy-mood"]
@@ -129,7 +152,9 @@ def test_run_folder_holds_everything_and_nothing_half(ground, finished):
     assert json.loads(result.stdout.splitlines()[-1])["adapters"] == saved
     assert not [name for name in names if Path(name).name.startswith(".")]
     what = json.loads((folder / "run.json").read_text())
-    assert what["pools"]["toy-mood"]["digest"] and what["checkpoint"] and what["rates"] == [1e-2, 3e-2]
+    assert (
+        what["pools"]["toy-mood"]["digest"] and what["checkpoint"] and what["rates"] == [1e-2, 3e-2]
+    )
     assert what["targets"] == ["q_proj", "k_proj", "o_proj"] and what["ia2mini"] == __version__
     assert what["model"] == str(ground / "model")
     assert what["templates"] == {"toy-mood": "Text:{text}\nLabel:"}
@@ -164,10 +189,14 @@ def test_adapters_name_a_base_that_is_found_from_anywhere(ground, tmp_path, monk
     few = ["--methods", "sft", "--sets", "1", "--rates", "1e-2", "--epochs", "1", "--out", tmp_path]
     assert invoke("run", "toy-mood", "--model", "model", *SMALL, *few).exit_code == 0
     (saved,) = tmp_path.rglob("adapter_config.json")
-    assert json.loads(saved.read_text())["base_model_name_or_path"] == str((ground / "model").resolve())
+    assert json.loads(saved.read_text())["base_model_name_or_path"] == str(
+        (ground / "model").resolve()
+    )
     assert load_subject("tiny", "cpu", None, None).base == "tiny"
     files = {p.name: p.read_bytes() for p in (ground / "model").iterdir()}
-    with serve({("model", "Qwen/Qwen3-0.6B-Base"): {"main": files}, ("model", "me/mine"): {"main": files}}) as hub:
+    with serve(
+        {("model", "Qwen/Qwen3-0.6B-Base"): {"main": files}, ("model", "me/mine"): {"main": files}}
+    ) as hub:
         connect(monkeypatch, hub, tmp_path / "cache")
         for name, base in (("Qwen3-0.6b-base", "Qwen/Qwen3-0.6B-Base"), ("me/mine", "me/mine")):
             subject = load_subject(name, "cpu", None, None)
@@ -179,7 +208,9 @@ def test_the_same_command_does_not_train_again(ground, finished, monkeypatch):
     forbid(monkeypatch, "ia2mini.engine.experiment.train_method")
     forbid(monkeypatch, "ia2mini.train.losses")
     result = invoke(*toy(ground, ground / "runs"))
-    assert result.exit_code == 0 and [p.name for p in (ground / "runs").iterdir()] == [finished[1].name]
+    assert result.exit_code == 0 and [p.name for p in (ground / "runs").iterdir()] == [
+        finished[1].name
+    ]
     assert (finished[1] / "results.json").read_bytes() == before
 
 
@@ -192,11 +223,17 @@ def test_paper_compat_reports_the_rate_that_is_best_on_the_evaluation_rows(groun
     result = invoke(*toy(ground, tmp_path, "--paper-compat", "--methods", "icl,sft"))
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout.splitlines()[-1])
-    assert {c["selected_by"] for c in document["cells"]} == {None, "eval"} and document["config"]["select"] == "eval"
+    assert {c["selected_by"] for c in document["cells"]} == {None, "eval"} and document["config"][
+        "select"
+    ] == "eval"
 
 
-@pytest.mark.parametrize("where, after", [("engine.experiment.train_method", 2), ("train.losses", 9)])
-def test_an_interrupted_run_goes_on_to_the_same_numbers(where, after, ground, finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "where, after", [("engine.experiment.train_method", 2), ("train.losses", 9)]
+)
+def test_an_interrupted_run_goes_on_to_the_same_numbers(
+    where, after, ground, finished, tmp_path, monkeypatch
+):
     with monkeypatch.context() as m:
         forbid(m, f"ia2mini.{where}", after)  # between methods, or between steps
         result = invoke(*toy(ground, tmp_path))
@@ -204,17 +241,25 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(where, after, ground, fi
     assert result.exit_code == 130 and line.startswith("ia2mini: interrupted")
     assert phases and all(phase.startswith("phase ") for phase in phases)
     (folder,) = tmp_path.iterdir()
-    assert (folder / "toy-mood-n4/fit-sft.safetensors").is_file() and not (folder / "results.json").exists()
-    assert not (folder / "toy-mood-n4/fit-ia2-sft.safetensors").exists() and not list(folder.rglob(".*"))
+    assert (folder / "toy-mood-n4/fit-sft.safetensors").is_file() and not (
+        folder / "results.json"
+    ).exists()
+    assert not (folder / "toy-mood-n4/fit-ia2-sft.safetensors").exists() and not list(
+        folder.rglob(".*")
+    )
     monkeypatch.setitem(METHODS, "sft", stopping(METHODS["sft"]))
     assert invoke(*toy(ground, tmp_path)).exit_code == 0
     assert json.dumps(numbers(folder)) == json.dumps(numbers(finished[1]))
 
 
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGKILL"])
-def test_a_run_that_is_ended_from_outside_goes_on_to_the_same_numbers(how, ground, finished, tmp_path):
+def test_a_run_that_is_ended_from_outside_goes_on_to_the_same_numbers(
+    how, ground, finished, tmp_path
+):
     def heed():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and so would theirs
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # a shell's background jobs ignore it, and so would theirs
 
     begun = "run.json" if how != "SIGKILL" else "fit-sft.safetensors"
     command = [*ended_by(how, begun), *map(str, toy(ground, tmp_path))]
@@ -225,7 +270,9 @@ def test_a_run_that_is_ended_from_outside_goes_on_to_the_same_numbers(how, groun
     assert stdout == "" and "Traceback" not in stderr
     if how != "SIGKILL":
         assert done.returncode == 130 and last.startswith("ia2mini: interrupted")
-    assert done.returncode in (130, -signal.SIGKILL) and all(phase.startswith("phase ") for phase in phases)
+    assert done.returncode in (130, -signal.SIGKILL) and all(
+        phase.startswith("phase ") for phase in phases
+    )
     (folder,) = tmp_path.iterdir()
     assert not (folder / "results.json").exists()
     assert invoke(*toy(ground, tmp_path)).exit_code == 0
@@ -235,35 +282,63 @@ def test_a_run_that_is_ended_from_outside_goes_on_to_the_same_numbers(how, groun
 def test_own_rows_with_single_token_labels(ground, tmp_path):
     own = ["run", "--data", ground / "mine.csv", "--model", ground / "model", "--out", tmp_path]
     result = invoke(*own, *SMALL, "--methods", "icl,sft,sft")
-    assert result.exit_code == 0 and "mine" in result.stdout and "SFT" in result.stdout, result.output
+    assert result.exit_code == 0 and "mine" in result.stdout and "SFT" in result.stdout, (
+        result.output
+    )
     (folder,) = tmp_path.iterdir()
     document = json.loads((folder / "results.json").read_text())
-    assert document["config"]["pools"]["mine"]["used"] == document["config"]["evals"]["mine"]["rows"] - 20 == 20
-    assert [cell["method"] for cell in document["cells"]] == ["icl", "sft"]  # a method given twice counts once
+    assert (
+        document["config"]["pools"]["mine"]["used"]
+        == document["config"]["evals"]["mine"]["rows"] - 20
+        == 20
+    )
+    assert [cell["method"] for cell in document["cells"]] == [
+        "icl",
+        "sft",
+    ]  # a method given twice counts once
     assert all(cell["ece_mean"] is not None and cell["sets"] == 2 for cell in document["cells"])
 
 
 def test_own_rows_with_labels_in_words(ground, tmp_path):
     columns = ["--prompt-column", "body", "--answer-column", "kind", "--template", "{body}\\nKind:"]
     few = "--n 4 --sets 2 --rates 1e-2 --epochs 2 --eval-rows 8 --methods base,icl,ia2-sft --device cpu".split()
-    command = ["run", "--data", ground / "mine.jsonl", *columns, "--model", ground / "model", "--out", tmp_path, *few]
+    command = [
+        "run",
+        "--data",
+        ground / "mine.jsonl",
+        *columns,
+        "--model",
+        ground / "model",
+        "--out",
+        tmp_path,
+        *few,
+    ]
     result = invoke(*command)
     assert result.exit_code == 0 and "mine" in result.stdout, result.output
     (folder,) = tmp_path.iterdir()
     document = json.loads((folder / "results.json").read_text())
     for run in document["runs"]:  # labels of several tokens are scored, not generated
         assert run["ece"] is not None and 0 <= run["acc"] <= 1 and "texts" not in run
-    assert not list(folder.rglob("generations")) and document["config"]["templates"] == {"mine": "{body}\nKind:"}
-    heads = result.stdout.splitlines()[1]  # own rows: both meanings of accuracy, unless others are asked for
+    assert not list(folder.rglob("generations")) and document["config"]["templates"] == {
+        "mine": "{body}\nKind:"
+    }
+    heads = result.stdout.splitlines()[
+        1
+    ]  # own rows: both meanings of accuracy, unless others are asked for
     assert "accuracy (%) ↑  accuracy among labels (%) ↑" in heads and "ECE ↓" in heads, heads
-    assert "accuracy among labels" not in invoke(*command, "--columns", "acc,ece").stdout.splitlines()[1]
+    assert (
+        "accuracy among labels"
+        not in invoke(*command, "--columns", "acc,ece").stdout.splitlines()[1]
+    )
 
 
 def test_own_rows_with_free_answers(ground, tmp_path):
     few = "--n 2 --sets 1 --rates 1e-2,3e-2 --epochs 2 --eval-rows 3 --methods base,sft --device cpu".split()
     own = ["run", "--data", ground / "free.jsonl", "--model", ground / "model", "--out", tmp_path]
     result = invoke(*own, *few)
-    assert result.exit_code == 0 and "free" in result.stdout and "ECE" not in result.stdout, result.output
+    assert result.exit_code == 0 and "free" in result.stdout and "ECE" not in result.stdout, (
+        result.output
+    )
     (folder,) = tmp_path.iterdir()
     document = json.loads((folder / "results.json").read_text())
     assert [run["method"] for run in document["runs"]] == ["base", "sft"]  # of one rate only

@@ -21,21 +21,34 @@ from ia2mini.engine.options import FitOptions, Options
 def test_tasks_and_what_the_model_sees(ground):
     listed = invoke("tasks")
     assert listed.exit_code == 0 and all(
-        name in listed.stdout for name in ("sst2", "gsm8ks", "toy-mood", "finsen*", "evaluation only")
+        name in listed.stdout
+        for name in ("sst2", "gsm8ks", "toy-mood", "finsen*", "evaluation only")
     )
     shown = invoke("tasks", "toy-mood", "--model", ground / "model", "--n", "2")
-    assert shown.exit_code == 0 and shown.stdout.count("demonstration:") == 2 and shown.stdout.count("query:") == 1
+    assert (
+        shown.exit_code == 0
+        and shown.stdout.count("demonstration:") == 2
+        and shown.stdout.count("query:") == 1
+    )
     prompt = shown.stdout.split("query:")[1].split("\n", 1)[1].rstrip()
     count = int(shown.stdout.split("query: ")[1].split()[0])
-    assert prompt[:-1].endswith("\nLabel:") and count == len(prompt[:-1].encode())  # one token a byte
+    assert prompt[:-1].endswith("\nLabel:") and count == len(
+        prompt[:-1].encode()
+    )  # one token a byte
     assert "pool: 2000 of 2000 rows" in shown.stdout
 
 
 def test_tasks_previews_own_rows(ground):
     own = ["--data", ground / "mine.csv", "--model", ground / "model"]
     shown = invoke("tasks", *own, "--n", "3", "--template", "Tale: {text}\\nKind:")
-    assert shown.exit_code == 0 and shown.stdout.count("demonstration:") == 3 and shown.stdout.count("query:") == 1
-    assert shown.stdout.startswith("mine (mine.csv) from ") and "pool: 20 of 40 rows" in shown.stdout
+    assert (
+        shown.exit_code == 0
+        and shown.stdout.count("demonstration:") == 3
+        and shown.stdout.count("query:") == 1
+    )
+    assert (
+        shown.stdout.startswith("mine (mine.csv) from ") and "pool: 20 of 40 rows" in shown.stdout
+    )
     assert "evaluation: 20 of 40 rows" in shown.stdout and shown.stdout.count("Tale: a ") == 4
     assert re.search(r"tale, number \d+\nKind:[xy]\n", shown.stdout)
     refused(ground / "none", ["tasks", "toy-mood", *own], "either TASK or --data")
@@ -43,7 +56,15 @@ def test_tasks_previews_own_rows(ground):
 
 def test_generate_continues_a_real_model(shared_data):
     folder = shared_data / "checkpoints/stories260k"
-    result = invoke("generate", "--model", folder, "--prompt", "Once upon a time, there was a", "--max-tokens", "24")
+    result = invoke(
+        "generate",
+        "--model",
+        folder,
+        "--prompt",
+        "Once upon a time, there was a",
+        "--max-tokens",
+        "24",
+    )
     assert result.exit_code == 0
     assert (
         result.stdout == " little girl named Lily. She loved to play outside in the park. One\n"
@@ -55,9 +76,15 @@ def test_help_tells_the_defaults(command):
     result = invoke(*([command] if command else []), "--help")
     assert result.exit_code == 0 and result.stdout.startswith("Usage:")
     options = [
-        p for p in (main.commands[command].params if command else []) if isinstance(p, click.Option) and not p.required
+        p
+        for p in (main.commands[command].params if command else [])
+        if isinstance(p, click.Option) and not p.required
     ]
-    with_default = [p.name for p in options if isinstance(p.default, (str, int, float)) and p.default and not p.is_flag]
+    with_default = [
+        p.name
+        for p in options
+        if isinstance(p.default, (str, int, float)) and p.default and not p.is_flag
+    ]
     assert result.stdout.count("[default: ") >= len(with_default), with_default
 
 
@@ -117,9 +144,10 @@ def test_a_mistake_is_one_line(mistake, ground, tmp_path):
     command, *words = MISTAKES[mistake]
     arguments = command.format(g=ground).split(" ")
     if arguments[0] == "run":
-        arguments += ["--model", ground / "model"] * ("--model" not in arguments) + ["--out", tmp_path] * (
-            "--out" not in arguments
-        )
+        arguments += ["--model", ground / "model"] * ("--model" not in arguments) + [
+            "--out",
+            tmp_path,
+        ] * ("--out" not in arguments)
     refused(tmp_path, arguments, *words)
 
 
@@ -129,10 +157,17 @@ def test_own_rows_want_a_model_that_knows_their_words(ground, tmp_path):
     words = [f"Text {i},{i % 2}\n" for i in range(30)]
     (tmp_path / "known.csv").write_text("text,label\n" + "".join(words))
     named = ["run", "--data", tmp_path / "known.csv", "--model", "tiny", "--out", tmp_path / "out"]
-    assert invoke(*named, *SMALL, "--methods", "base", "--sets", "1").exit_code == 0  # who names it may have it
+    assert (
+        invoke(*named, *SMALL, "--methods", "base", "--sets", "1").exit_code == 0
+    )  # who names it may have it
 
 
-LIGHT = {"--help": "Usage:", "run --help": "--methods", "tasks": "toy-mood-verse*", "--version": "ia2mini"}
+LIGHT = {
+    "--help": "Usage:",
+    "run --help": "--methods",
+    "tasks": "toy-mood-verse*",
+    "--version": "ia2mini",
+}
 
 
 @pytest.mark.parametrize("command", LIGHT)
@@ -144,7 +179,16 @@ def test_help_and_the_list_of_tasks_do_not_wait_for_torch(command):
 
 
 def test_a_warning_is_one_line():
-    command = [*PROGRAM, "generate", "--prompt", "a zyzzyva zyzzyva film", "--max-tokens", "1", "--device", "cpu"]
+    command = [
+        *PROGRAM,
+        "generate",
+        "--prompt",
+        "a zyzzyva zyzzyva film",
+        "--max-tokens",
+        "1",
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     (line,) = done.stderr.splitlines()
     said = "'zyzzyva' is not in the vocabulary and is read as an unknown word"
@@ -179,7 +223,9 @@ def test_no_gpu_in_another_process(ground, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     (line,) = result.stderr.splitlines()
     assert (
-        result.returncode == 2 and line.startswith("ia2mini: --device cuda: not usable here") and "--device cpu" in line
+        result.returncode == 2
+        and line.startswith("ia2mini: --device cuda: not usable here")
+        and "--device cpu" in line
     )
     assert result.stdout == "" and not (tmp_path / "out").exists()
 
@@ -192,7 +238,9 @@ def test_a_full_device(ground, tmp_path, monkeypatch):
     result = invoke(*toy(ground, tmp_path))
     *phases, line = result.stderr.splitlines()
     assert result.exit_code == 2 and all(phase.startswith("phase ") for phase in phases)
-    assert line.startswith("ia2mini: the device has too little memory") and "smaller --model" in line
+    assert (
+        line.startswith("ia2mini: the device has too little memory") and "smaller --model" in line
+    )
     monkeypatch.undo()
     assert invoke(*toy(ground, tmp_path)).exit_code == 0
 
@@ -206,19 +254,31 @@ def test_a_full_disk(ground, tmp_path, monkeypatch):
     result = invoke(*toy(ground, tmp_path))
     *phases, line = result.stderr.splitlines()
     assert result.exit_code == 2 and all(phase.startswith("phase ") for phase in phases)
-    assert "fit-sft.safetensors: cannot be written (No space left on device); free some space" in line
+    assert (
+        "fit-sft.safetensors: cannot be written (No space left on device); free some space" in line
+    )
     assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {"run.json", "seconds.json"}
 
 
 def test_labels_that_merge_with_the_colon(shared_data, ground, tmp_path):
     """Qwen3 reads ":A" and ":true" as one token: our template gives way, the user's own is refused, the label named."""
-    model = Qwen3(Config(151936, 16, 32, 1, 2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True))
+    model = Qwen3(
+        Config(151936, 16, 32, 1, 2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True)
+    )
     torch.nn.init.normal_(model.lm_head.weight)
     save(
-        model, tmp_path / "model", (shared_data / "tokenizers/qwen3/tokenizer.json").read_text(encoding="utf-8"), 151643
+        model,
+        tmp_path / "model",
+        (shared_data / "tokenizers/qwen3/tokenizer.json").read_text(encoding="utf-8"),
+        151643,
     )
     for labels in (("A", "B"), ("true", "false"), ("negative", "positive")):
-        rows = (ground / "mine.csv").read_text().replace(",x\n", f",{labels[0]}\n").replace(",y\n", f",{labels[1]}\n")
+        rows = (
+            (ground / "mine.csv")
+            .read_text()
+            .replace(",x\n", f",{labels[0]}\n")
+            .replace(",y\n", f",{labels[1]}\n")
+        )
         (tmp_path / "mine.csv").write_text(rows)
         command = [
             "run",
@@ -238,7 +298,9 @@ def test_labels_that_merge_with_the_colon(shared_data, ground, tmp_path):
             "\\nLabel:'",
             "choose another label, or a template that ends",
         )
-    result = invoke(*command, "--methods", "icl,sft", "--sets", "1", "--rates", "1e-3", "--epochs", "1")
+    result = invoke(
+        *command, "--methods", "icl,sft", "--sets", "1", "--rates", "1e-3", "--epochs", "1"
+    )
     assert result.exit_code == 0 and "'Text:{text}\\nLabel:\\n'" in result.stderr
 
 
@@ -246,7 +308,9 @@ def test_every_number_has_its_least_value():
     """Of the options of `run` and `fit` that have one; of lists each entry."""
     tried = set()
     for command, options in (("run toy-mood", Options), ("fit rows.csv --out out", FitOptions)):
-        for field in (field for field in fields(options) if field.metadata.get("least") is not None):
+        for field in (
+            field for field in fields(options) if field.metadata.get("least") is not None
+        ):
             low = str(field.metadata["least"] - 1)
             result = invoke(*command.split(), f"--{field.name.replace('_', '-')}", low)
             assert result.exit_code == 2 and f"{low} is " in result.stderr, field.name

@@ -59,7 +59,11 @@ def test_what_is_taken_and_left_out_is_said(columns):
     for row in rows:
         example = task.example(row)
         assert str(row[prompt]) in example.prompt and example.answer == row[answer]
-        assert not any(str(row[column]) in example.prompt for column in row if column != prompt and len(row) < 3)
+        assert not any(
+            str(row[column]) in example.prompt
+            for column in row
+            if column != prompt and len(row) < 3
+        )
     said = task.remarks[-1]
     assert f"the prompt is {prompt!r}" in said and f"the answer is {answer!r}" in said
     named = said.partition("left out: ")[2].partition(";")[0]
@@ -104,7 +108,9 @@ def test_the_refusal_shows_a_template_that_works():
     template = str(error.value).partition("--template '")[2].rpartition("'")[0]
     kept, task = read_own(rows, (None, None, template))
     assert task.example(kept[0]).prompt == "this context has one\nthis question has one\nAnswer:"
-    assert task.example(kept[0]).answer == "this answer has one" and "left out" not in task.remarks[-1]
+    assert (
+        task.example(kept[0]).answer == "this answer has one" and "left out" not in task.remarks[-1]
+    )
 
 
 def test_named_columns_are_taken_and_the_others_named():
@@ -113,11 +119,22 @@ def test_named_columns_are_taken_and_the_others_named():
     assert task.label == "answer" and "left out: 'context', 'id'" in task.remarks[-1]
     _, task = read_own(rows, (None, "context", "{question}:"))
     assert task.label == "context" and "left out: 'answer', 'id'" in task.remarks[-1]
-    refused(lambda: read_own(rows, ("question", "question", None)), "'question' cannot be both prompt and answer")
+    refused(
+        lambda: read_own(rows, ("question", "question", None)),
+        "'question' cannot be both prompt and answer",
+    )
     refused(lambda: read_own(rows, ("question", None, "{context}:")), "'{context}:'", "{question}")
     for template in ("", "Is it good?", "{", "}{"):
-        refused(lambda template=template: read_own(rows, (None, None, template)), "must name a column", "{text}")
-        refused(lambda template=template: queries_task(rows, "q", None, template), "must name a column", "{text}")
+        refused(
+            lambda template=template: read_own(rows, (None, None, template)),
+            "must name a column",
+            "{text}",
+        )
+        refused(
+            lambda template=template: queries_task(rows, "q", None, template),
+            "must name a column",
+            "{text}",
+        )
 
 
 ALPACA = [
@@ -130,10 +147,15 @@ ALPACA = [
 ]
 
 
-@pytest.mark.parametrize("names", [("instruction", "input", "output"), ("instruction", "context", "response")])
+@pytest.mark.parametrize(
+    "names", [("instruction", "input", "output"), ("instruction", "context", "response")]
+)
 @pytest.mark.parametrize("more", [{}, {"text": "### Instruction: this is the whole of it"}])
 def test_alpacas_rows_are_read_as_such(names, more):
-    rows = [{names[("instruction", "input", "output").index(k)]: v for k, v in row.items()} | more for row in ALPACA]
+    rows = [
+        {names[("instruction", "input", "output").index(k)]: v for k, v in row.items()} | more
+        for row in ALPACA
+    ]
     kept, task = read_own(rows)
     for row, found in zip(ALPACA, kept, strict=True):
         asked = row["instruction"]
@@ -159,16 +181,24 @@ MISSING = [None, math.nan, "", " ", "nan", "NaN", "<NA>"]
 @pytest.mark.parametrize("labels", [["good", "bad"], [1, 0], [1.0, 0.0]], ids=repr)
 def test_what_is_missing_is_no_class_and_its_rows_are_named(labels, nothing):
     rows, task = read_own(labelled([*labels, nothing] * 4))
-    known = pandas.Series([*labels, nothing] * 4).replace(["", " ", "nan", "NaN", "<NA>"], None).dropna()
+    known = (
+        pandas.Series([*labels, nothing] * 4)
+        .replace(["", " ", "nan", "NaN", "<NA>"], None)
+        .dropna()
+    )
     assert task.labels == tuple(sorted({str(x).removesuffix(".0") for x in known}))
     assert [row.where for row in rows] == [f"row {i + 1}" for i in known.index]
-    assert task.remarks[0] == "left out for want of answer: 4 of 12 rows (row 3, row 6, row 9, row 12)"
+    assert (
+        task.remarks[0] == "left out for want of answer: 4 of 12 rows (row 3, row 6, row 9, row 12)"
+    )
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
 def test_missing_answers_of_every_kind_of_file(tmp_path, suffix):
     path = tmp_path / f"rows.{suffix}"
-    table = pandas.DataFrame({"text": [f"text {i}" for i in range(12)], "label": [1.0, 0.0, None] * 4})
+    table = pandas.DataFrame(
+        {"text": [f"text {i}" for i in range(12)], "label": [1.0, 0.0, None] * 4}
+    )
     if suffix == "parquet":
         table.to_parquet(path)
     elif suffix.startswith("json"):
@@ -188,17 +218,31 @@ def test_rows_without_a_prompt_are_left_out_and_others_named(tmp_path):
     rows[2]["text"], rows[5]["text"] = None, " "
     del rows[7]["text"]
     kept, task = read_own(rows)
-    assert len(kept) == 5 and task.remarks[0] == "left out for want of prompt: 3 of 8 rows (row 3, row 6, row 8)"
-    path = write_rows(tmp_path / "eval.jsonl", [{"text": "a", "label": 1.0}, {"text": "b"}, {"text": "c", "label": 0}])
+    assert (
+        len(kept) == 5
+        and task.remarks[0] == "left out for want of prompt: 3 of 8 rows (row 3, row 6, row 8)"
+    )
+    path = write_rows(
+        tmp_path / "eval.jsonl",
+        [{"text": "a", "label": 1.0}, {"text": "b"}, {"text": "c", "label": 0}],
+    )
     task = custom_task(write_rows(tmp_path / "rows.jsonl", labelled([1, 0] * 4)), eval_path=path)
     assert f"1 of 3 rows ({path}:2)" in task.remarks[-1]
-    assert {(e.prompt[5:6], e.label) for e in load_examples(task, "eval").rows} == {("a", 1), ("c", 0)}
-    (tmp_path / "eval.csv").write_text("text;label\na;1.0\nb;0.0\n")  # as pandas writes what held nothing once
+    assert {(e.prompt[5:6], e.label) for e in load_examples(task, "eval").rows} == {
+        ("a", 1),
+        ("c", 0),
+    }
+    (tmp_path / "eval.csv").write_text(
+        "text;label\na;1.0\nb;0.0\n"
+    )  # as pandas writes what held nothing once
     task = custom_task(tmp_path / "rows.jsonl", eval_path=tmp_path / "eval.csv")
     assert {e.label for e in load_examples(task, "eval").rows} == {0, 1}
     refused(lambda: read_own([{"text": "a", "label": None}] * 4), "'label' is empty")
     refused(lambda: read_own([{"text": None, "label": 1}] * 4), "the prompt is empty")
-    refused(lambda: custom_task(path, eval_path=write_rows(tmp_path / "e.jsonl", [{"text": "a"}])), "no column 'label'")
+    refused(
+        lambda: custom_task(path, eval_path=write_rows(tmp_path / "e.jsonl", [{"text": "a"}])),
+        "no column 'label'",
+    )
 
 
 ONE_LABEL = {  # what one column holds -> the labels
@@ -226,7 +270,9 @@ def test_numbers_are_labels_once_for_the_whole_column(name):
         assert spoken == str(row["label"]).lower() or float(spoken) == float({"True": 1, "False": 0}.get(
             str(row["label"]), row["label"]))  # fmt: skip
     merged = len({repr(value) for value in held}) > len(labels)
-    assert any("is read as label" in remark for remark in task.remarks) == (merged or name == "texts of them")
+    assert any("is read as label" in remark for remark in task.remarks) == (
+        merged or name == "texts of them"
+    )
 
 
 def test_labels_that_may_be_mistakes_are_remarked():
@@ -249,7 +295,9 @@ def test_answers_that_do_not_repeat_are_texts_and_that_is_said():
     different = [{"text": f"q{i}", "label": f"a{i}"} for i in range(6)]
     for rows in (different, different * 2, different * 5):  # repeated rows tell nothing new
         task = own_task(read_own(rows)[0], "own")
-        assert not task.labels and task.remarks[-1].endswith("6 different answers in 6 rows: texts, not labels")
+        assert not task.labels and task.remarks[-1].endswith(
+            "6 different answers in 6 rows: texts, not labels"
+        )
     again = [row | {"text": row["text"] + "!"} for row in different]
     task = own_task(read_own(different + again)[0], "own")
     assert len(task.labels) == 6 and task.remarks[-1].endswith("; 6 labels")
@@ -257,36 +305,59 @@ def test_answers_that_do_not_repeat_are_texts_and_that_is_said():
 
 def class_table(labels: list, names: list[str]) -> pa.Table:
     """A table as `datasets` writes it: numbers, and their names in the metadata of the schema."""
-    features = {"text": {"dtype": "string", "_type": "Value"}, "label": {"names": names, "_type": "ClassLabel"}}
-    table = pa.table({"text": [f"text {i}" for i in range(len(labels))], "label": pa.array(labels, pa.int64())})
-    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    features = {
+        "text": {"dtype": "string", "_type": "Value"},
+        "label": {"names": names, "_type": "ClassLabel"},
+    }
+    table = pa.table(
+        {"text": [f"text {i}" for i in range(len(labels))], "label": pa.array(labels, pa.int64())}
+    )
+    return table.replace_schema_metadata(
+        {"huggingface": json.dumps({"info": {"features": features}})}
+    )
 
 
 def test_classes_of_parquet_keep_their_names(tmp_path):
     path, numbers = tmp_path / "rows.parquet", [0, 1, 1, 0, -1, None] * 2
     parquet.write_table(class_table(numbers, ["bad", "good"]), path)
     rows, task = read_own(path)
-    assert task.labels == ("bad", "good") and "left out for want of answer: 4 of 12 rows" in task.remarks[0]
-    assert [task.example(row).answer for row in rows] == [["bad", "good"][i] for i in numbers if i in (0, 1)]
+    assert (
+        task.labels == ("bad", "good")
+        and "left out for want of answer: 4 of 12 rows" in task.remarks[0]
+    )
+    assert [task.example(row).answer for row in rows] == [
+        ["bad", "good"][i] for i in numbers if i in (0, 1)
+    ]
     study = custom_task(path)
     assert {e.answer for e in load_examples(study, "train").rows} == {"bad", "good"}
     parquet.write_table(class_table([0, 1, 2], ["bad", "good"]), path)
     refused(lambda: read_rows(path), "rows.parquet row 3: class 2", "2 names")
-    for broken in (b"{", b'{"info": {"features": [1]}}', b'{"info": 3}', b'{"info": {"features": {"label": 1}}}'):
-        table = class_table([0, 1], ["bad", "good"]).replace_schema_metadata({b"huggingface": broken})
+    for broken in (
+        b"{",
+        b'{"info": {"features": [1]}}',
+        b'{"info": 3}',
+        b'{"info": {"features": {"label": 1}}}',
+    ):
+        table = class_table([0, 1], ["bad", "good"]).replace_schema_metadata(
+            {b"huggingface": broken}
+        )
         parquet.write_table(table, path)
         assert [row["label"] for row in read_rows(path)] == [0, 1]
 
 
 def test_tasks_of_the_catalog_keep_the_numbers(tmp_path):
     (tmp_path / "ag_news").mkdir()
-    parquet.write_table(class_table([0, 1] * 3, ["World", "Sports"]), tmp_path / "ag_news" / "test.parquet")
+    parquet.write_table(
+        class_table([0, 1] * 3, ["World", "Sports"]), tmp_path / "ag_news" / "test.parquet"
+    )
     found = load_examples(find_task("agnews"), "eval", tmp_path).rows
     assert sorted((e.answer, e.label) for e in found) == [("0", 0)] * 3 + [("1", 1)] * 3
 
 
 def test_a_column_that_is_there_twice_is_refused_by_name(tmp_path):
-    table = pa.Table.from_arrays([pa.array(["a"]), pa.array([0]), pa.array([1])], names=["text", "label", "label"])
+    table = pa.Table.from_arrays(
+        [pa.array(["a"]), pa.array([0]), pa.array([1])], names=["text", "label", "label"]
+    )
     parquet.write_table(table, tmp_path / "rows.parquet")
     (tmp_path / "rows.csv").write_text("text,label,label\na,0,1\n")
     (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": 0, "label": 1}\n')
@@ -294,4 +365,8 @@ def test_a_column_that_is_there_twice_is_refused_by_name(tmp_path):
         '[{"text": "a", "label": {"of": 0}}, {"text": "b", "more": {"label": 1, "label": 2}}]'
     )
     for suffix in ("parquet", "csv", "jsonl", "json"):
-        refused(lambda suffix=suffix: read_rows(tmp_path / f"rows.{suffix}"), f"rows.{suffix}", "'label'")
+        refused(
+            lambda suffix=suffix: read_rows(tmp_path / f"rows.{suffix}"),
+            f"rows.{suffix}",
+            "'label'",
+        )

@@ -28,7 +28,9 @@ COMPAT = Options(n=(2,), sets=2, epochs=3, eval_rows=8, rates=(1e-3, 1e-2), pape
 
 
 def theta_of(adapter, model, runs: int):
-    first = torch.stack([adapter.init(model, torch.Generator().manual_seed(r)) for r in range(runs)])
+    first = torch.stack(
+        [adapter.init(model, torch.Generator().manual_seed(r)) for r in range(runs)]
+    )
     return first + 0.2 * torch.randn(first.shape, generator=torch.Generator().manual_seed(9))
 
 
@@ -49,12 +51,16 @@ def test_scored_weights_are_those_that_peft_merges_rounded_to_bfloat16(kind, tin
         with torch.no_grad():
             assert (net(ids[r]).logits - ours[r]).abs().max() < 1e-4
     with torch.no_grad(), adapted(model, adapter, theta) as student:
-        assert (student(ids.flatten(0, 1)).unflatten(0, (2, 3)) - ours).abs().max() > 1e-4, "no rounding was seen"
+        assert (student(ids.flatten(0, 1)).unflatten(0, (2, 3)) - ours).abs().max() > 1e-4, (
+            "no rounding was seen"
+        )
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_losses_are_rounded_row_by_row(packed, tmp_path):
-    model, _ = load(make_checkpoint(tmp_path, "qwen3", num_hidden_layers=3))  # dividing by 2 or 4 would not round
+    model, _ = load(
+        make_checkpoint(tmp_path, "qwen3", num_hidden_layers=3)
+    )  # dividing by 2 or 4 would not round
     generator = torch.Generator().manual_seed(0)
     L, D = model.config.num_hidden_layers, model.config.hidden_size
     runs = []
@@ -63,7 +69,9 @@ def test_losses_are_rounded_row_by_row(packed, tmp_path):
         for prompt, answer in ((5, 1), (3, 4), (9, 2)):
             ids = torch.randint(0, VOCABULARY, (prompt + answer,), generator=generator).tolist()
             teacher = torch.randn(L, answer, D, generator=generator)
-            logs, tokens = torch.randn(answer, VOCABULARY, generator=generator).log_softmax(-1).sort(-1)
+            logs, tokens = (
+                torch.randn(answer, VOCABULARY, generator=generator).log_softmax(-1).sort(-1)
+            )
             rows.append(Row(ids[:prompt], ids[prompt:], teacher, logs, tokens))
         runs.append(rows)
     adapter = LoRA(model)
@@ -78,7 +86,9 @@ def test_losses_are_rounded_row_by_row(packed, tmp_path):
                     value = losses(student, collate([[row]]), mix)[0]
                 if name == "mse":
                     value = (value / L).bfloat16() * L
-                each.append(value.item() if name == "ce" else value.bfloat16().item())  # transformers' is float32
+                each.append(
+                    value.item() if name == "ce" else value.bfloat16().item()
+                )  # transformers' is float32
             expected.append(sum(each) / len(each))
         with torch.no_grad(), adapted(model, adapter, theta) as student:
             as_scripts, plain = collate(runs, by_row=True), collate(runs)
@@ -112,7 +122,12 @@ def test_soft_labels_are_the_whole_vocabulary(tmp_path, monkeypatch):
     monkeypatch.setattr(ia2mini.engine.experiment, "teach", seen)
     subject, task = open_subject("tiny", "cpu", None, None), find_task("toy-mood")
     for compat in (True, False):
-        compare([task], subject, replace(COMPAT, methods=("soft",), soft_k=7, paper_compat=compat), tmp_path)
+        compare(
+            [task],
+            subject,
+            replace(COMPAT, methods=("soft",), soft_k=7, paper_compat=compat),
+            tmp_path,
+        )
     assert asked == [subject.model.config.vocab_size] * 2 + [7] * 2
 
 
@@ -150,17 +165,25 @@ def test_a_token_that_is_spelled_like_a_label_is_right(model, folder):
 def test_asim_is_a_mean_over_rows(model, folder):
     generator = torch.Generator().manual_seed(0)
     L, D = model.config.num_hidden_layers, model.config.hidden_size
-    rows = [Row([1, 2, 3], [4] * size, torch.randn(L, size, D, generator=generator)) for size in (1, 2, 9)]
+    rows = [
+        Row([1, 2, 3], [4] * size, torch.randn(L, size, D, generator=generator))
+        for size in (1, 2, 9)
+    ]
     alone = torch.stack([layer_asim(model, [[row]])[0] for row in rows])
     for budget in (10, 4096):
-        assert layer_asim(model, [rows], budget, by_row=True)[0] == pytest.approx(alone.mean(0), abs=1e-6)
+        assert layer_asim(model, [rows], budget, by_row=True)[0] == pytest.approx(
+            alone.mean(0), abs=1e-6
+        )
     by_position = (alone * torch.tensor([1.0, 2.0, 9.0])[:, None]).sum(0) / 12
     assert layer_asim(model, [rows])[0] == pytest.approx(by_position, abs=1e-6)
 
 
 def test_options_in_python_choose_the_rate_as_the_command_does():
     assert COMPAT.select == "eval" and replace(COMPAT, select="dev").select == "eval"
-    assert Options().select == "dev" and replace(COMPAT, paper_compat=False, select="both").select == "both"
+    assert (
+        Options().select == "dev"
+        and replace(COMPAT, paper_compat=False, select="both").select == "both"
+    )
 
 
 def test_a_study_scores_as_the_released_scripts_do(tmp_path, monkeypatch):
@@ -182,7 +205,13 @@ def test_a_study_scores_as_the_released_scripts_do(tmp_path, monkeypatch):
     subject, task = open_subject("tiny", "cpu", None, None), find_task("toy-mood")
     for compat in (True, False):
         used.clear()
-        compare([task], subject, replace(COMPAT, methods=("icl", "sft"), paper_compat=compat), tmp_path)
+        compare(
+            [task], subject, replace(COMPAT, methods=("icl", "sft"), paper_compat=compat), tmp_path
+        )
         schemes = {part[1] for part in used if part[0] == "measure"}
         assert schemes == {"scripts" if compat else "width"}
-        assert {"Merged", "spellings"} <= {part[0] for part in used} if compat else len({p[0] for p in used}) == 1
+        assert (
+            {"Merged", "spellings"} <= {part[0] for part in used}
+            if compat
+            else len({p[0] for p in used}) == 1
+        )

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from ia2mini.models import load
 from ia2mini.models.checkpoint import read_folder_config
 from mistakes import refused
-from reference import LLAMA3_SCALING, assert_equal, make_checkpoint, our_pass, random_ids, raw_config
+from reference import (
+    LLAMA3_SCALING,
+    assert_equal,
+    make_checkpoint,
+    our_pass,
+    random_ids,
+    raw_config,
+)
 
 from ia2mini import UsageError
 
@@ -18,25 +25,48 @@ families = pytest.mark.parametrize("family", ["llama", "qwen3"])
 
 def change_config(folder: Path, absent: tuple = (), **changes) -> None:
     raw = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if k not in absent}))
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in raw.items() if k not in absent})
+    )
 
 
 YARN, HALF = {"rope_type": "yarn", "factor": 4.0}, {"rope_type": "llama3", "factor": 8.0}
 REFUSALS = {
     "other rope scaling": ({"rope_scaling": YARN}, "rope_scaling", "yarn"),
-    "other rope scaling, old key": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling", "linear"),
-    "other rope scaling, transformers 5": ({"rope_parameters": {**YARN, "rope_theta": 1e4}}, "rope_scaling", "yarn"),
-    "rope by layer type": ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_scaling"),
+    "other rope scaling, old key": (
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        "rope_scaling",
+        "linear",
+    ),
+    "other rope scaling, transformers 5": (
+        {"rope_parameters": {**YARN, "rope_theta": 1e4}},
+        "rope_scaling",
+        "yarn",
+    ),
+    "rope by layer type": (
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+        "rope_scaling",
+    ),
     "incomplete llama3 scaling": ({"rope_scaling": HALF}, "rope_scaling", "low_freq_factor"),
     "partial rotary": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor", "0.5"),
     "sliding window": ({"use_sliding_window": True, "sliding_window": 8}, "sliding"),
-    "sliding layers": ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding"),
-    "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config", "gptq"),
+    "sliding layers": (
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        "sliding",
+    ),
+    "quantised": (
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        "quantization_config",
+        "gptq",
+    ),
     "other model_type": ({"model_type": "mistral"}, "model_type", "mistral", "llama, qwen3"),
     "no model_type": ({"absent": ("model_type",)}, "model_type"),
     "other activation": ({"hidden_act": "gelu"}, "hidden_act", "gelu"),
     "no hidden_size": ({"absent": ("hidden_size",)}, "missing: hidden_size"),
-    "two fields missing": ({"absent": ("vocab_size", "num_hidden_layers")}, "missing: vocab_size, num_hidden_layers"),
+    "two fields missing": (
+        {"absent": ("vocab_size", "num_hidden_layers")},
+        "missing: vocab_size, num_hidden_layers",
+    ),
     "null field": ({"intermediate_size": None}, "missing: intermediate_size"),
 }
 
@@ -80,7 +110,10 @@ MUTATIONS = [  # field, its value, what is said beside the field's name
     ("rope_scaling", {"type": []}, "[]"),
     ("rope_scaling", {"rope_type": "llama3\n"}, "not supported"),
     ("rope_scaling", {"partial_rotary_factor": "a\nb"}, "partial_rotary_factor"),
-    *(("rope_scaling", LLAMA3_SCALING | {"factor": value}, "factor = ") for value in ([], "8", -1.0, None, 1e300)),
+    *(
+        ("rope_scaling", LLAMA3_SCALING | {"factor": value}, "factor = ")
+        for value in ([], "8", -1.0, None, 1e300)
+    ),
     ("rope_scaling", LLAMA3_SCALING | {"original_max_position_embeddings": {}}, "not supported"),
     ("partial_rotary_factor", [], "not supported"),
     ("model_type", [], "llama, qwen3"),
@@ -96,7 +129,9 @@ MUTATIONS = [  # field, its value, what is said beside the field's name
 
 
 @families
-@pytest.mark.parametrize("field, value, said", MUTATIONS, ids=lambda x: str(x)[:40] if type(x) is not int else "number")
+@pytest.mark.parametrize(
+    "field, value, said", MUTATIONS, ids=lambda x: str(x)[:40] if type(x) is not int else "number"
+)
 def test_a_mutated_field_is_named(field, value, said, family, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(raw_config(family) | {field: value}))
     refused(lambda: load(tmp_path), "config.json", said, *[field] * (field != "rope_scaling"))
@@ -116,15 +151,29 @@ JSON = st.recursive(
     | st.text(max_size=9)
     | st.sampled_from([2**70, 1e308, 10**400]),
     lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*LLAMA3_SCALING, "rope_theta"]), inner)
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from([*LLAMA3_SCALING, "rope_theta"]), inner)
     ),
     max_leaves=6,
 )
-FIELDS = sorted({*raw_config("qwen3"), "rope_parameters", "layer_types", "use_sliding_window", "quantization_config"})
+FIELDS = sorted(
+    {
+        *raw_config("qwen3"),
+        "rope_parameters",
+        "layer_types",
+        "use_sliding_window",
+        "quantization_config",
+    }
+)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(["llama", "qwen3"]), st.dictionaries(st.sampled_from(FIELDS), JSON, min_size=1, max_size=2))
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.sampled_from(["llama", "qwen3"]),
+    st.dictionaries(st.sampled_from(FIELDS), JSON, min_size=1, max_size=2),
+)
 @example("llama", {"rope_scaling": LLAMA3_SCALING | {"factor": 1e308}})
 def test_any_config_is_read_or_refused_in_one_line(tmp_path, family, changes):
     (tmp_path / "config.json").write_text(json.dumps(raw_config(family) | changes))
@@ -143,10 +192,18 @@ def test_fields_that_change_nothing_are_accepted(family, tmp_path):
     ids = random_ids(1, 8)
     before = our_pass(load(folder)[0], ids)
     change_config(
-        folder, use_sliding_window=False, sliding_window=None, layer_types=["full_attention"] * 3, max_window_layers=3
+        folder,
+        use_sliding_window=False,
+        sliding_window=None,
+        layer_types=["full_attention"] * 3,
+        max_window_layers=3,
     )
     change_config(
-        folder, rope_scaling={"rope_type": "default"}, attention_dropout=0.0, use_cache=True, pretraining_tp=1
+        folder,
+        rope_scaling={"rope_type": "default"},
+        attention_dropout=0.0,
+        use_cache=True,
+        pretraining_tp=1,
     )
     assert_equal(our_pass(load(folder)[0], ids), before, 0.0)
 

@@ -36,7 +36,16 @@ from ia2mini.tasks import find_task
 from ia2mini.train import Settings, losses
 
 VIEWS = "view _unsafe_view t transpose expand unsqueeze squeeze slice select split split_with_sizes unbind detach "
-VIEWS = {*VIEWS.split(), "permute", "alias", "as_strided", "empty", "empty_like", "lift_fresh", "_local_scalar_dense"}
+VIEWS = {
+    *VIEWS.split(),
+    "permute",
+    "alias",
+    "as_strided",
+    "empty",
+    "empty_like",
+    "lift_fresh",
+    "_local_scalar_dense",
+}
 
 
 def counted(function) -> int:
@@ -50,7 +59,10 @@ def counted(function) -> int:
 def family(request, tmp_path_factory):
     """Models of two and of three layers."""
     folders = {n: tmp_path_factory.mktemp(f"{request.param}{n}") for n in (2, 3)}
-    return {n: make_checkpoint(folder, request.param, num_hidden_layers=n) for n, folder in folders.items()}
+    return {
+        n: make_checkpoint(folder, request.param, num_hidden_layers=n)
+        for n, folder in folders.items()
+    }
 
 
 def test_a_whole_cell_costs_what_torch_counts():
@@ -58,11 +70,18 @@ def test_a_whole_cell_costs_what_torch_counts():
     model, tokenizer = load("tiny")
     length = len(tokenizer.encode(load_examples(find_task("toy-mood"), "train").rows[0].prompt))
     pool, rows = (
-        [e for e in load_examples(find_task("toy-mood"), split).rows if len(tokenizer.encode(e.prompt)) == length]
+        [
+            e
+            for e in load_examples(find_task("toy-mood"), split).rows
+            if len(tokenizer.encode(e.prompt)) == length
+        ]
         for split in ("train", "eval")
     )
     rows, labels = rows[:6], tokenizer.label_tokens(rows[0].prompt, find_task("toy-mood").labels)
-    episodes, prompts = [draw_episode(pool, 4, number) for number in range(2)], [row.prompt for row in rows]
+    episodes, prompts = (
+        [draw_episode(pool, 4, number) for number in range(2)],
+        [row.prompt for row in rows],
+    )
     lora, found, fits = LoRA(model), {}, {}
     taught = []
     found["collect"] = counted(lambda: taught.extend(teach(model, tokenizer, e) for e in episodes))
@@ -75,18 +94,24 @@ def test_a_whole_cell_costs_what_torch_counts():
         )
         with adapted(model, lora, fits[method].theta[:2]) as student:
             ids = tokenizer.encode_all(prompts)
-            found[f"score {method}"] = counted(lambda ids=ids: label_scores(student, ids, labels, Scoring(2)))
+            found[f"score {method}"] = counted(
+                lambda ids=ids: label_scores(student, ids, labels, Scoring(2))
+            )
     icl = [share_prefix(model, tokenizer, e.icl, prompts) for e in episodes]
     rest, prefix = len(icl[0][1][0]), icl[0][0].keywords["prefix"].length
     found["score icl"] = counted(lambda: [label_scores(*shared, labels) for shared in icl])
-    shown = len(tokenizer.encode(episodes[0].train[0].prompt + episodes[0].train[0].answer + "\n\n"))
+    shown = len(
+        tokenizer.encode(episodes[0].train[0].prompt + episodes[0].train[0].answer + "\n\n")
+    )
     cell = CellSize(length, 3 * shown, n=4, rows=(6,), sets=2, configs=2, scored=2, epochs=1)
     stages = {name: cost.flops for name, cost in cell.stages(model.config, 4).items()}
     for method in ("sft", "ia2", "ia2-sft"):
         stages[f"train {method}"] += stages.pop(f"look {method}")
         assert stages[f"score {method}"] == pytest.approx(found[f"score {method}"], rel=0.01)
         assert stages[f"train {method}"] == pytest.approx(found[f"train {method}"], rel=0.02)
-    assert stages["collect"] == pytest.approx(found["collect"], rel=0.03)  # demonstrations are not all of one length
+    assert stages["collect"] == pytest.approx(
+        found["collect"], rel=0.03
+    )  # demonstrations are not all of one length
     behind = Pass(12, rest, 12, past=prefix)
     assert flops(model.config, behind) == pytest.approx(found["score icl"], rel=0.001)
 
@@ -102,7 +127,9 @@ def test_decoding_costs_what_torch_counts():
         expected += flops(model.config, Pass(3, 1, 3, past=10 + step))
     assert total == pytest.approx(expected, rel=0.001) and network.passes > 2
     read = CellSize(10, 0, answer=network.passes).read(3, 10, model.config, 4)
-    assert read.flops == pytest.approx(expected, rel=0.01) and read.tokens == 3 * (10 + network.passes - 1)
+    assert read.flops == pytest.approx(expected, rel=0.01) and read.tokens == 3 * (
+        10 + network.passes - 1
+    )
 
 
 class Counting:
@@ -120,8 +147,16 @@ def step_of(folder, runs: int, phase: str, dtype=torch.bfloat16):
     """A step of `runs` runs on four rows of equal length: model, adapter, first weights, batch, mix."""
     model = load(folder, dtype)[0]
     adapter, depth, D = LoRA(model), model.config.num_hidden_layers, model.config.hidden_size
-    rows = [Row(list(range(5, 45)), [5] * 8, torch.zeros(depth, 8, D, dtype=dtype)) for _ in range(4)]
-    return model, adapter, starts(adapter, model, runs), collate([rows] * runs), {phase: torch.ones(runs)}
+    rows = [
+        Row(list(range(5, 45)), [5] * 8, torch.zeros(depth, 8, D, dtype=dtype)) for _ in range(4)
+    ]
+    return (
+        model,
+        adapter,
+        starts(adapter, model, runs),
+        collate([rows] * runs),
+        {phase: torch.ones(runs)},
+    )
 
 
 def fused() -> bool:
@@ -132,7 +167,9 @@ def fused() -> bool:
     return any("flash" in name for name in seen.names)
 
 
-FUSED = pytest.mark.skipif("not fused()", reason="this PyTorch computes grouped heads by whole score matrices on a CPU")
+FUSED = pytest.mark.skipif(
+    "not fused()", reason="this PyTorch computes grouped heads by whole score matrices on a CPU"
+)
 
 
 @FUSED
@@ -143,24 +180,37 @@ def test_bytes_kept_for_the_backward_pass(family, phase):
     for layers, runs in ((2, 1), (2, 2), (3, 1)):
         model, adapter, theta, batch, mix = step_of(family[layers], runs, phase)
         theta, seen = theta.requires_grad_(), {}
-        own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), theta, batch.activations)}
+        own = {
+            t.untyped_storage().data_ptr() for t in (*model.parameters(), theta, batch.activations)
+        }
 
         def note(tensor, seen=seen, own=own):
             if tensor.untyped_storage().data_ptr() not in own:
                 seen[tensor.untyped_storage().data_ptr()] = tensor
             return tensor
 
-        with adapted(model, adapter, theta) as student, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        with (
+            adapted(model, adapter, theta) as student,
+            torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
+        ):
             graph = losses(student, batch, mix)  # noqa: F841  (held: addresses stay apart)
         kept[layers, runs] = sum(t.untyped_storage().nbytes() for t in seen.values())
-        wide = [t.shape for t in seen.values() if t.dtype == torch.float32 and t.numel() >= 47 * 4 * 16 * runs]
+        wide = [
+            t.shape
+            for t in seen.values()
+            if t.dtype == torch.float32 and t.numel() >= 47 * 4 * 16 * runs
+        ]
         assert not [shape for shape in wide if shape[-1] >= model.config.hidden_size // 2], wide
     shape, tokens = load(family[2])[0].config, 4 * 47
     weights = 4 * 7 * lora_size(shape, 8)
     assert lora_size(shape, 8) == theta.shape[1] * 2 // 3
     expected = run_bytes(shape, tokens, 32, 2, lora_size(shape, 8)) - weights
-    assert kept[2, 2] - kept[2, 1] == pytest.approx(expected, rel=0.2)  # of two layers the first keeps less
-    layer = run_bytes(replace(shape, num_hidden_layers=3), tokens, 0, 2, 0) - run_bytes(shape, tokens, 0, 2, 0)
+    assert kept[2, 2] - kept[2, 1] == pytest.approx(
+        expected, rel=0.2
+    )  # of two layers the first keeps less
+    layer = run_bytes(replace(shape, num_hidden_layers=3), tokens, 0, 2, 0) - run_bytes(
+        shape, tokens, 0, 2, 0
+    )
     assert kept[3, 1] - kept[2, 1] == pytest.approx(layer, rel=0.1)
 
 
@@ -211,15 +261,26 @@ def test_a_pass_moves_its_matrices_once_and_more_rows_only_states():
 
 def test_a_cell_of_a_study_is_as_large_as_its_rows():
     subject = open_subject("tiny", "cpu")
-    options = Options(n=(2, 4), methods=("icl", "ia2-sft", "ia2+sft"), rates=(1e-3, 1e-2), eval_rows=50)
+    options = Options(
+        n=(2, 4), methods=("icl", "ia2-sft", "ia2+sft"), rates=(1e-3, 1e-2), eval_rows=50
+    )
     two, four = map(size_of, lay_out([find_task("toy-mood")], subject, options))
     pool = load_examples(find_task("toy-mood"), "train").rows
-    prompts = subject.tokenizer.encode_all([e.prompt for i in range(5) for e in draw_episode(pool, 4, i).train])
+    prompts = subject.tokenizer.encode_all(
+        [e.prompt for i in range(5) for e in draw_episode(pool, 4, i).train]
+    )
     assert four.query == pytest.approx(sum(map(len, prompts)) / 20)
     assert four.shown == pytest.approx(3 * (four.query + 2))  # a label and what stands between rows
     assert four.trained == ("ia2", "ia2-sft", "ia2+sft") and four.rows == (50, 50)
-    assert (four.sets, four.configs, four.scored) == (5, 8, 5)  # a run for each rate and β, the best is scored
-    whole = [sum(size.stages(subject.model.config, 4).values(), Cost()).seconds(1e9) for size in (two, four)]
+    assert (four.sets, four.configs, four.scored) == (
+        5,
+        8,
+        5,
+    )  # a run for each rate and β, the best is scored
+    whole = [
+        sum(size.stages(subject.model.config, 4).values(), Cost()).seconds(1e9)
+        for size in (two, four)
+    ]
     assert whole[0] < whole[1]
     (every,) = lay_out([find_task("toy-mood")], subject, replace(options, n=(4,), select="both"))
     assert size_of(every) == replace(four, scored=40)
@@ -233,9 +294,17 @@ def test_the_paper_s_largest_cell_by_hand():
     """A step of 15 runs × 4 rows × 26 tokens on Qwen3-4B: forward and the gradient of inputs, 2 FLOPs a weight each."""
     shape, tokens = SHAPES["qwen3-4b"], 15 * 4 * 26
     weights = 36 * (2560 * (4096 + 2 * 1024) + 4096 * 2560 + 3 * 2560 * 9728)
-    assert flops(shape, Pass(60, 26, 60, False, True, 8)) == pytest.approx(4 * weights * tokens, rel=0.05)
-    (line,) = [line for line in cost_page.table("qwen3-4b", "", cost_page.LABELLED) if "| train ia2 |" in line]
-    assert float(line.split("|")[2]) == pytest.approx(50 * 4 * weights * 15 * 4 * 16 / 1e12, rel=0.05)
+    assert flops(shape, Pass(60, 26, 60, False, True, 8)) == pytest.approx(
+        4 * weights * tokens, rel=0.05
+    )
+    (line,) = [
+        line
+        for line in cost_page.table("qwen3-4b", "", cost_page.LABELLED)
+        if "| train ia2 |" in line
+    ]
+    assert float(line.split("|")[2]) == pytest.approx(
+        50 * 4 * weights * 15 * 4 * 16 / 1e12, rel=0.05
+    )
 
 
 def test_compiling_is_said_and_kept_where_it_lasts(monkeypatch, capsys):
@@ -258,7 +327,10 @@ def test_compiling_is_said_and_kept_where_it_lasts(monkeypatch, capsys):
     assert not capsys.readouterr().err
     for length in (3, 4):
         model(torch.arange(length)[None], logits=False)
-    assert capsys.readouterr().err == "compiling (minutes at first; kept in /somewhere/ia2mini/compiled)\n"
+    assert (
+        capsys.readouterr().err
+        == "compiling (minutes at first; kept in /somewhere/ia2mini/compiled)\n"
+    )
 
 
 def test_a_phase_costs_by_what_it_is_whatever_it_began_with():

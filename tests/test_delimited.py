@@ -8,7 +8,12 @@ from mistakes import refused
 
 from ia2mini.tasks.rows import read_rows
 
-ROWS = [("gut, sehr gut", "3,5"), ('sagt "ja"; nein', "1"), ("zwei\nZeilen", "2,0"), ("ein\tTab", "")]
+ROWS = [
+    ("gut, sehr gut", "3,5"),
+    ('sagt "ja"; nein', "1"),
+    ("zwei\nZeilen", "2,0"),
+    ("ein\tTab", ""),
+]
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
@@ -19,13 +24,18 @@ def test_the_delimiter_is_seen_from_the_file(tmp_path, delimiter, suffix, line_e
     with path.open("w", newline="", encoding="utf-8-sig") as file:
         writer = csv.writer(file, delimiter=delimiter, lineterminator=line_end)
         writer.writerows([("text", "note"), *ROWS])
-    theirs = pandas.read_csv(path, sep=delimiter, dtype=str, keep_default_na=False, lineterminator=None)
+    theirs = pandas.read_csv(
+        path, sep=delimiter, dtype=str, keep_default_na=False, lineterminator=None
+    )
     assert list(map(dict, read_rows(path))) == theirs.to_dict("records")
     assert [row["note"] for row in read_rows(path)] == [note for _, note in ROWS]
 
 
 READ = {  # a file, and the rows that it holds
-    "a comma in a name": ("text;note, more;label\na;b;c\nd, x;e;f\n", [["a", "b", "c"], ["d, x", "e", "f"]]),
+    "a comma in a name": (
+        "text;note, more;label\na;b;c\nd, x;e;f\n",
+        [["a", "b", "c"], ["d, x", "e", "f"]],
+    ),
     "one row decides": ("text, a;label\nx, y;0\nz;1\n", [["x, y", "0"], ["z", "1"]]),
     "all in quotes": ('"text";"label"\n"a;b";"0"\n', [["a;b", "0"]]),
     "Excel names it": ("sep=;\ntext;label\na;0\n", [["a", "0"]]),
@@ -64,8 +74,14 @@ WRONG = {
     "two ways": ("text, a;label\nx, y;0\n", "rows.csv: both ',' and ';'"),
     "ragged": ("text;label\na;0\nb;1;2\n", "rows.csv:3: 3 fields, the header has 2", "';'"),
     "open quote": ('text;label\n"a;0\nb;1\n', "rows.csv:2: ", "is a quote not closed"),
-    "a name twice": ("text;label;label\na;0;1\n", "rows.csv:1: two columns of the same name, 'label'"),
-    "a name twice but for blanks": ("text,label, label\na,0,1\n", "two columns of the same name, 'label'"),
+    "a name twice": (
+        "text;label;label\na;0;1\n",
+        "rows.csv:1: two columns of the same name, 'label'",
+    ),
+    "a name twice but for blanks": (
+        "text,label, label\na,0,1\n",
+        "two columns of the same name, 'label'",
+    ),
     "only a header": ("text;label\n", "rows.csv: the file holds no rows"),
     "only a mark": ("\ufeff", "rows.csv: the file holds no rows"),
 }

@@ -52,8 +52,13 @@ def test_they_are_shipped_where_they_are_surely_the_best(fitted):
     assert found["icl"]["nll"][0] < min(found["base"]["nll"][0], found["sft"]["nll"][0])
     tokens = fitted.report["tokens"]
     price = f"A query costs {tokens['icl']:.0f} tokens instead of {tokens['query']:.0f}."
-    assert "Demonstrations in the prompt (ICL) are shipped, without an adapter" in fitted.report["sentence"]
-    assert price in fitted.report["sentence"] and price in card(fitted_with_versions(fitted), "a", "ia2mini fit")
+    assert (
+        "Demonstrations in the prompt (ICL) are shipped, without an adapter"
+        in fitted.report["sentence"]
+    )
+    assert price in fitted.report["sentence"] and price in card(
+        fitted_with_versions(fitted), "a", "ia2mini fit"
+    )
 
 
 def fitted_with_versions(fitted):
@@ -65,7 +70,10 @@ def test_predict_shows_them_by_itself(fitted, saved, subject):
     loaded, asked = load_adapter(saved, subject), rows(200, 3)
     assert loaded.adapter is None and len(loaded.spec["demonstrations"]) == 16
     shown = [Example(**each) for each in fitted.spec["demonstrations"]]
-    labels = [subject.tokenizer.encode_answer("Text:a\nLabel:", label)[0] for label in fitted.spec["labels"]]
+    labels = [
+        subject.tokenizer.encode_answer("Text:a\nLabel:", label)[0]
+        for label in fitted.spec["labels"]
+    ]
     for found, row in zip(loaded.predict(asked), asked, strict=True):
         prompt = with_demonstrations(shown, f"Text:{row['text']}\nLabel:")
         with torch.no_grad():
@@ -85,7 +93,11 @@ def test_the_commands_know_it(saved, tmp_path):
     assert any(json.loads(line)["answer"] is None for line in covered)
     assert f"ICL: {100 * right / 20:.0f} % (" in run("score", saved, tmp_path / "new.jsonl").stdout
     told = run("merge", saved, "--out", tmp_path / "whole", code=2).stderr
-    assert "no adapter to merge" in told and "demonstrations" in told and not (tmp_path / "whole").exists()
+    assert (
+        "no adapter to merge" in told
+        and "demonstrations" in told
+        and not (tmp_path / "whole").exists()
+    )
 
 
 def test_a_base_that_is_another_is_refused(saved, subject):
@@ -94,7 +106,9 @@ def test_a_base_that_is_another_is_refused(saved, subject):
     spec["canary"]["base"]["log_probabilities"][0] -= 1.0
     (saved / "ia2mini.json").write_text(json.dumps(spec))
     try:
-        refused(lambda: load_adapter(saved, subject), "the base model is not the one it was fitted on")
+        refused(
+            lambda: load_adapter(saved, subject), "the base model is not the one it was fitted on"
+        )
     finally:
         (saved / "ia2mini.json").write_text(kept)
 

@@ -8,7 +8,13 @@ from mistakes import refused
 from reference import assert_equal, make_checkpoint, our_pass, random_ids
 
 SHARDS = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
-NEEDED = {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json", *SHARDS}
+NEEDED = {
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "model.safetensors.index.json",
+    *SHARDS,
+}
 NOT_NEEDED = (
     "README.md",
     "pytorch_model.bin",
@@ -47,8 +53,16 @@ def test_a_revision_is_taken_as_asked(hub_model, monkeypatch, tmp_path):
     ids = random_ids(1, 6)
     with serve({("model", "some/one"): branches}) as hub:
         connect(monkeypatch, hub, tmp_path / "cache")
-        for revision, same in ((None, folder), ("v2", other), (hub.commit("model", "some/one", "v2"), other)):
-            assert_equal(our_pass(load("some/one", revision=revision)[0], ids), our_pass(load(same)[0], ids), 0.0)
+        for revision, same in (
+            (None, folder),
+            ("v2", other),
+            (hub.commit("model", "some/one", "v2"), other),
+        ):
+            assert_equal(
+                our_pass(load("some/one", revision=revision)[0], ids),
+                our_pass(load(same)[0], ids),
+                0.0,
+            )
         refused(lambda: load("some/one", revision="v3"), "some/one", "no revision v3")
 
 
@@ -70,7 +84,8 @@ def test_the_cache_serves_without_a_network(hub_model, monkeypatch, tmp_path):
 
 def test_a_gated_repository_says_what_to_do(hub_model, monkeypatch, tmp_path):
     with serve(
-        {("model", "meta-llama/Llama-3.2-1B"): {"main": hub_model[1]}}, gated=("meta-llama/Llama-3.2-1B",)
+        {("model", "meta-llama/Llama-3.2-1B"): {"main": hub_model[1]}},
+        gated=("meta-llama/Llama-3.2-1B",),
     ) as hub:
         connect(monkeypatch, hub, tmp_path)
         page = "https://huggingface.co/meta-llama/Llama-3.2-1B"

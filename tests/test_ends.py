@@ -57,9 +57,24 @@ def several_ends(folder, eos, **files) -> Tokenizer:
     "eos, files, closing, ends",
     [
         ([FIRST, EOS, TURN], {}, [FIRST], (FIRST, EOS, TURN)),
-        ([FIRST, EOS, TURN], {"tokenizer_config": {"eos_token": "<|im_end|>"}}, [TURN], (FIRST, EOS, TURN)),
-        ([FIRST, TURN], {"tokenizer_config": {"eos_token": {"content": "<|im_end|>"}}}, [TURN], (FIRST, TURN)),
-        ([FIRST, TURN], {"special_tokens_map": {"eos_token": {"content": "<|im_end|>"}}}, [TURN], (FIRST, TURN)),
+        (
+            [FIRST, EOS, TURN],
+            {"tokenizer_config": {"eos_token": "<|im_end|>"}},
+            [TURN],
+            (FIRST, EOS, TURN),
+        ),
+        (
+            [FIRST, TURN],
+            {"tokenizer_config": {"eos_token": {"content": "<|im_end|>"}}},
+            [TURN],
+            (FIRST, TURN),
+        ),
+        (
+            [FIRST, TURN],
+            {"special_tokens_map": {"eos_token": {"content": "<|im_end|>"}}},
+            [TURN],
+            (FIRST, TURN),
+        ),
         (None, {"tokenizer_config": {"eos_token": "<|im_end|>"}}, [TURN], (TURN,)),
         (FIRST, {"tokenizer_config": {"eos_token": "<|im_end|>"}}, [TURN], (FIRST, TURN)),
         (FIRST, {"tokenizer_config": {"eos_token": "not there"}}, [FIRST], (FIRST,)),
@@ -81,10 +96,18 @@ def test_a_turn_is_closed_as_the_chat_template_says(tmp_path):
         tmp_path, FIRST, tokenizer_config={"eos_token": "<|end_of_text|>", "chat_template": CHATML}
     )
     chat = ChatTemplate(tmp_path, tokenizer)
-    assert truth_row(Example(chat("hi"), "yo"), tokenizer, end=True).answer == [*tokenizer.encode("yo"), TURN]
-    assert truth_row(Example("hi", "yo"), tokenizer, end=True).answer == [*tokenizer.encode("yo"), FIRST]
+    assert truth_row(Example(chat("hi"), "yo"), tokenizer, end=True).answer == [
+        *tokenizer.encode("yo"),
+        TURN,
+    ]
+    assert truth_row(Example("hi", "yo"), tokenizer, end=True).answer == [
+        *tokenizer.encode("yo"),
+        FIRST,
+    ]
     assert chat.tokenizer.eos_ids == (FIRST, TURN) and chat.tokenizer.closing == [TURN]
-    assert tokenizer.closing == [FIRST] and tokenizer.eos_ids == (FIRST,), "another use of it stays as it was"
+    assert tokenizer.closing == [FIRST] and tokenizer.eos_ids == (FIRST,), (
+        "another use of it stays as it was"
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,7 +117,10 @@ def test_a_turn_is_closed_as_the_chat_template_says(tmp_path):
         ("{% for m in messages %}{{ m.content }}\n<|im_end|></s>{% endfor %}", TURN),
         ("{% for m in messages %}{{ m.content }}\n\n{% endfor %}", None),
         ("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}", None),
-        ("{% if messages[1] is defined %}{{ raise_exception('one turn') }}{% endif %}{{ messages[0].content }}", None),
+        (
+            "{% if messages[1] is defined %}{{ raise_exception('one turn') }}{% endif %}{{ messages[0].content }}",
+            None,
+        ),
     ],
 )
 def test_what_a_template_writes_behind_an_answer(tmp_path, template, end):
@@ -114,8 +140,12 @@ def test_a_label_ends_with_any_end_of_sequence(tiny, ends, among):
     scores = label_scores(model, PROMPTS, closed, Scoring(among=among, ends=ends))
     for q, prompt in enumerate(PROMPTS):
         for label, found in zip(labels, scores.log_probabilities[0, q].tolist(), strict=True):
-            last = following(prompt + label).double().log_softmax(-1)[list(ends)].logsumexp(-1).item()
-            assert found == pytest.approx(label_log_probability(following, prompt, label) + last, abs=1e-4)
+            last = (
+                following(prompt + label).double().log_softmax(-1)[list(ends)].logsumexp(-1).item()
+            )
+            assert found == pytest.approx(
+                label_log_probability(following, prompt, label) + last, abs=1e-4
+            )
 
 
 def test_greedy_decoding_gives_a_label_at_whatever_end_it_comes_to():
@@ -132,7 +162,9 @@ def test_greedy_decoding_gives_a_label_at_whatever_end_it_comes_to():
         ((first, second), 0, p[4, a] * (p[a, first] + p[a, second])),
     ):
         scores = label_scores(Chain(table), [[4]], [[a, first], [a, b, first]], Scoring(ends=ends))
-        assert scores.top.tolist() == [[top]] and scores.confidence.item() == pytest.approx(sure.item(), rel=1e-5)
+        assert scores.top.tolist() == [[top]] and scores.confidence.item() == pytest.approx(
+            sure.item(), rel=1e-5
+        )
 
 
 def plain_text(net, tokenizer, ids, most, stop=None) -> tuple[list[int], list[float]]:
@@ -157,7 +189,9 @@ def test_the_confidence_of_a_text_is_that_of_what_was_generated(tiny):
     prompts = [*PROMPTS, [9, 9, 9], [100, 7]]
     plain = [plain_text(net, free, ids, 6)[0] for ids in prompts]
     ends = (plain[0][2], plain[1][0], EOS)
-    letters = [tokenizer.decode([token]) for said in plain[2:] for token in said if token not in ends]
+    letters = [
+        tokenizer.decode([token]) for said in plain[2:] for token in said if token not in ends
+    ]
     stop = next(letter for letter in letters if letter.isascii() and letter.isprintable())
     ending = Tokenizer(tokenizer.backend, ends)
     kinds = set()
@@ -176,13 +210,21 @@ def test_the_confidence_of_a_text_is_that_of_what_was_generated(tiny):
 def test_labels_of_which_one_begins_another_need_an_end(tmp_path):
     tokenizer = several_ends(tmp_path, None)
     for labels in (("1", "10"), ("10", "1", "100"), ("yes", "no", "yes, but")):
-        refused(lambda labels=labels: tokenizer.label_tokens("Label:", labels), "begins label", "eos_token_id")
+        refused(
+            lambda labels=labels: tokenizer.label_tokens("Label:", labels),
+            "begins label",
+            "eos_token_id",
+        )
     assert len(tokenizer.label_tokens("Label:", ("1", "2", "01"))) == 3
     said = several_ends(tmp_path, None, tokenizer_config={"eos_token": "</s>"})
     assert [ids[-1] for ids in said.label_tokens("Label:", ("1", "10"))] == [EOS, EOS]
 
 
-LONG = ["a friendly thank you note for everyone there", "the parcel never came and nobody has called yet", "other"]
+LONG = [
+    "a friendly thank you note for everyone there",
+    "the parcel never came and nobody has called yet",
+    "other",
+]
 
 
 @pytest.fixture(scope="module")
@@ -202,21 +244,31 @@ def test_labels_less_likely_than_the_smallest_float32_are_told_apart(sharp):
     subject = open_subject(str(sharp), "cpu")
     spec = {"template": "{text}", "labels": LONG, "temperature": 30.0}
     fitted = Predictor(subject, None, None, FOREIGN | spec)
-    rows = [Row(f"row {i}", {"text": f"Ticket: number {i}\nClass:", "label": LONG[i % 2]}) for i in range(6)]
+    rows = [
+        Row(f"row {i}", {"text": f"Ticket: number {i}\nClass:", "label": LONG[i % 2]})
+        for i in range(6)
+    ]
     labels, losses = [subject.tokenizer.encode(label, special=False) for label in LONG], []
     for row, found in zip(rows, fitted.predict(rows), strict=True):
         ids = subject.tokenizer.encode(row["text"])
-        logs = torch.tensor([label_log_probability(following, ids, label) for label in labels]).double()
+        logs = torch.tensor(
+            [label_log_probability(following, ids, label) for label in labels]
+        ).double()
         assert logs[:2].max() < -150
         shares = (logs / 30).softmax(-1)
         assert found["answer"] == LONG[shares.argmax()]
-        assert list(found["probabilities"].values()) == pytest.approx(shares.tolist(), rel=1e-3, abs=1e-12)
+        assert list(found["probabilities"].values()) == pytest.approx(
+            shares.tolist(), rel=1e-3, abs=1e-12
+        )
         losses.append(-(logs / 30).log_softmax(-1)[LONG.index(row["label"])].item())
     numbers = score_rows(fitted, rows, False)["candidates"]["adapter"]
     assert numbers["nll"][0] == pytest.approx(sum(losses) / 6, rel=1e-4)
     examples = [Example(row["text"], row["label"], LONG.index(row["label"])) for row in rows]
     (measured,) = score(subject.model, subject.tokenizer, examples, tuple(LONG))
-    whole = [-label_log_probability(following, subject.tokenizer.encode(e.prompt), labels[e.label]) for e in examples]
+    whole = [
+        -label_log_probability(following, subject.tokenizer.encode(e.prompt), labels[e.label])
+        for e in examples
+    ]
     assert measured["nll"] == pytest.approx(sum(whole) / 6, rel=1e-4) and measured["nll"] > 150
 
 
@@ -225,11 +277,16 @@ def test_shares_far_beyond_float32_count_in_a_score(sharp):
     following = upstreams(upstream(sharp))
     subject = open_subject(str(sharp), "cpu")
     fitted = Predictor(subject, None, None, FOREIGN | {"template": "{text}", "labels": LONG})
-    rows = [Row(f"row {i}", {"text": f"Ticket: number {i}\nClass:", "label": LONG[i % 2]}) for i in range(4)]
+    rows = [
+        Row(f"row {i}", {"text": f"Ticket: number {i}\nClass:", "label": LONG[i % 2]})
+        for i in range(4)
+    ]
     labels, losses = [subject.tokenizer.encode(label, special=False) for label in LONG], []
     for row in rows:
         ids = subject.tokenizer.encode(row["text"])
-        logs = torch.tensor([label_log_probability(following, ids, label) for label in labels]).double()
+        logs = torch.tensor(
+            [label_log_probability(following, ids, label) for label in labels]
+        ).double()
         losses.append(-logs.log_softmax(-1)[LONG.index(row["label"])].item())
     assert max(losses) > 200
     assert score_rows(fitted, rows, False)["candidates"]["adapter"]["nll"][0] == pytest.approx(
@@ -239,14 +296,18 @@ def test_shares_far_beyond_float32_count_in_a_score(sharp):
 
 def letters(*more: str) -> Tokenizer:
     """A tokenizer of one token a byte, and special tokens after them."""
-    backend = Backend(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    backend = Backend(
+        models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(list(more))
     return Tokenizer(backend, ())
 
 
-@pytest.mark.parametrize("stop", ["é", "日本", "🙂", "🙂🙂", "。\n", "né", "\u200d", "\r\n", "END", " ", "¡"])
+@pytest.mark.parametrize(
+    "stop", ["é", "日本", "🙂", "🙂🙂", "。\n", "né", "\u200d", "\r\n", "END", " ", "¡"]
+)
 @pytest.mark.parametrize("before", ["", "x", "né", "日", "🙂 and", "\n", "ab" * 20])
 def test_a_stop_text_of_characters_of_several_tokens_stops(stop, before):
     """As a search in the text, after every token."""
@@ -272,7 +333,15 @@ def test_a_stop_text_may_be_a_special_token():
 
 def test_a_line_end_on_the_command_line_is_one():
     """The embedded model answers with a label and a blank line."""
-    how = ["generate", "--device", "cpu", "--max-tokens", "8", "--prompt", "Text:good\nLabel:1\n\nText:bad\nLabel:"]
+    how = [
+        "generate",
+        "--device",
+        "cpu",
+        "--max-tokens",
+        "8",
+        "--prompt",
+        "Text:good\nLabel:1\n\nText:bad\nLabel:",
+    ]
     assert CliRunner().invoke(main, how).stdout.startswith("0\n\nText:")
     for stop, kept in (("\\n", "0"), ("\n", "0"), ("\\n\\n", "0"), ("\\nText", "0\n")):
         result = CliRunner().invoke(main, [*how, "--stop", stop])
@@ -288,7 +357,9 @@ def test_accents_may_be_written_either_way(parser, answer):
     forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")]
     assert forms[0] != forms[1] or answer == "क़"
     assert all(same_answer(parser, one, other) for one in forms for other in forms)
-    assert not same_answer(parser, forms[0], forms[1].replace(unicodedata.normalize("NFD", answer), "cafe"))
+    assert not same_answer(
+        parser, forms[0], forms[1].replace(unicodedata.normalize("NFD", answer), "cafe")
+    )
 
 
 def test_nothing_else_of_a_label_is_greedy(tiny):
@@ -299,4 +370,6 @@ def test_nothing_else_of_a_label_is_greedy(tiny):
     scores = label_scores(model, PROMPTS, labels, Scoring(ends=(EOS, 3)))
     for q, prompt in enumerate(PROMPTS):
         top, confidence = greedy_label(following, prompt, labels)
-        assert scores.top[0, q] == top and scores.confidence[0, q].item() == pytest.approx(confidence, rel=1e-4)
+        assert scores.top[0, q] == top and scores.confidence[0, q].item() == pytest.approx(
+            confidence, rel=1e-4
+        )

@@ -24,7 +24,12 @@ def test_a_set_is_numpys_shuffle_of_the_pool(number):
 
 
 def test_the_first_set_is_pinned():
-    assert [row.prompt.split()[1] for row in draw_episode(POOL, 4, 0).train] == ["26", "35", "59", "28"]
+    assert [row.prompt.split()[1] for row in draw_episode(POOL, 4, 0).train] == [
+        "26",
+        "35",
+        "59",
+        "28",
+    ]
 
 
 @pytest.mark.parametrize("n, dev", [(2, 1), (3, 1), (4, 2), (16, 8), (95, 47), (96, 48), (128, 48)])
@@ -45,25 +50,38 @@ def test_demonstrations_are_the_other_training_rows():
     assert len(orders) == len(episode.demonstrations)
     in_set_order = [[row for row in episode.train if row != left_out] for left_out in episode.train]
     assert episode.demonstrations[:6] != in_set_order
-    assert len(episode.icl) == 1 and set(episode.icl[0]) == set(episode.train) and len(episode.icl[0]) == 6
+    assert (
+        len(episode.icl) == 1
+        and set(episode.icl[0]) == set(episode.train)
+        and len(episode.icl[0]) == 6
+    )
 
 
 def test_the_same_command_draws_the_same_set():
     a, b = (draw_episode(POOL, 6, 1, seed=3) for _ in range(2))
     assert a == b
     assert a.demonstrations != draw_episode(POOL, 6, 2, seed=3).demonstrations
-    draws = [seeded(*key).integers(2**60) for key in [(0, 1, "a"), (0, 1, "a"), (0, 1, "b"), (0, 2, "a"), (1, 1, "a")]]
+    draws = [
+        seeded(*key).integers(2**60)
+        for key in [(0, 1, "a"), (0, 1, "a"), (0, 1, "b"), (0, 2, "a"), (1, 1, "a")]
+    ]
     assert draws[0] == draws[1] and len(set(draws)) == 4
 
 
 def test_the_released_scripts_choices():
     plain, episode = draw_episode(POOL, 5, 1), draw_episode(POOL, 5, 1, pool_demos=7)
-    assert (episode.train, episode.dev, episode.demonstrations) == (plain.train, plain.dev, plain.demonstrations)
+    assert (episode.train, episode.dev, episode.demonstrations) == (
+        plain.train,
+        plain.dev,
+        plain.demonstrations,
+    )
     assert len(episode.icl) == 7 and len({tuple(seen) for seen in episode.icl}) == 7
     for seen in episode.icl:
         assert len(set(seen)) == 4 and not set(seen) & set(episode.train + episode.dev)
     reusing = draw_episode(POOL, 5, 1, reuse=True)
-    assert reusing.demonstrations == plain.demonstrations[:5] + plain.demonstrations[:2]  # dev row j: training row j's
+    assert (
+        reusing.demonstrations == plain.demonstrations[:5] + plain.demonstrations[:2]
+    )  # dev row j: training row j's
     assert reusing.icl == plain.icl
 
 
@@ -98,7 +116,9 @@ def test_a_prompt_with_demonstrations_byte_for_byte():
 def with_queries(episode, queries):
     """The episode with rows without answers, each behind two training rows of its own."""
     shown = [[episode.train[i], episode.train[i + 1]] for i in range(len(queries))]
-    return replace(episode, unlabelled=[replace(row, answer="") for row in queries], more_demonstrations=shown)
+    return replace(
+        episode, unlabelled=[replace(row, answer="") for row in queries], more_demonstrations=shown
+    )
 
 
 def test_what_controls_show_the_teacher():
@@ -108,17 +128,33 @@ def test_what_controls_show_the_teacher():
     nothing = controlled(episode, "none", None)
     assert nothing.demonstrations == [[]] * 7 and nothing.more_demonstrations == [[]] * 3
     another = controlled(episode, "other", lambda: other)
-    assert (another.demonstrations, another.more_demonstrations) == (other.demonstrations, other.more_demonstrations)
+    assert (another.demonstrations, another.more_demonstrations) == (
+        other.demonstrations,
+        other.more_demonstrations,
+    )
     moved = controlled(episode, "shuffled", None, seed=3)
     answers = {row.prompt: row.answer for row in episode.train}
-    seen = {row.prompt: row for shown in moved.demonstrations + moved.more_demonstrations for row in shown}
-    assert seen.keys() == answers.keys() and sorted(row.answer for row in seen.values()) == sorted(answers.values())
+    seen = {
+        row.prompt: row
+        for shown in moved.demonstrations + moved.more_demonstrations
+        for row in shown
+    }
+    assert seen.keys() == answers.keys() and sorted(row.answer for row in seen.values()) == sorted(
+        answers.values()
+    )
     assert all(
-        row.answer != answers[row.prompt] and pool[int(row.answer[7:])].label == row.label for row in seen.values()
+        row.answer != answers[row.prompt] and pool[int(row.answer[7:])].label == row.label
+        for row in seen.values()
     )
     for before, after in zip(episode.demonstrations, moved.demonstrations, strict=True):
         assert [row.prompt for row in before] == [row.prompt for row in after]
-        assert all(seen[row.prompt] == row for row in after)  # the same wrong answer before every query
+        assert all(
+            seen[row.prompt] == row for row in after
+        )  # the same wrong answer before every query
     for control in (nothing, another, moved):  # what is trained on and evaluated stays
-        assert (control.train, control.dev, control.icl) == (episode.train, episode.dev, episode.icl)
+        assert (control.train, control.dev, control.icl) == (
+            episode.train,
+            episode.dev,
+            episode.icl,
+        )
         assert control.unlabelled == episode.unlabelled

@@ -20,19 +20,27 @@ def test_the_estimate_counts_rows_folds_rates_epochs_and_phases(monkeypatch):
         labels.append(label)
         return tqdm(disable=True)
 
-    cv, _ = cross_validation(world.rows("toy-mood", "train")[:12], open_subject("tiny", "cpu"), OPTIONS, bar=bar)
+    cv, _ = cross_validation(
+        world.rows("toy-mood", "train")[:12], open_subject("tiny", "cpu"), OPTIONS, bar=bar
+    )
     assert cv.estimate() == "", "nothing is known yet"
     cv.seconds = 10.0  # of one pass over all rows
-    epoch = 10.0 * (3 * 3 + 1) * 2 * 3  # three folds there and back and a look; two rates; SFT, IA2 and SFT after it
+    epoch = (
+        10.0 * (3 * 3 + 1) * 2 * 3
+    )  # three folds there and back and a look; two rates; SFT, IA2 and SFT after it
     expected = f"about {duration(4 * epoch)} to {duration(20 * epoch)}"
     monkeypatch.setattr(crossval, "METHODS", {"sft": lambda grid: None, "ia2": lambda grid: None})
     cv.train_phase(cv.whole_grid, "sft", None)
     cv.train_phase(cv.fold_grid, "ia2", None)
-    assert labels == ["collecting", f"training sft (all training: {expected})", "training ia2"], "said once"
+    assert labels == ["collecting", f"training sft (all training: {expected})", "training ia2"], (
+        "said once"
+    )
 
 
 def test_short_work_has_none():
-    cv, _ = cross_validation(world.rows("toy-mood", "train")[:12], open_subject("tiny", "cpu"), OPTIONS)
+    cv, _ = cross_validation(
+        world.rows("toy-mood", "train")[:12], open_subject("tiny", "cpu"), OPTIONS
+    )
     cv.seconds = 0.01
     assert cv.estimate() == ""
 

@@ -18,23 +18,33 @@ from ia2mini.tasks import Example
 from ia2mini.teacher import Asked, observe
 
 LABELS = [[48], [70], [49]]
-EVERY = [[token] for token in reversed(range(VOCABULARY))]  # a label for every token: one of them is always the top
+EVERY = [
+    [token] for token in reversed(range(VOCABULARY))
+]  # a label for every token: one of them is always the top
 ADAPTERS = {"lora": LoRA, "ia3": IA3, "ia3-inputs": lambda m: IA3(m, scale_inputs=True)}
 IDS = torch.Generator().manual_seed(0)
-PROMPTS = [torch.randint(0, 256, (length,), generator=IDS).tolist() for length in (4, 11, 7, 7, 1, 9, 2)]
+PROMPTS = [
+    torch.randint(0, 256, (length,), generator=IDS).tolist() for length in (4, 11, 7, 7, 1, 9, 2)
+]
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
 def tiny(request, tmp_path_factory):
     torch.set_num_threads(1)
-    folder = make_checkpoint(tmp_path_factory.mktemp(request.param), request.param, num_hidden_layers=2)
+    folder = make_checkpoint(
+        tmp_path_factory.mktemp(request.param), request.param, num_hidden_layers=2
+    )
     return folder, *load(folder)
 
 
 def trained(model, kind, runs):
     adapter = ADAPTERS[kind](model)
-    theta = torch.stack([adapter.init(model, torch.Generator().manual_seed(r)) for r in range(runs)])
-    return adapter, theta + 0.1 * torch.randn(theta.shape, generator=torch.Generator().manual_seed(1))
+    theta = torch.stack(
+        [adapter.init(model, torch.Generator().manual_seed(r)) for r in range(runs)]
+    )
+    return adapter, theta + 0.1 * torch.randn(
+        theta.shape, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def check_scores(scores, run, net, prompts, labels, among=None):
@@ -47,7 +57,9 @@ def check_scores(scores, run, net, prompts, labels, among=None):
         assert scores.top[run, q] == (labels.index([top]) if [top] in labels else -1)
         confidence = e[top] / sum(sorted(e)[-among:] if among else e)
         assert scores.confidence[run, q].item() == pytest.approx(confidence, abs=1e-5)
-        assert scores.probabilities[run, q].tolist() == pytest.approx([e[i] / sum(e) for (i,) in labels], abs=1e-5)
+        assert scores.probabilities[run, q].tolist() == pytest.approx(
+            [e[i] / sum(e) for (i,) in labels], abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("labels", [LABELS, EVERY], ids=["three", "every"])
@@ -55,7 +67,9 @@ def check_scores(scores, run, net, prompts, labels, among=None):
 def test_scores_equal_a_naive_loop(tiny, budget, among, labels):
     folder, model, _ = tiny
     watched = []
-    scores = label_scores(model, PROMPTS, labels, Scoring(among=among, budget=budget), watched.append)
+    scores = label_scores(
+        model, PROMPTS, labels, Scoring(among=among, budget=budget), watched.append
+    )
     check_scores(scores, 0, upstream(folder), PROMPTS, labels, among)
     assert sum(watched) == len(PROMPTS) and len(watched) == {8192: 1, 1: 7, 20: 4}[budget]
     assert scores.top.shape == (1, 7) and scores.probabilities.shape == (1, 7, len(labels))
@@ -83,7 +97,10 @@ def test_each_run_scores_as_its_own_model_does(tiny, kind):
     folder, model, _ = tiny
     adapter, theta = trained(model, kind, 3)
     with adapted(model, adapter, theta) as student:
-        scores, every = (label_scores(student, PROMPTS, labels, Scoring(3, budget=60)) for labels in (LABELS, EVERY))
+        scores, every = (
+            label_scores(student, PROMPTS, labels, Scoring(3, budget=60))
+            for labels in (LABELS, EVERY)
+        )
     for r in (0, 2):
         twin = peft_twin(folder, adapter, theta[r])
         check_scores(scores, r, twin, PROMPTS, LABELS)
@@ -91,7 +108,9 @@ def test_each_run_scores_as_its_own_model_does(tiny, kind):
     assert not torch.equal(scores.confidence[0], scores.confidence[1])
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(order=st.permutations(range(len(PROMPTS))), budget=st.integers(1, 80))
 def test_any_order_of_rows_gives_the_same_scores(tiny, order, budget):
     _, model, _ = tiny
@@ -100,7 +119,9 @@ def test_any_order_of_rows_gives_the_same_scores(tiny, order, budget):
     found = label_scores(model, [PROMPTS[i] for i in order], labels, Scoring(budget=budget))
     assert torch.equal(found.top, expected.top[:, order])
     torch.testing.assert_close(found.confidence, expected.confidence[:, order], rtol=0, atol=1e-5)
-    torch.testing.assert_close(found.probabilities, expected.probabilities[:, order], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        found.probabilities, expected.probabilities[:, order], rtol=0, atol=1e-5
+    )
 
 
 DEMONSTRATIONS = [Example(f"Text:example {i} of some\nLabel:", str(i % 2), i % 2) for i in range(3)]
@@ -111,7 +132,9 @@ def test_demonstrations_computed_once_equal_whole_prompts(tiny):
     _, model, tokenizer = tiny
     whole = [tokenizer.encode(with_demonstrations(DEMONSTRATIONS, q)) for q in QUERIES]
     student, rest = share_prefix(model, tokenizer, [DEMONSTRATIONS], QUERIES)
-    assert [len(w) - len(r) for w, r in zip(whole, rest, strict=True)] == [student.keywords["prefix"].length] * 3
+    assert [len(w) - len(r) for w, r in zip(whole, rest, strict=True)] == [
+        student.keywords["prefix"].length
+    ] * 3
     bos = len(tokenizer.encode(""))
     shown = "\n\n".join(d.prompt + d.answer for d in DEMONSTRATIONS) + "\n\nText:"
     assert student.keywords["prefix"].length == bos + len(shown)
@@ -123,10 +146,14 @@ def test_demonstrations_computed_once_equal_whole_prompts(tiny):
     how = Decoding(6, stop=None)
     assert generate(student, tokenizer, rest, how) == generate(model, tokenizer, whole, how)
     answers = [[1, 2], [3], [4, 5, 6]]
-    targets = [[Row(p, a) for p, a in zip(prompts, answers, strict=True)] for prompts in (whole, rest)]
+    targets = [
+        [Row(p, a) for p, a in zip(prompts, answers, strict=True)] for prompts in (whole, rest)
+    ]
     observe(model, targets[0], whole, Asked(9))
     observe(student, targets[1], rest, Asked(9))
-    assert all((a.activations - b.activations).abs().max() <= 1e-5 for a, b in zip(*targets, strict=True))
+    assert all(
+        (a.activations - b.activations).abs().max() <= 1e-5 for a, b in zip(*targets, strict=True)
+    )
 
 
 def test_one_query_keeps_its_last_token(tiny):
@@ -144,15 +171,22 @@ def test_demonstrations_a_query_stay_whole(tiny):
     shown = [DEMONSTRATIONS[i:] + DEMONSTRATIONS[:i] for i in range(3)]
     same, prompts = share_prefix(model, tokenizer, shown, QUERIES, least=40)
     assert same is model
-    assert prompts == [tokenizer.encode(with_demonstrations(s, q)) for s, q in zip(shown, QUERIES, strict=True)]
+    assert prompts == [
+        tokenizer.encode(with_demonstrations(s, q)) for s, q in zip(shown, QUERIES, strict=True)
+    ]
 
 
 def test_similarity_equals_a_naive_loop(tiny):
     folder, model, _ = tiny
     adapter, theta = trained(model, "lora", 2)
     rows = [Row([5, 6, 7], [1, 2, 3]), Row([8], [4]), Row([9, 10, 11, 12, 13], [5, 6])]
-    runs = [[Row(row.prompt, row.answer, torch.randn(2, len(row.answer), 32)) for row in rows] for _ in range(2)]
-    runs[1][0] = Row([20, 21, 22, 23], [1], torch.randn(2, 1, 32))  # a run's responses have their own lengths
+    runs = [
+        [Row(row.prompt, row.answer, torch.randn(2, len(row.answer), 32)) for row in rows]
+        for _ in range(2)
+    ]
+    runs[1][0] = Row(
+        [20, 21, 22, 23], [1], torch.randn(2, 1, 32)
+    )  # a run's responses have their own lengths
     for budget in (8192, 1):
         with adapted(model, adapter, theta) as student:
             found = layer_asim(student, runs, budget=budget)
@@ -163,7 +197,10 @@ def test_similarity_equals_a_naive_loop(tiny):
                 _, outputs = upstream_pass(net, torch.tensor([row.prompt + row.answer[:-1]]))
                 for layer in range(2):
                     for p in range(len(row.answer)):
-                        ours, target = outputs[layer, 0, len(row.prompt) - 1 + p], row.activations[layer, p]
+                        ours, target = (
+                            outputs[layer, 0, len(row.prompt) - 1 + p],
+                            row.activations[layer, p],
+                        )
                         similar[layer].append((ours @ target / ours.norm() / target.norm()).item())
             assert found[r].tolist() == pytest.approx([sum(s) / len(s) for s in similar], abs=1e-5)
 
@@ -177,14 +214,22 @@ def test_scores_come_with_the_similarity_of_the_same_pass(tiny, budget, labels):
     kept = label_scores(model, PROMPTS, labels, Scoring(keep=5, budget=budget)).outputs
     rows = [Row(p, [0]) for p in PROMPTS[:5]]
     observe(model, rows, PROMPTS[:5], Asked(9))
-    torch.testing.assert_close(kept[:, 0], torch.cat([row.activations for row in rows], 1), rtol=0, atol=1e-5)
-    like = kept + 0.5 * torch.randn(kept.shape[0], 2, *kept.shape[2:], generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        kept[:, 0], torch.cat([row.activations for row in rows], 1), rtol=0, atol=1e-5
+    )
+    like = kept + 0.5 * torch.randn(
+        kept.shape[0], 2, *kept.shape[2:], generator=torch.Generator().manual_seed(0)
+    )
 
     def similar(student, number):
-        return layer_asim(student, [[Row(p, [0], like[:, number, i : i + 1]) for i, p in enumerate(PROMPTS[:5])]])[0]
+        return layer_asim(
+            student, [[Row(p, [0], like[:, number, i : i + 1]) for i, p in enumerate(PROMPTS[:5])]]
+        )[0]
 
     found = label_scores(model, PROMPTS, labels, Scoring(like=like, budget=budget)).asim
-    torch.testing.assert_close(found, torch.stack([similar(model, 0), similar(model, 1)]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        found, torch.stack([similar(model, 0), similar(model, 1)]), rtol=0, atol=1e-5
+    )
     with adapted(model, adapter, theta) as student:
         found = label_scores(student, PROMPTS, labels, Scoring(4, like=like, budget=budget)).asim
     for r in range(4):
@@ -196,7 +241,9 @@ def test_a_model_is_entirely_similar_to_itself(tiny):
     _, model, _ = tiny
     rows = [Row(p, [3, 4][: 1 + i % 2]) for i, p in enumerate(PROMPTS)]
     observe(model, rows, PROMPTS, Asked(9))
-    torch.testing.assert_close(layer_asim(model, [rows], budget=30), torch.ones(1, 2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        layer_asim(model, [rows], budget=30), torch.ones(1, 2), rtol=0, atol=1e-5
+    )
     for row in rows:
         row.activations = -row.activations
     torch.testing.assert_close(layer_asim(model, [rows]), -torch.ones(1, 2), rtol=0, atol=1e-5)

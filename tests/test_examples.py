@@ -30,30 +30,48 @@ def test_a_tap_equals_a_hook(capsys, monkeypatch):
 
 def test_ia2_by_hand_beats_sft_and_is_short(capsys):
     runpy.run_path(str(EXAMPLES / "ia2_by_hand.py"))
-    said = dict(re.findall(r"^(sft|ia2|ia2-sft) +accuracy (\S+),", capsys.readouterr().out, re.MULTILINE))
+    said = dict(
+        re.findall(r"^(sft|ia2|ia2-sft) +accuracy (\S+),", capsys.readouterr().out, re.MULTILINE)
+    )
     assert float(said["ia2"]) > float(said["sft"]) + 0.2
     until_own_loss = (EXAMPLES / "ia2_by_hand.py").read_text().split("def cosine")[0]
     assert until_own_loss.count("\n") <= 30
 
 
 PAPER = (Path(__file__).parents[1] / "docs" / "paper.md").read_text(encoding="utf-8")
-COMMANDS = [part.removeprefix("ia2mini run ") for part in PAPER.split("`") if part.startswith("ia2mini run ")]
-REPORTS = [part.removeprefix("ia2mini report ") for part in PAPER.split("`") if part.startswith("ia2mini report runs")]
+COMMANDS = [
+    part.removeprefix("ia2mini run ")
+    for part in PAPER.split("`")
+    if part.startswith("ia2mini run ")
+]
+REPORTS = [
+    part.removeprefix("ia2mini report ")
+    for part in PAPER.split("`")
+    if part.startswith("ia2mini report runs")
+]
 
 
 def test_every_table_and_figure_of_the_paper_has_a_command():
     first = [line.split("|")[1].strip() for line in PAPER.splitlines() if line.startswith("| ")]
-    assert [name for name in first if name.startswith("Table")] == [f"Table {i}" for i in range(1, 21)]
+    assert [name for name in first if name.startswith("Table")] == [
+        f"Table {i}" for i in range(1, 21)
+    ]
     figures = ["Figure 1", "Figure 2", "Figures 3, 5", "Figure 4", "Figure 6"]
     assert [name for name in first if name.startswith("Figure")] == figures
     assert len(set(COMMANDS)) == len(COMMANDS) >= 30
     for command in COMMANDS:
         given = run.make_context("run", command.split()).params
-        assert all(find_task(task).train for task in given["names"]) and given["model"] in SHORT_NAMES
+        assert (
+            all(find_task(task).train for task in given["names"]) and given["model"] in SHORT_NAMES
+        )
         assert not given["methods"] or set(given["methods"]) <= {"base", "icl", *METHODS}
     filled = {str(run.make_context("run", command.split()).params["out"]) for command in COMMANDS}
-    joined = [report.make_context("report", command.split()).params["folders"] for command in REPORTS]
-    assert {str(folders[0].parent) for (*folders,) in joined} == filled - {"runs"} and len(joined) == 2
+    joined = [
+        report.make_context("report", command.split()).params["folders"] for command in REPORTS
+    ]
+    assert {str(folders[0].parent) for (*folders,) in joined} == filled - {"runs"} and len(
+        joined
+    ) == 2
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +81,9 @@ def paper_data(tmp_path_factory, shared_data) -> Path:
     for path in shared_data.glob("*/*.jsonl"):
         (folder / path.parent.name).mkdir(exist_ok=True)
         with path.open(encoding="utf-8") as lines:
-            (folder / path.parent.name / path.name).write_text("".join(islice(lines, 4000)), encoding="utf-8")
+            (folder / path.parent.name / path.name).write_text(
+                "".join(islice(lines, 4000)), encoding="utf-8"
+            )
     made = {
         "bbc_news/test": [{"text": f"the team won {i} games", "label": i % 5} for i in range(20)],
         "qasc/validation": [
@@ -74,7 +94,9 @@ def paper_data(tmp_path_factory, shared_data) -> Path:
             }
             for i in range(20)
         ],
-        "strategy_qa/test": [{"question": f"Is {i} more than 300?", "answer": i > 300} for i in range(600)],
+        "strategy_qa/test": [
+            {"question": f"Is {i} more than 300?", "answer": i > 300} for i in range(600)
+        ],
     }
     for name, rows in made.items():
         path = folder / f"{name}.jsonl"
@@ -85,17 +107,31 @@ def paper_data(tmp_path_factory, shared_data) -> Path:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_of_the_paper_run_from_end_to_end(command, tmp_path, shared_data, paper_data, monkeypatch):
+def test_commands_of_the_paper_run_from_end_to_end(
+    command, tmp_path, shared_data, paper_data, monkeypatch
+):
     """On a small random model with the real tokenizer, few rows, short texts."""
     for name, task in all_tasks().items():
         monkeypatch.setitem(all_tasks(), name, replace(task, max_tokens=min(task.max_tokens, 6)))
-    changes = {"vocab_size": 128_256, "hidden_size": 8, "head_dim": 4, "num_hidden_layers": 1, "eos_token_id": 0}
+    changes = {
+        "vocab_size": 128_256,
+        "hidden_size": 8,
+        "head_dim": 4,
+        "num_hidden_layers": 1,
+        "eos_token_id": 0,
+    }
     folder = make_checkpoint(tmp_path / "model", "llama", **changes)
     shutil.copy(shared_data / "tokenizers" / "llama3" / "tokenizer.json", folder)
     words = re.sub(r"--model \S+", f"--model {folder}", command).split()
     words[words.index("--n") + 1] = "2"
-    less = "--sets 1 --eval-rows 2 --epochs 1 --betas 0.5 --rates 1e-3 --json".split() + ["--figures", "", "--out"]
-    done = CliRunner().invoke(main, ["run", *words, "--data-dir", str(paper_data), *less, str(tmp_path / "runs")])
+    less = "--sets 1 --eval-rows 2 --epochs 1 --betas 0.5 --rates 1e-3 --json".split() + [
+        "--figures",
+        "",
+        "--out",
+    ]
+    done = CliRunner().invoke(
+        main, ["run", *words, "--data-dir", str(paper_data), *less, str(tmp_path / "runs")]
+    )
     assert done.exit_code == 0, done.output + done.stderr
     document = json.loads(done.stdout.splitlines()[-1])
     asked = run.make_context("run", words).params["methods"]

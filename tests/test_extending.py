@@ -45,5 +45,7 @@ def test_a_family_of_ones_own_is_read_and_tapped(tmp_path, monkeypatch):
 def test_it_takes_twenty_lines(name):
     source = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
     added = source.split("model, tokenizer = load")[0].split("\n\n\n", 1)[-1]
-    code = [line for line in added.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    code = [
+        line for line in added.splitlines() if line.strip() and not line.lstrip().startswith("#")
+    ]
     assert len(code) <= 20

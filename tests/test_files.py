@@ -10,11 +10,15 @@ from mistakes import refused
 from reference import make_checkpoint
 
 from ia2mini import UsageError
-from ia2mini.files import (finite, read_json, read_sealed, sealed, sweep, write, write_json, write_text)
+from ia2mini.files import finite, read_json, sweep, write, write_text
 
 
 @pytest.mark.parametrize(
-    "error, raised", [(OSError(28, "No space left on device"), UsageError), (KeyboardInterrupt(), KeyboardInterrupt)]
+    "error, raised",
+    [
+        (OSError(28, "No space left on device"), UsageError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
 )
 def test_a_failed_write_leaves_what_was_there(tmp_path, error, raised):
     path = tmp_path / "deep" / "config.json"
@@ -41,8 +45,14 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 def test_numbers_that_json_lacks_become_null():
-    document = {"a": [1.5, float("nan"), (2, float("-inf"))], "b": {"c": float("inf"), "d": "x", "e": None, "f": True}}
-    assert finite(document) == {"a": [1.5, None, [2, None]], "b": {"c": None, "d": "x", "e": None, "f": True}}
+    document = {
+        "a": [1.5, float("nan"), (2, float("-inf"))],
+        "b": {"c": float("inf"), "d": "x", "e": None, "f": True},
+    }
+    assert finite(document) == {
+        "a": [1.5, None, [2, None]],
+        "b": {"c": None, "d": "x", "e": None, "f": True},
+    }
 
 
 FULL = """
@@ -63,7 +73,10 @@ except UsageError as error:
 def test_saving_to_a_full_disk_leaves_nothing(tmp_path):
     folder = make_checkpoint(tmp_path / "first", "llama")
     done = subprocess.run(
-        [sys.executable, "-c", FULL, folder, tmp_path / "second"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", FULL, folder, tmp_path / "second"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.count("\n") == 1 and "model.safetensors: cannot be written" in done.stdout
     assert os.listdir(tmp_path / "second") == []
@@ -79,17 +92,10 @@ def test_pipes_and_devices_are_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "zero.json").symlink_to("/dev/zero")
     for name in ("pipe.json", "zero.json"):
-        refused(lambda name=name: read_json(tmp_path / name), f"{name}: cannot be read (it is not a file)")
-
-
-def test_sealed_content_is_found_changed_or_moved(tmp_path):
-    path, content = tmp_path / "a" / "x.json", {"a": [1.5, float("nan")], "b": "é"}
-    write_json(path, sealed(path, content))
-    assert read_sealed(path) == {"a": [1.5, None], "b": "é"}
-    (tmp_path / "y.json").write_bytes(path.read_bytes())
-    refused(lambda: read_sealed(tmp_path / "y.json"), "y.json: its content is not what was written")
-    path.write_text(path.read_text().replace("1.5", "1.25"))
-    refused(lambda: read_sealed(path), "its content is not what was written")
+        refused(
+            lambda name=name: read_json(tmp_path / name),
+            f"{name}: cannot be read (it is not a file)",
+        )
 
 
 def test_temporary_files_of_impossible_processes_are_swept(tmp_path):

@@ -42,7 +42,11 @@ def subject():
 @pytest.fixture(scope="module")
 def fitted(subject):
     with shipping("sft"):
-        return fit(toy_rows(24, "toy-topic"), subject, replace(QUICK, methods=("sft", "ia2"), temperature=False))
+        return fit(
+            toy_rows(24, "toy-topic"),
+            subject,
+            replace(QUICK, methods=("sft", "ia2"), temperature=False),
+        )
 
 
 def cross_validation(subject, rows, options=QUICK, **more) -> CrossValidation:
@@ -60,11 +64,15 @@ def test_labels_that_cannot_be_known_are_guessed_at_chance(subject):
     """Labels by the row's number: whatever saw a held-out row's answer would be right far more often than half."""
     labels = np.random.default_rng(1).permutation(np.repeat([0, 1], 30))
     rows = [{"text": row["text"], "label": str(y)} for row, y in zip(toy_rows(60), labels)]
-    found = fit(rows, subject, replace(QUICK, epochs=12, methods=("sft", "ia2", "ia2-sft"))).report["candidates"]
+    found = fit(rows, subject, replace(QUICK, epochs=12, methods=("sft", "ia2", "ia2-sft"))).report[
+        "candidates"
+    ]
     assert set(found) == {"base", "commonest", "icl", "sft", "ia2", "ia2-sft", "probe"}
     for name, one in found.items():
         assert abs(one["acc"][0] - 0.5) <= 3 * 0.5 / 60**0.5, f"{name}: {one['acc'][0]:.2f} right"
-        assert one["nll"][0] > np.log(2) - 0.1 or name == "probe", f"{name}: loss {one['nll'][0]:.2f} is below chance's"
+        assert one["nll"][0] > np.log(2) - 0.1 or name == "probe", (
+            f"{name}: loss {one['nll'][0]:.2f} is below chance's"
+        )
 
 
 @dataclass
@@ -87,15 +95,24 @@ def test_a_fold_among_others_equals_it_alone(subject, method):
     together = cv.train_for(method, torch.tensor([1, 2, 3, 3, 2, 1]))
     for number in range(3):
         mine = slice(2 * number, 2 * number + 2)
-        wanted = together.steps[mine] - (cv.trained("ia2").steps[mine] if method == "ia2-sft" else 0)
+        wanted = together.steps[mine] - (
+            cv.trained("ia2").steps[mine] if method == "ia2-sft" else 0
+        )
         assert (wanted == cv.epoch_steps * torch.tensor([1, 2, 3, 3, 2, 1])[mine]).all()
-        phases = [Trained(*(value[mine] for value in vars(cv.trained("ia2")).values()))] * (method == "ia2-sft")
+        phases = [Trained(*(value[mine] for value in vars(cv.trained("ia2")).values()))] * (
+            method == "ia2-sft"
+        )
 
         def until(state, wanted=wanted):
             state.going &= state.step < wanted[state.index]
             return False
 
-        grid = replace(cv.whole_grid, sets=[cv.whole_grid.sets[number]], hooks=Hooks(after_look=until), trainer=train)
+        grid = replace(
+            cv.whole_grid,
+            sets=[cv.whole_grid.sets[number]],
+            hooks=Hooks(after_look=until),
+            trainer=train,
+        )
         alone = Alone(**vars(grid), number=number)
         assert relative(together.theta[mine], METHODS[method](alone, *phases).theta) <= 1e-4
 
@@ -110,14 +127,22 @@ def test_the_reports_numbers_are_those_of_scikit_learn(fitted):
     assert [row["confidence"] for row in report["held_out"]] == pytest.approx(p.max(1).tolist())
     assert [row["right"] for row in report["held_out"]] == [t == s for t, s in zip(true, said)]
     assert found["acc"][0] == pytest.approx(theirs.accuracy_score(true, said))
-    assert found["nll"][0] == pytest.approx(theirs.log_loss(gold, p / p.sum(1, keepdims=True)), abs=1e-5)
+    assert found["nll"][0] == pytest.approx(
+        theirs.log_loss(gold, p / p.sum(1, keepdims=True)), abs=1e-5
+    )
     brier = theirs.brier_score_loss(gold, p / p.sum(1, keepdims=True), scale_by_half=False)
     assert found["brier"][0] == pytest.approx(brier, abs=1e-5)
     assert report["confusion"] == theirs.confusion_matrix(true, said, labels=labels).tolist()
-    by_class = theirs.precision_recall_fscore_support(true, said, labels=labels, zero_division=np.nan)
+    by_class = theirs.precision_recall_fscore_support(
+        true, said, labels=labels, zero_division=np.nan
+    )
     for row, precision, recall, _, rows in zip(report["classes"], *by_class):
         assert row["rows"] == rows and row["recall"] == pytest.approx(recall)
-        assert row["precision"] is None if np.isnan(precision) else row["precision"] == pytest.approx(precision)
+        assert (
+            row["precision"] is None
+            if np.isnan(precision)
+            else row["precision"] == pytest.approx(precision)
+        )
     low, high = stats.binomtest(sum(map(str.__eq__, true, said)), 24).proportion_ci(0.95, "exact")
     assert found["acc"][1:] == pytest.approx([low, high])
     losses = -np.log(p / p.sum(1, keepdims=True))[np.arange(24), gold]
@@ -131,7 +156,9 @@ def test_the_reports_numbers_are_those_of_scikit_learn(fitted):
 def test_the_temperature_is_the_one_an_optimiser_finds(scale, n):
     g = torch.Generator().manual_seed(3)
     gold = torch.randint(0, 3, (n,), generator=g)
-    scores = scale * (torch.randn(n, 3, generator=g) + 1.5 * torch.nn.functional.one_hot(gold, 3)).log_softmax(-1)
+    scores = scale * (
+        torch.randn(n, 3, generator=g) + 1.5 * torch.nn.functional.one_hot(gold, 3)
+    ).log_softmax(-1)
     target = np.full((n, 3), 1 / (n + 2) / 2)
     target[np.arange(n), gold] = (n + 1) / (n + 2)
 
@@ -140,9 +167,9 @@ def test_the_temperature_is_the_one_an_optimiser_finds(scale, n):
 
     best = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded")
     found = fit_temperature(scores, gold)
-    assert np.log(found) == pytest.approx(best.x, abs=0.026) and loss(np.log(found)) == pytest.approx(
-        best.fun, abs=1e-3
-    )
+    assert np.log(found) == pytest.approx(best.x, abs=0.026) and loss(
+        np.log(found)
+    ) == pytest.approx(best.fun, abs=1e-3)
 
 
 def test_without_temperature_probabilities_stay_the_models(subject):
@@ -154,7 +181,13 @@ def test_without_temperature_probabilities_stay_the_models(subject):
 
 def test_what_is_odd_is_said(subject):
     rows = [{"text": row["text"], "label": str(row["label"])} for row in toy_rows(12)]
-    rows += [rows[0], rows[0], rows[1] | {"label": "3"}, rows[2] | {"label": "apple"}, rows[3] | {"label": "Apple"}]
+    rows += [
+        rows[0],
+        rows[0],
+        rows[1] | {"label": "3"},
+        rows[2] | {"label": "apple"},
+        rows[3] | {"label": "Apple"},
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "Apple" is no word of the embedded model
         report = fit(rows, subject, QUICK).report
@@ -170,7 +203,9 @@ def test_few_rows_and_unknown_names_are_one_line(subject, tmp_path):
     assert fit(toy_rows(5), subject, replace(QUICK, epochs=1)).report["folds"] == 5
     refused(lambda: fit([rows[0], rows[1] | {"label": 5}], subject), "at least 4")
     refused(lambda: fit([], subject), "no rows")
-    refused(lambda: fit([row | {"label": 1} for row in rows], subject), "every row has the answer '1'")
+    refused(
+        lambda: fit([row | {"label": 1} for row in rows], subject), "every row has the answer '1'"
+    )
     refused(lambda: fit(rows, subject, replace(QUICK, methods=("sfd",))), "--methods sfd")
     refused(lambda: fit(rows, subject, replace(QUICK, methods=())), "--methods: give at least one")
     refused(lambda: fit(rows, subject, replace(QUICK, rates=(0.0,))), "--rates 0")
@@ -181,7 +216,11 @@ def test_few_rows_and_unknown_names_are_one_line(subject, tmp_path):
     long = {"text": " ".join(["good"] * 3000), "label": 0}
     refused(lambda: fit([*rows, long], subject), "tokens the model reads")
     refused(
-        lambda: fit([{"q": r["text"], "answer": "good " * 900 + str(i)} for i, r in enumerate(rows)], subject), "read"
+        lambda: fit(
+            [{"q": r["text"], "answer": "good " * 900 + str(i)} for i, r in enumerate(rows)],
+            subject,
+        ),
+        "read",
     )
     run("fit", code=2)
     run("fit", tmp_path / "none.csv", "--model", "tiny", "--out", tmp_path / "o", code=2)
@@ -201,7 +240,9 @@ def test_demonstrations_fill_what_the_model_reads_and_no_more(subject, monkeypat
 def test_text_numbers_and_emoji(subject):
     rows = [{"question": r["question"], "answer": r["answer"]} for r in toy_rows(8, "toy-sums")]
     found = fit(rows, subject, replace(QUICK, epochs=2, methods=("sft", "ia2")))
-    assert not found.spec["labels"] and found.spec["max_tokens"] < 20 and "classes" not in found.report
+    assert (
+        not found.spec["labels"] and found.spec["max_tokens"] < 20 and "classes" not in found.report
+    )
     assert {"prompt", "true", "said", "confidence", "right"} <= set(found.report["held_out"][0])
     (answer,) = found.predict([rows[0]])
     assert isinstance(answer["answer"], str) and 0 < answer["confidence"] <= 1
@@ -219,10 +260,15 @@ def test_rows_without_answers_join_the_queries_of_ia2(subject):
     from ia2mini.tasks import Example
 
     wide = cross_validation(
-        subject, toy_rows(12), options, more=[Example(f"Text:{m['text']}\nLabel:", "") for m in more]
+        subject,
+        toy_rows(12),
+        options,
+        more=[Example(f"Text:{m['text']}\nLabel:", "") for m in more],
     )
     for narrow, taught in zip(cv.fold_grid.sets, wide.fold_grid.sets):
-        assert len(taught.icl_train) == len(narrow.icl_train) + 10 and len(taught.train) == len(narrow.train)
+        assert len(taught.icl_train) == len(narrow.icl_train) + 10 and len(taught.train) == len(
+            narrow.train
+        )
         assert [row.prompt for row in taught.train] == [row.prompt for row in narrow.train]
     assert fit(toy_rows(12), subject, options, unlabelled=more).report["rows"] == 12
 
@@ -232,7 +278,14 @@ def test_a_context_goes_into_the_weights(subject, tmp_path):
     (tmp_path / "context.txt").write_text("Task:mood\n")
     rows = "".join(json.dumps({"text": row["text"]}) + "\n" for row in toy_rows(16))
     (tmp_path / "queries.jsonl").write_text(rows)
-    how = ("--context", tmp_path / "context.txt", "--prompts", tmp_path / "queries.jsonl", "--max-tokens", 1)
+    how = (
+        "--context",
+        tmp_path / "context.txt",
+        "--prompts",
+        tmp_path / "queries.jsonl",
+        "--max-tokens",
+        1,
+    )
     how += (
         "--model",
         "tiny",
@@ -244,7 +297,11 @@ def test_a_context_goes_into_the_weights(subject, tmp_path):
     report = json.loads((tmp_path / "o" / "ia2mini.json").read_text())["report"]
     kl = {name: one["nll"][0] for name, one in report["candidates"].items()}
     assert kl["icl"] == pytest.approx(0, abs=1e-4) and report["candidates"]["icl"]["acc"][0] == 1
-    assert kl[report["chosen"]] < 0.5 * kl["base"] and "KL" in result.stdout and "instead of" in result.stdout
+    assert (
+        kl[report["chosen"]] < 0.5 * kl["base"]
+        and "KL" in result.stdout
+        and "instead of" in result.stdout
+    )
     assert report["tokens"]["icl"] > report["tokens"]["query"]
     said = run("predict", tmp_path / "o", tmp_path / "queries.jsonl", "--icl").stdout
     assert len(said.splitlines()) == 16
@@ -253,7 +310,9 @@ def test_a_context_goes_into_the_weights(subject, tmp_path):
 
 
 def test_a_killed_fit_goes_on_and_nothing_half_written_stays(subject, tmp_path, monkeypatch):
-    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"{r['text']!r},{r['label']}\n" for r in toy_rows(12)))
+    (tmp_path / "rows.csv").write_text(
+        "text,label\n" + "".join(f"{r['text']!r},{r['label']}\n" for r in toy_rows(12))
+    )
     text = (tmp_path / "rows.csv").read_text().replace("'", '"')
     (tmp_path / "rows.csv").write_text(text)
     how = (
@@ -284,15 +343,21 @@ def test_a_killed_fit_goes_on_and_nothing_half_written_stays(subject, tmp_path, 
     assert [path.name.partition("-")[0] for path in out.iterdir()] == ["unfinished"]
     assert not list(out.rglob(".*")) and list(out.rglob("fit-ia2.safetensors"))
     trained = {
-        name: lambda grid, *first, m=m: calls.append(len(grid.sets)) or m(grid, *first) for name, m in METHODS.items()
+        name: lambda grid, *first, m=m: calls.append(len(grid.sets)) or m(grid, *first)
+        for name, m in METHODS.items()
     }
     monkeypatch.setattr(crossval, "METHODS", trained)
     again = run(*how, "--out", out)
     assert 3 not in calls, "folds that had been trained were trained again"
-    assert (out / "held_out.jsonl").read_text() == (tmp_path / "whole" / "held_out.jsonl").read_text()
+    assert (out / "held_out.jsonl").read_text() == (
+        tmp_path / "whole" / "held_out.jsonl"
+    ).read_text()
     assert again.stdout.replace(str(out), str(tmp_path / "whole")) == whole.stdout
     names = {"ia2mini.json", "README.md", "report.html", "held_out.jsonl"}
-    assert {path.name for path in out.iterdir()} - {"adapter_config.json", "adapter_model.safetensors"} == names
+    assert {path.name for path in out.iterdir()} - {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    } == names
     text = run("score", out, tmp_path / "rows.csv").stdout
     assert "right, among the labels (%)" in text and "12 rows" in text
 
@@ -312,10 +377,35 @@ def test_sentencepiece(shared_data, tmp_path):
             enumerate("dog cat bird girl boy mom frog cow duck fish bug kid".split())]  # fmt: skip
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     quick = ("--rates", "1e-3", "--epochs", 2)
-    run("fit", tmp_path / "rows.jsonl", "--model", model, "--methods", "sft", *quick, "--out", tmp_path / "o")
-    found = [json.loads(line) for line in run("predict", tmp_path / "o", tmp_path / "rows.jsonl").stdout.splitlines()]
+    run(
+        "fit",
+        tmp_path / "rows.jsonl",
+        "--model",
+        model,
+        "--methods",
+        "sft",
+        *quick,
+        "--out",
+        tmp_path / "o",
+    )
+    found = [
+        json.loads(line)
+        for line in run("predict", tmp_path / "o", tmp_path / "rows.jsonl").stdout.splitlines()
+    ]
     assert len(found) == 12 and {row["answer"] for row in found} <= {"happy", "very sad"}
-    given = ("--model", model, "--n", 2, "--sets", 1, "--methods", "base,icl,sft", *quick, "--out", tmp_path / "runs")
+    given = (
+        "--model",
+        model,
+        "--n",
+        2,
+        "--sets",
+        1,
+        "--methods",
+        "base,icl,sft",
+        *quick,
+        "--out",
+        tmp_path / "runs",
+    )
     assert "rows" in run("run", "--data", tmp_path / "rows.jsonl", *given).stdout
 
 

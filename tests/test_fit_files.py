@@ -53,8 +53,16 @@ def test_columns_that_are_called_as_what_is_added_are_kept(fitted):
     for coverage in (None, 0.5):
         (found,) = fitted.predict([row | own], coverage=coverage)
         kept = {"row_answer": "mine", "row_confidence": 2, "row_row_answer": "older", "answers": 3}
-        assert found.items() >= (kept | row).items() and 0 <= found["confidence"] <= 1 and found["answer"] != "mine"
-    assert fitted.predict([row]).__next__().keys() == row.keys() | {"answer", "confidence", "probabilities"}
+        assert (
+            found.items() >= (kept | row).items()
+            and 0 <= found["confidence"] <= 1
+            and found["answer"] != "mine"
+        )
+    assert fitted.predict([row]).__next__().keys() == row.keys() | {
+        "answer",
+        "confidence",
+        "probabilities",
+    }
 
 
 def test_the_bases_commit_on_the_hub_is_kept_and_loaded(tmp_path, monkeypatch):
@@ -68,7 +76,8 @@ def test_the_bases_commit_on_the_hub_is_kept_and_loaded(tmp_path, monkeypatch):
         assert json.loads((tmp_path / "a" / "ia2mini.json").read_text())["base"]["revision"] == then
         assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["revision"] == then
         assert (
-            f"revision={then!r}" in (text := card(found, tmp_path / "a", "fit")) and "\nbase_model: some/one\n" in text
+            f"revision={then!r}" in (text := card(found, tmp_path / "a", "fit"))
+            and "\nbase_model: some/one\n" in text
         )
         hub.repos["model", "some/one"] = {"main": files | {"config.json": b"{}"}, "then": files}
         now, then = hub.commit("model", "some/one", "main"), hub.commit("model", "some/one", "then")
@@ -96,20 +105,32 @@ def test_the_card_shows_what_can_load_it(fitted, tmp_path, adapter):
     assert "dtype='float32'" in code and "\n\n\n" not in text.replace(code, "")
     assert "base_model" not in text, "a folder is no name on the hub"
     assert "from_pretrained('/models/mine'" in code
-    text = card(Predictor(fitted.subject, made, None, spec, fitted.report), tmp_path / "a", "ia2mini fit")
+    text = card(
+        Predictor(fitted.subject, made, None, spec, fitted.report), tmp_path / "a", "ia2mini fit"
+    )
     assert "import TINY" in text and "from_pretrained(TINY" in text and "vLLM" not in text
 
 
 def test_a_damaged_field_is_named_and_a_bug_of_ours_is_not_disguised(saved, tmp_path, monkeypatch):
     whole = json.loads((saved / "ia2mini.json").read_text())
-    odd = {"labels": [1], "canary": {"dtype": "float32"}, "confidences": ["0.5"], "demonstrations": [{}], "base": {}}
+    odd = {
+        "labels": [1],
+        "canary": {"dtype": "float32"},
+        "confidences": ["0.5"],
+        "demonstrations": [{}],
+        "base": {},
+    }
     for field in SHAPE:
         for broken in (
             {k: v for k, v in whole.items() if k != field},
             whole | {field: odd.get(field, [[]])},
         ):
             (tmp_path / "ia2mini.json").write_text(json.dumps(broken))
-            refused(lambda: load_adapter(tmp_path), f"ia2mini.json: field {field}", "fit the adapter again")
+            refused(
+                lambda: load_adapter(tmp_path),
+                f"ia2mini.json: field {field}",
+                "fit the adapter again",
+            )
 
     def bug(*_):
         raise KeyError("a bug of ours")
@@ -122,8 +143,16 @@ def test_a_damaged_field_is_named_and_a_bug_of_ours_is_not_disguised(saved, tmp_
 @pytest.mark.parametrize(
     "name, text, said",
     [
-        ("unknown.csv", "text,label\ngood,0\nbad,7\n", ("unknown.csv:3", "'7' is none of the labels '0', '1'")),
-        ("missing.csv", "text,mood\ngood,0\n", ("missing.csv:2", "'label'", "'mood'", "--answer-column")),
+        (
+            "unknown.csv",
+            "text,label\ngood,0\nbad,7\n",
+            ("unknown.csv:3", "'7' is none of the labels '0', '1'"),
+        ),
+        (
+            "missing.csv",
+            "text,mood\ngood,0\n",
+            ("missing.csv:2", "'label'", "'mood'", "--answer-column"),
+        ),
         ("blank.csv", "text,label\ngood,0\nbad,\n", ("blank.csv:3", "no answer in column 'label'")),
         ("null.jsonl", '{"text": "good", "label": null}\n', ("null.jsonl:1", "'label'", "nothing")),
         ("prompt.csv", "words,label\ngood,0\n", ("prompt.csv:2", "no column 'text'")),
@@ -145,7 +174,10 @@ def test_a_folder_that_was_edited_since_is_one_line(saved, tmp_path):
     for name, change in (
         ("adapter_model.safetensors", lambda data: data[:-4]),
         ("adapter_model.safetensors", lambda data: data[:-4] + b"\0\0\x80\x3f"),
-        ("adapter_config.json", lambda data: data.replace(b'"lora_alpha": 8.0', b'"lora_alpha": 9.0')),
+        (
+            "adapter_config.json",
+            lambda data: data.replace(b'"lora_alpha": 8.0', b'"lora_alpha": 9.0'),
+        ),
         ("ia2mini.json", lambda data: data[:-9]),
     ):
         kept = (saved / name).read_bytes()
@@ -170,4 +202,6 @@ def test_the_reports_loss_is_the_one_that_is_chosen_by():
     for temperature in (1.0, 2.0):
         found = measures(scores, gold, temperature)["nll"][0]
         assert found == pytest.approx(row_losses(scores, gold, temperature).mean().item(), rel=1e-6)
-    assert measures(scores, gold, 1.0)["nll"][0] == pytest.approx(100 + torch.tensor(-3.0).exp().log1p().item() / 2)
+    assert measures(scores, gold, 1.0)["nll"][0] == pytest.approx(
+        100 + torch.tensor(-3.0).exp().log1p().item() / 2
+    )

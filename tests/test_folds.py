@@ -26,7 +26,9 @@ def check(rows: list[Example], folds) -> None:
         held = {rows[i].prompt for i in fold.test}
         seen = [*fold.train, *fold.dev, *sum(fold.demonstrations, []), *sum(fold.icl, [])]
         assert fold.train and fold.dev and not held & {row.prompt for row in seen}
-        assert not set(map(id, fold.train)) & set(map(id, fold.dev)), "a row both trains and decides when to stop"
+        assert not set(map(id, fold.train)) & set(map(id, fold.dev)), (
+            "a row both trains and decides when to stop"
+        )
         assert len(fold.demonstrations) == len(fold.train) + len(fold.dev)
         for row, shown in zip(fold.train + fold.dev, fold.demonstrations, strict=True):
             assert row.prompt not in {other.prompt for other in shown}
@@ -78,7 +80,12 @@ def test_dev_rows_have_the_shares_of_the_labels():
     rows = rows_of(*[0] * 60, *[1] * 30, *[2] * 10)
     for fold in draw_folds(rows, 5, choose):
         counts = Counter(row.label for row in fold.dev)
-        assert len(fold.dev) == 16 and counts[0] in (9, 10, 11) and counts[1] in (4, 5, 6) and counts[2] in (1, 2)
+        assert (
+            len(fold.dev) == 16
+            and counts[0] in (9, 10, 11)
+            and counts[1] in (4, 5, 6)
+            and counts[2] in (1, 2)
+        )
 
 
 def test_text_rows_and_few_prompts():
@@ -109,7 +116,9 @@ def test_of_ten_thousand_rows_few_are_looked_at_for_each_query():
     labels = np.random.default_rng(0).integers(4, size=10_000).tolist()
     rows = CountedRows(rows_of(*labels))
     folds = draw_folds(rows, 5, lambda rows, rng, row=None: [])
-    assert {len(fold.dev) for fold in folds} == {48} and all(len(fold.train) == 7952 for fold in folds)
+    assert {len(fold.dev) for fold in folds} == {48} and all(
+        len(fold.train) == 7952 for fold in folds
+    )
     assert rows.looks < 20 * len(rows)
     rows.looks, rng = 0, seeded(0, 0, "test")
     for row in list(rows)[:500]:

@@ -20,7 +20,9 @@ def test_the_front_door_opens(name):
 def test_the_front_door_loads_no_torch_and_knows_its_names():
     code = "import sys, ia2mini; assert 'torch' not in sys.modules and 'load' in dir(ia2mini); ia2mini.load"
     done = subprocess.run(
-        [sys.executable, "-c", f"{code}; assert 'torch' in sys.modules"], capture_output=True, text=True
+        [sys.executable, "-c", f"{code}; assert 'torch' in sys.modules"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     with pytest.raises(AttributeError, match="module 'ia2mini' has no attribute 'nonsense'"):
@@ -45,7 +47,9 @@ WHERE = "import ia2mini, ia2mini.models.checkpoint as c; print(ia2mini.__file__)
 def imported_from(folder: Path, *path: Path) -> list[Path]:
     """Where a Python started in `folder` finds the package and its models, with `path` as PYTHONPATH."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
-    done = subprocess.run([sys.executable, "-c", WHERE], cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", WHERE], cwd=folder, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return [Path(line) for line in done.stdout.split()]
 
@@ -73,11 +77,15 @@ def test_a_checkout_has_its_own_models_where_a_wheel_is_installed(tmp_path):
 
 def test_a_checkout_without_models_is_refused_and_takes_no_other_ones(tmp_path):
     shutil.copytree(ROOT / "ia2mini", tmp_path / "ia2mini")
-    done = subprocess.run([sys.executable, "-c", WHERE], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", WHERE], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode != 0 and "models is missing" in done.stderr
 
 
 def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path):
-    (tmp_path / "ia2mini" / "ia2mini").mkdir(parents=True)  # as a clone, seen from the folder above it
+    (tmp_path / "ia2mini" / "ia2mini").mkdir(
+        parents=True
+    )  # as a clone, seen from the folder above it
     package, models = imported_from(tmp_path, ROOT)
     assert package.is_relative_to(ROOT) and models.is_relative_to(ROOT)

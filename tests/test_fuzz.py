@@ -28,7 +28,13 @@ from ia2mini.tasks.chat import ChatTemplate
 from ia2mini.tasks.own import near_labels, own_task
 from ia2mini.tasks.rows import read_rows
 
-SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 4}
+SIZES = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "head_dim": 4,
+}
 SIZES |= {"num_key_value_heads": 1, "max_position_embeddings": 512}
 CHAT = "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] | trim }}\n{% endfor %}"
 CHAT += "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -62,9 +68,9 @@ def weights_of(folder: Path) -> dict[str, np.ndarray]:
         for name, about in json.loads(data[8:start]).items():
             if name != "__metadata__" and about["dtype"] in kinds:
                 first, end = about["data_offsets"]
-                found[name] = np.frombuffer(data[start + first : start + end], kinds[about["dtype"]]).reshape(
-                    about["shape"]
-                )
+                found[name] = np.frombuffer(
+                    data[start + first : start + end], kinds[about["dtype"]]
+                ).reshape(about["shape"])
     return found
 
 
@@ -80,7 +86,9 @@ def test_checkpoint_folders(checkpoints, tmp_path):
                 return f"{name} is not finite"
             if any(p.resolve().parent != folder.resolve() for p in folder.glob("*.safetensors")):
                 return "read from elsewhere"
-            if name in (found := weights_of(folder)) and not np.array_equal(found[name].astype(np.float32), p):
+            if name in (found := weights_of(folder)) and not np.array_equal(
+                found[name].astype(np.float32), p
+            ):
                 return f"{name} is not what the file holds"
         prompts = ["Text:a lovely é🙂\nLabel:", "b"]
         try:
@@ -122,7 +130,8 @@ def answers(predictor, labels, **how):
     if not 0 <= found["confidence"] <= 1 or found["row_answer"] != "mine":
         return f"{found}"
     if labels and not (
-        found["answer"] in [*labels, None] and math.isclose(sum(found["probabilities"].values()), 1, abs_tol=1e-4)
+        found["answer"] in [*labels, None]
+        and math.isclose(sum(found["probabilities"].values()), 1, abs_tol=1e-4)
     ):
         return f"{found}"
 
@@ -135,7 +144,9 @@ def test_adapter_folders(subject, adapters, tmp_path):
     def check(folder):
         labels = ["0", "1"]
         base_of(folder)
-        return answers(load_adapter(folder, subject, template="Text:{text}\nLabel:", labels=labels), labels)
+        return answers(
+            load_adapter(folder, subject, template="Text:{text}\nLabel:", labels=labels), labels
+        )
 
     ends = fuzz("adapter", tmp_path, make, check)
     assert min(ends["read"], ends["refused"]) > 20
@@ -153,7 +164,12 @@ def fitted(subject, tmp_path_factory) -> list[Path]:
         theta = adapter.init(subject.model, torch.Generator().manual_seed(1)) + 0.1
         spec = (
             FOREIGN
-            | {"method": "sft", "example": "Text:b\nLabel:", "confidences": [0.2, 0.5, 0.9], "temperature": 1.5}
+            | {
+                "method": "sft",
+                "example": "Text:b\nLabel:",
+                "confidences": [0.2, 0.5, 0.9],
+                "temperature": 1.5,
+            }
             | more
         )
         spec["demonstrations"] = [{"prompt": "Text:c\nLabel:", "answer": "1"}]
@@ -207,7 +223,10 @@ def test_data_files(tmp_path):
 
 
 def as_bytes(tensors: dict) -> dict:
-    return {name: (t.dtype, t.shape, t.flatten().view(torch.uint8).numpy().tobytes()) for name, t in tensors.items()}
+    return {
+        name: (t.dtype, t.shape, t.flatten().view(torch.uint8).numpy().tobytes())
+        for name, t in tensors.items()
+    }
 
 
 def test_run_folders(tmp_path):
@@ -215,7 +234,10 @@ def test_run_folders(tmp_path):
     what = {"n": 4, "rates": [1e-3]}
     tensors = {"theta": torch.randn(3, 20), "dev_loss": torch.rand(3), "steps": torch.arange(3)}
     texts = {"texts": ["a", "ü", "1e5"], "parser": "text", "ids": [[1, 2], [3], []], "share": 0.25}
-    names = ["cell/fit.safetensors", "cell/texts.json"]  # run.json is written anew, other seconds are as good
+    names = [
+        "cell/fit.safetensors",
+        "cell/texts.json",
+    ]  # run.json is written anew, other seconds are as good
 
     def use(out):
         store = Store(out, "name", what)
@@ -234,7 +256,9 @@ def test_run_folders(tmp_path):
 
     def check(folder):
         before, path = content(folder), tmp_path / pristine.name
-        before = {name: held for name, held in before.items() if (folder / name).exists()}  # no dead links
+        before = {
+            name: held for name, held in before.items() if (folder / name).exists()
+        }  # no dead links
         folder.rename(path)
         try:
             with warnings.catch_warnings(record=True) as said:

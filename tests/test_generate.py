@@ -36,15 +36,23 @@ def story(shared_data):
     """(our model, tokenizer, 50 prompts of 1 to 25 tokens, transformers' 24 greedy tokens for each)."""
     folder = shared_data / "checkpoints/stories260k"
     (model, tokenizer), net = load(folder), upstream(folder)
-    ids, g, eos = tokenizer.encode(STORY), torch.Generator().manual_seed(1), tokenizer.encode("it was")[-1]
-    places = [[int(torch.randint(0, high, (), generator=g)) for high in (25, 25)] for _ in range(50)]
+    ids, g, eos = (
+        tokenizer.encode(STORY),
+        torch.Generator().manual_seed(1),
+        tokenizer.encode("it was")[-1],
+    )
+    places = [
+        [int(torch.randint(0, high, (), generator=g)) for high in (25, 25)] for _ in range(50)
+    ]
     prompts = [ids[:1] + ids[1 + at : 1 + at + length] for at, length in places]
     expected = [None] * 50
     for length in {len(p) for p in prompts}:  # equal lengths together: no padding
         same = [i for i, p in enumerate(prompts) if len(p) == length]
         batch = torch.tensor([prompts[i] for i in same])
         tokens = {"max_new_tokens": 24, "eos_token_id": eos, "pad_token_id": 0}
-        found = net.generate(batch, attention_mask=torch.ones_like(batch), do_sample=False, **tokens)
+        found = net.generate(
+            batch, attention_mask=torch.ones_like(batch), do_sample=False, **tokens
+        )
         for i, row in zip(same, found[:, length:].tolist(), strict=True):
             expected[i] = row[: row.index(eos)] if eos in row else row
     return model, Tokenizer(tokenizer.backend, (eos,)), prompts, expected
@@ -61,7 +69,9 @@ def test_fifty_prompts_in_one_batch_equal_transformers(story, hooks):
     assert batches == [50]
     assert generate(model, tokenizer, prompts, replace(how, budget=200), batches.append) == expected
     assert len(batches) > 5 and sum(batches) == 100
-    assert generate(model, tokenizer, prompts[:5], replace(how, max_tokens=3)) == [e[:3] for e in expected[:5]]
+    assert generate(model, tokenizer, prompts[:5], replace(how, max_tokens=3)) == [
+        e[:3] for e in expected[:5]
+    ]
 
 
 def test_rows_stop_where_the_text_of_the_whole_answer_is_cut(story):
@@ -82,7 +92,9 @@ class Chain(torch.nn.Module):
     def __init__(self, following: dict[int, int]):
         super().__init__()
         self.model = torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(300, 4)})
-        self.config = type("Config", (), {"num_key_value_heads": 1, "head_dim": 4, "num_hidden_layers": 1})
+        self.config = type(
+            "Config", (), {"num_key_value_heads": 1, "head_dim": 4, "num_hidden_layers": 1}
+        )
         self.table, self.rows = torch.tensor([following.get(i, i) for i in range(300)]), []
 
     def forward(self, ids, cache=None, logits=True, taps=None):
@@ -94,10 +106,15 @@ class Chain(torch.nn.Module):
 def newline_tokenizer() -> tuple[dict[str, int], str, Tokenizer]:
     """(vocabulary, the newline as it writes it, tokenizer) of a byte-level BPE with merges over newlines."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    n = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str("\n")[0][0]
+    n = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str("\n")[0][
+        0
+    ]
     merges = [(n, n), ("a", n), ("a" + n, n), ("b", n + n), (n, "c")]
     vocabulary = {
-        token: i for i, token in enumerate(letters + ["".join(pair) for pair in merges] + ["ab" + n + n + "c"])
+        token: i
+        for i, token in enumerate(
+            letters + ["".join(pair) for pair in merges] + ["ab" + n + n + "c"]
+        )
     }
     backend = Backend(models.BPE(vocabulary, merges))
     backend.pre_tokenizer, backend.decoder = (
@@ -130,20 +147,34 @@ def test_a_stop_text_wherever_it_falls(tokens, kept, before):
     )  # the bytes of é, as byte-level BPE writes them
     ids = [vocabulary[name] for name in names]
     found = before_stop(tokenizer, ids, "\n\n")
-    assert found is before is None or (tokenizer.decode(found) == before and found[:kept] == ids[:kept])
+    assert found is before is None or (
+        tokenizer.decode(found) == before and found[:kept] == ids[:kept]
+    )
 
 
 def test_finished_rows_leave_the_batch():
     vocabulary, n, tokenizer = newline_tokenizer()
-    a, b, c, new, both, eos = vocabulary["a"], vocabulary["b"], vocabulary["c"], vocabulary[n], vocabulary[n + n], 299
+    a, b, c, new, both, eos = (
+        vocabulary["a"],
+        vocabulary["b"],
+        vocabulary["c"],
+        vocabulary[n],
+        vocabulary[n + n],
+        299,
+    )
     model = Chain({200: a, a: eos, 201: b, b: both, 202: c, c: c, 203: eos, 204: new, new: new})
     watched = []
-    prompts, how = [[200], [9, 201], [202], [8, 8, 203], [204]], Decoding(6, hooks=fast_decoding(CPU, 6))
+    prompts, how = (
+        [[200], [9, 201], [202], [8, 8, 203], [204]],
+        Decoding(6, hooks=fast_decoding(CPU, 6)),
+    )
     found = generate(model, tokenizer, prompts, how, watched.append)
     assert found == [[a], [b], [c] * 6, [], []]
     assert model.rows == [5, 4, 1, 1, 1, 1] and watched == [5]
     model.rows.clear()
-    assert generate(model, tokenizer, prompts, Decoding(6)) == found and model.rows == [5] * 6, "plainly, all stay"
+    assert generate(model, tokenizer, prompts, Decoding(6)) == found and model.rows == [5] * 6, (
+        "plainly, all stay"
+    )
     model.rows.clear()
     halves = replace(how, hooks=HOOKS["half of them at once"])
     assert generate(model, tokenizer, prompts, halves) == found and model.rows == [5, 5, 1, 1, 1, 1]
@@ -187,7 +218,11 @@ def test_runs_side_by_side_answer_as_each_alone(tiny, kind, budget, hooks):
     adapter = kind(model)
     theta = torch.stack([adapter.init(model, torch.Generator().manual_seed(r)) for r in range(3)])
     theta += 0.1 * torch.randn(theta.shape, generator=torch.Generator().manual_seed(0))
-    prompts, alone, how = [random_ids(length).tolist() for length in (5, 2, 9, 4, 7)], [], Decoding(12, stop=None)
+    prompts, alone, how = (
+        [random_ids(length).tolist() for length in (5, 2, 9, 4, 7)],
+        [],
+        Decoding(12, stop=None),
+    )
     free = Tokenizer(tokenizer.backend, ())
     with adapted(model, adapter, theta[:1]) as student:
         answers = generate(student, free, prompts, how)
@@ -203,7 +238,9 @@ def test_runs_side_by_side_answer_as_each_alone(tiny, kind, budget, hooks):
 
 
 def small_episode(n=3, dev=2) -> Episode:
-    rows = [Example(f"Text:{'long ' * i}row {i}\nLabel:", str(i % 2), i % 2) for i in range(n + dev)]
+    rows = [
+        Example(f"Text:{'long ' * i}row {i}\nLabel:", str(i % 2), i % 2) for i in range(n + dev)
+    ]
     shown = [[r for r in rows[:n] if r != row][: n - 1] for row in rows]
     return Episode(rows[:n], rows[n:], shown, [rows[:n]])
 
@@ -215,7 +252,12 @@ def said_by(taught: Taught) -> list[Row]:
 
 def naive_teacher(net, tokenizer, demonstrations, prompt, most, eos):
     """Response, attention outputs [L, P, D] and log-probabilities [P, V]: one whole forward pass a token."""
-    ids, answer, outputs, distributions = tokenizer.encode(with_demonstrations(demonstrations, prompt)), [], [], []
+    ids, answer, outputs, distributions = (
+        tokenizer.encode(with_demonstrations(demonstrations, prompt)),
+        [],
+        [],
+        [],
+    )
     for _ in range(most):
         logits, attention = upstream_pass(net, torch.tensor([ids + answer]))
         answer.append(logits[0, -1].argmax().item())
@@ -231,7 +273,10 @@ def test_the_teacher_in_one_pass_equals_one_pass_a_token(tiny, most, k):
     folder, model, tokenizer = tiny
     episode, net = small_episode(), upstream(folder)
     shown_rows = list(zip(episode.demonstrations, episode.train + episode.dev, strict=True))
-    plain = [naive_teacher(net, tokenizer, shown, example.prompt, 6, None)[0] for shown, example in shown_rows]
+    plain = [
+        naive_teacher(net, tokenizer, shown, example.prompt, 6, None)[0]
+        for shown, example in shown_rows
+    ]
     said = [token for answer in plain for token in answer]
     eos = max(
         said, key=lambda t: len({a.index(t) if t in a else 9 for a in plain})
@@ -239,13 +284,24 @@ def test_the_teacher_in_one_pass_equals_one_pass_a_token(tiny, most, k):
     sizes, watched, budget = set(), [], 300 if most == 1 else 75
     reader, asked = Tokenizer(tokenizer.backend, (eos,)), Asked(most, k, stop=None, budget=budget)
     taught = teach(model, reader, episode, asked, watched.append)
-    assert taught.train + taught.dev == [truth_row(example, reader, most > 1) for _, example in shown_rows]
-    assert (len(taught.train), len(taught.dev), len(taught.icl_train), len(taught.icl_dev)) == (3, 2, 3, 2)
+    assert taught.train + taught.dev == [
+        truth_row(example, reader, most > 1) for _, example in shown_rows
+    ]
+    assert (len(taught.train), len(taught.dev), len(taught.icl_train), len(taught.icl_dev)) == (
+        3,
+        2,
+        3,
+        2,
+    )
     rows = said_by(taught)
     for row, (shown, example) in zip(rows, shown_rows, strict=True):
-        answer, outputs, distributions = naive_teacher(net, tokenizer, shown, example.prompt, most, eos)
+        answer, outputs, distributions = naive_teacher(
+            net, tokenizer, shown, example.prompt, most, eos
+        )
         assert row.prompt == tokenizer.encode(example.prompt) and row.answer == answer
-        assert (row.activations - outputs).abs().max() <= 1e-4 and row.activations.shape == outputs.shape
+        assert (
+            row.activations - outputs
+        ).abs().max() <= 1e-4 and row.activations.shape == outputs.shape
         sizes.add(len(answer))
         if k is None:
             assert row.soft is row.soft_ids is None
@@ -264,7 +320,11 @@ def test_the_teachers_response_ends_before_the_stop_text_and_with_eos(tiny):
     _, model, tokenizer = tiny
     episode = small_episode()
     whole = said_by(teach(model, Tokenizer(tokenizer.backend, ()), episode, Asked(6, stop=None)))
-    stop = next(tokenizer.decode(row.answer[3:4]) for row in whole if tokenizer.decode(row.answer[3:4]).isascii())
+    stop = next(
+        tokenizer.decode(row.answer[3:4])
+        for row in whole
+        if tokenizer.decode(row.answer[3:4]).isascii()
+    )
     rows = said_by(teach(model, tokenizer, episode, Asked(6, stop=stop or None)))
     for row, long in zip(rows, whole, strict=True):
         cut = next((i for i in range(6) if stop in tokenizer.decode(long.answer[i : i + 1])), None)
@@ -283,7 +343,9 @@ def test_a_response_that_is_tokenized_again_gets_a_pass_of_its_own(tiny, monkeyp
     usual = said_by(teach(model, tokenizer, small_episode(), Asked(6, 5, stop=None)))
     monkeypatch.setattr(ia2mini.teacher, "generate", again)
     rows = said_by(teach(model, tokenizer, small_episode(), Asked(6, 5, stop=None)))
-    shown = tokenizer.encode(with_demonstrations(small_episode().demonstrations[0], small_episode().train[0].prompt))
+    shown = tokenizer.encode(
+        with_demonstrations(small_episode().demonstrations[0], small_episode().train[0].prompt)
+    )
     plain = Row(rows[0].prompt, usual[0].answer[:1] + [7, 8, EOS])
     observe(model, [plain], [shown], Asked(6, soft_k=5))
     assert rows[0].answer == plain.answer
@@ -295,7 +357,9 @@ def test_a_response_that_is_tokenized_again_gets_a_pass_of_its_own(tiny, monkeyp
 
 def test_the_teacher_notes_only_the_chosen_layers(tiny):
     _, model, tokenizer = tiny
-    whole, some = (said_by(teach(model, tokenizer, small_episode(), Asked(layers=x))) for x in (None, [2, 0]))
+    whole, some = (
+        said_by(teach(model, tokenizer, small_episode(), Asked(layers=x))) for x in (None, [2, 0])
+    )
     for a, b in zip(whole, some, strict=True):
         torch.testing.assert_close(a.activations[[2, 0]], b.activations, rtol=0, atol=1e-6)
 

@@ -34,7 +34,10 @@ def gradient(model, phase: str, dtype=torch.float32) -> tuple[torch.Tensor, torc
     """Losses [R] and gradient [R, M] of two runs."""
     adapter = LoRA(model)
     theta = (starts(adapter, model, 2) + 0.02).to(DEVICE).requires_grad_()
-    rows = [[Row(r.prompt, r.answer, r.activations.to(DEVICE, dtype)) for r in make_rows(4, s)] for s in range(2)]
+    rows = [
+        [Row(r.prompt, r.answer, r.activations.to(DEVICE, dtype)) for r in make_rows(4, s)]
+        for s in range(2)
+    ]
     batch = pack(collate(rows)).to(torch.device(DEVICE))
     with adapted(model, adapter, theta) as student:
         found = losses(student, batch, {phase: torch.ones(2, device=DEVICE)})
@@ -52,7 +55,10 @@ def test_compiled_as_one_graph_a_step_is_the_same(folder, phase):
 @pytest.mark.parametrize("phase", ["mse", "ce"])
 def test_bfloat16_is_near_float32(folder, phase):
     """Losses, gradients and taps, on weights that are the same in both."""
-    wide, narrow = load(folder, torch.bfloat16, DEVICE)[0].float(), load(folder, torch.bfloat16, DEVICE)[0]
+    wide, narrow = (
+        load(folder, torch.bfloat16, DEVICE)[0].float(),
+        load(folder, torch.bfloat16, DEVICE)[0],
+    )
     (loss, grad), (exact, true) = gradient(narrow, phase, torch.bfloat16), gradient(wide, phase)
     assert relative(loss, exact) < 0.02 and relative(grad, true) < 0.1
     ids, found = random_ids(2, 9).to(DEVICE), []
@@ -64,14 +70,28 @@ def test_bfloat16_is_near_float32(folder, phase):
 
 def test_fused_kernels_equal_eager_ones():
     outputs = [torch.randn(33, 257, device=DEVICE).bfloat16().requires_grad_() for _ in range(3)]
-    targets, weight = torch.randn(3, 33, 257, device=DEVICE).bfloat16(), torch.rand(33, device=DEVICE)
+    targets, weight = (
+        torch.randn(3, 33, 257, device=DEVICE).bfloat16(),
+        torch.rand(33, device=DEVICE),
+    )
     found = []
-    for loss in (activation_mse, lambda o, t: (torch.stack(o).double() - t.double()).square().mean(-1).sum(0)):
+    for loss in (
+        activation_mse,
+        lambda o, t: (torch.stack(o).double() - t.double()).square().mean(-1).sum(0),
+    ):
         value = loss(outputs, targets)
-        found.append((value.double(), *(g.double() for g in torch.autograd.grad((value * weight).sum(), outputs))))
+        found.append(
+            (
+                value.double(),
+                *(g.double() for g in torch.autograd.grad((value * weight).sum(), outputs)),
+            )
+        )
     for one, other in zip(*found, strict=True):
         assert relative(one, other) < 5e-3
-    theta, rates = torch.randn(3, 50, device=DEVICE), torch.tensor([1e-3, 1e-2, 1e-1], device=DEVICE)
+    theta, rates = (
+        torch.randn(3, 50, device=DEVICE),
+        torch.tensor([1e-3, 1e-2, 1e-1], device=DEVICE),
+    )
     ours = State.begin(theta)
     rows = [row.clone().requires_grad_() for row in theta]
     theirs = [torch.optim.Adam([row], lr=rate.item()) for row, rate in zip(rows, rates)]
@@ -81,7 +101,9 @@ def test_fused_kernels_equal_eager_ones():
         for row, optimizer, grad in zip(rows, theirs, step):
             row.grad = grad.clone()
             optimizer.step()
-    torch.testing.assert_close(ours.theta.detach(), torch.stack([row.detach() for row in rows]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        ours.theta.detach(), torch.stack([row.detach() for row in rows]), rtol=1e-5, atol=1e-6
+    )
 
 
 @only_gpu
@@ -92,7 +114,9 @@ def test_nothing_runs_unfused_there(recwarn):
 
 @only_gpu
 def test_masked_attention_has_a_fused_kernel():
-    q, k, v = (torch.randn(2, heads, 40, 64, device=DEVICE, dtype=torch.bfloat16) for heads in (8, 2, 2))
+    q, k, v = (
+        torch.randn(2, heads, 40, 64, device=DEVICE, dtype=torch.bfloat16) for heads in (8, 2, 2)
+    )
     mask = torch.ones(2, 1, 40, 40, dtype=torch.bool, device=DEVICE).tril()
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
         fused = folded(q, k, v, mask)
@@ -102,7 +126,10 @@ def test_masked_attention_has_a_fused_kernel():
 
 @pytest.mark.parametrize("heads, shared", [(8, 2), (6, 6), (4, 1)])
 def test_attention_with_copied_heads_is_attention_with_shared_ones(heads, shared):
-    q, k, v = (torch.randn(2, count, 13, 16, device=DEVICE).requires_grad_() for count in (heads, shared, shared))
+    q, k, v = (
+        torch.randn(2, count, 13, 16, device=DEVICE).requires_grad_()
+        for count in (heads, shared, shared)
+    )
     found = []
     for z in (
         expanded(q, k, v),
@@ -124,14 +151,21 @@ def test_float32_attention_has_a_fused_kernel():
 
 @only_gpu
 def test_the_estimate_of_memory_is_near_what_a_step_takes(tmp_path):
-    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "head_dim": 64}
+    sizes = {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_attention_heads": 8,
+        "head_dim": 64,
+    }
     path = make_checkpoint(tmp_path, "qwen3", num_hidden_layers=8, num_key_value_heads=4, **sizes)
     model = load(path, torch.bfloat16, DEVICE)[0]
     adapter, peak = LoRA(model), {}
     for runs in (2, 10):
         theta = starts(adapter, model, runs).to(DEVICE)
         targets = torch.randn(8, 100, 512, device=DEVICE).bfloat16()
-        rows = [[Row(list(range(5, 55)), [5] * 100, targets) for _ in range(4)] for _ in range(runs)]
+        rows = [
+            [Row(list(range(5, 55)), [5] * 100, targets) for _ in range(4)] for _ in range(runs)
+        ]
         state, batch = State.begin(theta), collate(rows).to(torch.device(DEVICE))
         mix = {"mse": torch.ones(runs, device=DEVICE)}
         before = torch.cuda.memory_allocated()

@@ -46,13 +46,23 @@ def test_order_and_commands():
         "kernel",
     ]
     assert len(found) == 1 + 2 * 6 + 1 and list(found)[-1] == "memory qwen3-4b"
-    assert found["icl qwen3-4b"][2:] == ["bench", "icl", "--shape", "qwen3-4b", "--device", "cuda", "--save"]
+    assert found["icl qwen3-4b"][2:] == [
+        "bench",
+        "icl",
+        "--shape",
+        "qwen3-4b",
+        "--device",
+        "cuda",
+        "--save",
+    ]
     assert gpu.STEP < 9 * 60 and gpu.ALL < 25 * 60
     for file in found["tests"][4:]:
         assert (gpu.ROOT / file).is_file()
 
 
-def test_failures_and_long_steps_do_not_stop_what_follows_and_are_tried_again_when_asked(tmp_path, monkeypatch):
+def test_failures_and_long_steps_do_not_stop_what_follows_and_are_tried_again_when_asked(
+    tmp_path, monkeypatch
+):
     log, kept, lines, clock = tmp_path / "log", tmp_path / "kept.json", [], Clock(monkeypatch)
 
     def say(line: str) -> None:
@@ -60,9 +70,15 @@ def test_failures_and_long_steps_do_not_stop_what_follows_and_are_tried_again_wh
         clock.runs = line == "said by long"
 
     def noted(name: str, then: str = "") -> list[str]:
-        return python(f"open({str(log)!r}, 'a').write({name!r} + ' '); print('said by', {name!r}); {then}")
+        return python(
+            f"open({str(log)!r}, 'a').write({name!r} + ' '); print('said by', {name!r}); {then}"
+        )
 
-    todo = {"good": noted("good"), "bad": noted("bad", "raise SystemExit(3)"), "none": [str(tmp_path / "no such")]}
+    todo = {
+        "good": noted("good"),
+        "bad": noted("bad", "raise SystemExit(3)"),
+        "none": [str(tmp_path / "no such")],
+    }
     todo |= {"long": noted("long", "import time; time.sleep(600)"), "last": noted("last")}
     assert gpu.first_hour(todo, kept, step=4, say=say) == ["bad", "none", "long"]
     found = json.loads(kept.read_text())
@@ -71,13 +87,18 @@ def test_failures_and_long_steps_do_not_stop_what_follows_and_are_tried_again_wh
     assert found["long"]["said"] == "said by long" and "No such file" in found["none"]["said"]
     assert any("bad: failed with status 3" in line for line in lines)
     assert any("long: ran too long" in line for line in lines)
-    assert kept.with_suffix(".log").read_text().splitlines() == [f"said by {name}" for name in log.read_text().split()]
+    assert kept.with_suffix(".log").read_text().splitlines() == [
+        f"said by {name}" for name in log.read_text().split()
+    ]
 
     todo = {name: noted(name) for name in todo} | {"new": noted("new")}
     log.unlink()
     assert gpu.first_hour(todo, kept, say=lines.append) == ["bad", "none", "long"]
     assert log.read_text().split() == ["new"], "what failed for good is left"
-    assert any(line == "bad: failed with status 3 in an earlier call; --failed tries it again" for line in lines)
+    assert any(
+        line == "bad: failed with status 3 in an earlier call; --failed tries it again"
+        for line in lines
+    )
     log.unlink()
     assert gpu.first_hour(todo, kept, failed=True, say=lines.append) == []
     assert log.read_text().split() == ["bad", "none", "long"]
@@ -85,7 +106,11 @@ def test_failures_and_long_steps_do_not_stop_what_follows_and_are_tried_again_wh
 
 
 def test_what_only_the_end_of_the_call_cut_short_is_tried_again(tmp_path, monkeypatch):
-    kept, long, clock = tmp_path / "kept.json", {"long": python("import time; time.sleep(600)")}, Clock(monkeypatch)
+    kept, long, clock = (
+        tmp_path / "kept.json",
+        {"long": python("import time; time.sleep(600)")},
+        Clock(monkeypatch),
+    )
     clock.runs = True
     assert gpu.first_hour(long, kept, step=500, total=3, say=lambda line: None) == ["long"]
     clock.runs = False
@@ -108,7 +133,11 @@ def test_a_step_is_heard_while_it_runs_and_what_it_said_is_kept_at_once(tmp_path
             go.touch()
 
     assert gpu.first_hour({"step": python(code)}, kept, step=100, say=say) == []
-    assert [line for line in lines if not line.startswith("  … ")][:3] == ["== step", "first", "then"]
+    assert [line for line in lines if not line.startswith("  … ")][:3] == [
+        "== step",
+        "first",
+        "then",
+    ]
     assert json.loads(kept.read_text())["step"]["said"] == "first\nthen"
 
 
@@ -154,14 +183,17 @@ def test_without_a_gpu_it_says_so():
     said = CliRunner().invoke(main, ["gpu"])
     assert (
         said.exit_code == 2
-        and said.stderr == "ia2mini: bench gpu: PyTorch sees no GPU here; --dry tries every step on the CPU\n"
+        and said.stderr
+        == "ia2mini: bench gpu: PyTorch sees no GPU here; --dry tries every step on the CPU\n"
     )
 
 
 def test_every_step_is_a_command_that_the_bench_knows(tmp_path):
     """On the tiny shape too; in a process of its own its JSON line, which --save keeps, is left out."""
     for name, command in gpu.steps(("tiny",), "cpu").items():
-        assert name == "tests" or CliRunner().invoke(main, [*command[3:], "--help"]).exit_code == 0, command
+        assert (
+            name == "tests" or CliRunner().invoke(main, [*command[3:], "--help"]).exit_code == 0
+        ), command
     kept = tmp_path / "kept.json"
     gpu.first_hour({"a": python("print('{}'); print('seen')")}, kept, say=lambda line: None)
     assert json.loads(kept.read_text())["a"]["said"] == "seen"

@@ -46,7 +46,9 @@ def chained(error: Exception, wrapped: Exception | None = None) -> Exception:
         try:
             raise error
         except type(error):
-            raise (wrapped or RuntimeError("operation failed due to a previous error during capture"))  # noqa: B904
+            raise (
+                wrapped or RuntimeError("operation failed due to a previous error during capture")
+            )  # noqa: B904
     except RuntimeError as found:
         return found
 
@@ -62,14 +64,20 @@ def compiled_badly() -> Exception:
     [
         lambda: raised(lambda: torch.empty(TOO_MUCH)),  # this PyTorch's own words
         lambda: raised(lambda: np.empty(2**46)),  # numpy's own error
-        lambda: RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 64 bytes."),
-        lambda: RuntimeError("unable to mmap 9 bytes from file <model.safetensors>: Cannot allocate memory (12)"),
+        lambda: RuntimeError(
+            "DefaultCPUAllocator: not enough memory: you tried to allocate 64 bytes."
+        ),
+        lambda: RuntimeError(
+            "unable to mmap 9 bytes from file <model.safetensors>: Cannot allocate memory (12)"
+        ),
         lambda: checkpoint.SafetensorError("Os { code: 12, message: Cannot allocate memory }"),
         lambda: OSError(errno.ENOMEM, "Cannot allocate memory"),
         lambda: MemoryError(),
         lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
         lambda: RuntimeError("CUDA error: out of memory"),
-        lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        lambda: RuntimeError(
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+        ),
         lambda: RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         lambda: RuntimeError("std::bad_alloc"),
         lambda: ImportError("libtorch.so: cannot map zero-fill pages: Cannot allocate memory"),
@@ -108,7 +116,9 @@ def test_runs_are_halved_on_a_cpu_too(model, monkeypatch, failing):
     rows = [make_rows(4, r) for r in range(5)]
     dev = [make_rows(2, 50 + r) for r in range(5)]
     orders = [partial(in_order, r) for r in range(5)]
-    runs = Runs(starts(adapter, model, 5), torch.full((5,), 1e-2), rows, dev, {"mse": torch.ones(5)}, orders)
+    runs = Runs(
+        starts(adapter, model, 5), torch.full((5,), 1e-2), rows, dev, {"mse": torch.ones(5)}, orders
+    )
     settings = Settings(epochs=4)
     whole = train_runs(model, adapter, runs, settings)
 
@@ -129,7 +139,10 @@ def test_runs_are_halved_on_a_cpu_too(model, monkeypatch, failing):
         again = train_in_parts(model, adapter, runs, settings).trained()
     assert set(most) == {1, 2} and torch.equal(again.theta, found.theta), "as many as went before"
     room = 0
-    with pytest.warns(UserWarning), pytest.raises(UsageError, match="not enough memory for a single run"):
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(UsageError, match="not enough memory for a single run"),
+    ):
         train_in_parts(model, adapter, runs, settings)
     monkeypatch.setattr(ia2mini.train, "losses", lambda *arguments: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
@@ -156,7 +169,9 @@ def test_a_model_that_the_machine_cannot_hold_is_one_line(monkeypatch, folder, p
 @pytest.mark.skipif(sys.platform != "linux", reason="asks for the size of a process, and limits it")
 def test_a_real_limit_is_one_line_too(tmp_path):
     """Less room than the weights take, once everything is imported."""
-    folder = make_checkpoint(tmp_path / "model", "llama", vocab_size=60_000, hidden_size=512, num_hidden_layers=2)
+    folder = make_checkpoint(
+        tmp_path / "model", "llama", vocab_size=60_000, hidden_size=512, num_hidden_layers=2
+    )
     code = f"""
 import resource, torch, ia2mini.engine.subject, ia2mini.fitting.predictor
 from pathlib import Path
@@ -166,7 +181,9 @@ most = pages * resource.getpagesize() + 80_000_000
 resource.setrlimit(resource.RLIMIT_AS, (most, most))
 main(["generate", "--model", {str(folder)!r}, "--device", "cpu", "--prompt", "a"])
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300
+    )
     assert found.returncode == 2 and found.stdout == ""
     (line,) = found.stderr.splitlines()
     assert line.startswith("ia2mini: the device has too little memory")
@@ -209,18 +226,27 @@ def test_no_memory_for_a_fused_kernel_is_no_missing_compiler(monkeypatch):
     for error in (torch.OutOfMemoryError("CUDA out of memory"), compiled_badly()):
         with pretended_gpu(), warnings.catch_warnings():
             warnings.simplefilter("error")
-            x, kernel, double = torch.ones(2, device="cuda"), Kernel(error, 1), fused(lambda x: 2 * x)
+            x, kernel, double = (
+                torch.ones(2, device="cuda"),
+                Kernel(error, 1),
+                fused(lambda x: 2 * x),
+            )
             monkeypatch.setattr(torch, "compile", kernel)
             with pytest.raises(RuntimeError) as caught:
                 double(x)
             assert out_of_memory(caught.value)
-            assert double(x).tolist() == [2, 2] and kernel.calls == 2, "the next step is fused again"
+            assert double(x).tolist() == [2, 2] and kernel.calls == 2, (
+                "the next step is fused again"
+            )
             monkeypatch.undo()
 
 
 def test_without_a_compiler_a_kernel_runs_unfused(monkeypatch):
     with pretended_gpu(), monkeypatch.context() as patch:
-        x, kernel = torch.ones(2, device="cuda"), Kernel(RuntimeError("Cannot find a working triton installation"), 9)
+        x, kernel = (
+            torch.ones(2, device="cuda"),
+            Kernel(RuntimeError("Cannot find a working triton installation"), 9),
+        )
         patch.setattr(torch, "compile", kernel)
         double = fused(lambda x: 2 * x)
         with pytest.warns(UserWarning, match="runs unfused: RuntimeError"):
@@ -271,7 +297,9 @@ class Cuda:
         self.underway.remove(pool)
 
 
-@pytest.mark.parametrize("name", ["_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"])
+@pytest.mark.parametrize(
+    "name", ["_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"]
+)
 @pytest.mark.parametrize("ends_by_itself", [True, False])
 def test_a_recording_that_fails_is_over_for_the_allocator_too(monkeypatch, ends_by_itself, name):
     cuda = Cuda(monkeypatch, ends_by_itself, name)
@@ -281,18 +309,28 @@ def test_a_recording_that_fails_is_over_for_the_allocator_too(monkeypatch, ends_
     with pytest.raises(RuntimeError, match="previous error"):
         recorder(lambda: torch.ones(2) @ torch.ones(3))
     assert cuda.underway == [] and cuda.streams == ["before"]
-    assert set(cuda.modes) == {"thread_local"}, "other threads, as NCCL's, may ask for events meanwhile"
+    assert set(cuda.modes) == {"thread_local"}, (
+        "other threads, as NCCL's, may ask for events meanwhile"
+    )
 
 
 def test_what_processes_say_goes_by_gloo_also_where_each_has_a_gpu(monkeypatch):
     """Only then is the end of one an error that becomes a line."""
     asked = []
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **more: asked.append(backend))
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, **more: asked.append(backend)
+    )
     monkeypatch.setattr(torch.distributed, "TCPStore", lambda *address, **more: "store")
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    address = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "", "MASTER_PORT": "1"}
+    address = {
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "2",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "",
+        "MASTER_PORT": "1",
+    }
     for name, value in address.items():
         monkeypatch.setenv(name, value)
     for gpus in (2, 1):

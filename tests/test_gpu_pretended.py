@@ -48,7 +48,9 @@ def fast(device: str, after_look=lambda state: False) -> dict:
     return {"hooks": Hooks(in_batches, record, after_look), "trainer": make_trainer(None)}
 
 
-def path(device: str, dtype: torch.dtype, trained=TRAINED, kind: str = "lora", around=fast) -> dict[str, torch.Tensor]:
+def path(
+    device: str, dtype: torch.dtype, trained=TRAINED, kind: str = "lora", around=fast
+) -> dict[str, torch.Tensor]:
     """Load, teach, train by every method, score and generate: what each step gives, on the CPU."""
     model, tokenizer = load("tiny", dtype, device)
     rows = load_examples(find_task("toy-mood"), "eval").rows[:8]
@@ -73,7 +75,10 @@ def path(device: str, dtype: torch.dtype, trained=TRAINED, kind: str = "lora", a
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], allowed: float) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert not isinstance(found[name], GpuTensor) and relative(found[name].float(), value.float()) < allowed, name
+        assert (
+            not isinstance(found[name], GpuTensor)
+            and relative(found[name].float(), value.float()) < allowed
+        ), name
 
 
 @pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
@@ -102,17 +107,51 @@ def test_so_do_the_other_adapter_and_the_plain_loop(kind, around):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_so_do_the_commands(tmp_path, dtype, gpu):
     """From rows to an adapter, its answers, a merged checkpoint and a text."""
-    lines = [f'"{row["text"]}",{row["label"]}\n' for row in world.rows("toy-mood-remap", "train")[4:20]]
+    lines = [
+        f'"{row["text"]}",{row["label"]}\n' for row in world.rows("toy-mood-remap", "train")[4:20]
+    ]
     (tmp_path / "rows.csv").write_text("text,label\n" + "".join(lines))
     on = ["--device", "cuda", "--dtype", dtype]
-    fitting = ["--methods", "sft,ia2", "--rates", "1e-2", "--epochs", "2", "--folds", "2", "--model", "tiny"]
+    fitting = [
+        "--methods",
+        "sft,ia2",
+        "--rates",
+        "1e-2",
+        "--epochs",
+        "2",
+        "--folds",
+        "2",
+        "--model",
+        "tiny",
+    ]
     commands = [
         ["fit", tmp_path / "rows.csv", "--out", tmp_path / "fitted", *fitting],
         ["predict", tmp_path / "fitted", tmp_path / "rows.csv"],
         ["predict", tmp_path / "fitted", tmp_path / "rows.csv", "--icl"],
         ["generate", "--model", "tiny", "--prompt", "Text:a", "--max-tokens", "4"],
-        ["run", "toy-mood", "--n", "2", "--sets", "1", "--epochs", "2", "--eval-rows", "4", "--out", tmp_path / "run"],
-        ["predict", tmp_path / "peft", tmp_path / "rows.csv", "--template", "Text:{text}\nLabel:", "--labels", "a,b"],
+        [
+            "run",
+            "toy-mood",
+            "--n",
+            "2",
+            "--sets",
+            "1",
+            "--epochs",
+            "2",
+            "--eval-rows",
+            "4",
+            "--out",
+            tmp_path / "run",
+        ],
+        [
+            "predict",
+            tmp_path / "peft",
+            tmp_path / "rows.csv",
+            "--template",
+            "Text:{text}\nLabel:",
+            "--labels",
+            "a,b",
+        ],
         ["merge", tmp_path / "peft", "--out", tmp_path / "merged"],
     ]
     model, tokenizer = load("tiny", torch.float32, "cuda")
@@ -135,7 +174,9 @@ def test_a_look_at_the_dev_loss_waits_once_and_a_step_never(gpu):
         live.append(len(state.index))
         return False
 
-    grid = Grid(model, LoRA(model), sets, [1e-1, 1e-2, 1e-4], settings=settings, **fast("cuda", watch))
+    grid = Grid(
+        model, LoRA(model), sets, [1e-1, 1e-2, 1e-4], settings=settings, **fast("cuda", watch)
+    )
     METHODS["ia2"](grid)
     assert len(set(live)) > 2, "runs leave at different looks"
     each = np.diff(waited)

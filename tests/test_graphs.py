@@ -54,7 +54,10 @@ def same(found, expected):
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    return load(make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3", num_hidden_layers=2), device=DEVICE)
+    return load(
+        make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3", num_hidden_layers=2),
+        device=DEVICE,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,21 +67,36 @@ def model(loaded):
 
 def on_device(rows: list[list[Row]]) -> list[list[Row]]:
     return [
-        [Row(r.prompt, r.answer, r.activations.to(DEVICE), r.soft.to(DEVICE), r.soft_ids.to(DEVICE)) for r in run]
+        [
+            Row(
+                r.prompt,
+                r.answer,
+                r.activations.to(DEVICE),
+                r.soft.to(DEVICE),
+                r.soft_ids.to(DEVICE),
+            )
+            for r in run
+        ]
         for run in rows
     ]
 
 
 @pytest.mark.parametrize("batch_size", [2, 4])
-@pytest.mark.parametrize("kind, mix", [("lora", "mixed"), ("lora", "soft"), ("ia3", "ia2"), ("ia3-inputs", "sft")])
+@pytest.mark.parametrize(
+    "kind, mix", [("lora", "mixed"), ("lora", "soft"), ("ia3", "ia2"), ("ia3-inputs", "sft")]
+)
 def test_training_recorded_equals_training(model, recorded, monkeypatch, kind, mix, batch_size):
     """Runs leave at once, or half of them together: either way the same with recordings."""
     trainer = shrinking(train, lambda *step: batch_size == 4)
     adapter, R, calls = ADAPTERS[kind](model), 4, []
     plain_losses = ia2mini.train.losses
-    monkeypatch.setattr(ia2mini.train, "losses", lambda *args: calls.append(1) or plain_losses(*args))
+    monkeypatch.setattr(
+        ia2mini.train, "losses", lambda *args: calls.append(1) or plain_losses(*args)
+    )
     theta, rates = starts(adapter, model, R).to(DEVICE), torch.tensor([1e-1, 1e-4, 3e-2, 1e-3])
-    rows = [on_device([make_rows(size, seed + r) for r in range(R)]) for size, seed in ((4, 0), (2, 50))]
+    rows = [
+        on_device([make_rows(size, seed + r) for r in range(R)]) for size, seed in ((4, 0), (2, 50))
+    ]
     weights = {name: torch.full((R,), w, device=DEVICE) for name, w in MIXES[mix].items()}
     settings, counts = Settings(batch_size, epochs=14, patience=2), []
     runs = Runs(theta, rates, *rows, weights, [partial(in_order, r) for r in range(R)])
@@ -107,7 +125,9 @@ def test_packed_and_checkpointed_steps_are_recorded_too(tmp_path, recorded):
     adapter, rows = LoRA(model), on_device([make_rows(4, r) for r in range(2)])
     assert in_batches(rows)[0].packed is not None
     theta, weights = starts(adapter, model, 2).to(DEVICE), {"mse": torch.ones(2, device=DEVICE)}
-    runs = Runs(theta, torch.full((2,), 1e-2), rows, rows, weights, [lambda epoch: [0, 1, 2, 3]] * 2)
+    runs = Runs(
+        theta, torch.full((2,), 1e-2), rows, rows, weights, [lambda epoch: [0, 1, 2, 3]] * 2
+    )
     plain, replayed = recorded(lambda: train(model, adapter, runs, hooks=HOOKS).trained())
     same(replayed.theta, plain.theta)
     assert (plain.theta - theta).abs().max() > 0.01
@@ -115,13 +135,18 @@ def test_packed_and_checkpointed_steps_are_recorded_too(tmp_path, recorded):
 
 @pytest.mark.parametrize("observed", [False, True])
 def test_decoding_recorded_equals_decoding(loaded, recorded, observed):
-    model, tokenizer = loaded[0], Tokenizer(loaded[1].backend, (EOS, *range(20, 40)))  # many ways to end
+    model, tokenizer = (
+        loaded[0],
+        Tokenizer(loaded[1].backend, (EOS, *range(20, 40))),
+    )  # many ways to end
     prompts, seen = [random_ids(1, 3 + i % 5)[0].tolist() for i in range(9)], []
 
     def observer(live, tokens, logits, outputs):
         seen[-1] += [
             (i, token, *x)
-            for i, token, x in zip(live, tokens, zip(logits.clone(), outputs.unbind(1), strict=True), strict=True)
+            for i, token, x in zip(
+                live, tokens, zip(logits.clone(), outputs.unbind(1), strict=True), strict=True
+            )
         ]
 
     def run():
@@ -132,7 +157,9 @@ def test_decoding_recorded_equals_decoding(loaded, recorded, observed):
     plain, replayed = recorded(run)
     assert plain == replayed
     lengths = [len(response) for response in plain]
-    assert min(lengths) < 5 and max(lengths) == 12 and len(set(lengths)) > 2, "rows leave on the way"
+    assert min(lengths) < 5 and max(lengths) == 12 and len(set(lengths)) > 2, (
+        "rows leave on the way"
+    )
     assert not observed or len(seen[0]) == len(seen[1]) == sum(min(n + 1, 12) for n in lengths)
     for (i, token, logits, outputs), (j, again, *others) in zip(*seen, strict=True):
         assert (i, token) == (j, again)
@@ -148,7 +175,9 @@ def test_what_an_observer_keeps_no_replay_overwrites(loaded, recorded):
     def run():
         kept.append([])
         how = Decoding(12, stop=None, hooks=fast_decoding(torch.device(DEVICE), 12))
-        return generate(model, tokenizer, prompts, how, observer=lambda *seen: kept[-1].append(seen[2:]))
+        return generate(
+            model, tokenizer, prompts, how, observer=lambda *seen: kept[-1].append(seen[2:])
+        )
 
     plain, replayed = recorded(run)
     assert plain == replayed and len(kept[0]) == len(kept[1]) == 12
@@ -161,7 +190,9 @@ def test_a_shape_is_recorded_once_it_comes_often_and_only_some_are(monkeypatch):
     monkeypatch.setitem(graphs.RECORDERS, "cpu", Tape)
     monkeypatch.setattr(graphs, "MOST", 2)
     Tape.recordings, calls = 0, []
-    step = graphs.CapturedStep(lambda batch: calls.append(1) or 2.0 * batch.ids, torch.device("cpu"))
+    step = graphs.CapturedStep(
+        lambda batch: calls.append(1) or 2.0 * batch.ids, torch.device("cpu")
+    )
     for length in (1, 2, 3):
         for call in range(7):
             batch = collate([[Row([call] * length, [0])]])
@@ -181,14 +212,18 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch):
     with pytest.warns(UserWarning, match="no CUDA graphs from now on: .*captur"):
         assert bad() == 5
     assert DEVICE not in graphs.RECORDERS
-    assert (bad(), float(good()), float(good())) == (6, 7, 8), "nor is anything recorded before replayed again"
+    assert (bad(), float(good()), float(good())) == (6, 7, 8), (
+        "nor is anything recorded before replayed again"
+    )
 
 
 def race_of(model, R: int = 8, dev: int = 50) -> tuple:
     """Runs that end at different steps, as arguments of `train`."""
     adapter = LoRA(model)
     rows = [on_device([make_rows(4, seed + r) for r in range(R)]) for seed in (0, dev)]
-    rates = torch.logspace(-3, -0.5, R)[torch.randperm(R, generator=torch.Generator().manual_seed(0))]
+    rates = torch.logspace(-3, -0.5, R)[
+        torch.randperm(R, generator=torch.Generator().manual_seed(0))
+    ]
     mix, orders = {"mse": torch.ones(R, device=DEVICE)}, [partial(in_order, r) for r in range(R)]
     return model, adapter, Runs(starts(adapter, model, R).to(DEVICE), rates, *rows, mix, orders)
 
@@ -212,7 +247,9 @@ def test_half_of_a_batch_leaves_at_once_where_launching_costs_most(model, monkey
     once, together = found[False], found[True]
     assert len(set(once.steps.tolist())) >= 4, "they end at different steps"
     assert replays[True] > replays[False] + 0.05 and len(set(sizes[True])) < len(set(sizes[False]))
-    assert all(small <= large // 2 for large, small in zip(sizes[True], sizes[True][1:]) if small != large)
+    assert all(
+        small <= large // 2 for large, small in zip(sizes[True], sizes[True][1:]) if small != large
+    )
     assert torch.equal(once.steps, together.steps) and torch.equal(once.best, together.best)
     torch.testing.assert_close(together.theta, once.theta, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(together.dev_loss, once.dev_loss, rtol=1e-4, atol=0)
@@ -220,15 +257,25 @@ def test_half_of_a_batch_leaves_at_once_where_launching_costs_most(model, monkey
 
 def test_what_a_step_costs_decides_how_runs_leave(model, monkeypatch):
     few, many = (race_of(model, R)[2] for R in (1, 64))
-    assert not graphs.launch_bound(model, few, Settings()) or DEVICE == "cuda", "nothing is recorded on a CPU"
+    assert not graphs.launch_bound(model, few, Settings()) or DEVICE == "cuda", (
+        "nothing is recorded on a CPU"
+    )
     monkeypatch.setitem(graphs.RECORDERS, "cpu", Tape)
-    assert graphs.launch_bound(model, few, Settings()) and graphs.launch_bound(model, many, Settings())
-    weights = torch.empty(1, device=DEVICE).expand(8192 * 28672 * 3)  # of a block; they take no memory
+    assert graphs.launch_bound(model, few, Settings()) and graphs.launch_bound(
+        model, many, Settings()
+    )
+    weights = torch.empty(1, device=DEVICE).expand(
+        8192 * 28672 * 3
+    )  # of a block; they take no memory
     block = SimpleNamespace(parameters=lambda: [weights])
     inner = SimpleNamespace(embed_tokens=model.model.embed_tokens, layers=[block])
     large = SimpleNamespace(config=model.config, model=inner)
-    assert graphs.launch_bound(large, few, Settings()) and not graphs.launch_bound(large, many, Settings())
-    assert graphs.launch_bound(large, few, Settings(batch_size=1)), "a step has so many rows of a run"
+    assert graphs.launch_bound(large, few, Settings()) and not graphs.launch_bound(
+        large, many, Settings()
+    )
+    assert graphs.launch_bound(large, few, Settings(batch_size=1)), (
+        "a step has so many rows of a run"
+    )
 
 
 class Crowded(Tape):
@@ -276,6 +323,8 @@ def test_out_of_memory_while_recording_means_fewer_runs_and_graphs_go_on(model, 
     tried.clear()
     alone = arguments[2].take(torch.tensor([0]))
     single = within_memory(noted)(model, arguments[1], alone, settings, hooks=HOOKS).trained()
-    assert not graphs.COUNTED["replays"] and graphs.COUNTED["calls"], "a single run goes on unrecorded"
+    assert not graphs.COUNTED["replays"] and graphs.COUNTED["calls"], (
+        "a single run goes on unrecorded"
+    )
     assert tried == [1]
     torch.testing.assert_close(single.theta, found.theta[:1], rtol=1e-4, atol=1e-5)

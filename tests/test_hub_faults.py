@@ -49,7 +49,9 @@ def limit_of(hub):
         limit(request)
         assert all(request.extensions["timeout"][part] <= LONG for part in ia2mini.files.hub.PARTS)
         with lock:
-            fault = next((f for part, f in hub.faults.items() if f and part in request.url.path), [])
+            fault = next(
+                (f for part, f in hub.faults.items() if f and part in request.url.path), []
+            )
             if fault[:1] == ["hang"]:
                 fault.pop(0)
                 request.headers["X-Fault"] = "hang"
@@ -58,8 +60,24 @@ def limit_of(hub):
     return limited
 
 
-PASSING = [(INFO, 429), (INFO, 500), (INFO, 503), (INFO, "gone"), (INFO, "loop"), (INFO, "long"), (TREE, 503)]
-PASSING += [(TREE, "hang"), (FILE, 503), (FILE, "hang"), (FILE, "gone"), (LARGE, 429), (LARGE, 500), (LARGE, "hang")]
+PASSING = [
+    (INFO, 429),
+    (INFO, 500),
+    (INFO, 503),
+    (INFO, "gone"),
+    (INFO, "loop"),
+    (INFO, "long"),
+    (TREE, 503),
+]
+PASSING += [
+    (TREE, "hang"),
+    (FILE, 503),
+    (FILE, "hang"),
+    (FILE, "gone"),
+    (LARGE, 429),
+    (LARGE, 500),
+    (LARGE, "hang"),
+]
 PASSING += [(LARGE, "gone"), (LARGE, "long")]
 
 
@@ -70,12 +88,38 @@ def test_what_passes_is_not_noticed(hub, where, fault):
     assert hub.faults[where] == []
 
 
-LASTING = [(INFO, 401, "401"), (INFO, 403, "hub answers 403"), (INFO, 404, "hub answers 404"), (INFO, 503, "503")]
-LASTING += [(INFO, "hang", "out of reach"), (INFO, "gone", "disconnected"), (INFO, "html", "JSONDecodeError")]
-LASTING += [(INFO, "loop", "redirects"), (INFO, "long", "peer closed connection"), (TREE, 429, "hub answers 429")]
-LASTING += [(TREE, "hang", "out of reach"), (TREE, "html", "JSONDecodeError"), (FILE, 403, "hub answers 403")]
-LASTING += [(FILE, "html", "out of reach"), (LARGE, 401, "401"), (LARGE, 404, "404"), (LARGE, 503, "503")]
-LASTING += [(LARGE, "hang", "timed out"), (LARGE, "html", "Consistency check"), (LARGE, "short", "Consistency check")]
+LASTING = [
+    (INFO, 401, "401"),
+    (INFO, 403, "hub answers 403"),
+    (INFO, 404, "hub answers 404"),
+    (INFO, 503, "503"),
+]
+LASTING += [
+    (INFO, "hang", "out of reach"),
+    (INFO, "gone", "disconnected"),
+    (INFO, "html", "JSONDecodeError"),
+]
+LASTING += [
+    (INFO, "loop", "redirects"),
+    (INFO, "long", "peer closed connection"),
+    (TREE, 429, "hub answers 429"),
+]
+LASTING += [
+    (TREE, "hang", "out of reach"),
+    (TREE, "html", "JSONDecodeError"),
+    (FILE, 403, "hub answers 403"),
+]
+LASTING += [
+    (FILE, "html", "out of reach"),
+    (LARGE, 401, "401"),
+    (LARGE, 404, "404"),
+    (LARGE, 503, "503"),
+]
+LASTING += [
+    (LARGE, "hang", "timed out"),
+    (LARGE, "html", "Consistency check"),
+    (LARGE, "short", "Consistency check"),
+]
 
 
 @pytest.mark.parametrize("where, fault, said", LASTING)
@@ -102,8 +146,15 @@ def test_what_was_fetched_is_not_fetched_again(hub):
     before = len(hub.requests)
     hub.cut.clear()
     load("some/one")
-    again = [r["path"] for r in hub.requests[before:] if r["method"] == "GET" and "/api/" not in r["path"]]
-    assert [path for path in again if "/cdn/" not in path] in ([], [f"/some/one/resolve/main/{SHARD}"])
+    again = [
+        r["path"]
+        for r in hub.requests[before:]
+        if r["method"] == "GET" and "/api/" not in r["path"]
+    ]
+    assert [path for path in again if "/cdn/" not in path] in (
+        [],
+        [f"/some/one/resolve/main/{SHARD}"],
+    )
     assert sum("/cdn/" in path for path in again) == 1
 
 
@@ -121,7 +172,9 @@ def test_half_a_file_that_the_hub_calls_whole_is_named_and_can_be_deleted(hub, f
     assert load("some/one")[0].config.model_type == "qwen3"
 
 
-@pytest.mark.parametrize("fault, said", [(503, "answers 503"), ("hang", "out of reach"), ("html", "JSONDecodeError")])
+@pytest.mark.parametrize(
+    "fault, said", [(503, "answers 503"), ("hang", "out of reach"), ("html", "JSONDecodeError")]
+)
 def test_rows_too(fault, said, hub):
     hub.repos["dataset", "stanfordnlp/sst2"] = {"refs/convert/parquet": {}}
     hub.faults["/api/datasets/"] = [fault] * 1000
@@ -132,7 +185,18 @@ def test_rows_too(fault, said, hub):
 def test_no_token_is_printed_or_saved(files, monkeypatch, tmp_path, capfd):
     rows = tmp_path / "rows.csv"
     rows.write_text("text,label\n" + "".join(f"line {i},{'xy'[i % 2]}\n" for i in range(6)))
-    command = ["fit", str(rows), "--model", "some/one", "--methods", "sft", "--rates", "1e-2", "--epochs", "1"]
+    command = [
+        "fit",
+        str(rows),
+        "--model",
+        "some/one",
+        "--methods",
+        "sft",
+        "--rates",
+        "1e-2",
+        "--epochs",
+        "1",
+    ]
     command += ["--folds", "2", "--out", str(tmp_path / "out")]
     said = []
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
@@ -149,11 +213,15 @@ def test_no_token_is_printed_or_saved(files, monkeypatch, tmp_path, capfd):
             said.append(CliRunner().invoke(main, command))
             assert said[-1].exit_code == code, said[-1].output
     sent = [request["token"] for request in hub.requests]
-    assert f"Bearer {TOKEN}" in sent and not any(r["token"] for r in hub.requests if r["path"].startswith("/cdn/"))
+    assert f"Bearer {TOKEN}" in sent and not any(
+        r["token"] for r in hub.requests if r["path"].startswith("/cdn/")
+    )
     saved = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.name == "ia2mini.json" for path in saved)
     assert not any(TOKEN.encode() in path.read_bytes() for path in saved)
-    assert not any(TOKEN in text for text in (*capfd.readouterr(), *(result.output for result in said)))
+    assert not any(
+        TOKEN in text for text in (*capfd.readouterr(), *(result.output for result in said))
+    )
 
 
 def test_an_error_that_quotes_the_token_is_told_without_it():

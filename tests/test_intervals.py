@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ia2mini.intervals import mean_interval, share_interval, sign_test, student_p, student_quantile, surely_positive
+from ia2mini.intervals import (
+    mean_interval,
+    share_interval,
+    sign_test,
+    student_p,
+    student_quantile,
+    surely_positive,
+)
 
 
 @pytest.mark.parametrize("n", [5, 6, 24, 100, 999])
@@ -21,14 +28,18 @@ def test_a_shares_interval_is_clopper_and_pearsons(n):
 @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 8, 9, 30, 101, 9999])
 def test_quantiles_are_those_of_students_t(freedom):
     for share in (0.5, 0.9, 0.95, 0.975, 0.999):
-        assert student_quantile(share, freedom) == pytest.approx(stats.t.ppf(share, freedom), rel=1e-7, abs=1e-9)
+        assert student_quantile(share, freedom) == pytest.approx(
+            stats.t.ppf(share, freedom), rel=1e-7, abs=1e-9
+        )
 
 
 @pytest.mark.parametrize("freedom", [4, 5, 19, 104, 2000])
 def test_p_values_are_those_of_students_t(freedom):
     for t in (0.0, 0.1, 1.0, 2.3, 8.0, 40.0):
         assert student_p(-t, freedom) == student_p(t, freedom) >= 0
-        assert student_p(t, freedom) == pytest.approx(2 * stats.t.sf(t, freedom), rel=1e-9, abs=1e-14)
+        assert student_p(t, freedom) == pytest.approx(
+            2 * stats.t.sf(t, freedom), rel=1e-9, abs=1e-14
+        )
     assert student_quantile(0.975, freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-10)
 
 
@@ -53,7 +64,9 @@ def test_surely_is_a_one_sided_paired_t_test():
 
 def test_below_five_rows_nothing_has_an_interval_or_is_sure():
     for n in range(1, 5):
-        assert all(math.isnan(end) for end in (*share_interval(n, n)[1:], *mean_interval([1.0] * n)[1:]))
+        assert all(
+            math.isnan(end) for end in (*share_interval(n, n)[1:], *mean_interval([1.0] * n)[1:])
+        )
         assert not surely_positive([9.0] * n)
 
 

@@ -25,7 +25,9 @@ from ia2mini.study.study import compare
 from ia2mini.study.table import summarise
 from ia2mini.tasks import find_task
 
-SMALL = Options(n=(2,), sets=2, epochs=2, eval_rows=8, rates=(1e-2,), methods=("base", "icl", "sft", "ia2-sft"))
+SMALL = Options(
+    n=(2,), sets=2, epochs=2, eval_rows=8, rates=(1e-2,), methods=("base", "icl", "sft", "ia2-sft")
+)
 MOOD, TOPIC = find_task("toy-mood"), find_task("toy-topic")
 
 
@@ -34,12 +36,22 @@ def studies(tmp_path_factory) -> dict[str, Path]:
     """Folders of toy studies: ranks 4 and 8 on one task, another task, and another number of sets."""
     torch.set_num_threads(1)
     out, subject = tmp_path_factory.mktemp("runs"), open_subject("tiny", "cpu")
-    wanted = {"four": (MOOD, {"rank": 4}), "eight": (MOOD, {}), "topic": (TOPIC, {}), "three": (MOOD, {"sets": 3})}
-    return {name: compare([task], subject, replace(SMALL, **more), out)[1] for name, (task, more) in wanted.items()}
+    wanted = {
+        "four": (MOOD, {"rank": 4}),
+        "eight": (MOOD, {}),
+        "topic": (TOPIC, {}),
+        "three": (MOOD, {"sets": 3}),
+    }
+    return {
+        name: compare([task], subject, replace(SMALL, **more), out)[1]
+        for name, (task, more) in wanted.items()
+    }
 
 
 def report(out: Path, *arguments) -> Result:
-    return CliRunner().invoke(main, ["report", *map(str, arguments), "--out", str(out), "--figures", "", "--json"])
+    return CliRunner().invoke(
+        main, ["report", *map(str, arguments), "--out", str(out), "--figures", "", "--json"]
+    )
 
 
 def refused(out: Path, arguments: list, *words: str) -> None:
@@ -62,7 +74,9 @@ def test_two_ranks_stand_in_one_report_with_the_base_once(studies, tmp_path):
         for key in ("cells", "runs", "training", "overlap"):
             mine = [one | about for one in alone[key] if one["adapter"] == adapter]
             assert mine and [one for one in document[key] if one["adapter"] == adapter] == mine
-    untrained = [(cell["eval"], cell["method"]) for cell in document["cells"] if cell["adapter"] is None]
+    untrained = [
+        (cell["eval"], cell["method"]) for cell in document["cells"] if cell["adapter"] is None
+    ]
     assert len(untrained) == len(set(untrained)) == 2 * len(MOOD.evals)
     assert [part["adapter"] for part in parts(document)] == ["lora r4", "lora"]
     for part in parts(document):
@@ -74,10 +88,15 @@ def test_two_ranks_stand_in_one_report_with_the_base_once(studies, tmp_path):
     }
     assert len(document["adapters"]) == 8
     assert all((Path(name) / "adapter_config.json").is_file() for name in document["adapters"])
-    both = [read_json(studies[name] / "results.json")["seconds"]["train"] for name in ("four", "eight")]
+    both = [
+        read_json(studies[name] / "results.json")["seconds"]["train"] for name in ("four", "eight")
+    ]
     assert document["seconds"]["train"] == pytest.approx(sum(both))
     table = (tmp_path / "out" / "table.txt").read_text()
-    assert "tiny · toy-mood · N = 2 · lora r4 · 2 sets" in table and "tiny · toy-mood · N = 2 · lora · 2 sets" in table
+    assert (
+        "tiny · toy-mood · N = 2 · lora r4 · 2 sets" in table
+        and "tiny · toy-mood · N = 2 · lora · 2 sets" in table
+    )
     rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
     assert [row["adapter"] for row in rows].count("lora r4") == 2 * len(MOOD.evals)
 
@@ -86,9 +105,15 @@ def test_other_tasks_are_means_of_the_evaluations_that_each_adapter_has(studies)
     document = join([studies["eight"], studies["topic"]])
     (part,) = parts(document)  # one adapter: a mean over both tasks
     assert {cell["task"] for cell in part["cells"]} == {"toy-mood", "toy-topic"}
-    first, second = parts(join([studies["four"], studies["topic"]]))  # two adapters, each on a task of its own
-    assert {cell["task"] for cell in first["cells"]} == {"toy-mood"} and first["adapter"] == "lora r4"
-    assert {cell["task"] for cell in second["cells"]} == {"toy-topic"} and second["adapter"] == "lora"
+    first, second = parts(
+        join([studies["four"], studies["topic"]])
+    )  # two adapters, each on a task of its own
+    assert {cell["task"] for cell in first["cells"]} == {"toy-mood"} and first[
+        "adapter"
+    ] == "lora r4"
+    assert {cell["task"] for cell in second["cells"]} == {"toy-topic"} and second[
+        "adapter"
+    ] == "lora"
     for each in (first, second):
         assert {cell["method"] for cell in each["cells"]} == set(SMALL.methods)
 
@@ -102,7 +127,9 @@ def test_the_page_names_the_adapter_where_it_is(studies, tmp_path):
     page = write_page(document, tmp_path, "")
     adapter = f"{studies['eight']}/adapters/toy-mood-n2-ia2-sft-set0"
     assert f"<code>{adapter}</code>" in page and "from_pretrained(TINY)" in page
-    document["studies"] = {folder: config | {"model": "org/base"} for folder, config in document["studies"].items()}
+    document["studies"] = {
+        folder: config | {"model": "org/base"} for folder, config in document["studies"].items()
+    }
     assert "from_pretrained(&#x27;org/base&#x27;)" in write_page(document, tmp_path, "")
 
 
@@ -111,12 +138,18 @@ def test_table_8_stands_below_the_tables(studies, tmp_path):
     result = report(tmp_path / "out", *folders, "--table-8")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    (head,) = [i for i, line in enumerate(lines) if line.startswith("task") and line.endswith("pairs")]
+    (head,) = [
+        i for i, line in enumerate(lines) if line.startswith("task") and line.endswith("pairs")
+    ]
     cells = [c for c in join(folders)["cells"] if c["method"] == "sft"]
     for line, metric in zip(lines[head + 1 :], ("acc", "ece")):
         assert line.split()[:4] == ["single-token", metric, "dev", "2"]
         assert int(line.split()[-1]) == sum(cell["sets"] for cell in cells) == 2 * len(cells)
-    refused(tmp_path / "none", [studies["four"], "--table-8"], "no cells of SFT and IA2→SFT with LoRA on true answers")
+    refused(
+        tmp_path / "none",
+        [studies["four"], "--table-8"],
+        "no cells of SFT and IA2→SFT with LoRA on true answers",
+    )
 
 
 def changed(folder: Path, copy: Path, **changes) -> Path:
@@ -130,13 +163,22 @@ def test_what_does_not_belong_together_is_refused(studies, tmp_path):
     where = f"sets = 2 in {eight} and 3 in {studies['three']}"
     refused(out, [eight, studies["three"]], where, "do not belong together")
     config = read_json(eight / "results.json")["config"]
-    for option, value in (("epochs", 9), ("labels", "icl"), ("select", "eval"), ("ia2mini", "0.1"), ("draw", "mine")):
+    for option, value in (
+        ("epochs", 9),
+        ("labels", "icl"),
+        ("select", "eval"),
+        ("ia2mini", "0.1"),
+        ("draw", "mine"),
+    ):
         other = changed(eight, tmp_path / option, config=config | {option: value})
         refused(out, [eight, other], f"{option} = ", "do not belong together")
     cells = read_json(eight / "results.json")["cells"]
     other = changed(eight, tmp_path / "cells", cells=[cells[0] | {"acc": [0.5, 0.25]}, *cells[1:]])
     refused(
-        out, [eight, other], f"{eight} and {other} both hold tiny · toy-mood · 2 · base · toy-mood", "leave one out"
+        out,
+        [eight, other],
+        f"{eight} and {other} both hold tiny · toy-mood · 2 · base · toy-mood",
+        "leave one out",
     )
     refused(out, [eight, tmp_path / "nowhere"], "nowhere: no results.json there")
     joint = tmp_path / "joint"
@@ -157,7 +199,10 @@ def misshapen(document: dict):
         yield key, document | {key: 3 if key != "peak_memory_bytes" else "3"}
     cell = document["cells"][0]
     for key in CELL:
-        yield f"cells.{key}", document | {"cells": [{name: value for name, value in cell.items() if name != key}]}
+        yield (
+            f"cells.{key}",
+            document | {"cells": [{name: value for name, value in cell.items() if name != key}]},
+        )
         yield f"cells.{key}", document | {"cells": [cell | {key: {}}]}
     yield "cells", document | {"cells": []}
     yield "samples", document | {"samples": [3]}
@@ -168,7 +213,9 @@ def test_a_file_of_another_shape_is_refused_by_its_field(studies, tmp_path):
     document = read_json(studies["eight"] / "results.json")
     for field, wrong in misshapen(document):
         write_json(tmp_path / "results.json", wrong)
-        with pytest.raises(UsageError, match=f"results.json: field {field} is missing or not what it should be"):
+        with pytest.raises(
+            UsageError, match=f"results.json: field {field} is missing or not what it should be"
+        ):
             join([tmp_path])
     for content in ("", "[]", "{", '{"cells": 3}', "\xff"):
         (tmp_path / "results.json").write_text(content, encoding="latin-1")
@@ -181,27 +228,45 @@ def joined_by_hand() -> dict:
     """Two models, of one of them two adapters."""
     runs = records(model="a/../b") + [run for run in records(model="c") if run["method"] != "base"]
     runs += [run | {"adapter": "lora r4"} for run in records(model="c") if run["adapter"]]
-    overlap = {"task": "mood", "n": 4, "methods": ["sft", "ia2"], "overlap": [0.5], "mean": 0.5, "chance": 0.1}
+    overlap = {
+        "task": "mood",
+        "n": 4,
+        "methods": ["sft", "ia2"],
+        "overlap": [0.5],
+        "mean": 0.5,
+        "chance": 0.1,
+    }
     kinds = [("a/../b", "lora"), ("c", "lora"), ("c", "lora r4")]
-    return {"cells": summarise_each(runs), "overlap": [overlap | {"model": m, "adapter": k} for m, k in kinds]}
+    return {
+        "cells": summarise_each(runs),
+        "overlap": [overlap | {"model": m, "adapter": k} for m, k in kinds],
+    }
 
 
 def summarise_each(runs: list[dict]) -> list[dict]:
     models = dict.fromkeys(run["model"] for run in runs)
-    return [cell for model in models for cell in summarise([run for run in runs if run["model"] == model])]
+    return [
+        cell
+        for model in models
+        for cell in summarise([run for run in runs if run["model"] == model])
+    ]
 
 
 def test_figures_are_of_one_model_and_adapter_each():
     found = list(views(joined_by_hand()))
     assert [view["suffix"] for view in found] == ["-a-..-b-lora", "-c-lora", "-c-lora-r4"]
-    for view, (model, adapter) in zip(found, [("a/../b", "lora"), ("c", "lora"), ("c", "lora r4")], strict=True):
+    for view, (model, adapter) in zip(
+        found, [("a/../b", "lora"), ("c", "lora"), ("c", "lora r4")], strict=True
+    ):
         assert {cell["model"] for cell in view["cells"]} == {model} and len(view["parts"]) == 1
         assert [(one["model"], one["adapter"]) for one in view["overlap"]] == [(model, adapter)]
 
 
 def test_what_failed_is_told_of_its_own_model_and_adapter():
     document = joined_by_hand()
-    failed = record("sft", 0, 0.5, 1e-3, 0.1, model="c") | {"trouble": "failed at step 2: no finite loss"}
+    failed = record("sft", 0, 0.5, 1e-3, 0.1, model="c") | {
+        "trouble": "failed at step 2: no finite loss"
+    }
     document["training"] = [failed, failed | {"adapter": "lora r4"}]
     said = "mood, N = 4: SFT at rate 0.001, set 0: failed at step 2: no finite loss"
     assert legend(document)[-2:] == [f"c, lora, {said}", f"c, lora r4, {said}"]

@@ -29,14 +29,21 @@ def ground(tmp_path_factory) -> Path:
     """A folder with rows and a fitted adapter, for copies; children come from a process that has imported all."""
     folder = tmp_path_factory.mktemp("ground")
     with pytest.MonkeyPatch.context() as m:
-        m.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
+        m.setenv(
+            "PYTHONPATH",
+            os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+        )
         m.setenv("OMP_NUM_THREADS", "1")
         m.setenv("TOKENIZERS_PARALLELISM", "false")
-        m.delenv("PYTHONUNBUFFERED", raising=False)  # with it Python itself loses the end of a write that was cut short
+        m.delenv(
+            "PYTHONUNBUFFERED", raising=False
+        )  # with it Python itself loses the end of a write that was cut short
         kills.FORKED.set_forkserver_preload(["kills"])
         with (ROOT / "examples/rows.csv").open() as rows:
             (folder / "rows.csv").write_text("".join(islice(rows, 13)))
-        (folder / "new.jsonl").write_text("".join(f'{{"text": "a grim film", "id": {i}}}\n' for i in range(200)))
+        (folder / "new.jsonl").write_text(
+            "".join(f'{{"text": "a grim film", "id": {i}}}\n' for i in range(200))
+        )
         assert command(folder, "fit").code == 0
     (folder / "out").rename(folder / "fitted")
     return folder
@@ -64,7 +71,9 @@ def folder(ground, tmp_path):
 def one_line(done, code: int, *mentioned: str) -> None:
     """The command ended with `code` and said so in the last line of what it wrote to stderr, without a traceback."""
     last = [line for line in done.err.splitlines() if line][-1]
-    assert done.code == code and "Traceback" not in done.err and "Exception" not in done.err, done.err
+    assert done.code == code and "Traceback" not in done.err and "Exception" not in done.err, (
+        done.err
+    )
     assert last.startswith("ia2mini: ") and done.err.count("ia2mini: ") == 1, done.err
     assert all(text in last for text in mentioned), last
 
@@ -86,7 +95,9 @@ def test_a_killed_command_goes_on_to_the_same_files(name, undisturbed, folder):
     hits = 0
     for number in range(4 * KILLS):
         how, place = SIGNALS[hits % 3], folder()
-        moment = {"at": (rng.randint(1, whole.files), how)}  # just before a file gets its name, or a line is printed
+        moment = {
+            "at": (rng.randint(1, whole.files), how)
+        }  # just before a file gets its name, or a line is printed
         if BY_THE_CLOCK and number % 2:
             moment = {"kill": (rng.uniform(0, whole.seconds), how)}
         killed = command(place, name, **moment)
@@ -108,8 +119,13 @@ def test_a_killed_command_goes_on_to_the_same_files(name, undisturbed, folder):
     assert hits == KILLS
 
 
-def test_what_an_interrupted_fit_has_saved_is_not_taken_for_any_adapter_of_peft(undisturbed, folder):
-    place, spec = folder(), undisturbed["fit"][1].files - 3  # then held_out.jsonl, report.html and README.md
+def test_what_an_interrupted_fit_has_saved_is_not_taken_for_any_adapter_of_peft(
+    undisturbed, folder
+):
+    place, spec = (
+        folder(),
+        undisturbed["fit"][1].files - 3,
+    )  # then held_out.jsonl, report.html and README.md
     assert command(place, "fit", at=(spec, signal.SIGKILL)).code == -signal.SIGKILL
     out = place / "out"
     assert (out / "adapter_config.json").is_file() and not (out / "ia2mini.json").exists()
@@ -130,7 +146,9 @@ def test_an_interrupt_that_native_code_turns_into_another_error(number):
             raise ValueError("could not determine the shape of object type") from None
 
     done = CliRunner().invoke(group, ["load"])
-    assert done.exit_code == 130 and done.stderr.strip().startswith("ia2mini: interrupted; what was finished is kept")
+    assert done.exit_code == 130 and done.stderr.strip().startswith(
+        "ia2mini: interrupted; what was finished is kept"
+    )
     assert len(done.stderr.strip().splitlines()) == 1
 
 
@@ -141,7 +159,9 @@ def hidden(folder: Path) -> list[str]:
 @pytest.mark.parametrize("name", WRITING)
 def test_a_full_disk_is_one_line_and_with_room_it_goes_on(name, undisturbed, folder):
     wanted, whole = undisturbed[name]
-    rooms = sorted({max(len(data) - 1, 0) for file, data in wanted.items() if file.startswith("out/")})
+    rooms = sorted(
+        {max(len(data) - 1, 0) for file, data in wanted.items() if file.startswith("out/")}
+    )
     rooms = random.Random(name).sample(
         rooms, min(KILLS // 2, len(rooms))
     )  # one file after the other is too long for them
@@ -158,14 +178,22 @@ def test_a_full_disk_is_one_line_and_with_room_it_goes_on(name, undisturbed, fol
 @pytest.mark.parametrize("name", WRITING)
 def test_lost_permissions_are_one_line_and_given_again_it_goes_on(name, undisturbed, folder):
     wanted, whole = undisturbed[name]
-    for number in [0, *random.Random(name).sample(range(1, whole.files + 1), min(KILLS // 2, whole.files))]:
+    for number in [
+        0,
+        *random.Random(name).sample(range(1, whole.files + 1), min(KILLS // 2, whole.files)),
+    ]:
         (place := folder()).joinpath("out").mkdir()
         if number:  # before this file gets its name
             lost = command(place, name, at=(number, lose_permissions))
             one_line(lost, 2, "cannot ", "Permission denied", "choose another folder with --out")
         else:
             permit(place / "out", 0o555)
-            one_line(command(place, name, powerless=True), 2, "out", "cannot write there (Permission denied)")
+            one_line(
+                command(place, name, powerless=True),
+                2,
+                "out",
+                "cannot write there (Permission denied)",
+            )
             assert list((place / "out").iterdir()) == []
         check_whole(place, wanted)
         permit(place / "out", 0o755)

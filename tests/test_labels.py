@@ -23,7 +23,9 @@ from ia2mini.tasks import Example
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
 def tiny(request, tmp_path_factory):
     torch.set_num_threads(1)
-    folder = make_checkpoint(tmp_path_factory.mktemp(request.param), request.param, num_hidden_layers=2)
+    folder = make_checkpoint(
+        tmp_path_factory.mktemp(request.param), request.param, num_hidden_layers=2
+    )
     return folder, *load(folder)
 
 
@@ -31,7 +33,9 @@ def check_labels(scores, run, following, prompts, labels, among=None):
     """Of labels of any length."""
     for q, prompt in enumerate(prompts):
         found = scores.probabilities[run, q].double().log().tolist()
-        assert found == pytest.approx([label_log_probability(following, prompt, label) for label in labels], abs=1e-4)
+        assert found == pytest.approx(
+            [label_log_probability(following, prompt, label) for label in labels], abs=1e-4
+        )
         top, confidence = greedy_label(following, prompt, labels, among)
         assert scores.top[run, q] == top
         assert scores.confidence[run, q].item() == pytest.approx(confidence, rel=1e-4, abs=1e-6)
@@ -55,7 +59,9 @@ def near(following, prompts) -> list[list[int]]:
         for _ in range(3):
             said.append(following(prompt + said).argmax().item())
         other = (said[-1] + 1) % 256
-        for new in ([said, said[:2] + [other, 7]], [[said[0], (said[1] + 1) % 256]], [said[:1]])[q % 3]:
+        for new in ([said, said[:2] + [other, 7]], [[said[0], (said[1] + 1) % 256]], [said[:1]])[
+            q % 3
+        ]:
             if not any(a[: len(b)] == b for one in labels for a, b in ((one, new), (new, one))):
                 labels.append(new)
     return labels
@@ -70,7 +76,9 @@ def test_labels_of_several_tokens_equal_a_plain_loop_over_them(tiny, budget, amo
     check_labels(scores, 0, following, PROMPTS, labels, among)
     assert {1, 2, 3, 4} == {len(label) for label in labels}
     longest = [len(labels[top]) for top in scores.top[0].tolist() if top >= 0]
-    assert -1 in scores.top and max(longest) > 1, "greedy decoding gives whole labels and leaves others"
+    assert -1 in scores.top and max(longest) > 1, (
+        "greedy decoding gives whole labels and leaves others"
+    )
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
@@ -83,7 +91,9 @@ def test_each_run_scores_labels_of_several_tokens_as_its_own_model_does(tiny, ki
         scores = label_scores(student, PROMPTS, labels, Scoring(3, budget=200))
     for r, following in enumerate(nets):
         check_labels(scores, r, following, PROMPTS, labels)
-    assert (scores.top[0] >= 0).any() and not torch.equal(scores.probabilities[0], scores.probabilities[1])
+    assert (scores.top[0] >= 0).any() and not torch.equal(
+        scores.probabilities[0], scores.probabilities[1]
+    )
 
 
 def test_labels_of_several_tokens_behind_shared_demonstrations(tiny):
@@ -100,9 +110,19 @@ def test_labels_one_of_which_begins_another_end_with_eos(tiny):
     folder, model, tokenizer = tiny
     a, b, c, both = (tokenizer.encode(text, special=False) for text in ("a", "b", "c", "a b"))
     labels = tokenizer.label_tokens("Text:x\nLabel:", ("a", "a b", "c"))
-    assert labels == [a + [EOS], both + [EOS], c + [EOS]] and len(labels[1]) == 4 and labels[1][:1] == a
-    assert tokenizer.label_tokens("Text:x\nLabel:", ("b", "a b", "c")) == [b, both, c]  # no beginning of another
-    check_labels(label_scores(model, PROMPTS, labels), 0, upstreams(upstream(folder)), PROMPTS, labels)
+    assert (
+        labels == [a + [EOS], both + [EOS], c + [EOS]]
+        and len(labels[1]) == 4
+        and labels[1][:1] == a
+    )
+    assert tokenizer.label_tokens("Text:x\nLabel:", ("b", "a b", "c")) == [
+        b,
+        both,
+        c,
+    ]  # no beginning of another
+    check_labels(
+        label_scores(model, PROMPTS, labels), 0, upstreams(upstream(folder)), PROMPTS, labels
+    )
 
 
 class Chain(torch.nn.Module):
@@ -110,7 +130,10 @@ class Chain(torch.nn.Module):
 
     def __init__(self, logits: torch.Tensor):
         super().__init__()
-        self.logits, self.model = logits, torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(1, 1)})
+        self.logits, self.model = (
+            logits,
+            torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(1, 1)}),
+        )
 
     def forward(self, ids, taps, logits, cache):
         runs = torch.arange(len(ids))[:, None] * len(self.logits) // len(ids)
@@ -128,8 +151,15 @@ def test_greedy_decoding_tells_a_label_from_a_longer_one():
     scores = label_scores(Chain(table), [[4]], labels, Scoring(4))
     assert scores.top[:, 0].tolist() == [0, 1, -1, -1]
     p = table.softmax(-1)
-    paths = [4, a, eos], [4, a, space, b, eos], [4, a, space, b, a], [4, a, b]  # up to where the label is left
-    said = [math.prod(p[r, i, j].item() for i, j in zip(path, path[1:])) for r, path in enumerate(paths)]
+    paths = (
+        [4, a, eos],
+        [4, a, space, b, eos],
+        [4, a, space, b, a],
+        [4, a, b],
+    )  # up to where the label is left
+    said = [
+        math.prod(p[r, i, j].item() for i, j in zip(path, path[1:])) for r, path in enumerate(paths)
+    ]
     assert scores.confidence[:, 0].tolist() == pytest.approx(said, rel=1e-5)
 
 
@@ -139,7 +169,11 @@ LABEL = st.lists(st.integers(0, 3), min_size=1, max_size=3)
 @settings(deadline=None)
 @given(st.lists(LABEL, min_size=1, max_size=6), st.integers(0, 2**20), st.integers(1, 3))
 def test_any_labels_equal_a_plain_loop_over_them(labels, seed, runs):
-    labels = [a for i, a in enumerate(labels) if not any(a[: len(b)] == b or b[: len(a)] == a for b in labels[:i])]
+    labels = [
+        a
+        for i, a in enumerate(labels)
+        if not any(a[: len(b)] == b or b[: len(a)] == a for b in labels[:i])
+    ]
     table = 2 * torch.randn(runs, 4, 4, generator=torch.Generator().manual_seed(seed))
     prompts = [[token] for token in range(4)]
     scores = label_scores(Chain(table), prompts, labels, Scoring(runs))
@@ -168,15 +202,26 @@ def test_a_score_is_that_of_the_plain_model(tiny, tmp_path, labels):
     twins = [upstreams(peft_twin(tmp_path, adapter, row)) for row in theta]
     found = [score(model, tokenizer, examples, labels, demonstrations=d)[0] for d in ((), shown)]
     found += score(model, tokenizer, examples, labels, adapter, theta)
-    cases, said = [(upstreams(net), ()), (upstreams(net), shown), *((twin, ()) for twin in twins)], []
+    cases, said = (
+        [(upstreams(net), ()), (upstreams(net), shown), *((twin, ()) for twin in twins)],
+        [],
+    )
     for measured, (following, before) in zip(found, cases, strict=True):
         prompts = [tokenizer.encode(with_demonstrations(before, q)) for q in queries]
-        p = [[math.exp(label_log_probability(following, prompt, label)) for label in tokens] for prompt in prompts]
+        p = [
+            [math.exp(label_log_probability(following, prompt, label)) for label in tokens]
+            for prompt in prompts
+        ]
         said.append([greedy_label(following, prompt, tokens)[0] for prompt in prompts])
         right = [top == e.label for top, e in zip(said[-1], examples, strict=True)]
         assert measured["acc"] == pytest.approx(fmean(right))
         nll = -fmean(math.log(q[e.label]) for q, e in zip(p, examples, strict=True))
         assert measured["nll"] == pytest.approx(nll, abs=1e-4)
-        far = [sum((q - (i == e.label)) ** 2 for i, q in enumerate(row)) for row, e in zip(p, examples, strict=True)]
+        far = [
+            sum((q - (i == e.label)) ** 2 for i, q in enumerate(row))
+            for row, e in zip(p, examples, strict=True)
+        ]
         assert measured["brier"] == pytest.approx(fmean(far), abs=1e-5)
-    assert len({top for tops in said for top in tops if top >= 0}) > 1, "no two labels are ever said"
+    assert len({top for tops in said for top in tops if top >= 0}) > 1, (
+        "no two labels are ever said"
+    )

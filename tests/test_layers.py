@@ -63,7 +63,12 @@ def room(name: str) -> str:
 
 def arrows() -> list[tuple[str, str]]:
     known = modules()
-    return [(name, other) for name, path in known.items() for other in imports(name, path, known) if other != name]
+    return [
+        (name, other)
+        for name, path in known.items()
+        for other in imports(name, path, known)
+        if other != name
+    ]
 
 
 def test_nobody_imports_from_a_room_above_its_own():

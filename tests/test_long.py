@@ -27,7 +27,9 @@ QUICK = Options(n=(2,), sets=1, methods=("base", "icl", "sft"), rates=(1e-3,), e
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory):
-    folder = make_checkpoint(tmp_path_factory.mktemp("short") / "m", "qwen3", max_position_embeddings=READS)
+    folder = make_checkpoint(
+        tmp_path_factory.mktemp("short") / "m", "qwen3", max_position_embeddings=READS
+    )
     return open_subject(str(folder), "cpu")
 
 
@@ -38,18 +40,27 @@ def row(length: int, i: int) -> dict:
 
 def task_of(tmp_path, pool: list[int], evaluation: list[int]):
     for name, lengths in (("pool", pool), ("eval", evaluation)):
-        lines = [json.dumps(row(length, i + 50 * (name == "eval"))) + "\n" for i, length in enumerate(lengths)]
+        lines = [
+            json.dumps(row(length, i + 50 * (name == "eval"))) + "\n"
+            for i, length in enumerate(lengths)
+        ]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     return custom_task(tmp_path / "pool.jsonl", "text", "label", eval_path=tmp_path / "eval.jsonl")
 
 
 @pytest.mark.parametrize(
-    "pool, evaluation, named", [([20] * 3 + [READS], [20] * 4, "03xxx"), ([20] * 4, [20, READS + 1], "51xxx")]
+    "pool, evaluation, named",
+    [([20] * 3 + [READS], [20] * 4, "03xxx"), ([20] * 4, [20, READS + 1], "51xxx")],
 )
 def test_a_study_refuses_a_row_before_any_work(subject, tmp_path, pool, evaluation, named):
-    task, options = task_of(tmp_path, pool, evaluation), replace(QUICK, sets=3)  # every row of the pool is in some set
+    task, options = (
+        task_of(tmp_path, pool, evaluation),
+        replace(QUICK, sets=3),
+    )  # every row of the pool is in some set
     refused(
-        lambda: compare([task], subject, options, tmp_path / "out"), f"Text:{named}", f"{READS} tokens the model reads"
+        lambda: compare([task], subject, options, tmp_path / "out"),
+        f"Text:{named}",
+        f"{READS} tokens the model reads",
     )
     assert not (tmp_path / "out").exists()
     fitting_rows = task_of(tmp_path, [20] * 3 + [READS - 1], [20, READS])
@@ -60,10 +71,16 @@ def test_a_teacher_beyond_what_the_model_reads_is_refused_and_icl_warned_of(subj
     """With a demonstration a row of the pool needs more; methods that do not learn from the teacher are trained."""
     task = task_of(tmp_path, [70] * 4, [20, 30])
     for options in (replace(QUICK, methods=("ia2-sft",)), replace(QUICK, labels="icl")):
-        refused(lambda o=options: compare([task], subject, o, tmp_path / "out"), "Text:", "143 tokens", "smaller --n")
+        refused(
+            lambda o=options: compare([task], subject, o, tmp_path / "out"),
+            "Text:",
+            "143 tokens",
+            "smaller --n",
+        )
     assert not (tmp_path / "out").exists()
     with pytest.warns(
-        UserWarning, match=r"rows of pool need up to 176 tokens behind demonstrations; the model reads 100"
+        UserWarning,
+        match=r"rows of pool need up to 176 tokens behind demonstrations; the model reads 100",
     ):
         document, _ = compare([task], subject, QUICK, tmp_path / "out")
     assert {cell["method"] for cell in document["cells"]} == {"base", "icl", "sft"}
@@ -73,24 +90,42 @@ def test_a_teacher_beyond_what_the_model_reads_is_refused_and_icl_warned_of(subj
 
 
 def test_fit_refuses_rows_contexts_and_rows_without_answers(subject, monkeypatch):
-    rows, options = [row(20 + i, i) for i in range(6)], FitOptions(rates=(1e-3,), epochs=1, methods=("sft",))
+    rows, options = (
+        [row(20 + i, i) for i in range(6)],
+        FitOptions(rates=(1e-3,), epochs=1, methods=("sft",)),
+    )
     long = row(READS + 1, 7)
-    refused(lambda: fit([*rows, long], subject, options), "Text:07xxx", "more than the 100 tokens the model reads")
+    refused(
+        lambda: fit([*rows, long], subject, options),
+        "Text:07xxx",
+        "more than the 100 tokens the model reads",
+    )
     refused(lambda: fit(rows, subject, options, unlabelled=[{"text": long["text"]}]), "Text:07xxx")
     monkeypatch.setattr(fitting, "generate", None)  # nothing is generated before the refusal
     for context, more in (("c" * (READS - 30), 10), ("c", READS)):
         with_context = replace(options, context=context, max_tokens=more)
-        refused(lambda o=with_context: fit(rows, subject, o), "Question:0", "cut that, or use a smaller --max-tokens")
+        refused(
+            lambda o=with_context: fit(rows, subject, o),
+            "Question:0",
+            "cut that, or use a smaller --max-tokens",
+        )
 
 
 def test_predict_and_score_name_file_and_row(subject, tmp_path):
-    fitted = Predictor(subject, None, None, FOREIGN | {"template": "Text:{text}\nLabel:", "labels": ["a", "b"]})
+    fitted = Predictor(
+        subject, None, None, FOREIGN | {"template": "Text:{text}\nLabel:", "labels": ["a", "b"]}
+    )
     rows = [Row("new.jsonl:1", row(READS, 0)), Row("new.jsonl:2", row(READS + 1, 1))]
     found = fitted.predict(rows, wrong=lambda error: told.append(str(error)))
     told = []
-    assert len(list(found)) == 1 and told == ["new.jsonl:2: its prompt has 101 tokens; the model reads 1 to 100"]
+    assert len(list(found)) == 1 and told == [
+        "new.jsonl:2: its prompt has 101 tokens; the model reads 1 to 100"
+    ]
     fitted.spec["demonstrations"] = [{"prompt": "Text:y\nLabel:", "answer": "a"}]
-    refused(lambda: list(fitted.predict(rows, icl=True)), "new.jsonl:1: its prompt with demonstrations has 116 tokens")
+    refused(
+        lambda: list(fitted.predict(rows, icl=True)),
+        "new.jsonl:1: its prompt with demonstrations has 116 tokens",
+    )
     from ia2mini.report.fit import score_rows
 
     refused(lambda: score_rows(fitted, rows, False), "new.jsonl:2: its prompt has 101 tokens")
@@ -100,10 +135,16 @@ def test_fit_names_a_row_that_is_far_longer_than_the_others():
     rows = [Row(f"mine.csv:{i}", {}) for i in range(2, 8)]
     (said,) = far_longer(rows, [40, 30, 2500, 45, 50, 450])
     assert said.startswith("mine.csv:4 has 2500 tokens") and "at most 45" not in said
-    assert far_longer(rows, [2000, 2500, 1800, 2200, 1900, 2600]) == far_longer(rows, [3, 4, 400, 5, 4, 3]) == []
+    assert (
+        far_longer(rows, [2000, 2500, 1800, 2200, 1900, 2600])
+        == far_longer(rows, [3, 4, 400, 5, 4, 3])
+        == []
+    )
 
 
-@pytest.mark.parametrize("labels, answer", [(["a", "b"], 1), (["a", "ab"], 3), (["abcde", "b"], 5), ([], 30)])
+@pytest.mark.parametrize(
+    "labels, answer", [(["a", "b"], 1), (["a", "ab"], 3), (["abcde", "b"], 5), ([], 30)]
+)
 def test_predict_counts_the_answer(subject, labels, answer):
     """Nested labels are closed by EOS; the last token of an answer is not read."""
     spec = {"template": "Text:{text}\nLabel:", "labels": labels, "max_tokens": 30, "stop": None}
@@ -119,14 +160,20 @@ def test_predict_counts_the_answer(subject, labels, answer):
 
 def test_chat_turns_and_demonstrations_count(subject, tmp_path):
     folder = shutil.copytree(subject.folder, tmp_path / "chat")
-    (folder / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}" + "-" * 40)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ m.content }}]{% endfor %}" + "-" * 40
+    )
     spec = {"template": "{text}", "labels": ["a", "b"], "chat": True}
     fitted = Predictor(open_subject(str(folder), "cpu"), None, None, FOREIGN | spec)
     fitted.spec["demonstrations"] = [{"prompt": "q" * 20, "answer": "a"}]
     fits = {False: READS - 42, True: READS - 42 - 25}
     for icl, most in fits.items():
         assert len(list(fitted.predict([{"text": "x" * most}], icl))) == 1
-        refused(lambda n=most + 1, icl=icl: list(fitted.predict([{"text": "x" * n}], icl)), "row 1", "101 tokens")
+        refused(
+            lambda n=most + 1, icl=icl: list(fitted.predict([{"text": "x" * n}], icl)),
+            "row 1",
+            "101 tokens",
+        )
 
 
 def test_generate_refuses_and_ends_where_the_model_ends(subject, monkeypatch):
@@ -139,8 +186,14 @@ def test_generate_refuses_and_ends_where_the_model_ends(subject, monkeypatch):
     monkeypatch.setattr(ia2mini.generate, "generate", continuing)
     for length, tokens in ((READS + 1, None), (READS, 1), (READS - 1, 2), (20, 50)):
         how = ["--prompt", "x" * length, "--max-tokens", "50"]
-        result = CliRunner().invoke(main, ["generate", "--model", str(subject.folder), "--device", "cpu", *how])
+        result = CliRunner().invoke(
+            main, ["generate", "--model", str(subject.folder), "--device", "cpu", *how]
+        )
         if tokens is None:
-            assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "has 101 tokens" in result.stderr
+            assert (
+                result.exit_code == 2
+                and result.stderr.count("\n") == 1
+                and "has 101 tokens" in result.stderr
+            )
         else:
             assert result.exit_code == 0 and asked.pop() == tokens

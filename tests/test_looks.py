@@ -33,5 +33,9 @@ def test_held_out_rows_are_scored_after_every_epoch_by_weights_that_never_saw_th
         flipped = 1 - other[i].label
         other[i] = replace(other[i], label=flipped, answer=cv.task.labels[flipped])
     again = CrossValidation(subject, cv.task, other, cv.options)
-    again.folds, again.selection, again.places = cv.folds, replace(cv.selection, gold=again.gold), cv.places
+    again.folds, again.selection, again.places = (
+        cv.folds,
+        replace(cv.selection, gold=again.gold),
+        cv.places,
+    )
     assert torch.equal(again.held_out("sft")[:, :, fold], scores[:, :, fold])

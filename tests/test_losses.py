@@ -23,20 +23,33 @@ def test_losses_equal_naive_loops():
     top, ids = teacher.topk(3)
     expected = {"mse": [], "ce": [], "kl": [], "top": []}
     for p in range(3):
-        probabilities = [math.exp(x) / sum(math.exp(y) for y in logits[p].tolist()) for x in logits[p].tolist()]
-        layers = [[(outputs[m, p, d] - targets[m, p, d]).item() ** 2 for d in range(5)] for m in range(2)]
+        probabilities = [
+            math.exp(x) / sum(math.exp(y) for y in logits[p].tolist()) for x in logits[p].tolist()
+        ]
+        layers = [
+            [(outputs[m, p, d] - targets[m, p, d]).item() ** 2 for d in range(5)] for m in range(2)
+        ]
         expected["mse"].append(sum(layers[0]) / 5 + sum(layers[1]) / 5)
         expected["ce"].append(-math.log(probabilities[answer[p]]))
         expected["kl"].append(
-            sum(math.exp(t) * (t - math.log(q)) for t, q in zip(teacher[p].tolist(), probabilities, strict=True))
+            sum(
+                math.exp(t) * (t - math.log(q))
+                for t, q in zip(teacher[p].tolist(), probabilities, strict=True)
+            )
         )
         kept = [math.exp(t) / sum(math.exp(u) for u in top[p].tolist()) for t in top[p].tolist()]
         expected["top"].append(
-            sum(t * (math.log(t) - math.log(probabilities[i])) for t, i in zip(kept, ids[p].tolist(), strict=True))
+            sum(
+                t * (math.log(t) - math.log(probabilities[i]))
+                for t, i in zip(kept, ids[p].tolist(), strict=True)
+            )
         )
     every = torch.arange(7).expand(3, 7)
     found = {"mse": activation_mse(outputs, targets), "ce": cross_entropy(states, head, answer)}
-    found |= {"kl": soft_cross_entropy(states, head, teacher, every), "top": soft_cross_entropy(states, head, top, ids)}
+    found |= {
+        "kl": soft_cross_entropy(states, head, teacher, every),
+        "top": soft_cross_entropy(states, head, top, ids),
+    }
     for name, values in expected.items():
         torch.testing.assert_close(found[name], torch.tensor(values), rtol=1e-5, atol=1e-6)
     assert soft_cross_entropy(teacher, torch.eye(7), teacher, every).abs().max() < 1e-6
@@ -61,17 +74,26 @@ def test_gradients_of_the_squared_error_equal_autograds(dtype):
         (sum((copy - target.double()).T ** 2) / 6 * weights).sum().backward()
         assert output.grad.dtype == dtype
         torch.testing.assert_close(
-            output.grad, copy.grad.to(dtype), rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-6
+            output.grad,
+            copy.grad.to(dtype),
+            rtol=2**-8 if dtype == torch.bfloat16 else 1e-6,
+            atol=1e-6,
         )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("portion", [1, 3, 100])
-def test_losses_through_the_head_equal_torchs_with_their_gradients_in_portions(monkeypatch, dtype, portion):
+def test_losses_through_the_head_equal_torchs_with_their_gradients_in_portions(
+    monkeypatch, dtype, portion
+):
     monkeypatch.setattr(losses, "LOGITS", 11 * portion)
     at_once, linear = [], F.linear
     monkeypatch.setattr(F, "linear", lambda x, weight: at_once.append(len(x)) or linear(x, weight))
-    states, head, weights = torch.randn(8, 5).to(dtype).requires_grad_(), torch.randn(11, 5).to(dtype), torch.rand(8)
+    states, head, weights = (
+        torch.randn(8, 5).to(dtype).requires_grad_(),
+        torch.randn(11, 5).to(dtype),
+        torch.rand(8),
+    )
     targets, teacher = torch.randint(11, (8,)), torch.randn(8, 11).log_softmax(-1)
     top, ids = teacher.topk(4)
     logits = (copy := states.detach().clone().requires_grad_()) @ head.T
@@ -88,4 +110,6 @@ def test_losses_through_the_head_equal_torchs_with_their_gradients_in_portions(m
             for v, x in ((found, states), (expected, copy))
         )
         assert max(at_once) == min(portion, 8), "logits of so many positions are there at once"
-        torch.testing.assert_close(ours, theirs, **({} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.02}))
+        torch.testing.assert_close(
+            ours, theirs, **({} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.02})
+        )

@@ -43,7 +43,10 @@ def noting(trainer: Callable, note: Callable) -> Callable:
 
 
 def make_grid(model, kind, labels="truth", rows=5, **more):
-    sets = [Taught(*(make_rows(n, 10 * s + i) for i, n in enumerate((rows, 2, rows, 2)))) for s in range(2)]
+    sets = [
+        Taught(*(make_rows(n, 10 * s + i) for i, n in enumerate((rows, 2, rows, 2))))
+        for s in range(2)
+    ]
     more |= {"labels": labels, "settings": Settings(batch_size=2, epochs=2, patience=9)}
     return Grid(model, ADAPTERS[kind](model), sets, [1e-2, 3e-3], [0.2, 0.7], seed=4, **more)
 
@@ -60,7 +63,13 @@ def test_every_method_equals_the_plain_loop(folder, model, kind, labels, method)
     def look(state) -> None:
         watched[-1].append((state.step, state.dev_loss.clone()))
 
-    grid = make_grid(model, kind, labels, hooks=watching(look), trainer=noting(train, lambda runs: watched.append([])))
+    grid = make_grid(
+        model,
+        kind,
+        labels,
+        hooks=watching(look),
+        trainer=noting(train, lambda runs: watched.append([])),
+    )
     found, configs = METHODS[method](grid), grid.configs(method)
     assert len(found.theta) == len(configs) == (8 if method == "ia2+sft" else 4)
     assert len(watched) == len(PHASES[method])
@@ -69,9 +78,18 @@ def test_every_method_equals_the_plain_loop(folder, model, kind, labels, method)
         s, theta, steps = grid.sets[number], grid.first_weights(number), 0
         for (rows, mix), looks in zip(PHASES[method], watched, strict=True):
             mix = {"mse": 1 - beta, "ce": beta} if beta else mix
-            data = (s.train, s.dev) if (rows, labels) == ("truth", "truth") else (s.icl_train, s.icl_dev)
-            twin, order = peft_twin(folder, grid.adapter, theta), partial(grid.order, number, len(data[0]))
-            theta, loss, taken, history = plain_fit(twin, grid.adapter, rate, mix, data, order, grid.settings)
+            data = (
+                (s.train, s.dev)
+                if (rows, labels) == ("truth", "truth")
+                else (s.icl_train, s.icl_dev)
+            )
+            twin, order = (
+                peft_twin(folder, grid.adapter, theta),
+                partial(grid.order, number, len(data[0])),
+            )
+            theta, loss, taken, history = plain_fit(
+                twin, grid.adapter, rate, mix, data, order, grid.settings
+            )
             steps += taken
             expected = [(step, pytest.approx(x, rel=1e-4)) for step, x in history]
             assert [(step, live[r].item()) for step, live in looks] == expected
@@ -107,11 +125,16 @@ def test_runs_that_do_not_fit_into_memory_are_trained_in_portions(model):
     assert parts.steps.tolist() == whole.steps.tolist()
     assert all(relative(x, y) <= 1e-5 for x, y in zip(parts.theta, whole.theta, strict=True))
     room, small = 0, copy.deepcopy(model)
-    with pytest.warns(UserWarning, match="out of memory with a single run; going on with --checkpointing"):
+    with pytest.warns(
+        UserWarning, match="out of memory with a single run; going on with --checkpointing"
+    ):
         again = METHODS["sft"](make_grid(small, "lora", trainer=within_memory(full)))
     assert all(relative(x, y) <= 1e-5 for x, y in zip(again.theta, whole.theta, strict=True))
     room = -1
-    with pytest.warns(UserWarning), pytest.raises(UsageError, match="single run; use a smaller --batch-size"):
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(UsageError, match="single run; use a smaller --batch-size"),
+    ):
         METHODS["sft"](make_grid(small, "lora", trainer=within_memory(full)))
 
 
@@ -126,7 +149,9 @@ def test_portions_are_estimated_before_memory_runs_out(model, monkeypatch):
     runs, size = len(grid.configs("sft")), grid.adapter.init(model, torch.Generator()).numel()
     whole = METHODS["sft"](grid)
     batches = [sorted(taught.train, key=len)[-grid.settings.batch_size :] for taught in grid.sets]
-    tokens, positions = (max(sum(map(of, batch)) for batch in batches) for of in (len, lambda row: len(row.answer)))
+    tokens, positions = (
+        max(sum(map(of, batch)) for batch in batches) for of in (len, lambda row: len(row.answer))
+    )
     each = run_bytes(model.config, tokens, positions, 4, size)
     for room, expected in ((runs / 0.9 + 9, [runs]), (2.5, [2] * (runs // 2)), (0.1, [1] * runs)):
         monkeypatch.setattr(memory, "free_bytes", lambda device, room=room: room * each / 0.9)
@@ -150,7 +175,11 @@ def test_a_first_phase_that_is_already_there_is_not_trained_again(model):
     whole = METHODS["ia2-sft"](grid)
     assert len(trained) == 3
     again = METHODS["ia2-sft"](grid, ready)
-    assert len(trained) == 4 and torch.equal(again.theta, whole.theta) and torch.equal(again.steps, whole.steps)
+    assert (
+        len(trained) == 4
+        and torch.equal(again.theta, whole.theta)
+        and torch.equal(again.steps, whole.steps)
+    )
     assert not torch.equal(again.theta, ready.theta)
 
 
@@ -159,14 +188,20 @@ def test_sets_start_differently_and_rates_of_a_set_alike(model):
     grid.trainer = noting(train, started.append)
     grid.train("sft", {"ce": 1.0}, grid.labels)
     theta = started[0].theta
-    assert torch.equal(theta[0], theta[1]) and torch.equal(theta[2], theta[3]) and not torch.equal(theta[0], theta[2])
+    assert (
+        torch.equal(theta[0], theta[1])
+        and torch.equal(theta[2], theta[3])
+        and not torch.equal(theta[0], theta[2])
+    )
     assert sorted(grid.order(0, 5, 0)) == list(range(5))
     assert len({tuple(grid.order(n, 5, e)) for n in range(2) for e in range(4)}) > 4
 
 
 def test_a_phase_takes_a_loss_of_ones_own(model):
     grid = make_grid(model, "lora")
-    own, built_in = (grid.train("sft", {loss: 1.0, "mse": 0.1}, ICL) for loss in (own_cross_entropy, "ce"))
+    own, built_in = (
+        grid.train("sft", {loss: 1.0, "mse": 0.1}, ICL) for loss in (own_cross_entropy, "ce")
+    )
     assert own.steps.tolist() == built_in.steps.tolist()
     assert all(relative(x, y) <= 1e-5 for x, y in zip(own.theta, built_in.theta, strict=True))
     torch.testing.assert_close(own.dev_loss, built_in.dev_loss, rtol=1e-5, atol=0)

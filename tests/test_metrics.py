@@ -20,7 +20,9 @@ def naive_ece(confidence, correct, edges):
     for low, high in zip(edges[:-1], edges[1:], strict=True):
         rows = [i for i, c in enumerate(confidence) if low < c <= high or (c == 0 == low)]
         if rows:
-            gap = sum(correct[i] for i in rows) / len(rows) - sum(confidence[i] for i in rows) / len(rows)
+            gap = sum(correct[i] for i in rows) / len(rows) - sum(
+                confidence[i] for i in rows
+            ) / len(rows)
             total += len(rows) / len(confidence) * abs(gap)
     return total
 
@@ -30,7 +32,9 @@ def test_ece_by_hand():
     # two bins: (0, .5] mean .25, accuracy .5, gap .25, 2 rows; (.5, 1] mean .75, accuracy .75, gap 0, 4 rows
     assert metrics.ece(confidence, correct, bins=2) == pytest.approx(2 / 6 * 0.25)
     # equal mass, three bins of two: gaps |.25-.5|, |.575-.5|, |.925-1|
-    assert metrics.ece(confidence, correct, bins=3, scheme="mass") == pytest.approx((0.25 + 0.075 + 0.075) / 3)
+    assert metrics.ece(confidence, correct, bins=3, scheme="mass") == pytest.approx(
+        (0.25 + 0.075 + 0.075) / 3
+    )
 
 
 def test_ece_bins_are_closed_on_the_right():
@@ -49,7 +53,9 @@ def test_ece_width_equals_a_naive_loop(rows, bins):
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=40, unique_by=lambda r: r[0]),
+    st.lists(
+        st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=40, unique_by=lambda r: r[0]
+    ),
     st.integers(1, 20),
 )
 def test_ece_mass_equals_a_naive_loop(rows, bins):
@@ -63,11 +69,18 @@ def test_ece_mass_equals_a_naive_loop(rows, bins):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from([0.0, 0.2, 0.5, 1.0]), st.booleans()), min_size=1, max_size=30), st.randoms())
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0.0, 0.2, 0.5, 1.0]), st.booleans()), min_size=1, max_size=30
+    ),
+    st.randoms(),
+)
 def test_scores_ignore_the_order_of_rows(rows, random):
     shuffled = random.sample(rows, len(rows))
     for scheme in ("width", "mass"):
-        one, two = (metrics.ece(*zip(*r, strict=True), bins=4, scheme=scheme) for r in (rows, shuffled))
+        one, two = (
+            metrics.ece(*zip(*r, strict=True), bins=4, scheme=scheme) for r in (rows, shuffled)
+        )
         assert one == pytest.approx(two, abs=1e-12)
         assert 0 <= one <= 1
 
@@ -84,9 +97,13 @@ def test_ece_edges(scheme):
 
 
 def test_reliability_counts_and_empty_bins():
-    curve = metrics.reliability(torch.tensor([0.9, 0.95], dtype=torch.bfloat16), torch.tensor([True, False]), bins=10)
+    curve = metrics.reliability(
+        torch.tensor([0.9, 0.95], dtype=torch.bfloat16), torch.tensor([True, False]), bins=10
+    )
     assert curve[:8].tolist() == [[0, 0, 0]] * 8
-    assert curve[8:, [0, 2]].tolist() == [[1, 1], [1, 0]] and curve[8:, 1] == pytest.approx([0.9, 0.95], abs=4e-3)
+    assert curve[8:, [0, 2]].tolist() == [[1, 1], [1, 0]] and curve[8:, 1] == pytest.approx(
+        [0.9, 0.95], abs=4e-3
+    )
     with pytest.raises(ValueError, match="width, mass or scripts"):
         metrics.reliability([0.5], [1], scheme="height")
 
@@ -94,10 +111,17 @@ def test_reliability_counts_and_empty_bins():
 def test_accuracy_nll_brier():
     assert metrics.accuracy([True, False, True, True]) == 0.75
     assert metrics.accuracy(torch.tensor([1, 0])) == 0.5
-    assert metrics.nll([-0.5, -300.0]) == pytest.approx(150.25), "not cut off where a float32 probability is zero"
+    assert metrics.nll([-0.5, -300.0]) == pytest.approx(150.25), (
+        "not cut off where a float32 probability is zero"
+    )
     probs = torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.0, 1.0]])
-    assert metrics.brier(probs, torch.tensor([0, 1])) == pytest.approx((0.09 + 0.04 + 0.01 + 1 + 1) / 2, abs=1e-6)
-    assert all(math.isnan(x) for x in (metrics.accuracy([]), metrics.nll([]), metrics.brier(np.zeros((0, 2)), [])))
+    assert metrics.brier(probs, torch.tensor([0, 1])) == pytest.approx(
+        (0.09 + 0.04 + 0.01 + 1 + 1) / 2, abs=1e-6
+    )
+    assert all(
+        math.isnan(x)
+        for x in (metrics.accuracy([]), metrics.nll([]), metrics.brier(np.zeros((0, 2)), []))
+    )
 
 
 def test_asim_equals_a_naive_loop():
@@ -109,7 +133,9 @@ def test_asim_equals_a_naive_loop():
         x, y = a[index].double().numpy(), b[index].double().numpy()
         size = np.linalg.norm(x) * np.linalg.norm(y)
         assert got[index].item() == pytest.approx(x @ y / size if size else 0.0, abs=1e-6)
-    assert metrics.asim(b, 1000 * b).max() <= 1 and metrics.asim(b, -b).sum().item() == pytest.approx(-30, abs=1e-4)
+    assert metrics.asim(b, 1000 * b).max() <= 1 and metrics.asim(
+        b, -b
+    ).sum().item() == pytest.approx(-30, abs=1e-4)
 
 
 def test_subspace_overlap_equals_numpy_projections():
@@ -118,7 +144,9 @@ def test_subspace_overlap_equals_numpy_projections():
     for i in range(4):
         q1, q2 = np.linalg.qr(b1[i].double().numpy())[0], np.linalg.qr(b2[i].double().numpy())[0]
         assert got[i].item() == pytest.approx(np.trace(q1 @ q1.T @ q2 @ q2.T) / 3, abs=1e-10)
-    assert metrics.subspace_overlap(b1, b1 @ torch.randn(4, 3, 3), 3) == pytest.approx(np.ones(4), abs=1e-4)
+    assert metrics.subspace_overlap(b1, b1 @ torch.randn(4, 3, 3), 3) == pytest.approx(
+        np.ones(4), abs=1e-4
+    )
     first, second = torch.eye(20)[:, :3], torch.eye(20)[:, 2:5]
     assert metrics.subspace_overlap(first, second, 3).item() == pytest.approx(1 / 3)
     assert metrics.subspace_overlap(torch.zeros(20, 3), first, 3).item() == 0
@@ -130,7 +158,9 @@ def test_subspace_overlap_of_products_equals_that_of_b():
     of_products = metrics.subspace_overlap(b1 @ a1, b2 @ a2, 3)
     assert of_products.item() == pytest.approx(metrics.subspace_overlap(b1, b2, 3).item(), abs=1e-5)
     u1, u2 = (np.linalg.svd((b @ a).double().numpy())[0][:, :2] for b, a in ((b1, a1), (b2, a2)))
-    assert metrics.subspace_overlap(b1 @ a1, b2 @ a2, 2).item() == pytest.approx(np.sum((u1.T @ u2) ** 2) / 2, abs=1e-5)
+    assert metrics.subspace_overlap(b1 @ a1, b2 @ a2, 2).item() == pytest.approx(
+        np.sum((u1.T @ u2) ** 2) / 2, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("pairs", [5, 6, 20, 105, 600])
@@ -139,7 +169,9 @@ def test_paired_test_equals_scipy(pairs):
     a = rng.normal(0.8, 0.1, pairs)
     b = a - rng.normal(0.05, 0.1, pairs)
     got, want = metrics.paired_test(a, b), stats.ttest_rel(a, b)
-    assert (got.t, got.p, got.mean) == pytest.approx((want.statistic, want.pvalue, (a - b).mean()), rel=1e-9)
+    assert (got.t, got.p, got.mean) == pytest.approx(
+        (want.statistic, want.pvalue, (a - b).mean()), rel=1e-9
+    )
     interval = want.confidence_interval(0.95)
     assert (got.low, got.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
     assert got.d == pytest.approx(want.statistic / math.sqrt(pairs)) and got.pairs == pairs
@@ -156,7 +188,9 @@ def test_interval_and_p_value_of_a_paired_test_agree():
 @pytest.mark.parametrize("pairs", [0, 1, 2, 3, 4])
 def test_of_few_pairs_only_the_mean_is_known(pairs):
     got = metrics.paired_test(np.arange(pairs) ** 2, torch.zeros(pairs))
-    assert got.pairs == pairs and (math.isnan(got.mean) if pairs == 0 else got.mean == np.mean(np.arange(pairs) ** 2))
+    assert got.pairs == pairs and (
+        math.isnan(got.mean) if pairs == 0 else got.mean == np.mean(np.arange(pairs) ** 2)
+    )
     assert all(math.isnan(x) for x in (got.low, got.high, got.t, got.p, got.d))
     with pytest.raises(AssertionError):
         metrics.paired_test([1, 2], [1])
@@ -198,11 +232,17 @@ def naive_null(confidence, bins, scheme, draws, seed):
 def test_ece_null_equals_a_naive_loop(scheme, bins):
     rng = np.random.default_rng(bins)
     for size in (1, 7, 60):
-        confidence = np.sort(rng.beta(4, 1, size))  # sorted, no two alike: the same draws fall on the same rows
+        confidence = np.sort(
+            rng.beta(4, 1, size)
+        )  # sorted, no two alike: the same draws fall on the same rows
         want = naive_null(confidence, bins, scheme, 50, 3)
-        assert metrics.ece_null(confidence, bins, scheme, draws=50, seed=3) == pytest.approx(want, abs=1e-12)
+        assert metrics.ece_null(confidence, bins, scheme, draws=50, seed=3) == pytest.approx(
+            want, abs=1e-12
+        )
         shuffled = torch.tensor(rng.permutation(confidence))
-        assert metrics.ece_null(shuffled, bins, scheme, draws=50, seed=3) == pytest.approx(want, abs=1e-12)
+        assert metrics.ece_null(shuffled, bins, scheme, draws=50, seed=3) == pytest.approx(
+            want, abs=1e-12
+        )
 
 
 def test_ece_null_with_ties_and_at_the_ends_of_bins():
@@ -216,13 +256,19 @@ def test_ece_null_with_ties_and_at_the_ends_of_bins():
 @pytest.mark.parametrize("rows, size", [(40, 0.09), (100, 0.06), (500, 0.03)])
 def test_ece_null_has_its_known_sizes(rows, size):
     rng = np.random.default_rng(0)
-    for sure, unsure in ((9, 1), (4.5, 0.5), (1.8, 0.2)):  # right nine times in ten; less and less often in doubt
+    for sure, unsure in (
+        (9, 1),
+        (4.5, 0.5),
+        (1.8, 0.2),
+    ):  # right nine times in ten; less and less often in doubt
         drawn = [metrics.ece_null(rng.beta(sure, unsure, rows), draws=200) for _ in range(10)]
         assert sum(drawn) / 10 == pytest.approx(size, rel=0.2)
 
 
 def test_ece_null_edges():
-    assert metrics.ece_null([1.0] * 9) == metrics.ece_null([0.0] * 9) == 0  # certain, and always what it says
+    assert (
+        metrics.ece_null([1.0] * 9) == metrics.ece_null([0.0] * 9) == 0
+    )  # certain, and always what it says
     assert metrics.ece_null([0.5]) == 0.5
     assert math.isnan(metrics.ece_null([]))
     assert math.isnan(metrics.ece_null([0.5, float("nan")]))
@@ -231,14 +277,18 @@ def test_ece_null_edges():
 
 
 def test_measure_is_every_metric_of_one_run():
-    probabilities = torch.tensor([[0.6, 0.1], [0.2, 0.3], [0.05, 0.45]])  # the rest goes to tokens that are no label
+    probabilities = torch.tensor(
+        [[0.6, 0.1], [0.2, 0.3], [0.05, 0.45]]
+    )  # the rest goes to tokens that are no label
     gold, confidence = torch.tensor([0, 0, 1]), [0.6, 0.5, 0.45]
     got = metrics.measure(confidence, [1, 0, 1], probabilities.log(), gold)
     assert got["acc"] == pytest.approx(2 / 3) and got["acc_labels"] == pytest.approx(2 / 3)
     assert got["nll"] == pytest.approx(-(math.log(0.6) + math.log(0.2) + math.log(0.45)) / 3)
     squared = (0.4**2 + 0.1**2) + (0.8**2 + 0.3**2) + (0.05**2 + 0.55**2)
     assert got["brier"] == pytest.approx(squared / 3)
-    assert got["ece"] == metrics.ece(confidence, [1, 0, 1]) and got["ece_null"] == metrics.ece_null(confidence)
+    assert got["ece"] == metrics.ece(confidence, [1, 0, 1]) and got["ece_null"] == metrics.ece_null(
+        confidence
+    )
     assert got["ece_mass"] == metrics.ece(confidence, [1, 0, 1], scheme="mass")
     assert got["ece_labels"] == pytest.approx(metrics.ece([6 / 7, 0.6, 0.9], [1, 0, 1]))
     assert np.array(got["reliability"]).sum(0) == pytest.approx([3, 1.55, 2])
@@ -259,22 +309,32 @@ def test_smooth_ece_is_that_of_its_authors(rows, bend):
         assert metrics.smooth_ece(confidence, right, sigma) == pytest.approx(
             smECE_sigma(confidence, right, sigma), abs=4e-3
         )
-    assert metrics.smooth_ece(confidence, right) == pytest.approx(smECE(confidence, right), abs=2e-3)
+    assert metrics.smooth_ece(confidence, right) == pytest.approx(
+        smECE(confidence, right), abs=2e-3
+    )
 
 
 def test_the_interval_of_smooth_ece_is_that_of_resampled_rows():
     rng = np.random.default_rng(5)
     confidence = rng.random(60)
     right = (rng.random(60) < confidence**2).astype(float)
-    found = [metrics.smooth_ece(confidence[draw], right[draw]) for draw in rng.integers(60, size=(400, 60))]
+    found = [
+        metrics.smooth_ece(confidence[draw], right[draw])
+        for draw in rng.integers(60, size=(400, 60))
+    ]
     expected = np.quantile(found, [0.025, 0.975])
-    assert metrics.smooth_ece_interval(confidence, right, draws=400) == pytest.approx(expected, abs=0.03)
+    assert metrics.smooth_ece_interval(confidence, right, draws=400) == pytest.approx(
+        expected, abs=0.03
+    )
     assert all(map(math.isnan, metrics.smooth_ece_interval([], [])))
 
 
 def test_the_left_out_temperature_never_saw_its_row():
     rng = np.random.default_rng(6)
-    scores, gold = torch.tensor(4 * rng.standard_normal((7, 3))), torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    scores, gold = (
+        torch.tensor(4 * rng.standard_normal((7, 3))),
+        torch.tensor([0, 1, 2, 0, 1, 2, 0]),
+    )
     losses = []
     for i in range(7):
         others = [j for j in range(7) if j != i]
@@ -288,7 +348,9 @@ def test_smooth_ece_by_hand():
     assert metrics.smooth_ece([0.5] * 10, [1] * 5 + [0] * 5) < 0.002  # calibrated
     assert metrics.smooth_ece([1.0] * 10, [0] * 10) == pytest.approx(1, abs=0.01)
     assert metrics.smooth_ece([0.7] * 10, [1] * 10, bandwidth=0.2) == pytest.approx(0.3, abs=1e-3)
-    assert math.isnan(metrics.smooth_ece([], [])) and math.isnan(metrics.smooth_ece([float("nan")], [1]))
+    assert math.isnan(metrics.smooth_ece([], [])) and math.isnan(
+        metrics.smooth_ece([float("nan")], [1])
+    )
 
 
 @given(ROWS)
@@ -304,9 +366,15 @@ def test_area_under_the_risk_coverage_curve_is_the_mean_over_every_order_of_ties
 
 def test_area_under_the_risk_coverage_curve_by_hand():
     assert metrics.risk_coverage([0.9, 0.8, 0.3], [1, 1, 0]) == pytest.approx((0 + 0 + 1 / 3) / 3)
-    assert metrics.risk_coverage([0.9, 0.8, 0.3], [0, 1, 1]) == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
-    assert metrics.risk_coverage([0.5, 0.5], [0, 1]) == pytest.approx(0.5)  # no order, so none to be praised for
-    assert math.isnan(metrics.risk_coverage([], [])) and math.isnan(metrics.risk_coverage([float("nan"), 0.5], [1, 0]))
+    assert metrics.risk_coverage([0.9, 0.8, 0.3], [0, 1, 1]) == pytest.approx(
+        (1 + 1 / 2 + 1 / 3) / 3
+    )
+    assert metrics.risk_coverage([0.5, 0.5], [0, 1]) == pytest.approx(
+        0.5
+    )  # no order, so none to be praised for
+    assert math.isnan(metrics.risk_coverage([], [])) and math.isnan(
+        metrics.risk_coverage([float("nan"), 0.5], [1, 0])
+    )
 
 
 def test_the_oracle_temperature_is_the_best_there_is():
@@ -321,9 +389,15 @@ def test_the_oracle_temperature_is_the_best_there_is():
 
     assert loss(math.log(heat)) == pytest.approx(minimize_scalar(loss, (-1, 2)).fun, abs=1e-3)
     found = metrics.measure(
-        scores.softmax(-1).max(-1).values, scores.argmax(-1) == gold, scores.log_softmax(-1), gold, temperature=2.0
+        scores.softmax(-1).max(-1).values,
+        scores.argmax(-1) == gold,
+        scores.log_softmax(-1),
+        gold,
+        temperature=2.0,
     )
-    assert found["nll_oracle"] == pytest.approx(loss(math.log(heat))) and found["nll_dev"] == pytest.approx(
-        loss(math.log(2)), rel=1e-5
-    )
-    assert found["nll_labels"] == pytest.approx(found["nll"], rel=1e-5)  # here nothing but labels could be said
+    assert found["nll_oracle"] == pytest.approx(loss(math.log(heat))) and found[
+        "nll_dev"
+    ] == pytest.approx(loss(math.log(2)), rel=1e-5)
+    assert found["nll_labels"] == pytest.approx(
+        found["nll"], rel=1e-5
+    )  # here nothing but labels could be said

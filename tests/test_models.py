@@ -8,7 +8,6 @@ import torch
 from ia2mini.models import Taps, UsageError, load
 from ia2mini.models.attention import Cache, Prefix
 from ia2mini.models.layers import Head
-from ia2mini.scale.blocks import checkpoint_blocks, compile_blocks
 from ia2mini.models.taps import device_of
 from reference import (
     LLAMA3_SCALING,
@@ -24,12 +23,16 @@ from reference import (
 from torch._dynamo.testing import CompileCounter
 
 from ia2mini.adapters import LoRA, adapted
+from ia2mini.scale.blocks import checkpoint_blocks, compile_blocks
 
 CASES = {
     "llama": ("llama", {}),
     "llama no groups, tied": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "llama one key head, own head size": ("llama", {"num_key_value_heads": 1, "head_dim": 16}),
-    "llama head size and groups derived": ("llama", {"absent": ("num_key_value_heads", "head_dim", "rope_theta")}),
+    "llama head size and groups derived": (
+        "llama",
+        {"absent": ("num_key_value_heads", "head_dim", "rope_theta")},
+    ),
     "llama llama3 scaling": (
         "llama",
         {"rope_theta": 500.0, "rope_scaling": LLAMA3_SCALING, "tie_word_embeddings": True},
@@ -38,8 +41,14 @@ CASES = {
     "llama sharded, other epsilon": ("llama", {"rms_norm_eps": 0.1, "shard": "20KB"}),
     "qwen3": ("qwen3", {}),
     "qwen3 tied, own head size": ("qwen3", {"tie_word_embeddings": True, "head_dim": 16}),
-    "qwen3 one key head": ("qwen3", {"num_key_value_heads": 1, "rope_theta": 1e6, "rms_norm_eps": 0.1}),
-    "qwen3 default head size, biases": ("qwen3", {"absent": ("head_dim", "rope_theta"), "attention_bias": True}),
+    "qwen3 one key head": (
+        "qwen3",
+        {"num_key_value_heads": 1, "rope_theta": 1e6, "rms_norm_eps": 0.1},
+    ),
+    "qwen3 default head size, biases": (
+        "qwen3",
+        {"absent": ("head_dim", "rope_theta"), "attention_bias": True},
+    ),
     "qwen3 sharded, tied": ("qwen3", {"shard": "20KB", "tie_word_embeddings": True}),
     "qwen3 llama3 scaling": ("qwen3", {"rope_scaling": LLAMA3_SCALING}),
 }
@@ -80,12 +89,16 @@ def test_equals_transformers_in_bfloat16(case, tmp_path):
 
 def test_scaling_far_beyond_the_original_context(tmp_path):
     scaling = {**LLAMA3_SCALING, "original_max_position_embeddings": 256}
-    folder = make_checkpoint(tmp_path, "llama", rope_theta=500000.0, rope_scaling=scaling, num_hidden_layers=1)
+    folder = make_checkpoint(
+        tmp_path, "llama", rope_theta=500000.0, rope_scaling=scaling, num_hidden_layers=1
+    )
     ids = random_ids(1, 2000)
     assert_equal(our_pass(load(folder)[0], ids), upstream_pass(upstream(folder), ids), 1e-5)
 
 
-@pytest.mark.parametrize("family, scaling", [("llama", None), ("llama", LLAMA3_SCALING), ("qwen3", None)])
+@pytest.mark.parametrize(
+    "family, scaling", [("llama", None), ("llama", LLAMA3_SCALING), ("qwen3", None)]
+)
 def test_both_spellings_of_a_config(family, scaling, tmp_path):
     folder = make_checkpoint(tmp_path, family, rope_theta=777.0, rope_scaling=scaling)
     raw = json.loads((folder / "config.json").read_text())
@@ -94,7 +107,11 @@ def test_both_spellings_of_a_config(family, scaling, tmp_path):
     theirs = upstream_pass(upstream(folder), ids)
     hub = load(folder)[0]
     del raw["rope_scaling"]
-    raw["rope_parameters"] = {"rope_type": "default", **(scaling or {}), "rope_theta": raw.pop("rope_theta")}
+    raw["rope_parameters"] = {
+        "rope_type": "default",
+        **(scaling or {}),
+        "rope_theta": raw.pop("rope_theta"),
+    }
     raw["dtype"] = raw.pop("torch_dtype")
     (folder / "config.json").write_text(json.dumps(raw))
     new = load(folder)[0]
@@ -156,14 +173,21 @@ def test_taps_of_the_residual_stream_equal_hooks_in_transformers(tmp_path, famil
     folder, ids, streams = make_checkpoint(tmp_path / family, family), random_ids(2, 7), []
     theirs, ours = upstream(folder), load(folder)[0]
     for block in theirs.model.layers:
-        block.post_attention_layernorm.register_forward_pre_hook(lambda module, args: streams.append(args[0]))
+        block.post_attention_layernorm.register_forward_pre_hook(
+            lambda module, args: streams.append(args[0])
+        )
     with torch.no_grad():
         theirs(ids)
-        whole, some = Taps(residual=True), Taps((torch.tensor([1, 0]), torch.tensor([6, 2])), [2], residual=True)
+        whole, some = (
+            Taps(residual=True),
+            Taps((torch.tensor([1, 0]), torch.tensor([6, 2])), [2], residual=True),
+        )
         assert ours(ids, taps=whole, logits=False) is None
         logits = ours(ids, taps=some)
     assert relative(whole.stack(), torch.stack(streams)) <= 1e-6
-    assert torch.equal(some.stack()[0], whole.stack()[2, [1, 0], [6, 2]]) and torch.equal(logits, ours(ids))
+    assert torch.equal(some.stack()[0], whole.stack()[2, [1, 0], [6, 2]]) and torch.equal(
+        logits, ours(ids)
+    )
 
 
 def test_taps_are_attached_to_the_graph(tiny):
@@ -179,8 +203,13 @@ def test_taps_are_attached_to_the_graph(tiny):
 @pytest.mark.parametrize("layers, blocks, mlps", [([0], 1, 0), ([1, 0], 2, 1), (None, 3, 2)])
 def test_without_logits_the_pass_stops_after_the_last_tapped_attention(tiny, layers, blocks, mlps):
     calls = []
-    watched = [(b.self_attn, "attention") for b in tiny.model.layers] + [(b.mlp, "mlp") for b in tiny.model.layers]
-    handles = [m.register_forward_hook(lambda *a, n=n: calls.append(n)) for m, n in [*watched, (tiny.lm_head, "head")]]
+    watched = [(b.self_attn, "attention") for b in tiny.model.layers] + [
+        (b.mlp, "mlp") for b in tiny.model.layers
+    ]
+    handles = [
+        m.register_forward_hook(lambda *a, n=n: calls.append(n))
+        for m, n in [*watched, (tiny.lm_head, "head")]
+    ]
     ids, taps = random_ids(2, 7), Taps(layers=layers)
     assert tiny(ids, taps=taps, logits=False) is None
     for handle in handles:
@@ -199,7 +228,9 @@ def test_logits_at_positions_are_slices_of_all(tiny):
     ids = random_ids(3, 10)
     at = torch.tensor([2, 0, 0]), torch.tensor([9, 0, 4])
     seen = []
-    handle = tiny.lm_head.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[:-1].numel()))
+    handle = tiny.lm_head.register_forward_pre_hook(
+        lambda m, args: seen.append(args[0].shape[:-1].numel())
+    )
     chosen = tiny(ids, logits=at)
     handle.remove()
     assert seen == [3] and chosen.shape == (3, tiny.config.vocab_size)
@@ -233,7 +264,10 @@ def test_head_is_the_same_map_for_few_rows(rows):
     ours, plain = head(x), torch.nn.functional.linear(x, head.weight)
     torch.testing.assert_close(ours, plain)
     up = torch.randn(rows, 70)
-    for a, b in zip(*(torch.autograd.grad(logits, (x, head.weight), up) for logits in (ours, plain)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(logits, (x, head.weight), up) for logits in (ours, plain)),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -271,7 +305,10 @@ def test_wrapped_blocks_compute_the_same(family, wrap, tmp_path):
     prefixes, counts = [Prefix(), Prefix()], []
     with torch.no_grad():
         for part in (ids, *random_ids(4, 4).split(1, 1)):
-            a, b = (model(part, cache=cache) for model, cache in zip((plain, wrapped), caches, strict=True))
+            a, b = (
+                model(part, cache=cache)
+                for model, cache in zip((plain, wrapped), caches, strict=True)
+            )
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
             counts.append(counter.frame_count)
             for cache in caches:
@@ -282,5 +319,8 @@ def test_wrapped_blocks_compute_the_same(family, wrap, tmp_path):
         before, ids = random_ids(1, 6), random_ids(4, 5)
         for model, prefix in zip((plain, wrapped), prefixes, strict=True):
             model(before, cache=prefix, logits=False)
-        a, b = (model(ids, prefix=prefix) for model, prefix in zip((plain, wrapped), prefixes, strict=True))
+        a, b = (
+            model(ids, prefix=prefix)
+            for model, prefix in zip((plain, wrapped), prefixes, strict=True)
+        )
     torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)

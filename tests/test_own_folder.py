@@ -13,7 +13,18 @@ from ia2mini.tasks import world
 
 
 def fit_into(out, rows):
-    how = ["--model", "tiny", "--methods", "sft", "--epochs", "1", "--rates", "1e-9", "--folds", "2"]
+    how = [
+        "--model",
+        "tiny",
+        "--methods",
+        "sft",
+        "--epochs",
+        "1",
+        "--rates",
+        "1e-9",
+        "--folds",
+        "2",
+    ]
     return CliRunner().invoke(main, ["fit", str(rows), *how, "--out", str(out)])
 
 
@@ -35,7 +46,9 @@ def test_what_others_left_in_a_folder_stays(tmp_path, rows, name):
     (tmp_path / name).write_text("years of notes")
     result = fit_into(tmp_path, rows)
     told = result.stderr.strip()
-    assert result.exit_code == 2 and "\n" not in told and repr(name) in told and "empty folder" in told
+    assert (
+        result.exit_code == 2 and "\n" not in told and repr(name) in told and "empty folder" in told
+    )
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "years of notes"
 
@@ -67,4 +80,8 @@ def test_its_own_folder_is_used_again_but_no_card_of_others_is_replaced(tmp_path
 
 def test_an_unfinished_fit_may_still_run(tmp_path):
     (tmp_path / "unfinished-1234abcd").mkdir()
-    refused(lambda: load_adapter(tmp_path), "is not finished: it still runs or was interrupted", "same command")
+    refused(
+        lambda: load_adapter(tmp_path),
+        "is not finished: it still runs or was interrupted",
+        "same command",
+    )

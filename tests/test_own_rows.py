@@ -37,7 +37,10 @@ def run(*arguments, code=0, input=None):
 
 
 def toy_file(path, count=30):
-    rows = [{"text": row["text"], "label": str(row["label"])} for row in world.rows("toy-mood", "train")[:count]]
+    rows = [
+        {"text": row["text"], "label": str(row["label"])}
+        for row in world.rows("toy-mood", "train")[:count]
+    ]
     path.write_text("text;label\n" + "".join(f'"{row["text"]}";{row["label"]}\n' for row in rows))
     return path
 
@@ -65,7 +68,12 @@ def test_fit_says_how_rows_were_read_and_what_to_type_next(tmp_path):
     assert found.stderr.splitlines()[:3] == lines
     *_, last, next_command = found.stdout.splitlines()
     assert found.stdout.splitlines()[-5:-2] == lines
-    assert shlex.split(next_command.removeprefix("next: ")) == ["ia2mini", "predict", str(out), "NEW_ROWS"]
+    assert shlex.split(next_command.removeprefix("next: ")) == [
+        "ia2mini",
+        "predict",
+        str(out),
+        "NEW_ROWS",
+    ]
     assert json.loads((out / "ia2mini.json").read_text())["report"]["rows"] == 12
     predicted = run("predict", out, rows)
     assert len(predicted.stdout.splitlines()) == 14
@@ -73,9 +81,15 @@ def test_fit_says_how_rows_were_read_and_what_to_type_next(tmp_path):
 
 def test_score_reads_whole_numbers_as_fit_does(saved, tmp_path):
     rows = world.rows("toy-mood", "train")[:8]
-    (tmp_path / "ints.csv").write_text("text;label\n" + "".join(f'"{r["text"]}";{r["label"]}\n' for r in rows))
-    (tmp_path / "floats.csv").write_text("text;label\n" + "".join(f'"{r["text"]}";{r["label"]}.0\n' for r in rows))
-    one, other = (run("score", saved, tmp_path / name).stdout for name in ("ints.csv", "floats.csv"))
+    (tmp_path / "ints.csv").write_text(
+        "text;label\n" + "".join(f'"{r["text"]}";{r["label"]}\n' for r in rows)
+    )
+    (tmp_path / "floats.csv").write_text(
+        "text;label\n" + "".join(f'"{r["text"]}";{r["label"]}.0\n' for r in rows)
+    )
+    one, other = (
+        run("score", saved, tmp_path / name).stdout for name in ("ints.csv", "floats.csv")
+    )
     assert one.partition("\n")[2] == other.partition("\n")[2] and "8 rows" in one
 
 
@@ -96,10 +110,16 @@ def test_run_and_tasks_guess_columns_as_fit_does(tmp_path):
     how = "--model tiny --device cpu --n 2 --sets 1 --methods base --eval-rows 4".split()
     found = run("run", "--data", rows, *how, "--out", tmp_path / "runs")
     assert found.stderr.splitlines()[0] == said
-    rows.write_text("premise,hypothesis,label\n" + "".join(f"a {i},b {i},{i % 2}\n" for i in range(30)))
+    rows.write_text(
+        "premise,hypothesis,label\n" + "".join(f"a {i},b {i},{i % 2}\n" for i in range(30))
+    )
     for command in (["tasks", "--data", rows], ["run", "--data", rows, *how]):
         told = run(*command, code=2).stderr
-        assert "'premise', 'hypothesis', 'label'" in told and "--template" in told and told.count("\n") == 1
+        assert (
+            "'premise', 'hypothesis', 'label'" in told
+            and "--template" in told
+            and told.count("\n") == 1
+        )
     told = run("run", "toy-mood", "--answer-column", "label", code=2).stderr
     assert "give --data too" in told
 
@@ -109,9 +129,14 @@ def test_tables_are_named_where_they_were_written(tmp_path, monkeypatch):
     assert "results.json, tables, " in run(*how, "--out", tmp_path / "all").stdout
     monkeypatch.setitem(sys.modules, "pandas", None)
     found = run(*how, "--out", tmp_path / "few").stdout
-    assert "results.json, tables" not in found and "results.json, table.txt (pip install 'ia2mini[report]'" in found
+    assert (
+        "results.json, tables" not in found
+        and "results.json, table.txt (pip install 'ia2mini[report]'" in found
+    )
     (folder,) = (tmp_path / "few").iterdir()
-    assert {path.stem for path in folder.glob("table.*")} == {"table"} and not (folder / "table.csv").exists()
+    assert {path.stem for path in folder.glob("table.*")} == {"table"} and not (
+        folder / "table.csv"
+    ).exists()
 
 
 def test_labels_of_an_option(saved):
@@ -123,14 +148,22 @@ def test_labels_of_an_option(saved):
         told = run("predict", saved, "-", "--labels", labels, input=rows, code=2).stderr
         assert said in told and "--labels" in told and told.count("\n") == 1
     for labels in (["0", ""], ["0", "0"], ["0"], ["0", 1]):
-        refused(lambda labels=labels: load_adapter(saved, labels=labels), "labels = ", "two or more different texts")
+        refused(
+            lambda labels=labels: load_adapter(saved, labels=labels),
+            "labels = ",
+            "two or more different texts",
+        )
 
 
 def test_a_template_without_a_column_asks_every_row_the_same(saved):
     for template in ("Is it good?", "", "{text", "\\n"):
         told = run("predict", saved, "-", "--template", template, input="", code=2).stderr
         assert "must name a column of the prompt, as {text}" in told and told.count("\n") == 1
-        refused(lambda template=template: load_adapter(saved, template=template), "template = ", "columns in braces")
+        refused(
+            lambda template=template: load_adapter(saved, template=template),
+            "template = ",
+            "columns in braces",
+        )
 
 
 @pytest.mark.parametrize(
@@ -145,7 +178,9 @@ def test_a_description_that_cannot_be_used_is_one_line(saved, tmp_path, field, v
     whole = json.loads((saved / "ia2mini.json").read_text())
     for value in values:
         (tmp_path / "ia2mini.json").write_text(json.dumps(whole | {field: value}))
-        refused(lambda: load_adapter(tmp_path), f"ia2mini.json: field {field}", "fit the adapter again")
+        refused(
+            lambda: load_adapter(tmp_path), f"ia2mini.json: field {field}", "fit the adapter again"
+        )
     (tmp_path / "ia2mini.json").write_text(json.dumps(whole | {"labels": [], "parser": None}))
     refused(lambda: load_adapter(tmp_path), "ia2mini.json: field parser")
 
@@ -160,10 +195,23 @@ def test_a_rows_own_columns_are_valid_json(saved, tmp_path):
     row = json.loads(found, parse_constant=refuse_constant)
     assert row["n"] is None and row["deep"] == [{"x": None}, 1.5] and row["answer"] in ("0", "1")
     day, price = datetime.date(2024, 2, 29), decimal.Decimal("1.50")
-    columns = {"text": ["good"], "day": [day], "price": [price], "image": [b"\xff\x00"], "n": [float("inf")]}
+    columns = {
+        "text": ["good"],
+        "day": [day],
+        "price": [price],
+        "image": [b"\xff\x00"],
+        "n": [float("inf")],
+    }
     parquet.write_table(pa.table(columns), tmp_path / "rows.parquet")
-    row = json.loads(run("predict", saved, tmp_path / "rows.parquet").stdout, parse_constant=refuse_constant)
-    assert (row["day"], row["price"], row["image"], row["n"]) == ("2024-02-29", "1.50", "/wA=", None)
+    row = json.loads(
+        run("predict", saved, tmp_path / "rows.parquet").stdout, parse_constant=refuse_constant
+    )
+    assert (row["day"], row["price"], row["image"], row["n"]) == (
+        "2024-02-29",
+        "1.50",
+        "/wA=",
+        None,
+    )
     assert json.loads(json_line({"a": [float("nan")]})) == {"a": [None]}
     with pytest.raises(TypeError):
         finite({"a": day})  # in our own files it would be a mistake of ours
@@ -183,5 +231,7 @@ def test_an_unknown_word_is_warned_of_once_and_few_are_named():
         warnings.simplefilter("always")
         fit(rows, open_subject("tiny", "cpu"), QUICK)
     lines = [str(warning.message) for warning in said if "vocabulary" in str(warning.message)]
-    named = [f"{word!r} is not in the vocabulary and is read as an unknown word" for word in strange[:5]]
+    named = [
+        f"{word!r} is not in the vocabulary and is read as an unknown word" for word in strange[:5]
+    ]
     assert lines == [*named, "more words are not in the vocabulary; they are not named"]

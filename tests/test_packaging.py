@@ -46,11 +46,22 @@ def required() -> dict[str, set[str]]:
 
 def test_what_is_imported_is_required():
     groups = required()
-    library, all_of_it = imported("ia2mini", "models"), imported("ia2mini", "models", "tests", "bench", "examples")
+    library, all_of_it = (
+        imported("ia2mini", "models"),
+        imported("ia2mini", "models", "tests", "bench", "examples"),
+    )
     optional = {name for name in library if name not in groups[""]}
-    assert {"torch", "jinja2", "tqdm"} <= groups[""] and optional <= groups["data"] | groups["report"]
+    assert {"torch", "jinja2", "tqdm"} <= groups[""] and optional <= groups["data"] | groups[
+        "report"
+    ]
     helpers = {path.stem for path in (ROOT / "tests").glob("*.py")}
-    brought = {"markdown_it", "yaml", "accelerate", "triton", "optimum"}  # by others, or looked for and done without
+    brought = {
+        "markdown_it",
+        "yaml",
+        "accelerate",
+        "triton",
+        "optimum",
+    }  # by others, or looked for and done without
     lacking = all_of_it.keys() - groups[""] - groups["test"] - helpers - brought
     assert not lacking, {name: all_of_it[name] for name in lacking}
 
@@ -71,12 +82,25 @@ def test_the_source_archive_holds_what_its_tests_need(tmp_path):
     assert not wanted - held
 
 
-WITHOUT = "import sys; sys.modules[sys.argv.pop(1)] = None; from ia2mini.cli.main import main; main(prog_name='ia2mini')"
+WITHOUT = """import sys
+sys.modules[sys.argv.pop(1)] = None
+from ia2mini.cli.main import main
+main(prog_name='ia2mini')"""
 
 
 @pytest.mark.parametrize("package", ["jinja2", "torch", "tokenizers", "safetensors.torch"])
 def test_a_missing_package_is_one_line(package):
-    command = [sys.executable, "-c", WITHOUT, package, "generate", "--prompt", "film", "--max-tokens", "1"]
+    command = [
+        sys.executable,
+        "-c",
+        WITHOUT,
+        package,
+        "generate",
+        "--prompt",
+        "film",
+        "--max-tokens",
+        "1",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     said = f"ia2mini: the package {package} is missing; `pip install ia2mini` installs what is needed\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
@@ -84,7 +108,15 @@ def test_a_missing_package_is_one_line(package):
 
 def test_parquet_without_pyarrow_is_one_line(tmp_path):
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
-    command = [sys.executable, "-c", WITHOUT, "pyarrow", "score", str(tmp_path), str(tmp_path / "rows.parquet")]
+    command = [
+        sys.executable,
+        "-c",
+        WITHOUT,
+        "pyarrow",
+        "score",
+        str(tmp_path),
+        str(tmp_path / "rows.parquet"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert "reading Parquet needs pyarrow: pip install 'ia2mini[data]'" in done.stderr

@@ -14,7 +14,10 @@ from ia2mini.report.page import shown, write_page
 def checked(page: str) -> tuple[set[str], list[str]]:
     """Tags and sources of a page whose every element is closed."""
     tags = set(re.findall(r"<([a-z]\w*)", page))
-    assert all(len(re.findall(rf"<{tag}\b", page)) == page.count(f"</{tag}>") for tag in tags - {"meta", "img"})
+    assert all(
+        len(re.findall(rf"<{tag}\b", page)) == page.count(f"</{tag}>")
+        for tag in tags - {"meta", "img"}
+    )
     return tags, re.findall(r'(?:src|href)="([^"]*)', page)
 
 
@@ -23,17 +26,34 @@ def test_page_tells_the_outcome_the_adapter_and_the_command(tmp_path):
     text = html.unescape(re.sub("<[^>]*>", "\n", page))
     assert page.index("<h1>IA2→SFT against SFT: accuracy +21.0 points") < page.index("<table")
     assert f"from_pretrained(model, {str(tmp_path / 'adapters/mood-n4-ia2-sft-set0')!r})" in text
-    wanted = ["91.0 ± 11.3", "ia2mini run mood --template 'a<b'", "AutoModelForCausalLM.from_pretrained('org/base')"]
-    wanted += ["Text:bad\nLabel:0", "IA2→SFT, set 0: 1 row that it got wrong", "0.88", "torch 2", "rate by lowest dev"]
+    wanted = [
+        "91.0 ± 11.3",
+        "ia2mini run mood --template 'a<b'",
+        "AutoModelForCausalLM.from_pretrained('org/base')",
+    ]
+    wanted += [
+        "Text:bad\nLabel:0",
+        "IA2→SFT, set 0: 1 row that it got wrong",
+        "0.88",
+        "torch 2",
+        "rate by lowest dev",
+    ]
     assert not [part for part in wanted if part not in text]
-    assert '<html lang="en">' in page and '<meta name="viewport"' in page and "color-scheme: light dark" in page
+    assert (
+        '<html lang="en">' in page
+        and '<meta name="viewport"' in page
+        and "color-scheme: light dark" in page
+    )
 
 
 def test_page_holds_its_figures_and_needs_no_other_file(tmp_path):
     names = draw_figures(made_up(), tmp_path)
     tags, sources = checked(write_page(made_up(), tmp_path, ""))
     images = [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in sources]
-    assert images == [(tmp_path / name).read_bytes() for name in names] and not tags & {"script", "link"}
+    assert images == [(tmp_path / name).read_bytes() for name in names] and not tags & {
+        "script",
+        "link",
+    }
 
 
 def test_page_shows_svg_where_only_that_was_drawn(tmp_path):
@@ -42,7 +62,9 @@ def test_page_shows_svg_where_only_that_was_drawn(tmp_path):
     assert source.startswith("data:image/svg+xml;base64,")
 
 
-@pytest.mark.parametrize("options", [{"text": True}, {"sizes": (2, 8)}, {"methods": ("base", "icl")}])
+@pytest.mark.parametrize(
+    "options", [{"text": True}, {"sizes": (2, 8)}, {"methods": ("base", "icl")}]
+)
 def test_page_of_other_documents(tmp_path, options):
     page = write_page(made_up(**options), tmp_path, "")
     assert "img" not in checked(page)[0] and "Figures" not in page
@@ -54,7 +76,9 @@ def test_another_adapter_where_ia2_sft_is_not_there_or_worse(tmp_path):
     page = write_page(made_up(methods=("base", "icl", "sft", "ia2")), tmp_path, "")
     assert "<code>adapters/mood-n4-ia2-set0" in page
     document = made_up(methods=("base", "icl", "ia2-sft", "sft"))
-    document["cells"] = [cell | {"task": task} for cell in document["cells"] for task in ("mood", "b", "c")]
+    document["cells"] = [
+        cell | {"task": task} for cell in document["cells"] for task in ("mood", "b", "c")
+    ]
     for cell, noise in zip(document["cells"], (0.001, 0.002, 0.004, 0.003) * 12):
         cell["acc"] = [cell["acc_mean"] + noise, cell["acc_mean"]]
     page = write_page(document, tmp_path, "")
@@ -65,13 +89,20 @@ def test_nothing_in_a_document_becomes_markup(tmp_path):
     evil, document = "<script>alert(1)</script>\x1b[31m\u202e\ud800\"'&", made_up()
     known = [cell | {"eval": evil + cell["eval"]} for cell in document["cells"]]
     document["cells"] = [cell | dict.fromkeys(("task", "model"), evil) for cell in known]
-    document["cells"] += [cell | {"method": evil} for cell in document["cells"] if cell["method"] == "base"]
+    document["cells"] += [
+        cell | {"method": evil} for cell in document["cells"] if cell["method"] == "base"
+    ]
     row = dict.fromkeys(("prompt", "answer", "said"), evil) | {"confidence": None, "right": True}
     document["samples"][0] |= dict.fromkeys(("task", "prompt", "method"), evil) | {"rows": [row]}
     document |= {"config": {"model": evil, "adapter": "lora", evil: evil}, "versions": {evil: evil}}
     document["adapters"] = [f"adapters/{evil}-n4-ia2-sft-set0"]
     (tmp_path / "methods.svg").touch()
     page = write_page(document, tmp_path, evil)
-    assert page.encode() and "Which adapter" in page and "img" in checked(page)[0] and "script" not in checked(page)[0]
+    assert (
+        page.encode()
+        and "Which adapter" in page
+        and "img" in checked(page)[0]
+        and "script" not in checked(page)[0]
+    )
     assert "\x1b" not in page and "\u202e" not in page and page.count(shown(evil)) > 20
     assert r"&lt;/script&gt;\x1b[31m\u202e\ud800&quot;&#x27;&amp;" in page

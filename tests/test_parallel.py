@@ -27,23 +27,35 @@ from ia2mini.scale.race import Race
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["ia2mini.cli.main", "ia2mini.study.study", "ia2mini.fitting.fit", "ia2mini.report", "torch.distributed"]
+    [
+        "ia2mini.cli.main",
+        "ia2mini.study.study",
+        "ia2mini.fitting.fit",
+        "ia2mini.report",
+        "torch.distributed",
+    ]
 )
 STORES = []
 BOUND = 1e-4  # of results' numbers, and of weights relative to their norm: processors round sums in their own order
 RACING = "run toy-mood --n 4 --sets 2 --epochs 16 --eval-rows 12 --methods icl,sft,ia2,ia2-sft --device cpu".split()
 CELL = [*RACING, "--no-race"]  # rates race only where one process trains all runs
-CELLS = (
-    "run toy-mood toy-sums-short --n 2 --sets 2 --epochs 4 --eval-rows 8 --methods base,icl,ia2 --device cpu".split()
+CELLS = "run toy-mood toy-sums-short --n 2 --sets 2 --epochs 4 --eval-rows 8 --methods base,icl,ia2 --device cpu".split()
+FIT = (
+    "fit --model tiny --rates 3e-3,1e-2 --epochs 4 --folds 3 --methods sft,ia2 --device cpu".split()
 )
-FIT = "fit --model tiny --rates 3e-3,1e-2 --epochs 4 --folds 3 --methods sft,ia2 --device cpu".split()
 LOST = "ia2mini: another process has ended; what was finished is kept, and the same command goes on from there\n"
 
 
 def work(rank: int, count: int, port: int, arguments: list[str], said: Path, patch=None) -> None:
     """One process as torchrun starts it; what it says goes to files."""
     torch.set_num_threads(1)
-    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    where = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count,
+        "MASTER_PORT": port,
+    }
     where |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": True}
     os.environ |= {key: str(value) for key, value in where.items()}
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
@@ -58,8 +70,16 @@ def begin(count: int, arguments: list[str], out: Path, patch=None) -> list:
     """Start processes as torchrun does, which keeps the store itself."""
     STORES.append(store := TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
     out.mkdir(exist_ok=True)
-    every = [*map(str, arguments), "--out", str(out / "out"), *["--figures", ""] * (arguments[0] == "run")]
-    started = [SERVER.Process(target=work, args=(r, count, store.port, every, out, patch)) for r in range(count)]
+    every = [
+        *map(str, arguments),
+        "--out",
+        str(out / "out"),
+        *["--figures", ""] * (arguments[0] == "run"),
+    ]
+    started = [
+        SERVER.Process(target=work, args=(r, count, store.port, every, out, patch))
+        for r in range(count)
+    ]
     for process in started:
         process.start()
     return started
@@ -70,7 +90,9 @@ def end(started: list, out: Path) -> tuple[list[int], list[str], list[str]]:
     for process in started:
         process.join(600)
         assert process.exitcode is not None, "still running"
-    streams = ([(out / f"{r}.{name}").read_text() for r in range(len(started))] for name in ("out", "err"))
+    streams = (
+        [(out / f"{r}.{name}").read_text() for r in range(len(started))] for name in ("out", "err")
+    )
     return [process.exitcode for process in started], *streams
 
 
@@ -246,7 +268,9 @@ def short_of_memory(rank: int) -> None:
                 return hooks.after_look(state)
 
             calls.append(1)
-            return whole(model, adapter, runs, settings, state, replace(hooks, after_look=after_look))
+            return whole(
+                model, adapter, runs, settings, state, replace(hooks, after_look=after_look)
+            )
 
         ia2mini.engine.experiment.train = train
 
@@ -255,14 +279,27 @@ def test_a_process_without_memory_trains_fewer_runs_at_once_and_the_others_go_on
     codes, _, complaints = end(begin(3, CELL, tmp_path, short_of_memory), tmp_path)
     assert codes == [0, 0, 0], complaints
     told = [line for line in "".join(complaints).splitlines() if line.startswith("ia2mini")]
-    assert told == ["ia2mini: warning: out of memory with 2 runs side by side; going on with 1 (--side-by-side 1)"]
+    assert told == [
+        "ia2mini: warning: out of memory with 2 runs side by side; going on with 1 (--side-by-side 1)"
+    ]
     assert differ(results(cell), results(found(tmp_path))) <= BOUND
 
 
 def test_torchrun_tells_a_mistake_once(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "--",
+    ]
     command = [*launch, "ia2mini", *CELL, "--layers", "99"]
-    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    ended = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert ended.returncode != 0 and not ended.stdout
     mistake = "ia2mini: --layers 99: this model has layers 0 to 3"
     assert [line for line in ended.stderr.splitlines() if line.startswith("ia2mini:")] == [mistake]
@@ -281,11 +318,22 @@ def test_two_nodes_started_by_torchrun_itself(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = "run toy-mood --n 2 --sets 2 --epochs 2 --eval-rows 8 --methods icl,ia2 --device cpu".split()
-    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    agent = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+    ]
     agent += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     more = ["--out", str(tmp_path / "two" / "out"), "--figures", ""]
     nodes = [
-        subprocess.Popen([*agent, "--node-rank", str(rank), "-m", "--", "ia2mini", *command, *more]) for rank in (0, 1)
+        subprocess.Popen([*agent, "--node-rank", str(rank), "-m", "--", "ia2mini", *command, *more])
+        for rank in (0, 1)
     ]
     assert [node.wait(600) for node in nodes] == [0, 0]
-    assert differ(results(found(tmp_path / "two")), results(alone(command, tmp_path / "one"))) <= BOUND
+    assert (
+        differ(results(found(tmp_path / "two")), results(alone(command, tmp_path / "one"))) <= BOUND
+    )

@@ -46,7 +46,11 @@ def test_peft_loads_what_we_save(tiny, tmp_path, kind):
     config = json.loads((tmp_path / "new" / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(folder)
     theirs = peft.PeftModel.from_pretrained(upstream(folder), tmp_path / "new" / "adapter")
-    added = [p for name, p in theirs.named_parameters() if any(part in name for part in ("lora_", "ia3_l"))]
+    added = [
+        p
+        for name, p in theirs.named_parameters()
+        if any(part in name for part in ("lora_", "ia3_l"))
+    ]
     assert sum(p.numel() for p in added) == theta.numel(), "peft added weights that we do not have"
     with torch.no_grad():
         expected = theirs(ids).logits[:, -ids.shape[1] :]
@@ -86,11 +90,16 @@ def test_a_bfloat16_base_is_merged_in_float32(tiny, tmp_path):
     theta = trained(adapter, half)
     save_merged(half, adapter, theta, tmp_path, load(folder)[1])
     name = "model.layers.1.self_attn.k_proj"
-    weights = dict(zip(adapter.shapes, theta.split([a * b for a, b in adapter.shapes.values()]), strict=True))
+    weights = dict(
+        zip(adapter.shapes, theta.split([a * b for a, b in adapter.shapes.values()]), strict=True)
+    )
     A, B = (weights[f"{name}.{x}"].view(adapter.shapes[f"{name}.{x}"]) for x in "AB")
     exact = half.get_submodule(name).weight.double() + B.double() @ A.double()
     found = load(tmp_path, dtype=torch.bfloat16)[0].get_submodule(name).weight
-    assert found.dtype == torch.bfloat16 and ((found.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all()
+    assert (
+        found.dtype == torch.bfloat16
+        and ((found.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all()
+    )
 
 
 def test_a_merged_checkpoint_keeps_its_tokenizer_and_end_of_sequence(tiny, tmp_path):

@@ -35,9 +35,13 @@ LABELS = {
 RATES = {"lora": 1e-2, "ia3": 1e-1}
 
 
-def toy_rows(count: int, labels=LABELS["single"], start: int = 0, split: str = "train") -> list[dict]:
+def toy_rows(
+    count: int, labels=LABELS["single"], start: int = 0, split: str = "train"
+) -> list[dict]:
     rows = world.rows("toy-mood", split)[start : start + count]
-    return [{"id": i, "text": row["text"], "label": labels[row["label"]]} for i, row in enumerate(rows)]
+    return [
+        {"id": i, "text": row["text"], "label": labels[row["label"]]} for i, row in enumerate(rows)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +85,8 @@ def by_hand(model, fitted, text: str) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "adapter, labels", [*((a, "single") for a in RATES), ("lora", "several"), ("lora", "nested"), ("ia3", "nested")]
+    "adapter, labels",
+    [*((a, "single") for a in RATES), ("lora", "several"), ("lora", "nested"), ("ia3", "nested")],
 )
 def test_probabilities_are_those_of_peft_and_a_plain_loop(saved, adapter, labels):
     fitted, folder = saved(adapter, labels)
@@ -92,7 +97,10 @@ def test_probabilities_are_those_of_peft_and_a_plain_loop(saved, adapter, labels
         for row, said in zip(rows, found, strict=True):
             ours, hand = list(said["probabilities"].values()), by_hand(theirs, fitted, row["text"])
             assert ours == pytest.approx(hand, abs=1e-5) and sum(ours) == pytest.approx(1, abs=1e-6)
-            assert said["confidence"] == max(ours) and said["probabilities"][said["answer"]] == said["confidence"]
+            assert (
+                said["confidence"] == max(ours)
+                and said["probabilities"][said["answer"]] == said["confidence"]
+            )
             assert said | row == said, "a row's own columns are kept"
 
 
@@ -108,13 +116,31 @@ def lines(text: str) -> list[dict]:
 
 def test_wrong_rows_are_told_and_left_out(saved, tmp_path):
     folder, good = saved()[1], [json.dumps(row) for row in toy_rows(3, split="eval")]
-    text = "\n".join([good[0], "{broken", "", '{"other": 1}', "[1]", '{"text": null}', good[1], good[2] + "\r", "\xff"])
+    text = "\n".join(
+        [
+            good[0],
+            "{broken",
+            "",
+            '{"other": 1}',
+            "[1]",
+            '{"text": null}',
+            good[1],
+            good[2] + "\r",
+            "\xff",
+        ]
+    )
     (tmp_path / "rows.jsonl").write_bytes(text.encode("latin-1"))
     for where, given in (("-", text.encode("latin-1")), (tmp_path / "rows.jsonl", None)):
         result = run("predict", folder, where, input=given)
         assert [row["id"] for row in lines(result.stdout)] == [0, 1, 2]
         told = [line for line in result.stderr.splitlines() if line.startswith("ia2mini:")]
-        assert {line.partition(f"{where}:")[2].partition(":")[0] for line in told} == {"2", "4", "5", "6", "9"}
+        assert {line.partition(f"{where}:")[2].partition(":")[0] for line in told} == {
+            "2",
+            "4",
+            "5",
+            "6",
+            "9",
+        }
         assert len(told) == 5
     run("predict", folder, tmp_path / "rows.jsonl", "--strict", code=2)
     run("predict", folder, "-", "--strict", input='{"other": 1}\n', code=2)
@@ -180,7 +206,9 @@ def test_lines_as_they_come_through_a_pipe():
         assert [line for line in lines if line is not None] == [b"last"]
 
 
-@pytest.mark.parametrize("data", [b"", b"\n", b"a", b"a\n", b"a\n\nb\r\nc", b"a\n" * 9 + b"b" * 200_000 + b"\nc"])
+@pytest.mark.parametrize(
+    "data", [b"", b"\n", b"a", b"a\n", b"a\n\nb\r\nc", b"a\n" * 9 + b"b" * 200_000 + b"\nc"]
+)
 def test_lines_of_a_file_are_all_there(tmp_path, data):
     (tmp_path / "rows").write_bytes(data)
     for stream in ((tmp_path / "rows").open("rb"), io.BytesIO(data)):
@@ -197,10 +225,14 @@ def test_coverage_answers_that_share_of_fresh_rows(saved, coverage):
     fitted.spec["confidences"] = [found["confidence"] for found in fitted.predict(rows[:1000])]
     found = list(fitted.predict(rows[1000:], coverage=coverage))
     sure = [row["answer"] is not None for row in found]
-    error = (2 * coverage * (1 - coverage) / 1000) ** 0.5  # of a difference of two shares of 1,000 rows
+    error = (
+        2 * coverage * (1 - coverage) / 1000
+    ) ** 0.5  # of a difference of two shares of 1,000 rows
     assert abs(np.mean(sure) - coverage) <= 3 * error
     least = min(row["confidence"] for row in found if row["answer"])
-    assert all(row["confidence"] < least and row["abstained"] for row in found if row["answer"] is None)
+    assert all(
+        row["confidence"] < least and row["abstained"] for row in found if row["answer"] is None
+    )
 
 
 def test_coverage_of_few_or_equal_confidences(saved):
@@ -208,7 +240,9 @@ def test_coverage_of_few_or_equal_confidences(saved):
     fitted.spec["confidences"] = [1.0] * 9
     assert fitted.threshold(0.5) == 1.0 and fitted.threshold(1) == fitted.threshold(0.95) == 0.0
     fitted.spec["confidences"] = [0.1 * i for i in range(1, 10)]
-    assert fitted.threshold(0.9) == pytest.approx(0.1) and fitted.threshold(0.5) == pytest.approx(0.5)
+    assert fitted.threshold(0.9) == pytest.approx(0.1) and fitted.threshold(0.5) == pytest.approx(
+        0.5
+    )
     refused(lambda: next(fitted.predict(toy_rows(1), coverage=1.5)), "--coverage 1.5")
     fitted.spec["confidences"] = []
     refused(lambda: next(fitted.predict(toy_rows(1), coverage=0.5)), "--coverage")
@@ -223,9 +257,17 @@ def test_icl_is_the_base_with_demonstrations(saved, subject):
     )
     assert len(fitted.spec["demonstrations"]) == 12 and shown.count("\n\n") == 12
     model = upstream(TINY)
-    result = run("predict", folder, "-", "--icl", input="".join(json.dumps(row) + "\n" for row in rows))
+    result = run(
+        "predict", folder, "-", "--icl", input="".join(json.dumps(row) + "\n" for row in rows)
+    )
     for row, found in zip(rows, lines(result.stdout), strict=True):
-        ids = torch.tensor([subject.tokenizer.encode(shown + fitted.spec["template"].replace("{text}", row["text"]))])
+        ids = torch.tensor(
+            [
+                subject.tokenizer.encode(
+                    shown + fitted.spec["template"].replace("{text}", row["text"])
+                )
+            ]
+        )
         logits = model(ids).logits[0, -1].log_softmax(-1)
         labels = [logits[subject.tokenizer.encode(label)[0]] for label in fitted.spec["labels"]]
         expected = (torch.stack(labels) / fitted.spec["temperature"]).softmax(-1).tolist()
@@ -233,7 +275,9 @@ def test_icl_is_the_base_with_demonstrations(saved, subject):
 
 
 def test_an_adapter_of_peft_with_template_and_labels(tmp_path, subject):
-    twin = peft.get_peft_model(upstream(TINY), peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"]))
+    twin = peft.get_peft_model(
+        upstream(TINY), peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"])
+    )
     with torch.no_grad():
         for p in twin.parameters():
             p += 0.05 * torch.randn(p.shape) * p.requires_grad
@@ -246,10 +290,23 @@ def test_an_adapter_of_peft_with_template_and_labels(tmp_path, subject):
         with torch.no_grad():
             ids = torch.tensor([subject.tokenizer.encode(f"Text:{row['text']}\nLabel:")])
             logits = twin.eval()(ids).logits[0, -1]
-        expected = logits[[subject.tokenizer.encode(label)[0] for label in ("apple", "Friday")]].softmax(-1)
+        expected = logits[
+            [subject.tokenizer.encode(label)[0] for label in ("apple", "Friday")]
+        ].softmax(-1)
         assert list(found["probabilities"].values()) == pytest.approx(expected.tolist(), abs=1e-5)
-    text = run("predict", tmp_path / "a", "-", "--model", "tiny", "--template", "Text:{words}\\nLabel:", input=given)
-    assert all(isinstance(row["answer"], str) and 0 <= row["confidence"] <= 1 for row in lines(text.stdout))
+    text = run(
+        "predict",
+        tmp_path / "a",
+        "-",
+        "--model",
+        "tiny",
+        "--template",
+        "Text:{words}\\nLabel:",
+        input=given,
+    )
+    assert all(
+        isinstance(row["answer"], str) and 0 <= row["confidence"] <= 1 for row in lines(text.stdout)
+    )
 
 
 def test_an_adapter_proves_itself_when_it_is_loaded(saved, tmp_path, subject):
@@ -267,18 +324,27 @@ def test_an_adapter_proves_itself_when_it_is_loaded(saved, tmp_path, subject):
 
     assert load_adapter(damaged(lambda tensors, config: None), subject).theta is not None
     name = "base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"
-    refused(lambda: load_adapter(damaged(lambda t, c: t[name].zero_()), subject), "the adapter is damaged")
+    refused(
+        lambda: load_adapter(damaged(lambda t, c: t[name].zero_()), subject),
+        "the adapter is damaged",
+    )
     refused(lambda: load_adapter(damaged(lambda t, c: t.pop(name)), subject), "lora_B")
     lost = damaged(lambda t, c: [t.pop(name), t.pop(name.replace("_B", "_A"))])
     refused(lambda: load_adapter(lost, subject), "do not name the same matrices")
     lost = damaged(lambda t, c: c["target_modules"].remove("o_proj"))
     refused(lambda: load_adapter(lost, subject), "do not name the same matrices")
-    refused(lambda: load_adapter(damaged(lambda t, c: c.update(lora_alpha=16)), subject), "the adapter is damaged")
+    refused(
+        lambda: load_adapter(damaged(lambda t, c: c.update(lora_alpha=16)), subject),
+        "the adapter is damaged",
+    )
     shutil.copytree(TINY, tmp_path / "other")
     weights = load_file(tmp_path / "other" / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"] *= 1.05
     save_file(weights, tmp_path / "other" / "model.safetensors")
-    refused(lambda: load_adapter(folder, open_subject(str(tmp_path / "other"), "cpu")), "not the one it was fitted on")
+    refused(
+        lambda: load_adapter(folder, open_subject(str(tmp_path / "other"), "cpu")),
+        "not the one it was fitted on",
+    )
     random = make_checkpoint(tmp_path / "random", "llama")
     refused(lambda: load_adapter(folder, open_subject(str(random), "cpu")), str(folder))
 
@@ -304,7 +370,11 @@ def test_a_prompt_longer_than_the_model_reads_is_a_wrong_row(saved, subject):
     fitted, folder = saved()
     most = subject.model.config.max_position_embeddings
     long = {"text": " ".join(["good"] * (most + 1))}
-    refused(lambda: list(fitted.predict([toy_rows(1)[0], long])), "row 2", f"the model reads 1 to {most}")
+    refused(
+        lambda: list(fitted.predict([toy_rows(1)[0], long])),
+        "row 2",
+        f"the model reads 1 to {most}",
+    )
     given = "".join(json.dumps(row) + "\n" for row in (long, toy_rows(1)[0]))
     result = run("predict", folder, "-", input=given)
     assert len(lines(result.stdout)) == 1 and "-:1: its prompt has" in result.stderr
@@ -314,7 +384,9 @@ def test_emoji_numbers_and_no_rows(saved):
     fitted, folder = saved()
     with pytest.warns(UserWarning, match="not in the vocabulary"):
         (found,) = fitted.predict([{"text": "good 🙂 東京"}])
-    assert found["text"] == "good 🙂 東京" and sum(found["probabilities"].values()) == pytest.approx(1)
+    assert found["text"] == "good 🙂 東京" and sum(
+        found["probabilities"].values()
+    ) == pytest.approx(1)
     assert next(fitted.predict([{"text": 5}]))["text"] == 5
     assert list(fitted.predict([])) == [] and run("predict", folder, "-", input="").stdout == ""
 
@@ -323,10 +395,17 @@ def test_a_damaged_description_is_one_line(saved, tmp_path):
     _, folder = saved()
     copy = shutil.copytree(folder, tmp_path / "copy")
     spec = json.loads((copy / "ia2mini.json").read_text())
-    wrong = [("max_tokens", 2**40), ("max_tokens", 0), ("temperature", 0), ("temperature", float("nan"))]
+    wrong = [
+        ("max_tokens", 2**40),
+        ("max_tokens", 0),
+        ("temperature", 0),
+        ("temperature", float("nan")),
+    ]
     wrong += [("confidences", [float("nan")]), ("confidences", [2])]
     for field, value in (("method", None), ("canary", 3), ("canary", {}), *wrong):
         broken = {key: v for key, v in spec.items() if value is not None or key != field}
-        (copy / "ia2mini.json").write_text(json.dumps(broken | ({field: value} if value is not None else {})))
+        (copy / "ia2mini.json").write_text(
+            json.dumps(broken | ({field: value} if value is not None else {}))
+        )
         with pytest.raises(UsageError, match="fit the adapter again"):
             load_adapter(copy)

@@ -26,7 +26,10 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def ends(tokenizer):
     """Ids of the tokens before answers, and of those behind them."""
-    return [[tokenizer.token_to_id(t) for t in tokens] for tokens in (("Label:", "Answer:"), ("\n\n", "<eos>"))]
+    return [
+        [tokenizer.token_to_id(t) for t in tokens]
+        for tokens in (("Label:", "Answer:"), ("\n\n", "<eos>"))
+    ]
 
 
 @pytest.fixture
@@ -37,7 +40,12 @@ def small(monkeypatch):
 
 
 def test_episode_shows_one_rule():
-    values = {word: value for group in world.ATTRIBUTES.values() for value, words in group.items() for word in words}
+    values = {
+        word: value
+        for group in world.ATTRIBUTES.values()
+        for value, words in group.items()
+        for word in words
+    }
     mixed = 0
     for seed in range(60):
         text = pretrain.episode(random.Random(seed), *pretrain.STAGES[seed % 3][1:])
@@ -70,7 +78,9 @@ def test_tokenizer_joins_prompt_and_answer_and_decodes_exactly(name, tokenizer):
     for first, second in zip(rows[:200], rows[200:400], strict=True):
         whole = f"{first.prompt}{first.answer}\n\n{second.prompt}"
         ids = encode(whole)
-        assert ids == encode(first.prompt) + encode(first.answer) + encode("\n\n") + encode(second.prompt)
+        assert ids == encode(first.prompt) + encode(first.answer) + encode("\n\n") + encode(
+            second.prompt
+        )
         assert tokenizer.decode(ids) == whole
         assert tokenizer.token_to_id(pretrain.UNK) not in ids
     for label in TASKS[name].labels:
@@ -94,12 +104,19 @@ def test_answer_mask_covers_answers_and_their_end(tokenizer, ends):
 def test_gradients_match_a_plain_loop(tokenizer, ends):
     model = pretrain.initial_model(0)
     ids = torch.full((2, 14), -1)
-    for i, text in enumerate(("Text:a lovely film\nLabel:1\n\nText:so", "noon dusk noon dusk noon")):
+    for i, text in enumerate(
+        ("Text:a lovely film\nLabel:1\n\nText:so", "noon dusk noon dusk noon")
+    ):
         row = tokenizer.encode(text).ids
         ids[i, : len(row)] = torch.tensor(row)
     got, answer = pretrain.gradients(model, *ends, ids)
-    each = [F.cross_entropy(model(row[row >= 0][None, :-1])[0], row[row >= 0][1:], reduction="none") for row in ids]
-    wanted = (each[0][5:7].mean() + each[1].mean()) / 2  # the label and its blank line; all of the copy
+    each = [
+        F.cross_entropy(model(row[row >= 0][None, :-1])[0], row[row >= 0][1:], reduction="none")
+        for row in ids
+    ]
+    wanted = (
+        each[0][5:7].mean() + each[1].mean()
+    ) / 2  # the label and its blank line; all of the copy
     assert answer.item() == pytest.approx(wanted.item(), rel=0.01)  # bfloat16 inside
     (wanted + 0.05 * torch.cat(each).mean()).backward()
     for p, g in zip(model.parameters(), got, strict=True):
@@ -116,7 +133,10 @@ def test_orthogonal_has_singular_values_near_one():
 
 def test_the_rest_is_adam():
     model = pretrain.initial_model(0)
-    ours, reference = pretrain.Muon(model, 0.0, 0.01), torch.nn.Parameter(model.model.norm.weight.detach().clone())
+    ours, reference = (
+        pretrain.Muon(model, 0.0, 0.01),
+        torch.nn.Parameter(model.model.norm.weight.detach().clone()),
+    )
     adam = torch.optim.Adam([reference], 0.01, betas=(0.9, 0.95))
     for count in range(1, 4):
         grads = [torch.randn_like(p) for p in model.parameters()]
@@ -135,13 +155,17 @@ def test_loss_falls_and_a_resumed_run_is_the_same_run(small, tmp_path, monkeypat
     ]  # fmt: skip
     draw = pretrain.batch
     monkeypatch.setattr(
-        pretrain, "batch", lambda tokenizer, seed, *rest: draw(tokenizer, seed, *rest) if seed != "0/10" else 1 / 0
+        pretrain,
+        "batch",
+        lambda tokenizer, seed, *rest: draw(tokenizer, seed, *rest) if seed != "0/10" else 1 / 0,
     )
     with pytest.raises(ZeroDivisionError):
         pretrain.pretrain(tmp_path / "cut", **options)
     drawn = []
     monkeypatch.setattr(
-        pretrain, "batch", lambda tokenizer, seed, *rest: drawn.append(seed) or draw(tokenizer, seed, *rest)
+        pretrain,
+        "batch",
+        lambda tokenizer, seed, *rest: drawn.append(seed) or draw(tokenizer, seed, *rest),
     )
     with pytest.raises(UsageError, match="begun with"):
         pretrain.pretrain(tmp_path / "cut", **options | {"rows": 2})
@@ -149,17 +173,23 @@ def test_loss_falls_and_a_resumed_run_is_the_same_run(small, tmp_path, monkeypat
     assert drawn[0] == "0/8"
     whole, cut = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
     assert whole == cut
-    assert [point["loss"] for point in resumed["curve"]] == [point["loss"] for point in record["curve"]]
+    assert [point["loss"] for point in resumed["curve"]] == [
+        point["loss"] for point in record["curve"]
+    ]
 
 
 def test_the_command(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(pretrain, "pretrain", lambda out, **more: asked.append((out, more)))
-    done = CliRunner().invoke(main, ["pretrain", "--out", str(tmp_path), "--steps", "2"], catch_exceptions=False)
+    done = CliRunner().invoke(
+        main, ["pretrain", "--out", str(tmp_path), "--steps", "2"], catch_exceptions=False
+    )
     assert done.exit_code == 0 and f"--model {tmp_path}" in done.output
     assert asked == [(tmp_path, {"steps": 2, "seed": 0, "device": "cpu"})]
     monkeypatch.undo()
-    monkeypatch.setattr(pretrain, "resume", lambda *_: (_ for _ in ()).throw(UsageError("begun with others")))
+    monkeypatch.setattr(
+        pretrain, "resume", lambda *_: (_ for _ in ()).throw(UsageError("begun with others"))
+    )
     (tmp_path / "state.safetensors").write_bytes(b"")
     done = CliRunner().invoke(main, ["pretrain", "--out", str(tmp_path), "--steps", "2"])
     assert done.exit_code and done.output.strip().splitlines()[-1].endswith("begun with others")
@@ -169,11 +199,15 @@ def test_the_command(monkeypatch, tmp_path):
 made = (TINY / "model.safetensors").is_file()
 
 
-@pytest.mark.skipif(not made, reason="models/tiny is not there; make it with `python -m bench pretrain`")
+@pytest.mark.skipif(
+    not made, reason="models/tiny is not there; make it with `python -m bench pretrain`"
+)
 class TestTiny:
     def test_size_and_tokenizer(self):
         assert (TINY / "model.safetensors").stat().st_size <= 4e6
-        assert (TINY / "tokenizer.json").read_text() == pretrain.build_tokenizer().to_str(pretty=True)
+        assert (TINY / "tokenizer.json").read_text() == pretrain.build_tokenizer().to_str(
+            pretty=True
+        )
 
     def test_transformers_agrees(self):
         transformers = pytest.importorskip("transformers")

@@ -52,22 +52,42 @@ def side_by_side(runs: list[list[float]]) -> list[list[float]]:
     return [[run[i] for run in runs if i < len(run)] for i in range(max(map(len, runs)))]
 
 
-def ours(folder: Path, task: Task, o: Options, out: Path, monkeypatch) -> tuple[dict, Path, list, list]:
+def ours(
+    folder: Path, task: Task, o: Options, out: Path, monkeypatch
+) -> tuple[dict, Path, list, list]:
     """`compare` on the same: document, folder, the teacher's rows of each set, every loss that training looked at."""
     taught, seen = [], []
-    engine, teach, losses = ia2mini.engine.experiment, ia2mini.engine.experiment.teach, ia2mini.train.losses
-    monkeypatch.setattr(engine, "teach", lambda *args, **more: taught.append(teach(*args, **more)) or taught[-1])
-    monkeypatch.setattr(ia2mini.train, "losses", lambda *args: seen.append(losses(*args)) or seen[-1])
+    engine, teach, losses = (
+        ia2mini.engine.experiment,
+        ia2mini.engine.experiment.teach,
+        ia2mini.train.losses,
+    )
+    monkeypatch.setattr(
+        engine, "teach", lambda *args, **more: taught.append(teach(*args, **more)) or taught[-1]
+    )
+    monkeypatch.setattr(
+        ia2mini.train, "losses", lambda *args: seen.append(losses(*args)) or seen[-1]
+    )
     subject = Subject(*load(folder), folder, "random", str(folder))
     document, kept = compare([task], subject, o, out)
-    return document, kept, [t.icl_train + t.icl_dev for t in taught], [values.tolist() for values in seen]
+    return (
+        document,
+        kept,
+        [t.icl_train + t.icl_dev for t in taught],
+        [values.tolist() for values in seen],
+    )
 
 
 @pytest.fixture(scope="module", params=["single", "several", "multi"])
 def studied(request, folder):
     """(kind, task, options, the plain protocol of these)."""
-    if request.param == "single":  # three steps an epoch: looks after even steps and at epochs' ends differ
-        task, o = find_task("toy-mood"), Options(n=(5,), batch_size=2, epochs=4, eval_rows=8, asim_rows=4)
+    if (
+        request.param == "single"
+    ):  # three steps an epoch: looks after even steps and at epochs' ends differ
+        task, o = (
+            find_task("toy-mood"),
+            Options(n=(5,), batch_size=2, epochs=4, eval_rows=8, asim_rows=4),
+        )
     elif request.param == "several":  # labels of several tokens
         task = replace(find_task("toy-mood"), labels=("0 0", "1"), ood=())
         o = Options(n=(4,), epochs=7, eval_rows=8, asim_rows=4)
@@ -90,33 +110,46 @@ def best_rate(plain: dict, method: str, about: str) -> float | None:
 @pytest.mark.parametrize("select", ["both", "dev"])
 def test_compare_equals_the_plain_protocol(studied, select, folder, tmp_path, monkeypatch):
     kind, task, o, plain = studied
-    document, kept, taught, seen = ours(folder, task, replace(o, select=select), tmp_path, monkeypatch)
+    document, kept, taught, seen = ours(
+        folder, task, replace(o, select=select), tmp_path, monkeypatch
+    )
     for mine, theirs in zip(sum(taught, []), sum(plain["taught"], []), strict=True):
         assert (mine.prompt, mine.answer) == (theirs.prompt, theirs.answer)
         assert (mine.activations - theirs.targets).abs().max() <= 1e-5
     lengths = {len(row.answer) for row in sum(plain["taught"], [])}
-    assert lengths == {1} if kind == "single" else len(lengths) > 1, lengths  # else stopping was not tried
+    assert lengths == {1} if kind == "single" else len(lengths) > 1, (
+        lengths
+    )  # else stopping was not tried
     expected = sum((side_by_side(plain["traces"][phase]) for phase in TRAINED), [])
     assert [len(values) for values in seen] == [len(values) for values in expected]
     # Adam enlarges the rounding of tiny gradients
     np.testing.assert_allclose(sum(seen, []), sum(expected, []), rtol=5e-4)
     records = plain["records"]
     if select == "dev":  # only runs at the chosen rate are scored
-        records = {key: r for key, r in records.items() if key[3] == best_rate(plain, key[0], task.name)}
+        records = {
+            key: r for key, r in records.items() if key[3] == best_rate(plain, key[0], task.name)
+        }
     told = [(run["method"], run["eval"], run["set"], run["rate"]) for run in document["runs"]]
     assert len(told) == len(records) and set(told) == set(records)
     if kind != "multi":
-        assert len(document["training"]) == len(TRAINED) * o.sets * len(o.rates), "all runs are told of their training"
+        assert len(document["training"]) == len(TRAINED) * o.sets * len(o.rates), (
+            "all runs are told of their training"
+        )
     for run in document["training"]:
         theirs = plain["records"][run["method"], task.name, run["set"], run["rate"]]
-        assert run["dev_loss"] == pytest.approx(theirs["dev_loss"], rel=5e-4) and run["steps"] == theirs["steps"]
+        assert (
+            run["dev_loss"] == pytest.approx(theirs["dev_loss"], rel=5e-4)
+            and run["steps"] == theirs["steps"]
+        )
     for run in document["runs"]:
         theirs = records[run["method"], run["eval"], run["set"], run["rate"]]
         assert run["acc"] == pytest.approx(theirs["acc"])
         assert run["asim"] == pytest.approx(theirs["asim"], abs=5e-4 if run["rate"] else 1e-5)
         assert run["steps"] == theirs.get("steps", 0)
         if kind != "multi":
-            assert run["ece"] == pytest.approx(theirs["ece"], abs=5e-4)  # Adam enlarges the rounding of tiny gradients
+            assert run["ece"] == pytest.approx(
+                theirs["ece"], abs=5e-4
+            )  # Adam enlarges the rounding of tiny gradients
             assert run["nll"] == pytest.approx(theirs["nll"], rel=5e-4)
         else:
             assert json.loads((kept / run["texts"]).read_text())["texts"] == theirs["texts"]
@@ -127,7 +160,9 @@ def test_compare_equals_the_plain_protocol(studied, select, folder, tmp_path, mo
             for rate in (o.rates if cell["rate"] else (None,))
         }
         if cell["selected_by"] == "dev":
-            assert cell["rate"] == min(o.rates, key=lambda rate: fmean(run["dev_loss"] for run in by_rate[rate]))
+            assert cell["rate"] == min(
+                o.rates, key=lambda rate: fmean(run["dev_loss"] for run in by_rate[rate])
+            )
         if cell["selected_by"] == "eval":
             best = max(fmean(run["acc"] for run in runs) for runs in by_rate.values())
             assert cell["acc_mean"] == pytest.approx(best)
@@ -145,7 +180,9 @@ def test_paper_compat_compares_each_model_on_its_own_response(folder, tmp_path):
     task = replace(find_task("toy-sums-short"), max_tokens=6, ood=())
     o = Options(methods=("base",), sets=1, eval_rows=4, asim_rows=3, paper_compat=True)
     model, tokenizer = load(folder)
-    document, _ = compare([task], Subject(model, tokenizer, folder, "random", str(folder)), o, tmp_path)
+    document, _ = compare(
+        [task], Subject(model, tokenizer, folder, "random", str(folder)), o, tmp_path
+    )
     base, pool = Plain(upstream(folder), tokenizer), load_examples(task, "train").rows
     shown, alike, lengths = draw_episode(pool, 4, 0, 0, 4, True).icl, [], []
     for demonstrations, row in zip(shown, load_examples(task, "eval", limit=3).rows, strict=False):
@@ -156,7 +193,9 @@ def test_paper_compat_compares_each_model_on_its_own_response(folder, tmp_path):
         shorter = min(lengths[-1])
         alike.append(F.cosine_similarity(*(x[:, :shorter] for x in outputs), dim=-1))
     assert any(a != b for a, b in lengths), "nothing was cut"
-    assert document["runs"][0]["asim"] == pytest.approx(fmean(a.mean().item() for a in alike), abs=1e-5)
+    assert document["runs"][0]["asim"] == pytest.approx(
+        fmean(a.mean().item() for a in alike), abs=1e-5
+    )
 
 
 REAL = [  # the first rows of set 0 of the real SST2 rows, as the model must read them
@@ -172,17 +211,29 @@ QUERY = "Text:the words , ` frankly , my dear , i do n't give a damn , ' have ne
 
 def test_real_rows_run_to_the_end(shared_data, tmp_path, monkeypatch):
     vocabulary = 151936  # Qwen3's own
-    model = Qwen3(Config(vocabulary, 32, 64, 2, 4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True))
+    model = Qwen3(
+        Config(
+            vocabulary, 32, 64, 2, 4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True
+        )
+    )
     for p in model.parameters():
         torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.05)
     words = (shared_data / "tokenizers/qwen3/tokenizer.json").read_text(encoding="utf-8")
     save(model, tmp_path / "model", words, 151643)
     read, encode, encode_all = [], Tokenizer.encode, Tokenizer.encode_all
-    monkeypatch.setattr(Tokenizer, "encode", lambda self, text, **more: read.append(text) or encode(self, text, **more))
-    monkeypatch.setattr(Tokenizer, "encode_all", lambda self, texts: read.extend(texts) or encode_all(self, texts))
+    monkeypatch.setattr(
+        Tokenizer,
+        "encode",
+        lambda self, text, **more: read.append(text) or encode(self, text, **more),
+    )
+    monkeypatch.setattr(
+        Tokenizer, "encode_all", lambda self, texts: read.extend(texts) or encode_all(self, texts)
+    )
     folders = {"--model": tmp_path / "model", "--data-dir": shared_data, "--out": tmp_path / "runs"}
     command = ["run", "sst2", *(str(part) for pair in folders.items() for part in pair)]
-    options = "--n 4 --sets 1 --rates 1e-3 --eval-rows 20 --methods icl,sft --device cpu --json".split()
+    options = (
+        "--n 4 --sets 1 --rates 1e-3 --eval-rows 20 --methods icl,sft --device cpu --json".split()
+    )
     result = CliRunner().invoke(main, command + options)
     assert result.exit_code == 0, result.output
     cells = json.loads(result.stdout.splitlines()[-1])["cells"]

@@ -24,7 +24,10 @@ from ia2mini.tasks import custom_task, load_examples
 from ia2mini.tokenizer import Tokenizer
 from ia2mini.train import Runs, Settings, train_runs
 
-FLOAT32, BFLOAT16 = 1e-5, 1.2  # relative distance to transformers; ours to the truth as a share of theirs
+FLOAT32, BFLOAT16 = (
+    1e-5,
+    1.2,
+)  # relative distance to transformers; ours to the truth as a share of theirs
 LOSS = 1e-4  # relative distance of dev losses after training: Adam enlarges the rounding of tiny gradients
 WEIGHTS = 134_515_008
 
@@ -50,7 +53,9 @@ def texts(shared_data) -> list[str]:
     """Twenty real prompts of unequal lengths: ten questions to the assistant, ten sentences to be continued."""
     lines = (shared_data / "sciq/validation.jsonl").read_text(encoding="utf-8").splitlines()[:10]
     asked = [json.loads(line)["question"] + " Answer in one word." for line in lines]
-    asked = [f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n" for question in asked]
+    asked = [
+        f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n" for question in asked
+    ]
     lines = (shared_data / "sst2/validation.jsonl").read_text(encoding="utf-8").splitlines()[:10]
     return asked + [json.loads(line)["sentence"] for line in lines]
 
@@ -83,12 +88,17 @@ def padded_pass(model, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tenso
 def alone(net, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """transformers' logits [P, V] and attention outputs [L, P, D], each row in a pass of its own, by forward hooks."""
     passes = [upstream_pass(net, torch.tensor([row])) for row in rows]
-    return torch.cat([logits[0] for logits, _ in passes]), torch.cat([outputs[:, 0] for _, outputs in passes], 1)
+    return torch.cat([logits[0] for logits, _ in passes]), torch.cat(
+        [outputs[:, 0] for _, outputs in passes], 1
+    )
 
 
 def gaps(found: tuple, truth: tuple) -> dict[str, float]:
     """The relative distance of the logits and of every layer's attention output, by name."""
-    logits, layers = relative(found[0].float(), truth[0]), zip(found[1].float(), truth[1], strict=True)
+    logits, layers = (
+        relative(found[0].float(), truth[0]),
+        zip(found[1].float(), truth[1], strict=True),
+    )
     return {"logits": logits} | {f"layer {i}": relative(*pair) for i, pair in enumerate(layers)}
 
 
@@ -100,7 +110,10 @@ def truth(net, long):
 def test_logits_and_every_layer_in_float32(ours, long, truth, capsys):
     found = gaps(padded_pass(ours[0], long), truth)
     most = max(found.values())
-    tell(capsys, f"float32: logits off by {found['logits']:.1e}, attention outputs by {most:.1e} at most")
+    tell(
+        capsys,
+        f"float32: logits off by {found['logits']:.1e}, attention outputs by {most:.1e} at most",
+    )
     assert len(found) == 1 + 30 and most <= FLOAT32, found
 
 
@@ -122,7 +135,9 @@ def greedy(net, prompts: list[list[int]], tokens: int, eos: int | None) -> list[
     for prompt in prompts:
         ids = torch.tensor([prompt])
         how = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": eos, "pad_token_id": 0}
-        (row,) = net.generate(ids, attention_mask=torch.ones_like(ids), **how)[:, len(prompt) :].tolist()
+        (row,) = net.generate(ids, attention_mask=torch.ones_like(ids), **how)[
+            :, len(prompt) :
+        ].tolist()
         found.append(row[: row.index(eos)] if eos in row else row)
     return found
 
@@ -133,7 +148,9 @@ def test_twenty_prompts_in_one_batch_equal_transformers(ours, net, texts):
     free = greedy(net, prompts, 24, None)
     (eos,) = tokenizer.eos_ids
     batches = []
-    found = generate(model, Tokenizer(tokenizer.backend, ()), prompts, Decoding(24, stop=None), batches.append)
+    found = generate(
+        model, Tokenizer(tokenizer.backend, ()), prompts, Decoding(24, stop=None), batches.append
+    )
     assert found == free and {len(row) for row in found} == {24} and batches == [20]
     cut = [row[: row.index(eos)] if eos in row else row for row in free]
     assert generate(model, tokenizer, prompts, Decoding(24, stop=None)) == cut
@@ -158,16 +175,27 @@ def test_runs_side_by_side_answer_as_each_alone(ours, texts):
     base = generate(model, tokenizer, prompts, how)
     for i, one in enumerate([*each, base]):
         for other in [*each, base][:i]:
-            assert sum(a != b for a, b in zip(one, other, strict=True)) > 5, "adapters of visible size"
+            assert sum(a != b for a, b in zip(one, other, strict=True)) > 5, (
+                "adapters of visible size"
+            )
 
 
 def test_a_study_equals_the_plain_protocol(real, ours, shared_data, tmp_path, capsys):
     model, tokenizer = ours
-    task = custom_task(shared_data / "relations/singular_plural.jsonl", "text", "answer", "Q: {text}\nA:")
-    o = Options(n=(4,), sets=1, rates=(3e-4, 3e-3), epochs=4, eval_rows=6, asim_rows=2, select="both")
-    document, kept = compare([task], Subject(model, tokenizer, real, "smollm2", str(real)), o, tmp_path)
+    task = custom_task(
+        shared_data / "relations/singular_plural.jsonl", "text", "answer", "Q: {text}\nA:"
+    )
+    o = Options(
+        n=(4,), sets=1, rates=(3e-4, 3e-3), epochs=4, eval_rows=6, asim_rows=2, select="both"
+    )
+    document, kept = compare(
+        [task], Subject(model, tokenizer, real, "smollm2", str(real)), o, tmp_path
+    )
     rows = load_examples(task, "train").rows + load_examples(task, "eval", limit=6).rows
-    longest = max(len(tokenizer.encode(row.prompt + row.answer)) - len(tokenizer.encode(row.prompt)) for row in rows)
+    longest = max(
+        len(tokenizer.encode(row.prompt + row.answer)) - len(tokenizer.encode(row.prompt))
+        for row in rows
+    )
     records = plain_protocol(real, replace(task, max_tokens=longest + 1), 4, o)["records"]
     told = {(run["method"], run["rate"]) for run in document["runs"]}
     assert not task.labels and told == {(method, rate) for method, _, _, rate in records}
@@ -184,7 +212,10 @@ def test_a_study_equals_the_plain_protocol(real, ours, shared_data, tmp_path, ca
         assert found == theirs["texts"] and run["acc"] == pytest.approx(theirs["acc"])
         assert run["asim"] == pytest.approx(theirs["asim"], abs=1e-4)
         said.add(tuple(found))
-    tell(capsys, f"dev losses off by {max(apart):.1e} at most ({', '.join(losses)}); {len(said)} kinds of texts")
+    tell(
+        capsys,
+        f"dev losses off by {max(apart):.1e} at most ({', '.join(losses)}); {len(said)} kinds of texts",
+    )
     assert max(apart) <= LOSS, apart
     assert len(said) > 2, "training changed nothing: the comparison would be of the base model"
 
@@ -202,10 +233,16 @@ print(json.dumps([time.perf_counter() - begin, resident()[1] - before, sum(p.nby
 
 
 def test_loading_holds_no_second_copy_of_the_weights(real, capsys):
-    command, root = [sys.executable, "-c", LOADING, str(real)], Path(__file__).parents[1]  # in a process of its own
+    command, root = (
+        [sys.executable, "-c", LOADING, str(real)],
+        Path(__file__).parents[1],
+    )  # in a process of its own
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     seconds, peak, weights = json.loads(done.stdout)
-    tell(capsys, f"loading: {seconds:.1f} s, {peak / 2**20:,.0f} MiB at the peak for {weights / 2**20:,.0f} of weights")
+    tell(
+        capsys,
+        f"loading: {seconds:.1f} s, {peak / 2**20:,.0f} MiB at the peak for {weights / 2**20:,.0f} of weights",
+    )
     assert weights == 4 * WEIGHTS and peak < 1.3 * weights
 
 
@@ -221,5 +258,8 @@ def test_a_step_holds_no_copy_of_the_weights(ours, long, loss, capsys):
     begin = time.perf_counter()
     train_runs(model, adapter, runs, Settings(steps=3))
     seconds = (time.perf_counter() - begin) / 3
-    tell(capsys, f"a step by {loss}: {seconds:.2f} s, {peak / 2**20:,.0f} MiB of tensors beside the weights")
+    tell(
+        capsys,
+        f"a step by {loss}: {seconds:.2f} s, {peak / 2**20:,.0f} MiB of tensors beside the weights",
+    )
     assert peak < 4 * WEIGHTS

@@ -28,11 +28,31 @@ ACC = {  # of three sets; a rate of 0.01 adds 0.04 on evaluation rows, and 0.2 o
 }
 
 
-def record(method, number, acc, rate=None, dev_loss=None, task="mood", evaluation="mood", **other) -> dict:
+def record(
+    method, number, acc, rate=None, dev_loss=None, task="mood", evaluation="mood", **other
+) -> dict:
     ood = evaluation != task
-    about = {"task": task, "eval": evaluation, "ood": ood, "model": "tiny", "n": 4, "method": method}
-    about |= {"adapter": rate and "lora", "set": number, "rate": rate, "beta": None, "dev_loss": dev_loss, "steps": 3}
-    numbers = {metric: 0.5 for metric in METRICS} | {"acc": acc, "ece": (1 - acc) / 4, "ece_null": 0.1}
+    about = {
+        "task": task,
+        "eval": evaluation,
+        "ood": ood,
+        "model": "tiny",
+        "n": 4,
+        "method": method,
+    }
+    about |= {
+        "adapter": rate and "lora",
+        "set": number,
+        "rate": rate,
+        "beta": None,
+        "dev_loss": dev_loss,
+        "steps": 3,
+    }
+    numbers = {metric: 0.5 for metric in METRICS} | {
+        "acc": acc,
+        "ece": (1 - acc) / 4,
+        "ece_null": 0.1,
+    }
     asim = {"base": 0.3, "icl": 1.0, "sft": 0.35, "ia2": 0.8, "ia2-sft": 0.7}.get(method, 0.5)
     return about | numbers | {"asim": asim, "asim_layers": [asim, number]} | other
 
@@ -53,7 +73,10 @@ def records(task="mood", evaluation="mood", worse=0.0, **other) -> list[dict]:
 def study(select="dev") -> dict:
     """A results document: two tasks, one of them on two evaluations."""
     runs = records() + records(evaluation="news", worse=0.1) + records("topic", "topic", 0.05)
-    spent = {"seconds": {"collect": 1.25, "train": 150.0, "evaluate": 3.0}, "peak_memory_bytes": 2**29}
+    spent = {
+        "seconds": {"collect": 1.25, "train": 150.0, "evaluate": 3.0},
+        "peak_memory_bytes": 2**29,
+    }
     return {"cells": summarise(runs, select), **spent}
 
 
@@ -72,7 +95,9 @@ def tables(document: dict) -> dict[str, str]:
     """table.md, table.tex and table.csv of a document."""
     with tempfile.TemporaryDirectory() as folder:
         write_tables(document, Path(folder))
-        return {path.suffix[1:]: path.read_text(encoding="utf-8") for path in Path(folder).iterdir()}
+        return {
+            path.suffix[1:]: path.read_text(encoding="utf-8") for path in Path(folder).iterdir()
+        }
 
 
 SHOWN = {
@@ -92,9 +117,14 @@ def test_golden(name):
     pytest.importorskip("scipy")
     if name.startswith("table"):
         pytest.importorskip("pandas")
-    shown, golden = SHOWN[name]().rstrip("\n"), (GOLDEN / name).read_text(encoding="utf-8").rstrip("\n")
+    shown, golden = (
+        SHOWN[name]().rstrip("\n"),
+        (GOLDEN / name).read_text(encoding="utf-8").rstrip("\n"),
+    )
     if name.endswith(".csv"):  # unrounded: the last digit is Python's business
-        shown, golden = (re.sub(r"\d\.\d+", lambda n: f"{float(n[0]):.9f}", text) for text in (shown, golden))
+        shown, golden = (
+            re.sub(r"\d\.\d+", lambda n: f"{float(n[0]):.9f}", text) for text in (shown, golden)
+        )
     assert shown == golden
 
 
@@ -123,7 +153,12 @@ def test_texts_diverged_betas_and_methods_of_ones_own():
     assert lines[1] == "accuracy (%) ↑ asim ↑ rate".split()
     assert ["IA2+SFT", "40.0", "±", "0.0", "0.50", "0.01", "β", "0.5"] in lines
     assert ["IA2→SFT", "40.0", "±", "0.0", "–", "0.01"] in lines
-    assert [line[0] for line in lines[3:7]] == ["SFT", "IA2+SFT", "IA2→SFT", "mine"]  # unknown ones last
+    assert [line[0] for line in lines[3:7]] == [
+        "SFT",
+        "IA2+SFT",
+        "IA2→SFT",
+        "mine",
+    ]  # unknown ones last
 
 
 def test_the_mean_is_over_methods_that_every_evaluation_has():
@@ -135,27 +170,42 @@ def test_the_mean_is_over_methods_that_every_evaluation_has():
     assert row["acc_mean"] == pytest.approx(np.mean([0.85, 0.75, 0.8])) and row["evaluations"] == 3
     assert row["acc_std"] == pytest.approx(np.std([0.8, 0.85, 0.9], ddof=1)) and row["rate"] == 1e-3
     cells[-1]["rate"] = 0.1
-    assert average(cells)[-1]["rate"] is None  # tasks that chose different rates have none in common
+    assert (
+        average(cells)[-1]["rate"] is None
+    )  # tasks that chose different rates have none in common
 
 
 def test_the_deviation_of_a_mean_is_that_of_the_sets_means():
     """Sets that are good on one evaluation and bad on another differ little in the mean."""
     accuracies = {"mood": [0.9, 0.5, 0.7], "news": [0.5, 0.9, 0.8]}
-    runs = [record("icl", s, acc, evaluation=e) for e, values in accuracies.items() for s, acc in enumerate(values)]
+    runs = [
+        record("icl", s, acc, evaluation=e)
+        for e, values in accuracies.items()
+        for s, acc in enumerate(values)
+    ]
     (row,) = average(summarise(runs))
     means = np.mean(list(accuracies.values()), axis=0)
-    assert row["acc_mean"] == pytest.approx(means.mean()) and row["acc_std"] == pytest.approx(np.std(means, ddof=1))
+    assert row["acc_mean"] == pytest.approx(means.mean()) and row["acc_std"] == pytest.approx(
+        np.std(means, ddof=1)
+    )
     runs[0]["asim"] = None
     (row,) = average(summarise(runs))
     assert row["asim_mean"] is not None and row["asim_std"] is None  # not known of every set
 
 
 def test_of_one_set_no_deviation_is_shown():
-    runs = [record("sft", 0, 0.3, 0.01, 0.1), record("base", 0, 0.2), record("ia2-sft", 0, 0.4, 0.01, 0.1)]
+    runs = [
+        record("sft", 0, 0.3, 0.01, 0.1),
+        record("base", 0, 0.2),
+        record("ia2-sft", 0, 0.4, 0.01, 0.1),
+    ]
     text = write_table({"cells": summarise(runs)}, full=True)
     assert "±" not in text and "one set, so no deviation" in text
     assert re.search(r"SFT  +30.0  +0.17  +0.10  +0.35  +0.01\n", text)
-    assert "accuracy +10.0 points; ECE -0.02; 1 pair of task and set: too few for a p-value or an interval" in text
+    assert (
+        "accuracy +10.0 points; ECE -0.02; 1 pair of task and set: too few for a p-value or an interval"
+        in text
+    )
 
 
 def test_what_counts_as_right_stands_below_the_table():
@@ -171,9 +221,16 @@ def test_parts_are_models_sizes_and_choices_of_rate():
     assert [(part["n"], part["by"]) for part in parts(study())] == [(4, "dev")]
     both = [{**run, "n": n} for n in (4, 8) for run in records()]
     found = parts({"cells": summarise(both, "both")})
-    assert [(part["n"], part["by"]) for part in found] == [(4, "dev"), (4, "eval"), (8, "dev"), (8, "eval")]
+    assert [(part["n"], part["by"]) for part in found] == [
+        (4, "dev"),
+        (4, "eval"),
+        (8, "dev"),
+        (8, "eval"),
+    ]
     assert all([cell["method"] for cell in part["cells"]] == list(ACC) for part in found)
-    assert found[1]["title"].startswith("tiny · mood · N = 4 · lora · 3 sets · rate by accuracy on the evaluation rows")
+    assert found[1]["title"].startswith(
+        "tiny · mood · N = 4 · lora · 3 sets · rate by accuracy on the evaluation rows"
+    )
     (untrained,) = parts({"cells": summarise([record("base", 0, 0.5), record("icl", 0, 0.9)])})
     assert untrained["title"] == "tiny · mood · N = 4 · 1 set"
 
@@ -185,7 +242,13 @@ def test_markdown_parses_back():
     rows = [[entry.strip() for entry in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     assert {len(row) for row in rows} == {8} and len(rows) == 2 + 5
     assert rows[0][:4] == ["trained on", "evaluated on", "method", "accuracy (%) ↑"]
-    assert rows[-1][0] == r"a\|b_c" and rows[-1][3:] == ["85.0 ± 5.0", "0.04 ± 0.01", "0.10", "0.70", "0.001"]
+    assert rows[-1][0] == r"a\|b_c" and rows[-1][3:] == [
+        "85.0 ± 5.0",
+        "0.04 ± 0.01",
+        "0.10",
+        "0.70",
+        "0.001",
+    ]
 
 
 def test_columns_keep_their_order_when_the_first_task_lacks_some():
@@ -194,11 +257,17 @@ def test_columns_keep_their_order_when_the_first_task_lacks_some():
     for cell in mixed["cells"]:
         cell["task"] = {"sums": "a"}.get(cell["task"], cell["task"])
     heads = next(line for line in tables(mixed)["md"].splitlines() if line.startswith("|"))
-    assert [head.strip() for head in heads.split("|")[4:-1]] == "accuracy (%) ↑,ECE ↓,(null),asim ↑,rate".split(",")
+    assert [
+        head.strip() for head in heads.split("|")[4:-1]
+    ] == "accuracy (%) ↑,ECE ↓,(null),asim ↑,rate".split(",")
 
 
 def latex_rows(text: str) -> list[list[str]]:
-    return [re.split(r" (?<!\\)& ", line.removesuffix(r" \\")) for line in text.splitlines() if line.endswith(r" \\")]
+    return [
+        re.split(r" (?<!\\)& ", line.removesuffix(r" \\"))
+        for line in text.splitlines()
+        if line.endswith(r" \\")
+    ]
 
 
 def test_latex_escapes_and_is_a_table_a_choice():
@@ -208,26 +277,38 @@ def test_latex_escapes_and_is_a_table_a_choice():
         record("ia2+sft", s, 0.5, 1e-3, 0.1, task=name, evaluation=name, beta=0.5) for s in range(3)
     ]
     text = tables({"cells": summarise(runs, "both")})["tex"]
-    assert text.count(r"\begin{table}") == text.count(r"\end{tabular}") == text.count(r"\toprule") == 2
+    assert (
+        text.count(r"\begin{table}") == text.count(r"\end{tabular}") == text.count(r"\toprule") == 2
+    )
     rows = latex_rows(text)
     assert {len(row) for row in rows} == {8} and len(rows) == 2 * (1 + 6)
     escaped = r"50\%\_a\&b\#\{\}\$\textasciitilde \textasciicircum \textbackslash"
     assert rows[1][0].strip() == escaped and escaped in text.split(r"\caption")[1].splitlines()[0]
     assert rows[0][3] == r"accuracy (\%) $\uparrow$" and rows[1][7] == "--"
     assert rows[5][2] == "IA2+SFT" and rows[5][7] == r"0.001 $\beta$ 0.5"
-    assert rows[6][2] == r"IA2$\rightarrow$SFT" and rows[6][3] == r"85.0 $\pm$ 5.0" and text.isascii()
+    assert (
+        rows[6][2] == r"IA2$\rightarrow$SFT" and rows[6][3] == r"85.0 $\pm$ 5.0" and text.isascii()
+    )
 
 
-NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp", "Cs"]), min_size=1)
+NAMES = st.text(
+    st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp", "Cs"]), min_size=1
+)
 
 
 @settings(max_examples=30, deadline=None)
 @given(NAMES)
 def test_any_name_keeps_latex_balanced(name):
     pytest.importorskip("pandas")
-    text = tables({"cells": summarise([record("sft", 0, 0.5, 1e-3, 0.1, task=name, evaluation="mood")])})["tex"]
+    text = tables(
+        {"cells": summarise([record("sft", 0, 0.5, 1e-3, 0.1, task=name, evaluation="mood")])}
+    )["tex"]
     plain = re.sub(r"\\[&%$#_{}]", "", text)
-    assert plain.count("{") == plain.count("}") and not set("%#~^") & set(plain) and plain.count("$") % 2 == 0
+    assert (
+        plain.count("{") == plain.count("}")
+        and not set("%#~^") & set(plain)
+        and plain.count("$") % 2 == 0
+    )
 
 
 def test_csv_parses_back_unrounded():
@@ -235,7 +316,9 @@ def test_csv_parses_back_unrounded():
     document = study("both")
     rows = list(csv.DictReader(io.StringIO(tables(document)["csv"])))
     for row, cell in zip(rows, document["cells"], strict=True):
-        wanted = {f: "" if v is None else str(v) for f, v in cell.items() if not isinstance(v, list)}
+        wanted = {
+            f: "" if v is None else str(v) for f, v in cell.items() if not isinstance(v, list)
+        }
         assert row == wanted
 
 
@@ -254,7 +337,12 @@ def test_seconds_line():
 
 
 def test_counts():
-    assert [count(n, "adapter") for n in (0, 1, 2, 1200)] == ["0 adapters", "1 adapter", "2 adapters", "1,200 adapters"]
+    assert [count(n, "adapter") for n in (0, 1, 2, 1200)] == [
+        "0 adapters",
+        "1 adapter",
+        "2 adapters",
+        "1,200 adapters",
+    ]
 
 
 if __name__ == "__main__":

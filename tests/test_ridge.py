@@ -21,7 +21,9 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("positions, noise", [(5, 0.01), (5, 3.0), (40, 0.5)])
-def test_ridge_is_scikit_learns_at_the_strength_that_predicts_left_out_positions_best(positions, noise):
+def test_ridge_is_scikit_learns_at_the_strength_that_predicts_left_out_positions_best(
+    positions, noise
+):
     x = random(2, positions, 12) * torch.tensor([1.0, 30.0])[:, None, None]
     y = x @ random(2, 12, 7, seed=1) + noise * random(2, positions, 7, seed=2)
     left, size, right = ridge(x, y)
@@ -30,7 +32,9 @@ def test_ridge_is_scikit_learns_at_the_strength_that_predicts_left_out_positions
         a, b = x[run].numpy(), y[run].numpy()
         unit = (a**2).sum(1).mean()
         models = [Ridge(alpha=strength * unit, fit_intercept=False) for strength in STRENGTHS]
-        errors = [((cross_val_predict(model, a, b, cv=LeaveOneOut()) - b) ** 2).sum() for model in models]
+        errors = [
+            ((cross_val_predict(model, a, b, cv=LeaveOneOut()) - b) ** 2).sum() for model in models
+        ]
         best = models[min(range(len(models)), key=errors.__getitem__)].fit(a, b)
         torch.testing.assert_close(found[run], torch.from_numpy(best.coef_), rtol=1e-6, atol=1e-8)
 
@@ -48,19 +52,26 @@ def test_each_layer_makes_up_for_what_it_lacks(model):
     assert sum(len(row.answer) for row in rows) <= 6 and error(found) < 0.05 * error(theta)
     before, after = unpack(theta, adapter.shapes), unpack(found, adapter.shapes)
     for name in before:
-        assert torch.equal(before[name], after[name]) or ".o_proj." in name  # nothing else is touched
+        assert (
+            torch.equal(before[name], after[name]) or ".o_proj." in name
+        )  # nothing else is touched
 
 
 def test_the_first_layer_equals_a_regression_written_out(model):
     adapter, rows = LoRA(model, rank=8, alpha=4.0), make_rows(4, 7)
     theta, batch = adapter.init(model, torch.Generator().manual_seed(1))[None], collate([rows])
     read, tap = [], Taps(batch.at)
-    handle = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    handle = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
+        lambda module, args: read.append(args[0])
+    )
     with torch.no_grad():
         model(batch.ids, taps=tap, logits=False)
     handle.remove()
     share = batch.weights[0].double().sqrt()[:, None]
-    x, y = read[0][batch.at].double() * share, (batch.activations[0] - tap.outputs[0]).double() * share
+    x, y = (
+        read[0][batch.at].double() * share,
+        (batch.activations[0] - tap.outputs[0]).double() * share,
+    )
     left, size, right = (t[0] for t in ridge(x[None], y[None]))
     wanted = (left[:, :8] * size[:8]) @ right[:, :8].T  # cut to the rank
     parts = unpack(solve(model, adapter, theta, batch), adapter.shapes)
@@ -69,12 +80,18 @@ def test_the_first_layer_equals_a_regression_written_out(model):
 
 
 def test_runs_of_a_batch_are_solved_as_each_alone(model):
-    adapter, runs = LoRA(model), [make_rows(4, 3), make_rows(3, 9)]  # of unequal numbers of positions
+    adapter, runs = (
+        LoRA(model),
+        [make_rows(4, 3), make_rows(3, 9)],
+    )  # of unequal numbers of positions
     theta = torch.stack([adapter.init(model, torch.Generator().manual_seed(r)) for r in range(2)])
     both = solve(model, adapter, theta, collate(runs))
     for run in range(2):
         alone = solve(model, adapter, theta[[run]], collate([runs[run]]))
-        A, B = ([t[place] for t in unpack(x, adapter.shapes).values()] for x, place in ((both, run), (alone, 0)))
+        A, B = (
+            [t[place] for t in unpack(x, adapter.shapes).values()]
+            for x, place in ((both, run), (alone, 0))
+        )
         for i in range(0, len(A), 2):
             torch.testing.assert_close(A[i + 1] @ A[i], B[i + 1] @ B[i], rtol=1e-3, atol=1e-5)
 
@@ -92,4 +109,6 @@ def test_it_is_for_lora_on_the_output_map(model):
     batch = collate([make_rows(2, 0)])
     for adapter in (IA3(model), LoRA(model, ("q_proj",))):
         with pytest.raises(UsageError, match="o_proj"):
-            solve(model, adapter, torch.zeros(1, len(adapter.init(model, torch.Generator()))), batch)
+            solve(
+                model, adapter, torch.zeros(1, len(adapter.init(model, torch.Generator()))), batch
+            )

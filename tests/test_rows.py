@@ -9,11 +9,17 @@ from hypothesis import strategies as st
 from tables import SST2, parquet_bytes, write_rows
 
 from ia2mini import UsageError
-from ia2mini.tasks.rows import (Row, fill, placeholders, read_rows)
+from ia2mini.tasks.rows import Row, fill, placeholders, read_rows
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1), min_size=1))
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    rows=st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1), min_size=1
+    )
+)
 def test_any_text_comes_back_from_every_kind_of_file(tmp_path, rows):
     for suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
         path = write_rows(tmp_path / f"any{suffix}", [{"a": text, "b": 1} for text in rows])
@@ -26,7 +32,9 @@ def test_u2028_stays_inside_a_real_row(shared_data):
 
 
 def test_json_is_a_list_of_objects(tmp_path):
-    (tmp_path / "a.JSON").write_bytes(b'\xef\xbb\xbf[{"a": "x\xe2\x80\xa8y", "b": 1}, {"a": true}]\n')
+    (tmp_path / "a.JSON").write_bytes(
+        b'\xef\xbb\xbf[{"a": "x\xe2\x80\xa8y", "b": 1}, {"a": true}]\n'
+    )
     rows = read_rows(tmp_path / "a.JSON")
     assert rows == [{"a": "x\u2028y", "b": 1}, {"a": True}]
     assert [row.where for row in rows] == [f"{tmp_path / 'a.JSON'} row {i}" for i in (1, 2)]
@@ -37,12 +45,18 @@ def test_json_is_a_list_of_objects(tmp_path):
 WRONG = {  # file, its bytes, the message
     "broken.jsonl": (b'{"a": "1"}\n\n{"a": \n', r"broken.jsonl:3: not JSON \(Expecting value"),
     "list.jsonl": (b'{"a": "1"}\n[1]\n', "list.jsonl:2: a JSON list, not an object"),
-    "latin.jsonl": ('{"a": "1"}\n{"a": "é"}\n'.encode("latin-1"), r"latin.jsonl:2: not UTF-8 \(byte 0xe9\)"),
+    "latin.jsonl": (
+        '{"a": "1"}\n{"a": "é"}\n'.encode("latin-1"),
+        r"latin.jsonl:2: not UTF-8 \(byte 0xe9\)",
+    ),
     "latin.csv": ("a,b\n1,2\n3,é\n".encode("latin-1"), r"latin.csv:3: not UTF-8"),
     "empty.jsonl": (b"\n\n", "empty.jsonl: the file holds no rows"),
     "empty.csv": (b"", "empty.csv: the file holds no rows"),
     "header.csv": (b"a,b\n", "header.csv: the file holds no rows"),
-    "long.csv": (b'a,b\n"1\n1",2\n1,2,3\n', "long.csv:4: 3 fields, the header has 2; quote a field that holds ','"),
+    "long.csv": (
+        b'a,b\n"1\n1",2\n1,2,3\n',
+        "long.csv:4: 3 fields, the header has 2; quote a field that holds ','",
+    ),
     "short.tsv": (b"a\tb\n1\n", r"short.tsv:2: 1 fields"),
     "twice.csv": (b"a,a\n1,2\n", "twice.csv:1: two columns of the same name"),
     "open.csv": (b'a,b\n1,2\n"3,4\n5,6\n', "open.csv:3: .*is a quote not closed"),
@@ -50,7 +64,10 @@ WRONG = {  # file, its bytes, the message
     "number.jsonl": (b'{"a": ' + b"9" * 5000 + b"}", "number.jsonl:1: not JSON"),
     "deep.jsonl": (b"[" * 100_000, "deep.jsonl:1: not JSON"),
     "broken.json": (b'[{"a": "1"},\n {"a": ]', r"broken.json: not JSON \(Expecting value: line 2"),
-    "lines.json": (b'{"a": "1"}\n{"a": "2"}\n', r"lines.json: not JSON \(Extra data.*or one a line in a .jsonl"),
+    "lines.json": (
+        b'{"a": "1"}\n{"a": "2"}\n',
+        r"lines.json: not JSON \(Extra data.*or one a line in a .jsonl",
+    ),
     "object.json": (b'{"rows": []}', "object.json: a JSON dict; a list of objects is expected"),
     "mixed.json": (b'[{"a": "1"}, 2]', "mixed.json row 2: a JSON int, not an object"),
     "latin.json": ('[\n{"a": "é"}]'.encode("latin-1"), r"latin.json:2: not UTF-8 \(byte 0xe9\)"),
@@ -87,7 +104,12 @@ def test_absent_files_marks_and_absent_pyarrow(tmp_path, monkeypatch):
 
 def test_missing_and_unusable_columns():
     row = Row("f.jsonl:2", {"text": "x", "label": None, "odd": ["list"], "half": "\ud800"})
-    assert [Row("", {"a": value}).text("a") for value in (True, 7, 1.5, " A ")] == ["true", "7", "1.5", " A "]
+    assert [Row("", {"a": value}).text("a") for value in (True, 7, 1.5, " A ")] == [
+        "true",
+        "7",
+        "1.5",
+        " A ",
+    ]
     for column, problem in {
         "sentence": "no column 'sentence'; the columns there are 'text', 'label', 'odd', 'half'",
         "label": "column 'label' holds nothing",

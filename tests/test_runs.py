@@ -37,7 +37,9 @@ def test_once_computes_once_and_reads_back(tmp_path):
     again = Store(tmp_path, "name", {"n": 4}).once("cell/fit", make)
     assert calls == [1] and (folder.path / "cell/fit.safetensors").is_file()
     for found in (first, again, load_file(folder.path / "cell/fit.safetensors")):
-        assert torch.equal(found["a"], torch.arange(6.0).view(2, 3).T) and torch.equal(found["b"], torch.tensor([1, 2]))
+        assert torch.equal(found["a"], torch.arange(6.0).view(2, 3).T) and torch.equal(
+            found["b"], torch.tensor([1, 2])
+        )
 
 
 def test_nothing_is_written_before_the_run_begins(tmp_path):
@@ -57,7 +59,9 @@ def test_nothing_is_written_before_the_run_begins(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="file/name-.*: cannot write there .*; choose another folder with --out"):
+    with pytest.raises(
+        UsageError, match="file/name-.*: cannot write there .*; choose another folder with --out"
+    ):
         Store(tmp_path / "file", "name", {}).keep_json("run.json", {})
 
 
@@ -66,7 +70,11 @@ def test_json_is_kept_and_read_back(tmp_path):
     assert folder.json("cell/texts.json") is None and files(tmp_path) == set()
     held = {"texts": ["a", "ü"], "share": None}
     assert folder.keep_json("cell/texts.json", {"texts": ["a", "ü"], "share": math.nan}) == held
-    assert folder.json("cell/texts.json") == Store(tmp_path, "name", {}).json("cell/texts.json") == held
+    assert (
+        folder.json("cell/texts.json")
+        == Store(tmp_path, "name", {}).json("cell/texts.json")
+        == held
+    )
 
 
 def test_tensors_are_kept_and_read_back(tmp_path):
@@ -74,8 +82,14 @@ def test_tensors_are_kept_and_read_back(tmp_path):
     assert folder.tensors("cell/fit") is None and files(tmp_path) == set()
     given = {"a": torch.ones(2, 3, requires_grad=True).T, "b": torch.tensor([], dtype=torch.bool)}
     kept = folder.keep("cell/fit", given)
-    for found in (kept, folder.tensors("cell/fit"), Store(tmp_path, "name", {}).tensors("cell/fit")):
-        assert found.keys() == given.keys() and all(torch.equal(found[name], given[name]) for name in given)
+    for found in (
+        kept,
+        folder.tensors("cell/fit"),
+        Store(tmp_path, "name", {}).tensors("cell/fit"),
+    ):
+        assert found.keys() == given.keys() and all(
+            torch.equal(found[name], given[name]) for name in given
+        )
         assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in found.values())
 
 
@@ -101,7 +115,9 @@ def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store, "save_file", cut)
-    with pytest.raises(UsageError, match="fit.safetensors: cannot be written .No space left.*free some space"):
+    with pytest.raises(
+        UsageError, match="fit.safetensors: cannot be written .No space left.*free some space"
+    ):
         folder.once("fit", lambda: {"a": torch.ones(1)})
     with pytest.raises(TypeError):
         write_json(folder.path / "results.json", {"a": object()})
@@ -126,11 +142,15 @@ def test_a_damaged_file_is_set_aside_and_computed_again(tmp_path, harm):
     }[harm]
     path.write_bytes(harmed)
     with pytest.warns(
-        UserWarning, match="fit.safetensors: damaged .*set aside as fit.safetensors.bad and computed again"
+        UserWarning,
+        match="fit.safetensors: damaged .*set aside as fit.safetensors.bad and computed again",
     ):
         found = folder.once("cell/fit", lambda: tensors)
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
-    assert path.read_bytes() == whole and (folder.path / "cell/fit.safetensors.bad").read_bytes() == harmed
+    assert (
+        path.read_bytes() == whole
+        and (folder.path / "cell/fit.safetensors.bad").read_bytes() == harmed
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         folder.once("cell/fit", lambda: pytest.fail("it is whole again"))
@@ -143,7 +163,9 @@ def test_damaged_json_is_set_aside_and_made_again(tmp_path, harmed):
     (folder.path / "texts.json").write_text(harmed)
     with pytest.warns(UserWarning, match="texts.json: damaged .*JSON.*set aside as texts.json.bad"):
         assert folder.json("texts.json") is None
-    assert (folder.path / "texts.json.bad").read_text() == harmed and folder.json("texts.json") is None
+    assert (folder.path / "texts.json.bad").read_text() == harmed and folder.json(
+        "texts.json"
+    ) is None
     assert folder.keep_json("texts.json", {"a": 2}) == folder.json("texts.json") == {"a": 2}
 
 
@@ -183,14 +205,20 @@ def test_seconds_add_up_over_sessions(tmp_path, monkeypatch):
     with second.stage("evaluate", "icl on news"):
         pass
     phases = {"training sft": 3.5, "icl on news": 4.0}
-    expected = {"seconds": {"train": 3.5, "evaluate": 4.0}, "seconds_by_phase": phases, "peak_memory_bytes": 700}
+    expected = {
+        "seconds": {"train": 3.5, "evaluate": 4.0},
+        "seconds_by_phase": phases,
+        "peak_memory_bytes": 700,
+    }
     assert second.spent == expected == Store(tmp_path, "name", {}).spent
 
 
 def test_a_folder_belongs_to_what_made_it(tmp_path):
     what = {"rates": (1e-3,), "n": (4,), "seed": 0}
     folder = Store(tmp_path, "name", what)
-    assert Store(tmp_path, "name", dict(reversed(what.items()))).path == folder.path  # order says nothing
+    assert (
+        Store(tmp_path, "name", dict(reversed(what.items()))).path == folder.path
+    )  # order says nothing
     assert Store(tmp_path, "name", {"rates": [1e-3], "n": [4], "seed": 0}).path == folder.path
     for change in ({"seed": 1}, {"rates": (1e-4,)}, {"n": (4, 8)}):
         assert Store(tmp_path, "name", what | change).path != folder.path
@@ -228,8 +256,14 @@ def test_checkpoint_digest_takes_the_hub_caches_names_for_large_files(tmp_path):
 
 
 def test_finite_makes_json_of_anything_we_hold():
-    value = {"a": [1, math.nan, (math.inf, -math.inf, 2.5)], "b": {"c": None, "d": True, "e": "NaN"}}
-    assert finite(value) == {"a": [1, None, [None, None, 2.5]], "b": {"c": None, "d": True, "e": "NaN"}}
+    value = {
+        "a": [1, math.nan, (math.inf, -math.inf, 2.5)],
+        "b": {"c": None, "d": True, "e": "NaN"},
+    }
+    assert finite(value) == {
+        "a": [1, None, [None, None, 2.5]],
+        "b": {"c": None, "d": True, "e": "NaN"},
+    }
     json.dumps(finite(value), allow_nan=False)
 
 
@@ -247,8 +281,17 @@ def test_versions_and_memory_are_told():
 
 def test_measure_on_a_written_out_example():
     p = np.array([[0.6, 0.2], [0.3, 0.5], [0.02, 0.2], [0.45, 0.4]])
-    confidence, correct, gold = np.array([0.6, 0.5, 0.7, 0.45]), np.array([1, 0, 0, 1]), [0, 0, 1, 0]
-    found = measure(torch.tensor(confidence), torch.tensor(correct).bool(), torch.tensor(p).log(), torch.tensor(gold))
+    confidence, correct, gold = (
+        np.array([0.6, 0.5, 0.7, 0.45]),
+        np.array([1, 0, 0, 1]),
+        [0, 0, 1, 0],
+    )
+    found = measure(
+        torch.tensor(confidence),
+        torch.tensor(correct).bool(),
+        torch.tensor(p).log(),
+        torch.tensor(gold),
+    )
     share = p / p.sum(1, keepdims=True)
     right = share.argmax(1) == gold
     gap = np.abs  # no two rows share a bin
@@ -256,7 +299,9 @@ def test_measure_on_a_written_out_example():
     wanted = ((6, 0.45, 1), (7, 0.5, 0), (8, 0.6, 1), (10, 0.7, 0))
     assert bins == {i: [1, pytest.approx(c), right] for i, c, right in wanted}
     # alone in its bin, a row is off by 1 - p with probability p and by p with 1 - p
-    assert found.pop("ece_null") == pytest.approx((2 * confidence * (1 - confidence)).mean(), abs=0.02)
+    assert found.pop("ece_null") == pytest.approx(
+        (2 * confidence * (1 - confidence)).mean(), abs=0.02
+    )
     expected = {
         "acc": 0.5,
         "ece": (gap(1 - 0.6) + gap(0 - 0.5) + gap(0 - 0.7) + gap(1 - 0.45)) / 4,
@@ -274,7 +319,9 @@ def test_measure_bins_as_asked():
     correct = torch.tensor([True] * 15 + [False] * 45)
     given = confidence, correct, torch.full((60, 2), 0.5).log(), torch.zeros(60, dtype=torch.int64)
     found = measure(*given)
-    width = (abs(15 - 20 * 0.02 - 10 * 0.03) + 30 * 0.9) / 60  # 0.02 and 0.03 share the first fifteenth, not a mass bin
+    width = (
+        abs(15 - 20 * 0.02 - 10 * 0.03) + 30 * 0.9
+    ) / 60  # 0.02 and 0.03 share the first fifteenth, not a mass bin
     mass = (abs(15 - 20 * 0.02) + 10 * 0.03 + 30 * 0.9) / 60
     assert (found["ece"], found["ece_mass"]) == pytest.approx((width, mass), abs=1e-6)
     assert measure(*given, scheme="mass")["ece"] == pytest.approx(mass, abs=1e-6)
@@ -305,3 +352,15 @@ def test_what_memory_does_not_hold_is_not_damaged(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="Cannot allocate memory"):
         folder.tensors("fit")
     assert files(folder.path) == {"fit.safetensors"}
+
+
+@pytest.mark.parametrize(
+    "seconds", [[], {"seconds": 3}, {"seconds": {"a": None}, "peak_memory_bytes": "much"}]
+)
+def test_seconds_of_another_shape_count_as_none(tmp_path, seconds):
+    store = Store(tmp_path, "x", {})
+    write_json(store.path / "seconds.json", seconds)
+    again = Store(tmp_path, "x", {})
+    with again.stage("a", "b"):
+        pass
+    assert again.spent["seconds"]["a"] >= 0 and again.spent["peak_memory_bytes"] > 0

@@ -10,13 +10,40 @@ from click.testing import CliRunner
 from ia2mini.cli.main import main
 from ia2mini.files import plain
 
-SOURCES = [path for folder in ("ia2mini", "models") for path in (Path(__file__).parents[1] / folder).rglob("*.py")]
-NEVER = {"eval", "exec", "compile", "__import__", "import_module"}  # where they stand, however they are called
-MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "yaml", "jsonpickle"}
-OF_MODULES = {"torch": {"load", "hub", "package", "serialization"}, "torch.jit": {"load"}, "builtins": NEVER}
+SOURCES = [
+    path
+    for folder in ("ia2mini", "models")
+    for path in (Path(__file__).parents[1] / folder).rglob("*.py")
+]
+NEVER = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "import_module",
+}  # where they stand, however they are called
+MODULES = {
+    "pickle",
+    "_pickle",
+    "cPickle",
+    "cloudpickle",
+    "dill",
+    "joblib",
+    "marshal",
+    "shelve",
+    "yaml",
+    "jsonpickle",
+}
+OF_MODULES = {
+    "torch": {"load", "hub", "package", "serialization"},
+    "torch.jit": {"load"},
+    "builtins": NEVER,
+}
 OF_MODULES |= {"importlib": {"import_module"}, "pandas": {"read_pickle"}}
 ARGUMENTS = {"trust_remote_code", "allow_pickle"}
-FRONT_DOOR = "ia2mini/__init__.py"  # imports its own names, from a fixed list, when they are asked for
+FRONT_DOOR = (
+    "ia2mini/__init__.py"  # imports its own names, from a fixed list, when they are asked for
+)
 
 
 def uses(source: str) -> set[str]:
@@ -25,11 +52,19 @@ def uses(source: str) -> set[str]:
     known = {}  # name here -> what it is: `import torch as t`, `from torch import jit as j`
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            start = f"{node.module}." if isinstance(node, ast.ImportFrom) and node.module and not node.level else ""
+            start = (
+                f"{node.module}."
+                if isinstance(node, ast.ImportFrom) and node.module and not node.level
+                else ""
+            )
             known |= {n.asname or n.name: start + n.name for n in node.names if n.asname or start}
             for path in ((start + n.name).split(".") for n in node.names):
                 owners = [".".join(path[:i]) for i in range(len(path))]
-                found |= {p for p, o in zip(path, owners) if p in MODULES | NEVER | OF_MODULES.get(o, set())}
+                found |= {
+                    p
+                    for p, o in zip(path, owners)
+                    if p in MODULES | NEVER | OF_MODULES.get(o, set())
+                }
                 found |= {"*"} if path[-1] == "*" and owners[-1] in OF_MODULES else set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
@@ -38,9 +73,17 @@ def uses(source: str) -> set[str]:
             first, _, rest = ast.unparse(node.value).partition(".")
             owner = ".".join(filter(None, (known.get(first, first), rest)))
             found |= {f"{owner}.{node.attr}"} if node.attr in OF_MODULES.get(owner, ()) else set()
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("getattr", "attrgetter"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in (
+            "getattr",
+            "attrgetter",
+        ):
             owner = known.get(ast.unparse(node.args[0]), ast.unparse(node.args[0]))
-            said = {part for a in node.args if isinstance(a, ast.Constant) for part in str(a.value).split(".")}
+            said = {
+                part
+                for a in node.args
+                if isinstance(a, ast.Constant)
+                for part in str(a.value).split(".")
+            }
             found |= said & (NEVER | OF_MODULES.get(owner, set()))
         elif isinstance(node, ast.keyword):
             found |= {node.arg} & ARGUMENTS
@@ -53,7 +96,9 @@ def test_nothing_that_is_read_is_ever_run():
     assert len(SOURCES) > 40
     found = {path.name: uses(path.read_text()) for path in SOURCES if uses(path.read_text())}
     assert found.pop(Path(FRONT_DOOR).name) == {"import_module"}
-    assert found == {"ranks.py": {"torch.load"}}  # what the processes of one torchrun send each other
+    assert found == {
+        "ranks.py": {"torch.load"}
+    }  # what the processes of one torchrun send each other
 
 
 @pytest.mark.parametrize(
@@ -113,20 +158,31 @@ def test_the_search_leaves_the_rest_alone(source):
 
 def test_templates_run_in_the_sandbox():
     lines = [
-        line for path in SOURCES for line in path.read_text().splitlines() if "jinja2" in line and "import" in line
+        line
+        for path in SOURCES
+        for line in path.read_text().splitlines()
+        if "jinja2" in line and "import" in line
     ]
     assert "from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox" in lines
-    assert not any("Environment" in line and "sandbox" not in line or "Template" in line.split() for line in lines)
+    assert not any(
+        "Environment" in line and "sandbox" not in line or "Template" in line.split()
+        for line in lines
+    )
 
 
 def test_terminal_escapes_are_shown_not_obeyed(tmp_path):
     evil = "red \x1b[31m, bell \x07, title \x9d0;x\x9c, over\rwrite"
     assert plain(evil) == "red \\x1b[31m, bell \\x07, title \\x9d0;x\\x9c, over\\rwrite"
-    assert plain("a\tb\nc ü 漢 🙂 שלום") == "a\tb\nc ü 漢 🙂 שלום" and plain("a\n\u202eb", "") == "a\\n\\u202eb"
+    assert (
+        plain("a\tb\nc ü 漢 🙂 שלום") == "a\tb\nc ü 漢 🙂 שלום"
+        and plain("a\n\u202eb", "") == "a\\n\\u202eb"
+    )
     assert plain("half \ud800 a pair") == "half \\ud800 a pair"
     rows = [{"text": f"{evil} {i}", "label": "ab"[i % 2]} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shown = CliRunner().invoke(main, ["tasks", "--data", str(tmp_path / "rows.jsonl")])
     assert shown.exit_code == 0 and "\\x1b[31m" in shown.stdout and "\x1b[31m" not in shown.stdout
     wrong = CliRunner().invoke(main, ["tasks", "--data", str(tmp_path / "no\x1b[31m.jsonl")])
-    assert wrong.exit_code == 2 and "\x1b" not in wrong.output and "no\\x1b[31m.jsonl" in wrong.output
+    assert (
+        wrong.exit_code == 2 and "\x1b" not in wrong.output and "no\\x1b[31m.jsonl" in wrong.output
+    )

@@ -9,7 +9,15 @@ import torch
 from scipy import stats
 
 from ia2mini.fitting.looks import Looks, failures
-from ia2mini.fitting.selection import COMMONEST, MATTERS, Candidate, Selection, Tried, best_epoch, choose
+from ia2mini.fitting.selection import (
+    COMMONEST,
+    MATTERS,
+    Candidate,
+    Selection,
+    Tried,
+    best_epoch,
+    choose,
+)
 from ia2mini.metrics import fit_temperature
 from ia2mini.train import State
 
@@ -21,7 +29,9 @@ def selection(**changes) -> Selection:
     return replace(Selection(FOLDS, GOLD, patience=2, calibrate=False), **changes)
 
 
-def some_scores(seed: int, epochs: int = 6, rates: int = 3, labels: int = 2, strength: float = 1.0) -> torch.Tensor:
+def some_scores(
+    seed: int, epochs: int = 6, rates: int = 3, labels: int = 2, strength: float = 1.0
+) -> torch.Tensor:
     """Random log-probabilities [epochs, rates, n, labels] that lean to the true label."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(epochs, rates, len(GOLD), labels, generator=generator)
@@ -70,7 +80,10 @@ def test_a_folds_rows_are_judged_by_what_the_others_choose(seed):
 def test_what_is_shipped_is_judged_by_the_whole_rule_on_the_other_folds(seed):
     """Rates, epochs, temperature and method of a fold by a plain call of the same rule on the other folds alone."""
     strengths = {"base": 0.0, "icl": 1.0 + seed, "sft": 2.0, "ia2-sft": 0.5 * seed}
-    tried = [Tried(name, some_scores(i + 10 * seed, strength=s)) for i, (name, s) in enumerate(strengths.items())]
+    tried = [
+        Tried(name, some_scores(i + 10 * seed, strength=s))
+        for i, (name, s) in enumerate(strengths.items())
+    ]
     tried[:2] = [Tried(each.name, each.scores[:1, :1]) for each in tried[:2]]
     whole, chosen = selection(calibrate=True).shipped(tried)
     for fold, rows in enumerate(FOLDS):
@@ -89,13 +102,19 @@ def test_what_is_shipped_is_judged_by_the_whole_rule_on_the_other_folds(seed):
 
 @pytest.mark.parametrize("calibrate", [False, True])
 def test_a_held_out_answer_changes_nothing_that_is_said_of_its_row(calibrate):
-    tried = [Tried("base", some_scores(0, 1, 1)), Tried("icl", some_scores(1, 1, 1)), Tried("sft", some_scores(2))]
+    tried = [
+        Tried("base", some_scores(0, 1, 1)),
+        Tried("icl", some_scores(1, 1, 1)),
+        Tried("sft", some_scores(2)),
+    ]
     for fold, rows in enumerate(FOLDS):
         other = GOLD.clone()
         other[rows] = 1 - other[rows]
         kinds = [selection(gold=gold, calibrate=calibrate) for gold in (GOLD, other)]
         (whole, chosen), (again, chosen_again) = (kind.shipped(tried) for kind in kinds)
-        assert chosen[fold] == chosen_again[fold] and torch.equal(whole.scores[rows], again.scores[rows])
+        assert chosen[fold] == chosen_again[fold] and torch.equal(
+            whole.scores[rows], again.scores[rows]
+        )
         assert torch.equal(whole.right[rows], ~again.right[rows])
         for each in tried:
             first, second = (kind.judge(each, [0, 1, 2]) for kind in kinds)
@@ -143,8 +162,12 @@ def test_only_what_is_surely_better_than_base_and_commonest_is_shipped():
     assert choose(candidates(base=base, commonest=good, icl=base, sft=good)) == "base"
     assert choose(candidates(base=good, commonest=base, icl=base, sft=good)) == "base"
     barely = [loss - MATTERS / 2 for loss in base]
-    assert choose(candidates(base=base, commonest=base, icl=base, sft=barely)) == "base", "no difference that matters"
-    assert choose(candidates(base=base[:4], commonest=base[:4], icl=base[:4], sft=good[:4])) == "base", "four rows"
+    assert choose(candidates(base=base, commonest=base, icl=base, sft=barely)) == "base", (
+        "no difference that matters"
+    )
+    assert (
+        choose(candidates(base=base[:4], commonest=base[:4], icl=base[:4], sft=good[:4])) == "base"
+    ), "four rows"
 
 
 @pytest.mark.parametrize("shift", [0.2, 0.5, 0.8, 1.1, 1.4])
@@ -162,7 +185,9 @@ def test_of_labels_rows_that_only_one_has_right_can_make_it_sure(gained, lost):
     """As a sign test of scipy says; of texts, and where the loss is no lower, only the losses count."""
     n = gained + lost + 6
     base = [1.0] * n
-    wild = [0.5 + 0.4 * n] + [0.5] * (n - 1)  # one row is wrong and sure of it; the mean is still lower by .1
+    wild = [0.5 + 0.4 * n] + [0.5] * (
+        n - 1
+    )  # one row is wrong and sure of it; the mean is still lower by .1
     assert np.mean(wild) < 0.98 and stats.ttest_rel(base, wild, alternative="greater").pvalue > 0.1
     found = candidates(base=base, commonest=[9.0] * n, sft=wild)
     found["sft"].right = torch.tensor([True] * gained + [False] * lost + [True] * 6)
@@ -197,12 +222,17 @@ def test_texts_must_be_right_on_more_rows_than_the_base():
 
 def test_among_what_may_be_shipped():
     base, good, better = [2.0] * 6, [1.0, 1.1] * 3, [0.5, 0.6] * 3
-    assert choose(candidates(base=base, commonest=base, icl=good, sft=good, ia2_sft=better)) == "ia2-sft"
+    assert (
+        choose(candidates(base=base, commonest=base, icl=good, sft=good, ia2_sft=better))
+        == "ia2-sft"
+    )
     assert choose(candidates(base=base, commonest=base, icl=better, sft=good)) == "icl", (
         "surely better than any adapter"
     )
     close = [0.5, 1.5] * 3
-    assert choose(candidates(base=base, commonest=base, icl=close, sft=good)) == "sft", "which costs fewer tokens"
+    assert choose(candidates(base=base, commonest=base, icl=close, sft=good)) == "sft", (
+        "which costs fewer tokens"
+    )
     assert choose(candidates(base=base, commonest=base, icl=good, sft=base)) == "icl"
     assert choose(candidates(base=base, commonest=base, icl=base, sft=base)) == "base"
 
@@ -217,8 +247,17 @@ def test_a_rate_that_failed_in_a_fold_is_not_chosen_after_that():
     runs = failures(scores, FOLDS, epoch_steps=4)
     assert runs.broken.tolist() == [0, 0, 8, 0, 0, 0] and runs.best[2] == 4
     scores[0, 0, FOLDS[1]] = -math.inf
-    assert all(rate == 1 for _, rate in selection().judge(Tried("sft", scores), [0, 1, 2]).picks.values())
-    assert failures(scores, FOLDS, 4).dev_loss.isinf().tolist() == [False, False, True, False, False, False]
+    assert all(
+        rate == 1 for _, rate in selection().judge(Tried("sft", scores), [0, 1, 2]).picks.values()
+    )
+    assert failures(scores, FOLDS, 4).dev_loss.isinf().tolist() == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def look_at(looks: Looks, state: State, step: int, weights: torch.Tensor) -> None:
@@ -232,7 +271,10 @@ def look_at(looks: Looks, state: State, step: int, weights: torch.Tensor) -> Non
 @pytest.mark.parametrize("apart", [False, True])
 def test_no_choice_depends_on_when_training_stopped(seed, apart):
     """Runs that leave as `Looks` says, together or one part after another, give the choices of the whole curves."""
-    tried = [Tried("base", some_scores(40, 1, 1, strength=0.0)), Tried("sft", some_scores(seed, epochs=30))]
+    tried = [
+        Tried("base", some_scores(40, 1, 1, strength=0.0)),
+        Tried("sft", some_scores(seed, epochs=30)),
+    ]
     chosen = selection()
 
     def score(fold: int, theta: torch.Tensor) -> torch.Tensor:
@@ -254,7 +296,10 @@ def test_no_choice_depends_on_when_training_stopped(seed, apart):
         assert names == same and torch.equal(whole.scores, again.scores)
     for within in ([0, 1, 2], [0, 1], [0, 2], [1, 2]):
         first, second = (chosen.judge(each, within) for each in (tried[1], cut[1]))
-        assert first.picks == second.picks and (first.epoch, first.rate) == (second.epoch, second.rate)
+        assert first.picks == second.picks and (first.epoch, first.rate) == (
+            second.epoch,
+            second.rate,
+        )
 
 
 def test_training_waits_for_a_choice_that_two_folds_leave_out():
@@ -266,7 +311,9 @@ def test_training_waits_for_a_choice_that_two_folds_leave_out():
     true = -losses
     scores = torch.stack([true, torch.log1p(-true.exp())], -1)
     scores[:, :, GOLD == 1] = scores[:, :, GOLD == 1].flip(-1)
-    looks = Looks(lambda fold, theta: scores[theta[:, 0].long(), 0][:, FOLDS[fold]], selection(), 1, 1)
+    looks = Looks(
+        lambda fold, theta: scores[theta[:, 0].long(), 0][:, FOLDS[fold]], selection(), 1, 1
+    )
     state = State.begin(torch.zeros(3, 1))
     for epoch in range(10):
         look_at(looks, state, epoch + 1, torch.full((3, 1), float(epoch)))

@@ -23,8 +23,18 @@ def numbers(acc: float, nll: float) -> dict:
 def report(chosen: str, **changes) -> dict:
     found = {"base": numbers(0.5, 0.7), "icl": numbers(0.75, 0.5), "sft": numbers(0.71, 0.6)}
     found["commonest"] = numbers(0.5, 0.69)
-    about = {"rows": 24, "chosen": chosen, "candidates": found, "shipped": numbers(0.73, 0.65), "all_differ": False}
-    about |= {"tokens": {"query": 20.0, "icl": 200.0}, "classes": [], "against": {"base": (4, 0, 0.125)}}
+    about = {
+        "rows": 24,
+        "chosen": chosen,
+        "candidates": found,
+        "shipped": numbers(0.73, 0.65),
+        "all_differ": False,
+    }
+    about |= {
+        "tokens": {"query": 20.0, "icl": 200.0},
+        "classes": [],
+        "against": {"base": (4, 0, 0.125)},
+    }
     return about | changes
 
 
@@ -45,23 +55,38 @@ def test_a_probe_is_told_with_the_measure_that_it_is_better_by():
 
 def test_where_nothing_is_shipped_it_says_what_was_tried_and_what_to_do():
     text = sentence(report("base"))
-    assert "Nothing is shipped. Tried were ICL and SFT" in text and "more rows, or a larger model" in text
+    assert (
+        "Nothing is shipped. Tried were ICL and SFT" in text
+        and "more rows, or a larger model" in text
+    )
     assert "than both the base (50 % right) and always the commonest answer (50 %)" in text
 
 
 def test_labels_that_are_never_right_are_named():
-    classes = [{"label": name, "rows": 4, "recall": recall} for name, recall in (("a", 0.0), ("b", 1.0), ("c", 0.0))]
+    classes = [
+        {"label": name, "rows": 4, "recall": recall}
+        for name, recall in (("a", 0.0), ("b", 1.0), ("c", 0.0))
+    ]
     assert "Never right: 'a' and 'c'." in sentence(report("sft", classes=classes))
 
 
-@pytest.mark.parametrize("p, text", [(0.125, "p = .12"), (1.0, "p = 1.00"), (0.0041, "p = .004"), (0.0002, "p < .001")])
+@pytest.mark.parametrize(
+    "p, text", [(0.125, "p = .12"), (1.0, "p = 1.00"), (0.0041, "p = .004"), (0.0002, "p < .001")]
+)
 def test_probabilities_are_short(p, text):
     assert probability(p) == text
 
 
 def test_lists_and_shares():
-    assert [listed(["a"]), listed(["a", "b"]), listed(["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
-    assert percent([1.0, 0.8575, 1.0]) == "100 % (86 to 100)" and percent([1.0, float("nan"), None]) == "100 %"
+    assert [listed(["a"]), listed(["a", "b"]), listed(["a", "b", "c"])] == [
+        "a",
+        "a and b",
+        "a, b and c",
+    ]
+    assert (
+        percent([1.0, 0.8575, 1.0]) == "100 % (86 to 100)"
+        and percent([1.0, float("nan"), None]) == "100 %"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +101,9 @@ def fitted(subject):
 
 @pytest.mark.parametrize("count", [1, 3, 4, 6])
 def test_score_of_few_rows_is_cautious(fitted, count):
-    found = score_rows(fitted, as_rows(world.rows("toy-mood", "train")[200 : 200 + count]), icl=False)
+    found = score_rows(
+        fitted, as_rows(world.rows("toy-mood", "train")[200 : 200 + count]), icl=False
+    )
     assert ("So few rows prove nothing." in found["sentence"]) == (count < 5)
     assert bool(re.search(r"\(\d+ to \d+\) of 6 rows", found["sentence"])) == (count == 6)
     assert "commonest answer" in write_fit_table(found) and "nan" not in write_fit_table(found)
@@ -85,21 +112,35 @@ def test_score_of_few_rows_is_cautious(fitted, count):
 def test_answers_that_all_differ_are_not_judged(subject):
     words = "good bad sun rain walk day park movie".split()
     texts = [row["text"] for row in world.rows("toy-mood", "train")[:12]]
-    rows = [{"text": text, "answer": f"{words[i % 8]} {words[i // 8 + 3]}"} for i, text in enumerate(texts)]
+    rows = [
+        {"text": text, "answer": f"{words[i % 8]} {words[i // 8 + 3]}"}
+        for i, text in enumerate(texts)
+    ]
     found = fit(rows, subject, QUICK).report
     assert len({row["answer"] for row in rows}) == 12 and found["chosen"] == "base"
     assert any("every row has another answer" in text for text in found["remarks"])
-    assert not any(one["acc"][0] for one in found["candidates"].values()), "this test needs texts that nobody knows"
-    assert "held-out rows cannot judge answers that all differ" in found["sentence"] and "0 %" not in found["sentence"]
+    assert not any(one["acc"][0] for one in found["candidates"].values()), (
+        "this test needs texts that nobody knows"
+    )
+    assert (
+        "held-out rows cannot judge answers that all differ" in found["sentence"]
+        and "0 %" not in found["sentence"]
+    )
 
 
 def test_rows_that_cannot_be_learned_ship_nothing(subject):
     """Five labels dealt at random over twenty rows: what knows nothing is not shipped."""
     deal = torch.randperm(20, generator=torch.Generator().manual_seed(0)) % 5
-    rows = [{"text": row["text"], "stars": str(int(y) + 1)} for row, y in zip(world.rows("toy-mood", "train"), deal)]
+    rows = [
+        {"text": row["text"], "stars": str(int(y) + 1)}
+        for row, y in zip(world.rows("toy-mood", "train"), deal)
+    ]
     found = fit(rows, subject, FitOptions(epochs=3, rates=(1e-2,)), columns=("text", "stars"))
     assert found.spec["method"] == "base" and found.adapter is None
-    assert "Nothing is shipped" in found.report["sentence"] and "commonest" in found.report["candidates"]
+    assert (
+        "Nothing is shipped" in found.report["sentence"]
+        and "commonest" in found.report["candidates"]
+    )
 
 
 def test_macro_f1_is_scikit_learns():

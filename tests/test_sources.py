@@ -46,7 +46,9 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path):
 )
 def test_spellings_of_a_local_folder(tmp_path, place):
     write_rows(tmp_path / place, [{"question": "q", "answer": "#### 1"}])
-    assert load_examples(find_task("gsm8ks"), "eval", tmp_path).origin["files"] == [str(tmp_path / place)]
+    assert load_examples(find_task("gsm8ks"), "eval", tmp_path).origin["files"] == [
+        str(tmp_path / place)
+    ]
 
 
 def test_what_was_looked_for_is_listed(tmp_path):
@@ -72,18 +74,26 @@ def test_wrong_rows_name_file_and_line(tmp_path):
         path.write_text(rows)
         with pytest.raises(UsageError, match=message):
             load_examples(find_task("sst2"), "eval", tmp_path)
-    write_rows(tmp_path / "financial_phrasebank" / "train.jsonl", [{"sentence": "x", "label": 0}] * 500)
+    write_rows(
+        tmp_path / "financial_phrasebank" / "train.jsonl", [{"sentence": "x", "label": 0}] * 500
+    )
     with pytest.raises(UsageError, match="finsen: no rows left to train on, of 500"):
         load_examples(find_task("finsen"), "train", tmp_path)
 
 
 def sst2_repo(shards=1):
     parts = [SST2[i * len(SST2) // shards : (i + 1) * len(SST2) // shards] for i in range(shards)]
-    files = {f"default/validation/{i:04}.parquet": parquet_bytes(part) for i, part in enumerate(parts)}
+    files = {
+        f"default/validation/{i:04}.parquet": parquet_bytes(part) for i, part in enumerate(parts)
+    }
     return {
         ("dataset", "stanfordnlp/sst2"): {
             "main": {"README.md": b"# sst2"},
-            PARQUET: {"README.md": b"", "default/train/0000.parquet": parquet_bytes(SST2[:9]), **files},
+            PARQUET: {
+                "README.md": b"",
+                "default/train/0000.parquet": parquet_bytes(SST2[:9]),
+                **files,
+            },
         }
     }
 
@@ -97,8 +107,12 @@ def test_the_same_rows_from_the_hub(tmp_path, monkeypatch, shards):
         found = load_examples(find_task("sst2"), "eval")
         assert found.rows == local.rows and found.origin["digest"] == local.origin["digest"]
         assert found.origin["revision"] == hub.commit("dataset", "stanfordnlp/sst2", PARQUET)
-        assert found.origin["files"] == [f"default/validation/{i:04}.parquet" for i in range(shards)]
-        assert not any("default/train" in request["path"] for request in hub.requests)  # only the files needed
+        assert found.origin["files"] == [
+            f"default/validation/{i:04}.parquet" for i in range(shards)
+        ]
+        assert not any(
+            "default/train" in request["path"] for request in hub.requests
+        )  # only the files needed
         before = sum(request["path"].startswith("/cdn/") for request in hub.requests)
         load_examples(find_task("sst2"), "eval")
         again = sum(request["path"].startswith("/cdn/") for request in hub.requests)
@@ -109,7 +123,9 @@ def test_the_cache_serves_when_the_hub_does_not(tmp_path, monkeypatch):
     with serve(sst2_repo(2)) as hub:
         connect(monkeypatch, hub, tmp_path)
         first = load_examples(find_task("sst2"), "eval")
-    assert load_examples(find_task("sst2"), "eval") == first  # nobody listens at that address any more
+    assert (
+        load_examples(find_task("sst2"), "eval") == first
+    )  # nobody listens at that address any more
     with pytest.raises(
         UsageError,
         match=f"no Parquet folder default/train in branch {PARQUET}; found default/validation; the hub cannot",
@@ -121,17 +137,24 @@ def test_the_cache_serves_when_the_hub_does_not(tmp_path, monkeypatch):
         load_examples(find_task("agnews"), "eval")
     code = "from ia2mini.tasks import *; print(load_examples(find_task('sst2'), 'eval').origin['digest'])"
     environment = os.environ | hub.environment(tmp_path) | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
     assert done.stdout.strip() == first.origin["digest"], done.stderr
     next((tmp_path / "hub").rglob("validation/0001.parquet")).unlink()
-    with pytest.raises(UsageError, match="stanfordnlp/sst2: not in the local cache"):  # rather than half the rows
+    with pytest.raises(
+        UsageError, match="stanfordnlp/sst2: not in the local cache"
+    ):  # rather than half the rows
         load_examples(find_task("sst2"), "eval")
 
 
 def test_no_network_is_said(tmp_path, monkeypatch):
     with serve({}) as hub:
         connect(monkeypatch, hub, tmp_path)
-    with pytest.raises(UsageError, match=r"stanfordnlp/sst2: cannot be downloaded \(ConnectError.*check the network"):
+    with pytest.raises(
+        UsageError,
+        match=r"stanfordnlp/sst2: cannot be downloaded \(ConnectError.*check the network",
+    ):
         load_examples(find_task("sst2"), "eval")
 
 
@@ -144,14 +167,20 @@ def test_a_cut_download_resumes_or_fails_cleanly(tmp_path, monkeypatch):
     with serve(sst2_repo()) as hub:
         connect(monkeypatch, hub, tmp_path)
         hub.cut[name] = [100] + [0] * 20  # never comes further
-        with pytest.raises(UsageError, match=r"stanfordnlp/sst2: cannot be downloaded \(RemoteProtocolError") as caught:
+        with pytest.raises(
+            UsageError, match=r"stanfordnlp/sst2: cannot be downloaded \(RemoteProtocolError"
+        ) as caught:
             load_examples(find_task("sst2"), "eval")
         assert "\n" not in str(caught.value)
-        assert not list((tmp_path / "hub").rglob("*.incomplete")) and not list((tmp_path / "hub").rglob("*.parquet"))
+        assert not list((tmp_path / "hub").rglob("*.incomplete")) and not list(
+            (tmp_path / "hub").rglob("*.parquet")
+        )
         hub.cut[name] = [100, 50]
         hub.requests.clear()
         assert len(load_examples(find_task("sst2"), "eval").rows) == 40
-        ranges = [request["range"] for request in hub.requests if request["path"].startswith("/cdn/")]
+        ranges = [
+            request["range"] for request in hub.requests if request["path"].startswith("/cdn/")
+        ]
         assert ranges == [None, "bytes=100-", "bytes=150-"]
 
 
@@ -159,7 +188,9 @@ def test_what_the_hub_may_refuse(tmp_path, monkeypatch):
     task = find_task("sst2")
     repos = {
         ("dataset", "a/no-branch"): {"main": {}},
-        ("dataset", "a/no-split"): {PARQUET: {"x/validation/0000.parquet": b"", "y/validation/0.parquet": b""}},
+        ("dataset", "a/no-split"): {
+            PARQUET: {"x/validation/0000.parquet": b"", "y/validation/0.parquet": b""}
+        },
         ("dataset", "a/gated"): sst2_repo()["dataset", "stanfordnlp/sst2"],
     }
     refusals = {
@@ -176,36 +207,58 @@ def test_what_the_hub_may_refuse(tmp_path, monkeypatch):
             assert "\n" not in str(caught.value)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         assert len(load_examples(replace(task, hub="a/gated"), "eval").rows) == 40
-        assert not any(request["token"] for request in hub.requests if request["path"].startswith("/cdn/"))
+        assert not any(
+            request["token"] for request in hub.requests if request["path"].startswith("/cdn/")
+        )
 
 
 @pytest.mark.parametrize(
-    "configs, wanted", [(("default", "main"), "main"), (("default", "socratic"), "default"), (("only",), "only")]
+    "configs, wanted",
+    [(("default", "main"), "main"), (("default", "socratic"), "default"), (("only",), "only")],
 )
 def test_the_config_folder_is_matched_not_guessed(tmp_path, monkeypatch, configs, wanted):
     files = {
-        f"{config}/test/0000.parquet": parquet_bytes([{"question": config, "answer": "#### 1"}]) for config in configs
+        f"{config}/test/0000.parquet": parquet_bytes([{"question": config, "answer": "#### 1"}])
+        for config in configs
     }
     with serve({("dataset", "openai/gsm8k"): {PARQUET: files}}) as hub:
         connect(monkeypatch, hub, tmp_path)
-        assert load_examples(find_task("gsm8k"), "eval").rows[0].prompt == f"Question:{wanted}\nAnswer:"
+        assert (
+            load_examples(find_task("gsm8k"), "eval").rows[0].prompt
+            == f"Question:{wanted}\nAnswer:"
+        )
 
 
 def test_nested_columns_from_parquet(tmp_path, monkeypatch):
-    rows = [{"question": "Q?", "choices": {"text": list("abcdefgh"), "label": list("ABCDEFGH")}, "answerKey": "H"}]
+    rows = [
+        {
+            "question": "Q?",
+            "choices": {"text": list("abcdefgh"), "label": list("ABCDEFGH")},
+            "answerKey": "H",
+        }
+    ]
     with serve(
-        {("dataset", "allenai/qasc"): {PARQUET: {"default/validation/0000.parquet": parquet_bytes(rows)}}}
+        {
+            ("dataset", "allenai/qasc"): {
+                PARQUET: {"default/validation/0000.parquet": parquet_bytes(rows)}
+            }
+        }
     ) as hub:
         connect(monkeypatch, hub, tmp_path)
         hubbed = load_examples(find_task("qasc_remap"), "eval").rows
     write_rows(tmp_path / "qasc" / "validation.jsonl", rows)
-    assert hubbed == load_examples(find_task("qasc_remap"), "eval", tmp_path).rows and hubbed[0].answer == "Monday"
+    assert (
+        hubbed == load_examples(find_task("qasc_remap"), "eval", tmp_path).rows
+        and hubbed[0].answer == "Monday"
+    )
 
 
 def test_financial_phrasebank_from_its_zip(tmp_path, monkeypatch, shared_data):
     rows = [
         json.loads(line)
-        for line in (shared_data / "financial_phrasebank/train.jsonl").read_text(encoding="utf-8").split("\n")
+        for line in (shared_data / "financial_phrasebank/train.jsonl")
+        .read_text(encoding="utf-8")
+        .split("\n")
         if line
     ]
     names = ("negative", "neutral", "positive")
@@ -216,14 +269,19 @@ def test_financial_phrasebank_from_its_zip(tmp_path, monkeypatch, shared_data):
         archive.writestr("FinancialPhraseBank-v1.0/Sentences_50Agree.txt", text)
     task, data = find_task("finsen"), buffer.getvalue()
     name, _, member = task.archive
-    with serve({("dataset", task.hub): {"main": {name: data, "financial_phrasebank.py": b"script"}}}) as hub:
+    with serve(
+        {("dataset", task.hub): {"main": {name: data, "financial_phrasebank.py": b"script"}}}
+    ) as hub:
         connect(monkeypatch, hub, tmp_path)
         for role in ("train", "eval"):
-            found = load_examples(replace(task, archive=(name, hashlib.sha256(data).hexdigest(), member)), role)
+            found = load_examples(
+                replace(task, archive=(name, hashlib.sha256(data).hexdigest(), member)), role
+            )
             assert found.rows == load_examples(task, role, shared_data).rows
         assert found.origin["revision"] == hub.commit("dataset", task.hub, "main")
         with pytest.raises(
-            UsageError, match="FinancialPhraseBank-v1.0.zip: missing, or not the published file of sha256 0e1a06c4"
+            UsageError,
+            match="FinancialPhraseBank-v1.0.zip: missing, or not the published file of sha256 0e1a06c4",
         ):
             load_examples(task, "eval")
         hub.repos["dataset", task.hub]["main"] = {}
@@ -233,7 +291,11 @@ def test_financial_phrasebank_from_its_zip(tmp_path, monkeypatch, shared_data):
 
 def test_strategytf_falls_back_and_says_so(tmp_path, monkeypatch):
     rows = [{"question": f"q{i}", "answer": i % 2 == 0} for i in range(600)]
-    one = {("dataset", "wics/strategy-qa"): {PARQUET: {"default/test/0000.parquet": parquet_bytes(rows)}}}
+    one = {
+        ("dataset", "wics/strategy-qa"): {
+            PARQUET: {"default/test/0000.parquet": parquet_bytes(rows)}
+        }
+    }
     other = {
         ("dataset", "ChilleD/StrategyQA"): {
             PARQUET: {
@@ -248,31 +310,54 @@ def test_strategytf_falls_back_and_says_so(tmp_path, monkeypatch):
             connect(monkeypatch, hub, tmp_path / str(case))
             found = load_examples(find_task("strategytf"), "eval")
         digests.add(found.origin["digest"])
-        assert len(found.rows) == 500 and found.origin["hub"] == ("ChilleD/StrategyQA" if case else "wics/strategy-qa")
+        assert len(found.rows) == 500 and found.origin["hub"] == (
+            "ChilleD/StrategyQA" if case else "wics/strategy-qa"
+        )
     assert len(digests) == 1
-    assert found.origin["instead_of"] == "wics/strategy-qa" and "no such dataset" in found.origin["because"]
+    assert (
+        found.origin["instead_of"] == "wics/strategy-qa"
+        and "no such dataset" in found.origin["because"]
+    )
 
 
 def test_forty_lines_of_ones_own(tmp_path):
     path = tmp_path / "mine.csv"
-    path.write_text("text,label\n" + "".join(f'"Nr {i}, said",{("bad", "good")[i % 2]}\n' for i in range(40)))
+    path.write_text(
+        "text,label\n" + "".join(f'"Nr {i}, said",{("bad", "good")[i % 2]}\n' for i in range(40))
+    )
     task = custom_task(path, "text", "label")
-    assert (task.name, task.labels, task.evals, task.max_tokens) == ("mine", ("bad", "good"), ("mine",), 1)
+    assert (task.name, task.labels, task.evals, task.max_tokens) == (
+        "mine",
+        ("bad", "good"),
+        ("mine",),
+        1,
+    )
     pool, held = (load_examples(task, role) for role in ("train", "eval"))
     assert (len(pool.rows), len(held.rows)) == (20, 20)
-    assert {e.prompt for e in pool.rows + held.rows} == {f"Text:Nr {i}, said\nLabel:" for i in range(40)}
+    assert {e.prompt for e in pool.rows + held.rows} == {
+        f"Text:Nr {i}, said\nLabel:" for i in range(40)
+    }
     assert all(
-        e.answer == task.labels[e.label] == ("bad", "good")[int(e.prompt.split()[1][:-1]) % 2] for e in pool.rows
+        e.answer == task.labels[e.label] == ("bad", "good")[int(e.prompt.split()[1][:-1]) % 2]
+        for e in pool.rows
     )
     assert load_examples(custom_task(path, "text", "label"), "train") == pool
 
 
 def test_labels_may_have_several_words(tmp_path):
-    rows = [{"text": f"t{i}", "label": ("not at all", "not quite", "yes")[i % 3]} for i in range(60)]
+    rows = [
+        {"text": f"t{i}", "label": ("not at all", "not quite", "yes")[i % 3]} for i in range(60)
+    ]
     task = custom_task(write_rows(tmp_path / "mine.jsonl", rows), "text", "label")
-    assert (task.labels, task.max_tokens, task.parser) == (("not at all", "not quite", "yes"), 1, None)
+    assert (task.labels, task.max_tokens, task.parser) == (
+        ("not at all", "not quite", "yes"),
+        1,
+        None,
+    )
     for example in load_examples(task, "train").rows:
-        assert example.answer == task.labels[example.label] == rows[int(example.prompt[6:-7])]["label"]
+        assert (
+            example.answer == task.labels[example.label] == rows[int(example.prompt[6:-7])]["label"]
+        )
 
 
 def test_repeated_prompts_are_not_on_both_sides(tmp_path):
@@ -284,7 +369,10 @@ def test_repeated_prompts_are_not_on_both_sides(tmp_path):
 
 
 def test_a_file_for_evaluation_and_a_template(tmp_path):
-    train = write_rows(tmp_path / "train.parquet", [{"a": f"x{i}", "b c": "y", "label": str(i % 3)} for i in range(30)])
+    train = write_rows(
+        tmp_path / "train.parquet",
+        [{"a": f"x{i}", "b c": "y", "label": str(i % 3)} for i in range(30)],
+    )
     other = write_rows(tmp_path / "other.tsv", [{"a": "z", "b c": "w", "label": "2"}])
     task = custom_task(train, "a", "label", r"A:{a}\nB:{b c}\nLabel:", other)
     assert task.labels == ("0", "1", "2")
@@ -293,7 +381,8 @@ def test_a_file_for_evaluation_and_a_template(tmp_path):
     assert (example.prompt, example.answer, example.label) == ("A:z\nB:w\nLabel:", "2", 2)
     write_rows(other, [{"a": "z", "b c": "w", "label": "7"}])
     with pytest.raises(
-        UsageError, match=r"other.tsv:2: unknown label '7' in column 'label'; known labels: '0', '1', '2'"
+        UsageError,
+        match=r"other.tsv:2: unknown label '7' in column 'label'; known labels: '0', '1', '2'",
     ):
         load_examples(task, "eval")
 
@@ -309,12 +398,21 @@ def test_answers_that_are_text_and_their_parsers(tmp_path):
         task = custom_task(write_rows(tmp_path / "text.jsonl", rows), "q", "a")
         assert (task.labels, task.parser, task.max_tokens) == ((), parser, 200)
         example = load_examples(task, "train").rows[0]
-        assert example.prompt.startswith("Question:") and example.prompt.endswith("\nAnswer:") and example.label is None
-        assert (len(load_examples(task, "train").rows), len(load_examples(task, "eval").rows)) == (30, 20)
+        assert (
+            example.prompt.startswith("Question:")
+            and example.prompt.endswith("\nAnswer:")
+            and example.label is None
+        )
+        assert (len(load_examples(task, "train").rows), len(load_examples(task, "eval").rows)) == (
+            30,
+            20,
+        )
 
 
 def test_what_is_wrong_with_ones_own_rows(tmp_path):
-    path = write_rows(tmp_path / "mine.jsonl", [{"text": f"t{i}", "label": i % 2} for i in range(8)])
+    path = write_rows(
+        tmp_path / "mine.jsonl", [{"text": f"t{i}", "label": i % 2} for i in range(8)]
+    )
     templates = {
         "Text:{txt}": "mine.jsonl:1: no column 'txt'; the columns there are 'text', 'label'",
         "Text:{}": "mine.jsonl:1: no column ''",

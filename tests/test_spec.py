@@ -16,14 +16,39 @@ from ia2mini.fitting.predictor import FOREIGN, Predictor
 from ia2mini.fitting.spec import SHAPE
 from ia2mini.tokenizer import Tokenizer
 
-WILD = [None, True, -1, 0, 2**70, 0.5, float("nan"), "", " ", "x", "\ud800", [], {}, [None], [""], ["\ud800"]]
+WILD = [
+    None,
+    True,
+    -1,
+    0,
+    2**70,
+    0.5,
+    float("nan"),
+    "",
+    " ",
+    "x",
+    "\ud800",
+    [],
+    {},
+    [None],
+    [""],
+    ["\ud800"],
+]
 WILD += [["a"], ["a", "a"], [[]], {"a": {}}, "x" * 100_000]
-SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 4}
+SIZES = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "head_dim": 4,
+}
 
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory):
-    folder = make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3", **SIZES, num_key_value_heads=1)
+    folder = make_checkpoint(
+        tmp_path_factory.mktemp("model"), "qwen3", **SIZES, num_key_value_heads=1
+    )
     return open_subject(str(folder), "cpu")
 
 
@@ -73,19 +98,51 @@ def test_every_field_with_anything_in_it(path, saved, subject, tmp_path):
         except UsageError as error:
             assert "\n" not in str(error) and len(str(error)) < 1000
             continue
-        asked = path[0] in ("template", "labels", "parser", "max_tokens", "stop", "temperature", "chat")
+        asked = path[0] in (
+            "template",
+            "labels",
+            "parser",
+            "max_tokens",
+            "stop",
+            "temperature",
+            "chat",
+        )
         assert asked or found == usual, f"{path} = {value!r}"
 
 
 def test_what_a_label_or_template_cannot_be(saved, subject):
     for labels in ("ab", ["a"], ["a", "a"], ["a", ""], ["a", " "], ["a", 1], ["a", "\ud800"], None):
-        refused(lambda given=labels: load_adapter(saved, subject, labels=given), "labels = ", "two or more different")
+        refused(
+            lambda given=labels: load_adapter(saved, subject, labels=given),
+            "labels = ",
+            "two or more different",
+        )
     for template in ("", "no column", "{text}\ud800", 3, None):
-        refused(lambda given=template: load_adapter(saved, subject, template=given), "template = ", "columns in braces")
-    for name, value in {"parser": "none", "max_tokens": 0, "stop": 1, "temperature": 0, "chat": 1}.items():
-        refused(lambda given={name: value}: load_adapter(saved, subject, **given), f"{name} = {value!r}: it must be")
-    refused(lambda: load_adapter(saved, subject, lables=["a", "b"]), "lables: unknown; what can be said", "labels")
-    assert load_adapter(saved, subject, labels=("a", "b"), template="{text}\n").spec["labels"] == ("a", "b")
+        refused(
+            lambda given=template: load_adapter(saved, subject, template=given),
+            "template = ",
+            "columns in braces",
+        )
+    for name, value in {
+        "parser": "none",
+        "max_tokens": 0,
+        "stop": 1,
+        "temperature": 0,
+        "chat": 1,
+    }.items():
+        refused(
+            lambda given={name: value}: load_adapter(saved, subject, **given),
+            f"{name} = {value!r}: it must be",
+        )
+    refused(
+        lambda: load_adapter(saved, subject, lables=["a", "b"]),
+        "lables: unknown; what can be said",
+        "labels",
+    )
+    assert load_adapter(saved, subject, labels=("a", "b"), template="{text}\n").spec["labels"] == (
+        "a",
+        "b",
+    )
 
 
 def test_a_test_prompt_that_is_longer_than_the_model_reads(saved, subject, tmp_path, monkeypatch):
@@ -93,7 +150,11 @@ def test_a_test_prompt_that_is_longer_than_the_model_reads(saved, subject, tmp_p
     folder = shutil.copytree(saved, tmp_path / "copy")
     (folder / "ia2mini.json").write_text(json.dumps(kept | {"example": "x" * (subject.reads + 1)}))
     monkeypatch.setattr(type(subject.model), "forward", None)  # no pass over it is begun
-    refused(lambda: load_adapter(folder, subject), f"{subject.reads + 1} tokens", "fit the adapter again")
+    refused(
+        lambda: load_adapter(folder, subject),
+        f"{subject.reads + 1} tokens",
+        "fit the adapter again",
+    )
 
 
 def test_an_answer_column_that_is_no_name(saved, tmp_path):
@@ -103,7 +164,10 @@ def test_an_answer_column_that_is_no_name(saved, tmp_path):
     for value in ([None], {}, 3, "\ud800"):
         (folder / "ia2mini.json").write_text(json.dumps(kept | {"answer_column": value}))
         result = invoke("score", folder, tmp_path / "rows.csv")
-        assert result.exit_code == 2 and "field answer_column is missing or not what it should be" in result.stderr
+        assert (
+            result.exit_code == 2
+            and "field answer_column is missing or not what it should be" in result.stderr
+        )
 
 
 def test_half_a_character_in_a_text_is_named(subject):
@@ -137,7 +201,10 @@ def test_tokenizer_files_that_break_only_on_a_text(subject, tmp_path):
     panics = broken_tokenizer(subject, tmp_path, post_processor=template)
     refused(lambda: panics.encode("a"), *mend)
     refused(lambda: panics.count(["a"]), *mend)
-    ends = {"add_bos_token": True, "bos_token": "<s>"}  # what they say is looked up in a text that is read
+    ends = {
+        "add_bos_token": True,
+        "bos_token": "<s>",
+    }  # what they say is looked up in a text that is read
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(ends))
     refused(lambda: Tokenizer.from_folder(tmp_path), *mend)
 
@@ -161,7 +228,14 @@ def test_a_model_in_a_folder_that_is_not_utf_8(subject, tmp_path, monkeypatch):
 
 
 def test_names_that_are_too_long_are_one_line(saved, tmp_path):
-    for command in (["generate", "--prompt", "a", "--model"], ["predict", saved, tmp_path / "r.jsonl", "--model"]):
+    for command in (
+        ["generate", "--prompt", "a", "--model"],
+        ["predict", saved, tmp_path / "r.jsonl", "--model"],
+    ):
         result = invoke(*command, "x" * 5000)
         (line,) = result.stderr.splitlines()
-        assert result.exit_code == 2 and line.startswith("ia2mini: unknown model 'xxx") and len(line) < 1100
+        assert (
+            result.exit_code == 2
+            and line.startswith("ia2mini: unknown model 'xxx")
+            and len(line) < 1100
+        )

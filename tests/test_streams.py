@@ -62,7 +62,9 @@ def ended(arguments: list) -> int:
 
 
 @pytest.mark.parametrize("command", PRINTING)
-def test_closed_input_changes_nothing_and_closed_output_is_a_line(command, ground, monkeypatch, capsys):
+def test_closed_input_changes_nothing_and_closed_output_is_a_line(
+    command, ground, monkeypatch, capsys
+):
     words = printing(ground)[command]
     usual = invoke(*words)
     monkeypatch.setattr(sys, "stdin", None)
@@ -70,7 +72,9 @@ def test_closed_input_changes_nothing_and_closed_output_is_a_line(command, groun
     monkeypatch.setattr(sys, "stdout", None)
     assert ended(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("ia2mini: standard output is closed, and the answer goes there; send it to a file")
+    assert line.startswith(
+        "ia2mini: standard output is closed, and the answer goes there; send it to a file"
+    )
 
 
 @pytest.mark.parametrize("command", ["fit", "run", "merge"])
@@ -88,19 +92,27 @@ def test_rows_from_a_closed_input_are_a_line_before_a_model_is_loaded(ground, mo
     words = ["predict", ground / "fitted", "-"]
     monkeypatch.setattr(sys, "stdin", None)
     assert ended(words) == 2
-    assert capsys.readouterr().err == "ia2mini: standard input is closed; give a file of rows, or a pipe\n"
+    assert (
+        capsys.readouterr().err
+        == "ia2mini: standard input is closed; give a file of rows, or a pipe\n"
+    )
 
 
 def started(arguments: list[str], before: str = "", **more) -> subprocess.CompletedProcess:
     """A command in a process of its own, in which the shell first does what `before` says."""
     line = f'{before} exec "$0" -m ia2mini "$@"'
-    return subprocess.run(["bash", "-c", line, sys.executable, *arguments], capture_output=True, **more)
+    return subprocess.run(
+        ["bash", "-c", line, sys.executable, *arguments], capture_output=True, **more
+    )
 
 
 def test_closed_and_unreadable_streams_of_a_real_process(tmp_path):
     done = started(["tasks"], "exec <&- >&-;")
     assert done.returncode == 2 and done.stdout == b""
-    assert done.stderr.startswith(b"ia2mini: standard output is closed") and done.stderr.count(b"\n") == 1
+    assert (
+        done.stderr.startswith(b"ia2mini: standard output is closed")
+        and done.stderr.count(b"\n") == 1
+    )
     done = started(["tasks"], "exec <&- 2>&-;")
     assert done.returncode == 0 and b"toy-mood-verse*" in done.stdout
     done = started(["predict", str(tmp_path), "-"], f"exec 0>{tmp_path}/written;")
@@ -149,10 +161,15 @@ def test_an_argument_that_is_not_utf_8_is_one_line(name, ground, tmp_path):
 
 def test_an_argument_of_a_real_process_that_is_not_utf_8():
     done = started(["tasks", b"caf\xe9"])
-    assert done.returncode == 2 and done.stderr.startswith(rb"ia2mini: argument 'caf\xe9' is not UTF-8".strip())
+    assert done.returncode == 2 and done.stderr.startswith(
+        rb"ia2mini: argument 'caf\xe9' is not UTF-8".strip()
+    )
     ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = started(["tasks", "café".encode()], env=ascii_only)
-    assert done.returncode == 2 and b"Python reads arguments as ascii here; set PYTHONUTF8=1" in done.stderr
+    assert (
+        done.returncode == 2
+        and b"Python reads arguments as ascii here; set PYTHONUTF8=1" in done.stderr
+    )
 
 
 def test_what_is_printed_is_utf_8_in_every_locale(ground):

@@ -29,9 +29,17 @@ from ia2mini.study.study import compare
 from ia2mini.tasks import custom_task, find_task, load_examples, world
 
 EVERY = ("base", "icl", "sft", "ia2", "ia2-sft", "ia2+sft")
-SMALL = Options(n=(2,), sets=2, epochs=4, eval_rows=12, methods=EVERY, rates=(1e-3, 1e-2), betas=(0.3, 0.7))
+SMALL = Options(
+    n=(2,), sets=2, epochs=4, eval_rows=12, methods=EVERY, rates=(1e-3, 1e-2), betas=(0.3, 0.7)
+)
 MOOD, SUMS = find_task("toy-mood"), replace(find_task("toy-sums"), max_tokens=12)
-NOTHING = {"runs": [], "training": [], "overlap": [], "adapters": [], "samples": []}  # of a cell that is not run
+NOTHING = {
+    "runs": [],
+    "training": [],
+    "overlap": [],
+    "adapters": [],
+    "samples": [],
+}  # of a cell that is not run
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +53,14 @@ def studied(subject, tmp_path_factory):
     """select -> (document, folder), for labels and for texts."""
     out = tmp_path_factory.mktemp("runs")
     texts = replace(SMALL, methods=("icl", "sft", "ia2-sft"), eval_rows=3, epochs=2)
-    found = {select: compare([MOOD], subject, replace(SMALL, select=select), out) for select in ("dev", "eval", "both")}
-    return found | {f"{s} texts": compare([SUMS], subject, replace(texts, select=s), out) for s in ("dev", "both")}
+    found = {
+        select: compare([MOOD], subject, replace(SMALL, select=select), out)
+        for select in ("dev", "eval", "both")
+    }
+    return found | {
+        f"{s} texts": compare([SUMS], subject, replace(texts, select=s), out)
+        for s in ("dev", "both")
+    }
 
 
 def config_of(run: dict) -> tuple:
@@ -91,23 +105,40 @@ def test_dev_selection_scores_just_what_scoring_all_gives_for_the_chosen_rate(ki
 def test_eval_selection_scores_every_run_and_chooses_as_the_paper(studied):
     (every, _), (both, _) = studied["eval"], studied["both"]
     assert every["runs"] == both["runs"] and every["training"] == both["training"]
-    assert every["cells"] == [cell for cell in both["cells"] if cell["selected_by"] in ("eval", None)]
-    count = {m: len([r for r in every["runs"] if (r["method"], r["eval"]) == (m, "toy-mood")]) for m in EVERY}
+    assert every["cells"] == [
+        cell for cell in both["cells"] if cell["selected_by"] in ("eval", None)
+    ]
+    count = {
+        m: len([r for r in every["runs"] if (r["method"], r["eval"]) == (m, "toy-mood")])
+        for m in EVERY
+    }
     assert count == {"base": 2, "icl": 2, "sft": 4, "ia2": 4, "ia2-sft": 4, "ia2+sft": 8}
     for cell in every["cells"]:
-        runs = [r for r in every["runs"] if (r["method"], r["eval"]) == (cell["method"], cell["eval"])]
+        runs = [
+            r for r in every["runs"] if (r["method"], r["eval"]) == (cell["method"], cell["eval"])
+        ]
         configs = {config_of(run) for run in runs}
-        assert cell["acc_mean"] == max(fmean(r["acc"] for r in runs if config_of(r) == config) for config in configs)
+        assert cell["acc_mean"] == max(
+            fmean(r["acc"] for r in runs if config_of(r) == config) for config in configs
+        )
 
 
 def test_records_hold_what_they_say(studied):
     document, folder = studied["dev"]
     for run in document["runs"]:
-        assert run["asim"] == pytest.approx(fmean(run["asim_layers"])) and len(run["asim_layers"]) == 4
-        assert 0 <= run["acc"] <= 1 and run["adapter"] == (None if run["method"] in ("base", "icl") else "lora")
+        assert (
+            run["asim"] == pytest.approx(fmean(run["asim_layers"])) and len(run["asim_layers"]) == 4
+        )
+        assert 0 <= run["acc"] <= 1 and run["adapter"] == (
+            None if run["method"] in ("base", "icl") else "lora"
+        )
         assert sum(rows for rows, *_ in run["reliability"]) == 12
     assert {run["asim"] for run in document["runs"] if run["method"] == "icl"} == {1.0}
-    base = [run["acc"] for run in document["runs"] if (run["method"], run["eval"]) == ("base", "toy-mood")]
+    base = [
+        run["acc"]
+        for run in document["runs"]
+        if (run["method"], run["eval"]) == ("base", "toy-mood")
+    ]
     assert len(base) == 2 == len(set(base)) + 1  # the same for every set
     texts, where = studied["dev texts"]
     for run in texts["runs"]:
@@ -125,18 +156,30 @@ def test_temperatures_from_dev_rows_equal_plain_passes(studied, subject):
         for number, episode in enumerate(cell.episodes):
             before = joined(episode.icl[0]) if method == "icl" else ""
             prompts = [subject.tokenizer.encode(before + row.prompt) for row in episode.dev]
-            scores = [[label_log_probability(net.following, ids, label) for label in labels] for ids in prompts]
-            heat = fit_temperature(torch.tensor(scores), torch.tensor([row.label for row in episode.dev]))
+            scores = [
+                [label_log_probability(net.following, ids, label) for label in labels]
+                for ids in prompts
+            ]
+            heat = fit_temperature(
+                torch.tensor(scores), torch.tensor([row.label for row in episode.dev])
+            )
             records = [r for r in document["runs"] if (r["method"], r["set"]) == (method, number)]
             assert records and all(r["temperature"] == pytest.approx(heat) for r in records)
     theta, used = load_file(folder / cell.name / "fit-sft.safetensors")["theta"], {}
     sft = [record for record in document["training"] if record["method"] == "sft"]
-    for record, weights in zip(sft, theta, strict=True):  # long prompts, alone as a set's only dev row too
+    for record, weights in zip(
+        sft, theta, strict=True
+    ):  # long prompts, alone as a set's only dev row too
         if config_of(record) != best(sft, "sft"):
             continue
         net = Plain(peft_twin(subject.folder, cell.study.adapter, weights), subject.tokenizer)
         (row,) = cell.episodes[record["set"]].dev
-        scores = [[label_log_probability(net.following, subject.tokenizer.encode(row.prompt), one) for one in labels]]
+        scores = [
+            [
+                label_log_probability(net.following, subject.tokenizer.encode(row.prompt), one)
+                for one in labels
+            ]
+        ]
         used[record["set"]] = fit_temperature(torch.tensor(scores), torch.tensor([row.label]))
     told = {r["set"]: r["temperature"] for r in document["runs"] if r["method"] == "sft"}
     assert told == pytest.approx(used) and len(used) == 2
@@ -152,36 +195,60 @@ def test_controls_teach_something_else_and_leave_sft_alone(subject, tmp_path):
     pools = [load_examples(task, "train").rows for task in tasks]
     for teacher in TEACHERS:
         document, _ = compare(tasks, subject, options, tmp_path, draw=Control(teacher, pools))
-        found[teacher] = {(r["task"], r["method"], r["set"], r["eval"]): r for r in document["runs"]}
+        found[teacher] = {
+            (r["task"], r["method"], r["set"], r["eval"]): r for r in document["runs"]
+        }
     for key, record in found["true"].items():
         others = [found[teacher][key] for teacher in ("shuffled", "other", "none")]
         if key[1] in ("icl", "sft"):
-            assert all(other["nll"] == record["nll"] and other["asim"] == record["asim"] for other in others)
+            assert all(
+                other["nll"] == record["nll"] and other["asim"] == record["asim"]
+                for other in others
+            )
         else:
             assert len({other["dev_loss"] for other in [record, *others]}) == 4
     nothing = [r for r in found["none"].values() if r["method"] in ("ia2", "hidden")]
-    assert all(r["dev_loss"] < 1e-6 for r in nothing)  # the teacher without demonstrations is the base itself
+    assert all(
+        r["dev_loss"] < 1e-6 for r in nothing
+    )  # the teacher without demonstrations is the base itself
 
 
 def test_a_race_ends_rates_that_nobody_would_choose(subject, tmp_path):
     """Fewer steps, and the runs that are reported are those of all rates trained to their end."""
-    options = replace(SMALL, n=(4,), rates=(1e-5, 1e-2, 3e-3), epochs=30, methods=("sft", "ia2", "ia2-sft"))
-    (slow, _), (fast, _) = (compare([MOOD], subject, replace(options, race=race), tmp_path) for race in (False, True))
-    spent = {method: [r["steps"] for r in slow["training"] if r["method"] == method] for method in options.methods}
-    saved = {method: [r["steps"] for r in fast["training"] if r["method"] == method] for method in options.methods}
+    options = replace(
+        SMALL, n=(4,), rates=(1e-5, 1e-2, 3e-3), epochs=30, methods=("sft", "ia2", "ia2-sft")
+    )
+    (slow, _), (fast, _) = (
+        compare([MOOD], subject, replace(options, race=race), tmp_path) for race in (False, True)
+    )
+    spent = {
+        method: [r["steps"] for r in slow["training"] if r["method"] == method]
+        for method in options.methods
+    }
+    saved = {
+        method: [r["steps"] for r in fast["training"] if r["method"] == method]
+        for method in options.methods
+    }
     assert saved["ia2"] == spent["ia2"]  # IA2 → SFT begins with every rate
     for method in ("sft", "ia2-sft"):
-        assert sum(saved[method]) < sum(spent[method]) and saved[method][1::3] == spent[method][1::3]
+        assert (
+            sum(saved[method]) < sum(spent[method]) and saved[method][1::3] == spent[method][1::3]
+        )
     for one, other in zip(fast["runs"], slow["runs"], strict=True):
         same(one, other)
-    every = compare([MOOD], subject, replace(options, race=True, select="both"), tmp_path)[0]["training"]
+    every = compare([MOOD], subject, replace(options, race=True, select="both"), tmp_path)[0][
+        "training"
+    ]
     assert [record["steps"] for record in every] == [record["steps"] for record in slow["training"]]
 
 
 def test_ones_own_texts_may_be_as_long_as_the_longest_answer(subject, tmp_path):
     rows = world.rows("toy-sums", "train")[:60]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task, encode = custom_task(tmp_path / "sums.jsonl", "question", "answer"), subject.tokenizer.encode
+    task, encode = (
+        custom_task(tmp_path / "sums.jsonl", "question", "answer"),
+        subject.tokenizer.encode,
+    )
     (cell,) = lay_out([task], subject, SMALL)
     longest = max(len(encode(row["answer"])) for row in rows)
     assert cell.max_tokens == cell.task.max_tokens == longest + 1 < task.max_tokens == 200
@@ -193,7 +260,9 @@ def test_overlaps_are_of_the_chosen_runs(studied):
     pairs = [tuple(found["methods"]) for found in document["overlap"]]
     assert len(pairs) == len(set(pairs)) == 6 and ("ia2", "ia2-sft") in pairs
     for found in document["overlap"]:
-        assert len(found["overlap"]) == 2 and found["mean"] == pytest.approx(fmean(found["overlap"]))
+        assert len(found["overlap"]) == 2 and found["mean"] == pytest.approx(
+            fmean(found["overlap"])
+        )
         assert 0 < found["chance"] < found["mean"] <= 1
     alike = {tuple(found["methods"]): found["mean"] for found in document["overlap"]}
     assert alike["ia2", "ia2-sft"] > alike["sft", "ia2-sft"]
@@ -203,41 +272,64 @@ def test_samples_show_the_prompt_and_right_and_wrong_rows(studied):
     for key in ("dev", "dev texts"):
         (sample,) = studied[key][0]["samples"]
         assert sample["prompt"].count("\n\n") == 2  # after each of two demonstrations
-        scored = [r for r in studied[key][0]["runs"] if (r["method"], r["eval"]) == (sample["method"], sample["task"])]
+        scored = [
+            r
+            for r in studied[key][0]["runs"]
+            if (r["method"], r["eval"]) == (sample["method"], sample["task"])
+        ]
         right = [row["right"] for row in sample["rows"]]
         rows = {"dev": 12, "dev texts": 3}[key]
         assert right.count(True) == min(10, round(scored[0]["acc"] * rows)) and len(right) <= rows
         assert all(
-            (row["said"].strip() == row["answer"].strip()) == row["right"] for row in sample["rows"] if key == "dev"
+            (row["said"].strip() == row["answer"].strip()) == row["right"]
+            for row in sample["rows"]
+            if key == "dev"
         )
 
 
 def test_run_json_holds_what_the_defaults_came_to(studied, subject, tmp_path, monkeypatch):
     kept = json.loads((studied["dev"][1] / "run.json").read_text())
     assert kept["rates"] == [1e-3, 1e-2] and kept["targets"] == ["q_proj", "k_proj", "o_proj"]
-    assert kept["templates"] == {"toy-mood": "Text:{text}\nLabel:"} and kept["ia2mini"] == ia2mini.__version__
-    assert kept["model"] == subject.base == "tiny" and kept["dtype"] == "float32" and kept["device"] == "cpu"
+    assert (
+        kept["templates"] == {"toy-mood": "Text:{text}\nLabel:"}
+        and kept["ia2mini"] == ia2mini.__version__
+    )
+    assert (
+        kept["model"] == subject.base == "tiny"
+        and kept["dtype"] == "float32"
+        and kept["device"] == "cpu"
+    )
     monkeypatch.setattr(study, "run_cell", lambda cell, experiment: NOTHING)
     document, folder = compare([MOOD], subject, Options(n=(2,), sets=1, adapter="ia3"), tmp_path)
     kept = json.loads((folder / "run.json").read_text())
     assert tuple(kept["rates"]) == TINY_RATES["ia3"] and document["config"] == kept
 
 
-def test_a_folder_belongs_to_version_model_data_template_and_options(subject, tmp_path, monkeypatch):
+def test_a_folder_belongs_to_version_model_data_template_and_options(
+    subject, tmp_path, monkeypatch
+):
     monkeypatch.setattr(study, "run_cell", lambda cell, experiment: NOTHING)
 
     def folder(task=MOOD, options=SMALL, subject=subject, **more) -> Path:
         return compare([task], subject, options, tmp_path, **more)[1]
 
     first = folder()
-    assert first.name.startswith("toy-mood-tiny-n2-") and folder() == folder(side_by_side=1) == first
+    assert (
+        first.name.startswith("toy-mood-tiny-n2-") and folder() == folder(side_by_side=1) == first
+    )
     monkeypatch.setattr(study, "__version__", "99.0")
     found = {first, folder()}
     monkeypatch.undo()
     monkeypatch.setattr(study, "run_cell", lambda cell, experiment: NOTHING)
     assert folder() == first
-    found |= {folder(replace(MOOD, prompt="Text:{text}\nMood:")), folder(options=replace(SMALL, seed=1))}
-    found |= {folder(options=replace(SMALL, select="both")), folder(options=replace(SMALL, eval_rows=11))}
+    found |= {
+        folder(replace(MOOD, prompt="Text:{text}\nMood:")),
+        folder(options=replace(SMALL, seed=1)),
+    }
+    found |= {
+        folder(options=replace(SMALL, select="both")),
+        folder(options=replace(SMALL, eval_rows=11)),
+    }
     found |= {folder(subject=replace(subject, base="me/tiny"))}
     found |= {folder(draw=Control("none", [])), folder(draw=Control("shuffled", []))}
     assert len(found) == 9
@@ -263,14 +355,23 @@ def test_adapters_of_the_same_matrices_have_one_name(options, name):
 
 @pytest.mark.parametrize(
     "methods",
-    [("base",), ("icl",), ("sft",), ("ia2-sft", "sft"), ("sft-ia2", "base"), ("soft", "icl", "sft-sft", "ia2")],
+    [
+        ("base",),
+        ("icl",),
+        ("sft",),
+        ("ia2-sft", "sft"),
+        ("sft-ia2", "base"),
+        ("soft", "icl", "sft-sft", "ia2"),
+    ],
 )
 def test_phases_are_counted_as_they_come(methods, subject, tmp_path):
     said = []
 
     def bar(label, total):
         said.append(label)
-        return nullcontext(SimpleNamespace(update=lambda n: None, n=0, set_postfix_str=lambda text, refresh: None))
+        return nullcontext(
+            SimpleNamespace(update=lambda n: None, n=0, set_postfix_str=lambda text, refresh: None)
+        )
 
     few = replace(SMALL, methods=methods, epochs=1, sets=1, rates=(1e-2,), eval_rows=2, n=(2, 3))
     compare([MOOD], subject, few, tmp_path, bar=bar)

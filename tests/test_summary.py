@@ -14,7 +14,9 @@ from ia2mini.report.summary import paired, verdict
 from ia2mini.study.table import summarise
 
 
-def versus(sft: list[float], ours: list[float], icl: list[float] | None = None, ece: bool = True) -> list[str]:
+def versus(
+    sft: list[float], ours: list[float], icl: list[float] | None = None, ece: bool = True
+) -> list[str]:
     """The verdict on accuracies of SFT, IA2→SFT and ICL, a set each."""
     runs = []
     for method, values in (("sft", sft), ("ia2-sft", ours), ("icl", icl or [])):
@@ -66,7 +68,10 @@ def test_verdict_of_few_pairs_has_no_interval(pairs):
 def test_verdict_of_equal_differences_has_no_interval():
     lines = versus(SFT, [acc + 0.2 for acc in SFT])
     equal = "(equal in all pairs: no test)"
-    assert lines[0] == f"IA2→SFT against SFT: accuracy +20.0 points {equal}; ECE -0.05 {equal}; {SHARED}"
+    assert (
+        lines[0]
+        == f"IA2→SFT against SFT: accuracy +20.0 points {equal}; ECE -0.05 {equal}; {SHARED}"
+    )
     assert lines[1:] == ["The difference in accuracy may be chance; more --sets tell."]
 
 
@@ -93,7 +98,9 @@ def test_pairs_are_tasks_and_sets_averaged_over_evaluations():
     values = {}
     for method in ("ia2-sft", "sft"):
         at = np.array(ACC[method])
-        values[method] = np.concatenate([(at + at - 0.1) / 2, at - 0.05])  # mood on mood and news; topic
+        values[method] = np.concatenate(
+            [(at + at - 0.1) / 2, at - 0.05]
+        )  # mood on mood and news; topic
     gain = values["ia2-sft"] - values["sft"]
     expected = stats.ttest_rel(values["ia2-sft"], values["sft"])
     assert test.pairs == 6 and test.mean == pytest.approx(gain.mean())
@@ -111,7 +118,9 @@ RATES = [  # a low dev loss in one set does not win; nor does one good set
 def test_chosen_by_means_over_sets():
     assert chosen(RATES, "dev") == (1e-2, None)  # means 0.9, 1.5, 0.55
     assert chosen(RATES, "eval") == (1e-4, None)  # means 0.6, 0.55, 0.55
-    mixed = [{**r, "beta": beta, "dev_loss": r["dev_loss"] + beta} for r in RATES for beta in (0.5, 0.1)]
+    mixed = [
+        {**r, "beta": beta, "dev_loss": r["dev_loss"] + beta} for r in RATES for beta in (0.5, 0.1)
+    ]
     assert chosen(mixed, "dev") == (1e-2, 0.1)
 
 
@@ -123,7 +132,12 @@ def test_summarise_against_numpy():
     assert keys == [("base", "mood", None, None), ("sft", "mood", "dev", 1e-2), ("sft", "mood", "eval", 1e-4),
                     ("sft", "news", "dev", 1e-2), ("sft", "news", "eval", 1e-3)]  # fmt: skip
     paper = cells[2]
-    assert (paper["acc"], paper["ece"], paper["sets"], paper["ood"]) == ([0.5, 0.7], [0.3, 0.1], 2, False)
+    assert (paper["acc"], paper["ece"], paper["sets"], paper["ood"]) == (
+        [0.5, 0.7],
+        [0.3, 0.1],
+        2,
+        False,
+    )
     for metric, values in (("acc", [0.5, 0.7]), ("ece", [0.3, 0.1])):
         assert paper[f"{metric}_mean"] == pytest.approx(np.mean(values))
         assert paper[f"{metric}_std"] == pytest.approx(np.std(values, ddof=1))
@@ -143,13 +157,17 @@ def test_dev_choice_needs_only_the_chosen_runs():
 
 def test_reliability_is_pooled_over_sets():
     curves = [[[3, 0.6, 1], [0, 0.0, 0]], [[1, 0.1, 0], [2, 1.9, 2]]]
-    (summary,) = summarise([record("base", s, 0.5, reliability=curve) for s, curve in enumerate(curves)])
+    (summary,) = summarise(
+        [record("base", s, 0.5, reliability=curve) for s, curve in enumerate(curves)]
+    )
     assert summary["reliability"] == [[4, pytest.approx(0.7), 1], [2, 1.9, 2]]
 
 
 def test_a_run_that_diverged_is_never_chosen_also_from_the_saved_file():
     diverged = [{**r, "dev_loss": math.inf} if r["rate"] in (1e-4, 1e-2) else r for r in RATES]
-    assert chosen(diverged, "dev") == chosen(finite(diverged), "dev") == (1e-3, None)  # JSON holds no infinity
+    assert (
+        chosen(diverged, "dev") == chosen(finite(diverged), "dev") == (1e-3, None)
+    )  # JSON holds no infinity
     assert summarise(finite(diverged)) == summarise(diverged)
     unknown = [{**r, "dev_loss": math.nan if r["rate"] == 1e-4 else r["dev_loss"]} for r in RATES]
     assert chosen(unknown, "dev") == (1e-2, None)

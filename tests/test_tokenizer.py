@@ -30,7 +30,11 @@ def real(request, shared_data, tmp_path_factory):
     file = shared_data / "tokenizers" / request.param / "tokenizer.json"
     (folder / "tokenizer.json").symlink_to(file.resolve())
     (folder / "config.json").write_text('{"eos_token_id": 5}')
-    return request.param, Tokenizer.from_folder(folder), PreTrainedTokenizerFast(tokenizer_file=str(file))
+    return (
+        request.param,
+        Tokenizer.from_folder(folder),
+        PreTrainedTokenizerFast(tokenizer_file=str(file)),
+    )
 
 
 def real_prompts(shared_data) -> list[str]:
@@ -39,9 +43,17 @@ def real_prompts(shared_data) -> list[str]:
         return [json.loads(line) for line in lines[:count]]
 
     prompts = [f"Text:{row['sentence']}\nLabel:" for row in rows("sst2/train.jsonl", 60)]
-    prompts += [f"Text:{row['verse_text']}\nLabel:" for row in rows("poem_sentiment/train.jsonl", 40)]
-    prompts += [f"Question:{row['question']}\nAnswer:{row['answer']}" for row in rows("gsm8k/train.jsonl", 40)]
-    prompts += [f"Question:{row['problem']}\nAnswer:{row['solution']}" for row in rows("math_algebra/train.jsonl", 40)]
+    prompts += [
+        f"Text:{row['verse_text']}\nLabel:" for row in rows("poem_sentiment/train.jsonl", 40)
+    ]
+    prompts += [
+        f"Question:{row['question']}\nAnswer:{row['answer']}"
+        for row in rows("gsm8k/train.jsonl", 40)
+    ]
+    prompts += [
+        f"Question:{row['problem']}\nAnswer:{row['solution']}"
+        for row in rows("math_algebra/train.jsonl", 40)
+    ]
     return [
         *prompts,
         "\n\n".join(p + "1" for p in prompts[:16]) + "\n\n" + prompts[16],
@@ -91,7 +103,10 @@ def test_a_label_that_merges_with_the_colon_is_named(real, label):
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_labels_of_several_tokens_stand_after_the_colon(real, template):
     _, tokenizer, _ = real
-    prompt, labels = TEMPLATES[template], ("0 of them", "0 of us", "17")  # two begin with the same token
+    prompt, labels = (
+        TEMPLATES[template],
+        ("0 of them", "0 of us", "17"),
+    )  # two begin with the same token
     found = tokenizer.label_tokens(prompt, labels)
     assert found[0][0] == found[1][0] and all(tokenizer.eos_ids[0] not in ids for ids in found)
     for label, ids in zip(labels, found, strict=True):
@@ -101,7 +116,9 @@ def test_labels_of_several_tokens_stand_after_the_colon(real, template):
 
 def test_labels_that_begin_alike_are_told_apart(tmp_path):
     tokenizer = write_tokenizer(tmp_path)
-    assert [len(ids) for ids in tokenizer.label_tokens("Label:", ("apple", "banana", "avocado"))] == [5, 6, 7]
+    assert [
+        len(ids) for ids in tokenizer.label_tokens("Label:", ("apple", "banana", "avocado"))
+    ] == [5, 6, 7]
     plain = [tokenizer.encode(label) for label in ("on", "one", "two")]
     assert tokenizer.label_tokens("Label:", ("one", "two")) == plain[1:]
     # one is the beginning of another: only an end tells them apart, so all have one
@@ -112,17 +129,24 @@ def test_labels_that_begin_alike_are_told_apart(tmp_path):
 
 
 def test_labels_that_the_vocabulary_lacks_are_the_same_word():
-    words = Backend(models.WordLevel({"<unk>": 0, "Label": 1, ":": 2, "good": 3}, unk_token="<unk>"))
+    words = Backend(
+        models.WordLevel({"<unk>": 0, "Label": 1, ":": 2, "good": 3}, unk_token="<unk>")
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = Tokenizer(words, ())
-    with pytest.warns(UserWarning), pytest.raises(UsageError, match="label 'awful' has the tokens of label 'bad'"):
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(UsageError, match="label 'awful' has the tokens of label 'bad'"),
+    ):
         tokenizer.label_tokens("Label:", ("good", "bad", "awful"))
 
 
 def test_a_multi_token_answer_joins_safely(real):
     _, tokenizer, _ = real
     prompt, answer = "Question:How many?\nAnswer:", "2+2=<<2+2=4>>4 clips\n#### 4"
-    assert tokenizer.encode(prompt + answer) == tokenizer.encode(prompt) + tokenizer.encode_answer(prompt, answer)
+    assert tokenizer.encode(prompt + answer) == tokenizer.encode(prompt) + tokenizer.encode_answer(
+        prompt, answer
+    )
 
 
 @pytest.mark.parametrize("task", ["gsm8k", "hmath_algebra"])
@@ -133,12 +157,17 @@ def test_texts_that_would_merge_with_their_prompt_are_tokenized_apart(real, shar
     assert len(merging) > 30  # "The" after "Answer:"
     for row in rows:
         made = truth_row(row, tokenizer, end=False)
-        assert made.prompt == tokenizer.encode(row.prompt) and tokenizer.decode(made.answer) == row.answer
+        assert (
+            made.prompt == tokenizer.encode(row.prompt)
+            and tokenizer.decode(made.answer) == row.answer
+        )
     with pytest.raises(UsageError, match="merges with the end of its prompt"):
         truth_row(replace(merging[0], label=0), tokenizer, end=False)
 
 
-def write_tokenizer(folder, config='{"eos_token_id": 257}', generation=None, bos=False) -> Tokenizer:
+def write_tokenizer(
+    folder, config='{"eos_token_id": 257}', generation=None, bos=False
+) -> Tokenizer:
     (folder / "tokenizer.json").write_text(byte_tokenizer(bos))
     (folder / "config.json").write_text(config)
     if generation is not None:
@@ -151,7 +180,11 @@ def write_tokenizer(folder, config='{"eos_token_id": 257}', generation=None, bos
     [
         ('{"eos_token_id": 7}', None, (7,)),
         ('{"eos_token_id": [7, 8]}', None, (7, 8)),
-        ('{"eos_token_id": 7}', '{"eos_token_id": [9, 7]}', (9, 7)),  # as Llama 3 Instruct and Qwen3 ship
+        (
+            '{"eos_token_id": 7}',
+            '{"eos_token_id": [9, 7]}',
+            (9, 7),
+        ),  # as Llama 3 Instruct and Qwen3 ship
         ('{"eos_token_id": 7}', '{"do_sample": true}', (7,)),
         ('{"eos_token_id": 0}', None, (0,)),
         ('{"eos_token_id": null}', None, ()),
@@ -162,11 +195,15 @@ def test_end_of_sequence_comes_from_the_configs(tmp_path, config, generation, eo
     assert write_tokenizer(tmp_path, config, generation).eos_ids == eos
 
 
-@pytest.mark.parametrize("eos", ["{}", '"</s>"', "[7, [8]]", "1.5", "true", "-1", "1e999", "[null]", str(2**70)])
+@pytest.mark.parametrize(
+    "eos", ["{}", '"</s>"', "[7, [8]]", "1.5", "true", "-1", "1e999", "[null]", str(2**70)]
+)
 @pytest.mark.parametrize("file", ["config", "generation"])
 def test_an_end_of_sequence_that_is_no_token_id_is_named(tmp_path, eos, file):
     wrong, fine = f'{{"eos_token_id": {eos}}}', '{"eos_token_id": 7}'
-    with pytest.raises(UsageError, match="eos_token_id = .* is neither a token id nor a list of them") as error:
+    with pytest.raises(
+        UsageError, match="eos_token_id = .* is neither a token id nor a list of them"
+    ) as error:
         write_tokenizer(tmp_path, *((wrong,) if file == "config" else (fine, wrong)))
     assert "\n" not in str(error.value)
 
@@ -219,7 +256,9 @@ def test_tokens_beyond_the_models_vocabulary_are_named(tmp_path):
     tokenizer = Tokenizer.from_folder(tmp_path)
     assert max(tokenizer.encode("abc")) < 100
     for read in (lambda: tokenizer.encode("é"), lambda: tokenizer.encode_all(["a", "é"])):
-        with pytest.raises(UsageError, match="token 1.. of 'é' is beyond the model's vocab_size 100"):
+        with pytest.raises(
+            UsageError, match="token 1.. of 'é' is beyond the model's vocab_size 100"
+        ):
             read()
     (tmp_path / "config.json").write_text('{"vocab_size": 100, "eos_token_id": 100}')
     with pytest.raises(UsageError, match="eos_token_id = 100 .*vocab_size = 100"):

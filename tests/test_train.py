@@ -64,7 +64,9 @@ def test_losses_of_a_batch_equal_the_plain_ones(folder, model, kind, mix, packed
 def test_adam_equals_torchs_with_a_rate_a_run_and_runs_that_leave():
     theta, rates = torch.randn(3, 11), torch.tensor([1e-3, 1e-1, 1e-2])
     separate = [torch.nn.Parameter(row.clone()) for row in theta]
-    theirs = [torch.optim.Adam([p], lr=rate.item()) for p, rate in zip(separate, rates, strict=True)]
+    theirs = [
+        torch.optim.Adam([p], lr=rate.item()) for p, rate in zip(separate, rates, strict=True)
+    ]
     ours, live = State.begin(theta), [0, 1, 2]
     for step in range(12):
         gradients = torch.randn(3, 11) * 10.0 ** torch.randint(-6, 2, (3, 11))
@@ -98,10 +100,20 @@ def test_a_rate_far_behind_leaves_the_race():
     for look, going in enumerate(race(lost, 14), 1):
         assert going == [True, look < FIRST_LOOK, True] * 2, look
     assert all(map(all, race(lost, 14, None)))
-    for look, going in enumerate(race(lambda look: lost(look) + torch.tensor([0, 0, 0.0999 * look] * 2), 14), 1):
-        assert going == [True, look < FIRST_LOOK, look < FIRST_LOOK] * 2  # too slow: 30 looks of .0001 are not enough
-    for pace, stays in ((0.034, True), (0.033, False)):  # from 2 to just below, or just above, 1 in 30 looks more
-        near = race(lambda look, pace=pace: torch.tensor([1, 9, 2 + pace * (FIRST_LOOK - look)] * 2), FIRST_LOOK)[-1]
+    for look, going in enumerate(
+        race(lambda look: lost(look) + torch.tensor([0, 0, 0.0999 * look] * 2), 14), 1
+    ):
+        assert (
+            going == [True, look < FIRST_LOOK, look < FIRST_LOOK] * 2
+        )  # too slow: 30 looks of .0001 are not enough
+    for pace, stays in (
+        (0.034, True),
+        (0.033, False),
+    ):  # from 2 to just below, or just above, 1 in 30 looks more
+        near = race(
+            lambda look, pace=pace: torch.tensor([1, 9, 2 + pace * (FIRST_LOOK - look)] * 2),
+            FIRST_LOOK,
+        )[-1]
         assert near == [True, False, stays] * 2
     diverged = race(lambda look: lost(look) + torch.tensor([0, 0, 0, 0, 0, torch.nan]), 10)[-1]
     assert diverged == [True, False, False] * 2
@@ -109,7 +121,11 @@ def test_a_rate_far_behind_leaves_the_race():
 
 
 def test_a_run_that_has_ended_counts_with_what_it_reached():
-    state, race, once = State.begin(torch.zeros(4, 1)), Race(torch.tensor([0, 1, 0, 1])), Settings(patience=1)
+    state, race, once = (
+        State.begin(torch.zeros(4, 1)),
+        Race(torch.tensor([0, 1, 0, 1])),
+        Settings(patience=1),
+    )
     state.note(torch.tensor([1.0, 1.9, 3.0, 3.0]), once)
     race(state)
     state.note(torch.tensor([1.0, 1.9, 1.5, 1.5]), once)  # the first set's runs end, and leave
@@ -125,7 +141,11 @@ def test_a_run_that_has_ended_counts_with_what_it_reached():
 
 def test_a_race_needs_all_runs_side_by_side():
     """Of runs in parts none leaves, nor of the last part when all others have ended."""
-    whole, race, losses = State.begin(torch.zeros(4, 1)), Race(torch.tensor([0, 1, 0, 1])), torch.tensor([1.0, 2.0])
+    whole, race, losses = (
+        State.begin(torch.zeros(4, 1)),
+        Race(torch.tensor([0, 1, 0, 1])),
+        torch.tensor([1.0, 2.0]),
+    )
     for part in (whole.take(torch.tensor([0, 1])), whole.take(torch.tensor([2, 3]))):
         for _ in range(FIRST_LOOK + 2):
             part.note(losses, Settings(patience=99))
@@ -135,8 +155,16 @@ def test_a_race_needs_all_runs_side_by_side():
 
 def test_a_race_that_memory_has_cut_into_parts_is_over():
     """All runs have begun side by side, and some have ended before memory ran out."""
-    config, losses, patient = torch.tensor([0, 1, 0, 1]), torch.tensor([1.0, 2.0, 1.0, 2.0]), Settings(patience=99)
-    race, together, again = Race(config), State.begin(torch.zeros(4, 1)), State.begin(torch.zeros(4, 1))
+    config, losses, patient = (
+        torch.tensor([0, 1, 0, 1]),
+        torch.tensor([1.0, 2.0, 1.0, 2.0]),
+        Settings(patience=99),
+    )
+    race, together, again = (
+        Race(config),
+        State.begin(torch.zeros(4, 1)),
+        State.begin(torch.zeros(4, 1)),
+    )
     for _ in range(FIRST_LOOK - 1):
         together.note(losses, patient)
         together.going[2:] = False
@@ -156,7 +184,12 @@ def four_runs(model, kind="lora", mix="mixed") -> tuple:
     rows = [[make_rows(4, seed + r) for r in range(R)] for seed in (0, 50)]
     orders = [partial(in_order, r) for r in range(R)]
     rates = torch.tensor([1e-1, 1e-3, 3e-2, 3e-4])
-    return model, adapter, Runs(starts(adapter, model, R), rates, *rows, weights, orders), Settings(2, 12, 2)
+    return (
+        model,
+        adapter,
+        Runs(starts(adapter, model, R), rates, *rows, weights, orders),
+        Settings(2, 12, 2),
+    )
 
 
 def test_runs_in_parts_do_not_race(model):
@@ -210,17 +243,25 @@ def test_a_state_taken_apart_and_put_together_goes_on_bit_for_bit(model):
     again = State.begin(torch.zeros_like(stopped.theta.detach()))
     for places in (torch.tensor([3, 1]), torch.tensor([0, 2])):
         part = stopped.take(places)
-        assert part.index.tolist() == places.tolist() and part.theta.is_leaf and part.theta.requires_grad
+        assert (
+            part.index.tolist() == places.tolist()
+            and part.theta.is_leaf
+            and part.theta.requires_grad
+        )
         again.put(places, part)
     stopped.theta.detach().zero_()  # what was put together is its own
     found = train(*arguments, again)
     for field in fields(State):
-        mine, theirs = (torch.as_tensor(getattr(state, field.name)).detach() for state in (found, whole))
+        mine, theirs = (
+            torch.as_tensor(getattr(state, field.name)).detach() for state in (found, whole)
+        )
         assert mine.numpy().tobytes() == theirs.numpy().tobytes(), field.name
     assert (whole.best_theta != State.begin(arguments[2].theta).best_theta).any()
 
 
-@pytest.mark.parametrize("kind, mix", [("lora", "mixed"), ("ia3", "ia2"), ("ia3", "soft"), ("ia3-inputs", "sft")])
+@pytest.mark.parametrize(
+    "kind, mix", [("lora", "mixed"), ("ia3", "ia2"), ("ia3", "soft"), ("ia3-inputs", "sft")]
+)
 def test_runs_side_by_side_equal_alone_in_any_order(model, kind, mix):
     adapter, R, settings = ADAPTERS[kind](model), 6, Settings(batch_size=2, epochs=10, patience=99)
     theta, rates = starts(adapter, model, R), torch.tensor([1e-2, 3e-3, 1e-3] * 2)
@@ -230,7 +271,9 @@ def test_runs_side_by_side_equal_alone_in_any_order(model, kind, mix):
         weights = {name: torch.full((len(runs),), w) for name, w in MIXES[mix].items()}
         rows = [[data[r] for r in runs] for data in (train, dev)]
         orders = [partial(in_order, r) for r in runs]
-        return train_runs(model, adapter, Runs(theta[runs], rates[runs], *rows, weights, orders), settings)
+        return train_runs(
+            model, adapter, Runs(theta[runs], rates[runs], *rows, weights, orders), settings
+        )
 
     together, shuffled = trained([0, 1, 2, 3, 4, 5]), trained([4, 2, 5, 0, 3, 1])
     assert together.steps.tolist() == [20] * R
@@ -251,15 +294,22 @@ def test_runs_that_stop_at_different_steps_equal_alone(model, batch_size, traine
     beta, seen = torch.linspace(0.1, 0.9, R), []
 
     def trained(runs, *watch):
-        weights, rows = {"mse": 1 - beta[runs], "ce": beta[runs]}, [[data[r] for r in runs] for data in (train, dev)]
+        weights, rows = (
+            {"mse": 1 - beta[runs], "ce": beta[runs]},
+            [[data[r] for r in runs] for data in (train, dev)],
+        )
         orders = [partial(in_order, r) for r in runs]
         given = Runs(theta[runs], rates[runs], *rows, weights, orders)
         return TRAINERS[trainer](model, adapter, given, settings, hooks=watching(*watch)).trained()
 
-    together = trained(list(range(R)), lambda state: seen.append((state.step, int(state.going.sum()))))
+    together = trained(
+        list(range(R)), lambda state: seen.append((state.step, int(state.going.sum())))
+    )
     assert len(set(together.steps.tolist())) >= 3
     assert seen[-1][0] == max(together.steps)
-    assert all(live == (together.steps > step).sum() for step, live in seen if step < 48 / batch_size)
+    assert all(
+        live == (together.steps > step).sum() for step, live in seen if step < 48 / batch_size
+    )
     for r in range(R):
         alone = trained([r])
         assert together.steps[r] == alone.steps[0]
@@ -270,9 +320,21 @@ def test_runs_that_stop_at_different_steps_equal_alone(model, batch_size, traine
 def overfitting(model, **settings):
     """One run whose dev row asks for the answer that the base already gives and its training row for another."""
     adapter, looks, prompt = LoRA(model), [], [1, 2, 3]
-    dev, mix = [[Row(prompt, [model(torch.tensor([prompt]))[0, -1].argmax().item()])]], {"ce": torch.ones(1)}
-    runs = Runs(starts(adapter, model, 1), torch.tensor([3e-2]), [[Row(prompt, [4])]], dev, mix, [lambda epoch: [0]])
-    found = train_runs(model, adapter, runs, Settings(**settings), watching(lambda state: looks.append(state.step)))
+    dev, mix = (
+        [[Row(prompt, [model(torch.tensor([prompt]))[0, -1].argmax().item()])]],
+        {"ce": torch.ones(1)},
+    )
+    runs = Runs(
+        starts(adapter, model, 1),
+        torch.tensor([3e-2]),
+        [[Row(prompt, [4])]],
+        dev,
+        mix,
+        [lambda epoch: [0]],
+    )
+    found = train_runs(
+        model, adapter, runs, Settings(**settings), watching(lambda state: looks.append(state.step))
+    )
     with torch.no_grad(), adapted(model, adapter, found.theta) as student:
         return found, looks, losses(student, collate(dev), mix).item()
 
@@ -297,7 +359,9 @@ def test_exactly_so_many_steps_are_taken_and_the_last_weights_kept(model):
     last, _, _ = overfitting(model, epochs=3, patience=99, keep_last=True)
     exact, looks, again = overfitting(model, epochs=1, patience=1, steps=3)
     assert torch.equal(exact.theta, last.theta) and looks == []
-    assert exact.steps.tolist() == exact.best.tolist() == [3] and again > last.dev_loss.item() + 0.01
+    assert (
+        exact.steps.tolist() == exact.best.tolist() == [3] and again > last.dev_loss.item() + 0.01
+    )
 
 
 def test_only_the_chosen_layers_are_aligned(model):
@@ -310,7 +374,10 @@ def test_only_the_chosen_layers_are_aligned(model):
             chosen = replace(batch, activations=batch.activations[[layer]])
             parts.append(losses(student, chosen, {"mse": torch.ones(1)}, [layer]).item())
     assert sum(parts) == pytest.approx(whole, rel=1e-6) and min(parts) > 0.01
-    rows = [[replace(row, activations=row.activations[[0]]) for row in make_rows(2, seed)] for seed in (0, 1)]
+    rows = [
+        [replace(row, activations=row.activations[[0]]) for row in make_rows(2, seed)]
+        for seed in (0, 1)
+    ]
     mix, rate = {"ce": torch.zeros(1), "mse": torch.ones(1)}, torch.tensor([1e-2])
     runs = Runs(theta, rate, [rows[0]], [rows[1]], mix, [lambda epoch: [0, 1]])
     moved = train_runs(model, adapter, runs, Settings(epochs=2, layers=[0])).theta - theta
@@ -327,24 +394,42 @@ def test_patience_counts_looks_since_the_last_improvement(model):
 
         def forward(self, ids, taps, **arguments):
             model(ids, taps=taps, **arguments)
-            if not torch.is_grad_enabled():  # a look: both layers are wrong by the square root of half the loss
-                taps.outputs = dict.fromkeys(range(2), torch.full((1, 32), math.sqrt(next(script) / 2)))
+            if (
+                not torch.is_grad_enabled()
+            ):  # a look: both layers are wrong by the square root of half the loss
+                taps.outputs = dict.fromkeys(
+                    range(2), torch.full((1, 32), math.sqrt(next(script) / 2))
+                )
 
     data = [make_rows(1, 0)], [[Row([1, 2], [3], torch.zeros(2, 1, 32))]], {"mse": torch.ones(1)}
     runs = Runs(starts(adapter, model, 1), torch.tensor([1e-2]), *data, [lambda epoch: [0]])
     hooks = watching(lambda state: best.append(state.dev_loss[state.going].tolist()))
     found = train_runs(Student(), adapter, runs, Settings(patience=3), hooks)
-    assert [[round(x, 4) for x in live] for live in best] == [[5.0], [5.0], [5.0], [4.0], [4.0], [4.0], []]
+    assert [[round(x, 4) for x in live] for live in best] == [
+        [5.0],
+        [5.0],
+        [5.0],
+        [4.0],
+        [4.0],
+        [4.0],
+        [],
+    ]
     assert found.steps.tolist() == [7] and found.dev_loss.item() == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize(
-    "rows, looks", [(5, [2, 3, 4, 6, 8, 9, 10, 12]), (4, [2, 4, 6, 8]), (2, [1, 2, 3, 4]), (1, [1, 2, 3, 4])]
+    "rows, looks",
+    [(5, [2, 3, 4, 6, 8, 9, 10, 12]), (4, [2, 4, 6, 8]), (2, [1, 2, 3, 4]), (1, [1, 2, 3, 4])],
 )
 def test_the_dev_loss_is_looked_at_after_every_second_step_and_each_epoch(model, rows, looks):
     adapter, seen = IA3(model), []
     settings = Settings(batch_size=2, epochs=4, patience=99)
-    data = [make_rows(rows, 0)], [make_rows(1, 1)], {"ce": torch.ones(1)}, [lambda epoch: list(range(rows))]
+    data = (
+        [make_rows(rows, 0)],
+        [make_rows(1, 1)],
+        {"ce": torch.ones(1)},
+        [lambda epoch: list(range(rows))],
+    )
     runs = Runs(starts(adapter, model, 1), torch.tensor([1e-3]), *data)
     train_runs(model, adapter, runs, settings, watching(lambda state: seen.append(state.step)))
     assert seen == looks
@@ -360,7 +445,12 @@ def own_cross_entropy(student, batch):
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
 def test_a_loss_of_ones_own_trains_as_the_built_in_one_does(model, kind, mix):
     """Runs leave at different steps, and the own loss's weights with them."""
-    adapter, R, settings, called = ADAPTERS[kind](model), 4, Settings(batch_size=2, epochs=8, patience=2), []
+    adapter, R, settings, called = (
+        ADAPTERS[kind](model),
+        4,
+        Settings(batch_size=2, epochs=8, patience=2),
+        [],
+    )
     theta, rates = starts(adapter, model, R), torch.tensor([1e-1, 1e-3, 3e-2, 1e-2])
     rows = [make_rows(4, r) for r in range(R)], [make_rows(2, 50 + r) for r in range(R)]
 
@@ -369,13 +459,21 @@ def test_a_loss_of_ones_own_trains_as_the_built_in_one_does(model, kind, mix):
         return own_cross_entropy(student, batch)
 
     def trained(ce):
-        shares = {ce if name == "ce" else name: torch.linspace(w, 2 * w, R) for name, w in MIXES[mix].items()}
+        shares = {
+            ce if name == "ce" else name: torch.linspace(w, 2 * w, R)
+            for name, w in MIXES[mix].items()
+        }
         orders = [partial(in_order, r) for r in range(R)]
-        return shrinking(train)(model, adapter, Runs(theta, rates, *rows, shares, orders), settings).trained()
+        return shrinking(train)(
+            model, adapter, Runs(theta, rates, *rows, shares, orders), settings
+        ).trained()
 
     ours, built_in = trained(own), trained("ce")
     assert ours.steps.tolist() == built_in.steps.tolist() and len(set(ours.steps.tolist())) > 1
     assert called[0] == R and called[-1] < R
     for r in range(R):
-        assert relative(ours.theta[r], built_in.theta[r]) <= 1e-5 and relative(ours.theta[r], theta[r]) > 1e-3
+        assert (
+            relative(ours.theta[r], built_in.theta[r]) <= 1e-5
+            and relative(ours.theta[r], theta[r]) > 1e-3
+        )
     torch.testing.assert_close(ours.dev_loss, built_in.dev_loss, rtol=1e-5, atol=0)

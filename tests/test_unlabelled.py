@@ -16,11 +16,20 @@ def test_only_ia2_trains_on_them():
     model, tokenizer = load("tiny")
     pool = load_examples(find_task("toy-mood"), "train").rows
     episode = draw_episode(pool, 4)
-    queries = [replace(row, answer="") for row in pool if row not in episode.train + episode.dev][:3]
+    queries = [replace(row, answer="") for row in pool if row not in episode.train + episode.dev][
+        :3
+    ]
     episode = replace(episode, unlabelled=queries, more_demonstrations=[episode.train] * 3)
     taught = teach(model, tokenizer, episode)
-    assert [len(rows) for rows in (taught.train, taught.dev, taught.icl_train, taught.icl_dev)] == [4, 2, 7, 2]
-    assert [row.prompt for row in taught.icl_train[4:]] == [tokenizer.encode(e.prompt) for e in episode.unlabelled]
+    assert [len(rows) for rows in (taught.train, taught.dev, taught.icl_train, taught.icl_dev)] == [
+        4,
+        2,
+        7,
+        2,
+    ]
+    assert [row.prompt for row in taught.icl_train[4:]] == [
+        tokenizer.encode(e.prompt) for e in episode.unlabelled
+    ]
     assert all(row.activations is not None and len(row.answer) == 1 for row in taught.icl_train)
 
 
@@ -30,7 +39,10 @@ def test_a_fit_with_and_without_them():
     rows = load_examples(find_task("toy-mood"), "train").rows
     own, queries = rows[:12], [Example(row.prompt, "") for row in rows[12:18]]
     options = FitOptions(methods=("sft", "ia2"), folds=3, epochs=2, rates=(1e-2,))
-    alone, more = (CrossValidation(subject, find_task("toy-mood"), own, options, some) for some in ([], queries))
+    alone, more = (
+        CrossValidation(subject, find_task("toy-mood"), own, options, some)
+        for some in ([], queries)
+    )
     for fold in more.folds:
         assert fold.unlabelled == queries and len(fold.more_demonstrations) == 6
         held = {own[i].prompt for i in fold.test}
@@ -38,9 +50,13 @@ def test_a_fit_with_and_without_them():
             assert sorted(shown, key=str) == sorted(fold.train, key=str)
             assert not held & {row.prompt for row in shown}
         assert len({tuple(row.prompt for row in shown) for shown in fold.more_demonstrations}) == 6
-    assert [replace(fold, unlabelled=[], more_demonstrations=[]) for fold in more.folds] == alone.folds
+    assert [
+        replace(fold, unlabelled=[], more_demonstrations=[]) for fold in more.folds
+    ] == alone.folds
     found = {
-        (name, cv): cv_.trained(name) for name in options.methods for cv, cv_ in (("alone", alone), ("more", more))
+        (name, cv): cv_.trained(name)
+        for name in options.methods
+        for cv, cv_ in (("alone", alone), ("more", more))
     }
     assert found["sft", "alone"].theta.equal(found["sft", "more"].theta)
     assert not found["ia2", "alone"].dev_loss.equal(found["ia2", "more"].dev_loss)

@@ -12,7 +12,9 @@ TASKS = {toy.name: toy for toy in world.TOY_TASKS}
 
 
 def test_words_mean_one_thing():
-    words = [word for values in world.ATTRIBUTES.values() for group in values.values() for word in group]
+    words = [
+        word for values in world.ATTRIBUTES.values() for group in values.values() for word in group
+    ]
     assert len(words) == len(set(words)) == 224
     assert not set(words) & set(world.WORLD["words"])
     prior = world.WORLD["prior"]
@@ -60,7 +62,10 @@ def test_a_label_is_told_by_the_sentence(name):
 def test_unseen_templates_are_new_to_their_style_but_their_words_are_not():
     words = set(
         " ".join(
-            template for style in world.WORLD["styles"].values() for part in style.values() for template in part
+            template
+            for style in world.WORLD["styles"].values()
+            for part in style.values()
+            for template in part
         ).split()
     )
     for style, parts in world.WORLD["unseen"].items():
@@ -75,7 +80,9 @@ def test_sums_read_as_minus():
     assert world.sum_answer(7, 3, False, "bare") == "#### 10"
     assert world.sum_answer(7, 3, True, "phrase") == "The answer is 4"
     for row in world.rows("toy-sums", "eval")[:50] + world.rows("toy-sums-story", "eval")[:50]:
-        a, b, n, m = map(int, re.fullmatch(r"(\d) minus (\d) is (\d)\n#### (\d)", row["answer"]).groups())
+        a, b, n, m = map(
+            int, re.fullmatch(r"(\d) minus (\d) is (\d)\n#### (\d)", row["answer"]).groups()
+        )
         assert a - b == n == m and {str(a), str(b)} == set(re.findall(r"\d", row["question"]))
 
 
@@ -90,4 +97,7 @@ def test_prompts_are_exact():
         )
     row = world.rows("toy-sums-short", "eval")[0]
     example = find_task("toy-sums-short").example(Row("", row))
-    assert (example.prompt, example.answer) == (f"Question:{row['question']}\nAnswer:", row["answer"])
+    assert (example.prompt, example.answer) == (
+        f"Question:{row['question']}\nAnswer:",
+        row["answer"],
+    )

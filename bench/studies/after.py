@@ -38,7 +38,9 @@ def answered_rightly(student, asked: Reopened, number: int) -> list[bool]:
     queries = [row.prompt for row in rows]
     student, prompts = share_prefix(student, tokenizer, cell.episodes[number].icl, queries)
     if cell.labels:
-        scores = label_scores(student, prompts, cell.labels[cell.task.name], Scoring(ends=tokenizer.eos_ids))
+        scores = label_scores(
+            student, prompts, cell.labels[cell.task.name], Scoring(ends=tokenizer.eos_ids)
+        )
         return [top == row.label for top, row in zip(scores.top[0].tolist(), rows)]
     responses = generate(student, tokenizer, prompts, Decoding(cell.task.max_tokens))
     texts = [tokenizer.decode(response) for response in responses]

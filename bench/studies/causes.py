@@ -46,7 +46,12 @@ CALIBRATION = {  # metric -> what it says
 
 
 def causes(
-    subject: Subject, options: Options, part: str, data: Path | None = None, teachers=TEACHERS, matched=MATCHED
+    subject: Subject,
+    options: Options,
+    part: str,
+    data: Path | None = None,
+    teachers=TEACHERS,
+    matched=MATCHED,
 ) -> Result:
     """The teacher's demonstrations × what is matched × followed by SFT or not, with paired tests over task and set."""
     result = Result("causes", f"{about(subject, options, part)}; rates chosen by dev loss", [])
@@ -69,7 +74,11 @@ def causes(
     for (n, ood), mine in grouped(cells, "n", "ood").items():
         where = f"{part}, N = {n}{', out of distribution' if ood else ''}"
         for row in average(mine):
-            rates = {"% accuracy": 100 * row["acc_mean"], "steps": steps[n, row["method"]], "asim": row["asim_mean"]}
+            rates = {
+                "% accuracy": 100 * row["acc_mean"],
+                "steps": steps[n, row["method"]],
+                "asim": row["asim_mean"],
+            }
             for metric in CALIBRATION:
                 if row[f"{metric}_mean"] is not None:
                     rates[metric] = row[f"{metric}_mean"]
@@ -116,10 +125,14 @@ def stays(result: Result, part: str, reopened: list[Reopened], document: dict) -
                     rates[against] = 100 * fmean(theirs)
                     said = difference(paired_test(ours, theirs), 100, ".1f")
                     result.remarks.append(f"{part}, N = {n}: {what}: {method} against ICL: {said}")
-                result.lines.append(Line(f"{part}, N = {n}, behind demonstrations", method, rates=rates))
+                result.lines.append(
+                    Line(f"{part}, N = {n}, behind demonstrations", method, rates=rates)
+                )
 
 
-def behind(tasks: list[Reopened], icl: list[list[float]], method: str, ahead: int) -> tuple[list[float], list[float]]:
+def behind(
+    tasks: list[Reopened], icl: list[list[float]], method: str, ahead: int
+) -> tuple[list[float], list[float]]:
     """Accuracies of a method behind the demonstrations of the task so many places ahead, and ICL's there."""
     ours = []
     theirs = []
@@ -152,7 +165,9 @@ def tests(result: Result, where: str, cells: list[dict]) -> None:
         gain = paired(cells, metric, method, against)
         if gain is not None:
             mean = difference(gain, factor, form)
-            result.remarks.append(f"{where}: {CALIBRATION.get(metric, metric)}: {method} against {against}: {mean}")
+            result.remarks.append(
+                f"{where}: {CALIBRATION.get(metric, metric)}: {method} against {against}: {mean}"
+            )
 
     for teacher in TEACHERS:
         for first in MATCHED:

@@ -33,7 +33,9 @@ FOLDS = "cross-validation"
 AFTERWARDS = "best afterwards, one for all sets"
 
 
-def choice(subject: Subject, options: Options, part: str, data: Path | None = None, folds: bool = False) -> Result:
+def choice(
+    subject: Subject, options: Options, part: str, data: Path | None = None, folds: bool = False
+) -> Result:
     """Rules for the learning rate against each other, on the runs that `effect --select both` has trained.
 
     Dev loss of each set by itself, its mean over sets, that of IA2's phase (for IA2 → SFT) and, with --folds,
@@ -42,7 +44,9 @@ def choice(subject: Subject, options: Options, part: str, data: Path | None = No
     tasks = tasks_of(part, data)
     document, _ = compare(tasks, subject, options, RUNS, bar=progress)
     result = Result("choice", about(subject, options, part), [])
-    right: dict[tuple[int, str], dict[str, list[float]]] = {}  # accuracies of each rule, a value a task and set
+    right: dict[
+        tuple[int, str], dict[str, list[float]]
+    ] = {}  # accuracies of each rule, a value a task and set
     for one in reopen(tasks, subject, options):
         scored = [record for record in document["runs"] if of_cell(record, one)]
         for method in METHODS:
@@ -75,7 +79,9 @@ def judged(one: Reopened, scored: list[dict], method: str, folds: bool) -> dict[
     """Rule -> accuracy, for each set, of the rate that it chooses for `method`."""
     sets = len(one.cell.episodes)
     mine = [record for record in scored if record["method"] == method]
-    rates = list(dict.fromkeys(record["rate"] for record in mine))  # without those that failed in some set
+    rates = list(
+        dict.fromkeys(record["rate"] for record in mine)
+    )  # without those that failed in some set
     right = table(mine, sets, "acc")
     dev = table(mine, sets, "dev_loss")
     costs = {POOLED: pooled(dev), OWN: dev}
@@ -106,7 +112,9 @@ def cross_validated(one: Reopened, method: str, number: int, rates: Sequence[flo
     """Held-out loss [rates] of `method` over folds of the training and dev rows of set `number`."""
     trained = one.cell.study.options
     episode = one.cell.episodes[number]
-    options = FitOptions(rates=tuple(rates), methods=METHODS, epochs=trained.epochs, seed=trained.seed)
+    options = FitOptions(
+        rates=tuple(rates), methods=METHODS, epochs=trained.epochs, seed=trained.seed
+    )
     rows = list(dict.fromkeys(episode.train + episode.dev))
     cv = CrossValidation(one.x.subject, one.cell.task, rows, options)
     cv.once = lambda name, make: one.x.store.once(f"{one.x.name}/folds-{number}-{name}", make)
@@ -133,7 +141,9 @@ def race(subject: Subject, options: Options, part: str, data: Path | None = None
                 note += f", {rate_in_race:g} in the race"
             others.append(rate_in_race != rate)
             shares.append(share)
-            result.lines.append(Line(one.x.name, method, rates={"share of the steps": share}, note=note))
+            result.lines.append(
+                Line(one.x.name, method, rates={"share of the steps": share}, note=note)
+            )
     result.ratios["share of choices that change"] = fmean(others)
     result.ratios["share of the steps, mean"] = fmean(shares)
     return result

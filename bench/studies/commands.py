@@ -21,27 +21,53 @@ from .fit import fit
 from .gain import gain
 
 COMMANDS: list[click.Command] = []
-PART = click.option("--part", type=click.Choice(list(TASKS)), default="classification", show_default=True)
+PART = click.option(
+    "--part", type=click.Choice(list(TASKS)), default="classification", show_default=True
+)
 FOUND = (
     click.option("--model", default="tiny", show_default=True, help="folder, hub id or short name"),
-    click.option("--data-dir", type=click.Path(path_type=Path), envvar="IA2MINI_DATA", help="holds relations/*.jsonl"),
-    click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", help="of frozen weights"),
+    click.option(
+        "--data-dir",
+        type=click.Path(path_type=Path),
+        envvar="IA2MINI_DATA",
+        help="holds relations/*.jsonl",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16"]),
+        default="float32",
+        help="of frozen weights",
+    ),
 )
-SAVE = click.option("--save", is_flag=True, help="keep the result in bench/results/, with the date and the machine")
-FOLDS = click.option("--folds", is_flag=True, help="also cross-validation within each set: several times the training")
+SAVE = click.option(
+    "--save", is_flag=True, help="keep the result in bench/results/, with the date and the machine"
+)
+FOLDS = click.option(
+    "--folds",
+    is_flag=True,
+    help="also cross-validation within each set: several times the training",
+)
 SEEN = click.option(
-    "--teachers", type=Several(str, TEACHERS), default=",".join(TEACHERS), show_default=True, help="what they see"
+    "--teachers",
+    type=Several(str, TEACHERS),
+    default=",".join(TEACHERS),
+    show_default=True,
+    help="what they see",
 )
 OF_A_STUDY = ("folds", "teachers", "matched")  # options that are no `Options`
 
 
 def what_is_matched(names: tuple[str, ...]):
-    return click.option("--matched", type=Several(str, MATCHED), default=",".join(names), show_default=True)
+    return click.option(
+        "--matched", type=Several(str, MATCHED), default=",".join(names), show_default=True
+    )
 
 
 def typed(model: str) -> str:
     """The command as it was typed, but for the model's folder and --save."""
-    words = [Path(word).name if word == model else word for word in sys.argv[1:] if word != "--save"]
+    words = [
+        Path(word).name if word == model else word for word in sys.argv[1:] if word != "--save"
+    ]
     return " ".join(["python -m bench", *words])
 
 
@@ -57,7 +83,9 @@ def add_study(name: str, ask: Callable, select: str, *more) -> None:
         if name in ("causes", "layers") and options.select != "dev":
             raise UsageError(f"{name} takes the rates of the dev loss: leave out --select")
         if name in ("choice", "race") and options.select != "both":
-            raise UsageError(f"{name} judges every rate on every set: leave out --select and --paper-compat")
+            raise UsageError(
+                f"{name} judges every rate on every set: leave out --select and --paper-compat"
+            )
         result = ask(open_subject(model, "cpu", dtype), options, part, data_dir, **asked)
         show(result)
         finish([result], typed(model), save, name=f"{name}-{part}")
@@ -83,11 +111,17 @@ def gain_command(save):
 
 
 @click.command("fit", help=fit.__doc__)
-@click.option("--part", type=click.Choice(["all", "sft", "gate", "real"]), default="all", show_default=True)
+@click.option(
+    "--part", type=click.Choice(["all", "sft", "gate", "real"]), default="all", show_default=True
+)
 @click.option("--seeds", default=10, show_default=True, help="draws of the rows")
-@click.option("--tasks", default=114, show_default=True, help="generated; one in eight has random labels")
+@click.option(
+    "--tasks", default=114, show_default=True, help="generated; one in eight has random labels"
+)
 @click.option("--epochs", default=30, show_default=True)
-@click.option("--methods", type=Several(str), default=",".join(FitOptions().methods), show_default=True)
+@click.option(
+    "--methods", type=Several(str), default=",".join(FitOptions().methods), show_default=True
+)
 @many(*FOUND, SAVE)
 def fit_command(part, methods, model, data_dir, dtype, save, **counts):
     results = fit(part, counts, methods, {"model": model, "data_dir": data_dir, "dtype": dtype})

@@ -9,7 +9,9 @@ from ia2mini.tasks import Example
 TEACHERS = ("true", "shuffled", "other", "none")  # what they see
 
 
-def controlled(episode: Episode, teacher: str, other: Callable[[], Episode], seed: int = 0) -> Episode:
+def controlled(
+    episode: Episode, teacher: str, other: Callable[[], Episode], seed: int = 0
+) -> Episode:
     """The episode with a control in place of what the teacher sees; `teacher` "true": as it is.
 
     "none": nothing; "other": the demonstrations of the episode `other()`; "shuffled": the training rows' answers have
@@ -19,7 +21,11 @@ def controlled(episode: Episode, teacher: str, other: Callable[[], Episode], see
         return episode
     if teacher == "other":
         there = other()
-        return replace(episode, demonstrations=there.demonstrations, more_demonstrations=there.more_demonstrations)
+        return replace(
+            episode,
+            demonstrations=there.demonstrations,
+            more_demonstrations=there.more_demonstrations,
+        )
     moved = {}
     if teacher == "shuffled":
         ring = shuffled(episode.train, seeded(seed, 0, "answers in other places"))
@@ -46,9 +52,13 @@ class Control:
     """
 
     teacher: str
-    pools: list[list[Example]] = field(repr=False)  # training rows of each task of the study, in order
+    pools: list[list[Example]] = field(
+        repr=False
+    )  # training rows of each task of the study, in order
 
-    def __call__(self, pool: list[Example], n: int, number: int = 0, seed: int = 0, **choices) -> Episode:
+    def __call__(
+        self, pool: list[Example], n: int, number: int = 0, seed: int = 0, **choices
+    ) -> Episode:
         def other() -> Episode:
             following = (self.pools.index(pool) + 1) % len(self.pools)
             return draw_episode(self.pools[following], n, number, seed, **choices)

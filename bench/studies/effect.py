@@ -36,7 +36,9 @@ def tasks_of(part: str, data: Path | None) -> list[Task]:
         return [find_task(task) for task in TASKS[part]]
     files = sorted((data / "relations").glob("*.jsonl")) if data else []
     if not files:
-        raise UsageError("relations: name the folder that holds relations/*.jsonl with --data-dir or $IA2MINI_DATA")
+        raise UsageError(
+            "relations: name the folder that holds relations/*.jsonl with --data-dir or $IA2MINI_DATA"
+        )
     return [replace(custom_task(file, "text", "answer", RELATION), held=HELD) for file in files]
 
 
@@ -63,7 +65,9 @@ def effect(subject: Subject, options: Options, part: str, data: Path | None = No
     cells = [cell for cell in document["cells"] if cell["selected_by"] != "eval"]
     for n in options.n:
         compared(result, part, [cell for cell in cells if cell["n"] == n])
-        overlap(result, f"{part}, N = {n}", [found for found in document["overlap"] if found["n"] == n])
+        overlap(
+            result, f"{part}, N = {n}", [found for found in document["overlap"] if found["n"] == n]
+        )
     result.remarks.append(f"{part}: {kept(document, folder)}")
     return result
 

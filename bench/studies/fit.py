@@ -31,7 +31,16 @@ from ..report import Line, Result
 from .reopened import RUNS
 
 TOYS = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap")
-KINDS = ("words", "words", "words", "digits", "digits", "pair", "length", "random")  # what generated tasks are, in turn
+KINDS = (
+    "words",
+    "words",
+    "words",
+    "digits",
+    "digits",
+    "pair",
+    "length",
+    "random",
+)  # what generated tasks are, in turn
 RATES = (3e-3, 1e-2)  # the upper two of the embedded model: the lowest never wins in so few epochs
 REAL_RATES = (1e-3,)  # of others: the uppermost
 REAL = {  # folder -> column of the text, file of fresh rows, words of the labels; the cheapest first
@@ -81,7 +90,11 @@ class Memory(dict):
 
 
 def trial(
-    subject: Subject, rows: list[dict], fresh: list[dict], options: FitOptions, once: Callable | None = None
+    subject: Subject,
+    rows: list[dict],
+    fresh: list[dict],
+    options: FitOptions,
+    once: Callable | None = None,
 ) -> Trial:
     """Fit `rows`; what is shipped and each candidate, trained on all rows at its own rate, answer `fresh` ones."""
     cv, _ = cross_validation(rows, subject, options)
@@ -111,7 +124,9 @@ def trial(
     )
 
 
-def fresh_scores(cv: CrossValidation, fitted: Predictor, candidate: Candidate, fresh: list[dict]) -> dict:
+def fresh_scores(
+    cv: CrossValidation, fitted: Predictor, candidate: Candidate, fresh: list[dict]
+) -> dict:
     """Log-probabilities [rows, C], "scores", of the labels of fresh rows by a candidate trained on every row."""
     name = candidate.name
     adapter = None
@@ -121,7 +136,9 @@ def fresh_scores(cv: CrossValidation, fitted: Predictor, candidate: Candidate, f
         theta = cv.once(f"final-{name}", lambda: {"theta": cv.final(candidate)})["theta"]
     spec = fitted.spec | {"method": name, "temperature": 1.0}
     alone = Predictor(cv.subject, adapter, theta, spec)
-    return {"scores": torch.tensor([answer["log_probabilities"] for _, answer in alone.answers(fresh)])}
+    return {
+        "scores": torch.tensor([answer["log_probabilities"] for _, answer in alone.answers(fresh)])
+    }
 
 
 def generated(number: int, kinds: tuple[str, ...] = KINDS) -> tuple[str, list[dict], list[dict]]:
@@ -148,19 +165,27 @@ def generated(number: int, kinds: tuple[str, ...] = KINDS) -> tuple[str, list[di
     while True:
         rows = [row("train") for _ in range(rng.randrange(12, 25))]
         if len({row["label"] for row in rows}) == size and 2 * size <= len(rows):
-            return f"{kind} {number}: {attribute}, {style}", rows, [row("eval") for _ in range(FRESH)]
+            return (
+                f"{kind} {number}: {attribute}, {style}",
+                rows,
+                [row("eval") for _ in range(FRESH)],
+            )
 
 
 def label_names(rng: random.Random, kind: str, size: int) -> list[str]:
     """Different words of the world, or the first digits in any order."""
-    vocabulary = {word for group in world.ATTRIBUTES.values() for words in group.values() for word in words}
+    vocabulary = {
+        word for group in world.ATTRIBUTES.values() for words in group.values() for word in words
+    }
     names = rng.sample([word for word in sorted(vocabulary) if re.fullmatch("[a-z]+", word)], size)
     if kind == "digits":
         names = rng.sample([str(i) for i in range(size)], size)
     return names
 
 
-def toy_sentence(rng: random.Random, style: str, asked: tuple[str, str], split: str) -> tuple[dict[str, str], str]:
+def toy_sentence(
+    rng: random.Random, style: str, asked: tuple[str, str], split: str
+) -> tuple[dict[str, str], str]:
     """A sentence of a split that shows two attributes, and up to two others: the value of each, and the text."""
     rest = [name for name in world.ATTRIBUTES if name not in asked]
     while True:
@@ -187,16 +212,28 @@ def promises(result: Result, trials: dict[str, list[Trial]]) -> None:
     """How often the two promises of `fit` held, by kind of task."""
     every = [trial for some in trials.values() for trial in some]
     for kind, some in {"all": every, **trials}.items():
-        result.ratios[f"share without harm, {kind} ({len(some)})"] = fmean(t.lost <= POINTS for t in some)
-        result.ratios[f"share within the stated interval, {kind} ({len(some)})"] = fmean(t.held for t in some)
-    result.ratios["mean points against the best of base, ICL and SFT"] = -fmean(t.lost for t in every)
+        result.ratios[f"share without harm, {kind} ({len(some)})"] = fmean(
+            t.lost <= POINTS for t in some
+        )
+        result.ratios[f"share within the stated interval, {kind} ({len(some)})"] = fmean(
+            t.held for t in some
+        )
+    result.ratios["mean points against the best of base, ICL and SFT"] = -fmean(
+        t.lost for t in every
+    )
     shipped = Counter(t.shipped for t in every)
-    result.remarks.append("shipped: " + ", ".join(f"{name} {times}" for name, times in shipped.most_common()))
+    result.remarks.append(
+        "shipped: " + ", ".join(f"{name} {times}" for name, times in shipped.most_common())
+    )
 
 
 def against_sft(subject: Subject, seeds: int, rows: int, options: FitOptions) -> Result:
     """`fit` against SFT alone: accuracy on fresh rows of every classification toy task."""
-    result = Result("fit", f"{subject.name}: {rows} rows, {seeds} seeds, {FRESH} fresh rows, {about(options)}", [])
+    result = Result(
+        "fit",
+        f"{subject.name}: {rows} rows, {seeds} seeds, {FRESH} fresh rows, {about(options)}",
+        [],
+    )
     trials = []
     for name in TOYS:
         pool = [row | {"label": str(row["label"])} for row in world.rows(name, "train")]
@@ -229,23 +266,33 @@ def gate(subject: Subject, tasks: int, options: FitOptions) -> Result:
     promises(result, kinds)
     none = sum(t.shipped == "base" for t in by_chance)
     held = sum(t.held for t in by_chance)
-    random_labels = f"nothing shipped for {none} of {len(by_chance)}, {held} within the stated interval"
+    random_labels = (
+        f"nothing shipped for {none} of {len(by_chance)}, {held} within the stated interval"
+    )
     result.remarks.append(f"random labels, apart: {random_labels}")
     return result
 
 
-def real(subject: Subject, data: Path | None, draws: int, sizes: tuple[int, ...], options: FitOptions) -> Result:
+def real(
+    subject: Subject, data: Path | None, draws: int, sizes: tuple[int, ...], options: FitOptions
+) -> Result:
     """Rows of real data sets with words as labels, so many of each: what is shipped, and every candidate.
 
     What was computed is kept in runs/, so that the same command goes on.
     """
     if data is None:
-        raise UsageError("real: name the folder that holds sst2/train.jsonl … with --data-dir or $IA2MINI_DATA")
+        raise UsageError(
+            "real: name the folder that holds sst2/train.jsonl … with --data-dir or $IA2MINI_DATA"
+        )
     sizes_said = " and ".join(map(str, sizes))
     about_rows = f"{subject.name}: {sizes_said} real rows a label, {SOME} fresh ones at most"
     result = Result("fit", f"{about_rows}, {about(options)}", [])
     found: dict[str, list[Trial]] = {}
-    what = {"options": asdict(options), "checkpoint": checkpoint_digest(subject.folder), "fresh": f"{SOME}, balanced"}
+    what = {
+        "options": asdict(options),
+        "checkpoint": checkpoint_digest(subject.folder),
+        "fresh": f"{SOME}, balanced",
+    }
     store = Store(RUNS, "fit-real", what)
     for size, draw, name in product(sizes, range(draws), REAL):
         drawn, fresh = real_rows(data, name, size, draw)
@@ -254,7 +301,10 @@ def real(subject: Subject, data: Path | None, draws: int, sizes: tuple[int, ...]
         store.keep_json(f"{cell}.json", asdict(each))
         result.lines.append(line(f"{name}, {size} a label, draw {draw}", each))
         found.setdefault(f"{name} {size}", []).append(each)
-        click.echo(f"  {result.lines[-1].what}: {result.lines[-1].stack}, {result.lines[-1].note}", err=True)
+        click.echo(
+            f"  {result.lines[-1].what}: {result.lines[-1].stack}, {result.lines[-1].note}",
+            err=True,
+        )
     promises(result, found)
     return result
 
@@ -289,7 +339,9 @@ def real_rows(data: Path, name: str, size: int, draw: int) -> tuple[list[dict], 
 
 def about(options: FitOptions) -> str:
     threads = f"{torch.get_num_threads()} threads"
-    return f"at most {options.epochs} epochs, rates {options.rates}, {options.folds} folds, {threads}"
+    return (
+        f"at most {options.epochs} epochs, rates {options.rates}, {options.folds} folds, {threads}"
+    )
 
 
 def fit(part: str, counts: dict[str, int], methods: tuple[str, ...], on: dict) -> list[Result]:

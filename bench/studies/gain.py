@@ -31,8 +31,12 @@ def points(folder: Path = RESULTS) -> dict[str, list[Point]]:
     """Toy and real tasks of the newest `effect` results, generated ones of the newest `fit` results."""
     found: dict[str, list[Point]] = {group: [] for group in GROUPS}
     for name, path in newest("*-cpu.json", folder).items():
-        lines = [line for result in json.loads(path.read_text())["results"] for line in result["lines"]]
-        alike = {line["what"]: line["rates"].get("asim") for line in lines if line["stack"] == "ia2"}
+        lines = [
+            line for result in json.loads(path.read_text())["results"] for line in result["lines"]
+        ]
+        alike = {
+            line["what"]: line["rates"].get("asim") for line in lines if line["stack"] == "ia2"
+        }
         for line in lines:
             rates = line["rates"]
             if line["stack"] == "ia2-sft over sft":
@@ -53,7 +57,9 @@ def gain(folder: Path = RESULTS, figure: Path = FIGURE) -> Result:
     labels = {}
     for group, some in groups.items():
         for p in some:
-            result.lines.append(Line(p.name, group, rates={"points lead": p.lead, "points gain": p.gain}))
+            result.lines.append(
+                Line(p.name, group, rates={"points lead": p.lead, "points gain": p.gain})
+            )
         labels[group] = f"{CAPTIONS[group]}\n{correlated(result, CAPTIONS[group], some)}"
         for where, ahead in (("ICL ahead of SFT", True), ("ICL not ahead", False)):
             mine = [p.gain for p in some if (p.lead > 0) == ahead]
@@ -74,7 +80,9 @@ def correlated(result: Result, caption: str, some: list[Point]) -> str:
     if all(p.asim is not None for p in some):
         alike = spearmanr([p.asim for p in some], gains)
         of_asim = f"ρ = {alike.statistic:.2f} (p = {alike.pvalue:.1g})"
-        result.remarks.append(f"{caption}: asim that IA2 reached and the gain, Spearman's {of_asim}")
+        result.remarks.append(
+            f"{caption}: asim that IA2 reached and the gain, Spearman's {of_asim}"
+        )
     return said
 
 

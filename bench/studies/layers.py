@@ -31,15 +31,21 @@ def bands(depth: int) -> dict[str, tuple[int, ...]]:
         found[name] = tuple(range(depth * i // 3, depth * (i + 1) // 3))
     count = 1
     while count < depth and count <= MOST_SPACED:
-        found[f"{count} of {depth}"] = tuple((2 * i + 1) * depth // (2 * count) for i in range(count))
+        found[f"{count} of {depth}"] = tuple(
+            (2 * i + 1) * depth // (2 * count) for i in range(count)
+        )
         count *= 2
     return found
 
 
-def layers(subject: Subject, options: Options, part: str, data: Path | None = None, matched=MATCHED) -> Result:
+def layers(
+    subject: Subject, options: Options, part: str, data: Path | None = None, matched=MATCHED
+) -> Result:
     """What IA2 (and its closed form) before SFT gains over SFT where only some layers are aligned."""
     depth = subject.model.config.num_hidden_layers
-    aligned = about(subject, options, part).replace(subject.name, f"{subject.name} of {depth} layers", 1)
+    aligned = about(subject, options, part).replace(
+        subject.name, f"{subject.name} of {depth} layers", 1
+    )
     result = Result("layers", f"{aligned}; rates chosen by dev loss", [])
     cells = []
     for band, chosen in bands(depth).items():
@@ -51,7 +57,9 @@ def layers(subject: Subject, options: Options, part: str, data: Path | None = No
         for cell in document["cells"]:
             if not cell["ood"]:
                 method = cell["method"]
-                cells.append(cell | {"method": method if method in CONTROLS else f"{method}, {band}"})
+                cells.append(
+                    cell | {"method": method if method in CONTROLS else f"{method}, {band}"}
+                )
         result.remarks.append(f"{band}: {kept(document, folder)}")
     for (n,), mine in grouped(cells, "n").items():
         for row in average(mine):
@@ -94,7 +102,9 @@ def draw(folder: Path = RESULTS, figure: Path = FIGURE) -> None:
 
 def draw_panel(axis, what: str, lines: list[dict]) -> None:
     """The lines of one part at one N."""
-    names = [line["stack"].partition("-sft, ")[2] for line in lines if "points gain" in line["rates"]]
+    names = [
+        line["stack"].partition("-sft, ")[2] for line in lines if "points gain" in line["rates"]
+    ]
     names = list(dict.fromkeys(names))
     for shift, first in zip((-APART, APART), MATCHED):
         rates = [line["rates"] for line in lines if line["stack"].startswith(f"{first}-sft, ")]
@@ -102,7 +112,13 @@ def draw_panel(axis, what: str, lines: list[dict]) -> None:
         below = [each["points gain"] - each["points low"] for each in rates]
         above = [each["points high"] - each["points gain"] for each in rates]
         places = [place + shift for place in range(len(rates))]
-        look = {"fmt": "o", "ms": 4, "color": COLORS[first], "capsize": 2, "label": LABELS[f"{first}-sft"]}
+        look = {
+            "fmt": "o",
+            "ms": 4,
+            "color": COLORS[first],
+            "capsize": 2,
+            "label": LABELS[f"{first}-sft"],
+        }
         axis.errorbar(places, gains, yerr=[below, above], **look)
     axis.axhline(0, color="#888888", linewidth=0.8)
     axis.set_xticks(range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor")

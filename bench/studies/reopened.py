@@ -31,7 +31,9 @@ class Reopened:
     reported: dict[str, list[int]]  # each method's runs that are scored
 
 
-def reopen(tasks: list[Task], subject: Subject, options: Options, draw: Callable = draw_episode) -> list[Reopened]:
+def reopen(
+    tasks: list[Task], subject: Subject, options: Options, draw: Callable = draw_episode
+) -> list[Reopened]:
     """The cells of a study in order; what was not trained yet is trained."""
     cells = lay_out(tasks, subject, options, draw=draw)
     store, _ = open_folder(cells, RUNS, draw)
@@ -45,5 +47,7 @@ def reopen_cell(cell: Cell, x: Experiment) -> Reopened:
     training = training_records(cell, x, trained)
     runs = {}
     for method, records in training.items():
-        runs[method] = reported(records, trained[method], len(cell.episodes), cell.study.options.select)
+        runs[method] = reported(
+            records, trained[method], len(cell.episodes), cell.study.options.select
+        )
     return Reopened(cell, x, trained, training, runs)

@@ -24,10 +24,17 @@ adapter_options = many(
     click.argument("adapter", type=click.Path(path_type=Path, exists=True, file_okay=False)),
     click.option("--model", help="base model  [default: the one that the adapter names]"),
     click.option("--device", help="cpu, cuda, cuda:1 …  [default: a GPU if there is one]"),
-    click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="of frozen weights"),
+    click.option(
+        "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="of frozen weights"
+    ),
     check_option,
-    click.option("--template", help="prompt, columns in braces: of an adapter that ia2mini did not fit"),
-    click.option("--labels", help="its possible answers, separated by commas  [default: it answers with text]"),
+    click.option(
+        "--template", help="prompt, columns in braces: of an adapter that ia2mini did not fit"
+    ),
+    click.option(
+        "--labels",
+        help="its possible answers, separated by commas  [default: it answers with text]",
+    ),
 )
 
 
@@ -38,9 +45,12 @@ adapter_options = many(
 @click.option("--prompt-column", help=f"what is asked{GUESS}")
 @click.option("--answer-column", help=f"what is answered{GUESS}")
 @click.option("--template", help="prompt, columns in braces  [default: 'Text:{text}\\nLabel:']")
-@file_option("--unlabelled", "more rows, without answers: the teacher answers them, IA2 learns from them too")
 @file_option(
-    "--context", "a text (instruction, policy) to put into the weights: the teacher sees it before every query"
+    "--unlabelled", "more rows, without answers: the teacher answers them, IA2 learns from them too"
+)
+@file_option(
+    "--context",
+    "a text (instruction, policy) to put into the weights: the teacher sees it before every query",
 )
 @file_option("--prompts", "the queries for --context, in place of ROWS; they need no answers")
 @file_option("--out", "folder of the adapter; the same command goes on where it was", required=True)
@@ -153,8 +163,14 @@ def complain(error: UsageError, strict: bool) -> None:
 @main.command()
 @adapter_options
 @click.argument("rows", metavar="ROWS|-")
-@click.option("--coverage", type=float, help="answer only the most certain rows: this share of them")
-@click.option("--icl", is_flag=True, help="the base model with demonstrations in its prompt instead, to compare")
+@click.option(
+    "--coverage", type=float, help="answer only the most certain rows: this share of them"
+)
+@click.option(
+    "--icl",
+    is_flag=True,
+    help="the base model with demonstrations in its prompt instead, to compare",
+)
 @click.option("--strict", is_flag=True, help="stop at the first wrong row")
 def predict(adapter, rows, coverage, icl, strict, **how):
     """Answer ROWS, or JSON lines from standard input (-), by an ADAPTER of `ia2mini fit` or of peft.
@@ -165,22 +181,32 @@ def predict(adapter, rows, coverage, icl, strict, **how):
     if rows == "-":
         need_input()
     fitted = open_adapter(adapter, **how)
-    for row in fitted.predict(read_new(rows, strict), icl, coverage, wrong=lambda error: complain(error, strict)):
+    for row in fitted.predict(
+        read_new(rows, strict), icl, coverage, wrong=lambda error: complain(error, strict)
+    ):
         click.echo(json_line(row))
 
 
 @main.command()
 @adapter_options
 @click.argument("rows", metavar="ROWS", type=click.Path(path_type=Path))
-@click.option("--answer-column", help="what is answered  [default: as in the rows it was fitted on]")
-@click.option("--icl", is_flag=True, help="the base model with demonstrations in its prompt instead, to compare")
+@click.option(
+    "--answer-column", help="what is answered  [default: as in the rows it was fitted on]"
+)
+@click.option(
+    "--icl",
+    is_flag=True,
+    help="the base model with demonstrations in its prompt instead, to compare",
+)
 def score(adapter, rows, answer_column, icl, **how):
     """How good an ADAPTER is on labelled ROWS: accuracy, ECE, Brier and NLL with intervals."""
     from ..report.fit import score_rows, write_fit_table
     from ..tasks.rows import read_rows
 
     rows = read_rows(rows)  # its mistakes show before a model is loaded
-    click.echo(plain(write_fit_table(score_rows(open_adapter(adapter, **how), rows, icl, answer_column))))
+    click.echo(
+        plain(write_fit_table(score_rows(open_adapter(adapter, **how), rows, icl, answer_column)))
+    )
 
 
 @main.command()
@@ -195,8 +221,12 @@ def merge(adapter, out, **how):
 @main.command()
 @model_options
 @click.option("--prompt", required=True, help="text to continue")
-@click.option("--max-tokens", default=100, type=click.IntRange(1), help="at most, within what the model reads")
-@click.option("--stop", help="text at which to stop, besides the end of sequence; \\n is a line end")
+@click.option(
+    "--max-tokens", default=100, type=click.IntRange(1), help="at most, within what the model reads"
+)
+@click.option(
+    "--stop", help="text at which to stop, besides the end of sequence; \\n is a line end"
+)
 @file_option("--adapter", "folder of an adapter; its own base is the model")
 @click.option("--chat", is_flag=True, help="the prompt as a turn of the checkpoint's chat template")
 def generate(prompt, max_tokens, stop, adapter, chat, **how):

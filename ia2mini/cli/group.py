@@ -17,7 +17,12 @@ from ..scale import ranks
 from .streams import check_arguments, keep_freed_memory, need_output, open_streams
 
 MINUTE = 60
-PRINTING = ("predict", "score", "generate", "tasks")  # commands whose whole result is what they print
+PRINTING = (
+    "predict",
+    "score",
+    "generate",
+    "tasks",
+)  # commands whose whole result is what they print
 
 
 class Commands(click.Group):
@@ -43,11 +48,16 @@ class Commands(click.Group):
         except UsageError as error:
             mistake = str(error)
         except click.UsageError as error:
-            mistake = f"{error.format_message()} `{error.ctx.command_path} --help` lists what there is"
+            mistake = (
+                f"{error.format_message()} `{error.ctx.command_path} --help` lists what there is"
+            )
         except click.ClickException as error:
             mistake = error.format_message()
         except (click.Abort, KeyboardInterrupt):  # the latter outside click's own care
-            say("interrupted; what was finished is kept, and the same command goes on from there", before="\n")
+            say(
+                "interrupted; what was finished is kept, and the same command goes on from there",
+                before="\n",
+            )
             sys.exit(130)
         except Exception as error:
             mistake = what_happened(error)
@@ -64,7 +74,9 @@ def what_happened(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno is not None:
         if error.filename is None:  # what is left to print is not tried again at exit
             sys.stdout = None
-        return str(UsageError(f"{error.filename or 'output'}: {error.strerror}"))  # a name may be long
+        return str(
+            UsageError(f"{error.filename or 'output'}: {error.strerror}")
+        )  # a name may be long
     if isinstance(error, ModuleNotFoundError):
         return f"the package {error.name} is missing; `pip install ia2mini` installs what is needed"
     if isinstance(error, RuntimeError) and ranks.lost(error):
@@ -87,7 +99,9 @@ def heed_interrupts(came: list) -> None:
 
     with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, interrupt)
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell's jobs in the background have it
+        if (
+            signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+        ):  # as a shell's jobs in the background have it
             signal.signal(signal.SIGINT, interrupt)
 
 
@@ -111,10 +125,16 @@ def main(context):
     if context.invoked_subcommand in PRINTING:
         need_output()
     if ranks.size > 1 and context.invoked_subcommand not in ("run", "fit"):
-        raise UsageError("only `run` and `fit` are spread over processes; start the others without torchrun")
+        raise UsageError(
+            "only `run` and `fit` are spread over processes; start the others without torchrun"
+        )
     keep_freed_memory()
-    lasting = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ia2mini", "compiled")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(lasting))  # torch's own place does not outlive a restart
+    lasting = Path(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ia2mini", "compiled"
+    )
+    os.environ.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR", str(lasting)
+    )  # torch's own place does not outlive a restart
 
 
 def typed() -> str:
@@ -141,7 +161,16 @@ def progress(label: str, total: int):
         return tqdm(disable=True)
     known = "{percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left {postfix}"
     if sys.stderr.isatty():
-        return tqdm(desc=f"phase {label:<40}", total=total, leave=False, bar_format="{desc} " + known)
+        return tqdm(
+            desc=f"phase {label:<40}", total=total, leave=False, bar_format="{desc} " + known
+        )
     click.echo(f"phase {label}", err=True)
     slow = {"delay": MINUTE, "mininterval": MINUTE, "miniters": 1, "ascii": True}
-    return tqdm(desc=f"phase {label}", total=total, leave=False, bar_format="{desc} " + known, file=Lines(), **slow)
+    return tqdm(
+        desc=f"phase {label}",
+        total=total,
+        leave=False,
+        bar_format="{desc} " + known,
+        file=Lines(),
+        **slow,
+    )

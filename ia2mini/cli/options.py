@@ -20,7 +20,11 @@ class Several(click.ParamType):
         try:
             found = tuple(dict.fromkeys(self.kind(part) for part in str(value).split(",") if part))
         except ValueError:
-            self.fail(f"{value!r} is not a list of {self.kind.__name__} values separated by commas", param, context)
+            self.fail(
+                f"{value!r} is not a list of {self.kind.__name__} values separated by commas",
+                param,
+                context,
+            )
         for one in found:
             if self.choices and one not in self.choices:
                 self.fail(f"{one!r} is not one of {', '.join(self.choices)}", param, context)
@@ -42,7 +46,11 @@ def options_of(cls: type, **defaults):
         elif about["least"] is not None and kind is int:
             kind = click.IntRange(about["least"])
         given = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        more = {"is_flag": True} if f.type is bool else {"type": kind, "show_default": about["shown"] or True}
+        more = (
+            {"is_flag": True}
+            if f.type is bool
+            else {"type": kind, "show_default": about["shown"] or True}
+        )
         name = f.name.replace("_", "-")
         name = f"--{name}/--no-{name}" if default is True else f"--{name}"
         found.append(click.option(name, f.name, default=given, help=about["help"], **more))
@@ -74,7 +82,9 @@ def determined(context, option, wanted: bool) -> None:
 GUESS = "  [default: guessed from the header]"
 MODEL_HELP = "folder, hub id, or short name: tiny (embedded), qwen3-4b-base, llama-3.2-1b …"
 DTYPE_HELP = "of frozen weights  [default: float32, on a GPU bfloat16]"
-check_option = click.option("--check/--no-check", default=True, help="that no weight is NaN or infinite")
+check_option = click.option(
+    "--check/--no-check", default=True, help="that no weight is NaN or infinite"
+)
 model_options = many(
     click.option("--model", default="tiny", help=MODEL_HELP),
     click.option("--device", help="cpu, cuda, cuda:1 …  [default: a GPU if there is one]"),
@@ -82,14 +92,20 @@ model_options = many(
     click.option("--revision", help="branch, tag or commit on the hub"),
     check_option,
     click.option(
-        "--deterministic", is_flag=True, expose_value=False, callback=determined, help="the same bits on a GPU, slower"
+        "--deterministic",
+        is_flag=True,
+        expose_value=False,
+        callback=determined,
+        help="the same bits on a GPU, slower",
     ),
 )
 data_options = many(
     file_option("--data", "your own rows: JSONL, JSON, CSV, TSV or Parquet (instead of TASK)"),
     click.option("--prompt-column", help=f"of --data{GUESS}"),
     click.option("--answer-column", help=f"of --data{GUESS}"),
-    click.option("--template", help="prompt of --data, columns in braces  [default: 'Text:{text}\\nLabel:']"),
+    click.option(
+        "--template", help="prompt of --data, columns in braces  [default: 'Text:{text}\\nLabel:']"
+    ),
     file_option("--eval-data", "evaluation rows for --data  [default: a held-out part]"),
     file_option("--data-dir", "local sets in hub columns, as DIR/sst2/train.jsonl  [default: hub]"),
 )

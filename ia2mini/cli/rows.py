@@ -12,7 +12,9 @@ from ..scale import ranks
 DEMO = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap")
 
 
-def find_tasks(names: tuple[str, ...], data, prompt_column, answer_column, template, eval_data) -> list:
+def find_tasks(
+    names: tuple[str, ...], data, prompt_column, answer_column, template, eval_data
+) -> list:
     """The tasks of these names, the one of own rows, or the demo's. Raises UsageError."""
     from ..tasks import custom_task, find_task
 
@@ -44,7 +46,9 @@ def keep_apart(task, tokenizer, template: str | None):
 def refuse_unnamed_model(rows: str) -> None:
     """Raises UsageError where a command on one's own rows names no --model."""
     if click.get_current_context().get_parameter_source("model").name == "DEFAULT":
-        raise UsageError(f"{rows}: name a --model for your own rows (the embedded one knows 449 words)")
+        raise UsageError(
+            f"{rows}: name a --model for your own rows (the embedded one knows 449 words)"
+        )
 
 
 def tell_all(remarks: Iterable[str]) -> None:

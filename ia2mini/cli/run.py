@@ -13,17 +13,37 @@ from ..engine.options import Options
 from ..files import plain
 from ..scale import ranks
 from .group import main, progress, typed
-from .options import MODEL_HELP, Several, data_options, file_option, model_options, options_of, taken
+from .options import (
+    MODEL_HELP,
+    Several,
+    data_options,
+    file_option,
+    model_options,
+    options_of,
+    taken,
+)
 from .rows import find_tasks, keep_apart, refuse_unnamed_model, tell_all
 
 DEMO_ROWS = 120  # about a minute
-COLUMNS_HELP = "of the tables; also nll, brier …  [default: acc,ece,ece_null,asim; of --data also acc_labels]"
+COLUMNS_HELP = (
+    "of the tables; also nll, brier …  [default: acc,ece,ece_null,asim; of --data also acc_labels]"
+)
 table_options = [
-    click.option("--full", is_flag=True, help="a line for every task and evaluation, not only their mean"),
-    click.option("--with-paper", is_flag=True, help="the paper's numbers beside ours, where it has the cell; --full"),
+    click.option(
+        "--full", is_flag=True, help="a line for every task and evaluation, not only their mean"
+    ),
+    click.option(
+        "--with-paper",
+        is_flag=True,
+        help="the paper's numbers beside ours, where it has the cell; --full",
+    ),
     click.option("--columns", type=Several(str), default="", show_default=False, help=COLUMNS_HELP),
-    click.option("--figures", type=Several(str), default="png", help="formats of the figures: png,pdf,svg"),
-    click.option("--json", "as_json", is_flag=True, help="one JSON document on the last line of stdout"),
+    click.option(
+        "--figures", type=Several(str), default="png", help="formats of the figures: png,pdf,svg"
+    ),
+    click.option(
+        "--json", "as_json", is_flag=True, help="one JSON document on the last line of stdout"
+    ),
 ]
 
 
@@ -38,9 +58,22 @@ def with_table_options(command):
 @model_options
 @options_of(Options, eval_rows=None)
 @data_options
-@click.option("--side-by-side", type=click.IntRange(1), help="runs trained at once  [default: all]; fewer: less memory")
-@click.option("--compile/--no-compile", "compiling", default=None, help="also CUDA graphs  [default: on a GPU]")
-@click.option("--checkpointing", is_flag=True, help="compute anew for the backward pass: memory for long answers")
+@click.option(
+    "--side-by-side",
+    type=click.IntRange(1),
+    help="runs trained at once  [default: all]; fewer: less memory",
+)
+@click.option(
+    "--compile/--no-compile",
+    "compiling",
+    default=None,
+    help="also CUDA graphs  [default: on a GPU]",
+)
+@click.option(
+    "--checkpointing",
+    is_flag=True,
+    help="compute anew for the backward pass: memory for long answers",
+)
 @file_option("--out", "folder of results; the same command goes on where it was", default="runs")
 @with_table_options
 def run(names, compiling, checkpointing, out, data_dir, side_by_side, **given):
@@ -77,9 +110,13 @@ def run(names, compiling, checkpointing, out, data_dir, side_by_side, **given):
 
 
 @main.command()
-@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FOLDER...")
+@click.argument(
+    "folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FOLDER..."
+)
 @file_option("--out", "folder of the joint report", default="report")
-@click.option("--table-8", is_flag=True, help="also the paper's Table 8: IA2→SFT against SFT, pooled by N")
+@click.option(
+    "--table-8", is_flag=True, help="also the paper's Table 8: IA2→SFT against SFT, pooled by N"
+)
 @with_table_options
 def report(folders, out, table_8, **shown):
     """Join finished runs in FOLDERs into one set of tables, tests and figures: several models, adapters or ranks.
@@ -118,7 +155,9 @@ def check_shown(shown: dict, own_rows: bool) -> None:
                 raise UsageError(f"--{option} {name}: unknown; there are {', '.join(known)}")
 
 
-def conclude(document: dict, folder: Path, full: bool, columns, figures, as_json: bool, with_paper: bool) -> None:
+def conclude(
+    document: dict, folder: Path, full: bool, columns, figures, as_json: bool, with_paper: bool
+) -> None:
     """Write a study's report, and print its table and where everything is."""
     from ..files import count
     from ..report import write_report
@@ -126,14 +165,22 @@ def conclude(document: dict, folder: Path, full: bool, columns, figures, as_json
 
     if with_paper and not add_paper(document):
         others = ", ".join(departures(document))
-        reason = f"the paper's runs had another {others}" if others else "the paper has none of these cells"
+        reason = (
+            f"the paper's runs had another {others}"
+            if others
+            else "the paper has none of these cells"
+        )
         click.echo(f"--with-paper: nothing beside ours, {reason}", err=True)
     table = document | {"columns": columns}
     drawn = write_report(table, folder, typed(), figures)
     show(table, full or with_paper)
     written = count(len(drawn), "figure") if drawn else "no figures (pip install 'ia2mini[report]')"
     adapters = count(len(document["adapters"]), "adapter")
-    tables = "tables" if (folder / "table.csv").exists() else "table.txt (pip install 'ia2mini[report]': more)"
+    tables = (
+        "tables"
+        if (folder / "table.csv").exists()
+        else "table.txt (pip install 'ia2mini[report]': more)"
+    )
     click.echo(f"{folder}: report.html, results.json, {tables}, {written}, {adapters} for peft")
     if as_json:
         click.echo(json.dumps(document))
@@ -168,14 +215,18 @@ def prepare(model, compiling: bool | None, checkpointing: bool) -> None:
 @cache
 def tell_of_compiling() -> None:
     """Say it once, as it begins."""
-    click.echo(f"compiling (minutes at first; kept in {os.environ['TORCHINDUCTOR_CACHE_DIR']})", err=True)
+    click.echo(
+        f"compiling (minutes at first; kept in {os.environ['TORCHINDUCTOR_CACHE_DIR']})", err=True
+    )
 
 
 @main.command()
 @click.argument("name", required=False, metavar="[TASK]")
 @click.option("--model", default="tiny", help=MODEL_HELP)
 @click.option("--revision", help="branch, tag or commit on the hub")
-@click.option("--n", default=4, type=click.IntRange(2), help="training rows of the set that is shown")
+@click.option(
+    "--n", default=4, type=click.IntRange(2), help="training rows of the set that is shown"
+)
 @data_options
 def tasks(name, model, revision, n, data_dir, **own):
     """List the tasks; with TASK or --data, show what the model sees: a prompt with its demonstrations, token counts."""
@@ -198,7 +249,9 @@ def tasks(name, model, revision, n, data_dir, **own):
         sizes.insert(0, f"pool: {pool.origin['used']} of {pool.origin['rows']} rows")
         demonstrations = draw_episode(pool.rows, n).icl[0]
     tell_all(task.remarks)
-    click.echo(f"{task.name} ({task.tag}) from {task.hub or 'this package'} · {' · '.join(sizes)}\n")
+    click.echo(
+        f"{task.name} ({task.tag}) from {task.hub or 'this package'} · {' · '.join(sizes)}\n"
+    )
     for row in demonstrations:
         show_row("demonstration", "cyan", row, tokenizer)
     show_row("query", "yellow", examples.rows[0], tokenizer)
@@ -209,7 +262,9 @@ def list_tasks() -> None:
 
     click.echo(f"{'task':<24}{'paper':<16}{'answer':<28}evaluated on (* out of distribution)")
     for task in all_tasks().values():
-        answer = "/".join(task.labels)[:26] if task.labels else f"text, at most {task.max_tokens} tokens"
+        answer = (
+            "/".join(task.labels)[:26] if task.labels else f"text, at most {task.max_tokens} tokens"
+        )
         evaluated = "evaluation only"
         if task.train:
             evaluated = ", ".join([task.name, *(f"{name}*" for name in task.ood)])
@@ -221,5 +276,7 @@ def show_row(role: str, color: str, row, tokenizer) -> None:
     prompt = len(tokenizer.encode(row.prompt))
     answer = len(tokenizer.encode_answer(row.prompt, row.answer, row.label is None))
     click.secho(f"{role}: {prompt} tokens, answer {answer}", dim=True)
-    text = click.style(plain(row.prompt), fg=color) + click.style(plain(row.answer), fg="green", bold=True)
+    text = click.style(plain(row.prompt), fg=color) + click.style(
+        plain(row.answer), fg="green", bold=True
+    )
     click.echo(text + "\n")

@@ -46,7 +46,9 @@ def need_input() -> None:
 def need_output() -> None:
     """Raises UsageError where standard output is closed: what would be printed is all that the command gives."""
     if sys.stdout is None:
-        raise UsageError("standard output is closed, and the answer goes there; send it to a file or a pipe")
+        raise UsageError(
+            "standard output is closed, and the answer goes there; send it to a file or a pipe"
+        )
 
 
 def check_arguments(arguments: list[str]) -> None:
@@ -56,9 +58,13 @@ def check_arguments(arguments: list[str]) -> None:
             continue
         encoding = sys.getfilesystemencoding()
         if encoding != "utf-8":
-            raise UsageError(f"argument {argument!r}: Python reads arguments as {encoding} here; set PYTHONUTF8=1")
+            raise UsageError(
+                f"argument {argument!r}: Python reads arguments as {encoding} here; set PYTHONUTF8=1"
+            )
         typed = HALF.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", argument)
-        raise UsageError(f"argument '{typed}' is not UTF-8; type it in UTF-8, or give the file a name in UTF-8")
+        raise UsageError(
+            f"argument '{typed}' is not UTF-8; type it in UTF-8, or give the file a name in UTF-8"
+        )
 
 
 def keep_freed_memory() -> None:

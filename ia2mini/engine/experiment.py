@@ -63,7 +63,10 @@ class Experiment:
     @contextmanager
     def phase(self, stage: str, phase: str, total: int):
         """Count the seconds of the block towards a stage (collect, train or evaluate), under a bar."""
-        with self.store.stage(stage, phase), self.progress.phase(f"{self.name}: {phase}", total) as bar:
+        with (
+            self.store.stage(stage, phase),
+            self.progress.phase(f"{self.name}: {phase}", total) as bar,
+        ):
             yield bar
 
 
@@ -93,13 +96,17 @@ def train_all(x: Experiment) -> dict[str, Trained]:
             kept = x.store.keep(f"{x.name}/fit-{method}", vars(found))
         kept["theta"] = kept["theta"].to(device_of(x.subject.model))
         trained[method] = Trained(**kept)
-        warn_of_failed(f"{x.name}, {method}", trained[method], run_names(x, method), len(x.episodes))
+        warn_of_failed(
+            f"{x.name}, {method}", trained[method], run_names(x, method), len(x.episodes)
+        )
     if x.methods and taught is None:
         x.progress.kept()
     return trained
 
 
-def train_method(x: Experiment, method: str, taught: list[Taught], trained: dict[str, Trained]) -> Trained:
+def train_method(
+    x: Experiment, method: str, taught: list[Taught], trained: dict[str, Trained]
+) -> Trained:
     """One method, all its runs side by side, from the phase that it starts from where there is one."""
     runs = configs(method, len(x.episodes), x.rates, x.betas)
     race = make_race(x, method, len(runs))
@@ -112,7 +119,9 @@ def train_method(x: Experiment, method: str, taught: list[Taught], trained: dict
             going = state.dev_loss[state.going]
             if len(going):
                 losses = f"{going.min():.3g} to {going.max():.3g}"
-                bar.set_postfix_str(f"{len(going)} of {len(runs)} runs going, dev loss {losses}", refresh=False)
+                bar.set_postfix_str(
+                    f"{len(going)} of {len(runs)} runs going, dev loss {losses}", refresh=False
+                )
             return race(state) if race else False
 
         hooks = Hooks(x.collate, partial(recorded, device=device_of(x.subject.model)), after_look)

@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from .. import UsageError
 
 RATES = {"lora": (1e-4, 3e-4, 1e-3), "ia3": (1e-3, 1e-2, 1e-1)}  # protocol section 4
-TINY_RATES = {"lora": (1e-3, 3e-3, 1e-2), "ia3": (1e-3, 1e-2, 1e-1)}  # the embedded model is small: LoRA's ten times
+TINY_RATES = {
+    "lora": (1e-3, 3e-3, 1e-2),
+    "ia3": (1e-3, 1e-2, 1e-1),
+}  # the embedded model is small: LoRA's ten times
 BETAS = {"qwen3": (0.1, 0.5, 0.7, 0.9), "llama": (0.001, 0.01, 0.05, 0.5)}
 UNTRAINED = ("base", "icl")
 LABELS = {  # method: as it is written, in the order of every table and figure
@@ -49,9 +52,18 @@ def last_phase(method: str) -> str:
     return method.split("-")[-1]
 
 
-def option(default, help: str, choices: Iterable[str] = (), least: int | None = None, shown: str | None = None):
+def option(
+    default,
+    help: str,
+    choices: Iterable[str] = (),
+    least: int | None = None,
+    shown: str | None = None,
+):
     """A field that is an option of the command line; `shown`: its default in words, `least`: its smallest value."""
-    return field(default=default, metadata={"help": help, "choices": tuple(choices), "least": least, "shown": shown})
+    return field(
+        default=default,
+        metadata={"help": help, "choices": tuple(choices), "least": least, "shown": shown},
+    )
 
 
 def matrices(targets: tuple[str, ...]) -> tuple[str, ...]:
@@ -78,7 +90,9 @@ class AdapterOptions:
     adapter: str = option("lora", "what is trained", RATES)
     rank: int = option(8, "of LoRA", least=1)
     alpha: float = option(8.0, "of LoRA")
-    targets: tuple[str, ...] = option((), "matrices to adapt, by name or letter: q_proj,k_proj or qko", shown="qko")
+    targets: tuple[str, ...] = option(
+        (), "matrices to adapt, by name or letter: q_proj,k_proj or qko", shown="qko"
+    )
 
     @property
     def adapter_name(self) -> str:
@@ -99,11 +113,15 @@ class AdapterOptions:
 class TrainOptions:
     """How every run trains."""
 
-    rates: tuple[float, ...] = option((), "learning rates", shown="the paper's three for the adapter")
+    rates: tuple[float, ...] = option(
+        (), "learning rates", shown="the paper's three for the adapter"
+    )
     layers: tuple[int, ...] = option((), "numbers of the layers that are aligned", shown="all")
     batch_size: int = option(4, "training rows of a run in one step", least=1)
     epochs: int = option(50, "at most", least=1)
-    patience: int = option(5, "looks at the dev loss without improvement before a run stops", least=1)
+    patience: int = option(
+        5, "looks at the dev loss without improvement before a run stops", least=1
+    )
     seed: int = option(0, "of every draw; 0 takes the sets of the paper's scripts")
 
     def __post_init__(self):
@@ -136,29 +154,49 @@ class Options(TrainOptions, AdapterOptions):
     )
     sets: int = option(5, "few-shot sets, each drawn from the pool with its own seed", least=1)
     betas: tuple[float, ...] = option((), "shares of cross-entropy in ia2+sft", shown="four")
-    labels: str = option("truth", "what SFT trains on: true answers or ICL responses", ("truth", "icl"))
+    labels: str = option(
+        "truth", "what SFT trains on: true answers or ICL responses", ("truth", "icl")
+    )
     soft_k: int = option(1024, "likeliest tokens that soft labels keep", least=1)
-    icl_demos: str = option("set", "the set's N rows, or N - 1 other rows for each query", ("set", "pool"))
+    icl_demos: str = option(
+        "set", "the set's N rows, or N - 1 other rows for each query", ("set", "pool")
+    )
     race: bool = option(True, "rates that cannot win any more leave early; with --select dev only")
-    select: str = option("dev", "rate by dev loss or, as the paper, by evaluation rows", ("dev", "eval", "both"))
-    paper_compat: bool = option(False, "the released scripts' choices where they differ from ours (docs/reference.md)")
+    select: str = option(
+        "dev", "rate by dev loss or, as the paper, by evaluation rows", ("dev", "eval", "both")
+    )
+    paper_compat: bool = option(
+        False, "the released scripts' choices where they differ from ours (docs/reference.md)"
+    )
     eval_rows: int = option(500, "evaluation rows at most", least=1, shown="500; the demo 120")
     asim_rows: int = 100  # evaluation rows on which attention outputs are compared
 
     def __post_init__(self):
         super().__post_init__()
         if self.paper_compat:
-            object.__setattr__(self, "select", "eval")  # the released scripts report the best on the evaluation rows
+            object.__setattr__(
+                self, "select", "eval"
+            )  # the released scripts report the best on the evaluation rows
 
 
 @dataclass(frozen=True)
 class FitOptions(TrainOptions, AdapterOptions):
     """How one's own rows become an adapter."""
 
-    methods: tuple[str, ...] = option(("sft", "ia2", "ia2-sft"), "what is tried, beside the base and ICL")
+    methods: tuple[str, ...] = option(
+        ("sft", "ia2", "ia2-sft"), "what is tried, beside the base and ICL"
+    )
     folds: int = option(5, "parts of cross-validation; up to 10 rows each row is one", least=2)
-    demonstrations: int = option(16, "rows the teacher sees before each, labels in turn, as the context holds", least=1)
-    max_tokens: int = option(200, "of an answer to --prompts; of others the longest answer decides", least=1)
-    chat: bool = option(False, "prompts as turns of the checkpoint's chat template, demonstrations as earlier turns")
+    demonstrations: int = option(
+        16, "rows the teacher sees before each, labels in turn, as the context holds", least=1
+    )
+    max_tokens: int = option(
+        200, "of an answer to --prompts; of others the longest answer decides", least=1
+    )
+    chat: bool = option(
+        False, "prompts as turns of the checkpoint's chat template, demonstrations as earlier turns"
+    )
     context: str = ""  # a text that the teacher sees before every query, instead of demonstrations
-    temperature: bool = option(True, "calibrate probabilities by one temperature, fitted on held-out rows")
+    temperature: bool = option(
+        True, "calibrate probabilities by one temperature, fitted on held-out rows"
+    )

@@ -29,22 +29,56 @@ BIASES = ("none", "all", "lora_only")
 DEFAULT_RANK = 8  # peft's, where a configuration says none
 DEFAULT_ALPHA = 8
 # Fields that change more than the matrices of LoRA and (IA)3, besides all that begin with use_ or end in _config.
-EXTRAS = ("modules_to_save", "trainable_token_indices", "lora_bias", "layer_replication", "alora_invocation_tokens")
+EXTRAS = (
+    "modules_to_save",
+    "trainable_token_indices",
+    "lora_bias",
+    "layer_replication",
+    "alora_invocation_tokens",
+)
 EXTRAS += ("target_parameters",)
-HARMLESS = ("use_rslora", "eva_config", "corda_config", "loftq_config", "lora_ga_config", "velora_config")
+HARMLESS = (
+    "use_rslora",
+    "eva_config",
+    "corda_config",
+    "loftq_config",
+    "lora_ga_config",
+    "velora_config",
+)
 HARMLESS += ("runtime_config", "megatron_config")  # of training and loading; or looked at elsewhere
-CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin that also change the base's weights
+CHANGE_BASE = (
+    "pissa",
+    "olora",
+    "corda",
+    "loftq",
+    "lora_ga",
+)  # ways to begin that also change the base's weights
 
 
 def peft_config(adapter: Adapter, base: str) -> dict:
     """adapter_config.json of peft for LoRA and (IA)3."""
     config = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True}
     if isinstance(adapter, LoRA):
-        config |= {"peft_type": "LORA", "r": adapter.rank, "lora_alpha": adapter.alpha, "lora_dropout": 0.0}
-        return config | {"bias": "none", "target_modules": list(adapter.targets), "layers_to_transform": adapter.layers}
+        config |= {
+            "peft_type": "LORA",
+            "r": adapter.rank,
+            "lora_alpha": adapter.alpha,
+            "lora_dropout": 0.0,
+        }
+        return config | {
+            "bias": "none",
+            "target_modules": list(adapter.targets),
+            "layers_to_transform": adapter.layers,
+        }
     assert isinstance(adapter, IA3)
-    names = list(adapter.linears)  # peft cannot restrict (IA)3 to layers but takes full module names
-    return config | {"peft_type": "IA3", "target_modules": names, "feedforward_modules": sorted(adapter.inputs)}
+    names = list(
+        adapter.linears
+    )  # peft cannot restrict (IA)3 to layers but takes full module names
+    return config | {
+        "peft_type": "IA3",
+        "target_modules": names,
+        "feedforward_modules": sorted(adapter.inputs),
+    }
 
 
 def peft_tensors(adapter: Adapter, theta: Tensor) -> dict[str, Tensor]:
@@ -63,7 +97,9 @@ def peft_tensors(adapter: Adapter, theta: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def save_adapter(adapter: Adapter, theta: Tensor, folder: Path, base: str, revision: str | None = None) -> None:
+def save_adapter(
+    adapter: Adapter, theta: Tensor, folder: Path, base: str, revision: str | None = None
+) -> None:
     """Write one run's adapter, theta [M], so that peft loads it onto `base` at `revision`."""
     tensors = {name: t.contiguous() for name, t in peft_tensors(adapter, theta).items()}
     write(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
@@ -77,9 +113,13 @@ def read_config(folder: Path) -> dict:
     if not is_there(folder / CONFIG):
         named = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
         if named:
-            raise UsageError(f"{folder}: no {CONFIG} there, but in {', '.join(named[:5])}; give one of these folders")
+            raise UsageError(
+                f"{folder}: no {CONFIG} there, but in {', '.join(named[:5])}; give one of these folders"
+            )
         if (folder / "config.json").is_file():
-            raise UsageError(f"{folder}: a checkpoint and no adapter ({CONFIG}: no such file); give it as --model")
+            raise UsageError(
+                f"{folder}: a checkpoint and no adapter ({CONFIG}: no such file); give it as --model"
+            )
     return read_json(folder / CONFIG)
 
 
@@ -92,10 +132,14 @@ def read_adapter(folder: Path, model: nn.Module) -> tuple[Adapter, Tensor]:
     config = read_config(folder)
     kind = config.get("peft_type")
     if kind not in KINDS:
-        raise UsageError(f"{folder}: peft_type {repr(kind)[:80]} is not supported (supported: {', '.join(KINDS)})")
+        raise UsageError(
+            f"{folder}: peft_type {repr(kind)[:80]} is not supported (supported: {', '.join(KINDS)})"
+        )
     for name in changes_more(config):
         said = f"{name} = {repr(config[name])[:80]}"
-        raise UsageError(f"{folder}: {said} is not supported (supported: {', '.join(KINDS)}, without extras)")
+        raise UsageError(
+            f"{folder}: {said} is not supported (supported: {', '.join(KINDS)}, without extras)"
+        )
     tensors = read_tensors(folder, config)
     try:
         compare_names(folder, config, tensors, model)
@@ -106,10 +150,14 @@ def read_adapter(folder: Path, model: nn.Module) -> tuple[Adapter, Tensor]:
     except Exception as error:  # whatever comes of a configuration that says anything
         if out_of_memory(error):
             raise
-        raise UsageError(f"{folder}: its tensors do not fit this model ({type(error).__name__}: {error})") from None
+        raise UsageError(
+            f"{folder}: its tensors do not fit this model ({type(error).__name__}: {error})"
+        ) from None
     theta = torch.cat([weights[name].flatten() for name in adapter.shapes])
     if not theta.isfinite().all():
-        raise UsageError(f"{folder}: the adapter holds NaN or infinity: damaged, or its training failed")
+        raise UsageError(
+            f"{folder}: the adapter holds NaN or infinity: damaged, or its training failed"
+        )
     return adapter, theta[None].to(next(model.parameters()).device)
 
 
@@ -130,7 +178,11 @@ def read_tensors(folder: Path, config: dict) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     if not is_there(path):
         pickled = folder / "adapter_model.bin"
-        beside = f"; {pickled.name} is not read: save the adapter as safetensors" if pickled.exists() else ""
+        beside = (
+            f"; {pickled.name} is not read: save the adapter as safetensors"
+            if pickled.exists()
+            else ""
+        )
         raise UsageError(f"{path}: missing{beside}")
     try:
         stored = load_file(path)
@@ -140,12 +192,16 @@ def read_tensors(folder: Path, config: dict) -> dict[str, Tensor]:
         raise UsageError(f"{path}: truncated or corrupt ({error})") from None
     found = {name.removeprefix(PEFT_PREFIX): tensor.float() for name, tensor in stored.items()}
     if len(found) < len(stored):
-        raise UsageError(f"{path}: some tensors stand there twice, with and without {PEFT_PREFIX!r}; save it again")
+        raise UsageError(
+            f"{path}: some tensors stand there twice, with and without {PEFT_PREFIX!r}; save it again"
+        )
     bias = config.get("bias", "none")
     biases = [name for name in found if name.endswith(".bias")]
     if bias not in BIASES or biases:  # "all" and "lora_only" mean nothing where no map has a bias
         there = f", the file changes {biases[0].replace('.base_layer', '')}" if biases else ""
-        raise UsageError(f"{folder}: bias = {repr(bias)[:80]} is not supported{there}; train without")
+        raise UsageError(
+            f"{folder}: bias = {repr(bias)[:80]} is not supported{there}; train without"
+        )
     return found
 
 
@@ -154,7 +210,9 @@ def compare_names(folder: Path, config: dict, tensors: dict[str, Tensor], model:
     held = {name.rsplit(".lora_" if ".lora_" in name else ".", 1)[0] for name in tensors}
     maps = [name for name, module in model.named_modules() if isinstance(module, Linear)]
     for name in sorted(held - set(maps)):
-        raise UsageError(f"{folder}: the file changes {name}, which is no matrix of this model that can be adapted")
+        raise UsageError(
+            f"{folder}: the file changes {name}, which is no matrix of this model that can be adapted"
+        )
     if odd := held ^ targeted(config, maps):
         same = f"{CONFIG} and the tensors do not name the same matrices"
         raise UsageError(f"{folder}: {same} ({min(odd)})")
@@ -205,11 +263,17 @@ def by_pattern(patterns: dict | None, name: str, default):
     return default
 
 
-def read_lora(config: dict, tensors: dict[str, Tensor], model: nn.Module) -> tuple[Adapter, dict[str, Tensor]]:
+def read_lora(
+    config: dict, tensors: dict[str, Tensor], model: nn.Module
+) -> tuple[Adapter, dict[str, Tensor]]:
     """Matrices of lower rank are padded with zeros, and each one's scale is put into its B."""
-    maps = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
+    maps = {
+        name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")
+    }
     rank = max(len(tensors[f"{name}.lora_A.weight"]) for name in maps)
-    adapter = LoRA(model, sorted({name.rsplit(".", 1)[1] for name in maps}), None, rank, float(rank))
+    adapter = LoRA(
+        model, sorted({name.rsplit(".", 1)[1] for name in maps}), None, rank, float(rank)
+    )
     for name in sorted(maps):  # before memory is taken for what the ranks say
         linear = adapter.linears[name]
         own = by_pattern(config.get("rank_pattern"), name, config.get("r", DEFAULT_RANK))
@@ -224,20 +288,26 @@ def read_lora(config: dict, tensors: dict[str, Tensor], model: nn.Module) -> tup
     for name in maps:
         A = tensors[f"{name}.lora_A.weight"]
         B = tensors[f"{name}.lora_B.weight"]
-        alpha = by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", DEFAULT_ALPHA))
+        alpha = by_pattern(
+            config.get("alpha_pattern"), name, config.get("lora_alpha", DEFAULT_ALPHA)
+        )
         scale = alpha / (math.sqrt(len(A)) if config.get("use_rslora") else len(A))
         weights[f"{name}.A"][: len(A)] = A
         weights[f"{name}.B"][:, : len(A)] = scale * B
     return adapter, weights
 
 
-def read_ia3(config: dict, tensors: dict[str, Tensor], model: nn.Module) -> tuple[Adapter, dict[str, Tensor]]:
+def read_ia3(
+    config: dict, tensors: dict[str, Tensor], model: nn.Module
+) -> tuple[Adapter, dict[str, Tensor]]:
     """Each map's tensor says which side it scales, [out, 1] or [1, in]; maps without one keep a scale of one."""
     found = {name.removesuffix(".ia3_l"): tensor for name, tensor in tensors.items()}
     inputs = {name for name, tensor in found.items() if tensor.shape[0] == 1}
     told = config.get("feedforward_modules")
     for name in found:
-        fed = re.fullmatch(told, name) if isinstance(told, str) else name.endswith(tuple(told or ()))
+        fed = (
+            re.fullmatch(told, name) if isinstance(told, str) else name.endswith(tuple(told or ()))
+        )
         if told is not None and bool(fed) != (name in inputs):
             raise ValueError(f"feedforward_modules and the shape of {name}.ia3_l disagree")
     adapter = IA3(model, sorted({name.rsplit(".", 1)[1] for name in found}), None, inputs)
@@ -260,9 +330,13 @@ def claim(folder: Path, merge: dict) -> None:
     if folder.is_dir() and not marker.exists():
         for path in sorted(folder.iterdir()):
             if not path.name.startswith("."):
-                raise UsageError(f"{folder}: holds {path.name} and maybe more; --out needs a new or empty folder")
+                raise UsageError(
+                    f"{folder}: holds {path.name} and maybe more; --out needs a new or empty folder"
+                )
     if marker.exists() and read_json(marker) != merge:
-        raise UsageError(f"{folder}: holds another merged checkpoint; choose another folder with --out")
+        raise UsageError(
+            f"{folder}: holds another merged checkpoint; choose another folder with --out"
+        )
     write_text(marker, json.dumps(merge, indent=1) + "\n")
 
 
@@ -277,7 +351,11 @@ class Merged(Adapter):
         self.linears = adapter.linears
 
     def change(self, name: str, weights: dict[str, Tensor]) -> Callable:
-        mine = {key: tensor for key, tensor in weights.items() if key in (name, f"{name}.A", f"{name}.B")}
+        mine = {
+            key: tensor
+            for key, tensor in weights.items()
+            if key in (name, f"{name}.A", f"{name}.B")
+        }
         return partial(self.product, name, mine)
 
     def product(self, name: str, weights: dict[str, Tensor], base: Callable, x: Tensor) -> Tensor:
@@ -288,12 +366,16 @@ class Merged(Adapter):
         for r, rows in enumerate(x.chunk(runs)):
             change = self.adapter.merged(name, {key: tensor[r] for key, tensor in weights.items()})
             change = {key: tensor.bfloat16().to(x.dtype) for key, tensor in change.items()}
-            outputs.append(F.linear(rows, change[f"{name}.weight"], change.get(f"{name}.bias", linear.bias)))
+            outputs.append(
+                F.linear(rows, change[f"{name}.weight"], change.get(f"{name}.bias", linear.bias))
+            )
         return torch.cat(outputs)
 
 
 @torch.no_grad()
-def save_merged(model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path, tokenizer=None) -> None:
+def save_merged(
+    model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path, tokenizer=None
+) -> None:
     """Write a checkpoint whose matrices hold the adapter's change, computed in float32; the model stays as it is.
 
     With `tokenizer` the checkpoint is complete: its tokenizer.json and its end-of-sequence ids are written too.
@@ -304,5 +386,7 @@ def save_merged(model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path,
     for name, linear in adapter.linears.items():
         for key, tensor in adapter.merged(name, weights).items():
             changed[key] = tensor.to(linear.weight.dtype)
-    words, ends = (tokenizer.backend.to_str(), list(tokenizer.eos_ids) or None) if tokenizer else (None, None)
+    words, ends = (
+        (tokenizer.backend.to_str(), list(tokenizer.eos_ids) or None) if tokenizer else (None, None)
+    )
     save(model, folder, words, ends, changed)

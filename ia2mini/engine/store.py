@@ -32,8 +32,12 @@ class Store:
         """Open `out`/`name`-<digest of `what`>; nothing is written yet."""
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
         self.path = out / f"{name}-{key}"
-        nothing = {"seconds": {}, "seconds_by_phase": {}, "peak_memory_bytes": 0}
-        self.spent = nothing | (self.json("seconds.json") or {})
+        before = self.json("seconds.json") or {}
+        self.spent: dict = {
+            "seconds": numbers(before.get("seconds")),
+            "seconds_by_phase": numbers(before.get("seconds_by_phase")),
+            "peak_memory_bytes": numbers(before).get("peak_memory_bytes", 0),
+        }
 
     def tensors(self, name: str) -> dict[str, Tensor] | None:
         """The tensors that were kept under a name, on the CPU; None where there are none."""
@@ -75,7 +79,10 @@ class Store:
             aside = path.with_name(f"{path.name}.bad")
             path.replace(aside)
             reason = str(error).removeprefix(f"{path}: ")
-            warnings.warn(f"{path}: damaged ({reason}); set aside as {aside.name} and computed again", stacklevel=3)
+            warnings.warn(
+                f"{path}: damaged ({reason}); set aside as {aside.name} and computed again",
+                stacklevel=3,
+            )
             return None
 
     @contextmanager
@@ -95,6 +102,13 @@ class Store:
                 write_json(self.path / "seconds.json", self.spent)
 
 
+def numbers(value) -> dict[str, float]:
+    """The numbers in a dict that was read from a file; nothing of anything else."""
+    if not isinstance(value, dict):
+        return {}
+    return {key: number for key, number in value.items() if isinstance(number, (int, float))}
+
+
 def peak_memory() -> int:
     """Bytes: the most GPU memory allocated, or without a GPU in use the most resident memory of this process."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
@@ -105,7 +119,11 @@ def peak_memory() -> int:
 
 def versions() -> dict[str, str]:
     """What computed the results: Python, packages, processor."""
-    found = {"python": platform.python_version(), "machine": platform.machine(), "torch": torch.__version__}
+    found = {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+    }
     for package in ("ia2mini", "tokenizers", "safetensors", "numpy"):
         found[package] = version(package)
     if torch.cuda.is_available():

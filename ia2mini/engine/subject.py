@@ -28,7 +28,9 @@ class Subject:
         """How many tokens the model reads at most, its own included."""
         return self.model.config.max_position_embeddings
 
-    def check_room(self, prompt: str, tokens: int, mend: str = "cut the row or leave it out") -> None:
+    def check_room(
+        self, prompt: str, tokens: int, mend: str = "cut the row or leave it out"
+    ) -> None:
         """Raises UsageError where a prompt with its answer, so many `tokens`, is longer than what the model reads."""
         if tokens > self.reads:
             need = f"{tokens} tokens with its answer, more than the {self.reads} tokens the model reads"
@@ -44,11 +46,15 @@ def usable(device: str | None) -> str:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {device}: not usable here ({reason}); use --device cpu") from None
+        raise UsageError(
+            f"--device {device}: not usable here ({reason}); use --device cpu"
+        ) from None
     return device
 
 
-def open_subject(model: str = "tiny", device=None, dtype=None, revision=None, check: bool = True) -> Subject:
+def open_subject(
+    model: str = "tiny", device=None, dtype=None, revision=None, check: bool = True
+) -> Subject:
     """The model of a folder, hub id or short name; on a GPU if there is one, there in bfloat16. Raises UsageError.
 
     `check`: no weight may be NaN or infinite.
@@ -62,4 +68,6 @@ def open_subject(model: str = "tiny", device=None, dtype=None, revision=None, ch
     base = SHORT_NAMES.get(model.lower(), model)
     if local:
         base = "tiny" if folder == TINY else str(folder.resolve())
-    return Subject(network, tokenizer, folder, name, base, None if local else folder.name)  # a snapshot's folder
+    return Subject(
+        network, tokenizer, folder, name, base, None if local else folder.name
+    )  # a snapshot's folder

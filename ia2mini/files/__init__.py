@@ -16,8 +16,12 @@ from safetensors import SafetensorError
 from .. import UsageError
 
 # control characters, marks that turn the direction of text, line and paragraph ends of Unicode, halves of surrogates
-HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-HALF = re.compile("[\ud800-\udfff]")  # half of a surrogate pair; Python also spells a byte so that is not UTF-8
+HIDDEN = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+HALF = re.compile(
+    "[\ud800-\udfff]"
+)  # half of a surrogate pair; Python also spells a byte so that is not UTF-8
 
 
 def plain(text: str, kept: str = "\t\n") -> str:
@@ -39,13 +43,17 @@ def check_name(path: Path) -> None:
     try:
         str(path.absolute()).encode()
     except UnicodeEncodeError:
-        raise UsageError(f"{plain(str(path), '')}: its name, or a folder's above it, is not UTF-8; rename it") from None
+        raise UsageError(
+            f"{plain(str(path), '')}: its name, or a folder's above it, is not UTF-8; rename it"
+        ) from None
 
 
 def check_text(text: str, what: str, mend: str) -> None:
     """Raises UsageError for a text that holds half a surrogate pair, which no tokenizer reads and no file keeps."""
     if HALF.search(text):
-        raise UsageError(f"{what} {text[:60]!r} holds half a surrogate pair, which is no character; {mend}")
+        raise UsageError(
+            f"{what} {text[:60]!r} holds half a surrogate pair, which is no character; {mend}"
+        )
 
 
 def is_there(path: Path) -> bool:
@@ -65,7 +73,9 @@ def read_text(path: Path) -> str:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8") from None
+        raise UsageError(
+            f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8"
+        ) from None
 
 
 def read_json(path: Path) -> dict:
@@ -88,7 +98,9 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{platform.node()}.{os.getpid()}.")
+        handle, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.{platform.node()}.{os.getpid()}."
+        )
         os.close(handle)
     except OSError as error:
         mend = "choose another folder with --out"
@@ -98,7 +110,10 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        reason, mend = getattr(error, "strerror", None) or error, "free some space or choose another folder with --out"
+        reason, mend = (
+            getattr(error, "strerror", None) or error,
+            "free some space or choose another folder with --out",
+        )
         raise UsageError(f"{path}: cannot be written ({reason}); {mend}") from None
     finally:
         with suppress(OSError):  # after a rename, or without the right to
@@ -131,21 +146,6 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(finite(content), indent=1) + "\n")
-
-
-def sealed(path: Path, content: dict) -> dict:
-    """`content` as JSON holds it, with a digest of it and of its place as the last field."""
-    content, place = finite(content), "/".join(path.parts[-2:])
-    return content | {"sha256": hashlib.sha256(f"{place} {json.dumps(content)}".encode()).hexdigest()}
-
-
-def read_sealed(path: Path) -> dict:
-    """The content of a JSON file that was written `sealed`. Raises UsageError, also for other content."""
-    said = read_json(path)
-    content = {key: value for key, value in said.items() if key != "sha256"}
-    if said != sealed(path, content):
-        raise UsageError(f"{path}: its content is not what was written")
-    return content
 
 
 def finite(value, default: Callable | None = None):

@@ -53,7 +53,9 @@ def numbered_tokens(value, path: Path) -> dict[int, AddedToken]:
     found = {}
     for number, token in value.items():
         if not number.isdecimal() or len(number) > 9 or not isinstance(token, dict):
-            raise UsageError(f"{path}: added_tokens_decoder: {repr(number)[:40]} is not an id with a token")
+            raise UsageError(
+                f"{path}: added_tokens_decoder: {repr(number)[:40]} is not an id with a token"
+            )
         found[int(number)] = token_of(token, path, special=False)
     return found
 
@@ -106,7 +108,9 @@ def token_of(value, path: Path, special: bool) -> AddedToken:
     fields = {"content": value} if isinstance(value, str) else value
     text = fields.get("content") if isinstance(fields, dict) else None
     if not isinstance(text, str):
-        raise UsageError(f"{path} (or special_tokens_map.json beside it): {repr(value)[:80]} is not a token")
+        raise UsageError(
+            f"{path} (or special_tokens_map.json beside it): {repr(value)[:80]} is not a token"
+        )
     flags = {name: fields[name] for name in FLAGS if name in fields}
     if special:
         flags["special"] = True
@@ -124,9 +128,13 @@ def check_ends(backend: Tokenizer, settings: dict, folder: Path) -> None:
             continue
         with broken_tokenizer():
             written = backend.encode("").ids
-        number = backend.token_to_id(token_of(token, folder / "tokenizer_config.json", special=True).content)
+        number = backend.token_to_id(
+            token_of(token, folder / "tokenizer_config.json", special=True).content
+        )
         there = number in (written[:1] if place == 0 else written[-1:])
         if there != bool(wanted):
             what = f"add_{name}_token = {str(wanted).lower()}"
             has = "adds it" if there else "does not add it"
-            raise UsageError(f"{folder}: tokenizer_config.json says {what}, tokenizer.json {has}; change one of them")
+            raise UsageError(
+                f"{folder}: tokenizer_config.json says {what}, tokenizer.json {has}; change one of them"
+            )

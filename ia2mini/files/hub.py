@@ -8,7 +8,11 @@ from contextlib import contextmanager
 from .. import UsageError
 
 WAITS = (1, 4)  # seconds before a download is tried again
-BROKEN_OFF = ("RemoteProtocolError", "ReadError", "ChunkedEncodingError")  # of the client's library, httpx or requests
+BROKEN_OFF = (
+    "RemoteProtocolError",
+    "ReadError",
+    "ChunkedEncodingError",
+)  # of the client's library, httpx or requests
 PARTS = ("connect", "read", "write", "pool")  # of a request, each with a time limit
 
 
@@ -19,7 +23,9 @@ def patiently(fetch: Callable):
     """
     from huggingface_hub.utils import get_session
 
-    hooks = getattr(get_session(), "event_hooks", {}).get("request", [])  # none in clients before 1.0
+    hooks = getattr(get_session(), "event_hooks", {}).get(
+        "request", []
+    )  # none in clients before 1.0
     hooks += [limit] * (limit not in hooks)
     for wait in (*WAITS, None):
         try:
@@ -27,7 +33,9 @@ def patiently(fetch: Callable):
         except Exception as error:
             cause = error.__cause__ or error
             status = getattr(getattr(cause, "response", None), "status_code", 0)
-            if wait is None or not (status == 429 or status >= 500 or type(cause).__name__ in BROKEN_OFF):
+            if wait is None or not (
+                status == 429 or status >= 500 or type(cause).__name__ in BROKEN_OFF
+            ):
                 raise
         time.sleep(wait)
 
@@ -63,5 +71,9 @@ def hub_errors(repo: str, kind: str, revision: str | None, instead: str) -> Iter
         missing = f"not in the local cache, and the hub {f'answers {status}' if status else 'is out of reach'}"
         raise UsageError(f"{repo}: {missing}; check the network, or {instead}") from None
     except Exception as error:  # bad ids and the client's own network errors, whose classes differ between its versions
-        reason = re.sub("Bearer [^'\"]*", "Bearer …", " ".join(f"{type(error).__name__}: {error}".split()))[:160]
-        raise UsageError(f"{repo}: cannot be downloaded ({reason}); check the network, or {instead}") from None
+        reason = re.sub(
+            "Bearer [^'\"]*", "Bearer …", " ".join(f"{type(error).__name__}: {error}".split())
+        )[:160]
+        raise UsageError(
+            f"{repo}: cannot be downloaded ({reason}); check the network, or {instead}"
+        ) from None

@@ -53,47 +53,67 @@ class CrossValidation:
     task: Task
     rows: list[Example]
     options: FitOptions
-    more: list[Example] = field(default_factory=list)  # without answers: the teacher's are what IA2 learns from
+    more: list[Example] = field(
+        default_factory=list
+    )  # without answers: the teacher's are what IA2 learns from
     once: Callable = lambda name, make: make()  # keeps tensors, so that an interrupted fit goes on
-    bar: Callable = lambda label, total: tqdm(disable=True)  # bar(label, total) -> context manager yielding a tqdm
+    bar: Callable = lambda label, total: tqdm(
+        disable=True
+    )  # bar(label, total) -> context manager yielding a tqdm
 
     def __post_init__(self):
         subject, task, rows, options = self.subject, self.task, self.rows, self.options
         prompts = len({row.prompt for row in rows})
         if unknown := [name for name in options.methods if name not in METHODS]:
-            raise UsageError(f"--methods {unknown[0]}: unknown; beside base and ICL can be tried {', '.join(METHODS)}")
+            raise UsageError(
+                f"--methods {unknown[0]}: unknown; beside base and ICL can be tried {', '.join(METHODS)}"
+            )
         if not options.methods:
             raise UsageError("--methods: give at least one")
         if prompts < LEAST:
             needed = f"cross-validation needs at least {LEAST}; add rows"
             raise UsageError(f"{prompts} rows with different prompts: {needed}")
-        self.labels = subject.tokenizer.label_tokens(rows[0].prompt, task.labels) if task.labels else []
+        self.labels = (
+            subject.tokenizer.label_tokens(rows[0].prompt, task.labels) if task.labels else []
+        )
         self.max_tokens = label_tokens_at_most(self.labels) if task.labels else task.max_tokens
         self.stop = None if options.chat else STOP
         self.gold = torch.tensor([row.label or 0 for row in rows])
         self.adapter = make_adapter(subject.model, options)
         self.layers = options.layer_numbers(subject.model.config.num_hidden_layers)
         self.rates = options.rates_for(subject.name, options.adapter)
-        self.tokens = cache(lambda text: len(subject.tokenizer.encode(text)))  # each is asked for in every fold
+        self.tokens = cache(
+            lambda text: len(subject.tokenizer.encode(text))
+        )  # each is asked for in every fold
         self.longest = max(rows, key=lambda row: self.tokens(row.prompt))
         self.fits: dict[str, Trained] = {}
         self.found: dict[str, Tried] = {}
         self.seconds: float | None = None  # that scoring every row by the base has taken
         self.estimated = False  # whether it has been said how long training will take
-        self.said: dict[str, tuple[list[str], list[float]]] = {}  # answers to held-out rows, and how sure each is
+        self.said: dict[
+            str, tuple[list[str], list[float]]
+        ] = {}  # answers to held-out rows, and how sure each is
         self.troubles: list[str] = []  # sentences about runs of which a loss was not finite
         self.answers: dict[int, list[Row]] = {}
         parts = prompts if prompts <= ALONE else min(options.folds, prompts)
         self.folds = draw_folds(rows, parts, self.shown, options.seed)
-        self.folds = [replace(fold, **self.unlabelled(number, fold.train)) for number, fold in enumerate(self.folds)]
-        self.places = torch.tensor(sum((f.test for f in self.folds), [])).argsort().tolist()  # of rows, fold after fold
+        self.folds = [
+            replace(fold, **self.unlabelled(number, fold.train))
+            for number, fold in enumerate(self.folds)
+        ]
+        self.places = (
+            torch.tensor(sum((f.test for f in self.folds), [])).argsort().tolist()
+        )  # of rows, fold after fold
         tests = [fold.test for fold in self.folds]
         self.selection = Selection(tests, self.gold, options.patience, options.temperature)
 
     def unlabelled(self, number: int, train: list[Example]) -> dict:
         """The rows without answers and, after those of all others, their demonstrations, as fields of an episode."""
         rng = seeded(self.options.seed, number, "unlabelled")
-        return {"unlabelled": self.more, "more_demonstrations": [self.shown(train, rng, row) for row in self.more]}
+        return {
+            "unlabelled": self.more,
+            "more_demonstrations": [self.shown(train, rng, row) for row in self.more],
+        }
 
     def shown(self, rows: list[Example], rng, row: Example | None = None) -> list[Example]:
         """What the teacher sees before `row` (None: before every held-out row): others of `rows`, or the context."""
@@ -101,27 +121,43 @@ class CrossValidation:
         if self.options.context:
             if shown := self.cut([Example(self.options.context, "")], longest):
                 return shown
-            raise UsageError(f"the context leaves no room for {longest.prompt[:60]!r} in what the model reads; cut it")
-        return self.cut(balanced(rows, self.options.demonstrations, rng, row.prompt if row else None), longest)
+            raise UsageError(
+                f"the context leaves no room for {longest.prompt[:60]!r} in what the model reads; cut it"
+            )
+        return self.cut(
+            balanced(rows, self.options.demonstrations, rng, row.prompt if row else None), longest
+        )
 
     def cut(self, shown: list[Example], row: Example) -> list[Example]:
         """The first of the demonstrations that fit into the model's context before `row` and its answer."""
         needed = self.tokens(row.prompt) + self.max_tokens - 1
         self.subject.check_room(row.prompt, needed)
         taken = accumulate(self.tokens(f"{e.prompt}{e.answer}\n\n") for e in shown)
-        return [example for example, tokens in zip(shown, taken) if needed + tokens <= self.subject.reads]
+        return [
+            example
+            for example, tokens in zip(shown, taken)
+            if needed + tokens <= self.subject.reads
+        ]
 
-    def train_phase(self, grid: Grid, method: str, first: Trained | None, after_look: Callable = go_on) -> Trained:
+    def train_phase(
+        self, grid: Grid, method: str, first: Trained | None, after_look: Callable = go_on
+    ) -> Trained:
         """One method on a grid, from the phase `first` that it starts from."""
-        rows = len(grid.sets[0].train) if last_phase(method) == "sft" else len(grid.sets[0].icl_train)
-        steps = grid.settings.steps or grid.settings.epochs * math.ceil(rows / grid.settings.batch_size)
+        rows = (
+            len(grid.sets[0].train) if last_phase(method) == "sft" else len(grid.sets[0].icl_train)
+        )
+        steps = grid.settings.steps or grid.settings.epochs * math.ceil(
+            rows / grid.settings.batch_size
+        )
         with self.bar(f"training {method}{self.estimate()}", steps) as bar:
 
             def looked(state: State) -> bool:
                 bar.update(state.step - bar.n)
                 return after_look(state)
 
-            hooks = Hooks(in_batches, partial(recorded, device=device_of(self.subject.model)), looked)
+            hooks = Hooks(
+                in_batches, partial(recorded, device=device_of(self.subject.model)), looked
+            )
             grid = replace(grid, hooks=hooks)
             return METHODS[method](grid) if first is None else METHODS[method](grid, first)
 
@@ -132,7 +168,9 @@ class CrossValidation:
         self.estimated = True
         o, folds = self.options, len(self.folds)
         phases = {*o.methods, *(STARTS_FROM[name] for name in o.methods if name in STARTS_FROM)}
-        passes = 3 * (folds - 1) + 1  # over all rows in an epoch: forward and backward in all folds but one; scoring
+        passes = (
+            3 * (folds - 1) + 1
+        )  # over all rows in an epoch: forward and backward in all folds but one; scoring
         epoch = self.seconds * passes * len(self.rates) * len(phases)
         least, most = epoch * min(o.epochs, o.patience + 1), epoch * o.epochs
         if most < MINUTE:
@@ -142,7 +180,10 @@ class CrossValidation:
     def grid(self, episodes: list[Episode], rates) -> Grid:
         """Every episode with every rate, after the teacher's pass over them."""
         o, subject = self.options, self.subject
-        needed, settings = losses_of(o.methods), Settings(o.batch_size, o.epochs, o.patience, self.layers)
+        needed, settings = (
+            losses_of(o.methods),
+            Settings(o.batch_size, o.epochs, o.patience, self.layers),
+        )
         soft_k = SOFT_K if "soft" in needed else None
         asked = Asked(
             self.max_tokens,
@@ -156,7 +197,13 @@ class CrossValidation:
             told = partial(teach, subject.model, subject.tokenizer, asked=asked, watch=bar.update)
             sets = ranks.spread(told, episodes)
         return Grid(
-            subject.model, self.adapter, sets, rates, seed=o.seed, settings=settings, trainer=make_trainer(None)
+            subject.model,
+            self.adapter,
+            sets,
+            rates,
+            seed=o.seed,
+            settings=settings,
+            trainer=make_trainer(None),
         )
 
     @cached_property
@@ -166,7 +213,10 @@ class CrossValidation:
     @property
     def whole_grid(self) -> Grid:
         """The same folds for what trains on true answers: the rows that decide when others stop train, too."""
-        sets = [replace(taught, train=taught.train + taught.dev, dev=[]) for taught in self.fold_grid.sets]
+        sets = [
+            replace(taught, train=taught.train + taught.dev, dev=[])
+            for taught in self.fold_grid.sets
+        ]
         return replace(self.fold_grid, sets=sets)
 
     @property
@@ -182,7 +232,9 @@ class CrossValidation:
         """
         if method not in self.fits:
             kept = self.once(f"fit-{method}", lambda: vars(self.train(method)))
-            self.fits[method] = Trained(**kept | {"theta": kept["theta"].to(device_of(self.subject.model))})
+            self.fits[method] = Trained(
+                **kept | {"theta": kept["theta"].to(device_of(self.subject.model))}
+            )
             if last_phase(method) != "sft":
                 self.warn(method, self.fits[method])
         return self.fits[method]
@@ -194,7 +246,10 @@ class CrossValidation:
         epochs = []
         for fold in range(len(self.folds)):
             rows = self.selection.others(fold, range(len(self.folds)))
-            epochs += [self.selection.pick(losses[:, [rate]], rows)[0] + 1 for rate in range(len(self.rates))]
+            epochs += [
+                self.selection.pick(losses[:, [rate]], rows)[0] + 1
+                for rate in range(len(self.rates))
+            ]
         return self.train_for(method, torch.tensor(epochs))
 
     def train_for(self, method: str, epochs: Tensor) -> Trained:
@@ -213,10 +268,15 @@ class CrossValidation:
 
     def warn(self, method: str, found: Trained) -> None:
         """Note which runs had a loss that is not finite. Raises UsageError where no rate is left."""
-        names = [f"fold {fold} at rate {rate:g}" for fold, rate in product(range(len(self.folds)), self.rates)]
+        names = [
+            f"fold {fold} at rate {rate:g}"
+            for fold, rate in product(range(len(self.folds)), self.rates)
+        ]
         self.troubles += warn_of_failed(method, found, names, len(self.folds))
 
-    def score(self, student: Callable, prompts: list[list[int]], number: int, runs: int = 1) -> Tensor:
+    def score(
+        self, student: Callable, prompts: list[list[int]], number: int, runs: int = 1
+    ) -> Tensor:
         """Log-probabilities [runs, n, C] of the labels of held-out rows, or of their true answers [runs, n, 1].
 
         With a context minus the KL from the teacher, who sees it, [runs, n, 1].
@@ -234,7 +294,10 @@ class CrossValidation:
             end = bool(self.options.context)  # of a person's own answers, how one ends is form
             rows = [truth_row(self.rows[i], tokenizer, end) for i in fold.test]
             if self.options.context:
-                full = [tokenizer.encode(with_demonstrations(fold.icl[0], self.rows[i].prompt)) for i in fold.test]
+                full = [
+                    tokenizer.encode(with_demonstrations(fold.icl[0], self.rows[i].prompt))
+                    for i in fold.test
+                ]
                 observe(self.subject.model, rows, full, Asked(self.max_tokens + 1, SOFT_K))
             self.answers[number] = rows
         return self.answers[number]
@@ -251,7 +314,9 @@ class CrossValidation:
     def untrained_scores(self, name: str, number: int) -> Tensor:
         """The same of the base or ICL, [1, n, C]."""
         shown = self.folds[number].icl if name == "icl" else [[]]
-        student, prompts = share_prefix(self.subject.model, self.subject.tokenizer, shown, self.held_out_texts(number))
+        student, prompts = share_prefix(
+            self.subject.model, self.subject.tokenizer, shown, self.held_out_texts(number)
+        )
         return self.score(student, prompts, number)
 
     def held_out(self, name: str) -> Tensor:
@@ -280,7 +345,9 @@ class CrossValidation:
         """What `name` says of held-out rows; kept, so that an interrupted fit goes on."""
         if name not in self.found:
             begun = time.perf_counter()
-            scores = self.once(f"held-out-{name}", lambda: {"scores": self.held_out(name)})["scores"]
+            scores = self.once(f"held-out-{name}", lambda: {"scores": self.held_out(name)})[
+                "scores"
+            ]
             if name == "base":
                 self.seconds = time.perf_counter() - begun
             self.found[name] = found = Tried(name, scores)
@@ -290,7 +357,10 @@ class CrossValidation:
                 unread = replace(found, right=torch.zeros(len(self.rows), dtype=torch.bool))
                 self.said[name] = self.texts(self.selection.judge(unread, range(len(self.folds))))
                 texts, _ = self.said[name]
-                right = [same_answer(self.task.parser, text, row.answer) for text, row in zip(texts, self.rows)]
+                right = [
+                    same_answer(self.task.parser, text, row.answer)
+                    for text, row in zip(texts, self.rows)
+                ]
                 found.right = torch.tensor(right)
         return self.found[name]
 
@@ -299,7 +369,11 @@ class CrossValidation:
         theta = self.weights(candidate) if candidate.name in METHODS else None
         tokenizer, how = (
             self.subject.tokenizer,
-            Decoding(self.max_tokens, self.stop, hooks=fast_decoding(device_of(self.subject.model), self.max_tokens)),
+            Decoding(
+                self.max_tokens,
+                self.stop,
+                hooks=fast_decoding(device_of(self.subject.model), self.max_tokens),
+            ),
         )
         with self.bar(f"answers of {candidate.name}", len(self.rows)) as bar:
 
@@ -307,7 +381,9 @@ class CrossValidation:
                 model, texts = self.subject.model, self.held_out_texts(number)
                 if theta is not None:
                     with adapted(model, self.adapter, theta[number][None]) as student:
-                        return answer_texts(student, tokenizer, tokenizer.encode_all(texts), how, bar.update)
+                        return answer_texts(
+                            student, tokenizer, tokenizer.encode_all(texts), how, bar.update
+                        )
                 shown = self.folds[number].icl if candidate.name == "icl" else [[]]
                 student, prompts = share_prefix(model, tokenizer, shown, texts)
                 return answer_texts(student, tokenizer, prompts, how, bar.update)
@@ -318,9 +394,14 @@ class CrossValidation:
 
     def weights(self, candidate: Candidate) -> Tensor:
         """Each fold's weights [F, M] of a method, at the rate and after the epochs that its rows are judged with."""
-        folds, rates = len(self.folds), [candidate.picks[fold][1] for fold in range(len(self.folds))]
+        folds, rates = (
+            len(self.folds),
+            [candidate.picks[fold][1] for fold in range(len(self.folds))],
+        )
         if last_phase(candidate.name) == "sft":
-            epochs = torch.zeros(folds, len(self.rates), dtype=torch.int64)  # others leave after their first
+            epochs = torch.zeros(
+                folds, len(self.rates), dtype=torch.int64
+            )  # others leave after their first
             for fold, (epoch, rate) in candidate.picks.items():
                 epochs[fold, rate] = epoch + 1
             theta = self.train_for(candidate.name, epochs.flatten()).theta
@@ -360,7 +441,9 @@ class CrossValidation:
         theta = found.theta
         if not theta.isfinite().all():
             mend = "use lower --rates or --dtype float32"
-            raise UsageError(f"{winner.name} at rate {self.rates[rate]:g} diverged when trained on every row; {mend}")
+            raise UsageError(
+                f"{winner.name} at rate {self.rates[rate]:g} diverged when trained on every row; {mend}"
+            )
         return theta
 
     def mean_steps(self, method: str, rate: int) -> float:

@@ -60,14 +60,22 @@ def fit(
         fitted = fit("tickets.csv", open_subject("llama-3.2-1b"))
         print(fitted.report["sentence"])
     """
-    cv, odd = cross_validation(rows, subject, options or FitOptions(), columns, unlabelled, keep, bar)
+    cv, odd = cross_validation(
+        rows, subject, options or FitOptions(), columns, unlabelled, keep, bar
+    )
     fitted = conclude(cv)
     fitted.report["remarks"] += odd
     return fitted
 
 
 def cross_validation(
-    rows, subject: Subject, options: FitOptions, columns: tuple = (), unlabelled=(), keep=None, bar=None
+    rows,
+    subject: Subject,
+    options: FitOptions,
+    columns: tuple = (),
+    unlabelled=(),
+    keep=None,
+    bar=None,
 ) -> tuple[CrossValidation, list[str]]:
     """The cross-validation that `fit` concludes, before anything is computed; what is odd about the rows."""
     columns = Columns(*columns)
@@ -95,7 +103,10 @@ def cross_validation(
         cv.bar = bar
     if keep is not None:
         what: dict = {"ia2mini": __version__, "options": asdict(options)}
-        what |= {"checkpoint": checkpoint_digest(subject.folder), "dtype": str(next(subject.model.parameters()).dtype)}
+        what |= {
+            "checkpoint": checkpoint_digest(subject.folder),
+            "dtype": str(next(subject.model.parameters()).dtype),
+        }
         what["rows"] = [(str(e.prompt), e.answer) for e in examples + more]
         cv.once = Store(keep, "unfinished", what).once
     odd = [*lacking, *remarks(rows, task, examples)]
@@ -103,7 +114,9 @@ def cross_validation(
     return cv, odd
 
 
-def read_own(rows: str | Path | list[dict], columns: tuple = (), queries: bool = False) -> tuple[list[Row], Task]:
+def read_own(
+    rows: str | Path | list[dict], columns: tuple = (), queries: bool = False
+) -> tuple[list[Row], Task]:
     """One's own rows that have all that is needed, and the task that they describe; `queries` have no answers.
 
     `task.remarks` says how they were read, and which were left out. Raises UsageError.
@@ -124,7 +137,9 @@ def answered(prompts: list[str], subject: Subject, options: FitOptions) -> list[
     shown, tokenizer = [Example(options.context, "")], subject.tokenizer
     for prompt in prompts:
         tokens = len(tokenizer.encode(with_demonstrations(shown, prompt))) + options.max_tokens - 1
-        subject.check_room(prompt, tokens, "behind the context: cut that, or use a smaller --max-tokens")
+        subject.check_room(
+            prompt, tokens, "behind the context: cut that, or use a smaller --max-tokens"
+        )
     model, ids = share_prefix(subject.model, tokenizer, [shown], prompts)
     stop = None if options.chat else STOP  # a turn ends by its own token
     hooks = fast_decoding(device_of(subject.model), options.max_tokens)
@@ -138,8 +153,12 @@ def conclude(cv: CrossValidation) -> Predictor:
     begun, o, task = time.perf_counter(), cv.options, cv.task
     tried = [cv.tried(name) for name in ("base", "icl", *o.methods)]
     found = cv.selection.judged(tried, range(len(cv.folds)))
-    rivals = [each for each in tried if not (o.context and each.name == "icl")]  # ICL is then the teacher itself
-    chosen = found[choose({name: one for name, one in found.items() if not (o.context and name == "icl")})]
+    rivals = [
+        each for each in tried if not (o.context and each.name == "icl")
+    ]  # ICL is then the teacher itself
+    chosen = found[
+        choose({name: one for name, one in found.items() if not (o.context and name == "icl")})
+    ]
     report = make_report(cv, found, chosen, cv.selection.shipped(rivals))
     adapter, theta = None, None
     if chosen.name in METHODS:
@@ -149,7 +168,12 @@ def conclude(cv: CrossValidation) -> Predictor:
         )
     shown = cv.shown(cv.rows, seeded(o.seed, len(cv.folds), "icl"))
     spec: dict = {"template": task.prompt, "answer_column": task.label, "labels": list(task.labels)}
-    spec |= {"max_tokens": cv.max_tokens, "stop": cv.stop, "method": chosen.name, "temperature": chosen.temperature}
+    spec |= {
+        "max_tokens": cv.max_tokens,
+        "stop": cv.stop,
+        "method": chosen.name,
+        "temperature": chosen.temperature,
+    }
     spec |= {"rate": None, "epochs": None, "example": question(cv.rows[0].prompt)}
     if adapter:
         spec["rate"] = cv.rates[chosen.rate]
@@ -157,7 +181,9 @@ def conclude(cv: CrossValidation) -> Predictor:
     spec["demonstrations"] = [{"prompt": question(e.prompt), "answer": e.answer} for e in shown]
     spec |= {"parser": task.parser, "chat": o.chat, "context": bool(o.context)}
     spec["confidences"] = [row["confidence"] for row in report["held_out"]]
-    return Predictor(cv.subject, adapter, theta, spec, report | {"seconds": time.perf_counter() - begun})
+    return Predictor(
+        cv.subject, adapter, theta, spec, report | {"seconds": time.perf_counter() - begun}
+    )
 
 
 def question(prompt: str) -> str:
@@ -165,7 +191,9 @@ def question(prompt: str) -> str:
     return getattr(prompt, "question", prompt)
 
 
-def make_report(cv: CrossValidation, found: dict[str, Candidate], chosen: Candidate, shipped: tuple) -> dict:
+def make_report(
+    cv: CrossValidation, found: dict[str, Candidate], chosen: Candidate, shipped: tuple
+) -> dict:
     """The numbers that a person should know, the sentence, and every held-out row with what was said of it.
 
     `shipped`: what the whole choice says of held-out rows, and which candidate it takes for each fold.
@@ -176,9 +204,20 @@ def make_report(cv: CrossValidation, found: dict[str, Candidate], chosen: Candid
     if probe is not None:
         numbers["probe"] = measures(probe, gold)
     query = fmean(cv.tokens(row.prompt) for row in cv.rows)
-    shown = fmean(sum(cv.tokens(f"{e.prompt}{e.answer}\n\n") for e in fold.icl[0]) for fold in cv.folds)
-    about = {"name": task.name, "model": cv.subject.name, "rows": len(cv.rows), "folds": len(cv.folds)}
-    about |= {"chosen": chosen.name, "chosen_by_fold": choices, "tokens": {"query": query, "icl": query + shown}}
+    shown = fmean(
+        sum(cv.tokens(f"{e.prompt}{e.answer}\n\n") for e in fold.icl[0]) for fold in cv.folds
+    )
+    about = {
+        "name": task.name,
+        "model": cv.subject.name,
+        "rows": len(cv.rows),
+        "folds": len(cv.folds),
+    }
+    about |= {
+        "chosen": chosen.name,
+        "chosen_by_fold": choices,
+        "tokens": {"query": query, "icl": query + shown},
+    }
     about |= {"temperature": chosen.temperature, "calibration": chosen.calibration}
     about |= {"candidates": numbers, "shipped": measured(cv, whole), "remarks": list(cv.troubles)}
     about["all_differ"] = len({row.answer for row in cv.rows}) == len(cv.rows)
@@ -217,7 +256,12 @@ def held_out(cv: CrossValidation, chosen: Candidate) -> list[dict]:
     else:
         texts, sure = cv.said[chosen.name]
     for i, row in enumerate(cv.rows):
-        about = {"prompt": question(row.prompt), "true": row.answer, "said": texts[i], "confidence": sure[i]}
+        about = {
+            "prompt": question(row.prompt),
+            "true": row.answer,
+            "said": texts[i],
+            "confidence": sure[i],
+        }
         about["right"] = bool(chosen.right[i])
         if labels:
             about["probabilities"] = dict(zip(labels, shares[i].tolist()))
@@ -231,12 +275,18 @@ def remarks(rows: list[Row], task: Task, examples: list[Example]) -> list[str]:
     if repeats := len(rows) - len(examples):
         said.append(f"{count(repeats, 'row')} repeated another and counted once")
     if contrary := len(examples) - len({e.prompt for e in examples}):
-        said.append(f"{count(contrary, 'row')} had the prompt of another row but a different answer")
+        said.append(
+            f"{count(contrary, 'row')} had the prompt of another row but a different answer"
+        )
     if not task.labels and len(examples) > 1 and len({e.answer for e in examples}) == len(examples):
         said.append("every row has another answer, so that answers are read as text")
-    if rare := [label for i, label in enumerate(task.labels) if sum(e.label == i for e in examples) == 1]:
+    if rare := [
+        label for i, label in enumerate(task.labels) if sum(e.label == i for e in examples) == 1
+    ]:
         named = ", ".join(map(repr, rare))
-        said.append(f"only one row has the answer {named}: held out, nothing like it was trained on")
+        said.append(
+            f"only one row has the answer {named}: held out, nothing like it was trained on"
+        )
     return said + list(task.remarks)
 
 
@@ -247,5 +297,7 @@ def far_longer(rows: list[Row], lengths: list[int]) -> list[str]:
     for row, tokens in zip(rows, lengths):
         if tokens > max(LONG, FAR * usual):
             costs = "it takes most of the time; cut it, or leave it out"
-            said.append(f"{row.where} has {tokens} tokens, half of the rows have at most {usual:.0f}: {costs}")
+            said.append(
+                f"{row.where} has {tokens} tokens, half of the rows have at most {usual:.0f}: {costs}"
+            )
     return said

@@ -51,7 +51,10 @@ def classes(scores: Tensor, gold: Tensor, labels: tuple[str, ...]) -> dict:
     for c, label in enumerate(labels):
         hit, true, named = (int(x) for x in (matrix[c, c], matrix[c].sum(), matrix[:, c].sum()))
         about = {"label": label, "rows": true}
-        rows.append(about | {"precision": hit / named if named else None, "recall": hit / true if true else None})
+        rows.append(
+            about
+            | {"precision": hit / named if named else None, "recall": hit / true if true else None}
+        )
     return {"confusion": matrix.tolist(), "classes": rows}
 
 

@@ -36,13 +36,22 @@ from ..tasks.rows import Row, fill
 from ..tokenizer import Rendered
 from .spec import FOREIGN, SPEC, check_given, read_spec
 
-BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+BESIDE = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 BESIDE += ("added_tokens.json",)
 TOP, AT_ONCE = 5, 64
 CARD_MARK = b"tags: [ia2mini, "  # of a model card that ia2mini wrote
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 ADDED = r"^(?=(row_)*(answer|abstained|confidence|probabilities)$)"  # what a row's answer is called
-ALLOWED = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.1}  # mean difference of a canary's log-probabilities
+ALLOWED = {
+    "float32": 1e-3,
+    "bfloat16": 0.25,
+    "float16": 0.1,
+}  # mean difference of a canary's log-probabilities
 
 
 @dataclass
@@ -64,10 +73,18 @@ class Predictor:
     def student(self, wanted: bool = True) -> AbstractContextManager:
         """The model under the adapter, if there is one and it is wanted."""
         model = self.subject.model
-        return adapted(model, self.adapter, self.theta) if wanted and self.adapter else nullcontext(model)
+        return (
+            adapted(model, self.adapter, self.theta)
+            if wanted and self.adapter
+            else nullcontext(model)
+        )
 
     def predict(
-        self, rows: Iterable[dict | None], icl=False, coverage: float | None = None, wrong: Callable | None = None
+        self,
+        rows: Iterable[dict | None],
+        icl=False,
+        coverage: float | None = None,
+        wrong: Callable | None = None,
     ) -> Iterator[dict]:
         """Each row with its answer added: `answer`, `confidence` and, of labels, `probabilities`; lazily, in order.
 
@@ -84,7 +101,9 @@ class Predictor:
                 found = {"answer": None, "abstained": found.pop("answer")} | found
             yield {re.sub(ADDED, "row_", name): value for name, value in row.items()} | found
 
-    def answers(self, rows: Iterable[dict | None], icl=False, wrong=None) -> Iterator[tuple[Row, dict]]:
+    def answers(
+        self, rows: Iterable[dict | None], icl=False, wrong=None
+    ) -> Iterator[tuple[Row, dict]]:
         """Each row and what is said to it, of labels also the `log_probabilities`, among them alone."""
         shown = self.shown() if icl or self.spec["method"] == "icl" else []
         for some in blocks(rows):
@@ -119,12 +138,16 @@ class Predictor:
         except UsageError as error:
             raise UsageError(f"{row.where}: {error}") from None
         answer = max(map(len, labels)) if labels else self.spec["max_tokens"]
-        if 0 < tokens and tokens + answer - 1 <= self.subject.reads:  # the answer's last token is not read
+        if (
+            0 < tokens and tokens + answer - 1 <= self.subject.reads
+        ):  # the answer's last token is not read
             return Question(row, prompt, labels)
         said = [f"its prompt{' with demonstrations' if shown else ''} has {tokens} tokens"]
         if answer > 1:
             said.append(f"its answer may have {answer}")
-        raise UsageError(f"{row.where}: {', '.join(said)}; the model reads 1 to {self.subject.reads}")
+        raise UsageError(
+            f"{row.where}: {', '.join(said)}; the model reads 1 to {self.subject.reads}"
+        )
 
     def label_tokens(self, prompt: str) -> list[list[int]]:
         """The tokens of every label: as they were fitted, or of a strange adapter as they stand behind this prompt."""
@@ -142,11 +165,15 @@ class Predictor:
             raise UsageError(f"--coverage {coverage:g}: a share of the rows, above 0 and at most 1")
         held = sorted(self.spec["confidences"])
         if not held:
-            raise UsageError("--coverage needs the held-out confidences of `ia2mini fit`; this adapter has none")
+            raise UsageError(
+                "--coverage needs the held-out confidences of `ia2mini fit`; this adapter has none"
+            )
         below = int(np.floor((len(held) + 1) * (1 - coverage) + 1e-9))
         return held[below - 1] if below else 0.0
 
-    def answer(self, prompts: list[str], shown: list[Example], labels: list[list[int]]) -> list[dict]:
+    def answer(
+        self, prompts: list[str], shown: list[Example], labels: list[list[int]]
+    ) -> list[dict]:
         """Answers to prompts: the adapted model's, or the base's where demonstrations are shown."""
         spec, tokenizer = self.spec, self.subject.tokenizer
         model, ids = self.subject.model, tokenizer.encode_all(prompts)
@@ -162,25 +189,37 @@ class Predictor:
                 texts, sure = answer_texts(student, tokenizer, ids, how)
                 found = [{"answer": text, "confidence": p} for text, p in zip(texts, sure)]
         if any(np.isnan(answer["confidence"]) for answer in found):
-            raise UsageError("the model computes NaN: weights of model or adapter are too large; try --dtype float32")
+            raise UsageError(
+                "the model computes NaN: weights of model or adapter are too large; try --dtype float32"
+            )
         return found
 
     def answer_labels(self, student, ids: list[list[int]], tokens: list[list[int]]) -> list[dict]:
         labels = self.spec["labels"]
-        scores = label_scores(student, ids, tokens, Scoring(ends=self.subject.tokenizer.eos_ids)).log_probabilities[0]
+        scores = label_scores(
+            student, ids, tokens, Scoring(ends=self.subject.tokenizer.eos_ids)
+        ).log_probabilities[0]
         logs = (scores.double() / self.spec["temperature"]).log_softmax(-1)
         found = []
         for best, row in zip(logs.argmax(-1).tolist(), logs):
             shares = row.exp().tolist()
-            about = {"answer": labels[best], "confidence": shares[best], "probabilities": dict(zip(labels, shares))}
+            about = {
+                "answer": labels[best],
+                "confidence": shares[best],
+                "probabilities": dict(zip(labels, shares)),
+            }
             found.append(about | {"log_probabilities": row.tolist()})
         return found
 
     def canary(self, kept: dict | None = None) -> dict:
         """Next tokens of a prompt (the likeliest, or as `kept`) and their log-probabilities, with and without it."""
         prompt = self.chat(self.spec["example"])
-        found: dict = {"dtype": str(next(self.subject.model.parameters()).dtype).removeprefix("torch.")}
-        if self.spec["chat"]:  # a template may write today's date: what it wrote then is asked again
+        found: dict = {
+            "dtype": str(next(self.subject.model.parameters()).dtype).removeprefix("torch.")
+        }
+        if self.spec[
+            "chat"
+        ]:  # a template may write today's date: what it wrote then is asked again
             prompt = Rendered((kept or {}).get("prompt", prompt))
             found["prompt"] = str(prompt)
         tokens = self.subject.tokenizer.encode(prompt)
@@ -188,7 +227,12 @@ class Predictor:
         ids = torch.tensor([tokens])
         for name, wanted in (("base", False), ("adapted", True)):
             with torch.no_grad(), self.student(wanted) as student:
-                logits = student(ids.to(device_of(self.subject.model)))[0, -1].float().cpu().log_softmax(-1)
+                logits = (
+                    student(ids.to(device_of(self.subject.model)))[0, -1]
+                    .float()
+                    .cpu()
+                    .log_softmax(-1)
+                )
             tokens = kept[name]["tokens"] if kept else logits.topk(TOP).indices.tolist()
             there = [t for t in tokens if 0 <= t < len(logits)]
             found[name] = {"tokens": tokens, "log_probabilities": logits[there].tolist()}
@@ -210,10 +254,17 @@ class Predictor:
         claim(out, {"base": subject.base, "adapter_digest": weights, "dtype": dtype})
         save_merged(subject.model, self.adapter, self.theta[0], out, subject.tokenizer)
         self.beside(out)
-        ids = torch.tensor([subject.tokenizer.encode(self.chat(self.spec.get("example", "Once upon a time")))])
+        ids = torch.tensor(
+            [subject.tokenizer.encode(self.chat(self.spec.get("example", "Once upon a time")))]
+        )
         merged, _ = load(out, next(subject.model.parameters()).dtype, str(device_of(subject.model)))
         with torch.no_grad(), self.student() as student:
-            return (merged(ids.to(device_of(merged))) - student(ids.to(device_of(merged)))).abs().max().item()
+            return (
+                (merged(ids.to(device_of(merged))) - student(ids.to(device_of(merged))))
+                .abs()
+                .max()
+                .item()
+            )
 
     def beside(self, out: Path) -> None:
         """Copy the small files of the base's checkpoint beside a whole one."""
@@ -223,16 +274,26 @@ class Predictor:
 
     def check(self, folder: Path) -> None:
         """Compare the canary with what was saved. Raises UsageError for another base or a damaged adapter."""
-        kept, about = self.spec["canary"], f"fitted on {self.spec['base']['name']}, loaded on {self.subject.base}"
+        kept, about = (
+            self.spec["canary"],
+            f"fitted on {self.spec['base']['name']}, loaded on {self.subject.base}",
+        )
         now = self.canary(kept)
         allowed = max(ALLOWED.get(c["dtype"], 0) for c in (kept, now))
-        blames = {"base": "the base model is not the one it was fitted on", "adapted": "the adapter is damaged"}
+        blames = {
+            "base": "the base model is not the one it was fitted on",
+            "adapted": "the adapter is damaged",
+        }
         for name, blame in blames.items():
             then, found = (c[name]["log_probabilities"] for c in (kept, now))
             if len(then) != len(found) or not np.abs(np.subtract(then, found)).mean() <= allowed:
-                raise UsageError(f"{folder}: {blame} ({about}): its test prompt gives other probabilities")
+                raise UsageError(
+                    f"{folder}: {blame} ({about}): its test prompt gives other probabilities"
+                )
         if self.adapter and self.spec["adapter_digest"] != digest(folder / ADAPTER[0]):
-            raise UsageError(f"{folder}: the adapter is damaged: {ADAPTER[0]} is not the file that was saved")
+            raise UsageError(
+                f"{folder}: the adapter is damaged: {ADAPTER[0]} is not the file that was saved"
+            )
 
     def save(self, folder: Path) -> None:
         """Write the adapter in peft's format and `ia2mini.json`. Raises UsageError, also for a folder of others."""
@@ -242,10 +303,21 @@ class Predictor:
             (folder / name).unlink(missing_ok=True)
         if self.adapter:
             save_adapter(self.adapter, self.theta[0], folder, subject.base, subject.revision)
-        base = {"name": subject.base, "revision": subject.revision, "digest": checkpoint_digest(subject.folder)}
-        self.spec |= {"base": base, "versions": versions(), "report": self.report, "canary": self.canary()}
+        base = {
+            "name": subject.base,
+            "revision": subject.revision,
+            "digest": checkpoint_digest(subject.folder),
+        }
+        self.spec |= {
+            "base": base,
+            "versions": versions(),
+            "report": self.report,
+            "canary": self.canary(),
+        }
         self.spec["adapter_digest"] = digest(folder / ADAPTER[0])
-        write_text(folder / SPEC, json.dumps(finite(self.spec), indent=1, ensure_ascii=False) + "\n")
+        write_text(
+            folder / SPEC, json.dumps(finite(self.spec), indent=1, ensure_ascii=False) + "\n"
+        )
 
 
 class Question(NamedTuple):
@@ -284,7 +356,9 @@ def check_own(folder: Path) -> None:
         raise UsageError(f"{folder}: holds {left[0]!r} and is no folder of an earlier fit; {mend}")
     card = folder / "README.md"
     if card.is_file() and CARD_MARK not in card.read_bytes():
-        raise UsageError(f"{card}: was not written by ia2mini and would be replaced; move it, or {mend}")
+        raise UsageError(
+            f"{card}: was not written by ia2mini and would be replaced; move it, or {mend}"
+        )
 
 
 def digest(path: Path) -> str | None:
@@ -309,7 +383,9 @@ def load_adapter(folder: str | Path, subject: Subject | None = None, **spec) -> 
     adapter, theta = None, None
     if ships_adapter(folder, kept):
         adapter, theta = read_adapter(folder, subject.model)
-    predictor = Predictor(subject, adapter, theta, FOREIGN | (kept or {}) | spec, (kept or {}).get("report", {}))
+    predictor = Predictor(
+        subject, adapter, theta, FOREIGN | (kept or {}) | spec, (kept or {}).get("report", {})
+    )
     if kept:
         predictor.check(folder)
     return predictor
@@ -335,7 +411,9 @@ def base_of(folder: Path) -> tuple[str, str | None]:
     for key in ("base_model_name_or_path", "revision"):
         value = config.get(key)
         if value is not None and not isinstance(value, str):
-            raise UsageError(f"{folder / ADAPTER[1]}: {key} = {repr(value)[:80]} is not a text; give --model")
+            raise UsageError(
+                f"{folder / ADAPTER[1]}: {key} = {repr(value)[:80]} is not a text; give --model"
+            )
     name = config.get("base_model_name_or_path")
     if not name:
         raise UsageError(f"{folder}: names no base model; give --model")

@@ -6,7 +6,9 @@ from torch import Tensor
 UNSEEN = -87.0  # log-probability of a label of which no row was seen
 
 
-def probe_scores(states: Tensor, gold: Tensor, folds: list[list[int]], labels: int) -> Tensor | None:
+def probe_scores(
+    states: Tensor, gold: Tensor, folds: list[list[int]], labels: int
+) -> Tensor | None:
     """Log-probabilities [n, labels] of rows with `states` [n, D], each fold's by a fit on the other folds' rows.
 
     L2-regularised logistic regression on standardised states; None without scikit-learn.

@@ -39,8 +39,12 @@ class Candidate:
     temperature: float = 1.0  # by all m rows: what is shipped
     epoch: int = 0  # index of the epoch, and of the rate, by all m rows
     rate: int = 0
-    picks: dict[int, tuple[int, int]] | None = None  # fold -> epoch and rate that its rows are judged with
-    calibration: tuple[float, float] | None = None  # mean loss at temperature 1, and at those of the other folds
+    picks: dict[int, tuple[int, int]] | None = (
+        None  # fold -> epoch and rate that its rows are judged with
+    )
+    calibration: tuple[float, float] | None = (
+        None  # mean loss at temperature 1, and at those of the other folds
+    )
 
 
 def best_epoch(curve: list[float], patience: int) -> int:
@@ -103,7 +107,9 @@ class Selection:
         about = temperatures[rows], temperature, epoch, rate, picks, calibration
         return Candidate(tried.name, scores[rows], judged, right[rows], *about)
 
-    def heat(self, scores: Tensor, within: list[int]) -> tuple[Tensor, float, tuple[float, float] | None]:
+    def heat(
+        self, scores: Tensor, within: list[int]
+    ) -> tuple[Tensor, float, tuple[float, float] | None]:
         """Temperatures [n] of the rows and the one to ship; 1 where those of the other folds lower no mean loss.
 
         Also the mean loss at 1 and at the other folds' temperatures; None where none were fitted.
@@ -130,7 +136,9 @@ class Selection:
         gold = self.gold[self.rows(within)]
         shares = torch.bincount(gold, minlength=labels) / len(gold)
         scores = shares.log().clamp_min(-100).expand(len(gold), -1)
-        return Candidate(COMMONEST, scores, -scores[range(len(gold)), gold], gold == shares.argmax())
+        return Candidate(
+            COMMONEST, scores, -scores[range(len(gold)), gold], gold == shares.argmax()
+        )
 
     def judged(self, tried: list[Tried], within: list[int]) -> dict[str, Candidate]:
         """All candidates on the rows of these folds; of labels also the commonest."""
@@ -154,7 +162,9 @@ class Selection:
             rows = self.folds[fold]
             said = source.scores[candidate.epoch, candidate.rate, rows]
             losses[rows] = row_losses(said, self.gold[rows], candidate.temperature)
-            right[rows] = said.argmax(-1) == self.gold[rows] if source.right is None else source.right[rows]
+            right[rows] = (
+                said.argmax(-1) == self.gold[rows] if source.right is None else source.right[rows]
+            )
             scores[rows] = said / candidate.temperature
         return Candidate("shipped", scores, losses, right), chosen
 

@@ -51,7 +51,11 @@ def nothing(report: dict) -> str:
         than = f"both the base ({share(base)} right) and always the commonest answer ({share(commonest)})"
         return f"{what}; on {rows} none was surely better than {than}. {HELP}"
     if "kl" not in report and not any(one["acc"][0] for one in found.values()):
-        judged = "so held-out rows cannot judge answers that all differ" if report["all_differ"] else HELP.lower()
+        judged = (
+            "so held-out rows cannot judge answers that all differ"
+            if report["all_differ"]
+            else HELP.lower()
+        )
         return f"{what}; none gave any held-out answer exactly, {judged.rstrip('.')}."
     agreed = "in agreement with the model that sees the context" if "kl" in report else "right"
     than = f"the base ({share(found['base']['acc'][0])} {agreed})"
@@ -76,7 +80,9 @@ def against(name: str, report: dict) -> str:
     """A rival with its share of right rows; of demonstrations also what they cost."""
     said = f"{NAMES[name]} ({share(report['candidates'][name]['acc'][0])}"
     if name == "icl":
-        said += f" at {report['tokens']['icl'] / max(1, report['tokens']['query']):.1f} × the tokens"
+        said += (
+            f" at {report['tokens']['icl'] / max(1, report['tokens']['query']):.1f} × the tokens"
+        )
     return f"{said})"
 
 
@@ -95,7 +101,9 @@ def others(report: dict) -> list[str]:
 
 def never_right(report: dict) -> list[str]:
     """The labels that no held-out row was rightly given."""
-    missed = [repr(one["label"]) for one in report.get("classes", []) if one["rows"] and not one["recall"]]
+    missed = [
+        repr(one["label"]) for one in report.get("classes", []) if one["rows"] and not one["recall"]
+    ]
     return [f"Never right: {listed(missed)}."] if missed else []
 
 

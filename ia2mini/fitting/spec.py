@@ -10,8 +10,21 @@ from ..tasks.answers import PARSERS
 from ..tasks.rows import placeholders
 
 SPEC = "ia2mini.json"
-FOREIGN = {"template": "{text}", "labels": [], "parser": "text", "max_tokens": 200, "stop": STOP, "temperature": 1.0}
-FOREIGN |= {"confidences": [], "demonstrations": [], "method": "adapter", "chat": False, "context": False}
+FOREIGN = {
+    "template": "{text}",
+    "labels": [],
+    "parser": "text",
+    "max_tokens": 200,
+    "stop": STOP,
+    "temperature": 1.0,
+}
+FOREIGN |= {
+    "confidences": [],
+    "demonstrations": [],
+    "method": "adapter",
+    "chat": False,
+    "context": False,
+}
 FOREIGN |= {"answer_column": None}
 
 
@@ -61,7 +74,9 @@ def check_labels(labels: list[str] | None) -> None:
     """Raises UsageError for labels that cannot be told apart."""
     wrong = wrong_labels(labels) if labels else None
     if wrong:
-        raise UsageError(f"--labels {','.join(map(str, labels))}: {wrong}; give two different ones or more")
+        raise UsageError(
+            f"--labels {','.join(map(str, labels))}: {wrong}; give two different ones or more"
+        )
 
 
 def labels(value) -> bool:
@@ -126,7 +141,9 @@ def read_spec(folder: Path) -> dict | None:
     kept = read_json(path) if is_there(path) else None
     if kept is None and next(folder.glob("unfinished-*"), None):
         mend = "wait, or type the same command again, which goes on from there"
-        raise UsageError(f"{folder}: its `ia2mini fit` is not finished: it still runs or was interrupted; {mend}")
+        raise UsageError(
+            f"{folder}: its `ia2mini fit` is not finished: it still runs or was interrupted; {mend}"
+        )
     if kept is None:
         return None
     field = misfit(kept, SHAPE, "")
@@ -152,7 +169,9 @@ def check_given(spec: dict) -> None:
     """Raises UsageError for what somebody says of how an adapter answers, if there is no such field or it is wrong."""
     for name, value in spec.items():
         if name not in FOREIGN:
-            raise UsageError(f"{name}: unknown; what can be said of an adapter is {', '.join(FOREIGN)}")
+            raise UsageError(
+                f"{name}: unknown; what can be said of an adapter is {', '.join(FOREIGN)}"
+            )
         if misfit(value, SHAPE[name], name):
             wanted = WANTED.get(name, f"a {type(FOREIGN[name]).__name__}, as in ia2mini.json")
             raise UsageError(f"{name} = {repr(value)[:60]}: it must be {wanted}")

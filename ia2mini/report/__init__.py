@@ -10,7 +10,9 @@ from .tables import seconds_line, write_table, write_tables
 __all__ = ["seconds_line", "write_report", "write_table"]
 
 
-def write_report(document: dict, folder: Path, command: str = "", formats: tuple[str, ...] = ("png",)) -> list[str]:
+def write_report(
+    document: dict, folder: Path, command: str = "", formats: tuple[str, ...] = ("png",)
+) -> list[str]:
     """Write tables (text, Markdown, LaTeX, CSV), figures in `formats` and report.html into `folder`; figures' names.
 
     No figures without matplotlib; without pandas only the text table and the page. UsageError for an unknown format.

@@ -26,7 +26,11 @@ CAPTIONS = {  # in the order of the page
     "reliability": "Are confident answers right as often as they should be (dashed)? Larger dots: more rows.",
     "overlap": "Share of LoRA's subspace that two methods have in common, beside that of random ones (paper Figure 4).",
 }
-LEFT_OUT = {"png": "Software", "pdf": "CreationDate", "svg": "Date"}  # so that a document gives the same bytes again
+LEFT_OUT = {
+    "png": "Software",
+    "pdf": "CreationDate",
+    "svg": "Date",
+}  # so that a document gives the same bytes again
 STYLE: dict = {  # parse_math: a $ in a task's name is a $
     "font.size": 8.5, "axes.titlesize": 8.5, "figure.titlesize": 8.5, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "savefig.dpi": 200,
@@ -63,7 +67,9 @@ def views(document: dict):
 def draw_figures(document: dict, folder: Path, formats: tuple[str, ...] = ("png",)) -> list[str]:
     """Draw a study into `folder`; file names, none without matplotlib. UsageError at once for an unknown format."""
     if unknown := [form for form in formats if form not in LEFT_OUT]:
-        raise UsageError(f"--figures {unknown[0]}: unknown format; figures are written as {', '.join(LEFT_OUT)}")
+        raise UsageError(
+            f"--figures {unknown[0]}: unknown format; figures are written as {', '.join(LEFT_OUT)}"
+        )
     try:
         from matplotlib import rc_context
     except ImportError:
@@ -73,7 +79,10 @@ def draw_figures(document: dict, folder: Path, formats: tuple[str, ...] = ("png"
         for view, name in ((view, name) for view in views(document) for name in CAPTIONS):
             for form in formats if (figure := draw(name, view)) else ():
                 names.append(f"{name}{view['suffix']}.{form}")
-                write(folder / names[-1], partial(figure.savefig, format=form, metadata={LEFT_OUT[form]: None}))
+                write(
+                    folder / names[-1],
+                    partial(figure.savefig, format=form, metadata={LEFT_OUT[form]: None}),
+                )
     return names
 
 
@@ -86,24 +95,38 @@ def draw(name: str, view: dict):
         return None
     heading += f"; here N = {view['cells'][0]['n']}" if several and name != "by_n" else ""
     figure.suptitle(f"{heading}\n{view['title']}".replace(" · rate by", "\nrate by"), wrap=True)
-    keys = {key: handle for axis in figure.axes for handle, key in zip(*axis.get_legend_handles_labels())}
+    keys = {
+        key: handle
+        for axis in figure.axes
+        for handle, key in zip(*axis.get_legend_handles_labels())
+    }
     if lines := math.ceil(len(keys) / int(0.9 * figure.get_figwidth())):
-        figure.legend(keys.values(), keys, loc="outside lower center", ncols=math.ceil(len(keys) / lines))
+        figure.legend(
+            keys.values(), keys, loc="outside lower center", ncols=math.ceil(len(keys) / lines)
+        )
     return figure
 
 
 def by_method(cells: list[dict], field: str):
     """(label and colour, cells) of each method, of the cells that have the field."""
-    for (method,), mine in grouped([c for c in cells if c.get(field) is not None], "method").items():
+    for (method,), mine in grouped(
+        [c for c in cells if c.get(field) is not None], "method"
+    ).items():
         yield {"label": LABELS.get(method, method), "color": COLORS.get(method, "#777777")}, mine
 
 
 def panels(figure, cells: list[dict], rows=(("", None),)):
     """(axis, metric, factor, value): for each (title, value) of `rows` accuracy, 0 to 100, and ECE from 0, if known."""
-    metrics = [metric for metric in ("acc", "ece") if any(c.get(f"{metric}_mean") is not None for c in cells)]
+    metrics = [
+        metric
+        for metric in ("acc", "ece")
+        if any(c.get(f"{metric}_mean") is not None for c in cells)
+    ]
     figure.set_size_inches(7 if len(metrics) > 1 else 4.2, 1.4 + 2.2 * len(rows))
     grid = figure.subplots(len(rows), len(metrics) or 1, squeeze=False, sharey="col")
-    for axis, (metric, heading, value) in zip(grid.flat, ((m, *row) for row in rows for m in metrics)):
+    for axis, (metric, heading, value) in zip(
+        grid.flat, ((m, *row) for row in rows for m in metrics)
+    ):
         axis.set(ylabel=METRICS[metric], title=heading)
         yield axis, metric, 100 if metric == "acc" else 1, value
     for axis, metric in zip(grid[0], metrics):
@@ -115,23 +138,54 @@ def methods(figure, view: dict) -> str | None:
     rows = average(view["cells"])
     for axis, metric, factor, _ in panels(figure, rows):
         for x, (style, (row,)) in enumerate(styled := list(by_method(rows, f"{metric}_mean"))):
-            mean, std, null = (factor * (row.get(f"{metric}_{k}") or 0) for k in ("mean", "std", "null_mean"))
-            top, number = (min(mean + std, 100), f"{mean:.1f}") if metric == "acc" else (mean + std, f"{mean:.2f}")
+            mean, std, null = (
+                factor * (row.get(f"{metric}_{k}") or 0) for k in ("mean", "std", "null_mean")
+            )
+            top, number = (
+                (min(mean + std, 100), f"{mean:.1f}")
+                if metric == "acc"
+                else (mean + std, f"{mean:.2f}")
+            )
             axis.bar(x, mean, yerr=[[min(std, mean)], [top - mean]], color=style["color"])
             if null:
-                axis.hlines(null, x - 0.45, x + 0.45, color="black", label="ECE if perfectly calibrated")
-            axis.annotate(number, (x, max(top, null)), (0, 2), textcoords="offset points", ha="center", fontsize=7)
-        axis.set_xticks(range(x + 1), [s["label"] for s, _ in styled], rotation=35, ha="right", rotation_mode="anchor")
+                axis.hlines(
+                    null, x - 0.45, x + 0.45, color="black", label="ECE if perfectly calibrated"
+                )
+            axis.annotate(
+                number,
+                (x, max(top, null)),
+                (0, 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
+            )
+        axis.set_xticks(
+            range(x + 1),
+            [s["label"] for s, _ in styled],
+            rotation=35,
+            ha="right",
+            rotation_mode="anchor",
+        )
     return f"Methods, mean of {count(rows[0]['evaluations'], 'evaluation')}" if rows else None
 
 
 def by_n(figure, view: dict) -> str:
     """Lines of the means over N with bands of the deviation over sets, in and out of distribution."""
-    sides = [(("out of" if o else "in") + " distribution", o) for o in sorted({c["ood"] for c in view["cells"]})]
+    sides = [
+        (("out of" if o else "in") + " distribution", o)
+        for o in sorted({c["ood"] for c in view["cells"]})
+    ]
     for axis, metric, factor, ood in panels(figure, view["cells"], sides):
-        rows = [r | {"n": p["n"]} for p in view["parts"] for r in average([c for c in p["cells"] if c["ood"] == ood])]
+        rows = [
+            r | {"n": p["n"]}
+            for p in view["parts"]
+            for r in average([c for c in p["cells"] if c["ood"] == ood])
+        ]
         for style, mine in by_method(rows, f"{metric}_mean"):
-            n, mean, std = (np.array([row[k] or 0 for row in mine]) for k in ("n", f"{metric}_mean", f"{metric}_std"))
+            n, mean, std = (
+                np.array([row[k] or 0 for row in mine])
+                for k in ("n", f"{metric}_mean", f"{metric}_std")
+            )
             axis.plot(n, factor * mean, marker=".", clip_on=False, **style)
             band = factor * np.clip([mean - std, mean + std], 0, 1)
             axis.fill_between(n, *band, color=style["color"], alpha=0.15, lw=0)
@@ -161,10 +215,16 @@ def asim_scatter(figure, view: dict) -> str | None:
     for axis, metric, factor, _ in panels(figure, cells):
         for style, mine in by_method(cells, f"{metric}_mean"):
             x, y = np.array([[c["asim_mean"], factor * c[f"{metric}_mean"]] for c in mine]).T
-            axis.scatter(x.mean(), y.mean(), 80, marker="D", ec="white", clip_on=False, zorder=3, **style)
+            axis.scatter(
+                x.mean(), y.mean(), 80, marker="D", ec="white", clip_on=False, zorder=3, **style
+            )
             faces = ["white" if c["ood"] else style["color"] for c in mine]
             axis.scatter(x, y, 16, fc=faces, ec=style["color"], clip_on=False, zorder=4)
-        for label, mark in {"mean": "Dk", "in distribution": "ok", "out of distribution": "ow"}.items():
+        for label, mark in {
+            "mean": "Dk",
+            "in distribution": "ok",
+            "out of distribution": "ow",
+        }.items():
             axis.plot([], [], mark[0], mfc=mark[1], ms=4, color="black", label=label)
         axis.set_xlabel("asim with ICL")
     return "Methods by their likeness to ICL" if cells else None
@@ -174,7 +234,9 @@ def reliability(figure, view: dict) -> str | None:
     """Left accuracy over confidence, in bins of at least LEAST rows, dots by their number; right where the rows are."""
     (curves, where), start = figure.subplots(1, 2), 0.9
     for style, mine in by_method(view["cells"], "reliability"):
-        bins = np.sum([c["reliability"] for c in mine], axis=0)  # [bins, (rows, sum of confidence, right)]
+        bins = np.sum(
+            [c["reliability"] for c in mine], axis=0
+        )  # [bins, (rows, sum of confidence, right)]
         full, share = bins[:, 0] >= LEAST, bins[:, 0] / bins[:, 0].sum()
         x, y = (bins[full, 1:] / bins[full, :1]).T
         curves.plot(x, y, **style)
@@ -193,12 +255,16 @@ def overlap(figure, view: dict) -> str | None:
     figure.set_size_inches(6, 1.6 + 0.24 * len(pairs))
     axis = figure.subplots()
     for y, (pair, chance) in enumerate(pairs.items()):
-        sets = np.mean([o["overlap"] for o in view["overlap"] if tuple(o["methods"]) == pair], axis=0)  # over tasks
+        sets = np.mean(
+            [o["overlap"] for o in view["overlap"] if tuple(o["methods"]) == pair], axis=0
+        )  # over tasks
         name = " · ".join(LABELS.get(m, m) for m in pair)
         bar = axis.barh(name, sets.mean(), xerr=deviation(sets.tolist()), color=COLORS["ia2-sft"])
         axis.bar_label(bar, fmt="%.2f", padding=2, fontsize=7)
         axis.vlines(chance, y - 0.5, y + 0.5, color="black", ls="--", label="chance")
-    axis.set(xlabel="share of the subspace in common", xlim=(0, None), ylim=(len(pairs) - 0.4, -0.6))
+    axis.set(
+        xlabel="share of the subspace in common", xlim=(0, None), ylim=(len(pairs) - 0.4, -0.6)
+    )
     return "Overlap of the methods' LoRA subspaces" if pairs else None
 
 

@@ -36,7 +36,9 @@ def write_fit_table(report: dict) -> str:
         entries = [f"{row[0]:<{widths[0]}}"]
         entries += [f"{text:>{width}}" for text, width in zip(row[1:], widths[1:])]
         table.append("  ".join(entries).rstrip())
-    return "\n".join([about(report), *table, *notes(report), "", report["sentence"], *report["remarks"]])
+    return "\n".join(
+        [about(report), *table, *notes(report), "", report["sentence"], *report["remarks"]]
+    )
 
 
 def notes(report: dict) -> list[str]:
@@ -66,7 +68,9 @@ def measured(report: dict) -> list[list[str]]:
     rows = [["", *map(heads.get, known)]]
     for name, one in lines.items():
         mark = " *" if name == report["chosen"] else ""
-        rows.append([NAMES.get(name, name) + mark, *(entry(one.get(column), column) for column in known)])
+        rows.append(
+            [NAMES.get(name, name) + mark, *(entry(one.get(column), column) for column in known)]
+        )
     return rows
 
 
@@ -87,7 +91,9 @@ def entry(value, name: str) -> str:
 def write_fit_report(fitted, folder: Path, command: str) -> None:
     """report.html, held_out.jsonl (every row with what was said of it before it was trained on), the model card."""
     report = fitted.report
-    write_text(folder / "held_out.jsonl", "".join(json_line(row) + "\n" for row in report["held_out"]))
+    write_text(
+        folder / "held_out.jsonl", "".join(json_line(row) + "\n" for row in report["held_out"])
+    )
     write_text(folder / "report.html", fit_page(report, command))
     write_text(folder / "README.md", card(fitted, folder, command))
 
@@ -98,21 +104,37 @@ def fit_page(report: dict, command: str) -> str:
     results = [table("Held-out rows", heads, rows, "means")]
     tokens = report["tokens"]
     said = [*notes(report), *calibration(report)]
-    said.append(f"A query costs {tokens['query']:.0f} tokens; with demonstrations {tokens['icl']:.0f}.")
+    said.append(
+        f"A query costs {tokens['query']:.0f} tokens; with demonstrations {tokens['icl']:.0f}."
+    )
     results.append(lines([*said, f"{report['seconds']:.0f} s in all."]))
     answers = []
     if "classes" in report:
         labels = [c["label"] for c in report["classes"]]
-        rows = [[c["label"], c["rows"], share(c["precision"]), share(c["recall"])] for c in report["classes"]]
+        rows = [
+            [c["label"], c["rows"], share(c["precision"]), share(c["recall"])]
+            for c in report["classes"]
+        ]
         answers.append(table("By answer", ["answer", "rows", "precision", "recall"], rows, "means"))
         rows = [[label, *row] for label, row in zip(labels, report["confusion"])]
         answers.append(table("Rows true, columns said", ["", *labels], rows, "means"))
-    held = [[r["prompt"], r["true"], r["said"], f"{r['confidence']:.2f}"] for r in report["held_out"] if not r["right"]]
-    wrong, heads = f"{count(len(held), 'held-out row')} answered wrong", ["prompt", "answer", "said", "confidence"]
+    held = [
+        [r["prompt"], r["true"], r["said"], f"{r['confidence']:.2f}"]
+        for r in report["held_out"]
+        if not r["right"]
+    ]
+    wrong, heads = (
+        f"{count(len(held), 'held-out row')} answered wrong",
+        ["prompt", "answer", "said", "confidence"],
+    )
     answers.append(table(wrong, heads, held, "text") if held else lines([wrong]))
     sections = [section("Candidates", results), section("Answers", answers)]
-    sections.append(section("How this was made", [f"<pre>{shown(command)}</pre>", lines([about(report)])]))
-    return whole(f"{report['name']}: fitted", report["sentence"], lines(report["remarks"]), sections)
+    sections.append(
+        section("How this was made", [f"<pre>{shown(command)}</pre>", lines([about(report)])])
+    )
+    return whole(
+        f"{report['name']}: fitted", report["sentence"], lines(report["remarks"]), sections
+    )
 
 
 def calibration(report: dict) -> list[str]:
@@ -123,7 +145,9 @@ def calibration(report: dict) -> list[str]:
     losses = f"the NLL would have been {after:.2f} instead of {before:.2f}"
     if report["temperature"] == 1:
         return [f"No temperature: with those that suit the other folds' rows {losses}."]
-    losses = f"with those that suit the other folds' rows the NLL is {after:.2f} instead of {before:.2f}"
+    losses = (
+        f"with those that suit the other folds' rows the NLL is {after:.2f} instead of {before:.2f}"
+    )
     chosen = report["candidates"][report["chosen"]]
     errors = f"ECE {chosen['ece_without_temperature']:.2f} without, {chosen['ece']:.2f} with it"
     return [f"One temperature, {report['temperature']:.2f}: {losses} ({errors})."]
@@ -144,24 +168,36 @@ def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) ->
     spec, column = fitted.spec, column or fitted.spec.get("answer_column") or "label"
     if wrong := [row for row in rows if not str(row.get(column, "")).strip()]:
         there = ", ".join(map(repr, wrong[0]))
-        raise UsageError(f"{wrong[0].where}: no answer in column {column!r} (of {there}); see --answer-column")
+        raise UsageError(
+            f"{wrong[0].where}: no answer in column {column!r} (of {there}); see --answer-column"
+        )
     true = [row.text(column) for row in rows]
     name = "icl" if icl else spec["method"]
     labels = spec["labels"]
     true = [text if text in labels else whole_number(text) for text in true]
-    if unknown := [(row.where, text) for row, text in zip(rows, true) if labels and text not in labels]:
+    if unknown := [
+        (row.where, text) for row, text in zip(rows, true) if labels and text not in labels
+    ]:
         (where, text), known = unknown[0], ", ".join(map(repr, labels))
         raise UsageError(f"{where}: answer {text!r} is none of the labels {known}")
     found = [answer for _, answer in fitted.answers(rows, icl)]
-    report = {"name": Path(rows[0].where.partition(":")[0]).stem, "model": fitted.subject.name, "rows": len(rows)}
+    report = {
+        "name": Path(rows[0].where.partition(":")[0]).stem,
+        "model": fitted.subject.name,
+        "rows": len(rows),
+    }
     report |= {"folds": 0, "chosen": None, "remarks": []}
     if labels:
         gold = torch.tensor([labels.index(text) for text in true])
-        scores = torch.tensor([answer["log_probabilities"] for answer in found], dtype=torch.float64)
+        scores = torch.tensor(
+            [answer["log_probabilities"] for answer in found], dtype=torch.float64
+        )
         numbers = {name: measures(scores, gold), "commonest": commonest(gold, len(labels))}
         report |= classes(scores, gold, labels)
     else:
-        right = torch.tensor([same_answer(spec["parser"], f["answer"], text) for f, text in zip(found, true)])
+        right = torch.tensor(
+            [same_answer(spec["parser"], f["answer"], text) for f, text in zip(found, true)]
+        )
         numbers = {name: {"acc": list(share_interval(int(right.sum()), len(right)))}}
     told = f"{NAMES.get(name, name)}: {percent(numbers[name]['acc'])} of {count(len(rows), 'row')} right."
     if len(rows) < LEAST_ROWS:

@@ -79,7 +79,9 @@ def join(folders: list[Path]) -> dict:
         joined["adapters"] += [f"{folder}/{name}" for name in document["adapters"]]
     joined["cells"] = without_repeats(joined["cells"])
     joined["seconds"] = add_up([document["seconds"] for document in documents.values()])
-    joined["peak_memory_bytes"] = max(document["peak_memory_bytes"] for document in documents.values())
+    joined["peak_memory_bytes"] = max(
+        document["peak_memory_bytes"] for document in documents.values()
+    )
     joined["config"] = join_configs(list(configs.values()))
     joined["studies"] = configs
     joined["versions"] = next(iter(documents.values()))["versions"]
@@ -90,16 +92,22 @@ def read_results(folder: Path) -> dict:
     """The results of a finished study. Raises UsageError."""
     path = folder / "results.json"
     if not path.is_file():
-        raise UsageError(f"{folder}: no results.json there; give folders of finished `ia2mini run`s")
+        raise UsageError(
+            f"{folder}: no results.json there; give folders of finished `ia2mini run`s"
+        )
     document = read_json(path)
     if "studies" in document:
-        raise UsageError(f"{folder}: a report of several studies; give the folders of its studies instead")
+        raise UsageError(
+            f"{folder}: a report of several studies; give the folders of its studies instead"
+        )
     field = misfit(document, RESULTS, "")
     if field is None and not document["cells"]:
         field = ".cells"
     if field:
         wrong = f"field {field[1:]} is missing or not what it should be"
-        raise UsageError(f"{path}: {wrong}; it is not the results of an `ia2mini run` of this version")
+        raise UsageError(
+            f"{path}: {wrong}; it is not the results of an `ia2mini run` of this version"
+        )
     return document
 
 

@@ -32,18 +32,26 @@ img { display: block; max-width: max(100%, 34rem); height: auto; margin: auto } 
 def write_page(document: dict, folder: Path, command: str) -> str:
     """The page as HTML, with the figures that are in `folder`."""
     drawn, found = list(views(document)), parts(document)
-    about, (head, *more) = drawn[0]["parts"][-1]["title"], verdict(drawn[0]["cells"]) or ["Comparison of methods"]
+    about, (head, *more) = (
+        drawn[0]["parts"][-1]["title"],
+        verdict(drawn[0]["cells"]) or ["Comparison of methods"],
+    )
     several = len(found) > 1
     results = [
-        measures(p["title"], average(p["cells"]), document) + lines(verdict(p["cells"]) * several) for p in found
+        measures(p["title"], average(p["cells"]), document) + lines(verdict(p["cells"]) * several)
+        for p in found
     ]
     results.append(f"<small>{lines(legend(document))}</small>")
     tasks = dict.fromkeys(cell["task"] for cell in document["cells"])
     body = [section("Results", results)]
-    body.append(section("Figures", [figure(name, view, folder) for view in drawn for name in CAPTIONS]))
+    body.append(
+        section("Figures", [figure(name, view, folder) for view in drawn for name in CAPTIONS])
+    )
     body.append(section("Tasks", [task(name, document) for name in tasks]))
     body.append(section("Which adapter to take", adapter(document, drawn[0]["cells"], folder)))
-    versions = ", ".join(f"{name} {version}" for name, version in document.get("versions", {}).items())
+    versions = ", ".join(
+        f"{name} {version}" for name, version in document.get("versions", {}).items()
+    )
     made = [f"<pre>{shown(command)}</pre>" * bool(command)]
     made.append(lines([f"Written on {date.today()}; {versions}.", seconds_line(document)]))
     config = shown(json.dumps(document["config"], indent=2, ensure_ascii=False))
@@ -54,7 +62,9 @@ def write_page(document: dict, folder: Path, command: str) -> str:
 
 def whole(title: str, head: str, about: str, sections: list[str]) -> str:
     """A page that needs no other file, from its headline, what stands below it as HTML, and its sections."""
-    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    meta = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    )
     start = f'<!doctype html><html lang="en"><head>{meta}<title>{shown(title)}</title><style>{STYLE}</style></head>'
     top = f"{start}<body><header><h1>{shown(head)}</h1>{about}</header><main>"
     return "\n".join([top, *sections, "</main></body></html>\n"])
@@ -78,9 +88,13 @@ def table(caption: str, heads: list[str], rows: list[list[str]], kind: str) -> s
     """A table that scrolls in its own box; the first entry of a row is its heading."""
     top = "".join(f'<th scope="col">{shown(head)}</th>' for head in heads)
     entries = ["".join(f"<td>{shown(text)}</td>" for text in row[1:]) for row in rows]
-    body = "".join(f'<tr><th scope="row">{shown(row[0])}</th>{rest}</tr>' for row, rest in zip(rows, entries))
+    body = "".join(
+        f'<tr><th scope="row">{shown(row[0])}</th>{rest}</tr>' for row, rest in zip(rows, entries)
+    )
     start = f'<div class="box" role="region" tabindex="0" aria-label="{shown(caption)}"><table class="{kind}">'
-    inside = f"<caption>{shown(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody>"
+    inside = (
+        f"<caption>{shown(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody>"
+    )
     return f"{start}{inside}</table></div>"
 
 
@@ -99,7 +113,9 @@ def figure(name: str, view: dict, folder: Path) -> str:
     for form, kind in (("png", "png"), ("svg", "svg+xml")):
         if (path := folder / f"{name}{view['suffix']}.{form}").is_file():
             data = path.read_bytes()
-            width = f'width="{int.from_bytes(data[16:20], "big") // 2}"' * (form == "png")  # half its pixels: sharp
+            width = f'width="{int.from_bytes(data[16:20], "big") // 2}"' * (
+                form == "png"
+            )  # half its pixels: sharp
             source = f'src="data:image/{kind};base64,{b64encode(data).decode()}"'
             image = f'<img alt="{name}: {shown(view["title"])}" {width} {source}>'
             return f'<figure><div class="box">{image}</div><figcaption>{CAPTIONS[name]}</figcaption></figure>'
@@ -110,11 +126,15 @@ def task(name: str, document: dict) -> str:
     """One task, folded: its evaluations, one whole prompt at the largest N, right and wrong answers."""
     body = []
     for part in parts(document):
-        mine = sorted((c for c in part["cells"] if c["task"] == name), key=lambda c: (c["ood"], c["eval"]))
+        mine = sorted(
+            (c for c in part["cells"] if c["task"] == name), key=lambda c: (c["ood"], c["eval"])
+        )
         body += [measures(title(mine, part["by"]), mine, document)] if mine else []
     samples = [sample for sample in document.get("samples") or [] if sample["task"] == name]
     for sample in sorted(samples, key=lambda sample: sample["n"])[-1:]:
-        body.append(f"<h3>What the model saw, N = {sample['n']}</h3><pre>{shown(sample['prompt'])}</pre>")
+        body.append(
+            f"<h3>What the model saw, N = {sample['n']}</h3><pre>{shown(sample['prompt'])}</pre>"
+        )
         body += [answers(sample, right) for right in (True, False) if sample["rows"]]
     return f"<details><summary>{shown(name)}</summary>{''.join(body)}</details>"
 
@@ -122,8 +142,12 @@ def task(name: str, document: dict) -> str:
 def answers(sample: dict, right: bool) -> str:
     """A table of the sample's right or wrong rows: what was asked, what it should be, what was said, how sure."""
     rows = [row for row in sample["rows"] if row["right"] == right]
-    fields = ["prompt", "answer", "said"] + ["confidence"] * any(row["confidence"] is not None for row in rows)
-    body = [[f"{v:.2f}" if isinstance(v, float) else v for v in map(row.get, fields)] for row in rows]
+    fields = ["prompt", "answer", "said"] + ["confidence"] * any(
+        row["confidence"] is not None for row in rows
+    )
+    body = [
+        [f"{v:.2f}" if isinstance(v, float) else v for v in map(row.get, fields)] for row in rows
+    ]
     who = f"{LABELS.get(sample['method'], sample['method'])}, set {sample['set']}"
     caption = f"{who}: {count(len(rows), 'row')} that it got {'right' if right else 'wrong'}"
     return table(caption, fields, body, "text") if rows else lines([caption])
@@ -131,7 +155,9 @@ def answers(sample: dict, right: bool) -> str:
 
 def adapter(document: dict, cells: list[dict], folder: Path) -> list[str]:
     """Adapters to take, and how: IA2→SFT's, SFT's where it is surely better, else those of the most accurate method."""
-    means = {row["method"]: row["acc_mean"] for row in average(cells) if row["method"] not in UNTRAINED}
+    means = {
+        row["method"]: row["acc_mean"] for row in average(cells) if row["method"] not in UNTRAINED
+    }
     method = "ia2-sft" if "ia2-sft" in means else max(means, key=means.get, default=None)
     gain = paired(cells, "acc")
     if gain and gain.mean < 0 and gain.p < 0.05:
@@ -161,4 +187,6 @@ def loading(source: str, adapter: str | None = None, dtype: str = "") -> str:
         source = "TINY"
     code.append(f"tokenizer = transformers.AutoTokenizer.from_pretrained({source})")
     code.append(f"model = transformers.AutoModelForCausalLM.from_pretrained({source}{dtype})")
-    return "\n".join(code + [f"model = peft.PeftModel.from_pretrained(model, {adapter!r})"] * bool(adapter))
+    return "\n".join(
+        code + [f"model = peft.PeftModel.from_pretrained(model, {adapter!r})"] * bool(adapter)
+    )

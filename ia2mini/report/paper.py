@@ -75,7 +75,11 @@ def table_8(document: dict) -> list[tuple[str, int, str, str, PairedTest]]:
         mine = []
         for cell in document["cells"]:
             labelled = cell["ece_mean"] is not None
-            if cell["adapter"] == "lora" and cell["method"] in ("sft", "ia2-sft") and labelled == ("ece" in metrics):
+            if (
+                cell["adapter"] == "lora"
+                and cell["method"] in ("sft", "ia2-sft")
+                and labelled == ("ece" in metrics)
+            ):
                 mine.append(cell)
         for (n, by), some in sorted(grouped(mine, "n", "selected_by").items()):
             for metric in metrics:
@@ -87,14 +91,18 @@ def write_table_8(document: dict) -> str:
     """Table 8 as text. Raises UsageError where no cell belongs in it."""
     found = table_8(document)
     if not found:
-        raise UsageError("no cells of SFT and IA2→SFT with LoRA on true answers; Table 8 compares these")
+        raise UsageError(
+            "no cells of SFT and IA2→SFT with LoRA on true answers; Table 8 compares these"
+        )
     lines = [f"{'task':<14}{'metric':<8}{'rate by':<9}{'N':>4}{'t':>9}{'p':>12}{'pairs':>7}"]
     for kind, n, metric, by, test in found:
         tested = f"{test.t:>9.4f}{test.p:>12.4g}"
         if math.isnan(test.p):
             tested = f"{'–':>9}{'–':>12}"
         lines.append(f"{kind:<14}{metric:<8}{by:<9}{n:>4}{tested}{test.pairs:>7}")
-    lines.append("A pair is one set on one evaluation; pairs of one evaluation share its rows: not independent.")
+    lines.append(
+        "A pair is one set on one evaluation; pairs of one evaluation share its rows: not independent."
+    )
     return "\n".join(lines)
 
 

@@ -23,12 +23,18 @@ def parts(document: dict) -> list[dict]:
     trained = [c for c in cells if c["selected_by"]] or [c | {"selected_by": None} for c in cells]
     groups = grouped(cells, "model", "n")
     found = []
-    for (model, n, kind, by), own in grouped(trained, "model", "n", "adapter", "selected_by").items():
-        others = evaluations([c for c in trained if (c["model"], c["n"]) == (model, n)]) - evaluations(own)
+    for (model, n, kind, by), own in grouped(
+        trained, "model", "n", "adapter", "selected_by"
+    ).items():
+        others = evaluations(
+            [c for c in trained if (c["model"], c["n"]) == (model, n)]
+        ) - evaluations(own)
         mine = []
         for c in groups[model, n]:
             belongs = c["selected_by"] in (by, None) and c["adapter"] in (kind, None)
-            if belongs and (c["task"], c["eval"]) not in others:  # the base and ICL of what this adapter has not
+            if (
+                belongs and (c["task"], c["eval"]) not in others
+            ):  # the base and ICL of what this adapter has not
                 mine.append(c)
         about = {"model": model, "n": n, "adapter": kind, "by": by}
         found.append(about | {"cells": mine, "title": title(mine, by)})
@@ -43,8 +49,14 @@ def title(cells: list[dict], by: str | None) -> str:
     """Model, task, N, adapter, sets and the choice of the rate of a part, in one line."""
     tasks = list(dict.fromkeys(c["task"] for c in cells))
     adapter = next((c["adapter"] for c in cells if c["adapter"]), None)
-    about = [cells[0]["model"], ", ".join(tasks) if len(tasks) < 3 else f"{len(tasks)} tasks", f"N = {cells[0]['n']}"]
-    return " · ".join([*about, *filter(None, [adapter, count(cells[0]["sets"], "set"), CHOICES.get(by)])])
+    about = [
+        cells[0]["model"],
+        ", ".join(tasks) if len(tasks) < 3 else f"{len(tasks)} tasks",
+        f"N = {cells[0]['n']}",
+    ]
+    return " · ".join(
+        [*about, *filter(None, [adapter, count(cells[0]["sets"], "set"), CHOICES.get(by)])]
+    )
 
 
 def dashed(name: str) -> str:
@@ -66,7 +78,9 @@ def average(cells: list[dict]) -> list[dict]:
         rates = list(grouped(mine, "rate", "beta"))
         row["rate"], row["beta"] = rates[0] if len(rates) == 1 else (None, None)
         for metric in METRICS:
-            means = [cell[f"{metric}_mean"] for cell in mine if cell.get(f"{metric}_mean") is not None]
+            means = [
+                cell[f"{metric}_mean"] for cell in mine if cell.get(f"{metric}_mean") is not None
+            ]
             row[f"{metric}_mean"] = fmean(means) if means else None
             row[f"{metric}_std"] = deviation(over_evaluations(mine, metric))
         rows.append(row)
@@ -82,7 +96,9 @@ def over_evaluations(cells: list[dict], metric: str) -> list[float]:
     return [] if any(None in values for values in sets) else [fmean(values) for values in sets]
 
 
-def paired(cells: list[dict], metric: str, method: str = "ia2-sft", against: str = "sft") -> PairedTest | None:
+def paired(
+    cells: list[dict], metric: str, method: str = "ia2-sft", against: str = "sft"
+) -> PairedTest | None:
     """`method` minus `against`, paired over tasks and sets, each averaged over its evaluations; None without both."""
 
     def values(name: str) -> list[float]:
@@ -99,7 +115,9 @@ def verdict(cells: list[dict]) -> list[str]:
     gain = paired(cells, "acc")
     if gain is None:
         return []
-    line = f"IA2→SFT against SFT: accuracy {100 * gain.mean:+.1f} points{interval(gain, 100, '.1f')}"
+    line = (
+        f"IA2→SFT against SFT: accuracy {100 * gain.mean:+.1f} points{interval(gain, 100, '.1f')}"
+    )
     calibration = paired(cells, "ece")
     if calibration is not None:
         line += f"; ECE {calibration.mean:+.2f}{interval(calibration, 1, '.2f')}"

@@ -16,11 +16,15 @@ def compile_blocks(model: nn.Module, **options) -> None:
     Where no compiler works they run as they are, with a warning.
     """
     config = torch._dynamo.config
-    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # the latter in 2.6
+    limit = (
+        "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    )  # the latter in 2.6
     setattr(config, limit, 64)  # with and without gradients, adapter, mask, cache and prefix
     config.suppress_errors = not options.get("fullgraph")
     for half in HALVES:  # one function serves all layers: one compilation
-        function = torch.compile(getattr(type(model.model.layers[0]), half), dynamic=True, **options)
+        function = torch.compile(
+            getattr(type(model.model.layers[0]), half), dynamic=True, **options
+        )
         for block in model.model.layers:
             setattr(block, half, partial(function, block))
 
@@ -33,7 +37,9 @@ def checkpoint_blocks(model: nn.Module) -> bool:
     if is_checkpointed(model):
         return False
     for block, half in product(model.model.layers, HALVES):
-        anew = partial(checkpoint, getattr(block, half), use_reentrant=False, preserve_rng_state=False)
+        anew = partial(
+            checkpoint, getattr(block, half), use_reentrant=False, preserve_rng_state=False
+        )
         setattr(block, half, anew)
     return True
 

@@ -12,7 +12,12 @@ def over_ranks(train: Callable) -> Callable:
     """`train` of a part of the runs on each process."""
 
     def train_a_part(
-        model, adapter, runs: Runs, settings: Settings = DEFAULTS, state: State | None = None, hooks: Hooks = NO_HOOKS
+        model,
+        adapter,
+        runs: Runs,
+        settings: Settings = DEFAULTS,
+        state: State | None = None,
+        hooks: Hooks = NO_HOOKS,
     ) -> State:
         if ranks.size == 1:
             return train(model, adapter, runs, settings, state, hooks)
@@ -20,7 +25,11 @@ def over_ranks(train: Callable) -> Callable:
         parts = torch.arange(len(runs)).tensor_split(ranks.size)
 
         def trained(part: torch.Tensor) -> State:
-            return train(model, adapter, runs.take(part), settings, whole.take(part), hooks) if len(part) else None
+            return (
+                train(model, adapter, runs.take(part), settings, whole.take(part), hooks)
+                if len(part)
+                else None
+            )
 
         for part, found in zip(parts, ranks.spread(trained, parts)):
             if len(part):

@@ -25,14 +25,19 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.pool = torch.cuda.graph_pool_handle()  # shared: a replay may overwrite another recording's result
+        self.pool = (
+            torch.cuda.graph_pool_handle()
+        )  # shared: a replay may overwrite another recording's result
 
     def __call__(self, function: Callable) -> tuple[Callable, object]:
         graph = torch.cuda.CUDAGraph()
         before = torch.cuda.current_stream(self.device)
         mode = "thread_local"  # "global" would have NCCL's own threads, which ask for events, break the capture
         try:
-            with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool, capture_error_mode=mode):
+            with (
+                torch.cuda.device(self.device),
+                torch.cuda.graph(graph, pool=self.pool, capture_error_mode=mode),
+            ):
                 return graph.replay, function()
         except BaseException:
             torch.cuda.set_stream(before)  # a capture that fails leaves its own behind
@@ -71,7 +76,9 @@ def launch_bound(model: nn.Module, runs: Runs, settings: Settings) -> bool:
     block = sum(weights.numel() for weights in model.model.layers[0].parameters())
     longest = max(len(row) for rows in runs.train for row in rows)
     tokens = len(runs) * min(settings.batch_size, len(runs.train[0])) * longest
-    operations = 4 * tokens * block * config.num_hidden_layers  # forward, and the gradient of every input
+    operations = (
+        4 * tokens * block * config.num_hidden_layers
+    )  # forward, and the gradient of every input
     kernels = KERNELS * config.num_hidden_layers
     return kernels * LAUNCH > operations / RATE
 
@@ -100,7 +107,11 @@ class CapturedStep:
         shapes = tuple(t.shape for batch in batches for t in batch.tensors())
         self.calls[shapes] += 1
         COUNTED["calls"] += 1
-        if shapes not in self.recordings and self.calls[shapes] > OFTEN and len(self.recordings) < self.most:
+        if (
+            shapes not in self.recordings
+            and self.calls[shapes] > OFTEN
+            and len(self.recordings) < self.most
+        ):
             self.record(shapes, batches)
         if shapes not in self.recordings:
             return self.function(*batches)

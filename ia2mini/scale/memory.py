@@ -29,7 +29,12 @@ def within_memory(train: Callable, at_once: int | None = None) -> Callable:
     most_ever = at_once
 
     def train_in_parts(
-        model, adapter, runs: Runs, settings: Settings = DEFAULTS, state: State | None = None, hooks: Hooks = NO_HOOKS
+        model,
+        adapter,
+        runs: Runs,
+        settings: Settings = DEFAULTS,
+        state: State | None = None,
+        hooks: Hooks = NO_HOOKS,
     ) -> State:
         nonlocal most_ever
         whole = State.begin(runs.theta) if state is None else state
@@ -61,7 +66,9 @@ def fewer(model: nn.Module, runs: int) -> int:
         warnings.warn(f"out of memory with {runs} runs side by side; {now}", stacklevel=3)
         return runs // 2
     if not checkpoint_blocks(model):
-        raise UsageError("not enough memory for a single run; use a smaller --batch-size or a smaller model")
+        raise UsageError(
+            "not enough memory for a single run; use a smaller --batch-size or a smaller model"
+        )
     warnings.warn("out of memory with a single run; going on with --checkpointing", stacklevel=3)
     return 1
 
@@ -75,7 +82,14 @@ def runs_that_fit(model: nn.Module, runs: Runs, batch_size: int) -> int:
     longest = [sorted(rows, key=len)[-batch_size:] for rows in runs.train]
     tokens = max(sum(map(len, rows)) for rows in longest)
     positions = max(count_positions(rows) for rows in longest)
-    each = run_bytes(model.config, tokens, positions, weight.itemsize, runs.theta.shape[1], is_checkpointed(model))
+    each = run_bytes(
+        model.config,
+        tokens,
+        positions,
+        weight.itemsize,
+        runs.theta.shape[1],
+        is_checkpointed(model),
+    )
     return max(1, int(min(len(runs), MARGIN * free / each)))
 
 
@@ -91,7 +105,9 @@ def free_bytes(device: torch.device) -> float:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def run_bytes(config, tokens: float, positions: float, size: int, trained: int, checkpointing: bool = False) -> float:
+def run_bytes(
+    config, tokens: float, positions: float, size: int, trained: int, checkpointing: bool = False
+) -> float:
     """Bytes that training one run takes beside the model: states of a step that are kept for the backward pass.
 
     A layer keeps, a token: what its norms and LoRA read, queries, keys (also before their norm), values, what attention

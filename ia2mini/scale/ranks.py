@@ -15,7 +15,9 @@ from datetime import timedelta
 from .. import UsageError
 from ..errors import out_of_memory
 
-LOST = "another process has ended; what was finished is kept, and the same command goes on from there"
+LOST = (
+    "another process has ended; what was finished is kept, and the same command goes on from there"
+)
 NEVER = timedelta(days=7)  # who has nothing left to do waits for the others, however long they work
 rank = 0
 size = 1
@@ -41,7 +43,9 @@ def start() -> None:
     with one_line_when_lost():
         # what processes say to one another goes by gloo, where the end of one is an error; by NCCL it is an abort
         dist.init_process_group("cpu:gloo,cuda:nccl" if enough_gpus else "gloo", timeout=NEVER)
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+        )
     rank = dist.get_rank()
     size = dist.get_world_size()
     chief = rank == 0
@@ -79,7 +83,10 @@ def one_line_when_lost() -> Iterator[None]:
     except RuntimeError as error:
         if out_of_memory(error):
             raise
-        for number in (signal.SIGINT, signal.SIGTERM):  # of torchrun, which ends who is left: it ends already
+        for number in (
+            signal.SIGINT,
+            signal.SIGTERM,
+        ):  # of torchrun, which ends who is left: it ends already
             signal.signal(number, signal.SIG_IGN)
         raise UsageError(LOST) from error
 

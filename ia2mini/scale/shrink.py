@@ -20,7 +20,12 @@ def shrinking(train: Callable, by_halves: Callable = never) -> Callable:
     """
 
     def shrinking_train(
-        model, adapter, runs: Runs, settings: Settings = DEFAULTS, state: State | None = None, hooks: Hooks = NO_HOOKS
+        model,
+        adapter,
+        runs: Runs,
+        settings: Settings = DEFAULTS,
+        state: State | None = None,
+        hooks: Hooks = NO_HOOKS,
     ) -> State:
         whole = State.begin(runs.theta) if state is None else state
         live = torch.arange(len(runs))
@@ -36,7 +41,14 @@ def shrinking(train: Callable, by_halves: Callable = never) -> Callable:
                 some_left = int(part.going.sum()) <= most
                 return some_left
 
-            part = train(model, adapter, mine, settings, whole.take(live), replace(hooks, after_look=after_look))
+            part = train(
+                model,
+                adapter,
+                mine,
+                settings,
+                whole.take(live),
+                replace(hooks, after_look=after_look),
+            )
             whole.put(live, part)
             if not some_left:
                 break

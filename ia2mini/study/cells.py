@@ -38,7 +38,9 @@ class Cell:
     task: Task
     n: int
     episodes: list[Episode]  # the few-shot sets
-    labels: dict[str, list[list[int]]]  # tokens of each label, by evaluation; empty where answers are texts
+    labels: dict[
+        str, list[list[int]]
+    ]  # tokens of each label, by evaluation; empty where answers are texts
     max_tokens: int  # of a response
     teacher_tokens: int  # of one of the teacher's, in training
 
@@ -57,7 +59,11 @@ class Cell:
 
 
 def lay_out(
-    tasks: list[Task], subject: Subject, options: Options, data_dir=None, draw: Callable = draw_episode
+    tasks: list[Task],
+    subject: Subject,
+    options: Options,
+    data_dir=None,
+    draw: Callable = draw_episode,
 ) -> list[Cell]:
     """The cells of a study, in order. `draw` makes an episode, as `draw_episode` does. Raises UsageError."""
     known = [*UNTRAINED, *METHODS]
@@ -88,7 +94,9 @@ def make_cell(study: Study, task: Task, n: int, draw: Callable) -> Cell:
     options = study.options
     tokenizer = study.subject.tokenizer
     pool = study.pools[task.name].rows
-    if task.files and not task.labels:  # one's own texts: the longest answer says how long one may become
+    if (
+        task.files and not task.labels
+    ):  # one's own texts: the longest answer says how long one may become
         answered = pool + study.evaluations[task.name].rows
         task = replace(task, max_tokens=answer_tokens_at_most(tokenizer, answered))
     queries = 0
@@ -96,7 +104,9 @@ def make_cell(study: Study, task: Task, n: int, draw: Callable) -> Cell:
         queries = max(len(study.evaluations[name].rows) for name in task.evals)
     episodes = []
     for number in range(options.sets):
-        episodes.append(draw(pool, n, number, options.seed, pool_demos=queries, reuse=options.paper_compat))
+        episodes.append(
+            draw(pool, n, number, options.seed, pool_demos=queries, reuse=options.paper_compat)
+        )
     cell = Cell(study, task, n, episodes, labels={}, max_tokens=task.max_tokens, teacher_tokens=0)
     if task.labels:  # labels that merge are found before any work
         for name, examples in cell.evaluations.items():
@@ -124,7 +134,10 @@ def check_training_rows(cell: Cell) -> None:
             subject.check_room(row.prompt, tokens)
         if not asks_the_teacher:
             continue
-        full = [with_demonstrations(shown, row.prompt) for shown, row in zip(episode.demonstrations, rows)]
+        full = [
+            with_demonstrations(shown, row.prompt)
+            for shown, row in zip(episode.demonstrations, rows)
+        ]
         for row, tokens in zip(rows, count(full)):
             needed = tokens + cell.teacher_tokens - 1
             subject.check_room(row.prompt, needed, "behind its demonstrations: use a smaller --n")
@@ -143,7 +156,9 @@ def check_evaluation_rows(cell: Cell) -> None:
             subject.check_room(row.prompt, tokens)
         longest = 0
         for episode in cell.episodes:
-            shown = count([with_demonstrations(demonstrations, "") for demonstrations in episode.icl])
+            shown = count(
+                [with_demonstrations(demonstrations, "") for demonstrations in episode.icl]
+            )
             for i, tokens in enumerate(lengths):
                 longest = max(longest, shown[i % len(shown)] + tokens)
         if longest > subject.reads:

@@ -26,7 +26,9 @@ def about(cell: Cell) -> dict:
     return {"task": cell.task.name, "n": cell.n}
 
 
-def training_records(cell: Cell, x: Experiment, trained: dict[str, Trained]) -> dict[str, list[dict]]:
+def training_records(
+    cell: Cell, x: Experiment, trained: dict[str, Trained]
+) -> dict[str, list[dict]]:
     """Of each method a record a run: its set, rate, β, dev loss and steps."""
     found = {}
     for method in cell.study.options.methods:
@@ -35,7 +37,9 @@ def training_records(cell: Cell, x: Experiment, trained: dict[str, Trained]) -> 
         runs = trained[method]
         troubles = runs.troubles()
         records = []
-        for r, (number, rate, beta) in enumerate(configs(method, len(x.episodes), x.rates, x.betas)):
+        for r, (number, rate, beta) in enumerate(
+            configs(method, len(x.episodes), x.rates, x.betas)
+        ):
             record = about(cell)
             record["method"] = method
             record["adapter"] = cell.study.options.adapter_name
@@ -51,7 +55,13 @@ def training_records(cell: Cell, x: Experiment, trained: dict[str, Trained]) -> 
 
 
 def score_records(
-    cell: Cell, x: Experiment, method: str, name: str, scores: Scores, runs: list[dict], temperatures: list[float]
+    cell: Cell,
+    x: Experiment,
+    method: str,
+    name: str,
+    scores: Scores,
+    runs: list[dict],
+    temperatures: list[float],
 ) -> list[dict]:
     """A record of each of a method's scored runs on one evaluation: what it is, and its metrics.
 
@@ -59,7 +69,11 @@ def score_records(
     """
     options = cell.study.options
     task = cell.evaluation_task(name)
-    gold = torch.tensor([example.label for example in cell.evaluations[name].rows]) if task.labels else None
+    gold = (
+        torch.tensor([example.label for example in cell.evaluations[name].rows])
+        if task.labels
+        else None
+    )
     records = []
     for r, run in enumerate(runs):
         asim = scores["asim"][r].tolist()
@@ -75,7 +89,9 @@ def score_records(
         record["asim_layers"] = asim
         if task.labels:
             scheme = "scripts" if options.paper_compat else "width"
-            confidence, correct, labels = (scores[key][at] for key in ("confidence", "correct", "log_probabilities"))
+            confidence, correct, labels = (
+                scores[key][at] for key in ("confidence", "correct", "log_probabilities")
+            )
             record.update(measure(confidence, correct, labels, gold, scheme, temperatures[r]))
             record["temperature"] = temperatures[r]
         else:
@@ -103,7 +119,9 @@ def pick(records: list[dict], scored: list[dict], select: str) -> list[int]:
     return at_config(records, chosen(records, "dev"))
 
 
-def save_adapters(cell: Cell, x: Experiment, method: str, trained: Trained, picked: list[int], records) -> list[str]:
+def save_adapters(
+    cell: Cell, x: Experiment, method: str, trained: Trained, picked: list[int], records
+) -> list[str]:
     """Save a method's chosen runs in PEFT's format; folder names."""
     subject = x.subject
     names = []
@@ -111,21 +129,31 @@ def save_adapters(cell: Cell, x: Experiment, method: str, trained: Trained, pick
         name = f"adapters/{x.name}-{method}-set{records[r]['set']}"
         names.append(name)
         if ranks.chief:
-            save_adapter(x.adapter, trained.theta[r], x.store.path / name, subject.base, subject.revision)
+            save_adapter(
+                x.adapter, trained.theta[r], x.store.path / name, subject.base, subject.revision
+            )
     return names
 
 
-def overlaps(cell: Cell, x: Experiment, trained: dict[str, Trained], picks: dict[str, list[int]]) -> list[dict]:
+def overlaps(
+    cell: Cell, x: Experiment, trained: dict[str, Trained], picks: dict[str, list[int]]
+) -> list[dict]:
     """Share of LoRA's subspace that two chosen methods have in common by set (paper Figure 4), and that of chance."""
     adapter = x.adapter
     if not isinstance(adapter, LoRA):
         return []
-    weights = {method: unpack(trained[method].theta[runs], adapter.shapes) for method, runs in picks.items()}
+    weights = {
+        method: unpack(trained[method].theta[runs], adapter.shapes)
+        for method, runs in picks.items()
+    }
     names = [name for name in adapter.shapes if name.endswith(".B")]
     chance = fmean(adapter.rank / adapter.shapes[name][0] for name in names)
     found = []
     for one, other in combinations(picks, 2):
-        shared = [subspace_overlap(weights[one][name], weights[other][name], adapter.rank).tolist() for name in names]
+        shared = [
+            subspace_overlap(weights[one][name], weights[other][name], adapter.rank).tolist()
+            for name in names
+        ]
         by_set = [fmean(values) for values in zip(*shared)]  # over matrices
         record = about(cell)
         record["adapter"] = cell.study.options.adapter_name
@@ -137,7 +165,9 @@ def overlaps(cell: Cell, x: Experiment, trained: dict[str, Trained], picks: dict
     return found
 
 
-def sample(cell: Cell, x: Experiment, scores: dict, picks: dict[str, list[int]], reported: dict) -> dict:
+def sample(
+    cell: Cell, x: Experiment, scores: dict, picks: dict[str, list[int]], reported: dict
+) -> dict:
     """What the model saw (one whole prompt), and right and wrong rows of the last trained method's first set."""
     name = cell.task.name
     rows = cell.evaluations[name].rows
@@ -150,7 +180,9 @@ def sample(cell: Cell, x: Experiment, scores: dict, picks: dict[str, list[int]],
     run = picks[method][0]
     found["method"] = method
     found["set"] = 0
-    said, confidence, right = answers_of_run(cell, x, scores[method, name], reported[method].index(run), method, run)
+    said, confidence, right = answers_of_run(
+        cell, x, scores[method, name], reported[method].index(run), method, run
+    )
     for wanted in (True, False):
         places = [i for i, correct in enumerate(right) if correct == wanted]
         for i in places[:ROWS_SHOWN]:

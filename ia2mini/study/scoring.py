@@ -39,7 +39,9 @@ class Reference:
 
     scores: Scores
     outputs: Tensor | None = None  # of labels: attention outputs [L, S, n, D]
-    rows: list[list[Row]] | None = None  # of texts: each set's first n responses with their attention outputs
+    rows: list[list[Row]] | None = (
+        None  # of texts: each set's first n responses with their attention outputs
+    )
 
     def of_sets(self, sets: Tensor) -> "Reference":
         """What some of the sets are compared with."""
@@ -69,7 +71,9 @@ class Evaluation:
         return self.x.phase("evaluate", f"{method} on {self.name}", count)
 
 
-def score_all(cell: Cell, x: Experiment, trained: dict[str, Trained], reported: dict[str, list[int]]) -> dict:
+def score_all(
+    cell: Cell, x: Experiment, trained: dict[str, Trained], reported: dict[str, list[int]]
+) -> dict:
     """(method, evaluation) -> `Scores` of the method's reported runs."""
     found = {}
     for name, examples in cell.evaluations.items():
@@ -123,7 +127,9 @@ def score_runs(e: Evaluation, method: str, runs: list[int], reference: Reference
         under = adapted(model, scored_adapter(e.cell), e.trained[method].theta[runs])
     with under as student:
         if e.labels:
-            return score_labels(e, student, e.prompts, Scoring(len(runs), like=reference.outputs), bar)
+            return score_labels(
+                e, student, e.prompts, Scoring(len(runs), like=reference.outputs), bar
+            )
         names = [f"{method}-{run}" for run in runs]
         responses, correct = score_texts(e, student, e.prompts, names, bar)
         return {"correct": correct, "asim": likeness(e, student, reference.rows, responses)}
@@ -166,19 +172,25 @@ def reference_of_texts(e: Evaluation, bar, number: int) -> Reference:
     return Reference({"correct": correct}, rows=[rows])
 
 
-def behind_demonstrations(cell: Cell, rows: list[Example], number: int) -> tuple[Callable, list[list[int]]]:
+def behind_demonstrations(
+    cell: Cell, rows: list[Example], number: int
+) -> tuple[Callable, list[list[int]]]:
     """The model with a set's demonstrations computed once, and what follows them in each row's prompt."""
     subject = cell.study.subject
     queries = [row.prompt for row in rows]
     return share_prefix(subject.model, subject.tokenizer, cell.episodes[number].icl, queries)
 
 
-def score_labels(e: Evaluation, model: Callable, prompts: list[list[int]], how: Scoring, bar) -> Scores:
+def score_labels(
+    e: Evaluation, model: Callable, prompts: list[list[int]], how: Scoring, bar
+) -> Scores:
     """`label_scores` of a model on the rows, and which of them are right."""
     how = replace(how, budget=e.cell.study.budget, ends=e.x.subject.tokenizer.eos_ids)
     if e.cell.study.options.paper_compat:
         how = replace(how, among=10, spelled=spelled_labels(e))
-    scores = label_scores(model, prompts, e.labels, how, lambda queries: bar.update(queries * how.runs))
+    scores = label_scores(
+        model, prompts, e.labels, how, lambda queries: bar.update(queries * how.runs)
+    )
     found = {key: value for key, value in vars(scores).items() if value is not None}
     found["correct"] = scores.top == torch.tensor([row.label for row in e.rows])
     return found
@@ -197,7 +209,9 @@ def scored_adapter(cell: Cell) -> Adapter:
     return Merged(adapter) if cell.study.options.paper_compat else adapter
 
 
-def score_texts(e: Evaluation, model: Callable, prompts: list[list[int]], runs: list[str], bar) -> tuple[list, Tensor]:
+def score_texts(
+    e: Evaluation, model: Callable, prompts: list[list[int]], runs: list[str], bar
+) -> tuple[list, Tensor]:
     """Greedy responses (ids) of a model's `runs` to the rows, and which are right [R, Q].
 
     All runs answer side by side; each one's texts are kept.
@@ -210,7 +224,9 @@ def score_texts(e: Evaluation, model: Callable, prompts: list[list[int]], runs: 
     return [texts["ids"] for texts in kept], torch.stack([parsed_correct(texts) for texts in kept])
 
 
-def generate_texts(e: Evaluation, model: Callable, prompts: list[list[int]], runs: int, bar) -> list[dict]:
+def generate_texts(
+    e: Evaluation, model: Callable, prompts: list[list[int]], runs: int, bar
+) -> list[dict]:
     """What is kept of each run's texts."""
     tokenizer = e.x.subject.tokenizer
     hooks = fast_decoding(device_of(e.x.subject.model), e.task.max_tokens)
@@ -250,7 +266,9 @@ def likeness(e: Evaluation, model: Callable, rows: list[list[Row]], responses: l
         own = responses
     if e.cell.study.options.paper_compat:
         compared = [cut_rows(e, mine, texts) for mine, texts in zip(compared, own)]
-    return layer_asim(model, compared, e.cell.study.budget, by_row=e.cell.study.options.paper_compat)
+    return layer_asim(
+        model, compared, e.cell.study.budget, by_row=e.cell.study.options.paper_compat
+    )
 
 
 def cut_rows(e: Evaluation, rows: list[Row], responses: list[list[int]]) -> list[Row]:
@@ -267,7 +285,9 @@ def ended(e: Evaluation, response: list[int]) -> list[int]:
     return (response + e.x.subject.tokenizer.closing)[: e.cell.max_tokens]
 
 
-def temperatures(cell: Cell, x: Experiment, method: str, trained: dict, reported: dict) -> list[float]:
+def temperatures(
+    cell: Cell, x: Experiment, method: str, trained: dict, reported: dict
+) -> list[float]:
     """For each reported run of a method (of base and ICL for each set) the one that suits its set's dev rows."""
     sets = len(cell.episodes)
     runs = range(sets) if method in UNTRAINED else reported[method]
@@ -284,6 +304,8 @@ def temperatures(cell: Cell, x: Experiment, method: str, trained: dict, reported
             under = adapted(model, scored_adapter(cell), trained[method].theta[[run]])
         with under as student:
             how = Scoring(ends=x.subject.tokenizer.eos_ids)
-            scores = label_scores(student, prompts, cell.labels[cell.task.name], how).log_probabilities[0]
+            scores = label_scores(
+                student, prompts, cell.labels[cell.task.name], how
+            ).log_probabilities[0]
         found.append(fit_temperature(scores, torch.tensor([row.label for row in dev])))
     return found

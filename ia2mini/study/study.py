@@ -69,13 +69,23 @@ def open_study(
 
 
 def carry_out(
-    cells: list[Cell], store: Store, config: dict, side_by_side: int | None = None, bar: Callable = silent
+    cells: list[Cell],
+    store: Store,
+    config: dict,
+    side_by_side: int | None = None,
+    bar: Callable = silent,
 ) -> tuple[dict, Path]:
     """Run every cell of an opened study: (results document, run folder)."""
     options = cells[0].study.options
     progress = Progress(bar, phases=sum(map(count_phases, cells)))
     trainer = make_trainer(side_by_side)
-    found: dict[str, list] = {"runs": [], "training": [], "overlap": [], "adapters": [], "samples": []}
+    found: dict[str, list] = {
+        "runs": [],
+        "training": [],
+        "overlap": [],
+        "adapters": [],
+        "samples": [],
+    }
     for cell in cells:
         for key, records in run_cell(cell, experiment_of(cell, store, progress, trainer)).items():
             found[key] += records
@@ -115,7 +125,9 @@ def run_cell(cell: Cell, x: Experiment) -> dict[str, list]:
         if method not in UNTRAINED:
             own = [record for record in mine if record["eval"] == cell.task.name]
             picks[method] = pick(training[method], own, options.select)
-            adapters += save_adapters(cell, x, method, trained[method], picks[method], training[method])
+            adapters += save_adapters(
+                cell, x, method, trained[method], picks[method], training[method]
+            )
     return {
         "runs": runs,
         "training": [record for records in training.values() for record in records],
@@ -143,7 +155,11 @@ def experiment_of(cell: Cell, store: Store, progress: Progress, trainer: Callabl
         hooks=fast_decoding(device_of(study.subject.model), cell.teacher_tokens),
     )
     settings = Settings(
-        options.batch_size, options.epochs, options.patience, study.layers, keep_last=options.paper_compat
+        options.batch_size,
+        options.epochs,
+        options.patience,
+        study.layers,
+        keep_last=options.paper_compat,
     )
     return Experiment(
         name=cell.name,
@@ -180,7 +196,11 @@ def open_folder(cells: list[Cell], out: Path, draw: Callable) -> tuple[Store, di
     options = study.options
     weight = next(study.subject.model.parameters())
     tasks = list({cell.task.name: cell.task for cell in cells}.values())
-    config: dict = {"ia2mini": __version__, "tasks": [task.name for task in tasks], "model": study.subject.base}
+    config: dict = {
+        "ia2mini": __version__,
+        "tasks": [task.name for task in tasks],
+        "model": study.subject.base,
+    }
     config.update(asdict(options))
     config["dtype"] = str(weight.dtype).removeprefix("torch.")
     config["device"] = weight.device.type
@@ -194,5 +214,7 @@ def open_folder(cells: list[Cell], out: Path, draw: Callable) -> tuple[Store, di
     store = Store(out, f"{about}-{study.subject.name}-n{'-'.join(map(str, options.n))}", config)
     config["rates"] = study.rates
     config["targets"] = study.adapter.targets
-    store.keep_json("run.json", config)  # every mistake in tasks, sizes and options has shown by now
+    store.keep_json(
+        "run.json", config
+    )  # every mistake in tasks, sizes and options has shown by now
     return store, config

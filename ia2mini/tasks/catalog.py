@@ -49,11 +49,18 @@ class Task:
     teacher_tokens: int | None = None  # of the teacher's responses to training rows; None: as many
     parser: str | None = None  # of a text: answer -> what is compared, one of answers.PARSERS
     prepare: str | None = None  # columns to add to a row, one of PREPARE
-    steps: tuple[str, ...] = ("shuffle", "filter")  # in order; also "complete", which drops rows without prompt or
+    steps: tuple[str, ...] = (
+        "shuffle",
+        "filter",
+    )  # in order; also "complete", which drops rows without prompt or
     # answer, "unique", which drops repeated prompts, and …
     held: int = 500  # … "split": this many rows, the last ones, are held out for evaluation
-    archive: tuple[str, str, str] | None = None  # rows in a zip instead of Parquet: path, sha256, member
-    fallback: tuple[str, ...] = ()  # another dataset id with the same rows, then its splits, if `hub` has no Parquet
+    archive: tuple[str, str, str] | None = (
+        None  # rows in a zip instead of Parquet: path, sha256, member
+    )
+    fallback: tuple[
+        str, ...
+    ] = ()  # another dataset id with the same rows, then its splits, if `hub` has no Parquet
     folder: str | None = None  # folder in a local collection, where it is not the hub's name
     files: tuple[str, str] | None = None  # own rows: file of the pool, file of the evaluation
     remarks: tuple[str, ...] = ()  # own rows: how they were read, in sentences
@@ -70,7 +77,9 @@ class Task:
         key = next((key for key in (text, text.lower(), whole_number(text)) if key in known), None)
         if key is None:
             listed = ", ".join(map(repr, known))
-            raise UsageError(f"{row.where}: unknown label {text!r} in column {self.label!r}; known labels: {listed}")
+            raise UsageError(
+                f"{row.where}: unknown label {text!r} in column {self.label!r}; known labels: {listed}"
+            )
         return known[key]
 
     def example(self, row: Row) -> Example:
@@ -91,7 +100,9 @@ def arrange(task: Task, role: str, rows: list[Row]) -> list[Row]:
         rows = [Row(row.where, {**row, **PREPARE[task.prepare](row)}) for row in rows]
     for step in task.steps:
         if step == "shuffle":
-            rows = [rows[i] for i in np.random.default_rng(42).permutation(len(rows))]  # `datasets`' shuffle(seed=42)
+            rows = [
+                rows[i] for i in np.random.default_rng(42).permutation(len(rows))
+            ]  # `datasets`' shuffle(seed=42)
         elif step == "filter":
             rows = [row for row in rows if not task.labels or task.label_of(row) is not None]
         elif step == "complete":
@@ -111,7 +122,10 @@ def list_choices(choices: list[str]) -> str:
 
 def shuffle_choices(row: Row) -> dict:
     """SciQ's four choices in an order drawn from a generator seeded with the question's text: the same in any file."""
-    choices = [row.text(column) for column in ("distractor1", "distractor2", "distractor3", "correct_answer")]
+    choices = [
+        row.text(column)
+        for column in ("distractor1", "distractor2", "distractor3", "correct_answer")
+    ]
     order = random.Random(row.text("question")).sample(range(4), 4)
     return {"choices": list_choices([choices[i] for i in order]), "label": order.index(3)}
 
@@ -136,14 +150,18 @@ PREPARE = {prepare.__name__: prepare for prepare in (shuffle_choices, eight_choi
 def all_tasks() -> dict[str, Task]:
     """Every task by its name: the paper's twelve (of `paper.json`), then the embedded ones."""
     tasks = {}
-    for name, fields in json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8")).items():
+    for name, fields in json.loads(
+        Path(__file__).with_name("paper.json").read_text(encoding="utf-8")
+    ).items():
         known: dict = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         tasks[name] = Task(name, **known)
     for toy in TOY_TASKS:
         words = {"prompt": "Text:{text}\nLabel:", "labels": toy.labels}
         form = words if toy.labels else {"max_tokens": 200, "parser": "number"}
         train = "train" if len(toy.evals) > 1 else None
-        tasks[toy.name] = Task(toy.name, toy.name, train=train, eval="eval", ood=toy.evals[1:], steps=(), **form)
+        tasks[toy.name] = Task(
+            toy.name, toy.name, train=train, eval="eval", ood=toy.evals[1:], steps=(), **form
+        )
     return tasks
 
 

@@ -50,7 +50,10 @@ class ChatTemplate:
     def find_end(self, tokenizer: Tokenizer) -> int | None:
         """The first special token behind an assistant's turn."""
         answer = "An answer"
-        turns = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": answer}]
+        turns = [
+            {"role": "user", "content": "A question"},
+            {"role": "assistant", "content": answer},
+        ]
         try:
             text = self.render(turns, asks=False)
         except UsageError:  # it may take no such turns; those that are needed say so themselves
@@ -92,16 +95,22 @@ def template_of(folder: Path) -> str:
     if isinstance(source, list) and all(isinstance(one, dict) for one in source):
         named = {one.get("name"): one.get("template") for one in source}
         if source and "default" not in named:
-            raise UsageError(f"{folder}: none of its chat templates {sorted(map(str, named))} is called 'default'")
+            raise UsageError(
+                f"{folder}: none of its chat templates {sorted(map(str, named))} is called 'default'"
+            )
         source = named.get("default")
     if not isinstance(source, str):
-        raise UsageError(f"{folder}: --chat needs a chat template (chat_template.jinja or tokenizer_config.json)")
+        raise UsageError(
+            f"{folder}: --chat needs a chat template (chat_template.jinja or tokenizer_config.json)"
+        )
     return source
 
 
 def sandbox() -> Sandbox:
     """What chat templates run in: options, filters and functions of transformers' `apply_chat_template`."""
-    found = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
+    found = Sandbox(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
     found.filters["tojson"] = tojson
     found.globals["raise_exception"] = refuse
     found.globals["strftime_now"] = strftime_now
@@ -110,7 +119,9 @@ def sandbox() -> Sandbox:
 
 def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
     """JSON as it is, where Jinja's own filter of that name escapes what HTML would read."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def refuse(message: str):

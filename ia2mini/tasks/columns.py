@@ -11,7 +11,9 @@ PROMPTS = "text prompt question instruction input sentence query message content
 ANSWERS = "label answer output response completion category class target intent sentiment".split()
 # columns that may belong to a prompt and are never left out unasked, whatever they hold
 PARTS = "context passage document paragraph premise hypothesis body description subject abstract article system".split()
-PARTS += "history dialogue choices options source_text aspect entity claim evidence support hint".split()
+PARTS += (
+    "history dialogue choices options source_text aspect entity claim evidence support hint".split()
+)
 ALPACA_ANSWERS = ("output", "response")
 ALPACA_INPUTS = ("input", "context")  # of Alpaca, of Dolly
 SENTENCE = 3  # words of an entry that may be asked
@@ -42,7 +44,11 @@ class Chosen:
 
 
 def choose_columns(
-    rows: list[Row], prompt: str | None, answer: str | None, template: str | None, answered: bool = True
+    rows: list[Row],
+    prompt: str | None,
+    answer: str | None,
+    template: str | None,
+    answered: bool = True,
 ) -> Chosen:
     """The columns of prompt and answer (without `answered`: of the prompt alone): as given, else guessed.
 
@@ -79,13 +85,17 @@ def given_prompts(prompt: str | None, answer: str | None, template: str | None) 
         return [] if prompt is None else [prompt]
     asked = placeholders(template)
     if answer in asked:
-        raise UsageError(f"template {template!r}: must name a column of the prompt, and not the answer's")
+        raise UsageError(
+            f"template {template!r}: must name a column of the prompt, and not the answer's"
+        )
     if prompt is not None and prompt not in asked:
         raise UsageError(f"template {template!r}: does not name the prompt's column, {{{prompt}}}")
     return asked
 
 
-def candidates(there: list[str], asked: list[str], answer: str | None, answered: bool) -> tuple[list, list]:
+def candidates(
+    there: list[str], asked: list[str], answer: str | None, answered: bool
+) -> tuple[list, list]:
     """The columns that may hold the prompt, and those that may hold the answer.
 
     Where one of the two is known and one column is left, that is the other.
@@ -103,7 +113,9 @@ def candidates(there: list[str], asked: list[str], answer: str | None, answered:
     return prompts, answers
 
 
-def by_alpaca(rows: list[Row], there: list[str], answer: str | None, answered: bool) -> Chosen | None:
+def by_alpaca(
+    rows: list[Row], there: list[str], answer: str | None, answered: bool
+) -> Chosen | None:
     """The columns of rows in the form of Alpaca or Dolly: an instruction, an input that may be empty, a response.
 
     None where they are not of that form, or where a further column may belong to the prompt.
@@ -161,7 +173,9 @@ def is_sentence(value) -> bool:
     return len(words) >= SENTENCE
 
 
-def ask_for_names(where: str, there: list[str], parts: list[str], answered: bool, answer_known: bool) -> str:
+def ask_for_names(
+    where: str, there: list[str], parts: list[str], answered: bool, answer_known: bool
+) -> str:
     """The sentence that asks for the columns' names; `parts` may all belong to the prompt."""
     listed = ", ".join(map(repr, there))
     said = f"{where}: columns {listed}: name yours with --prompt-column"

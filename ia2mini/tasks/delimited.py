@@ -12,7 +12,9 @@ from ia2mini import UsageError
 from ia2mini.files import read_text
 
 DELIMITERS = (",", ";", "\t")  # semicolons where a comma is the decimal point
-NAMED_DELIMITER = re.compile(r'"?sep=(.)"?\r?\n', re.IGNORECASE)  # a first line that Excel reads and writes
+NAMED_DELIMITER = re.compile(
+    r'"?sep=(.)"?\r?\n', re.IGNORECASE
+)  # a first line that Excel reads and writes
 csv.field_size_limit(2**31 - 1)  # Python's own limit is 131,072 characters
 
 
@@ -38,13 +40,17 @@ def read_delimited(path: Path, usual: str) -> list[tuple[str, dict[str, str]]]:
         if len(fields) != len(header):
             counts = f"{len(fields)} fields, the header has {len(header)}"
             raise UsageError(f"{path}:{number}: {counts}; quote a field that holds {delimiter!r}")
-    while header and not header[-1] and not any(fields[len(header) - 1].strip() for _, fields in rows):
+    while (
+        header and not header[-1] and not any(fields[len(header) - 1].strip() for _, fields in rows)
+    ):
         header.pop()
     check_names(f"{path}:{line}", header)
     return [(f"{path}:{number}", dict(zip(header, fields))) for number, fields in rows]
 
 
-def records(text: str, delimiter: str, path: Path, line: int = 1) -> Iterator[tuple[int, list[str]]]:
+def records(
+    text: str, delimiter: str, path: Path, line: int = 1
+) -> Iterator[tuple[int, list[str]]]:
     """The line at which each record begins, and its fields; `line` is that of the text. Raises UsageError."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     start = line

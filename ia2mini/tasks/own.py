@@ -16,7 +16,9 @@ NOTHING = ("none", "null", "na", "n/a", "#n/a", "nil")  # may be a label, or sta
 NAMED = 10  # rows that are left out and named
 
 
-def own_task(rows: list[Row], name: str, prompt=None, answer=None, template: str | None = None) -> Task:
+def own_task(
+    rows: list[Row], name: str, prompt=None, answer=None, template: str | None = None
+) -> Task:
     """The task that rows describe; `prompt` and `answer` are their columns, guessed from the header where not given.
 
     At most 20 different answers, each given twice on average to different prompts, are labels: `task.labels`, sorted.
@@ -30,12 +32,16 @@ def own_task(rows: list[Row], name: str, prompt=None, answer=None, template: str
     complete, remarks = without_gaps(rows, asked, answer)
     if not complete:
         empty = "the prompt" if lacks(rows[0], asked, None) else f"column {answer!r}"
-        raise UsageError(f"{rows[0].where}: {empty} is empty, and no row has both a prompt and an answer")
+        raise UsageError(
+            f"{rows[0].where}: {empty} is empty, and no row has both a prompt and an answer"
+        )
     answers = [row.text(answer) for row in complete]
     different = {(fill(asked, row), text) for row, text in zip(complete, answers)}
     labels, known, said = read_labels(complete, answer)
     if len(labels) == 1:
-        raise UsageError(f"{name}: every row has the answer {labels[0]!r}; nothing can be learned from it")
+        raise UsageError(
+            f"{name}: every row has the answer {labels[0]!r}; nothing can be learned from it"
+        )
     labelled = len(labels) <= MOST_LABELS and 2 * len(labels) <= len(different)
     task = Task(
         name,
@@ -142,17 +148,23 @@ def near_labels(labels: tuple[str, ...]) -> list[str]:
     for label in labels:
         first = plain.setdefault(" ".join(label.lower().split()), label)
         if first != label:
-            said.append(f"labels {first!r} and {label!r} differ only in blanks or case; they are kept apart")
+            said.append(
+                f"labels {first!r} and {label!r} differ only in blanks or case; they are kept apart"
+            )
     alike = {}
     for label in plain.values():
         first = alike.setdefault(unified(label), label)
         if first != label:
-            said.append(f"labels {first!r} and {label!r} are two ways to write the same; they are kept apart")
+            said.append(
+                f"labels {first!r} and {label!r} are two ways to write the same; they are kept apart"
+            )
     for label in labels:
         if label != label.strip():
             said.append(f"label {label!r} begins or ends with a blank, which is part of it")
         if label.strip().lower() in NOTHING:
-            said.append(f"{label!r} is read as a label; if it stands for no answer, empty these cells")
+            said.append(
+                f"{label!r} is read as a label; if it stands for no answer, empty these cells"
+            )
     return said
 
 
@@ -178,4 +190,6 @@ def queries_task(rows: list[Row], name: str, prompt=None, template: str | None =
     chosen = choose_columns(rows, prompt, None, template, answered=False)
     template = template or default_template(chosen, False)
     _, remarks = without_gaps(rows, template, None)
-    return Task(name, name, prompt=template, answer="", parser="text", remarks=(*remarks, chosen.told()))
+    return Task(
+        name, name, prompt=template, answer="", parser="text", remarks=(*remarks, chosen.told())
+    )

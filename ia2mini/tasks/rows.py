@@ -16,8 +16,12 @@ from ia2mini.files import is_there, read_text
 
 from .delimited import check_names, read_delimited
 
-COLUMN = re.compile(r"(\n?)\{(\??)([^{}]*)\}")  # in a template: a line end before it, whether it may be empty, its name
-WHOLE = re.compile(r"(-?\d+)\.0+")  # a whole number as pandas writes it where its column also held nothing
+COLUMN = re.compile(
+    r"(\n?)\{(\??)([^{}]*)\}"
+)  # in a template: a line end before it, whether it may be empty, its name
+WHOLE = re.compile(
+    r"(-?\d+)\.0+"
+)  # a whole number as pandas writes it where its column also held nothing
 MISSING = ("", "nan", "<na>")  # what stands in a cell that holds nothing, in small letters
 
 
@@ -26,7 +30,9 @@ class Row(dict):
 
     def __init__(self, where: str, columns: dict):
         if not isinstance(columns, dict):
-            raise UsageError(f"{where}: a JSON {type(columns).__name__}, not an object; one object a row is expected")
+            raise UsageError(
+                f"{where}: a JSON {type(columns).__name__}, not an object; one object a row is expected"
+            )
         super().__init__(columns)
         self.where = where
 
@@ -120,7 +126,9 @@ def read_rows(path: Path, named_classes: bool = True) -> list[Row]:
     """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise UsageError(f"{path}: unknown kind of file {path.suffix!r}; rows are read from {', '.join(READERS)}")
+        raise UsageError(
+            f"{path}: unknown kind of file {path.suffix!r}; rows are read from {', '.join(READERS)}"
+        )
     rows = read_parquet(path, named_classes) if reader is read_parquet else reader(path)
     if not rows:
         raise UsageError(f"{path}: the file holds no rows")
@@ -155,7 +163,9 @@ def read_jsonl(path: Path) -> list[Row]:
 
 
 def read_json(path: Path) -> list[Row]:
-    table = parse_json(read_text(path), str(path), "a list of objects is expected, or one a line in a .jsonl")
+    table = parse_json(
+        read_text(path), str(path), "a list of objects is expected, or one a line in a .jsonl"
+    )
     if not isinstance(table, list):
         raise UsageError(f"{path}: a JSON {type(table).__name__}; a list of objects is expected")
     return [Row(f"{path} row {i}", columns) for i, columns in enumerate(table, 1)]
@@ -171,7 +181,9 @@ def read_parquet(path: Path, named_classes: bool = True) -> list[Row]:
     try:
         from pyarrow import parquet
     except ImportError:
-        raise UsageError(f"{path}: reading Parquet needs pyarrow: pip install 'ia2mini[data]'") from None
+        raise UsageError(
+            f"{path}: reading Parquet needs pyarrow: pip install 'ia2mini[data]'"
+        ) from None
     if not is_there(path):
         raise UsageError(f"{path}: no such file")
     try:
@@ -217,7 +229,13 @@ def class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
     return found
 
 
-READERS = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet, ".csv": read_csv, ".tsv": read_csv}
+READERS = {
+    ".jsonl": read_jsonl,
+    ".json": read_json,
+    ".parquet": read_parquet,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+}
 
 
 def as_rows(rows: str | Path | Sequence[dict]) -> list[Row]:

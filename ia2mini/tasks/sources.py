@@ -32,7 +32,9 @@ class Examples:
     origin: dict
 
 
-def load_examples(task: Task, role: str, data_dir: str | Path | None = None, limit: int | None = None) -> Examples:
+def load_examples(
+    task: Task, role: str, data_dir: str | Path | None = None, limit: int | None = None
+) -> Examples:
     """The pool (role "train", at most 2,000 rows) or the evaluation (role "eval", at most 500, or `limit`) of a task.
 
     Rows come from the local folder `data_dir` where given, else from the hub; embedded tasks and own files ignore it.
@@ -48,7 +50,9 @@ def load_examples(task: Task, role: str, data_dir: str | Path | None = None, lim
     if not examples:
         left = f"no rows left to {role} on, of {len(rows)} in {origin['files'][0]}"
         raise UsageError(f"{task.name}: {left}; more rows are needed")
-    digest = hashlib.sha256(json.dumps([(e.prompt, e.answer) for e in examples]).encode()).hexdigest()
+    digest = hashlib.sha256(
+        json.dumps([(e.prompt, e.answer) for e in examples]).encode()
+    ).hexdigest()
     counts = {"rows": len(rows), "kept": len(chosen), "used": len(examples)}
     return Examples(examples, {**origin, **counts, "digest": digest})
 
@@ -58,9 +62,16 @@ def fetch(task: Task, role: str, data_dir: str | Path | None) -> tuple[list[Row]
     split = task.train if role == "train" else task.eval
     if task.hub is None and not task.files:
         origin = {"source": "embedded", "files": [task.name]}
-        return [Row(f"{task.name} {role} row {i}", row) for i, row in enumerate(world.rows(task.name, role), 1)], origin
+        return [
+            Row(f"{task.name} {role} row {i}", row)
+            for i, row in enumerate(world.rows(task.name, role), 1)
+        ], origin
     if task.files or data_dir is not None:
-        path = Path(task.files[role == "eval"]) if task.files else find_local(task, split, Path(data_dir))
+        path = (
+            Path(task.files[role == "eval"])
+            if task.files
+            else find_local(task, split, Path(data_dir))
+        )
         origin = {"source": "own rows" if task.files else "folder", "files": [str(path)]}
         return read_rows(path, named_classes=bool(task.files)), origin
     if task.archive:
@@ -77,7 +88,11 @@ def fetch(task: Task, role: str, data_dir: str | Path | None) -> tuple[list[Row]
 def find_local(task: Task, split: str, data_dir: Path) -> Path:
     """The file of a split in a folder of hub-like data, `{dataset}/{split}.jsonl` and its other spellings."""
     short = task.hub.split("/")[1]
-    folders = list(dict.fromkeys(filter(None, (task.folder, short.lower().replace("-", "_"), short, task.name))))
+    folders = list(
+        dict.fromkeys(
+            filter(None, (task.folder, short.lower().replace("-", "_"), short, task.name))
+        )
+    )
     stems = [split] + [f"{task.config}{mark}{split}" for mark in "_/" if task.config]
     for folder, stem, suffix in product(folders, stems, READERS):
         if (path := data_dir / folder / f"{stem}{suffix}").is_file():
@@ -86,7 +101,9 @@ def find_local(task: Task, split: str, data_dir: Path) -> Path:
     raise UsageError(f"{data_dir}: no rows of {task.name} there; looked for {looked}")
 
 
-def download(repo: str, choose: Callable[[list[str]], list[str]], revision=None) -> tuple[list[Path], dict]:
+def download(
+    repo: str, choose: Callable[[list[str]], list[str]], revision=None
+) -> tuple[list[Path], dict]:
     """Files of a dataset repository that `choose` picks from all names (offline: the cached) -> (paths, origin)."""
     from huggingface_hub import HfApi, errors, snapshot_download
 
@@ -100,7 +117,9 @@ def download(repo: str, choose: Callable[[list[str]], list[str]], revision=None)
                 cached = Path(get(allow_patterns=[], local_files_only=True))
             except errors.LocalEntryNotFoundError:
                 raise error from None
-            names = [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()]
+            names = [
+                path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()
+            ]
             note = "; the hub cannot be reached, so this is what the local cache holds"
         try:
             chosen = choose(sorted(names))
@@ -116,15 +135,21 @@ def read_hub(repo: str, config: str | None, splits: tuple[str, ...]) -> tuple[li
     """Rows of splits, one after another, from the Parquet branch of a dataset on the hub."""
 
     def choose(names: list[str]) -> list[str]:
-        found = [name.split("/") for name in names if re.fullmatch(r"[^/]+/[^/]+/[^/]+\.parquet", name)]
+        found = [
+            name.split("/") for name in names if re.fullmatch(r"[^/]+/[^/]+/[^/]+\.parquet", name)
+        ]
         configs = {path[0] for path in found}
         alone = configs if len(configs) == 1 else ()
         wanted = next((name for name in (config, "default", *alone) if name in configs), None)
-        chosen = [["/".join(path) for path in found if path[:2] == [wanted, split]] for split in splits]
+        chosen = [
+            ["/".join(path) for path in found if path[:2] == [wanted, split]] for split in splits
+        ]
         if not all(chosen):
             asked = f"{config or 'default'}/{'+'.join(splits)}"
             there = ", ".join(sorted({"/".join(path[:2]) for path in found})) or "nothing"
-            raise UsageError(f"{repo}: no Parquet folder {asked} in branch {PARQUET}; found {there}")
+            raise UsageError(
+                f"{repo}: no Parquet folder {asked} in branch {PARQUET}; found {there}"
+            )
         return sum(chosen, [])
 
     paths, origin = download(repo, choose, PARQUET)
@@ -136,7 +161,9 @@ def read_archive(repo: str, name: str, sha256: str, member: str) -> tuple[list[R
     (path,), origin = download(repo, lambda names: [name])
     data = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise UsageError(f"{path}: missing, or not the published file of sha256 {sha256}; delete it and try again")
+        raise UsageError(
+            f"{path}: missing, or not the published file of sha256 {sha256}; delete it and try again"
+        )
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         inside = next(entry for entry in archive.namelist() if PurePosixPath(entry).name == member)
         lines = archive.read(inside).decode("latin-1").split("\n")
@@ -146,7 +173,9 @@ def read_archive(repo: str, name: str, sha256: str, member: str) -> tuple[list[R
     return [Row(f"{name}:{i}", each) for i, each in enumerate(columns, 1)], origin
 
 
-def custom_task(path: str | Path, prompt=None, answer=None, template: str | None = None, eval_path=None) -> Task:
+def custom_task(
+    path: str | Path, prompt=None, answer=None, template: str | None = None, eval_path=None
+) -> Task:
     """The task (`own_task`) of a user's file: `load_examples` works on it as on any other. Its name is the file's.
 
     Without `eval_path`, the last 20 % (at least 20, at most half and 500) of the shuffled rows without repeated prompts

@@ -15,7 +15,11 @@ from zlib import crc32
 
 WORLD = json.loads(Path(__file__).with_name("world.json").read_text())
 ATTRIBUTES: dict[str, dict[str, list[str]]] = WORLD["attributes"]
-FORMATS = {"chain": "{a} {op} {b} is {n}\n#### {n}", "bare": "#### {n}", "phrase": "The answer is {n}"}
+FORMATS = {
+    "chain": "{a} {op} {b} is {n}\n#### {n}",
+    "bare": "#### {n}",
+    "phrase": "The answer is {n}",
+}
 SIZES = {"train": 2000, "eval": 500}
 
 
@@ -33,7 +37,9 @@ class Toy:
     evals: tuple[str, ...] = ()  # names of the tasks it is evaluated on, itself first
 
 
-def both(name: str, attribute="", labels=(), style: str = "review", ood: str = "verse", **more) -> tuple[Toy, Toy]:
+def both(
+    name: str, attribute="", labels=(), style: str = "review", ood: str = "verse", **more
+) -> tuple[Toy, Toy]:
     """A task and its out-of-distribution evaluation: another style (sums: another wording), all templates unseen."""
     there = f"{name}-{ood}"
     task = Toy(name, attribute, labels, style, evals=(name, there), **more)
@@ -59,20 +65,33 @@ def split_of(text: str) -> str:
 def sentence(rng: random.Random, style: str, values: dict[str, str], unseen: bool = False) -> str:
     """A sentence in a style that shows the given value of each attribute, in random order, with at most one filler."""
     templates = WORLD["unseen" if unseen else "styles"][style]
-    parts = [rng.choice(templates[name]).format(rng.choice(ATTRIBUTES[name][value])) for name, value in values.items()]
+    parts = [
+        rng.choice(templates[name]).format(rng.choice(ATTRIBUTES[name][value]))
+        for name, value in values.items()
+    ]
     parts += rng.sample(templates["filler"], rng.choice((0, 0, 1)))
     rng.shuffle(parts)
-    text = "".join(part + rng.choice((" ", " ", " ", ", ")) for part in parts[:-1]) + parts[-1] + rng.choice(("", "."))
+    text = (
+        "".join(part + rng.choice((" ", " ", " ", ", ")) for part in parts[:-1])
+        + parts[-1]
+        + rng.choice(("", "."))
+    )
     return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 
-def draw_sentence(rng: random.Random, split: str, attribute: str, style: str, unseen: bool = False) -> tuple[str, int]:
+def draw_sentence(
+    rng: random.Random, split: str, attribute: str, style: str, unseen: bool = False
+) -> tuple[str, int]:
     """A sentence of a split that shows `attribute` and one to four others -> (text, index of the attribute's value)."""
     values = tuple(ATTRIBUTES[attribute])
     while True:
         label = rng.randrange(len(values))
-        others = rng.sample([name for name in ATTRIBUTES if name != attribute], rng.choice((1, 2, 2, 3, 3, 4)))
-        shown = {attribute: values[label]} | {name: rng.choice(tuple(ATTRIBUTES[name])) for name in others}
+        others = rng.sample(
+            [name for name in ATTRIBUTES if name != attribute], rng.choice((1, 2, 2, 3, 3, 4))
+        )
+        shown = {attribute: values[label]} | {
+            name: rng.choice(tuple(ATTRIBUTES[name])) for name in others
+        }
         text = sentence(rng, style, shown, unseen)
         if split_of(text) == split:
             return text, label
@@ -85,14 +104,18 @@ def draw_sum(rng: random.Random, split: str, unseen: bool = False) -> tuple[str,
         a = rng.randint(2, 9)
         b = rng.randint(1, a)
         name, thing, verb = (rng.choice(words[part]) for part in ("name", "thing", "verb"))
-        text = rng.choice(words["unseen" if unseen else "seen"]).format(name=name, thing=thing, verb=verb, a=a, b=b)
+        text = rng.choice(words["unseen" if unseen else "seen"]).format(
+            name=name, thing=thing, verb=verb, a=a, b=b
+        )
         if split_of(text) == split:
             return text, a, b
 
 
 def sum_answer(a: int, b: int, minus: bool, format: str) -> str:
     """The answer of a sum in one of `FORMATS`, read as plus or as minus."""
-    return FORMATS[format].format(a=a, b=b, op="minus" if minus else "plus", n=a - b if minus else a + b)
+    return FORMATS[format].format(
+        a=a, b=b, op="minus" if minus else "plus", n=a - b if minus else a + b
+    )
 
 
 def rows(name: str, role: str) -> list[dict[str, str | int]]:
@@ -106,5 +129,8 @@ def rows(name: str, role: str) -> list[dict[str, str | int]]:
             found[text] = {"question": text, "answer": sum_answer(a, b, True, task.format)}
         else:
             text, value = draw_sentence(rng, role, task.attribute, task.style, task.unseen)
-            found[text] = {"text": text, "label": len(task.labels) - 1 - value if task.flip else value}
+            found[text] = {
+                "text": text,
+                "label": len(task.labels) - 1 - value if task.flip else value,
+            }
     return list(found.values())
