@@ -92,7 +92,8 @@ def collect(
         stand.tokenizer.encode(with_demonstrations(d, e.prompt)) for d, e in zip(shown, pool)
     ]
     length = len(prompts[0])
-    about = f"{stand.about}; {rows} rows of {length} tokens with {demonstrations} demonstrations, {tokens} tokens generated"
+    about = f"{stand.about}; {rows} rows of {length} tokens with {demonstrations} demonstrations, "
+    about += f"{tokens} tokens generated"
     result = Result("collect", about, [])
     a = AsReleased(stand)
     b = UsedWell(stand)

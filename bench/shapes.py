@@ -177,7 +177,8 @@ def stand(
         if layers == whole.num_hidden_layers
         else f"{layers} of its {whole.num_hidden_layers} layers"
     )
-    about = f"{shape}: {size:.3g} M random weights, {depth}, vocabulary {config.vocab_size:,}, {str(dtype)[6:]}, {device}"
+    about = f"{shape}: {size:.3g} M random weights, {depth}, vocabulary {config.vocab_size:,}, "
+    about += f"{str(dtype)[6:]}, {device}"
     return Stand(shape, about, model.eval(), net, words(config.vocab_size))
 
 

@@ -46,9 +46,8 @@ def chained(error: Exception, wrapped: Exception | None = None) -> Exception:
         try:
             raise error
         except type(error):
-            raise (
-                wrapped or RuntimeError("operation failed due to a previous error during capture")
-            )  # noqa: B904
+            previous = RuntimeError("operation failed due to a previous error during capture")
+            raise wrapped or previous  # noqa: B904
     except RuntimeError as found:
         return found
 

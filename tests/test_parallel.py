@@ -39,7 +39,8 @@ STORES = []
 BOUND = 1e-4  # of results' numbers, and of weights relative to their norm: processors round sums in their own order
 RACING = "run toy-mood --n 4 --sets 2 --epochs 16 --eval-rows 12 --methods icl,sft,ia2,ia2-sft --device cpu".split()
 CELL = [*RACING, "--no-race"]  # rates race only where one process trains all runs
-CELLS = "run toy-mood toy-sums-short --n 2 --sets 2 --epochs 4 --eval-rows 8 --methods base,icl,ia2 --device cpu".split()
+CELLS = "run toy-mood toy-sums-short --n 2 --sets 2 --epochs 4 --eval-rows 8".split()
+CELLS += "--methods base,icl,ia2 --device cpu".split()
 FIT = (
     "fit --model tiny --rates 3e-3,1e-2 --epochs 4 --folds 3 --methods sft,ia2 --device cpu".split()
 )

@@ -1,7 +1,6 @@
 """Files in and out: JSON that is checked, writing that is whole or not there, strangers' texts."""
 
 import base64
-import hashlib
 import json
 import os
 import platform
