@@ -19,10 +19,8 @@ RANK = 8  # of LoRA where nothing else is said
 BUDGET = 4096  # tokens of one pass (`Study.budget`)
 DECODED_AT_ONCE = 4 * BUDGET  # tokens of cache of a batch that is decoded (`Decoding.budget`)
 MOST_DEV = 48  # rows that decide when a run stops
-KERNELS = {
-    "qwen3": (56, 18, 100),
-    "llama": (38, 18, 78),
-}  # bfloat16 operations a layer: forward, LoRA, backward
+# bfloat16 operations a layer: forward, LoRA, backward
+KERNELS = {"qwen3": (56, 18, 100), "llama": (38, 18, 78)}
 KERNELS_AROUND = 20  # of a pass, outside its layers
 MATCHED = ("ia2", "hidden")  # phases that match activations: they need no head
 
@@ -131,9 +129,8 @@ def flops(config, p: Pass) -> float:
         total += n * out  # of the first layer
         total += 2 * L * n * (attention + lora)
         total += last
-        total -= (
-            n * 2 * p.rank * 2 * D
-        )  # no gradient reaches the embeddings: A of the first q and k
+        # no gradient reaches the embeddings: A of the first q and k
+        total -= n * 2 * p.rank * 2 * D
     return float(total)
 
 

@@ -57,9 +57,8 @@ def comparable(ours: list[Row], theirs: list[Row]) -> tuple[torch.Tensor, torch.
     pairs = [], []
     for mine, other in zip(ours, theirs):
         equal = [a == b for a, b in zip(mine.answer, other.answer)]
-        shared = 1 + sum(
-            accumulate(equal[:-1], min)
-        )  # what predicts the first token is the same for both
+        # what predicts the first token is the same for both
+        shared = 1 + sum(accumulate(equal[:-1], min))
         for found, row in zip(pairs, (mine, other)):
             found.append(row.activations[:, :shared].cpu())
     return torch.cat(pairs[0], 1), torch.cat(pairs[1], 1)

@@ -219,15 +219,13 @@ class UsedWell(Peer):
                 answers = self.net(**batch, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
             else:
                 answers = self.generated(batch, tokens)
-        activations = torch.stack(
-            [torch.stack(found[layer], 1) for layer in sorted(found)], 1
-        )  # [B, L, P, D]
+        # [B, L, P, D]
+        activations = torch.stack([torch.stack(found[layer], 1) for layer in sorted(found)], 1)
         return [Row(q, a, x) for q, a, x in zip(queries, answers.tolist(), activations)]
 
     def generated(self, batch: dict[str, Tensor], tokens: int) -> Tensor:
-        batch = {
-            key: value for key, value in batch.items() if key != "position_ids"
-        }  # generate makes its own
+        # generate makes its own
+        batch = {key: value for key, value in batch.items() if key != "position_ids"}
         return self.net.generate(**batch, max_new_tokens=tokens, do_sample=False)[
             :, batch["input_ids"].shape[1] :
         ]

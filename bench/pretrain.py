@@ -36,24 +36,27 @@ UNK, EOS = "<unk>", "<eos>"
 PIECE = r"\n\n|\n|####|[A-Z][a-z]+:|[A-Za-z]+|[0-9]+|[^\sA-Za-z0-9]"
 CONTEXT = 320  # tokens a row
 SHOTS = (0, 1, 2, 4, 8)  # demonstrations probed
-KINDS = {  # plain, single words, attribute or labels told in a header, class names as labels, copying, sums
+# plain, single words, attribute or labels told in a header, class names as labels, copying, sums
+KINDS = {
     "plain": 0.58, "word": 0.1, "task": 0.1, "key": 0.05, "class": 0.05, "copy": 0.02, "sums": 0.1
 }  # fmt: skip
 PRIOR: dict[str, float] = world.WORLD["prior"]
 EVEN = {"weather": 0.22, "mood": 0.2, "topic": 0.24, "place": 0.2, "time": 0.14}
-STAGES = (  # until this share of all steps: share of episodes whose texts are bare words, and prior of attributes
+# until this share of all steps: share of episodes whose texts are bare words, and prior of attributes
+STAGES = (
     (0.3, 0.8, PRIOR),
     (0.7, 0.1, PRIOR),
     (1.0, 0.1, EVEN),
 )
 STYLES = ("review", "news", "verse")  # besides notes, which are bare words
-CANONICAL = 0.9  # share of episodes whose labels mean what they usually mean; in the others they are shuffled
-REMAPPED = 0.2  # share of episodes whose labels are unrelated words, eight for each value, instead of digits
+# share of episodes whose labels mean what they usually mean; in the others they are shuffled
+CANONICAL = 0.9
+# share of episodes whose labels are unrelated words, eight for each value, instead of digits
+REMAPPED = 0.2
 MINUS, FORMATS = 0.4, {"chain": 0.4, "bare": 0.35, "phrase": 0.25}
 STARTS, STOPS = ("Label:", "Answer:"), ("\n\n", EOS)  # an answer stands between them
-LEARNED = tuple(
-    toy.name for toy in world.TOY_TASKS if len(toy.evals) > 1
-)  # the tasks that are not out of distribution
+# the tasks that are not out of distribution
+LEARNED = tuple(toy.name for toy in world.TOY_TASKS if len(toy.evals) > 1)
 
 
 @cache
@@ -180,9 +183,8 @@ def gradients(
     A row counts the same as any; copying counts whole.
     """
     x, y = ids[:, :-1], ids[:, 1:]
-    with torch.autocast(
-        ids.device.type, torch.bfloat16, cache_enabled=False
-    ):  # the cache is shared between threads
+    # the cache is shared between threads
+    with torch.autocast(ids.device.type, torch.bfloat16, cache_enabled=False):
         logits = model(x.clamp(min=0)).float()
     each = F.cross_entropy(logits.transpose(1, 2), y, ignore_index=-1, reduction="none")  # [B, T]
     real = y >= 0
@@ -310,9 +312,8 @@ def pretrain(
     )
     new = {"settings": settings, "step": 0, "seconds": 0.0, "curve": []}
     record = resume(state, optimizer, settings) if state.is_file() else new
-    halves = ThreadPoolExecutor(
-        2
-    )  # of a step, a thread each: faster than two threads inside every small operation
+    # of a step, a thread each: faster than two threads inside every small operation
+    halves = ThreadPoolExecutor(2)
     threads, begun, losses = torch.get_num_threads(), time.monotonic() - record["seconds"], []
     torch.set_num_threads(1)
     bar = tqdm(

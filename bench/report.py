@@ -28,9 +28,8 @@ class Line:
     stack: str
     timing: Timing | None = None
     unit: str = ""  # what one run of the timing was: "run and step", "cell" …
-    rates: dict[str, float] = field(
-        default_factory=dict
-    )  # tokens/s, runs/hour, FLOP/s, share of the GEMM ceiling, bytes …
+    # tokens/s, runs/hour, FLOP/s, share of the GEMM ceiling, bytes …
+    rates: dict[str, float] = field(default_factory=dict)
     note: str = ""  # extrapolated from what, and the like
 
 

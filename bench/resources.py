@@ -36,13 +36,8 @@ def both_ways(loss, outputs: list[Tensor], targets: Tensor) -> Tensor:
     return outputs[0].grad
 
 
-SIZES = (
-    (2048, 1),
-    (2048, 64),
-    (2048, 1024),
-    (5120, 1024),
-    (2048, 16384),
-)  # of `kernel`: hidden units, positions
+# of `kernel`: hidden units, positions
+SIZES = ((2048, 1), (2048, 64), (2048, 1024), (5120, 1024), (2048, 16384))
 
 
 def kernel(
@@ -81,9 +76,8 @@ def kernel(
         times = race(stacks, 9, seconds, device)
         copied = 2 * targets.nbytes / times["copy"].low
         for name in ("us", "eager"):
-            rate = (
-                5 * targets.nbytes / times[name].seconds
-            )  # both tensors read twice, one gradient written
+            # both tensors read twice, one gradient written
+            rate = 5 * targets.nbytes / times[name].seconds
             result.add(
                 Line(
                     f"D {D}, P {P}",

@@ -9,14 +9,8 @@ from .timing import Timing
 from .training import Size, our_cell
 
 BASE = Size(steps=2, rows=20)  # of 50 steps and 500 rows: growth is asked for, not the total
-RUNS = {
-    1: (1, 1),
-    2: (2, 1),
-    5: (5, 1),
-    15: (5, 3),
-    30: (10, 3),
-    60: (20, 3),
-}  # runs a method -> sets × rates
+# runs a method -> sets × rates
+RUNS = {1: (1, 1), 2: (2, 1), 5: (5, 1), 15: (5, 3), 30: (10, 3), 60: (20, 3)}
 COUNTS = (2, 4, 8, 16, 32, 64, 128)
 ANSWERS = (2, 8, 32, 100, 200)
 DEPTHS = (1, 2, 4, 8, 16)

@@ -78,9 +78,8 @@ def check_step(stand: Stand, rows: list[Row], method: str) -> str:
     remark = ""
     for kind in PEERS.values():
         peer = kind(stand)
-        peer.begin(
-            theta[0], 0.0
-        )  # a rate of zero: the step leaves the weights, but not the gradient
+        # a rate of zero: the step leaves the weights, but not the gradient
+        peer.begin(theta[0], 0.0)
         peer.optimizer.zero_grad = lambda: None
         remark = agree(f"{method} loss", loss, peer.step(rows, phase), stand.tolerance)
         theirs = torch.cat([p.grad.flatten() for p in peer.weights])
@@ -268,9 +267,8 @@ def peer_cell(
 ) -> tuple[dict[str, float], list[list[int]], Tensor]:
     """The same, one run after another."""
     sets: list[Taught] = []
-    kept: dict[str, list[list[Tensor]]] = {
-        method: [] for method in CELL
-    }  # the best weights of each run
+    # the best weights of each run
+    kept: dict[str, list[list[Tensor]]] = {method: [] for method in CELL}
     dev: dict[str, list[float]] = {method: [] for method in CELL}
     picked: list[list[int]] = []
     tops: list[Tensor] = []

@@ -2,35 +2,21 @@
 
 import torch
 
-from ia2mini import (
-    METHODS,
-    Grid,
-    LoRA,
-    Taps,
-    draw_episode,
-    find_task,
-    load,
-    load_examples,
-    score,
-    teach,
-)
+from ia2mini import METHODS, Grid, LoRA, Taps, draw_episode, load, score, teach
+from ia2mini.tasks import find_task, load_examples
 
 model, tokenizer = load("tiny")
 task = find_task("toy-mood-flip")
 pool, test = load_examples(task, "train").rows, load_examples(task, "eval", limit=200).rows
-episode = draw_episode(
-    pool, n=4
-)  # 4 rows train, 2 decide when to stop, each sees the others as demonstrations
-taught = teach(
-    model, tokenizer, episode
-)  # answers and attention outputs of the base model with demonstrations
+# 4 rows train, 2 decide when to stop, each sees the others as demonstrations
+episode = draw_episode(pool, n=4)
+# answers and attention outputs of the base model with demonstrations
+taught = teach(model, tokenizer, episode)
 lora = LoRA(model, rank=8)
 grid = Grid(model, lora, [taught], rates=[3e-3, 1e-2])  # two runs side by side
 
-print(
-    "with demonstrations",
-    score(model, tokenizer, test, task.labels, demonstrations=episode.icl[0])[0]["acc"],
-)
+icl = score(model, tokenizer, test, task.labels, demonstrations=episode.icl[0])[0]
+print("with demonstrations", icl["acc"])
 for method in ("sft", "ia2", "ia2-sft"):
     trained = METHODS[method](grid)  # trained.theta [runs, weights], trained.dev_loss [runs]
     best = trained.dev_loss.argmin()

@@ -3,9 +3,8 @@
 from ia2mini import Example, Grid, LoRA, draw_episode, load, score, teach
 from ia2mini.methods import ia2, ia2_sft
 
-WORDS = (
-    "lovely bright warm sweet awful dull dreary bleak".split()
-)  # the first four are answered 1, the others 0
+# the first four are answered 1, the others 0
+WORDS = "lovely bright warm sweet awful dull dreary bleak".split()
 rows = []
 for i, word in enumerate(WORDS * 4):
     label = 1 if i % 8 < 4 else 0

@@ -18,9 +18,8 @@ ids = torch.tensor([tokenizer.encode("Text:the cast was bright near the trail\nL
 # Ours: ask for them. Taps(at=(rows, cols), layers=[0, 2]) would record only those positions and layers.
 taps = Taps()
 logits = model(ids, taps=taps)  # [B, T, V]
-ours = (
-    taps.stack()
-)  # [L, B, T, D]: what each attention block adds to the residual stream, attached to the graph
+# [L, B, T, D]: what each attention block adds to the residual stream, attached to the graph
+ours = taps.stack()
 
 # transformers: a hook on every attention module, to be removed again.
 twin = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()

@@ -18,15 +18,8 @@ from . import UsageError
 from .models.layers import Linear
 
 TARGETS = ("q_proj", "k_proj", "o_proj")  # paper section 5
-EVERY_MATRIX = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-)  # of a layer
+# of a layer
+EVERY_MATRIX = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class Adapter:

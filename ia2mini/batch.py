@@ -26,9 +26,8 @@ class Row:
     prompt: list[int]
     answer: list[int]
     activations: Tensor | None = None  # [L, P, D], the teacher's attention outputs there
-    soft: Tensor | None = (
-        None  # [P, k], the teacher's log-probabilities of its k likeliest tokens there
-    )
+    # [P, k], the teacher's log-probabilities of its k likeliest tokens there
+    soft: Tensor | None = None
     soft_ids: Tensor | None = None  # [P, k], those tokens
     states: Tensor | None = None  # [L, P, D], its residual stream after each attention
 
@@ -57,7 +56,8 @@ class Batch:
     ids: Tensor  # [R * B, T]
     at: At  # rows and columns of the P answer positions, run by run
     targets: Tensor  # [P] answer tokens
-    weights: Tensor  # [R, P / R]: mean over positions of a row, mean over rows; 0 where a run has fewer positions
+    # [R, P / R]: mean over positions of a row, mean over rows; 0 where a run has fewer positions
+    weights: Tensor
     lengths: Tensor  # [R, B] tokens of each row; on the CPU
     activations: Tensor | None  # [L, P, D]
     soft: Tensor | None  # [P, k]
@@ -65,9 +65,8 @@ class Batch:
     states: Tensor | None  # [L, P, D]
     packed: Packed | None = None  # what keeps rows apart that stand in one line
     runs: Tensor | None = None  # [R] which of more runs these are; None: there are no others
-    rows: Tensor | None = (
-        None  # [R, B, P / R] 1 where a position belongs to a row: losses are rounded row by row
-    )
+    # [R, B, P / R] 1 where a position belongs to a row: losses are rounded row by row
+    rows: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """What a pass reads, on its device."""
@@ -122,9 +121,8 @@ def collate(runs: list[list[Row]], by_row: bool = False) -> Batch:
         lengths[r, : len(rows)] = [len(row) for row in rows]
     P = max(sum(len(row.answer) for row in rows) for rows in runs)  # positions of a run
     ids = np.zeros((R, B, lengths.max()), np.int64)
-    at_rows = np.repeat(
-        np.arange(R)[:, None] * B, P, 1
-    )  # positions of no weight stay within the run
+    # positions of no weight stay within the run
+    at_rows = np.repeat(np.arange(R)[:, None] * B, P, 1)
     at_columns = np.zeros((R, P), np.int64)
     targets = np.zeros((R, P), np.int64)
     weights = np.zeros((R, P), np.float32)
@@ -170,9 +168,8 @@ def join_positions(runs: list[list[Row]], name: str, most: int, dim: int) -> Ten
 def by_length(lengths: list[int], budget: int) -> list[list[int]]:
     """Indices in groups of similar length: rows × longest row stays within `budget` tokens (one row at least)."""
     groups: list[list[int]] = []
-    for i in sorted(
-        range(len(lengths)), key=lambda i: -lengths[i]
-    ):  # longest first: memory trouble shows at once
+    # longest first: memory trouble shows at once
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
             groups.append([])
         groups[-1].append(i)

@@ -19,16 +19,13 @@ class Episode:
 
     train: list[Example]  # N rows
     dev: list[Example]  # max(1, N/2) rows, at most 48
-    demonstrations: list[
-        list[Example]
-    ]  # one list a row of train + dev, N - 1 long: what the teacher sees before it
+    # one list a row of train + dev, N - 1 long: what the teacher sees before it
+    demonstrations: list[list[Example]]
     icl: list[list[Example]]  # before each evaluation row; one list: the same for all
-    unlabelled: list[Example] = field(
-        default_factory=list
-    )  # more rows, which the teacher answers …
-    more_demonstrations: list[list[Example]] = field(
-        default_factory=list
-    )  # … with these before each
+    # more rows, which the teacher answers …
+    unlabelled: list[Example] = field(default_factory=list)
+    # … with these before each
+    more_demonstrations: list[list[Example]] = field(default_factory=list)
 
 
 def seeded(seed: int, number: int, purpose: str) -> np.random.Generator:
@@ -59,9 +56,8 @@ def draw_episode(
         needs = f"needs {n} training and {dev_size} dev rows, but the pool holds only {len(pool)}"
         raise UsageError(f"--n {n}: {needs}; use a smaller --n")
     order = np.arange(len(pool))
-    np.random.RandomState(seed * 1000 + number).shuffle(
-        order
-    )  # the released scripts' order when seed is 0
+    # the released scripts' order when seed is 0
+    np.random.RandomState(seed * 1000 + number).shuffle(order)
     train, dev, rest = ([pool[i] for i in part] for part in np.split(order, [n, n + dev_size]))
     rng = seeded(seed, number, "demonstrations")
     leave_one_out = [shuffled(train[:i] + train[i + 1 :], rng) for i in range(n)]

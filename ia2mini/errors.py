@@ -40,9 +40,8 @@ def cause(error: BaseException) -> BaseException | None:
 
 def names_memory(error: BaseException) -> bool:
     name = type(error).__name__
-    if (
-        isinstance(error, MemoryError) or name == "OutOfMemoryError"
-    ):  # torch's own; torch may not be loaded yet
+    # torch's own; torch may not be loaded yet
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError":
         return True
     if isinstance(error, OSError):  # its text holds the name of a file
         return error.errno == errno.ENOMEM

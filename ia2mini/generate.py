@@ -29,14 +29,13 @@ def everyone_stays(going: list[bool], runs: int) -> list[int] | None:
 class DecodingHooks:
     """Where scale/ hooks into decoding; a notebook needs none of it."""
 
-    wrap: Callable[[Callable], Callable] = (
-        as_it_is  # of the step that chooses a token: records it as a CUDA graph
-    )
-    static: bool = False  # whether the cache keeps its shape from the second token on: what a recorded step needs
-    who_stays: Callable[[list[bool], int], list[int] | None] = (
-        everyone_stays  # (which rows still go on, runs) -> the
-    )
+    # of the step that chooses a token: records it as a CUDA graph
+    wrap: Callable[[Callable], Callable] = as_it_is
+    # whether the cache keeps its shape from the second token on: what a recorded step needs
+    static: bool = False
+    # (which rows still go on, runs) -> the
     # rows that stay in the batch; None: all
+    who_stays: Callable[[list[bool], int], list[int] | None] = everyone_stays
 
 
 @dataclass(frozen=True)
@@ -131,9 +130,8 @@ def decode_group(
         chosen = tokens.tolist()
         live = [place for place, goes_on in enumerate(going) if goes_on]
         if observer:
-            here = send(
-                torch.tensor(live), device
-            )  # what is given is a copy: a replay overwrites its own result
+            # what is given is a copy: a replay overwrites its own result
+            here = send(torch.tensor(live), device)
             numbers = [group[rows[place]] for place in live]
             observer(numbers, [chosen[place] for place in live], logits[here], outputs[:, here])
         for place in live:

@@ -24,35 +24,30 @@ class Scoring:
     """How prompts are scored, and what is looked at besides."""
 
     runs: int = 1  # R that the model computes side by side
-    among: int | None = (
-        None  # top-1 confidence as the share among that many likeliest tokens (released scripts: 10)
-    )
+    # top-1 confidence as the share among that many likeliest tokens (released scripts: 10)
+    among: int | None = None
     keep: int = 0  # of how many of the first prompts the attention outputs are returned
-    like: Tensor | None = (
-        None  # [L, S, n, D] outputs of the first n prompts under S sets, to measure `asim` to:
-    )
+    # [L, S, n, D] outputs of the first n prompts under S sets, to measure `asim` to:
     # one run is compared with every set, S × k runs k by k with each
+    like: Tensor | None = None
     budget: int = 4096  # tokens in one pass
-    ends: tuple[
-        int, ...
-    ] = ()  # tokens each of which ends a text: a label that is closed by one ends with any of them
-    spelled: Tensor | None = (
-        None  # [V] the label that a token counts as, -1: none (see `spellings`); labels of 1 token
-    )
+    # tokens each of which ends a text: a label that is closed by one ends with any of them
+    ends: tuple[int, ...] = ()
+    # [V] the label that a token counts as, -1: none (see `spellings`); labels of 1 token
+    spelled: Tensor | None = None
 
 
 @dataclass
 class LabelScores:
     """What R models answer to Q prompts, float32 or int64 on the CPU."""
 
-    top: Tensor  # [R, Q] index of the label that greedy decoding gives, -1 where it gives none of them
+    # [R, Q] index of the label that greedy decoding gives, -1 where it gives none of them
+    top: Tensor
     confidence: Tensor  # [R, Q] probability of what greedy decoding gives
-    log_probabilities: (
-        Tensor  # [R, Q, C] of each label, of all that could be said; natural logarithms
-    )
-    outputs: Tensor | None = (
-        None  # [L, R, n, D] attention outputs of the first n prompts, on the device
-    )
+    # [R, Q, C] of each label, of all that could be said; natural logarithms
+    log_probabilities: Tensor
+    # [L, R, n, D] attention outputs of the first n prompts, on the device
+    outputs: Tensor | None = None
     asim: Tensor | None = None  # [R, L] mean similarity to the attention outputs that were given
 
     @property
@@ -68,9 +63,8 @@ class LabelTree:
     """
 
     def __init__(self, labels: list[list[int]], device, ends: tuple[int, ...] = ()):
-        self.tokens = [
-            token for label in labels for token in label[:-1]
-        ]  # the last token of a label is only said
+        # the last token of a label is only said
+        self.tokens = [token for label in labels for token in label[:-1]]
         lengths = torch.tensor([[len(label)] for label in labels])
         said = pad_sequence([torch.tensor(label) for label in labels], batch_first=True)  # [C, I]
         places = torch.arange(said.shape[1])
@@ -81,9 +75,8 @@ class LabelTree:
         self.said = said.to(device)
         self.real = real.to(device)
         self.at = at.to(device)
-        self.closes = torch.isin(self.said, self.ends) & (places == lengths - 1).to(
-            device
-        )  # [C, I]
+        # [C, I]
+        self.closes = torch.isin(self.said, self.ends) & (places == lengths - 1).to(device)
         self.branches = self.real[:, 1:].nonzero().T  # label and place of each token
 
     def batch(
@@ -128,9 +121,8 @@ class LabelTree:
                 likeliest = torch.where(ended, ending, likeliest)
         log_probabilities = (said - total[..., self.at]).masked_fill(~self.real, 0.0).sum(-1)
         whole = total if among is None else logits.topk(among).values.logsumexp(-1)
-        agreed = (agrees | ~self.real).cumprod(
-            -1
-        )  # [..., C, I] 1 up to where the greedy answer leaves the label
+        # [..., C, I] 1 up to where the greedy answer leaves the label
+        agreed = (agrees | ~self.real).cumprod(-1)
         before = torch.cat((torch.ones_like(agreed[..., :1]), agreed[..., :-1]), -1)
         steps = likeliest - whole[..., self.at]
         confidence = steps.masked_fill(~(before.bool() & self.real), 0.0).sum(-1).exp()  # [..., C]

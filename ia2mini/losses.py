@@ -60,9 +60,8 @@ def fused(function: Callable) -> Callable:
         nonlocal kernel
         if not tensors[0].is_cuda or kernel is function:
             return function(*tensors)
-        kernel = kernel or torch.compile(
-            function, dynamic=True
-        )  # only now: the compiler alone takes seconds to import
+        # only now: the compiler alone takes seconds to import
+        kernel = kernel or torch.compile(function, dynamic=True)
         try:
             return kernel(*tensors)
         except Exception as error:  # a missing compiler shows as one of many

@@ -189,6 +189,5 @@ METHODS: dict[str, Callable] = {
     "ridge": ridge,
     "ridge-sft": ridge_sft,
 }
-STARTS_FROM = {
-    name: name.partition("-")[0] for name in METHODS if "-" in name
-}  # method -> its first phase
+# method -> its first phase
+STARTS_FROM = {name: name.partition("-")[0] for name in METHODS if "-" in name}

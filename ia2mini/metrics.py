@@ -107,9 +107,8 @@ def ece_null(
     if not len(confidence):
         return float("nan")
     rows, confidences, _ = reliability(confidence, confidence, bins, scheme).T
-    ends = np.cumsum(rows).astype(
-        np.int64
-    )  # sorted by confidence, a bin's rows stand together in both schemes
+    # sorted by confidence, a bin's rows stand together in both schemes
+    ends = np.cumsum(rows).astype(np.int64)
     right = np.random.default_rng(seed).random((draws, len(confidence))) < confidence
     shared = right.astype(float)
     if scheme != "scripts":  # rows of equal confidence share their mean, as `reliability` has it
@@ -190,9 +189,8 @@ def risk_coverage(confidence, correct) -> float:
     if not len(confidence) or np.isnan(confidence).any():
         return float("nan")
     _, tie = np.unique(-confidence, return_inverse=True)
-    wrong = (
-        1 - (np.bincount(tie, correct) / np.bincount(tie))[np.sort(tie)]
-    )  # the most certain first
+    # the most certain first
+    wrong = 1 - (np.bincount(tie, correct) / np.bincount(tie))[np.sort(tie)]
     return float((wrong.cumsum() / np.arange(1, len(wrong) + 1)).mean())
 
 
@@ -229,9 +227,8 @@ def temperatures(
     losses = []
     for temperature in grid:
         log_shares = (scores.double() / temperature).log_softmax(-1)
-        expected = torch.where(
-            true > 0, true * log_shares, 0.0
-        )  # a label that cannot be said may be impossible
+        # a label that cannot be said may be impossible
+        expected = torch.where(true > 0, true * log_shares, 0.0)
         losses.append(-expected.sum(-1))
     return grid, torch.stack(losses)
 

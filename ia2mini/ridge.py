@@ -13,12 +13,8 @@ from . import UsageError
 from .adapters import Adapter, LoRA, adapted, unpack
 from .batch import Batch
 
-STRENGTHS = (
-    1e-3,
-    1e-2,
-    1e-1,
-    1.0,
-)  # of the penalty, as shares of the mean squared length of what W_O reads
+# of the penalty, as shares of the mean squared length of what W_O reads
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 NEGLIGIBLE = 1e-6  # of the largest singular value
 
 
@@ -35,9 +31,8 @@ def solve(
             "method ridge solves for LoRA's o_proj: use --adapter lora, with o_proj among --targets"
         )
     theta = theta.clone()
-    weights = unpack(
-        theta, adapter.shapes
-    )  # views: what is written there is what the pass goes on with
+    # views: what is written there is what the pass goes on with
+    weights = unpack(theta, adapter.shapes)
     if layers is None:
         layers = list(range(model.config.num_hidden_layers))
     with adapted(model, adapter, theta) as student:
@@ -63,9 +58,8 @@ def solve_one(
 ) -> None:
     """Write into A [R, r, in] and B [R, out, r] the factors with scale * B A x ≈ wanted - base(x) [R * P, out]."""
     R, r, _ = A.shape
-    share = batch.weights.double().sqrt()[
-        ..., None
-    ]  # [R, P, 1]: rows count alike, however long their answers are
+    # [R, P, 1]: rows count alike, however long their answers are
+    share = batch.weights.double().sqrt()[..., None]
     read = x[batch.at].double().view(R, -1, x.shape[-1]) * share
     missing = (wanted - base(x)[batch.at]).double().view(R, -1, wanted.shape[-1]) * share
     left, size, right = ridge(read, missing)

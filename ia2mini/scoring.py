@@ -41,9 +41,8 @@ def layer_asim(
         batch = collate(some).to(device)
         taps = Taps(batch.at)
         model(batch.ids, taps=taps, logits=False)
-        similar = asim(taps.stack(), batch.activations).unflatten(
-            1, (len(runs), -1)
-        )  # [L, R, P / R]
+        # [L, R, P / R]
+        similar = asim(taps.stack(), batch.activations).unflatten(1, (len(runs), -1))
         if by_row:
             total = total + (similar * batch.weights).sum(-1) * len(group)
         else:

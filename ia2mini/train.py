@@ -38,12 +38,10 @@ class Settings:
     epochs: int = 50
     patience: int = 5  # looks at the dev loss without improvement
     layers: list[int] | None = None  # whose attention outputs are aligned; None: all
-    keep_last: bool = (
-        False  # keep a run's last weights, not its best: what the paper's released scripts do
-    )
-    steps: int | None = (
-        None  # exactly so many, whatever the dev loss, and the last weights are kept
-    )
+    # keep a run's last weights, not its best: what the paper's released scripts do
+    keep_last: bool = False
+    # exactly so many, whatever the dev loss, and the last weights are kept
+    steps: int | None = None
 
 
 @dataclass
@@ -86,7 +84,8 @@ class Trained:
     dev_loss: Tensor  # [R] float32, the last phase's; infinite: the run has failed
     steps: Tensor  # [R] int64, all phases together
     best: Tensor  # [R] int64, the last phase's steps up to these weights
-    broken: Tensor  # [R] int64, the last phase's step at which a dev loss was NaN or infinite; 0: it never was
+    # [R] int64, the last phase's step at which a dev loss was NaN or infinite; 0: it never was
+    broken: Tensor
 
     def troubles(self) -> list[str]:
         """What went wrong in each run; "" where nothing did."""
@@ -104,7 +103,8 @@ class Trained:
 class State:
     """Training so far. It can be taken apart by runs, put together again, and gone on with."""
 
-    index: Tensor  # [R] int64, which of all runs each one is; on the CPU, as all but theta, m, v, t and best_theta
+    # [R] int64, which of all runs each one is; on the CPU, as all but theta, m, v, t and best_theta
+    index: Tensor
     theta: Tensor  # [R, M] float32, the weights now
     m: Tensor  # [R, M], Adam's mean of gradients
     v: Tensor  # [R, M], Adam's mean of their squares
@@ -208,12 +208,10 @@ def go_on(state: State) -> bool:
 class Hooks:
     """Where scale/ hooks into the loop; a notebook needs none of it."""
 
-    collate: Callable[[list[list[Row]]], list[Batch]] = (
-        one_batch  # or several, whose losses add up: packed, by length
-    )
-    wrap: Callable[[Callable], Callable] = (
-        as_it_is  # of the step and of the look: records them as CUDA graphs
-    )
+    # or several, whose losses add up: packed, by length
+    collate: Callable[[list[list[Row]]], list[Batch]] = one_batch
+    # of the step and of the look: records them as CUDA graphs
+    wrap: Callable[[Callable], Callable] = as_it_is
     after_look: Callable[[State], bool] = go_on  # True ends the loop; it may also end runs
 
 

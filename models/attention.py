@@ -18,9 +18,8 @@ Past = tuple[Tensor, Tensor]  # a prefix's keys and values of one layer, [1, K, 
 class LayerCache(NamedTuple):
     """A cache's part in one layer: what a row's tokens see, and where their keys and values go."""
 
-    mask: Tensor | None = (
-        None  # [B, 1, T, S], True where seen; None: each sees its own row up to itself
-    )
+    # [B, 1, T, S], True where seen; None: each sees its own row up to itself
+    mask: Tensor | None = None
     stored: Past | None = None  # [B, K, S, E] each, written into …
     slots: Tensor | None = None  # … at these places [B, T]
     kept: list[Tensor] | None = None  # is given keys and values as they are
@@ -161,9 +160,8 @@ def attend_behind(
     """
     B, H, T, E = q.shape
     K, S = k0.shape[1:3]
-    q = (
-        q.reshape(B, K, H // K * T, E) * E**-0.5
-    )  # the heads that share a key/value head stand together
+    # the heads that share a key/value head stand together
+    q = q.reshape(B, K, H // K * T, E) * E**-0.5
     before = all_rows(q) @ k0[0].mT  # [K, B * H / K * T, S]
     before = by_row(before, B).reshape(B, H, T, S)
     own = (q @ k.mT).view(B, H, T, -1)

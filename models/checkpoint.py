@@ -25,11 +25,8 @@ from .layers import LLAMA3, Rope
 
 FAMILIES = {"llama": (llama.Config, llama.Llama), "qwen3": (qwen3.Config, qwen3.Qwen3)}
 TINY = Path(__file__).parent / "tiny"  # the embedded checkpoint
-MOST = {
-    "num_hidden_layers": 2**12,
-    "max_position_embeddings": 2**40,
-    "rms_norm_eps": 1,
-}  # of other numbers 2**20
+# of other numbers 2**20
+MOST = {"num_hidden_layers": 2**12, "max_position_embeddings": 2**40, "rms_norm_eps": 1}
 
 QWEN3 = "0.6B-Base 1.7B-Base 4B-Base 8B-Base 14B-Base 0.6B 1.7B 4B 8B 14B 32B".split()
 LLAMA = "3.2-1B 3.2-3B 3.2-1B-Instruct 3.2-3B-Instruct 3.1-8B 3.1-70B 3.1-8B-Instruct 3.1-70B-Instruct".split()
@@ -217,10 +214,8 @@ def read_rope(raw: dict, where: Path) -> Rope:
             raise UsageError(
                 f"{where}: partial_rotary_factor = {repr(partial)[:80]} is not supported (supported: 1.0)"
             )
-    for name in (
-        "rope_theta",
-        "original_max_position_embeddings",
-    ):  # readers differ in which of the two they take
+    # readers differ in which of the two they take
+    for name in ("rope_theta", "original_max_position_embeddings"):
         outer, inner = raw.get(name), rope.get(name)
         if outer is not None and inner is not None and outer != inner:
             raise UsageError(
@@ -270,9 +265,8 @@ def tensor_files(folder: Path, config) -> dict[str, Path]:
         if not file.is_file():
             needs = f"every shard of {INDEX}" if (folder / INDEX).is_file() else "it"
             raise UsageError(f"{file}: no such file; the checkpoint needs {needs}")
-        if (
-            file.resolve().parent != folder.resolve() and file.resolve().parent.name != "blobs"
-        ):  # of the hub's cache
+        # of the hub's cache
+        if file.resolve().parent != folder.resolve() and file.resolve().parent.name != "blobs":
             raise UsageError(f"{file}: a link out of its folder; put the file itself there")
         try:
             with safe_open(file, "pt") as f:
@@ -280,7 +274,8 @@ def tensor_files(folder: Path, config) -> dict[str, Path]:
         except (SafetensorError, OSError, struct.error) as error:
             if out_of_memory(error):
                 raise
-            mend = f"delete {file.resolve()} and download it again"  # a link of the hub's cache would be kept
+            # a link of the hub's cache would be kept
+            mend = f"delete {file.resolve()} and download it again"
             raise UsageError(
                 f"{file}: truncated or corrupt safetensors file ({error}); {mend}"
             ) from None
@@ -324,18 +319,16 @@ def fill(
                 f"{folder}: {problem} tensor {names[0]}{more}; the files do not fit config.json"
             )
     for name, shape in wanted.items():
-        with safe_open(
-            where[name], "pt", device=str(device)
-        ) as f:  # one open a tensor: its pages are let go again
+        # one open a tensor: its pages are let go again
+        with safe_open(where[name], "pt", device=str(device)) as f:
             found = f.get_slice(name)
             if found.get_shape() != list(shape) or found.get_dtype() not in STORED:
                 stored = f"is {found.get_dtype()} of shape {found.get_shape()}"
                 asked = f"config.json asks for {list(shape)}, and {', '.join(STORED)} can be read"
                 raise UsageError(f"{where[name]}: tensor {name} {stored}; {asked}")
             tensor = f.get_tensor(name).to(dtype)
-        if (
-            check and not torch.stack(tensor.aminmax()).isfinite().all()
-        ):  # NaN is both least and most
+        # NaN is both least and most
+        if check and not torch.stack(tensor.aminmax()).isfinite().all():
             way = "use other weights, another --dtype, or --no-check to load them anyway"
             raise UsageError(f"{where[name]}: tensor {name} holds NaN or infinity; {way}")
         owner, _, leaf = name.rpartition(".")
@@ -399,6 +392,5 @@ def save(
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
     if tokenizer_json is not None:
         write_text(folder / "tokenizer.json", tokenizer_json)
-    write_text(
-        folder / "config.json", json.dumps(raw, indent=2) + "\n"
-    )  # last: without it this is no checkpoint
+    # last: without it this is no checkpoint
+    write_text(folder / "config.json", json.dumps(raw, indent=2) + "\n")

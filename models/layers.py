@@ -11,12 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LLAMA3 = (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)  # of `Rope.scaling`
+# of `Rope.scaling`
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 Rotation = tuple[Tensor, Tensor]  # cos and signed sin of positions, [(B, 1,) T, E] each
 
 
@@ -95,9 +91,8 @@ class Rope:
             return inv
         factor, low, high, context = (self.scaling[name] for name in LLAMA3)
         turns = context * inv / (2 * math.pi)  # full turns within the original context
-        smooth = ((turns - low) / (high - low)).clamp(
-            0, 1
-        )  # 0: slowed down by `factor`; 1: left as it is
+        # 0: slowed down by `factor`; 1: left as it is
+        smooth = ((turns - low) / (high - low)).clamp(0, 1)
         return inv * (smooth + (1 - smooth) / factor)
 
     def at(self, positions: Tensor, head_dim: int, dtype: torch.dtype) -> Rotation:

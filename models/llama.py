@@ -130,9 +130,8 @@ class Llama(nn.Module):
         of the map to logits, weight [V, D]: its result is returned.
         """
         x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)  # [B, T, D]
-        positions = (cache or Prefix()).positions(x.shape[1], x.device) + (
-            prefix.length if prefix else 0
-        )
+        before = prefix.length if prefix else 0
+        positions = before + (cache or Prefix()).positions(x.shape[1], x.device)
         rope = self.config.rope.at(positions, self.config.head_dim, x.dtype)
         last = len(self.model.layers) - 1
         stop = last if taps is None else taps.last(last + 1)

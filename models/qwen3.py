@@ -58,12 +58,10 @@ class Attention(nn.Module):
         self, x: Tensor, rope: Rotation, cache: LayerCache | None, past: Past | None
     ) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(
-            1, 2
-        )  # [B, H, T, E]
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(
-            1, 2
-        )  # [B, K, T, E]
+        # [B, H, T, E]
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
+        # [B, K, T, E]
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, E]
         z = attend(rotate(q, *rope), rotate(k, *rope), v, cache, past)  # [B, H, T, E]
         return self.o_proj(z.transpose(1, 2).reshape(B, T, -1))  # [B, T, D]
@@ -132,9 +130,8 @@ class Qwen3(nn.Module):
         of the map to logits, weight [V, D]: its result is returned.
         """
         x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)  # [B, T, D]
-        positions = (cache or Prefix()).positions(x.shape[1], x.device) + (
-            prefix.length if prefix else 0
-        )
+        before = prefix.length if prefix else 0
+        positions = before + (cache or Prefix()).positions(x.shape[1], x.device)
         rope = self.config.rope.at(positions, self.config.head_dim, x.dtype)
         last = len(self.model.layers) - 1
         stop = last if taps is None else taps.last(last + 1)

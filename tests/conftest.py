@@ -12,9 +12,8 @@ from hypothesis import settings
 from ia2mini.models.checkpoint import load
 from reference import EOS, make_checkpoint, upstream
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # of a job in the background; tests send it to their children
+# of a job in the background; tests send it to their children
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("busy", deadline=None)  # no test may fail because the machine is busy
 settings.load_profile("busy")

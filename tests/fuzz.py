@@ -18,7 +18,8 @@ import numpy as np
 
 from ia2mini import UsageError
 
-CASES = 500  # mutations of each kind of file, unless $IA2MINI_FUZZ says for how many seconds all kinds are to go on
+# mutations of each kind of file, unless $IA2MINI_FUZZ says for how many seconds all kinds are to go on
+CASES = 500
 KINDS = 5
 SLOWEST = 10  # seconds of a processor that a case may take
 LONGEST = 300  # seconds after which a case waits for something that never comes
@@ -117,9 +118,8 @@ def harm_json(rng: np.random.Generator, data: bytes, wild: list = EVIL) -> bytes
         return json.dumps(any_of(rng, wild)).encode()
     document = json.loads(data)
     paths = places(document)
-    shallow = [
-        path for path in paths if len(path) <= 2
-    ]  # a vocabulary is no better than any other field
+    # a vocabulary is no better than any other field
+    shallow = [path for path in paths if len(path) <= 2]
     for _ in range(rng.integers(1, 3)):
         *way, last = any_of(rng, shallow if rng.random() < 0.7 else paths)
         try:

@@ -44,8 +44,8 @@ MUTANTS = {
     ],
     "models/llama.py": [
         (
-            "(prefix.length if prefix else 0)",
-            "(prefix.length - 1 if prefix else 0)",
+            "= prefix.length if prefix else 0",
+            "= prefix.length - 1 if prefix else 0",
             "cache prefix_equals",
         ),
     ],

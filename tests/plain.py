@@ -51,9 +51,8 @@ class Plain:
                 break
             response.append(token)
             if "\n\n" in self.tokenizer.decode(response):
-                while self.tokenizer.decode(response).endswith(
-                    "\n"
-                ):  # it may have taken several tokens
+                # it may have taken several tokens
+                while self.tokenizer.decode(response).endswith("\n"):
                     response.pop()
                 return response
         return response

@@ -49,9 +49,10 @@ def dequantise(source: Path, name: str, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     net = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.bfloat16)
+    # tied
     tensors = {
         key: t.contiguous() for key, t in net.state_dict().items() if key != "lm_head.weight"
-    }  # tied
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = net.config.to_dict()
     config.pop("quantization_config", None)  # they are not quantised any more

@@ -98,9 +98,8 @@ def test_an_untrained_adapter_changes_nothing(model, kind):
 def test_lora_starts_as_pefts_does(model):
     adapter = LoRA(model, ("q_proj", "down_proj"), rank=64)
     for name, value in unpack(start(adapter, model, noise=0), adapter.shapes).items():
-        bound = (
-            0.0 if name.endswith("B") else value.shape[-1] ** -0.5
-        )  # kaiming_uniform_(a=√5): within 1 / √in
+        # kaiming_uniform_(a=√5): within 1 / √in
+        bound = 0.0 if name.endswith("B") else value.shape[-1] ** -0.5
         assert 0.98 * bound <= value.abs().max() <= bound and value.std() == pytest.approx(
             bound / 3**0.5, rel=0.1
         )

@@ -158,20 +158,8 @@ def test_batches_of_unequal_runs_written_out():
         *([40, 41, 0], [0, 0, 0], [0, 0, 0]),
         *([50, 0, 0], [60, 0, 0], [0, 0, 0]),
     ]
-    assert padded.at[0].tolist() == [
-        0,
-        0,
-        1,
-        2,
-        3,
-        3,
-        3,
-        3,
-        6,
-        7,
-        6,
-        6,
-    ]  # no weight: in the run's first row
+    # no weight: in the run's first row
+    assert padded.at[0].tolist() == [0, 0, 1, 2, 3, 3, 3, 3, 6, 7, 6, 6]
     assert packed.ids.tolist() == [[10, 11, 1, 20, 30], [40, 41, 0, 0, 0], [50, 60, 0, 0, 0]]
     assert packed.at[0].tolist() == [0] * 4 + [1] * 4 + [2] * 4
     for batch in (padded, packed):

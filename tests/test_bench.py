@@ -48,9 +48,8 @@ def test_both_peers_compute_what_we_compute(tiny):
 
 
 def test_both_sides_score_the_chosen_rates_runs_or_all_of_them(tiny, monkeypatch):
-    monkeypatch.setattr(
-        training, "RATES", (1e-5, 3e-2)
-    )  # their dev losses differ more than the stacks do
+    # their dev losses differ more than the stacks do
+    monkeypatch.setattr(training, "RATES", (1e-5, 3e-2))
     prompts = tiny.prompts(4, training.SST2_LENGTHS)
     found = {}
     for select, runs in (("dev", 2), ("eval", 4)):
@@ -67,11 +66,8 @@ def test_both_sides_score_the_chosen_rates_runs_or_all_of_them(tiny, monkeypatch
     )
     chosen = torch.stack([tops[some] for some, tops in zip(found["dev"][0], found["eval"][1])])
     torch.testing.assert_close(chosen, found["dev"][1])
-    assert training.Size(3, 2).chosen(torch.tensor([1.0, 0.9, 1.0, 0.9, 1.0, 1.3])) == [
-        0,
-        2,
-        4,
-    ]  # means over sets
+    # means over sets
+    assert training.Size(3, 2).chosen(torch.tensor([1.0, 0.9, 1.0, 0.9, 1.0, 1.3])) == [0, 2, 4]
 
 
 def test_a_cell_says_on_both_sides_which_runs_it_scores(tiny):
@@ -110,11 +106,8 @@ def test_disagreement_stops_the_bench():
 def test_extrapolation_scales_each_stage_by_its_own_count_and_says_so():
     whole, some = training.Size(), training.Size(sets=1, rates=1, steps=10, rows=50)
     once = {"collect": 1.0, "train": 1.0, "evaluate": 1.0}
-    assert some.times(once, whole, 0.1) == {
-        "collect": 5.0,
-        "train": 75.0,
-        "evaluate": 50.0,
-    }  # a run a set is scored
+    # a run a set is scored
+    assert some.times(once, whole, 0.1) == {"collect": 5.0, "train": 75.0, "evaluate": 50.0}
     counts = "3 of 45 runs, 3 of 15 scored runs, 10 of 50 steps, 50 of 500 rows"
     assert some.said(whole) == f"extrapolated from {counts}" and whole.said(whole) == "whole"
     every, some = replace(whole, select="eval"), replace(some, select="eval")
@@ -164,9 +157,8 @@ def test_recordings_are_made_before_anything_is_timed(monkeypatch):
 
 def test_tensors_are_counted_at_their_most():
     def step():
-        return (
-            torch.ones(10_000_000) + torch.ones(5_000_000).sum()
-        )  # 40 MB, 20 MB for a while, 40 MB
+        # 40 MB, 20 MB for a while, 40 MB
+        return torch.ones(10_000_000) + torch.ones(5_000_000).sum()
 
     assert timing.allocated(step) == pytest.approx(80e6, rel=0.01)
     assert timing.allocated(lambda: torch.ones(5_000_000).sum()) == pytest.approx(20e6, rel=0.01)

@@ -160,9 +160,8 @@ def test_strategytf_is_shuffled_cut_and_shuffled_again():
 
 def test_news_labels_and_cut():
     task = find_task("bbcnews")
-    text = (
-        "word " * 50 + "abcdef and more"
-    )  # 256 characters end inside this: "abcdef" is cut to its end, then dropped
+    # 256 characters end inside this: "abcdef" is cut to its end, then dropped
+    text = "word " * 50 + "abcdef and more"
     rows = arrange(
         task,
         "eval",

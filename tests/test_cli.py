@@ -50,9 +50,8 @@ def numbers(folder: Path) -> dict:
 def finished(ground) -> tuple[Result, Path]:
     """A whole run and its folder."""
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(
-            "ia2mini.cli.group.MINUTE", 10**6
-        )  # of a phase no line but the first, however long it takes
+        # of a phase no line but the first, however long it takes
+        m.setattr("ia2mini.cli.group.MINUTE", 10**6)
         result = invoke(*toy(ground, ground / "runs"))
     assert result.exit_code == 0, result.output
     (folder,) = (ground / "runs").iterdir()
@@ -257,9 +256,8 @@ def test_a_run_that_is_ended_from_outside_goes_on_to_the_same_numbers(
     how, ground, finished, tmp_path
 ):
     def heed():
-        signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # a shell's background jobs ignore it, and so would theirs
+        # a shell's background jobs ignore it, and so would theirs
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     begun = "run.json" if how != "SIGKILL" else "fit-sft.safetensors"
     command = [*ended_by(how, begun), *map(str, toy(ground, tmp_path))]
@@ -292,10 +290,8 @@ def test_own_rows_with_single_token_labels(ground, tmp_path):
         == document["config"]["evals"]["mine"]["rows"] - 20
         == 20
     )
-    assert [cell["method"] for cell in document["cells"]] == [
-        "icl",
-        "sft",
-    ]  # a method given twice counts once
+    # a method given twice counts once
+    assert [cell["method"] for cell in document["cells"]] == ["icl", "sft"]
     assert all(cell["ece_mean"] is not None and cell["sets"] == 2 for cell in document["cells"])
 
 
@@ -322,9 +318,8 @@ def test_own_rows_with_labels_in_words(ground, tmp_path):
     assert not list(folder.rglob("generations")) and document["config"]["templates"] == {
         "mine": "{body}\nKind:"
     }
-    heads = result.stdout.splitlines()[
-        1
-    ]  # own rows: both meanings of accuracy, unless others are asked for
+    # own rows: both meanings of accuracy, unless others are asked for
+    heads = result.stdout.splitlines()[1]
     assert "accuracy (%) ↑  accuracy among labels (%) ↑" in heads and "ECE ↓" in heads, heads
     assert (
         "accuracy among labels"

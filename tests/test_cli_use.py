@@ -32,9 +32,8 @@ def test_tasks_and_what_the_model_sees(ground):
     )
     prompt = shown.stdout.split("query:")[1].split("\n", 1)[1].rstrip()
     count = int(shown.stdout.split("query: ")[1].split()[0])
-    assert prompt[:-1].endswith("\nLabel:") and count == len(
-        prompt[:-1].encode()
-    )  # one token a byte
+    # one token a byte
+    assert prompt[:-1].endswith("\nLabel:") and count == len(prompt[:-1].encode())
     assert "pool: 2000 of 2000 rows" in shown.stdout
 
 
@@ -157,9 +156,8 @@ def test_own_rows_want_a_model_that_knows_their_words(ground, tmp_path):
     words = [f"Text {i},{i % 2}\n" for i in range(30)]
     (tmp_path / "known.csv").write_text("text,label\n" + "".join(words))
     named = ["run", "--data", tmp_path / "known.csv", "--model", "tiny", "--out", tmp_path / "out"]
-    assert (
-        invoke(*named, *SMALL, "--methods", "base", "--sets", "1").exit_code == 0
-    )  # who names it may have it
+    # who names it may have it
+    assert invoke(*named, *SMALL, "--methods", "base", "--sets", "1").exit_code == 0
 
 
 LIGHT = {

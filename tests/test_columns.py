@@ -232,9 +232,8 @@ def test_rows_without_a_prompt_are_left_out_and_others_named(tmp_path):
         ("a", 1),
         ("c", 0),
     }
-    (tmp_path / "eval.csv").write_text(
-        "text;label\na;1.0\nb;0.0\n"
-    )  # as pandas writes what held nothing once
+    # as pandas writes what held nothing once
+    (tmp_path / "eval.csv").write_text("text;label\na;1.0\nb;0.0\n")
     task = custom_task(tmp_path / "rows.jsonl", eval_path=tmp_path / "eval.csv")
     assert {e.label for e in load_examples(task, "eval").rows} == {0, 1}
     refused(lambda: read_own([{"text": "a", "label": None}] * 4), "'label' is empty")

@@ -58,9 +58,8 @@ def test_scored_weights_are_those_that_peft_merges_rounded_to_bfloat16(kind, tin
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_losses_are_rounded_row_by_row(packed, tmp_path):
-    model, _ = load(
-        make_checkpoint(tmp_path, "qwen3", num_hidden_layers=3)
-    )  # dividing by 2 or 4 would not round
+    # dividing by 2 or 4 would not round
+    model, _ = load(make_checkpoint(tmp_path, "qwen3", num_hidden_layers=3))
     generator = torch.Generator().manual_seed(0)
     L, D = model.config.num_hidden_layers, model.config.hidden_size
     runs = []
@@ -86,9 +85,8 @@ def test_losses_are_rounded_row_by_row(packed, tmp_path):
                     value = losses(student, collate([[row]]), mix)[0]
                 if name == "mse":
                     value = (value / L).bfloat16() * L
-                each.append(
-                    value.item() if name == "ce" else value.bfloat16().item()
-                )  # transformers' is float32
+                # transformers' is float32
+                each.append(value.item() if name == "ce" else value.bfloat16().item())
             expected.append(sum(each) / len(each))
         with torch.no_grad(), adapted(model, adapter, theta) as student:
             as_scripts, plain = collate(runs, by_row=True), collate(runs)

@@ -109,9 +109,8 @@ def test_a_whole_cell_costs_what_torch_counts():
         stages[f"train {method}"] += stages.pop(f"look {method}")
         assert stages[f"score {method}"] == pytest.approx(found[f"score {method}"], rel=0.01)
         assert stages[f"train {method}"] == pytest.approx(found[f"train {method}"], rel=0.02)
-    assert stages["collect"] == pytest.approx(
-        found["collect"], rel=0.03
-    )  # demonstrations are not all of one length
+    # demonstrations are not all of one length
+    assert stages["collect"] == pytest.approx(found["collect"], rel=0.03)
     behind = Pass(12, rest, 12, past=prefix)
     assert flops(model.config, behind) == pytest.approx(found["score icl"], rel=0.001)
 
@@ -205,9 +204,8 @@ def test_bytes_kept_for_the_backward_pass(family, phase):
     weights = 4 * 7 * lora_size(shape, 8)
     assert lora_size(shape, 8) == theta.shape[1] * 2 // 3
     expected = run_bytes(shape, tokens, 32, 2, lora_size(shape, 8)) - weights
-    assert kept[2, 2] - kept[2, 1] == pytest.approx(
-        expected, rel=0.2
-    )  # of two layers the first keeps less
+    # of two layers the first keeps less
+    assert kept[2, 2] - kept[2, 1] == pytest.approx(expected, rel=0.2)
     layer = run_bytes(replace(shape, num_hidden_layers=3), tokens, 0, 2, 0) - run_bytes(
         shape, tokens, 0, 2, 0
     )
@@ -272,11 +270,8 @@ def test_a_cell_of_a_study_is_as_large_as_its_rows():
     assert four.query == pytest.approx(sum(map(len, prompts)) / 20)
     assert four.shown == pytest.approx(3 * (four.query + 2))  # a label and what stands between rows
     assert four.trained == ("ia2", "ia2-sft", "ia2+sft") and four.rows == (50, 50)
-    assert (four.sets, four.configs, four.scored) == (
-        5,
-        8,
-        5,
-    )  # a run for each rate and β, the best is scored
+    # a run for each rate and β, the best is scored
+    assert (four.sets, four.configs, four.scored) == (5, 8, 5)
     whole = [
         sum(size.stages(subject.model.config, 4).values(), Cost()).seconds(1e9)
         for size in (two, four)

@@ -99,12 +99,8 @@ def test_the_neighbours_of_a_broken_run_keep_every_bit(
 @pytest.mark.parametrize("keep_last", [False, True])
 def test_what_is_kept_of_a_run_that_diverges_after_a_good_loss(keep_last):
     settings, state = Settings(patience=99, keep_last=keep_last), State.begin(torch.zeros(3, 1))
-    seen = [
-        [5.0, 5.0, NAN],
-        [4.0, 4.0, 1.0],
-        [4.5, 4.5, 1.0],
-        [3.0, INF, 1.0],
-    ]  # the third run has ended, and stays so
+    # the third run has ended, and stays so
+    seen = [[5.0, 5.0, NAN], [4.0, 4.0, 1.0], [4.5, 4.5, 1.0], [3.0, INF, 1.0]]
     for step, losses in enumerate(seen, 1):
         state.step = step
         state.theta.detach().fill_(step)
@@ -189,9 +185,8 @@ def test_a_fit_shows_what_failed_and_never_chooses_it(subject, tmp_path):
     failed = "; ".join(
         f"fold {number} at rate 1e+38 failed at step 2: no finite loss" for number in (0, 1, 2)
     )
-    after_epoch = failed.replace(
-        "step 2", "step 3"
-    )  # where true answers are learned, held-out rows are looked at
+    # where true answers are learned, held-out rows are looked at
+    after_epoch = failed.replace("step 2", "step 3")
     lines = [f"sft: {after_epoch}", f"ia2: {failed}", f"ia2-sft: {after_epoch}"]
     remarks = [*lines, "columns: the prompt is 'text'; the answer is 'label'; 2 labels"]
     assert said == lines and found[0].report["remarks"] == remarks and found[0].spec["rate"] == 1e-2

@@ -79,9 +79,8 @@ def test_the_released_scripts_choices():
     for seen in episode.icl:
         assert len(set(seen)) == 4 and not set(seen) & set(episode.train + episode.dev)
     reusing = draw_episode(POOL, 5, 1, reuse=True)
-    assert (
-        reusing.demonstrations == plain.demonstrations[:5] + plain.demonstrations[:2]
-    )  # dev row j: training row j's
+    # dev row j: training row j's
+    assert reusing.demonstrations == plain.demonstrations[:5] + plain.demonstrations[:2]
     assert reusing.icl == plain.icl
 
 
@@ -148,9 +147,8 @@ def test_what_controls_show_the_teacher():
     )
     for before, after in zip(episode.demonstrations, moved.demonstrations, strict=True):
         assert [row.prompt for row in before] == [row.prompt for row in after]
-        assert all(
-            seen[row.prompt] == row for row in after
-        )  # the same wrong answer before every query
+        # the same wrong answer before every query
+        assert all(seen[row.prompt] == row for row in after)
     for control in (nothing, another, moved):  # what is trained on and evaluated stays
         assert (control.train, control.dev, control.icl) == (
             episode.train,

@@ -25,9 +25,8 @@ def test_the_estimate_counts_rows_folds_rates_epochs_and_phases(monkeypatch):
     )
     assert cv.estimate() == "", "nothing is known yet"
     cv.seconds = 10.0  # of one pass over all rows
-    epoch = (
-        10.0 * (3 * 3 + 1) * 2 * 3
-    )  # three folds there and back and a look; two rates; SFT, IA2 and SFT after it
+    # three folds there and back and a look; two rates; SFT, IA2 and SFT after it
+    epoch = 10.0 * (3 * 3 + 1) * 2 * 3
     expected = f"about {duration(4 * epoch)} to {duration(20 * epoch)}"
     monkeypatch.setattr(crossval, "METHODS", {"sft": lambda grid: None, "ia2": lambda grid: None})
     cv.train_phase(cv.whole_grid, "sft", None)

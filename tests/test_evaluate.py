@@ -18,9 +18,8 @@ from ia2mini.tasks import Example
 from ia2mini.teacher import Asked, observe
 
 LABELS = [[48], [70], [49]]
-EVERY = [
-    [token] for token in reversed(range(VOCABULARY))
-]  # a label for every token: one of them is always the top
+# a label for every token: one of them is always the top
+EVERY = [[token] for token in reversed(range(VOCABULARY))]
 ADAPTERS = {"lora": LoRA, "ia3": IA3, "ia3-inputs": lambda m: IA3(m, scale_inputs=True)}
 IDS = torch.Generator().manual_seed(0)
 PROMPTS = [
@@ -184,9 +183,8 @@ def test_similarity_equals_a_naive_loop(tiny):
         [Row(row.prompt, row.answer, torch.randn(2, len(row.answer), 32)) for row in rows]
         for _ in range(2)
     ]
-    runs[1][0] = Row(
-        [20, 21, 22, 23], [1], torch.randn(2, 1, 32)
-    )  # a run's responses have their own lengths
+    # a run's responses have their own lengths
+    runs[1][0] = Row([20, 21, 22, 23], [1], torch.randn(2, 1, 32))
     for budget in (8192, 1):
         with adapted(model, adapter, theta) as student:
             found = layer_asim(student, runs, budget=budget)

@@ -90,9 +90,8 @@ def figure(name, **options):
 def test_one_n_draws_bars_and_several_draw_lines_over_n(tmp_path):
     names = draw_figures(made_up(), tmp_path)
     assert names == [f"{name}.png" for name in CAPTIONS if name != "by_n"]
-    assert {path.name for path in tmp_path.iterdir()} == set(
-        names
-    )  # and nothing temporary beside them
+    # and nothing temporary beside them
+    assert {path.name for path in tmp_path.iterdir()} == set(names)
     (view,) = views(made_up((2, 4, 8)))
     assert [name for name in CAPTIONS if draw(name, view)] == [
         name for name in CAPTIONS if name != "methods"
@@ -126,9 +125,8 @@ def test_bars_show_means_deviations_and_the_null():
     acc, ece = figure("methods").axes
     assert [bar.get_height() for bar in acc.patches] == pytest.approx([45, 95, 70, 91])
     assert [text.get_text() for text in acc.texts] == ["45.0", "95.0", "70.0", "91.0"]
-    assert (
-        max(max(line.get_paths()[0].vertices[:, 1]) for line in acc.collections) == 100
-    )  # ICL's deviation, cut off
+    # ICL's deviation, cut off
+    assert max(max(line.get_paths()[0].vertices[:, 1]) for line in acc.collections) == 100
     assert [line.get_label() for line in ece.collections].count("ECE if perfectly calibrated") == 4
 
 
@@ -145,9 +143,8 @@ def test_by_n_has_ticks_at_the_sizes_and_a_panel_for_each_distribution():
         assert axis.get_xscale() == "log" and [
             text.get_text() for text in axis.get_xticklabels()
         ] == ["2", "8", "32"]
-    assert drawn.axes[2].lines[1].get_ydata().tolist() == pytest.approx(
-        [90] * 3
-    )  # ICL out of distribution
+    # ICL out of distribution
+    assert drawn.axes[2].lines[1].get_ydata().tolist() == pytest.approx([90] * 3)
 
 
 def test_layers_of_the_largest_n_without_icl():
@@ -170,9 +167,8 @@ def test_scatter_is_hollow_out_of_distribution_and_says_so():
 
 def test_reliability_drops_bins_of_few_rows_and_overlap_shows_chance():
     curves, where = figure("reliability").axes
-    assert curves.lines[0].get_ydata().tolist() == pytest.approx(
-        [15 / 20, 66 / 70]
-    )  # not the 2 + 2 rows
+    # not the 2 + 2 rows
+    assert curves.lines[0].get_ydata().tolist() == pytest.approx([15 / 20, 66 / 70])
     assert where.patches[0].get_data().values[-3:].tolist() == pytest.approx(
         [200 / 92, 2000 / 92, 7000 / 92]
     )
@@ -208,9 +204,8 @@ def reach(axis) -> list[float]:
 
 
 def test_the_same_document_gives_the_same_bytes(tmp_path):
-    document = made_up(text=True, methods=("base", r"$\new$")) | {
-        "overlap": []
-    }  # also: a method without a colour
+    # also: a method without a colour
+    document = made_up(text=True, methods=("base", r"$\new$")) | {"overlap": []}
     document["cells"] = [
         {k: v for k, v in cell.items() if "asim" not in k} for cell in document["cells"]
     ]

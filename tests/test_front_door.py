@@ -84,8 +84,7 @@ def test_a_checkout_without_models_is_refused_and_takes_no_other_ones(tmp_path):
 
 
 def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path):
-    (tmp_path / "ia2mini" / "ia2mini").mkdir(
-        parents=True
-    )  # as a clone, seen from the folder above it
+    # as a clone, seen from the folder above it
+    (tmp_path / "ia2mini" / "ia2mini").mkdir(parents=True)
     package, models = imported_from(tmp_path, ROOT)
     assert package.is_relative_to(ROOT) and models.is_relative_to(ROOT)

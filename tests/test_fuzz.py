@@ -234,10 +234,8 @@ def test_run_folders(tmp_path):
     what = {"n": 4, "rates": [1e-3]}
     tensors = {"theta": torch.randn(3, 20), "dev_loss": torch.rand(3), "steps": torch.arange(3)}
     texts = {"texts": ["a", "ü", "1e5"], "parser": "text", "ids": [[1, 2], [3], []], "share": 0.25}
-    names = [
-        "cell/fit.safetensors",
-        "cell/texts.json",
-    ]  # run.json is written anew, other seconds are as good
+    # run.json is written anew, other seconds are as good
+    names = ["cell/fit.safetensors", "cell/texts.json"]
 
     def use(out):
         store = Store(out, "name", what)
@@ -256,9 +254,8 @@ def test_run_folders(tmp_path):
 
     def check(folder):
         before, path = content(folder), tmp_path / pristine.name
-        before = {
-            name: held for name, held in before.items() if (folder / name).exists()
-        }  # no dead links
+        # no dead links
+        before = {name: held for name, held in before.items() if (folder / name).exists()}
         folder.rename(path)
         try:
             with warnings.catch_warnings(record=True) as said:

@@ -135,10 +135,8 @@ def test_packed_and_checkpointed_steps_are_recorded_too(tmp_path, recorded):
 
 @pytest.mark.parametrize("observed", [False, True])
 def test_decoding_recorded_equals_decoding(loaded, recorded, observed):
-    model, tokenizer = (
-        loaded[0],
-        Tokenizer(loaded[1].backend, (EOS, *range(20, 40))),
-    )  # many ways to end
+    # many ways to end
+    model, tokenizer = loaded[0], Tokenizer(loaded[1].backend, (EOS, *range(20, 40)))
     prompts, seen = [random_ids(1, 3 + i % 5)[0].tolist() for i in range(9)], []
 
     def observer(live, tokens, logits, outputs):
@@ -264,9 +262,8 @@ def test_what_a_step_costs_decides_how_runs_leave(model, monkeypatch):
     assert graphs.launch_bound(model, few, Settings()) and graphs.launch_bound(
         model, many, Settings()
     )
-    weights = torch.empty(1, device=DEVICE).expand(
-        8192 * 28672 * 3
-    )  # of a block; they take no memory
+    # of a block; they take no memory
+    weights = torch.empty(1, device=DEVICE).expand(8192 * 28672 * 3)
     block = SimpleNamespace(parameters=lambda: [weights])
     inner = SimpleNamespace(embed_tokens=model.model.embed_tokens, layers=[block])
     large = SimpleNamespace(config=model.config, model=inner)

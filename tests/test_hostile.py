@@ -20,7 +20,8 @@ from ia2mini.files import json_line
 from ia2mini.report.tables import write_table
 from ia2mini.study.table import summarise
 
-ESCAPES = "\x1b]0;t\x07\x1b[31m\x9b31m\r\x7f\u202egnp.\u2066\u200e\u2028"  # title, red, red, return, right to left
+# title, red, red, return, right to left
+ESCAPES = "\x1b]0;t\x07\x1b[31m\x9b31m\r\x7f\u202egnp.\u2066\u200e\u2028"
 MARKUP = "<script>alert(1)</script><img src=x onerror=y>`a` ```b``` ![c](http://d) [e](javascript:f) | \\input{g} $h$ %"
 EVIL = f"=cmd|'/c calc'!A0 {MARKUP} & \"q\" ~^#_{{}}\n\n# {ESCAPES}"
 LABELS = ["=1+1<b>\x1b[31m", "|\\x`\u202e"]
@@ -206,9 +207,8 @@ def test_what_run_writes_is_harmless(ground, tmp_path):
         *"--n 2 --sets 1 --methods icl,sft --rates 1e-3 --epochs 1 --eval-rows 3".split(),
     )
     (folder,) = tmp_path.iterdir()
-    assert (
-        r"\x1b[31m\u202e\n# b" in folder.name and r"\x1b[31m\u202e\n# b → " not in shown
-    )  # one evaluation
+    # one evaluation
+    assert r"\x1b[31m\u202e\n# b" in folder.name and r"\x1b[31m\u202e\n# b → " not in shown
     for name in ("table.txt", "table.md", "table.tex", "table.csv", "report.html"):
         assert not hidden((folder / name).read_text()), name
     page = Page((folder / "report.html").read_text())

@@ -105,9 +105,8 @@ def test_other_tasks_are_means_of_the_evaluations_that_each_adapter_has(studies)
     document = join([studies["eight"], studies["topic"]])
     (part,) = parts(document)  # one adapter: a mean over both tasks
     assert {cell["task"] for cell in part["cells"]} == {"toy-mood", "toy-topic"}
-    first, second = parts(
-        join([studies["four"], studies["topic"]])
-    )  # two adapters, each on a task of its own
+    # two adapters, each on a task of its own
+    first, second = parts(join([studies["four"], studies["topic"]]))
     assert {cell["task"] for cell in first["cells"]} == {"toy-mood"} and first[
         "adapter"
     ] == "lora r4"

@@ -35,9 +35,8 @@ def ground(tmp_path_factory) -> Path:
         )
         m.setenv("OMP_NUM_THREADS", "1")
         m.setenv("TOKENIZERS_PARALLELISM", "false")
-        m.delenv(
-            "PYTHONUNBUFFERED", raising=False
-        )  # with it Python itself loses the end of a write that was cut short
+        # with it Python itself loses the end of a write that was cut short
+        m.delenv("PYTHONUNBUFFERED", raising=False)
         kills.FORKED.set_forkserver_preload(["kills"])
         with (ROOT / "examples/rows.csv").open() as rows:
             (folder / "rows.csv").write_text("".join(islice(rows, 13)))
@@ -95,9 +94,8 @@ def test_a_killed_command_goes_on_to_the_same_files(name, undisturbed, folder):
     hits = 0
     for number in range(4 * KILLS):
         how, place = SIGNALS[hits % 3], folder()
-        moment = {
-            "at": (rng.randint(1, whole.files), how)
-        }  # just before a file gets its name, or a line is printed
+        # just before a file gets its name, or a line is printed
+        moment = {"at": (rng.randint(1, whole.files), how)}
         if BY_THE_CLOCK and number % 2:
             moment = {"kill": (rng.uniform(0, whole.seconds), how)}
         killed = command(place, name, **moment)
@@ -122,10 +120,8 @@ def test_a_killed_command_goes_on_to_the_same_files(name, undisturbed, folder):
 def test_what_an_interrupted_fit_has_saved_is_not_taken_for_any_adapter_of_peft(
     undisturbed, folder
 ):
-    place, spec = (
-        folder(),
-        undisturbed["fit"][1].files - 3,
-    )  # then held_out.jsonl, report.html and README.md
+    # then held_out.jsonl, report.html and README.md
+    place, spec = folder(), undisturbed["fit"][1].files - 3
     assert command(place, "fit", at=(spec, signal.SIGKILL)).code == -signal.SIGKILL
     out = place / "out"
     assert (out / "adapter_config.json").is_file() and not (out / "ia2mini.json").exists()

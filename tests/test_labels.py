@@ -115,11 +115,8 @@ def test_labels_one_of_which_begins_another_end_with_eos(tiny):
         and len(labels[1]) == 4
         and labels[1][:1] == a
     )
-    assert tokenizer.label_tokens("Text:x\nLabel:", ("b", "a b", "c")) == [
-        b,
-        both,
-        c,
-    ]  # no beginning of another
+    # no beginning of another
+    assert tokenizer.label_tokens("Text:x\nLabel:", ("b", "a b", "c")) == [b, both, c]
     check_labels(
         label_scores(model, PROMPTS, labels), 0, upstreams(upstream(folder)), PROMPTS, labels
     )
@@ -151,12 +148,8 @@ def test_greedy_decoding_tells_a_label_from_a_longer_one():
     scores = label_scores(Chain(table), [[4]], labels, Scoring(4))
     assert scores.top[:, 0].tolist() == [0, 1, -1, -1]
     p = table.softmax(-1)
-    paths = (
-        [4, a, eos],
-        [4, a, space, b, eos],
-        [4, a, space, b, a],
-        [4, a, b],
-    )  # up to where the label is left
+    # up to where the label is left
+    paths = [4, a, eos], [4, a, space, b, eos], [4, a, space, b, a], [4, a, b]
     said = [
         math.prod(p[r, i, j].item() for i, j in zip(path, path[1:])) for r, path in enumerate(paths)
     ]

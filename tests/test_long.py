@@ -53,10 +53,8 @@ def task_of(tmp_path, pool: list[int], evaluation: list[int]):
     [([20] * 3 + [READS], [20] * 4, "03xxx"), ([20] * 4, [20, READS + 1], "51xxx")],
 )
 def test_a_study_refuses_a_row_before_any_work(subject, tmp_path, pool, evaluation, named):
-    task, options = (
-        task_of(tmp_path, pool, evaluation),
-        replace(QUICK, sets=3),
-    )  # every row of the pool is in some set
+    # every row of the pool is in some set
+    task, options = task_of(tmp_path, pool, evaluation), replace(QUICK, sets=3)
     refused(
         lambda: compare([task], subject, options, tmp_path / "out"),
         f"Text:{named}",

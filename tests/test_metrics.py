@@ -232,9 +232,8 @@ def naive_null(confidence, bins, scheme, draws, seed):
 def test_ece_null_equals_a_naive_loop(scheme, bins):
     rng = np.random.default_rng(bins)
     for size in (1, 7, 60):
-        confidence = np.sort(
-            rng.beta(4, 1, size)
-        )  # sorted, no two alike: the same draws fall on the same rows
+        # sorted, no two alike: the same draws fall on the same rows
+        confidence = np.sort(rng.beta(4, 1, size))
         want = naive_null(confidence, bins, scheme, 50, 3)
         assert metrics.ece_null(confidence, bins, scheme, draws=50, seed=3) == pytest.approx(
             want, abs=1e-12
@@ -256,19 +255,15 @@ def test_ece_null_with_ties_and_at_the_ends_of_bins():
 @pytest.mark.parametrize("rows, size", [(40, 0.09), (100, 0.06), (500, 0.03)])
 def test_ece_null_has_its_known_sizes(rows, size):
     rng = np.random.default_rng(0)
-    for sure, unsure in (
-        (9, 1),
-        (4.5, 0.5),
-        (1.8, 0.2),
-    ):  # right nine times in ten; less and less often in doubt
+    # right nine times in ten; less and less often in doubt
+    for sure, unsure in ((9, 1), (4.5, 0.5), (1.8, 0.2)):
         drawn = [metrics.ece_null(rng.beta(sure, unsure, rows), draws=200) for _ in range(10)]
         assert sum(drawn) / 10 == pytest.approx(size, rel=0.2)
 
 
 def test_ece_null_edges():
-    assert (
-        metrics.ece_null([1.0] * 9) == metrics.ece_null([0.0] * 9) == 0
-    )  # certain, and always what it says
+    # certain, and always what it says
+    assert metrics.ece_null([1.0] * 9) == metrics.ece_null([0.0] * 9) == 0
     assert metrics.ece_null([0.5]) == 0.5
     assert math.isnan(metrics.ece_null([]))
     assert math.isnan(metrics.ece_null([0.5, float("nan")]))
@@ -277,9 +272,8 @@ def test_ece_null_edges():
 
 
 def test_measure_is_every_metric_of_one_run():
-    probabilities = torch.tensor(
-        [[0.6, 0.1], [0.2, 0.3], [0.05, 0.45]]
-    )  # the rest goes to tokens that are no label
+    # the rest goes to tokens that are no label
+    probabilities = torch.tensor([[0.6, 0.1], [0.2, 0.3], [0.05, 0.45]])
     gold, confidence = torch.tensor([0, 0, 1]), [0.6, 0.5, 0.45]
     got = metrics.measure(confidence, [1, 0, 1], probabilities.log(), gold)
     assert got["acc"] == pytest.approx(2 / 3) and got["acc_labels"] == pytest.approx(2 / 3)
@@ -369,9 +363,8 @@ def test_area_under_the_risk_coverage_curve_by_hand():
     assert metrics.risk_coverage([0.9, 0.8, 0.3], [0, 1, 1]) == pytest.approx(
         (1 + 1 / 2 + 1 / 3) / 3
     )
-    assert metrics.risk_coverage([0.5, 0.5], [0, 1]) == pytest.approx(
-        0.5
-    )  # no order, so none to be praised for
+    # no order, so none to be praised for
+    assert metrics.risk_coverage([0.5, 0.5], [0, 1]) == pytest.approx(0.5)
     assert math.isnan(metrics.risk_coverage([], [])) and math.isnan(
         metrics.risk_coverage([float("nan"), 0.5], [1, 0])
     )
@@ -398,6 +391,5 @@ def test_the_oracle_temperature_is_the_best_there_is():
     assert found["nll_oracle"] == pytest.approx(loss(math.log(heat))) and found[
         "nll_dev"
     ] == pytest.approx(loss(math.log(2)), rel=1e-5)
-    assert found["nll_labels"] == pytest.approx(
-        found["nll"], rel=1e-5
-    )  # here nothing but labels could be said
+    # here nothing but labels could be said
+    assert found["nll_labels"] == pytest.approx(found["nll"], rel=1e-5)

@@ -70,22 +70,19 @@ def test_the_papers_numbers_stand_beside_the_same_cells():
     document = paper_study()
     assert add_paper(document) == 8  # the paper has no base here
     said = {(c["eval"], c["method"]): c.get("paper") for c in document["cells"]}
-    assert (
-        said["sst2", "sft"] == "65.2 / 0.22" and said["finsen", "ia2-sft"] == "82.4 / 0.11"
-    )  # Table 1
+    # Table 1
+    assert said["sst2", "sft"] == "65.2 / 0.22" and said["finsen", "ia2-sft"] == "82.4 / 0.11"
     assert said["sst2", "icl"] == "85.4 / 0.13" and said["sst2", "base"] is None
     table = write_table(document, full=True)
     assert re.search(r"paper \(% / ECE\)\n", table) and re.search(r"SFT .* 65.2 / 0.22\n", table)
     on_responses = paper_study(labels="icl")
     assert add_paper(on_responses) == 8
     said = {(c["eval"], c["method"]): c["paper"] for c in on_responses["cells"] if "paper" in c}
-    assert (
-        said["sst2", "sft"] == "62.3 / 0.34" and said["sst2", "ia2"] == "82.7 / 0.28"
-    )  # Table 9; IA2 as in Table 1
+    # Table 9; IA2 as in Table 1
+    assert said["sst2", "sft"] == "62.3 / 0.34" and said["sst2", "ia2"] == "82.7 / 0.28"
     for other in ("lora r16", "prompt"):
-        assert (
-            add_paper(found := paper_study(adapter=other)) == 2
-        )  # ICL's alone, which has no adapter
+        # ICL's alone, which has no adapter
+        assert add_paper(found := paper_study(adapter=other)) == 2
         assert not any("paper" in c for c in found["cells"] if c["adapter"])
 
 

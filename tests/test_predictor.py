@@ -225,9 +225,8 @@ def test_coverage_answers_that_share_of_fresh_rows(saved, coverage):
     fitted.spec["confidences"] = [found["confidence"] for found in fitted.predict(rows[:1000])]
     found = list(fitted.predict(rows[1000:], coverage=coverage))
     sure = [row["answer"] is not None for row in found]
-    error = (
-        2 * coverage * (1 - coverage) / 1000
-    ) ** 0.5  # of a difference of two shares of 1,000 rows
+    # of a difference of two shares of 1,000 rows
+    error = (2 * coverage * (1 - coverage) / 1000) ** 0.5
     assert abs(np.mean(sure) - coverage) <= 3 * error
     least = min(row["confidence"] for row in found if row["answer"])
     assert all(

@@ -114,9 +114,8 @@ def test_gradients_match_a_plain_loop(tokenizer, ends):
         F.cross_entropy(model(row[row >= 0][None, :-1])[0], row[row >= 0][1:], reduction="none")
         for row in ids
     ]
-    wanted = (
-        each[0][5:7].mean() + each[1].mean()
-    ) / 2  # the label and its blank line; all of the copy
+    # the label and its blank line; all of the copy
+    wanted = (each[0][5:7].mean() + each[1].mean()) / 2
     assert answer.item() == pytest.approx(wanted.item(), rel=0.01)  # bfloat16 inside
     (wanted + 0.05 * torch.cat(each).mean()).backward()
     for p, g in zip(model.parameters(), got, strict=True):

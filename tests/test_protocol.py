@@ -81,9 +81,8 @@ def ours(
 @pytest.fixture(scope="module", params=["single", "several", "multi"])
 def studied(request, folder):
     """(kind, task, options, the plain protocol of these)."""
-    if (
-        request.param == "single"
-    ):  # three steps an epoch: looks after even steps and at epochs' ends differ
+    # three steps an epoch: looks after even steps and at epochs' ends differ
+    if request.param == "single":
         task, o = (
             find_task("toy-mood"),
             Options(n=(5,), batch_size=2, epochs=4, eval_rows=8, asim_rows=4),
@@ -117,9 +116,8 @@ def test_compare_equals_the_plain_protocol(studied, select, folder, tmp_path, mo
         assert (mine.prompt, mine.answer) == (theirs.prompt, theirs.answer)
         assert (mine.activations - theirs.targets).abs().max() <= 1e-5
     lengths = {len(row.answer) for row in sum(plain["taught"], [])}
-    assert lengths == {1} if kind == "single" else len(lengths) > 1, (
-        lengths
-    )  # else stopping was not tried
+    # else stopping was not tried
+    assert lengths == {1} if kind == "single" else len(lengths) > 1, lengths
     expected = sum((side_by_side(plain["traces"][phase]) for phase in TRAINED), [])
     assert [len(values) for values in seen] == [len(values) for values in expected]
     # Adam enlarges the rounding of tiny gradients
@@ -147,9 +145,8 @@ def test_compare_equals_the_plain_protocol(studied, select, folder, tmp_path, mo
         assert run["asim"] == pytest.approx(theirs["asim"], abs=5e-4 if run["rate"] else 1e-5)
         assert run["steps"] == theirs.get("steps", 0)
         if kind != "multi":
-            assert run["ece"] == pytest.approx(
-                theirs["ece"], abs=5e-4
-            )  # Adam enlarges the rounding of tiny gradients
+            # Adam enlarges the rounding of tiny gradients
+            assert run["ece"] == pytest.approx(theirs["ece"], abs=5e-4)
             assert run["nll"] == pytest.approx(theirs["nll"], rel=5e-4)
         else:
             assert json.loads((kept / run["texts"]).read_text())["texts"] == theirs["texts"]

@@ -24,11 +24,10 @@ from ia2mini.tasks import custom_task, load_examples
 from ia2mini.tokenizer import Tokenizer
 from ia2mini.train import Runs, Settings, train_runs
 
-FLOAT32, BFLOAT16 = (
-    1e-5,
-    1.2,
-)  # relative distance to transformers; ours to the truth as a share of theirs
-LOSS = 1e-4  # relative distance of dev losses after training: Adam enlarges the rounding of tiny gradients
+# relative distance to transformers; ours to the truth as a share of theirs
+FLOAT32, BFLOAT16 = 1e-5, 1.2
+# relative distance of dev losses after training: Adam enlarges the rounding of tiny gradients
+LOSS = 1e-4
 WEIGHTS = 134_515_008
 
 
@@ -233,10 +232,8 @@ print(json.dumps([time.perf_counter() - begin, resident()[1] - before, sum(p.nby
 
 
 def test_loading_holds_no_second_copy_of_the_weights(real, capsys):
-    command, root = (
-        [sys.executable, "-c", LOADING, str(real)],
-        Path(__file__).parents[1],
-    )  # in a process of its own
+    # in a process of its own
+    command, root = [sys.executable, "-c", LOADING, str(real)], Path(__file__).parents[1]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     seconds, peak, weights = json.loads(done.stdout)
     tell(

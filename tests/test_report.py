@@ -153,12 +153,8 @@ def test_texts_diverged_betas_and_methods_of_ones_own():
     assert lines[1] == "accuracy (%) ↑ asim ↑ rate".split()
     assert ["IA2+SFT", "40.0", "±", "0.0", "0.50", "0.01", "β", "0.5"] in lines
     assert ["IA2→SFT", "40.0", "±", "0.0", "–", "0.01"] in lines
-    assert [line[0] for line in lines[3:7]] == [
-        "SFT",
-        "IA2+SFT",
-        "IA2→SFT",
-        "mine",
-    ]  # unknown ones last
+    # unknown ones last
+    assert [line[0] for line in lines[3:7]] == ["SFT", "IA2+SFT", "IA2→SFT", "mine"]
 
 
 def test_the_mean_is_over_methods_that_every_evaluation_has():
@@ -170,9 +166,8 @@ def test_the_mean_is_over_methods_that_every_evaluation_has():
     assert row["acc_mean"] == pytest.approx(np.mean([0.85, 0.75, 0.8])) and row["evaluations"] == 3
     assert row["acc_std"] == pytest.approx(np.std([0.8, 0.85, 0.9], ddof=1)) and row["rate"] == 1e-3
     cells[-1]["rate"] = 0.1
-    assert (
-        average(cells)[-1]["rate"] is None
-    )  # tasks that chose different rates have none in common
+    # tasks that chose different rates have none in common
+    assert average(cells)[-1]["rate"] is None
 
 
 def test_the_deviation_of_a_mean_is_that_of_the_sets_means():

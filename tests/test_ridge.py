@@ -52,9 +52,8 @@ def test_each_layer_makes_up_for_what_it_lacks(model):
     assert sum(len(row.answer) for row in rows) <= 6 and error(found) < 0.05 * error(theta)
     before, after = unpack(theta, adapter.shapes), unpack(found, adapter.shapes)
     for name in before:
-        assert (
-            torch.equal(before[name], after[name]) or ".o_proj." in name
-        )  # nothing else is touched
+        # nothing else is touched
+        assert torch.equal(before[name], after[name]) or ".o_proj." in name
 
 
 def test_the_first_layer_equals_a_regression_written_out(model):
@@ -80,10 +79,8 @@ def test_the_first_layer_equals_a_regression_written_out(model):
 
 
 def test_runs_of_a_batch_are_solved_as_each_alone(model):
-    adapter, runs = (
-        LoRA(model),
-        [make_rows(4, 3), make_rows(3, 9)],
-    )  # of unequal numbers of positions
+    # of unequal numbers of positions
+    adapter, runs = LoRA(model), [make_rows(4, 3), make_rows(3, 9)]
     theta = torch.stack([adapter.init(model, torch.Generator().manual_seed(r)) for r in range(2)])
     both = solve(model, adapter, theta, collate(runs))
     for run in range(2):

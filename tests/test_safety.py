@@ -15,13 +15,8 @@ SOURCES = [
     for folder in ("ia2mini", "models")
     for path in (Path(__file__).parents[1] / folder).rglob("*.py")
 ]
-NEVER = {
-    "eval",
-    "exec",
-    "compile",
-    "__import__",
-    "import_module",
-}  # where they stand, however they are called
+# where they stand, however they are called
+NEVER = {"eval", "exec", "compile", "__import__", "import_module"}
 MODULES = {
     "pickle",
     "_pickle",
@@ -41,9 +36,8 @@ OF_MODULES = {
 }
 OF_MODULES |= {"importlib": {"import_module"}, "pandas": {"read_pickle"}}
 ARGUMENTS = {"trust_remote_code", "allow_pickle"}
-FRONT_DOOR = (
-    "ia2mini/__init__.py"  # imports its own names, from a fixed list, when they are asked for
-)
+# imports its own names, from a fixed list, when they are asked for
+FRONT_DOOR = "ia2mini/__init__.py"
 
 
 def uses(source: str) -> set[str]:
@@ -96,9 +90,8 @@ def test_nothing_that_is_read_is_ever_run():
     assert len(SOURCES) > 40
     found = {path.name: uses(path.read_text()) for path in SOURCES if uses(path.read_text())}
     assert found.pop(Path(FRONT_DOOR).name) == {"import_module"}
-    assert found == {
-        "ranks.py": {"torch.load"}
-    }  # what the processes of one torchrun send each other
+    # what the processes of one torchrun send each other
+    assert found == {"ranks.py": {"torch.load"}}
 
 
 @pytest.mark.parametrize(

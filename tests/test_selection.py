@@ -185,9 +185,8 @@ def test_of_labels_rows_that_only_one_has_right_can_make_it_sure(gained, lost):
     """As a sign test of scipy says; of texts, and where the loss is no lower, only the losses count."""
     n = gained + lost + 6
     base = [1.0] * n
-    wild = [0.5 + 0.4 * n] + [0.5] * (
-        n - 1
-    )  # one row is wrong and sure of it; the mean is still lower by .1
+    # one row is wrong and sure of it; the mean is still lower by .1
+    wild = [0.5 + 0.4 * n] + [0.5] * (n - 1)
     assert np.mean(wild) < 0.98 and stats.ttest_rel(base, wild, alternative="greater").pvalue > 0.1
     found = candidates(base=base, commonest=[9.0] * n, sft=wild)
     found["sft"].right = torch.tensor([True] * gained + [False] * lost + [True] * 6)

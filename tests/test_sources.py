@@ -110,9 +110,8 @@ def test_the_same_rows_from_the_hub(tmp_path, monkeypatch, shards):
         assert found.origin["files"] == [
             f"default/validation/{i:04}.parquet" for i in range(shards)
         ]
-        assert not any(
-            "default/train" in request["path"] for request in hub.requests
-        )  # only the files needed
+        # only the files needed
+        assert not any("default/train" in request["path"] for request in hub.requests)
         before = sum(request["path"].startswith("/cdn/") for request in hub.requests)
         load_examples(find_task("sst2"), "eval")
         again = sum(request["path"].startswith("/cdn/") for request in hub.requests)
@@ -123,9 +122,8 @@ def test_the_cache_serves_when_the_hub_does_not(tmp_path, monkeypatch):
     with serve(sst2_repo(2)) as hub:
         connect(monkeypatch, hub, tmp_path)
         first = load_examples(find_task("sst2"), "eval")
-    assert (
-        load_examples(find_task("sst2"), "eval") == first
-    )  # nobody listens at that address any more
+    # nobody listens at that address any more
+    assert load_examples(find_task("sst2"), "eval") == first
     with pytest.raises(
         UsageError,
         match=f"no Parquet folder default/train in branch {PARQUET}; found default/validation; the hub cannot",
@@ -142,9 +140,8 @@ def test_the_cache_serves_when_the_hub_does_not(tmp_path, monkeypatch):
     )
     assert done.stdout.strip() == first.origin["digest"], done.stderr
     next((tmp_path / "hub").rglob("validation/0001.parquet")).unlink()
-    with pytest.raises(
-        UsageError, match="stanfordnlp/sst2: not in the local cache"
-    ):  # rather than half the rows
+    # rather than half the rows
+    with pytest.raises(UsageError, match="stanfordnlp/sst2: not in the local cache"):
         load_examples(find_task("sst2"), "eval")
 
 

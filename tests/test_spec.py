@@ -201,10 +201,8 @@ def test_tokenizer_files_that_break_only_on_a_text(subject, tmp_path):
     panics = broken_tokenizer(subject, tmp_path, post_processor=template)
     refused(lambda: panics.encode("a"), *mend)
     refused(lambda: panics.count(["a"]), *mend)
-    ends = {
-        "add_bos_token": True,
-        "bos_token": "<s>",
-    }  # what they say is looked up in a text that is read
+    # what they say is looked up in a text that is read
+    ends = {"add_bos_token": True, "bos_token": "<s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(ends))
     refused(lambda: Tokenizer.from_folder(tmp_path), *mend)
 

@@ -33,13 +33,8 @@ SMALL = Options(
     n=(2,), sets=2, epochs=4, eval_rows=12, methods=EVERY, rates=(1e-3, 1e-2), betas=(0.3, 0.7)
 )
 MOOD, SUMS = find_task("toy-mood"), replace(find_task("toy-sums"), max_tokens=12)
-NOTHING = {
-    "runs": [],
-    "training": [],
-    "overlap": [],
-    "adapters": [],
-    "samples": [],
-}  # of a cell that is not run
+# of a cell that is not run
+NOTHING = {"runs": [], "training": [], "overlap": [], "adapters": [], "samples": []}
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +162,8 @@ def test_temperatures_from_dev_rows_equal_plain_passes(studied, subject):
             assert records and all(r["temperature"] == pytest.approx(heat) for r in records)
     theta, used = load_file(folder / cell.name / "fit-sft.safetensors")["theta"], {}
     sft = [record for record in document["training"] if record["method"] == "sft"]
-    for record, weights in zip(
-        sft, theta, strict=True
-    ):  # long prompts, alone as a set's only dev row too
+    # long prompts, alone as a set's only dev row too
+    for record, weights in zip(sft, theta, strict=True):
         if config_of(record) != best(sft, "sft"):
             continue
         net = Plain(peft_twin(subject.folder, cell.study.adapter, weights), subject.tokenizer)
@@ -208,9 +202,8 @@ def test_controls_teach_something_else_and_leave_sft_alone(subject, tmp_path):
         else:
             assert len({other["dev_loss"] for other in [record, *others]}) == 4
     nothing = [r for r in found["none"].values() if r["method"] in ("ia2", "hidden")]
-    assert all(
-        r["dev_loss"] < 1e-6 for r in nothing
-    )  # the teacher without demonstrations is the base itself
+    # the teacher without demonstrations is the base itself
+    assert all(r["dev_loss"] < 1e-6 for r in nothing)
 
 
 def test_a_race_ends_rates_that_nobody_would_choose(subject, tmp_path):

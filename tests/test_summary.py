@@ -98,9 +98,8 @@ def test_pairs_are_tasks_and_sets_averaged_over_evaluations():
     values = {}
     for method in ("ia2-sft", "sft"):
         at = np.array(ACC[method])
-        values[method] = np.concatenate(
-            [(at + at - 0.1) / 2, at - 0.05]
-        )  # mood on mood and news; topic
+        # mood on mood and news; topic
+        values[method] = np.concatenate([(at + at - 0.1) / 2, at - 0.05])
     gain = values["ia2-sft"] - values["sft"]
     expected = stats.ttest_rel(values["ia2-sft"], values["sft"])
     assert test.pairs == 6 and test.mean == pytest.approx(gain.mean())
@@ -165,9 +164,8 @@ def test_reliability_is_pooled_over_sets():
 
 def test_a_run_that_diverged_is_never_chosen_also_from_the_saved_file():
     diverged = [{**r, "dev_loss": math.inf} if r["rate"] in (1e-4, 1e-2) else r for r in RATES]
-    assert (
-        chosen(diverged, "dev") == chosen(finite(diverged), "dev") == (1e-3, None)
-    )  # JSON holds no infinity
+    # JSON holds no infinity
+    assert chosen(diverged, "dev") == chosen(finite(diverged), "dev") == (1e-3, None)
     assert summarise(finite(diverged)) == summarise(diverged)
     unknown = [{**r, "dev_loss": math.nan if r["rate"] == 1e-4 else r["dev_loss"]} for r in RATES]
     assert chosen(unknown, "dev") == (1e-2, None)

@@ -103,10 +103,8 @@ def test_a_label_that_merges_with_the_colon_is_named(real, label):
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_labels_of_several_tokens_stand_after_the_colon(real, template):
     _, tokenizer, _ = real
-    prompt, labels = (
-        TEMPLATES[template],
-        ("0 of them", "0 of us", "17"),
-    )  # two begin with the same token
+    # two begin with the same token
+    prompt, labels = TEMPLATES[template], ("0 of them", "0 of us", "17")
     found = tokenizer.label_tokens(prompt, labels)
     assert found[0][0] == found[1][0] and all(tokenizer.eos_ids[0] not in ids for ids in found)
     for label, ids in zip(labels, found, strict=True):
@@ -180,11 +178,8 @@ def write_tokenizer(
     [
         ('{"eos_token_id": 7}', None, (7,)),
         ('{"eos_token_id": [7, 8]}', None, (7, 8)),
-        (
-            '{"eos_token_id": 7}',
-            '{"eos_token_id": [9, 7]}',
-            (9, 7),
-        ),  # as Llama 3 Instruct and Qwen3 ship
+        # as Llama 3 Instruct and Qwen3 ship
+        ('{"eos_token_id": 7}', '{"eos_token_id": [9, 7]}', (9, 7)),
         ('{"eos_token_id": 7}', '{"do_sample": true}', (7,)),
         ('{"eos_token_id": 0}', None, (0,)),
         ('{"eos_token_id": null}', None, ()),

@@ -103,13 +103,10 @@ def test_a_rate_far_behind_leaves_the_race():
     for look, going in enumerate(
         race(lambda look: lost(look) + torch.tensor([0, 0, 0.0999 * look] * 2), 14), 1
     ):
-        assert (
-            going == [True, look < FIRST_LOOK, look < FIRST_LOOK] * 2
-        )  # too slow: 30 looks of .0001 are not enough
-    for pace, stays in (
-        (0.034, True),
-        (0.033, False),
-    ):  # from 2 to just below, or just above, 1 in 30 looks more
+        # too slow: 30 looks of .0001 are not enough
+        assert going == [True, look < FIRST_LOOK, look < FIRST_LOOK] * 2
+    # from 2 to just below, or just above, 1 in 30 looks more
+    for pace, stays in ((0.034, True), (0.033, False)):
         near = race(
             lambda look, pace=pace: torch.tensor([1, 9, 2 + pace * (FIRST_LOOK - look)] * 2),
             FIRST_LOOK,
@@ -394,9 +391,8 @@ def test_patience_counts_looks_since_the_last_improvement(model):
 
         def forward(self, ids, taps, **arguments):
             model(ids, taps=taps, **arguments)
-            if (
-                not torch.is_grad_enabled()
-            ):  # a look: both layers are wrong by the square root of half the loss
+            # a look: both layers are wrong by the square root of half the loss
+            if not torch.is_grad_enabled():
                 taps.outputs = dict.fromkeys(
                     range(2), torch.full((1, 32), math.sqrt(next(script) / 2))
                 )

@@ -44,9 +44,8 @@ def choice(
     tasks = tasks_of(part, data)
     document, _ = compare(tasks, subject, options, RUNS, bar=progress)
     result = Result("choice", about(subject, options, part), [])
-    right: dict[
-        tuple[int, str], dict[str, list[float]]
-    ] = {}  # accuracies of each rule, a value a task and set
+    # accuracies of each rule, a value a task and set
+    right: dict[tuple[int, str], dict[str, list[float]]] = {}
     for one in reopen(tasks, subject, options):
         scored = [record for record in document["runs"] if of_cell(record, one)]
         for method in METHODS:
@@ -79,9 +78,8 @@ def judged(one: Reopened, scored: list[dict], method: str, folds: bool) -> dict[
     """Rule -> accuracy, for each set, of the rate that it chooses for `method`."""
     sets = len(one.cell.episodes)
     mine = [record for record in scored if record["method"] == method]
-    rates = list(
-        dict.fromkeys(record["rate"] for record in mine)
-    )  # without those that failed in some set
+    # without those that failed in some set
+    rates = list(dict.fromkeys(record["rate"] for record in mine))
     right = table(mine, sets, "acc")
     dev = table(mine, sets, "dev_loss")
     costs = {POOLED: pooled(dev), OWN: dev}

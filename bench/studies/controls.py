@@ -52,9 +52,8 @@ class Control:
     """
 
     teacher: str
-    pools: list[list[Example]] = field(
-        repr=False
-    )  # training rows of each task of the study, in order
+    # training rows of each task of the study, in order
+    pools: list[list[Example]] = field(repr=False)
 
     def __call__(
         self, pool: list[Example], n: int, number: int = 0, seed: int = 0, **choices

@@ -31,19 +31,12 @@ from ..report import Line, Result
 from .reopened import RUNS
 
 TOYS = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap")
-KINDS = (
-    "words",
-    "words",
-    "words",
-    "digits",
-    "digits",
-    "pair",
-    "length",
-    "random",
-)  # what generated tasks are, in turn
+# what generated tasks are, in turn
+KINDS = ("words", "words", "words", "digits", "digits", "pair", "length", "random")
 RATES = (3e-3, 1e-2)  # the upper two of the embedded model: the lowest never wins in so few epochs
 REAL_RATES = (1e-3,)  # of others: the uppermost
-REAL = {  # folder -> column of the text, file of fresh rows, words of the labels; the cheapest first
+# folder -> column of the text, file of fresh rows, words of the labels; the cheapest first
+REAL = {
     "sst2": ("sentence", "validation", ("negative", "positive")),
     "poem_sentiment": ("verse_text", "test", ("negative", "positive", "neutral", "mixed")),
     "financial_phrasebank": ("sentence", "test", ("negative", "neutral", "positive")),

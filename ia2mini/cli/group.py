@@ -17,12 +17,8 @@ from ..scale import ranks
 from .streams import check_arguments, keep_freed_memory, need_output, open_streams
 
 MINUTE = 60
-PRINTING = (
-    "predict",
-    "score",
-    "generate",
-    "tasks",
-)  # commands whose whole result is what they print
+# commands whose whole result is what they print
+PRINTING = ("predict", "score", "generate", "tasks")
 
 
 class Commands(click.Group):
@@ -74,9 +70,8 @@ def what_happened(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno is not None:
         if error.filename is None:  # what is left to print is not tried again at exit
             sys.stdout = None
-        return str(
-            UsageError(f"{error.filename or 'output'}: {error.strerror}")
-        )  # a name may be long
+        # a name may be long
+        return str(UsageError(f"{error.filename or 'output'}: {error.strerror}"))
     if isinstance(error, ModuleNotFoundError):
         return f"the package {error.name} is missing; `pip install ia2mini` installs what is needed"
     if isinstance(error, RuntimeError) and ranks.lost(error):
@@ -99,9 +94,8 @@ def heed_interrupts(came: list) -> None:
 
     with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, interrupt)
-        if (
-            signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-        ):  # as a shell's jobs in the background have it
+        # as a shell's jobs in the background have it
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, interrupt)
 
 
@@ -132,9 +126,8 @@ def main(context):
     lasting = Path(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ia2mini", "compiled"
     )
-    os.environ.setdefault(
-        "TORCHINDUCTOR_CACHE_DIR", str(lasting)
-    )  # torch's own place does not outlive a restart
+    # torch's own place does not outlive a restart
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(lasting))
 
 
 def typed() -> str:

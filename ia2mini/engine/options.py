@@ -6,10 +6,8 @@ from dataclasses import dataclass, field
 from .. import UsageError
 
 RATES = {"lora": (1e-4, 3e-4, 1e-3), "ia3": (1e-3, 1e-2, 1e-1)}  # protocol section 4
-TINY_RATES = {
-    "lora": (1e-3, 3e-3, 1e-2),
-    "ia3": (1e-3, 1e-2, 1e-1),
-}  # the embedded model is small: LoRA's ten times
+# the embedded model is small: LoRA's ten times
+TINY_RATES = {"lora": (1e-3, 3e-3, 1e-2), "ia3": (1e-3, 1e-2, 1e-1)}
 BETAS = {"qwen3": (0.1, 0.5, 0.7, 0.9), "llama": (0.001, 0.01, 0.05, 0.5)}
 UNTRAINED = ("base", "icl")
 LABELS = {  # method: as it is written, in the order of every table and figure
@@ -174,9 +172,8 @@ class Options(TrainOptions, AdapterOptions):
     def __post_init__(self):
         super().__post_init__()
         if self.paper_compat:
-            object.__setattr__(
-                self, "select", "eval"
-            )  # the released scripts report the best on the evaluation rows
+            # the released scripts report the best on the evaluation rows
+            object.__setattr__(self, "select", "eval")
 
 
 @dataclass(frozen=True)

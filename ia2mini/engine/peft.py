@@ -46,13 +46,8 @@ HARMLESS = (
     "velora_config",
 )
 HARMLESS += ("runtime_config", "megatron_config")  # of training and loading; or looked at elsewhere
-CHANGE_BASE = (
-    "pissa",
-    "olora",
-    "corda",
-    "loftq",
-    "lora_ga",
-)  # ways to begin that also change the base's weights
+# ways to begin that also change the base's weights
+CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def peft_config(adapter: Adapter, base: str) -> dict:
@@ -71,9 +66,8 @@ def peft_config(adapter: Adapter, base: str) -> dict:
             "layers_to_transform": adapter.layers,
         }
     assert isinstance(adapter, IA3)
-    names = list(
-        adapter.linears
-    )  # peft cannot restrict (IA)3 to layers but takes full module names
+    # peft cannot restrict (IA)3 to layers but takes full module names
+    names = list(adapter.linears)
     return config | {
         "peft_type": "IA3",
         "target_modules": names,

@@ -68,6 +68,5 @@ def open_subject(
     base = SHORT_NAMES.get(model.lower(), model)
     if local:
         base = "tiny" if folder == TINY else str(folder.resolve())
-    return Subject(
-        network, tokenizer, folder, name, base, None if local else folder.name
-    )  # a snapshot's folder
+    # a snapshot's folder
+    return Subject(network, tokenizer, folder, name, base, None if local else folder.name)

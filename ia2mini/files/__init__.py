@@ -18,9 +18,8 @@ from .. import UsageError
 HIDDEN = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-HALF = re.compile(
-    "[\ud800-\udfff]"
-)  # half of a surrogate pair; Python also spells a byte so that is not UTF-8
+# half of a surrogate pair; Python also spells a byte so that is not UTF-8
+HALF = re.compile("[\ud800-\udfff]")
 
 
 def plain(text: str, kept: str = "\t\n") -> str:

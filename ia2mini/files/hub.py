@@ -8,11 +8,8 @@ from contextlib import contextmanager
 from .. import UsageError
 
 WAITS = (1, 4)  # seconds before a download is tried again
-BROKEN_OFF = (
-    "RemoteProtocolError",
-    "ReadError",
-    "ChunkedEncodingError",
-)  # of the client's library, httpx or requests
+# of the client's library, httpx or requests
+BROKEN_OFF = ("RemoteProtocolError", "ReadError", "ChunkedEncodingError")
 PARTS = ("connect", "read", "write", "pool")  # of a request, each with a time limit
 
 
@@ -23,9 +20,8 @@ def patiently(fetch: Callable):
     """
     from huggingface_hub.utils import get_session
 
-    hooks = getattr(get_session(), "event_hooks", {}).get(
-        "request", []
-    )  # none in clients before 1.0
+    # none in clients before 1.0
+    hooks = getattr(get_session(), "event_hooks", {}).get("request", [])
     hooks += [limit] * (limit not in hooks)
     for wait in (*WAITS, None):
         try:

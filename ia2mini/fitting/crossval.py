@@ -53,13 +53,11 @@ class CrossValidation:
     task: Task
     rows: list[Example]
     options: FitOptions
-    more: list[Example] = field(
-        default_factory=list
-    )  # without answers: the teacher's are what IA2 learns from
+    # without answers: the teacher's are what IA2 learns from
+    more: list[Example] = field(default_factory=list)
     once: Callable = lambda name, make: make()  # keeps tensors, so that an interrupted fit goes on
-    bar: Callable = lambda label, total: tqdm(
-        disable=True
-    )  # bar(label, total) -> context manager yielding a tqdm
+    # bar(label, total) -> context manager yielding a tqdm
+    bar: Callable = lambda label, total: tqdm(disable=True)
 
     def __post_init__(self):
         subject, task, rows, options = self.subject, self.task, self.rows, self.options
@@ -82,17 +80,15 @@ class CrossValidation:
         self.adapter = make_adapter(subject.model, options)
         self.layers = options.layer_numbers(subject.model.config.num_hidden_layers)
         self.rates = options.rates_for(subject.name, options.adapter)
-        self.tokens = cache(
-            lambda text: len(subject.tokenizer.encode(text))
-        )  # each is asked for in every fold
+        # each is asked for in every fold
+        self.tokens = cache(lambda text: len(subject.tokenizer.encode(text)))
         self.longest = max(rows, key=lambda row: self.tokens(row.prompt))
         self.fits: dict[str, Trained] = {}
         self.found: dict[str, Tried] = {}
         self.seconds: float | None = None  # that scoring every row by the base has taken
         self.estimated = False  # whether it has been said how long training will take
-        self.said: dict[
-            str, tuple[list[str], list[float]]
-        ] = {}  # answers to held-out rows, and how sure each is
+        # answers to held-out rows, and how sure each is
+        self.said: dict[str, tuple[list[str], list[float]]] = {}
         self.troubles: list[str] = []  # sentences about runs of which a loss was not finite
         self.answers: dict[int, list[Row]] = {}
         parts = prompts if prompts <= ALONE else min(options.folds, prompts)
@@ -101,9 +97,8 @@ class CrossValidation:
             replace(fold, **self.unlabelled(number, fold.train))
             for number, fold in enumerate(self.folds)
         ]
-        self.places = (
-            torch.tensor(sum((f.test for f in self.folds), [])).argsort().tolist()
-        )  # of rows, fold after fold
+        # of rows, fold after fold
+        self.places = torch.tensor(sum((f.test for f in self.folds), [])).argsort().tolist()
         tests = [fold.test for fold in self.folds]
         self.selection = Selection(tests, self.gold, options.patience, options.temperature)
 
@@ -168,9 +163,8 @@ class CrossValidation:
         self.estimated = True
         o, folds = self.options, len(self.folds)
         phases = {*o.methods, *(STARTS_FROM[name] for name in o.methods if name in STARTS_FROM)}
-        passes = (
-            3 * (folds - 1) + 1
-        )  # over all rows in an epoch: forward and backward in all folds but one; scoring
+        # over all rows in an epoch: forward and backward in all folds but one; scoring
+        passes = 3 * (folds - 1) + 1
         epoch = self.seconds * passes * len(self.rates) * len(phases)
         least, most = epoch * min(o.epochs, o.patience + 1), epoch * o.epochs
         if most < MINUTE:
@@ -399,9 +393,8 @@ class CrossValidation:
             [candidate.picks[fold][1] for fold in range(len(self.folds))],
         )
         if last_phase(candidate.name) == "sft":
-            epochs = torch.zeros(
-                folds, len(self.rates), dtype=torch.int64
-            )  # others leave after their first
+            # others leave after their first
+            epochs = torch.zeros(folds, len(self.rates), dtype=torch.int64)
             for fold, (epoch, rate) in candidate.picks.items():
                 epochs[fold, rate] = epoch + 1
             theta = self.train_for(candidate.name, epochs.flatten()).theta

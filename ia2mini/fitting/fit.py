@@ -153,9 +153,8 @@ def conclude(cv: CrossValidation) -> Predictor:
     begun, o, task = time.perf_counter(), cv.options, cv.task
     tried = [cv.tried(name) for name in ("base", "icl", *o.methods)]
     found = cv.selection.judged(tried, range(len(cv.folds)))
-    rivals = [
-        each for each in tried if not (o.context and each.name == "icl")
-    ]  # ICL is then the teacher itself
+    # ICL is then the teacher itself
+    rivals = [each for each in tried if not (o.context and each.name == "icl")]
     chosen = found[
         choose({name: one for name, one in found.items() if not (o.context and name == "icl")})
     ]

@@ -25,9 +25,8 @@ class Looks:
         self.selection = selection
         self.rates = rates
         self.epoch_steps = epoch_steps
-        self.scores: list[
-            Tensor
-        ] = []  # of every epoch [rates, n, C]; NaN where nothing was trained
+        # of every epoch [rates, n, C]; NaN where nothing was trained
+        self.scores: list[Tensor] = []
         self.subsets = self.all_but_two()
 
     def all_but_two(self) -> list[list[int]]:

@@ -47,11 +47,8 @@ TOP, AT_ONCE = 5, 64
 CARD_MARK = b"tags: [ia2mini, "  # of a model card that ia2mini wrote
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 ADDED = r"^(?=(row_)*(answer|abstained|confidence|probabilities)$)"  # what a row's answer is called
-ALLOWED = {
-    "float32": 1e-3,
-    "bfloat16": 0.25,
-    "float16": 0.1,
-}  # mean difference of a canary's log-probabilities
+# mean difference of a canary's log-probabilities
+ALLOWED = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.1}
 
 
 @dataclass
@@ -61,7 +58,8 @@ class Predictor:
     subject: Subject
     adapter: Adapter | None
     theta: Tensor | None  # [1, M]
-    spec: dict  # template, labels, max_tokens, stop, temperature, confidences, demonstrations, method, report, …
+    # template, labels, max_tokens, stop, temperature, confidences, demonstrations, method, report, …
+    spec: dict
     report: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -138,9 +136,8 @@ class Predictor:
         except UsageError as error:
             raise UsageError(f"{row.where}: {error}") from None
         answer = max(map(len, labels)) if labels else self.spec["max_tokens"]
-        if (
-            0 < tokens and tokens + answer - 1 <= self.subject.reads
-        ):  # the answer's last token is not read
+        # the answer's last token is not read
+        if 0 < tokens and tokens + answer - 1 <= self.subject.reads:
             return Question(row, prompt, labels)
         said = [f"its prompt{' with demonstrations' if shown else ''} has {tokens} tokens"]
         if answer > 1:
@@ -217,9 +214,8 @@ class Predictor:
         found: dict = {
             "dtype": str(next(self.subject.model.parameters()).dtype).removeprefix("torch.")
         }
-        if self.spec[
-            "chat"
-        ]:  # a template may write today's date: what it wrote then is asked again
+        # a template may write today's date: what it wrote then is asked again
+        if self.spec["chat"]:
             prompt = Rendered((kept or {}).get("prompt", prompt))
             found["prompt"] = str(prompt)
         tokens = self.subject.tokenizer.encode(prompt)

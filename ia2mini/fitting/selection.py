@@ -13,7 +13,8 @@ from torch import Tensor
 from ..intervals import surely_more, surely_positive
 from ..metrics import fit_temperature, row_losses
 
-COMMONEST = "commonest"  # always says the most frequent label, with the labels' frequencies as probabilities
+# always says the most frequent label, with the labels' frequencies as probabilities
+COMMONEST = "commonest"
 MATTERS = 0.01  # nats: a smaller difference of mean losses is none
 UNSHIPPED = ("base", COMMONEST)  # what a candidate must beat
 
@@ -23,7 +24,8 @@ class Tried:
     """What one way to answer says of held-out rows after every epoch at every learning rate."""
 
     name: str
-    scores: Tensor  # [epochs, rates, n, C] log-probabilities; -inf: the run had failed, NaN: training had ended
+    # [epochs, rates, n, C] log-probabilities; -inf: the run had failed, NaN: training had ended
+    scores: Tensor
     right: Tensor | None = None  # [n] of texts alone: whether the generated answer is the true one
 
 
@@ -39,12 +41,10 @@ class Candidate:
     temperature: float = 1.0  # by all m rows: what is shipped
     epoch: int = 0  # index of the epoch, and of the rate, by all m rows
     rate: int = 0
-    picks: dict[int, tuple[int, int]] | None = (
-        None  # fold -> epoch and rate that its rows are judged with
-    )
-    calibration: tuple[float, float] | None = (
-        None  # mean loss at temperature 1, and at those of the other folds
-    )
+    # fold -> epoch and rate that its rows are judged with
+    picks: dict[int, tuple[int, int]] | None = None
+    # mean loss at temperature 1, and at those of the other folds
+    calibration: tuple[float, float] | None = None
 
 
 def best_epoch(curve: list[float], patience: int) -> int:

@@ -67,9 +67,8 @@ def code(fitted, folder: str, peft: bool) -> str:
     """How others load what was shipped: transformers, after it peft, and vLLM, which takes LoRA alone."""
     adapter, base, revision = fitted.adapter, fitted.subject.base, fitted.subject.revision
     source = repr(base) + f", revision={revision!r}" * bool(revision)
-    dtype = str(next(fitted.subject.model.parameters()).dtype).removeprefix(
-        "torch."
-    )  # it was fitted, and is right, in
+    # it was fitted, and is right, in
+    dtype = str(next(fitted.subject.model.parameters()).dtype).removeprefix("torch.")
     lines = [
         "```python",
         loading(source, folder if peft else None, f", dtype={dtype!r}"),

@@ -13,7 +13,8 @@ from ..files import count, write
 from ..study.table import METRICS, deviation
 from .summary import average, dashed, parts, title
 
-COLORS = {  # after Okabe and Ito, who chose them to be told apart by every eye; blue for IA2 and what follows it
+# after Okabe and Ito, who chose them to be told apart by every eye; blue for IA2 and what follows it
+COLORS = {
     "base": "#b0b0b0", "icl": "#404040", "sft": "#d55e00", "sft-sft": "#f0a070", "soft": "#e6b000",
     "soft-sft": "#a07800", "hidden": "#8fd0b0", "hidden-sft": "#3a8a60", "ridge": "#9a8fd0", "ridge-sft": "#5a48a0",
     "ia2": "#56b4e9", "sft-ia2": "#cc79a7", "ia2+sft": "#009e73", "ia2-sft": "#0072b2",
@@ -26,11 +27,8 @@ CAPTIONS = {  # in the order of the page
     "reliability": "Are confident answers right as often as they should be (dashed)? Larger dots: more rows.",
     "overlap": "Share of LoRA's subspace that two methods have in common, beside that of random ones (paper Figure 4).",
 }
-LEFT_OUT = {
-    "png": "Software",
-    "pdf": "CreationDate",
-    "svg": "Date",
-}  # so that a document gives the same bytes again
+# so that a document gives the same bytes again
+LEFT_OUT = {"png": "Software", "pdf": "CreationDate", "svg": "Date"}
 STYLE: dict = {  # parse_math: a $ in a task's name is a $
     "font.size": 8.5, "axes.titlesize": 8.5, "figure.titlesize": 8.5, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "savefig.dpi": 200,
@@ -234,9 +232,8 @@ def reliability(figure, view: dict) -> str | None:
     """Left accuracy over confidence, in bins of at least LEAST rows, dots by their number; right where the rows are."""
     (curves, where), start = figure.subplots(1, 2), 0.9
     for style, mine in by_method(view["cells"], "reliability"):
-        bins = np.sum(
-            [c["reliability"] for c in mine], axis=0
-        )  # [bins, (rows, sum of confidence, right)]
+        # [bins, (rows, sum of confidence, right)]
+        bins = np.sum([c["reliability"] for c in mine], axis=0)
         full, share = bins[:, 0] >= LEAST, bins[:, 0] / bins[:, 0].sum()
         x, y = (bins[full, 1:] / bins[full, :1]).T
         curves.plot(x, y, **style)
@@ -255,9 +252,10 @@ def overlap(figure, view: dict) -> str | None:
     figure.set_size_inches(6, 1.6 + 0.24 * len(pairs))
     axis = figure.subplots()
     for y, (pair, chance) in enumerate(pairs.items()):
+        # over tasks
         sets = np.mean(
             [o["overlap"] for o in view["overlap"] if tuple(o["methods"]) == pair], axis=0
-        )  # over tasks
+        )
         name = " · ".join(LABELS.get(m, m) for m in pair)
         bar = axis.barh(name, sets.mean(), xerr=deviation(sets.tolist()), color=COLORS["ia2-sft"])
         axis.bar_label(bar, fmt="%.2f", padding=2, fontsize=7)

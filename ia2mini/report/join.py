@@ -8,7 +8,8 @@ from ..files import read_json
 from ..fitting.spec import misfit, text_or_none
 from ..study.table import METRICS
 
-FREE = {  # options in which joined studies may differ: each is told apart in the tables, or changes no number
+# options in which joined studies may differ: each is told apart in the tables, or changes no number
+FREE = {
     "adapter", "alpha", "betas", "checkpoint", "device", "dtype", "evals", "methods", "model", "n", "pools", "rank",
     "rates", "targets", "tasks", "templates",
 }  # fmt: skip

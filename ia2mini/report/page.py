@@ -113,9 +113,8 @@ def figure(name: str, view: dict, folder: Path) -> str:
     for form, kind in (("png", "png"), ("svg", "svg+xml")):
         if (path := folder / f"{name}{view['suffix']}.{form}").is_file():
             data = path.read_bytes()
-            width = f'width="{int.from_bytes(data[16:20], "big") // 2}"' * (
-                form == "png"
-            )  # half its pixels: sharp
+            # half its pixels: sharp
+            width = f'width="{int.from_bytes(data[16:20], "big") // 2}"' * (form == "png")
             source = f'src="data:image/{kind};base64,{b64encode(data).decode()}"'
             image = f'<img alt="{name}: {shown(view["title"])}" {width} {source}>'
             return f'<figure><div class="box">{image}</div><figcaption>{CAPTIONS[name]}</figcaption></figure>'

@@ -32,9 +32,8 @@ def parts(document: dict) -> list[dict]:
         mine = []
         for c in groups[model, n]:
             belongs = c["selected_by"] in (by, None) and c["adapter"] in (kind, None)
-            if (
-                belongs and (c["task"], c["eval"]) not in others
-            ):  # the base and ICL of what this adapter has not
+            # the base and ICL of what this adapter has not
+            if belongs and (c["task"], c["eval"]) not in others:
                 mine.append(c)
         about = {"model": model, "n": n, "adapter": kind, "by": by}
         found.append(about | {"cells": mine, "title": title(mine, by)})

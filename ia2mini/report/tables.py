@@ -10,11 +10,8 @@ from ..study.table import METRICS
 from .summary import average, parts, verdict
 
 COLUMNS = ("acc", "ece", "ece_null", "asim")  # where no others are asked for
-OWN_COLUMNS = (
-    "acc",
-    "acc_labels",
-    *COLUMNS[1:],
-)  # of own rows, which `fit` judges among the labels
+# of own rows, which `fit` judges among the labels
+OWN_COLUMNS = ("acc", "acc_labels", *COLUMNS[1:])
 HEADS = METRICS | {"rate": "rate", "paper": "paper (% / ECE)"}  # these always the last
 SYMBOLS: dict = {
     "→": r"$\rightarrow$",

@@ -16,9 +16,8 @@ def compile_blocks(model: nn.Module, **options) -> None:
     Where no compiler works they run as they are, with a warning.
     """
     config = torch._dynamo.config
-    limit = (
-        "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-    )  # the latter in 2.6
+    # the latter in 2.6
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     setattr(config, limit, 64)  # with and without gradients, adapter, mask, cache and prefix
     config.suppress_errors = not options.get("fullgraph")
     for half in HALVES:  # one function serves all layers: one compilation

@@ -33,8 +33,7 @@ def equally_many(going: list[bool], runs: int) -> list[int]:
     most = max(sum(going[start : start + size]) for start in range(0, len(going), size))
     staying = []
     for start in range(0, len(going), size):
-        mine = sorted(
-            range(start, start + size), key=lambda row: not going[row]
-        )  # those going first
+        # those going first
+        mine = sorted(range(start, start + size), key=lambda row: not going[row])
         staying += mine[:most]
     return staying

@@ -25,14 +25,14 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.pool = (
-            torch.cuda.graph_pool_handle()
-        )  # shared: a replay may overwrite another recording's result
+        # shared: a replay may overwrite another recording's result
+        self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable) -> tuple[Callable, object]:
         graph = torch.cuda.CUDAGraph()
         before = torch.cuda.current_stream(self.device)
-        mode = "thread_local"  # "global" would have NCCL's own threads, which ask for events, break the capture
+        # "global" would have NCCL's own threads, which ask for events, break the capture
+        mode = "thread_local"
         try:
             with (
                 torch.cuda.device(self.device),
@@ -76,9 +76,8 @@ def launch_bound(model: nn.Module, runs: Runs, settings: Settings) -> bool:
     block = sum(weights.numel() for weights in model.model.layers[0].parameters())
     longest = max(len(row) for rows in runs.train for row in rows)
     tokens = len(runs) * min(settings.batch_size, len(runs.train[0])) * longest
-    operations = (
-        4 * tokens * block * config.num_hidden_layers
-    )  # forward, and the gradient of every input
+    # forward, and the gradient of every input
+    operations = 4 * tokens * block * config.num_hidden_layers
     kernels = KERNELS * config.num_hidden_layers
     return kernels * LAUNCH > operations / RATE
 

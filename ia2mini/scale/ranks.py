@@ -83,10 +83,8 @@ def one_line_when_lost() -> Iterator[None]:
     except RuntimeError as error:
         if out_of_memory(error):
             raise
-        for number in (
-            signal.SIGINT,
-            signal.SIGTERM,
-        ):  # of torchrun, which ends who is left: it ends already
+        # of torchrun, which ends who is left: it ends already
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         raise UsageError(LOST) from error
 

@@ -38,9 +38,8 @@ class Cell:
     task: Task
     n: int
     episodes: list[Episode]  # the few-shot sets
-    labels: dict[
-        str, list[list[int]]
-    ]  # tokens of each label, by evaluation; empty where answers are texts
+    # tokens of each label, by evaluation; empty where answers are texts
+    labels: dict[str, list[list[int]]]
     max_tokens: int  # of a response
     teacher_tokens: int  # of one of the teacher's, in training
 
@@ -94,9 +93,8 @@ def make_cell(study: Study, task: Task, n: int, draw: Callable) -> Cell:
     options = study.options
     tokenizer = study.subject.tokenizer
     pool = study.pools[task.name].rows
-    if (
-        task.files and not task.labels
-    ):  # one's own texts: the longest answer says how long one may become
+    # one's own texts: the longest answer says how long one may become
+    if task.files and not task.labels:
         answered = pool + study.evaluations[task.name].rows
         task = replace(task, max_tokens=answer_tokens_at_most(tokenizer, answered))
     queries = 0

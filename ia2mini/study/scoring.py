@@ -28,9 +28,8 @@ from ..teacher import Asked, label_tokens_at_most, observe
 from ..train import Trained
 from .cells import Cell
 
-Scores = dict[
-    str, Tensor
-]  # asim [R, L], correct [R, Q]; of labels top, confidence [R, Q] and log_probabilities [R, Q, C]
+# asim [R, L], correct [R, Q]; of labels top, confidence [R, Q] and log_probabilities [R, Q, C]
+Scores = dict[str, Tensor]
 
 
 @dataclass
@@ -39,9 +38,8 @@ class Reference:
 
     scores: Scores
     outputs: Tensor | None = None  # of labels: attention outputs [L, S, n, D]
-    rows: list[list[Row]] | None = (
-        None  # of texts: each set's first n responses with their attention outputs
-    )
+    # of texts: each set's first n responses with their attention outputs
+    rows: list[list[Row]] | None = None
 
     def of_sets(self, sets: Tensor) -> "Reference":
         """What some of the sets are compared with."""

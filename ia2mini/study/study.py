@@ -214,7 +214,6 @@ def open_folder(cells: list[Cell], out: Path, draw: Callable) -> tuple[Store, di
     store = Store(out, f"{about}-{study.subject.name}-n{'-'.join(map(str, options.n))}", config)
     config["rates"] = study.rates
     config["targets"] = study.adapter.targets
-    store.keep_json(
-        "run.json", config
-    )  # every mistake in tasks, sizes and options has shown by now
+    # every mistake in tasks, sizes and options has shown by now
+    store.keep_json("run.json", config)
     return store, config

@@ -21,9 +21,8 @@ AMOUNTS = (  # without such a line: an amount of money, then one with a unit
     rf"\$\s*({AMOUNT})",
     rf"({AMOUNT})\s*(?:vacuum cleaners?|{'|'.join(UNITS)})",
 )
-MINUS = re.compile(
-    r"(^\s*-\s*|(?<![\w)\]}])-)(\\?\$ *)?$"
-)  # at the end of what precedes an amount; not of "5-10"
+# at the end of what precedes an amount; not of "5-10"
+MINUS = re.compile(r"(^\s*-\s*|(?<![\w)\]}])-)(\\?\$ *)?$")
 LONGEST_LINE = 200  # characters; a longer line is no answer
 
 
@@ -115,7 +114,8 @@ def parse_text(text: str) -> str | None:
 
 
 PARSERS = {"number": parse_number, "boxed": parse_boxed, "hashes": parse_hashes, "text": parse_text}
-MARKS = {  # parser: what each answer of a user's own must hold to be read by it, the first that fits
+# parser: what each answer of a user's own must hold to be read by it, the first that fits
+MARKS = {
     "number": re.compile(
         r"(?:####|\bthe answer is:?)\s*[-+]?\s*\$?\s*-?[0-9][0-9,]*(?:\.[0-9]+)?[^0-9\n]*$", re.I
     ),

@@ -49,18 +49,14 @@ class Task:
     teacher_tokens: int | None = None  # of the teacher's responses to training rows; None: as many
     parser: str | None = None  # of a text: answer -> what is compared, one of answers.PARSERS
     prepare: str | None = None  # columns to add to a row, one of PREPARE
-    steps: tuple[str, ...] = (
-        "shuffle",
-        "filter",
-    )  # in order; also "complete", which drops rows without prompt or
+    # in order; also "complete", which drops rows without prompt or
     # answer, "unique", which drops repeated prompts, and …
+    steps: tuple[str, ...] = ("shuffle", "filter")
     held: int = 500  # … "split": this many rows, the last ones, are held out for evaluation
-    archive: tuple[str, str, str] | None = (
-        None  # rows in a zip instead of Parquet: path, sha256, member
-    )
-    fallback: tuple[
-        str, ...
-    ] = ()  # another dataset id with the same rows, then its splits, if `hub` has no Parquet
+    # rows in a zip instead of Parquet: path, sha256, member
+    archive: tuple[str, str, str] | None = None
+    # another dataset id with the same rows, then its splits, if `hub` has no Parquet
+    fallback: tuple[str, ...] = ()
     folder: str | None = None  # folder in a local collection, where it is not the hub's name
     files: tuple[str, str] | None = None  # own rows: file of the pool, file of the evaluation
     remarks: tuple[str, ...] = ()  # own rows: how they were read, in sentences
@@ -100,9 +96,8 @@ def arrange(task: Task, role: str, rows: list[Row]) -> list[Row]:
         rows = [Row(row.where, {**row, **PREPARE[task.prepare](row)}) for row in rows]
     for step in task.steps:
         if step == "shuffle":
-            rows = [
-                rows[i] for i in np.random.default_rng(42).permutation(len(rows))
-            ]  # `datasets`' shuffle(seed=42)
+            # `datasets`' shuffle(seed=42)
+            rows = [rows[i] for i in np.random.default_rng(42).permutation(len(rows))]
         elif step == "filter":
             rows = [row for row in rows if not task.labels or task.label_of(row) is not None]
         elif step == "complete":

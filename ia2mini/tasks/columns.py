@@ -17,7 +17,8 @@ PARTS += (
 ALPACA_ANSWERS = ("output", "response")
 ALPACA_INPUTS = ("input", "context")  # of Alpaca, of Dolly
 SENTENCE = 3  # words of an entry that may be asked
-FEW = 20  # a column of at most so many different entries, each there twice on average, holds categories
+# a column of at most so many different entries, each there twice on average, holds categories
+FEW = 20
 
 
 @dataclass(frozen=True)

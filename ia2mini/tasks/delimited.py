@@ -12,9 +12,8 @@ from ia2mini import UsageError
 from ia2mini.files import read_text
 
 DELIMITERS = (",", ";", "\t")  # semicolons where a comma is the decimal point
-NAMED_DELIMITER = re.compile(
-    r'"?sep=(.)"?\r?\n', re.IGNORECASE
-)  # a first line that Excel reads and writes
+# a first line that Excel reads and writes
+NAMED_DELIMITER = re.compile(r'"?sep=(.)"?\r?\n', re.IGNORECASE)
 csv.field_size_limit(2**31 - 1)  # Python's own limit is 131,072 characters
 
 

@@ -16,12 +16,10 @@ from ia2mini.files import is_there, read_text
 
 from .delimited import check_names, read_delimited
 
-COLUMN = re.compile(
-    r"(\n?)\{(\??)([^{}]*)\}"
-)  # in a template: a line end before it, whether it may be empty, its name
-WHOLE = re.compile(
-    r"(-?\d+)\.0+"
-)  # a whole number as pandas writes it where its column also held nothing
+# in a template: a line end before it, whether it may be empty, its name
+COLUMN = re.compile(r"(\n?)\{(\??)([^{}]*)\}")
+# a whole number as pandas writes it where its column also held nothing
+WHOLE = re.compile(r"(-?\d+)\.0+")
 MISSING = ("", "nan", "<na>")  # what stands in a cell that holds nothing, in small letters
 
 
