@@ -30,6 +30,5 @@ rows = load_examples(task, "train").rows
 taught = teach(model, tokenizer, draw_episode(rows, n=4))
 adapter = Bias(model)
 trained = sft(Grid(model, adapter, [taught], rates=[1e-1]))
-print(
-    f"accuracy {score(model, tokenizer, rows[-100:], task.labels, adapter, trained.theta)[0]['acc']:.2f}"
-)
+found = score(model, tokenizer, rows[-100:], task.labels, adapter, trained.theta)[0]
+print(f"accuracy {found['acc']:.2f}")

@@ -22,6 +22,5 @@ taught = teach(model, tokenizer, draw_episode(rows, n=4))
 lora = LoRA(model)
 grid = Grid(model, lora, [taught], rates=[1e-2])
 trained = grid.train("huber", {huber: torch.ones(1)}, answers="icl")
-print(
-    f"accuracy {score(model, tokenizer, rows[-100:], task.labels, lora, trained.theta)[0]['acc']:.2f}"
-)
+found = score(model, tokenizer, rows[-100:], task.labels, lora, trained.theta)[0]
+print(f"accuracy {found['acc']:.2f}")
