@@ -11,12 +11,9 @@ from tokenizers import Tokenizer as Backend
 from . import UsageError
 from .errors import broken_tokenizer, out_of_memory
 from .files import check_text, is_there, read_json
-from .files.added_tokens import add_tokens
+from .files.added_tokens import NAMED, add_tokens
 
 WORDS_NAMED = 5  # unknown words that are named in warnings
-
-
-NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
 class Rendered(str):
