@@ -12,7 +12,8 @@ import torch
 
 from ia2mini.engine.store import versions
 from ia2mini.files import finite, write_text
-from ia2mini.metrics import FEWEST_PAIRS, PairedTest
+from ia2mini.intervals import LEAST_ROWS
+from ia2mini.metrics import PairedTest
 from ia2mini.report.summary import interval
 
 from .timing import Timing
@@ -98,7 +99,7 @@ def show(result: Result) -> None:
 
 def difference(test: PairedTest, factor: float, form: str) -> str:
     """A paired difference in words: "+3.1 (95 % +0.8 to +5.4, p = 0.015, d = 0.47), 30 pairs"."""
-    few = ", too few for a test" if test.pairs < FEWEST_PAIRS else ""
+    few = ", too few for a test" if test.pairs < LEAST_ROWS else ""
     return f"{factor * test.mean:+{form}}{interval(test, factor, form)}, {test.pairs} pairs{few}"
 
 

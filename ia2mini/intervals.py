@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
-LEAST_ROWS = 5  # fewer have no interval, and prove nothing
+LEAST_ROWS = 5  # or pairs: fewer have no interval and no p-value, and prove nothing
 
 
 def bisect(rising: Callable[[float], float], wanted: float, low: float, high: float) -> float:

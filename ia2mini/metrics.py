@@ -11,9 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .intervals import student_p, student_quantile
-
-FEWEST_PAIRS = 5  # of a test; fewer say nothing of chance
+from .intervals import LEAST_ROWS, student_p, student_quantile
 
 
 class PairedTest(NamedTuple):
@@ -290,7 +288,7 @@ def paired_test(a, b) -> PairedTest:
     assert a.shape == b.shape and a.ndim == 1, (a.shape, b.shape)
     difference = a - b
     pairs, mean = len(difference), _mean(difference)
-    if pairs < FEWEST_PAIRS or np.ptp(difference) < 1e-12:
+    if pairs < LEAST_ROWS or np.ptp(difference) < 1e-12:
         return PairedTest(mean, pairs=pairs)
     spread = float(difference.std(ddof=1))
     error = spread / math.sqrt(pairs)

@@ -163,7 +163,7 @@ MUTANTS = {
         ("default_rng(seed).random(", "default_rng().random(", "metrics ece_null_equals"),
         ("0.0 if oracle else 1 / (n + 2)", "0.0", "fit the_temperature_is"),
         ("student_quantile(0.975,", "student_quantile(0.95,", "metrics paired_test_equals_scipy"),
-        ("pairs < FEWEST_PAIRS or", "pairs < 2 or", "metrics of_few_pairs"),
+        ("pairs < LEAST_ROWS or", "pairs < 2 or", "metrics of_few_pairs"),
     ],
     "ia2mini/fitting/selection.py": [
         ("if other != fold] or [fold]", "] or [fold]", "selection a_folds_rows_are_judged"),

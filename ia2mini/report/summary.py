@@ -7,7 +7,8 @@ from statistics import fmean
 from ..engine.options import LABELS
 from ..engine.select import grouped
 from ..files import count
-from ..metrics import FEWEST_PAIRS, PairedTest, paired_test
+from ..intervals import LEAST_ROWS
+from ..metrics import PairedTest, paired_test
 from ..study.table import METRICS, deviation
 
 CHOICES = {
@@ -135,14 +136,14 @@ def verdict(cells: list[dict]) -> list[str]:
 def pairs_of(test: PairedTest) -> str:
     """ "20 pairs of task and set, not independent: …", or that they are too few for a test."""
     pairs = f"{count(test.pairs, 'pair')} of task and set"
-    if test.pairs < FEWEST_PAIRS:
+    if test.pairs < LEAST_ROWS:
         return f"{pairs}: too few for a p-value or an interval"
     return f"{pairs}, not independent: those of a task share their evaluation rows"
 
 
 def interval(test: PairedTest, factor: float, form: str) -> str:
     """ " (95 % -1.0 to +3.0, p = 0.2, d = 0.4)"; nothing of too few pairs."""
-    if test.pairs < FEWEST_PAIRS:
+    if test.pairs < LEAST_ROWS:
         return ""
     if math.isnan(test.p):
         return " (equal in all pairs: no test)"
