@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SHORT = 256  # tokens of a row
 Past = tuple[Tensor, Tensor]  # a prefix's keys and values of one layer, [1, K, S, E] each
 
 
@@ -145,10 +146,33 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, past: Past
         return folded(q, k, v, mask)
     if q.is_cuda and q.dtype == torch.float32:
         return expanded(q, k, v)
+    if q.requires_grad and slow_backward(q):
+        return written_out(q, k, v, mask)
     # right padding needs no mask: a real token never sees the padding behind it
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
     )
+
+
+def slow_backward(q: Tensor) -> bool:
+    """Whether the fused kernel's backward pass takes longer than `written_out`: short rows of a CPU's half precision.
+
+    Longer rows would keep too many scores.
+    """
+    return q.device.type == "cpu" and q.dtype != torch.float32 and q.shape[2] <= SHORT
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """As `attend`, in three operations that autograd takes back one by one: scores, softmax, sum of values."""
+    B, H, T, E = q.shape
+    K = k.shape[1]
+    # the heads that share a key/value head stand together
+    scores = (q.reshape(B, K, H // K * T, E) * E**-0.5) @ k.mT
+    if mask is None:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    hidden = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+    shares = (scores.view(B, H, T, -1) + hidden).softmax(-1)  # summed in float32
+    return (shares.view(B, K, H // K * T, -1) @ v).view(B, H, T, E)
 
 
 def attend_behind(
