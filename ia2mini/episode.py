@@ -12,6 +12,8 @@ from . import UsageError
 from .tasks import Example
 from .tasks.chat import ChatPrompt
 
+GROUPS = 4  # of a fold's training rows, each with its own demonstrations
+
 
 @dataclass(frozen=True)
 class Episode:
@@ -87,23 +89,39 @@ class Fold(Episode):
 def draw_folds(rows: list[Example], folds: int, choose: Callable, seed: int = 0) -> list[Fold]:
     """Cross-validation: every row is held out once, in `folds` parts with equal shares of each label.
 
-    Rows of one prompt stay together. All folds train on equally many rows, `train` and `dev`: what has no true answers
-    to learn from stops by the latter, a fifth of them (at most 48). A row's demonstrations are `choose(training rows,
-    generator, row)`, those of held-out rows `choose(training rows, generator, None)`.
+    Rows of one prompt stay together. All folds train on equally many rows, without dev rows. `choose(rows, generator)`
+    gives the demonstrations that are drawn from some rows: for a training row from rows of the same fold
+    (`among_themselves`), for held-out rows from all of them.
     """
     parts = deal(rows, folds, seeded(seed, 0, "folds"))
     trained_on = len(rows) - max(map(len, parts))
-    dev_size = min(max(1, trained_on // 5), 48)
-    train_size = trained_on - dev_size
     found = []
     for number, test in enumerate(parts):
         rng = seeded(seed, number, "fold")
         held_out = set(test)
         others = shuffled([row for i, row in enumerate(rows) if i not in held_out], rng)
-        train, dev = split_dev(others, train_size, dev_size)
-        shown = [choose(train, rng, row) for row in train + dev]
-        found.append(Fold(train, dev, shown, [choose(train, rng, None)], test=test))
+        train = in_turn(others)[:trained_on]
+        shown = among_themselves(train, choose, rng)
+        found.append(Fold(train, [], shown, [choose(train, rng)], test=test))
     return found
+
+
+def among_themselves(
+    rows: list[Example], choose: Callable, rng: np.random.Generator
+) -> list[list[Example]]:
+    """Demonstrations before each of some rows, `choose(other rows, generator)`; they never have the row's own prompt.
+
+    The rows are dealt into `GROUPS` parts. All rows of a part see the same demonstrations from the other parts, so that
+    the teacher reads these once a part.
+    """
+    parts = min(GROUPS, len({row.prompt for row in rows}))
+    shown: list[list[Example]] = [[] for _ in rows]
+    for part in deal(rows, parts, rng):
+        inside = set(part)
+        demonstrations = choose([row for i, row in enumerate(rows) if i not in inside], rng)
+        for i in part:
+            shown[i] = demonstrations
+    return shown
 
 
 def deal(rows: list[Example], parts: int, rng: np.random.Generator) -> list[list[int]]:
@@ -120,35 +138,20 @@ def deal(rows: list[Example], parts: int, rng: np.random.Generator) -> list[list
     return [sum(groups[part::parts], []) for part in range(parts)]
 
 
-def split_dev(rows: list[Example], size: int, dev: int) -> tuple[list[Example], list[Example]]:
-    """`size` rows to train and `dev` others with equal shares of each label, none of which is a label's only row."""
-    turns = in_turn(rows)
-    labels = len({row.label for row in rows})
-    first = min(labels, len(rows) - dev)  # one of each label trains
-    rest = sorted(range(first, len(rows)), key=lambda i: (turns[i].label or 0, i))
-    picked = set()
-    for j in range(dev):  # evenly spread over the labels
-        picked.add(rest[(2 * j + 1) * len(rest) // (2 * dev)])
-    train = [row for i, row in enumerate(turns) if i not in picked]
-    return train[:size], [turns[i] for i in sorted(picked)]
-
-
 def in_turn(rows: list[Example]) -> list[Example]:
     """The rows in an order that takes one of each label in turn."""
     rounds: dict = defaultdict(count)  # label -> 0 for its first row, 1 for the next …
     return sorted(rows, key=lambda row: next(rounds[row.label]))
 
 
-def balanced(
-    rows: list[Example], count: int, rng: np.random.Generator, without: str | None = None
-) -> list[Example]:
-    """Up to `count` rows in random order, labels as equally often as there are rows; none with the prompt `without`."""
+def balanced(rows: list[Example], count: int, rng: np.random.Generator) -> list[Example]:
+    """Up to `count` rows in random order, labels as equally often as there are rows."""
     labels = len({row.label for row in rows})
     seen: Counter = Counter()
     some = []
     for i in rng.permutation(len(rows)):  # of many rows only the first of each label are looked at
         row = rows[i]
-        if row.prompt == without or seen[row.label] >= count:
+        if seen[row.label] >= count:
             continue
         some.append(row)
         seen[row.label] += 1

@@ -6,20 +6,18 @@ R runs, Q prompts, L layers, D hidden, P answer tokens of the batch.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import cycle
 
 import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter, adapted
 from .batch import Batch, Row, Watch, by_length, collate
-from .episode import with_demonstrations
 from .generate import Decoding, responses
 from .labels import Scoring, label_scores
 from .losses import cross_entropy, soft_cross_entropy
 from .metrics import asim, measure
-from .models.attention import Prefix
 from .models.taps import Taps, device_of
+from .prefix import share_prefix
 from .tasks import Example
 from .tokenizer import Tokenizer
 
@@ -122,41 +120,6 @@ def last_states(model: Callable, prompts: list[list[int]], budget: int = 4096) -
 def keep_states(states: Tensor, head: Tensor) -> Tensor:
     """In place of the head: what it reads."""
     return states
-
-
-@torch.no_grad()
-def share_prefix(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    demonstrations: list[list[Example]],
-    queries: list[str],
-    least: int = 16,
-) -> tuple[Callable, list[list[int]]]:
-    """The model with what all ICL prompts begin with, `least` tokens or more, computed once; the rest of each prompt.
-
-    `demonstrations`: one list for all queries, or one a query.
-    """
-    texts = [
-        with_demonstrations(shown, query) for shown, query in zip(cycle(demonstrations), queries)
-    ]
-    prompts = tokenizer.encode_all(texts)
-    shared = common_beginning([prompt[:-1] for prompt in prompts])
-    if shared < least:
-        return model, prompts
-    prefix = Prefix()
-    beginning = torch.tensor([prompts[0][:shared]], device=device_of(model))
-    model(beginning, logits=False, cache=prefix)
-    return partial(model, prefix=prefix), [prompt[shared:] for prompt in prompts]
-
-
-def common_beginning(prompts: list[list[int]]) -> int:
-    """How many tokens all prompts begin with."""
-    shared = 0
-    for tokens in zip(*prompts):
-        if len(set(tokens)) > 1:
-            break
-        shared += 1
-    return shared
 
 
 def score(

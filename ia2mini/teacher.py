@@ -1,6 +1,7 @@
 """The pass with demonstrations, once a set: answers, attention outputs and distributions (protocol section 3)."""
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,8 +11,11 @@ from .batch import Row, Watch, by_length, collate, truth_row
 from .episode import Episode, with_demonstrations
 from .generate import STOP, Decoding, DecodingHooks, generate
 from .models.taps import Taps, device_of
+from .prefix import share_prefix
 from .tasks import Example
 from .tokenizer import Tokenizer
+
+SHARED = 4  # rows with the same demonstrations: from so many on these are computed once
 
 
 @dataclass(frozen=True)
@@ -52,25 +56,13 @@ def teach(
 
         taught = teach(model, tokenizer, draw_episode(examples, n=4))
     """
-    texts = asked.max_tokens > 1
-    true_rows = [
-        truth_row(example, tokenizer, end=texts) for example in episode.train + episode.dev
-    ]
+    end = asked.max_tokens > 1  # of a text
+    true_rows = [truth_row(example, tokenizer, end) for example in episode.train + episode.dev]
     examples = episode.train + episode.dev + episode.unlabelled
     shown = episode.demonstrations + episode.more_demonstrations
-    prompts = []  # with demonstrations
-    rows = []  # without
-    for example, demonstrations in zip(examples, shown):
-        prompts.append(tokenizer.encode(with_demonstrations(demonstrations, example.prompt)))
-        rows.append(Row(tokenizer.encode(example.prompt), [0]))
-    missing = list(range(len(rows)))
-    if texts:
-        missing = respond(model, tokenizer, rows, prompts, asked, watch)
-        watch = None  # it has heard of every row
-    attention = replace(asked, residual=False)
-    observe(model, [rows[i] for i in missing], [prompts[i] for i in missing], attention, watch)
-    if asked.residual:
-        observe(model, rows, prompts, replace(asked, soft_k=None))
+    rows = [Row(tokenizer.encode(example.prompt), [0]) for example in examples]
+    for student, numbers, prompts in passes(model, tokenizer, examples, shown):
+        ask(student, tokenizer, [rows[i] for i in numbers], prompts, asked, watch)
     n = len(episode.train)
     labelled = len(true_rows)
     return Taught(
@@ -79,6 +71,49 @@ def teach(
         icl_train=rows[:n] + rows[labelled:],
         icl_dev=rows[n:labelled],
     )
+
+
+def passes(
+    model: nn.Module, tokenizer: Tokenizer, examples: list[Example], shown: list[list[Example]]
+) -> Iterator[tuple[Callable, list[int], list[list[int]]]]:
+    """A model, the indices of rows and their prompts for it, until every row has had its turn.
+
+    Where `SHARED` rows or more have the same demonstrations, the model has read these already.
+    """
+    groups = defaultdict(list)
+    for i, demonstrations in enumerate(shown):
+        groups[tuple(demonstrations)].append(i)
+    alone = []
+    for numbers in groups.values():
+        if len(numbers) < SHARED:
+            alone += numbers
+            continue
+        queries = [examples[i].prompt for i in numbers]
+        student, prompts = share_prefix(model, tokenizer, [shown[numbers[0]]], queries)
+        yield student, numbers, prompts
+    if alone:
+        alone.sort()
+        texts = [with_demonstrations(shown[i], examples[i].prompt) for i in alone]
+        yield model, alone, tokenizer.encode_all(texts)
+
+
+def ask(
+    model: Callable,
+    tokenizer: Tokenizer,
+    rows: list[Row],
+    prompts: list[list[int]],
+    asked: Asked,
+    watch: Watch,
+) -> None:
+    """Fill in what is asked for of `rows`, from their prompts with demonstrations."""
+    missing = list(range(len(rows)))
+    if asked.max_tokens > 1:
+        missing = respond(model, tokenizer, rows, prompts, asked, watch)
+        watch = None  # it has heard of every row
+    attention = replace(asked, residual=False)
+    observe(model, [rows[i] for i in missing], [prompts[i] for i in missing], attention, watch)
+    if asked.residual:
+        observe(model, rows, prompts, replace(asked, soft_k=None))
 
 
 @dataclass

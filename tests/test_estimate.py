@@ -1,4 +1,4 @@
-"""A long `fit` says how long before it begins to train."""
+"""A `fit` says how long it will train before it begins, from one timed step."""
 
 import pytest
 
@@ -8,40 +8,20 @@ from ia2mini.fitting.crossval import duration
 from ia2mini.fitting.fit import cross_validation
 from ia2mini.tasks import world
 
-OPTIONS = FitOptions(rates=(1e-3, 1e-2), methods=("sft", "ia2-sft"), folds=4, epochs=20, patience=3)
+OPTIONS = FitOptions(rates=(1e-3, 1e-2), methods=("sft", "ia2-sft"), folds=4, epochs=5)
 
 
-def test_the_estimate_counts_rows_folds_rates_epochs_and_phases(monkeypatch):
-    labels = []
-
-    def bar(label, total):
-        from tqdm import tqdm
-
-        labels.append(label)
-        return tqdm(disable=True)
-
-    cv, _ = cross_validation(
-        world.rows("toy-mood", "train")[:12], open_subject("tiny", "cpu"), OPTIONS, bar=bar
-    )
-    assert cv.estimate() == "", "nothing is known yet"
-    cv.seconds = 10.0  # of one pass over all rows
-    # three folds there and back and a look; two rates; SFT, IA2 and SFT after it
-    epoch = 10.0 * (3 * 3 + 1) * 2 * 3
-    expected = f"about {duration(4 * epoch)} to {duration(20 * epoch)}"
-    monkeypatch.setattr(crossval, "METHODS", {"sft": lambda grid: None, "ia2": lambda grid: None})
-    cv.train_phase(cv.whole_grid, "sft", None)
-    cv.train_phase(cv.fold_grid, "ia2", None)
-    assert labels == ["collecting", f"training sft (all training: {expected})", "training ia2"], (
-        "said once"
-    )
-
-
-def test_short_work_has_none():
-    cv, _ = cross_validation(
-        world.rows("toy-mood", "train")[:12], open_subject("tiny", "cpu"), OPTIONS
-    )
-    cv.seconds = 0.01
-    assert cv.estimate() == ""
+def test_the_estimate_counts_steps_of_every_phase(monkeypatch):
+    said = []
+    subject = open_subject("tiny", "cpu")
+    rows = world.rows("toy-mood", "train")[:12]
+    cv, _ = cross_validation(rows, subject, OPTIONS, say=said.append)
+    ticks = iter([100.0, 104.0])  # the timed step took four seconds
+    monkeypatch.setattr(crossval.time, "perf_counter", lambda: next(ticks))
+    cv.fold_grid  # noqa: B018
+    # nine rows in steps of four, five epochs, for SFT, IA2 and SFT after it; then one of eight runs twice
+    seconds = 4 * (3 * 5) * 3 * (1 + 2 / 8)
+    assert said == [f"training will take about {duration(seconds)}"]
 
 
 @pytest.mark.parametrize("seconds, text", [(40, "40 s"), (720, "12 min"), (12600, "3.5 h")])

@@ -13,7 +13,8 @@ from ia2mini.batch import Row, by_length, collate
 from ia2mini.episode import with_demonstrations
 from ia2mini.generate import Decoding, generate
 from ia2mini.labels import Scoring, label_scores
-from ia2mini.scoring import layer_asim, share_prefix
+from ia2mini.prefix import share_prefix
+from ia2mini.scoring import layer_asim
 from ia2mini.tasks import Example
 from ia2mini.teacher import Asked, observe
 

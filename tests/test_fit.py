@@ -18,6 +18,7 @@ from sklearn import metrics as theirs
 from ia2mini import FitOptions, fit, load_adapter, open_subject
 from ia2mini.adapters import adapted
 from ia2mini.cli.main import main
+from ia2mini.engine.experiment import in_order
 from ia2mini.episode import with_demonstrations
 from ia2mini.fitting import crossval
 from ia2mini.fitting.crossval import CrossValidation
@@ -25,7 +26,7 @@ from ia2mini.fitting.fit import conclude, read_own
 from ia2mini.methods import METHODS, Grid
 from ia2mini.metrics import ece, fit_temperature
 from ia2mini.tasks import world
-from ia2mini.train import Hooks, Trained, train
+from ia2mini.train import Trained, train
 
 QUICK = FitOptions(epochs=4, rates=(1e-2,), methods=("sft",), folds=3)
 
@@ -92,29 +93,17 @@ class Alone(Grid):
 def test_a_fold_among_others_equals_it_alone(subject, method):
     """In the plain loop, without what scale/ wraps around it."""
     cv = cross_validation(subject, toy_rows(15), replace(QUICK, rates=(3e-3, 1e-2)))
-    together = cv.train_for(method, torch.tensor([1, 2, 3, 3, 2, 1]))
+    together = cv.trained(method)
     for number in range(3):
         mine = slice(2 * number, 2 * number + 2)
-        wanted = together.steps[mine] - (
-            cv.trained("ia2").steps[mine] if method == "ia2-sft" else 0
-        )
-        assert (wanted == cv.epoch_steps * torch.tensor([1, 2, 3, 3, 2, 1])[mine]).all()
-        phases = [Trained(*(value[mine] for value in vars(cv.trained("ia2")).values()))] * (
-            method == "ia2-sft"
-        )
-
-        def until(state, wanted=wanted):
-            state.going &= state.step < wanted[state.index]
-            return False
-
-        grid = replace(
-            cv.whole_grid,
-            sets=[cv.whole_grid.sets[number]],
-            hooks=Hooks(after_look=until),
-            trainer=train,
-        )
-        alone = Alone(**vars(grid), number=number)
-        assert relative(together.theta[mine], METHODS[method](alone, *phases).theta) <= 1e-4
+        first = []
+        if method == "ia2-sft":
+            first = [Trained(*(value[mine] for value in vars(cv.trained("ia2")).values()))]
+        grid = replace(cv.fold_grid, sets=[cv.fold_grid.sets[number]], trainer=train)
+        alone = METHODS[method](Alone(**vars(grid), number=number), *first)
+        phases = in_order((method,))
+        assert (alone.steps == sum(cv.steps(cv.fold_grid, phase) for phase in phases)).all()
+        assert relative(together.theta[mine], alone.theta) <= 1e-4
 
 
 def test_the_reports_numbers_are_those_of_scikit_learn(fitted):
@@ -234,7 +223,7 @@ def test_demonstrations_fill_what_the_model_reads_and_no_more(subject, monkeypat
         full = cv.tokens(with_demonstrations(shown[:count], row.prompt)) + cv.max_tokens - 1
         for reads, fit_in in ((full, count), (full - 1, count - 1)):
             monkeypatch.setattr(type(subject), "reads", reads)
-            assert cv.cut(shown, row) == shown[:fit_in]
+            assert cv.cut(shown) == shown[:fit_in]
 
 
 def test_text_numbers_and_emoji(subject):
@@ -415,7 +404,7 @@ def test_the_kept_confidences_of_text_are_those_of_what_was_said(subject):
     with shipping("sft"):
         fitted, tokenizer = conclude(cv), subject.tokenizer
     kept, fresh, sure = fitted.spec["confidences"], toy_rows(100, "toy-sums", start=100), []
-    weights = cv.weights(cv.selection.judge(cv.tried("sft"), range(len(cv.folds))))
+    weights = cv.trained("sft").theta  # of a fold each: there is one rate
     for number, fold in enumerate(cv.folds):
         theta = weights[number][None]
         with torch.no_grad(), adapted(subject.model, cv.adapter, theta) as student:

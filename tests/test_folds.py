@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.model_selection import StratifiedKFold
 
-from ia2mini.episode import balanced, draw_folds, in_turn, seeded
+from ia2mini.episode import GROUPS, among_themselves, balanced, draw_folds, in_turn, seeded
 from ia2mini.tasks import Example
 
 
@@ -14,8 +14,8 @@ def rows_of(*labels: int | None) -> list[Example]:
     return [Example(f"text {i}", str(label), label) for i, label in enumerate(labels)]
 
 
-def choose(rows, rng, row=None):
-    return balanced(rows, 8, rng, row and row.prompt)
+def choose(rows, rng):
+    return balanced(rows, 8, rng)
 
 
 def check(rows: list[Example], folds) -> None:
@@ -24,15 +24,13 @@ def check(rows: list[Example], folds) -> None:
     assert len({len(fold.train) for fold in folds}) == 1
     for fold in folds:
         held = {rows[i].prompt for i in fold.test}
-        seen = [*fold.train, *fold.dev, *sum(fold.demonstrations, []), *sum(fold.icl, [])]
-        assert fold.train and fold.dev and not held & {row.prompt for row in seen}
-        assert not set(map(id, fold.train)) & set(map(id, fold.dev)), (
-            "a row both trains and decides when to stop"
-        )
-        assert len(fold.demonstrations) == len(fold.train) + len(fold.dev)
-        for row, shown in zip(fold.train + fold.dev, fold.demonstrations, strict=True):
+        seen = [*fold.train, *sum(fold.demonstrations, []), *sum(fold.icl, [])]
+        assert fold.train and not fold.dev and not held & {row.prompt for row in seen}
+        for row, shown in zip(fold.train, fold.demonstrations, strict=True):
             assert row.prompt not in {other.prompt for other in shown}
             assert shown or len({row.prompt for row in fold.train}) == 1
+        prompts = len({row.prompt for row in fold.train})
+        assert len(set(map(tuple, fold.demonstrations))) <= min(GROUPS, prompts)
 
 
 @pytest.mark.parametrize("sizes", [(20, 20), (7, 9, 13), (30, 5), (11, 11, 11, 11), (23, 4, 1)])
@@ -66,26 +64,24 @@ def test_rows_of_one_prompt_stay_together():
     check(rows, draw_folds(rows, 5, choose))
 
 
-def test_a_label_with_one_row_never_decides_when_to_stop():
+def test_a_labels_only_row_trains_wherever_it_is_not_held_out():
     for seed in range(5):
         rows = rows_of(*[0] * 8, *[1] * 7, 2)
         folds = draw_folds(rows, 5, choose, seed)
         check(rows, folds)
         for fold in folds:
             assert 15 in fold.test or 2 in {row.label for row in fold.train}
-            assert 2 not in {row.label for row in fold.dev}
 
 
-def test_dev_rows_have_the_shares_of_the_labels():
-    rows = rows_of(*[0] * 60, *[1] * 30, *[2] * 10)
-    for fold in draw_folds(rows, 5, choose):
-        counts = Counter(row.label for row in fold.dev)
-        assert (
-            len(fold.dev) == 16
-            and counts[0] in (9, 10, 11)
-            and counts[1] in (4, 5, 6)
-            and counts[2] in (1, 2)
-        )
+def test_rows_of_a_group_see_the_same_rows_of_the_other_groups():
+    rows = rows_of(*[0] * 10, *[1] * 10)
+    shown = among_themselves(rows, lambda some, rng: some, seeded(0, 0, "test"))
+    groups = {}
+    for row, others in zip(rows, shown):
+        groups.setdefault(tuple(others), []).append(row)
+    assert sorted(map(len, groups.values())) == [5] * GROUPS
+    for others, inside in groups.items():
+        assert sorted([*others, *inside], key=str) == sorted(rows, key=str)
 
 
 def test_text_rows_and_few_prompts():
@@ -115,14 +111,12 @@ class CountedRows(list):
 def test_of_ten_thousand_rows_few_are_looked_at_for_each_query():
     labels = np.random.default_rng(0).integers(4, size=10_000).tolist()
     rows = CountedRows(rows_of(*labels))
-    folds = draw_folds(rows, 5, lambda rows, rng, row=None: [])
-    assert {len(fold.dev) for fold in folds} == {48} and all(
-        len(fold.train) == 7952 for fold in folds
-    )
+    folds = draw_folds(rows, 5, lambda rows, rng: [])
+    assert all(len(fold.train) == 8000 for fold in folds)
     assert rows.looks < 20 * len(rows)
     rows.looks, rng = 0, seeded(0, 0, "test")
-    for row in list(rows)[:500]:
-        balanced(rows, 16, rng, row.prompt)
+    for _ in range(500):
+        balanced(rows, 16, rng)
     assert rows.looks < 500 * 200
 
 
@@ -130,11 +124,10 @@ def test_of_ten_thousand_rows_few_are_looked_at_for_each_query():
 def test_balanced_takes_labels_as_equally_often_as_there_are_rows(labels):
     rows = rows_of(*labels)
     for count in (1, 4, 8, 100):
-        shown = balanced(rows, count, seeded(0, count, "test"), "text 0")
-        assert len(shown) == min(count, len(rows) - 1) == len({row.prompt for row in shown})
-        assert "text 0" not in {row.prompt for row in shown}
+        shown = balanced(rows, count, seeded(0, count, "test"))
+        assert len(shown) == min(count, len(rows)) == len({row.prompt for row in shown})
         counts = Counter(row.label for row in shown)
-        there = Counter(row.label for row in rows[1:])
+        there = Counter(row.label for row in rows)
         most = max(counts.values())
         assert all(counts[label] >= min(there[label], most - 1) for label in there)
 

@@ -16,7 +16,8 @@ from test_evaluate import ADAPTERS, DEMONSTRATIONS, PROMPTS, QUERIES, trained
 from ia2mini.adapters import adapted
 from ia2mini.episode import with_demonstrations
 from ia2mini.labels import Scoring, label_scores
-from ia2mini.scoring import score, share_prefix
+from ia2mini.prefix import share_prefix
+from ia2mini.scoring import score
 from ia2mini.tasks import Example
 
 

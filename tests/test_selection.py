@@ -8,60 +8,40 @@ import pytest
 import torch
 from scipy import stats
 
-from ia2mini.fitting.looks import Looks, failures
 from ia2mini.fitting.selection import (
     COMMONEST,
     MATTERS,
     Candidate,
     Selection,
     Tried,
-    best_epoch,
     choose,
 )
 from ia2mini.metrics import fit_temperature
-from ia2mini.train import State
 
 FOLDS = [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
 GOLD = torch.tensor([0, 1] * 6)
 
 
 def selection(**changes) -> Selection:
-    return replace(Selection(FOLDS, GOLD, patience=2, calibrate=False), **changes)
+    return replace(Selection(FOLDS, GOLD, calibrate=False), **changes)
 
 
 def some_scores(
-    seed: int, epochs: int = 6, rates: int = 3, labels: int = 2, strength: float = 1.0
+    seed: int, settings: int = 3, labels: int = 2, strength: float = 1.0
 ) -> torch.Tensor:
-    """Random log-probabilities [epochs, rates, n, labels] that lean to the true label."""
+    """Random log-probabilities [settings, n, labels] that lean to the true label."""
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(epochs, rates, len(GOLD), labels, generator=generator)
+    logits = torch.randn(settings, len(GOLD), labels, generator=generator)
     logits += strength * torch.nn.functional.one_hot(GOLD, labels)
     return (2 * logits).log_softmax(-1)
 
 
-def plain_pick(scores: torch.Tensor, rows: list[int], patience: int) -> tuple[int, int]:
-    """Epoch and rate with the lowest mean loss over rows, each rate's curve read until it gains nothing any more."""
-    best = (math.inf, None, None)
-    for rate in range(scores.shape[1]):
-        low, at, waited = math.inf, None, 0
-        for epoch in range(scores.shape[0]):
-            loss = -np.mean([float(scores[epoch, rate, row, GOLD[row]]) for row in rows])
-            if loss < low - MATTERS:
-                low, at, waited = loss, epoch, 0
-            else:
-                waited += 1
-            if waited >= patience:
-                break
-        if low < best[0]:
-            best = (low, at, rate)
-    return best[1], best[2]
-
-
-def test_an_epoch_counts_only_if_it_gains_what_matters():
-    assert best_epoch([1.0, 0.9, 0.895, 0.85, 0.9, 0.9, 0.1], patience=2) == 3
-    assert best_epoch([1.0, 1.1, 1.1, 0.1], patience=2) == 0
-    assert best_epoch([1.0, 1.1, 1.1, 0.1], patience=3) == 3
-    assert best_epoch([math.inf, math.inf, 2.0], patience=5) == 2
+def plain_pick(scores: torch.Tensor, rows: list[int]) -> int:
+    """The setting with the lowest mean loss over rows."""
+    means = []
+    for setting in scores:
+        means.append(-np.mean([float(setting[row, GOLD[row]]) for row in rows]))
+    return int(np.argmin(means))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -70,41 +50,41 @@ def test_a_folds_rows_are_judged_by_what_the_others_choose(seed):
     found = selection().judge(Tried("sft", scores), [0, 1, 2])
     for fold, rows in enumerate(FOLDS):
         others = [row for row in range(12) if row not in rows]
-        epoch, rate = plain_pick(scores, others, 2)
-        assert found.picks[fold] == (epoch, rate)
-        assert torch.equal(found.scores[rows], scores[epoch, rate, rows])
-    assert (found.epoch, found.rate) == plain_pick(scores, list(range(12)), 2)
+        setting = plain_pick(scores, others)
+        assert found.picks[fold] == setting
+        assert torch.equal(found.scores[rows], scores[setting, rows])
+    assert found.setting == plain_pick(scores, list(range(12)))
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_what_is_shipped_is_judged_by_the_whole_rule_on_the_other_folds(seed):
-    """Rates, epochs, temperature and method of a fold by a plain call of the same rule on the other folds alone."""
+    """Setting, temperature and method of a fold by a plain call of the same rule on the other folds alone."""
     strengths = {"base": 0.0, "icl": 1.0 + seed, "sft": 2.0, "ia2-sft": 0.5 * seed}
     tried = [
         Tried(name, some_scores(i + 10 * seed, strength=s))
         for i, (name, s) in enumerate(strengths.items())
     ]
-    tried[:2] = [Tried(each.name, each.scores[:1, :1]) for each in tried[:2]]
+    tried[:2] = [Tried(each.name, each.scores[:1]) for each in tried[:2]]
     whole, chosen = selection(calibrate=True).shipped(tried)
     for fold, rows in enumerate(FOLDS):
         others = sorted(set(range(12)) - set(rows))
         places = {row: place for place, row in enumerate(others)}
         folds = [[places[row] for row in each] for each in FOLDS if each is not rows]
-        alone = Selection(folds, GOLD[others], patience=2, calibrate=True)
-        cut = [Tried(each.name, each.scores[:, :, others]) for each in tried]
+        alone = Selection(folds, GOLD[others], calibrate=True)
+        cut = [Tried(each.name, each.scores[:, others]) for each in tried]
         found = alone.judged(cut, [0, 1])
         name = choose(found)
         best = found[name]
         assert chosen[fold] == name
-        said = next(each.scores for each in tried if each.name == name)[best.epoch, best.rate, rows]
+        said = next(each.scores for each in tried if each.name == name)[best.setting, rows]
         assert torch.allclose(whole.scores[rows], said / best.temperature)
 
 
 @pytest.mark.parametrize("calibrate", [False, True])
 def test_a_held_out_answer_changes_nothing_that_is_said_of_its_row(calibrate):
     tried = [
-        Tried("base", some_scores(0, 1, 1)),
-        Tried("icl", some_scores(1, 1, 1)),
+        Tried("base", some_scores(0, 1)),
+        Tried("icl", some_scores(1, 1)),
         Tried("sft", some_scores(2)),
     ]
     for fold, rows in enumerate(FOLDS):
@@ -123,8 +103,8 @@ def test_a_held_out_answer_changes_nothing_that_is_said_of_its_row(calibrate):
 
 
 def test_a_temperature_is_kept_only_where_it_helps_rows_that_did_not_fit_it():
-    sharp = 30 * some_scores(3, 1, 1, strength=0.5)
-    kept, plain = selection(calibrate=True).judge(Tried("sft", sharp), [0, 1, 2]), sharp[0, 0]
+    sharp = 30 * some_scores(3, 1, strength=0.5)
+    kept, plain = selection(calibrate=True).judge(Tried("sft", sharp), [0, 1, 2]), sharp[0]
     for rows in FOLDS:
         others = [row for row in range(12) if row not in rows]
         heat = fit_temperature(plain[others], GOLD[others])
@@ -133,7 +113,7 @@ def test_a_temperature_is_kept_only_where_it_helps_rows_that_did_not_fit_it():
         assert torch.allclose(kept.losses[rows], expected)
     before, after = kept.calibration
     assert after < before and kept.temperature == fit_temperature(plain, GOLD) > 1
-    fine = some_scores(4, 1, 1, strength=4.0)
+    fine = some_scores(4, 1, strength=4.0)
     left = selection(calibrate=True).judge(Tried("sft", fine), [0, 1, 2])
     before, after = left.calibration
     assert after >= before and left.temperature == 1 and (left.temperatures == 1).all()
@@ -236,86 +216,9 @@ def test_among_what_may_be_shipped():
     assert choose(candidates(base=base, commonest=base, icl=base, sft=base)) == "base"
 
 
-def test_a_rate_that_failed_in_a_fold_is_not_chosen_after_that():
-    scores = some_scores(5, epochs=3, rates=2, strength=3.0)
-    scores[1:, 0, FOLDS[1]] = -math.inf
-    scores[2:, 0] = torch.nan
+def test_a_setting_that_failed_in_a_fold_is_never_chosen():
+    scores = some_scores(5, settings=2, strength=3.0)
+    assert selection().judge(Tried("sft", scores), [0, 1, 2]).setting == 0
+    scores[0, FOLDS[1]] = -math.inf
     found = selection().judge(Tried("sft", scores), [0, 1, 2])
-    for epoch, rate in found.picks.values():
-        assert rate == 1 or epoch == 0
-    runs = failures(scores, FOLDS, epoch_steps=4)
-    assert runs.broken.tolist() == [0, 0, 8, 0, 0, 0] and runs.best[2] == 4
-    scores[0, 0, FOLDS[1]] = -math.inf
-    assert all(
-        rate == 1 for _, rate in selection().judge(Tried("sft", scores), [0, 1, 2]).picks.values()
-    )
-    assert failures(scores, FOLDS, 4).dev_loss.isinf().tolist() == [
-        False,
-        False,
-        True,
-        False,
-        False,
-        False,
-    ]
-
-
-def look_at(looks: Looks, state: State, step: int, weights: torch.Tensor) -> None:
-    """What the loop does at an epoch's end, after a step that gave these weights [R, M]."""
-    state.theta = weights
-    state.step = step
-    assert not looks(state), "runs end, the loop does not"
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("apart", [False, True])
-def test_no_choice_depends_on_when_training_stopped(seed, apart):
-    """Runs that leave as `Looks` says, together or one part after another, give the choices of the whole curves."""
-    tried = [
-        Tried("base", some_scores(40, 1, 1, strength=0.0)),
-        Tried("sft", some_scores(seed, epochs=30)),
-    ]
-    chosen = selection()
-
-    def score(fold: int, theta: torch.Tensor) -> torch.Tensor:
-        epochs, rates = theta.long().T
-        return tried[1].scores[epochs, rates][:, FOLDS[fold]]
-
-    looks = Looks(score, chosen, rates=3, epoch_steps=5)
-    for part in torch.arange(9).split(4 if apart else 9):
-        state = State.begin(torch.zeros(9, 2)).take(part)
-        for epoch in range(30):
-            weights = torch.stack([torch.full((len(part),), epoch), part % 3], 1).float()
-            look_at(looks, state, 5 * (epoch + 1), weights)
-            if not state.going.any():
-                break
-    stopped = looks.gathered()
-    assert apart or len(stopped) < 30, "something ended early"
-    cut = [tried[0], Tried("sft", stopped)]
-    for (whole, names), (again, same) in [[chosen.shipped(each) for each in (tried, cut)]]:
-        assert names == same and torch.equal(whole.scores, again.scores)
-    for within in ([0, 1, 2], [0, 1], [0, 2], [1, 2]):
-        first, second = (chosen.judge(each, within) for each in (tried[1], cut[1]))
-        assert first.picks == second.picks and (first.epoch, first.rate) == (
-            second.epoch,
-            second.rate,
-        )
-
-
-def test_training_waits_for_a_choice_that_two_folds_leave_out():
-    """Fold 0 gains what the others lose: only the choice without both of them still gains."""
-    epochs = torch.arange(10.0)
-    losses = torch.ones(10, 1, 12)
-    for fold, slope in zip(FOLDS, (-0.05, 0.05, 0.05)):
-        losses[:, 0, fold] += slope * epochs[:, None]
-    true = -losses
-    scores = torch.stack([true, torch.log1p(-true.exp())], -1)
-    scores[:, :, GOLD == 1] = scores[:, :, GOLD == 1].flip(-1)
-    looks = Looks(
-        lambda fold, theta: scores[theta[:, 0].long(), 0][:, FOLDS[fold]], selection(), 1, 1
-    )
-    state = State.begin(torch.zeros(3, 1))
-    for epoch in range(10):
-        look_at(looks, state, epoch + 1, torch.full((3, 1), float(epoch)))
-        assert state.going.all()
-    alone = Selection(FOLDS[:2], GOLD, patience=2, calibrate=False)
-    assert alone.judge(Tried("sft", scores), [0, 1]).picks[1] == (9, 0)
+    assert set(found.picks.values()) == {1} and found.setting == 1

@@ -49,7 +49,6 @@ def test_a_fit_with_and_without_them():
         for shown in fold.more_demonstrations:
             assert sorted(shown, key=str) == sorted(fold.train, key=str)
             assert not held & {row.prompt for row in shown}
-        assert len({tuple(row.prompt for row in shown) for shown in fold.more_demonstrations}) == 6
     assert [
         replace(fold, unlabelled=[], more_demonstrations=[]) for fold in more.folds
     ] == alone.folds
@@ -59,5 +58,5 @@ def test_a_fit_with_and_without_them():
         for cv, cv_ in (("alone", alone), ("more", more))
     }
     assert found["sft", "alone"].theta.equal(found["sft", "more"].theta)
-    assert not found["ia2", "alone"].dev_loss.equal(found["ia2", "more"].dev_loss)
+    assert not found["ia2", "alone"].theta.equal(found["ia2", "more"].theta)
     assert (found["ia2", "more"].steps > found["ia2", "alone"].steps).all()

@@ -8,7 +8,7 @@ from ia2mini.generate import Decoding, generate
 from ia2mini.labels import Scoring, label_scores
 from ia2mini.methods import STARTS_FROM
 from ia2mini.metrics import accuracy
-from ia2mini.scoring import share_prefix
+from ia2mini.prefix import share_prefix
 from ia2mini.tasks import same_answer
 
 from ..cost import Cost, size_of

@@ -62,9 +62,9 @@ def fit(rows, unlabelled, context, prompts, out, **given):
       ia2mini predict tickets new.csv > answers.jsonl
       ia2mini fit --context policy.txt --prompts queries.jsonl --model llama-3.2-1b-instruct --chat --out policy
 
-    Every method and learning rate is cross-validated. Shipped is what is surely better on held-out rows than the base
-    model and than always the commonest answer: an adapter, trained on all rows, or demonstrations in the prompt. Where
-    nothing is, nothing is shipped, and the report says what to do.
+    Every method is cross-validated. Shipped is what is surely better on held-out rows than the base model and than
+    always the commonest answer: an adapter or a linear probe, trained on all rows, or demonstrations in the prompt.
+    Where nothing is, nothing is shipped, and the report says what to do.
     """
     from ..engine.subject import open_subject
     from ..fitting.fit import Columns, read_own
@@ -87,8 +87,17 @@ def fit(rows, unlabelled, context, prompts, out, **given):
     _, task = read_own(own, columns, bool(context))  # its mistakes show before a model is loaded
     subject = open_subject(**how)
     prepare(subject.model, None, False)
-    tell_all(task.remarks)
-    fitted = fit_rows(own, subject, options, columns, unlabelled or (), keep=out, bar=progress)
+    tell_all([*task.remarks, dtype_note(subject)])
+    fitted = fit_rows(
+        own,
+        subject,
+        options,
+        columns,
+        unlabelled or (),
+        keep=out,
+        bar=progress,
+        say=lambda text: tell_all([text]),
+    )
     ranks.stop()
     if not ranks.chief:
         return
@@ -97,9 +106,17 @@ def fit(rows, unlabelled, context, prompts, out, **given):
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished)
     click.echo(plain(write_fit_table(fitted.report)))
-    shipped = {"base": "no adapter", "icl": "demonstrations"}.get(fitted.spec["method"], "adapter")
+    kinds = {"base": "no adapter", "icl": "demonstrations", "probe": "probe.safetensors"}
+    shipped = kinds.get(fitted.spec["method"], "adapter")
     click.echo(f"{out}: {shipped}, ia2mini.json, README.md, report.html, held_out.jsonl")
     click.echo(plain(f"next: ia2mini predict {shlex.quote(str(out))} NEW_ROWS"))
+
+
+def dtype_note(subject) -> str:
+    """In which dtype the model computes, and how to have another."""
+    dtype = str(next(subject.model.parameters()).dtype).removeprefix("torch.")
+    other = "bfloat16" if dtype == "float32" else "float32"
+    return f"{subject.name} computes in {dtype} (--dtype {other} for the other)"
 
 
 def read_new(rows: str, strict: bool) -> Iterator:

@@ -81,7 +81,10 @@ def determined(context, option, wanted: bool) -> None:
 
 GUESS = "  [default: guessed from the header]"
 MODEL_HELP = "folder, hub id, or short name: tiny (embedded), qwen3-4b-base, llama-3.2-1b …"
-DTYPE_HELP = "of frozen weights  [default: float32, on a GPU bfloat16]"
+DTYPE_HELP = (
+    "of frozen weights  [default: bfloat16 on a GPU, and on a CPU that has it if the checkpoint has "
+    "it, but for `run`; else float32]"
+)
 check_option = click.option(
     "--check/--no-check", default=True, help="that no weight is NaN or infinite"
 )

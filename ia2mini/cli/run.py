@@ -95,9 +95,11 @@ def run(names, compiling, checkpointing, out, data_dir, side_by_side, **given):
         refuse_unnamed_model("--data")
     chosen = find_tasks(names, **own)
     check_shown(shown, bool(own["data"]))
-    from ..engine.subject import open_subject
+    from ..engine.subject import open_subject, usable
     from ..study.study import carry_out, open_study
 
+    if how["dtype"] is None and usable(how["device"]) == "cpu":
+        how["dtype"] = "float32"  # a study is the same on every processor
     subject = open_subject(**how)
     tasks = [keep_apart(task, subject.tokenizer, own["template"]) for task in chosen]
     study = open_study(tasks, subject, options, out, data_dir)

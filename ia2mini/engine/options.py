@@ -116,10 +116,6 @@ class TrainOptions:
     )
     layers: tuple[int, ...] = option((), "numbers of the layers that are aligned", shown="all")
     batch_size: int = option(4, "training rows of a run in one step", least=1)
-    epochs: int = option(50, "at most", least=1)
-    patience: int = option(
-        5, "looks at the dev loss without improvement before a run stops", least=1
-    )
     seed: int = option(0, "of every draw; 0 takes the sets of the paper's scripts")
 
     def __post_init__(self):
@@ -146,6 +142,10 @@ class Options(TrainOptions, AdapterOptions):
     """Everything about a study that changes its numbers, but for tasks, data and checkpoint."""
 
     n: tuple[int, ...] = option((4,), "training rows of a set; several: 2,4,8")
+    epochs: int = option(50, "at most", least=1)
+    patience: int = option(
+        5, "looks at the dev loss without improvement before a run stops", least=1
+    )
     methods: tuple[str, ...] = option(
         ("base", "icl", "sft", "ia2", "ia2-sft"),
         "also ia2+sft, sft-ia2, soft, hidden, ridge; X-sft goes on from X",
@@ -181,8 +181,12 @@ class FitOptions(TrainOptions, AdapterOptions):
     """How one's own rows become an adapter."""
 
     methods: tuple[str, ...] = option(
-        ("sft", "ia2", "ia2-sft"), "what is tried, beside the base and ICL"
+        ("sft", "ia2-sft"), "what is tried, beside the base, ICL and a linear probe"
     )
+    rates: tuple[float, ...] = option(
+        (), "learning rates; held-out rows choose among several", shown="the paper's highest"
+    )
+    epochs: int = option(8, "of every phase of training", least=1)
     folds: int = option(5, "parts of cross-validation; up to 10 rows each row is one", least=2)
     demonstrations: int = option(
         16, "rows the teacher sees before each, labels in turn, as the context holds", least=1
@@ -197,3 +201,7 @@ class FitOptions(TrainOptions, AdapterOptions):
     temperature: bool = option(
         True, "calibrate probabilities by one temperature, fitted on held-out rows"
     )
+
+    def rates_for(self, model: str, adapter: str) -> tuple[float, ...]:
+        """The rates that were given, else the highest of the paper's: few rows leave little to choose by."""
+        return self.rates or super().rates_for(model, adapter)[-1:]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .. import UsageError
-from ..files import check_text, plain
+from ..files import check_text, plain, read_json
 from ..models.checkpoint import SHORT_NAMES, TINY, load, locate
 from ..tokenizer import Tokenizer
 
@@ -52,16 +52,34 @@ def usable(device: str | None) -> str:
     return device
 
 
+def usual_dtype(folder: Path, device: str) -> str:
+    """bfloat16 on a GPU, and on a CPU that computes in it if the checkpoint is stored so; else float32."""
+    if device != "cpu":
+        return "bfloat16"
+    config = folder / "config.json"
+    if not config.is_file():
+        return "float32"  # loading will say what is missing
+    raw = read_json(config)
+    stored = raw.get("dtype", raw.get("torch_dtype"))
+    return "bfloat16" if stored == "bfloat16" and bfloat16_in_hardware() else "float32"
+
+
+def bfloat16_in_hardware() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices itself: AVX512-BF16 or AMX."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def open_subject(
     model: str = "tiny", device=None, dtype=None, revision=None, check: bool = True
 ) -> Subject:
-    """The model of a folder, hub id or short name; on a GPU if there is one, there in bfloat16. Raises UsageError.
+    """The model of a folder, hub id or short name; on a GPU if there is one. Raises UsageError.
 
-    `check`: no weight may be NaN or infinite.
+    `dtype` of the frozen weights: None is `usual_dtype`. `check`: no weight may be NaN or infinite.
     """
-    device, folder = usable(device), locate(model, revision)
+    device = usable(device)
+    folder = locate(model, revision)
     check_text(str(folder.resolve()), "the folder", "give it, and those above it, names in UTF-8")
-    dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
+    dtype = getattr(torch, dtype or usual_dtype(folder, device))
     network, tokenizer = load(folder, dtype, device, check=check)
     local = folder == TINY or Path(model).is_dir()
     name = plain(folder.resolve().name if local else model.replace("/", "--"), "")

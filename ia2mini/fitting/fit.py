@@ -9,7 +9,7 @@ from statistics import fmean, median
 from typing import NamedTuple
 
 from .. import UsageError, __version__
-from ..engine.options import FitOptions, last_phase
+from ..engine.options import FitOptions
 from ..engine.store import Store, checkpoint_digest
 from ..engine.subject import Subject
 from ..episode import seeded, with_demonstrations
@@ -18,8 +18,8 @@ from ..generate import STOP, Decoding, generate
 from ..intervals import sign_test
 from ..methods import METHODS
 from ..models.taps import device_of
+from ..prefix import share_prefix
 from ..scale.decode import fast_decoding
-from ..scoring import share_prefix
 from ..tasks import Example, Task
 from ..tasks.chat import ChatTemplate
 from ..tasks.own import complete_rows, keep_apart, near_labels, own_task, queries_task
@@ -28,7 +28,7 @@ from ..teacher import answer_tokens_at_most
 from .crossval import CrossValidation
 from .measures import classes, measures
 from .predictor import Predictor
-from .selection import Candidate, choose
+from .selection import COMMONEST, Candidate, choose
 from .sentence import sentence
 
 LONG, FAR = 500, 10  # tokens, and times the median: from both on a row is named
@@ -50,6 +50,7 @@ def fit(
     unlabelled: str | Path | Sequence[dict] = (),
     keep: Path | None = None,
     bar: Callable | None = None,
+    say: Callable | None = None,
 ) -> Predictor:
     """Cross-validate on `rows`, choose, train that on all: a Predictor (`.report`, `.predict(rows)`, `.save(dir)`).
 
@@ -61,7 +62,7 @@ def fit(
         print(fitted.report["sentence"])
     """
     cv, odd = cross_validation(
-        rows, subject, options or FitOptions(), columns, unlabelled, keep, bar
+        rows, subject, options or FitOptions(), columns, unlabelled, keep, bar, say
     )
     fitted = conclude(cv)
     fitted.report["remarks"] += odd
@@ -76,6 +77,7 @@ def cross_validation(
     unlabelled=(),
     keep=None,
     bar=None,
+    say=None,
 ) -> tuple[CrossValidation, list[str]]:
     """The cross-validation that `fit` concludes, before anything is computed; what is odd about the rows."""
     columns = Columns(*columns)
@@ -101,13 +103,16 @@ def cross_validation(
     cv = CrossValidation(subject, task, examples, options, more)
     if bar is not None:
         cv.bar = bar
+    if say is not None:
+        cv.say = say
     if keep is not None:
-        what: dict = {"ia2mini": __version__, "options": asdict(options)}
-        what |= {
+        what = {
+            "ia2mini": __version__,
+            "options": asdict(options),
             "checkpoint": checkpoint_digest(subject.folder),
             "dtype": str(next(subject.model.parameters()).dtype),
+            "rows": [(str(e.prompt), e.answer) for e in examples + more],
         }
-        what["rows"] = [(str(e.prompt), e.answer) for e in examples + more]
         cv.once = Store(keep, "unfinished", what).once
     odd = [*lacking, *remarks(rows, task, examples)]
     odd += far_longer(rows, subject.tokenizer.count([fill(task.prompt, row) for row in rows]))
@@ -150,39 +155,42 @@ def answered(prompts: list[str], subject: Subject, options: FitOptions) -> list[
 
 def conclude(cv: CrossValidation) -> Predictor:
     """The choice among all candidates, trained on every row, with its report."""
-    begun, o, task = time.perf_counter(), cv.options, cv.task
-    tried = [cv.tried(name) for name in ("base", "icl", *o.methods)]
+    begun = time.perf_counter()
+    options, task = cv.options, cv.task
+    tried = [cv.tried(name) for name in cv.names]
     found = cv.selection.judged(tried, range(len(cv.folds)))
-    # ICL is then the teacher itself
-    rivals = [each for each in tried if not (o.context and each.name == "icl")]
-    chosen = found[
-        choose({name: one for name, one in found.items() if not (o.context and name == "icl")})
-    ]
-    report = make_report(cv, found, chosen, cv.selection.shipped(rivals))
-    adapter, theta = None, None
+    # with a context ICL is the teacher itself
+    may_ship = [each for each in tried if not (options.context and each.name == "icl")]
+    names = {each.name for each in may_ship} | {COMMONEST}
+    chosen = found[choose({name: one for name, one in found.items() if name in names})]
+    report = make_report(cv, found, chosen, cv.selection.shipped(may_ship))
+    adapter, theta, probe = None, None, None
     if chosen.name in METHODS:
         adapter = cv.adapter
-        theta = cv.once(f"final-{chosen.name}", lambda: {"theta": cv.final(chosen)})["theta"].to(
-            device_of(cv.subject.model)
-        )
-    shown = cv.shown(cv.rows, seeded(o.seed, len(cv.folds), "icl"))
-    spec: dict = {"template": task.prompt, "answer_column": task.label, "labels": list(task.labels)}
-    spec |= {
+        kept = cv.once(f"final-{chosen.name}", lambda: {"theta": cv.final(chosen)})
+        theta = kept["theta"].to(device_of(cv.subject.model))
+    if chosen.name == "probe":
+        probe = cv.final_probe(chosen)
+    shown = cv.shown(cv.rows, seeded(options.seed, len(cv.folds), "icl"))
+    spec = {
+        "template": task.prompt,
+        "answer_column": task.label,
+        "labels": list(task.labels),
         "max_tokens": cv.max_tokens,
         "stop": cv.stop,
         "method": chosen.name,
         "temperature": chosen.temperature,
+        "rate": cv.rates[chosen.setting] if adapter else None,
+        "epochs": options.epochs if adapter else None,
+        "example": question(cv.rows[0].prompt),
+        "demonstrations": [{"prompt": question(e.prompt), "answer": e.answer} for e in shown],
+        "parser": task.parser,
+        "chat": options.chat,
+        "context": bool(options.context),
+        "confidences": [row["confidence"] for row in report["held_out"]],
     }
-    spec |= {"rate": None, "epochs": None, "example": question(cv.rows[0].prompt)}
-    if adapter:
-        spec["rate"] = cv.rates[chosen.rate]
-        spec["epochs"] = chosen.epoch + 1 if last_phase(chosen.name) == "sft" else None
-    spec["demonstrations"] = [{"prompt": question(e.prompt), "answer": e.answer} for e in shown]
-    spec |= {"parser": task.parser, "chat": o.chat, "context": bool(o.context)}
-    spec["confidences"] = [row["confidence"] for row in report["held_out"]]
-    return Predictor(
-        cv.subject, adapter, theta, spec, report | {"seconds": time.perf_counter() - begun}
-    )
+    report["seconds"] = time.perf_counter() - begun
+    return Predictor(cv.subject, adapter, theta, spec, report, probe)
 
 
 def question(prompt: str) -> str:
@@ -197,11 +205,9 @@ def make_report(
 
     `shipped`: what the whole choice says of held-out rows, and which candidate it takes for each fold.
     """
-    task, gold, (whole, choices) = cv.task, cv.gold, shipped
+    task = cv.task
+    whole, choices = shipped
     numbers = {name: measured(cv, one) for name, one in found.items()}
-    probe = cv.probe() if task.labels else None
-    if probe is not None:
-        numbers["probe"] = measures(probe, gold)
     query = fmean(cv.tokens(row.prompt) for row in cv.rows)
     shown = fmean(
         sum(cv.tokens(f"{e.prompt}{e.answer}\n\n") for e in fold.icl[0]) for fold in cv.folds
@@ -211,21 +217,24 @@ def make_report(
         "model": cv.subject.name,
         "rows": len(cv.rows),
         "folds": len(cv.folds),
-    }
-    about |= {
         "chosen": chosen.name,
         "chosen_by_fold": choices,
         "tokens": {"query": query, "icl": query + shown},
+        "temperature": chosen.temperature,
+        "calibration": chosen.calibration,
+        "candidates": numbers,
+        "shipped": measured(cv, whole),
+        "remarks": list(cv.troubles),
+        "all_differ": len({row.answer for row in cv.rows}) == len(cv.rows),
+        "against": {name: against(whole, found[name]) for name in rivals(found, chosen, cv)},
     }
-    about |= {"temperature": chosen.temperature, "calibration": chosen.calibration}
-    about |= {"candidates": numbers, "shipped": measured(cv, whole), "remarks": list(cv.troubles)}
-    about["all_differ"] = len({row.answer for row in cv.rows}) == len(cv.rows)
-    about["against"] = {name: against(whole, found[name]) for name in rivals(found, chosen, cv)}
     if task.labels:
-        about |= classes(chosen.scores, gold, task.labels)
+        about.update(classes(chosen.scores, cv.gold, task.labels))
     if cv.options.context:
         about["kl"] = {name: one["nll"][0] for name, one in numbers.items()}
-    return about | {"sentence": sentence(about), "held_out": held_out(cv, chosen)}
+    about["sentence"] = sentence(about)
+    about["held_out"] = held_out(cv, chosen)
+    return about
 
 
 def rivals(found: dict[str, Candidate], chosen: Candidate, cv: CrossValidation) -> list[str]:

@@ -28,12 +28,14 @@ from ..generate import Decoding
 from ..labels import Scoring, label_scores
 from ..models.checkpoint import load
 from ..models.taps import device_of
+from ..prefix import share_prefix
 from ..scale.decode import fast_decoding
-from ..scoring import answer_texts, share_prefix
+from ..scoring import answer_texts, last_states
 from ..tasks import Example
 from ..tasks.chat import ChatTemplate
 from ..tasks.rows import Row, fill
 from ..tokenizer import Rendered
+from .probe import PROBE, Probe, read_probe, write_probe
 from .spec import FOREIGN, SPEC, check_given, read_spec
 
 BESIDE = (
@@ -61,6 +63,7 @@ class Predictor:
     # template, labels, max_tokens, stop, temperature, confidences, demonstrations, method, report, …
     spec: dict
     report: dict = field(default_factory=dict)
+    probe: Probe | None = None  # answers in the place of the model's head
 
     def __post_init__(self):
         self.chat = str
@@ -179,7 +182,8 @@ class Predictor:
         found: list[dict] = []
         with nullcontext(model) if shown else self.student() as student:
             if labels:
-                found = self.answer_labels(student, ids, labels)
+                probe = None if shown else self.probe
+                found = self.answer_labels(student, ids, labels, probe)
             else:
                 hooks = fast_decoding(device_of(self.subject.model), spec["max_tokens"])
                 how = Decoding(spec["max_tokens"], spec["stop"], hooks=hooks)
@@ -191,11 +195,16 @@ class Predictor:
             )
         return found
 
-    def answer_labels(self, student, ids: list[list[int]], tokens: list[list[int]]) -> list[dict]:
+    def answer_labels(
+        self, student, ids: list[list[int]], tokens: list[list[int]], probe: Probe | None = None
+    ) -> list[dict]:
+        """The shares of the labels: of their `tokens` by the model's head, or by a probe in its place."""
         labels = self.spec["labels"]
-        scores = label_scores(
-            student, ids, tokens, Scoring(ends=self.subject.tokenizer.eos_ids)
-        ).log_probabilities[0]
+        if probe is not None:
+            scores = probe.log_probabilities(last_states(student, ids))
+        else:
+            how = Scoring(ends=self.subject.tokenizer.eos_ids)
+            scores = label_scores(student, ids, tokens, how).log_probabilities[0]
         logs = (scores.double() / self.spec["temperature"]).log_softmax(-1)
         found = []
         for best, row in zip(logs.argmax(-1).tolist(), logs):
@@ -286,17 +295,21 @@ class Predictor:
                 raise UsageError(
                     f"{folder}: {blame} ({about}): its test prompt gives other probabilities"
                 )
-        if self.adapter and self.spec["adapter_digest"] != digest(folder / ADAPTER[0]):
-            raise UsageError(
-                f"{folder}: the adapter is damaged: {ADAPTER[0]} is not the file that was saved"
-            )
+        shipped = {"adapter": ADAPTER[0], "probe": PROBE}
+        for what, name in shipped.items():
+            if self.spec.get(f"{what}_digest") != digest(folder / name):
+                raise UsageError(
+                    f"{folder}: the {what} is damaged: {name} is not the file that was saved"
+                )
 
     def save(self, folder: Path) -> None:
         """Write the adapter in peft's format and `ia2mini.json`. Raises UsageError, also for a folder of others."""
         check_own(folder)
         subject = self.subject
-        for name in ADAPTER:  # of an earlier fit
+        for name in (*ADAPTER, PROBE):  # of an earlier fit
             (folder / name).unlink(missing_ok=True)
+        if self.probe is not None:
+            write_probe(self.probe, folder / PROBE)
         if self.adapter:
             save_adapter(self.adapter, self.theta[0], folder, subject.base, subject.revision)
         base = {
@@ -311,6 +324,7 @@ class Predictor:
             "canary": self.canary(),
         }
         self.spec["adapter_digest"] = digest(folder / ADAPTER[0])
+        self.spec["probe_digest"] = digest(folder / PROBE)
         write_text(
             folder / SPEC, json.dumps(finite(self.spec), indent=1, ensure_ascii=False) + "\n"
         )
@@ -379,9 +393,11 @@ def load_adapter(folder: str | Path, subject: Subject | None = None, **spec) -> 
     adapter, theta = None, None
     if ships_adapter(folder, kept):
         adapter, theta = read_adapter(folder, subject.model)
-    predictor = Predictor(
-        subject, adapter, theta, FOREIGN | (kept or {}) | spec, (kept or {}).get("report", {})
-    )
+    probe = None
+    if kept and kept["method"] == "probe":
+        probe = read_probe(folder, len(kept["labels"]), subject.model.config.hidden_size)
+    about = {**FOREIGN, **(kept or {}), **spec}
+    predictor = Predictor(subject, adapter, theta, about, about.get("report", {}), probe)
     if kept:
         predictor.check(folder)
     return predictor

@@ -1,31 +1,113 @@
-"""A linear probe on the base's hidden states: what is known without training. It is reported, never shipped."""
+"""A linear probe: logistic regression on the base's last hidden state. It needs no training of the model.
+
+n rows, D hidden, C labels.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .. import UsageError
+from ..files import write
+
+PROBE = "probe.safetensors"
+
+# of the squared weights, for standardised states and the sum of the rows' losses; cross-validation picks one
+PENALTIES = (0.1, 1.0, 10.0, 100.0)
 UNSEEN = -87.0  # log-probability of a label of which no row was seen
 
 
-def probe_scores(
-    states: Tensor, gold: Tensor, folds: list[list[int]], labels: int
-) -> Tensor | None:
-    """Log-probabilities [n, labels] of rows with `states` [n, D], each fold's by a fit on the other folds' rows.
+@dataclass
+class Probe:
+    """log-probabilities = log_softmax(states @ weight.T + bias)."""
 
-    L2-regularised logistic regression on standardised states; None without scikit-learn.
+    weight: Tensor  # [C, D] float32
+    bias: Tensor  # [C]
+
+    def log_probabilities(self, states: Tensor) -> Tensor:
+        """Of the labels, [n, C], of rows whose prompts end with `states` [n, D]."""
+        return (states @ self.weight.T + self.bias).log_softmax(-1)
+
+
+def fit_probe(states: Tensor, gold: Tensor, labels: int, penalty: float) -> Probe:
+    """Logistic regression with an L2 penalty on standardised `states` [n, D]; `gold` [n] are indices of labels.
+
+    Minimises the sum of the rows' losses + penalty / 2 * squared weights by L-BFGS, as scikit-learn does with
+    C = 1 / penalty. A label without a row gets `UNSEEN`.
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.preprocessing import StandardScaler
-    except ImportError:
-        return None
-    scores = torch.full((len(states), labels), UNSEEN)
-    for test in folds:
-        others = sorted(set(range(len(states))) - set(test))
-        scaled = StandardScaler().fit(states[others]).transform(states)
-        seen = sorted({int(gold[i]) for i in others})
-        if len(seen) < 2:
-            continue
-        fitted = LogisticRegression(C=0.1, max_iter=1000).fit(scaled[others], gold[others])
-        found = torch.tensor(fitted.predict_log_proba(scaled[test])).float()
-        scores[torch.tensor(test)[:, None], torch.tensor(seen)] = found
+    wide = states.double()
+    mean = wide.mean(0)
+    deviation = wide.std(0, correction=0)
+    deviation[deviation == 0] = 1
+    x = (wide - mean) / deviation
+    seen = gold.unique()
+    place = torch.searchsorted(seen, gold)
+    # the penalty keeps the weights in the span of the rows: fewer coordinates, at right angles
+    left, size, right = torch.linalg.svd(x, full_matrices=False)
+    reduced = left * size
+    V = torch.zeros(len(seen), len(size), dtype=torch.float64, requires_grad=True)
+    b = torch.zeros(len(seen), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [V, b],
+        max_iter=1000,
+        history_size=30,
+        tolerance_grad=1e-7,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        total = torch.nn.functional.cross_entropy(reduced @ V.T + b, place, reduction="sum")
+        total = total + penalty / 2 * V.square().sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    W = V.detach() @ right
+    W = W / deviation  # of states as they are
+    weight = torch.zeros(labels, x.shape[1])
+    bias = torch.full((labels,), UNSEEN)
+    weight[seen] = W.float()
+    bias[seen] = (b.detach() - W @ mean).float()
+    return Probe(weight, bias)
+
+
+def held_out_scores(states: Tensor, gold: Tensor, folds: list[list[int]], labels: int) -> Tensor:
+    """Log-probabilities [penalties, n, C] of rows with `states` [n, D], each fold's by a probe of the other folds'."""
+    scores = torch.zeros(len(PENALTIES), len(states), labels)
+    for number, penalty in enumerate(PENALTIES):
+        for test in folds:
+            others = sorted(set(range(len(states))) - set(test))
+            probe = fit_probe(states[others], gold[others], labels, penalty)
+            scores[number, test] = probe.log_probabilities(states[test])
     return scores
+
+
+def write_probe(probe: Probe, path: Path) -> None:
+    """Write a probe's two tensors as one file."""
+    tensors = {"weight": probe.weight.contiguous(), "bias": probe.bias.contiguous()}
+    write(path, partial(save_file, tensors))
+
+
+def read_probe(folder: Path, labels: int, hidden: int) -> Probe:
+    """The probe of a folder, for so many labels and a model of this hidden size. Raises UsageError where it is damaged."""
+    path = folder / PROBE
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            f"{path}: the probe is missing or damaged ({error}); fit it again"
+        ) from None
+    wanted = {"weight": (labels, hidden), "bias": (labels,)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    if shapes != wanted:
+        raise UsageError(
+            f"{path}: holds {shapes}, this model and these labels need {wanted}; fit it again"
+        )
+    return Probe(found["weight"].float(), found["bias"].float())

@@ -1,7 +1,7 @@
-"""What `fit` ships: the learning rate, the number of epochs, the temperature and the method, by held-out rows alone.
+"""What `fit` ships: a setting of each method, the temperature and the method, by held-out rows alone.
 
-n rows, F folds, C labels (1 of texts: the true answer's own log-probability). Every choice that a fold's rows are
-judged by is made on the rows of the other folds.
+n rows, F folds, S settings of a method (its learning rates, or a probe's penalties), C labels (1 of texts: the true
+answer's own log-probability). Every choice that a fold's rows are judged by is made on the rows of the other folds.
 """
 
 import math
@@ -21,11 +21,10 @@ UNSHIPPED = ("base", COMMONEST)  # what a candidate must beat
 
 @dataclass
 class Tried:
-    """What one way to answer says of held-out rows after every epoch at every learning rate."""
+    """What one way to answer says of held-out rows, at each of its settings."""
 
     name: str
-    # [epochs, rates, n, C] log-probabilities; -inf: the run had failed, NaN: training had ended
-    scores: Tensor
+    scores: Tensor  # [S, n, C] log-probabilities; -inf: training has failed
     right: Tensor | None = None  # [n] of texts alone: whether the generated answer is the true one
 
 
@@ -39,23 +38,10 @@ class Candidate:
     right: Tensor  # [m] whether the answer is the true one
     temperatures: Tensor | None = None  # [m] that each row is judged with; None: 1
     temperature: float = 1.0  # by all m rows: what is shipped
-    epoch: int = 0  # index of the epoch, and of the rate, by all m rows
-    rate: int = 0
-    # fold -> epoch and rate that its rows are judged with
-    picks: dict[int, tuple[int, int]] | None = None
+    setting: int = 0  # index of the setting, by all m rows
+    picks: dict[int, int] | None = None  # fold -> setting that its rows are judged with
     # mean loss at temperature 1, and at those of the other folds
     calibration: tuple[float, float] | None = None
-
-
-def best_epoch(curve: list[float], patience: int) -> int:
-    """Index of the last loss that was lower by what matters, until `patience` epochs in a row have brought none."""
-    best = 0
-    for epoch, loss in enumerate(curve):
-        if loss < curve[best] - MATTERS:
-            best = epoch
-        if epoch - best >= patience:
-            break
-    return best
 
 
 @dataclass
@@ -64,7 +50,6 @@ class Selection:
 
     folds: list[list[int]]  # rows of each
     gold: Tensor  # [n] index of the true label
-    patience: int
     calibrate: bool  # whether a temperature may be fitted
 
     def rows(self, folds: list[int]) -> list[int]:
@@ -74,38 +59,38 @@ class Selection:
         """The rows of the other folds; a single fold has only its own."""
         return self.rows([other for other in within if other != fold] or [fold])
 
-    def pick(self, losses: Tensor, rows: list[int]) -> tuple[int, int]:
-        """Epoch and rate (indices) of the lowest mean loss over `rows`, of losses [epochs, rates, n]."""
-        means = losses[:, :, rows].mean(-1)
-        found = []
-        for rate, curve in enumerate(means.T.tolist()):
-            epoch = best_epoch(curve, self.patience)
-            found.append((curve[epoch], epoch, rate))
-        _, epoch, rate = min(found, key=lambda each: each[0])
-        return epoch, rate
-
     def losses(self, tried: Tried) -> Tensor:
-        """[epochs, rates, n], infinite where the run of any fold had failed or training had ended."""
+        """[S, n], infinite at a setting that failed in any fold."""
         losses = row_losses(tried.scores, self.gold)
-        gone = ~tried.scores.isfinite().all(-1).all(-1)
-        losses[gone] = math.inf
+        failed = ~tried.scores.isfinite().all(-1).all(-1)
+        losses[failed] = math.inf
         return losses
 
     def judge(self, tried: Tried, within: list[int]) -> Candidate:
         """A way to answer, on the rows of the folds `within` and by nothing but these rows."""
-        losses, scores = self.losses(tried), tried.scores[0, 0].clone()
+        losses = self.losses(tried)
+        scores = tried.scores[0].clone()
         picks = {}
         for fold in within:
-            epoch, rate = self.pick(losses, self.others(fold, within))
-            picks[fold] = epoch, rate
-            scores[self.folds[fold]] = tried.scores[epoch, rate, self.folds[fold]]
+            others = self.others(fold, within)
+            setting = int(losses[:, others].mean(1).argmin())
+            picks[fold] = setting
+            mine = self.folds[fold]
+            scores[mine] = tried.scores[setting, mine]
         rows = self.rows(within)
         temperatures, temperature, calibration = self.heat(scores, within)
-        judged = row_losses(scores, self.gold, temperatures[:, None])[rows]
         right = scores.argmax(-1) == self.gold if tried.right is None else tried.right
-        epoch, rate = self.pick(losses, rows)
-        about = temperatures[rows], temperature, epoch, rate, picks, calibration
-        return Candidate(tried.name, scores[rows], judged, right[rows], *about)
+        return Candidate(
+            tried.name,
+            scores[rows],
+            row_losses(scores, self.gold, temperatures[:, None])[rows],
+            right[rows],
+            temperatures[rows],
+            temperature,
+            int(losses[:, rows].mean(1).argmin()),
+            picks,
+            calibration,
+        )
 
     def heat(
         self, scores: Tensor, within: list[int]
@@ -151,7 +136,7 @@ class Selection:
     def shipped(self, tried: list[Tried]) -> tuple[Candidate, list[str]]:
         """What the whole rule is worth: each fold's rows by what it chooses on the other folds; that choice a fold."""
         every = range(len(self.folds))
-        scores = tried[0].scores[0, 0].clone()
+        scores = tried[0].scores[0].clone()
         losses, right = torch.zeros(len(scores)), torch.zeros(len(scores), dtype=torch.bool)
         chosen = []
         for fold in every:
@@ -160,7 +145,7 @@ class Selection:
             candidate = found[chosen[-1]]
             source = next(each for each in tried if each.name == candidate.name)
             rows = self.folds[fold]
-            said = source.scores[candidate.epoch, candidate.rate, rows]
+            said = source.scores[candidate.setting, rows]
             losses[rows] = row_losses(said, self.gold[rows], candidate.temperature)
             right[rows] = (
                 said.argmax(-1) == self.gold[rows] if source.right is None else source.right[rows]

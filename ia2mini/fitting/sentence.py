@@ -25,6 +25,8 @@ def shipped(report: dict) -> str:
     """What is shipped, and what held-out rows say of the whole choice."""
     worth, chosen = report["shipped"], report["chosen"]
     what = f"{NAMES[chosen]} is shipped"
+    if chosen == "probe":
+        what = "A linear probe on the base's last hidden state is shipped, without an adapter"
     if chosen == "icl":
         what = "Demonstrations in the prompt (ICL) are shipped, without an adapter"
     sure = f", ECE {worth['ece']:.2f}" if "ece" in worth else ""
@@ -42,7 +44,7 @@ def context_shipped(report: dict) -> str:
 def nothing(report: dict) -> str:
     """Why nothing is shipped, and what to do."""
     found, rows = report["candidates"], count(report["rows"], "held-out row")
-    tried = [NAMES[name] for name in found if name not in ("base", "commonest", "probe")]
+    tried = [NAMES[name] for name in found if name not in ("base", "commonest")]
     if "kl" in report:
         tried.remove(NAMES["icl"])
     what = f"Nothing is shipped. Tried were {listed(tried)}"
@@ -87,16 +89,11 @@ def against(name: str, report: dict) -> str:
 
 
 def others(report: dict) -> list[str]:
-    """What else a reader should know: the commonest answer, and a probe that has the lower loss."""
-    found, told = report["candidates"], []
+    """What else a reader should know: the commonest answer."""
+    found = report["candidates"]
     if "commonest" in found and report["chosen"] != "base":
-        told.append(f"Always the commonest answer: {share(found['commonest']['acc'][0])}.")
-    loss = report["shipped"]["nll"][0]
-    if "probe" in found and found["probe"]["nll"][0] < loss:
-        probe = found["probe"]
-        than = f"the lower NLL ({probe['nll'][0]:.2f} against {loss:.2f}; {share(probe['acc'][0])} right)"
-        told.append(f"A linear probe on the base's last hidden state has {than}.")
-    return told
+        return [f"Always the commonest answer: {share(found['commonest']['acc'][0])}."]
+    return []
 
 
 def never_right(report: dict) -> list[str]:

@@ -20,9 +20,10 @@ from ..generate import Decoding, generate
 from ..labels import Scoring, label_scores, spellings
 from ..metrics import fit_temperature
 from ..models.taps import device_of
+from ..prefix import share_prefix
 from ..scale import ranks
 from ..scale.decode import fast_decoding
-from ..scoring import layer_asim, share_prefix
+from ..scoring import layer_asim
 from ..tasks import Example, Task, same_answer
 from ..teacher import Asked, label_tokens_at_most, observe
 from ..train import Trained

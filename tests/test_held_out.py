@@ -1,0 +1,39 @@
+"""Held-out rows are scored by weights and probes that never saw them."""
+
+from dataclasses import replace
+
+import torch
+
+from ia2mini import FitOptions, open_subject
+from ia2mini.adapters import adapted
+from ia2mini.fitting.crossval import CrossValidation
+from ia2mini.fitting.fit import cross_validation
+from ia2mini.labels import label_scores
+from ia2mini.tasks import world
+
+
+def test_held_out_rows_are_scored_by_weights_that_never_saw_them():
+    """As a plain loop of `label_scores`; other answers of a fold's rows change no bit of what is said of them."""
+    subject = open_subject("tiny", "cpu")
+    options = FitOptions(epochs=3, rates=(3e-3, 1e-2), methods=("sft",), folds=3)
+    cv, _ = cross_validation(world.rows("toy-mood-remap", "train")[4:19], subject, options)
+    scores = cv.held_out("sft")
+    assert scores.shape == (2, 15, 2)
+    theta = cv.trained("sft").theta
+    for number, fold in enumerate(cv.folds):
+        for rate in range(2):
+            with adapted(subject.model, cv.adapter, theta[2 * number + rate][None]) as student:
+                ids = [subject.tokenizer.encode(cv.rows[i].prompt) for i in fold.test]
+                expected = label_scores(student, ids, cv.labels).log_probabilities[0]
+            assert torch.allclose(scores[rate, fold.test], expected, atol=1e-3)
+    fold = cv.folds[0].test
+    other = list(cv.rows)
+    for i in fold:
+        flipped = 1 - other[i].label
+        other[i] = replace(other[i], label=flipped, answer=cv.task.labels[flipped])
+    again = CrossValidation(subject, cv.task, other, cv.options)
+    again.folds = cv.folds
+    again.selection = replace(cv.selection, gold=again.gold)
+    again.places = cv.places
+    for name in ("sft", "probe"):
+        assert torch.equal(again.held_out(name)[:, fold], cv.held_out(name)[:, fold]), name
