@@ -10,8 +10,8 @@ from ia2mini.episode import Episode, with_demonstrations
 from ia2mini.generate import Decoding
 from ia2mini.generate import generate as decode
 from ia2mini.labels import label_scores
-from ia2mini.scale.decode import fast_decoding
 from ia2mini.prefix import share_prefix
+from ia2mini.scale.decode import fast_decoding
 from ia2mini.teacher import Asked, Taught, teach
 
 from .cost import Pass, flops

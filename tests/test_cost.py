@@ -28,9 +28,9 @@ from ia2mini.engine.options import Options
 from ia2mini.generate import Decoding, generate
 from ia2mini.labels import Scoring, label_scores
 from ia2mini.methods import STARTS_FROM
+from ia2mini.prefix import share_prefix
 from ia2mini.scale import blocks
 from ia2mini.scale.memory import run_bytes
-from ia2mini.prefix import share_prefix
 from ia2mini.study.cells import lay_out
 from ia2mini.tasks import find_task
 from ia2mini.train import Settings, losses

@@ -346,6 +346,7 @@ def test_a_killed_fit_goes_on_and_nothing_half_written_stays(subject, tmp_path, 
     assert {path.name for path in out.iterdir()} - {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "probe.safetensors",
     } == names
     text = run("score", out, tmp_path / "rows.csv").stdout
     assert "right, among the labels (%)" in text and "12 rows" in text

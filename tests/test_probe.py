@@ -100,7 +100,11 @@ def test_a_damaged_one_is_refused(fitted, tmp_path, subject, damage):
         save_file({"weight": tensors["weight"][:, 1:].clone(), "bias": tensors["bias"]}, path)
     else:
         save_file({"weight": tensors["weight"]}, path)
-    refused(lambda: load_adapter(folder, subject), "the probe" if damage in ("gone", "cut", "other bytes") else "fit it again", PROBE)
+    refused(
+        lambda: load_adapter(folder, subject),
+        "the probe" if damage in ("gone", "cut", "other bytes") else "fit it again",
+        PROBE,
+    )
 
 
 def test_fit_and_predict_by_command(tmp_path, monkeypatch):

@@ -116,8 +116,8 @@ def cross_validated(one: Reopened, method: str, number: int, rates: Sequence[flo
     rows = list(dict.fromkeys(episode.train + episode.dev))
     cv = CrossValidation(one.x.subject, one.cell.task, rows, options)
     cv.once = lambda name, make: one.x.store.once(f"{one.x.name}/folds-{number}-{name}", make)
-    losses = cv.selection.losses(cv.tried(method))  # [epochs, rates, n]
-    return losses.mean(-1).amin(0).double()
+    losses = cv.selection.losses(cv.tried(method))  # [rates, n]
+    return losses.mean(-1).double()
 
 
 def race(subject: Subject, options: Options, part: str, data: Path | None = None) -> Result:

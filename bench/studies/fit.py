@@ -4,7 +4,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -33,8 +33,6 @@ from .reopened import RUNS
 TOYS = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap")
 # what generated tasks are, in turn
 KINDS = ("words", "words", "words", "digits", "digits", "pair", "length", "random")
-RATES = (3e-3, 1e-2)  # the upper two of the embedded model: the lowest never wins in so few epochs
-REAL_RATES = (1e-3,)  # of others: the uppermost
 # folder -> column of the text, file of fresh rows, words of the labels; the cheapest first
 REAL = {
     "sst2": ("sentence", "validation", ("negative", "positive")),
@@ -93,7 +91,7 @@ def trial(
     cv, _ = cross_validation(rows, subject, options)
     cv.once = once or Memory().once
     fitted = conclude(cv)
-    tried = [cv.tried(name) for name in ("base", "icl", *options.methods)]
+    tried = [cv.tried(name) for name in cv.names]
     found = cv.selection.judged(tried, range(len(cv.folds)))
     gold = torch.tensor([cv.task.labels.index(row["label"]) for row in fresh])
     accuracy = {}
@@ -127,8 +125,9 @@ def fresh_scores(
     if name in METHODS:
         adapter = cv.adapter
         theta = cv.once(f"final-{name}", lambda: {"theta": cv.final(candidate)})["theta"]
-    spec = fitted.spec | {"method": name, "temperature": 1.0}
-    alone = Predictor(cv.subject, adapter, theta, spec)
+    probe = cv.final_probe(candidate) if name == "probe" else None
+    spec = {**fitted.spec, "method": name, "temperature": 1.0}
+    alone = Predictor(cv.subject, adapter, theta, spec, probe=probe)
     return {
         "scores": torch.tensor([answer["log_probabilities"] for _, answer in alone.answers(fresh)])
     }
@@ -332,16 +331,13 @@ def real_rows(data: Path, name: str, size: int, draw: int) -> tuple[list[dict], 
 
 def about(options: FitOptions) -> str:
     threads = f"{torch.get_num_threads()} threads"
-    return (
-        f"at most {options.epochs} epochs, rates {options.rates}, {options.folds} folds, {threads}"
-    )
+    return f"{options.epochs} epochs, {options.folds} folds, {threads}"
 
 
 def fit(part: str, counts: dict[str, int], methods: tuple[str, ...], on: dict) -> list[Result]:
     """Is what `ia2mini fit` ships better than SFT alone, and never worse than the best of base, ICL and SFT?"""
-    options = FitOptions(epochs=counts["epochs"], rates=RATES, methods=methods)
+    options = FitOptions(epochs=counts["epochs"], methods=methods)
     if part == "real":
-        options = replace(options, rates=REAL_RATES, folds=3, patience=2)
         subject = open_subject(on["model"], "cpu", on["dtype"])
         return [real(subject, on["data_dir"], counts["seeds"], (8, 16), options)]
     subject = open_subject("tiny", "cpu")

@@ -96,7 +96,7 @@ def write_probe(probe: Probe, path: Path) -> None:
 
 
 def read_probe(folder: Path, labels: int, hidden: int) -> Probe:
-    """The probe of a folder, for so many labels and a model of this hidden size. Raises UsageError where it is damaged."""
+    """The probe of a folder, for so many labels and this hidden size. Raises UsageError where it is damaged."""
     path = folder / PROBE
     try:
         found = load_file(path)
