@@ -34,6 +34,7 @@ from ..tasks import Example
 from ..tasks.chat import ChatTemplate
 from ..tasks.rows import Row, fill
 from ..tokenizer import Rendered
+from .serving import write_decision
 from .spec import FOREIGN, SPEC, check_given, read_spec
 
 BESIDE = (
@@ -250,6 +251,7 @@ class Predictor:
         claim(out, {"base": subject.base, "adapter_digest": weights, "dtype": dtype})
         save_merged(subject.model, self.adapter, self.theta[0], out, subject.tokenizer)
         self.beside(out)
+        write_decision(self, out)
         ids = torch.tensor(
             [subject.tokenizer.encode(self.chat(self.spec.get("example", "Once upon a time")))]
         )
@@ -299,6 +301,7 @@ class Predictor:
             (folder / name).unlink(missing_ok=True)
         if self.adapter:
             save_adapter(self.adapter, self.theta[0], folder, subject.base, subject.revision)
+        write_decision(self, folder)
         base = {
             "name": subject.base,
             "revision": subject.revision,
