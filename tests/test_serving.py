@@ -22,17 +22,15 @@ import transformers
 from ia2mini.models.checkpoint import TINY
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from reference import make_checkpoint, upstream
+from shipping import LABELS, predictor
 from transformers import PreTrainedTokenizerFast
 
-from ia2mini import FitOptions, load_adapter, open_subject
-from ia2mini.engine.adapter import make_adapter
-from ia2mini.fitting.predictor import FOREIGN, Predictor
+from ia2mini import load_adapter, open_subject
 from ia2mini.fitting.serving import decision_template, why_not, write_decision
 from ia2mini.report.card import card
 from ia2mini.tasks import world
 from ia2mini.tasks.rows import Row
 
-LABELS = ["Friday", "apple"]
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}</s>{% endfor %}<|assistant|>"
 )
@@ -42,24 +40,6 @@ DECIDES = tuple(map(int, VERSION.split(".")[:2])) >= (5, 24)
 new_enough = pytest.mark.skipif(
     not DECIDES, reason=f"transformers has pipeline('decision') since 5.24; here is {VERSION}"
 )
-
-
-def predictor(subject, method="sft", adapter="lora", **spec) -> Predictor:
-    """What `fit` would ship: a random adapter for `sft`, else none."""
-    made, theta = None, None
-    if method == "sft":
-        made = make_adapter(subject.model, FitOptions(adapter=adapter))
-        weights = sum(shape.numel() for shape in map(torch.Size, made.shapes.values()))
-        theta = 0.3 * torch.randn(1, weights)
-    asked = {"template": "Text:{text}\nLabel:", "labels": LABELS, "max_tokens": 1}
-    about = {"method": method, "temperature": 1.7, "example": "Text:a good film\nLabel:"}
-    about["confidences"] = [i / 20 for i in range(1, 20)]
-    about["demonstrations"] = [
-        {"prompt": "Text:a sour film.\nLabel:", "answer": "apple"},
-        {"prompt": "Text:a fresh film.\nLabel:", "answer": "Friday"},
-    ]
-    report = {"name": "mine", "sentence": "It is good."}
-    return Predictor(subject, made, theta, FOREIGN | asked | about | spec, report)
 
 
 @pytest.fixture(scope="module")
@@ -225,16 +205,12 @@ def test_a_template_that_cannot_be_written_is_not(tmp_path):
     )
     fitted = predictor(open_subject(str(folder), "cpu"), "base", chat=True, labels=["x", "y"])
     assert why_not(fitted) is None, "the same text"
-    only = "{% if state is defined %}other{% endif %}{{ messages[0].content }}"
-    (folder / "chat_template.jinja").write_text(only)
+    other = "{% if state is defined %}other{% endif %}{{ messages[0].content }}"
+    (folder / "chat_template.jinja").write_text(other)
     fitted = predictor(open_subject(str(folder), "cpu"), "base", chat=True, labels=["x", "y"])
     assert "cannot be written" in why_not(fitted)
-    write_decision(fitted, tmp_path)
-    assert not list(tmp_path.glob("decision*"))
-
-
-def blocks(text: str, language: str = "") -> list[str]:
-    return re.findall(f"^```{language}\n(.*?)^```$", text, re.S | re.M)
+    write_decision(fitted, folder)
+    assert not list(folder.glob("decision*"))
 
 
 @pytest.mark.parametrize("method, adapter", SHIPPED)
@@ -243,7 +219,7 @@ def test_the_card_shows_what_serves_it(subject, tmp_path, method, adapter):
     fitted.save(tmp_path / "a b")
     fitted.subject = replace(subject, base="/models/mine")
     text = card(fitted, tmp_path / "a b", "ia2mini fit")
-    for code in blocks(text, "python"):
+    for code in re.findall("^```python\n(.*?)^```$", text, re.S | re.M):
         compile(code, "card", "exec")
     assert f"decision_config='{tmp_path}/a b'" in text
     assert f"transformers serve '{tmp_path}/a b-merged'" in text or adapter is None
@@ -345,8 +321,8 @@ def serving(folder: Path):
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
         try:
             while process.poll() is None:
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                with socket.socket() as caller:
+                    if caller.connect_ex(("127.0.0.1", port)) == 0:
                         break
                 time.sleep(0.1)
             assert process.poll() is None, "transformers serve ended"

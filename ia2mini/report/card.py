@@ -129,9 +129,9 @@ answers["label"]["probabilities"]"""
     enough = thresholds(fitted)
     if enough:
         lines += [
-            "`predict --coverage` gives no answer where the largest probability is below a threshold. Here it is",
-            f"{enough}. Compare it with the largest of `probabilities`: the",
-            "`confidence` of transformers is on another scale.",
+            "`ia2mini predict --coverage` gives no answer where the largest probability is below a threshold. To do so",
+            f"elsewhere, answer from these on: {enough}.",
+            "Compare them with the largest of `probabilities`, not with the pipeline's rescaled `confidence`.",
             "",
         ]
     return lines
