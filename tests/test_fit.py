@@ -343,6 +343,7 @@ def test_a_killed_fit_goes_on_and_nothing_half_written_stays(subject, tmp_path, 
     ).read_text()
     assert again.stdout.replace(str(out), str(tmp_path / "whole")) == whole.stdout
     names = {"ia2mini.json", "README.md", "report.html", "held_out.jsonl"}
+    names |= {"decision.json", "decision_template.jinja"}
     assert {path.name for path in out.iterdir()} - {
         "adapter_config.json",
         "adapter_model.safetensors",

@@ -236,7 +236,7 @@ def test_what_fit_writes_is_harmless(ground, tmp_path):
     assert yaml.safe_load(front).keys() == {"library_name", "tags"}
     shown = rendered(card)
     assert (
-        shown.tags <= {"h1", "p", "a", "code", "pre"}
+        shown.tags <= {"h1", "h2", "p", "a", "code", "pre"}
         and shown.attributes <= {"href", "class"}
         and card.count("\n# ") == 1
     )

@@ -181,14 +181,18 @@ def complain(error: UsageError, strict: bool) -> None:
 @adapter_options
 @click.argument("rows", metavar="ROWS|-")
 @click.option(
-    "--coverage", type=float, help="answer only the most certain rows: this share of them"
+    "--coverage", type=float, help="answer only this share of rows, as 0.9: the most certain"
 )
 @click.option(
     "--icl",
     is_flag=True,
     help="the base model with demonstrations in its prompt instead, to compare",
 )
-@click.option("--strict", is_flag=True, help="stop at the first wrong row")
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="stop at the first wrong row  [default: name it on stderr, leave it out]",
+)
 def predict(adapter, rows, coverage, icl, strict, **how):
     """Answer ROWS, or JSON lines from standard input (-), by an ADAPTER of `ia2mini fit` or of peft.
 
@@ -230,7 +234,10 @@ def score(adapter, rows, answer_column, icl, **how):
 @adapter_options
 @file_option("--out", "folder of the whole checkpoint", required=True)
 def merge(adapter, out, **how):
-    """Write a whole checkpoint with the ADAPTER merged into the base model's matrices."""
+    """Write a whole checkpoint with the ADAPTER merged into the base model's matrices.
+
+    Other tools load it without peft. The adapter's README.md has the lines that serve it.
+    """
     gap = open_adapter(adapter, **how).merge(out)
     click.echo(f"{out}: merged; largest difference of a logit to the unmerged model {gap:.1e}")
 

@@ -36,6 +36,7 @@ from ..tasks.chat import ChatTemplate
 from ..tasks.rows import Row, fill
 from ..tokenizer import Rendered
 from .probe import PROBE, Probe, read_probe, write_probe
+from .serving import write_decision
 from .spec import FOREIGN, SPEC, check_given, read_spec
 
 BESIDE = (
@@ -259,6 +260,7 @@ class Predictor:
         claim(out, {"base": subject.base, "adapter_digest": weights, "dtype": dtype})
         save_merged(subject.model, self.adapter, self.theta[0], out, subject.tokenizer)
         self.beside(out)
+        write_decision(self, out)
         ids = torch.tensor(
             [subject.tokenizer.encode(self.chat(self.spec.get("example", "Once upon a time")))]
         )
@@ -312,6 +314,7 @@ class Predictor:
             write_probe(self.probe, folder / PROBE)
         if self.adapter:
             save_adapter(self.adapter, self.theta[0], folder, subject.base, subject.revision)
+        write_decision(self, folder)
         base = {
             "name": subject.base,
             "revision": subject.revision,

@@ -1,14 +1,20 @@
-"""The model card of what `fit` ships, with the code that loads it elsewhere."""
+"""The model card of what `fit` ships, with the code that loads and serves it elsewhere."""
 
+import math
 import re
 import shlex
 from pathlib import Path
 
 from ..adapters import LoRA
-from ..files import plain
+from ..files import json_line, plain
+from ..fitting.serving import why_not
+from ..tasks.rows import placeholders
 from .page import loading
 from .tables import markdown
 
+GGUF = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+COVERAGES = (0.95, 0.9, 0.8, 0.5)
+NO_DECISION = "The decision pipeline of transformers cannot give these answers:"
 CARD = """---
 library_name: {library}
 {hub}tags: [ia2mini, {method}]
@@ -55,34 +61,146 @@ def card(fitted, folder: Path, command: str) -> str:
     return CARD.format(**text, folder=plain(shlex.quote(str(folder)), ""))
 
 
+def longest_row(text: str) -> int:
+    """The most backticks that stand in a row in a text."""
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
 def span(text: str) -> str:
     """A text in Markdown's backticks, more of them than it holds in a row."""
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    fence = "`" * (1 + longest_row(text))
     return (
         f"{fence} {plain(text, '')} {fence}" if "`" in text else f"{fence}{plain(text, '')}{fence}"
     )
 
 
 def code(fitted, folder: str, peft: bool) -> str:
-    """How others load what was shipped: transformers, after it peft, and vLLM, which takes LoRA alone."""
-    adapter, base, revision = fitted.adapter, fitted.subject.base, fitted.subject.revision
+    """How others load and serve what was shipped."""
+    base, revision = fitted.subject.base, fitted.subject.revision
     source = repr(base) + f", revision={revision!r}" * bool(revision)
-    # it was fitted, and is right, in
-    dtype = str(next(fitted.subject.model.parameters()).dtype).removeprefix("torch.")
+    loaded = loading(source, folder if peft else None, f", dtype={dtype_of(fitted)!r}")
+    refused = why_not(fitted)
+    lines = [*fenced(loaded, "python"), ""]
+    if refused:
+        lines += ["## Serve it", "", f"{NO_DECISION} {span(refused)}. `ia2mini predict` does.", ""]
+    else:
+        lines += decisions(fitted, folder)
+    lines += vllm(fitted, folder)
+    if peft and base != "tiny":
+        lines += llama_cpp(fitted, folder)
+    return "\n".join(lines)
+
+
+def dtype_of(fitted) -> str:
+    """The number format in which it was fitted, and is right."""
+    return str(next(fitted.subject.model.parameters()).dtype).removeprefix("torch.")
+
+
+def fenced(text: str, language: str = "") -> list[str]:
+    """A block of code, its fence longer than any row of backticks in the text."""
+    fence = "`" * max(3, 1 + longest_row(text))
+    return [fence + language, plain(text), fence]
+
+
+def decisions(fitted, folder: str) -> list[str]:
+    """Serving by transformers: with the pipeline, over HTTP, and what probability is enough."""
+    spec = fitted.spec
+    row = dict.fromkeys(placeholders(spec["template"]), "A text")
+    question = {"type": "choice", "criteria": dict.fromkeys(spec["labels"])}
+    pipeline = f"""\
+decide = transformers.pipeline(
+    "decision", model=model, tokenizer=tokenizer, decision_config={folder!r}
+)
+question = {question!r}
+answers = decide({{"state": {row!r}, "questions": {{"label": question}}}})
+answers["label"]["probabilities"]"""
     lines = [
-        "```python",
-        loading(source, folder if peft else None, f", dtype={dtype!r}"),
-        "```",
+        "## Serve it",
+        "",
+        "By transformers 5.24 or newer, with the probabilities of `ia2mini predict`, after the lines above:",
+        "",
+        *fenced(pipeline, "python"),
+        "",
+        "Without `decision_config` it asks a question of its own, not the one that was fitted. A `state` is a row, its",
+        "columns by name. The labels are given in this order. Instructions and descriptions are not read.",
         "",
     ]
-    if isinstance(adapter, LoRA) and base != "tiny":
-        at = f" --revision {revision}" if revision else ""
-        rank = (
-            f" --max-lora-rank {1 << (adapter.rank - 1).bit_length()}" if adapter.rank > 16 else ""
-        )
-        modules = f"--lora-modules {shlex.quote(fitted.report['name'] + '=' + folder)}"
+    lines += over_http(fitted, folder, {"state": row, "questions": {"label": question}})
+    enough = thresholds(fitted)
+    if enough:
         lines += [
-            "vLLM: " + span(f"vllm serve {shlex.quote(base)}{at} --enable-lora{rank} {modules}"),
+            "`ia2mini predict --coverage` gives no answer where the largest probability is below a threshold. To do so",
+            f"elsewhere, answer from these on: {enough}.",
+            "Compare them with the largest of `probabilities`, not with the pipeline's rescaled `confidence`.",
             "",
         ]
-    return "\n".join(lines)
+    return lines
+
+
+def over_http(fitted, folder: str, body: dict) -> list[str]:
+    """`transformers serve`: of a merged adapter, or of the base with the files of `fit`."""
+    base, revision = fitted.subject.base, fitted.subject.revision
+    if fitted.adapter is not None:
+        model = f"{folder}-merged"
+        commands = [merging(folder), f"transformers serve {shlex.quote(model)}"]
+    elif base == "tiny":
+        return []
+    else:
+        model = f"{base}@{revision}" if revision else base
+        config = shlex.quote(f"{folder}/decision.json")
+        how = f"--dtype {dtype_of(fitted)} --decision-config {config}"
+        commands = [f"transformers serve {shlex.quote(model)} {how}"]
+    request = json_line({"model": model} | body)
+    header = "-H 'Content-Type: application/json'"
+    ask = f"curl localhost:8000/v1/systemone {header} -d {shlex.quote(request)}"
+    return [
+        "Over HTTP (`pip install 'transformers[serving]'`), and a request to it:",
+        "",
+        *fenced("\n".join(commands)),
+        "",
+        *fenced(ask),
+        "",
+    ]
+
+
+def merging(folder: str) -> str:
+    return f"ia2mini merge {shlex.quote(folder)} --out {shlex.quote(folder + '-merged')}"
+
+
+def thresholds(fitted) -> str:
+    """The probability from which on `predict --coverage` answers, for some shares; rounded down."""
+    if not fitted.spec["confidences"]:
+        return ""
+    said = []
+    for coverage in COVERAGES:
+        least = fitted.threshold(coverage)
+        if least > 0:
+            said.append(f"{math.floor(1e6 * least) / 1e6:.6f} (coverage {coverage:g})")
+    return ", ".join(said)
+
+
+def vllm(fitted, folder: str) -> list[str]:
+    """vLLM takes LoRA alone."""
+    adapter, base, revision = fitted.adapter, fitted.subject.base, fitted.subject.revision
+    if not isinstance(adapter, LoRA) or base == "tiny":
+        return []
+    at = f" --revision {revision}" if revision else ""
+    rank = ""
+    if adapter.rank > 16:
+        rank = f" --max-lora-rank {1 << (adapter.rank - 1).bit_length()}"
+    modules = f"--lora-modules {shlex.quote(fitted.report['name'] + '=' + folder)}"
+    command = f"vllm serve {shlex.quote(base)}{at} --enable-lora{rank} {modules}"
+    return ["vLLM, which generates the answer as text: " + span(command), ""]
+
+
+def llama_cpp(fitted, folder: str) -> list[str]:
+    """llama.cpp reads a merged checkpoint once its converter has been over it."""
+    merged = f"{folder}-merged"
+    form = GGUF[dtype_of(fitted)]
+    file = shlex.quote(f"{merged}/model.gguf")
+    commands = [
+        merging(folder),
+        f"python convert_hf_to_gguf.py {shlex.quote(merged)} --outfile {file} --outtype {form}",
+        f"llama-server -m {file}",
+    ]
+    return ["llama.cpp, likewise, from its own folder:", "", *fenced("\n".join(commands)), ""]

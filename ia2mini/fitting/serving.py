@@ -1,0 +1,191 @@
+"""The two files by which transformers (5.24 or newer) answers rows with the probabilities of `predict`.
+
+`pipeline("decision")` and `/v1/systemone` of `transformers serve` read decision.json (labels, temperature) and
+decision_template.jinja (the prompt). A request's `state` is a row; its question is of type "choice" and has the labels
+as `criteria`. Answers are softmax(logits of the labels' tokens behind the prompt / temperature), so that every label
+must be a single token.
+"""
+
+import json
+from pathlib import Path
+
+from ..episode import with_demonstrations
+from ..files import write_json, write_text
+from ..tasks.chat import sandbox, template_of
+from ..tasks.rows import COLUMN, Row, fill, placeholders
+from ..tokenizer import Rendered, special_tokens
+
+CONFIG = "decision.json"
+TEMPLATE = "decision_template.jinja"
+# texts of columns as `Row.text` and `fill` write them, in Jinja
+MACROS = """\
+{%- macro cell(column) -%}
+  {%- set value = row[column] if column in row else none -%}
+  {%- if value is string or value is integer -%}
+    {{- value -}}
+  {%- elif value is boolean -%}
+    {{- value | string | lower -}}
+  {%- elif value is float and value - value == 0 -%}
+    {{- value | int if value == value | int and value | abs < 9007199254740992 else value -}}
+  {%- else -%}
+    {{- raise_exception("column '" ~ column ~ "' of the state is missing or no text") -}}
+  {%- endif -%}
+{%- endmacro -%}
+{%- macro cell_or_nothing(line_end, column) -%}
+  {%- set value = row[column] if column in row else none -%}
+  {%- set blank = value is none or value != value or (value is string and not value | trim) -%}
+  {{- "" if blank else line_end ~ cell(column) -}}
+{%- endmacro -%}
+"""
+
+
+def write_decision(fitted, folder: Path) -> None:
+    """Write both files; where transformers cannot answer so, remove those of an earlier fit. Raises UsageError."""
+    for name in (CONFIG, TEMPLATE):
+        (folder / name).unlink(missing_ok=True)
+    if why_not(fitted):
+        return
+    spec = fitted.spec
+    template = decision_template(fitted)
+    write_text(folder / TEMPLATE, template)
+    config = {
+        "labels": {"choice": list(spec["labels"])},
+        "temperature": {"choice": spec["temperature"]},
+        # `transformers serve --decision-config` reads this file alone
+        "chat_template": template,
+        # a row's text becomes the same tokens as in `predict`
+        "sanitize_control_tokens": False,
+    }
+    write_json(folder / CONFIG, config)
+
+
+def why_not(fitted) -> str | None:
+    """Why transformers' decision pipeline cannot answer as `predict` does; None where it can."""
+    spec = fitted.spec
+    tokenizer = fitted.subject.tokenizer
+    if not spec["labels"]:
+        return "the answers are texts, not labels"
+    if "example" not in spec:
+        return "ia2mini did not fit this adapter"
+    if fitted.probe is not None:
+        return "a linear probe answers in the place of the model's head"
+    label_tokens = fitted.label_tokens(spec["example"])
+    for label, tokens in zip(spec["labels"], label_tokens):
+        if len(tokens) > 1 and tokens[-1:] == tokenizer.closing:
+            return f"label {label!r} needs its end of sequence, since a label begins another one"
+        if len(tokens) > 1:
+            return f"label {label!r} is {len(tokens)} tokens in this tokenizer"
+        alone = tokenizer.backend.encode(label, add_special_tokens=False).ids
+        if alone != tokens:
+            return f"label {label!r} by itself has other tokens than behind the prompt"
+        if tokens[0] in (tokenizer.unknown, *tokenizer.eos_ids):
+            return f"label {label!r} is a special token of this tokenizer"
+    if not renders_the_same(fitted):
+        return "its prompt cannot be written as a template of transformers"
+    return None
+
+
+def renders_the_same(fitted) -> bool:
+    """Whether a row becomes the same tokens by the template, rendered as transformers does, as in `predict`."""
+    spec = fitted.spec
+    tokenizer = fitted.subject.tokenizer
+    row = Row("the example", dict.fromkeys(placeholders(spec["template"]), spec["example"]))
+    prompt = fitted.chat(fill(spec["template"], row))
+    expected = tokenizer.encode(with_demonstrations(shown(fitted), prompt))
+    given = {
+        "state": dict(row),
+        "question": {"type": "choice", "options": list(spec["labels"])},
+        "messages": [{"role": "user", "content": ""}],
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": True,
+        "enable_thinking": False,
+        **special_tokens(fitted.subject.folder),
+    }
+    try:
+        text = sandbox().from_string(decision_template(fitted)).render(given)
+    except Exception:  # a chat template is a program, and raises what a program does
+        return False
+    return tokenizer.encode(Rendered(text)) == expected
+
+
+def shown(fitted) -> list:
+    """The demonstrations that stand before every row: those that were shipped in place of an adapter."""
+    return fitted.shown() if fitted.spec["method"] == "icl" else []
+
+
+def decision_template(fitted) -> str:
+    """decision_template.jinja: refuses other questions, fills the row into the prompt, and renders it."""
+    spec = fitted.spec
+    columns = placeholders(spec["template"])
+    state = "state"
+    if len(set(columns)) == 1:  # then the text itself may be the state
+        state = f"{{{literal(columns[0])}: state}} if state is string else state"
+    labels = literal(list(spec["labels"]))
+    criteria = literal(dict.fromkeys(spec["labels"]))
+    wanted = f'ask one question {{"type": "choice", "criteria": {criteria}}}, in this order'
+    lines = [
+        "{#- Written by ia2mini: the prompt of `ia2mini predict`. `state`: a row, its columns by name. -#}",
+        f'{{%- if question.type != "choice" or question.options != {labels} -%}}',
+        f"  {{{{- raise_exception({literal(wanted)}) -}}}}",
+        "{%- endif -%}",
+        f"{{%- set row = {state} -%}}",
+        "{%- if row is not mapping -%}",
+        '  {{- raise_exception("the state must be an object, a row with its columns") -}}',
+        "{%- endif -%}",
+        MACROS.rstrip("\n"),
+        f"{{%- set prompt = {filled(spec['template'])} -%}}",
+    ]
+    if spec["chat"]:
+        lines += chat_lines(fitted)
+    else:
+        before = with_demonstrations(shown(fitted), "")
+        lines.append(f"{{{{- {literal(beginning(fitted) + before)} ~ prompt -}}}}")
+    return "\n".join(lines)
+
+
+def chat_lines(fitted) -> list[str]:
+    """The prompt as the last turn of a conversation, and the checkpoint's own chat template, which renders that."""
+    turns = []
+    for example in shown(fitted):
+        turns.append({"role": "user", "content": example.prompt.question})
+        turns.append({"role": "assistant", "content": example.answer})
+    return [
+        f'{{%- set messages = {literal(turns)} + [{{"role": "user", "content": prompt}}] -%}}',
+        # transformers sets it, `predict` does not; the line end behind it goes (trim_blocks)
+        "{%- set enable_thinking = undefined_as_in_predict %}",
+        template_of(fitted.subject.folder),
+    ]
+
+
+def beginning(fitted) -> str:
+    """What the tokenizer puts before every text, as "<s>"; in a template of transformers it must be written."""
+    tokenizer = fitted.subject.tokenizer
+    text = fitted.spec["example"]
+    extra = len(tokenizer.encode(text)) - len(tokenizer.encode(Rendered(text)))
+    names = map(tokenizer.backend.id_to_token, tokenizer.encode(text)[:extra])
+    return "".join(names)
+
+
+def filled(template: str) -> str:
+    """A prompt's template, columns in braces, as an expression of Jinja."""
+    parts = []
+    place = 0
+    for match in COLUMN.finditer(template):
+        line_end, may_be_empty, column = match.groups()
+        text = template[place : match.start()]
+        name = literal(column)
+        if may_be_empty:
+            parts.append(literal(text))
+            parts.append(f"cell_or_nothing({literal(line_end)}, {name})")
+        else:
+            parts.append(literal(text + line_end))
+            parts.append(f"cell({name})")
+        place = match.end()
+    parts.append(literal(template[place:]))
+    return " ~ ".join(part for part in parts if part != '""')
+
+
+def literal(value) -> str:
+    """A text, list or object as Jinja reads it: as in JSON."""
+    return json.dumps(value, ensure_ascii=False)
