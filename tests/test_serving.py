@@ -26,6 +26,7 @@ from shipping import LABELS, predictor
 from transformers import PreTrainedTokenizerFast
 
 from ia2mini import load_adapter, open_subject
+from ia2mini.fitting.probe import Probe
 from ia2mini.fitting.serving import decision_template, why_not, write_decision
 from ia2mini.report.card import card
 from ia2mini.tasks import world
@@ -179,7 +180,7 @@ REFUSED = {
     "'apple Friday' is 2 tokens": {"labels": ["Friday", "apple Friday"]},
     "end of sequence, since a label begins another one": {"labels": ["apple", "apple Friday"]},
     "the answers are texts": {"labels": []},
-    "more than the model itself answers": {"method": "probe"},
+    "a linear probe answers": {"method": "probe"},
 }
 
 
@@ -191,6 +192,9 @@ def test_where_it_cannot_be_served_files_of_an_earlier_fit_go(subject, tmp_path,
     fitted.spec |= REFUSED[why]
     if "method" in REFUSED[why]:
         fitted.adapter = None
+        size = subject.model.config.hidden_size
+        labels = len(fitted.spec["labels"])
+        fitted.probe = Probe(torch.zeros(labels, size), torch.zeros(labels))
     fitted.save(tmp_path)
     assert not list(tmp_path.glob("decision*"))
     text = card(fitted, tmp_path, "ia2mini fit")
