@@ -34,8 +34,8 @@ MUTANTS = {
     ],
     "models/attention.py": [
         (
-            "(self.documents == 0)[:, None, None, :]",
-            "(self.documents == 0)[:, None, :, None]",
+            "self.sees[asking, asked]",
+            "self.sees[asked, asking]",
             "cache branches",
         ),
         ("return seen.tril()", "return seen", "cache packed_documents"),

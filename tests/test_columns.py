@@ -64,7 +64,7 @@ def test_what_is_taken_and_left_out_is_said(columns):
             for column in row
             if column != prompt and len(row) < 3
         )
-    said = task.remarks[-1]
+    said = task.remarks[-2]
     assert f"the prompt is {prompt!r}" in said and f"the answer is {answer!r}" in said
     named = said.partition("left out: ")[2].partition(";")[0]
     assert named == ", ".join(map(repr, left_out))
@@ -109,16 +109,16 @@ def test_the_refusal_shows_a_template_that_works():
     kept, task = read_own(rows, (None, None, template))
     assert task.example(kept[0]).prompt == "this context has one\nthis question has one\nAnswer:"
     assert (
-        task.example(kept[0]).answer == "this answer has one" and "left out" not in task.remarks[-1]
+        task.example(kept[0]).answer == "this answer has one" and "left out" not in task.remarks[-2]
     )
 
 
 def test_named_columns_are_taken_and_the_others_named():
     rows = rows_of("context question answer id")
     _, task = read_own(rows, ("question", None, None))
-    assert task.label == "answer" and "left out: 'context', 'id'" in task.remarks[-1]
+    assert task.label == "answer" and "left out: 'context', 'id'" in task.remarks[-2]
     _, task = read_own(rows, (None, "context", "{question}:"))
-    assert task.label == "context" and "left out: 'answer', 'id'" in task.remarks[-1]
+    assert task.label == "context" and "left out: 'answer', 'id'" in task.remarks[-2]
     refused(
         lambda: read_own(rows, ("question", "question", None)),
         "'question' cannot be both prompt and answer",
@@ -163,7 +163,7 @@ def test_alpacas_rows_are_read_as_such(names, more):
             asked += "\n" + row["input"]
         example = task.example(found)
         assert (example.prompt, example.answer) == (f"Question:{asked}\nAnswer:", row["output"])
-    said = task.remarks[-1]
+    said = task.remarks[-2]
     assert all(repr(name) in said for name in (*names, *more)) and "Alpaca" in said
     assert ("left out: 'text'" in said) == bool(more)
     asking = queries_task(kept, "queries")
@@ -294,12 +294,10 @@ def test_answers_that_do_not_repeat_are_texts_and_that_is_said():
     different = [{"text": f"q{i}", "label": f"a{i}"} for i in range(6)]
     for rows in (different, different * 2, different * 5):  # repeated rows tell nothing new
         task = own_task(read_own(rows)[0], "own")
-        assert not task.labels and task.remarks[-1].endswith(
-            "6 different answers in 6 rows: texts, not labels"
-        )
+        assert not task.labels and task.remarks[-1] == "answers: free text, 6 different in 6 rows"
     again = [row | {"text": row["text"] + "!"} for row in different]
     task = own_task(read_own(different + again)[0], "own")
-    assert len(task.labels) == 6 and task.remarks[-1].endswith("; 6 labels")
+    assert len(task.labels) == 6 and task.remarks[-1] == "answers: 6 labels"
 
 
 def class_table(labels: list, names: list[str]) -> pa.Table:

@@ -74,7 +74,7 @@ def test_predict_shows_them_by_itself(fitted, saved, subject):
         subject.tokenizer.encode_answer("Text:a\nLabel:", label)[0]
         for label in fitted.spec["labels"]
     ]
-    for found, row in zip(loaded.predict(asked), asked, strict=True):
+    for found, row in zip(loaded.answer_rows(asked), asked, strict=True):
         prompt = with_demonstrations(shown, f"Text:{row['text']}\nLabel:")
         with torch.no_grad():
             logits = subject.model(torch.tensor([subject.tokenizer.encode(prompt)]))[0, -1]

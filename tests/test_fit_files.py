@@ -51,14 +51,14 @@ def test_columns_that_are_called_as_what_is_added_are_kept(fitted):
     (row,) = toy_rows(1)
     own = {"answer": "mine", "confidence": 2, "row_answer": "older", "answers": 3}
     for coverage in (None, 0.5):
-        (found,) = fitted.predict([row | own], coverage=coverage)
+        (found,) = fitted.answer_rows([row | own], coverage=coverage)
         kept = {"row_answer": "mine", "row_confidence": 2, "row_row_answer": "older", "answers": 3}
         assert (
             found.items() >= (kept | row).items()
             and 0 <= found["confidence"] <= 1
             and found["answer"] != "mine"
         )
-    assert fitted.predict([row]).__next__().keys() == row.keys() | {
+    assert fitted.answer_rows([row]).__next__().keys() == row.keys() | {
         "answer",
         "confidence",
         "probabilities",

@@ -69,7 +69,7 @@ def fit(rows, unlabelled, context, prompts, out, **given):
     from ..engine.subject import open_subject
     from ..fitting.fit import Columns, read_own
     from ..fitting.fit import fit as fit_rows
-    from ..fitting.predictor import check_own
+    from ..fitting.folder import check_own
     from ..report.fit import write_fit_report, write_fit_table
     from ..tasks.rows import as_rows
 
@@ -102,8 +102,8 @@ def fit(rows, unlabelled, context, prompts, out, **given):
     click.echo(plain(f"next: ia2mini predict {shlex.quote(str(out))} NEW_ROWS"))
 
 
-def read_new(rows: str, strict: bool) -> Iterator:
-    """Rows of a file; of JSONL and standard input line by line, where a wrong line is told on stderr and left out.
+def read_new(rows: str) -> Iterator:
+    """Rows of a file; of JSONL and standard input line by line, in place of a wrong line its UsageError.
 
     None where the next line of standard input has yet to come.
     """
@@ -125,7 +125,7 @@ def read_new(rows: str, strict: bool) -> Iterator:
                 if line.strip():
                     yield Row(where, parse_json(line, where, "one object a line is expected"))
             except UsageError as error:
-                complain(error, strict)
+                yield error
 
 
 def arriving(stream) -> Iterator:
@@ -181,8 +181,8 @@ def predict(adapter, rows, coverage, icl, strict, **how):
     if rows == "-":
         need_input()
     fitted = open_adapter(adapter, **how)
-    for row in fitted.predict(
-        read_new(rows, strict), icl, coverage, wrong=lambda error: complain(error, strict)
+    for row in fitted.answer_rows(
+        read_new(rows), icl, coverage, wrong=lambda error: complain(error, strict)
     ):
         click.echo(json_line(row))
 
@@ -269,7 +269,8 @@ def generate(prompt, max_tokens, stop, adapter, chat, **how):
 def open_adapter(folder: Path, model=None, revision=None, template=None, labels=None, **how):
     """A saved adapter on its base model, or another."""
     from ..engine.subject import open_subject
-    from ..fitting.predictor import base_of, load_adapter
+    from ..fitting.folder import base_of
+    from ..fitting.predictor import load_adapter
     from ..fitting.spec import check_labels
     from ..tasks.own import check_template
 

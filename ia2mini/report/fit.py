@@ -10,8 +10,9 @@ from ..files import count, json_line, write_text
 from ..fitting.measures import classes, commonest, measures
 from ..fitting.sentence import NAMES, never_right, percent
 from ..intervals import LEAST_ROWS, share_interval
-from ..tasks import same_answer
-from ..tasks.rows import Row, whole_number
+from ..tasks.own import true_answer
+from ..tasks.rows import Row
+from ..tasks.turns import open_turns
 from .card import card
 from .page import lines, section, shown, table, whole
 
@@ -165,21 +166,18 @@ def about(report: dict) -> str:
 
 def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) -> dict:
     """The report of an adapter (or of the base with demonstrations) on rows with answers."""
-    spec, column = fitted.spec, column or fitted.spec.get("answer_column") or "label"
-    if wrong := [row for row in rows if not str(row.get(column, "")).strip()]:
-        there = ", ".join(map(repr, wrong[0]))
-        raise UsageError(
-            f"{wrong[0].where}: no answer in column {column!r} (of {there}); see --answer-column"
-        )
-    true = [row.text(column) for row in rows]
-    name = "icl" if icl else spec["method"]
+    spec = fitted.spec
+    column = column or spec["answer_column"] or "label"
     labels = spec["labels"]
-    true = [text if text in labels else whole_number(text) for text in true]
-    if unknown := [
-        (row.where, text) for row, text in zip(rows, true) if labels and text not in labels
-    ]:
-        (where, text), known = unknown[0], ", ".join(map(repr, labels))
-        raise UsageError(f"{where}: answer {text!r} is none of the labels {known}")
+    true = []
+    for row in [open_turns(row, spec["template"]) for row in rows]:
+        if not str(row.get(column, "")).strip():
+            there = ", ".join(map(repr, row))
+            raise UsageError(
+                f"{row.where}: no answer in column {column!r} (of {there}); see --answer-column"
+            )
+        true.append(true_answer(row, column, labels))
+    name = "icl" if icl else spec["method"]
     found = [answer for _, answer in fitted.answers(rows, icl)]
     report = {
         "name": Path(rows[0].where.partition(":")[0]).stem,
@@ -195,9 +193,7 @@ def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) ->
         numbers = {name: measures(scores, gold), "commonest": commonest(gold, len(labels))}
         report |= classes(scores, gold, labels)
     else:
-        right = torch.tensor(
-            [same_answer(spec["parser"], f["answer"], text) for f, text in zip(found, true)]
-        )
+        right = torch.tensor([fitted.is_right(f["answer"], text) for f, text in zip(found, true)])
         numbers = {name: {"acc": list(share_interval(int(right.sum()), len(right)))}}
     told = f"{NAMES.get(name, name)}: {percent(numbers[name]['acc'])} of {count(len(rows), 'row')} right."
     if len(rows) < LEAST_ROWS:
