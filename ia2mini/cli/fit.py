@@ -11,13 +11,13 @@ import click
 
 from .. import UsageError
 from ..engine.options import FitOptions
-from ..files import json_line, plain, read_text
+from ..files import count, json_line, plain, read_text
 from ..scale import ranks
 from .group import main, progress, typed
 from .options import GUESS, check_option, file_option, many, model_options, options_of, taken
 from .rows import refuse_unnamed_model, tell_all
 from .run import prepare
-from .streams import need_input
+from .streams import need_input, need_output
 
 PORTION = 2**16  # bytes that are read at once
 adapter_options = many(
@@ -45,6 +45,12 @@ adapter_options = many(
 @click.option("--prompt-column", help=f"what is asked{GUESS}")
 @click.option("--answer-column", help=f"what is answered{GUESS}")
 @click.option("--template", help="prompt, columns in braces  [default: 'Text:{text}\\nLabel:']")
+@click.option(
+    "--labels/--text",
+    "labelled",
+    default=None,
+    help="what the answers are  [default: labels where they repeat]",
+)
 @file_option(
     "--unlabelled", "more rows, without answers: the teacher answers them, IA2 learns from them too"
 )
@@ -54,8 +60,10 @@ adapter_options = many(
 )
 @file_option("--prompts", "the queries for --context, in place of ROWS; they need no answers")
 @file_option("--out", "folder of the adapter; the same command goes on where it was", required=True)
-def fit(rows, unlabelled, context, prompts, out, **given):
-    """Fit an adapter to your own ROWS (JSONL, JSON, CSV, TSV, Parquet), and say what it is worth.
+def fit(rows, labelled, unlabelled, context, prompts, out, **given):
+    """Fit an adapter to your own ROWS, and say what it is worth.
+
+    ROWS are JSONL (OpenAI's chat rows, too), JSON, CSV, TSV, Excel, Parquet, or a folder that `datasets` saved.
 
     \b
       ia2mini fit tickets.csv --model llama-3.2-1b --out tickets
@@ -79,12 +87,20 @@ def fit(rows, unlabelled, context, prompts, out, **given):
     refuse_unnamed_model("ROWS" if context is None else "--context")
     how = taken(given, "model", "device", "dtype", "revision", "check")
     columns = Columns(*taken(given, "prompt_column", "answer_column", "template").values())
+    if labelled is not None:
+        if context is not None:
+            raise UsageError(
+                "--labels and --text say what ROWS are answered with; --context has none"
+            )
+        columns = columns._replace(answers="labels" if labelled else "text")
     text = read_text(context).replace("\r\n", "\n").strip() if context else ""
     if context and not text:
         raise UsageError(f"{context}: the file is empty")
     options = FitOptions(**given, context=text)
     own = as_rows(rows or prompts)
-    _, task = read_own(own, columns, bool(context))  # its mistakes show before a model is loaded
+    _, task = read_own(
+        own, columns, bool(context), options.chat
+    )  # its mistakes show before a model is loaded
     subject = open_subject(**how)
     prepare(subject.model, None, False)
     tell_all(task.remarks)
@@ -172,19 +188,59 @@ def complain(error: UsageError, strict: bool) -> None:
     help="the base model with demonstrations in its prompt instead, to compare",
 )
 @click.option("--strict", is_flag=True, help="stop at the first wrong row")
-def predict(adapter, rows, coverage, icl, strict, **how):
+@file_option(
+    "--out",
+    "a table of your rows with their answers: .csv, .tsv, .jsonl, .xlsx or .parquet"
+    "  [default: JSONL to standard output]",
+)
+@click.option(
+    "--digits",
+    type=click.IntRange(0, 17),
+    help="of probabilities  [default: 4 in --out, all on standard output]",
+)
+def predict(adapter, rows, coverage, icl, strict, out, digits, **how):
     """Answer ROWS, or JSON lines from standard input (-), by an ADAPTER of `ia2mini fit` or of peft.
 
     Prints JSONL: the row's own columns, answer, confidence and, of labels, the probability of each. Where --coverage
     abstains, answer is null and abstained the answer. A column of yours with such a name becomes row_answer and so on.
+    With --out the file has a line for every row, also for one that is left out: no answer, and the reason.
     """
+    from ..report.answers import rounded
+
     if rows == "-":
         need_input()
+    if out is not None:
+        write_predicted(adapter, rows, (icl, coverage, strict), out, digits, **how)
+        return
+    need_output()
     fitted = open_adapter(adapter, **how)
     for row in fitted.answer_rows(
         read_new(rows), icl, coverage, wrong=lambda error: complain(error, strict)
     ):
-        click.echo(json_line(row))
+        click.echo(json_line(rounded(row, digits)))
+
+
+def write_predicted(adapter, rows: str, asked: tuple, out: Path, digits, **how) -> None:
+    """Write a file with every row and what is said to it."""
+    from ..report.answers import DIGITS, Answers, check_size, check_target
+
+    icl, coverage, strict = asked
+    check_target(out, rows)
+    new = [row for row in read_new(rows) if row is not None]
+    check_size(out, new)
+    fitted = open_adapter(adapter, **how)
+    answers = Answers(rows, fitted.spec["labels"], coverage is not None)
+    with progress("answers", len(new)) as bar:
+        for row, said in fitted.outcomes(new, icl, coverage):
+            if strict and isinstance(said, UsageError):
+                raise said
+            answers.add(row, said, DIGITS if digits is None else digits)
+            bar.update()
+    answers.write(out)
+    told = f"{out}: {count(len(new), 'row')}"
+    if answers.left_out:
+        told += f", {answers.left_out} of them without an answer: see the column `reason`"
+    click.echo(plain(told))
 
 
 @main.command()
