@@ -78,7 +78,7 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
     from ..fitting.fit import Columns, read_own
     from ..fitting.fit import fit as fit_rows
     from ..fitting.folder import check_own
-    from ..report.fit import write_fit_report, write_fit_table
+    from ..report.fit import SUSPECTS, write_fit_report, write_fit_table
     from ..tasks.rows import as_rows
 
     check_own(out)
@@ -109,12 +109,15 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
     if not ranks.chief:
         return
     fitted.save(out)
-    write_fit_report(fitted, out, typed())
+    write_fit_report(fitted, out, typed(), own)
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished)
     click.echo(plain(write_fit_table(fitted.report)))
     shipped = {"base": "no adapter", "icl": "demonstrations"}.get(fitted.spec["method"], "adapter")
-    click.echo(f"{out}: {shipped}, ia2mini.json, README.md, report.html, held_out.jsonl")
+    files = "ia2mini.json, README.md, report.html, held_out.jsonl"
+    if (out / SUSPECTS).is_file():
+        files += f", {SUSPECTS} (rows whose answers may be wrong)"
+    click.echo(f"{out}: {shipped}, {files}")
     click.echo(plain(f"next: ia2mini predict {shlex.quote(str(out))} NEW_ROWS"))
 
 
