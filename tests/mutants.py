@@ -197,7 +197,7 @@ MUTANTS = {
         ("special and not isinstance(text, Rendered)", "special", "chat many_templates"),
         ('"added_tokens_decoder" not in said and ', "", "chat special_tokens_come"),
     ],
-    "ia2mini/cli/fit.py": [
+    "ia2mini/cli/rows.py": [
         ("if not is_ready(stream):", "if False:", "predictor lines_as_they_come"),
     ],
     "ia2mini/tasks/chat.py": [

@@ -10,7 +10,7 @@ from mistakes import refused
 from pyarrow import parquet
 from tables import write_rows
 
-from ia2mini.fitting.fit import read_own
+from ia2mini.fitting.fit import Columns, read_own
 from ia2mini.tasks import custom_task, find_task, load_examples
 from ia2mini.tasks.own import near_labels, own_task, queries_task
 from ia2mini.tasks.rows import fill, read_rows
@@ -298,6 +298,29 @@ def test_answers_that_do_not_repeat_are_texts_and_that_is_said():
     again = [row | {"text": row["text"] + "!"} for row in different]
     task = own_task(read_own(different + again)[0], "own")
     assert len(task.labels) == 6 and task.remarks[-1] == "answers: 6 labels"
+
+
+def test_labels_are_what_repeats_up_to_255_or_what_one_says():
+    for count, times, labelled in ((21, 2, True), (255, 2, True), (255, 1, False), (256, 2, False)):
+        rows = labelled_rows(count, times)
+        task = read_own(rows)[1]
+        told = f"answers: {count} labels"
+        if not labelled:
+            told = f"answers: free text, {count} different in {count * times} rows"
+        assert (len(task.labels) == count) == labelled and task.remarks[-1] == told
+    few = labelled_rows(3, 1)
+    assert not read_own(few)[1].labels
+    forced = Columns(answers="labels")
+    assert read_own(few, forced)[1].labels == ("label 0", "label 1", "label 2")
+    assert read_own(labelled_rows(255, 1), forced)[1].remarks[-1] == "answers: 255 labels"
+    refused(lambda: read_own(labelled_rows(256, 2), forced), "--labels", "256", "255", "--text")
+    text = read_own(labelled_rows(2, 8), Columns(answers="text"))[1]
+    assert text.labels == () and text.parser == "text" and "2 different in 16" in text.remarks[-1]
+    refused(lambda: read_own(labelled_rows(2, 8), Columns(answers="label")), "'label'", "labels")
+
+
+def labelled_rows(count: int, times: int) -> list[dict]:
+    return labelled([f"label {i % count}" for i in range(count * times)])
 
 
 def class_table(labels: list, names: list[str]) -> pa.Table:

@@ -24,7 +24,6 @@ LONG_FILES = {  # one thing each, that would be harder to follow in two files
     "bench/training.py",
     "ia2mini/engine/peft.py",
     "ia2mini/fitting/crossval.py",
-    "ia2mini/fitting/predictor.py",
     "ia2mini/train.py",
     "models/checkpoint.py",
 }

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from shipping import shipping
 
 from ia2mini import FitOptions, UsageError, fit, load_adapter, open_subject
-from ia2mini.cli.fit import arriving
 from ia2mini.cli.main import main
+from ia2mini.cli.rows import arriving
 from ia2mini.tasks import world
 
 QUICK = FitOptions(epochs=1, rates=(1e-2,), methods=("sft",), folds=2)

@@ -1,10 +1,7 @@
 """The practitioner's commands: fit, predict, score, merge."""
 
-import select
 import shlex
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -15,11 +12,10 @@ from ..files import count, json_line, plain, read_text
 from ..scale import ranks
 from .group import main, progress, typed
 from .options import GUESS, check_option, file_option, many, model_options, options_of, taken
-from .rows import refuse_unnamed_model, tell_all
+from .rows import complain, read_new, refuse_unnamed_model, tell_all
 from .run import prepare
 from .streams import need_input, need_output
 
-PORTION = 2**16  # bytes that are read at once
 adapter_options = many(
     click.argument("adapter", type=click.Path(path_type=Path, exists=True, file_okay=False)),
     click.option("--model", help="base model  [default: the one that the adapter names]"),
@@ -119,64 +115,6 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
         files += f", {SUSPECTS} (rows whose answers may be wrong)"
     click.echo(f"{out}: {shipped}, {files}")
     click.echo(plain(f"next: ia2mini predict {shlex.quote(str(out))} NEW_ROWS"))
-
-
-def read_new(rows: str) -> Iterator:
-    """Rows of a file; of JSONL and standard input line by line, in place of a wrong line its UsageError.
-
-    None where the next line of standard input has yet to come.
-    """
-    from ..tasks.rows import Row, parse_json, read_rows
-
-    path = Path(rows)
-    if rows != "-" and (path.suffix.lower() != ".jsonl" or not path.is_file()):
-        yield from read_rows(path)
-        return
-    number = 0
-    with sys.stdin.buffer if rows == "-" else path.open("rb") as stream:
-        for line in arriving(stream):
-            if line is None:
-                yield None
-                continue
-            number += 1
-            where = f"{rows}:{number}"
-            try:
-                if line.strip():
-                    yield Row(where, parse_json(line, where, "one object a line is expected"))
-            except UsageError as error:
-                yield error
-
-
-def arriving(stream) -> Iterator:
-    """The lines of a binary stream as they come, and None wherever the next part of it has yet to come."""
-    begun: list[bytes] = []  # parts of a line without its end
-    while True:
-        if not is_ready(stream):
-            yield None
-        part = stream.read1(PORTION)  # waits for one byte, and takes what there is
-        if not part:
-            break
-        first, *lines = part.split(b"\n")
-        begun.append(first)
-        for line in lines:
-            yield b"".join(begun)
-            begun = [line]
-    if last := b"".join(begun):
-        yield last
-
-
-def is_ready(stream) -> bool:
-    """Whether reading would not wait; True where that cannot be asked."""
-    try:
-        return bool(select.select([stream.fileno()], [], [], 0)[0])
-    except (OSError, ValueError):
-        return True
-
-
-def complain(error: UsageError, strict: bool) -> None:
-    if strict:
-        raise error from None
-    click.echo(plain(f"ia2mini: {error}; left out"), err=True)
 
 
 @main.command()

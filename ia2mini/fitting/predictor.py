@@ -1,6 +1,6 @@
 """A fitted adapter in use: answers to new rows with probabilities, one by one or as scikit-learn gives them."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,12 +25,11 @@ from ..scoring import answer_texts, share_prefix
 from ..tasks import Example, same_answer
 from ..tasks.chat import ChatTemplate
 from ..tasks.own import true_answer
-from ..tasks.rows import Row, each_row, fill, only_column
+from ..tasks.rows import Row, blocks, each_row, fill, only_column, renamed
 from ..tasks.turns import ALL_TURNS, open_turns
 from . import folder as folders
 from .spec import FOREIGN, check_given, read_spec
 
-AT_ONCE = 64  # rows that are answered together
 ADDED = ("answer", "abstained", "confidence", "probabilities")  # what a row's answer is called
 
 
@@ -293,30 +292,6 @@ class Question(NamedTuple):
     place: int
     prompt: str
     labels: list[list[int]]
-
-
-def renamed(row: dict, added: Iterable[str]) -> dict:
-    """The columns of a row, with row_ before those that are called as what is `added`, or as that and row_."""
-    found = {}
-    for name, value in row.items():
-        own = name
-        while own.startswith("row_"):
-            own = own.removeprefix("row_")
-        found[f"row_{name}" if own in added else name] = value
-    return found
-
-
-def blocks(rows: Iterable[Row | UsageError | None]) -> Iterator[list[Row | UsageError]]:
-    """Rows in lists of up to `AT_ONCE`; fewer where the next row has yet to come (None)."""
-    some: list[Row | UsageError] = []
-    for row in rows:
-        if row is not None:
-            some.append(row)
-        if some and (row is None or len(some) == AT_ONCE):
-            yield some
-            some = []
-    if some:
-        yield some
 
 
 def load_adapter(folder: str | Path, subject: Subject | None = None, **spec) -> Predictor:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from .. import UsageError
 from ..files import as_text, json_line, write, write_text
-from ..fitting.predictor import ADDED, renamed
+from ..fitting.predictor import ADDED
 from ..tasks.delimited import style_of
-from ..tasks.rows import Row, named_sheet
+from ..tasks.rows import Row, named_sheet, renamed
 from ..tasks.tables import needed
 
 DIGITS = 4

@@ -69,6 +69,8 @@ def own_task(
 
 def are_labels(answers: str | None, labels: int, rows: int) -> bool:
     """Whether so many different answers in so many different rows are labels. Raises UsageError for too many."""
+    if answers not in ("labels", "text", None):
+        raise UsageError(f"answers = {answers!r}: say 'labels' or 'text', or nothing")
     if answers == "labels" and labels > MOST_LABELS:
         most = f"at most {MOST_LABELS} can be labels"
         raise UsageError(f"--labels: {labels} different answers; {most}; use --text")

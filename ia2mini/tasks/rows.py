@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from ia2mini import UsageError
@@ -21,6 +21,7 @@ from .tables import is_frame, read_excel, read_frame, read_parquet, read_saved
 COLUMN = re.compile(r"(\n?)\{(\??)([^{}]*)\}")
 # a whole number as pandas writes it where its column also held nothing
 WHOLE = re.compile(r"(-?\d+)\.0+")
+AT_ONCE = 64  # rows that are answered together
 MISSING = ("", "nan", "<na>")  # what stands in a cell that holds nothing, in small letters
 
 
@@ -240,3 +241,27 @@ def each_row(rows, column: str = "text") -> Iterator[Row | UsageError | None]:
         if isinstance(row, str):
             row = {column: str(row)}
         yield Row(f"row {number}", row)
+
+
+def renamed(row: dict, added: Collection[str]) -> dict:
+    """The columns of a row, with row_ before those that are called as what is `added`, or as that and row_."""
+    found = {}
+    for name, value in row.items():
+        own = name
+        while own.startswith("row_"):
+            own = own.removeprefix("row_")
+        found[f"row_{name}" if own in added else name] = value
+    return found
+
+
+def blocks(rows: Iterable[Row | UsageError | None]) -> Iterator[list[Row | UsageError]]:
+    """Rows in lists of up to `AT_ONCE`; fewer where the next row has yet to come (None)."""
+    some: list[Row | UsageError] = []
+    for row in rows:
+        if row is not None:
+            some.append(row)
+        if some and (row is None or len(some) == AT_ONCE):
+            yield some
+            some = []
+    if some:
+        yield some
