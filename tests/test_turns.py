@@ -1,4 +1,4 @@
-"""OpenAI's chat rows: the last assistant's turn is the answer, the turns before it are asked as transformers asks them."""
+"""OpenAI's chat rows: the last assistant turn is the answer, the turns before it are asked as by transformers."""
 
 import json
 
