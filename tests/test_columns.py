@@ -10,7 +10,8 @@ from mistakes import refused
 from pyarrow import parquet
 from tables import write_rows
 
-from ia2mini.fitting.fit import Columns, read_own
+from ia2mini import FitOptions, open_subject
+from ia2mini.fitting.fit import Columns, cross_validation, read_own
 from ia2mini.tasks import custom_task, find_task, load_examples
 from ia2mini.tasks.own import near_labels, own_task, queries_task
 from ia2mini.tasks.rows import fill, read_rows
@@ -317,6 +318,15 @@ def test_labels_are_what_repeats_up_to_255_or_what_one_says():
     text = read_own(labelled_rows(2, 8), Columns(answers="text"))[1]
     assert text.labels == () and text.parser == "text" and "2 different in 16" in text.remarks[-1]
     refused(lambda: read_own(labelled_rows(2, 8), Columns(answers="label")), "'label'", "labels")
+
+
+def test_labels_and_text_do_not_share_what_an_interrupted_fit_kept(tmp_path):
+    rows = [{"text": f"good {i}", "label": ("apple", "banana")[i % 2]} for i in range(8)]
+    for answers in ("labels", "text"):
+        columns = Columns(template="{text}:", answers=answers)
+        subject = open_subject("tiny", "cpu")
+        cross_validation(rows, subject, FitOptions(), columns, keep=tmp_path)[0].tried("base")
+    assert len(list(tmp_path.glob("unfinished-*"))) == 2
 
 
 def labelled_rows(count: int, times: int) -> list[dict]:

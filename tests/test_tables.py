@@ -154,6 +154,7 @@ def test_a_folder_of_datasets_is_read_as_by_datasets(tmp_path):
 def test_what_is_no_folder_of_datasets_is_one_line(tmp_path):
     (tmp_path / "plain").mkdir()
     refused(lambda: read_rows(tmp_path / "plain"), "a folder", "state.json")
+    refused(lambda: read_rows(tmp_path / "nope"), "nope: no such file or folder")
     (tmp_path / "plain" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     refused(lambda: read_rows(tmp_path / "plain"), "several splits", str(tmp_path / "plain/train"))
     folder = saved(tmp_path / "mine")

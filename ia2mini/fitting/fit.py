@@ -115,6 +115,7 @@ def cross_validation(
             "dtype": str(next(subject.model.parameters()).dtype),
         }
         what["rows"] = [(str(e.prompt), e.answer) for e in examples + more]
+        what["labels"] = task.labels
         cv.once = Store(keep, "unfinished", what).once
     odd = [*lacking, *remarks(rows, task, examples)]
     odd += far_longer(rows, subject.tokenizer.count([fill(task.prompt, row) for row in rows]))

@@ -135,6 +135,8 @@ def read_rows(path: Path, named_classes: bool = True) -> list[Row]:
     suffix = path.suffix.lower()
     if path.is_dir() and suffix not in READERS:
         pairs = read_saved(path, named_classes)
+    elif not suffix and not path.exists():
+        raise UsageError(f"{path}: no such file or folder")
     elif suffix not in READERS:
         listed = ", ".join(READERS)
         raise UsageError(
