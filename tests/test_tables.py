@@ -221,6 +221,7 @@ def test_what_is_no_table_of_rows_is_one_line():
     refused(lambda: as_rows(b"rows.csv"), "one bytes", "a list")
     refused(lambda: list(each_row("a text")), "one str", "a list")
     refused(lambda: as_rows([{"text": "a"}, 3]), "row 2", "not an object")
+    refused(lambda: as_rows(["a", None]), "row 2", "None")
     refused(lambda: as_rows(np.zeros((2, 3))), "row 1", "not an object")
     assert as_rows(["a", np.str_("b")]) == [{"text": "a"}, {"text": "b"}]
     assert as_rows(pandas.Series(["a", "b"]), "body") == [{"body": "a"}, {"body": "b"}]

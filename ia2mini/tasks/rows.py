@@ -220,7 +220,12 @@ def as_rows(rows, column: str = "text") -> list[Row]:
     """
     if isinstance(rows, str):
         rows = Path(rows)
-    return list(each_row(rows, column))
+    found = []
+    for row in each_row(rows, column):
+        if not isinstance(row, Row):
+            raise UsageError(f"row {len(found) + 1}: {row!r} is no row; leave it out")
+        found.append(row)
+    return found
 
 
 def each_row(rows, column: str = "text") -> Iterator[Row | UsageError | None]:
