@@ -15,7 +15,7 @@ From one's own rows to an adapter in use:
     fitted = fit("tickets.csv", open_subject("llama-3.2-1b"))
     print(fitted.report["sentence"])
     fitted.save("tickets")
-    next(load_adapter("tickets").predict([{"text": "My invoice is wrong"}]))["answer"]
+    load_adapter("tickets").predict(["My invoice is wrong"])[0]
 
 `Taps` asks any pass for its attention outputs; `Runs` and `train_runs` take losses of your own. Each name is a promise;
 everything else may move.

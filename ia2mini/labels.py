@@ -57,52 +57,62 @@ class LabelScores:
 
 
 class LabelTree:
-    """C labels of up to I tokens behind one prompt: the prompt is read once, every label is a branch from its end.
+    """C labels of up to I tokens behind one prompt: the prompt is read once, and what labels share at their start once.
 
-    A label whose last token is one of `ends` may end with any of them: their probabilities are added.
+    A node is a beginning that labels share; node 0 is the empty one, where the prompt ends. Behind the prompt stands
+    the last token of each other node; it sees the prompt and the nodes that it goes on from. The last token of a label
+    is only said, and needs no node. A label whose last token is one of `ends` may end with any of them: their
+    probabilities are added.
     """
 
     def __init__(self, labels: list[list[int]], device, ends: tuple[int, ...] = ()):
-        # the last token of a label is only said
-        self.tokens = [token for label in labels for token in label[:-1]]
-        lengths = torch.tensor([[len(label)] for label in labels])
-        said = pad_sequence([torch.tensor(label) for label in labels], batch_first=True)  # [C, I]
-        places = torch.arange(said.shape[1])
-        real = places < lengths
-        starts = (lengths - 1).cumsum(0) - (lengths - 1)
-        at = (starts + places) * (real & (places > 0))  # 0: the prompt's last token
+        nodes: dict[tuple[int, ...], int] = {}  # beginning -> number
+        for length in range(max(map(len, labels))):
+            for label in labels:
+                if length < len(label):
+                    nodes.setdefault(tuple(label[:length]), len(nodes))
+        self.tokens = [beginning[-1] for beginning in nodes if beginning]
+        self.depths = torch.tensor([len(beginning) for beginning in nodes], device=device)
+        sees = torch.zeros(len(nodes), len(nodes), dtype=torch.bool)
+        for beginning, node in nodes.items():
+            for length in range(len(beginning) + 1):
+                sees[node, nodes[beginning[:length]]] = True
+        self.sees = sees.to(device)
+        before = []  # of each label the nodes behind which its tokens are said
+        for label in labels:
+            before.append(torch.tensor([nodes[tuple(label[:i])] for i in range(len(label))]))
+        self.at = pad_sequence(before, batch_first=True).to(device)  # [C, I]
+        said = [torch.tensor(label) for label in labels]
+        self.said = pad_sequence(said, batch_first=True).to(device)  # [C, I]
+        lengths = torch.tensor([[len(label)] for label in labels], device=device)
+        places = torch.arange(self.said.shape[1], device=device)
+        self.real = places < lengths
         self.ends = torch.tensor(ends, dtype=torch.int64, device=device)
-        self.said = said.to(device)
-        self.real = real.to(device)
-        self.at = at.to(device)
         # [C, I]
-        self.closes = torch.isin(self.said, self.ends) & (places == lengths - 1).to(device)
-        self.branches = self.real[:, 1:].nonzero().T  # label and place of each token
+        self.closes = torch.isin(self.said, self.ends) & (places == lengths - 1)
 
     def batch(
         self, prompts: list[list[int]], runs: int, device
     ) -> tuple[Tensor, At, Packed | None]:
-        """ids [R * B, T], positions (rows, columns) of 1 + branch tokens a row, and what keeps the branches apart."""
+        """ids [R * B, T], positions (rows, columns) of the nodes of each row, and what a node sees."""
         one_run = [Row(prompt + self.tokens, [0]) for prompt in prompts]
         ids = collate([one_run] * runs).ids.to(device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat(runs)[
-            :, None
-        ]
-        columns = lengths - 1 + torch.arange(len(self.tokens) + 1, device=device)
+        ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+        ends = ends.repeat(runs)[:, None]  # [R * B, 1]
+        nodes = torch.arange(len(self.depths), device=device)
+        columns = ends + nodes
         rows = torch.arange(len(columns), device=device)[:, None].expand_as(columns)
         at = rows.reshape(-1), columns.reshape(-1)
         if not self.tokens:
             return ids, at, None
-        label, place = self.branches
-        branch_tokens = columns[:, 1:]
-        documents = torch.zeros_like(ids)  # 0: the prompt, which all branches see
-        documents.scatter_(1, branch_tokens, (label + 1).expand(len(columns), -1))
-        places = torch.arange(ids.shape[1], device=device).repeat(len(columns), 1)
-        places.scatter_(1, branch_tokens, lengths + place)
-        return ids, at, Packed(documents, places, branches=True)
+        documents = torch.zeros_like(ids)  # 0: the prompt, which all nodes see
+        documents.scatter_(1, columns, nodes.expand_as(columns))
+        positions = torch.arange(ids.shape[1], device=device).repeat(len(columns), 1)
+        positions.scatter_(1, columns, ends + self.depths)
+        return ids, at, Packed(documents, positions, self.sees)
 
     def read(self, logits: Tensor, among: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Of logits [..., 1 + branch tokens, V]: label of the greedy answer, its probability, labels' logs [..., C].
+        """Of logits [..., nodes, V]: label of the greedy answer, its probability, labels' logs [..., C].
 
         The label is -1 where the greedy answer is none: the probability is then that of the tokens up to there.
         """
@@ -194,7 +204,7 @@ def score_group(
     """The prompts of `group` in one pass; with `tap` their attention outputs, or how alike these are, summed."""
     device = device_of(model)
     ids, at, branches = tree.batch([prompts[i] for i in group], how.runs, device)
-    step = len(tree.tokens) + 1
+    step = len(tree.depths)  # nodes a row
     taps = None
     if tap:  # where the prompts end
         rows, columns = at

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from itertools import permutations
+from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import Encoding
@@ -142,14 +142,14 @@ class Tokenizer:
         With `apart` it is then tokenized by itself, as it is generated behind the prompt: so are texts. ("The" after
         "Answer:" merges in a fourth part of GSM8K.)
         """
-        if self.merges(prompt, answer):
-            if apart:
-                return self.encode(answer, special=False)
-            merging = f"answer {answer[:40]!r} merges with the end of its prompt {prompt[-12:]!r} in this tokenizer"
-            raise UsageError(
-                f"{merging}; choose another label, or a template that ends in a line end"
-            )
-        return self.encode(prompt + answer)[len(self.encode(prompt)) :]
+        before = self.encode(prompt)
+        ids = self.encode(prompt + answer)
+        if ids[: len(before)] == before:
+            return ids[len(before) :]
+        if apart:
+            return self.encode(answer, special=False)
+        merging = f"answer {answer[:40]!r} merges with the end of its prompt {prompt[-12:]!r} in this tokenizer"
+        raise UsageError(f"{merging}; choose another label, or a template that ends in a line end")
 
     def merges(self, prompt: str, answer: str) -> bool:
         """Whether prompt and answer share a token when they stand together."""
@@ -162,16 +162,19 @@ class Tokenizer:
         Raises UsageError for labels of the same tokens, and for such beginnings without an end of sequence.
         """
         tokens = [self.encode_answer(prompt, label) for label in labels]
-        for i, mine in enumerate(tokens):
-            if mine in tokens[:i]:
-                same = f"label {labels[i]!r} has the tokens of label {labels[tokens.index(mine)]!r} in this tokenizer"
+        named: dict[tuple[int, ...], str] = {}
+        for label, ids in zip(labels, tokens):
+            if tuple(ids) in named:
+                same = f"label {label!r} has the tokens of label {named[tuple(ids)]!r} in this tokenizer"
                 raise UsageError(f"{same}; choose other labels")
-        known = dict(zip(labels, tokens))
-        alike = [(a, b) for a, b in permutations(labels, 2) if begins(known[a], known[b])]
+            named[tuple(ids)] = label
+        # in this order what begins others stands right before one of them
+        alike = [pair for pair in pairwise(sorted(named)) if begins(*pair)]
         if not alike:
             return tokens
         if not self.closing:
-            said = "label {!r} begins label {!r}".format(*alike[0])
+            one, other = alike[0]
+            said = f"label {named[one]!r} begins label {named[other]!r}"
             lack = "no end of sequence tells them apart: this checkpoint names no eos_token_id"
             raise UsageError(
                 f"{said}, and {lack}; add it to its config.json, or choose other labels"
@@ -179,7 +182,7 @@ class Tokenizer:
         return [ids + self.closing for ids in tokens]
 
 
-def begins(one: list[int], other: list[int]) -> bool:
+def begins(one: Sequence[int], other: Sequence[int]) -> bool:
     """Whether the longer list goes on from the shorter one."""
     return len(one) < len(other) and other[: len(one)] == one
 

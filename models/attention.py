@@ -69,20 +69,21 @@ class Packed:
     """Passed as `cache`, it keeps apart documents that stand one after another in a row: each sees itself alone.
 
     `documents` [B, T]: which document of its row a token belongs to; `positions` [B, T]: its place there, both int64.
-    With `branches` all documents go on from document 0 of their row, and see that too: what labels need.
+    With `sees` [n, n] document i sees document j where sees[i, j] is True: what a tree of labels needs, whose branches
+    go on from document 0 and from one another.
     """
 
-    def __init__(self, documents: Tensor, positions: Tensor, branches: bool = False):
+    def __init__(self, documents: Tensor, positions: Tensor, sees: Tensor | None = None):
         self.documents = documents
         self.places = positions
-        self.branches = branches
+        self.sees = sees
 
     @cached_property
     def mask(self) -> Tensor:
         """[B, 1, T, T], True where a token sees another."""
-        seen = self.documents[:, None, :, None] == self.documents[:, None, None, :]
-        if self.branches:
-            seen = seen | (self.documents == 0)[:, None, None, :]
+        asking = self.documents[:, None, :, None]
+        asked = self.documents[:, None, None, :]
+        seen = asking == asked if self.sees is None else self.sees[asking, asked]
         return seen.tril()
 
     def positions(self, tokens: int, device) -> Tensor:

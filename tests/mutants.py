@@ -34,8 +34,8 @@ MUTANTS = {
     ],
     "models/attention.py": [
         (
-            "(self.documents == 0)[:, None, None, :]",
-            "(self.documents == 0)[:, None, :, None]",
+            "self.sees[asking, asked]",
+            "self.sees[asked, asking]",
             "cache branches",
         ),
         ("return seen.tril()", "return seen", "cache packed_documents"),
@@ -197,7 +197,7 @@ MUTANTS = {
         ("special and not isinstance(text, Rendered)", "special", "chat many_templates"),
         ('"added_tokens_decoder" not in said and ', "", "chat special_tokens_come"),
     ],
-    "ia2mini/cli/fit.py": [
+    "ia2mini/cli/rows.py": [
         ("if not is_ready(stream):", "if False:", "predictor lines_as_they_come"),
     ],
     "ia2mini/tasks/chat.py": [

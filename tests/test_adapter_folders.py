@@ -17,7 +17,7 @@ from shipping import shipping
 
 from ia2mini import FitOptions, fit, load_adapter, open_subject
 from ia2mini.cli.main import main
-from ia2mini.fitting.predictor import base_of
+from ia2mini.fitting.folder import base_of
 from ia2mini.report.page import loading
 from ia2mini.tasks import world
 

@@ -147,9 +147,9 @@ def places(lengths) -> tuple[torch.Tensor, torch.Tensor]:
 def test_branches_go_on_from_the_first_document(tiny):
     begin, ends = random_ids(2, 5), [random_ids(2, n) for n in (1, 4, 2)]
     documents, at = places((5, 1, 4, 2))
-    branches = Packed(
-        documents.expand(2, -1), (at + 5 * (documents > 0)).expand(2, -1), branches=True
-    )
+    sees = torch.eye(4, dtype=torch.bool)
+    sees[:, 0] = True
+    branches = Packed(documents.expand(2, -1), (at + 5 * (documents > 0)).expand(2, -1), sees)
     taps = Taps()
     logits = tiny(torch.cat((begin, *ends), 1), taps=taps, cache=branches)
     alone = [our_pass(tiny, torch.cat((begin, end), 1)) for end in ends]

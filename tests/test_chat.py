@@ -301,7 +301,7 @@ def test_an_adapter_that_talks_of_the_date_loads_on_another_day(talking, tmp_pat
     monkeypatch.setattr("ia2mini.tasks.chat.strftime_now", lambda form: "bad bad bad")
     loaded = load_adapter(tmp_path / "a")
     assert loaded.chat("x").startswith("bad bad bad")
-    assert next(loaded.predict(rows[:1]))["answer"] in loaded.spec["labels"]
+    assert next(loaded.answer_rows(rows[:1]))["answer"] in loaded.spec["labels"]
 
 
 def test_a_template_file_that_is_not_text_is_one_line(tmp_path):
@@ -341,8 +341,8 @@ def test_fit_and_predict_by_turns(talking, tmp_path):
     talked.save(tmp_path / "a")
     loaded, new = load_adapter(tmp_path / "a"), world.rows("toy-mood-remap", "eval")[:4]
     for icl in (False, True):
-        expected = [found["probabilities"] for found in plain.predict(new, icl)]
-        for found, wanted in zip(loaded.predict(new, icl), expected, strict=True):
+        expected = [found["probabilities"] for found in plain.answer_rows(new, icl)]
+        for found, wanted in zip(loaded.answer_rows(new, icl), expected, strict=True):
             assert found["probabilities"] == pytest.approx(wanted, abs=1e-5)
 
 

@@ -10,7 +10,8 @@ from mistakes import refused
 from pyarrow import parquet
 from tables import write_rows
 
-from ia2mini.fitting.fit import read_own
+from ia2mini import FitOptions, open_subject
+from ia2mini.fitting.fit import Columns, cross_validation, read_own
 from ia2mini.tasks import custom_task, find_task, load_examples
 from ia2mini.tasks.own import near_labels, own_task, queries_task
 from ia2mini.tasks.rows import fill, read_rows
@@ -64,7 +65,7 @@ def test_what_is_taken_and_left_out_is_said(columns):
             for column in row
             if column != prompt and len(row) < 3
         )
-    said = task.remarks[-1]
+    said = task.remarks[-2]
     assert f"the prompt is {prompt!r}" in said and f"the answer is {answer!r}" in said
     named = said.partition("left out: ")[2].partition(";")[0]
     assert named == ", ".join(map(repr, left_out))
@@ -109,16 +110,16 @@ def test_the_refusal_shows_a_template_that_works():
     kept, task = read_own(rows, (None, None, template))
     assert task.example(kept[0]).prompt == "this context has one\nthis question has one\nAnswer:"
     assert (
-        task.example(kept[0]).answer == "this answer has one" and "left out" not in task.remarks[-1]
+        task.example(kept[0]).answer == "this answer has one" and "left out" not in task.remarks[-2]
     )
 
 
 def test_named_columns_are_taken_and_the_others_named():
     rows = rows_of("context question answer id")
     _, task = read_own(rows, ("question", None, None))
-    assert task.label == "answer" and "left out: 'context', 'id'" in task.remarks[-1]
+    assert task.label == "answer" and "left out: 'context', 'id'" in task.remarks[-2]
     _, task = read_own(rows, (None, "context", "{question}:"))
-    assert task.label == "context" and "left out: 'answer', 'id'" in task.remarks[-1]
+    assert task.label == "context" and "left out: 'answer', 'id'" in task.remarks[-2]
     refused(
         lambda: read_own(rows, ("question", "question", None)),
         "'question' cannot be both prompt and answer",
@@ -163,7 +164,7 @@ def test_alpacas_rows_are_read_as_such(names, more):
             asked += "\n" + row["input"]
         example = task.example(found)
         assert (example.prompt, example.answer) == (f"Question:{asked}\nAnswer:", row["output"])
-    said = task.remarks[-1]
+    said = task.remarks[-2]
     assert all(repr(name) in said for name in (*names, *more)) and "Alpaca" in said
     assert ("left out: 'text'" in said) == bool(more)
     asking = queries_task(kept, "queries")
@@ -294,12 +295,42 @@ def test_answers_that_do_not_repeat_are_texts_and_that_is_said():
     different = [{"text": f"q{i}", "label": f"a{i}"} for i in range(6)]
     for rows in (different, different * 2, different * 5):  # repeated rows tell nothing new
         task = own_task(read_own(rows)[0], "own")
-        assert not task.labels and task.remarks[-1].endswith(
-            "6 different answers in 6 rows: texts, not labels"
-        )
+        assert not task.labels and task.remarks[-1] == "answers: free text, 6 different in 6 rows"
     again = [row | {"text": row["text"] + "!"} for row in different]
     task = own_task(read_own(different + again)[0], "own")
-    assert len(task.labels) == 6 and task.remarks[-1].endswith("; 6 labels")
+    assert len(task.labels) == 6 and task.remarks[-1] == "answers: 6 labels"
+
+
+def test_labels_are_what_repeats_up_to_255_or_what_one_says():
+    for count, times, labelled in ((21, 2, True), (255, 2, True), (255, 1, False), (256, 2, False)):
+        rows = labelled_rows(count, times)
+        task = read_own(rows)[1]
+        told = f"answers: {count} labels"
+        if not labelled:
+            told = f"answers: free text, {count} different in {count * times} rows"
+        assert (len(task.labels) == count) == labelled and task.remarks[-1] == told
+    few = labelled_rows(3, 1)
+    assert not read_own(few)[1].labels
+    forced = Columns(answers="labels")
+    assert read_own(few, forced)[1].labels == ("label 0", "label 1", "label 2")
+    assert read_own(labelled_rows(255, 1), forced)[1].remarks[-1] == "answers: 255 labels"
+    refused(lambda: read_own(labelled_rows(256, 2), forced), "--labels", "256", "255", "--text")
+    text = read_own(labelled_rows(2, 8), Columns(answers="text"))[1]
+    assert text.labels == () and text.parser == "text" and "2 different in 16" in text.remarks[-1]
+    refused(lambda: read_own(labelled_rows(2, 8), Columns(answers="label")), "'label'", "labels")
+
+
+def test_labels_and_text_do_not_share_what_an_interrupted_fit_kept(tmp_path):
+    rows = [{"text": f"good {i}", "label": ("apple", "banana")[i % 2]} for i in range(8)]
+    for answers in ("labels", "text"):
+        columns = Columns(template="{text}:", answers=answers)
+        subject = open_subject("tiny", "cpu")
+        cross_validation(rows, subject, FitOptions(), columns, keep=tmp_path)[0].tried("base")
+    assert len(list(tmp_path.glob("unfinished-*"))) == 2
+
+
+def labelled_rows(count: int, times: int) -> list[dict]:
+    return labelled([f"label {i % count}" for i in range(count * times)])
 
 
 def class_table(labels: list, names: list[str]) -> pa.Table:

@@ -31,7 +31,8 @@ def subject():
 
 @pytest.fixture(scope="module")
 def fitted(subject):
-    return fit(rows(4, 24), subject, QUICK)
+    with shipping("icl"):
+        return fit(rows(4, 24), subject, QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def run(*arguments, code=0):
     return result
 
 
-def test_they_are_shipped_where_they_are_surely_the_best(fitted):
+def test_what_is_said_of_them_where_they_are_shipped(fitted):
     found = fitted.report["candidates"]
     assert fitted.spec["method"] == fitted.report["chosen"] == "icl" and fitted.adapter is None
     assert found["icl"]["nll"][0] < min(found["base"]["nll"][0], found["sft"]["nll"][0])
@@ -74,7 +75,7 @@ def test_predict_shows_them_by_itself(fitted, saved, subject):
         subject.tokenizer.encode_answer("Text:a\nLabel:", label)[0]
         for label in fitted.spec["labels"]
     ]
-    for found, row in zip(loaded.predict(asked), asked, strict=True):
+    for found, row in zip(loaded.answer_rows(asked), asked, strict=True):
         prompt = with_demonstrations(shown, f"Text:{row['text']}\nLabel:")
         with torch.no_grad():
             logits = subject.model(torch.tensor([subject.tokenizer.encode(prompt)]))[0, -1]

@@ -186,7 +186,8 @@ def test_a_fit_shows_what_failed_and_never_chooses_it(subject, tmp_path):
         f"fold {number} at rate 1e+38 failed at step 12: no finite loss" for number in (0, 1, 2)
     )  # ten rows in three steps, four epochs
     lines = [f"sft: {failed}", f"ia2-sft: {failed}"]
-    remarks = [*lines, "columns: the prompt is 'text'; the answer is 'label'; 2 labels"]
+    columns = "columns: the prompt is 'text'; the answer is 'label'"
+    remarks = [*lines, columns, "answers: 2 labels"]
     assert said == lines and found[0].report["remarks"] == remarks and found[0].spec["rate"] == 1e-2
     assert all(line in write_fit_table(found[0].report) for line in lines)
     found[0].save(tmp_path)

@@ -249,7 +249,7 @@ def test_labels_less_likely_than_the_smallest_float32_are_told_apart(sharp):
         for i in range(6)
     ]
     labels, losses = [subject.tokenizer.encode(label, special=False) for label in LONG], []
-    for row, found in zip(rows, fitted.predict(rows), strict=True):
+    for row, found in zip(rows, fitted.answer_rows(rows), strict=True):
         ids = subject.tokenizer.encode(row["text"])
         logs = torch.tensor(
             [label_log_probability(following, ids, label) for label in labels]

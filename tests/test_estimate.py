@@ -1,6 +1,7 @@
 """A `fit` says how long it will train before it begins, from one timed step."""
 
 import pytest
+from tqdm import tqdm
 
 from ia2mini import FitOptions, open_subject
 from ia2mini.fitting import crossval
@@ -12,16 +13,25 @@ OPTIONS = FitOptions(rates=(1e-3, 1e-2), methods=("sft", "ia2-sft"), folds=4, ep
 
 
 def test_the_estimate_counts_steps_of_every_phase(monkeypatch):
-    said = []
     subject = open_subject("tiny", "cpu")
     rows = world.rows("toy-mood", "train")[:12]
-    cv, _ = cross_validation(rows, subject, OPTIONS, say=said.append)
+    cv, _ = cross_validation(rows, subject, OPTIONS)
     ticks = iter([100.0, 104.0])  # the timed step took four seconds
     monkeypatch.setattr(crossval.time, "perf_counter", lambda: next(ticks))
     cv.fold_grid  # noqa: B018
+    monkeypatch.undo()
     # nine rows in steps of four, five epochs, for SFT, IA2 and SFT after it; then one of eight runs twice
     seconds = 4 * (3 * 5) * 3 * (1 + 2 / 8)
-    assert said == [f"training will take about {duration(seconds)}"]
+    labels = []
+
+    def bar(label, total):
+        labels.append(label)
+        return tqdm(disable=True)
+
+    cv.bar = bar
+    cv.trained("ia2-sft")
+    said = f"training ia2 (all training: about {duration(seconds)})"
+    assert labels == [said, "training ia2-sft"], "said once"
 
 
 @pytest.mark.parametrize("seconds, text", [(40, "40 s"), (720, "12 min"), (12600, "3.5 h")])

@@ -233,7 +233,7 @@ def test_text_numbers_and_emoji(subject):
         not found.spec["labels"] and found.spec["max_tokens"] < 20 and "classes" not in found.report
     )
     assert {"prompt", "true", "said", "confidence", "right"} <= set(found.report["held_out"][0])
-    (answer,) = found.predict([rows[0]])
+    (answer,) = found.answer_rows([rows[0]])
     assert isinstance(answer["answer"], str) and 0 < answer["confidence"] <= 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # unknown words
@@ -343,11 +343,13 @@ def test_a_killed_fit_goes_on_and_nothing_half_written_stays(subject, tmp_path, 
     ).read_text()
     assert again.stdout.replace(str(out), str(tmp_path / "whole")) == whole.stdout
     names = {"ia2mini.json", "README.md", "report.html", "held_out.jsonl"}
-    names |= {"decision.json", "decision_template.jinja"}
     assert {path.name for path in out.iterdir()} - {
         "adapter_config.json",
         "adapter_model.safetensors",
         "probe.safetensors",
+        "suspects.jsonl",
+        "decision.json",
+        "decision_template.jinja",
     } == names
     text = run("score", out, tmp_path / "rows.csv").stdout
     assert "right, among the labels (%)" in text and "12 rows" in text
@@ -416,7 +418,7 @@ def test_the_kept_confidences_of_text_are_those_of_what_was_said(subject):
                 assert kept[i] == fitted.report["held_out"][i]["confidence"]
                 assert kept[i] == pytest.approx(np.exp(np.mean(logs)), rel=1e-4)
         fitted.theta = theta
-        sure += [row["answer"] is not None for row in fitted.predict(fresh, coverage=0.5)]
+        sure += [row["answer"] is not None for row in fitted.answer_rows(fresh, coverage=0.5)]
     assert abs(np.mean(sure) - 0.5) <= 0.15
 
 

@@ -20,6 +20,7 @@ from ia2mini.fitting.predictor import FOREIGN, Predictor
 from ia2mini.fitting.spec import SHAPE
 from ia2mini.metrics import row_losses
 from ia2mini.report.card import card
+from ia2mini.report.fit import by_label
 from ia2mini.tasks import world
 
 QUICK = FitOptions(epochs=8, rates=(1e-2,), methods=("sft",), folds=2)
@@ -51,14 +52,14 @@ def test_columns_that_are_called_as_what_is_added_are_kept(fitted):
     (row,) = toy_rows(1)
     own = {"answer": "mine", "confidence": 2, "row_answer": "older", "answers": 3}
     for coverage in (None, 0.5):
-        (found,) = fitted.predict([row | own], coverage=coverage)
+        (found,) = fitted.answer_rows([row | own], coverage=coverage)
         kept = {"row_answer": "mine", "row_confidence": 2, "row_row_answer": "older", "answers": 3}
         assert (
             found.items() >= (kept | row).items()
             and 0 <= found["confidence"] <= 1
             and found["answer"] != "mine"
         )
-    assert fitted.predict([row]).__next__().keys() == row.keys() | {
+    assert fitted.answer_rows([row]).__next__().keys() == row.keys() | {
         "answer",
         "confidence",
         "probabilities",
@@ -205,3 +206,67 @@ def test_the_reports_loss_is_the_one_that_is_chosen_by():
     assert measures(scores, gold, 1.0)["nll"][0] == pytest.approx(
         100 + torch.tensor(-3.0).exp().log1p().item() / 2
     )
+
+
+def test_the_rows_to_look_at_first(tmp_path):
+    """Those whose own label was least likely when held out, of the wrongly answered ones, a tenth at most."""
+    rows = toy_rows(30)
+    for row in rows[:2] + rows[20:21]:
+        row["label"] = 1 - row["label"]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "a"
+    how = "--model tiny --methods sft --epochs 1 --rates 1e-2 --folds 2".split()
+    with shipping("icl"):
+        told = run("fit", path, *how, "--out", out).stdout
+    assert "suspects.jsonl" in told
+    found = [json.loads(line) for line in (out / "suspects.jsonl").read_text().splitlines()]
+    held = [json.loads(line) for line in (out / "held_out.jsonl").read_text().splitlines()]
+    wrong = [row for row in held if not row["right"]]
+    own = sorted((row["probabilities"][row["true"]], row["prompt"]) for row in wrong)
+    assert [(row["probability"], row["prompt"]) for row in found] == own[:3]
+    assert {row["row"] for row in found} <= {f"{path}:{i}" for i in range(1, 31)}
+    for row in found:
+        line = rows[int(row["row"].rpartition(":")[2]) - 1]
+        assert line["text"] in row["prompt"] and str(line["label"]) == row["true"] != row["said"]
+    flipped = {f"{path}:{i}" for i in (1, 2, 21)}
+    assert len({row["row"] for row in found} & flipped) >= 2, "what was spoilt is found"
+    page = (out / "report.html").read_text()
+    assert "Look at these" in page and f"{path}:" in page
+    with shipping("base"):
+        told = run("fit", path, *how, "--out", out).stdout
+    assert "suspects" not in told and not (out / "suspects.jsonl").exists()
+    assert "Look at these" not in (out / "report.html").read_text()
+
+
+def test_fit_and_score_tell_macro_f1_and_labels_of_one_row(tmp_path):
+    rows = toy_rows(12)
+    rows[0]["label"] = "apple"
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "a"
+    how = "--model tiny --methods sft --epochs 1 --rates 1e-2 --folds 2".split()
+    told = run("fit", path, *how, "--out", out)
+    assert "macro-F1" in told.stdout and "only one row has the answer 'apple'" in told.stdout
+    assert told.stdout.splitlines()[-3] == "answers: 3 labels"
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    assert "macro-F1" in run("score", out, tmp_path / "new.jsonl").stdout
+    text = run("fit", path, *how, "--text", "--out", tmp_path / "b").stdout
+    assert text.splitlines()[-3] == "answers: free text, 3 different in 12 rows"
+    (tmp_path / "context.txt").write_text("be good")
+    context = ("--context", tmp_path / "context.txt", "--prompts", path)
+    refused_line = run("fit", *context, "--labels", "--model", "tiny", "--out", out, code=2).stderr
+    assert "--labels and --text" in refused_line and refused_line.count("\n") == 1
+
+
+def test_many_labels_are_shown_as_pairs():
+    """A square of 21 labels would not be read."""
+    labels = [f"label {i}" for i in range(21)]
+    matrix = [[5 * (i == j) for j in range(21)] for i in range(21)]
+    matrix[3][4] = 2
+    matrix[8][1] = 7
+    classes = [{"label": label, "rows": 5, "precision": 1, "recall": 1} for label in labels]
+    _, pairs = by_label({"classes": classes, "confusion": matrix})
+    assert pairs.index("label 8") < pairs.index("label 3") and "label 5" not in pairs
+    _, square = by_label({"classes": classes[:20], "confusion": [row[:20] for row in matrix[:20]]})
+    assert "label 5" in square

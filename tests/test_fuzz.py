@@ -23,7 +23,8 @@ from ia2mini.adapters import IA3, LoRA
 from ia2mini.engine.peft import save_adapter
 from ia2mini.engine.store import Store
 from ia2mini.engine.subject import Subject
-from ia2mini.fitting.predictor import FOREIGN, Predictor, base_of, load_adapter
+from ia2mini.fitting.folder import base_of
+from ia2mini.fitting.predictor import FOREIGN, Predictor, load_adapter
 from ia2mini.tasks.chat import ChatTemplate
 from ia2mini.tasks.own import near_labels, own_task
 from ia2mini.tasks.rows import read_rows
@@ -126,7 +127,7 @@ def adapters(subject, tmp_path_factory) -> list[Path]:
 
 def answers(predictor, labels, **how):
     """What is wrong with a predictor's answers to a row."""
-    (found,) = predictor.predict([{"text": "a é\n", "answer": "mine"}], **how)
+    (found,) = predictor.answer_rows([{"text": "a é\n", "answer": "mine"}], **how)
     if not 0 <= found["confidence"] <= 1 or found["row_answer"] != "mine":
         return f"{found}"
     if labels and not (

@@ -1,6 +1,7 @@
 """Labels of several tokens: their probabilities and the greedy answer against plain loops, a pass a token."""
 
 import math
+from functools import cache
 from itertools import product
 from statistics import fmean
 
@@ -15,7 +16,7 @@ from test_evaluate import ADAPTERS, DEMONSTRATIONS, PROMPTS, QUERIES, trained
 
 from ia2mini.adapters import adapted
 from ia2mini.episode import with_demonstrations
-from ia2mini.labels import Scoring, label_scores
+from ia2mini.labels import LabelTree, Scoring, label_scores
 from ia2mini.prefix import share_prefix
 from ia2mini.scoring import score
 from ia2mini.tasks import Example
@@ -121,6 +122,58 @@ def test_labels_one_of_which_begins_another_end_with_eos(tiny):
     check_labels(
         label_scores(model, PROMPTS, labels), 0, upstreams(upstream(folder)), PROMPTS, labels
     )
+
+
+def many_labels(count: int, beginning: list[int]) -> list[list[int]]:
+    """Labels of two to five tokens that share beginnings; the last ones begin others. Each is closed with EOS."""
+    rng = torch.Generator().manual_seed(0)
+    found: list[list[int]] = [beginning, beginning[:1], beginning + [7]]
+    while len(found) < count:
+        length = int(torch.randint(1, 5, (1,), generator=rng))
+        label = torch.randint(1, 5, (length,), generator=rng).tolist()
+        if label not in found:
+            found.append(label)
+    return [label + [EOS] for label in found]
+
+
+def test_two_hundred_and_fifty_five_labels_equal_each_scored_alone(tiny):
+    folder, model, _ = tiny
+    asked = cache(upstreams(upstream(folder)))
+    prompt = PROMPTS[0]
+
+    def following(ids):
+        return asked(tuple(ids))
+
+    said = [following(prompt).argmax().item()]
+    said.append(following(prompt + said).argmax().item())
+    labels = many_labels(255, said)
+    scores = label_scores(model, [prompt], labels, Scoring(ends=(EOS,)))
+    assert scores.log_probabilities.shape == (1, 1, 255)
+    check_labels(scores, 0, following, [prompt], labels)
+    behind = label_scores(model, PROMPTS, labels, Scoring(ends=(EOS,), budget=700))
+    for q, other in enumerate(PROMPTS[1:], 1):
+        alone = label_scores(model, [other], labels, Scoring(ends=(EOS,)))
+        torch.testing.assert_close(
+            behind.log_probabilities[:, q], alone.log_probabilities[:, 0], atol=1e-4, rtol=1e-5
+        )
+
+
+def test_what_labels_share_is_read_once():
+    labels = many_labels(255, [1, 2])
+    beginnings = {tuple(label[:i]) for label in labels for i in range(1, len(label))}
+    tree = LabelTree(labels, "cpu", (EOS,))
+    assert len(tree.tokens) == len(beginnings) < sum(len(label) - 1 for label in labels) / 2
+    ids, (rows, columns), packed = tree.batch([[9, 8, 7], [6]], 2, "cpu")
+    assert ids.shape == (4, 3 + len(beginnings)) and len(rows) == 4 * (1 + len(beginnings))
+    for row, length in enumerate((3, 1, 3, 1)):
+        seen = packed.mask[row, 0]
+        for label in labels:
+            for i in range(1, len(label)):
+                # the prompt, then its own beginning in order
+                place = length - 1 + tree.at[labels.index(label), i]
+                visible = seen[place].nonzero()[:, 0]
+                assert ids[row, visible[length:]].tolist() == label[:i]
+                assert packed.places[row, visible].tolist() == list(range(length + i))
 
 
 class Chain(torch.nn.Module):

@@ -114,14 +114,14 @@ def test_predict_and_score_name_file_and_row(subject, tmp_path):
         subject, None, None, FOREIGN | {"template": "Text:{text}\nLabel:", "labels": ["a", "b"]}
     )
     rows = [Row("new.jsonl:1", row(READS, 0)), Row("new.jsonl:2", row(READS + 1, 1))]
-    found = fitted.predict(rows, wrong=lambda error: told.append(str(error)))
+    found = fitted.answer_rows(rows, wrong=lambda error: told.append(str(error)))
     told = []
     assert len(list(found)) == 1 and told == [
         "new.jsonl:2: its prompt has 101 tokens; the model reads 1 to 100"
     ]
     fitted.spec["demonstrations"] = [{"prompt": "Text:y\nLabel:", "answer": "a"}]
     refused(
-        lambda: list(fitted.predict(rows, icl=True)),
+        lambda: list(fitted.answer_rows(rows, icl=True)),
         "new.jsonl:1: its prompt with demonstrations has 116 tokens",
     )
     from ia2mini.report.fit import score_rows
@@ -149,7 +149,7 @@ def test_predict_counts_the_answer(subject, labels, answer):
     fitted = Predictor(subject, None, None, FOREIGN | spec)
     most, told = READS - answer + 1, []
     rows = [Row("new.jsonl:1", row(most, 0)), Row("new.jsonl:2", row(most + 1, 1))]
-    found = list(fitted.predict(rows, wrong=lambda error: told.append(str(error))))
+    found = list(fitted.answer_rows(rows, wrong=lambda error: told.append(str(error))))
     assert [one["text"][:2] for one in found] == ["00"]
     (line,) = told
     assert line.startswith(f"new.jsonl:2: its prompt has {most + 1} tokens")
@@ -166,9 +166,9 @@ def test_chat_turns_and_demonstrations_count(subject, tmp_path):
     fitted.spec["demonstrations"] = [{"prompt": "q" * 20, "answer": "a"}]
     fits = {False: READS - 42, True: READS - 42 - 25}
     for icl, most in fits.items():
-        assert len(list(fitted.predict([{"text": "x" * most}], icl))) == 1
+        assert len(list(fitted.answer_rows([{"text": "x" * most}], icl))) == 1
         refused(
-            lambda n=most + 1, icl=icl: list(fitted.predict([{"text": "x" * n}], icl)),
+            lambda n=most + 1, icl=icl: list(fitted.answer_rows([{"text": "x" * n}], icl)),
             "row 1",
             "101 tokens",
         )

@@ -8,7 +8,7 @@ from mistakes import refused
 
 from ia2mini import load_adapter
 from ia2mini.cli.main import main
-from ia2mini.fitting.predictor import check_own
+from ia2mini.fitting.folder import check_own
 from ia2mini.tasks import world
 
 

@@ -63,11 +63,12 @@ def test_fit_says_how_rows_were_read_and_what_to_type_next(tmp_path):
     lines = [
         f"left out for want of prompt: 1 of 14 rows ({rows}:15)",
         f"left out for want of answer: 1 of 14 rows ({rows}:14)",
-        "columns: the prompt is 'text'; the answer is 'label'; 2 labels",
+        "columns: the prompt is 'text'; the answer is 'label'",
+        "answers: 2 labels",
     ]
-    assert found.stderr.splitlines()[:3] == lines
+    assert found.stderr.splitlines()[:4] == lines
     *_, last, next_command = found.stdout.splitlines()
-    assert found.stdout.splitlines()[-5:-2] == lines
+    assert found.stdout.splitlines()[-6:-2] == lines
     assert shlex.split(next_command.removeprefix("next: ")) == [
         "ia2mini",
         "predict",
@@ -104,9 +105,11 @@ def test_queries_without_a_prompt_are_left_out_and_named(saved):
 def test_run_and_tasks_guess_columns_as_fit_does(tmp_path):
     rows = toy_file(tmp_path / "rows.csv")
     rows.write_text(rows.read_text().replace("text;label", "Review;Sentiment"))
-    said = "columns: the prompt is 'Review'; the answer is 'Sentiment'; 2 labels"
+    said = "columns: the prompt is 'Review'; the answer is 'Sentiment'"
     shown = run("tasks", "--data", rows, "--model", "tiny", "--n", 2)
-    assert said in shown.stderr and shown.stdout.count("demonstration:") == 2
+    assert (
+        f"{said}\nanswers: 2 labels\n" in shown.stderr and shown.stdout.count("demonstration:") == 2
+    )
     how = "--model tiny --device cpu --n 2 --sets 1 --methods base --eval-rows 4".split()
     found = run("run", "--data", rows, *how, "--out", tmp_path / "runs")
     assert found.stderr.splitlines()[0] == said

@@ -406,4 +406,4 @@ def test_an_adapter_too_large_to_compute_with_is_named(tiny, labels):
     )
     theta = torch.full_like(adapter.init(model, torch.Generator()), 1e30)[None]
     predictor = Predictor(subject, adapter, theta, FOREIGN | {"labels": labels, "max_tokens": 2})
-    refused(lambda: list(predictor.predict([{"text": "a"}])), "computes NaN", "--dtype float32")
+    refused(lambda: list(predictor.answer_rows([{"text": "a"}])), "computes NaN", "--dtype float32")

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from shipping import shipping
 
 from ia2mini import FitOptions, UsageError, fit, load_adapter, open_subject
-from ia2mini.cli.fit import arriving
 from ia2mini.cli.main import main
+from ia2mini.cli.rows import arriving
 from ia2mini.tasks import world
 
 QUICK = FitOptions(epochs=1, rates=(1e-2,), methods=("sft",), folds=2)
@@ -93,7 +93,7 @@ def test_probabilities_are_those_of_peft_and_a_plain_loop(saved, adapter, labels
     assert fitted.spec["method"] == "sft", "this test needs a trained adapter"
     theirs = peft.PeftModel.from_pretrained(upstream(TINY), folder).eval()
     rows = toy_rows(6, LABELS[labels], split="eval")
-    for found in (list(fitted.predict(rows)), list(load_adapter(folder).predict(rows))):
+    for found in (list(fitted.answer_rows(rows)), list(load_adapter(folder).answer_rows(rows))):
         for row, said in zip(rows, found, strict=True):
             ours, hand = list(said["probabilities"].values()), by_hand(theirs, fitted, row["text"])
             assert ours == pytest.approx(hand, abs=1e-5) and sum(ours) == pytest.approx(1, abs=1e-6)
@@ -184,7 +184,7 @@ def test_rows_are_answered_before_the_next_is_asked_for(saved):
             yield row
         raise AssertionError("asked for more before what has come was answered")
 
-    answers = saved()[0].predict(coming())
+    answers = saved()[0].answer_rows(coming())
     assert next(answers)["id"] == 0 and len(asked) == 2
     assert [next(answers)["id"] for _ in range(2)] == [1, 2] and len(asked) == 6
 
@@ -222,8 +222,8 @@ def test_coverage_answers_that_share_of_fresh_rows(saved, coverage):
     fitted, _ = saved()
     rows = toy_rows(2000)
     fitted = load_adapter(saved()[1], fitted.subject)
-    fitted.spec["confidences"] = [found["confidence"] for found in fitted.predict(rows[:1000])]
-    found = list(fitted.predict(rows[1000:], coverage=coverage))
+    fitted.spec["confidences"] = [found["confidence"] for found in fitted.answer_rows(rows[:1000])]
+    found = list(fitted.answer_rows(rows[1000:], coverage=coverage))
     sure = [row["answer"] is not None for row in found]
     # of a difference of two shares of 1,000 rows
     error = (2 * coverage * (1 - coverage) / 1000) ** 0.5
@@ -242,9 +242,9 @@ def test_coverage_of_few_or_equal_confidences(saved):
     assert fitted.threshold(0.9) == pytest.approx(0.1) and fitted.threshold(0.5) == pytest.approx(
         0.5
     )
-    refused(lambda: next(fitted.predict(toy_rows(1), coverage=1.5)), "--coverage 1.5")
+    refused(lambda: next(fitted.answer_rows(toy_rows(1), coverage=1.5)), "--coverage 1.5")
     fitted.spec["confidences"] = []
-    refused(lambda: next(fitted.predict(toy_rows(1), coverage=0.5)), "--coverage")
+    refused(lambda: next(fitted.answer_rows(toy_rows(1), coverage=0.5)), "--coverage")
 
 
 def test_icl_is_the_base_with_demonstrations(saved, subject):
@@ -370,7 +370,7 @@ def test_a_prompt_longer_than_the_model_reads_is_a_wrong_row(saved, subject):
     most = subject.model.config.max_position_embeddings
     long = {"text": " ".join(["good"] * (most + 1))}
     refused(
-        lambda: list(fitted.predict([toy_rows(1)[0], long])),
+        lambda: list(fitted.answer_rows([toy_rows(1)[0], long])),
         "row 2",
         f"the model reads 1 to {most}",
     )
@@ -382,12 +382,12 @@ def test_a_prompt_longer_than_the_model_reads_is_a_wrong_row(saved, subject):
 def test_emoji_numbers_and_no_rows(saved):
     fitted, folder = saved()
     with pytest.warns(UserWarning, match="not in the vocabulary"):
-        (found,) = fitted.predict([{"text": "good 🙂 東京"}])
+        (found,) = fitted.answer_rows([{"text": "good 🙂 東京"}])
     assert found["text"] == "good 🙂 東京" and sum(
         found["probabilities"].values()
     ) == pytest.approx(1)
-    assert next(fitted.predict([{"text": 5}]))["text"] == 5
-    assert list(fitted.predict([])) == [] and run("predict", folder, "-", input="").stdout == ""
+    assert next(fitted.answer_rows([{"text": 5}]))["text"] == 5
+    assert list(fitted.answer_rows([])) == [] and run("predict", folder, "-", input="").stdout == ""
 
 
 def test_a_damaged_description_is_one_line(saved, tmp_path):

@@ -74,9 +74,10 @@ WRONG = {  # file, its bytes, the message
     "empty.json": (b"[]", "empty.json: the file holds no rows"),
     "nothing.json": (b"", "nothing.json: not JSON"),
     "deep.json": (b"[" * 100_000, "deep.json: not JSON"),
-    "rows.xlsx": (
+    "rows.ods": (
         b"PK",
-        "rows.xlsx: unknown kind of file '.xlsx'; rows are read from .jsonl, .json, .parquet, .csv, .tsv",
+        "rows.ods: unknown kind of file '.ods'; "
+        "rows are read from .jsonl, .json, .parquet, .csv, .tsv, .xlsx",
     ),
 }
 

@@ -97,7 +97,7 @@ def test_a_plain_softmax_over_the_template_is_what_predict_says(subject, tmp_pat
     if adapter:
         model = peft.PeftModel.from_pretrained(model, tmp_path).eval()
     rows = world.rows("toy-mood", "eval")[:6]
-    for row, said in zip(rows, load_adapter(tmp_path, subject).predict(rows), strict=True):
+    for row, said in zip(rows, load_adapter(tmp_path, subject).answer_rows(rows), strict=True):
         hand = by_hand(model, subject.tokenizer.backend, tmp_path, row)
         assert list(said["probabilities"].values()) == pytest.approx(hand, abs=1e-5)
 
@@ -247,7 +247,7 @@ def test_a_merged_folder_can_be_served(subject, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     rows = world.rows("toy-mood", "eval")[:3]
     model = upstream(tmp_path / "b")
-    for row, said in zip(rows, fitted.predict(rows), strict=True):
+    for row, said in zip(rows, fitted.answer_rows(rows), strict=True):
         hand = by_hand(model, subject.tokenizer.backend, tmp_path / "b", row)
         assert list(said["probabilities"].values()) == pytest.approx(hand, abs=1e-5)
 
@@ -279,7 +279,7 @@ def test_the_decision_pipeline_says_what_predict_says(subject, tmp_path, method,
     how = {"model": model, "tokenizer": tokenizer, "decision_config": str(tmp_path)}
     decide = transformers.pipeline("decision", **how)
     question = {"type": "choice", "criteria": dict.fromkeys(LABELS)}
-    for row, said in zip(rows, fitted.predict(rows), strict=True):
+    for row, said in zip(rows, fitted.answer_rows(rows), strict=True):
         found = decide({"state": row, "questions": {"label": question}})["label"]
         assert found["probabilities"] == pytest.approx(said["probabilities"], abs=1e-5)
         assert found["choice"] == said["answer"]
@@ -302,7 +302,7 @@ def test_on_real_weights(real, tmp_path, chat):
         how = {"model": model, "tokenizer": tokenizer, "decision_config": str(tmp_path)}
         decide = transformers.pipeline("decision", **how)
     question = {"type": "choice", "criteria": dict.fromkeys(fitted.spec["labels"])}
-    for row, said in zip(rows, fitted.predict(rows), strict=True):
+    for row, said in zip(rows, fitted.answer_rows(rows), strict=True):
         hand = by_hand(model, fitted.subject.tokenizer.backend, tmp_path, row)
         assert list(said["probabilities"].values()) == pytest.approx(hand, abs=3e-5)
         if decide:
@@ -342,7 +342,7 @@ def test_transformers_serve_says_what_predict_says(subject, tmp_path):
     rows = world.rows("toy-mood", "eval")[:3]
     question = {"type": "choice", "criteria": dict.fromkeys(LABELS)}
     with serving(tmp_path / "b") as address:
-        for row, said in zip(rows, fitted.predict(rows), strict=True):
+        for row, said in zip(rows, fitted.answer_rows(rows), strict=True):
             body = {"model": str(tmp_path / "b"), "state": row, "questions": {"label": question}}
             request = urllib.request.Request(address, json.dumps(body).encode())
             request.add_header("Content-Type", "application/json")

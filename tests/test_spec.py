@@ -83,7 +83,7 @@ def places(shape, path: tuple = ()) -> list[tuple]:
 def test_every_field_with_anything_in_it(path, saved, subject, tmp_path):
     whole = json.loads((saved / "ia2mini.json").read_text())
     folder = shutil.copytree(saved, tmp_path / "copy")
-    usual = list(load_adapter(saved, subject).predict([{"text": "a film"}]))
+    usual = list(load_adapter(saved, subject).answer_rows([{"text": "a film"}]))
     for value in WILD:
         broken = deepcopy(whole)
         owner = broken
@@ -94,7 +94,7 @@ def test_every_field_with_anything_in_it(path, saved, subject, tmp_path):
         owner[path[-1]] = value
         (folder / "ia2mini.json").write_text(json.dumps(broken))
         try:
-            found = list(load_adapter(folder, subject).predict([{"text": "a film"}]))
+            found = list(load_adapter(folder, subject).answer_rows([{"text": "a film"}]))
         except UsageError as error:
             assert "\n" not in str(error) and len(str(error)) < 1000
             continue

@@ -51,6 +51,7 @@ def writing(folder, out) -> dict[str, list]:
         "fit": [*fit_command(folder), "--out", out],
         "run": ["run", "toy-mood", *few, "--out", out],
         "merge": ["merge", folder / "fitted", "--out", out],
+        "predict": [*printing(folder)["predict"], "--out", out / "answers.csv"],
     }
 
 
@@ -61,7 +62,7 @@ def ended(arguments: list) -> int:
     return end.value.code or 0
 
 
-@pytest.mark.parametrize("command", PRINTING)
+@pytest.mark.parametrize("command", [*PRINTING, "predict"])
 def test_closed_input_changes_nothing_and_closed_output_is_a_line(
     command, ground, monkeypatch, capsys
 ):
@@ -77,13 +78,14 @@ def test_closed_input_changes_nothing_and_closed_output_is_a_line(
     )
 
 
-@pytest.mark.parametrize("command", ["fit", "run", "merge"])
+@pytest.mark.parametrize("command", ["fit", "run", "merge", "predict"])
 def test_a_service_without_streams_gets_its_files(command, ground, tmp_path, monkeypatch):
     for name in ("stdin", "stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
     assert ended(writing(ground, tmp_path / "out")[command]) == 0
     made = {path.name for path in (tmp_path / "out").rglob("*")}
     expected = {"fit": "ia2mini.json", "run": "results.json", "merge": "model.safetensors"}
+    expected["predict"] = "answers.csv"
     assert expected[command] in made
 
 

@@ -1,25 +1,21 @@
 """The practitioner's commands: fit, predict, score, merge."""
 
-import select
 import shlex
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
 from .. import UsageError
 from ..engine.options import FitOptions
-from ..files import json_line, plain, read_text
+from ..files import count, json_line, plain, read_text
 from ..scale import ranks
 from .group import main, progress, typed
 from .options import GUESS, check_option, file_option, many, model_options, options_of, taken
-from .rows import refuse_unnamed_model, tell_all
+from .rows import complain, read_new, refuse_unnamed_model, tell_all
 from .run import prepare
-from .streams import need_input
+from .streams import need_input, need_output
 
-PORTION = 2**16  # bytes that are read at once
 adapter_options = many(
     click.argument("adapter", type=click.Path(path_type=Path, exists=True, file_okay=False)),
     click.option("--model", help="base model  [default: the one that the adapter names]"),
@@ -45,6 +41,12 @@ adapter_options = many(
 @click.option("--prompt-column", help=f"what is asked{GUESS}")
 @click.option("--answer-column", help=f"what is answered{GUESS}")
 @click.option("--template", help="prompt, columns in braces  [default: 'Text:{text}\\nLabel:']")
+@click.option(
+    "--labels/--text",
+    "labelled",
+    default=None,
+    help="what the answers are  [default: labels where they repeat]",
+)
 @file_option(
     "--unlabelled", "more rows, without answers: the teacher answers them, IA2 learns from them too"
 )
@@ -54,8 +56,10 @@ adapter_options = many(
 )
 @file_option("--prompts", "the queries for --context, in place of ROWS; they need no answers")
 @file_option("--out", "folder of the adapter; the same command goes on where it was", required=True)
-def fit(rows, unlabelled, context, prompts, out, **given):
-    """Fit an adapter to your own ROWS (JSONL, JSON, CSV, TSV, Parquet), and say what it is worth.
+def fit(rows, labelled, unlabelled, context, prompts, out, **given):
+    """Fit an adapter to your own ROWS, and say what it is worth.
+
+    ROWS are JSONL (OpenAI's chat rows, too), JSON, CSV, TSV, Excel, Parquet, or a folder that `datasets` saved.
 
     \b
       ia2mini fit tickets.csv --model llama-3.2-1b --out tickets
@@ -69,7 +73,7 @@ def fit(rows, unlabelled, context, prompts, out, **given):
     from ..engine.subject import open_subject
     from ..fitting.fit import Columns, read_own
     from ..fitting.fit import fit as fit_rows
-    from ..fitting.predictor import check_own
+    from ..fitting.folder import check_own
     from ..report.fit import write_fit_report, write_fit_table
     from ..tasks.rows import as_rows
 
@@ -79,37 +83,51 @@ def fit(rows, unlabelled, context, prompts, out, **given):
     refuse_unnamed_model("ROWS" if context is None else "--context")
     how = taken(given, "model", "device", "dtype", "revision", "check")
     columns = Columns(*taken(given, "prompt_column", "answer_column", "template").values())
-    text = read_text(context).replace("\r\n", "\n").strip() if context else ""
-    if context and not text:
-        raise UsageError(f"{context}: the file is empty")
-    options = FitOptions(**given, context=text)
+    if labelled is not None:
+        if context is not None:
+            raise UsageError(
+                "--labels and --text say what ROWS are answered with; --context has none"
+            )
+        columns = columns._replace(answers="labels" if labelled else "text")
+    options = FitOptions(**given, context=read_context(context) if context else "")
     own = as_rows(rows or prompts)
-    _, task = read_own(own, columns, bool(context))  # its mistakes show before a model is loaded
+    # its mistakes show before a model is loaded
+    _, task = read_own(own, columns, bool(context), options.chat)
     subject = open_subject(**how)
     prepare(subject.model, None, False)
     tell_all([*task.remarks, dtype_note(subject)])
-    fitted = fit_rows(
-        own,
-        subject,
-        options,
-        columns,
-        unlabelled or (),
-        keep=out,
-        bar=progress,
-        say=lambda text: tell_all([text]),
-    )
+    fitted = fit_rows(own, subject, options, columns, unlabelled or (), keep=out, bar=progress)
     ranks.stop()
     if not ranks.chief:
         return
     fitted.save(out)
-    write_fit_report(fitted, out, typed())
+    write_fit_report(fitted, out, typed(), own)
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished)
     click.echo(plain(write_fit_table(fitted.report)))
+    click.echo(f"{out}: {files_of(fitted, out)}")
+    click.echo(plain(f"next: ia2mini predict {shlex.quote(str(out))} NEW_ROWS"))
+
+
+def read_context(path: Path) -> str:
+    text = read_text(path).replace("\r\n", "\n").strip()
+    if not text:
+        raise UsageError(f"{path}: the file is empty")
+    return text
+
+
+def files_of(fitted, out: Path) -> str:
+    """What lies in the folder of a fit, in words."""
+    from ..report.fit import SUSPECTS
+
     kinds = {"base": "no adapter", "icl": "demonstrations", "probe": "probe.safetensors"}
     shipped = kinds.get(fitted.spec["method"], "adapter")
-    click.echo(f"{out}: {shipped}, ia2mini.json, README.md, report.html, held_out.jsonl")
-    click.echo(plain(f"next: ia2mini predict {shlex.quote(str(out))} NEW_ROWS"))
+    files = [shipped, "ia2mini.json", "README.md", "report.html", "held_out.jsonl"]
+    if (out / "decision.json").is_file():
+        files.append("decision.json and its template (to serve it)")
+    if (out / SUSPECTS).is_file():
+        files.append(f"{SUSPECTS} (rows whose answers may be wrong)")
+    return ", ".join(files)
 
 
 def dtype_note(subject) -> str:
@@ -117,64 +135,6 @@ def dtype_note(subject) -> str:
     dtype = str(next(subject.model.parameters()).dtype).removeprefix("torch.")
     other = "bfloat16" if dtype == "float32" else "float32"
     return f"{subject.name} computes in {dtype} (--dtype {other} for the other)"
-
-
-def read_new(rows: str, strict: bool) -> Iterator:
-    """Rows of a file; of JSONL and standard input line by line, where a wrong line is told on stderr and left out.
-
-    None where the next line of standard input has yet to come.
-    """
-    from ..tasks.rows import Row, parse_json, read_rows
-
-    path = Path(rows)
-    if rows != "-" and (path.suffix.lower() != ".jsonl" or not path.is_file()):
-        yield from read_rows(path)
-        return
-    number = 0
-    with sys.stdin.buffer if rows == "-" else path.open("rb") as stream:
-        for line in arriving(stream):
-            if line is None:
-                yield None
-                continue
-            number += 1
-            where = f"{rows}:{number}"
-            try:
-                if line.strip():
-                    yield Row(where, parse_json(line, where, "one object a line is expected"))
-            except UsageError as error:
-                complain(error, strict)
-
-
-def arriving(stream) -> Iterator:
-    """The lines of a binary stream as they come, and None wherever the next part of it has yet to come."""
-    begun: list[bytes] = []  # parts of a line without its end
-    while True:
-        if not is_ready(stream):
-            yield None
-        part = stream.read1(PORTION)  # waits for one byte, and takes what there is
-        if not part:
-            break
-        first, *lines = part.split(b"\n")
-        begun.append(first)
-        for line in lines:
-            yield b"".join(begun)
-            begun = [line]
-    if last := b"".join(begun):
-        yield last
-
-
-def is_ready(stream) -> bool:
-    """Whether reading would not wait; True where that cannot be asked."""
-    try:
-        return bool(select.select([stream.fileno()], [], [], 0)[0])
-    except (OSError, ValueError):
-        return True
-
-
-def complain(error: UsageError, strict: bool) -> None:
-    if strict:
-        raise error from None
-    click.echo(plain(f"ia2mini: {error}; left out"), err=True)
 
 
 @main.command()
@@ -193,19 +153,59 @@ def complain(error: UsageError, strict: bool) -> None:
     is_flag=True,
     help="stop at the first wrong row  [default: name it on stderr, leave it out]",
 )
-def predict(adapter, rows, coverage, icl, strict, **how):
+@file_option(
+    "--out",
+    "a table of your rows with their answers: .csv, .tsv, .jsonl, .xlsx or .parquet"
+    "  [default: JSONL to standard output]",
+)
+@click.option(
+    "--digits",
+    type=click.IntRange(0, 17),
+    help="of probabilities  [default: 4 in --out, all on standard output]",
+)
+def predict(adapter, rows, coverage, icl, strict, out, digits, **how):
     """Answer ROWS, or JSON lines from standard input (-), by an ADAPTER of `ia2mini fit` or of peft.
 
     Prints JSONL: the row's own columns, answer, confidence and, of labels, the probability of each. Where --coverage
     abstains, answer is null and abstained the answer. A column of yours with such a name becomes row_answer and so on.
+    With --out the file has a line for every row, also for one that is left out: no answer, and the reason.
     """
+    from ..report.answers import rounded
+
     if rows == "-":
         need_input()
+    if out is not None:
+        write_predicted(adapter, rows, (icl, coverage, strict), out, digits, **how)
+        return
+    need_output()
     fitted = open_adapter(adapter, **how)
-    for row in fitted.predict(
-        read_new(rows, strict), icl, coverage, wrong=lambda error: complain(error, strict)
+    for row in fitted.answer_rows(
+        read_new(rows), icl, coverage, wrong=lambda error: complain(error, strict)
     ):
-        click.echo(json_line(row))
+        click.echo(json_line(rounded(row, digits)))
+
+
+def write_predicted(adapter, rows: str, asked: tuple, out: Path, digits, **how) -> None:
+    """Write a file with every row and what is said to it."""
+    from ..report.answers import DIGITS, Answers, check_size, check_target
+
+    icl, coverage, strict = asked
+    check_target(out, rows)
+    new = [row for row in read_new(rows) if row is not None]
+    check_size(out, new)
+    fitted = open_adapter(adapter, **how)
+    answers = Answers(rows, fitted.spec["labels"], coverage is not None)
+    with progress("answers", len(new)) as bar:
+        for row, said in fitted.outcomes(new, icl, coverage):
+            if strict and isinstance(said, UsageError):
+                raise said
+            answers.add(row, said, DIGITS if digits is None else digits)
+            bar.update()
+    answers.write(out)
+    told = f"{out}: {count(len(new), 'row')}"
+    if answers.left_out:
+        told += f", {answers.left_out} of them without an answer: see the column `reason`"
+    click.echo(plain(told))
 
 
 @main.command()
@@ -293,7 +293,8 @@ def generate(prompt, max_tokens, stop, adapter, chat, **how):
 def open_adapter(folder: Path, model=None, revision=None, template=None, labels=None, **how):
     """A saved adapter on its base model, or another."""
     from ..engine.subject import open_subject
-    from ..fitting.predictor import base_of, load_adapter
+    from ..fitting.folder import base_of
+    from ..fitting.predictor import load_adapter
     from ..fitting.spec import check_labels
     from ..tasks.own import check_template
 

@@ -17,8 +17,8 @@ from ..scale import ranks
 from .streams import check_arguments, keep_freed_memory, need_output, open_streams
 
 MINUTE = 60
-# commands whose whole result is what they print
-PRINTING = ("predict", "score", "generate", "tasks")
+# commands whose whole result is what they print; so is that of `predict` without --out
+PRINTING = ("score", "generate", "tasks")
 
 
 class Commands(click.Group):

@@ -1,6 +1,8 @@
-"""What the commands on one's own rows share: the task, the model that must be named, and how the rows were read."""
+"""What the commands on one's own rows share: the task, the model that must be named, and how rows are read."""
 
-from collections.abc import Iterable
+import select
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
@@ -9,6 +11,7 @@ from .. import UsageError
 from ..files import plain
 from ..scale import ranks
 
+PORTION = 2**16  # bytes that are read at once
 DEMO = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap")
 
 
@@ -56,3 +59,61 @@ def tell_all(remarks: Iterable[str]) -> None:
     if ranks.chief:
         for remark in remarks:
             click.echo(plain(remark), err=True)
+
+
+def read_new(rows: str) -> Iterator:
+    """Rows of a file; of JSONL and standard input line by line, in place of a wrong line its UsageError.
+
+    None where the next line of standard input has yet to come.
+    """
+    from ..tasks.rows import Row, parse_json, read_rows
+
+    path = Path(rows)
+    if rows != "-" and (path.suffix.lower() != ".jsonl" or not path.is_file()):
+        yield from read_rows(path)
+        return
+    number = 0
+    with sys.stdin.buffer if rows == "-" else path.open("rb") as stream:
+        for line in arriving(stream):
+            if line is None:
+                yield None
+                continue
+            number += 1
+            where = f"{rows}:{number}"
+            try:
+                if line.strip():
+                    yield Row(where, parse_json(line, where, "one object a line is expected"))
+            except UsageError as error:
+                yield error
+
+
+def arriving(stream) -> Iterator:
+    """The lines of a binary stream as they come, and None wherever the next part of it has yet to come."""
+    begun: list[bytes] = []  # parts of a line without its end
+    while True:
+        if not is_ready(stream):
+            yield None
+        part = stream.read1(PORTION)  # waits for one byte, and takes what there is
+        if not part:
+            break
+        first, *lines = part.split(b"\n")
+        begun.append(first)
+        for line in lines:
+            yield b"".join(begun)
+            begun = [line]
+    if last := b"".join(begun):
+        yield last
+
+
+def is_ready(stream) -> bool:
+    """Whether reading would not wait; True where that cannot be asked."""
+    try:
+        return bool(select.select([stream.fileno()], [], [], 0)[0])
+    except (OSError, ValueError):
+        return True
+
+
+def complain(error: UsageError, strict: bool) -> None:
+    if strict:
+        raise error from None
+    click.echo(plain(f"ia2mini: {error}; left out"), err=True)

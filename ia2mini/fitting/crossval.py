@@ -57,7 +57,6 @@ class CrossValidation:
     once: Callable = lambda name, make: make()  # keeps tensors, so that an interrupted fit goes on
     # bar(label, total) -> context manager yielding a tqdm
     bar: Callable = lambda label, total: tqdm(disable=True)
-    say: Callable[[str], None] = lambda text: None  # tells how long it will take
 
     def __post_init__(self):
         subject, task, rows, options = self.subject, self.task, self.rows, self.options
@@ -83,6 +82,7 @@ class CrossValidation:
         self.found: dict[str, Tried] = {}
         # answers to held-out rows, and how sure each is
         self.said: dict[str, tuple[list[str], list[float]]] = {}
+        self.told = ""  # how long all training will take, until it is said
         self.troubles: list[str] = []  # sentences about runs of which a loss was not finite
         self.answers: dict[int, list[Row]] = {}
         parts = prompts if prompts <= ALONE else min(options.folds, prompts)
@@ -166,7 +166,7 @@ class CrossValidation:
         return self.options.epochs * math.ceil(len(rows) / self.options.batch_size)
 
     def estimate(self, grid: Grid) -> None:
-        """Say how long all training will take, from one timed step."""
+        """How long all training will take, from one timed step: the first bar says it."""
         one = replace(grid, settings=replace(grid.settings, steps=1), hooks=Hooks(in_batches))
         METHODS["sft"](one)  # the first is slower
         begun = time.perf_counter()
@@ -174,11 +174,13 @@ class CrossValidation:
         seconds = time.perf_counter() - begun
         steps = sum(self.steps(grid, method) for method in in_order(self.options.methods))
         final = 1 + 2 / len(self.rates) / len(self.folds)  # then the chosen one on all rows
-        self.say(f"training will take about {duration(seconds * steps * final)}")
+        self.told = f" (all training: about {duration(seconds * steps * final)})"
 
     def train_phase(self, grid: Grid, method: str, first: Trained | None) -> Trained:
         """One method on a grid, from the phase `first` that it starts from."""
-        with self.bar(f"training {method}", self.steps(grid, method)) as bar:
+        label = f"training {method}{self.told}"
+        self.told = ""
+        with self.bar(label, self.steps(grid, method)) as bar:
 
             def looked(state: State) -> bool:
                 bar.update(state.step - bar.n)

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean, median
@@ -23,7 +23,8 @@ from ..scale.decode import fast_decoding
 from ..tasks import Example, Task
 from ..tasks.chat import ChatTemplate
 from ..tasks.own import complete_rows, keep_apart, near_labels, own_task, queries_task
-from ..tasks.rows import Row, as_rows, fill
+from ..tasks.rows import Row, as_rows, fill, only_column
+from ..tasks.turns import ALL_TURNS, ANSWER, holds_turns, open_turns
 from ..teacher import answer_tokens_at_most
 from .crossval import CrossValidation
 from .measures import classes, measures
@@ -40,20 +41,22 @@ class Columns(NamedTuple):
     prompt: str | None = None
     answer: str | None = None
     template: str | None = None  # of the prompt, columns in braces
+    answers: str | None = None  # "labels" or "text"; None: as they repeat
 
 
 def fit(
-    rows: str | Path | list[dict],
+    rows,
     subject: Subject,
     options: FitOptions | None = None,
     columns: Columns | tuple = (),
-    unlabelled: str | Path | Sequence[dict] = (),
+    unlabelled=(),
     keep: Path | None = None,
     bar: Callable | None = None,
-    say: Callable | None = None,
 ) -> Predictor:
     """Cross-validate on `rows`, choose, train that on all: a Predictor (`.report`, `.predict(rows)`, `.save(dir)`).
 
+    `rows`: a file's name, dicts of columns, or a pandas DataFrame. `columns`: which hold prompt and answer, a template,
+    and whether the answers are "labels" or "text"; what is None is seen from the rows.
     With `options.context` the rows need no answers: they are the queries that the model answers when it sees that text.
     `unlabelled` rows join IA2's queries: the teacher answers them. With `keep`, a folder, an interrupted fit goes on.
     Raises UsageError for whatever is wrong with rows, columns or options.
@@ -62,7 +65,7 @@ def fit(
         print(fitted.report["sentence"])
     """
     cv, odd = cross_validation(
-        rows, subject, options or FitOptions(), columns, unlabelled, keep, bar, say
+        rows, subject, options or FitOptions(), columns, unlabelled, keep, bar
     )
     fitted = conclude(cv)
     fitted.report["remarks"] += odd
@@ -77,14 +80,13 @@ def cross_validation(
     unlabelled=(),
     keep=None,
     bar=None,
-    say=None,
 ) -> tuple[CrossValidation, list[str]]:
     """The cross-validation that `fit` concludes, before anything is computed; what is odd about the rows."""
     columns = Columns(*columns)
-    rows, task = read_own(rows, columns, bool(options.context))
+    rows, task = read_own(rows, columns, bool(options.context), options.chat)
     chat: Callable = str
     if options.chat:
-        chat = ChatTemplate(subject.folder, subject.tokenizer)
+        chat = ChatTemplate(subject.folder, subject.tokenizer, task.prompt == ALL_TURNS)
         subject = replace(subject, tokenizer=chat.tokenizer)
     if options.context:
         examples = answered([chat(fill(task.prompt, row)) for row in rows], subject, options)
@@ -96,15 +98,16 @@ def cross_validation(
         if not task.labels:
             task = replace(task, max_tokens=answer_tokens_at_most(subject.tokenizer, examples))
     examples = list(dict.fromkeys(examples))
-    queries, lacking = [], []
-    if unlabelled:
-        queries, lacking = complete_rows(as_rows(unlabelled), replace(task, answer=""))
+    queries = [
+        open_turns(row, task.prompt) for row in as_rows(unlabelled, only_column(task.prompt))
+    ]
+    lacking: list[str] = []
+    if queries:
+        queries, lacking = complete_rows(queries, replace(task, answer=""))
     more = [Example(chat(fill(task.prompt, row)), "") for row in queries]
     cv = CrossValidation(subject, task, examples, options, more)
     if bar is not None:
         cv.bar = bar
-    if say is not None:
-        cv.say = say
     if keep is not None:
         what = {
             "ia2mini": __version__,
@@ -112,6 +115,7 @@ def cross_validation(
             "checkpoint": checkpoint_digest(subject.folder),
             "dtype": str(next(subject.model.parameters()).dtype),
             "rows": [(str(e.prompt), e.answer) for e in examples + more],
+            "labels": task.labels,
         }
         cv.once = Store(keep, "unfinished", what).once
     odd = [*lacking, *remarks(rows, task, examples)]
@@ -120,21 +124,36 @@ def cross_validation(
 
 
 def read_own(
-    rows: str | Path | list[dict], columns: tuple = (), queries: bool = False
+    rows, columns: tuple = (), queries: bool = False, chat: bool = False
 ) -> tuple[list[Row], Task]:
     """One's own rows that have all that is needed, and the task that they describe; `queries` have no answers.
 
     `task.remarks` says how they were read, and which were left out. Raises UsageError.
     """
-    rows, columns = as_rows(rows), Columns(*columns)
+    rows = as_rows(rows)
+    columns = Columns(*columns)
     if not rows:
         raise UsageError("no rows to fit")
+    if any(holds_turns(row) for row in rows):
+        columns = columns_of_turns(columns, rows[0].where, chat)
+        rows = [open_turns(row, columns.template) for row in rows]
     name = plain(Path(re.split(r":| ?row ", rows[0].where)[0]).stem, "") or "rows"
     if queries:
         task = queries_task(rows, name, columns.prompt, columns.template)
     else:
         task = own_task(rows, name, *columns)
     return complete_rows(rows, task)[0], task
+
+
+def columns_of_turns(columns: Columns, where: str, chat: bool) -> Columns:
+    """The columns of rows that hold conversations. Raises UsageError where nothing says how they are asked."""
+    template = columns.template
+    if template is None and chat:
+        template = ALL_TURNS
+    if template in (None, ALL_TURNS) and not chat:
+        mend = "give --chat, or a template of its system's and user's turn: --template '{user}\\nLabel:'"
+        raise UsageError(f"{where}: a conversation (messages): {mend}")
+    return columns._replace(template=template, answer=columns.answer or ANSWER)
 
 
 def answered(prompts: list[str], subject: Subject, options: FitOptions) -> list[Example]:

@@ -1,62 +1,46 @@
-"""A fitted adapter in use: answers to new rows with probabilities, saved and loaded as one self-contained folder."""
+"""A fitted adapter in use: answers to new rows with probabilities, one by one or as scikit-learn gives them."""
 
-import hashlib
-import json
-import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .. import UsageError
 from ..adapters import Adapter, adapted
-from ..engine.peft import claim, read_adapter, read_config, save_adapter, save_merged
-from ..engine.store import checkpoint_digest, versions
+from ..engine.peft import read_adapter
 from ..engine.subject import Subject, open_subject
 from ..episode import with_demonstrations
-from ..files import finite, write, write_text
 from ..generate import Decoding
 from ..labels import Scoring, label_scores
-from ..models.checkpoint import load
 from ..models.taps import device_of
 from ..prefix import share_prefix
 from ..scale.decode import fast_decoding
 from ..scoring import answer_texts, last_states
-from ..tasks import Example
+from ..tasks import Example, same_answer
 from ..tasks.chat import ChatTemplate
-from ..tasks.rows import Row, fill
-from ..tokenizer import Rendered
-from .probe import PROBE, Probe, read_probe, write_probe
-from .serving import write_decision
-from .spec import FOREIGN, SPEC, check_given, read_spec
+from ..tasks.own import true_answer
+from ..tasks.rows import Row, blocks, each_row, fill, only_column, renamed
+from ..tasks.turns import ALL_TURNS, open_turns
+from . import folder as folders
+from .probe import Probe, read_probe
+from .spec import FOREIGN, check_given, read_spec
 
-BESIDE = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-BESIDE += ("added_tokens.json",)
-TOP, AT_ONCE = 5, 64
-CARD_MARK = b"tags: [ia2mini, "  # of a model card that ia2mini wrote
-ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
-ADDED = r"^(?=(row_)*(answer|abstained|confidence|probabilities)$)"  # what a row's answer is called
-# mean difference of a canary's log-probabilities
-ALLOWED = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.1}
+ADDED = ("answer", "abstained", "confidence", "probabilities")  # what a row's answer is called
 
 
 @dataclass
 class Predictor:
-    """The base model under one adapter (none: the base itself), with what it needs to answer rows."""
+    """The base model under one adapter (none: the base itself), with what it needs to answer rows.
+
+    Rows are dicts of columns, texts for the template's only column, or a pandas DataFrame.
+    """
 
     subject: Subject
     adapter: Adapter | None
@@ -69,22 +53,65 @@ class Predictor:
     def __post_init__(self):
         self.chat = str
         if self.spec["chat"]:
-            self.chat = ChatTemplate(self.subject.folder, self.subject.tokenizer)
+            conversations = self.spec["template"] == ALL_TURNS
+            self.chat = ChatTemplate(self.subject.folder, self.subject.tokenizer, conversations)
             self.subject = replace(self.subject, tokenizer=self.chat.tokenizer)
 
     def student(self, wanted: bool = True) -> AbstractContextManager:
         """The model under the adapter, if there is one and it is wanted."""
-        model = self.subject.model
-        return (
-            adapted(model, self.adapter, self.theta)
-            if wanted and self.adapter
-            else nullcontext(model)
-        )
+        if wanted and self.adapter:
+            return adapted(self.subject.model, self.adapter, self.theta)
+        return nullcontext(self.subject.model)
 
-    def predict(
+    @property
+    def classes_(self) -> np.ndarray:
+        """The labels [C], in the order of the columns of `predict_proba`."""
+        if not self.spec["labels"]:
+            raise AttributeError("it answers with text: there are no classes")
+        return np.array(self.spec["labels"], dtype=object)
+
+    def predict(self, rows, icl: bool = False, coverage: float | None = None) -> np.ndarray:
+        """The answer to each row, [n] texts; with `coverage` None where it abstains. Raises UsageError.
+
+        `icl` and `coverage` as in `answer_rows`.
+        """
+        found = [row["answer"] for row in self.answer_rows(rows, icl, coverage)]
+        return np.array(found, dtype=object)
+
+    def predict_proba(self, rows, icl: bool = False) -> np.ndarray:
+        """The probability of each label among them, [n, C] float64, columns as `classes_`. Raises UsageError."""
+        labels = self.spec["labels"]
+        if not labels:
+            raise UsageError("it answers with text, not with labels, and has no probabilities")
+        found = []
+        for _, said in self.answers(rows, icl):
+            found.append([said["probabilities"][label] for label in labels])
+        return np.array(found, dtype=np.float64).reshape(-1, len(labels))
+
+    def score(self, rows, labels, icl: bool = False) -> float:
+        """The share of rows whose answer is the true one in `labels`. Raises UsageError, also for an unknown label."""
+        said = self.predict(rows, icl)
+        true = []
+        for number, label in enumerate(labels, 1):
+            value = label.item() if isinstance(label, np.generic) else label
+            row = Row(f"label {number}", {"label": value})
+            true.append(true_answer(row, "label", self.spec["labels"]))
+        if len(said) != len(true) or not true:
+            raise UsageError(
+                f"{len(said)} rows and {len(true)} labels: give one label for each row"
+            )
+        return float(np.mean([self.is_right(*pair) for pair in zip(said, true)]))
+
+    def is_right(self, said: str, true: str) -> bool:
+        """Whether an answer is the true one: the same label, or a text that is read as the same."""
+        if self.spec["labels"]:
+            return said == true
+        return same_answer(self.spec["parser"], said, true)
+
+    def answer_rows(
         self,
-        rows: Iterable[dict | None],
-        icl=False,
+        rows,
+        icl: bool = False,
         coverage: float | None = None,
         wrong: Callable | None = None,
     ) -> Iterator[dict]:
@@ -93,34 +120,57 @@ class Predictor:
         A column of the row's own that is called so becomes `row_answer` and so on. None in place of a row says that the
         next has yet to come: what has come is answered first.
         `icl`: the base with demonstrations instead, as always where these were shipped. `coverage`: the least certain
-        rows get the answer None, by the threshold above which that share of the held-out rows was. A row without its
-        columns is a UsageError, which `wrong`, where given, is called with instead.
+        rows get the answer None, by the threshold above which that share of the held-out rows was. A row that cannot be
+        answered is a UsageError, which `wrong`, where given, is called with instead.
         """
-        threshold = self.threshold(coverage)
-        for row, found in self.answers(rows, icl, wrong):
-            found.pop("log_probabilities", None)
-            if found["confidence"] < threshold:
-                found = {"answer": None, "abstained": found.pop("answer")} | found
-            yield {re.sub(ADDED, "row_", name): value for name, value in row.items()} | found
+        for row, said in self.outcomes(rows, icl, coverage):
+            if not isinstance(said, UsageError):
+                yield renamed(row, ADDED) | said
+            elif wrong is None:
+                raise said
+            else:
+                wrong(said)
 
-    def answers(
-        self, rows: Iterable[dict | None], icl=False, wrong=None
-    ) -> Iterator[tuple[Row, dict]]:
-        """Each row and what is said to it, of labels also the `log_probabilities`, among them alone."""
+    def outcomes(
+        self, rows, icl: bool = False, coverage: float | None = None
+    ) -> Iterator[tuple[Row, dict | UsageError]]:
+        """Every row and what `answer_rows` adds to it, or the UsageError for which it cannot be answered."""
+        threshold = self.threshold(coverage)
+        for row, said in self.each_answer(rows, icl):
+            if isinstance(said, dict):
+                said.pop("log_probabilities", None)
+                if said["confidence"] < threshold:
+                    abstained = said.pop("answer")
+                    said = {"answer": None, "abstained": abstained, **said}
+            yield row, said
+
+    def answers(self, rows, icl: bool = False) -> Iterator[tuple[Row, dict]]:
+        """Each row and what is said to it, of labels also the `log_probabilities` among them. Raises UsageError."""
+        for row, said in self.each_answer(rows, icl):
+            if isinstance(said, UsageError):
+                raise said
+            yield row, said
+
+    def each_answer(self, rows, icl: bool) -> Iterator[tuple[Row, dict | UsageError]]:
+        """As `answers`, with the UsageError of a row that cannot be answered in its place."""
         shown = self.shown() if icl or self.spec["method"] == "icl" else []
-        for some in blocks(rows):
-            questions = []
-            for row in some:
+        column = only_column(self.spec["template"])
+        for some in blocks(each_row(rows, column)):
+            found: list = list(some)  # in place of each row what is said to it
+            asked = []
+            for place, row in enumerate(some):
                 try:
-                    questions.append(self.question(row, shown))
+                    if isinstance(row, Row):
+                        asked.append(self.question(row, shown, place))
                 except UsageError as error:
-                    if wrong is None:
-                        raise
-                    wrong(error)
-            for labels, group in groupby(questions, attrgetter("labels")):
+                    found[place] = error
+            for labels, group in groupby(asked, attrgetter("labels")):
                 alike = list(group)
-                found = self.answer([question.prompt for question in alike], shown, labels)
-                yield from zip([question.row for question in alike], found)
+                prompts = [question.prompt for question in alike]
+                for question, said in zip(alike, self.answer(prompts, shown, labels)):
+                    found[question.place] = said
+            for row, said in zip(some, found):
+                yield row if isinstance(row, Row) else Row("", {}), said
 
     def shown(self) -> list[Example]:
         """The demonstrations, or the context, that stand before every row where the base is to answer."""
@@ -130,11 +180,11 @@ class Predictor:
         asked = str if spec["context"] else self.chat
         return [Example(asked(e["prompt"]), e["answer"]) for e in spec["demonstrations"]]
 
-    def question(self, row: Row, shown: list[Example]) -> "Question":
+    def question(self, row: Row, shown: list[Example], place: int = 0) -> "Question":
         """What a row asks. Raises UsageError for a missing column, and where it is longer than the model reads."""
-        prompt = self.chat(fill(self.spec["template"], row))
-        tokenizer = self.subject.tokenizer
-        tokens = len(tokenizer.encode(with_demonstrations(shown, prompt)))
+        template = self.spec["template"]
+        prompt = self.chat(fill(template, open_turns(row, template)))
+        tokens = len(self.subject.tokenizer.encode(with_demonstrations(shown, prompt)))
         try:
             labels = self.label_tokens(prompt)
         except UsageError as error:
@@ -142,7 +192,7 @@ class Predictor:
         answer = max(map(len, labels)) if labels else self.spec["max_tokens"]
         # the answer's last token is not read
         if 0 < tokens and tokens + answer - 1 <= self.subject.reads:
-            return Question(row, prompt, labels)
+            return Question(place, prompt, labels)
         said = [f"its prompt{' with demonstrations' if shown else ''} has {tokens} tokens"]
         if answer > 1:
             said.append(f"its answer may have {answer}")
@@ -152,10 +202,17 @@ class Predictor:
 
     def label_tokens(self, prompt: str) -> list[list[int]]:
         """The tokens of every label: as they were fitted, or of a strange adapter as they stand behind this prompt."""
+        if "example" in self.spec:
+            return self.fitted_label_tokens
         if not self.spec["labels"]:
             return []
-        if "example" in self.spec:
-            prompt = self.chat(self.spec["example"])
+        return self.subject.tokenizer.label_tokens(prompt, self.spec["labels"])
+
+    @cached_property
+    def fitted_label_tokens(self) -> list[list[int]]:
+        if not self.spec["labels"]:
+            return []
+        prompt = self.chat(self.spec["example"])
         return self.subject.tokenizer.label_tokens(prompt, self.spec["labels"])
 
     def threshold(self, coverage: float | None) -> float:
@@ -176,36 +233,34 @@ class Predictor:
         self, prompts: list[str], shown: list[Example], labels: list[list[int]]
     ) -> list[dict]:
         """Answers to prompts: the adapted model's, or the base's where demonstrations are shown."""
-        spec, tokenizer = self.spec, self.subject.tokenizer
-        model, ids = self.subject.model, tokenizer.encode_all(prompts)
+        tokenizer = self.subject.tokenizer
         if shown:
-            model, ids = share_prefix(model, tokenizer, [shown], prompts)
-        found: list[dict] = []
-        with nullcontext(model) if shown else self.student() as student:
-            if labels:
-                probe = None if shown else self.probe
-                found = self.answer_labels(student, ids, labels, probe)
+            model, ids = share_prefix(self.subject.model, tokenizer, [shown], prompts)
+            answering: AbstractContextManager = nullcontext(model)
+        else:
+            ids = tokenizer.encode_all(prompts)
+            answering = self.student()
+        with answering as student:
+            if labels and self.probe is not None and not shown:
+                found = self.shares(self.probe.log_probabilities(last_states(student, ids)))
+            elif labels:
+                found = self.answer_labels(student, ids, labels)
             else:
-                hooks = fast_decoding(device_of(self.subject.model), spec["max_tokens"])
-                how = Decoding(spec["max_tokens"], spec["stop"], hooks=hooks)
-                texts, sure = answer_texts(student, tokenizer, ids, how)
-                found = [{"answer": text, "confidence": p} for text, p in zip(texts, sure)]
+                found = self.answer_text(student, ids)
         if any(np.isnan(answer["confidence"]) for answer in found):
             raise UsageError(
                 "the model computes NaN: weights of model or adapter are too large; try --dtype float32"
             )
         return found
 
-    def answer_labels(
-        self, student, ids: list[list[int]], tokens: list[list[int]], probe: Probe | None = None
-    ) -> list[dict]:
-        """The shares of the labels: of their `tokens` by the model's head, or by a probe in its place."""
+    def answer_labels(self, student, ids: list[list[int]], tokens: list[list[int]]) -> list[dict]:
+        """The likeliest label behind each prompt, and the probability of each among them."""
+        how = Scoring(ends=self.subject.tokenizer.eos_ids)
+        return self.shares(label_scores(student, ids, tokens, how).log_probabilities[0])
+
+    def shares(self, scores: Tensor) -> list[dict]:
+        """From log-probabilities of the labels [n, C] the likeliest label of each row, and each label's share."""
         labels = self.spec["labels"]
-        if probe is not None:
-            scores = probe.log_probabilities(last_states(student, ids))
-        else:
-            how = Scoring(ends=self.subject.tokenizer.eos_ids)
-            scores = label_scores(student, ids, tokens, how).log_probabilities[0]
         logs = (scores.double() / self.spec["temperature"]).log_softmax(-1)
         found = []
         for best, row in zip(logs.argmax(-1).tolist(), logs):
@@ -214,168 +269,37 @@ class Predictor:
                 "answer": labels[best],
                 "confidence": shares[best],
                 "probabilities": dict(zip(labels, shares)),
+                "log_probabilities": row.tolist(),
             }
-            found.append(about | {"log_probabilities": row.tolist()})
+            found.append(about)
         return found
 
-    def canary(self, kept: dict | None = None) -> dict:
-        """Next tokens of a prompt (the likeliest, or as `kept`) and their log-probabilities, with and without it."""
-        prompt = self.chat(self.spec["example"])
-        found: dict = {
-            "dtype": str(next(self.subject.model.parameters()).dtype).removeprefix("torch.")
-        }
-        # a template may write today's date: what it wrote then is asked again
-        if self.spec["chat"]:
-            prompt = Rendered((kept or {}).get("prompt", prompt))
-            found["prompt"] = str(prompt)
-        tokens = self.subject.tokenizer.encode(prompt)
-        self.subject.check_room(prompt, len(tokens), "fit the adapter again")
-        ids = torch.tensor([tokens])
-        for name, wanted in (("base", False), ("adapted", True)):
-            with torch.no_grad(), self.student(wanted) as student:
-                logits = (
-                    student(ids.to(device_of(self.subject.model)))[0, -1]
-                    .float()
-                    .cpu()
-                    .log_softmax(-1)
-                )
-            tokens = kept[name]["tokens"] if kept else logits.topk(TOP).indices.tolist()
-            there = [t for t in tokens if 0 <= t < len(logits)]
-            found[name] = {"tokens": tokens, "log_probabilities": logits[there].tolist()}
-        return found
+    def answer_text(self, student, ids: list[list[int]]) -> list[dict]:
+        """What is generated behind each prompt, and how sure it is."""
+        most = self.spec["max_tokens"]
+        hooks = fast_decoding(device_of(self.subject.model), most)
+        how = Decoding(most, self.spec["stop"], hooks=hooks)
+        texts, sure = answer_texts(student, self.subject.tokenizer, ids, how)
+        return [{"answer": text, "confidence": share} for text, share in zip(texts, sure)]
 
-    def merge(self, out: Path) -> float:
+    def save(self, folder: str | Path) -> None:
+        """Write the adapter in peft's format and `ia2mini.json`. Raises UsageError, also for a folder of others."""
+        folders.save(self, Path(folder))
+
+    def merge(self, out: str | Path) -> float:
         """Write a checkpoint with the adapter in its matrices; the largest difference of a logit on a prompt.
 
         Raises UsageError for a folder `out` that holds anything but this same merge.
         """
-        subject = self.subject
-        if self.adapter is None:
-            answers = f"{subject.base}, a whole model already"
-            if self.spec["method"] == "icl":
-                answers = f"{subject.base} with demonstrations in its prompt; a merged model would lack them"
-            raise UsageError(f"there is no adapter to merge; what answers is {answers}")
-        dtype = str(next(subject.model.parameters()).dtype).removeprefix("torch.")
-        weights = hashlib.sha256(self.theta.cpu().numpy().tobytes()).hexdigest()
-        claim(out, {"base": subject.base, "adapter_digest": weights, "dtype": dtype})
-        save_merged(subject.model, self.adapter, self.theta[0], out, subject.tokenizer)
-        self.beside(out)
-        write_decision(self, out)
-        ids = torch.tensor(
-            [subject.tokenizer.encode(self.chat(self.spec.get("example", "Once upon a time")))]
-        )
-        merged, _ = load(out, next(subject.model.parameters()).dtype, str(device_of(subject.model)))
-        with torch.no_grad(), self.student() as student:
-            return (
-                (merged(ids.to(device_of(merged))) - student(ids.to(device_of(merged))))
-                .abs()
-                .max()
-                .item()
-            )
-
-    def beside(self, out: Path) -> None:
-        """Copy the small files of the base's checkpoint beside a whole one."""
-        for name in BESIDE:
-            if (self.subject.folder / name).is_file():
-                write(out / name, partial(shutil.copyfile, self.subject.folder / name))
-
-    def check(self, folder: Path) -> None:
-        """Compare the canary with what was saved. Raises UsageError for another base or a damaged adapter."""
-        kept, about = (
-            self.spec["canary"],
-            f"fitted on {self.spec['base']['name']}, loaded on {self.subject.base}",
-        )
-        now = self.canary(kept)
-        allowed = max(ALLOWED.get(c["dtype"], 0) for c in (kept, now))
-        blames = {
-            "base": "the base model is not the one it was fitted on",
-            "adapted": "the adapter is damaged",
-        }
-        for name, blame in blames.items():
-            then, found = (c[name]["log_probabilities"] for c in (kept, now))
-            if len(then) != len(found) or not np.abs(np.subtract(then, found)).mean() <= allowed:
-                raise UsageError(
-                    f"{folder}: {blame} ({about}): its test prompt gives other probabilities"
-                )
-        shipped = {"adapter": ADAPTER[0], "probe": PROBE}
-        for what, name in shipped.items():
-            if self.spec.get(f"{what}_digest") != digest(folder / name):
-                raise UsageError(
-                    f"{folder}: the {what} is damaged: {name} is not the file that was saved"
-                )
-
-    def save(self, folder: Path) -> None:
-        """Write the adapter in peft's format and `ia2mini.json`. Raises UsageError, also for a folder of others."""
-        check_own(folder)
-        subject = self.subject
-        for name in (*ADAPTER, PROBE):  # of an earlier fit
-            (folder / name).unlink(missing_ok=True)
-        if self.probe is not None:
-            write_probe(self.probe, folder / PROBE)
-        if self.adapter:
-            save_adapter(self.adapter, self.theta[0], folder, subject.base, subject.revision)
-        write_decision(self, folder)
-        base = {
-            "name": subject.base,
-            "revision": subject.revision,
-            "digest": checkpoint_digest(subject.folder),
-        }
-        self.spec |= {
-            "base": base,
-            "versions": versions(),
-            "report": self.report,
-            "canary": self.canary(),
-        }
-        self.spec["adapter_digest"] = digest(folder / ADAPTER[0])
-        self.spec["probe_digest"] = digest(folder / PROBE)
-        write_text(
-            folder / SPEC, json.dumps(finite(self.spec), indent=1, ensure_ascii=False) + "\n"
-        )
+        return folders.merge(self, Path(out))
 
 
 class Question(NamedTuple):
-    """A row, its prompt, and the tokens of each label behind it (of texts none)."""
+    """Which of some rows asks, its prompt, and the tokens of each label behind it (of texts none)."""
 
-    row: Row
+    place: int
     prompt: str
     labels: list[list[int]]
-
-
-def blocks(rows: Iterable[dict | None]) -> Iterator[list[Row]]:
-    """Rows in lists of up to `AT_ONCE`; fewer where the next row has yet to come (None)."""
-    some: list[Row] = []
-    number = 0
-    for row in rows:
-        if row is not None:
-            number += 1
-            some.append(row if isinstance(row, Row) else Row(f"row {number}", row))
-        if some and (row is None or len(some) == AT_ONCE):
-            yield some
-            some = []
-    if some:
-        yield some
-
-
-def check_own(folder: Path) -> None:
-    """Raises UsageError for a folder that holds something, and not what an earlier fit left there."""
-    mend = "choose a new or empty folder with --out"
-    if not folder.is_dir():
-        if folder.exists():
-            raise UsageError(f"{folder}: is a file; {mend}")
-        return
-    left = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    ours = SPEC in left or any(name.startswith("unfinished-") for name in left)
-    if left and not ours:
-        raise UsageError(f"{folder}: holds {left[0]!r} and is no folder of an earlier fit; {mend}")
-    card = folder / "README.md"
-    if card.is_file() and CARD_MARK not in card.read_bytes():
-        raise UsageError(
-            f"{card}: was not written by ia2mini and would be replaced; move it, or {mend}"
-        )
-
-
-def digest(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def load_adapter(folder: str | Path, subject: Subject | None = None, **spec) -> Predictor:
@@ -384,52 +308,22 @@ def load_adapter(folder: str | Path, subject: Subject | None = None, **spec) -> 
     Of the latter, `spec` says how prompts and answers are written (`template`, `labels`, …). Raises UsageError where
     the base is another one, or a file is damaged.
 
-        predictor = load_adapter("tickets")
-        next(predictor.predict([{"text": "My invoice is wrong"}]))["answer"]
+        load_adapter("tickets").predict(["My invoice is wrong"])[0]
     """
     folder = Path(folder)
     check_given(spec)
     if subject is None:
-        name, revision = base_of(folder)
+        name, revision = folders.base_of(folder)
         subject = open_subject(name, revision=revision)
     kept = read_spec(folder)
     adapter, theta = None, None
-    if ships_adapter(folder, kept):
+    if folders.ships_adapter(folder, kept):
         adapter, theta = read_adapter(folder, subject.model)
     probe = None
     if kept and kept["method"] == "probe":
         probe = read_probe(folder, len(kept["labels"]), subject.model.config.hidden_size)
-    about = {**FOREIGN, **(kept or {}), **spec}
-    predictor = Predictor(subject, adapter, theta, about, about.get("report", {}), probe)
+    how = {**FOREIGN, **(kept or {}), **spec}
+    predictor = Predictor(subject, adapter, theta, how, how.get("report", {}), probe)
     if kept:
-        predictor.check(folder)
+        folders.check(predictor, folder)
     return predictor
-
-
-def ships_adapter(folder: Path, kept: dict | None) -> bool:
-    """Whether an adapter belongs to what is described by `kept` (None: any folder of peft). Raises UsageError."""
-    if kept is None or kept["adapter_digest"] is not None:
-        return True
-    for name in (*ADAPTER, "config.json"):  # the latter of full fine-tuning, which 0.3.0 had
-        if (folder / name).exists():
-            beside = f"its {SPEC} says that the base model answers, but {name} lies beside it"
-            raise UsageError(f"{folder}: {beside}; move one of the two into a folder of its own")
-    return False
-
-
-def base_of(folder: Path) -> tuple[str, str | None]:
-    """The base that a saved adapter names, and its commit on the hub. Raises UsageError."""
-    kept = read_spec(folder)
-    if kept:
-        return kept["base"]["name"], kept["base"].get("revision")
-    config = read_config(folder)
-    for key in ("base_model_name_or_path", "revision"):
-        value = config.get(key)
-        if value is not None and not isinstance(value, str):
-            raise UsageError(
-                f"{folder / ADAPTER[1]}: {key} = {repr(value)[:80]} is not a text; give --model"
-            )
-    name = config.get("base_model_name_or_path")
-    if not name:
-        raise UsageError(f"{folder}: names no base model; give --model")
-    return name, config.get("revision")

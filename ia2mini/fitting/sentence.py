@@ -7,6 +7,7 @@ from ..files import count
 
 NAMES = LABELS | {"commonest": "commonest answer", "shipped": "as shipped", "probe": "linear probe"}
 HELP = "What may help: more rows, or a larger model."
+NAMED = 10  # labels that are named
 EACH = "each answered by what the same choice makes of the other folds"
 
 
@@ -101,6 +102,8 @@ def never_right(report: dict) -> list[str]:
     missed = [
         repr(one["label"]) for one in report.get("classes", []) if one["rows"] and not one["recall"]
     ]
+    if len(missed) > NAMED:
+        missed = [*missed[:NAMED], f"{len(missed) - NAMED} more"]
     return [f"Never right: {listed(missed)}."] if missed else []
 
 

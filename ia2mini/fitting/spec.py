@@ -10,22 +10,20 @@ from ..tasks.answers import PARSERS
 from ..tasks.rows import placeholders
 
 SPEC = "ia2mini.json"
-FOREIGN = {
+FOREIGN = {  # of an adapter that ia2mini did not fit
     "template": "{text}",
     "labels": [],
     "parser": "text",
     "max_tokens": 200,
     "stop": STOP,
     "temperature": 1.0,
-}
-FOREIGN |= {
     "confidences": [],
     "demonstrations": [],
     "method": "adapter",
     "chat": False,
     "context": False,
+    "answer_column": None,
 }
-FOREIGN |= {"answer_column": None}
 
 
 def number(least: float, most: float) -> Callable:

@@ -1,6 +1,8 @@
 """The report of `fit` and `score`: numbers of held-out rows with intervals, a table, a page."""
 
 import math
+from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -10,8 +12,9 @@ from ..files import count, json_line, write_text
 from ..fitting.measures import classes, commonest, measures
 from ..fitting.sentence import NAMES, never_right, percent
 from ..intervals import LEAST_ROWS, share_interval
-from ..tasks import same_answer
-from ..tasks.rows import Row, whole_number
+from ..tasks.own import true_answer
+from ..tasks.rows import Row, fill, lacks
+from ..tasks.turns import open_turns
 from .card import card
 from .page import lines, section, shown, table, whole
 
@@ -24,6 +27,8 @@ HEADS = {
     "nll": "NLL",
 }
 AMONG_LABELS, AGREES = "right, among the labels (%)", "as with the context (%)"
+SUSPECTS = "suspects.jsonl"
+MATRIX = 20  # labels of which the page shows who was taken for whom as a square
 INTERVALS = "95 % intervals: Clopper-Pearson for shares, Student's t for means"
 
 
@@ -88,18 +93,58 @@ def entry(value, name: str) -> str:
     return f"{mean + 0.0:.2f} ({low + 0.0:.2f} to {high + 0.0:.2f})"
 
 
-def write_fit_report(fitted, folder: Path, command: str) -> None:
-    """report.html, held_out.jsonl (every row with what was said of it before it was trained on), the model card."""
+def write_fit_report(fitted, folder: Path, command: str, rows: Sequence[Row] = ()) -> None:
+    """report.html, held_out.jsonl (every row with what was said of it before it was trained on), the model card.
+
+    suspects.jsonl has the rows to look at first, where there are any; `rows`, what was fitted, say where each stands.
+    """
     report = fitted.report
-    write_text(
-        folder / "held_out.jsonl", "".join(json_line(row) + "\n" for row in report["held_out"])
-    )
-    write_text(folder / "report.html", fit_page(report, command))
+    write_jsonl(folder / "held_out.jsonl", report["held_out"])
+    odd = suspects(report, places_of(rows, fitted.spec["template"]))
+    if odd:
+        write_jsonl(folder / SUSPECTS, odd)
+    else:
+        (folder / SUSPECTS).unlink(missing_ok=True)  # of an earlier fit
+    write_text(folder / "report.html", fit_page(report, command, odd))
     write_text(folder / "README.md", card(fitted, folder, command))
 
 
-def fit_page(report: dict, command: str) -> str:
-    """The report as one HTML page."""
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    write_text(path, "".join(json_line(row) + "\n" for row in rows))
+
+
+def places_of(rows: Sequence[Row], template: str) -> dict[str, str]:
+    """Where the rows of each prompt stand."""
+    places: dict[str, list[str]] = {}
+    for row in rows:
+        row = open_turns(row, template)
+        if lacks(row, template, None) is None:
+            places.setdefault(fill(template, row), []).append(row.where)
+    return {prompt: ", ".join(named) for prompt, named in places.items()}
+
+
+def suspects(report: dict, places: dict[str, str]) -> list[dict]:
+    """The rows whose own label may be wrong, the least likely first.
+
+    Of the held-out rows that were answered wrongly a tenth of all rows at most, those with the least probability of
+    their own label. None where nothing is shipped, and none of texts.
+    """
+    held = report["held_out"]
+    wrong = [row for row in held if "probabilities" in row and not row["right"]]
+    if report["chosen"] == "base":
+        wrong = []
+    found = []
+    for row in wrong:
+        about = {"row": places.get(row["prompt"])}
+        about.update({name: row[name] for name in ("prompt", "true", "said", "confidence")})
+        about["probability"] = row["probabilities"][row["true"]]
+        found.append(about)
+    found.sort(key=itemgetter("probability"))
+    return found[: math.ceil(len(held) / 10)]
+
+
+def fit_page(report: dict, command: str, odd: Sequence[dict] = ()) -> str:
+    """The report as one HTML page; `odd`: what `suspects` found."""
     heads, *rows = measured(report)
     results = [table("Held-out rows", heads, rows, "means")]
     tokens = report["tokens"]
@@ -108,33 +153,59 @@ def fit_page(report: dict, command: str) -> str:
         f"A query costs {tokens['query']:.0f} tokens; with demonstrations {tokens['icl']:.0f}."
     )
     results.append(lines([*said, f"{report['seconds']:.0f} s in all."]))
-    answers = []
-    if "classes" in report:
-        labels = [c["label"] for c in report["classes"]]
-        rows = [
-            [c["label"], c["rows"], share(c["precision"]), share(c["recall"])]
-            for c in report["classes"]
-        ]
-        answers.append(table("By answer", ["answer", "rows", "precision", "recall"], rows, "means"))
-        rows = [[label, *row] for label, row in zip(labels, report["confusion"])]
-        answers.append(table("Rows true, columns said", ["", *labels], rows, "means"))
-    held = [
-        [r["prompt"], r["true"], r["said"], f"{r['confidence']:.2f}"]
-        for r in report["held_out"]
-        if not r["right"]
-    ]
-    wrong, heads = (
-        f"{count(len(held), 'held-out row')} answered wrong",
-        ["prompt", "answer", "said", "confidence"],
-    )
-    answers.append(table(wrong, heads, held, "text") if held else lines([wrong]))
-    sections = [section("Candidates", results), section("Answers", answers)]
-    sections.append(
-        section("How this was made", [f"<pre>{shown(command)}</pre>", lines([about(report)])])
-    )
+    sections = [section("Candidates", results)]
+    if odd:
+        sections.append(section("Look at these", [suspects_table(odd)]))
+    sections.append(section("Answers", [*by_label(report), wrong_answers(report)]))
+    made = [f"<pre>{shown(command)}</pre>", lines([about(report)])]
+    sections.append(section("How this was made", made))
     return whole(
         f"{report['name']}: fitted", report["sentence"], lines(report["remarks"]), sections
     )
+
+
+def suspects_table(odd: Sequence[dict]) -> str:
+    """The rows whose own label may be wrong."""
+    cells = []
+    for row in odd:
+        shares = [f"{row['confidence']:.2f}", f"{row['probability']:.2f}"]
+        cells.append([row["row"] or "", row["prompt"], row["true"], row["said"], *shares])
+    title = f"{count(len(odd), 'row')} whose answer may be wrong, the likeliest mistake first"
+    heads = ["row", "prompt", "answer", "said when held out", "confidence", "of the answer"]
+    return table(title, heads, cells, "text")
+
+
+def by_label(report: dict) -> list[str]:
+    """What was said of each label: a line a label, and which were taken for which."""
+    if "classes" not in report:
+        return []
+    labels = [one["label"] for one in report["classes"]]
+    each = []
+    for one in report["classes"]:
+        each.append([one["label"], one["rows"], share(one["precision"]), share(one["recall"])])
+    parts = [table("By answer", ["answer", "rows", "precision", "recall"], each, "means")]
+    if len(labels) <= MATRIX:
+        matrix = [[label, *row] for label, row in zip(labels, report["confusion"])]
+        parts.append(table("Rows true, columns said", ["", *labels], matrix, "means"))
+        return parts
+    pairs = []
+    for label, row in zip(labels, report["confusion"]):
+        pairs += [[label, said, rows] for said, rows in zip(labels, row) if rows and said != label]
+    pairs.sort(key=itemgetter(2), reverse=True)
+    parts.append(table("Most often confused", ["answer", "said", "rows"], pairs[:MATRIX], "text"))
+    return parts
+
+
+def wrong_answers(report: dict) -> str:
+    """The held-out rows that were answered wrongly."""
+    held = []
+    for row in report["held_out"]:
+        if not row["right"]:
+            held.append([row["prompt"], row["true"], row["said"], f"{row['confidence']:.2f}"])
+    title = f"{count(len(held), 'held-out row')} answered wrong"
+    if not held:
+        return lines([title])
+    return table(title, ["prompt", "answer", "said", "confidence"], held, "text")
 
 
 def calibration(report: dict) -> list[str]:
@@ -165,21 +236,18 @@ def about(report: dict) -> str:
 
 def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) -> dict:
     """The report of an adapter (or of the base with demonstrations) on rows with answers."""
-    spec, column = fitted.spec, column or fitted.spec.get("answer_column") or "label"
-    if wrong := [row for row in rows if not str(row.get(column, "")).strip()]:
-        there = ", ".join(map(repr, wrong[0]))
-        raise UsageError(
-            f"{wrong[0].where}: no answer in column {column!r} (of {there}); see --answer-column"
-        )
-    true = [row.text(column) for row in rows]
-    name = "icl" if icl else spec["method"]
+    spec = fitted.spec
+    column = column or spec["answer_column"] or "label"
     labels = spec["labels"]
-    true = [text if text in labels else whole_number(text) for text in true]
-    if unknown := [
-        (row.where, text) for row, text in zip(rows, true) if labels and text not in labels
-    ]:
-        (where, text), known = unknown[0], ", ".join(map(repr, labels))
-        raise UsageError(f"{where}: answer {text!r} is none of the labels {known}")
+    true = []
+    for row in [open_turns(row, spec["template"]) for row in rows]:
+        if not str(row.get(column, "")).strip():
+            there = ", ".join(map(repr, row))
+            raise UsageError(
+                f"{row.where}: no answer in column {column!r} (of {there}); see --answer-column"
+            )
+        true.append(true_answer(row, column, labels))
+    name = "icl" if icl else spec["method"]
     found = [answer for _, answer in fitted.answers(rows, icl)]
     report = {
         "name": Path(rows[0].where.partition(":")[0]).stem,
@@ -195,9 +263,7 @@ def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) ->
         numbers = {name: measures(scores, gold), "commonest": commonest(gold, len(labels))}
         report |= classes(scores, gold, labels)
     else:
-        right = torch.tensor(
-            [same_answer(spec["parser"], f["answer"], text) for f, text in zip(found, true)]
-        )
+        right = torch.tensor([fitted.is_right(f["answer"], text) for f, text in zip(found, true)])
         numbers = {name: {"acc": list(share_interval(int(right.sum()), len(right)))}}
     told = f"{NAMES.get(name, name)}: {percent(numbers[name]['acc'])} of {count(len(rows), 'row')} right."
     if len(rows) < LEAST_ROWS:

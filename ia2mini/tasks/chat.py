@@ -12,33 +12,48 @@ from ia2mini import UsageError
 from ia2mini.files import is_there, read_json, read_text
 from ia2mini.tokenizer import Rendered, Tokenizer, special_tokens
 
+from .turns import asked_turns
+
 
 class ChatPrompt(Rendered):
     """A question as the template renders it, up to where the answer begins; demonstrations become earlier turns."""
 
     chat: "ChatTemplate"
     question: str
+    turns: list[dict]  # what is asked: the system's turn, if there is one, then the others
 
     def after(self, demonstrations: list) -> Rendered:
-        """The prompt behind demonstrations: each a question and its answer, or a text alone as the system's message."""
+        """The prompt behind demonstrations: each what is asked and its answer, or a text alone, a system's message.
+
+        A prompt's own system's turn stands first; those of its demonstrations are left out.
+        """
+        instructions = []
         turns = []
         for shown in demonstrations:
             if isinstance(shown.prompt, ChatPrompt):
-                turns.append({"role": "user", "content": shown.prompt.question})
+                turns += [turn for turn in shown.prompt.turns if turn["role"] != "system"]
                 turns.append({"role": "assistant", "content": shown.answer})
             else:
-                turns.append({"role": "system", "content": shown.prompt})
-        return self.chat.render([*turns, {"role": "user", "content": self.question}])
+                instructions.append(shown.prompt)
+        for turn in self.turns:
+            if turn["role"] == "system":
+                instructions.append(turn["content"])
+            else:
+                turns.append(turn)
+        if instructions:
+            turns.insert(0, {"role": "system", "content": "\n\n".join(instructions)})
+        return self.chat.render(turns)
 
 
 class ChatTemplate:
     """The chat template of a checkpoint folder. Raises UsageError where there is none or it is broken.
 
     `end` is the token that it writes behind an answer, None where that is no special token. `tokenizer` is the given
-    one, for which a text ends there.
+    one, for which a text ends there. With `conversations` a question is not what the user says but JSON of all turns.
     """
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer):
+    def __init__(self, folder: Path, tokenizer: Tokenizer, conversations: bool = False):
+        self.conversations = conversations
         self.tokens = special_tokens(folder)
         try:
             self.template = sandbox().from_string(template_of(folder))
@@ -78,9 +93,13 @@ class ChatTemplate:
             raise UsageError(f"the chat template fails on these turns ({error})") from None
 
     def __call__(self, question: str) -> ChatPrompt:
-        prompt = ChatPrompt(self.render([{"role": "user", "content": question}]))
+        turns = [{"role": "user", "content": question}]
+        if self.conversations:
+            turns = asked_turns(question)
+        prompt = ChatPrompt(self.render(turns))
         prompt.chat = self
         prompt.question = question
+        prompt.turns = turns
         return prompt
 
 

@@ -1,5 +1,6 @@
 """CSV and TSV files: which delimiter they use, and their rows under the names of their header."""
 
+import codecs
 import csv
 import io
 import math
@@ -45,6 +46,14 @@ def read_delimited(path: Path, usual: str) -> list[tuple[str, dict[str, str]]]:
         header.pop()
     check_names(f"{path}:{line}", header)
     return [(f"{path}:{number}", dict(zip(header, fields))) for number, fields in rows]
+
+
+def style_of(path: Path) -> tuple[str, bool]:
+    """The delimiter of a CSV file, and whether a byte order mark begins it, by which Excel knows UTF-8."""
+    text = read_text(path)
+    named = NAMED_DELIMITER.match(text)
+    delimiter = named[1] if named else find_delimiter(text, path, ",")
+    return delimiter, path.read_bytes().startswith(codecs.BOM_UTF8)
 
 
 def records(

@@ -10,39 +10,46 @@ from .catalog import Task
 from .columns import Chosen, choose_columns
 from .rows import Row, fill, lacks, needed_columns, placeholders, whole_number
 
-MOST_LABELS = 20
+MOST_LABELS = 255
 TRUTH = {"true": "1", "false": "0"}
 NOTHING = ("none", "null", "na", "n/a", "#n/a", "nil")  # may be a label, or stand for a missing one
 NAMED = 10  # rows that are left out and named
 
 
 def own_task(
-    rows: list[Row], name: str, prompt=None, answer=None, template: str | None = None
+    rows: list[Row],
+    name: str,
+    prompt: str | None = None,
+    answer: str | None = None,
+    template: str | None = None,
+    answers: str | None = None,
 ) -> Task:
     """The task that rows describe; `prompt` and `answer` are their columns, guessed from the header where not given.
 
-    At most 20 different answers, each given twice on average to different prompts, are labels: `task.labels`, sorted.
-    Others are text, parsed as numbers, boxes or after `####` where every answer has that form. In a template, `\\n` is
-    a line end. Rows without a prompt or an answer do not count (`complete_rows`). What was decided is in
-    `task.remarks`. UsageError for whatever is wrong with the rows or the template.
+    `answers` says whether these are "labels" or "text". By itself, at most 255 different answers, each given twice on
+    average to different prompts, are labels: `task.labels`, sorted. Others are text, parsed as numbers, boxes or after
+    `####` where every answer has that form. In a template, `\\n` is a line end. Rows without a prompt or an answer do
+    not count (`complete_rows`). What was decided is in `task.remarks`. UsageError for whatever is wrong with the rows
+    or the template.
     """
     template = check_template(template)
     chosen = choose_columns(rows, prompt, answer, template)
-    asked, answer = template or chosen.body, chosen.answer
+    asked = template or chosen.body
+    answer = chosen.answer
     complete, remarks = without_gaps(rows, asked, answer)
     if not complete:
         empty = "the prompt" if lacks(rows[0], asked, None) else f"column {answer!r}"
         raise UsageError(
             f"{rows[0].where}: {empty} is empty, and no row has both a prompt and an answer"
         )
-    answers = [row.text(answer) for row in complete]
-    different = {(fill(asked, row), text) for row, text in zip(complete, answers)}
+    texts = [row.text(answer) for row in complete]
+    different = {(fill(asked, row), text) for row, text in zip(complete, texts)}
     labels, known, said = read_labels(complete, answer)
     if len(labels) == 1:
         raise UsageError(
             f"{name}: every row has the answer {labels[0]!r}; nothing can be learned from it"
         )
-    labelled = len(labels) <= MOST_LABELS and 2 * len(labels) <= len(different)
+    labelled = are_labels(answers, len(labels), len(different))
     task = Task(
         name,
         name,
@@ -52,13 +59,24 @@ def own_task(
         label=answer,
         answer=f"{{{answer}}}",
     )
+    remarks += [*(said if labelled else []), chosen.told()]
     if labelled:
-        told = f"{chosen.told()}; {len(labels)} labels"
-        return replace(task, labels=labels, known=known, remarks=(*remarks, *said, told))
-    parser = parser_for(answers)
-    count = f"{len(set(answers))} different answers in {len(different)} rows"
-    told = f"{chosen.told()}; {count}: texts, not labels"
-    return replace(task, max_tokens=200, parser=parser, remarks=(*remarks, told))
+        remarks.append(f"answers: {len(labels)} labels")
+        return replace(task, labels=labels, known=known, remarks=tuple(remarks))
+    remarks.append(f"answers: free text, {len(set(texts))} different in {len(different)} rows")
+    return replace(task, max_tokens=200, parser=parser_for(texts), remarks=tuple(remarks))
+
+
+def are_labels(answers: str | None, labels: int, rows: int) -> bool:
+    """Whether so many different answers in so many different rows are labels. Raises UsageError for too many."""
+    if answers not in ("labels", "text", None):
+        raise UsageError(f"answers = {answers!r}: say 'labels' or 'text', or nothing")
+    if answers == "labels" and labels > MOST_LABELS:
+        most = f"at most {MOST_LABELS} can be labels"
+        raise UsageError(f"--labels: {labels} different answers; {most}; use --text")
+    if answers is not None:
+        return answers == "labels"
+    return labels <= MOST_LABELS and 2 * labels <= rows
 
 
 def check_template(template: str | None) -> str | None:
@@ -108,6 +126,18 @@ def mean_the_same(texts: list[str]) -> dict[str, str]:
     if numeric and set(truths.values()) <= set(TRUTH.values()):
         return truths
     return {text: text for text in texts}
+
+
+def true_answer(row: Row, column: str, labels: list[str]) -> str:
+    """The true answer in a column, where there are labels one of them. Raises UsageError for any other."""
+    text = row.text(column)
+    if not labels or text in labels:
+        return text
+    text = whole_number(text)
+    if text not in labels:
+        known = ", ".join(map(repr, labels))
+        raise UsageError(f"{row.where}: answer {text!r} is none of the labels {known}")
+    return text
 
 
 def without_gaps(rows: list[Row], template: str, answer: str | None) -> tuple[list[Row], list[str]]:

@@ -1,25 +1,27 @@
-"""Rows as users and datasets keep them: JSONL, JSON, CSV, TSV and Parquet files, a dict of columns a row.
+"""Rows as users and datasets keep them, a dict of columns each: in files of text here, in tables (`tables.py`).
 
-Text is UTF-8 (a byte order mark is allowed); lines end at "\\n" only, since real rows hold U+2028. Parquet needs
-pyarrow (extra `data`). Every UsageError names the file and, where there is one, the line.
+Text is UTF-8 (a byte order mark is allowed); lines end at "\\n" only, since real rows hold U+2028. Every UsageError
+names the file and, where there is one, the line.
 """
 
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from ia2mini import UsageError
-from ia2mini.files import is_there, read_text
+from ia2mini.files import read_text
 
-from .delimited import check_names, read_delimited
+from .delimited import read_delimited
+from .tables import is_frame, read_excel, read_frame, read_parquet, read_saved
 
 # in a template: a line end before it, whether it may be empty, its name
 COLUMN = re.compile(r"(\n?)\{(\??)([^{}]*)\}")
 # a whole number as pandas writes it where its column also held nothing
 WHOLE = re.compile(r"(-?\d+)\.0+")
+AT_ONCE = 64  # rows that are answered together
 MISSING = ("", "nan", "<na>")  # what stands in a cell that holds nothing, in small letters
 
 
@@ -73,6 +75,12 @@ def needed_columns(template: str) -> list[str]:
     return [name for _, may_be_empty, name in COLUMN.findall(template) if not may_be_empty]
 
 
+def only_column(template: str) -> str:
+    """The column that a text alone stands for: the only one of a template that may not be empty, else "text"."""
+    needed = needed_columns(template)
+    return needed[0] if len(needed) == 1 else "text"
+
+
 def fill(template: str, row: Row) -> str:
     """A template with every `{column}` replaced by that column's text.
 
@@ -118,19 +126,39 @@ def lacks(row: Row, template: str, answer: str | None) -> str | None:
 
 
 def read_rows(path: Path, named_classes: bool = True) -> list[Row]:
-    """The rows of a file, read by its suffix. UsageError naming file and line for whatever is wrong with it.
+    """The rows of a file, read by its suffix, or of a folder that `datasets` saved. Raises UsageError.
 
-    Parquet files of `datasets` keep the names of classes beside their numbers; with `named_classes` a row holds names.
+    The line names file and line of whatever is wrong. `book.xlsx:sheet` names a sheet of Excel. Files of `datasets`
+    keep the names of classes beside their numbers; with `named_classes` a row holds names.
     """
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
+    path, sheet = named_sheet(path)
+    suffix = path.suffix.lower()
+    if path.is_dir() and suffix not in READERS:
+        pairs = read_saved(path, named_classes)
+    elif not suffix and not path.exists():
+        raise UsageError(f"{path}: no such file or folder")
+    elif suffix not in READERS:
+        listed = ", ".join(READERS)
         raise UsageError(
-            f"{path}: unknown kind of file {path.suffix!r}; rows are read from {', '.join(READERS)}"
+            f"{path}: unknown kind of file {path.suffix!r}; rows are read from {listed}"
         )
-    rows = read_parquet(path, named_classes) if reader is read_parquet else reader(path)
-    if not rows:
+    elif suffix == ".parquet":
+        pairs = read_parquet(path, named_classes)
+    elif suffix == ".xlsx":
+        pairs = read_excel(path, sheet)
+    else:
+        pairs = READERS[suffix](path)
+    if not pairs:
         raise UsageError(f"{path}: the file holds no rows")
-    return rows
+    return [Row(where, columns) for where, columns in pairs]
+
+
+def named_sheet(path: Path) -> tuple[Path, str | None]:
+    """A path without the sheet of Excel that it names, and the sheet."""
+    book, mark, sheet = str(path).rpartition(":")
+    if mark and book.lower().endswith(".xlsx") and not path.exists():
+        return Path(book), sheet
+    return path, None
 
 
 def one_each(pairs: list[tuple]) -> dict:
@@ -151,80 +179,28 @@ def parse_json(text: str, where: str, wanted: str):
         raise UsageError(f"{where}: not JSON that can be read ({error})") from None
 
 
-def read_jsonl(path: Path) -> list[Row]:
-    rows = []
+def read_jsonl(path: Path) -> list[tuple]:
+    pairs = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             where = f"{path}:{number}"
-            rows.append(Row(where, parse_json(line, where, "one object a line is expected")))
-    return rows
+            pairs.append((where, parse_json(line, where, "one object a line is expected")))
+    return pairs
 
 
-def read_json(path: Path) -> list[Row]:
+def read_json(path: Path) -> list[tuple]:
     table = parse_json(
         read_text(path), str(path), "a list of objects is expected, or one a line in a .jsonl"
     )
     if not isinstance(table, list):
         raise UsageError(f"{path}: a JSON {type(table).__name__}; a list of objects is expected")
-    return [Row(f"{path} row {i}", columns) for i, columns in enumerate(table, 1)]
+    return [(f"{path} row {i}", columns) for i, columns in enumerate(table, 1)]
 
 
-def read_csv(path: Path) -> list[Row]:
+def read_csv(path: Path) -> list[tuple]:
     """Rows of a file with a header, whose delimiter is seen from it; a .tsv's is a tab where that fits."""
     first = "\t" if path.suffix.lower() == ".tsv" else ","
-    return [Row(where, columns) for where, columns in read_delimited(path, first)]
-
-
-def read_parquet(path: Path, named_classes: bool = True) -> list[Row]:
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise UsageError(
-            f"{path}: reading Parquet needs pyarrow: pip install 'ia2mini[data]'"
-        ) from None
-    if not is_there(path):
-        raise UsageError(f"{path}: no such file")
-    try:
-        file = parquet.ParquetFile(path)
-        schema = file.schema_arrow
-        check_names(str(path), schema.names)
-        rows = file.read().to_pylist()
-    except UsageError:
-        raise
-    except Exception as error:  # pyarrow's own, and Python's for texts and dates that are none
-        raise UsageError(f"{path}: not a whole Parquet file ({error})") from None
-    rows = [Row(f"{path} row {i}", columns) for i, columns in enumerate(rows, 1)]
-    if named_classes:
-        name_classes(rows, schema.metadata or {})
-    return rows
-
-
-def name_classes(rows: list[Row], metadata: dict[bytes, bytes]) -> None:
-    """Put the names that `datasets` keeps in a Parquet file's metadata in place of classes' numbers; -1 is no class."""
-    for column, names in class_names(metadata).items():
-        for row in rows:
-            number = row.get(column)
-            if type(number) is not int:
-                continue
-            if number >= len(names):
-                known = f"{len(names)} names are known for the classes of column {column!r}"
-                raise UsageError(f"{row.where}: class {number}, but {known}")
-            row[column] = names[number] if number >= 0 else None
-
-
-def class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
-    """The names of the classes of each column that is a ClassLabel of `datasets`; none from what is not readable."""
-    try:
-        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
-    except (ValueError, LookupError, TypeError):
-        return {}
-    found = {}
-    for column, feature in features.items() if isinstance(features, dict) else ():
-        is_class = isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
-        names = feature.get("names") if is_class else None
-        if isinstance(names, list) and all(isinstance(name, str) for name in names):
-            found[column] = names
-    return found
+    return read_delimited(path, first)
 
 
 READERS = {
@@ -233,11 +209,66 @@ READERS = {
     ".parquet": read_parquet,
     ".csv": read_csv,
     ".tsv": read_csv,
+    ".xlsx": read_excel,
 }
 
 
-def as_rows(rows: str | Path | Sequence[dict]) -> list[Row]:
-    """The rows of a file, or dicts of columns as rows. Raises UsageError."""
-    if isinstance(rows, (str, Path)):
-        return read_rows(Path(rows))
-    return [row if isinstance(row, Row) else Row(f"row {i}", row) for i, row in enumerate(rows, 1)]
+def as_rows(rows, column: str = "text") -> list[Row]:
+    """The rows of a file, of a pandas DataFrame, or of an iterable of dicts. Raises UsageError.
+
+    A text in place of a dict is a row whose only column is `column`.
+    """
+    if isinstance(rows, str):
+        rows = Path(rows)
+    found = []
+    for row in each_row(rows, column):
+        if not isinstance(row, Row):
+            raise UsageError(f"row {len(found) + 1}: {row!r} is no row; leave it out")
+        found.append(row)
+    return found
+
+
+def each_row(rows, column: str = "text") -> Iterator[Row | UsageError | None]:
+    """`as_rows` one by one, of what is no file's name; None and a UsageError in place of a row are passed on."""
+    if isinstance(rows, (str, bytes, dict)):
+        mend = "give a list of them, as [{'text': …}] or ['…']"
+        raise UsageError(f"rows: one {type(rows).__name__} in place of several rows; {mend}")
+    if isinstance(rows, Path):
+        yield from read_rows(rows)
+        return
+    if is_frame(rows):
+        yield from [Row(where, columns) for where, columns in read_frame(rows)]
+        return
+    number = 0
+    for row in rows:
+        if row is None or isinstance(row, (Row, UsageError)):
+            yield row
+            continue
+        number += 1
+        if isinstance(row, str):
+            row = {column: str(row)}
+        yield Row(f"row {number}", row)
+
+
+def renamed(row: dict, added: Collection[str]) -> dict:
+    """The columns of a row, with row_ before those that are called as what is `added`, or as that and row_."""
+    found = {}
+    for name, value in row.items():
+        own = name
+        while own.startswith("row_"):
+            own = own.removeprefix("row_")
+        found[f"row_{name}" if own in added else name] = value
+    return found
+
+
+def blocks(rows: Iterable[Row | UsageError | None]) -> Iterator[list[Row | UsageError]]:
+    """Rows in lists of up to `AT_ONCE`; fewer where the next row has yet to come (None)."""
+    some: list[Row | UsageError] = []
+    for row in rows:
+        if row is not None:
+            some.append(row)
+        if some and (row is None or len(some) == AT_ONCE):
+            yield some
+            some = []
+    if some:
+        yield some

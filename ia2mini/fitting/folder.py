@@ -1,0 +1,194 @@
+"""The folder of a fitted adapter: how it is written, how it proves itself when it is loaded, and merging."""
+
+import hashlib
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .. import UsageError
+from ..engine.peft import claim, read_config, save_adapter, save_merged
+from ..engine.store import checkpoint_digest, versions
+from ..files import finite, write, write_text
+from ..models.checkpoint import load
+from ..models.taps import device_of
+from ..tokenizer import Rendered
+from .probe import PROBE, write_probe
+from .serving import write_decision
+from .spec import SPEC, read_spec
+
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+BESIDE = (  # small files of the base's checkpoint, which stand beside merged weights, too
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "added_tokens.json",
+)
+CARD_MARK = b"tags: [ia2mini, "  # of a model card that ia2mini wrote
+TOP = 5  # likeliest tokens of the test prompt that are kept
+# mean difference of a canary's log-probabilities
+ALLOWED = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.1}
+
+
+def check_own(folder: Path) -> None:
+    """Raises UsageError for a folder that holds something, and not what an earlier fit left there."""
+    mend = "choose a new or empty folder with --out"
+    if not folder.is_dir():
+        if folder.exists():
+            raise UsageError(f"{folder}: is a file; {mend}")
+        return
+    left = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    ours = SPEC in left or any(name.startswith("unfinished-") for name in left)
+    if left and not ours:
+        raise UsageError(f"{folder}: holds {left[0]!r} and is no folder of an earlier fit; {mend}")
+    card = folder / "README.md"
+    if card.is_file() and CARD_MARK not in card.read_bytes():
+        raise UsageError(
+            f"{card}: was not written by ia2mini and would be replaced; move it, or {mend}"
+        )
+
+
+def save(predictor, folder: Path) -> None:
+    """Write the adapter in peft's format and `ia2mini.json`. Raises UsageError, also for a folder of others."""
+    check_own(folder)
+    subject = predictor.subject
+    for name in (*ADAPTER, PROBE):  # of an earlier fit
+        (folder / name).unlink(missing_ok=True)
+    if predictor.probe is not None:
+        write_probe(predictor.probe, folder / PROBE)
+    if predictor.adapter:
+        theta = predictor.theta[0]
+        save_adapter(predictor.adapter, theta, folder, subject.base, subject.revision)
+    write_decision(predictor, folder)
+    spec = predictor.spec
+    spec["base"] = {
+        "name": subject.base,
+        "revision": subject.revision,
+        "digest": checkpoint_digest(subject.folder),
+    }
+    spec["versions"] = versions()
+    spec["report"] = predictor.report
+    spec["canary"] = canary(predictor)
+    spec["adapter_digest"] = digest(folder / ADAPTER[0])
+    spec["probe_digest"] = digest(folder / PROBE)
+    text = json.dumps(finite(spec), indent=1, ensure_ascii=False)
+    write_text(folder / SPEC, text + "\n")
+
+
+def digest(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def dtype_of(model) -> str:
+    """ "float32" and so on."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+@torch.no_grad()
+def canary(predictor, kept: dict | None = None) -> dict:
+    """Next tokens of a prompt (the likeliest, or as `kept`) and their log-probabilities, with and without it."""
+    subject = predictor.subject
+    prompt = predictor.chat(predictor.spec["example"])
+    found: dict = {"dtype": dtype_of(subject.model)}
+    if predictor.spec["chat"]:
+        # a template may write today's date: what it wrote then is asked again
+        prompt = Rendered((kept or {}).get("prompt", prompt))
+        found["prompt"] = str(prompt)
+    ids = subject.tokenizer.encode(prompt)
+    subject.check_room(prompt, len(ids), "fit the adapter again")
+    for name, wanted in (("base", False), ("adapted", True)):
+        with predictor.student(wanted) as student:
+            there = torch.tensor([ids], device=device_of(subject.model))
+            logits = student(there)[0, -1].float().cpu().log_softmax(-1)
+        tokens = kept[name]["tokens"] if kept else logits.topk(TOP).indices.tolist()
+        known = [token for token in tokens if 0 <= token < len(logits)]
+        found[name] = {"tokens": tokens, "log_probabilities": logits[known].tolist()}
+    return found
+
+
+def check(predictor, folder: Path) -> None:
+    """Compare the canary with what was saved. Raises UsageError for another base or a damaged adapter."""
+    spec = predictor.spec
+    kept = spec["canary"]
+    now = canary(predictor, kept)
+    about = f"fitted on {spec['base']['name']}, loaded on {predictor.subject.base}"
+    allowed = max(ALLOWED.get(one["dtype"], 0) for one in (kept, now))
+    blames = {
+        "base": "the base model is not the one it was fitted on",
+        "adapted": "the adapter is damaged",
+    }
+    for name, blame in blames.items():
+        then = kept[name]["log_probabilities"]
+        found = now[name]["log_probabilities"]
+        if len(then) != len(found) or not np.abs(np.subtract(then, found)).mean() <= allowed:
+            raise UsageError(
+                f"{folder}: {blame} ({about}): its test prompt gives other probabilities"
+            )
+    for what, name in {"adapter": ADAPTER[0], "probe": PROBE}.items():
+        if spec.get(f"{what}_digest") != digest(folder / name):
+            raise UsageError(
+                f"{folder}: the {what} is damaged: {name} is not the file that was saved"
+            )
+
+
+def ships_adapter(folder: Path, kept: dict | None) -> bool:
+    """Whether an adapter belongs to what is described by `kept` (None: any folder of peft). Raises UsageError."""
+    if kept is None or kept["adapter_digest"] is not None:
+        return True
+    for name in (*ADAPTER, "config.json"):  # the latter of full fine-tuning, which 0.3.0 had
+        if (folder / name).exists():
+            beside = f"its {SPEC} says that the base model answers, but {name} lies beside it"
+            raise UsageError(f"{folder}: {beside}; move one of the two into a folder of its own")
+    return False
+
+
+def base_of(folder: Path) -> tuple[str, str | None]:
+    """The base that a saved adapter names, and its commit on the hub. Raises UsageError."""
+    kept = read_spec(folder)
+    if kept:
+        return kept["base"]["name"], kept["base"].get("revision")
+    config = read_config(folder)
+    for key in ("base_model_name_or_path", "revision"):
+        value = config.get(key)
+        if value is not None and not isinstance(value, str):
+            raise UsageError(
+                f"{folder / ADAPTER[1]}: {key} = {repr(value)[:80]} is not a text; give --model"
+            )
+    name = config.get("base_model_name_or_path")
+    if not name:
+        raise UsageError(f"{folder}: names no base model; give --model")
+    return name, config.get("revision")
+
+
+@torch.no_grad()
+def merge(predictor, out: Path) -> float:
+    """Write a checkpoint with the adapter in its matrices; the largest difference of a logit on a prompt.
+
+    Raises UsageError for a folder `out` that holds anything but this same merge.
+    """
+    subject = predictor.subject
+    if predictor.adapter is None:
+        answers = f"{subject.base}, a whole model already"
+        if predictor.spec["method"] == "icl":
+            answers = (
+                f"{subject.base} with demonstrations in its prompt; a merged model would lack them"
+            )
+        raise UsageError(f"there is no adapter to merge; what answers is {answers}")
+    weights = hashlib.sha256(predictor.theta.cpu().numpy().tobytes()).hexdigest()
+    made_of = {"base": subject.base, "adapter_digest": weights, "dtype": dtype_of(subject.model)}
+    claim(out, made_of)
+    save_merged(subject.model, predictor.adapter, predictor.theta[0], out, subject.tokenizer)
+    for name in BESIDE:
+        if (subject.folder / name).is_file():
+            write(out / name, partial(shutil.copyfile, subject.folder / name))
+    write_decision(predictor, out)
+    device = device_of(subject.model)
+    prompt = predictor.chat(predictor.spec.get("example", "Once upon a time"))
+    ids = torch.tensor([subject.tokenizer.encode(prompt)], device=device)
+    merged, _ = load(out, next(subject.model.parameters()).dtype, str(device))
+    with predictor.student() as student:
+        return (merged(ids) - student(ids)).abs().max().item()

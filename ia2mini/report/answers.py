@@ -1,0 +1,218 @@
+"""Answers as a file that can lie beside the rows: a line for every row, in order, its own columns first."""
+
+import csv
+import datetime
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from .. import UsageError
+from ..files import as_text, json_line, write, write_text
+from ..fitting.predictor import ADDED
+from ..tasks.delimited import style_of
+from ..tasks.rows import Row, named_sheet, renamed
+from ..tasks.tables import needed
+
+DIGITS = 4
+EXCEL_ROWS = 1_048_575  # below the header
+EXCEL_CHARACTERS = 32_767  # of a cell
+EXCEL_DIGITS = 15  # of a number that Excel keeps whole
+NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
+
+
+def check_target(out: Path, rows: str) -> None:
+    """Raises UsageError where answers to `rows` cannot be written to `out`: an unknown kind, the rows themselves."""
+    suffix = out.suffix.lower()
+    if suffix not in WRITERS:
+        listed = ", ".join(WRITERS)
+        raise UsageError(f"--out {out}: unknown kind of file {suffix!r}; give one of {listed}")
+    if out.is_dir():
+        raise UsageError(f"--out {out}: is a folder; give a file in it")
+    source, _ = named_sheet(Path(rows))
+    if rows != "-" and out.exists() and source.exists() and os.path.samefile(out, source):
+        raise UsageError(f"--out {out}: holds the rows themselves; give another file")
+    if suffix == ".xlsx":
+        needed("openpyxl", out, "writing Excel")
+    if suffix == ".parquet":
+        needed("pyarrow.parquet", out, "writing Parquet")
+
+
+def check_size(out: Path, rows: list) -> None:
+    """Raises UsageError where Excel cannot hold the rows."""
+    if out.suffix.lower() != ".xlsx":
+        return
+    if len(rows) > EXCEL_ROWS:
+        raise UsageError(f"--out {out}: {len(rows)} rows, and Excel holds {EXCEL_ROWS}; use .csv")
+    for row in rows:
+        for name, value in row.items() if isinstance(row, Row) else ():
+            if len(str(cell_text(value))) > EXCEL_CHARACTERS:
+                most = f"more than the {EXCEL_CHARACTERS} characters of a cell of Excel"
+                raise UsageError(f"{row.where}: column {name!r} has {most}; use .csv")
+
+
+def rounded(said: dict, digits: int | None) -> dict:
+    """A row with its answer, with so many digits of its probabilities (None: all)."""
+    if digits is None:
+        return said
+    found = {**said, "confidence": round(said["confidence"], digits)}
+    if "probabilities" in said:
+        shares = said["probabilities"].items()
+        found["probabilities"] = {label: round(share, digits) for label, share in shares}
+    return found
+
+
+@dataclass
+class Answers:
+    """Rows with what is added to each; where a row was left out that is the reason alone."""
+
+    source: str  # the file of the rows
+    labels: list[str]
+    abstains: bool  # the least certain rows are not answered
+    pairs: list[tuple[Row, dict]] = field(default_factory=list)
+
+    def add(self, row: Row, said: dict | UsageError, digits: int) -> None:
+        """Add a row of `Predictor.outcomes`."""
+        added = {"reason": str(said)} if isinstance(said, UsageError) else rounded(said, digits)
+        self.pairs.append((row, added))
+
+    @property
+    def left_out(self) -> int:
+        return sum("reason" in said for _, said in self.pairs)
+
+    @property
+    def names(self) -> list[str]:
+        """The columns that are added to every row, but for probabilities."""
+        if self.abstains:
+            return ["answer", "abstained", "confidence", "reason"]
+        return ["answer", "confidence", "reason"]
+
+    def table(self) -> tuple[list[str], list[list]]:
+        """A header, and a line for every row: own columns, what is added, and p(label) of each label."""
+        shares = [f"p({label})" for label in self.labels]
+        reserved = {*ADDED, *self.names, *shares}
+        own = [renamed(row, reserved) for row, _ in self.pairs]
+        header = list(dict.fromkeys(name for row in own for name in row))
+        lines = []
+        for row, (_, said) in zip(own, self.pairs):
+            line = [row.get(name) for name in header]
+            line += [said.get(name) for name in self.names]
+            line += [said.get("probabilities", {}).get(label) for label in self.labels]
+            lines.append(line)
+        return [*header, *self.names, *shares], lines
+
+    def write(self, out: Path) -> None:
+        """Write them as a file, whole or not at all. Raises UsageError."""
+        WRITERS[out.suffix.lower()](out, self)
+
+
+def write_lines(out: Path, answers: Answers) -> None:
+    """JSONL: an object for every row, `probabilities` an object in it."""
+    names = list(answers.names)
+    if answers.labels:
+        names.append("probabilities")
+    lines = []
+    for row, said in answers.pairs:
+        own = renamed(row, {*ADDED, *names})
+        added = {name: said.get(name) for name in names}
+        lines.append(json_line({**own, **added}) + "\n")
+    write_text(out, "".join(lines))
+
+
+def write_delimited(out: Path, answers: Answers) -> None:
+    """CSV or TSV; a CSV with the delimiter and the byte order mark of rows that are one, too."""
+    delimiter = ","
+    mark = False
+    if out.suffix.lower() == ".tsv":
+        delimiter = "\t"
+    elif answers.source.lower().endswith(".csv"):
+        delimiter, mark = style_of(Path(answers.source))
+    header, table = answers.table()
+
+    def writer(path: Path) -> None:
+        encoding = "utf-8-sig" if mark else "utf-8"
+        with path.open("w", encoding=encoding, errors="backslashreplace", newline="") as file:
+            lines = csv.writer(file, delimiter=delimiter, lineterminator="\n")
+            lines.writerow(header)
+            for line in table:
+                lines.writerow([cell_text(value) for value in line])
+
+    write(out, writer)
+
+
+def cell_text(value):
+    """A value as a cell of text: nothing for None and NaN, JSON for lists and objects."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    if isinstance(value, (bool, dict, list)):
+        return json.dumps(value, ensure_ascii=False, default=as_text)
+    return value if isinstance(value, (str, int, float)) else as_text(value)
+
+
+def write_excel(out: Path, answers: Answers) -> None:
+    """An Excel file of one sheet; texts stay texts also where Excel would read a formula."""
+    openpyxl = needed("openpyxl", out, "writing Excel")
+    from openpyxl.cell import WriteOnlyCell
+
+    header, table = answers.table()
+    book = openpyxl.Workbook(write_only=True)
+    sheet = book.create_sheet("answers")
+    for line in [header, *table]:
+        cells = []
+        for value in line:
+            value = excel_value(value)
+            cell = WriteOnlyCell(sheet, value)
+            if isinstance(value, str):
+                cell.data_type = "s"
+            cells.append(cell)
+        sheet.append(cells)
+    write(out, lambda path: book.save(path))
+
+
+def excel_value(value):
+    """A value as Excel holds it: numbers of up to 15 digits, dates, and all else as text."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int) and len(str(abs(value))) <= EXCEL_DIGITS:
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    is_zoned = getattr(value, "tzinfo", None) is not None
+    if isinstance(value, (datetime.date, datetime.time)) and not is_zoned:
+        return value
+    text = NO_XML.sub(lambda found: repr(found[0])[1:-1], whole_text(value))
+    return text or None
+
+
+def whole_text(value) -> str:
+    """A value as text, halves of surrogate pairs spelled out."""
+    return str(cell_text(value)).encode("utf-8", "backslashreplace").decode()
+
+
+def write_parquet(out: Path, answers: Answers) -> None:
+    """Parquet; a column of different types is text."""
+    pyarrow = needed("pyarrow", out, "writing Parquet")
+    parquet = needed("pyarrow.parquet", out, "writing Parquet")
+    header, table = answers.table()
+    columns = {}
+    for name, values in zip(header, zip(*table)):
+        try:
+            columns[name] = pyarrow.array(values)
+        except (pyarrow.ArrowException, ValueError, OverflowError, TypeError):
+            texts = []
+            for value in values:
+                texts.append(None if value is None else whole_text(value))
+            columns[name] = pyarrow.array(texts, pyarrow.string())
+    write(out, partial(parquet.write_table, pyarrow.table(columns)))
+
+
+WRITERS = {
+    ".csv": write_delimited,
+    ".tsv": write_delimited,
+    ".jsonl": write_lines,
+    ".xlsx": write_excel,
+    ".parquet": write_parquet,
+}

@@ -1,0 +1,214 @@
+"""Tables in and of other programs: Parquet, Excel, folders that `datasets` saved, and pandas DataFrames.
+
+Each reader gives pairs: where a row stands ("file row 3"), and its columns. All need packages of the extra `data`.
+"""
+
+import json
+import warnings
+from importlib import import_module
+from pathlib import Path
+
+from ia2mini import UsageError
+from ia2mini.files import is_there
+from ia2mini.files import read_json as read_object
+
+from .delimited import check_names
+
+Pairs = list[tuple[str, dict]]
+SAVED = "state.json"  # of one dataset
+SPLITS = "dataset_dict.json"  # of several, each in a folder of its own
+
+
+def needed(package: str, path: Path, what: str):
+    """A package of the extra `data`. Raises UsageError where it is missing."""
+    root = package.partition(".")[0]
+    try:
+        import_module(root)
+        return import_module(package)
+    except ImportError:
+        raise UsageError(f"{path}: {what} needs {root}: pip install 'ia2mini[data]'") from None
+
+
+def read_parquet(path: Path, named_classes: bool = True) -> Pairs:
+    """The rows of a Parquet file; with `named_classes` the names of classes in place of their numbers."""
+    parquet = needed("pyarrow.parquet", path, "reading Parquet")
+    if not is_there(path):
+        raise UsageError(f"{path}: no such file")
+    try:
+        file = parquet.ParquetFile(path)
+        schema = file.schema_arrow
+        check_names(str(path), schema.names)
+        rows = file.read().to_pylist()
+    except UsageError:
+        raise
+    except Exception as error:  # pyarrow's own, and Python's for texts and dates that are none
+        raise UsageError(f"{path}: not a whole Parquet file ({error})") from None
+    pairs = numbered(path, rows)
+    if named_classes:
+        name_classes(pairs, class_names(features_of(schema.metadata)))
+    return pairs
+
+
+def numbered(path: Path, rows: list[dict]) -> Pairs:
+    return [(f"{path} row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def features_of(metadata: dict[bytes, bytes] | None):
+    """What `datasets` wrote of the columns into the metadata of a table; nothing where it is not readable."""
+    try:
+        return json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+    except (ValueError, LookupError, TypeError):
+        return {}
+
+
+def class_names(features) -> dict[str, list[str]]:
+    """The names of the classes of each column that is a ClassLabel of `datasets`."""
+    found = {}
+    for column, feature in features.items() if isinstance(features, dict) else ():
+        is_class = isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        names = feature.get("names") if is_class else None
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            found[column] = names
+    return found
+
+
+def name_classes(pairs: Pairs, names: dict[str, list[str]]) -> None:
+    """Put the names of classes in place of their numbers; -1 is no class. Raises UsageError for an unknown number."""
+    for column, known in names.items():
+        for where, row in pairs:
+            number = row.get(column)
+            if type(number) is not int:
+                continue
+            if number >= len(known):
+                said = f"{len(known)} names are known for the classes of column {column!r}"
+                raise UsageError(f"{where}: class {number}, but {said}")
+            row[column] = known[number] if number >= 0 else None
+
+
+def read_excel(path: Path, sheet: str | None = None) -> Pairs:
+    """The rows of an Excel sheet under the names of its header, the first row that is not empty.
+
+    Of several sheets that are not hidden and hold something one must be named. A cell with an error (#N/A) is empty.
+    Raises UsageError.
+    """
+    openpyxl = needed("openpyxl", path, "reading Excel")
+    if not is_there(path):
+        raise UsageError(f"{path}: no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what Excel draws and openpyxl does not read
+            book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+            sheets = {}
+            for one in book.worksheets:
+                if one.sheet_state == "visible" or one.title == sheet:
+                    sheets[one.title] = cells(one)
+            book.close()
+    except Exception as error:  # of zip, XML, and openpyxl's own
+        raise UsageError(f"{path}: not a whole Excel file ({error})") from None
+    filled = {title: rows for title, rows in sheets.items() if rows}
+    listed = ", ".join(map(repr, filled))
+    if sheet is not None and sheet not in filled:
+        raise UsageError(
+            f"{path}: no rows in a sheet {sheet!r}; the sheets that hold some: {listed}"
+        )
+    if sheet is None and len(filled) > 1:
+        example = f"{path}:{next(iter(filled))}"
+        raise UsageError(f"{path}: sheets {listed} hold rows; name one, as {example}")
+    if not filled:
+        return []
+    (_, header), *rows = filled[sheet or next(iter(filled))]
+    return under_header(path, header, rows)
+
+
+def cells(sheet) -> list[tuple[int, list]]:
+    """The number and the values of each row of a sheet that holds something."""
+    sheet.reset_dimensions()  # some programs write wrong ones
+    found = []
+    for number, row in enumerate(sheet.iter_rows(), 1):
+        values = [None if cell.data_type == "e" else cell.value for cell in row]
+        if any(value not in (None, "") for value in values):
+            found.append((number, values))
+    return found
+
+
+def under_header(path: Path, header: list, rows: list[tuple[int, list]]) -> Pairs:
+    """Rows of a sheet as columns. Columns without a name and without content are dropped."""
+    width = max(len(values) for _, values in [(0, header), *rows])
+    names = ["" if name is None else str(name).strip() for name in header]
+    names += [""] * (width - len(names))
+    padded = [(number, values + [None] * (width - len(values))) for number, values in rows]
+    kept = []
+    for place, name in enumerate(names):
+        if name or any(values[place] is not None for _, values in padded):
+            kept.append(place)
+    check_names(str(path), [names[place] for place in kept])
+    pairs = []
+    for number, values in padded:
+        pairs.append((f"{path} row {number}", {names[place]: values[place] for place in kept}))
+    return pairs
+
+
+def read_saved(folder: Path, named_classes: bool = True) -> Pairs:
+    """The rows of a folder that `Dataset.save_to_disk` wrote, read without `datasets`. Raises UsageError."""
+    if is_there(folder / SPLITS):
+        splits = read_object(folder / SPLITS).get("splits")
+        listed = ", ".join(str(folder / str(name)) for name in splits or [])
+        raise UsageError(f"{folder}: holds several splits; give the folder of one: {listed}")
+    if not is_there(folder / SAVED):
+        wanted = f"a file of rows, or a folder that `datasets` saved (with its {SAVED})"
+        raise UsageError(f"{folder}: a folder; give {wanted}")
+    pyarrow = needed("pyarrow", folder, "reading datasets")
+    rows: list[dict] = []
+    features = {}
+    for path in saved_files(folder):
+        try:
+            with pyarrow.memory_map(str(path)) as source:
+                table = pyarrow.ipc.open_stream(source).read_all()
+                check_names(str(path), table.column_names)
+                rows += table.to_pylist()
+        except UsageError:
+            raise
+        except Exception as error:  # pyarrow's own, and Python's for texts that are none
+            raise UsageError(f"{path}: not a whole Arrow file ({error})") from None
+        features = features_of(table.schema.metadata)
+    if is_there(folder / "dataset_info.json"):
+        features = read_object(folder / "dataset_info.json").get("features") or features
+    pairs = numbered(folder, rows)
+    if named_classes:
+        name_classes(pairs, class_names(features))
+    return pairs
+
+
+def saved_files(folder: Path) -> list[Path]:
+    """The Arrow files of a dataset, in order. Raises UsageError for names that are none, or lead out of the folder."""
+    listed = read_object(folder / SAVED).get("_data_files")
+    paths = []
+    for one in listed if isinstance(listed, list) else [None]:
+        name = one.get("filename") if isinstance(one, dict) else None
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UsageError(f"{folder / SAVED}: _data_files names no files of this folder")
+        if not is_there(folder / name):
+            raise UsageError(f"{folder / name}: no such file, but {SAVED} names it; copy it again")
+        paths.append(folder / name)
+    return paths
+
+
+def is_frame(rows) -> bool:
+    """Whether `rows` are a pandas DataFrame; pandas need not be there to ask."""
+    return hasattr(rows, "columns") and hasattr(rows, "to_dict") and hasattr(rows, "notna")
+
+
+def read_frame(frame) -> Pairs:
+    """The rows of a pandas DataFrame as Python's own values, None for what is missing. Raises UsageError."""
+    odd = [name for name in frame.columns if not isinstance(name, str)]
+    if odd:
+        raise UsageError(f"DataFrame: column {odd[0]!r} has no text for a name; rename it")
+    check_names("DataFrame", list(frame.columns))
+    missing = frame.isna().to_numpy()
+    pairs = []
+    for place, row in enumerate(frame.astype(object).to_dict("records")):
+        for name, is_missing in zip(frame.columns, missing[place]):
+            if is_missing:
+                row[name] = None
+        pairs.append((f"row {place + 1}", row))
+    return pairs

@@ -1,0 +1,78 @@
+"""Rows that hold a conversation, as OpenAI's chat files: {"messages": [{"role": "user", "content": …}, …]}.
+
+The last turn, if it is the assistant's, is the answer. The turns before it are what is asked: all of them with --chat,
+or the columns `system` and `user` of a template.
+"""
+
+import json
+
+from ia2mini import UsageError
+
+from .rows import Row, parse_json
+
+MESSAGES = "messages"
+ANSWER = "assistant"
+ASKED = "messages before the answer"  # the column of what is asked, as JSON
+ALL_TURNS = f"{{{ASKED}}}"  # the template of a prompt that is all of it
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+def holds_turns(row: Row) -> bool:
+    return isinstance(row.get(MESSAGES), list)
+
+
+def open_turns(row: Row, template: str | None) -> Row:
+    """A row whose conversation has become columns, for this template; any other row as it is. Raises UsageError.
+
+    For `ALL_TURNS` one column is JSON of what is asked, else `system` and `user` are texts. `assistant` is the answer,
+    where there is one. For `ALL_TURNS` a text is what the user says.
+    """
+    said = row.get(MESSAGES)
+    if template == ALL_TURNS and isinstance(row.get(ASKED), str):
+        said = [{"role": "user", "content": row[ASKED]}]
+    if not isinstance(said, list):
+        return row
+    turns = [read_turn(f"{row.where}: messages", *turn) for turn in enumerate(said, 1)]
+    columns = {name: value for name, value in row.items() if name != MESSAGES}
+    for name in ROLES:
+        if name in columns:
+            raise UsageError(f"{row.where}: both messages and a column {name!r}; rename the column")
+    if turns and turns[-1]["role"] == "assistant":
+        columns[ANSWER] = turns.pop()["content"]
+    if not turns or turns[-1]["role"] != "user":
+        raise UsageError(f"{row.where}: messages: no user's turn stands before the answer")
+    if any(turn["role"] == "system" for turn in turns[1:]):
+        raise UsageError(f"{row.where}: messages: a system's turn that is not the first")
+    if template == ALL_TURNS:
+        columns[ASKED] = json.dumps(turns, ensure_ascii=False)
+        return Row(row.where, columns)
+    asked = [turn for turn in turns if turn["role"] != "system"]
+    if len(asked) > 1:
+        several = f"{len(asked)} turns before the answer, and a template takes one"
+        raise UsageError(f"{row.where}: messages: {several}; use --chat without a template")
+    columns.update({turn["role"]: turn["content"] for turn in turns})
+    return Row(row.where, columns)
+
+
+def read_turn(where: str, number: int, turn) -> dict[str, str]:
+    """The role and the text of a turn. Raises UsageError for whatever is no text of a known role."""
+    if not isinstance(turn, dict) or turn.get("role") not in ROLES:
+        known = ", ".join(ROLES)
+        raise UsageError(f"{where}: turn {number} has no role of {known}: {repr(turn)[:60]}")
+    content = turn.get("content")
+    if isinstance(content, list):  # in parts
+        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+    if not isinstance(content, str):
+        mend = "leave the row out, or write it as text"
+        raise UsageError(f"{where}: turn {number} is no text (a call of a tool, an image?); {mend}")
+    return {"role": ROLES[turn["role"]], "content": content}
+
+
+def asked_turns(question: str) -> list[dict[str, str]]:
+    """The turns that `open_turns` wrote as JSON. Raises UsageError for what is none."""
+    where = "a conversation"
+    turns = parse_json(question, where, "a list of turns is expected")
+    if not isinstance(turns, list):
+        raise UsageError(f"{where}: {question[:60]!r} is no list of turns")
+    return [read_turn(where, *turn) for turn in enumerate(turns, 1)]
