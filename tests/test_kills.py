@@ -120,8 +120,8 @@ def test_a_killed_command_goes_on_to_the_same_files(name, undisturbed, folder):
 def test_what_an_interrupted_fit_has_saved_is_not_taken_for_any_adapter_of_peft(
     undisturbed, folder
 ):
-    # then held_out.jsonl, report.html and README.md
-    place, spec = folder(), undisturbed["fit"][1].files - 3
+    # then held_out.jsonl, suspects.jsonl, report.html and README.md
+    place, spec = folder(), undisturbed["fit"][1].files - 4
     assert command(place, "fit", at=(spec, signal.SIGKILL)).code == -signal.SIGKILL
     out = place / "out"
     assert (out / "adapter_config.json").is_file() and not (out / "ia2mini.json").exists()

@@ -8,6 +8,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from .. import UsageError
@@ -15,7 +16,7 @@ from ..files import as_text, json_line, write, write_text
 from ..fitting.predictor import ADDED
 from ..tasks.delimited import style_of
 from ..tasks.rows import Row, named_sheet, renamed
-from ..tasks.tables import needed
+from ..tasks.tables import lacking
 
 DIGITS = 4
 EXCEL_ROWS = 1_048_575  # below the header
@@ -35,10 +36,9 @@ def check_target(out: Path, rows: str) -> None:
     source, _ = named_sheet(Path(rows))
     if rows != "-" and out.exists() and source.exists() and os.path.samefile(out, source):
         raise UsageError(f"--out {out}: holds the rows themselves; give another file")
-    if suffix == ".xlsx":
-        needed("openpyxl", out, "writing Excel")
-    if suffix == ".parquet":
-        needed("pyarrow.parquet", out, "writing Parquet")
+    package = {".xlsx": "openpyxl", ".parquet": "pyarrow"}.get(suffix)
+    if package and find_spec(package) is None:
+        raise lacking(package, out, f"writing {suffix}")
 
 
 def check_size(out: Path, rows: list) -> None:
@@ -154,7 +154,7 @@ def cell_text(value):
 
 def write_excel(out: Path, answers: Answers) -> None:
     """An Excel file of one sheet; texts stay texts also where Excel would read a formula."""
-    openpyxl = needed("openpyxl", out, "writing Excel")
+    import openpyxl
     from openpyxl.cell import WriteOnlyCell
 
     header, table = answers.table()
@@ -194,8 +194,9 @@ def whole_text(value) -> str:
 
 def write_parquet(out: Path, answers: Answers) -> None:
     """Parquet; a column of different types is text."""
-    pyarrow = needed("pyarrow", out, "writing Parquet")
-    parquet = needed("pyarrow.parquet", out, "writing Parquet")
+    import pyarrow
+    from pyarrow import parquet
+
     header, table = answers.table()
     columns = {}
     for name, values in zip(header, zip(*table)):

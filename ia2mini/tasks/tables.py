@@ -5,7 +5,6 @@ Each reader gives pairs: where a row stands ("file row 3"), and its columns. All
 
 import json
 import warnings
-from importlib import import_module
 from pathlib import Path
 
 from ia2mini import UsageError
@@ -19,19 +18,17 @@ SAVED = "state.json"  # of one dataset
 SPLITS = "dataset_dict.json"  # of several, each in a folder of its own
 
 
-def needed(package: str, path: Path, what: str):
-    """A package of the extra `data`. Raises UsageError where it is missing."""
-    root = package.partition(".")[0]
-    try:
-        import_module(root)
-        return import_module(package)
-    except ImportError:
-        raise UsageError(f"{path}: {what} needs {root}: pip install 'ia2mini[data]'") from None
+def lacking(package: str, path: Path, what: str) -> UsageError:
+    """The error where a package of the extra `data` is missing."""
+    return UsageError(f"{path}: {what} needs {package}: pip install 'ia2mini[data]'")
 
 
 def read_parquet(path: Path, named_classes: bool = True) -> Pairs:
     """The rows of a Parquet file; with `named_classes` the names of classes in place of their numbers."""
-    parquet = needed("pyarrow.parquet", path, "reading Parquet")
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise lacking("pyarrow", path, "reading Parquet") from None
     if not is_there(path):
         raise UsageError(f"{path}: no such file")
     try:
@@ -91,7 +88,10 @@ def read_excel(path: Path, sheet: str | None = None) -> Pairs:
     Of several sheets that are not hidden and hold something one must be named. A cell with an error (#N/A) is empty.
     Raises UsageError.
     """
-    openpyxl = needed("openpyxl", path, "reading Excel")
+    try:
+        import openpyxl
+    except ImportError:
+        raise lacking("openpyxl", path, "reading Excel") from None
     if not is_there(path):
         raise UsageError(f"{path}: no such file")
     try:
@@ -157,7 +157,10 @@ def read_saved(folder: Path, named_classes: bool = True) -> Pairs:
     if not is_there(folder / SAVED):
         wanted = f"a file of rows, or a folder that `datasets` saved (with its {SAVED})"
         raise UsageError(f"{folder}: a folder; give {wanted}")
-    pyarrow = needed("pyarrow", folder, "reading datasets")
+    try:
+        import pyarrow
+    except ImportError:
+        raise lacking("pyarrow", folder, "reading datasets") from None
     rows: list[dict] = []
     features = {}
     for path in saved_files(folder):
