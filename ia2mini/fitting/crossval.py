@@ -68,7 +68,8 @@ class CrossValidation:
         self.labels = []
         self.max_tokens = task.max_tokens
         if task.labels:
-            self.labels = subject.tokenizer.label_tokens(rows[0].prompt, task.labels)
+            said = tuple(task.blank + label for label in task.labels)
+            self.labels = subject.tokenizer.label_tokens(rows[0].prompt, said)
             self.max_tokens = label_tokens_at_most(self.labels)
         self.stop = None if options.chat else STOP
         self.gold = torch.tensor([row.label or 0 for row in rows])
@@ -329,7 +330,8 @@ class CrossValidation:
 
             parts = ranks.spread(answers, range(len(self.folds)))
         said, sure = (sum(part, []) for part in zip(*parts))
-        return [said[i] for i in self.places], [sure[i] for i in self.places]
+        texts = [said[i].removeprefix(self.task.blank) for i in self.places]
+        return texts, [sure[i] for i in self.places]
 
     @cached_property
     def states(self) -> Tensor:

@@ -23,7 +23,7 @@ from ..scale.decode import fast_decoding
 from ..tasks import Example, Task
 from ..tasks.chat import ChatTemplate
 from ..tasks.own import complete_rows, keep_apart, near_labels, own_task, queries_task
-from ..tasks.rows import Row, as_rows, fill, only_column
+from ..tasks.rows import Row, as_rows, only_column
 from ..tasks.turns import ALL_TURNS, ANSWER, holds_turns, open_turns
 from ..teacher import answer_tokens_at_most
 from .crossval import CrossValidation
@@ -88,8 +88,9 @@ def cross_validation(
     if options.chat:
         chat = ChatTemplate(subject.folder, subject.tokenizer, task.prompt == ALL_TURNS)
         subject = replace(subject, tokenizer=chat.tokenizer)
+        task = replace(task, prompt=task.prompt.rstrip(" "))  # an answer begins its turn
     if options.context:
-        examples = answered([chat(fill(task.prompt, row)) for row in rows], subject, options)
+        examples = answered([chat(task.asked(row)) for row in rows], subject, options)
         task = replace(task, max_tokens=options.max_tokens)
     else:
         if columns.template is None and not options.chat:
@@ -104,7 +105,7 @@ def cross_validation(
     lacking: list[str] = []
     if queries:
         queries, lacking = complete_rows(queries, replace(task, answer=""))
-    more = [Example(chat(fill(task.prompt, row)), "") for row in queries]
+    more = [Example(chat(task.asked(row)), "") for row in queries]
     cv = CrossValidation(subject, task, examples, options, more)
     if bar is not None:
         cv.bar = bar
@@ -119,7 +120,7 @@ def cross_validation(
         }
         cv.once = Store(keep, "unfinished", what).once
     odd = [*lacking, *remarks(rows, task, examples)]
-    odd += far_longer(rows, subject.tokenizer.count([fill(task.prompt, row) for row in rows]))
+    odd += far_longer(rows, subject.tokenizer.count([task.asked(row) for row in rows]))
     return cv, odd
 
 
@@ -285,7 +286,7 @@ def held_out(cv: CrossValidation, chosen: Candidate) -> list[dict]:
     for i, row in enumerate(cv.rows):
         about = {
             "prompt": question(row.prompt),
-            "true": row.answer,
+            "true": row.answer.removeprefix(cv.task.blank),
             "said": texts[i],
             "confidence": sure[i],
         }

@@ -24,6 +24,7 @@ from ..prefix import share_prefix
 from ..scale.decode import fast_decoding
 from ..scoring import answer_texts, last_states
 from ..tasks import Example, same_answer
+from ..tasks.catalog import blank_of
 from ..tasks.chat import ChatTemplate
 from ..tasks.own import true_answer
 from ..tasks.rows import Row, blocks, each_row, fill, only_column, renamed
@@ -182,7 +183,7 @@ class Predictor:
 
     def question(self, row: Row, shown: list[Example], place: int = 0) -> "Question":
         """What a row asks. Raises UsageError for a missing column, and where it is longer than the model reads."""
-        template = self.spec["template"]
+        template = self.spec["template"].rstrip(" ")
         prompt = self.chat(fill(template, open_turns(row, template)))
         tokens = len(self.subject.tokenizer.encode(with_demonstrations(shown, prompt)))
         try:
@@ -206,14 +207,22 @@ class Predictor:
             return self.fitted_label_tokens
         if not self.spec["labels"]:
             return []
-        return self.subject.tokenizer.label_tokens(prompt, self.spec["labels"])
+        return self.behind(prompt)
 
     @cached_property
     def fitted_label_tokens(self) -> list[list[int]]:
         if not self.spec["labels"]:
             return []
-        prompt = self.chat(self.spec["example"])
-        return self.subject.tokenizer.label_tokens(prompt, self.spec["labels"])
+        return self.behind(self.chat(self.spec["example"]))
+
+    def spoken(self) -> list[str]:
+        """The labels as they stand behind a prompt: with the blank that the template ends with."""
+        blank = blank_of(self.spec["template"])
+        return [blank + label for label in self.spec["labels"]]
+
+    def behind(self, prompt: str) -> list[list[int]]:
+        """The tokens of every label behind a prompt; a blank at the template's end belongs to the label."""
+        return self.subject.tokenizer.label_tokens(prompt, tuple(self.spoken()))
 
     def threshold(self, coverage: float | None) -> float:
         """The confidence that the share `coverage` of held-out rows reaches (split conformal: of n + 1 rows)."""
@@ -280,7 +289,11 @@ class Predictor:
         hooks = fast_decoding(device_of(self.subject.model), most)
         how = Decoding(most, self.spec["stop"], hooks=hooks)
         texts, sure = answer_texts(student, self.subject.tokenizer, ids, how)
-        return [{"answer": text, "confidence": share} for text, share in zip(texts, sure)]
+        blank = blank_of(self.spec["template"])
+        found = []
+        for text, share in zip(texts, sure):
+            found.append({"answer": text.removeprefix(blank), "confidence": share})
+        return found
 
     def save(self, folder: str | Path) -> None:
         """Write the adapter in peft's format and `ia2mini.json`. Raises UsageError, also for a folder of others."""

@@ -49,7 +49,7 @@ def write_decision(fitted, folder: Path) -> None:
     template = decision_template(fitted)
     write_text(folder / TEMPLATE, template)
     config = {
-        "labels": {"choice": list(spec["labels"])},
+        "labels": {"choice": fitted.spoken()},
         "temperature": {"choice": spec["temperature"]},
         # `transformers serve --decision-config` reads this file alone
         "chat_template": template,
@@ -70,7 +70,7 @@ def why_not(fitted) -> str | None:
     if fitted.probe is not None:
         return "a linear probe answers in the place of the model's head"
     label_tokens = fitted.label_tokens(spec["example"])
-    for label, tokens in zip(spec["labels"], label_tokens):
+    for label, tokens in zip(fitted.spoken(), label_tokens):
         if len(tokens) > 1 and tokens[-1:] == tokenizer.closing:
             return f"label {label!r} needs its end of sequence, since a label begins another one"
         if len(tokens) > 1:
@@ -90,11 +90,11 @@ def renders_the_same(fitted) -> bool:
     spec = fitted.spec
     tokenizer = fitted.subject.tokenizer
     row = Row("the example", dict.fromkeys(placeholders(spec["template"]), spec["example"]))
-    prompt = fitted.chat(fill(spec["template"], row))
+    prompt = fitted.chat(fill(spec["template"].rstrip(" "), row))
     expected = tokenizer.encode(with_demonstrations(shown(fitted), prompt))
     given = {
         "state": dict(row),
-        "question": {"type": "choice", "options": list(spec["labels"])},
+        "question": {"type": "choice", "options": fitted.spoken()},
         "messages": [{"role": "user", "content": ""}],
         "tools": None,
         "documents": None,
@@ -121,8 +121,8 @@ def decision_template(fitted) -> str:
     state = "state"
     if len(set(columns)) == 1:  # then the text itself may be the state
         state = f"{{{literal(columns[0])}: state}} if state is string else state"
-    labels = literal(list(spec["labels"]))
-    criteria = literal(dict.fromkeys(spec["labels"]))
+    labels = literal(fitted.spoken())
+    criteria = literal(dict.fromkeys(fitted.spoken()))
     wanted = f'ask one question {{"type": "choice", "criteria": {criteria}}}, in this order'
     lines = [
         "{#- Written by ia2mini: the prompt of `ia2mini predict`. `state`: a row, its columns by name. -#}",
@@ -134,7 +134,7 @@ def decision_template(fitted) -> str:
         '  {{- raise_exception("the state must be an object, a row with its columns") -}}',
         "{%- endif -%}",
         MACROS.rstrip("\n"),
-        f"{{%- set prompt = {filled(spec['template'])} -%}}",
+        f"{{%- set prompt = {filled(spec['template'].rstrip(' '))} -%}}",
     ]
     if spec["chat"]:
         lines += chat_lines(fitted)

@@ -108,8 +108,9 @@ def make_cell(study: Study, task: Task, n: int, draw: Callable) -> Cell:
     cell = Cell(study, task, n, episodes, labels={}, max_tokens=task.max_tokens, teacher_tokens=0)
     if task.labels:  # labels that merge are found before any work
         for name, examples in cell.evaluations.items():
-            labels = cell.evaluation_task(name).labels
-            cell.labels[name] = tokenizer.label_tokens(examples.rows[0].prompt, labels)
+            evaluated = cell.evaluation_task(name)
+            said = tuple(evaluated.blank + label for label in evaluated.labels)
+            cell.labels[name] = tokenizer.label_tokens(examples.rows[0].prompt, said)
         cell.max_tokens = label_tokens_at_most(cell.labels[task.name])
     cell.teacher_tokens = task.teacher_tokens or cell.max_tokens
     if cell.max_tokens > 1 and not tokenizer.eos_ids:

@@ -66,6 +66,14 @@ class Task:
         """Names of the tasks this one is evaluated on, itself first; the others are out of distribution."""
         return (self.name, *self.ood)
 
+    @property
+    def blank(self) -> str:
+        return blank_of(self.prompt)
+
+    def asked(self, row: Row) -> str:
+        """The prompt of a row. UsageError for a missing column."""
+        return fill(self.prompt.rstrip(" "), row)
+
     def label_of(self, row: Row) -> int | None:
         """Index of the row's label, or None where the row is not part of the task. UsageError for an unknown label."""
         known = self.known or {str(i): i for i in range(len(self.labels))}
@@ -80,14 +88,19 @@ class Task:
 
     def example(self, row: Row) -> Example:
         """The prompt and the answer of a row. UsageError for a missing column, an empty answer or an unknown label."""
-        prompt = fill(self.prompt, row)
+        prompt = self.asked(row)
         if self.labels:
             label = self.label_of(row)
-            return Example(prompt, self.labels[label], label)
-        answer = fill(self.answer, row)
+            return Example(prompt, self.blank + self.labels[label], label)
+        answer = self.blank + fill(self.answer, row)
         if not answer.strip():
             raise UsageError(f"{row.where}: the answer is empty")
         return Example(prompt, answer)
+
+
+def blank_of(template: str) -> str:
+    """The blank at a template's end. It belongs to the answer: most tokenizers join it to the word behind it."""
+    return template[len(template.rstrip(" ")) :]
 
 
 def arrange(task: Task, role: str, rows: list[Row]) -> list[Row]:

@@ -13,6 +13,8 @@ from .rows import Row, fill, lacks, needed_columns, placeholders, whole_number
 MOST_LABELS = 255
 TRUTH = {"true": "1", "false": "0"}
 NOTHING = ("none", "null", "na", "n/a", "#n/a", "nil")  # may be a label, or stand for a missing one
+# names of columns
+SAY_NOTHING = "text prompt input content instruction label answer output response completion target class y".split()
 NAMED = 10  # rows that are left out and named
 
 
@@ -89,9 +91,21 @@ def check_template(template: str | None) -> str | None:
 
 
 def default_template(chosen: Chosen, labelled: bool) -> str:
-    if labelled:
-        return f"Text:{chosen.body}\nLabel:"
-    return f"Question:{chosen.body}\nAnswer:"
+    """ "Review: {review}\\nSentiment: ": columns are called by their names, where these tell something."""
+    asked, answered = ("Text", "Label") if labelled else ("Question", "Answer")
+    if len(chosen.prompts) == 1:
+        asked = cue(chosen.prompts[0], asked)
+    if chosen.answer is not None:
+        answered = cue(chosen.answer, answered)
+    return f"{asked}: {chosen.body}\n{answered}: "
+
+
+def cue(column: str, usual: str) -> str:
+    """A column's name as a word of the prompt, or the usual word where the name says nothing."""
+    words = column.replace("_", " ").strip()
+    if words.lower() in SAY_NOTHING or not words.replace(" ", "").isalpha():
+        return usual
+    return words[0].upper() + words[1:]
 
 
 def read_labels(rows: list[Row], answer: str) -> tuple[tuple[str, ...], dict[str, int], list[str]]:
