@@ -121,6 +121,12 @@ def fresh_scores(
     cv: CrossValidation, fitted: Predictor, candidate: Candidate, fresh: list[dict]
 ) -> dict:
     """Log-probabilities [rows, C], "scores", of the labels of fresh rows by a candidate trained on every row."""
+    answers = alone(cv, fitted, candidate).answers(fresh)
+    return {"scores": torch.tensor([answer["log_probabilities"] for _, answer in answers])}
+
+
+def alone(cv: CrossValidation, fitted: Predictor, candidate: Candidate) -> Predictor:
+    """A candidate, trained on every row, as if it had been chosen; its temperature is 1."""
     name = candidate.name
     adapter = None
     theta = None
@@ -128,10 +134,7 @@ def fresh_scores(
         adapter = cv.adapter
         theta = cv.once(f"final-{name}", lambda: {"theta": cv.final(candidate)})["theta"]
     spec = fitted.spec | {"method": name, "temperature": 1.0}
-    alone = Predictor(cv.subject, adapter, theta, spec)
-    return {
-        "scores": torch.tensor([answer["log_probabilities"] for _, answer in alone.answers(fresh)])
-    }
+    return Predictor(cv.subject, adapter, theta, spec)
 
 
 def generated(number: int, kinds: tuple[str, ...] = KINDS) -> tuple[str, list[dict], list[dict]]:
