@@ -99,13 +99,15 @@ def test_every_rival_answers_the_same_rows(data, tmp_path, monkeypatch):
 def test_a_fit_by_other_code_or_options_is_not_taken_up(data, tmp_path, monkeypatch):
     subject = open_subject("tiny", "cpu")
 
-    def folders(options=OPTIONS) -> list[str]:
-        kept = rivals.stores(subject, options, tmp_path / "embedder", rivals.PARTS)
+    def folders(options=OPTIONS, worded=False) -> list[str]:
+        cells = rivals.Cells(worded=worded)
+        kept = rivals.stores(subject, options, tmp_path / "embedder", cells)
         return [store.path.name for store in kept.values()]
 
     before = folders()
     assert folders(replace(OPTIONS, epochs=3))[1:] == before[1:]
     assert folders(replace(OPTIONS, epochs=3))[0] != before[0]
+    assert folders(worded=True)[1:] == before[1:] and folders(worded=True)[0] != before[0]
     monkeypatch.setattr(rivals, "sources_digest", lambda: "other code")
     assert folders()[1:] == before[1:] and folders()[0] != before[0]
 
@@ -138,6 +140,22 @@ def test_one_temperature_is_the_one_that_fit_found(data, tmp_path, monkeypatch):
     assert found["sft-heated"].note == "temperature 2"
     for name in ("base", "icl", "sft", "ia2-sft"):
         assert nll[name] != pytest.approx(trial.nll[name], rel=1e-3), "shown at temperature 1"
+
+
+def test_prompts_of_ones_own_are_those_that_the_model_sees(data, tmp_path, monkeypatch):
+    seen = []
+
+    def asked(predictor, *about):
+        seen.append((predictor.spec["template"], predictor.spec["labels"]))
+        return measured.Measured([[-1.0, -1.0]] * 20, 0, 0, 0, 0, 0)
+
+    monkeypatch.setattr(rivals, "asked", asked)
+    monkeypatch.setitem(rivals.WORDED, "mood", "story: {text}\nmood:")
+    cells = replace(CELLS, seeds=1, parts=("fit",), worded=True)
+    options = replace(OPTIONS, epochs=1)
+    found = rivals.rivals(open_subject("tiny", "cpu"), options, data, None, cells)
+    assert seen == [("story: {text}\nmood:", [" 0", " 1"])] * 5
+    assert "prompts of one's own" in found.about
 
 
 def test_what_diverges_is_left_out_and_the_rest_is_kept(data, tmp_path, monkeypatch, capsys):

@@ -151,16 +151,22 @@ def fit_command(part, methods, model, data_dir, dtype, save, **counts):
     "--seeds", default=5, type=click.IntRange(1), show_default=True, help="draws of the rows"
 )
 @click.option("--parts", type=Several(str, PARTS), default=",".join(PARTS), show_default=True)
+@click.option(
+    "--worded",
+    is_flag=True,
+    help="prompts that say what is asked (Review: … Sentiment:), as a person may write with --template",
+)
 @click.option("--page", is_flag=True, help="only write docs/rivals.md from bench/results")
 @options_of(FitOptions)
 def rivals_command(model, data_dir, dtype, save, embedder, page, **given):
-    cells = Cells(**taken(given, "tasks", "sizes", "seeds", "parts"))
+    cells = Cells(**taken(given, "tasks", "sizes", "seeds", "parts", "worded"))
     if not page:
         subject = open_subject(model, "cpu", dtype)
         result = rivals(subject, FitOptions(**given), data_dir, embedder, cells)
         show(result)
         click.echo("\n" + "\n".join(rivals_page.tables(asdict(result))))
-        finish([result], typed(model, str(embedder)), save, name=f"rivals-{subject.name}")
+        name = f"rivals-{subject.name}{'-worded' if cells.worded else ''}"
+        finish([result], typed(model, str(embedder)), save, name=name)
     if page or save:
         write_text(rivals_page.PAGE, rivals_page.page(rivals_page.PAGE.read_text(encoding="utf-8")))
         click.echo(f"wrote {rivals_page.PAGE}", err=True)

@@ -16,7 +16,7 @@ from ia2mini import UsageError
 from ia2mini.engine.options import FitOptions
 from ia2mini.engine.store import Store, checkpoint_digest, versions
 from ia2mini.engine.subject import Subject
-from ia2mini.fitting.fit import conclude, cross_validation
+from ia2mini.fitting.fit import Columns, conclude, cross_validation
 from ia2mini.fitting.predictor import Predictor
 from ia2mini.metrics import paired_test
 
@@ -27,6 +27,12 @@ from .measured import Measured, costs, folder_mb, judged, measure
 from .reopened import RUNS
 
 DATA_SETS = ("sst2", "ag_news", "financial_phrasebank")
+# what a person might write to say what is asked; its answers begin with a space
+WORDED = {
+    "sst2": "Review: {text}\nSentiment:",
+    "ag_news": "News: {text}\nTopic:",
+    "financial_phrasebank": "Financial news: {text}\nSentiment:",
+}
 PARTS = ("fit", *EMBEDDED)  # what is computed and kept as one
 # rivals as they are kept -> as they are called
 NAMES = {
@@ -53,6 +59,7 @@ class Cells:
     sizes: tuple[int, ...] = (4, 8, 16)  # rows of each class
     seeds: int = 5  # draws of the rows
     parts: tuple[str, ...] = PARTS
+    worded: bool = False  # prompts of `WORDED` instead of those that `fit` makes by itself
 
 
 class TimedMemory(Memory):
@@ -72,14 +79,21 @@ class TimedMemory(Memory):
 
 
 def fitted_rivals(
-    subject: Subject, options: FitOptions, rows: list[dict], fresh: list[dict]
+    subject: Subject,
+    options: FitOptions,
+    rows: list[dict],
+    fresh: list[dict],
+    template: str | None = None,
 ) -> dict[str, Measured]:
     """What one fit ships, with the seconds of the whole fit, and its candidates trained on every row.
 
     A candidate's seconds are those of its last training alone: what chose its rate and epochs is a part of the fit's.
+    `template`: of the prompt, where `fit` shall not make one; the labels then begin with a space.
     """
+    if template:
+        rows = [row | {"label": f" {row['label']}"} for row in rows]
     begun = time.perf_counter()
-    cv, _ = cross_validation(rows, subject, options)
+    cv, _ = cross_validation(rows, subject, options, Columns(template=template))
     memory = TimedMemory()
     cv.once = memory.once
     fitted = conclude(cv)
@@ -133,17 +147,18 @@ def sources_digest() -> str:
 
 
 def stores(
-    subject: Subject, options: FitOptions, embedder: Path | None, parts: tuple[str, ...]
+    subject: Subject, options: FitOptions, embedder: Path | None, cells: Cells
 ) -> dict[str, Store]:
     """Where each part is kept: `fit` by model, options and code; the others by embedder and packages, for any model."""
     rows = {"fresh": f"{SOME}, balanced", "threads": torch.get_num_threads()}
     found = {}
-    if "fit" in parts:
+    if "fit" in cells.parts:
         what = rows | {"options": asdict(options), "sources": sources_digest()}
         what["checkpoint"] = checkpoint_digest(subject.folder)
+        what["prompts"] = WORDED if cells.worded else "of fit"
         what["dtype"] = str(next(subject.model.parameters()).dtype)
         found["fit"] = Store(RUNS, f"rivals-{subject.name}", what)
-    for part in parts:
+    for part in cells.parts:
         if part != "fit":
             packages = check_embedder((part,), embedder)
             what = rows | {"packages": packages, "torch": torch.__version__}
@@ -170,11 +185,12 @@ def rivals(
             "rivals: name the folder that holds sst2/train.jsonl … with --data-dir or $IA2MINI_DATA"
         )
     packages = check_embedder(cells.parts, embedder)
-    kept = stores(subject, options, embedder, cells.parts)
+    kept = stores(subject, options, embedder, cells)
     sizes = ", ".join(map(str, cells.sizes))
     dtype = str(next(subject.model.parameters()).dtype).removeprefix("torch.")
-    what = f"{subject.name} ({dtype}): {sizes} real rows a class, {cells.seeds} draws, {SOME} fresh rows"
-    result = Result("rivals", f"{what}, {about(options)}", [])
+    prompts = "prompts of one's own" if cells.worded else "prompts as fit makes them"
+    what = f"{subject.name} ({dtype}), {prompts}: {sizes} real rows a class, {cells.seeds} draws"
+    result = Result("rivals", f"{what}, {SOME} fresh rows, {about(options)}", [])
     # draw after draw, so that an interrupted command has all sizes and data sets
     for draw, size, task in product(range(cells.seeds), cells.sizes, cells.tasks):
         rows, fresh = real_rows(data, task, size, draw)
@@ -182,7 +198,8 @@ def rivals(
         gold = [labels.index(row["label"]) for row in fresh]
         where = f"{task}, {size} a class, draw {draw}"
         for part in cells.parts:
-            make = partial(fitted_rivals, subject, options, rows, fresh)
+            template = WORDED.get(task) if cells.worded else None
+            make = partial(fitted_rivals, subject, options, rows, fresh, template)
             if part in EMBEDDED:
                 make = partial(embedded, part, embedder, rows, fresh, draw)
             found = once(kept[part], f"{task}-{size}-{draw}.json", make)
