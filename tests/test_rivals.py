@@ -209,6 +209,18 @@ def test_what_is_missing_is_said_before_anything_is_measured(tmp_path, monkeypat
     assert done.exit_code == 2 and "setfit" in done.stderr
 
 
+def test_cells_that_cannot_be_filled_are_refused_at_once(data):
+    few = sum(row["label"] == 0 for row in world.rows("toy-mood", "train")[:60])
+    most = min(few, 60 - few)
+    rivals.check_cells(replace(CELLS, sizes=(4, most)), data)
+    with pytest.raises(UsageError, match=f"--sizes {most + 1}: a class of mood has fewer rows"):
+        rivals.check_cells(replace(CELLS, sizes=(4, most + 1)), data)
+    with pytest.raises(UsageError, match="--parts: give at least one"):
+        rivals.check_cells(replace(CELLS, parts=()), data)
+    with pytest.raises(UsageError, match="sst2/train.jsonl: no such file"):
+        rivals.check_cells(replace(CELLS, tasks=("mood", "sst2")), data)
+
+
 def small_embedder(folder: Path, words: list[str]) -> None:
     """A sentence-transformers model of random weights."""
     from sentence_transformers import SentenceTransformer

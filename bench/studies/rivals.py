@@ -22,7 +22,7 @@ from ia2mini.metrics import paired_test
 
 from ..report import Line, Result, difference
 from .embedders import EMBEDDED, check_embedder
-from .fit import SOME, Memory, about, alone, real_rows
+from .fit import REAL, SOME, Memory, about, alone, real_rows
 from .measured import Measured, costs, folder_mb, judged, measure
 from .reopened import RUNS
 
@@ -184,6 +184,7 @@ def rivals(
         raise UsageError(
             "rivals: name the folder that holds sst2/train.jsonl … with --data-dir or $IA2MINI_DATA"
         )
+    check_cells(cells, data)
     packages = check_embedder(cells.parts, embedder)
     kept = stores(subject, options, embedder, cells)
     sizes = ", ".join(map(str, cells.sizes))
@@ -212,6 +213,19 @@ def rivals(
     result.remarks.append(", ".join(f"{name} {number}" for name, number in used.items()))
     compare(result)
     return result
+
+
+def check_cells(cells: Cells, data: Path) -> None:
+    """Raises UsageError where a list is empty, a file is missing or a class has too few rows."""
+    for name in ("tasks", "sizes", "parts"):
+        if not getattr(cells, name):
+            raise UsageError(f"--{name}: give at least one")
+    most = max(cells.sizes)
+    for task in cells.tasks:
+        rows, _ = real_rows(data, task, most, 0)
+        words = REAL[task][2]
+        if len(rows) < most * len(words):
+            raise UsageError(f"--sizes {most}: a class of {task} has fewer rows; give less")
 
 
 def embedded(
