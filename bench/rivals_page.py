@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import fmean
 
 from ia2mini import UsageError
+from ia2mini.intervals import LEAST_ROWS
 from ia2mini.metrics import PairedTest, paired_test
 
 from .cost_page import number, table_head, table_row
@@ -181,6 +182,9 @@ def answer(table: Table) -> list[str]:
     """Why not SetFit, in sentences that the numbers decide."""
     if not table.difference("ECE").pairs:
         return ["SetFit was not measured here."]
+    cells = table.difference("ECE").pairs
+    if cells < LEAST_ROWS:
+        return [f"Too few cells to tell whether `fit` or SetFit is better: {cells}."]
     out = []
     wins = {"more": [], "less": [], "": []}
     for task in table.tasks:

@@ -332,7 +332,7 @@ def test_of_few_draws_the_page_claims_nothing(tmp_path):
     (tmp_path / "2026-01-01-rivals-some-model-cpu.json").write_text(json.dumps(document))
     text = "\n".join(rivals_page.found(tmp_path))
     assert "surely" not in text and " to +" not in text
-    assert "No sure difference of accuracy was found on: SST2." in text
+    assert "Too few cells to tell whether `fit` or SetFit is better: 3." in text
 
 
 def test_the_page_shows_the_kept_results():
