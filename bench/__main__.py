@@ -176,7 +176,7 @@ def main(context, **asked):
 
     Without a command: every bench of speed; on two cores about a quarter of an hour. Studies ask how good it is:
     `effect` what IA2 brings, `causes` and `layers` why, `choice` and `race` about the learning rate, `gain` what tells
-    beforehand, `fit` whether what is shipped harms anyone. `pretrain` makes models/tiny.
+    beforehand, `fit` whether what is shipped harms anyone, `rivals` what others ship. `pretrain` makes models/tiny.
     """
     if context.invoked_subcommand is None:
         several(BENCHES, **asked)

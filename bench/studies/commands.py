@@ -2,15 +2,18 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from ia2mini import UsageError
-from ia2mini.cli.options import Several, many, options_of
+from ia2mini.cli.options import Several, many, options_of, taken
 from ia2mini.engine.options import FitOptions, Options
 from ia2mini.engine.subject import open_subject
+from ia2mini.files import write_text
 
+from .. import rivals_page
 from ..report import finish, show
 from . import layers
 from .causes import MATCHED, causes
@@ -19,6 +22,7 @@ from .controls import TEACHERS
 from .effect import METHODS, TASKS, effect
 from .fit import fit
 from .gain import gain
+from .rivals import DATA_SETS, PARTS, Cells, rivals
 
 COMMANDS: list[click.Command] = []
 PART = click.option(
@@ -63,10 +67,10 @@ def what_is_matched(names: tuple[str, ...]):
     )
 
 
-def typed(model: str) -> str:
-    """The command as it was typed, but for the model's folder and --save."""
+def typed(*folders: str) -> str:
+    """The command as it was typed, but for --save and where the folders of models lie."""
     words = [
-        Path(word).name if word == model else word for word in sys.argv[1:] if word != "--save"
+        Path(word).name if word in folders else word for word in sys.argv[1:] if word != "--save"
     ]
     return " ".join(["python -m bench", *words])
 
@@ -130,4 +134,36 @@ def fit_command(part, methods, model, data_dir, dtype, save, **counts):
     finish(results, typed(model), save, name=f"fit-{part}")
 
 
-COMMANDS += [gain_command, fit_command]
+@click.command("rivals", help=rivals.__doc__)
+@many(*FOUND, SAVE)
+@click.option(
+    "--embedder",
+    type=click.Path(path_type=Path),
+    help="folder of a sentence-transformers model, for SetFit and the logistic regression",
+)
+@click.option(
+    "--tasks", type=Several(str, DATA_SETS), default=",".join(DATA_SETS), show_default=True
+)
+@click.option(
+    "--sizes", type=Several(int, least=2), default="4,8,16", show_default=True, help="rows a class"
+)
+@click.option(
+    "--seeds", default=5, type=click.IntRange(1), show_default=True, help="draws of the rows"
+)
+@click.option("--parts", type=Several(str, PARTS), default=",".join(PARTS), show_default=True)
+@click.option("--page", is_flag=True, help="only write docs/rivals.md from bench/results")
+@options_of(FitOptions)
+def rivals_command(model, data_dir, dtype, save, embedder, page, **given):
+    cells = Cells(**taken(given, "tasks", "sizes", "seeds", "parts"))
+    if not page:
+        subject = open_subject(model, "cpu", dtype)
+        result = rivals(subject, FitOptions(**given), data_dir, embedder, cells)
+        show(result)
+        click.echo("\n" + "\n".join(rivals_page.tables(asdict(result))))
+        finish([result], typed(model, str(embedder)), save, name=f"rivals-{subject.name}")
+    if page or save:
+        write_text(rivals_page.PAGE, rivals_page.page(rivals_page.PAGE.read_text(encoding="utf-8")))
+        click.echo(f"wrote {rivals_page.PAGE}", err=True)
+
+
+COMMANDS += [gain_command, fit_command, rivals_command]

@@ -18,7 +18,7 @@ from ia2mini.engine.options import FitOptions
 from ia2mini.engine.store import Store, checkpoint_digest
 from ia2mini.engine.subject import Subject, open_subject
 from ia2mini.fitting.crossval import CrossValidation
-from ia2mini.fitting.fit import conclude, cross_validation
+from ia2mini.fitting.fit import Columns, conclude, cross_validation
 from ia2mini.fitting.predictor import Predictor
 from ia2mini.fitting.selection import Candidate
 from ia2mini.methods import METHODS
@@ -39,6 +39,13 @@ REAL = {
     "poem_sentiment": ("verse_text", "test", ("negative", "positive", "neutral", "mixed")),
     "financial_phrasebank": ("sentence", "test", ("negative", "neutral", "positive")),
     "ag_news": ("text", "test", ("World", "Sports", "Business", "Technology")),
+}
+# how a person would call the two columns; `fit` makes its prompt from these names
+CALLED = {
+    "sst2": {"text": "review", "label": "sentiment"},
+    "poem_sentiment": {"text": "verse", "label": "mood"},
+    "financial_phrasebank": {"text": "news", "label": "sentiment"},
+    "ag_news": {"text": "news", "label": "topic"},
 }
 FRESH = 500  # rows of a generated task that were neither trained on nor held out
 SOME = 200  # the same of real rows, at most
@@ -88,12 +95,12 @@ def trial(
     once: Callable | None = None,
 ) -> Trial:
     """Fit `rows`; what is shipped and each candidate, trained on all rows at its own rate, answer `fresh` ones."""
-    cv, _ = cross_validation(rows, subject, options)
+    cv, _ = cross_validation(rows, subject, options, columns_of(rows))
     cv.once = once or Memory().once
     fitted = conclude(cv)
     tried = [cv.tried(name) for name in cv.names]
     found = cv.selection.judged(tried, range(len(cv.folds)))
-    gold = torch.tensor([cv.task.labels.index(row["label"]) for row in fresh])
+    gold = torch.tensor([cv.task.labels.index(row[cv.task.label]) for row in fresh])
     accuracy = {}
     nll = {}
     for each in tried:
@@ -119,6 +126,12 @@ def fresh_scores(
     cv: CrossValidation, fitted: Predictor, candidate: Candidate, fresh: list[dict]
 ) -> dict:
     """Log-probabilities [rows, C], "scores", of the labels of fresh rows by a candidate trained on every row."""
+    answers = alone(cv, fitted, candidate).answers(fresh)
+    return {"scores": torch.tensor([answer["log_probabilities"] for _, answer in answers])}
+
+
+def alone(cv: CrossValidation, fitted: Predictor, candidate: Candidate) -> Predictor:
+    """A candidate, trained on every row, as if it had been chosen; its temperature is 1."""
     name = candidate.name
     adapter = None
     theta = None
@@ -127,10 +140,7 @@ def fresh_scores(
         theta = cv.once(f"final-{name}", lambda: {"theta": cv.final(candidate)})["theta"]
     probe = cv.final_probe(candidate) if name == "probe" else None
     spec = {**fitted.spec, "method": name, "temperature": 1.0}
-    alone = Predictor(cv.subject, adapter, theta, spec, probe=probe)
-    return {
-        "scores": torch.tensor([answer["log_probabilities"] for _, answer in alone.answers(fresh)])
-    }
+    return Predictor(cv.subject, adapter, theta, spec, probe=probe)
 
 
 def generated(number: int, kinds: tuple[str, ...] = KINDS) -> tuple[str, list[dict], list[dict]]:
@@ -287,7 +297,7 @@ def real(
     }
     store = Store(RUNS, "fit-real", what)
     for size, draw, name in product(sizes, range(draws), REAL):
-        drawn, fresh = real_rows(data, name, size, draw)
+        drawn, fresh = [called(rows, name) for rows in real_rows(data, name, size, draw)]
         cell = f"{name}-{size}-{draw}"
         each = trial(subject, drawn, fresh, options, partial(kept, store, cell))
         store.keep_json(f"{cell}.json", asdict(each))
@@ -324,9 +334,20 @@ def real_rows(data: Path, name: str, size: int, draw: int) -> tuple[list[dict], 
         fresh += unseen[: SOME // len(words)]
 
     def named(row: dict) -> dict:
-        return {"text": row[column], "label": words[row["label"]]}
+        return {"text": row[column].strip(), "label": words[row["label"]]}
 
     return list(map(named, drawn)), list(map(named, fresh))
+
+
+def columns_of(rows: list[dict]) -> Columns:
+    """Their two columns, the prompt's first."""
+    prompt, answer = rows[0]
+    return Columns(prompt, answer)
+
+
+def called(rows: list[dict], name: str) -> list[dict]:
+    """Rows of a real data set with columns called as a person would call them."""
+    return [{CALLED[name][column]: value for column, value in row.items()} for row in rows]
 
 
 def about(options: FitOptions) -> str:

@@ -186,7 +186,7 @@ class FitOptions(TrainOptions, AdapterOptions):
     rates: tuple[float, ...] = option(
         (), "learning rates; held-out rows choose among several", shown="the paper's highest"
     )
-    epochs: int = option(8, "of every phase of training", least=1)
+    epochs: int = option(5, "of every phase of training", least=1)
     folds: int = option(5, "parts of cross-validation; up to 10 rows each row is one", least=2)
     demonstrations: int = option(
         16, "rows the teacher sees before each, labels in turn, as the context holds", least=1
