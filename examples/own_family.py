@@ -1,7 +1,7 @@
 """A model family of one's own: Llama with another activation in its MLP, read from a checkpoint folder as any other."""
 
 import torch.nn.functional as F
-from ia2mini.models import checkpoint, llama
+from ia2mini.models import config, llama
 
 
 class GeluMLP(llama.MLP):
@@ -17,4 +17,4 @@ class GeluLlama(llama.Llama):
 
 
 # config.json then says "model_type": "gelu-llama"; its attention outputs are tapped as Llama's are
-checkpoint.FAMILIES["gelu-llama"] = (llama.Config, GeluLlama)
+config.FAMILIES["gelu-llama"] = (llama.Config, GeluLlama)

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import struct
-from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 import torch
@@ -20,18 +19,27 @@ from ia2mini.files import check_name, is_there, read_json, write, write_text
 from ia2mini.files.hub import hub_errors, patiently
 from ia2mini.tokenizer import Tokenizer
 
-from . import llama, qwen3
-from .layers import LLAMA3, Rope
+from .config import CLASSES, FAMILIES, read_folder_config, written_fields
 
-FAMILIES = {"llama": (llama.Config, llama.Llama), "qwen3": (qwen3.Config, qwen3.Qwen3)}
 TINY = Path(__file__).parent / "tiny"  # the embedded checkpoint
-# of other numbers 2**20
-MOST = {"num_hidden_layers": 2**12, "max_position_embeddings": 2**40, "rms_norm_eps": 1}
 
 QWEN3 = "0.6B-Base 1.7B-Base 4B-Base 8B-Base 14B-Base 0.6B 1.7B 4B 8B 14B 32B".split()
 LLAMA = "3.2-1B 3.2-3B 3.2-1B-Instruct 3.2-3B-Instruct 3.1-8B 3.1-70B 3.1-8B-Instruct 3.1-70B-Instruct".split()
 SHORT_NAMES = {f"qwen3-{size.lower()}": f"Qwen/Qwen3-{size}" for size in QWEN3}
 SHORT_NAMES |= {f"llama-{size.lower()}": f"meta-llama/Llama-{size}" for size in LLAMA}
+SMOLLM2 = "135M 360M 1.7B 135M-Instruct 360M-Instruct 1.7B-Instruct".split()
+SHORT_NAMES |= {f"smollm2-{size.lower()}": f"HuggingFaceTB/SmolLM2-{size}" for size in SMOLLM2}
+QWEN2 = "0.5B 1.5B 3B 7B 0.5B-Instruct 1.5B-Instruct 3B-Instruct 7B-Instruct".split()
+SHORT_NAMES |= {f"qwen2.5-{size.lower()}": f"Qwen/Qwen2.5-{size}" for size in QWEN2}
+SHORT_NAMES |= {
+    "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
+    "smollm3-3b-base": "HuggingFaceTB/SmolLM3-3B-Base",
+    "mistral-7b-v0.3": "mistralai/Mistral-7B-v0.3",
+    "mistral-7b-instruct-v0.3": "mistralai/Mistral-7B-Instruct-v0.3",
+    "granite-3.3-2b-base": "ibm-granite/granite-3.3-2b-base",
+    "granite-3.3-2b-instruct": "ibm-granite/granite-3.3-2b-instruct",
+    "granite-3.3-8b-instruct": "ibm-granite/granite-3.3-8b-instruct",
+}
 FILES = "config.json generation_config.json tokenizer*.json special_tokens_map.json chat_template.jinja".split()
 FILES += ["added_tokens.json", "adapter_config.json"]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -121,116 +129,7 @@ def hint(name: str) -> str:
     for near in difflib.get_close_matches(name.lower(), ["tiny", *SHORT_NAMES], 3, 0.8):
         if re.findall(r"\d", near) == re.findall(r"\d", name):
             return f"did you mean {near!r}?"
-    return f"families: {', '.join(FAMILIES)}; short names: tiny, {', '.join(SHORT_NAMES)}"
-
-
-def read_folder_config(folder: Path):
-    """The Config of a checkpoint folder and its model's class. UsageError for a missing or unsupported field."""
-    where = folder / "config.json"
-    raw = read_json(where)
-    kind = raw.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UsageError(
-            f"{where}: model_type {repr(kind)[:80]} is not supported (supported: {', '.join(FAMILIES)})"
-        )
-    cls, family = FAMILIES[kind]
-    found, layers = {"rope": read_rope(raw, where)}, raw.get("layer_types") or []
-    for name, fine, values in (
-        ("hidden_act", raw.get("hidden_act", "silu") == "silu", "silu"),
-        ("quantization_config", not raw.get("quantization_config"), "unquantised checkpoints"),
-        ("use_sliding_window", not raw.get("use_sliding_window"), "no sliding window"),
-        (
-            "layer_types",
-            isinstance(layers, list) and layers == ["full_attention"] * len(layers),
-            "all full_attention",
-        ),
-    ):
-        if not fine:
-            raise UsageError(
-                f"{where}: {name} = {repr(raw[name])[:80]} is not supported (supported: {values})"
-            )
-    if missing := [f.name for f in fields(cls) if f.default is MISSING and raw.get(f.name) is None]:
-        raise UsageError(
-            f"{where}: needed field{'s' * (len(missing) > 1)} missing: {', '.join(missing)}"
-        )
-    for f in fields(cls):
-        if f.name != "rope" and raw.get(f.name) is not None:
-            found[f.name] = checked(
-                raw[f.name], f.type, f"{where}: {f.name}", MOST.get(f.name, 2**20)
-            )
-    config = cls(**found)
-    heads, shared = config.num_attention_heads, config.num_key_value_heads
-    if heads % shared:
-        raise UsageError(
-            f"{where}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {shared}"
-        )
-    if config.head_dim % 2 or not config.head_dim:
-        raise UsageError(
-            f"{where}: head_dim = {config.head_dim} (or hidden_size over heads) is not an even number"
-        )
-    return config, family
-
-
-def checked(value, kind, where: str, most: float):
-    """A config's value if it is of its field's type and, a number, within reason. Raises UsageError."""
-    if kind in (int, int | None):
-        fine, wanted = (
-            type(value) is int and 0 < value <= most,
-            f"a whole number from 1 to {most:,}",
-        )
-    elif kind is float:
-        fine, wanted = (
-            type(value) in (int, float) and 1e-12 <= value <= most,
-            f"a number from 1e-12 to {most:g}",
-        )
-    else:
-        fine, wanted = type(value) is kind, kind.__name__
-    if not fine:
-        raise UsageError(f"{where} = {repr(value)[:80]} is not {wanted}")
-    return value
-
-
-def read_rope(raw: dict, where: Path) -> Rope:
-    """The rotary embedding of a config, as transformers 5 or as the hub until then spells it. Raises UsageError."""
-    told = [name for name in ("rope_parameters", "rope_scaling") if raw.get(name)]
-    if len(told) == 2:
-        readings = [read_rope(raw | {name: None}, where) for name in told]
-        if readings[0] != readings[1]:
-            raise UsageError(
-                f"{where}: rope_parameters and rope_scaling say different things; remove the wrong one"
-            )
-    rope = raw[told[0]] if told else {}
-    kind = (
-        rope.get("rope_type", rope.get("type", "default"))
-        if isinstance(rope, dict)
-        else type(rope).__name__
-    )
-    if kind not in ("default", "llama3") or any(isinstance(value, dict) for value in rope.values()):
-        raise UsageError(
-            f"{where}: rope_scaling type {repr(kind)[:80]} is not supported (supported: default, llama3)"
-        )
-    for partial in (raw.get("partial_rotary_factor"), rope.get("partial_rotary_factor")):
-        if partial not in (1.0, None):
-            raise UsageError(
-                f"{where}: partial_rotary_factor = {repr(partial)[:80]} is not supported (supported: 1.0)"
-            )
-    # readers differ in which of the two they take
-    for name in ("rope_theta", "original_max_position_embeddings"):
-        outer, inner = raw.get(name), rope.get(name)
-        if outer is not None and inner is not None and outer != inner:
-            raise UsageError(
-                f"{where}: {name} is {repr(outer)[:80]}, and {repr(inner)[:80]} in {told[0]}; remove one"
-            )
-    needed = LLAMA3 if kind == "llama3" else ()
-    if missing := [name for name in needed if name not in rope]:
-        raise UsageError(f"{where}: rope_scaling of type llama3 lacks {', '.join(missing)}")
-    theta, scaling = (
-        rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
-        {name: rope[name] for name in needed},
-    )
-    for name, value in {"rope_theta": theta, **scaling}.items():
-        checked(value, float, f"{where}: {name}", 1e12)
-    return Rope(float(theta), scaling or None)
+    return f"families: {', '.join(FAMILIES)}; `ia2mini models` lists the short names"
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -371,16 +270,18 @@ def save(
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    raw = asdict(model.config)
+    raw = written_fields(model.config)
     rope = raw.pop("rope")
+    kind = model.config.model_type
     raw |= {
-        "architectures": [f"{type(model).__name__}ForCausalLM"],
+        "architectures": [f"{CLASSES.get(kind, kind.capitalize())}ForCausalLM"],
         "hidden_act": "silu",
         "rope_theta": rope["theta"],
     }
     raw["rope_scaling"] = rope["scaling"] and {"rope_type": "llama3", **rope["scaling"]}
     raw["torch_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     raw["eos_token_id"] = eos_token_id
+    raw["pad_token_id"] = None  # SmolLM3's default may be outside of the vocabulary
     tensors = dict(model.named_parameters()) | (changed or {})  # a tied head is named once
     tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
     plan = split_torch_state_dict_into_shards(tensors, max_shard_size=LARGEST)

@@ -1,7 +1,9 @@
-"""Llama 2 to 3.2, as one reads it: config, attention, MLP, block, model. Parameter names are the checkpoint's own.
+"""Llama 2 to 3.2 and what differs from it by a field: config, attention, MLP, block, model.
 
-What sets it apart from Qwen3: no norm on queries and keys; from 3.1 on the rotary frequencies are scaled (type
-"llama3", `Rope` in common.py). Reference: transformers `models/llama/modeling_llama.py`.
+Parameter names are the checkpoint's own. What sets Llama apart from Qwen3: no norm on queries and keys; from 3.1 on the
+rotary frequencies are scaled (type "llama3", `Rope` in layers.py). Its neighbours: Qwen2 and Seed-OSS (biases on q, k,
+v alone), Mistral, SmolLM3 (layers without rotary), Granite (four scalars). Reference: transformers
+`models/llama/modeling_llama.py`, and `qwen2`, `seed_oss`, `mistral`, `smollm3`, `granite` beside it.
 
 B rows, T tokens, D hidden, H heads, K key/value heads, E head size, V vocabulary, P chosen positions.
 """
@@ -32,6 +34,15 @@ class Config:
     rope: Rope = Rope(10000.0)
     tie_word_embeddings: bool = False  # 3.2 1B and 3B share head and embedding
     attention_bias: bool = False
+    attention_out_bias: bool | None = None  # of o_proj; None: as attention_bias. Qwen2, Seed-OSS
+    no_rope_layers: tuple[
+        int, ...
+    ] = ()  # of each layer 1: rotary, 0: none; empty: all rotate. SmolLM3
+    # what embeddings, scores of attention, and each half of a block are multiplied with. Granite
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None  # None: 1 / sqrt(head_dim)
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0  # what logits are divided by
     mlp_bias: bool = False
     max_position_embeddings: int = 2048
     model_type: str = "llama"
@@ -43,10 +54,12 @@ class Config:
         object.__setattr__(
             self, "head_dim", self.head_dim or self.hidden_size // self.num_attention_heads
         )
+        if self.attention_out_bias is None:
+            object.__setattr__(self, "attention_out_bias", self.attention_bias)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, layer: int = 0):
         super().__init__()
         D, E = config.hidden_size, config.head_dim
         H, K, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
@@ -54,7 +67,11 @@ class Attention(nn.Module):
         self.q_proj = Linear(D, H * E, bias=bias)
         self.k_proj = Linear(D, K * E, bias=bias)
         self.v_proj = Linear(D, K * E, bias=bias)
-        self.o_proj = Linear(H * E, D, bias=bias)
+        self.o_proj = Linear(H * E, D, bias=config.attention_out_bias)
+        self.rotates = not config.no_rope_layers or bool(config.no_rope_layers[layer])
+        self.scale = 1.0  # of queries; `attend` divides by sqrt(E)
+        if config.attention_multiplier is not None:
+            self.scale = config.attention_multiplier * E**0.5
 
     def forward(
         self, x: Tensor, rope: Rotation, cache: LayerCache | None, past: Past | None
@@ -63,8 +80,16 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H, T, E]
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, E]
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, E]
-        z = attend(rotate(q, *rope), rotate(k, *rope), v, cache, past)  # [B, H, T, E]
+        if self.rotates:
+            q = rotate(q, *rope)
+            k = rotate(k, *rope)
+        z = attend(times(q, self.scale), k, v, cache, past)  # [B, H, T, E]
         return self.o_proj(z.transpose(1, 2).reshape(B, T, -1))  # [B, T, D]
+
+
+def times(x: Tensor, factor: float) -> Tensor:
+    """x * factor; x itself where the factor is 1, as in all families but Granite."""
+    return x if factor == 1.0 else x * factor
 
 
 class MLP(nn.Module):
@@ -79,10 +104,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, layer: int = 0):
         super().__init__()
+        self.residual_multiplier = config.residual_multiplier
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -90,10 +116,11 @@ class Block(nn.Module):
         self, x: Tensor, rope: Rotation, cache: LayerCache | None, past: Past | None
     ) -> Tensor:
         """What this block's attention adds to the residual stream x [B, T, D]; the tensor that IA2 aligns."""
-        return self.self_attn(self.input_layernorm(x), rope, cache, past)
+        a = self.self_attn(self.input_layernorm(x), rope, cache, past)
+        return times(a, self.residual_multiplier)
 
     def mlp_output(self, x: Tensor) -> Tensor:
-        return self.mlp(self.post_attention_layernorm(x))
+        return times(self.mlp(self.post_attention_layernorm(x)), self.residual_multiplier)
 
 
 class Llama(nn.Module):
@@ -103,7 +130,8 @@ class Llama(nn.Module):
         super().__init__()
         self.config, self.model = config, nn.ModuleDict()
         self.model["embed_tokens"] = Embedding(config.vocab_size, config.hidden_size)
-        self.model["layers"] = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        layers = range(config.num_hidden_layers)
+        self.model["layers"] = nn.ModuleList(Block(config, layer) for layer in layers)
         self.model["norm"] = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
@@ -130,6 +158,7 @@ class Llama(nn.Module):
         of the map to logits, weight [V, D]: its result is returned.
         """
         x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)  # [B, T, D]
+        x = times(x, self.config.embedding_multiplier)
         before = prefix.length if prefix else 0
         positions = before + (cache or Prefix()).positions(x.shape[1], x.device)
         rope = self.config.rope.at(positions, self.config.head_dim, x.dtype)
@@ -146,5 +175,5 @@ class Llama(nn.Module):
             if layer == last and isinstance(logits, tuple):
                 x = x[logits]  # [P, D]: from here on only the positions asked for
             x = x + block.mlp_output(x)
-        x = self.model.norm(x)
+        x = times(self.model.norm(x), 1 / self.config.logits_scaling)
         return self.lm_head(x) if head is None else head(x, self.lm_head.weight)

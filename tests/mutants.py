@@ -33,6 +33,12 @@ MUTANTS = {
         ),
     ],
     "models/attention.py": [
+        ("* E**-0.5) @ k.mT", ") @ k.mT", "attention written_out"),
+        (
+            "hidden = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask",
+            "hidden = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask",
+            "attention written_out",
+        ),
         (
             "self.sees[asking, asked]",
             "self.sees[asked, asking]",
@@ -138,7 +144,7 @@ MUTANTS = {
             "shuffled(train, rng)[1:]",
             "episode are_the_other",
         ),
-        ("if row.prompt == without or", "if", "folds balanced"),
+        ("if i not in inside", "", "folds rows_of_a_group"),
     ],
     "ia2mini/labels.py": [
         (
@@ -153,8 +159,10 @@ MUTANTS = {
         ),
         ("torch.where(self.closes, ending, said)", "said", "ends a_label_ends_with_any"),
     ],
-    "ia2mini/scoring.py": [
+    "ia2mini/prefix.py": [
         ("[prompt[:-1] for prompt in prompts]", "prompts", "evaluate one_query"),
+    ],
+    "ia2mini/scoring.py": [
         ("-torch.stack(each).neg().logsumexp(0)", "each[0]", "ends the_confidence_of_a_text"),
     ],
     "ia2mini/metrics.py": [
@@ -170,16 +178,15 @@ MUTANTS = {
         ("[other for other in every if other != fold]", "list(every)", "selection the_whole_rule"),
         ("if after < before:", "if True:", "selection a_temperature_is_kept"),
     ],
-    "ia2mini/fitting/looks.py": [
-        (
-            "for first in folds for second in folds",
-            "for first in folds for second in [first]",
-            "selection waits_for_a_choice",
-        ),
+    "ia2mini/fitting/probe.py": [
+        ("W = W / deviation", "W = W", "probe scikit_learns"),
+        ("penalty / 2 * V", "penalty * V", "probe scikit_learns"),
+        ("set(range(len(states))) - set(test)", "range(len(states))", "held_out never_saw"),
     ],
     "ia2mini/fitting/predictor.py": [
         ("(len(held) + 1) * (1", "len(held) * (1", "predictor coverage_of_few"),
         ('(scores.double() / self.spec["temperature"])', "scores", "predictor probabilities_are"),
+        ("and not shown:", "and True:", "probe saved_loaded"),
     ],
     "ia2mini/generate.py": [
         ("< characters + PARTS", "< 0", "ends a_stop_text_of_characters"),
@@ -222,6 +229,7 @@ MUTANTS = {
         ("line + reader.line_num", "line - 1 + reader.line_num", "delimited lines_are_those"),
     ],
     "ia2mini/tasks/catalog.py": [
+        ("self.blank + self.labels[label]", "self.labels[label]", "columns what_is_taken"),
         ("rows[: -task.held]", "rows", "sources forty_lines"),
     ],
     "ia2mini/report/page.py": [

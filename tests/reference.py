@@ -18,6 +18,15 @@ transformers.logging.disable_progress_bar()
 
 VOCABULARY = 288  # 256 bytes, BOS, EOS and unused entries, as real embeddings are padded
 BOS, EOS = 256, 257
+CLASSES = {
+    "llama": "Llama",
+    "qwen3": "Qwen3",
+    "qwen2": "Qwen2",
+    "mistral": "Mistral",
+    "smollm3": "SmolLM3",
+    "seed_oss": "SeedOss",
+    "granite": "Granite",
+}
 LLAMA3_SCALING = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -44,7 +53,7 @@ def byte_tokenizer(bos: bool) -> str:
 def raw_config(family: str, absent: tuple[str, ...] = (), **changes) -> dict:
     """A tiny config.json in the hub's spelling, without the fields in `absent`."""
     raw = {
-        "architectures": [{"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[family]],
+        "architectures": [f"{CLASSES[family]}ForCausalLM"],
         "model_type": family,
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -61,6 +70,7 @@ def raw_config(family: str, absent: tuple[str, ...] = (), **changes) -> dict:
         "attention_bias": False,
         "tie_word_embeddings": False,
         "bos_token_id": BOS,
+        "pad_token_id": None,
         "eos_token_id": EOS,
         "torch_dtype": "float32",
         **changes,
@@ -97,8 +107,10 @@ def upstream(folder: Path, dtype=torch.float32):
 def upstream_pass(model, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """transformers' logits [B, T, V] and attention outputs [L, B, T, D], the latter caught by forward hooks."""
     caught: list[torch.Tensor] = []
+    # Granite: what is added to the stream
+    factor = getattr(model.config, "residual_multiplier", 1.0)
     handles = [
-        block.self_attn.register_forward_hook(lambda m, i, out: caught.append(out[0]))
+        block.self_attn.register_forward_hook(lambda m, i, out: caught.append(out[0] * factor))
         for block in model.model.layers
     ]
     try:

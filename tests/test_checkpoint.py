@@ -226,6 +226,9 @@ NEAR = {
     "tinny": "'tiny'",
     "qwne3-4b": "'qwen3-4b'",
     "Llama-3.2-1b-instrct": "'llama-3.2-1b-instruct'",
+    "smollm2-135m-instrct": "'smollm2-135m-instruct'",
+    "qwen2.5-0.5b-instuct": "'qwen2.5-0.5b-instruct'",
+    "mistrl-7b-v0.3": "'mistral-7b-v0.3'",
 }
 FAR = (
     "zzzz",
@@ -233,13 +236,12 @@ FAR = (
     "qwen2-4b",
     "qwen3-5b",
     "llama-3.3-70b",
-    "qwen2.5-0.5b",
-    "mistral-7b",
+    "mixtral-8x7b",
     "llama-2-7b",
     "gemma-3-4b",
 )
-FAR += ("phi-3-mini", "smollm2-135m", "tiny-random", "", "x" * 5000)
-NEAR |= dict.fromkeys(FAR, "families: llama, qwen3; short names: tiny, qwen3-0.6b-base")
+FAR += ("phi-3-mini", "tiny-random", "", "x" * 5000)
+NEAR |= dict.fromkeys(FAR, "families: llama, qwen3, qwen2")
 NEAR |= dict.fromkeys(
     ["./none/there", "/none/there", "../none", "none/there/at-all"], "not a folder"
 )

@@ -59,7 +59,7 @@ def test_what_is_taken_and_left_out_is_said(columns):
     rows, task = read_own(rows_of(columns))
     for row in rows:
         example = task.example(row)
-        assert str(row[prompt]) in example.prompt and example.answer == row[answer]
+        assert str(row[prompt]) in example.prompt and example.answer == f" {row[answer]}"
         assert not any(
             str(row[column]) in example.prompt
             for column in row
@@ -163,12 +163,13 @@ def test_alpacas_rows_are_read_as_such(names, more):
         if (row.get("input") or "").strip():
             asked += "\n" + row["input"]
         example = task.example(found)
-        assert (example.prompt, example.answer) == (f"Question:{asked}\nAnswer:", row["output"])
+        assert example.prompt == f"Question: {asked}\nAnswer:"
+        assert example.answer == f" {row['output']}"
     said = task.remarks[-2]
     assert all(repr(name) in said for name in (*names, *more)) and "Alpaca" in said
     assert ("left out: 'text'" in said) == bool(more)
     asking = queries_task(kept, "queries")
-    assert fill(asking.prompt, kept[0]) == "Question:Give the capital.\nFrance\nAnswer:"
+    assert fill(asking.prompt, kept[0]) == "Question: Give the capital.\nFrance\nAnswer: "
 
 
 def labelled(labels: list) -> list[dict]:

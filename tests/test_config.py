@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from ia2mini.models import load
-from ia2mini.models.checkpoint import read_folder_config
+from ia2mini.models.config import read_folder_config
 from mistakes import refused
 from reference import (
     LLAMA3_SCALING,
@@ -59,7 +59,9 @@ REFUSALS = {
         "quantization_config",
         "gptq",
     ),
-    "other model_type": ({"model_type": "mistral"}, "model_type", "mistral", "llama, qwen3"),
+    "other model_type": ({"model_type": "gpt2"}, "model_type", "gpt2", "llama, qwen3"),
+    "a model_type with experts": ({"model_type": "qwen3_moe"}, "experts", "use qwen3-8b"),
+    "windowed layers": ({"model_type": "gemma3_text"}, "windowed layers", "qwen3-1.7b"),
     "no model_type": ({"absent": ("model_type",)}, "model_type"),
     "other activation": ({"hidden_act": "gelu"}, "hidden_act", "gelu"),
     "no hidden_size": ({"absent": ("hidden_size",)}, "missing: hidden_size"),
@@ -221,3 +223,24 @@ def test_fields_that_change_nothing_are_accepted(family, tmp_path):
 def test_a_broken_config_is_named(tmp_path, text, mentioned):
     (tmp_path / "config.json").write_text(text)
     refused(lambda: load(tmp_path), "config.json", mentioned)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"sliding_window": 4096, "max_position_embeddings": 32768}, "sliding_window = 4096"),
+        ({"max_position_embeddings": 32768}, "sliding_window = 4096"),  # transformers' default
+        ({"sliding_window": "4096"}, "sliding_window = '4096'"),
+    ],
+)
+def test_a_window_shorter_than_prompts_may_be_is_refused(tmp_path, changes, said):
+    raw = raw_config("mistral", **changes)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    refused(lambda: load(tmp_path), said, "prompts may be longer", "mistral-7b-v0.3")
+
+
+@pytest.mark.parametrize("layers", [[1, 0], [1, 2, 1], "101", [None, 1, 1]])
+def test_layers_without_rotary_are_a_number_for_each(tmp_path, layers):
+    raw = raw_config("smollm3", no_rope_layers=layers)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    refused(lambda: load(tmp_path), "no_rope_layers", "for each layer")

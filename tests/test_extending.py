@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ia2mini.models import checkpoint
+from ia2mini.models import config as configs
 from reference import make_checkpoint, random_ids, upstream
 
 from ia2mini import Taps, load
@@ -24,7 +24,7 @@ def test_what_is_added_learns(name, capsys):
 
 def test_a_family_of_ones_own_is_read_and_tapped(tmp_path, monkeypatch):
     """Against transformers' Llama with the same activation."""
-    monkeypatch.setattr(checkpoint, "FAMILIES", dict(checkpoint.FAMILIES))
+    monkeypatch.setattr(configs, "FAMILIES", dict(configs.FAMILIES))
     runpy.run_path(str(EXAMPLES / "own_family.py"))
     folder = make_checkpoint(tmp_path, "llama", num_hidden_layers=2)
     twin = upstream(folder)

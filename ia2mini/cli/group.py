@@ -18,7 +18,7 @@ from .streams import check_arguments, keep_freed_memory, need_output, open_strea
 
 MINUTE = 60
 # commands whose whole result is what they print; so is that of `predict` without --out
-PRINTING = ("score", "generate", "tasks")
+PRINTING = ("score", "generate", "tasks", "models")
 
 
 class Commands(click.Group):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import UsageError
 from ..adapters import IA3, Adapter, LoRA, unpack
 from ..errors import out_of_memory
-from ..files import check_name, is_there, read_json, write, write_json, write_text
+from ..files import check_name, is_there, read_json, write, write_text
 from ..models.checkpoint import save
 from ..models.layers import Linear
 
@@ -383,6 +383,4 @@ def save_merged(
     words, ends = (
         (tokenizer.backend.to_str(), list(tokenizer.eos_ids) or None) if tokenizer else (None, None)
     )
-    if tokenizer:  # from tokenizer.json alone transformers may guess another class
-        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     save(model, folder, words, ends, changed)

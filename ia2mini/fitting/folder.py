@@ -12,7 +12,7 @@ import torch
 from .. import UsageError
 from ..engine.peft import claim, read_config, save_adapter, save_merged
 from ..engine.store import checkpoint_digest, versions
-from ..files import finite, write, write_text
+from ..files import finite, write, write_json, write_text
 from ..models.checkpoint import load
 from ..models.taps import device_of
 from ..tokenizer import Rendered
@@ -185,6 +185,9 @@ def merge(predictor, out: Path) -> float:
     for name in BESIDE:
         if (subject.folder / name).is_file():
             write(out / name, partial(shutil.copyfile, subject.folder / name))
+    if not (subject.folder / "tokenizer_config.json").is_file():
+        # from tokenizer.json alone transformers may guess another class
+        write_json(out / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     write_decision(predictor, out)
     device = device_of(subject.model)
     prompt = predictor.chat(predictor.spec.get("example", "Once upon a time"))
