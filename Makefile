@@ -38,7 +38,7 @@ lint: setup
 	ln -s $(CURDIR)/ia2mini/* build/types/ia2mini && ln -sfn $(CURDIR)/models build/types/ia2mini/models
 	$(BIN)/mypy
 
-mutants: setup  ## break seventy lines one at a time: the tests must notice; minutes
+mutants: setup  ## break seventy-six lines one at a time: the tests must notice; minutes
 	$(BIN)/python tests/mutants.py
 
 bench: setup  ## how fast, and against whom

@@ -27,7 +27,7 @@ MOST = {"num_hidden_layers": 2**12, "max_position_embeddings": 2**40, "rms_norm_
 
 CLASSES = {"seed_oss": "SeedOss", "smollm3": "SmolLM3"}  # of others: the first letter in upper case
 # model_type -> what a field is that its config.json does not have, where that is not Llama's
-DEFAULTS = {
+DEFAULTS: dict[str, dict] = {
     "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 2**15},
     "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 2**17, "sliding_window": 4096},
     "smollm3": {
@@ -45,7 +45,7 @@ DEFAULTS = {
     "granite": {"attention_multiplier": 1.0},
 }
 # … and what it is whatever config.json says: transformers does not read the field
-ALWAYS = {
+ALWAYS: dict[str, dict] = {
     "qwen2": {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
     "mistral": {"attention_bias": False, "mlp_bias": False},
     "seed_oss": {"mlp_bias": False},
@@ -142,7 +142,7 @@ def family_fields(kind: str, raw: dict, where: Path) -> dict:
             raise UsageError(
                 f"{where}: sliding_window = {window!r} is not supported: prompts may be longer; {mend}"
             )
-    found = dict(ALWAYS.get(kind, {}))
+    found: dict = dict(ALWAYS.get(kind, {}))
     if kind == "smollm3":
         found["no_rope_layers"] = layers_that_rotate(raw, where)
     return found

@@ -33,11 +33,11 @@ MUTANTS = {
         ),
     ],
     "models/attention.py": [
-        ("* E**-0.5) @ k.mT", ") @ k.mT", "attention written_out"),
+        ("* E**-0.5) @ k.mT", ") @ k.mT", "attention written_out_attention_and"),
         (
             "hidden = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask",
             "hidden = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask",
-            "attention written_out",
+            "attention written_out_attention_and",
         ),
         (
             "self.sees[asking, asked]",
@@ -46,7 +46,11 @@ MUTANTS = {
         ),
         ("return seen.tril()", "return seen", "cache packed_documents"),
         ("<= self.slots[..., None]", "< self.slots[..., None]", "cache unequal_prompts"),
-        ("T, E) * E**-0.5", "T, E) / E", "cache prefix_equals"),
+        (
+            "// K * T, E) * E**-0.5\n    before",
+            "// K * T, E) / E\n    before",
+            "cache prefix_equals",
+        ),
     ],
     "models/llama.py": [
         (

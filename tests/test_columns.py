@@ -230,7 +230,7 @@ def test_rows_without_a_prompt_are_left_out_and_others_named(tmp_path):
     )
     task = custom_task(write_rows(tmp_path / "rows.jsonl", labelled([1, 0] * 4)), eval_path=path)
     assert f"1 of 3 rows ({path}:2)" in task.remarks[-1]
-    assert {(e.prompt[5:6], e.label) for e in load_examples(task, "eval").rows} == {
+    assert {(e.prompt[6:7], e.label) for e in load_examples(task, "eval").rows} == {
         ("a", 1),
         ("c", 0),
     }
@@ -356,7 +356,7 @@ def test_classes_of_parquet_keep_their_names(tmp_path):
         task.labels == ("bad", "good")
         and "left out for want of answer: 4 of 12 rows" in task.remarks[0]
     )
-    assert [task.example(row).answer for row in rows] == [
+    assert [task.example(row).answer.strip() for row in rows] == [
         ["bad", "good"][i] for i in numbers if i in (0, 1)
     ]
     study = custom_task(path)

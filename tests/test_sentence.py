@@ -1,9 +1,11 @@
 """What `fit` and `score` say: right by itself, with the measure named, and nothing claimed of what proves nothing."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
+from mistakes import refused
 from sklearn.metrics import f1_score
 
 from ia2mini import FitOptions, fit, open_subject
@@ -46,11 +48,26 @@ def test_an_adapter_is_told_by_the_whole_choice_and_row_by_row():
     assert "Always the commonest answer: 50 %." in text
 
 
-def test_a_probe_is_told_with_the_measure_that_it_is_better_by():
-    found = report("sft")["candidates"]
-    text = sentence(report("sft", candidates=found | {"probe": numbers(0.71, 0.6)}))
-    assert "has the lower NLL (0.60 against 0.65; 71 % right)" in text
-    assert "probe" not in sentence(report("sft", candidates=found | {"probe": numbers(0.9, 0.66)}))
+def test_a_probe_that_is_shipped_is_told_as_such():
+    found = report("probe")["candidates"] | {"probe": numbers(0.9, 0.4)}
+    text = sentence(report("probe", candidates=found))
+    assert text.startswith("A linear probe on the base's last hidden state is shipped, without an")
+
+
+def test_what_came_nearest_is_named_where_nothing_is_shipped():
+    text = sentence(report("base", nearest=("sft", 3, 1, 0.625)))
+    assert "SFT, right on 3 rows more than the base and on 1 less (p = .62)" in text
+    assert "`--ship sft` takes it" in text and "--ship" not in sentence(report("base"))
+
+
+def test_what_was_asked_for_is_shipped(subject):
+    """Whatever the held-out rows say; they still say what it is worth, by its own choices alone."""
+    rows = world.rows("toy-mood-remap", "train")[4:16]
+    found = fit(rows, subject, replace(QUICK, ship="sft", temperature=False)).report
+    assert found["chosen"] == "sft" and "SFT is shipped, as was asked for" in found["sentence"]
+    assert found["shipped"] == found["candidates"]["sft"]
+    assert fit(rows, subject, replace(QUICK, ship="probe")).probe is not None
+    refused(lambda: fit(rows, subject, replace(QUICK, ship="ridge")), "--ship ridge", "icl, probe")
 
 
 def test_where_nothing_is_shipped_it_says_what_was_tried_and_what_to_do():

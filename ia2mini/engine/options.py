@@ -187,6 +187,11 @@ class FitOptions(TrainOptions, AdapterOptions):
         (), "learning rates; held-out rows choose among several", shown="the paper's highest"
     )
     epochs: int = option(5, "of every phase of training", least=1)
+    ship: str = option(
+        "",
+        "a method, icl or probe: ship this, whatever held-out rows say",
+        shown="what is surely better",
+    )
     folds: int = option(5, "parts of cross-validation; up to 10 rows each row is one", least=2)
     demonstrations: int = option(
         16, "rows the teacher sees before each, labels in turn, as the context holds", least=1

@@ -62,6 +62,9 @@ class CrossValidation:
         subject, task, rows, options = self.subject, self.task, self.rows, self.options
         prompts = len({row.prompt for row in rows})
         check_methods(options.methods)
+        if options.ship and options.ship not in self.names[1:]:
+            tried = ", ".join(self.names[1:])
+            raise UsageError(f"--ship {options.ship}: is not tried; what is tried here is {tried}")
         if prompts < LEAST:
             needed = f"cross-validation needs at least {LEAST}; add rows"
             raise UsageError(f"{prompts} rows with different prompts: {needed}")

@@ -29,7 +29,7 @@ from ..teacher import answer_tokens_at_most
 from .crossval import CrossValidation
 from .measures import classes, measures
 from .predictor import Predictor
-from .selection import COMMONEST, Candidate, choose
+from .selection import COMMONEST, UNSHIPPED, Candidate, choose
 from .sentence import sentence
 
 LONG, FAR = 500, 10  # tokens, and times the median: from both on a row is named
@@ -182,8 +182,13 @@ def conclude(cv: CrossValidation) -> Predictor:
     # with a context ICL is the teacher itself
     may_ship = [each for each in tried if not (options.context and each.name == "icl")]
     names = {each.name for each in may_ship} | {COMMONEST}
-    chosen = found[choose({name: one for name, one in found.items() if name in names})]
-    report = make_report(cv, found, chosen, cv.selection.shipped(may_ship))
+    if options.ship:
+        chosen = found[options.ship]
+        shipped = chosen, [options.ship] * len(cv.folds)
+    else:
+        chosen = found[choose({name: one for name, one in found.items() if name in names})]
+        shipped = cv.selection.shipped(may_ship)
+    report = make_report(cv, found, chosen, shipped)
     adapter, theta, probe = None, None, None
     if chosen.name in METHODS:
         adapter = cv.adapter
@@ -239,6 +244,7 @@ def make_report(
         "folds": len(cv.folds),
         "chosen": chosen.name,
         "chosen_by_fold": choices,
+        "wanted": bool(cv.options.ship),
         "tokens": {"query": query, "icl": query + shown},
         "temperature": chosen.temperature,
         "calibration": chosen.calibration,
@@ -247,6 +253,7 @@ def make_report(
         "remarks": list(cv.troubles),
         "all_differ": len({row.answer for row in cv.rows}) == len(cv.rows),
         "against": {name: against(whole, found[name]) for name in rivals(found, chosen, cv)},
+        "nearest": nearest(found),
     }
     if task.labels:
         about.update(classes(chosen.scores, cv.gold, task.labels))
@@ -255,6 +262,16 @@ def make_report(
     about["sentence"] = sentence(about)
     about["held_out"] = held_out(cv, chosen)
     return about
+
+
+def nearest(found: dict[str, Candidate]) -> tuple | None:
+    """The candidate with the lowest loss that is below the base's, and `against` the base; None: there is none."""
+    losses = {name: one.losses.mean().item() for name, one in found.items()}
+    able = [name for name in found if name not in UNSHIPPED and losses[name] < losses["base"]]
+    if not able:
+        return None
+    best = min(able, key=losses.__getitem__)
+    return best, *against(found[best], found["base"])
 
 
 def rivals(found: dict[str, Candidate], chosen: Candidate, cv: CrossValidation) -> list[str]:

@@ -30,6 +30,8 @@ def shipped(report: dict) -> str:
         what = "A linear probe on the base's last hidden state is shipped, without an adapter"
     if chosen == "icl":
         what = "Demonstrations in the prompt (ICL) are shipped, without an adapter"
+    if report.get("wanted"):
+        what += ", as was asked for"
     sure = f", ECE {worth['ece']:.2f}" if "ece" in worth else ""
     return f"{what}: {percent(worth['acc'])} of {count(report['rows'], 'held-out row')} right{sure}, {EACH}."
 
@@ -52,7 +54,7 @@ def nothing(report: dict) -> str:
     if "commonest" in found:
         base, commonest = (found[name]["acc"][0] for name in ("base", "commonest"))
         than = f"both the base ({share(base)} right) and always the commonest answer ({share(commonest)})"
-        return f"{what}; on {rows} none was surely better than {than}. {HELP}"
+        return f"{what}; on {rows} none was surely better than {than}. {near(report)}{HELP}"
     if "kl" not in report and not any(one["acc"][0] for one in found.values()):
         judged = (
             "so held-out rows cannot judge answers that all differ"
@@ -63,6 +65,17 @@ def nothing(report: dict) -> str:
     agreed = "in agreement with the model that sees the context" if "kl" in report else "right"
     than = f"the base ({share(found['base']['acc'][0])} {agreed})"
     return f"{what}; on {rows} none had surely a lower loss than {than} and was {agreed.split()[0]} on more. {HELP}"
+
+
+def near(report: dict) -> str:
+    """Which candidate came nearest, and how to have it all the same."""
+    if not report.get("nearest"):
+        return ""
+    name, more, less, p = report["nearest"]
+    rows = f"right on {count(more, 'row')} more than the base and on {less} less ({probability(p)})"
+    return (
+        f"The lowest loss has {NAMES[name]}, {rows}: that may be chance; `--ship {name}` takes it. "
+    )
 
 
 def differences(report: dict) -> list[str]:
