@@ -37,3 +37,17 @@ def test_held_out_rows_are_scored_by_weights_that_never_saw_them():
     again.places = cv.places
     for name in ("sft", "probe"):
         assert torch.equal(again.held_out(name)[:, fold], cv.held_out(name)[:, fold]), name
+
+
+def test_sft_alone_asks_no_teacher_and_trains_to_the_same_weights(monkeypatch):
+    subject = open_subject("tiny", "cpu")
+    rows = world.rows("toy-mood-remap", "train")[4:16]
+    options = FitOptions(epochs=2, rates=(1e-2,), methods=("sft",), folds=3)
+    both, _ = cross_validation(rows, subject, replace(options, methods=("sft", "ia2")))
+    taught = both.trained("sft").theta
+    whole = both.final(both.selection.judge(both.tried("sft"), range(3)))
+    monkeypatch.setattr("ia2mini.fitting.crossval.teach", None)
+    alone, _ = cross_validation(rows, subject, options)
+    assert torch.equal(alone.trained("sft").theta, taught)
+    candidate = alone.selection.judge(alone.tried("sft"), range(3))
+    assert torch.equal(alone.final(candidate), whole)

@@ -104,7 +104,7 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
     write_fit_report(fitted, out, typed(), own)
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished)
-    click.echo(plain(write_fit_table(fitted.report)))
+    click.echo(plain(write_fit_table(fitted.report, task.remarks)))
     click.echo(f"{out}: {files_of(fitted, out)}")
     click.echo(plain(f"next: ia2mini predict {shlex.quote(str(out))} NEW_ROWS"))
 

@@ -34,7 +34,7 @@ from ..scale.graphs import recorded
 from ..scale.pack import in_batches
 from ..scoring import answer_scores, answer_texts, last_states
 from ..tasks import Example, Task, same_answer
-from ..teacher import Asked, label_tokens_at_most, observe, teach
+from ..teacher import Asked, Taught, label_tokens_at_most, observe, teach
 from ..train import Hooks, Settings, State, Trained, warn_of_failed
 from .probe import PENALTIES, Probe, fit_probe, held_out_scores
 from .selection import Candidate, Selection, Tried
@@ -133,10 +133,10 @@ class CrossValidation:
         room = self.subject.reads - needed
         return [example for example, tokens in zip(shown, taken) if tokens <= room]
 
-    def grid(self, episodes: list[Episode], rates) -> Grid:
-        """Every episode with every rate, after the teacher's pass over them."""
+    def grid(self, episodes: list[Episode], rates, methods: tuple[str, ...]) -> Grid:
+        """Every episode with every rate, after the teacher's pass over them where a method learns from it."""
         o, subject = self.options, self.subject
-        needed = losses_of(o.methods)
+        needed = losses_of(methods)
         asked = Asked(
             self.max_tokens,
             SOFT_K if "soft" in needed else None,
@@ -145,9 +145,14 @@ class CrossValidation:
             residual="hidden" in needed,
             hooks=fast_decoding(device_of(subject.model), self.max_tokens),
         )
-        with self.bar("collecting", sum(len(e.demonstrations) for e in episodes)) as bar:
-            told = partial(teach, subject.model, subject.tokenizer, asked=asked, watch=bar.update)
-            sets = ranks.spread(told, episodes)
+        if needed == {"sft"}:
+            sets = [self.untaught(episode) for episode in episodes]
+        else:
+            with self.bar("collecting", sum(len(e.demonstrations) for e in episodes)) as bar:
+                told = partial(
+                    teach, subject.model, subject.tokenizer, asked=asked, watch=bar.update
+                )
+                sets = ranks.spread(told, episodes)
         return Grid(
             subject.model,
             self.adapter,
@@ -158,9 +163,15 @@ class CrossValidation:
             trainer=make_trainer(None),
         )
 
+    def untaught(self, episode: Episode) -> Taught:
+        """An episode's rows with their true answers alone."""
+        end = self.max_tokens > 1
+        rows = [truth_row(example, self.subject.tokenizer, end) for example in episode.train]
+        return Taught(rows, [], [], [])
+
     @cached_property
     def fold_grid(self) -> Grid:
-        grid = self.grid(self.folds, self.rates)
+        grid = self.grid(self.folds, self.rates, self.options.methods)
         self.estimate(grid)
         return grid
 
@@ -353,7 +364,7 @@ class CrossValidation:
         number = len(self.folds)
         shown = among_themselves(rows, self.shown, seeded(self.options.seed, number, "final"))
         everything = Episode(rows, [], shown, [], **self.unlabelled(number, rows))
-        grid = self.grid([everything], [rate])
+        grid = self.grid([everything], [rate], (winner.name,))
         found = None
         for method in in_order((winner.name,)):
             found = self.train_phase(grid, method, found)

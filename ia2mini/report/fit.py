@@ -32,8 +32,8 @@ MATRIX = 20  # labels of which the page shows who was taken for whom as a square
 INTERVALS = "95 % intervals: Clopper-Pearson for shares, Student's t for means"
 
 
-def write_fit_table(report: dict) -> str:
-    """The short report for the terminal."""
+def write_fit_table(report: dict, told: tuple[str, ...] = ()) -> str:
+    """The short report for the terminal, without remarks that have been `told` already."""
     rows = measured(report)
     widths = [max(map(len, column)) for column in zip(*rows)]
     table = []
@@ -41,8 +41,9 @@ def write_fit_table(report: dict) -> str:
         entries = [f"{row[0]:<{widths[0]}}"]
         entries += [f"{text:>{width}}" for text, width in zip(row[1:], widths[1:])]
         table.append("  ".join(entries).rstrip())
+    remarks = [remark for remark in report["remarks"] if remark not in told]
     return "\n".join(
-        [about(report), *table, *notes(report), "", report["sentence"], *report["remarks"]]
+        [about(report), *table, *notes(report), "", report["sentence"], *remarks]
     )
 
 
