@@ -33,6 +33,9 @@ def subject(tmp_path_factory):
     return open_subject(str(folder), "cpu")
 
 
+TEMPLATE = "Text:{text}\nLabel:"
+
+
 def row(length: int, i: int) -> dict:
     """A row whose prompt `Text:…\\nLabel:` has so many tokens."""
     return {"text": f"{i:02}".ljust(length - len("Text:\nLabel:"), "x"), "label": "ab"[i % 2]}
@@ -45,7 +48,10 @@ def task_of(tmp_path, pool: list[int], evaluation: list[int]):
             for i, length in enumerate(lengths)
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    return custom_task(tmp_path / "pool.jsonl", "text", "label", eval_path=tmp_path / "eval.jsonl")
+    evaluated = tmp_path / "eval.jsonl"
+    return custom_task(
+        tmp_path / "pool.jsonl", "text", "label", template=TEMPLATE, eval_path=evaluated
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,17 +100,18 @@ def test_fit_refuses_rows_contexts_and_rows_without_answers(subject, monkeypatch
     )
     long = row(READS + 1, 7)
     refused(
-        lambda: fit([*rows, long], subject, options),
+        lambda: fit([*rows, long], subject, options, (None, None, TEMPLATE)),
         "Text:07xxx",
         "more than the 100 tokens the model reads",
     )
-    refused(lambda: fit(rows, subject, options, unlabelled=[{"text": long["text"]}]), "Text:07xxx")
+    more = [{"text": long["text"]}]
+    refused(lambda: fit(rows, subject, options, unlabelled=more), "Text: 07xxx")
     monkeypatch.setattr(fitting, "generate", None)  # nothing is generated before the refusal
     for context, more in (("c" * (READS - 30), 10), ("c", READS)):
         with_context = replace(options, context=context, max_tokens=more)
         refused(
             lambda o=with_context: fit(rows, subject, o),
-            "Question:0",
+            "Question: 0",
             "cut that, or use a smaller --max-tokens",
         )
 

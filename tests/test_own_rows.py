@@ -68,7 +68,7 @@ def test_fit_says_how_rows_were_read_and_what_to_type_next(tmp_path):
     ]
     assert found.stderr.splitlines()[:4] == lines
     *_, last, next_command = found.stdout.splitlines()
-    assert found.stdout.splitlines()[-6:-2] == lines
+    assert not set(lines) & set(found.stdout.splitlines()), "told once"
     assert shlex.split(next_command.removeprefix("next: ")) == [
         "ia2mini",
         "predict",

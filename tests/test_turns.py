@@ -115,7 +115,7 @@ def test_a_column_of_the_same_name_is_refused():
     # a text in a column of that name is no conversation
     rows = [{"messages": f"text {i}", "label": i % 2} for i in range(8)]
     _, task = read_own(rows)
-    assert task.prompt == "Text:{messages}\nLabel:"
+    assert task.prompt == "Messages: {messages}\nLabel: "
 
 
 def test_fit_predict_and_score_conversations(talking, tmp_path):  # noqa: F811

@@ -4,8 +4,6 @@ import re
 
 import click
 
-from ..models.checkpoint import SHORT_NAMES
-from ..models.config import FAMILIES
 from .group import main
 
 # the beginning of a short name -> model_type, licence, and whether the hub wants an agreement first
@@ -43,6 +41,9 @@ def models():
     Any other checkpoint of these families is named by its folder or its hub id. `run` and `fit` keep the weights
     once, whatever the number of runs; the rest of the memory depends on the rows.
     """
+    from ..models.checkpoint import SHORT_NAMES
+    from ..models.config import FAMILIES
+
     rows = [("name", "family", "bfloat16", "licence", "agreement", "hub id")]
     rows.append(("tiny", "qwen3", "embedded", "MIT", "no", ""))
     for name, hub_id in SHORT_NAMES.items():

@@ -81,7 +81,7 @@ class CrossValidation:
         self.rates = options.rates_for(subject.name, options.adapter)
         # each is asked for in every fold
         self.tokens = cache(lambda text: len(subject.tokenizer.encode(text)))
-        self.longest = max(rows, key=lambda row: self.tokens(row.prompt))
+        self.longest = max([*rows, *self.more], key=lambda row: self.tokens(row.prompt))
         self.fits: dict[str, Trained] = {}
         self.found: dict[str, Tried] = {}
         # answers to held-out rows, and how sure each is

@@ -42,9 +42,7 @@ def write_fit_table(report: dict, told: tuple[str, ...] = ()) -> str:
         entries += [f"{text:>{width}}" for text, width in zip(row[1:], widths[1:])]
         table.append("  ".join(entries).rstrip())
     remarks = [remark for remark in report["remarks"] if remark not in told]
-    return "\n".join(
-        [about(report), *table, *notes(report), "", report["sentence"], *remarks]
-    )
+    return "\n".join([about(report), *table, *notes(report), "", report["sentence"], *remarks])
 
 
 def notes(report: dict) -> list[str]:
