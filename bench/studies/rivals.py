@@ -107,9 +107,9 @@ def fitted_rivals(
     note = f"ships {fitted.report['chosen']}"
     shipped = asked(fitted, fresh, seconds, needed, note)
     found = {"shipped": replace(shipped, stated=[100 * share for share in stated])}
-    tried = [cv.tried(name) for name in CANDIDATES]
-    candidates = cv.selection.judged(tried, range(len(cv.folds)))
-    for name in CANDIDATES:
+    names = [name for name in CANDIDATES if name in cv.names]
+    candidates = cv.selection.judged([cv.tried(name) for name in names], range(len(cv.folds)))
+    for name in names:
         try:
             predictor = alone(cv, fitted, candidates[name])
             spent = memory.seconds.get(f"final-{name}", 0.0)

@@ -207,6 +207,7 @@ class CrossValidation:
 
     def trained(self, method: str) -> Trained:
         """All folds × rates of a method; kept, so that an interrupted fit goes on."""
+        assert method in in_order(self.options.methods), "the teacher was not asked for it"
         if method not in self.fits:
             first = self.trained(STARTS_FROM[method]) if method in STARTS_FROM else None
             kept = self.once(
