@@ -259,7 +259,7 @@ def test_a_full_disk(ground, tmp_path, monkeypatch):
 
 
 def test_labels_that_merge_with_the_colon(shared_data, ground, tmp_path):
-    """Qwen3 reads ":A" and ":true" as one token: our template has a blank, the user's own is refused, the label named."""
+    """Qwen3 reads ":A" as one token: our template has a blank, the user's own is refused, the label named."""
     model = Qwen3(
         Config(151936, 16, 32, 1, 2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True)
     )

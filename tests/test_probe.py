@@ -1,6 +1,7 @@
 """The linear probe: scikit-learn's logistic regression, shipped as a small file, refused where it is damaged."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from ia2mini import FitOptions, fit, load_adapter, open_subject
 from ia2mini.cli.main import main
 from ia2mini.fitting.probe import PROBE, UNSEEN, fit_probe
+from ia2mini.report.card import card
 from ia2mini.scoring import last_states
 from ia2mini.tasks import world
 
@@ -121,3 +123,18 @@ def test_fit_and_predict_by_command(tmp_path, monkeypatch):
     assert result.exit_code == 0 and len(result.stdout.splitlines()) == 16
     result = CliRunner().invoke(main, ["merge", out, "--out", str(tmp_path / "merged")])
     assert result.exit_code == 2 and "no adapter to merge" in result.output
+
+
+def test_the_cards_lines_give_its_probabilities(fitted, tmp_path, subject):
+    """Those of the model card, run as they are written, on transformers' model."""
+    fitted.save(tmp_path / "probe")
+    text = card(fitted, tmp_path / "probe", "ia2mini fit")
+    (code,) = re.findall("```python\n(.*?)\n```", text, re.S)
+    *lines, last = code.splitlines()
+    names: dict = {}
+    exec("\n".join(lines), names)
+    shares = eval(last, names)
+    row = fitted.report["held_out"][0]
+    wanted = next(fitted.answer_rows([{"text": row["prompt"][6:].rpartition("\nLabel:")[0]}]))
+    for label, share in wanted["probabilities"].items():
+        assert shares[label] == pytest.approx(share, abs=1e-4)

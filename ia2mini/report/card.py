@@ -8,6 +8,7 @@ from pathlib import Path
 from ..adapters import LoRA
 from ..files import json_line, plain
 from ..fitting.serving import why_not
+from ..tasks.catalog import blank_of
 from ..tasks.rows import placeholders
 from .page import loading
 from .tables import markdown
@@ -27,7 +28,7 @@ library_name: {library}
 Fitted by [ia2mini](https://arxiv.org/abs/2509.22621) {version}: {command}. Template, labels, temperature and held-out
 numbers are in `ia2mini.json`, every held-out row in `held_out.jsonl`, the report in `report.html`.
 
-The prompt is {template}{turn}; the answer follows it at once.
+The prompt is {template}{turn}; {follows}.
 
 ```
 ia2mini predict {folder} NEW_ROWS
@@ -56,8 +57,14 @@ def card(fitted, folder: Path, command: str) -> str:
     }
     text |= {
         "turn": ", a turn of the chat template" if spec["chat"] else "",
+        "follows": "the answer follows it at once",
         "code": code(fitted, str(folder), peft),
     }
+    blank = blank_of(spec["template"])
+    if blank:
+        shown = span(repr(spec["template"].rstrip(" ")))
+        text["template"] = shown
+        text["follows"] = "the answer follows with a blank before it"
     return CARD.format(**text, folder=plain(shlex.quote(str(folder)), ""))
 
 
@@ -80,6 +87,8 @@ def code(fitted, folder: str, peft: bool) -> str:
     source = repr(base) + f", revision={revision!r}" * bool(revision)
     loaded = loading(source, folder if peft else None, f", dtype={dtype_of(fitted)!r}")
     refused = why_not(fitted)
+    if fitted.probe is not None:
+        loaded += probing(fitted, folder)
     lines = [*fenced(loaded, "python"), ""]
     if refused:
         lines += ["## Serve it", "", f"{NO_DECISION} {span(refused)}. `ia2mini predict` does.", ""]
@@ -89,6 +98,20 @@ def code(fitted, folder: str, peft: bool) -> str:
     if peft and base != "tiny":
         lines += llama_cpp(fitted, folder)
     return "\n".join(lines)
+
+
+def probing(fitted, folder: str) -> str:
+    """Python that answers by a probe, after the model is loaded."""
+    example = fitted.spec["example"]
+    return f"""
+from safetensors.torch import load_file
+
+probe = load_file({folder + "/probe.safetensors"!r})
+prompt = tokenizer({example!r}, return_tensors="pt")
+state = model.model(**prompt).last_hidden_state[0, -1].float()
+scores = probe["weight"] @ state + probe["bias"]
+shares = (scores.log_softmax(-1) / {fitted.spec["temperature"]}).softmax(-1)
+dict(zip({fitted.spec["labels"]!r}, shares.tolist()))"""
 
 
 def dtype_of(fitted) -> str:
@@ -106,7 +129,7 @@ def decisions(fitted, folder: str) -> list[str]:
     """Serving by transformers: with the pipeline, over HTTP, and what probability is enough."""
     spec = fitted.spec
     row = dict.fromkeys(placeholders(spec["template"]), "A text")
-    question = {"type": "choice", "criteria": dict.fromkeys(spec["labels"])}
+    question = {"type": "choice", "criteria": dict.fromkeys(fitted.spoken())}
     pipeline = f"""\
 decide = transformers.pipeline(
     "decision", model=model, tokenizer=tokenizer, decision_config={folder!r}
