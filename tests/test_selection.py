@@ -214,6 +214,11 @@ def test_among_what_may_be_shipped():
     )
     assert choose(candidates(base=base, commonest=base, icl=good, sft=base)) == "icl"
     assert choose(candidates(base=base, commonest=base, icl=base, sft=base)) == "base"
+    beside = candidates(base=base, commonest=base, probe=better, sft=good)
+    assert choose(beside) == "probe", "surely better than any adapter"
+    assert choose(candidates(base=base, commonest=base, probe=close, sft=good)) == "sft"
+    assert choose(candidates(base=base, commonest=base, probe=good, icl=better)) == "icl"
+    assert choose(candidates(base=base, commonest=base, probe=good, sft=base)) == "probe"
 
 
 def test_a_setting_that_failed_in_a_fold_is_never_chosen():

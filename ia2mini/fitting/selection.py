@@ -17,6 +17,7 @@ from ..metrics import fit_temperature, row_losses
 COMMONEST = "commonest"
 MATTERS = 0.01  # nats: a smaller difference of mean losses is none
 UNSHIPPED = ("base", COMMONEST)  # what a candidate must beat
+NO_ADAPTER = ("probe", "icl")  # what answers without one
 
 
 @dataclass
@@ -184,17 +185,19 @@ def choose(found: dict[str, Candidate]) -> str:
     """What to ship, of candidates on the same rows; "base": nothing.
 
     Only what is surely better than the base and than the commonest label, and right on no fewer rows than either; of
-    texts on more rows than the base. Of these the adapter with the lowest loss; demonstrations ("icl") where no adapter
-    is among them, or where they are surely better than that one.
+    texts on more rows than the base. Of these the adapter with the lowest loss. A probe or demonstrations ("icl") where
+    no adapter is among them, or where they are surely better than that one.
     """
     means = {}
     for name, candidate in found.items():
         if name not in UNSHIPPED and may_be_shipped(candidate, found):
             means[name] = candidate.losses.mean().item()
-    adapters = [name for name in means if name != "icl"]
-    if not adapters:
-        return "icl" if "icl" in means else "base"
-    best = min(adapters, key=means.__getitem__)
-    if "icl" in means and surely_better(found["icl"], found[best], COMMONEST in found):
-        return "icl"
+    adapters = [name for name in means if name not in NO_ADAPTER]
+    others = [name for name in means if name in NO_ADAPTER]
+    if not means:
+        return "base"
+    best = min(adapters or others, key=means.__getitem__)
+    for name in others:
+        if surely_better(found[name], found[best], COMMONEST in found):
+            best = name
     return best
