@@ -60,14 +60,14 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def surely_positive(differences: Sequence[float]) -> bool:
-    """Whether the mean of paired `differences` [n] is above zero by a one-sided t test at 5 %; not below five rows."""
+def surely_positive(differences: Sequence[float], level: float = 0.05) -> bool:
+    """Whether the mean of paired `differences` [n] is above zero by a one-sided t test; not below five rows."""
     values = np.asarray(differences, dtype=np.float64)
     n = len(values)
     if n < LEAST_ROWS:
         return False
     error = float(values.std(ddof=1)) / math.sqrt(n)
-    return float(values.mean()) > student_quantile(0.95, n - 1) * error
+    return float(values.mean()) > student_quantile(1 - level, n - 1) * error
 
 
 def binomial_tail(successes: int, n: int, share: float) -> float:
@@ -101,6 +101,6 @@ def sign_test(more: int, less: int) -> float:
     return min(1.0, 2 * binomial_tail(max(more, less), n, 0.5))
 
 
-def surely_more(more: int, less: int) -> bool:
-    """Whether `more` of the discordant pairs is no chance, by the one-sided sign test at 5 %."""
-    return binomial_tail(more, more + less, 0.5) < 0.05
+def surely_more(more: int, less: int, level: float = 0.05) -> bool:
+    """Whether `more` of the discordant pairs is no chance, by the one-sided sign test."""
+    return binomial_tail(more, more + less, 0.5) < level

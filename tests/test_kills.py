@@ -199,7 +199,7 @@ def test_lost_permissions_are_one_line_and_given_again_it_goes_on(name, undistur
 def test_predict_writes_nothing_but_its_output(undisturbed, folder):
     whole = undisturbed["predict"][1].out
     place, answers = folder(), folder() / "answers.jsonl"
-    for room in (0, 1, 500, len(whole) - 1):
+    for room in (0, 1, len(whole) // 2, len(whole) - 1):
         one_line(command(place, "predict", output=answers, room=room), 2, "File too large")
         assert answers.read_bytes() == whole[:room]
     permit(place, 0o555)

@@ -11,6 +11,7 @@ from scipy import stats
 from ia2mini.fitting.selection import (
     COMMONEST,
     MATTERS,
+    SURE,
     Candidate,
     Selection,
     Tried,
@@ -155,7 +156,7 @@ def test_surely_is_students_one_sided_test(shift):
     rng = np.random.default_rng(0)
     base = rng.normal(2, 1, 9)
     sft = base - shift - rng.normal(0, 1.2, 9)
-    sure = stats.ttest_rel(base - MATTERS, sft, alternative="greater").pvalue < 0.05
+    sure = stats.ttest_rel(base - MATTERS, sft, alternative="greater").pvalue < SURE
     found = candidates(base=base.tolist(), commonest=(base + 9).tolist(), sft=sft.tolist())
     assert choose(found) == ("sft" if sure else "base")
 
@@ -172,7 +173,7 @@ def test_of_labels_rows_that_only_one_has_right_can_make_it_sure(gained, lost):
     found["sft"].right = torch.tensor([True] * gained + [False] * lost + [True] * 6)
     found["base"].right = torch.tensor([False] * gained + [True] * lost + [True] * 6)
     found[COMMONEST].right = torch.zeros(n, dtype=torch.bool)
-    sure = stats.binomtest(gained, gained + lost, 0.5, "greater").pvalue < 0.05 if gained else False
+    sure = stats.binomtest(gained, gained + lost, 0.5, "greater").pvalue < SURE if gained else False
     assert choose(found) == ("sft" if sure else "base")
     found["sft"].losses = found["sft"].losses + 1
     assert choose(found) == "base"

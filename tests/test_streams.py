@@ -41,6 +41,7 @@ def printing(folder) -> dict[str, list]:
         "score": ["score", folder / "fitted", folder / "rows.csv"],
         "generate": "generate --prompt film --max-tokens 2 --device cpu".split(),
         "tasks": ["tasks"],
+        "models": ["models"],
     }
 
 

@@ -41,7 +41,6 @@ from .selection import Candidate, Selection, Tried
 
 LEAST, ALONE = 4, 10  # rows that cross-validation needs; up to this many are left out one at a time
 SOFT_K = 1024  # likeliest tokens of a distribution that is matched
-UNTRAINED = ("base", "icl", "probe")
 
 
 @dataclass

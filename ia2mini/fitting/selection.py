@@ -15,6 +15,7 @@ from ..metrics import fit_temperature, row_losses
 
 # always says the most frequent label, with the labels' frequencies as probabilities
 COMMONEST = "commonest"
+SURE = 0.1  # the level of the one-sided tests
 MATTERS = 0.01  # nats: a smaller difference of mean losses is none
 UNSHIPPED = ("base", COMMONEST)  # what a candidate must beat
 NO_ADAPTER = ("probe", "icl")  # what answers without one
@@ -156,17 +157,17 @@ class Selection:
 
 
 def surely_better(one: Candidate, other: Candidate, labels: bool) -> bool:
-    """Whether the mean loss is lower by more than what matters, and that is no chance (one-sided, 5 %).
+    """Whether the mean loss is lower by more than what matters, and that is no chance (one-sided, `SURE`).
 
     By Student's t test of the rows' losses or, of labels, by the sign test of the rows on which only one is right: a
     few rows that it is sure of and wrong spread the losses so far that t sees nothing.
     """
     gained = other.losses - one.losses - MATTERS
-    if surely_positive(gained.tolist()):
+    if surely_positive(gained.tolist(), SURE):
         return True
     more = int((one.right & ~other.right).sum())
     less = int((other.right & ~one.right).sum())
-    return labels and bool(gained.mean() > 0) and surely_more(more, less)
+    return labels and bool(gained.mean() > 0) and surely_more(more, less, SURE)
 
 
 def may_be_shipped(candidate: Candidate, found: dict[str, Candidate]) -> bool:

@@ -103,7 +103,7 @@ SHAPE = {
     "example": some_text,
     "report": dict,
     "adapter_digest": text_or_none,
-    "probe_digest": optional,
+    "probe_digest": text_or_none,
     "base": {"name": some_text, "revision": optional},
     "canary": {"dtype": text, "base": TOKENS, "adapted": TOKENS},
 }

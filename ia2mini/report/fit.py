@@ -118,7 +118,7 @@ def places_of(rows: Sequence[Row], template: str) -> dict[str, str]:
     for row in rows:
         row = open_turns(row, template)
         if lacks(row, template, None) is None:
-            places.setdefault(fill(template, row), []).append(row.where)
+            places.setdefault(fill(template.rstrip(" "), row), []).append(row.where)
     return {prompt: ", ".join(named) for prompt, named in places.items()}
 
 
