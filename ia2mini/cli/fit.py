@@ -66,9 +66,9 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
       ia2mini predict tickets new.csv > answers.jsonl
       ia2mini fit --context policy.txt --prompts queries.jsonl --model llama-3.2-1b-instruct --chat --out policy
 
-    Every method is cross-validated. Shipped is what is surely better on held-out rows than the base model and than
-    always the commonest answer: an adapter or a linear probe, trained on all rows, or demonstrations in the prompt.
-    Where nothing is, nothing is shipped, and the report says what to do.
+    Every method is cross-validated. Shipped is what is better on held-out rows than the base model, and surely better
+    than always the commonest answer: an adapter or a linear probe, trained on all rows, or demonstrations in the
+    prompt. Where nothing is, nothing is shipped, and the report says what to do.
     """
     from ..engine.subject import open_subject
     from ..fitting.fit import Columns, read_own

@@ -171,22 +171,24 @@ def surely_better(one: Candidate, other: Candidate, labels: bool) -> bool:
 
 
 def may_be_shipped(candidate: Candidate, found: dict[str, Candidate]) -> bool:
-    """Whether it is surely better than the base and than the commonest label, as `choose` says."""
+    """Whether it knows something and is better than the base, as `choose` says."""
+    base = found["base"]
     labels = COMMONEST in found
-    for name in UNSHIPPED if labels else ("base",):
-        if not surely_better(candidate, found[name], labels):
-            return False
-        more = int(candidate.right.sum()) - int(found[name].right.sum())
-        if more < 0 or (more == 0 and not labels):
-            return False
-    return True
+    if not labels:
+        more = int(candidate.right.sum()) > int(base.right.sum())
+        return more and surely_better(candidate, base, labels)
+    gained = (base.losses - candidate.losses).mean()
+    if gained <= MATTERS or not surely_better(candidate, found[COMMONEST], labels):
+        return False
+    return all(int(candidate.right.sum()) >= int(found[name].right.sum()) for name in UNSHIPPED)
 
 
 def choose(found: dict[str, Candidate]) -> str:
     """What to ship, of candidates on the same rows; "base": nothing.
 
-    Only what is surely better than the base and than the commonest label, and right on no fewer rows than either; of
-    texts on more rows than the base. Of these the adapter with the lowest loss. A probe or demonstrations ("icl") where
+    Of labels only what is surely better than the commonest one and has a lower loss than the base, and is right on no
+    fewer rows than either: few rows cannot prove more. Of texts, where nothing shows that a candidate has learned at
+    all, only what is surely better than the base and right on more rows. Of these the adapter with the lowest loss. A probe or demonstrations ("icl") where
     no adapter is among them, or where they are surely better than that one.
     """
     means = {}

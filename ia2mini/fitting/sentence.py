@@ -6,6 +6,7 @@ from ..engine.options import LABELS
 from ..files import count
 
 NAMES = LABELS | {"commonest": "commonest answer", "shipped": "as shipped", "probe": "linear probe"}
+CHANCE = 0.1  # a p-value from which on a difference may be chance
 HELP = "What may help: more rows, or a larger model."
 NAMED = 10  # labels that are named
 EACH = "each answered by what the same choice makes of the other folds"
@@ -53,8 +54,8 @@ def nothing(report: dict) -> str:
     what = f"Nothing is shipped. Tried were {listed(tried)}"
     if "commonest" in found:
         base, commonest = (found[name]["acc"][0] for name in ("base", "commonest"))
-        than = f"both the base ({share(base)} right) and always the commonest answer ({share(commonest)})"
-        return f"{what}; on {rows} none was surely better than {than}. {near(report)}{HELP}"
+        than = f"the base ({share(base)} right), or surely better than always the commonest answer ({share(commonest)})"
+        return f"{what}; on {rows} none was better than {than}. {near(report)}{HELP}"
     if "kl" not in report and not any(one["acc"][0] for one in found.values()):
         judged = (
             "so held-out rows cannot judge answers that all differ"
@@ -88,7 +89,8 @@ def differences(report: dict) -> list[str]:
             continue
         less = f"on {less} less" if less else "on none less"
         more = f"on {count(more, 'row')} more" if more else "on no row more"
-        told.append(f"{beside}: right {more} and {less} ({probability(p)}).")
+        chance = ": it may be chance" if name == "base" and p >= CHANCE else ""
+        told.append(f"{beside}: right {more} and {less} ({probability(p)}{chance}).")
     return told
 
 
