@@ -360,7 +360,7 @@ def test_classes_of_parquet_keep_their_names(tmp_path):
         ["bad", "good"][i] for i in numbers if i in (0, 1)
     ]
     study = custom_task(path)
-    assert {e.answer for e in load_examples(study, "train").rows} == {"bad", "good"}
+    assert {e.answer for e in load_examples(study, "train").rows} == {" bad", " good"}
     parquet.write_table(class_table([0, 1, 2], ["bad", "good"]), path)
     refused(lambda: read_rows(path), "rows.parquet row 3: class 2", "2 names")
     for broken in (

@@ -332,10 +332,12 @@ def test_forty_lines_of_ones_own(tmp_path):
     pool, held = (load_examples(task, role) for role in ("train", "eval"))
     assert (len(pool.rows), len(held.rows)) == (20, 20)
     assert {e.prompt for e in pool.rows + held.rows} == {
-        f"Text:Nr {i}, said\nLabel:" for i in range(40)
+        f"Text: Nr {i}, said\nLabel:" for i in range(40)
     }
     assert all(
-        e.answer == task.labels[e.label] == ("bad", "good")[int(e.prompt.split()[1][:-1]) % 2]
+        e.answer.strip()
+        == task.labels[e.label]
+        == ("bad", "good")[int(e.prompt.split()[2][:-1]) % 2]
         for e in pool.rows
     )
     assert load_examples(custom_task(path, "text", "label"), "train") == pool
@@ -352,9 +354,9 @@ def test_labels_may_have_several_words(tmp_path):
         None,
     )
     for example in load_examples(task, "train").rows:
-        assert (
-            example.answer == task.labels[example.label] == rows[int(example.prompt[6:-7])]["label"]
-        )
+        number = int(example.prompt.removeprefix("Text: t").removesuffix("\nLabel:"))
+        label = task.labels[example.label]
+        assert example.answer == f" {label}" and label == rows[number]["label"]
 
 
 def test_repeated_prompts_are_not_on_both_sides(tmp_path):
@@ -362,7 +364,7 @@ def test_repeated_prompts_are_not_on_both_sides(tmp_path):
     task = custom_task(write_rows(tmp_path / "rows.jsonl", rows), "text", "label")
     pool, held = (load_examples(task, role).rows for role in ("train", "eval"))
     assert len(pool) == 80 and len(held) == 20 and len({e.prompt for e in pool + held}) == 100
-    assert {e.answer for e in pool + held} == {"0"}  # the first of the repeated rows counts
+    assert {e.answer for e in pool + held} == {" 0"}  # the first of the repeated rows counts
 
 
 def test_a_file_for_evaluation_and_a_template(tmp_path):

@@ -188,8 +188,8 @@ def choose(found: dict[str, Candidate]) -> str:
 
     Of labels only what is surely better than the commonest one and has a lower loss than the base, and is right on no
     fewer rows than either: few rows cannot prove more. Of texts, where nothing shows that a candidate has learned at
-    all, only what is surely better than the base and right on more rows. Of these the adapter with the lowest loss. A probe or demonstrations ("icl") where
-    no adapter is among them, or where they are surely better than that one.
+    all, only what is surely better than the base and right on more rows. Of these the adapter with the lowest loss. A
+    probe or demonstrations ("icl") where no adapter is among them, or where they are surely better than that one.
     """
     means = {}
     for name, candidate in found.items():

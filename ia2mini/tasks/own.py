@@ -103,7 +103,7 @@ def default_template(chosen: Chosen, labelled: bool) -> str:
 def cue(column: str, usual: str) -> str:
     """A column's name as a word of the prompt, or the usual word where the name says nothing."""
     words = column.replace("_", " ").strip()
-    if words.lower() in SAY_NOTHING or not words.replace(" ", "").isalpha():
+    if words.lower() in SAY_NOTHING or len(words) < 3 or not words.replace(" ", "").isalpha():
         return usual
     return words[0].upper() + words[1:]
 
