@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 
 from ia2mini import FitOptions, fit, load_adapter, open_subject
 from ia2mini.cli.main import main
-from ia2mini.fitting.probe import PROBE, UNSEEN, fit_probe
+from ia2mini.fitting.probe import PENALTIES, PROBE, UNSEEN, fit_probe, held_out_scores
 from ia2mini.report.card import card
 from ia2mini.scoring import last_states
 from ia2mini.tasks import world
@@ -60,6 +60,20 @@ def test_a_label_without_a_row_is_never_said():
     states, gold = some_states(20, 2, 10)
     scores = fit_probe(states, 2 * gold, 3, 1.0).log_probabilities(states)
     assert (scores[:, 1] < UNSEEN / 2).all() and scores.exp().sum(1).allclose(torch.ones(20))
+
+
+def test_held_out_a_label_without_another_row_costs_little():
+    states, gold = some_states(20, 2, 10)
+    gold[7] = 2
+    folds = [list(range(start, 20, 4)) for start in range(4)]
+    scores = held_out_scores(states, gold, folds, 3)
+    assert scores.exp().sum(-1).allclose(torch.ones(len(PENALTIES), 20), atol=1e-5)
+    # fifteen other rows, none of which has it
+    assert scores[:, 7, 2].allclose(torch.tensor(1 / 16).log())
+    others = [i for i in range(20) if i % 4 != 3]
+    probe = fit_probe(states[others], gold[others], 3, PENALTIES[1])
+    wanted = probe.log_probabilities(states[folds[3]])[:, :2] + np.log(15 / 16)
+    assert scores[1, folds[3], :2].allclose(wanted, atol=1e-6)
 
 
 def test_a_constant_coordinate_does_no_harm():

@@ -3,6 +3,7 @@
 n rows, D hidden, C labels.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,13 +80,23 @@ def fit_probe(states: Tensor, gold: Tensor, labels: int, penalty: float) -> Prob
 
 
 def held_out_scores(states: Tensor, gold: Tensor, folds: list[list[int]], labels: int) -> Tensor:
-    """Log-probabilities [penalties, n, C] of rows with `states` [n, D], each fold's by a probe of the other folds'."""
+    """Log-probabilities [penalties, n, C] of rows with `states` [n, D], each fold's by a probe of the other folds'.
+
+    Labels that none of m other rows has share a probability of 1 / (m + 1): one such row must not decide everything.
+    """
     scores = torch.zeros(len(PENALTIES), len(states), labels)
     for number, penalty in enumerate(PENALTIES):
         for test in folds:
             others = sorted(set(range(len(states))) - set(test))
             probe = fit_probe(states[others], gold[others], labels, penalty)
-            scores[number, test] = probe.log_probabilities(states[test])
+            found = probe.log_probabilities(states[test])
+            there = torch.bincount(gold[others], minlength=labels) > 0
+            unseen = int((~there).sum())
+            if unseen:
+                share = 1 / (len(others) + 1)
+                found[:, there] += math.log(1 - share)
+                found[:, ~there] = math.log(share / unseen)
+            scores[number, test] = found
     return scores
 
 
