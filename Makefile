@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+SOURCES = ia2mini models bench tests examples docs README.md CONTRIBUTING.md
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -32,8 +33,8 @@ kills: setup  ## each command killed $$IA2MINI_KILLS times (30), on full disks a
 	IA2MINI_KILLS="$${IA2MINI_KILLS:-30}" $(BIN)/python -m pytest -s tests/test_kills.py
 
 lint: setup
-	$(BIN)/ruff format --check --quiet --line-length 100 .
-	$(BIN)/ruff check --line-length 120 --select E,F,W,I,B,UP --ignore B905 .
+	$(BIN)/ruff format --check --quiet --line-length 100 $(SOURCES)
+	$(BIN)/ruff check --line-length 120 --select E,F,W,I,B,UP --ignore B905 $(SOURCES)
 	rm -rf build/types && mkdir -p build/types/ia2mini
 	ln -s $(CURDIR)/ia2mini/* build/types/ia2mini && ln -sfn $(CURDIR)/models build/types/ia2mini/models
 	$(BIN)/mypy
