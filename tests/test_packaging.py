@@ -66,10 +66,18 @@ def test_what_is_imported_is_required():
     assert not lacking, {name: all_of_it[name] for name in lacking}
 
 
+OWN_FILES = (".md", ".txt", ".cfg", ".toml", ".in")  # of the project's folder itself
+
+
 def test_the_source_archive_holds_what_its_tests_need(tmp_path):
     pytest.importorskip("setuptools")
-    skipped = shutil.ignore_patterns(".*", "__pycache__", "build", "runs", "*.egg-info", "*.pyc")
-    tree = shutil.copytree(ROOT, tmp_path / "tree", ignore=skipped)
+    skipped = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "*.pyc")
+    tree = tmp_path / "tree"
+    for folder in ("ia2mini", "models", "bench", "tests", "docs", "examples"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=skipped)
+    for file in ROOT.iterdir():
+        if file.is_file() and (file.suffix in OWN_FILES or file.name in ("LICENSE", "Makefile")):
+            shutil.copy(file, tree)
     build = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
     done = subprocess.run([sys.executable, "-c", build], cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
