@@ -82,6 +82,14 @@ def test_where_nothing_is_shipped_it_says_what_was_tried_and_what_to_do():
     assert "none was better than the base (50 % right), or surely better than always the" in text
 
 
+def test_a_base_that_is_worse_than_the_commonest_answer_is_warned_of():
+    found = report("base")["candidates"]
+    assert "do not use it" not in sentence(report("base"))
+    found["commonest"] = numbers(0.66, 0.6)
+    text = sentence(report("base", candidates=found))
+    assert "The base is worse than always the commonest answer: do not use it either." in text
+
+
 def test_labels_that_are_never_right_are_named():
     classes = [
         {"label": name, "rows": 4, "recall": recall}

@@ -55,7 +55,10 @@ def nothing(report: dict) -> str:
     if "commonest" in found:
         base, commonest = (found[name]["acc"][0] for name in ("base", "commonest"))
         than = f"the base ({share(base)} right), or surely better than always the commonest answer ({share(commonest)})"
-        return f"{what}; on {rows} none was better than {than}. {near(report)}{HELP}"
+        warning = ""
+        if commonest > base:
+            warning = "The base is worse than always the commonest answer: do not use it either. "
+        return f"{what}; on {rows} none was better than {than}. {warning}{near(report)}{HELP}"
     if "kl" not in report and not any(one["acc"][0] for one in found.values()):
         judged = (
             "so held-out rows cannot judge answers that all differ"
