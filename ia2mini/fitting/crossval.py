@@ -34,6 +34,7 @@ from ..scale.graphs import recorded
 from ..scale.pack import in_batches
 from ..scoring import answer_scores, answer_texts, last_states
 from ..tasks import Example, Task, same_answer
+from ..tasks.rows import spoken
 from ..teacher import Asked, Taught, label_tokens_at_most, observe, teach
 from ..train import Hooks, Settings, State, Trained, warn_of_failed
 from .probe import PENALTIES, Probe, fit_probe, held_out_scores
@@ -70,7 +71,7 @@ class CrossValidation:
         self.labels = []
         self.max_tokens = task.max_tokens
         if task.labels:
-            said = tuple(task.blank + label for label in task.labels)
+            said = spoken(task.prompt, task.labels)
             self.labels = subject.tokenizer.label_tokens(rows[0].prompt, said)
             self.max_tokens = label_tokens_at_most(self.labels)
         self.stop = None if options.chat else STOP

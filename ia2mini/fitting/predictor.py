@@ -24,10 +24,18 @@ from ..prefix import share_prefix
 from ..scale.decode import fast_decoding
 from ..scoring import answer_texts, last_states
 from ..tasks import Example, same_answer
-from ..tasks.catalog import blank_of
 from ..tasks.chat import ChatTemplate
 from ..tasks.own import true_answer
-from ..tasks.rows import Row, blocks, each_row, fill, only_column, renamed
+from ..tasks.rows import (
+    Row,
+    blank_of,
+    blocks,
+    each_row,
+    only_column,
+    prompt_of,
+    renamed,
+    spoken,
+)
 from ..tasks.turns import ALL_TURNS, open_turns
 from . import folder as folders
 from .probe import Probe, read_probe
@@ -183,8 +191,8 @@ class Predictor:
 
     def question(self, row: Row, shown: list[Example], place: int = 0) -> "Question":
         """What a row asks. Raises UsageError for a missing column, and where it is longer than the model reads."""
-        template = self.spec["template"].rstrip(" ")
-        prompt = self.chat(fill(template, open_turns(row, template)))
+        template = self.spec["template"]
+        prompt = self.chat(prompt_of(template, open_turns(row, template)))
         tokens = len(self.subject.tokenizer.encode(with_demonstrations(shown, prompt)))
         try:
             labels = self.label_tokens(prompt)
@@ -217,8 +225,7 @@ class Predictor:
 
     def spoken(self) -> list[str]:
         """The labels as they stand behind a prompt: with the blank that the template ends with."""
-        blank = blank_of(self.spec["template"])
-        return [blank + label for label in self.spec["labels"]]
+        return list(spoken(self.spec["template"], self.spec["labels"]))
 
     def behind(self, prompt: str) -> list[list[int]]:
         """The tokens of every label behind a prompt; a blank at the template's end belongs to the label."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..episode import with_demonstrations
 from ..files import write_json, write_text
 from ..tasks.chat import sandbox, template_of
-from ..tasks.rows import COLUMN, Row, fill, placeholders
+from ..tasks.rows import COLUMN, Row, placeholders, prompt_of
 from ..tokenizer import Rendered, special_tokens
 
 CONFIG = "decision.json"
@@ -90,7 +90,7 @@ def renders_the_same(fitted) -> bool:
     spec = fitted.spec
     tokenizer = fitted.subject.tokenizer
     row = Row("the example", dict.fromkeys(placeholders(spec["template"]), spec["example"]))
-    prompt = fitted.chat(fill(spec["template"].rstrip(" "), row))
+    prompt = fitted.chat(prompt_of(spec["template"], row))
     expected = tokenizer.encode(with_demonstrations(shown(fitted), prompt))
     given = {
         "state": dict(row),

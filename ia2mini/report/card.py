@@ -8,8 +8,7 @@ from pathlib import Path
 from ..adapters import LoRA
 from ..files import json_line, plain
 from ..fitting.serving import why_not
-from ..tasks.catalog import blank_of
-from ..tasks.rows import placeholders
+from ..tasks.rows import blank_of, placeholders
 from .page import loading
 from .tables import markdown
 

@@ -13,7 +13,7 @@ from ..fitting.measures import classes, commonest, measures
 from ..fitting.sentence import NAMES, never_right, percent
 from ..intervals import LEAST_ROWS, share_interval
 from ..tasks.own import true_answer
-from ..tasks.rows import Row, fill, lacks
+from ..tasks.rows import Row, lacks, prompt_of
 from ..tasks.turns import open_turns
 from .card import card
 from .page import lines, section, shown, table, whole
@@ -118,7 +118,7 @@ def places_of(rows: Sequence[Row], template: str) -> dict[str, str]:
     for row in rows:
         row = open_turns(row, template)
         if lacks(row, template, None) is None:
-            places.setdefault(fill(template.rstrip(" "), row), []).append(row.where)
+            places.setdefault(prompt_of(template, row), []).append(row.where)
     return {prompt: ", ".join(named) for prompt, named in places.items()}
 
 

@@ -12,6 +12,7 @@ from ..engine.subject import Subject
 from ..episode import Episode, draw_episode, with_demonstrations
 from ..methods import METHODS
 from ..tasks import Examples, Task, find_task, load_examples
+from ..tasks.rows import spoken
 from ..teacher import answer_tokens_at_most, label_tokens_at_most
 
 
@@ -109,7 +110,7 @@ def make_cell(study: Study, task: Task, n: int, draw: Callable) -> Cell:
     if task.labels:  # labels that merge are found before any work
         for name, examples in cell.evaluations.items():
             evaluated = cell.evaluation_task(name)
-            said = tuple(evaluated.blank + label for label in evaluated.labels)
+            said = spoken(evaluated.prompt, evaluated.labels)
             cell.labels[name] = tokenizer.label_tokens(examples.rows[0].prompt, said)
         cell.max_tokens = label_tokens_at_most(cell.labels[task.name])
     cell.teacher_tokens = task.teacher_tokens or cell.max_tokens

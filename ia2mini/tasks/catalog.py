@@ -11,7 +11,7 @@ import numpy as np
 
 from ia2mini import UsageError
 
-from .rows import Row, fill, lacks, whole_number
+from .rows import Row, blank_of, fill, lacks, prompt_of, whole_number
 from .world import TOY_TASKS
 
 
@@ -72,7 +72,7 @@ class Task:
 
     def asked(self, row: Row) -> str:
         """The prompt of a row. UsageError for a missing column."""
-        return fill(self.prompt.rstrip(" "), row)
+        return prompt_of(self.prompt, row)
 
     def label_of(self, row: Row) -> int | None:
         """Index of the row's label, or None where the row is not part of the task. UsageError for an unknown label."""
@@ -96,11 +96,6 @@ class Task:
         if not answer.strip():
             raise UsageError(f"{row.where}: the answer is empty")
         return Example(prompt, answer)
-
-
-def blank_of(template: str) -> str:
-    """The blank at a template's end. It belongs to the answer: most tokenizers join it to the word behind it."""
-    return template[len(template.rstrip(" ")) :]
 
 
 def arrange(task: Task, role: str, rows: list[Row]) -> list[Row]:

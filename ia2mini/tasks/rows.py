@@ -96,6 +96,22 @@ def fill(template: str, row: Row) -> str:
     return COLUMN.sub(text_of, template)
 
 
+def blank_of(template: str) -> str:
+    """The blank at a template's end. It belongs to the answer: most tokenizers join it to the word behind it."""
+    return template[len(template.rstrip(" ")) :]
+
+
+def prompt_of(template: str, row: Row) -> str:
+    """The prompt of a row: the template filled, without the blank at its end."""
+    return fill(template.rstrip(" "), row)
+
+
+def spoken(template: str, labels: Iterable[str]) -> tuple[str, ...]:
+    """Labels as they stand behind a prompt: with the blank at the template's end."""
+    blank = blank_of(template)
+    return tuple(blank + label for label in labels)
+
+
 def whole_number(text: str) -> str:
     """A whole number without its ".0"; any other text as it is."""
     found = WHOLE.fullmatch(text)
