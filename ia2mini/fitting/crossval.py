@@ -6,7 +6,8 @@ stop. n rows, F folds, S settings of a method (its learning rates), R = F * S ru
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from itertools import accumulate, product
@@ -22,7 +23,7 @@ from ..engine.adapter import make_adapter
 from ..engine.experiment import in_order, make_trainer
 from ..engine.options import FitOptions, last_phase, losses_of
 from ..engine.subject import Subject
-from ..episode import Episode, among_themselves, balanced, draw_folds, seeded, with_demonstrations
+from ..episode import Episode, among_themselves, balanced, draw_folds, seeded
 from ..generate import STOP, Decoding
 from ..labels import Scoring, label_scores
 from ..methods import METHODS, STARTS_FROM, Grid
@@ -237,30 +238,25 @@ class CrossValidation:
             end = bool(self.options.context)  # of a person's own answers, how one ends is form
             rows = [truth_row(self.rows[i], tokenizer, end) for i in fold.test]
             if self.options.context:
-                full = [
-                    tokenizer.encode(with_demonstrations(fold.icl[0], self.rows[i].prompt))
-                    for i in fold.test
-                ]
-                observe(self.subject.model, rows, full, Asked(self.max_tokens + 1, SOFT_K))
+                with self.answering("icl", number, None) as (teacher, prompts):
+                    observe(teacher, rows, prompts, Asked(self.max_tokens + 1, SOFT_K))
             self.answers[number] = rows
         return self.answers[number]
 
-    def held_out_texts(self, number: int) -> list[str]:
-        return [self.rows[i].prompt for i in self.folds[number].test]
+    @contextmanager
+    def answering(self, name: str, number: int, theta: Tensor | None) -> Iterator[tuple]:
+        """The model that answers what fold `number` held out, and its prompts.
 
-    def adapted_scores(self, number: int, theta: Tensor) -> Tensor:
-        """What adapters [runs, M] say of the rows that fold `number` held out, [runs, n, C]."""
-        prompts = self.subject.tokenizer.encode_all(self.held_out_texts(number))
-        with adapted(self.subject.model, self.adapter, theta) as student:
-            return self.score(student, prompts, number, len(theta))
-
-    def untrained_scores(self, name: str, number: int) -> Tensor:
-        """The same of the base or ICL, [1, n, C]."""
-        shown = self.folds[number].icl if name == "icl" else [[]]
-        student, prompts = share_prefix(
-            self.subject.model, self.subject.tokenizer, shown, self.held_out_texts(number)
-        )
-        return self.score(student, prompts, number)
+        Under adapters `theta` [runs, M]; None: the base, or ICL.
+        """
+        model, tokenizer = self.subject.model, self.subject.tokenizer
+        texts = [self.rows[i].prompt for i in self.folds[number].test]
+        if theta is None:
+            shown = self.folds[number].icl if name == "icl" else [[]]
+            yield share_prefix(model, tokenizer, shown, texts)
+            return
+        with adapted(model, self.adapter, theta) as student:
+            yield student, tokenizer.encode_all(texts)
 
     def held_out(self, name: str) -> Tensor:
         """What `name` says of every row that its fold held out, [S, n, C]."""
@@ -275,9 +271,11 @@ class CrossValidation:
 
             def scored(number: int) -> Tensor:
                 bar.update(len(self.folds[number].test))
-                if theta is None:
-                    return self.untrained_scores(name, number)
-                return self.adapted_scores(number, theta[number])
+                weights = None if theta is None else theta[number]
+                with self.answering(name, number, weights) as (student, prompts):
+                    return self.score(
+                        student, prompts, number, 1 if theta is None else len(weights)
+                    )
 
             parts = ranks.spread(scored, range(len(self.folds)))
         scores = torch.cat(parts, 1)[:, self.places]
@@ -334,14 +332,9 @@ class CrossValidation:
         with self.bar(f"answers of {candidate.name}", len(self.rows)) as bar:
 
             def answers(number: int) -> tuple:
-                model, texts = self.subject.model, self.held_out_texts(number)
-                if theta is not None:
-                    prompts = tokenizer.encode_all(texts)
-                    with adapted(model, self.adapter, theta[number][None]) as student:
-                        return answer_texts(student, tokenizer, prompts, how, bar.update)
-                shown = self.folds[number].icl if candidate.name == "icl" else [[]]
-                student, prompts = share_prefix(model, tokenizer, shown, texts)
-                return answer_texts(student, tokenizer, prompts, how, bar.update)
+                weights = None if theta is None else theta[number][None]
+                with self.answering(candidate.name, number, weights) as (student, prompts):
+                    return answer_texts(student, tokenizer, prompts, how, bar.update)
 
             parts = ranks.spread(answers, range(len(self.folds)))
         said, sure = (sum(part, []) for part in zip(*parts))
