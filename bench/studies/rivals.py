@@ -161,7 +161,7 @@ def stores(
         what = rows | {"options": asdict(options), "sources": sources_digest()}
         what["checkpoint"] = checkpoint_digest(subject.folder)
         what["columns"] = CALLED
-        what["dtype"] = str(next(subject.model.parameters()).dtype)
+        what["dtype"] = subject.dtype
         found["fit"] = Store(RUNS, f"rivals-{subject.name}", what)
     for part in cells.parts:
         if part != "fit":
@@ -193,7 +193,7 @@ def rivals(
     packages = check_embedder(cells.parts, embedder)
     kept = stores(subject, options, embedder, cells)
     sizes = ", ".join(map(str, cells.sizes))
-    dtype = str(next(subject.model.parameters()).dtype).removeprefix("torch.")
+    dtype = subject.dtype
     what = f"{subject.name} ({dtype}): {sizes} real rows a class, {cells.seeds} draws"
     result = Result("rivals", f"{what}, {SOME} fresh rows, {about(options)}", [])
     # draw after draw, so that an interrupted command has all sizes and data sets

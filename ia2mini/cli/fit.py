@@ -132,9 +132,8 @@ def files_of(fitted, out: Path) -> str:
 
 def dtype_note(subject) -> str:
     """In which dtype the model computes, and how to have another."""
-    dtype = str(next(subject.model.parameters()).dtype).removeprefix("torch.")
-    other = "bfloat16" if dtype == "float32" else "float32"
-    return f"{subject.name} computes in {dtype} (--dtype {other} for the other)"
+    other = "bfloat16" if subject.dtype == "float32" else "float32"
+    return f"{subject.name} computes in {subject.dtype} (--dtype {other} for the other)"
 
 
 @main.command()

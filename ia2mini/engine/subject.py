@@ -24,6 +24,11 @@ class Subject:
     revision: str | None = None  # commit on the hub
 
     @property
+    def dtype(self) -> str:
+        """The number format of the frozen weights, as "float32"."""
+        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
+    @property
     def reads(self) -> int:
         """How many tokens the model reads at most, its own included."""
         return self.model.config.max_position_embeddings

@@ -114,7 +114,7 @@ def cross_validation(
             "ia2mini": __version__,
             "options": asdict(options),
             "checkpoint": checkpoint_digest(subject.folder),
-            "dtype": str(next(subject.model.parameters()).dtype),
+            "dtype": subject.dtype,
             "rows": [(str(e.prompt), e.answer) for e in examples + more],
             "labels": task.labels,
         }

@@ -83,17 +83,12 @@ def digest(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
-def dtype_of(model) -> str:
-    """ "float32" and so on."""
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
-
-
 @torch.no_grad()
 def canary(predictor, kept: dict | None = None) -> dict:
     """Next tokens of a prompt (the likeliest, or as `kept`) and their log-probabilities, with and without it."""
     subject = predictor.subject
     prompt = predictor.chat(predictor.spec["example"])
-    found: dict = {"dtype": dtype_of(subject.model)}
+    found: dict = {"dtype": subject.dtype}
     if predictor.spec["chat"]:
         # a template may write today's date: what it wrote then is asked again
         prompt = Rendered((kept or {}).get("prompt", prompt))
@@ -179,7 +174,7 @@ def merge(predictor, out: Path) -> float:
             )
         raise UsageError(f"there is no adapter to merge; what answers is {answers}")
     weights = hashlib.sha256(predictor.theta.cpu().numpy().tobytes()).hexdigest()
-    made_of = {"base": subject.base, "adapter_digest": weights, "dtype": dtype_of(subject.model)}
+    made_of = {"base": subject.base, "adapter_digest": weights, "dtype": subject.dtype}
     claim(out, made_of)
     save_merged(subject.model, predictor.adapter, predictor.theta[0], out, subject.tokenizer)
     for name in BESIDE:

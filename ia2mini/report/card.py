@@ -84,7 +84,7 @@ def code(fitted, folder: str, peft: bool) -> str:
     """How others load and serve what was shipped."""
     base, revision = fitted.subject.base, fitted.subject.revision
     source = repr(base) + f", revision={revision!r}" * bool(revision)
-    loaded = loading(source, folder if peft else None, f", dtype={dtype_of(fitted)!r}")
+    loaded = loading(source, folder if peft else None, f", dtype={fitted.subject.dtype!r}")
     refused = why_not(fitted)
     if fitted.probe is not None:
         loaded += probing(fitted, folder)
@@ -111,11 +111,6 @@ state = model.model(**prompt).last_hidden_state[0, -1].float()
 scores = probe["weight"] @ state + probe["bias"]
 shares = (scores.log_softmax(-1) / {fitted.spec["temperature"]}).softmax(-1)
 dict(zip({fitted.spec["labels"]!r}, shares.tolist()))"""
-
-
-def dtype_of(fitted) -> str:
-    """The number format in which it was fitted, and is right."""
-    return str(next(fitted.subject.model.parameters()).dtype).removeprefix("torch.")
 
 
 def fenced(text: str, language: str = "") -> list[str]:
@@ -170,7 +165,7 @@ def over_http(fitted, folder: str, body: dict) -> list[str]:
     else:
         model = f"{base}@{revision}" if revision else base
         config = shlex.quote(f"{folder}/decision.json")
-        how = f"--dtype {dtype_of(fitted)} --decision-config {config}"
+        how = f"--dtype {fitted.subject.dtype} --decision-config {config}"
         commands = [f"transformers serve {shlex.quote(model)} {how}"]
     request = json_line({"model": model} | body)
     header = "-H 'Content-Type: application/json'"
@@ -218,7 +213,7 @@ def vllm(fitted, folder: str) -> list[str]:
 def llama_cpp(fitted, folder: str) -> list[str]:
     """llama.cpp reads a merged checkpoint once its converter has been over it."""
     merged = f"{folder}-merged"
-    form = GGUF[dtype_of(fitted)]
+    form = GGUF[fitted.subject.dtype]
     file = shlex.quote(f"{merged}/model.gguf")
     commands = [
         merging(folder),
