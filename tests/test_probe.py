@@ -15,6 +15,7 @@ from sklearn.preprocessing import StandardScaler
 
 from ia2mini import FitOptions, fit, load_adapter, open_subject
 from ia2mini.cli.main import main
+from ia2mini.episode import with_demonstrations
 from ia2mini.fitting.probe import PENALTIES, PROBE, UNSEEN, fit_probe, held_out_scores
 from ia2mini.report.card import card
 from ia2mini.scoring import last_states
@@ -98,6 +99,11 @@ def test_it_is_saved_loaded_and_answers_as_a_product_of_its_file(fitted, tmp_pat
         assert row["answer"] == again.spec["labels"][expected.argmax()]
     shown = list(again.answer_rows(rows, icl=True))
     assert shown[0]["probabilities"] != said[0]["probabilities"], "demonstrations: the model's head"
+    text = with_demonstrations(again.shown(), f"Text: {rows[0]['text']}\nLabel:")
+    logits = subject.model(torch.tensor([subject.tokenizer.encode(text)]))[0, -1]
+    labels = [token for (token,) in again.fitted_label_tokens]
+    expected = logits[labels].softmax(-1).tolist()
+    assert list(shown[0]["probabilities"].values()) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "other bytes", "shape", "names"])
