@@ -24,12 +24,20 @@ def solve(
 ) -> Tensor:
     """Weights [R, M] with LoRA's update of every W_O solved for the batch's `activations`, in one forward pass.
 
-    Layer by layer, so that each sees what the layers before it have become. Raises UsageError where LoRA leaves W_O.
+    Layer by layer, so that each sees what the layers before it have become. Raises UsageError where LoRA leaves W_O,
+    and for OLMo 2.
     """
     if not isinstance(adapter, LoRA) or "o_proj" not in adapter.targets:
         raise UsageError(
             "method ridge solves for LoRA's o_proj: use --adapter lora, with o_proj among --targets"
         )
+    if model.config.model_type == "olmo2":
+        raise UsageError(
+            "method ridge solves for what o_proj gives, and OLMo 2 normalises that before it is added; "
+            "use ia2"
+        )
+    # Granite's multiplier, which o_proj's output still lacks
+    factor = getattr(model.config, "residual_multiplier", 1.0)
     theta = theta.clone()
     # views: what is written there is what the pass goes on with
     weights = unpack(theta, adapter.shapes)
@@ -41,7 +49,8 @@ def solve(
             A = weights[f"{name}.A"]
             B = weights[f"{name}.B"]
             linear = adapter.linears[name]
-            solver = partial(solve_one, A, B, wanted, batch, adapter.alpha / adapter.rank)
+            scale = adapter.alpha / adapter.rank
+            solver = partial(solve_one, A, B, wanted / factor, batch, scale)
             linear.adapter = partial(solved_first, solver, linear.adapter)
         student(batch.ids, logits=False, cache=batch.packed)
     return theta

@@ -8,6 +8,7 @@ from .. import UsageError
 RATES = {"lora": (1e-4, 3e-4, 1e-3), "ia3": (1e-3, 1e-2, 1e-1)}  # protocol section 4
 # the embedded model is small: LoRA's ten times
 TINY_RATES = {"lora": (1e-3, 3e-3, 1e-2), "ia3": (1e-3, 1e-2, 1e-1)}
+# of other families: Llama's
 BETAS = {"qwen3": (0.1, 0.5, 0.7, 0.9), "llama": (0.001, 0.01, 0.05, 0.5)}
 UNTRAINED = ("base", "icl")
 LABELS = {  # method: as it is written, in the order of every table and figure

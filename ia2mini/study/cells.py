@@ -81,7 +81,7 @@ def lay_out(
         options=options,
         adapter=make_adapter(subject.model, options, scale_inputs=options.paper_compat),
         rates=options.rates_for(subject.name, options.adapter),
-        betas=options.betas or BETAS[subject.model.config.model_type],
+        betas=options.betas or BETAS.get(subject.model.config.model_type, BETAS["llama"]),
         layers=options.layer_numbers(subject.model.config.num_hidden_layers),
         pools=pools,
         evaluations=evaluations,
