@@ -20,7 +20,7 @@ BUDGET = 4096  # tokens of one pass (`Study.budget`)
 DECODED_AT_ONCE = 4 * BUDGET  # tokens of cache of a batch that is decoded (`Decoding.budget`)
 MOST_DEV = 48  # rows that decide when a run stops
 # bfloat16 operations a layer: forward, LoRA, backward
-KERNELS = {"qwen3": (56, 18, 100), "llama": (38, 18, 78)}
+KERNELS = {"qwen3": (56, 18, 100), "llama": (38, 18, 78), "olmo2": (58, 18, 102)}
 KERNELS_AROUND = 20  # of a pass, outside its layers
 MATCHED = ("ia2", "hidden")  # phases that match activations: they need no head
 

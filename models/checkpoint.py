@@ -39,6 +39,12 @@ SHORT_NAMES |= {
     "granite-3.3-2b-base": "ibm-granite/granite-3.3-2b-base",
     "granite-3.3-2b-instruct": "ibm-granite/granite-3.3-2b-instruct",
     "granite-3.3-8b-instruct": "ibm-granite/granite-3.3-8b-instruct",
+    "olmo2-1b": "allenai/OLMo-2-0425-1B",
+    "olmo2-1b-instruct": "allenai/OLMo-2-0425-1B-Instruct",
+    "olmo2-7b": "allenai/OLMo-2-1124-7B",
+    "olmo2-7b-instruct": "allenai/OLMo-2-1124-7B-Instruct",
+    "olmo2-13b": "allenai/OLMo-2-1124-13B",
+    "olmo2-13b-instruct": "allenai/OLMo-2-1124-13B-Instruct",
 }
 FILES = "config.json generation_config.json tokenizer*.json special_tokens_map.json chat_template.jinja".split()
 FILES += ["added_tokens.json", "adapter_config.json"]
@@ -48,6 +54,8 @@ STORED = ("F32", "BF16", "F16", "F64")
 LARGEST = "5GB"  # of a file of weights that is written
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 AT_ONCE = 4096  # rows of these that are compared
+NUMBER = r"\d+(?:\.\d+)?"  # in a model's name
+NEAR = 0.6  # least likeness of an unknown name to one that may have been meant, of 1
 
 
 def load(
@@ -126,10 +134,19 @@ def refuse_adapter(folder: Path) -> None:
 
 def hint(name: str) -> str:
     """What may have been meant by an unknown name. Letters may be misspelt; another number is another model."""
-    for near in difflib.get_close_matches(name.lower(), ["tiny", *SHORT_NAMES], 3, 0.8):
-        if re.findall(r"\d", near) == re.findall(r"\d", name):
-            return f"did you mean {near!r}?"
+    name = name.lower()
+    known = [near for near in ["tiny", *SHORT_NAMES] if has_numbers_of(name, near)]
+    nearest = difflib.get_close_matches(name, known, 3, NEAR)
+    nearest = nearest or [near for near in known if near.startswith(name)][:3]
+    if nearest:
+        return f"did you mean {' or '.join(map(repr, nearest))}?"
     return f"families: {', '.join(FAMILIES)}; `ia2mini models` lists the short names"
+
+
+def has_numbers_of(name: str, known: str) -> bool:
+    """Whether every number in `name` stands in a known name, too, in the same order."""
+    numbers = iter(re.findall(NUMBER, known))
+    return all(number in numbers for number in re.findall(NUMBER, name))
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from ia2mini import UsageError
 from ia2mini.files import read_json
 
-from . import llama, qwen3
+from . import llama, olmo2, qwen3
 from .layers import LLAMA3, Rope
 
 # model_type -> its config and its model
@@ -21,6 +21,7 @@ FAMILIES = {
     "smollm3": (llama.Config, llama.Llama),
     "seed_oss": (llama.Config, llama.Llama),
     "granite": (llama.Config, llama.Llama),
+    "olmo2": (olmo2.Config, olmo2.Olmo2),
 }
 # of other numbers 2**20
 MOST = {"num_hidden_layers": 2**12, "max_position_embeddings": 2**40, "rms_norm_eps": 1}
@@ -64,8 +65,7 @@ ROPE_THETA = {"smollm3": 2e6}  # of others 1e4
 REFUSED = {
     "gemma3_text": ("windowed layers and other norms", "qwen3-1.7b or smollm2-1.7b"),
     "gemma3": ("windowed layers and other norms", "qwen3-4b or llama-3.2-3b"),
-    "olmo2": ("norms after each half of a block", "qwen3-8b or llama-3.1-8b"),
-    "olmo3": ("windowed layers", "qwen3-8b or llama-3.1-8b"),
+    "olmo3": ("windowed layers", "olmo2-7b or qwen3-8b"),
     "phi3": ("fused matrices of q, k and v", "qwen3-4b or llama-3.2-3b"),
     "qwen3_moe": ("experts", "qwen3-8b"),
     "qwen3_next": ("layers of linear attention", "qwen3-8b"),

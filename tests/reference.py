@@ -26,6 +26,7 @@ CLASSES = {
     "smollm3": "SmolLM3",
     "seed_oss": "SeedOss",
     "granite": "Granite",
+    "olmo2": "Olmo2",
 }
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -107,12 +108,18 @@ def upstream(folder: Path, dtype=torch.float32):
 def upstream_pass(model, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """transformers' logits [B, T, V] and attention outputs [L, B, T, D], the latter caught by forward hooks."""
     caught: list[torch.Tensor] = []
-    # Granite: what is added to the stream
+    # Granite and OLMo 2: what is added to the stream
     factor = getattr(model.config, "residual_multiplier", 1.0)
-    handles = [
-        block.self_attn.register_forward_hook(lambda m, i, out: caught.append(out[0] * factor))
-        for block in model.model.layers
-    ]
+    if model.config.model_type == "olmo2":
+        handles = [
+            block.post_attention_layernorm.register_forward_hook(lambda m, i, a: caught.append(a))
+            for block in model.model.layers
+        ]
+    else:
+        handles = [
+            block.self_attn.register_forward_hook(lambda m, i, out: caught.append(out[0] * factor))
+            for block in model.model.layers
+        ]
     try:
         with torch.no_grad():
             logits = model(ids, use_cache=False).logits

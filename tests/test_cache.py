@@ -7,10 +7,10 @@ from ia2mini.models import Taps, load
 from ia2mini.models.attention import Cache, Packed, Prefix, folded
 from reference import assert_equal, make_checkpoint, our_pass, random_ids, upstream, upstream_pass
 
-families = pytest.mark.parametrize("family", ["llama", "qwen3"])
+families = pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2"])
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "qwen3", "olmo2"])
 def tiny(request, tmp_path_factory):
     """A tiny random model of each family, gradients on (loading freezes)."""
     folder = make_checkpoint(tmp_path_factory.mktemp("tiny") / request.param, request.param)

@@ -20,7 +20,7 @@ from reference import (
 
 from ia2mini import UsageError
 
-families = pytest.mark.parametrize("family", ["llama", "qwen3"])
+families = pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2"])
 
 
 def change_config(folder: Path, absent: tuple = (), **changes) -> None:

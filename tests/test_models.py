@@ -69,6 +69,20 @@ CASES = {
         },
     ),
     "granite defaults": ("granite", {"absent": ("head_dim",)}),
+    "olmo2": ("olmo2", {"absent": ("head_dim", "rms_norm_eps"), "rope_theta": 5e5}),
+    "olmo2 no groups, tied": (
+        "olmo2",
+        {
+            "absent": ("head_dim", "rope_theta"),
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "olmo2 one key head, biases, sharded": (
+        "olmo2",
+        {"num_key_value_heads": 1, "head_dim": 16, "attention_bias": True, "shard": "20KB"},
+    ),
+    "olmo2 llama3 scaling": ("olmo2", {"rope_scaling": LLAMA3_SCALING, "rms_norm_eps": 0.1}),
     "qwen3": ("qwen3", {}),
     "qwen3 tied, own head size": ("qwen3", {"tie_word_embeddings": True, "head_dim": 16}),
     "qwen3 one key head": (
@@ -83,7 +97,7 @@ CASES = {
     "qwen3 llama3 scaling": ("qwen3", {"rope_scaling": LLAMA3_SCALING}),
 }
 cases = pytest.mark.parametrize("case", CASES)
-families = pytest.mark.parametrize("family", ["llama", "qwen3"])
+families = pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2"])
 
 
 def make(folder, case: str, **more):
@@ -91,7 +105,7 @@ def make(folder, case: str, **more):
     return make_checkpoint(folder, family, **changes, **more)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "qwen3", "olmo2"])
 def tiny(request, tmp_path_factory):
     """A tiny random model of each family, gradients on (loading freezes)."""
     folder = make_checkpoint(tmp_path_factory.mktemp("tiny") / request.param, request.param)
@@ -199,14 +213,13 @@ def test_taps_pick_positions_and_layers_in_the_order_given(tiny):
     assert torch.equal(tiny(ids), logits)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@families
 def test_taps_of_the_residual_stream_equal_hooks_in_transformers(tmp_path, family):
     folder, ids, streams = make_checkpoint(tmp_path / family, family), random_ids(2, 7), []
     theirs, ours = upstream(folder), load(folder)[0]
     for block in theirs.model.layers:
-        block.post_attention_layernorm.register_forward_pre_hook(
-            lambda module, args: streams.append(args[0])
-        )
+        after = block.mlp if family == "olmo2" else block.post_attention_layernorm
+        after.register_forward_pre_hook(lambda module, args: streams.append(args[0]))
     with torch.no_grad():
         theirs(ids)
         whole, some = (

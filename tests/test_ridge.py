@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from ia2mini.models import load
 from ia2mini.models.taps import Taps
-from reference import make_rows
+from reference import make_checkpoint, make_rows, relative
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 from test_methods import make_grid
@@ -100,6 +101,27 @@ def test_as_a_method_it_has_no_steps_and_sft_goes_on_from_it(model):
     assert not torch.equal(found.theta[0], found.theta[2]) and found.dev_loss.isfinite().all()
     then = METHODS["ridge-sft"](grid)
     assert (then.steps > 0).all() and not torch.equal(then.theta, found.theta)
+
+
+def test_granites_multiplier_is_taken_off_the_wanted_outputs(tmp_path, monkeypatch):
+    monkeypatch.setattr("ia2mini.ridge.STRENGTHS", (1e-3,))
+    changes = {"residual_multiplier": 0.3, "attention_multiplier": 0.35, "num_hidden_layers": 2}
+    model = load(make_checkpoint(tmp_path, "granite", **changes))[0]
+    adapter, batch = LoRA(model, rank=6), collate([make_rows(3, 5)])
+    theta = adapter.init(model, torch.Generator().manual_seed(0))[None]
+    found = solve(model, adapter, theta, batch)
+    taps = Taps(batch.at)
+    with torch.no_grad(), adapted(model, adapter, found) as student:
+        student(batch.ids, taps=taps, logits=False)
+    assert relative(taps.stack(), batch.activations) < 0.02
+
+
+def test_olmo_2_is_refused(tmp_path):
+    model = load(make_checkpoint(tmp_path, "olmo2"))[0]
+    adapter, batch = LoRA(model), collate([make_rows(3, 5)])
+    theta = adapter.init(model, torch.Generator().manual_seed(0))[None]
+    with pytest.raises(UsageError, match="OLMo 2 normalises"):
+        solve(model, adapter, theta, batch)
 
 
 def test_it_is_for_lora_on_the_output_map(model):

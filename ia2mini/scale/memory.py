@@ -119,8 +119,11 @@ def run_bytes(
     Q = config.num_attention_heads * config.head_dim
     K = config.num_key_value_heads * config.head_dim
     L = config.num_hidden_layers
-    before_norm = Q + K if config.model_type == "qwen3" else 0
-    layer = size * (3 * D + 2 * Q + 2 * K + 3 * M + before_norm) + 24 * RANK
+    layer = size * (3 * D + 2 * Q + 2 * K + 3 * M) + 24 * RANK
+    if config.model_type == "qwen3":
+        layer += size * (Q + K)
+    if config.model_type == "olmo2":  # its norms read float32
+        layer += FLOAT32 * (2 * D + Q + K) - size * 2 * D
     last_mlp = size * (3 * M + D)  # only answer positions reach it
     layers = L * layer - last_mlp
     if checkpointing:
