@@ -17,8 +17,21 @@ From one's own rows to an adapter in use:
     fitted.save("tickets")
     load_adapter("tickets").predict(["My invoice is wrong"])[0]
 
-`Taps` asks any pass for its attention outputs; `Runs` and `train_runs` take losses of your own. Each name is a promise;
-everything else may move.
+The names, each of them a promise; everything else may move:
+
+    fit, FitOptions, load_adapter, open_subject     own rows to an adapter, and the adapter in use
+    load                                            a model and its tokenizer from a folder, the hub or a short name
+    find_task, load_examples, Example               tasks and their rows
+    draw_episode                                    one training set: training, dev and demonstration rows
+    teach                                           the pass with demonstrations, which gives IA2 its targets
+    LoRA, IA3, adapted                              adapters, and the model with one
+    Grid, METHODS                                   all runs of a method side by side; SFT, IA2, IA2→SFT and the others
+    Runs, Settings, train_runs                      the training loop, which takes a loss of your own
+    Taps                                            records attention outputs in any pass of the model
+    score                                           accuracy, calibration and likelihood on labelled rows
+    UsageError                                      a mistake in what was given, as one line
+
+`help(ia2mini.fit)` and so on say more.
 """
 
 import sys
@@ -85,4 +98,5 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *NAMES]
+    """Nothing but what is here: `help(ia2mini)` shows the names above, not every method of every class."""
+    return ["__all__", "__doc__", "__file__", "__path__", "__version__"]

@@ -200,7 +200,7 @@ def test_the_rows_are_never_overwritten(saved, tmp_path, monkeypatch):
     os.link(path, tmp_path / "link.csv")
     (tmp_path / "soft.csv").symlink_to(path)
     (tmp_path / "folder.csv").mkdir()
-    monkeypatch.setattr("ia2mini.cli.fit.open_adapter", None)  # before a model is loaded
+    monkeypatch.setattr("ia2mini.cli.use.open_adapter", None)  # before a model is loaded
     monkeypatch.chdir(tmp_path)
     wrong = {
         name: "holds the rows themselves" for name in (path, "rows.csv", "link.csv", "soft.csv")

@@ -79,7 +79,7 @@ def test_long_work_says_how_far_it_is_where_there_is_no_terminal(monkeypatch, ca
     assert first == "phase 3/20 training sft" and len(lines) >= 40
     for line in lines:
         assert re.fullmatch(
-            r"phase 3/20 training sft +\d+% \|[# \d]{20}\| \d\d:\d\d, \S+ left *", line
+            r"phase 3/20 training sft +\d+%, \S+ left, \d\d:\d\d gone \|[# \d]{10}\|", line
         ), line
     monkeypatch.setattr("ia2mini.cli.group.MINUTE", 60)
     with progress("4/20 short", 3) as bar:

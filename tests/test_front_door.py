@@ -1,6 +1,8 @@
 """`from ia2mini import …`: every name opens, none costs the import of torch before it is used."""
 
 import os
+import pydoc
+import re
 import shutil
 import subprocess
 import sys
@@ -13,12 +15,13 @@ import ia2mini
 
 @pytest.mark.parametrize("name", ia2mini.__all__)
 def test_the_front_door_opens(name):
-    assert getattr(ia2mini, name) is not None and name in dir(ia2mini)
+    assert getattr(ia2mini, name) is not None
+    assert re.search(rf"\b{name}\b", ia2mini.__doc__), "the module's help does not name it"
     exec(f"from ia2mini import {name}", {})
 
 
 def test_the_front_door_loads_no_torch_and_knows_its_names():
-    code = "import sys, ia2mini; assert 'torch' not in sys.modules and 'load' in dir(ia2mini); ia2mini.load"
+    code = "import sys, ia2mini; assert 'torch' not in sys.modules and 'load' in ia2mini.__all__; ia2mini.load"
     done = subprocess.run(
         [sys.executable, "-c", f"{code}; assert 'torch' in sys.modules"],
         capture_output=True,
@@ -30,14 +33,20 @@ def test_the_front_door_loads_no_torch_and_knows_its_names():
 
 
 def test_the_front_doors_notebook_runs_as_it_is_written():
-    _, _, example, *_, after = ia2mini.__doc__.split("\n\n")
+    _, _, example, *_ = ia2mini.__doc__.split("\n\n")
     names: dict = {}
     exec("from ia2mini import *\n" + "\n".join(line[4:] for line in example.splitlines()), names)
     (found,) = ia2mini.score(
         names["model"], names["tokenizer"], names["rows"][-100:], ("0", "1"), names["grid"].adapter,
         names["trained"].theta,
     )  # fmt: skip
-    assert found["acc"] > 0.6 and "`Taps` asks" in after
+    assert found["acc"] > 0.6
+
+
+def test_help_is_a_page_and_lists_no_methods_that_every_object_has():
+    shown = pydoc.plaintext.document(ia2mini)
+    assert len(shown.splitlines()) < 120
+    assert "__delattr__" not in shown and "train_runs" in shown
 
 
 ROOT = Path(__file__).parents[1]

@@ -91,7 +91,7 @@ def test_a_service_without_streams_gets_its_files(command, ground, tmp_path, mon
 
 
 def test_rows_from_a_closed_input_are_a_line_before_a_model_is_loaded(ground, monkeypatch, capsys):
-    monkeypatch.setattr("ia2mini.cli.fit.open_adapter", None)
+    monkeypatch.setattr("ia2mini.cli.use.open_adapter", None)
     words = ["predict", ground / "fitted", "-"]
     monkeypatch.setattr(sys, "stdin", None)
     assert ended(words) == 2

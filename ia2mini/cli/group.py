@@ -14,6 +14,7 @@ from .. import UsageError
 from ..errors import NO_MEMORY, out_of_memory
 from ..files import plain
 from ..scale import ranks
+from .help import GroupedCommand, in_order_of_use
 from .streams import check_arguments, keep_freed_memory, need_output, open_streams
 
 MINUTE = 60
@@ -23,6 +24,11 @@ PRINTING = ("score", "generate", "tasks", "models")
 
 class Commands(click.Group):
     """A group that turns a user's mistake into one line and exit code 2, and an interrupt into 130."""
+
+    command_class = GroupedCommand
+
+    def list_commands(self, context) -> list[str]:
+        return in_order_of_use(list(self.commands))
 
     def invoke(self, context):
         ranks.start()
@@ -106,13 +112,16 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
 @click.version_option(package_name="ia2mini")
 @click.pass_context
 def main(context):
-    """Teach a language model a task from a handful of examples by ICL Activation Alignment (IA2, arXiv 2509.22621).
+    """Teach a small language model a task from a handful of examples.
 
     \b
-      ia2mini run                                            the demo: four toy tasks on the embedded model, a minute
-      ia2mini run sst2 --model qwen3-4b-base --n 4           one row block of the paper's Table 1
-      ia2mini run --data mine.jsonl --prompt-column text --answer-column label --model llama-3.2-1b --n 8
-      ia2mini tasks                                          what can be run
+      ia2mini fit rows.csv --model smollm2-135m-instruct --out fitted
+      ia2mini predict fitted new.csv --out answers.csv
+      ia2mini run sst2 --model qwen3-4b-base --n 4
+      ia2mini report runs/a runs/b
+
+    The first two are for your own rows. The others compare methods as the paper on ICL Activation Alignment does
+    (IA2, arXiv 2509.22621). `ia2mini COMMAND --help` has examples and every option.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -147,23 +156,24 @@ class Lines:
 
 
 def progress(label: str, total: int):
-    """A bar on stderr with the time that remains; where that is no terminal a line at first, then one a minute."""
+    """A bar on stderr with the time that remains; where that is no terminal a line at first, then one a minute.
+
+    The time stands before the bar, so that a narrow terminal cuts the bar and what follows it.
+    """
     from tqdm import tqdm
 
     if not ranks.chief:
         return tqdm(disable=True)
-    known = "{percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left {postfix}"
+    known = "{desc} {percentage:3.0f}%, {remaining} left, {elapsed} gone |{bar:10}|{postfix}"
     if sys.stderr.isatty():
-        return tqdm(
-            desc=f"phase {label:<40}", total=total, leave=False, bar_format="{desc} " + known
-        )
+        return tqdm(desc=f"phase {label:<32}", total=total, leave=False, bar_format=known)
     click.echo(f"phase {label}", err=True)
     slow = {"delay": MINUTE, "mininterval": MINUTE, "miniters": 1, "ascii": True}
     return tqdm(
         desc=f"phase {label}",
         total=total,
         leave=False,
-        bar_format="{desc} " + known,
+        bar_format=known,
         file=Lines(),
         **slow,
     )

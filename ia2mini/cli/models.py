@@ -102,10 +102,15 @@ def fit_bytes(config) -> float:
 
 @main.command()
 def models():
-    """List the models that have a short name, and what each needs.
+    """List the models that have a short name.
 
-    Family, weights in bfloat16, memory that `fit` needs, licence, and whether the hub wants an agreement first. Any
-    other checkpoint of these families is named by its folder or its hub id.
+    It prints the family, the size of the weights in bfloat16, the memory that `fit` needs, the licence, and whether
+    the hub asks for an agreement first. Any other checkpoint of these families is named by its folder or its hub id.
+
+    \b
+    Examples:
+      ia2mini models
+      ia2mini models | grep Apache
     """
     from ..models.checkpoint import SHORT_NAMES
     from ..models.config import FAMILIES

@@ -80,35 +80,47 @@ def determined(context, option, wanted: bool) -> None:
 
 
 GUESS = "  [default: guessed from the header]"
-MODEL_HELP = "folder, hub id, or short name: tiny (embedded), qwen3-4b-base, llama-3.2-1b …"
+PROMPT_HELP = f"Take the prompt from this column.{GUESS}"
+ANSWER_HELP = f"Take the true answer from this column.{GUESS}"
+TEMPLATE_HELP = (
+    "Write prompts in this way, columns in braces.  [default: from the column, "
+    "as 'Review: {review}\\nSentiment:']"
+)
+MODEL_HELP = "Use this model: a folder, a hub id or a short name (`ia2mini models` lists them)."
+DEVICE_HELP = (
+    "Compute on this device: cpu, cuda, cuda:1 and so on.  [default: a GPU if there is one]"
+)
+REVISION_HELP = "Take this branch, tag or commit on the hub."
 DTYPE_HELP = (
-    "of frozen weights  [default: bfloat16 on a GPU, and on a CPU that has it if the checkpoint has "
-    "it, but for `run`; else float32]"
+    "Keep the model's frozen weights in this format.  [default: bfloat16 on a GPU; on a CPU too, "
+    "where CPU and checkpoint both have it, except in `run`; else float32]"
 )
 check_option = click.option(
-    "--check/--no-check", default=True, help="that no weight is NaN or infinite"
+    "--check/--no-check", default=True, help="Check that no weight is NaN or infinite."
 )
 model_options = many(
     click.option("--model", default="tiny", help=MODEL_HELP),
-    click.option("--device", help="cpu, cuda, cuda:1 …  [default: a GPU if there is one]"),
+    click.option("--device", help=DEVICE_HELP),
     click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help=DTYPE_HELP),
-    click.option("--revision", help="branch, tag or commit on the hub"),
+    click.option("--revision", help=REVISION_HELP),
     check_option,
     click.option(
         "--deterministic",
         is_flag=True,
         expose_value=False,
         callback=determined,
-        help="the same bits on a GPU, slower",
+        help="Compute the same bits every time on a GPU, more slowly.",
     ),
 )
 data_options = many(
-    file_option("--data", "your own rows: JSONL, JSON, CSV, TSV or Parquet (instead of TASK)"),
-    click.option("--prompt-column", help=f"of --data{GUESS}"),
-    click.option("--answer-column", help=f"of --data{GUESS}"),
-    click.option(
-        "--template", help="prompt of --data, columns in braces  [default: 'Text:{text}\\nLabel:']"
+    file_option("--data", "Read your own rows from this file, in place of TASK."),
+    click.option("--prompt-column", help=PROMPT_HELP),
+    click.option("--answer-column", help=ANSWER_HELP),
+    click.option("--template", help=TEMPLATE_HELP),
+    file_option(
+        "--eval-data", "Evaluate --data on the rows of this file.  [default: a held-out part]"
     ),
-    file_option("--eval-data", "evaluation rows for --data  [default: a held-out part]"),
-    file_option("--data-dir", "local sets in hub columns, as DIR/sst2/train.jsonl  [default: hub]"),
+    file_option(
+        "--data-dir", "Read the paper's tasks from DIR/sst2/train.jsonl and so on.  [default: hub]"
+    ),
 )

@@ -15,6 +15,7 @@ from ..scale import ranks
 from .group import main, progress, typed
 from .options import (
     MODEL_HELP,
+    REVISION_HELP,
     Several,
     data_options,
     file_option,
@@ -26,23 +27,32 @@ from .rows import find_tasks, keep_apart, refuse_unnamed_model, tell_all
 
 DEMO_ROWS = 120  # about a minute
 COLUMNS_HELP = (
-    "of the tables; also nll, brier …  [default: acc,ece,ece_null,asim; of --data also acc_labels]"
+    "Show these columns; there are also nll, brier and others (docs/reference.md)."
+    "  [default: acc,ece,ece_null,asim; for --data also acc_labels]"
 )
 table_options = [
     click.option(
-        "--full", is_flag=True, help="a line for every task and evaluation, not only their mean"
+        "--full",
+        is_flag=True,
+        help="Print a line for every task and evaluation, not only their mean.",
     ),
     click.option(
         "--with-paper",
         is_flag=True,
-        help="the paper's numbers beside ours, where it has the cell; --full",
+        help="Print the paper's numbers beside ours where it has them; implies --full.",
     ),
     click.option("--columns", type=Several(str), default="", show_default=False, help=COLUMNS_HELP),
     click.option(
-        "--figures", type=Several(str), default="png", help="formats of the figures: png,pdf,svg"
+        "--figures",
+        type=Several(str),
+        default="png",
+        help="Draw the figures in these formats: png,pdf,svg.",
     ),
     click.option(
-        "--json", "as_json", is_flag=True, help="one JSON document on the last line of stdout"
+        "--json",
+        "as_json",
+        is_flag=True,
+        help="Print one JSON document on the last line of standard output.",
     ),
 ]
 
@@ -61,26 +71,38 @@ def with_table_options(command):
 @click.option(
     "--side-by-side",
     type=click.IntRange(1),
-    help="runs trained at once  [default: all]; fewer: less memory",
+    help="Train at most this many runs at once; fewer need less memory.  [default: all]",
 )
 @click.option(
     "--compile/--no-compile",
     "compiling",
     default=None,
-    help="also CUDA graphs  [default: on a GPU]",
+    help="Compile the model and record CUDA graphs.  [default: on a GPU]",
 )
 @click.option(
     "--checkpointing",
     is_flag=True,
-    help="compute anew for the backward pass: memory for long answers",
+    help="Save memory with long answers: compute blocks again in the backward pass.",
 )
-@file_option("--out", "folder of results; the same command goes on where it was", default="runs")
+@file_option(
+    "--out",
+    "Write results below this folder; the same command, typed again, resumes there.",
+    default="runs",
+)
 @with_table_options
 def run(names, compiling, checkpointing, out, data_dir, side_by_side, **given):
-    """Train and compare methods on TASKs: a table, figures, a page, and the chosen adapters in PEFT's format.
+    """Train and compare methods on tasks, as the paper does.
 
-    Without TASK, the demo: the four toy classification tasks. All sets and learning rates of a method are trained side
-    by side. The table shows the rate with the lowest dev loss; only its runs are scored, unless --select asks for more.
+    It writes a table, figures, a page and the chosen adapters in PEFT's format. Without TASK it runs the demo: four toy
+    classification tasks on the embedded model. `ia2mini tasks` lists the tasks.
+
+    \b
+    Examples:
+      ia2mini run sst2 --model qwen3-4b-base --n 4
+      ia2mini run --data mine.csv --model smollm2-135m --n 2,4,8
+
+    All training sets and learning rates of a method are trained side by side. The table shows the learning rate with
+    the lowest dev loss. Only its runs are scored, unless --select asks for more.
     """
     own = taken(given, "data", "prompt_column", "answer_column", "template", "eval_data")
     how = taken(given, "model", "device", "dtype", "revision", "check")
@@ -115,18 +137,22 @@ def run(names, compiling, checkpointing, out, data_dir, side_by_side, **given):
 @click.argument(
     "folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FOLDER..."
 )
-@file_option("--out", "folder of the joint report", default="report")
+@file_option("--out", "Write the joint report into this folder.", default="report")
 @click.option(
-    "--table-8", is_flag=True, help="also the paper's Table 8: IA2→SFT against SFT, pooled by N"
+    "--table-8",
+    is_flag=True,
+    help="Print the paper's Table 8, too: IA2→SFT against SFT, pooled by N.",
 )
 @with_table_options
 def report(folders, out, table_8, **shown):
-    """Join finished runs in FOLDERs into one set of tables, tests and figures: several models, adapters or ranks.
+    """Join finished runs into one report.
+
+    It writes one set of tables, tests and figures for several models, adapters or ranks.
 
     \b
-      ia2mini run sst2 --model qwen3-4b-base --rank 4 --out a
-      ia2mini run sst2 --model qwen3-4b-base --rank 16 --out b
-      ia2mini report a/* b/* --out ranks
+    Examples:
+      ia2mini report runs/a runs/b --out both
+      ia2mini report ranks/* --full --columns acc,nll --out ranks-joined
     """
     from ..files import write_json
     from ..report.join import join
@@ -225,13 +251,21 @@ def tell_of_compiling() -> None:
 @main.command()
 @click.argument("name", required=False, metavar="[TASK]")
 @click.option("--model", default="tiny", help=MODEL_HELP)
-@click.option("--revision", help="branch, tag or commit on the hub")
+@click.option("--revision", help=REVISION_HELP)
 @click.option(
-    "--n", default=4, type=click.IntRange(2), help="training rows of the set that is shown"
+    "--n", default=4, type=click.IntRange(2), help="Show a training set of this many rows."
 )
 @data_options
 def tasks(name, model, revision, n, data_dir, **own):
-    """List the tasks; with TASK or --data, show what the model sees: a prompt with its demonstrations, token counts."""
+    """List the tasks, or show what the model sees.
+
+    With TASK or --data it shows a prompt with its demonstrations, and how many tokens each part has.
+
+    \b
+    Examples:
+      ia2mini tasks
+      ia2mini tasks --data mine.csv --model smollm2-135m
+    """
     if name is None and not own["data"]:
         list_tasks()
         return

@@ -86,11 +86,11 @@ def matrices(targets: tuple[str, ...]) -> tuple[str, ...]:
 class AdapterOptions:
     """Which adapter is trained."""
 
-    adapter: str = option("lora", "what is trained", RATES)
-    rank: int = option(8, "of LoRA", least=1)
-    alpha: float = option(8.0, "of LoRA")
+    adapter: str = option("lora", "Train this kind of adapter.", RATES)
+    rank: int = option(8, "Give LoRA's two matrices this rank.", least=1)
+    alpha: float = option(8.0, "Scale LoRA's update by alpha / rank.")
     targets: tuple[str, ...] = option(
-        (), "matrices to adapt, by name or letter: q_proj,k_proj or qko", shown="qko"
+        (), "Adapt these matrices, named as q_proj,k_proj or as qko.", shown="qko"
     )
 
     @property
@@ -113,11 +113,15 @@ class TrainOptions:
     """How every run trains."""
 
     rates: tuple[float, ...] = option(
-        (), "learning rates", shown="the paper's three for the adapter"
+        (), "Try these learning rates.", shown="the paper's three for the adapter"
     )
-    layers: tuple[int, ...] = option((), "numbers of the layers that are aligned", shown="all")
-    batch_size: int = option(4, "training rows of a run in one step", least=1)
-    seed: int = option(0, "of every draw; 0 takes the sets of the paper's scripts")
+    layers: tuple[int, ...] = option(
+        (), "Match activations only in the layers with these numbers.", shown="all"
+    )
+    batch_size: int = option(4, "Train on this many rows in one step.", least=1)
+    seed: int = option(
+        0, "Seed every random draw; 0 draws the training sets of the paper's scripts."
+    )
 
     def __post_init__(self):
         for rate in self.rates:
@@ -142,32 +146,47 @@ class TrainOptions:
 class Options(TrainOptions, AdapterOptions):
     """Everything about a study that changes its numbers, but for tasks, data and checkpoint."""
 
-    n: tuple[int, ...] = option((4,), "training rows of a set; several: 2,4,8")
-    epochs: int = option(50, "at most", least=1)
+    n: tuple[int, ...] = option(
+        (4,), "Draw this many rows for a training set; 2,4,8 tries several."
+    )
+    epochs: int = option(50, "Train for at most this many epochs.", least=1)
     patience: int = option(
-        5, "looks at the dev loss without improvement before a run stops", least=1
+        5, "Stop a run after this many evaluations of the dev loss without improvement.", least=1
     )
     methods: tuple[str, ...] = option(
         ("base", "icl", "sft", "ia2", "ia2-sft"),
-        "also ia2+sft, sft-ia2, soft, hidden, ridge; X-sft goes on from X",
+        "Compare these methods. There are also ia2+sft, sft-ia2, soft, hidden and ridge; "
+        "X-sft runs SFT from the weights of X.",
     )
-    sets: int = option(5, "few-shot sets, each drawn from the pool with its own seed", least=1)
-    betas: tuple[float, ...] = option((), "shares of cross-entropy in ia2+sft", shown="four")
+    sets: int = option(5, "Draw this many training sets, each with its own seed.", least=1)
+    betas: tuple[float, ...] = option(
+        (), "Weigh cross-entropy by each of these numbers in ia2+sft.", shown="four"
+    )
     labels: str = option(
-        "truth", "what SFT trains on: true answers or ICL responses", ("truth", "icl")
+        "truth",
+        "Train SFT on the true answers, or on the model's own answers with demonstrations (icl).",
+        ("truth", "icl"),
     )
-    soft_k: int = option(1024, "likeliest tokens that soft labels keep", least=1)
+    soft_k: int = option(1024, "Keep this many of the likeliest tokens in soft labels.", least=1)
     icl_demos: str = option(
-        "set", "the set's N rows, or N - 1 other rows for each query", ("set", "pool")
+        "set",
+        "Show ICL the training set's N rows, or N - 1 other rows drawn for each query (pool).",
+        ("set", "pool"),
     )
-    race: bool = option(True, "rates that cannot win any more leave early; with --select dev only")
+    race: bool = option(
+        True, "Stop a learning rate early once it cannot win any more (with --select dev only)."
+    )
     select: str = option(
-        "dev", "rate by dev loss or, as the paper, by evaluation rows", ("dev", "eval", "both")
+        "dev",
+        "Choose the learning rate by dev loss or, as the paper does, by the evaluation rows.",
+        ("dev", "eval", "both"),
     )
     paper_compat: bool = option(
-        False, "the released scripts' choices where they differ from ours (docs/reference.md)"
+        False, "Follow the paper's released scripts where ia2mini differs (docs/reference.md)."
     )
-    eval_rows: int = option(500, "evaluation rows at most", least=1, shown="500; the demo 120")
+    eval_rows: int = option(
+        500, "Evaluate on at most this many rows.", least=1, shown="500; the demo 120"
+    )
     asim_rows: int = 100  # evaluation rows on which attention outputs are compared
 
     def __post_init__(self):
@@ -182,30 +201,36 @@ class FitOptions(TrainOptions, AdapterOptions):
     """How one's own rows become an adapter."""
 
     methods: tuple[str, ...] = option(
-        ("sft", "ia2-sft"), "what is tried, beside the base, ICL and a linear probe"
+        ("sft", "ia2-sft"), "Try these methods, beside the base model, ICL and a linear probe."
     )
     rates: tuple[float, ...] = option(
-        (), "learning rates; held-out rows choose among several", shown="the paper's highest"
+        (),
+        "Try these learning rates; held-out rows choose among several.",
+        shown="the paper's highest",
     )
-    epochs: int = option(5, "of every phase of training", least=1)
+    epochs: int = option(5, "Train every phase for this many epochs.", least=1)
     ship: str = option(
         "",
-        "a method, icl or probe: ship this, whatever held-out rows say",
-        shown="what is surely better",
+        "Ship this method (or icl, or probe), whatever the held-out rows say.",
+        shown="held-out rows decide",
     )
-    folds: int = option(5, "parts of cross-validation; up to 10 rows each row is one", least=2)
+    folds: int = option(
+        5, "Cross-validate in this many parts; up to 10 rows, each row is a part.", least=2
+    )
     demonstrations: int = option(
-        16, "rows the teacher sees before each, labels in turn, as the context holds", least=1
+        16, "Show the teacher at most this many rows, labels in turn, before each row.", least=1
     )
     max_tokens: int = option(
-        200, "of an answer to --prompts; of others the longest answer decides", least=1
+        200,
+        "Generate at most this many tokens for --prompts; for ROWS the longest answer decides.",
+        least=1,
     )
     chat: bool = option(
-        False, "prompts as turns of the checkpoint's chat template, demonstrations as earlier turns"
+        False, "Write prompts and demonstrations as turns of the checkpoint's chat template."
     )
     context: str = ""  # a text that the teacher sees before every query, instead of demonstrations
     temperature: bool = option(
-        True, "calibrate probabilities by one temperature, fitted on held-out rows"
+        True, "Calibrate probabilities by one temperature, fitted on held-out rows."
     )
 
     def rates_for(self, model: str, adapter: str) -> tuple[float, ...]:

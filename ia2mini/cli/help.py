@@ -1,0 +1,49 @@
+"""How `--help` shows a command: its options in four groups, and the commands in the order of their use."""
+
+import click
+
+GROUPS = {  # heading: the parameters below it, by their names in Python
+    "What": (
+        "model", "revision", "data", "eval_data", "prompt_column", "answer_column", "template", "labels", "labelled",
+        "unlabelled", "context", "prompts", "prompt", "adapter", "methods",
+    ),
+    "How": (
+        "rank", "alpha", "targets", "rates", "layers", "betas", "soft_k", "icl", "icl_demos", "race", "select",
+        "paper_compat", "seed", "temperature", "ship", "chat", "stop", "strict", "dtype", "check", "deterministic",
+        "compiling", "checkpointing",
+    ),
+    "How much": (
+        "n", "sets", "epochs", "patience", "batch_size", "eval_rows", "folds", "demonstrations", "max_tokens",
+        "coverage", "side_by_side",
+    ),
+    "Where": (
+        "device", "data_dir", "out", "digits", "full", "with_paper", "table_8", "columns", "figures", "as_json",
+    ),
+}  # fmt: skip
+ORDER = ("fit", "predict", "score", "merge", "generate", "run", "report", "tasks", "models")
+
+
+class GroupedCommand(click.Command):
+    """A command whose help lists its options by what they are about."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        rest = [option for option in self.get_params(context) if isinstance(option, click.Option)]
+        for heading, names in GROUPS.items():
+            found = [option for option in rest if option.name in names]
+            rest = [option for option in rest if option not in found]
+            write_options(context, formatter, heading, found)
+        write_options(context, formatter, "Help", rest)
+
+
+def write_options(context, formatter, heading: str, options: list[click.Option]) -> None:
+    """One group of options under its heading; nothing where there are none."""
+    records = [option.get_help_record(context) for option in options]
+    if records:
+        with formatter.section(heading):
+            formatter.write_dl(records)
+
+
+def in_order_of_use(commands: list[str]) -> list[str]:
+    """Own rows first, as in the README; a command that is new comes last."""
+    known = [name for name in ORDER if name in commands]
+    return known + sorted(set(commands) - set(known))

@@ -1,0 +1,233 @@
+"""The commands that use an adapter: predict, score, merge, generate."""
+
+from pathlib import Path
+
+import click
+
+from .. import UsageError
+from ..files import count, json_line, plain
+from .group import main, progress
+from .options import DEVICE_HELP, check_option, file_option, many, model_options
+from .rows import complain, read_new
+from .streams import need_input, need_output
+
+ICL_HELP = "Use the base model with demonstrations in its prompt instead, to compare."
+adapter_options = many(
+    click.argument("adapter", type=click.Path(path_type=Path, exists=True, file_okay=False)),
+    click.option("--model", help="Use this base model.  [default: the one that the adapter names]"),
+    click.option("--device", help=DEVICE_HELP),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        help="Keep the model's frozen weights in this format.",
+    ),
+    check_option,
+    click.option(
+        "--template",
+        help="Write prompts in this way, columns in braces, for an adapter that peft wrote.",
+    ),
+    click.option(
+        "--labels",
+        help="Choose among these answers (A,B,C), for an adapter that peft wrote."
+        "  [default: it answers with text]",
+    ),
+)
+
+
+@main.command()
+@adapter_options
+@click.argument("rows", metavar="ROWS|-")
+@click.option(
+    "--coverage",
+    type=float,
+    help="Answer only this share of the rows, as 0.9: the most certain ones.",
+)
+@click.option("--icl", is_flag=True, help=ICL_HELP)
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Stop at the first wrong row.  [default: report it on stderr and leave it out]",
+)
+@file_option(
+    "--out",
+    "Write a table of your rows with their answers: .csv, .tsv, .jsonl, .xlsx or .parquet."
+    "  [default: JSONL to standard output]",
+)
+@click.option(
+    "--digits",
+    type=click.IntRange(0, 17),
+    help="Round probabilities to this many digits.  [default: 4 in --out, all on standard output]",
+)
+def predict(adapter, rows, coverage, icl, strict, out, digits, **how):
+    """Answer new rows with a fitted adapter.
+
+    ADAPTER is a folder that `ia2mini fit` or peft wrote. ROWS is a file, or - for JSON lines from standard input.
+
+    \b
+    Examples:
+      ia2mini predict tickets new.csv --out answers.csv
+      echo '{"ticket": "Where is my parcel?"}' | ia2mini predict tickets -
+
+    It prints JSONL: the row's own columns, the answer, its confidence and, for labels, the probability of each. Where
+    --coverage abstains, `answer` is null and `abstained` has the answer. A column of yours with such a name becomes
+    `row_answer` and so on. With --out the file has a line for every row; a row that is left out has a `reason`.
+    """
+    from ..report.answers import rounded
+
+    if rows == "-":
+        need_input()
+    if out is not None:
+        write_predicted(adapter, rows, (icl, coverage, strict), out, digits, **how)
+        return
+    need_output()
+    fitted = open_adapter(adapter, **how)
+    for row in fitted.answer_rows(
+        read_new(rows), icl, coverage, wrong=lambda error: complain(error, strict)
+    ):
+        click.echo(json_line(rounded(row, digits)))
+
+
+def write_predicted(adapter, rows: str, asked: tuple, out: Path, digits, **how) -> None:
+    """Write a file with every row and what is said to it."""
+    from ..report.answers import DIGITS, Answers, check_size, check_target
+
+    icl, coverage, strict = asked
+    check_target(out, rows)
+    new = [row for row in read_new(rows) if row is not None]
+    check_size(out, new)
+    fitted = open_adapter(adapter, **how)
+    answers = Answers(rows, fitted.spec["labels"], coverage is not None)
+    with progress("answers", len(new)) as bar:
+        for row, said in fitted.outcomes(new, icl, coverage):
+            if strict and isinstance(said, UsageError):
+                raise said
+            answers.add(row, said, DIGITS if digits is None else digits)
+            bar.update()
+    answers.write(out)
+    told = f"{out}: {count(len(new), 'row')}"
+    if answers.left_out:
+        told += f", {answers.left_out} of them without an answer: see the column `reason`"
+    click.echo(plain(told))
+
+
+@main.command()
+@adapter_options
+@click.argument("rows", metavar="ROWS", type=click.Path(path_type=Path))
+@click.option(
+    "--answer-column",
+    help="Take the true answer from this column.  [default: as in the rows it was fitted on]",
+)
+@click.option("--icl", is_flag=True, help=ICL_HELP)
+def score(adapter, rows, answer_column, icl, **how):
+    """Measure an adapter on labelled rows.
+
+    It prints accuracy, ECE, Brier score and NLL with their 95 % intervals.
+
+    \b
+    Examples:
+      ia2mini score tickets more_tickets.csv
+      ia2mini score peft-lora rows.csv --template '{question}' --labels yes,no
+    """
+    from ..report.fit import score_rows, write_fit_table
+    from ..tasks.rows import read_rows
+
+    rows = read_rows(rows)  # its mistakes show before a model is loaded
+    click.echo(
+        plain(write_fit_table(score_rows(open_adapter(adapter, **how), rows, icl, answer_column)))
+    )
+
+
+@main.command()
+@adapter_options
+@file_option("--out", "Write the checkpoint into this new or empty folder.", required=True)
+def merge(adapter, out, **how):
+    """Merge an adapter into its base model.
+
+    It writes a whole checkpoint, which other tools load without peft. The adapter's README.md has the lines that serve
+    it.
+
+    \b
+    Examples:
+      ia2mini merge tickets --out tickets-merged
+      ia2mini merge peft-lora --model smollm2-135m-instruct --out merged
+    """
+    gap = open_adapter(adapter, **how).merge(out)
+    click.echo(f"{out}: merged; largest difference of a logit to the unmerged model {gap:.1e}")
+
+
+@main.command()
+@model_options
+@click.option("--prompt", required=True, help="Continue this text.")
+@click.option(
+    "--max-tokens",
+    default=100,
+    type=click.IntRange(1),
+    help="Generate at most this many tokens.",
+)
+@click.option(
+    "--stop", help="Stop at this text too, besides the end of sequence; \\n is a line end."
+)
+@file_option("--adapter", "Use the adapter in this folder, on the base model that it names.")
+@click.option(
+    "--chat", is_flag=True, help="Write the prompt as a turn of the checkpoint's chat template."
+)
+def generate(prompt, max_tokens, stop, adapter, chat, **how):
+    """Continue a text greedily.
+
+    The continuation goes to standard output.
+
+    \b
+    Examples:
+      ia2mini generate --model smollm2-135m --prompt 'Paris is' --max-tokens 5
+      ia2mini generate --adapter policy --chat --prompt 'May I return it?'
+    """
+    from ..engine.subject import open_subject
+    from ..fitting.predictor import FOREIGN, Predictor
+    from ..generate import Decoding
+    from ..generate import generate as continue_text
+    from ..models.taps import device_of
+    from ..scale.decode import fast_decoding
+    from ..tasks.chat import ChatTemplate
+
+    if stop == "":
+        raise UsageError("--stop is empty; give some text, or leave it out")
+    if adapter:
+        if click.get_current_context().get_parameter_source("model").name == "DEFAULT":
+            how["model"] = how["revision"] = None
+        fitted = open_adapter(adapter, **how)
+    else:
+        fitted = Predictor(open_subject(**how), None, None, FOREIGN)
+    subject = fitted.subject
+    tokenizer = subject.tokenizer
+    text = prompt
+    if chat:
+        template = ChatTemplate(subject.folder, tokenizer)
+        tokenizer = template.tokenizer
+        text = template(prompt)
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise UsageError("--prompt is empty and this model's tokenizer adds no BOS; give some text")
+    subject.check_room(prompt, len(ids), "use a shorter --prompt")
+    max_tokens = min(max_tokens, subject.reads + 1 - len(ids))
+    stop = stop and stop.replace("\\n", "\n")
+    with fitted.student() as student:
+        how = Decoding(max_tokens, stop, hooks=fast_decoding(device_of(subject.model), max_tokens))
+        (response,) = continue_text(student, tokenizer, [ids], how)
+    click.echo(plain(tokenizer.decode(ids + response)[len(tokenizer.decode(ids)) :]))
+
+
+def open_adapter(folder: Path, model=None, revision=None, template=None, labels=None, **how):
+    """A saved adapter on its base model, or another."""
+    from ..engine.subject import open_subject
+    from ..fitting.folder import base_of
+    from ..fitting.predictor import load_adapter
+    from ..fitting.spec import check_labels
+    from ..tasks.own import check_template
+
+    spec: dict = {"template": check_template(template)}
+    if labels is not None:
+        spec["labels"] = [label.strip() for label in labels.split(",")]
+        check_labels(spec["labels"])
+    name, revision = (model, revision) if model else base_of(folder)
+    subject = open_subject(name, revision=revision, **how)
+    return load_adapter(folder, subject, **{name: value for name, value in spec.items() if value})
