@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter
-from .batch import collate
+from .batch import Row, collate
 from .episode import seeded
 from .ridge import solve
 from .teacher import Taught
@@ -17,6 +17,7 @@ from .train import Hooks, Runs, Settings, Trained, summed_losses, train
 
 TRUTH = "truth"  # the rows with their true answers
 ICL = "icl"  # the rows with the teacher's responses
+BEHIND = "behind"  # the rows with their true answers, behind demonstrations
 
 
 def configs(method: str, sets: int, rates: Sequence[float], betas: Sequence[float]) -> list[tuple]:
@@ -57,8 +58,8 @@ class Grid:
     def train(self, method: str, mix: dict, answers: str, start: Trained | None = None) -> Trained:
         """One phase of all runs of a method.
 
-        `mix`: loss -> its weight, a number or [R]; `answers`: TRUTH or ICL; from fresh weights, or from those of
-        `start`, an earlier phase.
+        `mix`: loss -> its weight, a number or [R]; `answers`: TRUTH, ICL or BEHIND; from fresh weights, or from those
+        of `start`, an earlier phase.
         """
         device = next(self.model.parameters()).device
         configs = self.configs(method)
@@ -69,10 +70,9 @@ class Grid:
             theta = start.theta
         train_rows, dev_rows, orders = [], [], []
         for number, _, _ in configs:
-            taught = self.sets[number]
-            rows = taught.icl_train if answers == ICL else taught.train
+            rows, dev = rows_with(self.sets[number], answers)
             train_rows.append(rows)
-            dev_rows.append(taught.icl_dev if answers == ICL else taught.dev)
+            dev_rows.append(dev)
             orders.append(partial(self.order, number, len(rows)))
         R = len(configs)
         weights = {
@@ -89,9 +89,23 @@ class Grid:
         return found
 
 
+def rows_with(taught: Taught, answers: str) -> tuple[list[Row], list[Row]]:
+    """The training and dev rows of a set with these answers."""
+    if answers == ICL:
+        return taught.icl_train, taught.icl_dev
+    if answers == BEHIND:
+        return taught.behind_train, taught.behind_dev
+    return taught.train, taught.dev
+
+
 def sft(grid: Grid) -> Trained:
     """Equation 2: cross-entropy on the answers."""
     return grid.train("sft", {"ce": 1.0}, grid.labels)
+
+
+def icl_sft(grid: Grid) -> Trained:
+    """Cross-entropy on the answers with demonstrations in the prompt, where they stay (arXiv 2512.19879)."""
+    return grid.train("icl-sft", {"ce": 1.0}, BEHIND)
 
 
 def ia2(grid: Grid) -> Trained:
@@ -177,6 +191,7 @@ def ridge_sft(grid: Grid, solved: Trained | None = None) -> Trained:
 
 METHODS: dict[str, Callable] = {
     "sft": sft,
+    "icl-sft": icl_sft,
     "ia2": ia2,
     "ia2-sft": ia2_sft,
     "sft-sft": sft_sft,
@@ -189,5 +204,10 @@ METHODS: dict[str, Callable] = {
     "ridge": ridge,
     "ridge-sft": ridge_sft,
 }
+BEHIND_DEMONSTRATIONS = ("icl", "icl-sft")  # what answers with demonstrations in its prompt
 # method -> its first phase
-STARTS_FROM = {name: name.partition("-")[0] for name in METHODS if "-" in name}
+STARTS_FROM = {
+    name: name.partition("-")[0]
+    for name in METHODS
+    if "-" in name and name not in BEHIND_DEMONSTRATIONS
+}

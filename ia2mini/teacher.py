@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class Asked:
     stop: str | None = STOP  # text at which a response ends, besides EOS
     budget: int = 4096  # tokens in one pass (of generation: a quarter of those in the cache)
     residual: bool = False  # also the residual stream after every attention
+    behind: bool = False  # also the rows with their true answers behind the demonstrations
     hooks: DecodingHooks = DecodingHooks()
 
 
@@ -39,6 +40,25 @@ class Taught:
     dev: list[Row]
     icl_train: list[Row]
     icl_dev: list[Row]
+    # with the true answers, and demonstrations in the prompt
+    behind_train: list[Row] = field(default_factory=list)
+    behind_dev: list[Row] = field(default_factory=list)
+
+
+def true_rows(tokenizer: Tokenizer, episode: Episode, end: bool, behind: bool = False) -> Taught:
+    """A set's rows with their true answers, which need no teacher; `behind`: also behind their demonstrations.
+
+    `end`: a text, which ends with EOS. Raises UsageError for an answer that merges with its prompt.
+    """
+    examples = episode.train + episode.dev
+    rows = [truth_row(example, tokenizer, end) for example in examples]
+    demonstrated = []
+    if behind:
+        for example, shown in zip(examples, episode.demonstrations):
+            prompt = with_demonstrations(shown, example.prompt)
+            demonstrated.append(truth_row(replace(example, prompt=prompt), tokenizer, end))
+    n = len(episode.train)
+    return Taught(rows[:n], rows[n:], [], [], demonstrated[:n], demonstrated[n:])
 
 
 def teach(
@@ -56,21 +76,16 @@ def teach(
 
         taught = teach(model, tokenizer, draw_episode(examples, n=4))
     """
-    end = asked.max_tokens > 1  # of a text
-    true_rows = [truth_row(example, tokenizer, end) for example in episode.train + episode.dev]
+    of_text = asked.max_tokens > 1
+    true = true_rows(tokenizer, episode, of_text, asked.behind)
     examples = episode.train + episode.dev + episode.unlabelled
     shown = episode.demonstrations + episode.more_demonstrations
     rows = [Row(tokenizer.encode(example.prompt), [0]) for example in examples]
     for student, numbers, prompts in passes(model, tokenizer, examples, shown):
         ask(student, tokenizer, [rows[i] for i in numbers], prompts, asked, watch)
     n = len(episode.train)
-    labelled = len(true_rows)
-    return Taught(
-        train=true_rows[:n],
-        dev=true_rows[n:],
-        icl_train=rows[:n] + rows[labelled:],
-        icl_dev=rows[n:labelled],
-    )
+    labelled = n + len(episode.dev)
+    return replace(true, icl_train=rows[:n] + rows[labelled:], icl_dev=rows[n:labelled])
 
 
 def passes(

@@ -23,11 +23,18 @@ from .effect import METHODS, TASKS, effect
 from .fit import fit
 from .gain import gain
 from .rivals import DATA_SETS, PARTS, Cells, rivals
+from .stronger import stronger
 
 COMMANDS: list[click.Command] = []
-PART = click.option(
-    "--part", type=click.Choice(list(TASKS)), default="classification", show_default=True
-)
+
+
+def part_of(names):
+    return click.option(
+        "--part", type=click.Choice(list(names)), default="classification", show_default=True
+    )
+
+
+PART = part_of(TASKS)
 FOUND = (
     click.option("--model", default="tiny", show_default=True, help="folder, hub id or short name"),
     click.option(
@@ -75,11 +82,11 @@ def typed(*folders: str) -> str:
     return " ".join(["python -m bench", *words])
 
 
-def add_study(name: str, ask: Callable, select: str, *more) -> None:
+def add_study(name: str, ask: Callable, select: str, *more, part=PART) -> None:
     """A command that asks something of the runs of a study: `ask(subject, options, part, data)`."""
 
     @click.command(name, help=ask.__doc__)
-    @many(PART, *FOUND, SAVE, *more)
+    @many(part, *FOUND, SAVE, *more)
     @options_of(Options, n=(2, 4, 8), sets=10, methods=METHODS, eval_rows=100, select=select)
     def command(part, model, dtype, data_dir, save, **given):
         asked = {option: given.pop(option) for option in OF_A_STUDY if option in given}
@@ -104,6 +111,7 @@ add_study("causes", causes, "dev", SEEN, what_is_matched(MATCHED))
 add_study("layers", layers.layers, "dev", what_is_matched(layers.MATCHED))
 add_study("choice", choice, "both", FOLDS)
 add_study("race", race, "both")
+add_study("stronger", stronger, "dev", part=part_of([*TASKS, "words"]))
 
 
 @click.command("gain", help=gain.__doc__)

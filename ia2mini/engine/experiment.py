@@ -1,13 +1,13 @@
 """Episodes × learning rates on one frozen model: taught and trained, each result kept on disk."""
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from ..adapters import Adapter
+from ..adapters import Adapter, adapted
 from ..episode import Episode
 from ..methods import METHODS, STARTS_FROM, Grid, configs
 from ..models.taps import device_of
@@ -17,8 +17,9 @@ from ..scale.graphs import launch_bound, recorded
 from ..scale.memory import within_memory
 from ..scale.race import Race
 from ..scale.shrink import shrinking
-from ..teacher import Asked, Taught, teach
+from ..teacher import Asked, Taught, teach, true_rows
 from ..train import Hooks, Settings, State, Trained, train, warn_of_failed
+from .options import TUNED
 from .progress import Progress
 from .store import Store
 from .subject import Subject
@@ -29,9 +30,9 @@ def make_trainer(side_by_side: int | None) -> Callable:
     return over_ranks(within_memory(shrinking(train, launch_bound), side_by_side))
 
 
-def in_order(methods: tuple[str, ...]) -> list[str]:
-    """The methods that are trained, each after the phase that it starts from."""
-    found = []
+def in_order(methods: tuple[str, ...], tuned: bool = False) -> list[str]:
+    """The methods that are trained, each after the phase that it starts from; a tuned teacher before all."""
+    found = [TUNED] if tuned else []
     for method in methods:
         if method in METHODS:
             found += [STARTS_FROM.get(method), method]
@@ -54,6 +55,7 @@ class Experiment:
     settings: Settings
     collate: Callable  # `Hooks.collate`
     asked: Asked  # of the teacher
+    tuned: bool  # the teacher is the model as `TUNED` has trained it, else the base
     racing: bool  # whether rates that cannot win leave
     trainer: Callable
     store: Store
@@ -70,12 +72,32 @@ class Experiment:
             yield bar
 
 
-def teach_all(x: Experiment) -> list[Taught]:
-    """The teacher's pass over every episode."""
+def teach_all(x: Experiment, tuned: Trained | None = None) -> list[Taught]:
+    """The teacher's pass over every episode: the base, or `tuned` at the learning rate with the lowest dev loss."""
     rows = sum(len(episode.demonstrations) for episode in x.episodes)
     with x.phase("collect", "collecting", rows) as bar:
-        ask = partial(teach, x.subject.model, x.subject.tokenizer, asked=x.asked, watch=bar.update)
-        return ranks.spread(ask, x.episodes)
+
+        def ask(number: int) -> Taught:
+            with teacher(x, tuned, number) as model:
+                return teach(model, x.subject.tokenizer, x.episodes[number], x.asked, bar.update)
+
+        return ranks.spread(ask, range(len(x.episodes)))
+
+
+def teacher(x: Experiment, tuned: Trained | None, number: int) -> AbstractContextManager:
+    """Who teaches episode `number`, as a context: the base, or the run that `tuned` has of that episode."""
+    if tuned is None:
+        return nullcontext(x.subject.model)
+    weights = tuned.theta.unflatten(0, (len(x.episodes), -1))  # [S, learning rates, M]
+    dev_losses = tuned.dev_loss.view(len(x.episodes), -1)
+    rate = int(dev_losses.mean(0).argmin())
+    return adapted(x.subject.model, x.adapter, weights[number, [rate]])
+
+
+def true_sets(x: Experiment) -> list[Taught]:
+    """Every episode's rows with their true answers, alone and behind demonstrations."""
+    of_text = x.asked.max_tokens > 1
+    return [true_rows(x.subject.tokenizer, one, of_text, behind=True) for one in x.episodes]
 
 
 def train_all(x: Experiment) -> dict[str, Trained]:
@@ -90,9 +112,12 @@ def train_all(x: Experiment) -> dict[str, Trained]:
         if kept is not None:
             x.progress.kept()
         else:
-            if taught is None:
-                taught = teach_all(x)
-            found = train_method(x, method, taught, trained)
+            if method == TUNED and x.tuned:
+                found = train_method(x, method, true_sets(x), trained)
+            else:
+                if taught is None:
+                    taught = teach_all(x, trained[TUNED] if x.tuned else None)
+                found = train_method(x, method, taught, trained)
             kept = x.store.keep(f"{x.name}/fit-{method}", vars(found))
         kept["theta"] = kept["theta"].to(device_of(x.subject.model))
         trained[method] = Trained(**kept)

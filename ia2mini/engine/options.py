@@ -11,9 +11,11 @@ TINY_RATES = {"lora": (1e-3, 3e-3, 1e-2), "ia3": (1e-3, 1e-2, 1e-1)}
 # of other families: Llama's
 BETAS = {"qwen3": (0.1, 0.5, 0.7, 0.9), "llama": (0.001, 0.01, 0.05, 0.5)}
 UNTRAINED = ("base", "icl")
+TUNED = "icl-sft"  # what a tuned teacher is
 LABELS = {  # method: as it is written, in the order of every table and figure
     "base": "base",
     "icl": "ICL",
+    "icl-sft": "ICL, fine-tuned",
     "sft": "SFT",
     "sft-sft": "SFT→SFT",
     "soft": "soft labels",
@@ -43,7 +45,7 @@ def losses_of(methods: tuple[str, ...]) -> set[str]:
     """The phases that these methods consist of ("ia2-sft": ia2 and sft): it says what the teacher is asked for."""
     found = set()
     for method in methods:
-        found.update(method.split("-"))
+        found.update([method] if method == TUNED else method.split("-"))
     return found
 
 
@@ -156,7 +158,7 @@ class Options(TrainOptions, AdapterOptions):
     methods: tuple[str, ...] = option(
         ("base", "icl", "sft", "ia2", "ia2-sft"),
         "Compare these methods. There are also ia2+sft, sft-ia2, soft, hidden and ridge; "
-        "X-sft runs SFT from the weights of X.",
+        "X-sft runs SFT from the weights of X. icl-sft trains and answers with demonstrations in the prompt.",
     )
     sets: int = option(5, "Draw this many training sets, each with its own seed.", least=1)
     betas: tuple[float, ...] = option(
@@ -166,6 +168,11 @@ class Options(TrainOptions, AdapterOptions):
         "truth",
         "Train SFT on the true answers, or on the model's own answers with demonstrations (icl).",
         ("truth", "icl"),
+    )
+    teacher: str = option(
+        "base",
+        "Align to the base model with demonstrations, or to that model fine-tuned with demonstrations (tuned).",
+        ("base", "tuned"),
     )
     soft_k: int = option(1024, "Keep this many of the likeliest tokens in soft labels.", least=1)
     icl_demos: str = option(
@@ -188,6 +195,13 @@ class Options(TrainOptions, AdapterOptions):
         500, "Evaluate on at most this many rows.", least=1, shown="500; the demo 120"
     )
     asim_rows: int = 100  # evaluation rows on which attention outputs are compared
+
+    @property
+    def tuned(self) -> bool:
+        """Whether a tuned teacher is to be trained: one is asked for, and a method learns from a teacher."""
+        return self.teacher == "tuned" and bool(
+            losses_of(self.methods) - {*UNTRAINED, "sft", TUNED}
+        )
 
     def __post_init__(self):
         super().__post_init__()

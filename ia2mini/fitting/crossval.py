@@ -26,7 +26,7 @@ from ..engine.subject import Subject
 from ..episode import Episode, among_themselves, balanced, draw_folds, seeded
 from ..generate import STOP, Decoding
 from ..labels import Scoring, label_scores
-from ..methods import METHODS, STARTS_FROM, Grid
+from ..methods import BEHIND_DEMONSTRATIONS, METHODS, STARTS_FROM, Grid
 from ..models.taps import device_of
 from ..prefix import share_prefix
 from ..scale import ranks
@@ -36,7 +36,7 @@ from ..scale.pack import in_batches
 from ..scoring import answer_scores, answer_texts, last_states
 from ..tasks import Example, Task, same_answer
 from ..tasks.rows import spoken
-from ..teacher import Asked, Taught, label_tokens_at_most, observe, teach
+from ..teacher import Asked, label_tokens_at_most, observe, teach, true_rows
 from ..train import Hooks, Settings, State, Trained, warn_of_failed
 from .probe import PENALTIES, Probe, fit_probe, held_out_scores
 from .selection import Candidate, Selection, Tried
@@ -147,7 +147,8 @@ class CrossValidation:
             hooks=fast_decoding(device_of(subject.model), self.max_tokens),
         )
         if needed == {"sft"}:
-            sets = [self.untaught(episode) for episode in episodes]
+            of_text = self.max_tokens > 1
+            sets = [true_rows(subject.tokenizer, episode, of_text) for episode in episodes]
         else:
             with self.bar("collecting", sum(len(e.demonstrations) for e in episodes)) as bar:
                 told = partial(
@@ -163,12 +164,6 @@ class CrossValidation:
             settings=Settings(o.batch_size, o.epochs, layers=self.layers),
             trainer=make_trainer(None),
         )
-
-    def untaught(self, episode: Episode) -> Taught:
-        """An episode's rows with their true answers alone."""
-        end = self.max_tokens > 1
-        rows = [truth_row(example, self.subject.tokenizer, end) for example in episode.train]
-        return Taught(rows, [], [], [])
 
     @cached_property
     def fold_grid(self) -> Grid:
@@ -373,9 +368,9 @@ class CrossValidation:
 
 def check_methods(methods: tuple[str, ...]) -> None:
     """Raises UsageError for what is no method, and where there is none."""
-    unknown = [name for name in methods if name not in METHODS]
+    unknown = [name for name in methods if name not in METHODS or name in BEHIND_DEMONSTRATIONS]
     if unknown:
-        known = ", ".join(METHODS)
+        known = ", ".join(name for name in METHODS if name not in BEHIND_DEMONSTRATIONS)
         raise UsageError(
             f"--methods {unknown[0]}: unknown; beside base, ICL and probe can be tried {known}"
         )

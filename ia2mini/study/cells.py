@@ -127,12 +127,12 @@ def check_training_rows(cell: Cell) -> None:
     subject = cell.study.subject
     count = subject.tokenizer.count
     options = cell.study.options
-    asks_the_teacher = losses_of(options.methods) - {*UNTRAINED, "sft"} or options.labels == "icl"
+    demonstrated = losses_of(options.methods) - {*UNTRAINED, "sft"} or options.labels == "icl"
     for episode in cell.episodes:
         rows = episode.train + episode.dev
         for row, tokens in zip(rows, count([row.prompt + row.answer for row in rows])):
             subject.check_room(row.prompt, tokens)
-        if not asks_the_teacher:
+        if not demonstrated:
             continue
         full = [
             with_demonstrations(shown, row.prompt)

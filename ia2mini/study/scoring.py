@@ -18,6 +18,7 @@ from ..engine.options import UNTRAINED
 from ..engine.peft import Merged
 from ..generate import Decoding, generate
 from ..labels import Scoring, label_scores, spellings
+from ..methods import BEHIND_DEMONSTRATIONS
 from ..metrics import fit_temperature
 from ..models.taps import device_of
 from ..prefix import share_prefix
@@ -106,6 +107,13 @@ def score_method(e: Evaluation, method: str, reference: Reference) -> Scores:
     def score_sets(some: Tensor) -> Scores | None:
         if not len(some):
             return None
+        if method in BEHIND_DEMONSTRATIONS:
+            parts = []
+            for number in some.tolist():
+                own = reference.of_sets(torch.tensor([number]))
+                for run in by_set[number].tolist():
+                    parts.append(score_behind_demonstrations(e, method, run, number, own, bar))
+            return join_runs(parts)
         return score_runs(e, method, by_set[some].flatten().tolist(), reference.of_sets(some), bar)
 
     with e.phase(method, by_set.numel() * len(e.rows)) as bar:
@@ -134,6 +142,21 @@ def score_runs(e: Evaluation, method: str, runs: list[int], reference: Reference
         return {"correct": correct, "asim": likeness(e, student, reference.rows, responses)}
 
 
+def score_behind_demonstrations(
+    e: Evaluation, method: str, run: int, number: int, reference: Reference, bar
+) -> Scores:
+    """What one run says with the demonstrations of its set, `number`, in the prompt."""
+    theta = e.trained[method].theta[[run]]
+    with adapted(e.x.subject.model, scored_adapter(e.cell), theta) as student:
+        student, prompts = behind_demonstrations(student, e.cell, e.rows, number)
+        if e.labels:
+            return score_labels(e, student, prompts, Scoring(like=reference.outputs), bar)
+        responses, correct = score_texts(e, student, prompts, [f"{method}-{run}"], bar)
+        (rows,) = reference.rows
+        compared = [replace(row, prompt=prompt) for row, prompt in zip(rows, prompts)]
+        return {"correct": correct, "asim": likeness(e, student, [compared], responses)}
+
+
 def make_reference(e: Evaluation) -> Reference:
     """The base with each set's demonstrations.
 
@@ -154,14 +177,14 @@ def make_reference(e: Evaluation) -> Reference:
 
 
 def reference_of_labels(e: Evaluation, bar, number: int) -> Reference:
-    model, prompts = behind_demonstrations(e.cell, e.rows, number)
+    model, prompts = behind_demonstrations(e.x.subject.model, e.cell, e.rows, number)
     scores = score_labels(e, model, prompts, Scoring(keep=e.cell.study.options.asim_rows), bar)
     return Reference(scores, outputs=scores.pop("outputs"))
 
 
 def reference_of_texts(e: Evaluation, bar, number: int) -> Reference:
     compared = e.cell.study.options.asim_rows
-    model, prompts = behind_demonstrations(e.cell, e.rows, number)
+    model, prompts = behind_demonstrations(e.x.subject.model, e.cell, e.rows, number)
     (responses,), correct = score_texts(e, model, prompts, [f"icl-{number}"], bar)
     rows = []
     for prompt, response in zip(e.prompts[:compared], responses):
@@ -172,12 +195,11 @@ def reference_of_texts(e: Evaluation, bar, number: int) -> Reference:
 
 
 def behind_demonstrations(
-    cell: Cell, rows: list[Example], number: int
+    model: Callable, cell: Cell, rows: list[Example], number: int
 ) -> tuple[Callable, list[list[int]]]:
-    """The model with a set's demonstrations computed once, and what follows them in each row's prompt."""
-    subject = cell.study.subject
+    """A model with a set's demonstrations computed once, and what follows them in each row's prompt."""
     queries = [row.prompt for row in rows]
-    return share_prefix(subject.model, subject.tokenizer, cell.episodes[number].icl, queries)
+    return share_prefix(model, cell.study.subject.tokenizer, cell.episodes[number].icl, queries)
 
 
 def score_labels(
@@ -294,14 +316,14 @@ def temperatures(
     for place, run in enumerate(runs):
         number = place * sets // len(runs)
         dev = cell.episodes[number].dev
-        model = x.subject.model
-        prompts = x.subject.tokenizer.encode_all([row.prompt for row in dev])
-        if method == "icl":
-            model, prompts = behind_demonstrations(cell, dev, number)
-        under = nullcontext(model)
+        under = nullcontext(x.subject.model)
         if method not in UNTRAINED:
-            under = adapted(model, scored_adapter(cell), trained[method].theta[[run]])
+            theta = trained[method].theta[[run]]
+            under = adapted(x.subject.model, scored_adapter(cell), theta)
         with under as student:
+            prompts = x.subject.tokenizer.encode_all([row.prompt for row in dev])
+            if method in BEHIND_DEMONSTRATIONS:
+                student, prompts = behind_demonstrations(student, cell, dev, number)
             how = Scoring(ends=x.subject.tokenizer.eos_ids)
             scores = label_scores(
                 student, prompts, cell.labels[cell.task.name], how

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..engine.experiment import Experiment, in_order, make_trainer, train_all
-from ..engine.options import UNTRAINED, Options, losses_of
+from ..engine.options import TUNED, UNTRAINED, Options, losses_of
 from ..engine.progress import Progress, silent
 from ..engine.select import reported
 from ..engine.store import Store, checkpoint_digest, versions
@@ -152,6 +152,7 @@ def experiment_of(cell: Cell, store: Store, progress: Progress, trainer: Callabl
         stop=None if options.paper_compat else STOP,
         budget=study.budget,
         residual="hidden" in needed,
+        behind=TUNED in needed,
         hooks=fast_decoding(device_of(study.subject.model), cell.teacher_tokens),
     )
     settings = Settings(
@@ -166,7 +167,7 @@ def experiment_of(cell: Cell, store: Store, progress: Progress, trainer: Callabl
         subject=study.subject,
         adapter=study.adapter,
         episodes=cell.episodes,
-        methods=in_order(options.methods),
+        methods=in_order(options.methods, options.tuned),
         rates=study.rates,
         betas=study.betas,
         seed=options.seed,
@@ -174,6 +175,7 @@ def experiment_of(cell: Cell, store: Store, progress: Progress, trainer: Callabl
         settings=settings,
         collate=in_one_batch if options.paper_compat else in_batches,
         asked=asked,
+        tuned=options.tuned,
         racing=options.race and options.select == "dev",
         trainer=trainer,
         store=store,
@@ -184,7 +186,7 @@ def experiment_of(cell: Cell, store: Store, progress: Progress, trainer: Callabl
 def count_phases(cell: Cell) -> int:
     """Of a cell: collecting and training each method, where there is one; on each evaluation ICL and every method."""
     methods = cell.study.options.methods
-    trained = len(in_order(methods))
+    trained = len(in_order(methods, cell.study.options.tuned))
     collected = 1 if trained else 0
     scored = len({"icl", *methods})
     return collected + trained + len(cell.evaluations) * scored
