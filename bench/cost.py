@@ -11,7 +11,7 @@ from statistics import fmean
 
 from ia2mini.engine.experiment import in_order
 from ia2mini.engine.options import last_phase
-from ia2mini.methods import configs
+from ia2mini.methods import BEHIND_DEMONSTRATIONS, configs
 from ia2mini.scale.memory import run_bytes
 from ia2mini.study.cells import Cell
 
@@ -191,21 +191,22 @@ class CellSize:
         taught = self.sets * (self.n + self.dev)
         found = {"collect": self.read(taught, self.query + self.shown, config, size)}
         for method in self.trained:
-            for stage, passes in self.training(last_phase(method)).items():
+            shown = self.shown if method in BEHIND_DEMONSTRATIONS else 0.0
+            for stage, passes in self.training(last_phase(method), shown).items():
                 found[f"{stage} {method}"] = passes.cost(config, size)
         for method in self.methods:
             found[f"score {method}"] = self.score(method, config, size)
         return found
 
-    def training(self, phase: str) -> dict[str, Pass]:
-        """The steps of a phase for all runs, and their looks at the dev loss."""
+    def training(self, phase: str, shown: float = 0.0) -> dict[str, Pass]:
+        """The steps of a phase for all runs, and their looks at the dev loss; `shown`: tokens of demonstrations."""
         if phase == "ridge":  # a pass over every set
             return {"train": Pass(self.sets * self.n, self.length, 0, head=False)}
         runs = self.sets * self.configs
         rows = runs * self.n / self.steps_an_epoch
         step = Pass(
             rows=rows,
-            tokens=self.length,
+            tokens=shown + self.length,
             positions=rows * self.answer,
             head=phase not in MATCHED,
             backward=True,
@@ -228,9 +229,13 @@ class CellSize:
         queries = sum(self.rows)
         if method == "base":
             return self.read(queries, self.query, config, size)
-        if method == "icl":
-            demonstrations = Pass(self.sets, self.shown, 0, head=False, times=len(self.rows))
-            behind = self.read(self.sets * queries, self.query, config, size, shared=self.shown)
+        if method in BEHIND_DEMONSTRATIONS:
+            runs = self.sets if method == "icl" else self.scored
+            rank = 0 if method == "icl" else self.rank
+            demonstrations = Pass(runs, self.shown, 0, head=False, rank=rank, times=len(self.rows))
+            behind = self.read(
+                runs * queries, self.query, config, size, shared=self.shown, rank=rank
+            )
             return behind + demonstrations.cost(config, size)
         return self.read(self.scored * queries, self.query, config, size, rank=self.rank)
 
@@ -263,8 +268,10 @@ class CellSize:
         tables = 1 if config.tie_word_embeddings else 2
         weights += tables * config.vocab_size * config.hidden_size
         rows = min(self.n, self.batch)
+        demonstrated = set(self.trained) & set(BEHIND_DEMONSTRATIONS)
+        longest = self.length + (self.shown if demonstrated else 0)
         kept = run_bytes(
-            config, rows * self.length, rows * self.answer, size, lora_size(config, self.rank)
+            config, rows * longest, rows * self.answer, size, lora_size(config, self.rank)
         )
         runs = self.sets * self.configs
         if side_by_side is not None:

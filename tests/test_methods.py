@@ -21,6 +21,7 @@ from ia2mini.train import Settings, Trained, train
 TRUTH, TAUGHT = ("truth", {"ce": 1.0}), ("icl", {"mse": 1.0})
 PHASES = {  # method -> its phases: which rows, which losses (protocol section 4)
     "sft": [TRUTH],
+    "icl-sft": [("behind", {"ce": 1.0})],
     "ia2": [TAUGHT],
     "ia2-sft": [TAUGHT, TRUTH],
     "sft-ia2": [TRUTH, TAUGHT],
@@ -44,7 +45,7 @@ def noting(trainer: Callable, note: Callable) -> Callable:
 
 def make_grid(model, kind, labels="truth", rows=5, **more):
     sets = [
-        Taught(*(make_rows(n, 10 * s + i) for i, n in enumerate((rows, 2, rows, 2))))
+        Taught(*(make_rows(n, 10 * s + i) for i, n in enumerate((rows, 2, rows, 2, rows, 2))))
         for s in range(2)
     ]
     more |= {"labels": labels, "settings": Settings(batch_size=2, epochs=2, patience=9)}
@@ -78,11 +79,12 @@ def test_every_method_equals_the_plain_loop(folder, model, kind, labels, method)
         s, theta, steps = grid.sets[number], grid.first_weights(number), 0
         for (rows, mix), looks in zip(PHASES[method], watched, strict=True):
             mix = {"mse": 1 - beta, "ce": beta} if beta else mix
-            data = (
-                (s.train, s.dev)
-                if (rows, labels) == ("truth", "truth")
-                else (s.icl_train, s.icl_dev)
-            )
+            if rows == "behind":
+                data = s.behind_train, s.behind_dev
+            elif (rows, labels) == ("truth", "truth"):
+                data = s.train, s.dev
+            else:
+                data = s.icl_train, s.icl_dev
             twin, order = (
                 peft_twin(folder, grid.adapter, theta),
                 partial(grid.order, number, len(data[0])),

@@ -11,7 +11,7 @@ from ..engine.options import UNTRAINED
 from ..engine.peft import save_adapter
 from ..engine.select import at_config, chosen
 from ..episode import with_demonstrations
-from ..methods import configs
+from ..methods import BEHIND_DEMONSTRATIONS, configs
 from ..metrics import accuracy, measure, subspace_overlap
 from ..scale import ranks
 from ..train import Trained
@@ -69,6 +69,7 @@ def score_records(
     """
     options = cell.study.options
     task = cell.evaluation_task(name)
+    tokens = query_tokens(cell, name, behind=method in BEHIND_DEMONSTRATIONS)
     gold = (
         torch.tensor([example.label for example in cell.evaluations[name].rows])
         if task.labels
@@ -85,6 +86,7 @@ def score_records(
         record["model"] = x.subject.name
         record["adapter"] = None if method in UNTRAINED else options.adapter_name
         record.update(run)
+        record["tokens"] = tokens[run["set"]]
         record["asim"] = fmean(asim)
         record["asim_layers"] = asim
         if task.labels:
@@ -101,6 +103,20 @@ def score_records(
         del record["run"]
         records.append(record)
     return records
+
+
+def query_tokens(cell: Cell, name: str, behind: bool) -> list[float]:
+    """Mean tokens of the prompts of an evaluation, a number for each set; `behind` its demonstrations."""
+    count = cell.study.subject.tokenizer.count
+    rows = cell.evaluations[name].rows
+    query = fmean(count([row.prompt for row in rows]))
+    if not behind:
+        return [query] * len(cell.episodes)
+    found = []
+    for episode in cell.episodes:
+        shown = count([with_demonstrations(demonstrations, "") for demonstrations in episode.icl])
+        found.append(query + fmean(shown))
+    return found
 
 
 def untrained_runs(cell: Cell) -> list[dict]:

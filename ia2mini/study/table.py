@@ -7,8 +7,9 @@ from ..engine.select import chosen, grouped
 METRICS = {  # metric: as the head of its column has it
     "acc": "accuracy (%) ↑", "ece": "ECE ↓", "ece_null": "(null)", "nll": "NLL ↓", "brier": "Brier ↓", "asim": "asim ↑",
     "ece_mass": "ECE, mass ↓", "acc_labels": "accuracy among labels (%) ↑", "ece_labels": "ECE among labels ↓",
-    "smooth_ece": "smooth ECE ↓", "risk_coverage": "risk-coverage ↓", "overconfidence": "overconfidence →0", "nll_labels": "NLL among labels ↓",
+    "smooth_ece": "smooth ECE ↓", "risk_coverage": "risk-coverage ↓", "nll_labels": "NLL among labels ↓",
     "nll_dev": "NLL, dev temperature ↓", "nll_left_out": "NLL, left out ↓", "nll_oracle": "NLL, oracle ↓",
+    "overconfidence": "confidence − accuracy", "tokens": "tokens a query",
 }  # fmt: skip
 
 
