@@ -21,29 +21,37 @@ def sdft(grid: Grid) -> Trained:
     """Train every set at every learning rate on policy; as long as the other methods train, by the dev rows' loss."""
     device = device_of(grid.model)
     settings = grid.settings
-    sets = [number for number, _, _ in grid.configs("sdft")]
-    first = torch.stack([grid.first_weights(number) for number in sets]).to(device)
-    rates = torch.tensor([[rate] for _, rate, _ in grid.configs("sdft")], device=device)
-    state = State.begin(first)
-    generator = torch.Generator(device).manual_seed(grid.seed)
-    rows = len(grid.sets[0].train)
+    configs = grid.configs("sdft")
+    numbers = [number for number, _, _ in configs]
+    sets = [grid.sets[number] for number in numbers]
+    rates = torch.tensor([rate for _, rate, _ in configs], device=device)
+    first = [grid.first_weights(number) for number in numbers]
+    state = State.begin(torch.stack(first).to(device))
+    draws = torch.Generator(device).manual_seed(grid.seed)
+    dev = [taught.dev for taught in sets]
+    behind_dev = [taught.behind_dev for taught in sets]
+    rows = len(sets[0].train)
     steps_an_epoch = math.ceil(rows / settings.batch_size)
     for step in range(settings.epochs * steps_an_epoch):
         epoch, place = divmod(step, steps_an_epoch)
-        portion = slice(place * settings.batch_size, (place + 1) * settings.batch_size)
-        chosen = [grid.order(number, rows, epoch)[portion] for number in sets]
-        alone = [[grid.sets[s].train[i] for i in some] for s, some in zip(sets, chosen)]
-        behind = [[grid.sets[s].behind_train[i] for i in some] for s, some in zip(sets, chosen)]
-        loss = on_policy_loss(grid, state.theta, alone, behind, generator)
+        start = place * settings.batch_size
+        alone = []
+        behind = []
+        for number, taught in zip(numbers, sets):
+            order = grid.order(number, rows, epoch)
+            for_this_step = order[start : start + settings.batch_size]
+            alone.append([taught.train[i] for i in for_this_step])
+            behind.append([taught.behind_train[i] for i in for_this_step])
+        loss = on_policy_loss(grid, state.theta, alone, behind, draws)
         (gradient,) = torch.autograd.grad(loss.sum(), state.theta)
-        adam(state.theta.detach(), gradient, state.m, state.v, state.t, rates)
+        adam(state.theta.detach(), gradient, state.m, state.v, state.t, rates[:, None])
         state.step += 1
-        if step % 2 == 1 or place == steps_an_epoch - 1:
-            dev = [grid.sets[number].dev for number in sets]
-            behind_dev = [grid.sets[number].behind_dev for number in sets]
-            same = torch.Generator(device).manual_seed(grid.seed + 1)  # the same draws each time
+        epoch_ends = place == steps_an_epoch - 1
+        if step % 2 == 1 or epoch_ends:
+            same_draws = torch.Generator(device).manual_seed(grid.seed + 1)
             with torch.no_grad():
-                state.note(on_policy_loss(grid, state.theta, dev, behind_dev, same), settings)
+                losses = on_policy_loss(grid, state.theta, dev, behind_dev, same_draws)
+            state.note(losses, settings)
             if not state.going.any():
                 break
     return state.trained()
@@ -64,15 +72,18 @@ def on_policy_loss(
     device = device_of(model)
     with torch.no_grad(), adapted(model, grid.adapter, theta) as student:
         answers = draw_answers(student, alone, generator)
-    prompts = with_answers(behind, answers)
-    batch = collate(prompts).to(device)
     with torch.no_grad():
-        teacher = model(batch.ids, logits=batch.at).float().log_softmax(-1)  # [P, V]
-    batch = collate(with_answers(alone, answers)).to(device)
+        rows = with_answers(behind, answers)
+        batch = collate(rows).to(device)
+        logits = model(batch.ids, logits=batch.at)
+        teacher = logits.float().log_softmax(-1)  # [P, V]
+    rows = with_answers(alone, answers)
+    batch = collate(rows).to(device)
     with adapted(model, grid.adapter, theta) as student:
-        own = student(batch.ids, logits=batch.at).float().log_softmax(-1)  # [P, V]
-        divergence = (own.exp() * (own - teacher)).sum(-1)
-        return per_run(divergence, batch.weights)
+        logits = student(batch.ids, logits=batch.at)
+        own = logits.float().log_softmax(-1)  # [P, V]
+        divergence = own.exp() * (own - teacher)
+        return per_run(divergence.sum(-1), batch.weights)
 
 
 def with_answers(runs: list[list[Row]], answers: list[list[list[int]]]) -> list[list[Row]]:
@@ -90,19 +101,25 @@ def draw_answers(
 
     As long as the longest true answer at most. Where that has several tokens its last one ends a text.
     """
-    rows = [row for mine in runs for row in mine]
+    rows = sum(runs, [])
     longest = max(len(row.answer) for row in rows)
     end = rows[0].answer[-1] if longest > 1 else None
     answers: list[list[int]] = [[] for _ in rows]
     for _ in range(longest):
-        batch = collate([[Row(row.prompt + said, [0]) for row, said in zip(rows, answers)]])
-        batch = batch.to(device_of(student))
-        shares = student(batch.ids, logits=batch.at).float().softmax(-1)  # [R * B, V]
-        drawn = torch.multinomial(shares, 1, generator=generator)[:, 0].tolist()
-        for said, token in zip(answers, drawn):
+        so_far = []
+        for row, said in zip(rows, answers):
+            so_far.append(Row(row.prompt + said, [0]))
+        batch = collate([so_far]).to(device_of(student))
+        logits = student(batch.ids, logits=batch.at)
+        shares = logits.float().softmax(-1)  # [R * B, V]
+        drawn = torch.multinomial(shares, 1, generator=generator)
+        for said, token in zip(answers, drawn[:, 0].tolist()):
             if end is None or end not in said:
                 said.append(token)
         if all(end in said for said in answers):
             break
-    per_run_rows = len(runs[0])
-    return [answers[at : at + per_run_rows] for at in range(0, len(answers), per_run_rows)]
+    by_run = []
+    for mine in runs:
+        by_run.append(answers[: len(mine)])
+        answers = answers[len(mine) :]
+    return by_run
