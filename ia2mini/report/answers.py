@@ -95,7 +95,10 @@ class Answers:
         shares = [f"p({label})" for label in self.labels]
         reserved = {*ADDED, *self.names, *shares}
         own = [renamed(row, reserved) for row, _ in self.pairs]
-        header = list(dict.fromkeys(name for row in own for name in row))
+        known: dict[str, None] = {}
+        for row in own:
+            known.update(dict.fromkeys(row))
+        header = list(known)
         lines = []
         for row, (_, said) in zip(own, self.pairs):
             line = [row.get(name) for name in header]

@@ -38,33 +38,29 @@ ia2mini predict {folder} NEW_ROWS
 
 def card(fitted, folder: Path, command: str) -> str:
     """The model card."""
-    spec, report, subject = fitted.spec, fitted.report, fitted.subject
-    peft = fitted.adapter is not None
-    text = {
-        "library": "peft" if peft else "transformers",
-        "method": spec["method"],
-        "name": markdown(report["name"]),
-    }
-    text |= {
-        "hub": f"base_model: {subject.base}\n" if subject.revision else "",
-        "sentence": markdown(report["sentence"]),
-    }
-    text |= {
-        "version": spec["versions"]["ia2mini"],
-        "command": span(command),
-        "template": span(repr(spec["template"])),
-    }
-    text |= {
-        "turn": ", a turn of the chat template" if spec["chat"] else "",
-        "follows": "the answer follows it at once",
-        "code": code(fitted, str(folder), peft),
-    }
-    blank = blank_of(spec["template"])
-    if blank:
-        shown = span(repr(spec["template"].rstrip(" ")))
-        text["template"] = shown
-        text["follows"] = "the answer follows with a blank before it"
-    return CARD.format(**text, folder=plain(shlex.quote(str(folder)), ""))
+    spec = fitted.spec
+    report = fitted.report
+    base = fitted.subject.base
+    has_adapter = fitted.adapter is not None
+    template = spec["template"]
+    follows = "the answer follows it at once"
+    if blank_of(template):
+        template = template.rstrip(" ")
+        follows = "the answer follows with a blank before it"
+    return CARD.format(
+        library="peft" if has_adapter else "transformers",
+        hub=f"base_model: {base}\n" if fitted.subject.revision else "",
+        method=spec["method"],
+        name=markdown(report["name"]),
+        sentence=markdown(report["sentence"]),
+        version=spec["versions"]["ia2mini"],
+        command=span(command),
+        template=span(repr(template)),
+        turn=", a turn of the chat template" if spec["chat"] else "",
+        follows=follows,
+        folder=plain(shlex.quote(str(folder)), ""),
+        code=code(fitted, str(folder), has_adapter),
+    )
 
 
 def longest_row(text: str) -> int:
@@ -75,16 +71,20 @@ def longest_row(text: str) -> int:
 def span(text: str) -> str:
     """A text in Markdown's backticks, more of them than it holds in a row."""
     fence = "`" * (1 + longest_row(text))
-    return (
-        f"{fence} {plain(text, '')} {fence}" if "`" in text else f"{fence}{plain(text, '')}{fence}"
-    )
+    inside = plain(text, "")
+    if "`" in text:
+        inside = f" {inside} "
+    return f"{fence}{inside}{fence}"
 
 
-def code(fitted, folder: str, peft: bool) -> str:
+def code(fitted, folder: str, has_adapter: bool) -> str:
     """How others load and serve what was shipped."""
-    base, revision = fitted.subject.base, fitted.subject.revision
-    source = repr(base) + f", revision={revision!r}" * bool(revision)
-    loaded = loading(source, folder if peft else None, f", dtype={fitted.subject.dtype!r}")
+    base = fitted.subject.base
+    source = repr(base)
+    if fitted.subject.revision:
+        source += f", revision={fitted.subject.revision!r}"
+    dtype = f", dtype={fitted.subject.dtype!r}"
+    loaded = loading(source, folder if has_adapter else None, dtype)
     refused = why_not(fitted)
     if fitted.probe is not None:
         loaded += probing(fitted, folder)
@@ -94,7 +94,7 @@ def code(fitted, folder: str, peft: bool) -> str:
     else:
         lines += decisions(fitted, folder)
     lines += vllm(fitted, folder)
-    if peft and base != "tiny":
+    if has_adapter and base != "tiny":
         lines += llama_cpp(fitted, folder)
     return "\n".join(lines)
 
@@ -156,7 +156,8 @@ answers["label"]["probabilities"]"""
 
 def over_http(fitted, folder: str, body: dict) -> list[str]:
     """`transformers serve`: of a merged adapter, or of the base with the files of `fit`."""
-    base, revision = fitted.subject.base, fitted.subject.revision
+    base = fitted.subject.base
+    revision = fitted.subject.revision
     if fitted.adapter is not None:
         model = f"{folder}-merged"
         commands = [merging(folder), f"transformers serve {shlex.quote(model)}"]
@@ -167,7 +168,7 @@ def over_http(fitted, folder: str, body: dict) -> list[str]:
         config = shlex.quote(f"{folder}/decision.json")
         how = f"--dtype {fitted.subject.dtype} --decision-config {config}"
         commands = [f"transformers serve {shlex.quote(model)} {how}"]
-    request = json_line({"model": model} | body)
+    request = json_line({"model": model, **body})
     header = "-H 'Content-Type: application/json'"
     ask = f"curl localhost:8000/v1/systemone {header} -d {shlex.quote(request)}"
     return [
@@ -198,7 +199,9 @@ def thresholds(fitted) -> str:
 
 def vllm(fitted, folder: str) -> list[str]:
     """vLLM takes LoRA alone."""
-    adapter, base, revision = fitted.adapter, fitted.subject.base, fitted.subject.revision
+    adapter = fitted.adapter
+    base = fitted.subject.base
+    revision = fitted.subject.revision
     if not isinstance(adapter, LoRA) or base == "tiny":
         return []
     at = f" --revision {revision}" if revision else ""

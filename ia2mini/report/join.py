@@ -76,7 +76,7 @@ def join(folders: list[Path]) -> dict:
     for folder, document in documents.items():
         about = {"model": document["cells"][0]["model"], "study": folder}
         for key in LISTS:
-            joined[key] += [record | about for record in document[key]]
+            joined[key] += [{**record, **about} for record in document[key]]
         joined["adapters"] += [f"{folder}/{name}" for name in document["adapters"]]
     joined["cells"] = without_repeats(joined["cells"])
     joined["seconds"] = add_up([document["seconds"] for document in documents.values()])

@@ -49,17 +49,24 @@ def add_paper(document: dict) -> int:
     config = document["config"]
     if departures(document):
         return 0
-    with (Path(__file__).parent / "paper.csv").open(encoding="utf-8") as file:
-        known = {tuple(row[field] for field in FIELDS): row for row in csv.DictReader(file)}
+    known = paper_rows()
     found = 0
     for cell in document["cells"]:
         labels = config["labels"] if cell["method"] in ("sft", "ia2-sft") else ""
         model = cell["model"].split("--")[-1].lower()
-        about = cell | {"labels": labels, "adapter": cell["adapter"] or "", "model": model}
-        if row := known.get(tuple(str(about[field]) for field in FIELDS)):
+        about = {**cell, "labels": labels, "adapter": cell["adapter"] or "", "model": model}
+        row = known.get(tuple(str(about[field]) for field in FIELDS))
+        if row:
             cell["paper"] = " / ".join(filter(None, (row["acc"], row["ece"])))
             found += 1
     return found
+
+
+def paper_rows() -> dict[tuple, dict]:
+    """The rows of paper.csv by their values of FIELDS."""
+    with (Path(__file__).parent / "paper.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {tuple(row[field] for field in FIELDS): row for row in rows}
 
 
 def table_8(document: dict) -> list[tuple[str, int, str, str, PairedTest]]:
@@ -75,11 +82,8 @@ def table_8(document: dict) -> list[tuple[str, int, str, str, PairedTest]]:
         mine = []
         for cell in document["cells"]:
             labelled = cell["ece_mean"] is not None
-            if (
-                cell["adapter"] == "lora"
-                and cell["method"] in ("sft", "ia2-sft")
-                and labelled == ("ece" in metrics)
-            ):
+            compared = cell["adapter"] == "lora" and cell["method"] in ("sft", "ia2-sft")
+            if compared and labelled == ("ece" in metrics):
                 mine.append(cell)
         for (n, by), some in sorted(grouped(mine, "n", "selected_by").items()):
             for metric in metrics:

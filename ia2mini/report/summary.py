@@ -19,25 +19,38 @@ CHOICES = {
 
 def parts(document: dict) -> list[dict]:
     """What one table shows: each model, N, adapter and choice of rate, its `cells`."""
-    rank = {method: i for i, method in enumerate(LABELS)}
-    cells = sorted(document["cells"], key=lambda cell: rank.get(cell["method"], len(rank)))
-    trained = [c for c in cells if c["selected_by"]] or [c | {"selected_by": None} for c in cells]
-    groups = grouped(cells, "model", "n")
+    order = list(LABELS)
+    cells = sorted(document["cells"], key=lambda cell: rank(cell["method"], order))
+    trained = [cell for cell in cells if cell["selected_by"]] or cells
     found = []
-    for (model, n, kind, by), own in grouped(
-        trained, "model", "n", "adapter", "selected_by"
-    ).items():
-        others = evaluations(
-            [c for c in trained if (c["model"], c["n"]) == (model, n)]
-        ) - evaluations(own)
-        mine = []
-        for c in groups[model, n]:
-            belongs = c["selected_by"] in (by, None) and c["adapter"] in (kind, None)
-            # the base and ICL of what this adapter has not
-            if belongs and (c["task"], c["eval"]) not in others:
-                mine.append(c)
+    for model, n, kind, by in grouped(trained, "model", "n", "adapter", "selected_by"):
+        mine = cells_of(cells, model, n, kind, by)
         about = {"model": model, "n": n, "adapter": kind, "by": by}
-        found.append(about | {"cells": mine, "title": title(mine, by)})
+        found.append({**about, "cells": mine, "title": title(mine, by)})
+    return found
+
+
+def rank(method: str, order: list[str]) -> int:
+    """Where a method stands in the order of tables; unknown ones last."""
+    return order.index(method) if method in order else len(order)
+
+
+def cells_of(cells: list[dict], model: str, n: int, kind: str | None, by: str | None) -> list[dict]:
+    """The cells of an adapter and a choice of the rate, with base and ICL on the evaluations that it has."""
+    of_adapter = set()
+    of_others = set()
+    here = [cell for cell in cells if cell["model"] == model and cell["n"] == n]
+    for cell in here:
+        evaluation = (cell["task"], cell["eval"])
+        if cell["selected_by"] and (cell["adapter"], cell["selected_by"]) == (kind, by):
+            of_adapter.add(evaluation)
+        elif cell["selected_by"]:
+            of_others.add(evaluation)
+    found = []
+    for cell in here:
+        belongs = cell["selected_by"] in (by, None) and cell["adapter"] in (kind, None)
+        if belongs and (cell["task"], cell["eval"]) not in of_others - of_adapter:
+            found.append(cell)
     return found
 
 
@@ -47,16 +60,16 @@ def evaluations(cells: list[dict]) -> set[tuple[str, str]]:
 
 def title(cells: list[dict], by: str | None) -> str:
     """Model, task, N, adapter, sets and the choice of the rate of a part, in one line."""
-    tasks = list(dict.fromkeys(c["task"] for c in cells))
-    adapter = next((c["adapter"] for c in cells if c["adapter"]), None)
-    about = [
-        cells[0]["model"],
-        ", ".join(tasks) if len(tasks) < 3 else f"{len(tasks)} tasks",
-        f"N = {cells[0]['n']}",
-    ]
-    return " · ".join(
-        [*about, *filter(None, [adapter, count(cells[0]["sets"], "set"), CHOICES.get(by)])]
-    )
+    tasks = list(dict.fromkeys(cell["task"] for cell in cells))
+    adapters = [cell["adapter"] for cell in cells if cell["adapter"]]
+    about = [cells[0]["model"]]
+    about.append(", ".join(tasks) if len(tasks) < 3 else f"{len(tasks)} tasks")
+    about.append(f"N = {cells[0]['n']}")
+    about += adapters[:1]
+    about.append(count(cells[0]["sets"], "set"))
+    if by in CHOICES:
+        about.append(CHOICES[by])
+    return " · ".join(about)
 
 
 def dashed(name: str) -> str:
@@ -74,14 +87,14 @@ def average(cells: list[dict]) -> list[dict]:
     for (method,), mine in grouped(cells, "method").items():
         if len(mine) != count_of_evaluations:
             continue
-        row = {"method": method, "evaluations": count_of_evaluations}
+        row = {"method": method, "evaluations": count_of_evaluations, "rate": None, "beta": None}
         rates = list(grouped(mine, "rate", "beta"))
-        row["rate"], row["beta"] = rates[0] if len(rates) == 1 else (None, None)
+        if len(rates) == 1:
+            row["rate"], row["beta"] = rates[0]
         for metric in METRICS:
-            means = [
-                cell[f"{metric}_mean"] for cell in mine if cell.get(f"{metric}_mean") is not None
-            ]
-            row[f"{metric}_mean"] = fmean(means) if means else None
+            means = [cell.get(f"{metric}_mean") for cell in mine]
+            known = [mean for mean in means if mean is not None]
+            row[f"{metric}_mean"] = fmean(known) if known else None
             row[f"{metric}_std"] = deviation(over_evaluations(mine, metric))
         rows.append(row)
     return rows
@@ -92,22 +105,35 @@ def over_evaluations(cells: list[dict], metric: str) -> list[float]:
     known = [cell.get(metric, []) for cell in cells if cell.get(f"{metric}_mean") is not None]
     if len({len(values) for values in known}) != 1:
         return []
-    sets = list(zip(*known))
-    return [] if any(None in values for values in sets) else [fmean(values) for values in sets]
+    means = []
+    for values in zip(*known):
+        if None in values:
+            return []
+        means.append(fmean(values))
+    return means
 
 
 def paired(
     cells: list[dict], metric: str, method: str = "ia2-sft", against: str = "sft"
 ) -> PairedTest | None:
     """`method` minus `against`, paired over tasks and sets, each averaged over its evaluations; None without both."""
+    ours = over_tasks(cells, metric, method)
+    theirs = over_tasks(cells, metric, against)
+    if not ours or len(ours) != len(theirs):
+        return None
+    return paired_test(ours, theirs)
 
-    def values(name: str) -> list[float]:
-        tasks = grouped([c for c in cells if c["method"] == name], "task").values()
-        sets = [values for mine in tasks for values in zip(*(c[metric] for c in mine))]
-        return [] if any(None in values for values in sets) else list(map(fmean, sets))
 
-    ours, theirs = values(method), values(against)
-    return paired_test(ours, theirs) if ours and len(ours) == len(theirs) else None
+def over_tasks(cells: list[dict], metric: str, method: str) -> list[float]:
+    """A method's value of each set of each task, the mean over the task's evaluations; none where one is unknown."""
+    means = []
+    mine = [cell for cell in cells if cell["method"] == method]
+    for of_task in grouped(mine, "task").values():
+        for values in zip(*(cell[metric] for cell in of_task)):
+            if None in values:
+                return []
+            means.append(fmean(values))
+    return means
 
 
 def verdict(cells: list[dict]) -> list[str]:

@@ -12,71 +12,117 @@ from .summary import average, parts, verdict
 COLUMNS = ("acc", "ece", "ece_null", "asim")  # where no others are asked for
 # of own rows, which `fit` judges among the labels
 OWN_COLUMNS = ("acc", "acc_labels", *COLUMNS[1:])
-HEADS = METRICS | {"rate": "rate", "paper": "paper (% / ECE)"}  # these always the last
-SYMBOLS: dict = {
+HEADS = {**METRICS, "rate": "rate", "paper": "paper (% / ECE)"}  # these two always the last
+PERCENT = ("acc", "acc_labels")  # metrics that are shown in percent
+WITHOUT_DEVIATION = ("ece_null", "asim")
+SYMBOLS = {
     "→": r"$\rightarrow$",
     "↑": r"$\uparrow$",
     "↓": r"$\downarrow$",
     "±": r"$\pm$",
     "–": "--",
+    "β": r"$\beta$",
+    "·": r"$\cdot$",
 }
-SYMBOLS |= {"β": r"$\beta$", "·": r"$\cdot$"}
-COMMANDS = {"\\": r"\textbackslash ", "~": r"\textasciitilde ", "^": r"\textasciicircum "}
-ESCAPES = str.maketrans(COMMANDS | {c: "\\" + c for c in "&%$#_{}"})
-MARKUP = str.maketrans({"<": "&lt;", "&": "&amp;"} | {c: "\\" + c for c in "\\|`["})
+TO_LATEX = str.maketrans(SYMBOLS)
+ESCAPES = str.maketrans(
+    {
+        "\\": r"\textbackslash ",
+        "~": r"\textasciitilde ",
+        "^": r"\textasciicircum ",
+        **{sign: "\\" + sign for sign in "&%$#_{}"},
+    }
+)
+MARKUP = str.maketrans({"<": "&lt;", "&": "&amp;", **{sign: "\\" + sign for sign in "\\|`["}})
+BOLD, DIM, YELLOW = "1", "2", "33"
+FORMULA = (
+    "=",
+    "+",
+    "-",
+    "@",
+    "＝",
+    "＋",
+    "－",
+    "＠",
+)  # what a spreadsheet's formula may begin with
+
+
+def paint(text: str, code: str) -> str:
+    """A text in a colour or weight of the terminal."""
+    return f"\x1b[{code}m{text}\x1b[0m" if text else text
+
+
+def unpainted(text: str, code: str) -> str:
+    return text
 
 
 def write_table(document: dict, full: bool = False, color: bool = False) -> str:
     """Of each model, N and choice of rate the mean over evaluations (`full`: and each one), and what IA2 brought."""
-
-    def paint(text: str, code: str) -> str:
-        return f"\x1b[{code}m{text}\x1b[0m" if color and code and text else text
-
-    out = []
+    painted = paint if color else unpainted
+    lines = []
     for part in parts(document):
-        cells, mean = part["cells"], average(part["cells"])
-        evaluations = grouped(cells, "task", "eval", "ood")
-        blocks = [(f"mean of {count(len(evaluations), 'evaluation')}", mean)] * bool(mean)
-        several = len(evaluations) > 1 or any("paper" in cell for cell in cells)
-        if full and several or not mean:
-            for (task, name, ood), rows in evaluations.items():
-                blocks.append((plain(f"{task} → {name}{'*' * ood}", ""), rows))
+        blocks = blocks_of(part["cells"], full)
         every = [row for _, rows in blocks for row in rows]
         columns = known_columns(every, document)
-        table = [["", *map(HEADS.get, columns)], *(texts(row, columns) for row in every)]
-        widths = [max(map(len, column)) for column in zip(*table)]
-        lines = [
-            "  ".join([t[0].ljust(widths[0]), *map(str.rjust, t[1:], widths[1:])]).rstrip()
-            for t in table
-        ]
-        out += [paint(plain(part["title"], ""), "1"), paint(lines.pop(0), "2")]
+        head, *body = aligned(
+            [["", *map(HEADS.get, columns)], *(texts(row, columns) for row in every)]
+        )
+        lines += [painted(plain(part["title"], ""), BOLD), painted(head, DIM)]
         for heading, rows in blocks:
-            out += [
-                heading,
-                *(paint(lines.pop(0), "1" * (row["method"] == "ia2-sft")) for row in rows),
-            ]
-        out += [paint(line, "1" if i == 0 else "33") for i, line in enumerate(verdict(cells))] + [
-            ""
-        ]
-    return "\n".join(out + [paint(line, "2") for line in legend(document)])
+            lines.append(heading)
+            for row in rows:
+                line = body.pop(0)
+                lines.append(painted(line, BOLD) if row["method"] == "ia2-sft" else line)
+        for i, line in enumerate(verdict(part["cells"])):
+            lines.append(painted(line, YELLOW if i else BOLD))
+        lines.append("")
+    lines += [painted(line, DIM) for line in legend(document)]
+    return "\n".join(lines)
+
+
+def blocks_of(cells: list[dict], full: bool) -> list[tuple[str, list[dict]]]:
+    """The rows of a part's table under their headings: the mean over evaluations, and with `full` each of them."""
+    evaluations = grouped(cells, "task", "eval", "ood")
+    means = average(cells)
+    blocks = []
+    if means:
+        blocks.append((f"mean of {count(len(evaluations), 'evaluation')}", means))
+    each_differs = len(evaluations) > 1 or any("paper" in cell for cell in cells)
+    if not means or (full and each_differs):
+        for (task, name, ood), rows in evaluations.items():
+            blocks.append((plain(f"{task} → {starred(name, ood)}", ""), rows))
+    return blocks
+
+
+def starred(evaluation: str, ood: bool) -> str:
+    """An evaluation's name, with a star where it is out of distribution."""
+    return f"{evaluation}*" if ood else evaluation
+
+
+def aligned(table: list[list[str]]) -> list[str]:
+    """A line for each row: the first column flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = []
+    for first, *rest in table:
+        entries = [text.rjust(width) for text, width in zip(rest, widths[1:])]
+        lines.append("  ".join([first.ljust(widths[0]), *entries]).rstrip())
+    return lines
 
 
 def known_columns(rows: list[dict], document: dict) -> list[str]:
     """The columns that are asked for and some row has a value of."""
-    asked = (*document.get("columns", COLUMNS), "rate", "paper")
-    return [
-        c
-        for c in asked
-        if c == "rate" or any(row.get(f"{c}_mean", row.get(c)) is not None for row in rows)
-    ]
+    columns = []
+    for column in (*document.get("columns", COLUMNS), "rate", "paper"):
+        values = [row.get(f"{column}_mean", row.get(column)) for row in rows]
+        if column == "rate" or any(value is not None for value in values):
+            columns.append(column)
+    return columns
 
 
 def texts(row: dict, columns: list[str]) -> list[str]:
     """A line of a table: the method, then its entries."""
-    return [
-        plain(LABELS.get(row["method"], row["method"]), ""),
-        *(entry(row, column) for column in columns),
-    ]
+    method = plain(LABELS.get(row["method"], row["method"]), "")
+    return [method, *(entry(row, column) for column in columns)]
 
 
 def markdown(text: str) -> str:
@@ -84,80 +130,89 @@ def markdown(text: str) -> str:
     return plain(text, "").translate(MARKUP)
 
 
-def cell(value):
+def spreadsheet_safe(value):
     """A value of a CSV file; a text that a spreadsheet would take for a formula begins with an apostrophe."""
     if not isinstance(value, str):
         return value
-    return "'" * value.startswith(("=", "+", "-", "@", "＝", "＋", "－", "＠")) + plain(value, "")
+    text = plain(value, "")
+    return f"'{text}" if value.startswith(FORMULA) else text
 
 
 def entry(row: dict, column: str) -> str:
     """Mean ± standard deviation over sets (of one set the mean alone), or the rate with its β."""
     if column == "rate":
-        return (
-            " β ".join(f"{row[key]:g}" for key in ("rate", "beta") if row.get(key) is not None)
-            or "–"
-        )
+        known = [f"{row[key]:g}" for key in ("rate", "beta") if row.get(key) is not None]
+        return " β ".join(known) or "–"
     if column == "paper":
         return row.get("paper", "–")
-    mean, std = row.get(f"{column}_mean"), row.get(f"{column}_std")
+    mean = row.get(f"{column}_mean")
+    deviation = row.get(f"{column}_std")
     if mean is None:
         return "–"
-    percent = column in ("acc", "acc_labels")
-    shown = f"{100 * mean:.1f}" if percent else f"{mean:.2f}"
-    if std is None or column in ("ece_null", "asim"):
-        return shown
-    return f"{shown} ± {100 * std:.1f}" if percent else f"{shown} ± {std:.2f}"
+    if column in WITHOUT_DEVIATION:
+        deviation = None
+    numbers = [value for value in (mean, deviation) if value is not None]
+    if column in PERCENT:
+        return " ± ".join(f"{100 * value:.1f}" for value in numbers)
+    return " ± ".join(f"{value:.2f}" for value in numbers)
 
 
 def legend(document: dict) -> list[str]:
     """What stands in the table, and which runs failed, in lines."""
-    cells, columns = document["cells"], known_columns(document["cells"], document)
+    cells = document["cells"]
+    columns = known_columns(cells, document)
     sets = max(cell["sets"] for cell in cells)
-    lines = [
-        f"mean ± standard deviation over {sets:,} sets" if sets > 1 else "one set, so no deviation"
-    ]
+    spread = "one set, so no deviation"
+    if sets > 1:
+        spread = f"mean ± standard deviation over {sets:,} sets"
     if "ece_null" in columns:
-        lines[0] += "; (null): the ECE that perfect calibration would show on these rows"
+        spread += "; (null): the ECE that perfect calibration would show on these rows"
+    lines = [spread]
     if any(cell.get("acc_labels_mean") is not None for cell in cells):
-        lines.append(
-            "accuracy: of all tokens the likeliest is the label; among labels, as `fit` counts: of the labels"
-        )
-        lines[-1] += "" if "acc_labels" in columns else " (--columns acc_labels)"
-    lines += ["asim: likeness of attention outputs to those with demonstrations"] * (
-        "asim" in columns
-    )
+        right = "accuracy: of all tokens the likeliest is the label; among labels, as `fit` counts: of the labels"
+        if "acc_labels" not in columns:
+            right += " (--columns acc_labels)"
+        lines.append(right)
+    if "asim" in columns:
+        lines.append("asim: likeness of attention outputs to those with demonstrations")
     if any(cell["ood"] for cell in cells):
         lines[-1] += "; means include evaluations out of distribution (*)"
+    return lines + failures(document)
+
+
+def failures(document: dict) -> list[str]:
+    """Which runs failed, a line for those of a method at one rate that failed alike."""
+    several = []
+    for name in ("model", "adapter"):
+        values = {cell[name] for cell in document["cells"] if cell[name]}
+        if len(values) > 1:
+            several.append(name)
     broken = [record for record in document.get("training") or [] if record.get("trouble")]
-    apart = [name for name in ("model", "adapter") if len({c[name] for c in cells if c[name]}) > 1]
-    for runs in grouped(
-        broken, "model", "adapter", "task", "n", "method", "rate", "beta", "trouble"
-    ).values():
-        lines.append(plain(failure(runs, apart), ""))
-    return lines
+    alike = grouped(broken, "model", "adapter", "task", "n", "method", "rate", "beta", "trouble")
+    return [plain(failure(runs, several), "") for runs in alike.values()]
 
 
-def failure(runs: list[dict], apart: list[str]) -> str:
-    """What went wrong in some sets' runs at one rate; `apart`: fields that tell them from others of the document."""
+def failure(runs: list[dict], several: list[str]) -> str:
+    """What went wrong in some sets' runs at one rate; `several`: fields of which the document has several values."""
     first = runs[0]
     method = LABELS.get(first["method"], first["method"])
-    where = ", ".join(
-        [str(first.get(name)) for name in apart] + [first["task"], f"N = {first['n']}"]
-    )
+    names = [str(first.get(name)) for name in several]
+    where = ", ".join([*names, first["task"], f"N = {first['n']}"])
     sets = ", ".join(str(run["set"]) for run in runs)
     return f"{where}: {method} at rate {entry(first, 'rate')}, set {sets}: {first['trouble']}"
 
 
 def seconds_line(document: dict) -> str:
     """Time by stage, peak memory: "collect 1.2 s · train 2.5 min · total 2.5 min · peak memory 0.5 GiB"."""
-    seconds, peak = dict(document.get("seconds") or {}), document.get("peak_memory_bytes")
+    seconds = dict(document.get("seconds") or {})
     seconds["total"] = sum(seconds.values())
-    times = [
-        f"{stage} {s:.1f} s" if s < 60 else f"{stage} {s / 60:.1f} min"
-        for stage, s in seconds.items()
-    ]
-    return " · ".join(times + ([f"peak memory {peak / 2**30:.2f} GiB"] if peak else []))
+    said = []
+    for stage, took in seconds.items():
+        said.append(f"{stage} {took:.1f} s" if took < 60 else f"{stage} {took / 60:.1f} min")
+    peak = document.get("peak_memory_bytes")
+    if peak:
+        said.append(f"peak memory {peak / 2**30:.2f} GiB")
+    return " · ".join(said)
 
 
 def write_tables(document: dict, folder: Path) -> None:
@@ -168,28 +223,33 @@ def write_tables(document: dict, folder: Path) -> None:
         import tabulate  # noqa: F401
     except ImportError:
         return
-    md, latex = [], []
+    of_markdown = []
+    of_latex = []
     for part in parts(document):
-        cells = sorted(part["cells"], key=lambda c: (c["task"], c["ood"], c["eval"]))
-        columns = known_columns(cells, document)
-        rows = [[c["task"], c["eval"] + "*" * c["ood"], *texts(c, columns)] for c in cells]
-        table = pandas.DataFrame(
-            rows, columns=["trained on", "evaluated on", "method", *map(HEADS.get, columns)]
-        )
+        table = part_table(part, document)
         lines = table.map(markdown).to_markdown(index=False, disable_numparse=True)
-        md.append(
-            "\n\n".join(
-                [f"**{markdown(part['title'])}**", lines, "\n".join(verdict(part["cells"])) + "\n"]
-            )
-        )
+        said = "\n".join(verdict(part["cells"]))
+        of_markdown.append(f"**{markdown(part['title'])}**\n\n{lines}\n\n{said}\n")
         caption = plain(part["title"], "").translate(ESCAPES)
-        latex.append(
-            table.map(partial(plain, kept="")).to_latex(index=False, escape=True, caption=caption)
-        )
-    write_text(folder / "table.md", "\n".join(md))
-    write_text(folder / "table.tex", "\n".join(latex).translate(str.maketrans(SYMBOLS)))
-    flat = [
-        {key: cell(v) for key, v in one.items() if not isinstance(v, list)}
-        for one in document["cells"]
-    ]
+        entries = table.map(partial(plain, kept=""))
+        of_latex.append(entries.to_latex(index=False, escape=True, caption=caption))
+    write_text(folder / "table.md", "\n".join(of_markdown))
+    write_text(folder / "table.tex", "\n".join(of_latex).translate(TO_LATEX))
+    flat = []
+    for cell in document["cells"]:
+        numbers = {name: value for name, value in cell.items() if not isinstance(value, list)}
+        flat.append({name: spreadsheet_safe(value) for name, value in numbers.items()})
     write_text(folder / "table.csv", pandas.DataFrame(flat).to_csv(index=False))
+
+
+def part_table(part: dict, document: dict):
+    """Every cell of a part as a DataFrame of texts."""
+    import pandas
+
+    cells = sorted(part["cells"], key=lambda cell: (cell["task"], cell["ood"], cell["eval"]))
+    columns = known_columns(cells, document)
+    rows = []
+    for cell in cells:
+        rows.append([cell["task"], starred(cell["eval"], cell["ood"]), *texts(cell, columns)])
+    heads = ["trained on", "evaluated on", "method", *map(HEADS.get, columns)]
+    return pandas.DataFrame(rows, columns=heads)
