@@ -236,7 +236,7 @@ MUTANTS = {
         ("self.blank + self.labels[label]", "self.labels[label]", "columns what_is_taken"),
         ("rows[: -task.held]", "rows", "sources forty_lines"),
     ],
-    "ia2mini/report/page.py": [
+    "ia2mini/report/markup.py": [
         ("return html.escape(", "return html.escape(quote=False, s=", "page nothing_in_a_document"),
     ],
 }

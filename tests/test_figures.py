@@ -1,13 +1,26 @@
-"""Figures of made-up results: what is drawn, on which axes, into which files."""
+"""Figures of made-up results: what is drawn, on which axes, into which files, and what is said of them."""
 
 import sys
+from itertools import combinations
 
+import numpy as np
 import pytest
 
 from ia2mini import UsageError
-from ia2mini.report.figures import CAPTIONS, draw, draw_figures, views
+from ia2mini.engine.options import LABELS
+from ia2mini.report.charts import LARGEST_DOT, SMALLEST_DOT, draw_candidates
+from ia2mini.report.descriptions import describe, finding
+from ia2mini.report.drawing import COLORS, spread, styled
+from ia2mini.report.figures import CAPTIONS, draw, draw_figures
+from ia2mini.report.summary import views
 
 pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(autouse=True)
+def style():
+    with styled():
+        yield
 
 
 def made_up(
@@ -115,19 +128,40 @@ def test_each_choice_of_the_rate_has_its_figures():
 @pytest.mark.parametrize(
     "name, sizes", [("methods", (4,)), ("asim_scatter", (4,)), ("by_n", (2, 4, 8))]
 )
-def test_accuracy_from_0_to_100_and_ece_from_0(name, sizes):
-    axes = figure(name, sizes=sizes).axes
-    assert {a.get_ylim() for a in axes if "accuracy" in a.get_ylabel()} == {(0, 100)}
-    assert {a.get_ylim()[0] for a in axes if "ECE" in a.get_ylabel()} == {0}
+def test_accuracy_from_0_to_100_and_ece_from_0_and_no_interval_is_cut(name, sizes):
+    which = "x" if name == "methods" else "y"
+    for axis in figure(name, sizes=sizes).axes:
+        low, high = getattr(axis, f"get_{which}lim")()
+        assert low < 0
+        ticks = getattr(axis, f"get_{which}ticks")()
+        if "accuracy" in axis.get_title(loc="left"):
+            assert high > 100 and list(ticks) == [0, 50, 100]
+        for line in axis.collections:
+            for path in line.get_paths() if hasattr(line, "get_segments") else ():
+                ends = path.vertices[:, 0 if which == "x" else 1]
+                assert low < ends.min() and ends.max() < high
 
 
-def test_bars_show_means_deviations_and_the_null():
+def note_of(drawn) -> str:
+    return drawn._supxlabel.get_text().replace("\n", " ")
+
+
+def ends_of(collection, column: int) -> list[float]:
+    """From where to where a line of an axis reaches."""
+    return collection.get_segments()[0][:, column].tolist()
+
+
+def test_a_line_a_method_shows_mean_deviation_value_and_the_null():
     acc, ece = figure("methods").axes
-    assert [bar.get_height() for bar in acc.patches] == pytest.approx([45, 95, 70, 91])
+    assert [line.get_xdata()[0] for line in acc.lines] == pytest.approx([45, 95, 70, 91])
     assert [text.get_text() for text in acc.texts] == ["45.0", "95.0", "70.0", "91.0"]
-    # ICL's deviation, cut off
-    assert max(max(line.get_paths()[0].vertices[:, 1]) for line in acc.collections) == 100
-    assert [line.get_label() for line in ece.collections].count("ECE if perfectly calibrated") == 4
+    # ICL's two sets, on the mean of both evaluations: 87 and 103, whole though it is above 100
+    half = 8 * 2**0.5
+    assert ends_of(acc.collections[1], 0) == pytest.approx([95 - half, 95 + half])
+    nulls = [ends_of(line, 0) for line in ece.collections if line.get_linewidth()[0] == 1.2]
+    assert nulls == [[0.04, 0.04]] * 4
+    note = note_of(figure("methods"))
+    assert "one standard deviation over 2 sets" in note and "perfect calibration" in note
 
 
 def test_by_n_has_ticks_at_the_sizes_and_a_panel_for_each_distribution():
@@ -136,15 +170,15 @@ def test_by_n_has_ticks_at_the_sizes_and_a_panel_for_each_distribution():
         "tiny · mood · N = 2, 8, 32 · lora · 2 sets\nrate by lowest dev loss"
         in drawn.get_suptitle()
     )
-    assert [axis.get_title() for axis in drawn.axes] == ["in distribution"] * 2 + [
-        "out of distribution"
-    ] * 2
+    sides = ["in distribution"] * 2 + ["out of distribution"] * 2
+    assert [axis.get_title(loc="left").partition(", ")[2] for axis in drawn.axes] == sides
     for axis in drawn.axes:
         assert axis.get_xscale() == "log" and [
             text.get_text() for text in axis.get_xticklabels()
         ] == ["2", "8", "32"]
+        assert {text.get_text() for text in axis.texts} == {"base", "ICL", "SFT", "IA2→SFT"}
     # ICL out of distribution
-    assert drawn.axes[2].lines[1].get_ydata().tolist() == pytest.approx([90] * 3)
+    assert drawn.axes[2].lines[1].get_ydata() == pytest.approx([90] * 3)
 
 
 def test_layers_of_the_largest_n_without_icl():
@@ -162,45 +196,178 @@ def test_scatter_is_hollow_out_of_distribution_and_says_so():
     )
     inside, outside = points.get_facecolors().tolist()
     assert outside == [1, 1, 1, 1] != inside
-    assert "out of distribution" in [text.get_text() for text in drawn.legends[0].get_texts()]
+    assert "hollow ones out of distribution" in note_of(drawn)
 
 
 def test_reliability_drops_bins_of_few_rows_and_overlap_shows_chance():
-    curves, where = figure("reliability").axes
-    # not the 2 + 2 rows
-    assert curves.lines[0].get_ydata().tolist() == pytest.approx([15 / 20, 66 / 70])
-    assert where.patches[0].get_data().values[-3:].tolist() == pytest.approx(
-        [200 / 92, 2000 / 92, 7000 / 92]
-    )
+    drawn = [axis for axis in figure("reliability").axes if axis.get_visible()]
+    assert [axis.get_title(loc="left") for axis in drawn] == ["base", "ICL", "SFT", "IA2→SFT"]
+    # in percent, not the 2 + 2 rows
+    assert drawn[0].lines[1].get_xdata() == pytest.approx([100 * 17.9 / 20, 100 * 68 / 70])
+    assert drawn[0].lines[1].get_ydata() == pytest.approx([100 * 15 / 20, 100 * 66 / 70])
     (axis,) = figure("overlap").axes
-    assert axis.patches[0].get_width() == pytest.approx(0.4)
-    assert axis.collections[-1].get_segments()[0][:, 0].tolist() == [0.1, 0.1]
+    assert axis.lines[0].get_xdata()[0] == pytest.approx(0.4)
+    assert ends_of(axis.collections[-1], 0) == [0.1, 0.1]
+
+
+def test_dots_grow_with_their_bins_and_stay_inside_the_frame():
+    document = made_up()
+    for cell in document["cells"]:
+        cell["reliability"] = [[5, 0.0, 0], [50, 2.0, 50], [500, 500.0, 500]]
+    drawn = draw("reliability", next(views(document)))
+    drawn.draw_without_rendering()
+    for axis in drawn.axes[:4]:
+        (dots,) = axis.collections
+        areas = dots.get_sizes()
+        assert (np.diff(areas) > 0).all() and SMALLEST_DOT < areas[0] < areas[-1] < LARGEST_DOT
+        assert areas[2] - SMALLEST_DOT == pytest.approx(100 * (areas[0] - SMALLEST_DOT))
+        middle = axis.transData.transform(dots.get_offsets())
+        reach = (areas**0.5 / 2 * drawn.dpi / 72)[:, None]
+        frame = axis.get_window_extent()
+        assert (middle - reach > frame.min).all() and (middle + reach < frame.max).all()
 
 
 def test_deviations_are_of_samples_and_one_set_has_none():
     (axis,) = figure("overlap").axes
-    assert reach(axis) == pytest.approx([0.4 - 0.02**0.5, 0.4 + 0.02**0.5])  # of 0.3 and 0.5
+    half = 0.02**0.5  # of 0.3 and 0.5
+    assert ends_of(axis.collections[0], 0) == pytest.approx([0.4 - half, 0.4 + half])
     document = made_up()
     document["overlap"].append(document["overlap"][0] | {"task": "b", "overlap": [0.5, 0.3]})
     (axis,) = draw("overlap", next(views(document))).axes
-    assert reach(axis) == pytest.approx([0.4, 0.4])  # the sets' means over tasks are equal
+    # the sets' means over tasks are equal
+    assert ends_of(axis.collections[0], 0) == pytest.approx([0.4, 0.4])
     document = made_up()
     for cell in document["cells"]:
         cell["asim_layers"] = [0.7 if cell["ood"] else 0.9, 0.2]
     (axis,) = draw("asim_layers", next(views(document))).axes
-    band = axis.collections[0].get_paths()[0].vertices[:, 1]
-    assert (band.min(), band.max()) == pytest.approx((0.2, 0.8 + 0.02**0.5))  # of 0.7 and 0.9
+    # of 0.7 and 0.9
+    assert ends_of(axis.collections[0], 1) == pytest.approx([0.8 - half, 0.8 + half])
     document = made_up(sizes=(2, 4))
     for cell in document["cells"]:
         cell["acc"] = cell["acc"][:1]
     (view,) = views(document)
-    band = draw("by_n", view).axes[0].collections[0].get_paths()[0].vertices[:, 1]
-    assert band == pytest.approx(50)  # the base in distribution: no wider than its line
+    assert not draw("by_n", view).axes[0].collections  # of one set nothing is known
 
 
-def reach(axis) -> list[float]:
-    """From where to where the first error bar of an axis reaches."""
-    return axis.containers[0].lines[2][0].get_segments()[0][:, 0].tolist()
+def drawn_texts(drawn) -> list:
+    """Every text of a figure that is seen, with where it stands, in pixels."""
+    from matplotlib.text import Text
+
+    drawn.draw_without_rendering()
+    unseen = set()
+    for axis in drawn.axes:
+        for line in (axis.xaxis, axis.yaxis):
+            low, high = sorted(line.get_view_interval())
+            for place, label in zip(line.get_majorticklocs(), line.get_ticklabels()):
+                if not axis.get_visible() or not low <= place <= high:
+                    unseen.add(label)
+    found = []
+    for text in drawn.findobj(Text):
+        if text.get_text().strip() and text.get_visible() and text not in unseen:
+            # of a note its words alone, without the line to its point
+            found.append((text.get_text(), Text.get_window_extent(text)))
+    return found
+
+
+ALL_METHODS = tuple(LABELS)
+REPORT = {
+    "rows": 24,
+    "chosen": "sft",
+    "candidates": {
+        "base": {"acc": [0.29, 0.13, 0.51]},
+        "commonest": {"acc": [0.62, 0.41, 0.81]},
+        "sft": {"acc": [1.0, 0.86, 1.0]},
+    },
+    "shipped": {"acc": [1.0, float("nan"), None]},
+}
+
+
+@pytest.mark.parametrize("methods", [("base", "icl", "sft", "ia2-sft"), ALL_METHODS], ids=len)
+@pytest.mark.parametrize("name", [*CAPTIONS, "candidates"])
+def test_no_text_stands_on_another_or_leaves_the_figure(name, methods):
+    if name == "candidates":
+        drawn = draw_candidates(REPORT)
+    else:
+        drawn = figure(name, methods=methods, sizes=(2, 4, 8) if name == "by_n" else (4,))
+    texts = drawn_texts(drawn)
+    width, height = drawn.bbox.size
+    assert len(texts) > 5
+    for text, box in texts:
+        assert box.x0 > -1 and box.y0 > -1 and box.x1 < width + 1 and box.y1 < height + 1, text
+    for (one, first), (other, second) in combinations(texts, 2):
+        apart_x = first.x1 <= second.x0 + 1 or second.x1 <= first.x0 + 1
+        apart_y = first.y1 <= second.y0 + 1.5 or second.y1 <= first.y0 + 1.5
+        assert apart_x or apart_y, (one, other)
+
+
+def test_names_are_pushed_apart_in_their_order():
+    assert spread([0.5, 0.1], 0.2) == [0.5, 0.1]
+    assert spread([1.0, 1.0, 0.2], 0.1) == pytest.approx([0.9, 1.0, 0.2])
+    assert spread([0.0, 0.05, 0.0], 0.1) == pytest.approx([0.0, 0.2, 0.1])
+
+
+def test_the_usual_methods_are_told_apart_by_every_eye():
+    """Colours as red-blind and green-blind eyes see them (Machado et al. 2009), in linear RGB."""
+    blind = {
+        "nobody": np.eye(3),
+        "red": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+        "green": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    }
+    for seen in blind.values():
+        colors = {}
+        for method in ("base", "icl", "sft", "ia2", "ia2-sft"):
+            code = COLORS[method]
+            rgb = np.array([int(code[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+            linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+            colors[method] = np.clip(seen @ linear, 0, 1) ** (1 / 2.2)
+        for (one, first), (other, second) in combinations(colors.items(), 2):
+            assert np.abs(first - second).max() > 0.15, (one, other)
+
+
+def test_the_candidates_of_fit_are_drawn_with_their_intervals():
+    (axis,) = draw_candidates(REPORT).axes
+    assert [line.get_xdata()[0] for line in axis.lines] == pytest.approx([29, 62, 100, 100])
+    assert ends_of(axis.collections[0], 0) == pytest.approx([13, 51])
+    assert len(axis.collections) == 3, "what has no interval shows none"
+    assert [text.get_text() for text in axis.texts][:2] == ["29 (13 to 51)", "62 (41 to 81)"]
+    assert axis.get_yticklabels()[-1].get_text() == "as shipped"
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("methods", "IA2→SFT is 21.0 points of accuracy above SFT, which may be chance. Right: base 45.0 % (ECE 0.02)"),
+        ("asim_layers", "SFT from -0.10 in layer 2 to 0.90 in layer 0"),
+        ("asim_scatter", "base 0.30 (45.0 %), ICL 0.40 (95.0 %), SFT 0.50 (70.0 %), IA2→SFT 0.60 (91.0 %)."),
+        ("reliability", "base 95.2 % sure, 88.0 % right"),
+        ("overlap", "SFT and IA2→SFT 0.40 (chance 0.10)"),
+    ],
+)  # fmt: skip
+def test_what_a_figure_found_is_told_to_who_cannot_see_it(name, said):
+    text = describe(name, next(views(made_up())))
+    assert said in text and text.startswith("tiny · mood · N = 4") and name not in text
+
+
+def test_the_finding_over_n_and_of_other_methods():
+    document = made_up(sizes=(2, 8))
+    for cell in document["cells"]:
+        if cell["n"] == 8:
+            cell["acc_mean"] = 1.0
+    said = describe("by_n", next(views(document)))
+    assert "from N = 2 to N = 8: base from 45.0 % to 100.0 %" in said
+    cells = made_up(methods=("base", "icl"))["cells"]
+    assert finding(cells) == "ICL is right most often: 95.0 %, mean of 2 evaluations."
+
+
+@pytest.mark.parametrize("sign, word", [(1, "above"), (-1, "below")])
+def test_a_finding_that_is_no_chance_has_its_interval(sign, word):
+    cells = made_up()["cells"]
+    for cell in cells:
+        gained = np.array([0.1, 0.12, 0.11, 0.1, 0.13, 0.12]) * (cell["method"] == "ia2-sft")
+        cell["acc"] = (0.5 + sign * gained).tolist()
+    said = finding(cells)
+    assert said.startswith(f"IA2→SFT is 11.3 points of accuracy {word} SFT (95 % interval ")
+    assert "chance" not in said
 
 
 def test_the_same_document_gives_the_same_bytes(tmp_path):

@@ -27,6 +27,7 @@ EVIL = f"=cmd|'/c calc'!A0 {MARKUP} & \"q\" ~^#_{{}}\n\n# {ESCAPES}"
 LABELS = ["=1+1<b>\x1b[31m", "|\\x`\u202e"]
 FILE = "=1+1 `a`<script>|$h$%\\x\x1b[31m\u202e\n# b.jsonl"  # a name that Linux allows
 RUN = {
+    "span",
     "html",
     "head",
     "meta",

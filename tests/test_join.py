@@ -16,10 +16,9 @@ from ia2mini.cli.main import main
 from ia2mini.engine.options import Options
 from ia2mini.engine.subject import open_subject
 from ia2mini.files import read_json, write_json
-from ia2mini.report.figures import views
 from ia2mini.report.join import CELL, RESULTS, join
 from ia2mini.report.page import write_page
-from ia2mini.report.summary import parts
+from ia2mini.report.summary import parts, views
 from ia2mini.report.tables import legend
 from ia2mini.study.study import compare
 from ia2mini.study.table import summarise

@@ -8,7 +8,8 @@ import pytest
 from test_figures import made_up
 
 from ia2mini.report.figures import draw_figures
-from ia2mini.report.page import shown, write_page
+from ia2mini.report.markup import shown, table
+from ia2mini.report.page import write_page
 
 
 def checked(page: str) -> tuple[set[str], list[str]]:
@@ -24,7 +25,7 @@ def checked(page: str) -> tuple[set[str], list[str]]:
 def test_page_tells_the_outcome_the_adapter_and_the_command(tmp_path):
     page = write_page(made_up(), tmp_path, "ia2mini run mood --template 'a<b'")
     text = html.unescape(re.sub("<[^>]*>", "\n", page))
-    assert page.index("<h1>IA2→SFT against SFT: accuracy +21.0 points") < page.index("<table")
+    assert "IA2→SFT against SFT: accuracy +21.0 points" in page
     assert f"from_pretrained(model, {str(tmp_path / 'adapters/mood-n4-ia2-sft-set0')!r})" in text
     wanted = [
         "91.0 ± 11.3",
@@ -44,6 +45,39 @@ def test_page_tells_the_outcome_the_adapter_and_the_command(tmp_path):
         and '<meta name="viewport"' in page
         and "color-scheme: light dark" in page
     )
+
+
+def test_the_first_screen_is_a_title_a_sentence_a_table_and_a_figure(tmp_path):
+    """All else is folded."""
+    draw_figures(made_up(), tmp_path)
+    page = write_page(made_up(), tmp_path, "ia2mini run mood")
+    first, _, rest = page.partition("<details>")
+    assert "<h1>Methods compared on mood</h1>" in first
+    sentence = "<p>IA2→SFT is 21.0 points of accuracy above SFT, which may be chance.</p>"
+    order = [first.index(part) for part in ("<h1>", sentence, "<table", "<figure>")]
+    assert order == sorted(order)
+    assert first.count("<p>") == first.count("<table") == first.count("<figure>") == 1
+    assert rest.count("<figure>") == 4 and rest.count("<table") == 3
+    outside = re.sub(r"<details>.*</details>", "", page.partition("<main>")[2], flags=re.S)
+    assert not re.search("<(h2|pre|ul|p)>", outside)
+
+
+def test_a_table_scrolls_by_itself_and_says_so(tmp_path):
+    """Also for the keyboard and a screen reader."""
+    page = write_page(made_up(), tmp_path, "")
+    (style,) = re.findall("<style>(.*?)</style>", page, re.S)
+    assert re.search(r"\.box \{ overflow-x: auto;[^}]*gradient", style)
+    box = '<div class="box" role="region" tabindex="0" aria-label="'
+    assert page.count(box) == page.count("<table") == page.count("(scroll →)") > 2
+    assert "wide" in table("a", ["1", "2", "3", "4", "5"], [], "means")
+    assert "wide" not in table("a", ["1", "2", "3", "4"], [], "means")
+
+
+def test_a_figure_tells_its_finding_to_who_cannot_see_it(tmp_path):
+    draw_figures(made_up(), tmp_path)
+    told = re.findall('<img alt="([^"]*)"', write_page(made_up(), tmp_path, ""))
+    assert len(told) == len(set(told)) == 5
+    assert "IA2→SFT is 21.0 points of accuracy above SFT" in told[0] and ".png" not in "".join(told)
 
 
 def test_page_holds_its_figures_and_needs_no_other_file(tmp_path):

@@ -40,7 +40,6 @@ DENSE = {  # sums, indices and shapes: a line of arithmetic has more tokens
     "ia2mini/intervals.py",
     "ia2mini/labels.py",
     "ia2mini/metrics.py",
-    "ia2mini/report/figures.py",
     "ia2mini/ridge.py",
     "ia2mini/scale/decode.py",
     "ia2mini/scale/pack.py",

@@ -14,13 +14,19 @@ EACH = "each answered by what the same choice makes of the other folds"
 
 def sentence(report: dict) -> str:
     """The outcome in words, from the numbers of `fitting.make_report`."""
-    if report["chosen"] == "base":
-        told = [nothing(report)]
-    elif "kl" in report:
-        told = [context_shipped(report), *differences(report)]
-    else:
-        told = [shipped(report), *differences(report)]
+    told = [outcome(report)]
+    if report["chosen"] != "base":
+        told += differences(report)
     return " ".join([*told, *others(report), *never_right(report), *price(report)])
+
+
+def outcome(report: dict) -> str:
+    """What is shipped and what it is worth, or why nothing is shipped."""
+    if report["chosen"] == "base":
+        return nothing(report)
+    if "kl" in report:
+        return context_shipped(report)
+    return shipped(report)
 
 
 def shipped(report: dict) -> str:

@@ -10,13 +10,15 @@ import torch
 from .. import UsageError
 from ..files import count, json_line, write_text
 from ..fitting.measures import classes, commonest, measures
-from ..fitting.sentence import NAMES, never_right, percent
+from ..fitting.sentence import NAMES, never_right, outcome, percent
 from ..intervals import LEAST_ROWS, share_interval
 from ..tasks.own import true_answer
 from ..tasks.rows import Row, lacks, prompt_of
 from ..tasks.turns import open_turns
 from .card import card
-from .page import lines, section, shown, table, whole
+from .charts import draw_candidates
+from .drawing import png_of, styled
+from .markup import figure, first_screen, folded, lines, shown, table, whole
 
 HEADS = {
     "acc": "right (%)",
@@ -26,7 +28,8 @@ HEADS = {
     "brier": "Brier",
     "nll": "NLL",
 }
-AMONG_LABELS, AGREES = "right, among the labels (%)", "as with the context (%)"
+AMONG_LABELS = "right, among the labels (%)"
+AGREES = "as with the context (%)"
 SUSPECTS = "suspects.jsonl"
 MATRIX = 20  # labels of which the page shows who was taken for whom as a square
 INTERVALS = "95 % intervals: Clopper-Pearson for shares, Student's t for means"
@@ -60,21 +63,24 @@ def notes(report: dict) -> list[str]:
 
 def measured(report: dict) -> list[list[str]]:
     """The table of the candidates: its heads, then a line for each, the chosen one marked, and the whole choice."""
-    lines = dict(report["candidates"])
+    candidates = dict(report["candidates"])
     if report["chosen"]:
-        lines["shipped"] = report["shipped"]
-    known = [name for name in HEADS if any(name in one for one in lines.values())]
+        candidates["shipped"] = report["shipped"]
+    known = []
+    for name in HEADS:
+        if any(name in numbers for numbers in candidates.values()):
+            known.append(name)
     heads = dict(HEADS)
     if "kl" in report:
-        heads |= {"acc": AGREES, "nll": "KL"}
+        heads["acc"] = AGREES
+        heads["nll"] = "KL"
     elif "macro_f1" in known:
         heads["acc"] = AMONG_LABELS
     rows = [["", *map(heads.get, known)]]
-    for name, one in lines.items():
+    for name, numbers in candidates.items():
         mark = " *" if name == report["chosen"] else ""
-        rows.append(
-            [NAMES.get(name, name) + mark, *(entry(one.get(column), column) for column in known)]
-        )
+        entries = [entry(numbers.get(column), column) for column in known]
+        rows.append([NAMES.get(name, name) + mark, *entries])
     return rows
 
 
@@ -143,24 +149,50 @@ def suspects(report: dict, places: dict[str, str]) -> list[dict]:
 
 
 def fit_page(report: dict, command: str, odd: Sequence[dict] = ()) -> str:
-    """The report as one HTML page; `odd`: what `suspects` found."""
+    """The report as one HTML page: a sentence, a table and a figure, the rest folded; `odd`: what `suspects` found."""
     heads, *rows = measured(report)
-    results = [table("Held-out rows", heads, rows, "means")]
+    first = outcome(report)
+    others = report["sentence"].removeprefix(first).strip()
     tokens = report["tokens"]
-    said = [*notes(report), *calibration(report)]
-    said.append(
-        f"A query costs {tokens['query']:.0f} tokens; with demonstrations {tokens['icl']:.0f}."
-    )
-    results.append(lines([*said, f"{report['seconds']:.0f} s in all."]))
-    sections = [section("Candidates", results)]
-    if odd:
-        sections.append(section("Look at these", [suspects_table(odd)]))
-    sections.append(section("Answers", [*by_label(report), wrong_answers(report)]))
-    made = [f"<pre>{shown(command)}</pre>", lines([about(report)])]
-    sections.append(section("How this was made", made))
-    return whole(
-        f"{report['name']}: fitted", report["sentence"], lines(report["remarks"]), sections
-    )
+    price = f"A query costs {tokens['query']:.0f} tokens; with demonstrations {tokens['icl']:.0f}."
+    meaning = [*notes(report), *calibration(report), price]
+    suspicious = [suspects_table(odd)] if odd else []
+    made = [
+        f"<pre>{shown(command)}</pre>",
+        lines([about(report), f"{report['seconds']:.0f} s in all."]),
+    ]
+    body = [
+        first_screen([table("Held-out rows", heads, rows, "means"), *candidates_figure(report)]),
+        folded("Beside the other candidates", [lines([others])] if others else []),
+        folded("What the columns mean, calibration, tokens", [lines(meaning)]),
+        folded("How the rows were read", [lines(report["remarks"])]),
+        folded("Look at these", suspicious),
+        folded("Answers", [*by_label(report), wrong_answers(report)]),
+        folded("How this was made", made),
+    ]
+    return whole(headline(report), lines([first]), body)
+
+
+def headline(report: dict) -> str:
+    """The title of the page: what was fitted, and what is shipped."""
+    if report["chosen"] == "base":
+        return f"{report['name']}: nothing is shipped"
+    return f"{report['name']}: {NAMES[report['chosen']]} is shipped"
+
+
+def candidates_figure(report: dict) -> list[str]:
+    """The candidates' held-out accuracy as a figure; nothing without matplotlib."""
+    try:
+        style = styled()
+    except ImportError:
+        return []
+    with style:
+        image = png_of(draw_candidates(report))
+    said = []
+    for name, numbers in report["candidates"].items():
+        said.append(f"{NAMES.get(name, name)} {percent(numbers['acc'])}")
+    caption = "Every row was answered by what was trained without it."
+    return [figure(image, "png", f"{outcome(report)} Candidates: {', '.join(said)}.", caption)]
 
 
 def suspects_table(odd: Sequence[dict]) -> str:
@@ -189,7 +221,9 @@ def by_label(report: dict) -> list[str]:
         return parts
     pairs = []
     for label, row in zip(labels, report["confusion"]):
-        pairs += [[label, said, rows] for said, rows in zip(labels, row) if rows and said != label]
+        for said, rows in zip(labels, row):
+            if rows and said != label:
+                pairs.append([label, said, rows])
     pairs.sort(key=itemgetter(2), reverse=True)
     parts.append(table("Most often confused", ["answer", "said", "rows"], pairs[:MATRIX], "text"))
     return parts
@@ -229,42 +263,55 @@ def share(value: float | None) -> str:
 
 def about(report: dict) -> str:
     """Rows, model and folds in one line."""
-    folds = [f"held out in {count(report['folds'], 'fold')}"] * bool(report["folds"])
-    return " · ".join([report["name"], count(report["rows"], "row"), report["model"], *folds])
+    said = [report["name"], count(report["rows"], "row"), report["model"]]
+    if report["folds"]:
+        said.append(f"held out in {count(report['folds'], 'fold')}")
+    return " · ".join(said)
 
 
 def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) -> dict:
-    """The report of an adapter (or of the base with demonstrations) on rows with answers."""
+    """The report of an adapter (or of the base with demonstrations) on rows with answers. UsageError of one without."""
     spec = fitted.spec
-    column = column or spec["answer_column"] or "label"
     labels = spec["labels"]
-    true = []
-    for row in [open_turns(row, spec["template"]) for row in rows]:
-        if not str(row.get(column, "")).strip():
-            there = ", ".join(map(repr, row))
-            raise UsageError(
-                f"{row.where}: no answer in column {column!r} (of {there}); see --answer-column"
-            )
-        true.append(true_answer(row, column, labels))
+    true = true_answers(rows, spec, column or spec["answer_column"] or "label")
     name = "icl" if icl else spec["method"]
     found = [answer for _, answer in fitted.answers(rows, icl)]
     report = {
         "name": Path(rows[0].where.partition(":")[0]).stem,
         "model": fitted.subject.name,
         "rows": len(rows),
+        "folds": 0,
+        "chosen": None,
+        "remarks": [],
     }
-    report |= {"folds": 0, "chosen": None, "remarks": []}
     if labels:
         gold = torch.tensor([labels.index(text) for text in true])
-        scores = torch.tensor(
-            [answer["log_probabilities"] for answer in found], dtype=torch.float64
-        )
-        numbers = {name: measures(scores, gold), "commonest": commonest(gold, len(labels))}
-        report |= classes(scores, gold, labels)
+        log_probabilities = [answer["log_probabilities"] for answer in found]
+        scores = torch.tensor(log_probabilities, dtype=torch.float64)
+        numbers = measures(scores, gold)
+        report["candidates"] = {name: numbers, "commonest": commonest(gold, len(labels))}
+        report.update(classes(scores, gold, labels))
     else:
-        right = torch.tensor([fitted.is_right(f["answer"], text) for f, text in zip(found, true)])
-        numbers = {name: {"acc": list(share_interval(int(right.sum()), len(right)))}}
-    told = f"{NAMES.get(name, name)}: {percent(numbers[name]['acc'])} of {count(len(rows), 'row')} right."
+        right = [fitted.is_right(one["answer"], text) for one, text in zip(found, true)]
+        numbers = {"acc": list(share_interval(right.count(True), len(right)))}
+        report["candidates"] = {name: numbers}
+    told = [
+        f"{NAMES.get(name, name)}: {percent(numbers['acc'])} of {count(len(rows), 'row')} right."
+    ]
     if len(rows) < LEAST_ROWS:
-        told += " So few rows prove nothing."
-    return report | {"candidates": numbers, "sentence": " ".join([told, *never_right(report)])}
+        told.append("So few rows prove nothing.")
+    report["sentence"] = " ".join([*told, *never_right(report)])
+    return report
+
+
+def true_answers(rows: list[Row], spec: dict, column: str) -> list[str]:
+    """The answer that stands in a column of each row. UsageError where one is missing."""
+    true = []
+    for row in rows:
+        row = open_turns(row, spec["template"])
+        if not str(row.get(column, "")).strip():
+            there = ", ".join(map(repr, row))
+            missing = f"no answer in column {column!r} (of {there})"
+            raise UsageError(f"{row.where}: {missing}; see --answer-column")
+        true.append(true_answer(row, column, spec["labels"]))
+    return true

@@ -54,6 +54,30 @@ def cells_of(cells: list[dict], model: str, n: int, kind: str | None, by: str | 
     return found
 
 
+def views(document: dict):
+    """What is drawn of each model, adapter and choice of the rate: its parts; of the largest N, cells and overlaps."""
+    found = grouped(parts(document), "by", "adapter", "model")
+    choices, kinds, models = (list(dict.fromkeys(values)) for values in zip(*found))
+    for (by, kind, model), mine in found.items():
+        mine = sorted(mine, key=lambda part: part["n"])
+        cells = mine[-1]["cells"]
+        saved = []
+        for record in document.get("overlap") or []:
+            about = record["n"], record.get("adapter", kind), record.get("model", model)
+            if by == choices[0] and about == (mine[-1]["n"], kind, model):
+                saved.append(record)
+        suffix = ""
+        if len(models) > 1:
+            suffix += f"-{dashed(model)}"
+        if len(kinds) > 1:
+            suffix += f"-{dashed(kind or '')}"
+        if len(choices) > 1:
+            suffix += f"-{by}"
+        sizes = ", ".join(str(part["n"]) for part in mine)
+        heading = title([{**cells[0], "n": sizes}, *cells], by)
+        yield {"suffix": suffix, "parts": mine, "cells": cells, "overlap": saved, "title": heading}
+
+
 def evaluations(cells: list[dict]) -> set[tuple[str, str]]:
     return {(c["task"], c["eval"]) for c in cells}
 

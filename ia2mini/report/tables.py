@@ -1,6 +1,7 @@
 """The table in the terminal, one screen: the mean first, every evaluation only when asked for; and tables as files."""
 
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from ..engine.options import LABELS
@@ -34,7 +35,9 @@ ESCAPES = str.maketrans(
     }
 )
 MARKUP = str.maketrans({"<": "&lt;", "&": "&amp;", **{sign: "\\" + sign for sign in "\\|`["}})
-BOLD, DIM, YELLOW = "1", "2", "33"
+BOLD = "1"
+DIM = "2"
+YELLOW = "33"
 FORMULA = (
     "=",
     "+",
@@ -62,7 +65,7 @@ def write_table(document: dict, full: bool = False, color: bool = False) -> str:
     lines = []
     for part in parts(document):
         blocks = blocks_of(part["cells"], full)
-        every = [row for _, rows in blocks for row in rows]
+        every = list(chain.from_iterable(rows for _, rows in blocks))
         columns = known_columns(every, document)
         head, *body = aligned(
             [["", *map(HEADS.get, columns)], *(texts(row, columns) for row in every)]

@@ -1,0 +1,131 @@
+"""What a study and each of its figures found, in a sentence: for the page's first line, and for who cannot see them."""
+
+import numpy as np
+
+from ..engine.options import LABELS
+from ..engine.select import grouped
+from ..files import count
+from .summary import average, evaluations, paired
+
+
+def finding(cells: list[dict]) -> str:
+    """What IA2 before SFT brought, or else which method was right most often."""
+    gain = paired(cells, "acc")
+    if gain is None:
+        return best(cells)
+    points = 100 * abs(gain.mean)
+    said = f"IA2→SFT is {points:.1f} points of accuracy {'below' if gain.mean < 0 else 'above'} SFT"
+    if gain.low == gain.low:  # not NaN
+        said += f" (95 % interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
+    if gain.p < 0.05:
+        return f"{said}."
+    return f"{said}, which may be chance."
+
+
+def best(cells: list[dict]) -> str:
+    """Which method was right most often."""
+    rows = [row for row in average(cells) if row["acc_mean"] is not None]
+    if not rows:
+        return "No method has a result on every evaluation."
+    first = max(rows, key=lambda row: row["acc_mean"])
+    seen = count(len(evaluations(cells)), "evaluation")
+    return f"{name_of(first['method'])} is right most often: {percent(first['acc_mean'])}, mean of {seen}."
+
+
+def name_of(method: str) -> str:
+    return LABELS.get(method, method)
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def describe(figure: str, view: dict) -> str:
+    """What a figure shows, in words: its finding and the numbers that it stands for."""
+    return f"{view['title']}. {DESCRIBED[figure](view)}"
+
+
+def methods(view: dict) -> str:
+    said = []
+    for row in average(view["cells"]):
+        if row["acc_mean"] is None:
+            continue
+        text = f"{name_of(row['method'])} {percent(row['acc_mean'])}"
+        if row["ece_mean"] is not None:
+            text += f" (ECE {row['ece_mean']:.2f})"
+        said.append(text)
+    return f"{finding(view['cells'])} Right: {', '.join(said)}."
+
+
+def by_n(view: dict) -> str:
+    """From the smallest N to the largest."""
+    first = view["parts"][0]
+    last = view["parts"][-1]
+    before = {row["method"]: row["acc_mean"] for row in average(first["cells"])}
+    said = []
+    for row in average(last["cells"]):
+        start = before.get(row["method"])
+        if start is not None and row["acc_mean"] is not None:
+            said.append(
+                f"{name_of(row['method'])} from {percent(start)} to {percent(row['acc_mean'])}"
+            )
+    return f"Right, from N = {first['n']} to N = {last['n']}: {', '.join(said)}."
+
+
+def asim_layers(view: dict) -> str:
+    """Where each method is most and least alike."""
+    said = []
+    known = [cell for cell in view["cells"] if cell.get("asim_layers")]
+    for (method,), cells in grouped(known, "method").items():
+        if method == "icl":
+            continue
+        mean = np.mean([cell["asim_layers"] for cell in cells], axis=0)
+        high = f"{mean.max():.2f} in layer {mean.argmax()}"
+        said.append(f"{name_of(method)} from {mean.min():.2f} in layer {mean.argmin()} to {high}")
+    return f"Likeness of attention outputs to those with demonstrations: {', '.join(said)}."
+
+
+def asim_scatter(view: dict) -> str:
+    """The methods in the order of their likeness, with their accuracy."""
+    rows = []
+    for row in average(view["cells"]):
+        if row["asim_mean"] is not None and row["acc_mean"] is not None:
+            rows.append(row)
+    rows.sort(key=lambda row: row["asim_mean"])
+    said = []
+    for row in rows:
+        said.append(f"{name_of(row['method'])} {row['asim_mean']:.2f} ({percent(row['acc_mean'])})")
+    return f"From the least like the model with demonstrations to the most, with rows right: {', '.join(said)}."
+
+
+def reliability(view: dict) -> str:
+    """How sure each method is on average, and how often right."""
+    said = []
+    known = [cell for cell in view["cells"] if cell.get("reliability")]
+    for (method,), cells in grouped(known, "method").items():
+        rows, confidences, right = np.sum([cell["reliability"] for cell in cells], axis=(0, 1))
+        mean = percent(confidences / rows)
+        said.append(f"{name_of(method)} {mean} sure, {percent(right / rows)} right")
+    return f"On average: {'; '.join(said)}."
+
+
+def overlap(view: dict) -> str:
+    """What each pair has in common."""
+    said = []
+    for (pair,), records in grouped(
+        [{**record, "pair": tuple(record["methods"])} for record in view["overlap"]], "pair"
+    ).items():
+        mean = np.mean([record["overlap"] for record in records])
+        names = " and ".join(map(name_of, pair))
+        said.append(f"{names} {mean:.2f} (chance {records[-1]['chance']:.2f})")
+    return f"Share of LoRA's subspace in common: {', '.join(said)}."
+
+
+DESCRIBED = {
+    "methods": methods,
+    "by_n": by_n,
+    "asim_layers": asim_layers,
+    "asim_scatter": asim_scatter,
+    "reliability": reliability,
+    "overlap": overlap,
+}
