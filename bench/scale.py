@@ -3,6 +3,19 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+from ia2mini.report.charts import PANEL
+from ia2mini.report.drawing import (
+    FAINT,
+    INK,
+    OTHER,
+    name_ends,
+    new_figure,
+    save,
+    set_heading,
+    set_note,
+    styled,
+)
+
 from .report import RESULTS, Line, Result
 from .shapes import SST2_LENGTHS, Stand, stand
 from .timing import Timing
@@ -14,6 +27,7 @@ RUNS = {1: (1, 1), 2: (2, 1), 5: (5, 1), 15: (5, 3), 30: (10, 3), 60: (20, 3)}
 COUNTS = (2, 4, 8, 16, 32, 64, 128)
 ANSWERS = (2, 8, 32, 100, 200)
 DEPTHS = (1, 2, 4, 8, 16)
+STAGES = {"collect": "#0072b2", "train": "#d55e00", "evaluate": "#009e73"}
 
 
 def sweep(
@@ -86,28 +100,40 @@ def scale(shape: str = "tiny", device: str = "cpu", dtype=None) -> Result:
 def plot(found: dict[str, dict[int, dict[str, float]]], shape: str, device: str) -> str:
     """Draw seconds a stage against each quantity, with a line of slope one; where the figure is."""
     try:
-        from matplotlib import use
-        from matplotlib.figure import Figure
+        style = styled()
     except ImportError:
         return "no figure (needs matplotlib: pip install 'ia2mini[report]')"
-    use("Agg")
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    for axes, (name, points) in zip(figure.subplots(2, 2).flat, found.items()):
-        xs = list(points)
-        for stage in points[xs[0]]:
-            axes.plot(xs, [points[x][stage] for x in xs], marker="o", label=stage)
-        total = [sum(points[x].values()) for x in xs]
-        axes.plot(xs, total, color="black", marker="o", label="all")
-        axes.plot(
-            xs, [total[-1] * x / xs[-1] for x in xs], color="grey", linestyle=":", label="linear"
-        )
-        axes.set(xscale="log", yscale="log", xlabel=name, ylabel="seconds", xticks=xs)
-        axes.set_xticklabels([str(x) for x in xs])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend()
-    figure.suptitle(f"ia2mini, {shape}, {device}: time of a cell's stages")
-    path = RESULTS / f"scale-{shape}-{device}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with style:
+        figure = new_figure(0.8 + (PANEL + 0.8) * len(found))
+        axes = figure.subplots(len(found), 1, squeeze=False)[:, 0]
+        for axis, (name, points) in zip(axes, found.items()):
+            plot_sweep(axis, points)
+            axis.set_title("seconds")
+            axis.set_xlabel(name)
+        set_heading(figure, f"Time of a cell's stages: ia2mini, {shape}, {device}")
+        set_note(figure, "Dotted: all, if it grew in proportion.")
+        path = RESULTS / f"scale-{shape}-{device}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(figure, path)
     return f"figure: {path.relative_to(RESULTS.parents[1])}"
+
+
+def plot_sweep(axis, points: dict[int, dict[str, float]]) -> None:
+    """One panel: a line a stage, each named at its end."""
+    sizes = list(points)
+    ends = []
+    for stage in points[sizes[0]]:
+        seconds = [points[size][stage] for size in sizes]
+        color = STAGES.get(stage, OTHER)
+        axis.plot(sizes, seconds, marker="o", color=color)
+        ends.append((sizes[-1], seconds[-1], stage, color))
+    total = [sum(points[size].values()) for size in sizes]
+    axis.plot(sizes, total, marker="o", color=INK)
+    ends.append((sizes[-1], total[-1], "all", INK))
+    proportional = [total[-1] * size / sizes[-1] for size in sizes]
+    axis.plot(sizes, proportional, color=FAINT, linestyle=":")
+    axis.set(xscale="log", yscale="log")
+    axis.set_xticks(sizes, map(str, sizes))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
+    name_ends(axis, ends, PANEL)

@@ -189,3 +189,21 @@ def test_a_sample_of_prompts_is_padded_as_little_as_all_of_them(tiny):
         training.sample(prompts, 40, "(a)") == prompts[:40]
         and training.sample(prompts, 500, "us") == prompts
     )
+
+
+def test_the_figure_of_growth_names_every_stage_at_its_line(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from bench import scale
+
+    monkeypatch.setattr(scale, "RESULTS", tmp_path / "bench" / "results")
+    points = {1: {"collect": 0.1, "train": 0.5}, 4: {"collect": 0.2, "train": 2.0}}
+    said = scale.plot({"layers": points}, "tiny", "cpu")
+    assert said == "figure: bench/results/scale-tiny-cpu.png"
+    assert (tmp_path / "bench" / "results" / "scale-tiny-cpu.png").stat().st_size > 5000
+    axis = scale.new_figure().subplots()
+    scale.plot_sweep(axis, points)
+    assert [text.get_text() for text in axis.texts] == ["collect", "train", "all"]
+    assert [list(line.get_ydata()) for line in axis.lines[2:]] == [
+        pytest.approx([0.6, 2.2]),
+        pytest.approx([0.55, 2.2]),
+    ]

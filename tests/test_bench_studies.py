@@ -350,6 +350,7 @@ def test_the_figure_of_gains_reads_the_newest_results(tmp_path):
         *point("b", 5, 4),
         *point("c", -3, 0),
     )
+    (tmp_path / "2026-01-02-ridge-pairs-cpu.json").write_text('{"what": "no results of ours"}')
     numbers = {"held out % icl": 50.0, "held out % sft": 75.0, "% ia2-sft": 80.0, "% sft": 90.0}
     kept(
         "2026-01-01-fit-gate-cpu.json",

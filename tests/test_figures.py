@@ -2,6 +2,8 @@
 
 import sys
 from itertools import combinations
+from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -399,3 +401,26 @@ def test_unknown_format_is_refused_before_anything_is_drawn_and_no_matplotlib_dr
         draw_figures(made_up(), tmp_path, ("png", "bmp"))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert draw_figures(made_up(), tmp_path) == [] and not list(tmp_path.iterdir())
+
+
+IDEA = Path(__file__).parents[1] / "docs" / "idea.svg"
+
+
+def test_the_drawing_of_the_idea_has_room_for_a_wider_font():
+    """In DejaVu Sans, a wide one, every text ends an eighth of its length before its card does."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    root = ElementTree.parse(IDEA).getroot()
+    svg = "{http://www.w3.org/2000/svg}"
+    cards = [one for one in root.iter(f"{svg}rect") if one.get("class") == "card"]
+    texts = list(root.iter(f"{svg}text"))
+    assert len(cards) == 3 and len(texts) == 15
+    for text in texts:
+        start = float(text.get("x"))
+        is_head = text.get("class") == "head"
+        font = FontProperties(family="DejaVu Sans", weight="bold" if is_head else "normal")
+        path = TextPath((0, 0), text.text, size=18 if is_head else 17, prop=font)
+        ends = [float(card.get("x")) + float(card.get("width")) for card in cards]
+        end = min(end for end in ends if end > start)
+        assert start + 1.125 * path.get_extents().width < end - 8, text.text

@@ -5,6 +5,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
+from ia2mini.report.drawing import (
+    FAINT,
+    draw_interval,
+    new_figure,
+    save,
+    set_heading,
+    set_note,
+    styled,
+)
+
 from ..report import RESULTS, Line, Result, newest
 
 FIGURE = Path(__file__).parents[2] / "docs" / "gain.png"
@@ -31,9 +41,9 @@ def points(folder: Path = RESULTS) -> dict[str, list[Point]]:
     """Toy and real tasks of the newest `effect` results, generated ones of the newest `fit` results."""
     found: dict[str, list[Point]] = {group: [] for group in GROUPS}
     for name, path in newest("*-cpu.json", folder).items():
-        lines = [
-            line for result in json.loads(path.read_text())["results"] for line in result["lines"]
-        ]
+        lines = []
+        for result in json.loads(path.read_text()).get("results", []):
+            lines += result["lines"]
         alike = {
             line["what"]: line["rates"].get("asim") for line in lines if line["stack"] == "ia2"
         }
@@ -87,22 +97,29 @@ def correlated(result: Result, caption: str, some: list[Point]) -> str:
 
 
 def draw(groups: dict[str, list[Point]], labels: dict[str, str], figure: Path) -> None:
-    from matplotlib.figure import Figure
+    """A panel a group, all on the same axes."""
+    with styled():
+        drawn = new_figure(1.1 + 1.9 * len(groups))
+        axes = drawn.subplots(len(groups), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+        for axis, (group, some) in zip(axes, groups.items()):
+            draw_group(axis, some, GROUPS[group])
+            axis.set_title(labels[group])
+        axes[-1].set_xlabel("ICL over SFT (points of accuracy)")
+        set_heading(drawn, "What IA2→SFT gains over SFT (points of accuracy)")
+        note = "Lines: 95 % intervals over sets."
+        if "fit" in groups:
+            note += " Generated tasks have none; there ICL over SFT is known from cross-validation."
+        set_note(drawn, note)
+        save(drawn, figure)
 
-    drawn = Figure(figsize=(7, 3.4), layout="constrained")
-    left, right = drawn.subplots(1, 2, sharey=True)
-    for axis in (left, right):
-        axis.axhline(0, color="#888888", linewidth=0.8)
-        axis.axvline(0, color="#888888", linewidth=0.8)
-        axis.spines[["top", "right"]].set_visible(False)
-    for group, some in groups.items():
-        bars = None
-        if group != "fit":  # its points have no interval
-            bars = [[p.gain - p.low for p in some], [p.high - p.gain for p in some]]
-        look = {"fmt": "o", "ms": 4, "color": GROUPS[group], "lw": 0.8, "label": labels[group]}
-        axis = right if group == "fit" else left
-        axis.errorbar([p.lead for p in some], [p.gain for p in some], bars, **look)
-        axis.legend(fontsize=7, frameon=False)
-    left.set(xlabel="ICL over SFT, evaluation rows (points)", ylabel="IA2→SFT over SFT (points)")
-    right.set(xlabel="ICL over SFT, cross-validation (points)")
-    drawn.savefig(figure, dpi=200, metadata={"Software": None})
+
+def draw_group(axis, some: list[Point], color: str) -> None:
+    """The points of one group with their intervals."""
+    axis.axhline(0, color=FAINT, linewidth=0.8)
+    axis.axvline(0, color=FAINT, linewidth=0.8)
+    for point in some:
+        if point.low < point.high:
+            draw_interval(axis, point.lead, point.low, point.high, color)
+    leads = [point.lead for point in some]
+    gains = [point.gain for point in some]
+    axis.plot(leads, gains, "o", color=color, markersize=4, alpha=0.7, zorder=3)

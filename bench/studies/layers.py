@@ -1,6 +1,7 @@
 """`layers`: which layers' attention outputs must be aligned, and how few are enough?"""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,19 @@ from ia2mini.cli.group import progress
 from ia2mini.engine.options import LABELS, Options
 from ia2mini.engine.select import grouped
 from ia2mini.engine.subject import Subject
+from ia2mini.report.charts import ROW
+from ia2mini.report.drawing import (
+    COLORS,
+    FAINT,
+    Row,
+    draw_rows,
+    keep_whole,
+    new_figure,
+    save,
+    set_heading,
+    set_note,
+    styled,
+)
 from ia2mini.report.summary import average, interval, paired
 from ia2mini.study.study import compare
 
@@ -19,9 +33,7 @@ CONTROLS = ("base", "icl", "sft")
 MATCHED = ("ia2", "ridge")
 FIGURE = Path(__file__).parents[2] / "docs" / "layers.png"
 PARTS = {"classification": "toy tasks, embedded model", "relations": "real relations, SmolLM2-135M"}
-COLORS = {"ia2": "#0072b2", "ridge": "#5a48a0"}
 MOST_SPACED = 16  # layers in even steps
-APART = 0.12  # how far points of two methods stand from one another's middle
 
 
 def bands(depth: int) -> dict[str, tuple[int, ...]]:
@@ -82,45 +94,49 @@ def gained(result: Result, where: str, cells: list[dict], name: str) -> dict[str
 
 
 def draw(folder: Path = RESULTS, figure: Path = FIGURE) -> None:
-    """The gain over SFT against the band, from the newest kept result of each part; intervals of 95 %."""
-    from matplotlib.figure import Figure
-
+    """The gain over SFT of every band, from the newest kept result of each part; intervals of 95 %."""
     lines = []
     for path in newest("*-layers-*.json", folder).values():
         for result in json.loads(path.read_text())["results"]:
             lines += result["lines"]
-    panels = grouped(lines, "what")
-    drawn = Figure(figsize=(7, 3.2), layout="constrained")
-    axes = drawn.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, ((what,), mine) in zip(axes, panels.items()):
-        draw_panel(axis, what, mine)
-    axes[0].set_ylabel("points of accuracy over SFT")
-    axes[0].legend(frameon=False)
+    panels = {what: chart_rows(mine) for (what,), mine in grouped(lines, "what").items()}
+    counts = [len(rows) for rows in panels.values()]
     figure.parent.mkdir(exist_ok=True)
-    drawn.savefig(figure, dpi=200, metadata={"Software": None})
+    with styled():
+        drawn = new_figure(1.1 + sum(0.5 + ROW * count for count in counts))
+        axes = drawn.subplots(
+            len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": counts}
+        )[:, 0]
+        for axis, (what, rows) in zip(axes, panels.items()):
+            part, _, n = what.partition(", ")
+            axis.axvline(0, color=FAINT, linewidth=0.8)
+            draw_rows(axis, rows)
+            keep_whole(axis, "x", 0, 0)
+            axis.set_title(f"{PARTS.get(part, part)}, {n}")
+        set_heading(drawn, "Points of accuracy over SFT, by the layers that are aligned")
+        set_note(drawn, "Lines: 95 % intervals over tasks and sets. k of L: in even steps.")
+        save(drawn, figure)
 
 
-def draw_panel(axis, what: str, lines: list[dict]) -> None:
-    """The lines of one part at one N."""
-    names = [
-        line["stack"].partition("-sft, ")[2] for line in lines if "points gain" in line["rates"]
-    ]
-    names = list(dict.fromkeys(names))
-    for shift, first in zip((-APART, APART), MATCHED):
-        rates = [line["rates"] for line in lines if line["stack"].startswith(f"{first}-sft, ")]
-        gains = [each["points gain"] for each in rates]
-        below = [each["points gain"] - each["points low"] for each in rates]
-        above = [each["points high"] - each["points gain"] for each in rates]
-        places = [place + shift for place in range(len(rates))]
-        look = {
-            "fmt": "o",
-            "ms": 4,
-            "color": COLORS[first],
-            "capsize": 2,
-            "label": LABELS[f"{first}-sft"],
-        }
-        axis.errorbar(places, gains, yerr=[below, above], **look)
-    axis.axhline(0, color="#888888", linewidth=0.8)
-    axis.set_xticks(range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor")
-    part, _, n = what.partition(", ")
-    axis.set_title(f"{PARTS.get(part, part)}, {n}", fontsize=9)
+def chart_rows(lines: list[dict]) -> list[Row]:
+    """A line of the chart for each band of layers and each method that aligned it."""
+    gains = {}
+    bands_in_order = {}
+    for line in lines:
+        first, _, band = line["stack"].partition("-sft, ")
+        if "points gain" in line["rates"]:
+            gains[band, first] = line["rates"]
+            bands_in_order[band] = None
+    rows = []
+    for band in bands_in_order:
+        for first in MATCHED:
+            if (band, first) not in gains:
+                continue
+            gain, low, high = (
+                gains[band, first][f"points {key}"] for key in ("gain", "low", "high")
+            )
+            if math.isnan(low):
+                low = None
+            name = f"{band}, {LABELS[first + '-sft']}"
+            rows.append(Row(name, COLORS[f"{first}-sft"], gain, low, high, f"{gain:+.1f}"))
+    return rows

@@ -140,10 +140,12 @@ def keep_whole(axis, which: str, low: float, high: float) -> None:
 def name_ends(axis, ends: Sequence[tuple[float, float, str, str]], height: float) -> None:
     """Write names right of the axes, each tied to its point (x, y) by a line of its colour, none over another.
 
-    `ends`: (x, y, name, colour); `height` of the axes in inches. The limits must be set before.
+    `ends`: (x, y, name, colour); `height` of the axes in inches. Limits and scale must be set before.
     """
-    low, high = axis.get_ylim()
-    shares = [(y - low) / (high - low) for _, y, _, _ in ends]
+    shares = []
+    for x, y, _, _ in ends:
+        place = axis.transLimits.transform(axis.transScale.transform((x, y)))
+        shares.append(float(place[1]))
     for place, (x, y, name, color) in zip(spread(shares, LINE_OF_TEXT / height), ends):
         axis.annotate(
             name,
