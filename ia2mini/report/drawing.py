@@ -21,6 +21,7 @@ FAINT = "#595959"
 COLORS = {
     "base": "#999999",
     "icl": "#404040",
+    "icl-sft": "#8c564b",
     "sft": "#d55e00",
     "sft-sft": "#f0a070",
     "soft": "#e6b000",
