@@ -68,15 +68,6 @@ class Batch:
     # [R, B, P / R] 1 where a position belongs to a row: losses are rounded row by row
     rows: Tensor | None = None
 
-    def tensors(self) -> list[Tensor]:
-        """What a pass reads, on its device."""
-        found = [self.ids, *self.at, self.targets, self.weights]
-        kept = (self.activations, self.soft, self.soft_ids, self.states, self.runs, self.rows)
-        found += [tensor for tensor in kept if tensor is not None]
-        if self.packed is not None:
-            found += [self.packed.mask, self.packed.places]
-        return found
-
     def of_runs(self, values: Tensor) -> Tensor:
         """Those of values [R, …] that belong to the runs of this batch."""
         return values if self.runs is None else values[self.runs]
@@ -97,10 +88,6 @@ class Batch:
             rows=None if self.rows is None else send(self.rows, device),
         )
 
-    def packed_as(self, ids: Tensor, at: At, packed: Packed) -> "Batch":
-        """The same rows in other lines."""
-        return replace(self, ids=ids, at=at, packed=packed)
-
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on `device`, without waiting for what a GPU is doing."""
@@ -116,32 +103,33 @@ def collate(runs: list[list[Row]], by_row: bool = False) -> Batch:
     """
     R = len(runs)
     B = max(map(len, runs))
+    T = max(len(row) for rows in runs for row in rows)
+    P = max(map(count_positions, runs))
+    ids = np.zeros((R, B, T), np.int64)
     lengths = np.zeros((R, B), np.int64)
-    for r, rows in enumerate(runs):
-        lengths[r, : len(rows)] = [len(row) for row in rows]
-    P = max(sum(len(row.answer) for row in rows) for rows in runs)  # positions of a run
-    ids = np.zeros((R, B, lengths.max()), np.int64)
-    # positions of no weight stay within the run
-    at_rows = np.repeat(np.arange(R)[:, None] * B, P, 1)
+    at_rows = np.zeros((R, P), np.int64)
     at_columns = np.zeros((R, P), np.int64)
     targets = np.zeros((R, P), np.int64)
     weights = np.zeros((R, P), np.float32)
     belongs = np.zeros((R, B, P), np.float32)
     for r, rows in enumerate(runs):
-        p = 0
+        at_rows[r] = r * B  # positions of no weight stay within the run
+        start = 0
         for b, row in enumerate(rows):
+            end = start + len(row.answer)
+            last = len(row.prompt) - 1  # this token predicts the answer's first
             ids[r, b, : len(row)] = row.prompt + row.answer[:-1]
-            span = slice(p, p + len(row.answer))
-            at_rows[r, span] = r * B + b
-            at_columns[r, span] = len(row.prompt) - 1 + np.arange(len(row.answer))
-            targets[r, span] = row.answer
-            weights[r, span] = 1 / (len(row.answer) * len(rows))
-            belongs[r, b, span] = 1
-            p = span.stop
+            lengths[r, b] = len(row)
+            at_rows[r, start:end] = r * B + b
+            at_columns[r, start:end] = np.arange(last, last + len(row.answer))
+            targets[r, start:end] = row.answer
+            weights[r, start:end] = 1 / (len(row.answer) * len(rows))
+            belongs[r, b, start:end] = 1
+            start = end
     return Batch(
-        ids=torch.from_numpy(ids.reshape(R * B, -1)),
-        at=(torch.from_numpy(at_rows.reshape(-1)), torch.from_numpy(at_columns.reshape(-1))),
-        targets=torch.from_numpy(targets.reshape(-1)),
+        ids=torch.from_numpy(ids).view(R * B, T),
+        at=(torch.from_numpy(at_rows).flatten(), torch.from_numpy(at_columns).flatten()),
+        targets=torch.from_numpy(targets).flatten(),
         weights=torch.from_numpy(weights),
         lengths=torch.from_numpy(lengths),
         activations=join_positions(runs, "activations", P, dim=1),
@@ -152,37 +140,43 @@ def collate(runs: list[list[Row]], by_row: bool = False) -> Batch:
     )
 
 
+def count_positions(rows: list[Row]) -> int:
+    """Positions that predict the rows' answers."""
+    return sum(len(row.answer) for row in rows)
+
+
 def join_positions(runs: list[list[Row]], name: str, most: int, dim: int) -> Tensor | None:
     """The rows' tensors `name` along `dim`, each run's padded to `most` positions; None where rows have none."""
     if getattr(runs[0][0], name) is None:
         return None
     parts = []
-    for run in runs:
-        tensors = [getattr(row, name) for row in run]
+    for rows in runs:
+        tensors = [getattr(row, name) for row in rows]
         parts += tensors
-        if short := most - sum(t.shape[dim] for t in tensors):
-            parts.append(tensors[0].narrow(dim, 0, 1).repeat_interleave(short, dim))
+        missing = most - count_positions(rows)
+        if missing:
+            any_position = tensors[0].narrow(dim, 0, 1)
+            parts.append(any_position.repeat_interleave(missing, dim))
     return torch.cat(parts, dim)
 
 
 def by_length(lengths: list[int], budget: int) -> list[list[int]]:
-    """Indices in groups of similar length: rows × longest row stays within `budget` tokens (one row at least)."""
+    """Indices in groups of similar length: rows × longest row stays within `budget` tokens (one row at least).
+
+    Longest first: memory trouble shows at once.
+    """
     groups: list[list[int]] = []
-    # longest first: memory trouble shows at once
+    longest = 0  # of the last group
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
+        if not groups or (len(groups[-1]) + 1) * longest > budget:
             groups.append([])
+            longest = lengths[i]
         groups[-1].append(i)
     return groups
 
 
-def over_groups(
-    function: Callable[[list[int]], object], groups: list[list[int]], watch: Watch = None
-) -> list:
-    """`function` of every group of rows, in order; `watch` hears how many rows each had."""
-    found = []
-    for group in groups:
-        found.append(function(group))
-        if watch:
-            watch(len(group))
-    return found
+def join_groups(parts: list[Tensor], groups: list[list[int]], dim: int) -> Tensor:
+    """Results of each of the groups, joined along `dim` in the order of the rows."""
+    found = torch.cat(parts, dim)
+    order = torch.tensor(sum(groups, [])).argsort()
+    return found.index_select(dim, order.to(found.device))

@@ -131,21 +131,6 @@ def smooth_ece(confidence, correct, bandwidth: float | None = None) -> float:
     return float(smoothed(confidence, residuals, bandwidth)[0]) if len(confidence) else float("nan")
 
 
-def smooth_ece_interval(
-    confidence, correct, draws: int = 200, seed: int = 0
-) -> tuple[float, float]:
-    """The 95 % percentile interval of `smooth_ece` over resampled rows; biased upwards, as of all that is never < 0."""
-    confidence = np.clip(_float64(confidence), 0, 1)
-    n = len(confidence)
-    if not n:
-        return float("nan"), float("nan")
-    times = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
-    low, high = np.quantile(
-        smoothed(confidence, times * (_float64(correct) - confidence) / n), [0.025, 0.975]
-    )
-    return float(low), float(high)
-
-
 @cache
 def waves() -> tuple[np.ndarray, np.ndarray]:
     """Frequencies [W] of the cosines that `smoothed` adds, enough for bandwidths from 0.001, and these [places, W]."""

@@ -81,7 +81,7 @@ MUTANTS = {
             "1 / sum(len(r.answer) for r in rows)",
             "batch a_batch_written_out",
         ),
-        ("len(row.prompt) - 1 + np", "len(row.prompt) + np", "batch every_position"),
+        ("last = len(row.prompt) - 1", "last = len(row.prompt)", "batch every_position"),
     ],
     "ia2mini/train.py": [
         (".sqrt_().add_(EPSILON)", ".add_(EPSILON).sqrt_()", "train adam_equals"),

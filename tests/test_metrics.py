@@ -308,21 +308,6 @@ def test_smooth_ece_is_that_of_its_authors(rows, bend):
     )
 
 
-def test_the_interval_of_smooth_ece_is_that_of_resampled_rows():
-    rng = np.random.default_rng(5)
-    confidence = rng.random(60)
-    right = (rng.random(60) < confidence**2).astype(float)
-    found = [
-        metrics.smooth_ece(confidence[draw], right[draw])
-        for draw in rng.integers(60, size=(400, 60))
-    ]
-    expected = np.quantile(found, [0.025, 0.975])
-    assert metrics.smooth_ece_interval(confidence, right, draws=400) == pytest.approx(
-        expected, abs=0.03
-    )
-    assert all(map(math.isnan, metrics.smooth_ece_interval([], [])))
-
-
 def test_the_left_out_temperature_never_saw_its_row():
     rng = np.random.default_rng(6)
     scores, gold = (

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..batch import Batch
 from ..errors import out_of_memory
@@ -64,6 +64,16 @@ def recorded(function: Callable, device: torch.device) -> Callable:
     return CapturedStep(function, device) if device.type in RECORDERS else function
 
 
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """What a pass reads of a batch, on its device."""
+    found = [batch.ids, *batch.at, batch.targets, batch.weights]
+    given = [batch.activations, batch.soft, batch.soft_ids, batch.states, batch.runs, batch.rows]
+    found += [tensor for tensor in given if tensor is not None]
+    if batch.packed is not None:
+        found += [batch.packed.mask, batch.packed.places]
+    return found
+
+
 def launch_bound(model: nn.Module, runs: Runs, settings: Settings) -> bool:
     """Whether a training step is recorded and takes longer to launch than to compute.
 
@@ -103,7 +113,7 @@ class CapturedStep:
     def __call__(self, *batches: Batch):
         if self.device.type not in RECORDERS:
             return self.function(*batches)
-        shapes = tuple(t.shape for batch in batches for t in batch.tensors())
+        shapes = tuple(t.shape for batch in batches for t in tensors_of(batch))
         self.calls[shapes] += 1
         COUNTED["calls"] += 1
         if (
@@ -116,7 +126,7 @@ class CapturedStep:
             return self.function(*batches)
         own, replay, result = self.recordings[shapes]
         for mine, batch in zip(own, batches):
-            for target, source in zip(mine.tensors(), batch.tensors()):
+            for target, source in zip(tensors_of(mine), tensors_of(batch)):
                 if target is not source:
                     target.copy_(source)
         replay()

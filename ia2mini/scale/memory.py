@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import UsageError
-from ..batch import Row
+from ..batch import count_positions
 from ..errors import out_of_memory
 from ..train import DEFAULTS, NO_HOOKS, Hooks, Runs, Settings, State
 from .blocks import checkpoint_blocks, is_checkpointed
@@ -91,10 +91,6 @@ def runs_that_fit(model: nn.Module, runs: Runs, batch_size: int) -> int:
         is_checkpointed(model),
     )
     return max(1, int(min(len(runs), MARGIN * free / each)))
-
-
-def count_positions(rows: list[Row]) -> int:
-    return sum(len(row.answer) for row in rows)
 
 
 def free_bytes(device: torch.device) -> float:

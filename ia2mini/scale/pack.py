@@ -37,7 +37,7 @@ def pack(batch: Batch) -> Batch:
     places[target] = place
     rows, columns = batch.at
     at = rows // B, columns + starts.flatten()[rows]
-    return batch.packed_as(ids, at, Packed(documents, places))
+    return replace(batch, ids=ids, at=at, packed=Packed(documents, places))
 
 
 def in_one_batch(runs: list[list[Row]]) -> list[Batch]:
