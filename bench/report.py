@@ -10,10 +10,9 @@ from pathlib import Path
 import click
 import torch
 
+from ia2mini.engine.intervals import LEAST_ROWS, PairedTest
 from ia2mini.engine.store import versions
 from ia2mini.files import finite, write_text
-from ia2mini.intervals import LEAST_ROWS
-from ia2mini.metrics import PairedTest
 from ia2mini.report.summary import interval
 
 from .timing import Timing

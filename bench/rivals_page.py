@@ -5,8 +5,7 @@ from pathlib import Path
 from statistics import fmean
 
 from ia2mini import UsageError
-from ia2mini.intervals import LEAST_ROWS
-from ia2mini.metrics import PairedTest, paired_test
+from ia2mini.engine.intervals import LEAST_ROWS, PairedTest, paired_test
 
 from .cost_page import number, table_head, table_row
 from .report import RESULTS, newest

@@ -1,43 +1,27 @@
-"""How good, how calibrated and how alike: accuracy, ECE and its null, NLL, Brier, asim, overlap, the paired test.
+"""How good, how calibrated and how alike: accuracy, ECE and its null, NLL, Brier, asim, overlap.
 
 Pure functions over arrays or tensors; scalars are computed in float64. No rows give NaN, as does a NaN among them.
 """
 
 import math
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from .intervals import LEAST_ROWS, student_p, student_quantile
-
-
-class PairedTest(NamedTuple):
-    """The `mean` of paired differences and what a paired t-test says of it; NaN where there is nothing to test.
-
-    `low` to `high` is Student's 95 % interval of the mean: it leaves out 0 just where the two-sided `p` is below .05.
-    `d` is the effect size of pairs (Cohen 1988): the mean in standard deviations of the differences.
-    """
-
-    mean: float
-    low: float = float("nan")
-    high: float = float("nan")
-    t: float = float("nan")
-    p: float = float("nan")
-    pairs: int = 0
-    d: float = float("nan")
+BINS = 15  # of a reliability diagram
 
 
 def _float64(values) -> np.ndarray:
-    if isinstance(values, torch.Tensor):
+    if isinstance(values, Tensor):
         values = values.detach().double().cpu().numpy()
     return np.asarray(values, dtype=np.float64)
 
 
 def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if values.size else float("nan")
+    return float(values.mean()) if values.size else math.nan
 
 
 def accuracy(correct) -> float:
@@ -47,15 +31,25 @@ def accuracy(correct) -> float:
 
 def macro_f1(said, gold) -> float:
     """Mean F1 of the labels that were given or are true; `said` and `gold` [Q] are indices of labels."""
-    said, gold = np.asarray(said), np.asarray(gold)
+    said = np.asarray(said)
+    gold = np.asarray(gold)
     found = []
     for label in np.union1d(said, gold):
-        both = np.sum((said == label) & (gold == label))
-        found.append(2 * both / (np.sum(said == label) + np.sum(gold == label)))
+        given = said == label
+        true = gold == label
+        both = np.sum(given & true)
+        found.append(2 * both / (np.sum(given) + np.sum(true)))
     return _mean(np.array(found))
 
 
-def reliability(confidence, correct, bins: int = 15, scheme: str = "width") -> np.ndarray:
+def share_ties(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """`correct` [Q], of rows of equal confidence their mean."""
+    _, tie = np.unique(confidence, return_inverse=True)
+    means = np.bincount(tie, correct) / np.bincount(tie)
+    return means[tie]
+
+
+def reliability(confidence, correct, bins: int = BINS, scheme: str = "width") -> np.ndarray:
     """Reliability diagram of Guo et al. 2017, of [Q] twice: each bin's rows, sum of confidences, right rows, [bins, 3].
 
     `width`: equal widths on [0, 1], each bin open on the left, closed on the right; a confidence of 0 belongs to the
@@ -63,38 +57,42 @@ def reliability(confidence, correct, bins: int = 15, scheme: str = "width") -> n
     confidence share their mean correctness, so the order of rows never matters. `scripts`: as the paper's released
     scripts cut sorted rows, Q // bins in each and the rest in the last; rows of equal confidence stay in their order.
     """
-    confidence, correct = _float64(confidence), _float64(correct)
-    assert confidence.shape == correct.shape and confidence.ndim == 1, (
-        confidence.shape,
-        correct.shape,
-    )
-    assert not ((confidence < 0) | (confidence > 1 + 1e-6)).any(), "a confidence is outside [0, 1]"
+    confidence = _float64(confidence)
+    correct = _float64(correct)
+    assert confidence.ndim == 1
+    assert confidence.shape == correct.shape
+    outside = (confidence < 0) | (confidence > 1 + 1e-6)
+    assert not outside.any(), "a confidence is outside [0, 1]"
+    order = np.argsort(confidence, kind="stable")
+    index = np.full(len(confidence), bins - 1)  # the bin of each row
     if scheme == "width":
-        index = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence, side="left")
+        edges = np.linspace(0, 1, bins + 1)
+        index = np.searchsorted(edges[1:-1], confidence, side="left")
     elif scheme == "mass":
-        _, tie = np.unique(confidence, return_inverse=True)
-        correct = (np.bincount(tie, correct) / np.bincount(tie))[tie]
-        index = np.empty(len(confidence), dtype=np.int64)
-        for i, rows in enumerate(np.array_split(np.argsort(confidence, kind="stable"), bins)):
-            index[rows] = i
+        correct = share_ties(confidence, correct)
+        for number, rows in enumerate(np.array_split(order, bins)):
+            index[rows] = number
     elif scheme == "scripts":
-        order = np.argsort(confidence, kind="stable")
         size = len(confidence) // bins
-        index = np.full(len(confidence), bins - 1)
-        index[order[: size * (bins - 1)]] = np.repeat(np.arange(bins - 1), size)
+        first_bins = np.repeat(np.arange(bins - 1), size)
+        index[order[: len(first_bins)]] = first_bins
     else:
         raise ValueError(f"scheme {scheme!r}: use width, mass or scripts")
-    return np.stack([np.bincount(index, values, bins) for values in (None, confidence, correct)], 1)
+    sums = [np.bincount(index, values, bins) for values in (None, confidence, correct)]
+    return np.stack(sums, 1)
 
 
-def ece(confidence, correct, bins: int = 15, scheme: str = "width") -> float:
+def ece(confidence, correct, bins: int = BINS, scheme: str = "width") -> float:
     """Expected calibration error (Guo et al. 2017, equation 3) over the bins of `reliability`."""
     rows, confidences, right = reliability(confidence, correct, bins, scheme).T
-    return float(np.abs(right - confidences).sum() / rows.sum()) if rows.any() else float("nan")
+    if not rows.any():
+        return math.nan
+    gaps = np.abs(right - confidences)
+    return float(gaps.sum() / rows.sum())
 
 
 def ece_null(
-    confidence, bins: int = 15, scheme: str = "width", draws: int = 1000, seed: int = 0
+    confidence, bins: int = BINS, scheme: str = "width", draws: int = 1000, seed: int = 0
 ) -> float:
     """The mean ECE that a perfectly calibrated predictor shows on rows of these confidences [Q], by simulation.
 
@@ -103,64 +101,66 @@ def ece_null(
     """
     confidence = np.sort(np.clip(_float64(confidence), 0, 1))
     if not len(confidence):
-        return float("nan")
+        return math.nan
     rows, confidences, _ = reliability(confidence, confidence, bins, scheme).T
-    # sorted by confidence, a bin's rows stand together in both schemes
-    ends = np.cumsum(rows).astype(np.int64)
-    right = np.random.default_rng(seed).random((draws, len(confidence))) < confidence
-    shared = right.astype(float)
+    generator = np.random.default_rng(seed)
+    correct = generator.random((draws, len(confidence))) < confidence
+    shared = correct.astype(float)
     if scheme != "scripts":  # rows of equal confidence share their mean, as `reliability` has it
         _, first, tie, count = np.unique(
             confidence, return_index=True, return_inverse=True, return_counts=True
         )
-        shared = (np.add.reduceat(shared, first, axis=1) / count)[:, tie]
-    until = np.concatenate([np.zeros((draws, 1)), shared.cumsum(1)], 1)[
-        :, np.concatenate([[0], ends])
-    ]
-    return float(np.abs(np.diff(until, axis=1) - confidences).sum(1).mean() / len(confidence))
+        sums = np.add.reduceat(shared, first, axis=1)
+        shared = (sums / count)[:, tie]
+    # sorted by confidence, a bin's rows stand together: right rows in it are a difference of sums
+    none_yet = np.zeros((draws, 1))
+    so_far = np.concatenate([none_yet, shared.cumsum(1)], 1)
+    ends = np.cumsum(rows).astype(np.int64)
+    borders = np.concatenate([[0], ends])
+    right = np.diff(so_far[:, borders], axis=1)  # [draws, bins]
+    gaps = np.abs(right - confidences).sum(1)
+    return float(gaps.mean() / len(confidence))
+
+
+@cache
+def waves() -> tuple[np.ndarray, np.ndarray]:
+    """Frequencies [W] of the cosines that `smooth_ece` adds, down to bandwidths of 0.001, and these [places, W]."""
+    frequencies = np.pi * np.arange(1024)
+    places = (np.arange(1024) + 0.5) / 1024
+    return frequencies, np.cos(np.outer(places, frequencies))
 
 
 def smooth_ece(confidence, correct, bandwidth: float | None = None) -> float:
     """SmoothECE (Błasiok and Nakkiran 2024) of [Q] twice: without bins; it finds its `bandwidth`, unless one is given.
 
     The mean absolute value over [0, 1] of the residuals after a Gaussian kernel that is reflected at both ends, at the
-    bandwidth that equals it.
+    bandwidth that equals it. Reflection makes a smoothed residual a sum of cosines, each damped by the kernel.
     """
     confidence = np.clip(_float64(confidence), 0, 1)
-    residuals = (_float64(correct) - confidence)[None] / max(1, len(confidence))
-    return float(smoothed(confidence, residuals, bandwidth)[0]) if len(confidence) else float("nan")
-
-
-@cache
-def waves() -> tuple[np.ndarray, np.ndarray]:
-    """Frequencies [W] of the cosines that `smoothed` adds, enough for bandwidths from 0.001, and these [places, W]."""
-    found = np.pi * np.arange(1024)
-    return found, np.cos(np.outer((np.arange(1024) + 0.5) / 1024, found))
-
-
-def smoothed(
-    confidence: np.ndarray, residuals: np.ndarray, bandwidth: float | None = None
-) -> np.ndarray:
-    """SmoothECE [B] of residuals [B, Q], a row's share of all rows times right minus confidence [Q].
-
-    Reflection makes a smoothed residual a sum of cosines, each damped by the kernel.
-    """
+    if not len(confidence):
+        return math.nan
+    residuals = (_float64(correct) - confidence) / len(confidence)
     frequencies, cosines = waves()
-    weights = residuals @ np.cos(np.outer(confidence, frequencies))
-    weights[:, 1:] *= 2
+    at_rows = np.cos(np.outer(confidence, frequencies))
+    weights = residuals @ at_rows
+    weights[1:] *= 2
 
-    def at(sigma: np.ndarray) -> np.ndarray:
-        damped = weights * np.exp(-((frequencies * sigma[:, None]) ** 2) / 2)
-        return np.abs(damped @ cosines.T).mean(1)
+    def smoothed(sigma: float) -> float:
+        damping = np.exp(-((frequencies * sigma) ** 2) / 2)
+        damped = weights * damping
+        return float(np.abs(damped @ cosines.T).mean())
 
-    low, high = (np.full(len(residuals), value) for value in (0.001, 1.0))
     if bandwidth is not None:
-        return at(high * bandwidth)
-    while (high - low).max() > 1e-4:  # the smoothed error falls as the bandwidth grows
+        return smoothed(bandwidth)
+    low = 0.001
+    high = 1.0
+    while high - low > 1e-4:  # the smoothed error falls as the bandwidth grows
         middle = (low + high) / 2
-        above = at(middle) > middle
-        low, high = np.where(above, middle, low), np.where(above, high, middle)
-    return at(high)
+        if smoothed(middle) > middle:
+            low = middle
+        else:
+            high = middle
+    return smoothed(high)
 
 
 def risk_coverage(confidence, correct) -> float:
@@ -168,13 +168,14 @@ def risk_coverage(confidence, correct) -> float:
 
     The mean, over the 1 to Q most certain rows, of the share of wrong ones; rows of equal confidence share theirs.
     """
-    confidence, correct = _float64(confidence), _float64(correct)
+    confidence = _float64(confidence)
     if not len(confidence) or np.isnan(confidence).any():
-        return float("nan")
-    _, tie = np.unique(-confidence, return_inverse=True)
-    # the most certain first
-    wrong = 1 - (np.bincount(tie, correct) / np.bincount(tie))[np.sort(tie)]
-    return float((wrong.cumsum() / np.arange(1, len(wrong) + 1)).mean())
+        return math.nan
+    shared = share_ties(confidence, _float64(correct))
+    most_certain_first = np.argsort(-confidence, kind="stable")
+    wrong = 1 - shared[most_certain_first]
+    answered = np.arange(1, len(wrong) + 1)
+    return float((wrong.cumsum() / answered).mean())
 
 
 def nll(log_probabilities) -> float:
@@ -182,41 +183,36 @@ def nll(log_probabilities) -> float:
     return _mean(-_float64(log_probabilities))
 
 
-def row_losses(
-    scores: torch.Tensor, gold: torch.Tensor, temperature: float | torch.Tensor = 1.0
-) -> torch.Tensor:
+def row_losses(scores: Tensor, gold: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """-log p(gold) [..., n] among log-probabilities [..., n, C] of labels, or of texts' true answers [..., n, 1].
 
     `temperature`: one for all, or [n, 1] of the rows.
     """
     if scores.shape[-1] == 1:
         return -scores[..., 0]
-    return (
-        -(scores / temperature)
-        .log_softmax(-1)
-        .gather(-1, gold.expand(scores.shape[:-1])[..., None])[..., 0]
-    )
+    log_shares = (scores / temperature).log_softmax(-1)
+    true = gold.expand(scores.shape[:-1])[..., None]
+    return -log_shares.gather(-1, true)[..., 0]
 
 
-def temperatures(
-    scores: torch.Tensor, gold: torch.Tensor, doubt: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def temperatures(scores: Tensor, gold: Tensor, doubt: float = 0.0) -> tuple[Tensor, Tensor]:
     """Temperatures [T] from 0.05 to 20, and each row's loss at each, [T, n], with targets of 1 - `doubt`."""
     C = scores.shape[1]
-    true = torch.full_like(scores, doubt / (C - 1), dtype=torch.float64).scatter_(
-        1, gold[:, None], 1 - doubt
-    )
-    grid = torch.logspace(math.log10(0.05), math.log10(20), 241, dtype=torch.float64)
+    targets = torch.full_like(scores, doubt / (C - 1), dtype=torch.float64)
+    targets.scatter_(1, gold[:, None], 1 - doubt)
+    lowest = math.log10(0.05)
+    highest = math.log10(20)
+    grid = torch.logspace(lowest, highest, 241, dtype=torch.float64)
     losses = []
     for temperature in grid:
         log_shares = (scores.double() / temperature).log_softmax(-1)
         # a label that cannot be said may be impossible
-        expected = torch.where(true > 0, true * log_shares, 0.0)
+        expected = torch.where(targets > 0, targets * log_shares, 0.0)
         losses.append(-expected.sum(-1))
     return grid, torch.stack(losses)
 
 
-def fit_temperature(scores: torch.Tensor, gold: torch.Tensor, oracle: bool = False) -> float:
+def fit_temperature(scores: Tensor, gold: Tensor, oracle: bool = False) -> float:
     """The temperature from 0.05 to 20 with the lowest mean loss of `scores` [n, C] (Guo et al. 2017); 1 for text.
 
     Targets are (n + 1) / (n + 2) instead of 1 (Platt 1999): n rows that are all right prove no certainty. Not so for an
@@ -225,32 +221,39 @@ def fit_temperature(scores: torch.Tensor, gold: torch.Tensor, oracle: bool = Fal
     n, C = scores.shape
     if C == 1:
         return 1.0
-    grid, losses = temperatures(scores, gold, 0.0 if oracle else 1 / (n + 2))
+    doubt = 0.0 if oracle else 1 / (n + 2)
+    grid, losses = temperatures(scores, gold, doubt)
     return grid[losses.mean(1).argmin()].item()
 
 
-def left_out_nll(scores: torch.Tensor, gold: torch.Tensor) -> float:
+def left_out_nll(scores: Tensor, gold: Tensor) -> float:
     """Mean loss of the rows of `scores` [n, C], each at the temperature that suits all the others (leave-one-out)."""
     n, C = scores.shape
     if C == 1 or n < 2:
-        return float("nan")
-    judged, losses = (temperatures(scores, gold, doubt)[1] for doubt in (0.0, 1 / (n + 1)))
-    best = (losses.sum(1, keepdim=True) - losses).argmin(0)
+        return math.nan
+    _, judged = temperatures(scores, gold)
+    _, losses = temperatures(scores, gold, doubt=1 / (n + 1))
+    of_others = losses.sum(1, keepdim=True) - losses
+    best = of_others.argmin(0)
     return judged[best, torch.arange(n)].mean().item()
 
 
 def brier(probs, label) -> float:
     """Mean squared distance to the one-hot label, from 0 to 2 (Brier 1950); probs [Q, C], label [Q] of indices."""
-    probs, label = _float64(probs), _float64(label).astype(np.int64)
-    return _mean(((probs - np.eye(probs.shape[1])[label]) ** 2).sum(1))
+    probs = _float64(probs)
+    index = _float64(label).astype(np.int64)
+    one_hot = np.eye(probs.shape[1])[index]
+    squares = (probs - one_hot) ** 2
+    return _mean(squares.sum(1))
 
 
-def asim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def asim(a: Tensor, b: Tensor) -> Tensor:
     """Cosine similarity of activations (paper section 2): [..., D] twice -> float32 [...]; 0 where a vector is zero."""
-    return F.cosine_similarity(a.float(), b.float(), dim=-1).clamp(-1, 1)
+    similarity = F.cosine_similarity(a.float(), b.float(), dim=-1)
+    return similarity.clamp(-1, 1)  # rounding may go beyond
 
 
-def subspace_overlap(delta1: torch.Tensor, delta2: torch.Tensor, rank: int) -> torch.Tensor:
+def subspace_overlap(delta1: Tensor, delta2: Tensor, rank: int) -> Tensor:
     """||U1^T U2||_F^2 / rank [...], from 0 to 1: what two updates' column spaces share (paper section 5.2, Figure 4).
 
     U is the basis of the first `rank` left singular vectors. delta [..., out, r] is LoRA's B, or [..., out, in] its
@@ -260,27 +263,10 @@ def subspace_overlap(delta1: torch.Tensor, delta2: torch.Tensor, rank: int) -> t
     for delta in (delta1, delta2):
         u, s, _ = torch.linalg.svd(delta.double(), full_matrices=False)
         kept = s > s[..., :1] * 1e-6  # float32's rounding is not a direction
-        bases.append((u * kept.unsqueeze(-2))[..., :rank])
-    return (bases[0].mT @ bases[1]).square().sum((-2, -1)) / rank
-
-
-def paired_test(a, b) -> PairedTest:
-    """Paired t-test of a against b (paper Table 8), both [pairs].
-
-    Of fewer than five pairs and of equal differences only the mean is known: their spread says nothing of chance.
-    """
-    a, b = _float64(a), _float64(b)
-    assert a.shape == b.shape and a.ndim == 1, (a.shape, b.shape)
-    difference = a - b
-    pairs, mean = len(difference), _mean(difference)
-    if pairs < LEAST_ROWS or np.ptp(difference) < 1e-12:
-        return PairedTest(mean, pairs=pairs)
-    spread = float(difference.std(ddof=1))
-    error = spread / math.sqrt(pairs)
-    t = mean / error
-    reach = student_quantile(0.975, pairs - 1) * error
-    p = student_p(t, pairs - 1)
-    return PairedTest(mean, mean - reach, mean + reach, t, p, pairs, mean / spread)
+        basis = u * kept.unsqueeze(-2)
+        bases.append(basis[..., :rank])
+    shared = bases[0].mT @ bases[1]
+    return shared.square().sum((-2, -1)) / rank
 
 
 def measure(
@@ -293,17 +279,15 @@ def measure(
     alone there are the NLL as it is, at a `temperature` from other rows, for each row at that of all others (left out),
     and at the best one for these rows (oracle).
     """
-    best = scores.softmax(-1).max(-1)
-    heats = {
-        "nll_labels": 1.0,
-        "nll_dev": temperature,
-        "nll_oracle": fit_temperature(scores, gold, oracle=True),
-    }
-    calibrated = {
-        name: row_losses(scores.double(), gold, heat).mean().item() for name, heat in heats.items()
-    }
+    exact = scores.double()
+    oracle = fit_temperature(scores, gold, oracle=True)
+    of_gold = scores.gather(1, gold[:, None])[:, 0]
+    likeliest = scores.softmax(-1).max(-1)
+    likeliest_is_right = likeliest.indices == gold
     return {
-        **calibrated,
+        "nll_labels": row_losses(exact, gold).mean().item(),
+        "nll_dev": row_losses(exact, gold, temperature).mean().item(),
+        "nll_oracle": row_losses(exact, gold, oracle).mean().item(),
         "nll_left_out": left_out_nll(scores, gold),
         "acc": accuracy(correct),
         "smooth_ece": smooth_ece(confidence, correct),
@@ -312,9 +296,9 @@ def measure(
         "ece": ece(confidence, correct, scheme=scheme),
         "ece_null": ece_null(confidence, scheme=scheme),
         "ece_mass": ece(confidence, correct, scheme="mass"),
-        "nll": nll(scores.gather(1, gold[:, None])[:, 0]),
-        "brier": brier(scores.double().exp(), gold),
-        "acc_labels": accuracy(best.indices == gold),
-        "ece_labels": ece(best.values, best.indices == gold),
+        "nll": nll(of_gold),
+        "brier": brier(exact.exp(), gold),
+        "acc_labels": accuracy(likeliest_is_right),
+        "ece_labels": ece(likeliest.values, likeliest_is_right),
         "reliability": reliability(confidence, correct).tolist(),
     }

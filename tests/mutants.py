@@ -171,10 +171,16 @@ MUTANTS = {
     ],
     "ia2mini/metrics.py": [
         ('confidence, side="left")', 'confidence, side="right")', "metrics bins_are_closed"),
-        ("** 2).sum(1)", "** 2).mean(1)", "metrics accuracy_nll_brier"),
-        ("default_rng(seed).random(", "default_rng().random(", "metrics ece_null_equals"),
+        ("squares.sum(1)", "squares.mean(1)", "metrics accuracy_nll_brier"),
+        ("default_rng(seed)", "default_rng()", "metrics ece_null_equals"),
         ("0.0 if oracle else 1 / (n + 2)", "0.0", "fit the_temperature_is"),
-        ("student_quantile(0.975,", "student_quantile(0.95,", "metrics paired_test_equals_scipy"),
+    ],
+    "ia2mini/engine/intervals.py": [
+        (
+            "student_quantile(0.975, pairs",
+            "student_quantile(0.95, pairs",
+            "metrics paired_test_equals_scipy",
+        ),
         ("pairs < LEAST_ROWS or", "pairs < 2 or", "metrics of_few_pairs"),
     ],
     "ia2mini/fitting/selection.py": [

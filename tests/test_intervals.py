@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ia2mini.intervals import (
+from ia2mini.engine.intervals import (
     mean_interval,
     share_interval,
     sign_test,

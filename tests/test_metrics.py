@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ia2mini import metrics
+from ia2mini.engine import intervals
 
 ROWS = st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=40)
 
@@ -168,7 +169,7 @@ def test_paired_test_equals_scipy(pairs):
     rng = np.random.default_rng(3)
     a = rng.normal(0.8, 0.1, pairs)
     b = a - rng.normal(0.05, 0.1, pairs)
-    got, want = metrics.paired_test(a, b), stats.ttest_rel(a, b)
+    got, want = intervals.paired_test(a, b), stats.ttest_rel(a, b)
     assert (got.t, got.p, got.mean) == pytest.approx(
         (want.statistic, want.pvalue, (a - b).mean()), rel=1e-9
     )
@@ -181,25 +182,25 @@ def test_interval_and_p_value_of_a_paired_test_agree():
     rng = np.random.default_rng(0)
     for _ in range(300):
         pairs = int(rng.integers(5, 12))
-        got = metrics.paired_test(rng.normal(0.8, 1, pairs), rng.normal(0, 1, pairs))
+        got = intervals.paired_test(rng.normal(0.8, 1, pairs), rng.normal(0, 1, pairs))
         assert (got.low > 0 or got.high < 0) == (got.p < 0.05)
 
 
 @pytest.mark.parametrize("pairs", [0, 1, 2, 3, 4])
 def test_of_few_pairs_only_the_mean_is_known(pairs):
-    got = metrics.paired_test(np.arange(pairs) ** 2, torch.zeros(pairs))
+    got = intervals.paired_test(np.arange(pairs) ** 2, torch.zeros(pairs))
     assert got.pairs == pairs and (
         math.isnan(got.mean) if pairs == 0 else got.mean == np.mean(np.arange(pairs) ** 2)
     )
     assert all(math.isnan(x) for x in (got.low, got.high, got.t, got.p, got.d))
     with pytest.raises(AssertionError):
-        metrics.paired_test([1, 2], [1])
+        intervals.paired_test([1, 2], [1])
 
 
 @pytest.mark.parametrize("gain", [0.0, 0.25, 0.1])
 def test_of_equal_differences_only_the_mean_is_known(gain):
     a = np.linspace(0, 1, 7)
-    got = metrics.paired_test(a + gain, a)
+    got = intervals.paired_test(a + gain, a)
     assert got.mean == pytest.approx(gain) and got.pairs == 7
     assert all(math.isnan(x) for x in (got.low, got.high, got.t, got.p, got.d))
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from statistics import fmean
 
 from ia2mini.cli.group import progress
+from ia2mini.engine.intervals import paired_test
 from ia2mini.engine.options import UNTRAINED, Options
 from ia2mini.engine.select import grouped
 from ia2mini.engine.subject import Subject
 from ia2mini.episode import draw_episode
-from ia2mini.metrics import paired_test
 from ia2mini.report.summary import average, paired
 from ia2mini.study.study import compare
 from ia2mini.tasks import Task, load_examples

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ia2mini.cli.group import progress
+from ia2mini.engine.intervals import paired_test
 from ia2mini.engine.options import FitOptions, Options
 from ia2mini.engine.select import chosen
 from ia2mini.engine.subject import Subject
 from ia2mini.fitting.crossval import CrossValidation
-from ia2mini.metrics import paired_test
 from ia2mini.report.summary import interval
 from ia2mini.study.study import compare
 

@@ -14,6 +14,7 @@ import click
 import torch
 
 from ia2mini import UsageError, metrics
+from ia2mini.engine.intervals import paired_test
 from ia2mini.engine.options import FitOptions
 from ia2mini.engine.store import Store, checkpoint_digest
 from ia2mini.engine.subject import Subject, open_subject
@@ -22,7 +23,6 @@ from ia2mini.fitting.fit import Columns, conclude, cross_validation
 from ia2mini.fitting.predictor import Predictor
 from ia2mini.fitting.selection import Candidate
 from ia2mini.methods import METHODS
-from ia2mini.metrics import paired_test
 from ia2mini.report.summary import interval
 from ia2mini.tasks import world
 from ia2mini.tasks.rows import read_rows

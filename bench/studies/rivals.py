@@ -13,12 +13,12 @@ import click
 import torch
 
 from ia2mini import UsageError
+from ia2mini.engine.intervals import paired_test
 from ia2mini.engine.options import FitOptions
 from ia2mini.engine.store import Store, checkpoint_digest, versions
 from ia2mini.engine.subject import Subject
 from ia2mini.fitting.fit import conclude, cross_validation
 from ia2mini.fitting.predictor import Predictor
-from ia2mini.metrics import paired_test
 
 from ..report import Line, Result, difference
 from .embedders import EMBEDDED, check_embedder

@@ -9,13 +9,13 @@ from statistics import fmean, median
 from typing import NamedTuple
 
 from .. import UsageError, __version__
+from ..engine.intervals import sign_test
 from ..engine.options import FitOptions
 from ..engine.store import Store, checkpoint_digest
 from ..engine.subject import Subject
 from ..episode import seeded, with_demonstrations
 from ..files import count, plain
 from ..generate import STOP, Decoding, generate
-from ..intervals import sign_test
 from ..methods import METHODS
 from ..models.taps import device_of
 from ..prefix import share_prefix

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..intervals import mean_interval, share_interval
+from ..engine.intervals import mean_interval, share_interval
 from ..metrics import ece, ece_null, macro_f1, row_losses, smooth_ece
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..intervals import surely_more, surely_positive
+from ..engine.intervals import surely_more, surely_positive
 from ..metrics import fit_temperature, row_losses
 
 # always says the most frequent label, with the labels' frequencies as probabilities

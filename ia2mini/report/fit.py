@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from .. import UsageError
+from ..engine.intervals import LEAST_ROWS, share_interval
 from ..files import count, json_line, write_text
 from ..fitting.measures import classes, commonest, measures
 from ..fitting.sentence import NAMES, never_right, outcome, percent
-from ..intervals import LEAST_ROWS, share_interval
 from ..tasks.own import true_answer
 from ..tasks.rows import Row, lacks, prompt_of
 from ..tasks.turns import open_turns

@@ -5,9 +5,9 @@ import math
 from pathlib import Path
 
 from .. import UsageError
+from ..engine.intervals import PairedTest, paired_test
 from ..engine.options import BETAS, RATES, Options
 from ..engine.select import grouped
-from ..metrics import PairedTest, paired_test
 
 FIELDS = ("model", "n", "adapter", "labels", "task", "eval", "method")
 SAME = ("layers", "sets", "epochs", "patience", "batch_size", "eval_rows", "soft_k")

@@ -4,11 +4,10 @@ import math
 import re
 from statistics import fmean
 
+from ..engine.intervals import LEAST_ROWS, PairedTest, paired_test
 from ..engine.options import LABELS
 from ..engine.select import grouped
 from ..files import count
-from ..intervals import LEAST_ROWS
-from ..metrics import PairedTest, paired_test
 from ..study.table import METRICS, deviation
 
 CHOICES = {

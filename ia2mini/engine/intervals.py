@@ -6,10 +6,27 @@ Without scipy; the tests compare with it.
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 LEAST_ROWS = 5  # or pairs: fewer have no interval and no p-value, and prove nothing
+
+
+class PairedTest(NamedTuple):
+    """The `mean` of paired differences and what a paired t-test says of it; NaN where there is nothing to test.
+
+    `low` to `high` is Student's 95 % interval of the mean: it leaves out 0 just where the two-sided `p` is below .05.
+    `d` is the effect size of pairs (Cohen 1988): the mean in standard deviations of the differences.
+    """
+
+    mean: float
+    low: float = math.nan
+    high: float = math.nan
+    t: float = math.nan
+    p: float = math.nan
+    pairs: int = 0
+    d: float = math.nan
 
 
 def bisect(rising: Callable[[float], float], wanted: float, low: float, high: float) -> float:
@@ -26,16 +43,18 @@ def bisect(rising: Callable[[float], float], wanted: float, low: float, high: fl
 def student_within(t: float, freedom: int) -> float:
     """P(|T| <= t) of Student's t with whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
     angle = math.atan(t / math.sqrt(freedom))
+    sine = math.sin(angle)
     cosine = math.cos(angle)
     odd = freedom % 2 == 1
+    first = 3 if odd else 2
     term = cosine if odd else 1.0
     total = 0.0
-    for k in range(3 if odd else 2, freedom + 1, 2):
+    for k in range(first, freedom + 1, 2):
         total += term
         term *= cosine**2 * (k - 1) / k
     if odd:
-        return 2 / math.pi * (angle + math.sin(angle) * total)
-    return math.sin(angle) * total
+        return 2 / math.pi * (angle + sine * total)
+    return sine * total
 
 
 def student_p(t: float, freedom: int) -> float:
@@ -46,7 +65,11 @@ def student_p(t: float, freedom: int) -> float:
 @lru_cache
 def student_quantile(share: float, freedom: int) -> float:
     """The t that Student's t does not exceed with probability `share`, of at least one half."""
-    return bisect(lambda t: (1 + student_within(t, freedom)) / 2, share, 0.0, 1e4)
+
+    def below(t: float) -> float:
+        return (1 + student_within(t, freedom)) / 2
+
+    return bisect(below, share, low=0.0, high=1e4)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -56,8 +79,38 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     mean = float(values.mean())
     if n < LEAST_ROWS:
         return mean, math.nan, math.nan
-    half = student_quantile(0.975, n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
+    spread = float(values.std(ddof=1))
+    half = student_quantile(0.975, n - 1) * spread / math.sqrt(n)
     return mean, mean - half, mean + half
+
+
+def paired_test(a, b) -> PairedTest:
+    """Paired t-test of a against b (paper Table 8), both [pairs].
+
+    Of fewer than five pairs and of equal differences only the mean is known: their spread says nothing of chance.
+    """
+    a = np.asarray(a, dtype=np.float64)
+    b = np.asarray(b, dtype=np.float64)
+    assert a.shape == b.shape and a.ndim == 1, (a.shape, b.shape)
+    difference = a - b
+    pairs = len(difference)
+    mean = float(difference.mean()) if pairs else math.nan
+    if pairs < LEAST_ROWS or np.ptp(difference) < 1e-12:
+        return PairedTest(mean, pairs=pairs)
+    spread = float(difference.std(ddof=1))
+    error = spread / math.sqrt(pairs)
+    t = mean / error
+    reach = student_quantile(0.975, pairs - 1) * error
+    p = student_p(t, pairs - 1)
+    return PairedTest(
+        mean=mean,
+        low=mean - reach,
+        high=mean + reach,
+        t=t,
+        p=p,
+        pairs=pairs,
+        d=mean / spread,
+    )
 
 
 def surely_positive(differences: Sequence[float], level: float = 0.05) -> bool:
@@ -66,8 +119,13 @@ def surely_positive(differences: Sequence[float], level: float = 0.05) -> bool:
     n = len(values)
     if n < LEAST_ROWS:
         return False
+    mean = float(values.mean())
     error = float(values.std(ddof=1)) / math.sqrt(n)
-    return float(values.mean()) > student_quantile(1 - level, n - 1) * error
+    return mean > student_quantile(1 - level, n - 1) * error
+
+
+def log_factorial(n: int) -> float:
+    return math.lgamma(n + 1)
 
 
 def binomial_tail(successes: int, n: int, share: float) -> float:
@@ -76,10 +134,13 @@ def binomial_tail(successes: int, n: int, share: float) -> float:
         return 1.0
     if share <= 0:
         return 0.0
+    log_success = math.log(share)
+    log_failure = math.log1p(-share)
     total = 0.0
     for k in range(successes, n + 1):
-        ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
-        total += math.exp(ways + k * math.log(share) + (n - k) * math.log1p(-share))
+        failures = n - k
+        log_ways = log_factorial(n) - log_factorial(k) - log_factorial(failures)
+        total += math.exp(log_ways + k * log_success + failures * log_failure)
     return total
 
 
@@ -87,18 +148,26 @@ def share_interval(successes: int, n: int) -> tuple[float, float, float]:
     """Share of successes with its exact 95 % interval (Clopper and Pearson 1934), which is NaN below five rows."""
     if n < LEAST_ROWS:
         return successes / n, math.nan, math.nan
-    low, high = 0.0, 1.0
+
+    def at_least(share: float) -> float:
+        return binomial_tail(successes, n, share)
+
+    def more(share: float) -> float:
+        return binomial_tail(successes + 1, n, share)
+
+    low = 0.0
+    high = 1.0
     if successes > 0:
-        low = bisect(lambda share: binomial_tail(successes, n, share), 0.025, 0.0, 1.0)
+        low = bisect(at_least, 0.025, 0.0, 1.0)
     if successes < n:
-        high = bisect(lambda share: binomial_tail(successes + 1, n, share), 0.975, 0.0, 1.0)
+        high = bisect(more, 0.975, 0.0, 1.0)
     return successes / n, low, high
 
 
 def sign_test(more: int, less: int) -> float:
     """Two-sided p of `more` against `less` discordant pairs: the exact sign test of McNemar (1947); 1 without any."""
-    n = more + less
-    return min(1.0, 2 * binomial_tail(max(more, less), n, 0.5))
+    one_sided = binomial_tail(max(more, less), more + less, 0.5)
+    return min(1.0, 2 * one_sided)
 
 
 def surely_more(more: int, less: int, level: float = 0.05) -> bool:
