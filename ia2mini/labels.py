@@ -6,17 +6,15 @@ S sets, n prompts whose attention outputs are looked at.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .batch import Row, Watch, by_length, collate
+from .batch import Row, Watch, by_length, collate, join_groups
 from .metrics import asim
 from .models.attention import Packed
 from .models.taps import At, Taps, device_of
-from .tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Scoring:
     budget: int = 4096  # tokens in one pass
     # tokens each of which ends a text: a label that is closed by one ends with any of them
     ends: tuple[int, ...] = ()
-    # [V] the label that a token counts as, -1: none (see `spellings`); labels of 1 token
+    # [V] the label that a token counts as, -1: none (released scripts); labels of 1 token
     spelled: Tensor | None = None
 
 
@@ -66,13 +64,10 @@ class LabelTree:
     """
 
     def __init__(self, labels: list[list[int]], device, ends: tuple[int, ...] = ()):
-        nodes: dict[tuple[int, ...], int] = {}  # beginning -> number
-        for length in range(max(map(len, labels))):
-            for label in labels:
-                if length < len(label):
-                    nodes.setdefault(tuple(label[:length]), len(nodes))
+        nodes = number_beginnings(labels)
         self.tokens = [beginning[-1] for beginning in nodes if beginning]
-        self.depths = torch.tensor([len(beginning) for beginning in nodes], device=device)
+        depths = list(map(len, nodes))
+        self.depths = torch.tensor(depths, device=device)
         sees = torch.zeros(len(nodes), len(nodes), dtype=torch.bool)
         for beginning, node in nodes.items():
             for length in range(len(beginning) + 1):
@@ -80,16 +75,18 @@ class LabelTree:
         self.sees = sees.to(device)
         before = []  # of each label the nodes behind which its tokens are said
         for label in labels:
-            before.append(torch.tensor([nodes[tuple(label[:i])] for i in range(len(label))]))
+            numbers = [nodes[tuple(label[:i])] for i in range(len(label))]
+            before.append(torch.tensor(numbers))
         self.at = pad_sequence(before, batch_first=True).to(device)  # [C, I]
-        said = [torch.tensor(label) for label in labels]
+        said = list(map(torch.tensor, labels))
         self.said = pad_sequence(said, batch_first=True).to(device)  # [C, I]
-        lengths = torch.tensor([[len(label)] for label in labels], device=device)
+        lengths = torch.tensor(list(map(len, labels)), device=device)[:, None]
         places = torch.arange(self.said.shape[1], device=device)
-        self.real = places < lengths
+        self.real = places < lengths  # [C, I], no padding
         self.ends = torch.tensor(ends, dtype=torch.int64, device=device)
-        # [C, I]
-        self.closes = torch.isin(self.said, self.ends) & (places == lengths - 1)
+        is_last = places == lengths - 1
+        self.closes = torch.isin(self.said, self.ends) & is_last  # [C, I]
+        self.closed = bool(self.closes.any())
 
     def batch(
         self, prompts: list[list[int]], runs: int, device
@@ -97,63 +94,74 @@ class LabelTree:
         """ids [R * B, T], positions (rows, columns) of the nodes of each row, and what a node sees."""
         one_run = [Row(prompt + self.tokens, [0]) for prompt in prompts]
         ids = collate([one_run] * runs).ids.to(device)
-        ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
-        ends = ends.repeat(runs)[:, None]  # [R * B, 1]
+        lengths = torch.tensor(list(map(len, prompts)), device=device)
+        ends = lengths.repeat(runs)[:, None] - 1  # [R * B, 1]
         nodes = torch.arange(len(self.depths), device=device)
         columns = ends + nodes
-        rows = torch.arange(len(columns), device=device)[:, None].expand_as(columns)
+        rows = torch.arange(len(columns), device=device)
+        rows = rows[:, None].expand_as(columns)
         at = rows.reshape(-1), columns.reshape(-1)
         if not self.tokens:
             return ids, at, None
         documents = torch.zeros_like(ids)  # 0: the prompt, which all nodes see
         documents.scatter_(1, columns, nodes.expand_as(columns))
-        positions = torch.arange(ids.shape[1], device=device).repeat(len(columns), 1)
+        places = torch.arange(ids.shape[1], device=device)
+        positions = places.repeat(len(columns), 1)
         positions.scatter_(1, columns, ends + self.depths)
         return ids, at, Packed(documents, positions, self.sees)
 
-    def read(self, logits: Tensor, among: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Of logits [..., nodes, V]: label of the greedy answer, its probability, labels' logs [..., C].
-
-        The label is -1 where the greedy answer is none: the probability is then that of the tokens up to there.
-        """
-        total = logits.logsumexp(-1)
-        best = logits.max(-1)
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        """Of each label, of all that could be said, [..., C] from logits [..., nodes, V]."""
         said = logits[..., self.at, self.said]  # [..., C, I]
-        greedy = best.indices[..., self.at]
-        agrees = greedy == self.said
-        likeliest = best.values[..., self.at]
-        if self.closes.any():
-            ending = logits[..., self.ends].logsumexp(-1)[..., self.at]
-            said = torch.where(self.closes, ending, said)
-            ended = self.closes & torch.isin(greedy, self.ends)
+        if self.closed:
+            said = torch.where(self.closes, self.any_end(logits), said)
+        steps = said - logits.logsumexp(-1)[..., self.at]
+        return steps.masked_fill(~self.real, 0.0).sum(-1)
+
+    def greedy(self, logits: Tensor, among: int | None) -> tuple[Tensor, Tensor]:
+        """The label that greedy decoding gives, from logits [..., nodes, V], and its probability, [...] each.
+
+        The label is -1 where it gives none: the probability is then that of the tokens up to there. `among`: as a share
+        of that many likeliest tokens.
+        """
+        likeliest = logits.max(-1)
+        token = likeliest.indices[
+            ..., self.at
+        ]  # [..., C, I], chosen where each label's token may be said
+        chosen = likeliest.values[..., self.at]
+        agrees = token == self.said
+        if self.closed:
+            ended = self.closes & torch.isin(token, self.ends)
             agrees = agrees | ended
             if among is None:
-                likeliest = torch.where(ended, ending, likeliest)
-        log_probabilities = (said - total[..., self.at]).masked_fill(~self.real, 0.0).sum(-1)
-        whole = total if among is None else logits.topk(among).values.logsumexp(-1)
-        # [..., C, I] 1 up to where the greedy answer leaves the label
-        agreed = (agrees | ~self.real).cumprod(-1)
-        before = torch.cat((torch.ones_like(agreed[..., :1]), agreed[..., :-1]), -1)
-        steps = likeliest - whole[..., self.at]
-        confidence = steps.masked_fill(~(before.bool() & self.real), 0.0).sum(-1).exp()  # [..., C]
+                chosen = torch.where(ended, self.any_end(logits), chosen)
+        agreed = (agrees | ~self.real).cumprod(-1)  # 1 up to where the answer leaves the label
+        always = torch.ones_like(agreed[..., :1])  # where the prompt ends
+        reached = torch.cat((always, agreed[..., :-1]), -1)
+        all_tokens = logits if among is None else logits.topk(among).values
+        steps = chosen - all_tokens.logsumexp(-1)[..., self.at]
+        counted = reached.bool() & self.real
+        confidence = steps.masked_fill(~counted, 0.0).sum(-1).exp()  # [..., C]
         complete = agreed[..., -1]
-        longest = (agreed * self.real).sum(-1) + complete
-        nearest = longest.argmax(-1, keepdim=True)
-        top = torch.where(complete.gather(-1, nearest).bool(), nearest, -1)
-        return top[..., 0], confidence.gather(-1, nearest)[..., 0], log_probabilities
+        length = (agreed * self.real).sum(-1) + complete
+        nearest = length.argmax(-1, keepdim=True)
+        is_a_label = complete.gather(-1, nearest).bool()
+        top = torch.where(is_a_label, nearest, -1)
+        return top[..., 0], confidence.gather(-1, nearest)[..., 0]
+
+    def any_end(self, logits: Tensor) -> Tensor:
+        """The logit of all `ends` together where each label's tokens are said, [..., C, I]."""
+        return logits[..., self.ends].logsumexp(-1)[..., self.at]
 
 
-@cache
-def spellings(tokenizer: Tokenizer, labels: tuple[str, ...], size: int) -> Tensor:
-    """For each of `size` tokens the label that its text is but for surrounding blanks, else -1, [V] int64.
-
-    So the paper's released scripts compare: " Friday" is "Friday".
-    """
-    places = {label.strip(): place for place, label in reversed(list(enumerate(labels)))}
-    known = min(size, tokenizer.backend.get_vocab_size())
-    texts = tokenizer.backend.decode_batch([[token] for token in range(known)])
-    found = [places.get(text.strip(), -1) for text in texts]
-    return torch.tensor(found + [-1] * (size - known))
+def number_beginnings(labels: list[list[int]]) -> dict[tuple[int, ...], int]:
+    """What labels begin with, without their last tokens, numbered from the shortest on: the empty beginning is 0."""
+    numbers: dict[tuple[int, ...], int] = {}
+    for length in range(max(map(len, labels))):
+        for label in labels:
+            if length < len(label):
+                numbers.setdefault(tuple(label[:length]), len(numbers))
+    return numbers
 
 
 @torch.no_grad()
@@ -166,30 +174,37 @@ def label_scores(
 ) -> LabelScores:
     """Score every prompt under every run in one pass each; `labels`: the tokens of each."""
     tree = LabelTree(labels, device_of(model), how.ends)
-    looked_at = how.keep if how.like is None else how.like.shape[2]
-    tapped = min(len(prompts), looked_at)
+    tapped = how.keep
+    if how.like is not None:
+        tapped = how.like.shape[2]
+    tapped = min(len(prompts), tapped)
     lengths = [len(prompt) + len(tree.tokens) for prompt in prompts]
     budget = how.budget // how.runs
-    groups = by_length(lengths[:tapped], budget)
+    tapped_groups = by_length(lengths[:tapped], budget)
+    groups = list(tapped_groups)
     for group in by_length(lengths[tapped:], budget):
         groups.append([tapped + i for i in group])
     parts = []
     for group in groups:
-        parts.append(score_group(model, tree, prompts, group, how, tap=group[0] < tapped))
+        tap = group[0] < tapped
+        parts.append(score_group(model, tree, prompts, group, how, tap))
         if watch:
             watch(len(group))
-    order = torch.tensor(sum(groups, [])).argsort()
+    top = [part.top for part in parts]
+    confidence = [part.confidence for part in parts]
+    log_probabilities = [part.log_probabilities for part in parts]
     found = LabelScores(
-        top=torch.cat([part.top for part in parts], 1)[:, order],
-        confidence=torch.cat([part.confidence for part in parts], 1)[:, order],
-        log_probabilities=torch.cat([part.log_probabilities for part in parts], 1)[:, order],
+        top=join_groups(top, groups, dim=1),
+        confidence=join_groups(confidence, groups, dim=1),
+        log_probabilities=join_groups(log_probabilities, groups, dim=1),
     )
+    with_taps = parts[: len(tapped_groups)]
     if how.like is not None:
-        alike = torch.stack([part.asim for part in parts if part.asim is not None])
-        found.asim = (alike.sum(0) / tapped).cpu()
+        sums = torch.stack([part.asim for part in with_taps])
+        found.asim = (sums.sum(0) / tapped).cpu()
     elif tapped:
-        outputs = [part.outputs for part in parts if part.outputs is not None]
-        found.outputs = torch.cat(outputs, 2)[:, :, order[:tapped]]
+        outputs = [part.outputs for part in with_taps]
+        found.outputs = join_groups(outputs, tapped_groups, dim=2)
     return found
 
 
@@ -203,17 +218,20 @@ def score_group(
 ) -> LabelScores:
     """The prompts of `group` in one pass; with `tap` their attention outputs, or how alike these are, summed."""
     device = device_of(model)
-    ids, at, branches = tree.batch([prompts[i] for i in group], how.runs, device)
-    step = len(tree.depths)  # nodes a row
+    some = [prompts[i] for i in group]
+    ids, at, branches = tree.batch(some, how.runs, device)
+    nodes = len(tree.depths)
     taps = None
     if tap:  # where the prompts end
         rows, columns = at
-        taps = Taps((rows[::step], columns[::step]))
-    logits = model(ids, taps=taps, logits=at, cache=branches).float()
-    logits = logits.view(how.runs, len(group), step, -1)
-    top, confidence, log_probabilities = tree.read(logits, how.among)
+        taps = Taps((rows[::nodes], columns[::nodes]))
+    logits = model(ids, taps=taps, logits=at, cache=branches)  # [R * B * nodes, V]
+    logits = logits.float().view(how.runs, len(group), nodes, -1)
+    top, confidence = tree.greedy(logits, how.among)
     if how.spelled is not None:
-        top = how.spelled.to(device)[logits[..., 0, :].argmax(-1)]
+        first_token = logits[..., 0, :].argmax(-1)
+        top = how.spelled.to(device)[first_token]
+    log_probabilities = tree.log_probabilities(logits)
     found = LabelScores(top.cpu(), confidence.cpu(), log_probabilities.cpu())
     if not tap:
         return found

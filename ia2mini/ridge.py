@@ -1,6 +1,6 @@
 """IA2 in closed form: what is missing in each attention output, as a ridge regression on what W_O reads.
 
-R runs, P answer positions of a run, D hidden, r LoRA's rank, S strengths of the penalty.
+R runs, P answer positions of a run, S strengths of the penalty.
 """
 
 from collections.abc import Callable
@@ -65,20 +65,25 @@ def solved_first(solver: Callable, change: Callable, base: Callable, x: Tensor) 
 def solve_one(
     A: Tensor, B: Tensor, wanted: Tensor, batch: Batch, scale: float, base: Callable, x: Tensor
 ) -> None:
-    """Write into A [R, r, in] and B [R, out, r] the factors with scale * B A x ≈ wanted - base(x) [R * P, out]."""
-    R, r, _ = A.shape
+    """Write into A [R, rank, in], B [R, out, rank] the factors with scale * B A x ≈ wanted - base(x), [R * P, out]."""
+    R, rank, _ = A.shape
     # [R, P, 1]: rows count alike, however long their answers are
     share = batch.weights.double().sqrt()[..., None]
-    read = x[batch.at].double().view(R, -1, x.shape[-1]) * share
-    missing = (wanted - base(x)[batch.at]).double().view(R, -1, wanted.shape[-1]) * share
-    left, size, right = ridge(read, missing)
-    matters = (size > NEGLIGIBLE * size[:, :1])[:, :r, None]
+    read = x[batch.at].double()
+    read = read.unflatten(0, (R, -1))  # [R, P, in]
+    given = base(x)[batch.at]
+    missing = (wanted - given).double()
+    missing = missing.unflatten(0, (R, -1))  # [R, P, out]
+    left, size, right = ridge(read * share, missing * share)
+    rank = min(rank, size.shape[1])
+    largest = size[:, :1]
+    matters = size > NEGLIGIBLE * largest
+    matters = matters[:, :rank, None]
     root = (size / scale).sqrt()[:, None]  # each factor takes the root of a singular value
-    rank = matters.shape[1]
-    found_A = (right * root).mT[:, :rank].float()
-    found_B = (left * root)[..., :rank].float()
-    A[:, :rank] = torch.where(matters, found_A, A[:, :rank])
-    B[:, :, :rank] = found_B * matters.mT
+    found_A = (right * root).mT.float()
+    found_B = (left * root).float()
+    A[:, :rank] = torch.where(matters, found_A[:, :rank], A[:, :rank])
+    B[:, :, :rank] = found_B[..., :rank] * matters.mT
 
 
 def ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,17 +94,23 @@ def ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     R, P, _ = x.shape
     gram = x @ x.mT  # [R, P, P]
     lengths = gram.diagonal(dim1=-2, dim2=-1)
-    mean_length = (lengths.sum(-1) / (lengths > 0).sum(-1))[:, None, None]
+    positions = (lengths > 0).sum(-1)
+    mean_length = (lengths.sum(-1) / positions)[:, None, None]
     identity = torch.eye(P, dtype=x.dtype, device=x.device)
-    inverses = [
-        torch.linalg.inv(gram + strength * mean_length * identity) for strength in STRENGTHS
-    ]
+    inverses = []
+    for strength in STRENGTHS:
+        penalty = strength * mean_length * identity
+        inverses.append(torch.linalg.inv(gram + penalty))
     inverse = torch.stack(inverses)  # [S, R, P, P]
     dual = inverse @ y
-    left_out_errors = dual / inverse.diagonal(dim1=-2, dim2=-1)[..., None]  # without a fit for each
-    best = left_out_errors.square().sum((-2, -1)).argmin(0)  # [R]
-    dual = dual[best, torch.arange(R, device=x.device)]  # [R, P, out]: W = dual^T x
+    diagonal = inverse.diagonal(dim1=-2, dim2=-1)
+    left_out_errors = dual / diagonal[..., None]  # without a fit for each
+    errors = left_out_errors.square().sum((-2, -1))  # [S, R]
+    best = errors.argmin(0)
+    every_run = torch.arange(R, device=x.device)
+    dual = dual[best, every_run]  # [R, P, out]: W = dual^T x
     left, a = torch.linalg.qr(dual.mT)
     right, b = torch.linalg.qr(x.mT)
-    u, size, v = torch.linalg.svd(a @ b.mT, full_matrices=False)
+    core = a @ b.mT
+    u, size, v = torch.linalg.svd(core, full_matrices=False)
     return left @ u, size, right @ v.mT

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter, adapted
-from .batch import Batch, Row, Watch, by_length, collate
+from .batch import Batch, Row, Watch, by_length, collate, count_positions, join_groups
 from .generate import Decoding, responses
 from .labels import Scoring, label_scores
 from .losses import cross_entropy, soft_cross_entropy
@@ -31,24 +31,23 @@ def layer_asim(
     The mean is over all positions; `by_row` over those of a row, then over rows, as in the released scripts.
     """
     device = device_of(model)
-
-    lengths = [max(map(len, rows)) + 1 for rows in zip(*runs)]  # of the same row in all runs
+    R = len(runs)
+    lengths = [1 + max(map(len, rows)) for rows in zip(*runs)]  # of the same row in all runs
     total = 0
-    for group in by_length(lengths, budget // len(runs)):
+    for group in by_length(lengths, budget // R):
         some = [[rows[i] for i in group] for rows in runs]
         batch = collate(some).to(device)
         taps = Taps(batch.at)
         model(batch.ids, taps=taps, logits=False)
-        # [L, R, P / R]
-        similar = asim(taps.stack(), batch.activations).unflatten(1, (len(runs), -1))
+        similar = asim(taps.stack(), batch.activations)
+        similar = similar.unflatten(1, (R, -1))  # [L, R, P / R]
         if by_row:
-            total = total + (similar * batch.weights).sum(-1) * len(group)
+            means = (similar * batch.weights).sum(-1)
+            total = total + means * len(group)
         else:
-            total = total + (similar * (batch.weights > 0)).sum(-1)
-    if by_row:
-        counts = [len(rows) for rows in runs]
-    else:
-        counts = [sum(len(row.answer) for row in rows) for rows in runs]
+            real = batch.weights > 0
+            total = total + (similar * real).sum(-1)
+    counts = list(map(len if by_row else count_positions, runs))
     return (total / torch.tensor(counts, device=device)).T.cpu()
 
 
@@ -60,16 +59,17 @@ def answer_scores(
 
     An answer token among `ends`, each of which ends a text, counts with the probability of them all.
     """
-    groups = by_length([len(row) for row in rows], max(1, budget // runs))
-    found = []
+    groups = by_length(list(map(len, rows)), max(1, budget // runs))
+    parts = []
     for group in groups:
         some = [rows[i] for i in group]
         batch = collate([some] * runs).to(device_of(model))
-        loss = model(batch.ids, logits=batch.at, head=partial(answer_loss, batch, ends))  # [P]
-        by_row = loss.view(runs, -1).split([len(row.answer) for row in some], 1)
-        found.append(-torch.stack([part.mean(1) for part in by_row], 1).cpu())
-    order = torch.tensor(sum(groups, [])).argsort()
-    return torch.cat(found, 1)[:, order]
+        head = partial(answer_loss, batch, ends)
+        loss = model(batch.ids, logits=batch.at, head=head).view(runs, -1)  # [R, P / R]
+        sizes = [len(row.answer) for row in some]
+        means = [part.mean(1) for part in loss.split(sizes, 1)]
+        parts.append(-torch.stack(means, 1).cpu())
+    return join_groups(parts, groups, dim=1)
 
 
 def answer_loss(batch: Batch, ends: tuple[int, ...], states: Tensor, head: Tensor) -> Tensor:
@@ -77,12 +77,14 @@ def answer_loss(batch: Batch, ends: tuple[int, ...], states: Tensor, head: Tenso
     if batch.soft is not None:
         return soft_cross_entropy(states, head, batch.soft, batch.soft_ids)
     loss = cross_entropy(states, head, batch.targets)
-    ending = torch.isin(batch.targets, torch.tensor(ends, dtype=torch.int64, device=loss.device))
+    known_ends = torch.tensor(ends, dtype=torch.int64, device=loss.device)
+    ending = torch.isin(batch.targets, known_ends)
     if len(ends) > 1 and ending.any():
-        there = states[ending]
-        each = [
-            cross_entropy(there, head, torch.full_like(batch.targets[ending], end)) for end in ends
-        ]
+        targets = batch.targets[ending]
+        each = []
+        for end in ends:
+            this_end = torch.full_like(targets, end)
+            each.append(cross_entropy(states[ending], head, this_end))
         loss[ending] = -torch.stack(each).neg().logsumexp(0)
     return loss
 
@@ -99,22 +101,25 @@ def answer_texts(
     Every token that was generated counts: an EOS with the probability of all EOS tokens, or those of the stop text.
     """
     found = responses(model, tokenizer, prompts, how, watch)
-    said = [Row(prompt, response.generated) for prompt, response in zip(prompts, found)]
-    sure = answer_scores(model, said, ends=tokenizer.eos_ids)[0].exp()
-    return [tokenizer.decode(response.ids) for response in found], sure.tolist()
+    rows = []
+    for prompt, response in zip(prompts, found):
+        rows.append(Row(prompt, response.generated))
+    confidence = answer_scores(model, rows, ends=tokenizer.eos_ids)[0].exp()
+    texts = [tokenizer.decode(response.ids) for response in found]
+    return texts, confidence.tolist()
 
 
 @torch.no_grad()
 def last_states(model: Callable, prompts: list[list[int]], budget: int = 4096) -> Tensor:
     """The state [Q, D] that the last token of each prompt gives to the head, float32 on the CPU."""
-    groups = by_length([len(prompt) for prompt in prompts], budget)
-    found = []
+    groups = by_length(list(map(len, prompts)), budget)
+    parts = []
     for group in groups:
-        batch = collate([[Row(prompts[i], [0]) for i in group]]).to(device_of(model))
+        rows = [Row(prompts[i], [0]) for i in group]
+        batch = collate([rows]).to(device_of(model))
         states = model(batch.ids, logits=batch.at, head=keep_states)
-        found.append(states.float().cpu())
-    order = torch.tensor(sum(groups, [])).argsort()
-    return torch.cat(found)[order]
+        parts.append(states.float().cpu())
+    return join_groups(parts, groups, dim=0)
 
 
 def keep_states(states: Tensor, head: Tensor) -> Tensor:
@@ -138,17 +143,20 @@ def score(
 
         score(model, tokenizer, examples, ("0", "1"), lora, trained.theta)[0]["acc"]
     """
-    prompts = [e.prompt for e in examples]
-    tokens = tokenizer.label_tokens(prompts[0], labels)
+    prompts = [example.prompt for example in examples]
+    label_tokens = tokenizer.label_tokens(prompts[0], labels)
     how = Scoring(ends=tokenizer.eos_ids)
     if theta is None:
         student, ids = share_prefix(model, tokenizer, [list(demonstrations)], prompts)
-        scores = label_scores(student, ids, tokens, how)
+        scores = label_scores(student, ids, label_tokens, how)
     else:
+        ids = tokenizer.encode_all(prompts)
+        how = replace(how, runs=len(theta))
         with adapted(model, adapter, theta) as student:
-            scores = label_scores(
-                student, tokenizer.encode_all(prompts), tokens, replace(how, runs=len(theta))
-            )
-    gold = torch.tensor([e.label for e in examples])
-    each_run = zip(scores.confidence, scores.top == gold, scores.log_probabilities)
-    return [measure(*run, gold) for run in each_run]
+            scores = label_scores(student, ids, label_tokens, how)
+    gold = torch.tensor([example.label for example in examples])
+    found = []
+    for r in range(how.runs):
+        correct = scores.top[r] == gold
+        found.append(measure(scores.confidence[r], correct, scores.log_probabilities[r], gold))
+    return found

@@ -152,8 +152,8 @@ MUTANTS = {
     ],
     "ia2mini/labels.py": [
         (
-            "agreed[..., :1]), agreed[..., :-1])",
-            "agreed[..., :1]), agreed[..., 1:])",
+            "(always, agreed[..., :-1])",
+            "(always, agreed[..., 1:])",
             "labels several_tokens_equal",
         ),
         (
@@ -161,7 +161,11 @@ MUTANTS = {
             "masked_fill(self.real, 0.0)",
             "labels several_tokens_equal",
         ),
-        ("torch.where(self.closes, ending, said)", "said", "ends a_label_ends_with_any"),
+        (
+            "torch.where(self.closes, self.any_end(logits), said)",
+            "said",
+            "ends a_label_ends_with_any",
+        ),
     ],
     "ia2mini/prefix.py": [
         ("[prompt[:-1] for prompt in prompts]", "prompts", "evaluate one_query"),

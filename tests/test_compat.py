@@ -16,9 +16,10 @@ from ia2mini.batch import Row, collate
 from ia2mini.engine.options import Options
 from ia2mini.engine.peft import Merged
 from ia2mini.engine.subject import open_subject
-from ia2mini.labels import Scoring, label_scores, spellings
+from ia2mini.labels import Scoring, label_scores
 from ia2mini.scale.pack import in_one_batch, pack
 from ia2mini.scoring import layer_asim
+from ia2mini.study.scoring import spellings
 from ia2mini.study.study import compare
 from ia2mini.tasks import find_task
 from ia2mini.tokenizer import Tokenizer

@@ -6,7 +6,7 @@ R runs, S sets, Q evaluation rows, C labels, L layers, n rows on which attention
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..engine.experiment import Experiment
 from ..engine.options import UNTRAINED
 from ..engine.peft import Merged
 from ..generate import Decoding, generate
-from ..labels import Scoring, label_scores, spellings
+from ..labels import Scoring, label_scores
 from ..methods import BEHIND_DEMONSTRATIONS
 from ..metrics import fit_temperature
 from ..models.taps import device_of
@@ -27,6 +27,7 @@ from ..scale.decode import fast_decoding
 from ..scoring import layer_asim
 from ..tasks import Example, Task, same_answer
 from ..teacher import Asked, label_tokens_at_most, observe
+from ..tokenizer import Tokenizer
 from ..train import Trained
 from .cells import Cell
 
@@ -222,6 +223,19 @@ def spelled_labels(e: Evaluation) -> Tensor | None:
     if label_tokens_at_most(e.labels) > 1:
         return None
     return spellings(e.x.subject.tokenizer, e.task.labels, e.x.subject.model.config.vocab_size)
+
+
+@cache
+def spellings(tokenizer: Tokenizer, labels: tuple[str, ...], size: int) -> Tensor:
+    """For each of `size` tokens the label that its text is but for surrounding blanks, else -1, [V] int64.
+
+    So the paper's released scripts compare: " Friday" is "Friday".
+    """
+    places = {label.strip(): place for place, label in reversed(list(enumerate(labels)))}
+    known = min(size, tokenizer.backend.get_vocab_size())
+    texts = tokenizer.backend.decode_batch([[token] for token in range(known)])
+    found = [places.get(text.strip(), -1) for text in texts]
+    return torch.tensor(found + [-1] * (size - known))
 
 
 def scored_adapter(cell: Cell) -> Adapter:
