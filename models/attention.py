@@ -1,8 +1,8 @@
 """Keys and values of earlier tokens, and attention over them.
 
-`Cache` grows token by token, `Prefix` stands before every row, `Packed` keeps the documents of a row apart; each tells
-a layer through a `LayerCache` what its tokens see. B rows, T new tokens, H heads, K key/value heads, E head size,
-S earlier keys.
+`Cache` grows token by token, `Prefix` stands before every row, `Packed` keeps the documents of a row apart, `NoCache`
+has nothing of all this. Each tells a layer through a `LayerCache` what its tokens see. B rows, T new tokens, H heads,
+K key/value heads, E head size, S earlier keys.
 """
 
 from functools import cached_property
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SHORT = 256  # tokens of a row
-Past = tuple[Tensor, Tensor]  # a prefix's keys and values of one layer, [1, K, S, E] each
+KeysAndValues = tuple[Tensor, Tensor]  # of one layer, [B, K, S, E] each
 
 
 class LayerCache(NamedTuple):
@@ -21,11 +21,12 @@ class LayerCache(NamedTuple):
 
     # [B, 1, T, S], True where seen; None: each sees its own row up to itself
     mask: Tensor | None = None
-    stored: Past | None = None  # [B, K, S, E] each, written into …
+    stored: KeysAndValues | None = None  # new ones are written into these …
     slots: Tensor | None = None  # … at these places [B, T]
     kept: list[Tensor] | None = None  # is given keys and values as they are
+    prefix: KeysAndValues | None = None  # [1, K, S, E] each, seen by all rows
 
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, k: Tensor, v: Tensor) -> KeysAndValues:
         """Put new k, v [B, K, T, E] where they go; the keys and values to attend to."""
         if self.kept is not None:
             self.kept.extend((k, v))
@@ -35,10 +36,22 @@ class LayerCache(NamedTuple):
         keys, values = self.stored
         keys.scatter_(2, index, k)
         values.scatter_(2, index, v)
-        return (k, v) if self.mask is None else (keys, values)
+        if self.mask is None:
+            return k, v
+        return keys, values
 
 
-class Prefix:
+class NoCache:
+    """Rows that begin at their first token and are read at once."""
+
+    def positions(self, tokens: int, device) -> Tensor:
+        return torch.arange(tokens, device=device)
+
+    def layer(self, layer: int) -> LayerCache:
+        return LayerCache()
+
+
+class Prefix(NoCache):
     """Keys and values of the tokens that every row begins with: demonstrations, computed once.
 
     One [1, K, S, E] tensor of each a layer, shared by all rows. Filled by running the model on one row of ids [1, S]
@@ -52,10 +65,7 @@ class Prefix:
     def length(self) -> int:
         return self.layers[0][0].shape[2]
 
-    def positions(self, tokens: int, device) -> Tensor:
-        return torch.arange(tokens, device=device)
-
-    def past(self, layer: int) -> Past:
+    def past(self, layer: int) -> KeysAndValues:
         k, v, *_ = self.layers[layer]  # a checkpointed block computes them once more
         return k, v
 
@@ -63,6 +73,21 @@ class Prefix:
         assert layer == len(self.layers), "a prefix is filled by one pass over all layers"
         self.layers.append([])
         return LayerCache(kept=self.layers[-1])
+
+
+class Behind:
+    """A cache whose rows all stand behind a prefix."""
+
+    def __init__(self, prefix: Prefix, cache: "Cache | Packed | NoCache"):
+        self.prefix = prefix
+        self.cache = cache
+
+    def positions(self, tokens: int, device) -> Tensor:
+        return self.prefix.length + self.cache.positions(tokens, device)
+
+    def layer(self, layer: int) -> LayerCache:
+        own = self.cache.layer(layer)
+        return own._replace(prefix=self.prefix.past(layer))
 
 
 class Packed:
@@ -83,7 +108,10 @@ class Packed:
         """[B, 1, T, T], True where a token sees another."""
         asking = self.documents[:, None, :, None]
         asked = self.documents[:, None, None, :]
-        seen = asking == asked if self.sees is None else self.sees[asking, asked]
+        if self.sees is None:
+            seen = asking == asked
+        else:
+            seen = self.sees[asking, asked]
         return seen.tril()
 
     def positions(self, tokens: int, device) -> Tensor:
@@ -104,23 +132,28 @@ class Cache:
     def __init__(self, config, rows: int, capacity: int, like: Tensor, static: bool = False):
         """Room for `capacity` tokens of each row, in the dtype and on the device of `like`, a weight of the model."""
         shape = (rows, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros_like(k) for k in self.keys]
+        layers = range(config.num_hidden_layers)
+        self.keys = [like.new_zeros(shape) for _ in layers]
+        self.values = [like.new_zeros(shape) for _ in layers]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=like.device)
-        self.filled, self.static = 0, static  # slots that any row may have written
+        self.filled = 0  # slots that any row may have written
+        self.static = static
 
     def positions(self, tokens: int, device) -> Tensor:
         """Where the next `tokens` tokens of each row go: [B, T] int64."""
         fresh = self.filled == 0
         capacity = self.keys[0].shape[2]
-        self.filled = capacity if self.static and not fresh else self.filled + tokens
-        assert self.filled <= capacity, (
-            f"the cache holds {capacity} tokens a row, not {self.filled}"
-        )
-        self.slots = self.lengths[:, None] + torch.arange(tokens, device=device)
+        self.filled += tokens
+        if self.static and not fresh:
+            self.filled = capacity
+        full = f"the cache holds {capacity} tokens a row, not {self.filled}"
+        assert self.filled <= capacity, full
+        new = torch.arange(tokens, device=device)
+        self.slots = self.lengths[:, None] + new
         self.mask = None
         if not fresh:
-            seen = torch.arange(self.filled, device=device) <= self.slots[..., None]
+            earlier = torch.arange(self.filled, device=device)
+            seen = earlier <= self.slots[..., None]
             self.mask = seen[:, None]  # [B, 1, T, S]
         return self.slots
 
@@ -136,13 +169,12 @@ class Cache:
         self.lengths = self.lengths[rows]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, past: Past | None) -> Tensor:
-    """Grouped-query attention of q [B, H, T, E] over k, v [B, K, T, E], cached keys and a prefix: [B, H, T, E]."""
-    mask = cache and cache.mask
-    if cache is not None:
-        k, v = cache.update(k, v)
-    if past is not None:
-        return attend_behind(q, k, v, mask, *past)
+def attend(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache) -> Tensor:
+    """Grouped-query attention of q [B, H, T, E] over k, v [B, K, T, E] and what the cache has: [B, H, T, E]."""
+    k, v = cache.update(k, v)
+    mask = cache.mask
+    if cache.prefix is not None:
+        return attend_behind(q, k, v, mask, cache.prefix)
     if mask is not None and q.is_cuda:
         return folded(q, k, v, mask)
     if q.is_cuda and q.dtype == torch.float32:
@@ -150,8 +182,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, past: Past
     if q.requires_grad and slow_backward(q):
         return written_out(q, k, v, mask)
     # right padding needs no mask: a real token never sees the padding behind it
+    causal = mask is None
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True
     )
 
 
@@ -160,44 +193,64 @@ def slow_backward(q: Tensor) -> bool:
 
     Longer rows would keep too many scores.
     """
-    return q.device.type == "cpu" and q.dtype != torch.float32 and q.shape[2] <= SHORT
+    half_on_cpu = q.device.type == "cpu" and q.dtype != torch.float32
+    return half_on_cpu and q.shape[2] <= SHORT
+
+
+def causal_mask(q: Tensor) -> Tensor:
+    """[T, T], True where a token of q [B, H, T, E] sees another."""
+    T = q.shape[2]
+    everything = torch.ones(T, T, dtype=torch.bool, device=q.device)
+    return everything.tril()
+
+
+def by_key_head(x: Tensor, K: int) -> Tensor:
+    """x [B, H, T, n] as [B, K, H / K * T, n]: the heads that share a key/value head stand together."""
+    B, _, _, n = x.shape
+    return x.reshape(B, K, -1, n)
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """As `attend`, in three operations that autograd takes back one by one: scores, softmax, sum of values."""
     B, H, T, E = q.shape
     K = k.shape[1]
-    # the heads that share a key/value head stand together
-    scores = (q.reshape(B, K, H // K * T, E) * E**-0.5) @ k.mT
     if mask is None:
-        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-    hidden = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
-    shares = (scores.view(B, H, T, -1) + hidden).softmax(-1)  # summed in float32
-    return (shares.view(B, K, H // K * T, -1) @ v).view(B, H, T, E)
+        mask = causal_mask(q)
+    scaled = by_key_head(q, K) * E**-0.5
+    scores = scaled @ k.mT
+    zeros = torch.zeros_like(mask, dtype=q.dtype)
+    hidden = zeros.masked_fill(~mask, -torch.inf)
+    scores = scores.view(B, H, T, -1) + hidden
+    weights = scores.softmax(-1)  # summed in float32
+    z = by_key_head(weights, K) @ v
+    return z.view(B, H, T, E)
 
 
 def attend_behind(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, k0: Tensor, v0: Tensor
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, prefix: KeysAndValues
 ) -> Tensor:
-    """As `attend`, behind a prefix with keys and values k0, v0 [1, K, S, E]: one softmax over these and own keys.
+    """As `attend`, behind keys and values [1, K, S, E] of a prefix: one softmax over these and own keys.
 
     All rows share the prefix: its keys and values are multiplied with all of them at once, never copied.
     """
     B, H, T, E = q.shape
-    K, S = k0.shape[1:3]
-    # the heads that share a key/value head stand together
-    q = q.reshape(B, K, H // K * T, E) * E**-0.5
-    before = all_rows(q) @ k0[0].mT  # [K, B * H / K * T, S]
-    before = by_row(before, B).reshape(B, H, T, S)
-    own = (q @ k.mT).view(B, H, T, -1)
+    K = k.shape[1]
+    prefix_keys, prefix_values = prefix
     if mask is None:
-        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-    scores = torch.cat((before, own.masked_fill(~mask, -torch.inf)), -1)
-    shares = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
-    before, own = shares.split((S, own.shape[-1]), -1)
-    z = all_rows(before.reshape(B, K, -1, S)) @ v0[0]  # [K, B * H / K * T, E]
-    z = by_row(z, B).reshape(B, H, T, E)
-    return z + (own.reshape(B, K, -1, own.shape[-1]) @ v).view(B, H, T, E)
+        mask = causal_mask(q)
+    scaled = by_key_head(q, K) * E**-0.5
+    before = all_rows(scaled) @ prefix_keys[0].mT  # [K, B * H / K * T, S]
+    before = by_row(before, B).reshape(B, H, T, -1)
+    own = (scaled @ k.mT).view(B, H, T, -1)
+    own = own.masked_fill(~mask, -torch.inf)
+    sizes = [before.shape[-1], own.shape[-1]]
+    scores = torch.cat((before, own), -1)
+    weights = scores.softmax(-1, dtype=torch.float32)
+    before, own = weights.to(q.dtype).split(sizes, -1)
+    z_before = all_rows(by_key_head(before, K)) @ prefix_values[0]  # [K, B * H / K * T, E]
+    z_before = by_row(z_before, B).reshape(B, H, T, E)
+    z_own = by_key_head(own, K) @ v
+    return z_before + z_own.view(B, H, T, E)
 
 
 def all_rows(x: Tensor) -> Tensor:
@@ -215,11 +268,12 @@ def folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
     A GPU's fused kernel that takes a mask refuses `enable_gqa`, and PyTorch would fall back to whole score matrices.
     """
-    K, shared = k.shape[1], q.shape[1] // k.shape[1]
-    rows = q.reshape(q.shape[0], K, -1, q.shape[-1])  # [B, K, H / K * T, E]
-    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask.repeat(1, 1, shared, 1)).view(
-        q.shape
-    )
+    K = k.shape[1]
+    shared = q.shape[1] // K
+    mask = mask.repeat(1, 1, shared, 1)
+    q_rows = by_key_head(q, K)
+    z = F.scaled_dot_product_attention(q_rows, k, v, attn_mask=mask)
+    return z.view(q.shape)
 
 
 def expanded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""What both families share to the letter: norm, linear with a seam for adapters, rotary, taps.
+"""What all families share to the letter: norm, linear with a seam for adapters, rotary.
 
-Shape letters: B rows, T tokens, P chosen positions, L layers, D hidden, H heads, E head size, V vocabulary.
+B rows, T tokens, D hidden, H heads, E head size.
 """
 
 import math
@@ -33,20 +33,27 @@ class Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        D = x.shape[-1]
         wide = x.float()
-        inverse = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]
+        mean_square = torch.linalg.vecdot(wide, wide).div_(D)
+        inverse = mean_square.add_(eps).rsqrt_()[..., None]
         ctx.save_for_backward(x, weight, inverse)
         return (wide * inverse).to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
-        wide, scaled = x.float(), (grad * weight).float()
-        along = torch.linalg.vecdot(scaled, wide)[..., None] * (inverse**3 / -x.shape[-1])
+        D = x.shape[-1]
+        wide = x.float()
+        scaled = (grad * weight).float()
+        dot = torch.linalg.vecdot(scaled, wide)[..., None]
+        along = dot * (inverse**3 / -D)
+        grad_x = scaled.mul_(inverse).addcmul_(wide, along).to(x.dtype)
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad * (wide * inverse).to(x.dtype)).flatten(0, -2).sum(0)
-        return scaled.mul_(inverse).addcmul_(wide, along).to(x.dtype), grad_weight, None
+            normalised = (wide * inverse).to(x.dtype)
+            grad_weight = (grad * normalised).flatten(0, -2).sum(0)
+        return grad_x, grad_weight, None
 
 
 class Linear(nn.Linear):
@@ -55,7 +62,9 @@ class Linear(nn.Linear):
     adapter: Callable | None = None  # no parameter: names stay the checkpoint's own
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) if self.adapter is None else self.adapter(self.base, x)
+        if self.adapter is None:
+            return self.base(x)
+        return self.adapter(self.base, x)
 
     def base(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -72,7 +81,8 @@ class Head(nn.Linear):
     """The map to logits, without a seam."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dim() == 2 and 6 <= len(x) <= 16:
+        few_tokens = x.dim() == 2 and 6 <= len(x) <= 16
+        if few_tokens and x.device.type == "cpu":
             return (self.weight @ x.mT).mT  # a batch that decodes: up to twice as fast so
         return F.linear(x, self.weight)
 
@@ -86,23 +96,31 @@ class Rope:
 
     def inverse_frequencies(self, head_dim: int, device) -> Tensor:
         """Radians per position of each pair of coordinates, float32 [E/2]; as `_compute_llama3_parameters` upstream."""
-        inv = 1.0 / self.theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
+        pairs = torch.arange(0, head_dim, 2, device=device).float()
+        inverse = 1.0 / self.theta ** (pairs / head_dim)
         if self.scaling is None:
-            return inv
+            return inverse
         factor, low, high, context = (self.scaling[name] for name in LLAMA3)
-        turns = context * inv / (2 * math.pi)  # full turns within the original context
-        # 0: slowed down by `factor`; 1: left as it is
-        smooth = ((turns - low) / (high - low)).clamp(0, 1)
-        return inv * (smooth + (1 - smooth) / factor)
+        turns = context * inverse / (2 * math.pi)  # full turns within the original context
+        smooth = (turns - low) / (high - low)
+        smooth = smooth.clamp(0, 1)  # 0: slowed down by `factor`; 1: left as it is
+        return inverse * (smooth + (1 - smooth) / factor)
 
     def at(self, positions: Tensor, head_dim: int, dtype: torch.dtype) -> Rotation:
         """What `rotate` needs for positions [T] or [B, T]: cos and signed sin, each [(B, 1,) T, E] in `dtype`."""
-        angles = positions[..., None].float() * self.inverse_frequencies(head_dim, positions.device)
-        angles = angles if positions.dim() == 1 else angles[:, None]
-        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        frequencies = self.inverse_frequencies(head_dim, positions.device)
+        angles = positions[..., None].float() * frequencies
+        if positions.dim() == 2:
+            angles = angles[:, None]  # for all heads
+        cos = angles.cos().to(dtype)
+        sin = angles.sin().to(dtype)
+        both_cos = torch.cat((cos, cos), -1)
+        both_sin = torch.cat((-sin, sin), -1)
+        return both_cos, both_sin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x [B, H, T, E], split-halves layout: coordinate i pairs with i + E/2."""
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+    half = x.shape[-1] // 2
+    partner = x.roll(half, -1)
+    return x * cos + partner * sin

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Cache, LayerCache, Packed, Past, Prefix, attend
+from .attention import Behind, Cache, LayerCache, NoCache, Packed, Prefix, attend
 from .layers import Embedding, Head, Linear, RMSNorm, Rope, Rotation, rotate
 from .taps import At, Taps
 
@@ -35,9 +35,8 @@ class Config:
     tie_word_embeddings: bool = False  # 3.2 1B and 3B share head and embedding
     attention_bias: bool = False
     attention_out_bias: bool | None = None  # of o_proj; None: as attention_bias. Qwen2, Seed-OSS
-    no_rope_layers: tuple[
-        int, ...
-    ] = ()  # of each layer 1: rotary, 0: none; empty: all rotate. SmolLM3
+    # of each layer 1: rotary, 0: none; empty: all rotate. SmolLM3
+    no_rope_layers: tuple[int, ...] = ()
     # what embeddings, scores of attention, and each half of a block are multiplied with. Granite
     embedding_multiplier: float = 1.0
     attention_multiplier: float | None = None  # None: 1 / sqrt(head_dim)
@@ -48,12 +47,9 @@ class Config:
     model_type: str = "llama"
 
     def __post_init__(self):
-        object.__setattr__(
-            self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads
-        )
-        object.__setattr__(
-            self, "head_dim", self.head_dim or self.hidden_size // self.num_attention_heads
-        )
+        heads = self.num_attention_heads
+        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or heads)
+        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // heads)
         if self.attention_out_bias is None:
             object.__setattr__(self, "attention_out_bias", self.attention_bias)
 
@@ -61,8 +57,11 @@ class Config:
 class Attention(nn.Module):
     def __init__(self, config: Config, layer: int = 0):
         super().__init__()
-        D, E = config.hidden_size, config.head_dim
-        H, K, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
+        D = config.hidden_size
+        E = config.head_dim
+        H = config.num_attention_heads
+        K = config.num_key_value_heads
+        bias = config.attention_bias
         self.head_dim = E
         self.q_proj = Linear(D, H * E, bias=bias)
         self.k_proj = Linear(D, K * E, bias=bias)
@@ -73,17 +72,16 @@ class Attention(nn.Module):
         if config.attention_multiplier is not None:
             self.scale = config.attention_multiplier * E**0.5
 
-    def forward(
-        self, x: Tensor, rope: Rotation, cache: LayerCache | None, past: Past | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Rotation, cache: LayerCache) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H, T, E]
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, E]
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, E]
+        by_head = (B, T, -1, self.head_dim)
+        q = self.q_proj(x).view(by_head).transpose(1, 2)  # [B, H, T, E]
+        k = self.k_proj(x).view(by_head).transpose(1, 2)  # [B, K, T, E]
+        v = self.v_proj(x).view(by_head).transpose(1, 2)  # [B, K, T, E]
         if self.rotates:
             q = rotate(q, *rope)
             k = rotate(k, *rope)
-        z = attend(times(q, self.scale), k, v, cache, past)  # [B, H, T, E]
+        z = attend(times(q, self.scale), k, v, cache)  # [B, H, T, E]
         return self.o_proj(z.transpose(1, 2).reshape(B, T, -1))  # [B, T, D]
 
 
@@ -112,11 +110,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def attention_output(
-        self, x: Tensor, rope: Rotation, cache: LayerCache | None, past: Past | None
-    ) -> Tensor:
+    def attention_output(self, x: Tensor, rope: Rotation, cache: LayerCache) -> Tensor:
         """What this block's attention adds to the residual stream x [B, T, D]; the tensor that IA2 aligns."""
-        a = self.self_attn(self.input_layernorm(x), rope, cache, past)
+        a = self.self_attn(self.input_layernorm(x), rope, cache)
         return times(a, self.residual_multiplier)
 
     def mlp_output(self, x: Tensor) -> Tensor:
@@ -128,7 +124,8 @@ class Llama(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, self.model = config, nn.ModuleDict()
+        self.config = config
+        self.model = nn.ModuleDict()
         self.model["embed_tokens"] = Embedding(config.vocab_size, config.hidden_size)
         layers = range(config.num_hidden_layers)
         self.model["layers"] = nn.ModuleList(Block(config, layer) for layer in layers)
@@ -159,14 +156,15 @@ class Llama(nn.Module):
         """
         x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)  # [B, T, D]
         x = times(x, self.config.embedding_multiplier)
-        before = prefix.length if prefix else 0
-        positions = before + (cache or Prefix()).positions(x.shape[1], x.device)
+        cache = cache or NoCache()
+        if prefix is not None:
+            cache = Behind(prefix, cache)
+        positions = cache.positions(x.shape[1], x.device)
         rope = self.config.rope.at(positions, self.config.head_dim, x.dtype)
         last = len(self.model.layers) - 1
         stop = last if taps is None else taps.last(last + 1)
         for layer, block in enumerate(self.model.layers):
-            seen, past = cache and cache.layer(layer), prefix and prefix.past(layer)
-            a = block.attention_output(x, rope, seen, past)  # [B, T, D]: the attention output
+            a = block.attention_output(x, rope, cache.layer(layer))  # [B, T, D]: attention output
             x = x + a
             if taps is not None:
                 taps.record(layer, a, x)
@@ -176,4 +174,6 @@ class Llama(nn.Module):
                 x = x[logits]  # [P, D]: from here on only the positions asked for
             x = x + block.mlp_output(x)
         x = times(self.model.norm(x), 1 / self.config.logits_scaling)
-        return self.lm_head(x) if head is None else head(x, self.lm_head.weight)
+        if head is None:
+            return self.lm_head(x)
+        return head(x, self.lm_head.weight)

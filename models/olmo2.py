@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import layers
-from .attention import Cache, LayerCache, Packed, Past, Prefix, attend
+from .attention import Behind, Cache, LayerCache, NoCache, Packed, Prefix, attend
 from .layers import Embedding, Head, Linear, Rope, Rotation, rotate
 from .qwen3 import MLP
 from .taps import At, Taps
@@ -67,16 +67,15 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(H * E, config.rms_norm_eps)
         self.k_norm = RMSNorm(K * E, config.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, rope: Rotation, cache: LayerCache | None, past: Past | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Rotation, cache: LayerCache) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x)).view(B, T, -1, self.head_dim).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x)).view(B, T, -1, self.head_dim).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, E]
+        by_head = (B, T, -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x)).view(by_head).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x)).view(by_head).transpose(1, 2)
+        v = self.v_proj(x).view(by_head).transpose(1, 2)  # [B, K, T, E]
         q = rotate(q, *rope).to(v.dtype)  # [B, H, T, E]
         k = rotate(k, *rope).to(v.dtype)  # [B, K, T, E]
-        z = attend(q, k, v, cache, past)  # [B, H, T, E]
+        z = attend(q, k, v, cache)  # [B, H, T, E]
         return self.o_proj(z.transpose(1, 2).reshape(B, T, -1))  # [B, T, D]
 
 
@@ -88,11 +87,9 @@ class Block(nn.Module):
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def attention_output(
-        self, x: Tensor, rope: Rotation, cache: LayerCache | None, past: Past | None
-    ) -> Tensor:
+    def attention_output(self, x: Tensor, rope: Rotation, cache: LayerCache) -> Tensor:
         """What this block's attention adds to the residual stream x [B, T, D]; the tensor that IA2 aligns."""
-        return self.post_attention_layernorm(self.self_attn(x, rope, cache, past))
+        return self.post_attention_layernorm(self.self_attn(x, rope, cache))
 
     def mlp_output(self, x: Tensor) -> Tensor:
         return self.post_feedforward_layernorm(self.mlp(x))
@@ -106,7 +103,8 @@ class Olmo2(nn.Module):
         self.config = config
         self.model = nn.ModuleDict()
         self.model["embed_tokens"] = Embedding(config.vocab_size, config.hidden_size)
-        self.model["layers"] = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        blocks = [Block(config) for _ in range(config.num_hidden_layers)]
+        self.model["layers"] = nn.ModuleList(blocks)
         self.model["norm"] = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
@@ -126,14 +124,15 @@ class Olmo2(nn.Module):
     ) -> Tensor | None:
         """Logits for right-padded `ids`; arguments and result are those of `Llama.forward`."""
         x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)  # [B, T, D]
-        before = prefix.length if prefix else 0
-        positions = before + (cache or Prefix()).positions(x.shape[1], x.device)
+        cache = cache or NoCache()
+        if prefix is not None:
+            cache = Behind(prefix, cache)
+        positions = cache.positions(x.shape[1], x.device)
         rope = self.config.rope.at(positions, self.config.head_dim, torch.float32)
         last = len(self.model.layers) - 1
         stop = last if taps is None else taps.last(last + 1)
         for layer, block in enumerate(self.model.layers):
-            seen, past = cache and cache.layer(layer), prefix and prefix.past(layer)
-            a = block.attention_output(x, rope, seen, past)  # [B, T, D]: the attention output
+            a = block.attention_output(x, rope, cache.layer(layer))  # [B, T, D]: attention output
             x = x + a
             if taps is not None:
                 taps.record(layer, a, x)
@@ -143,4 +142,6 @@ class Olmo2(nn.Module):
                 x = x[logits]  # [P, D]: from here on only the positions asked for
             x = x + block.mlp_output(x)
         x = self.model.norm(x)
-        return self.lm_head(x) if head is None else head(x, self.lm_head.weight)
+        if head is None:
+            return self.lm_head(x)
+        return head(x, self.lm_head.weight)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Cache, LayerCache, Packed, Past, Prefix, attend
+from .attention import Behind, Cache, LayerCache, NoCache, Packed, Prefix, attend
 from .layers import Embedding, Head, Linear, RMSNorm, Rope, Rotation, rotate
 from .taps import At, Taps
 
@@ -44,8 +44,11 @@ class Config:
 class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        D, E = config.hidden_size, config.head_dim
-        H, K, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
+        D = config.hidden_size
+        E = config.head_dim
+        H = config.num_attention_heads
+        K = config.num_key_value_heads
+        bias = config.attention_bias
         self.head_dim = E
         self.q_proj = Linear(D, H * E, bias=bias)
         self.k_proj = Linear(D, K * E, bias=bias)
@@ -54,16 +57,15 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(E, config.rms_norm_eps)
         self.k_norm = RMSNorm(E, config.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, rope: Rotation, cache: LayerCache | None, past: Past | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Rotation, cache: LayerCache) -> Tensor:
         B, T, _ = x.shape
-        # [B, H, T, E]
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
-        # [B, K, T, E]
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, E]
-        z = attend(rotate(q, *rope), rotate(k, *rope), v, cache, past)  # [B, H, T, E]
+        by_head = (B, T, -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).view(by_head)).transpose(1, 2)  # [B, H, T, E]
+        k = self.k_norm(self.k_proj(x).view(by_head)).transpose(1, 2)  # [B, K, T, E]
+        v = self.v_proj(x).view(by_head).transpose(1, 2)  # [B, K, T, E]
+        q = rotate(q, *rope)
+        k = rotate(k, *rope)
+        z = attend(q, k, v, cache)  # [B, H, T, E]
         return self.o_proj(z.transpose(1, 2).reshape(B, T, -1))  # [B, T, D]
 
 
@@ -86,11 +88,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
-    def attention_output(
-        self, x: Tensor, rope: Rotation, cache: LayerCache | None, past: Past | None
-    ) -> Tensor:
+    def attention_output(self, x: Tensor, rope: Rotation, cache: LayerCache) -> Tensor:
         """What this block's attention adds to the residual stream x [B, T, D]; the tensor that IA2 aligns."""
-        return self.self_attn(self.input_layernorm(x), rope, cache, past)
+        return self.self_attn(self.input_layernorm(x), rope, cache)
 
     def mlp_output(self, x: Tensor) -> Tensor:
         return self.mlp(self.post_attention_layernorm(x))
@@ -101,9 +101,11 @@ class Qwen3(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, self.model = config, nn.ModuleDict()
+        self.config = config
+        self.model = nn.ModuleDict()
         self.model["embed_tokens"] = Embedding(config.vocab_size, config.hidden_size)
-        self.model["layers"] = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        blocks = [Block(config) for _ in range(config.num_hidden_layers)]
+        self.model["layers"] = nn.ModuleList(blocks)
         self.model["norm"] = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
@@ -130,14 +132,15 @@ class Qwen3(nn.Module):
         of the map to logits, weight [V, D]: its result is returned.
         """
         x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)  # [B, T, D]
-        before = prefix.length if prefix else 0
-        positions = before + (cache or Prefix()).positions(x.shape[1], x.device)
+        cache = cache or NoCache()
+        if prefix is not None:
+            cache = Behind(prefix, cache)
+        positions = cache.positions(x.shape[1], x.device)
         rope = self.config.rope.at(positions, self.config.head_dim, x.dtype)
         last = len(self.model.layers) - 1
         stop = last if taps is None else taps.last(last + 1)
         for layer, block in enumerate(self.model.layers):
-            seen, past = cache and cache.layer(layer), prefix and prefix.past(layer)
-            a = block.attention_output(x, rope, seen, past)  # [B, T, D]: the attention output
+            a = block.attention_output(x, rope, cache.layer(layer))  # [B, T, D]: attention output
             x = x + a
             if taps is not None:
                 taps.record(layer, a, x)
@@ -147,4 +150,6 @@ class Qwen3(nn.Module):
                 x = x[logits]  # [P, D]: from here on only the positions asked for
             x = x + block.mlp_output(x)
         x = self.model.norm(x)
-        return self.lm_head(x) if head is None else head(x, self.lm_head.weight)
+        if head is None:
+            return self.lm_head(x)
+        return head(x, self.lm_head.weight)

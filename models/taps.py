@@ -28,14 +28,18 @@ class Taps:
     def __init__(
         self, at: At | None = None, layers: list[int] | None = None, residual: bool = False
     ):
-        self.at, self.layers, self.residual = at, layers, residual
+        self.at = at
+        self.layers = layers
+        self.residual = residual
         self.outputs: dict[int, Tensor] = {}
 
     def record(self, layer: int, attention_output: Tensor, stream: Tensor) -> None:
         """Keep layer `layer`'s attention output [B, T, D], or the `stream` after it, where it was asked for."""
         if self.layers is None or layer in self.layers:
             wanted = stream if self.residual else attention_output
-            self.outputs[layer] = wanted if self.at is None else wanted[self.at]
+            if self.at is not None:
+                wanted = wanted[self.at]
+            self.outputs[layer] = wanted
 
     def last(self, layers: int) -> int:
         """The last layer asked for, in a model of `layers` layers."""
@@ -49,7 +53,8 @@ class Taps:
 
     def each(self) -> list[Tensor]:
         """The attention outputs, a tensor a layer, in the order of `layers`."""
-        return [self.outputs[i] for i in (self.layers or sorted(self.outputs))]
+        order = self.layers or sorted(self.outputs)
+        return [self.outputs[layer] for layer in order]
 
     def stack(self) -> Tensor:
         return torch.stack(self.each())

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from ia2mini.models import attention
+from ia2mini.models.attention import LayerCache
 
 B, H, K, T, E = 3, 6, 2, 9, 4
 
@@ -68,8 +69,8 @@ def test_only_short_rows_in_half_precision_are_written_out(monkeypatch, dtype, t
     monkeypatch.setattr(attention, "written_out", counted)
     q = torch.randn(1, 2, tokens, 4, dtype=dtype, requires_grad=True)
     k = torch.randn(1, 1, tokens, 4, dtype=dtype)
-    attention.attend(q, k, k, None, None)
+    attention.attend(q, k, k, LayerCache())
     assert bool(calls) == is_written
     calls.clear()
-    attention.attend(q.detach(), k, k, None, None)
+    attention.attend(q.detach(), k, k, LayerCache())
     assert not calls  # nothing to take back: the fused kernel is as fast

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ia2mini.models import Taps, load
-from ia2mini.models.attention import attend, expanded, folded
+from ia2mini.models.attention import LayerCache, attend, expanded, folded
 from reference import make_checkpoint, make_rows, random_ids, relative, starts
 from test_train import adam_step
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -144,9 +144,9 @@ def test_attention_with_copied_heads_is_attention_with_shared_ones(heads, shared
 def test_float32_attention_has_a_fused_kernel():
     q, k, v = (torch.randn(2, heads, 40, 64, device=DEVICE) for heads in (8, 2, 2))
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-        fused = attend(q, k, v, None, None)
+        fused = attend(q, k, v, LayerCache())
     with sdpa_kernel(SDPBackend.MATH):
-        assert relative(fused, attend(q, k, v, None, None)) < 1e-3
+        assert relative(fused, attend(q, k, v, LayerCache())) < 1e-3
 
 
 @only_gpu

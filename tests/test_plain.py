@@ -40,9 +40,6 @@ DENSE = {  # sums, indices and shapes: a line of arithmetic has more tokens
     "ia2mini/scale/pack.py",
     "ia2mini/study/scoring.py",
     "ia2mini/study/table.py",
-    "models/attention.py",
-    "models/layers.py",
-    "models/qwen3.py",
 }
 LAYOUT = (
     tokenize.COMMENT,
