@@ -13,7 +13,7 @@ from .batch import Row, collate
 from .episode import seeded
 from .ridge import solve
 from .teacher import Taught
-from .train import Hooks, Runs, Settings, Trained, summed_losses, train
+from .train import Hooks, Runs, Settings, State, Trained, summed_losses, train
 
 TRUTH = "truth"  # the rows with their true answers
 ICL = "icl"  # the rows with the teacher's responses
@@ -81,9 +81,9 @@ class Grid:
         }
         rates = torch.tensor([rate for _, rate, _ in configs])
         runs = Runs(theta, rates, train_rows, dev_rows, weights, orders)
-        found = self.trainer(
-            self.model, self.adapter, runs, self.settings, hooks=self.hooks
-        ).trained()
+        state = State.begin(theta)
+        state = self.trainer(self.model, self.adapter, runs, self.settings, state, self.hooks)
+        found = state.trained()
         if start is not None:
             found.steps += start.steps
         return found

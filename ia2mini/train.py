@@ -5,14 +5,12 @@ R runs, M weights of a run, B rows of a run in a step.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from . import UsageError
 from .adapters import Adapter, adapted
 from .batch import Batch, Row, collate, send
 from .losses import (
@@ -63,18 +61,6 @@ class Runs:
     def __len__(self) -> int:
         return len(self.rates)
 
-    def take(self, runs: Tensor) -> "Runs":
-        """Only these runs (int64 indices on the CPU), in this order."""
-        chosen = runs.tolist()
-        return Runs(
-            theta=self.theta[send(runs, self.theta.device)],
-            rates=self.rates[chosen],
-            train=[self.train[r] for r in chosen],
-            dev=[self.dev[r] for r in chosen],
-            mix={loss: weight[send(runs, weight.device)] for loss, weight in self.mix.items()},
-            order=[self.order[r] for r in chosen],
-        )
-
 
 @dataclass
 class Trained:
@@ -101,7 +87,7 @@ class Trained:
 
 @dataclass
 class State:
-    """Training so far. It can be taken apart by runs, put together again, and gone on with."""
+    """Training so far: it can be gone on with, by some of the runs too (`scale.parts`)."""
 
     # [R] int64, which of all runs each one is; on the CPU, as all but theta, m, v, t and best_theta
     index: Tensor
@@ -136,26 +122,6 @@ class State:
             broken=torch.zeros(R, dtype=torch.int64),
             going=torch.ones(R, dtype=torch.bool),
         )
-
-    def per_run(self) -> dict[str, Tensor]:
-        """The fields that have a row for each run."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("t", "step")}
-
-    def take(self, places: Tensor) -> "State":
-        """A copy of the runs at these places (int64 on the CPU)."""
-        taken = {
-            name: values.detach()[send(places, values.device)]
-            for name, values in self.per_run().items()
-        }
-        taken["theta"].requires_grad_()
-        return State(**taken, t=self.t.clone(), step=self.step)
-
-    def put(self, places: Tensor, part: "State") -> None:
-        """Take over what the runs at these places have become in `part`."""
-        for name, values in self.per_run().items():
-            values.detach()[send(places, values.device)] = getattr(part, name).detach()
-        self.t = part.t
-        self.step = part.step
 
     @torch.no_grad()
     def note(self, losses: Tensor, settings: Settings) -> None:
@@ -366,21 +332,3 @@ def summed_losses(
         else:
             total.index_add_(0, batch.runs, found)
     return total
-
-
-def warn_of_failed(method: str, found: Trained, names: list[str], sets: int) -> list[str]:
-    """A warning, returned too, that names the runs of which a loss was not finite; the R runs are `sets` × rates.
-
-    Raises UsageError where no rate is left that did not fail in any set.
-    """
-    told = [f"{name} {trouble}" for name, trouble in zip(names, found.troubles()) if trouble]
-    if not found.dev_loss.isfinite().view(sets, -1).all(0).any():
-        mend = "use lower --rates or --dtype float32"
-        raise UsageError(
-            f"training {method} gave no rate a finite loss throughout ({told[0]}, …); {mend}"
-        )
-    if not told:
-        return []
-    line = f"{method}: {'; '.join(told)}"
-    warnings.warn(line, stacklevel=2)
-    return [line]

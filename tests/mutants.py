@@ -86,9 +86,11 @@ MUTANTS = {
             "train patience_counts",
         ),
         ("self.misses[better] = 0", "pass", "train patience_counts"),
+    ],
+    "ia2mini/scale/parts.py": [
         (
-            "self.dev[r] for r in chosen",
-            "self.dev[r] for r in range(len(chosen))",
+            "runs.dev[r] for r in chosen",
+            "runs.dev[r] for r in range(len(chosen))",
             "train stop_at_different_steps",
         ),
     ],

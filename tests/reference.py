@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from ia2mini.adapters import LoRA, unpack
 from ia2mini.batch import Row
+from ia2mini.train import DEFAULTS, NO_HOOKS, Runs, State
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -303,3 +304,12 @@ def starts(adapter, model, runs: int) -> torch.Tensor:
 def in_order(run: int, epoch: int) -> list[int]:
     """The order of a run's four rows in an epoch."""
     return np.random.default_rng([run, epoch]).permutation(4).tolist()
+
+
+def from_start(trainer):
+    """A trainer of scale/, called as `train` is in a notebook: without a state to go on with."""
+
+    def train(model, adapter, runs: Runs, settings=DEFAULTS, hooks=NO_HOOKS) -> State:
+        return trainer(model, adapter, runs, settings, State.begin(runs.theta), hooks)
+
+    return train

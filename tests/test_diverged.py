@@ -13,6 +13,7 @@ from shipping import shipping
 from test_train import ADAPTERS, TRAINERS
 
 from ia2mini import FitOptions, fit, open_subject
+from ia2mini.engine.experiment import warn_of_failed
 from ia2mini.engine.options import Options
 from ia2mini.fitting.crossval import CrossValidation
 from ia2mini.fitting.fit import read_own
@@ -22,7 +23,7 @@ from ia2mini.report.fit import write_fit_table
 from ia2mini.scale.pack import in_batches
 from ia2mini.study.study import compare
 from ia2mini.tasks import find_task, world
-from ia2mini.train import Hooks, Runs, Settings, State, Trained, warn_of_failed
+from ia2mini.train import Hooks, Runs, Settings, State, Trained
 
 NAN, INF = torch.nan, torch.inf
 SMALL = Options(n=(2,), sets=2, epochs=6, eval_rows=3, methods=("icl", "sft", "ia2", "ia2-sft"))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from commands import invoke
 from pretend_gpu import pretended_gpu
-from reference import in_order, make_checkpoint, make_rows, relative, starts
+from reference import from_start, in_order, make_checkpoint, make_rows, relative, starts
 
 import ia2mini.train
 from ia2mini import UsageError
@@ -128,7 +128,7 @@ def test_runs_are_halved_on_a_cpu_too(model, monkeypatch, failing):
         return plain(student, batch, *more)
 
     monkeypatch.setattr(ia2mini.train, "losses", losses)
-    train_in_parts = within_memory(train)
+    train_in_parts = from_start(within_memory(train))
     with pytest.warns(UserWarning, match="out of memory with 5 runs side by side; going on with 2"):
         found = train_in_parts(model, adapter, runs, settings).trained()
     assert relative(found.theta, whole.theta) < 1e-5 and torch.equal(found.steps, whole.steps)

@@ -7,7 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ia2mini.models import load
-from reference import EOS, MIXES, in_order, make_checkpoint, make_rows, random_ids, starts
+from reference import (
+    EOS,
+    MIXES,
+    from_start,
+    in_order,
+    make_checkpoint,
+    make_rows,
+    random_ids,
+    starts,
+)
 from tape import Tape
 
 import ia2mini.train
@@ -19,6 +28,7 @@ from ia2mini.scale.blocks import checkpoint_blocks
 from ia2mini.scale.decode import fast_decoding
 from ia2mini.scale.memory import within_memory
 from ia2mini.scale.pack import in_batches
+from ia2mini.scale.parts import take_runs
 from ia2mini.scale.shrink import shrinking
 from ia2mini.tokenizer import Tokenizer
 from ia2mini.train import Hooks, Runs, Settings, State, train
@@ -87,7 +97,7 @@ def on_device(rows: list[list[Row]]) -> list[list[Row]]:
 )
 def test_training_recorded_equals_training(model, recorded, monkeypatch, kind, mix, batch_size):
     """Runs leave at once, or half of them together: either way the same with recordings."""
-    trainer = shrinking(train, lambda *step: batch_size == 4)
+    trainer = from_start(shrinking(train, lambda *step: batch_size == 4))
     adapter, R, calls = ADAPTERS[kind](model), 4, []
     plain_losses = ia2mini.train.losses
     monkeypatch.setattr(
@@ -238,7 +248,7 @@ def test_half_of_a_batch_leaves_at_once_where_launching_costs_most(model, monkey
             seen.append(len(runs))
             return train(model, adapter, runs, *more)
 
-        trainer = shrinking(noted, lambda *step, halves=halves: halves)
+        trainer = from_start(shrinking(noted, lambda *step, halves=halves: halves))
         graphs.COUNTED.clear()
         found[halves] = trainer(*runs, Settings(epochs=40, patience=2), hooks=HOOKS).trained()
         replays[halves] = graphs.COUNTED["replays"] / graphs.COUNTED["calls"]
@@ -307,7 +317,7 @@ def test_out_of_memory_while_recording_means_fewer_runs_and_graphs_go_on(model, 
         return shrinking(train)(model, adapter, runs, *more)
 
     graphs.COUNTED.clear()
-    trainer = within_memory(noted)
+    trainer = from_start(within_memory(noted))
     with pytest.warns(UserWarning, match="out of memory with 4 runs side by side; going on with 2"):
         found = trainer(*arguments, settings, hooks=HOOKS).trained()
     assert tried == [4, 2, 2] and graphs.COUNTED["replays"] and DEVICE in graphs.RECORDERS
@@ -318,8 +328,9 @@ def test_out_of_memory_while_recording_means_fewer_runs_and_graphs_go_on(model, 
     Crowded.room = 0
     graphs.COUNTED.clear()
     tried.clear()
-    alone = arguments[2].take(torch.tensor([0]))
-    single = within_memory(noted)(model, arguments[1], alone, settings, hooks=HOOKS).trained()
+    alone = take_runs(arguments[2], torch.tensor([0]))
+    trainer = from_start(within_memory(noted))
+    single = trainer(model, arguments[1], alone, settings, hooks=HOOKS).trained()
     assert not graphs.COUNTED["replays"] and graphs.COUNTED["calls"], (
         "a single run goes on unrecorded"
     )

@@ -24,7 +24,6 @@ LONG_FILES = {  # one thing each, that would be harder to follow in two files
     "bench/training.py",
     "ia2mini/engine/peft.py",
     "ia2mini/fitting/crossval.py",
-    "ia2mini/train.py",
 }
 LONG_FUNCTIONS = ["bench/pretrain.py: pretrain", "bench/resources.py: load"]
 MANY_ARGUMENTS = ["ia2mini/study/study.py: compare"]

@@ -8,13 +8,23 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import MIXES, in_order, make_rows, peft_twin, plain_loss, relative, starts
+from reference import (
+    MIXES,
+    from_start,
+    in_order,
+    make_rows,
+    peft_twin,
+    plain_loss,
+    relative,
+    starts,
+)
 
 from ia2mini.adapters import IA3, LoRA, adapted, unpack
 from ia2mini.batch import Row, collate
 from ia2mini.losses import per_run
 from ia2mini.scale.memory import within_memory
 from ia2mini.scale.pack import in_batches, pack
+from ia2mini.scale.parts import put_state, take_state
 from ia2mini.scale.race import FIRST_LOOK, Race
 from ia2mini.scale.shrink import shrinking
 from ia2mini.train import Hooks, Runs, Settings, State, adam, losses, train, train_runs
@@ -24,7 +34,7 @@ ADAPTERS = {
     "ia3": IA3,
     "ia3-inputs": lambda m: IA3(m, scale_inputs=True),
 }
-TRAINERS = {"plain": train, "shrinking": shrinking(train)}
+TRAINERS = {"plain": train, "shrinking": from_start(shrinking(train))}
 
 
 def watching(*looks: Callable) -> Hooks:
@@ -77,7 +87,7 @@ def test_adam_equals_torchs_with_a_rate_a_run_and_runs_that_leave():
             torch.testing.assert_close(ours.theta[live.index(r)], separate[r], rtol=1e-6, atol=1e-6)
         if step == 5:
             live = [0, 2]
-            ours = ours.take(torch.tensor([0, 2]))
+            ours = take_state(ours, torch.tensor([0, 2]))
 
 
 def test_a_rate_far_behind_leaves_the_race():
@@ -128,7 +138,7 @@ def test_a_run_that_has_ended_counts_with_what_it_reached():
     state.note(torch.tensor([1.0, 1.9, 1.5, 1.5]), once)  # the first set's runs end, and leave
     race(state)
     assert state.going.tolist() == [False, False, True, True]
-    left = state.take(torch.tensor([2, 3]))
+    left = take_state(state, torch.tensor([2, 3]))
     for look in range(3, FIRST_LOOK + 1):
         left.note(torch.tensor([3.0, 3.0]) / look, once)
         race(left)
@@ -143,7 +153,7 @@ def test_a_race_needs_all_runs_side_by_side():
         Race(torch.tensor([0, 1, 0, 1])),
         torch.tensor([1.0, 2.0]),
     )
-    for part in (whole.take(torch.tensor([0, 1])), whole.take(torch.tensor([2, 3]))):
+    for part in (take_state(whole, torch.tensor([0, 1])), take_state(whole, torch.tensor([2, 3]))):
         for _ in range(FIRST_LOOK + 2):
             part.note(losses, Settings(patience=99))
             assert not race(part) and part.going.all()
@@ -167,7 +177,7 @@ def test_a_race_that_memory_has_cut_into_parts_is_over():
         together.going[2:] = False
         race(together)
     assert len(race.means) == FIRST_LOOK - 1
-    for part in (again.take(torch.tensor([2, 3])), again.take(torch.tensor([0, 1]))):
+    for part in (take_state(again, torch.tensor([2, 3])), take_state(again, torch.tensor([0, 1]))):
         for _ in range(FIRST_LOOK + 2):
             part.note(losses[part.index], patient)
             race(part)
@@ -201,9 +211,9 @@ def test_runs_in_parts_do_not_race(model):
 
     whole, raced = steps(train, False), steps(train, True)
     assert whole == [24] * 4 and raced[1] == raced[3] < 24, "the smallest rate is beaten"
-    assert steps(within_memory(shrinking(train), 2), True) == whole
-    assert steps(within_memory(shrinking(train), 3), True) == whole
-    assert steps(within_memory(shrinking(train)), True) == raced
+    assert steps(from_start(within_memory(shrinking(train), 2)), True) == whole
+    assert steps(from_start(within_memory(shrinking(train), 3)), True) == whole
+    assert steps(from_start(within_memory(shrinking(train))), True) == raced
 
 
 @pytest.mark.parametrize("kind, mix", [("lora", "mixed"), ("ia3", "soft")])
@@ -220,7 +230,8 @@ def test_the_plain_loop_equals_the_loop_with_all_that_wraps_it(model, kind, mix)
 
     plain = train(*arguments)
     with pytest.warns(UserWarning, match="out of memory with 4 runs"):
-        wrapped = within_memory(shrinking(crowded))(*arguments, hooks=Hooks(collate=in_batches))
+        trainer = from_start(within_memory(shrinking(crowded)))
+        wrapped = trainer(*arguments, hooks=Hooks(collate=in_batches))
     assert tried[:2] == [4, 2] and tried.count(2) >= 2 and (kind == "ia3" or 1 in tried)
     assert any(batch.packed is not None for batch in in_batches(whole.train))
     assert kind == "ia3" or len(set(plain.steps.tolist())) > 1, "runs end at different steps"
@@ -239,13 +250,13 @@ def test_a_state_taken_apart_and_put_together_goes_on_bit_for_bit(model):
     assert stopped.step == 6 < whole.step
     again = State.begin(torch.zeros_like(stopped.theta.detach()))
     for places in (torch.tensor([3, 1]), torch.tensor([0, 2])):
-        part = stopped.take(places)
+        part = take_state(stopped, places)
         assert (
             part.index.tolist() == places.tolist()
             and part.theta.is_leaf
             and part.theta.requires_grad
         )
-        again.put(places, part)
+        put_state(again, places, part)
     stopped.theta.detach().zero_()  # what was put together is its own
     found = train(*arguments, again)
     for field in fields(State):
@@ -460,7 +471,7 @@ def test_a_loss_of_ones_own_trains_as_the_built_in_one_does(model, kind, mix):
             for name, w in MIXES[mix].items()
         }
         orders = [partial(in_order, r) for r in range(R)]
-        return shrinking(train)(
+        return from_start(shrinking(train))(
             model, adapter, Runs(theta, rates, *rows, shares, orders), settings
         ).trained()
 

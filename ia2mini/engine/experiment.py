@@ -1,5 +1,6 @@
 """Episodes × learning rates on one frozen model: taught and trained, each result kept on disk."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from functools import partial
 
 import torch
 
+from .. import UsageError
 from ..adapters import Adapter, adapted
 from ..episode import Episode
 from ..methods import METHODS, STARTS_FROM, Grid, configs
@@ -18,7 +20,7 @@ from ..scale.memory import within_memory
 from ..scale.race import Race
 from ..scale.shrink import shrinking
 from ..teacher import Asked, Taught, teach, true_rows
-from ..train import Hooks, Settings, State, Trained, train, warn_of_failed
+from ..train import Hooks, Settings, State, Trained, train
 from .options import TUNED
 from .progress import Progress
 from .store import Store
@@ -27,7 +29,8 @@ from .subject import Subject
 
 def make_trainer(side_by_side: int | None) -> Callable:
     """The loop with all that makes it fast and fit; `side_by_side`: runs trained at once (None: all)."""
-    return over_ranks(within_memory(shrinking(train, launch_bound), side_by_side))
+    trainer = within_memory(shrinking(train, launch_bound), side_by_side)
+    return over_ranks(trainer) if ranks.size > 1 else trainer
 
 
 def in_order(methods: tuple[str, ...], tuned: bool = False) -> list[str]:
@@ -182,3 +185,21 @@ def run_names(x: Experiment, method: str) -> list[str]:
         name = f"{x.episode_is} {number} at rate {rate:g}"
         names.append(name if beta is None else f"{name} β {beta}")
     return names
+
+
+def warn_of_failed(method: str, found: Trained, names: list[str], sets: int) -> list[str]:
+    """A warning, returned too, that names the runs of which a loss was not finite; the R runs are `sets` × rates.
+
+    Raises UsageError where no rate is left that did not fail in any set.
+    """
+    told = [f"{name} {trouble}" for name, trouble in zip(names, found.troubles()) if trouble]
+    if not found.dev_loss.isfinite().view(sets, -1).all(0).any():
+        mend = "use lower --rates or --dtype float32"
+        raise UsageError(
+            f"training {method} gave no rate a finite loss throughout ({told[0]}, …); {mend}"
+        )
+    if not told:
+        return []
+    line = f"{method}: {'; '.join(told)}"
+    warnings.warn(line, stacklevel=2)
+    return [line]

@@ -20,7 +20,7 @@ from .. import UsageError
 from ..adapters import adapted
 from ..batch import Row, truth_row
 from ..engine.adapter import make_adapter
-from ..engine.experiment import in_order, make_trainer
+from ..engine.experiment import in_order, make_trainer, warn_of_failed
 from ..engine.options import FitOptions, last_phase, losses_of
 from ..engine.subject import Subject
 from ..episode import Episode, among_themselves, balanced, draw_folds, seeded
@@ -37,7 +37,7 @@ from ..scoring import answer_scores, answer_texts, last_states
 from ..tasks import Example, Task, same_answer
 from ..tasks.rows import spoken
 from ..teacher import Asked, label_tokens_at_most, observe, teach, true_rows
-from ..train import Hooks, Settings, State, Trained, warn_of_failed
+from ..train import Hooks, Settings, State, Trained
 from .probe import PENALTIES, Probe, fit_probe, held_out_scores
 from .selection import Candidate, Selection, Tried
 

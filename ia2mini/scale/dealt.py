@@ -3,37 +3,27 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from ..train import DEFAULTS, NO_HOOKS, Hooks, Runs, Settings, State
+from ..train import State
 from . import ranks
+from .parts import put_state, take_runs, take_state
 
 
 def over_ranks(train: Callable) -> Callable:
     """`train` of a part of the runs on each process."""
 
-    def train_a_part(
-        model,
-        adapter,
-        runs: Runs,
-        settings: Settings = DEFAULTS,
-        state: State | None = None,
-        hooks: Hooks = NO_HOOKS,
-    ) -> State:
-        if ranks.size == 1:
-            return train(model, adapter, runs, settings, state, hooks)
-        whole = State.begin(runs.theta) if state is None else state
+    def train_a_part(model, adapter, runs, settings, state: State, hooks) -> State:
+        def trained(part: Tensor) -> State | None:
+            if not len(part):
+                return None
+            mine = take_runs(runs, part)
+            return train(model, adapter, mine, settings, take_state(state, part), hooks)
+
         parts = torch.arange(len(runs)).tensor_split(ranks.size)
-
-        def trained(part: torch.Tensor) -> State:
-            return (
-                train(model, adapter, runs.take(part), settings, whole.take(part), hooks)
-                if len(part)
-                else None
-            )
-
         for part, found in zip(parts, ranks.spread(trained, parts)):
-            if len(part):
-                whole.put(part, found)
-        return whole
+            if found is not None:
+                put_state(state, part, found)
+        return state
 
     return train_a_part

@@ -11,8 +11,9 @@ from torch import nn
 from .. import UsageError
 from ..batch import count_positions
 from ..errors import out_of_memory
-from ..train import DEFAULTS, NO_HOOKS, Hooks, Runs, Settings, State
+from ..train import Runs, State
 from .blocks import checkpoint_blocks, is_checkpointed
+from .parts import put_state, take_runs, take_state
 
 MARGIN = 0.9  # of what is free
 RANK = 8  # of LoRA: small beside the rest
@@ -28,33 +29,26 @@ def within_memory(train: Callable, at_once: int | None = None) -> Callable:
     """
     most_ever = at_once
 
-    def train_in_parts(
-        model,
-        adapter,
-        runs: Runs,
-        settings: Settings = DEFAULTS,
-        state: State | None = None,
-        hooks: Hooks = NO_HOOKS,
-    ) -> State:
+    def train_in_parts(model, adapter, runs, settings, state: State, hooks) -> State:
         nonlocal most_ever
-        whole = State.begin(runs.theta) if state is None else state
-        begun = replace(whole)  # the same tensors, but every part begins at its step
         most = min(most_ever or len(runs), runs_that_fit(model, runs, settings.batch_size))
+        begun = replace(state)  # the same tensors, but every part begins at its step
         rest = torch.arange(len(runs))
         while len(rest):
             part = rest[:most]
+            some = take_runs(runs, part)
             try:
-                found = train(model, adapter, runs.take(part), settings, begun.take(part), hooks)
+                found = train(model, adapter, some, settings, take_state(begun, part), hooks)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
                 most = fewer(model, len(part))
                 continue
-            whole.put(part, found)
+            put_state(state, part, found)
             rest = rest[most:]
         if most < len(runs):
             most_ever = most
-        return whole
+        return state
 
     return train_in_parts
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..train import DEFAULTS, NO_HOOKS, Hooks, Runs, Settings, State
+from ..train import Hooks, Runs, Settings, State
+from .parts import put_state, take_runs, take_state
 
 
 def never(model: nn.Module, runs: Runs, settings: Settings) -> bool:
@@ -19,19 +20,13 @@ def shrinking(train: Callable, by_halves: Callable = never) -> Callable:
     Where `by_halves(model, runs, settings)` says so they leave only when half of the batch has ended.
     """
 
-    def shrinking_train(
-        model,
-        adapter,
-        runs: Runs,
-        settings: Settings = DEFAULTS,
-        state: State | None = None,
-        hooks: Hooks = NO_HOOKS,
-    ) -> State:
-        whole = State.begin(runs.theta) if state is None else state
+    def shrinking_train(model, adapter, runs, settings, state: State, hooks: Hooks) -> State:
         live = torch.arange(len(runs))
         while len(live):
-            mine = runs.take(live)
-            most = len(live) // 2 if by_halves(model, mine, settings) else len(live) - 1
+            going = take_runs(runs, live)
+            most = len(live) - 1  # that may go on before the others leave
+            if by_halves(model, going, settings):
+                most = len(live) // 2
             some_left = False
 
             def after_look(part: State, most: int = most) -> bool:
@@ -41,18 +36,12 @@ def shrinking(train: Callable, by_halves: Callable = never) -> Callable:
                 some_left = int(part.going.sum()) <= most
                 return some_left
 
-            part = train(
-                model,
-                adapter,
-                mine,
-                settings,
-                whole.take(live),
-                replace(hooks, after_look=after_look),
-            )
-            whole.put(live, part)
+            watched = replace(hooks, after_look=after_look)
+            part = train(model, adapter, going, settings, take_state(state, live), watched)
+            put_state(state, live, part)
             if not some_left:
                 break
             live = live[part.going]
-        return whole
+        return state
 
     return shrinking_train

@@ -1,0 +1,56 @@
+"""Some of the runs that train side by side: taken out, and what they have become put back."""
+
+from dataclasses import fields
+
+from torch import Tensor
+
+from ..batch import send
+from ..train import Runs, State
+
+
+def take_runs(runs: Runs, places: Tensor) -> Runs:
+    """The runs at these places (int64 on the CPU), in this order."""
+    chosen = places.tolist()
+    mix = {}
+    for loss, weights in runs.mix.items():
+        mix[loss] = at_places(weights, places)
+    return Runs(
+        theta=at_places(runs.theta, places),
+        rates=runs.rates[places],
+        train=[runs.train[r] for r in chosen],
+        dev=[runs.dev[r] for r in chosen],
+        mix=mix,
+        order=[runs.order[r] for r in chosen],
+    )
+
+
+def take_state(state: State, places: Tensor) -> State:
+    """A copy of what the runs at these places have become so far."""
+    taken = {}
+    for name, values in by_run(state).items():
+        taken[name] = at_places(values.detach(), places)
+    taken["theta"].requires_grad_()
+    return State(**taken, t=state.t.clone(), step=state.step)
+
+
+def put_state(state: State, places: Tensor, part: State) -> None:
+    """Take over what the runs at these places have become in `part`."""
+    trained = by_run(part)
+    for name, values in by_run(state).items():
+        index = send(places, values.device)
+        values.detach()[index] = trained[name].detach()
+    state.t = part.t
+    state.step = part.step
+
+
+def by_run(state: State) -> dict[str, Tensor]:
+    """The fields of a state that have a row for each run."""
+    found = {}
+    for field in fields(state):
+        if field.name not in ("t", "step"):
+            found[field.name] = getattr(state, field.name)
+    return found
+
+
+def at_places(values: Tensor, places: Tensor) -> Tensor:
+    return values[send(places, values.device)]
