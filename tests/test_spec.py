@@ -177,7 +177,6 @@ def test_half_a_character_in_a_text_is_named(subject):
         lambda: tokenizer.encode_all(["a", "a\udcff"]),
         lambda: tokenizer.count(["\udfff"]),
         lambda: tokenizer.label_tokens("a", ("b", "\ud800")),
-        lambda: tokenizer.merges("\ud800", "b"),
     ):
         refused(call, "holds half a surrogate pair, which is no character", "\\ud")
     assert tokenizer.decode(tokenizer.encode("\U0001f600")) == "\U0001f600"  # both halves

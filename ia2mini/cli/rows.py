@@ -32,20 +32,6 @@ def find_tasks(
     return [find_task(name) for name in names or DEMO]
 
 
-def keep_apart(task, tokenizer, template: str | None):
-    """A task on own rows with a line end after the default template where an answer would merge with it."""
-    from ..tasks import own, rows
-
-    if not task.files or template is not None:
-        return task
-    complete, _ = own.complete_rows(rows.read_rows(Path(task.files[0])), task)
-    kept = own.keep_apart(task, complete, tokenizer)
-    merging = "answers would merge with the end of the template in this tokenizer"
-    if kept is not task and ranks.says(merging):
-        click.echo(f"{merging}, so it is now {kept.prompt!r}", err=True)
-    return kept
-
-
 def refuse_unnamed_model(rows: str) -> None:
     """Raises UsageError where a command on one's own rows names no --model."""
     if click.get_current_context().get_parameter_source("model").name == "DEFAULT":

@@ -23,7 +23,7 @@ from .options import (
     options_of,
     taken,
 )
-from .rows import find_tasks, keep_apart, refuse_unnamed_model, tell_all
+from .rows import find_tasks, refuse_unnamed_model, tell_all
 
 DEMO_ROWS = 120  # about a minute
 COLUMNS_HELP = (
@@ -123,10 +123,9 @@ def run(names, compiling, checkpointing, out, data_dir, side_by_side, **given):
     if how["dtype"] is None and usable(how["device"]) == "cpu":
         how["dtype"] = "float32"  # a study is the same on every processor
     subject = open_subject(**how)
-    tasks = [keep_apart(task, subject.tokenizer, own["template"]) for task in chosen]
-    study = open_study(tasks, subject, options, out, data_dir)
+    study = open_study(chosen, subject, options, out, data_dir)
     prepare(subject.model, compiling, checkpointing)
-    tell_all(remark for task in tasks for remark in task.remarks)
+    tell_all(remark for task in chosen for remark in task.remarks)
     document, folder = carry_out(*study, side_by_side, progress)
     ranks.stop()
     if ranks.chief:
@@ -276,7 +275,6 @@ def tasks(name, model, revision, n, data_dir, **own):
 
     (task,) = find_tasks((name,) if name else (), **own)
     tokenizer = Tokenizer.from_folder(locate(model, revision))
-    task = keep_apart(task, tokenizer, own["template"])
     examples = load_examples(task, "eval", data_dir)
     sizes = [f"evaluation: {examples.origin['used']} of {examples.origin['rows']} rows"]
     demonstrations = []

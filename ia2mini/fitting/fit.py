@@ -22,7 +22,7 @@ from ..prefix import share_prefix
 from ..scale.decode import fast_decoding
 from ..tasks import Example, Task
 from ..tasks.chat import ChatTemplate
-from ..tasks.own import complete_rows, keep_apart, near_labels, own_task, queries_task
+from ..tasks.own import complete_rows, near_labels, own_task, queries_task
 from ..tasks.rows import Row, as_rows, only_column
 from ..tasks.turns import ALL_TURNS, ANSWER, holds_turns, open_turns
 from ..teacher import answer_tokens_at_most
@@ -93,8 +93,6 @@ def cross_validation(
         examples = answered([chat(task.asked(row)) for row in rows], subject, options)
         task = replace(task, max_tokens=options.max_tokens)
     else:
-        if columns.template is None and not options.chat:
-            task = keep_apart(task, rows, subject.tokenizer)
         examples = [replace(e, prompt=chat(e.prompt)) for e in map(task.example, rows)]
         if not task.labels:
             task = replace(task, max_tokens=answer_tokens_at_most(subject.tokenizer, examples))

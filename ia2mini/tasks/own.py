@@ -222,12 +222,6 @@ def unified(label: str) -> str:
         return text
 
 
-def keep_apart(task: Task, rows: list[Row], tokenizer) -> Task:
-    """The task with a line end after its template where an answer would merge with the end of its prompt."""
-    merging = any(tokenizer.merges(e.prompt, e.answer) for e in map(task.example, rows))
-    return replace(task, prompt=task.prompt + "\n") if merging else task
-
-
 def queries_task(rows: list[Row], name: str, prompt=None, template: str | None = None) -> Task:
     """The task of rows that only ask: what they are answered is text. Raises UsageError where no column is known."""
     template = check_template(template)
