@@ -9,9 +9,9 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from . import UsageError
-from .errors import broken_tokenizer, out_of_memory
-from .files import check_text, is_there, read_json
-from .files.added_tokens import NAMED, add_tokens
+from .errors import broken_tokenizer
+from .files import check_text
+from .files.tokenizer_files import ENDLESS, named_tokens, read_ends, read_tokenizer
 
 WORDS_NAMED = 5  # unknown words that are named in warnings
 
@@ -31,7 +31,11 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: Backend, eos_ids: tuple[int, ...], size: int = 2**31, end: int | None = None
+        self,
+        backend: Backend,
+        eos_ids: tuple[int, ...],
+        size: int = ENDLESS,
+        end: int | None = None,
     ):
         self.backend = backend
         self.size = size  # the model knows ids below it
@@ -40,34 +44,20 @@ class Tokenizer:
         self.eos_ids = eos_ids
         self.closing = list(eos_ids[:1]) if end is None else [end]
         unknown = getattr(backend.model, "unk_token", None)
-        self.unknown = unknown and backend.token_to_id(unknown)
+        self.unknown = None  # the token of a word that the vocabulary lacks
+        if unknown:
+            self.unknown = backend.token_to_id(unknown)
         self.warned: set[str] = set()  # of these unknown words
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
         """Read tokenizer.json and the ends of sequence that the other files name. Raises UsageError."""
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise UsageError(f"{path}: no such file; a checkpoint needs its tokenizer.json")
-        try:
-            backend = Backend.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
-            if out_of_memory(error):
-                raise
-            raise UsageError(f"{path}: not a tokenizers file ({error})") from None
-        add_tokens(backend, folder)
-        backend.no_truncation()  # some files carry both from their training
-        backend.no_padding()
-        config = read_json(folder / "config.json")
-        eos, size = config.get("eos_token_id"), config.get("vocab_size", 2**31)
-        if is_there(folder / "generation_config.json"):
-            eos = read_json(folder / "generation_config.json").get("eos_token_id", eos)
-        ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-        if type(size) is not int or not all(type(i) is int and 0 <= i < size for i in ids):
-            wanted = f"neither a token id nor a list of them (vocab_size = {repr(size)[:80]})"
-            raise UsageError(f"{folder}: eos_token_id = {repr(eos)[:80]} is {wanted}")
-        end = backend.token_to_id(special_tokens(folder).get("eos_token", ""))
-        return cls(backend, ids, size, end if end is not None and end < size else None)
+        backend = read_tokenizer(folder)
+        eos_ids, size = read_ends(folder)
+        end = backend.token_to_id(named_tokens(folder).get("eos_token", ""))
+        if end is not None and end >= size:
+            end = None
+        return cls(backend, eos_ids, size, end)
 
     def ending_with(self, end: int | None) -> "Tokenizer":
         """The same tokenizer with another token that closes an answer; None: with its own."""
@@ -105,10 +95,10 @@ class Tokenizer:
 
         Raises UsageError for an id that the model does not know.
         """
-        if (most := max(encoding.ids, default=0)) >= self.size:
-            raise UsageError(
-                f"token {most} of {text[:40]!r} is beyond the model's vocab_size {self.size}"
-            )
+        most = max(encoding.ids, default=0)
+        if most >= self.size:
+            beyond = f"is beyond the model's vocab_size {self.size}"
+            raise UsageError(f"token {most} of {text[:40]!r} {beyond}")
         if self.unknown is not None and self.unknown in encoding.ids:
             start, end = encoding.offsets[encoding.ids.index(self.unknown)]
             self.warn_of(text[start:end][:40])
@@ -119,12 +109,10 @@ class Tokenizer:
         if word in self.warned or len(self.warned) > WORDS_NAMED:
             return
         self.warned.add(word)
-        if len(self.warned) <= WORDS_NAMED:
-            warnings.warn(
-                f"{word!r} is not in the vocabulary and is read as an unknown word", stacklevel=4
-            )
-        else:
-            warnings.warn("more words are not in the vocabulary; they are not named", stacklevel=4)
+        line = f"{word!r} is not in the vocabulary and is read as an unknown word"
+        if len(self.warned) > WORDS_NAMED:
+            line = "more words are not in the vocabulary; they are not named"
+        warnings.warn(line, stacklevel=4)
 
     def decode(self, ids: list[int], special: bool = False) -> str:
         """The text of ids; with `special` also what special tokens are called."""
@@ -150,11 +138,6 @@ class Tokenizer:
             return self.encode(answer, special=False)
         merging = f"answer {answer[:40]!r} merges with the end of its prompt {prompt[-12:]!r} in this tokenizer"
         raise UsageError(f"{merging}; choose another label, or a template that ends in a line end")
-
-    def merges(self, prompt: str, answer: str) -> bool:
-        """Whether prompt and answer share a token when they stand together."""
-        before = self.encode(prompt)
-        return self.encode(prompt + answer)[: len(before)] != before
 
     def label_tokens(self, prompt: str, labels: tuple[str, ...]) -> list[list[int]]:
         """Tokens of every label after `prompt`, closed where one begins another.
@@ -185,23 +168,3 @@ class Tokenizer:
 def begins(one: Sequence[int], other: Sequence[int]) -> bool:
     """Whether the longer list goes on from the shorter one."""
     return len(one) < len(other) and other[: len(one)] == one
-
-
-def special_tokens(folder: Path) -> dict[str, str]:
-    """The special tokens that a checkpoint names ("bos_token" and so on), as transformers reads them.
-
-    special_tokens_map.json counts where tokenizer_config.json does not list the added tokens. Raises UsageError.
-    """
-    config = folder / "tokenizer_config.json"
-    older = folder / "special_tokens_map.json"
-    said = read_json(config) if is_there(config) else {}
-    if "added_tokens_decoder" not in said and is_there(older):
-        said.update(read_json(older))
-    found = {}
-    for name in NAMED:
-        token = said.get(name)
-        if isinstance(token, dict):  # an added token with its properties
-            token = token.get("content")
-        if isinstance(token, str):
-            found[name] = token
-    return found

@@ -212,7 +212,9 @@ MUTANTS = {
     ],
     "ia2mini/tokenizer.py": [
         ("special and not isinstance(text, Rendered)", "special", "chat many_templates"),
-        ('"added_tokens_decoder" not in said and ', "", "chat special_tokens_come"),
+    ],
+    "ia2mini/files/tokenizer_files.py": [
+        ('"added_tokens_decoder" not in settings and ', "", "chat special_tokens_come"),
     ],
     "ia2mini/cli/rows.py": [
         ("if not is_ready(stream):", "if False:", "predictor lines_as_they_come"),

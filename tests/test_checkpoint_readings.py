@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 
 from ia2mini.engine.subject import open_subject
-from ia2mini.files.added_tokens import add_tokens
+from ia2mini.files.tokenizer_files import add_tokens
 
 LLAMA3 = LLAMA3_SCALING | {"original_max_position_embeddings": 16}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}

@@ -30,15 +30,7 @@ from bench import shapes as bench_shapes
 from ia2mini import UsageError
 from ia2mini.adapters import EVERY_MATRIX, IA3, LoRA, adapted
 from ia2mini.cli.main import main
-from ia2mini.cli.models import (
-    ROWS,
-    RUNS,
-    SHAPES,
-    TOKENS,
-    config_of,
-    count_weights,
-    fit_bytes,
-)
+from ia2mini.cli.models import ROWS, RUNS, SHAPES, TOKENS, config_of, count_weights, fit_bytes
 from ia2mini.engine.peft import read_adapter, save_adapter
 from ia2mini.generate import Decoding, generate
 from ia2mini.scale.memory import run_bytes

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from ..episode import with_demonstrations
 from ..files import write_json, write_text
+from ..files.tokenizer_files import named_tokens
 from ..tasks.chat import sandbox, template_of
 from ..tasks.rows import COLUMN, Row, placeholders, prompt_of
-from ..tokenizer import Rendered, special_tokens
+from ..tokenizer import Rendered
 
 CONFIG = "decision.json"
 TEMPLATE = "decision_template.jinja"
@@ -100,7 +101,7 @@ def renders_the_same(fitted) -> bool:
         "documents": None,
         "add_generation_prompt": True,
         "enable_thinking": False,
-        **special_tokens(fitted.subject.folder),
+        **named_tokens(fitted.subject.folder),
     }
     try:
         text = sandbox().from_string(decision_template(fitted)).render(given)

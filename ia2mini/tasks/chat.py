@@ -10,7 +10,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
 
 from ia2mini import UsageError
 from ia2mini.files import is_there, read_json, read_text
-from ia2mini.tokenizer import Rendered, Tokenizer, special_tokens
+from ia2mini.files.tokenizer_files import named_tokens
+from ia2mini.tokenizer import Rendered, Tokenizer
 
 from .turns import asked_turns
 
@@ -54,7 +55,7 @@ class ChatTemplate:
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, conversations: bool = False):
         self.conversations = conversations
-        self.tokens = special_tokens(folder)
+        self.tokens = named_tokens(folder)
         try:
             self.template = sandbox().from_string(template_of(folder))
         except (TemplateError, RecursionError) as error:

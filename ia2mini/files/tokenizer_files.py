@@ -1,7 +1,8 @@
-"""Tokens that stand beside tokenizer.json: in tokenizer_config.json, special_tokens_map.json or added_tokens.json.
+"""A tokenizer's files: tokenizer.json, and what stands beside it.
 
-transformers adds them when it loads a tokenizer, so that they are cut out of a text whole; here the same is done in the
-same order. Reference: transformers 5, `PreTrainedTokenizerBase._from_pretrained` and `TokenizersBackend.__init__`.
+Tokens stand in tokenizer_config.json, special_tokens_map.json or added_tokens.json, too. transformers adds them when it
+loads a tokenizer, so that they are cut out of a text whole; here the same is done in the same order. Reference:
+transformers 5, `PreTrainedTokenizerBase._from_pretrained` and `TokenizersBackend.__init__`.
 """
 
 from pathlib import Path
@@ -9,41 +10,102 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer
 
 from .. import UsageError
-from ..errors import broken_tokenizer
+from ..errors import broken_tokenizer, out_of_memory
 from . import is_there, read_json
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+ENDLESS = 2**31  # size of a vocabulary where config.json names none
 
 
-def add_tokens(backend: Tokenizer, folder: Path) -> None:
-    """Add to `backend`, read from the folder's tokenizer.json, the tokens that its other files name.
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder's tokenizer.json, with the tokens that its other files name. Raises UsageError."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; a checkpoint needs its tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        if out_of_memory(error):
+            raise
+        raise UsageError(f"{path}: not a tokenizers file ({error})") from None
+    add_tokens(tokenizer, folder)
+    tokenizer.no_truncation()  # some files carry both from their training
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def read_ends(folder: Path) -> tuple[tuple[int, ...], int]:
+    """Ids that end a text by config.json or generation_config.json, and the vocabulary's size. Raises UsageError."""
+    config = read_json(folder / "config.json")
+    ends = config.get("eos_token_id")
+    size = config.get("vocab_size", ENDLESS)
+    if is_there(folder / "generation_config.json"):
+        ends = read_json(folder / "generation_config.json").get("eos_token_id", ends)
+    ids = ends if isinstance(ends, list) else [ends]
+    if ends is None:
+        ids = []
+    if type(size) is not int or not all(type(i) is int and 0 <= i < size for i in ids):
+        wanted = f"neither a token id nor a list of them (vocab_size = {repr(size)[:80]})"
+        raise UsageError(f"{folder}: eos_token_id = {repr(ends)[:80]} is {wanted}")
+    return tuple(ids), size
+
+
+def token_settings(folder: Path) -> dict:
+    """What tokenizer_config.json says and, where it does not list the added tokens, special_tokens_map.json."""
+    path = folder / "tokenizer_config.json"
+    older = folder / "special_tokens_map.json"
+    settings = read_json(path) if is_there(path) else {}
+    if "added_tokens_decoder" not in settings and is_there(older):
+        settings.update(read_json(older))
+        settings.pop("added_tokens_decoder", None)  # of the other file only
+    return settings
+
+
+def named_tokens(folder: Path) -> dict[str, str]:
+    """The special tokens that a checkpoint names ("bos_token" and so on), as transformers reads them.
+
+    Raises UsageError.
+    """
+    settings = token_settings(folder)
+    found = {}
+    for name in NAMED:
+        token = settings.get(name)
+        if isinstance(token, dict):  # an added token with its properties
+            token = token.get("content")
+        if isinstance(token, str):
+            found[name] = token
+    return found
+
+
+def add_tokens(tokenizer: Tokenizer, folder: Path) -> None:
+    """Add to `tokenizer`, read from the folder's tokenizer.json, the tokens that its other files name.
 
     Raises UsageError where a file is no description of tokens, or asks for another id than the token gets.
     """
+    settings = token_settings(folder)
     path = folder / "tokenizer_config.json"
-    settings = read_json(path) if is_there(path) else {}
     if "added_tokens_decoder" in settings:
         numbered = numbered_tokens(settings["added_tokens_decoder"], path)
     else:  # as files of older versions have it
-        settings = settings | old_settings(folder / "special_tokens_map.json")
         path = folder / "added_tokens.json"
         numbered = old_numbered_tokens(path, settings)
     named, further = special_tokens(settings, folder)
-    known = set(map(repr, backend.get_added_tokens_decoder().values()))
+    there = list(tokenizer.get_added_tokens_decoder().values())
+    known = set(map(repr, there))
     new = [token for _, token in sorted(numbered.items()) if repr(token) not in known]
-    texts = {token.content for token in (*backend.get_added_tokens_decoder().values(), *new)}
+    texts = {token.content for token in there + new}
     new += [token for token in named + further if token.content not in texts]
     names = {token.content for token in named}
     for token in new:
         token.special = token.special or token.content in names
-    backend.add_tokens(new)
+    tokenizer.add_tokens(new)
     for number, token in numbered.items():
-        found = backend.token_to_id(token.content)
+        found = tokenizer.token_to_id(token.content)
         if found != number:
             given = f"token {token.content!r} has the id {number}, and {found} by tokenizer.json"
             raise UsageError(f"{path}: {given}; make the two files agree")
-    check_ends(backend, settings, folder)
+    check_ends(tokenizer, settings, folder)
 
 
 def numbered_tokens(value, path: Path) -> dict[int, AddedToken]:
@@ -70,11 +132,6 @@ def old_numbered_tokens(path: Path, settings: dict) -> dict[int, AddedToken]:
             raise UsageError(f"{path}: {text[:40]!r}: {repr(number)[:40]} is not a token's id")
         found[number] = AddedToken(text, normalized=text not in special, special=text in special)
     return found
-
-
-def old_settings(path: Path) -> dict:
-    """What special_tokens_map.json says, which holds where tokenizer_config.json has no `added_tokens_decoder`."""
-    return read_json(path) if is_there(path) else {}
 
 
 def special_tokens(settings: dict, folder: Path) -> tuple[list[AddedToken], list[AddedToken]]:
@@ -119,7 +176,7 @@ def token_of(value, path: Path, special: bool) -> AddedToken:
     return AddedToken(text, **flags)
 
 
-def check_ends(backend: Tokenizer, settings: dict, folder: Path) -> None:
+def check_ends(tokenizer: Tokenizer, settings: dict, folder: Path) -> None:
     """Raises UsageError where settings and tokenizer.json differ in whether BOS and EOS stand around every text."""
     for name, place in (("bos", 0), ("eos", -1)):
         wanted = settings.get(f"add_{name}_token")
@@ -127,8 +184,8 @@ def check_ends(backend: Tokenizer, settings: dict, folder: Path) -> None:
         if wanted is None or token is None:
             continue
         with broken_tokenizer():
-            written = backend.encode("").ids
-        number = backend.token_to_id(
+            written = tokenizer.encode("").ids
+        number = tokenizer.token_to_id(
             token_of(token, folder / "tokenizer_config.json", special=True).content
         )
         there = number in (written[:1] if place == 0 else written[-1:])
