@@ -101,7 +101,9 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor]:
         x, W = ctx.saved_tensors
-        grad_x = (grad @ W).to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ W).to(x.dtype)
         return grad_x, grad.mT @ x.to(W.dtype)
 
 
@@ -142,12 +144,14 @@ class IA3(Adapter):
     def scale_output(s: Tensor, base: Callable, x: Tensor) -> Tensor:
         """base(x) * s, s [R, out]."""
         y = base(x)
-        return (by_run(y, s) * s[:, None].to(y.dtype)).view(y.shape)
+        scaled = by_run(y, s) * s[:, None].to(y.dtype)
+        return scaled.view(y.shape)
 
     @staticmethod
     def scale_input(s: Tensor, base: Callable, x: Tensor) -> Tensor:
         """base(x * s), s [R, in]."""
-        return base((by_run(x, s) * s[:, None].to(x.dtype)).view(x.shape))
+        scaled = by_run(x, s) * s[:, None].to(x.dtype)
+        return base(scaled.view(x.shape))
 
     def merged(self, name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         s = weights[name]
@@ -190,14 +194,16 @@ def find_linears(model: nn.Module, targets, layers: list[int] | None) -> dict[st
         if not 0 <= layer < depth:
             raise UsageError(f"layer {layer}: this model has layers 0 to {depth - 1}")
     found = {}
-    for name, module in model.named_modules():  # a name is model.layers.<i>.….<target>
-        if not isinstance(module, Linear) or name.rsplit(".", 1)[1] not in targets:
+    matched = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, Linear):
             continue
-        if layers is None or int(name.split(".")[2]) in layers:
+        _, _, layer, *_, target = name.split(".")  # model.layers.<layer>.….<target>
+        if target in targets and (layers is None or int(layer) in layers):
             found[name] = module
-    there = {name.rsplit(".", 1)[1] for name in found}
+            matched.add(target)
     for target in targets:
-        if target not in there:
+        if target not in matched:
             known = f"targets: {', '.join(EVERY_MATRIX)}"
             raise UsageError(f"adapter target {target!r} matches no matrix of this model; {known}")
     return found
@@ -205,7 +211,8 @@ def find_linears(model: nn.Module, targets, layers: list[int] | None) -> dict[st
 
 def unpack(theta: Tensor, shapes: dict[str, tuple]) -> dict[str, Tensor]:
     """Name -> [R, *shape] views of theta [R, M]."""
-    parts = theta.split([math.prod(shape) for shape in shapes.values()], dim=1)
-    return {
-        name: part.view(len(theta), *shape) for (name, shape), part in zip(shapes.items(), parts)
-    }
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    found = {}
+    for name, part in zip(shapes, theta.split(sizes, dim=1)):
+        found[name] = part.view(len(theta), *shapes[name])
+    return found

@@ -60,23 +60,30 @@ def draw_episode(
     order = np.arange(len(pool))
     # the released scripts' order when seed is 0
     np.random.RandomState(seed * 1000 + number).shuffle(order)
-    train, dev, rest = ([pool[i] for i in part] for part in np.split(order, [n, n + dev_size]))
+    mixed = [pool[i] for i in order]
+    train = mixed[:n]
+    dev = mixed[n : n + dev_size]
+    rest = mixed[n + dev_size :]
     rng = seeded(seed, number, "demonstrations")
-    leave_one_out = [shuffled(train[:i] + train[i + 1 :], rng) for i in range(n)]
-    for_dev = [
-        leave_one_out[j % n] if reuse else shuffled(train, rng)[: n - 1] for j in range(dev_size)
-    ]
+    demonstrations = []
+    for i in range(n):
+        demonstrations.append(shuffled(without(train, [i]), rng))
+    for j in range(dev_size):
+        if reuse:
+            demonstrations.append(demonstrations[j % n])
+        else:
+            demonstrations.append(shuffled(train, rng)[: n - 1])
     icl = [shuffled(train, seeded(seed, number, "icl"))]
     if pool_demos:
         if len(rest) < n - 1:
-            lack = f"demonstrations from the pool need {n - 1} rows besides the set, but it has only {len(rest)}"
-            raise UsageError(f"--n {n}: {lack}")
+            needs = f"demonstrations from the pool need {n - 1} rows besides the set"
+            raise UsageError(f"--n {n}: {needs}, but it has only {len(rest)}")
         rng = seeded(seed, number, "icl from the pool")
-        icl = [
-            [rest[i] for i in rng.choice(len(rest), n - 1, replace=False)]
-            for _ in range(pool_demos)
-        ]
-    return Episode(train, dev, leave_one_out + for_dev, icl)
+        icl = []
+        for _ in range(pool_demos):
+            drawn = rng.choice(len(rest), n - 1, replace=False)
+            icl.append([rest[i] for i in drawn])
+    return Episode(train, dev, demonstrations, icl)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +105,7 @@ def draw_folds(rows: list[Example], folds: int, choose: Callable, seed: int = 0)
     found = []
     for number, test in enumerate(parts):
         rng = seeded(seed, number, "fold")
-        held_out = set(test)
-        others = shuffled([row for i, row in enumerate(rows) if i not in held_out], rng)
+        others = shuffled(without(rows, test), rng)
         train = in_turn(others)[:trained_on]
         shown = among_themselves(train, choose, rng)
         found.append(Fold(train, [], shown, [choose(train, rng)], test=test))
@@ -117,8 +123,7 @@ def among_themselves(
     parts = min(GROUPS, len({row.prompt for row in rows}))
     shown: list[list[Example]] = [[] for _ in rows]
     for part in deal(rows, parts, rng):
-        inside = set(part)
-        demonstrations = choose([row for i, row in enumerate(rows) if i not in inside], rng)
+        demonstrations = choose(without(rows, part), rng)
         for i in part:
             shown[i] = demonstrations
     return shown
@@ -135,7 +140,7 @@ def deal(rows: list[Example], parts: int, rng: np.random.Generator) -> list[list
         return label is None, label or 0
 
     groups = sorted(by_prompt.values(), key=label_of)
-    return [sum(groups[part::parts], []) for part in range(parts)]
+    return [sum(groups[first::parts], []) for first in range(parts)]
 
 
 def in_turn(rows: list[Example]) -> list[Example]:
@@ -155,9 +160,16 @@ def balanced(rows: list[Example], count: int, rng: np.random.Generator) -> list[
             continue
         some.append(row)
         seen[row.label] += 1
-        if len(seen) == labels and labels * min(seen.values()) >= count:
+        fewest = min(seen.values())
+        if len(seen) == labels and labels * fewest >= count:
             break
     return shuffled(in_turn(some)[:count], rng)
+
+
+def without(rows: list[Example], places: list[int]) -> list[Example]:
+    """All rows but those at some places."""
+    left_out = set(places)
+    return [row for i, row in enumerate(rows) if i not in left_out]
 
 
 def shuffled(rows: list[Example], rng: np.random.Generator) -> list[Example]:
@@ -171,4 +183,5 @@ def with_demonstrations(demonstrations: list[Example], prompt: str) -> str:
     """
     if isinstance(prompt, ChatPrompt):
         return prompt.after(demonstrations)
-    return "\n\n".join([d.prompt + d.answer for d in demonstrations] + [prompt])
+    solved = [demonstration.prompt + demonstration.answer for demonstration in demonstrations]
+    return "\n\n".join([*solved, prompt])

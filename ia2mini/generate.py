@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .batch import Watch, by_length, send
 from .models.attention import Cache
@@ -79,13 +80,13 @@ def responses(
     model, tokenizer, prompts: list[list[int]], how: Decoding, watch=None, observer=None
 ) -> list[Response]:
     """As `generate`, with every token that was chosen."""
-    groups = by_length([len(prompt) + how.max_tokens for prompt in prompts], how.budget // how.runs)
+    lengths = [len(prompt) + how.max_tokens for prompt in prompts]
     found = [Response([], [])] * (how.runs * len(prompts))
-    for group in groups:
-        decoded = decode_group(model, tokenizer, prompts, group, how, observer)
-        places = [run * len(prompts) + i for run in range(how.runs) for i in group]
-        for place, response in zip(places, decoded):
-            found[place] = response
+    for group in by_length(lengths, how.budget // how.runs):
+        decoded = iter(decode_group(model, tokenizer, prompts, group, how, observer))
+        for run in range(how.runs):
+            for i in group:
+                found[run * len(prompts) + i] = next(decoded)
         if watch:
             watch(len(group))
     return found
@@ -99,12 +100,13 @@ def decode_group(
     network = getattr(model, "func", model)
     weight = network.model.embed_tokens.weight
     device = weight.device
-    last = torch.tensor([len(prompts[i]) - 1 for i in group], device=device).repeat(how.runs)
-    ids = torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(prompts[i]) for i in group], batch_first=True
-    )
-    ids = ids.to(device).repeat(how.runs, 1)
-    cache = Cache(network.config, len(ids), ids.shape[1] + how.max_tokens, weight, how.hooks.static)
+    some = [torch.tensor(prompts[i]) for i in group]
+    lengths = torch.tensor(list(map(len, some)), device=device)
+    last = (lengths - 1).repeat(how.runs)
+    ids = pad_sequence(some, batch_first=True).to(device)
+    ids = ids.repeat(how.runs, 1)
+    capacity = ids.shape[1] + how.max_tokens
+    cache = Cache(network.config, len(ids), capacity, weight, how.hooks.static)
 
     def forward(ids: Tensor, last: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [b, V] and attention outputs [L, b, D] at the `last` of the new tokens [b, T]."""
@@ -112,7 +114,8 @@ def decode_group(
         taps = Taps(at, how.layers) if observer else None
         logits = model(ids, cache=cache, logits=at, taps=taps)
         cache.lengths += last + 1
-        return logits, taps.stack() if taps else None
+        outputs = taps.stack() if taps else None
+        return logits, outputs
 
     def step() -> tuple[Tensor, Tensor | None]:
         """Append `tokens`, and put the next ones in their place."""
@@ -186,6 +189,9 @@ def tail(decode: Callable, ids: list[int], characters: int) -> str:
     A character may take several tokens, and its last part alone may decode as several unknown ones.
     """
     tokens = characters + 1
-    while tokens < len(ids) and len(decode(ids[-tokens:-1])) < characters + PARTS:
+    while tokens < len(ids):
+        before = decode(ids[-tokens:-1])
+        if len(before) >= characters + PARTS:
+            break
         tokens *= 2
     return decode(ids[-tokens:])

@@ -25,17 +25,16 @@ def per_run_in_bfloat16(values: Tensor, weights: Tensor, rows: Tensor, layers: i
     mean times the number of layers; the mean over rows is float32.
     """
     counts = rows.amax(-1).sum(-1)  # [R] rows of each run
-    shares = (values.view(weights.shape) * weights)[:, None] * rows
-    each = shares.sum(-1) * counts[:, None]  # [R, B]
-    rounded = (each / layers).bfloat16() * layers
+    weighted = values.view(weights.shape) * weights  # [R, P / R]
+    of_rows = (weighted[:, None] * rows).sum(-1) * counts[:, None]  # [R, B]
+    rounded = (of_rows / layers).bfloat16() * layers
     return rounded.float().sum(-1) / counts
 
 
 def activation_mse(outputs: Sequence[Tensor], targets: Tensor) -> Tensor:
     """Equation 4: squared error of outputs, L times [P, D], to targets [L, P, D]; mean over D, sum over L: [P]."""
-    return sum(
-        SquaredError.apply(output, target) for output, target in zip(outputs, targets, strict=True)
-    )
+    layers = zip(outputs, targets, strict=True)
+    return sum(SquaredError.apply(output, target) for output, target in layers)
 
 
 class SquaredError(torch.autograd.Function):
@@ -82,9 +81,10 @@ def squared_error(output: Tensor, target: Tensor) -> Tensor:
 
 @fused
 def squared_error_gradient(output: Tensor, target: Tensor, grad: Tensor) -> Tensor:
-    return ((output.float() - target.float()) * (grad[:, None] * (2 / output.shape[-1]))).to(
-        output.dtype
-    )
+    D = output.shape[-1]
+    difference = output.float() - target.float()
+    found = difference * (grad[:, None] * (2 / D))
+    return found.to(output.dtype)
 
 
 def soft_cross_entropy(states: Tensor, head: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
@@ -111,10 +111,13 @@ class HeadDivergence(torch.autograd.Function):
     def forward(ctx, states: Tensor, head: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
         assert not ctx.needs_input_grad[1], "the head is frozen"
         portion = max(1, LOGITS // len(head))
-        values, gradients = [], []
-        for x, t, i in zip(states.split(portion), teacher.split(portion), ids.split(portion)):
+        portions = zip(states.split(portion), teacher.split(portion), ids.split(portion))
+        values = []
+        gradients = []
+        for x, t, i in portions:
             student = F.linear(x, head).float().log_softmax(-1)
-            values.append((t.exp() * (t - student.gather(1, i))).sum(-1))
+            difference = t - student.gather(1, i)
+            values.append((t.exp() * difference).sum(-1))
             if ctx.needs_input_grad[0]:
                 of_logits = student.exp_().scatter_add_(1, i, -t.exp())
                 gradients.append(of_logits.to(x.dtype) @ head)

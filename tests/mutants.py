@@ -61,7 +61,7 @@ MUTANTS = {
     ],
     "ia2mini/losses.py": [
         ("weights).sum(1)", "weights).mean(1)", "losses a_run_averages"),
-        ("(2 / output.shape[-1])", "(1 / output.shape[-1])", "losses gradients_of_the_squared"),
+        ("(2 / D)", "(1 / D)", "losses gradients_of_the_squared"),
         ("teacher.float().log_softmax(-1), ids", "teacher.float(), ids", "losses equal_naive"),
         (
             "scatter_add_(1, i, -t.exp())",
@@ -140,11 +140,11 @@ MUTANTS = {
     "ia2mini/episode.py": [
         ("crc32(purpose.encode())]", "0]", "episode the_same_command"),
         (
-            "shuffled(train[:i] + train[i + 1 :], rng)",
+            "shuffled(without(train, [i]), rng)",
             "shuffled(train, rng)[1:]",
             "episode are_the_other",
         ),
-        ("if i not in inside", "", "folds rows_of_a_group"),
+        ("without(rows, part)", "rows", "folds rows_of_a_group"),
     ],
     "ia2mini/labels.py": [
         (
@@ -199,7 +199,7 @@ MUTANTS = {
         ("and not shown:", "and True:", "probe saved_loaded"),
     ],
     "ia2mini/generate.py": [
-        ("< characters + PARTS", "< 0", "ends a_stop_text_of_characters"),
+        (">= characters + PARTS", ">= 0", "ends a_stop_text_of_characters"),
         ("return decode(ids[-tokens:])", "return decode(ids[-1:])", "generate a_stop_text"),
         (
             "cache.lengths += last + 1",
@@ -228,8 +228,8 @@ MUTANTS = {
     ],
     "ia2mini/engine/select.py": [
         (
-            "math.inf if value is None or math.isnan(value)",
-            "math.inf if value is None",
+            "if value is None or math.isnan(value):",
+            "if value is None:",
             "summary diverged_is_never",
         ),
     ],

@@ -17,7 +17,7 @@ LINES_OF_A_FILE = 350
 LINES_OF_A_FUNCTION = 60
 ARGUMENTS = 7
 TOKENS_A_LINE = 6.5
-TOKENS_A_LINE_OF_THE_CORE = 6.3  # all its files together; the aim is 6.0
+TOKENS_A_LINE_OF_THE_CORE = 6.0  # all its files together
 LONG_FILES = {  # one thing each, that would be harder to follow in two files
     "bench/pretrain.py",
     "bench/studies/fit.py",
@@ -32,11 +32,7 @@ DENSE = {  # sums, indices and shapes: a line of arithmetic has more tokens
     "bench/studies/choice.py",
     "bench/studies/effect.py",
     "bench/training.py",
-    "ia2mini/engine/adapter.py",
-    "ia2mini/engine/select.py",
     "ia2mini/fitting/measures.py",
-    "ia2mini/scale/decode.py",
-    "ia2mini/scale/pack.py",
     "ia2mini/study/scoring.py",
     "ia2mini/study/table.py",
 }

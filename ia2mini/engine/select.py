@@ -5,6 +5,8 @@ from statistics import fmean
 
 from ..train import Trained
 
+RateAndBeta = tuple[float | None, float | None]
+
 
 def grouped(rows: list[dict], *fields: str) -> dict[tuple, list[dict]]:
     """The rows by their values of some fields, in order."""
@@ -15,23 +17,29 @@ def grouped(rows: list[dict], *fields: str) -> dict[tuple, list[dict]]:
     return found
 
 
-def chosen(records: list[dict], by: str) -> tuple[float | None, float | None]:
+def chosen(records: list[dict], by: str) -> RateAndBeta:
     """(rate, β) of one method's records: lowest mean dev loss ("dev"), or highest mean accuracy ("eval")."""
 
     def cost(record: dict) -> float:
         value = -record["acc"] if by == "eval" else record["dev_loss"]
-        return math.inf if value is None or math.isnan(value) else value  # a run that diverged
+        if value is None or math.isnan(value):  # a run that diverged
+            return math.inf
+        return value
 
-    def mean_cost(config: tuple) -> float:
+    def mean_cost(config: RateAndBeta) -> float:
         return fmean(map(cost, configs[config]))
 
     configs = grouped(records, "rate", "beta")
     return min(configs, key=mean_cost)
 
 
-def at_config(records: list[dict], config: tuple[float | None, float | None]) -> list[int]:
+def at_config(records: list[dict], config: RateAndBeta) -> list[int]:
     """Which of a method's records, in order, have this (rate, β)."""
-    return [r for r, record in enumerate(records) if (record["rate"], record["beta"]) == config]
+    found = []
+    for r, record in enumerate(records):
+        if (record["rate"], record["beta"]) == config:
+            found.append(r)
+    return found
 
 
 def reported(records: list[dict], trained: Trained, sets: int, select: str) -> list[int]:

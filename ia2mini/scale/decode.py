@@ -12,28 +12,34 @@ WORTH_RECORDING = 8  # tokens of a response from which on recording its steps pa
 
 def fast_decoding(device: torch.device, max_tokens: int) -> DecodingHooks:
     """Hooks for responses of up to so many tokens: where steps are recorded, rows leave by halves, so shapes stay."""
-    if device.type in RECORDERS and max_tokens >= WORTH_RECORDING:
-        return DecodingHooks(partial(recorded, device=device), static=True, who_stays=half_leaves)
-    return DecodingHooks(who_stays=ended_leave)
+    if device.type not in RECORDERS or max_tokens < WORTH_RECORDING:
+        return DecodingHooks(who_stays=ended_leave)
+    record = partial(recorded, device=device)
+    return DecodingHooks(record, static=True, who_stays=half_leaves)
 
 
 def ended_leave(going: list[bool], runs: int) -> list[int] | None:
     staying = equally_many(going, runs)
-    return staying if len(staying) < len(going) else None
+    if len(staying) == len(going):
+        return None
+    return staying
 
 
 def half_leaves(going: list[bool], runs: int) -> list[int] | None:
     staying = equally_many(going, runs)
-    return staying if len(staying) <= len(going) // 2 else None
+    if len(staying) > len(going) // 2:
+        return None
+    return staying
 
 
 def equally_many(going: list[bool], runs: int) -> list[int]:
     """The rows still going and, in runs with fewer of them, ended ones up to equal numbers."""
     size = len(going) // runs
-    most = max(sum(going[start : start + size]) for start in range(0, len(going), size))
+    starts = range(0, len(going), size)
+    most = max(sum(going[start : start + size]) for start in starts)
     staying = []
-    for start in range(0, len(going), size):
-        # those going first
-        mine = sorted(range(start, start + size), key=lambda row: not going[row])
-        staying += mine[:most]
+    for start in starts:
+        rows = range(start, start + size)
+        going_first = sorted(rows, key=lambda row: not going[row])
+        staying += going_first[:most]
     return staying

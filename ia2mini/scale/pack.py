@@ -21,23 +21,24 @@ FAR = 2  # times the median length: a longer row leaves the batch where that is 
 def pack(batch: Batch) -> Batch:
     """The batch, on the CPU, with the rows of each run in one line [R, T] where that is worth it; else as it is."""
     R, B = batch.lengths.shape
-    totals = batch.lengths.sum(1)
-    padded_tokens = B * batch.ids.shape[1]
-    if totals.max() > min(MOST_TOKENS, WORTH_IT * padded_tokens):
+    T = batch.ids.shape[1]
+    longest_line = int(batch.lengths.sum(1).max())
+    if longest_line > min(MOST_TOKENS, WORTH_IT * B * T):
         return batch
     starts = batch.lengths.cumsum(1) - batch.lengths  # [R, B], where a row begins in its line
-    real = torch.arange(batch.ids.shape[1]) < batch.lengths[..., None]  # [R, B, T]
+    real = torch.arange(T) < batch.lengths[..., None]  # [R, B, T]
     run, row, place = real.nonzero(as_tuple=True)
-    target = run, starts[run, row] + place
-    ids = torch.zeros(R, int(totals.max()), dtype=torch.int64)
+    in_line = run, starts[run, row] + place
+    ids = torch.zeros(R, longest_line, dtype=torch.int64)
     documents = torch.full_like(ids, -1)
     places = torch.zeros_like(ids)
-    ids[target] = batch.ids.view(R, B, -1)[real]
-    documents[target] = row
-    places[target] = place
+    ids[in_line] = batch.ids.view(R, B, T)[real]
+    documents[in_line] = row
+    places[in_line] = place
     rows, columns = batch.at
     at = rows // B, columns + starts.flatten()[rows]
-    return replace(batch, ids=ids, at=at, packed=Packed(documents, places))
+    packed = Packed(documents, places)
+    return replace(batch, ids=ids, at=at, packed=packed)
 
 
 def in_one_batch(runs: list[list[Row]]) -> list[Batch]:
@@ -51,12 +52,14 @@ def in_batches(runs: list[list[Row]]) -> list[Batch]:
     Rows of more than `FAR` times the median length leave it, and are batched with one another.
     """
     lengths = [len(row) for rows in runs for row in rows]
-    padded = len(runs) * max(map(len, runs)) * max(lengths)
+    most_rows = max(map(len, runs))
+    padded = len(runs) * most_rows * max(lengths)
+    mostly_padding = padded > max(TOGETHER, FAR * sum(lengths))
     longest_line = max(sum(map(len, rows)) for rows in runs)
-    if longest_line <= MOST_TOKENS or padded <= max(TOGETHER, FAR * sum(lengths)):
+    if longest_line <= MOST_TOKENS or not mostly_padding:
         return [pack(collate(runs))]
     usual = FAR * float(np.median(lengths))
-    short = defaultdict(list)
+    short = defaultdict(list)  # run -> its rows
     long = []
     for r, rows in enumerate(runs):
         for row in rows:
@@ -65,17 +68,19 @@ def in_batches(runs: list[list[Row]]) -> list[Batch]:
             else:
                 long.append((r, row))
     parts = [short]
-    for group in by_length([len(row) for _, row in long], TOGETHER):
+    long_lengths = [len(row) for _, row in long]
+    for group in by_length(long_lengths, TOGETHER):
         part = defaultdict(list)
         for i in group:
             r, row = long[i]
             part[r].append(row)
         parts.append(part)
-    return [portion(runs, part) for part in parts if part]
+    return [some_rows(runs, part) for part in parts if part]
 
 
-def portion(runs: list[list[Row]], part: dict[int, list[Row]]) -> Batch:
+def some_rows(runs: list[list[Row]], part: dict[int, list[Row]]) -> Batch:
     """The rows `part` of some of the runs; their weights are as among all rows of their run."""
     batch = pack(collate(list(part.values())))
-    shares = torch.tensor([len(rows) / len(runs[r]) for r, rows in part.items()])
-    return replace(batch, weights=batch.weights * shares[:, None], runs=torch.tensor(list(part)))
+    shares = [len(rows) / len(runs[r]) for r, rows in part.items()]
+    weights = batch.weights * torch.tensor(shares)[:, None]
+    return replace(batch, weights=weights, runs=torch.tensor(list(part)))
