@@ -130,7 +130,11 @@ MUTANTS = {
         ),
     ],
     "ia2mini/engine/peft.py": [
-        ('"lora_alpha": adapter.alpha', '"lora_alpha": adapter.rank', "peft_format peft_loads"),
+        (
+            'config["lora_alpha"] = adapter.alpha',
+            'config["lora_alpha"] = adapter.rank',
+            "peft_format peft_loads",
+        ),
         (
             'get("use_rslora") else len(A)',
             'get("use_rslora") else rank',

@@ -13,8 +13,8 @@ import ia2mini.study.records
 import ia2mini.study.scoring
 from ia2mini.adapters import IA3, LoRA, adapted
 from ia2mini.batch import Row, collate
+from ia2mini.engine.merge import Merged
 from ia2mini.engine.options import Options
-from ia2mini.engine.peft import Merged
 from ia2mini.engine.subject import open_subject
 from ia2mini.labels import Scoring, label_scores
 from ia2mini.scale.pack import in_one_batch, pack

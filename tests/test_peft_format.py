@@ -11,7 +11,8 @@ from ia2mini.models import UsageError, load
 from reference import random_ids, upstream
 
 from ia2mini.adapters import EVERY_MATRIX, IA3, TARGETS, LoRA, adapted
-from ia2mini.engine.peft import save_adapter, save_merged
+from ia2mini.engine.merge import save_merged
+from ia2mini.engine.peft import save_adapter
 
 PEFT = {
     "lora": lambda m: LoRA(m),

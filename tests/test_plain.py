@@ -22,7 +22,6 @@ LONG_FILES = {  # one thing each, that would be harder to follow in two files
     "bench/pretrain.py",
     "bench/studies/fit.py",
     "bench/training.py",
-    "ia2mini/engine/peft.py",
     "ia2mini/fitting/crossval.py",
 }
 LONG_FUNCTIONS = ["bench/pretrain.py: pretrain", "bench/resources.py: load"]

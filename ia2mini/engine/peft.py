@@ -1,14 +1,11 @@
-"""Adapters in PEFT's own format, and checkpoints with the adapter merged in."""
+"""Adapters in PEFT's own format, written and read."""
 
 import json
 import math
 import re
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -17,26 +14,25 @@ from .. import UsageError
 from ..adapters import IA3, Adapter, LoRA, unpack
 from ..errors import out_of_memory
 from ..files import check_name, is_there, read_json, write, write_text
-from ..models.checkpoint import save
 from ..models.layers import Linear
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-MERGED = "merged.json"  # in a merged checkpoint: what was merged
 PEFT_PREFIX = "base_model.model."
 KINDS = ("LORA", "IA3")
 BIASES = ("none", "all", "lora_only")
 DEFAULT_RANK = 8  # peft's, where a configuration says none
 DEFAULT_ALPHA = 8
-# Fields that change more than the matrices of LoRA and (IA)3, besides all that begin with use_ or end in _config.
+# fields that change more than the matrices of LoRA and (IA)3, besides all that begin with use_ or end in _config …
 EXTRAS = (
     "modules_to_save",
     "trainable_token_indices",
     "lora_bias",
     "layer_replication",
     "alora_invocation_tokens",
+    "target_parameters",
 )
-EXTRAS += ("target_parameters",)
+# … but for these, of training and loading, or looked at elsewhere
 HARMLESS = (
     "use_rslora",
     "eva_config",
@@ -44,8 +40,9 @@ HARMLESS = (
     "loftq_config",
     "lora_ga_config",
     "velora_config",
+    "runtime_config",
+    "megatron_config",
 )
-HARMLESS += ("runtime_config", "megatron_config")  # of training and loading; or looked at elsewhere
 # ways to begin that also change the base's weights
 CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -54,25 +51,20 @@ def peft_config(adapter: Adapter, base: str) -> dict:
     """adapter_config.json of peft for LoRA and (IA)3."""
     config = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True}
     if isinstance(adapter, LoRA):
-        config |= {
-            "peft_type": "LORA",
-            "r": adapter.rank,
-            "lora_alpha": adapter.alpha,
-            "lora_dropout": 0.0,
-        }
-        return config | {
-            "bias": "none",
-            "target_modules": list(adapter.targets),
-            "layers_to_transform": adapter.layers,
-        }
+        config["peft_type"] = "LORA"
+        config["r"] = adapter.rank
+        config["lora_alpha"] = adapter.alpha
+        config["lora_dropout"] = 0.0
+        config["bias"] = "none"
+        config["target_modules"] = list(adapter.targets)
+        config["layers_to_transform"] = adapter.layers
+        return config
     assert isinstance(adapter, IA3)
+    config["peft_type"] = "IA3"
     # peft cannot restrict (IA)3 to layers but takes full module names
-    names = list(adapter.linears)
-    return config | {
-        "peft_type": "IA3",
-        "target_modules": names,
-        "feedforward_modules": sorted(adapter.inputs),
-    }
+    config["target_modules"] = list(adapter.linears)
+    config["feedforward_modules"] = sorted(adapter.inputs)
+    return config
 
 
 def peft_tensors(adapter: Adapter, theta: Tensor) -> dict[str, Tensor]:
@@ -97,7 +89,8 @@ def save_adapter(
     """Write one run's adapter, theta [M], so that peft loads it onto `base` at `revision`."""
     tensors = {name: t.contiguous() for name, t in peft_tensors(adapter, theta).items()}
     write(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    config = peft_config(adapter, base) | {"revision": revision}
+    config = peft_config(adapter, base)
+    config["revision"] = revision
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
@@ -207,7 +200,8 @@ def compare_names(folder: Path, config: dict, tensors: dict[str, Tensor], model:
         raise UsageError(
             f"{folder}: the file changes {name}, which is no matrix of this model that can be adapted"
         )
-    if odd := held ^ targeted(config, maps):
+    odd = held ^ targeted(config, maps)
+    if odd:
         same = f"{CONFIG} and the tensors do not name the same matrices"
         raise UsageError(f"{folder}: {same} ({min(odd)})")
 
@@ -312,75 +306,3 @@ def read_ia3(
             raise ValueError(f"the shape of {name}.ia3_l is {tuple(tensor.shape)}")
         weights[name] = tensor
     return adapter, weights
-
-
-def claim(folder: Path, merge: dict) -> None:
-    """Have a new or empty folder take a merged checkpoint, told by `merge`; the same merge, begun before, may go on.
-
-    Raises UsageError for a folder that holds anything else: another checkpoint, or a person's files.
-    """
-    check_name(folder)
-    marker = folder / MERGED
-    if folder.is_dir() and not marker.exists():
-        for path in sorted(folder.iterdir()):
-            if not path.name.startswith("."):
-                raise UsageError(
-                    f"{folder}: holds {path.name} and maybe more; --out needs a new or empty folder"
-                )
-    if marker.exists() and read_json(marker) != merge:
-        raise UsageError(
-            f"{folder}: holds another merged checkpoint; choose another folder with --out"
-        )
-    write_text(marker, json.dumps(merge, indent=1) + "\n")
-
-
-class Merged(Adapter):
-    """LoRA or (IA)3 merged into the frozen matrices, rounded to bfloat16: what the paper's released scripts score.
-
-    A matrix is merged anew for every pass, so that not all of R runs are held at once.
-    """
-
-    def __init__(self, adapter: Adapter):
-        self.adapter, self.shapes = adapter, adapter.shapes
-        self.linears = adapter.linears
-
-    def change(self, name: str, weights: dict[str, Tensor]) -> Callable:
-        mine = {
-            key: tensor
-            for key, tensor in weights.items()
-            if key in (name, f"{name}.A", f"{name}.B")
-        }
-        return partial(self.product, name, mine)
-
-    def product(self, name: str, weights: dict[str, Tensor], base: Callable, x: Tensor) -> Tensor:
-        """The merged map of each run on its group of x [R * rows, T, in]."""
-        linear = self.linears[name]
-        runs = len(next(iter(weights.values())))
-        outputs = []
-        for r, rows in enumerate(x.chunk(runs)):
-            change = self.adapter.merged(name, {key: tensor[r] for key, tensor in weights.items()})
-            change = {key: tensor.bfloat16().to(x.dtype) for key, tensor in change.items()}
-            outputs.append(
-                F.linear(rows, change[f"{name}.weight"], change.get(f"{name}.bias", linear.bias))
-            )
-        return torch.cat(outputs)
-
-
-@torch.no_grad()
-def save_merged(
-    model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path, tokenizer=None
-) -> None:
-    """Write a checkpoint whose matrices hold the adapter's change, computed in float32; the model stays as it is.
-
-    With `tokenizer` the checkpoint is complete: its tokenizer.json and its end-of-sequence ids are written too.
-    """
-    theta = theta.to(next(model.parameters()).device)
-    weights = {name: w[0] for name, w in unpack(theta[None], adapter.shapes).items()}
-    changed = {}
-    for name, linear in adapter.linears.items():
-        for key, tensor in adapter.merged(name, weights).items():
-            changed[key] = tensor.to(linear.weight.dtype)
-    words, ends = (
-        (tokenizer.backend.to_str(), list(tokenizer.eos_ids) or None) if tokenizer else (None, None)
-    )
-    save(model, folder, words, ends, changed)

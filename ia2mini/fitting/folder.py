@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from .. import UsageError
-from ..engine.peft import claim, read_config, save_adapter, save_merged
+from ..engine.merge import claim, save_merged
+from ..engine.peft import read_config, save_adapter
 from ..engine.store import checkpoint_digest, versions
 from ..files import finite, write, write_json, write_text
 from ..models.checkpoint import load

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..adapters import Adapter, adapted
 from ..batch import Row
 from ..engine.experiment import Experiment
+from ..engine.merge import Merged
 from ..engine.options import UNTRAINED
-from ..engine.peft import Merged
 from ..generate import Decoding, generate
 from ..labels import Scoring, label_scores
 from ..methods import BEHIND_DEMONSTRATIONS
