@@ -67,7 +67,7 @@ def draw_episode(
     rng = seeded(seed, number, "demonstrations")
     demonstrations = []
     for i in range(n):
-        demonstrations.append(shuffled(without(train, [i]), rng))
+        demonstrations.append(shuffled(all_but(train, [i]), rng))
     for j in range(dev_size):
         if reuse:
             demonstrations.append(demonstrations[j % n])
@@ -105,7 +105,7 @@ def draw_folds(rows: list[Example], folds: int, choose: Callable, seed: int = 0)
     found = []
     for number, test in enumerate(parts):
         rng = seeded(seed, number, "fold")
-        others = shuffled(without(rows, test), rng)
+        others = shuffled(all_but(rows, test), rng)
         train = in_turn(others)[:trained_on]
         shown = among_themselves(train, choose, rng)
         found.append(Fold(train, [], shown, [choose(train, rng)], test=test))
@@ -123,7 +123,7 @@ def among_themselves(
     parts = min(GROUPS, len({row.prompt for row in rows}))
     shown: list[list[Example]] = [[] for _ in rows]
     for part in deal(rows, parts, rng):
-        demonstrations = choose(without(rows, part), rng)
+        demonstrations = choose(all_but(rows, part), rng)
         for i in part:
             shown[i] = demonstrations
     return shown
@@ -166,7 +166,7 @@ def balanced(rows: list[Example], count: int, rng: np.random.Generator) -> list[
     return shuffled(in_turn(some)[:count], rng)
 
 
-def without(rows: list[Example], places: list[int]) -> list[Example]:
+def all_but(rows: list[Example], places: list[int]) -> list[Example]:
     """All rows but those at some places."""
     left_out = set(places)
     return [row for i, row in enumerate(rows) if i not in left_out]

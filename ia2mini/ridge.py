@@ -74,7 +74,7 @@ def solve_one(
     given = base(x)[batch.at]
     missing = (wanted - given).double()
     missing = missing.unflatten(0, (R, -1))  # [R, P, out]
-    left, size, right = ridge(read * share, missing * share)
+    left, size, right = ridge_regression(read * share, missing * share)
     rank = min(rank, size.shape[1])
     largest = size[:, :1]
     matters = size > NEGLIGIBLE * largest
@@ -86,7 +86,7 @@ def solve_one(
     B[:, :, :rank] = found_B[..., :rank] * matters.mT
 
 
-def ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def ridge_regression(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """W [R, out, in] with W x ≈ y of x [R, P, in], y [R, P, out]: its left vectors, singular values, right vectors.
 
     Each run's strength is the one of `STRENGTHS` with the least error on positions left out one at a time.

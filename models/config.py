@@ -28,7 +28,7 @@ MOST = {"num_hidden_layers": 2**12, "max_position_embeddings": 2**40, "rms_norm_
 
 CLASSES = {"seed_oss": "SeedOss", "smollm3": "SmolLM3"}  # of others: the first letter in upper case
 # model_type -> what a field is that its config.json does not have, where that is not Llama's
-DEFAULTS: dict[str, dict] = {
+FAMILY_DEFAULTS: dict[str, dict] = {
     "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 2**15},
     "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 2**17, "sliding_window": 4096},
     "smollm3": {
@@ -91,7 +91,7 @@ def read_folder_config(folder: Path):
             f"{where}: model_type {repr(kind)[:80]} is not supported (supported: {', '.join(FAMILIES)})"
         )
     cls, family = FAMILIES[kind]
-    raw = {**DEFAULTS.get(kind, {}), **raw}
+    raw = {**FAMILY_DEFAULTS.get(kind, {}), **raw}
     found = {"rope": read_rope(raw, where), **family_fields(kind, raw, where)}
     layers = raw.get("layer_types") or []
     for name, fine, values in (

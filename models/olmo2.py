@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import layers
 from .attention import Behind, Cache, LayerCache, NoCache, Packed, Prefix, attend
-from .layers import Embedding, Head, Linear, Rope, Rotation, rotate
+from .layers import Embedding, Head, Linear, RMSNorm, Rope, Rotation, rotate
 from .qwen3 import MLP
 from .taps import At, Taps
 
@@ -44,7 +43,7 @@ class Config:
         object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // heads)
 
 
-class RMSNorm(layers.RMSNorm):
+class Float32RMSNorm(RMSNorm):
     """As in the other families, but scaled in float32, before the cast."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,8 +63,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(D, K * E, bias=bias)
         self.v_proj = Linear(D, K * E, bias=bias)
         self.o_proj = Linear(H * E, D, bias=bias)
-        self.q_norm = RMSNorm(H * E, config.rms_norm_eps)
-        self.k_norm = RMSNorm(K * E, config.rms_norm_eps)
+        self.q_norm = Float32RMSNorm(H * E, config.rms_norm_eps)
+        self.k_norm = Float32RMSNorm(K * E, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rope: Rotation, cache: LayerCache) -> Tensor:
         B, T, _ = x.shape
@@ -83,9 +82,9 @@ class Block(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = Float32RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size)
-        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_feedforward_layernorm = Float32RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def attention_output(self, x: Tensor, rope: Rotation, cache: LayerCache) -> Tensor:
         """What this block's attention adds to the residual stream x [B, T, D]; the tensor that IA2 aligns."""
@@ -105,7 +104,7 @@ class Olmo2(nn.Module):
         self.model["embed_tokens"] = Embedding(config.vocab_size, config.hidden_size)
         blocks = [Block(config) for _ in range(config.num_hidden_layers)]
         self.model["layers"] = nn.ModuleList(blocks)
-        self.model["norm"] = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.model["norm"] = Float32RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
 

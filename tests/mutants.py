@@ -144,11 +144,11 @@ MUTANTS = {
     "ia2mini/episode.py": [
         ("crc32(purpose.encode())]", "0]", "episode the_same_command"),
         (
-            "shuffled(without(train, [i]), rng)",
+            "shuffled(all_but(train, [i]), rng)",
             "shuffled(train, rng)[1:]",
             "episode are_the_other",
         ),
-        ("without(rows, part)", "rows", "folds rows_of_a_group"),
+        ("all_but(rows, part)", "rows", "folds rows_of_a_group"),
     ],
     "ia2mini/labels.py": [
         (

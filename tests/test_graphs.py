@@ -196,7 +196,7 @@ def test_what_an_observer_keeps_no_replay_overwrites(loaded, recorded):
 
 def test_a_shape_is_recorded_once_it_comes_often_and_only_some_are(monkeypatch):
     monkeypatch.setitem(graphs.RECORDERS, "cpu", Tape)
-    monkeypatch.setattr(graphs, "MOST", 2)
+    monkeypatch.setattr(graphs, "MOST_RECORDINGS", 2)
     Tape.recordings, calls = 0, []
     step = graphs.CapturedStep(
         lambda batch: calls.append(1) or 2.0 * batch.ids, torch.device("cpu")

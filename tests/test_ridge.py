@@ -13,7 +13,7 @@ from ia2mini import UsageError
 from ia2mini.adapters import IA3, LoRA, adapted, unpack
 from ia2mini.batch import collate
 from ia2mini.methods import METHODS
-from ia2mini.ridge import STRENGTHS, ridge, solve
+from ia2mini.ridge import STRENGTHS, ridge_regression, solve
 from ia2mini.train import losses
 
 
@@ -27,7 +27,7 @@ def test_ridge_is_scikit_learns_at_the_strength_that_predicts_left_out_positions
 ):
     x = random(2, positions, 12) * torch.tensor([1.0, 30.0])[:, None, None]
     y = x @ random(2, 12, 7, seed=1) + noise * random(2, positions, 7, seed=2)
-    left, size, right = ridge(x, y)
+    left, size, right = ridge_regression(x, y)
     found = (left * size[:, None]) @ right.mT  # [R, out, in]
     for run in range(2):
         a, b = x[run].numpy(), y[run].numpy()
@@ -72,7 +72,7 @@ def test_the_first_layer_equals_a_regression_written_out(model):
         read[0][batch.at].double() * share,
         (batch.activations[0] - tap.outputs[0]).double() * share,
     )
-    left, size, right = (t[0] for t in ridge(x[None], y[None]))
+    left, size, right = (t[0] for t in ridge_regression(x[None], y[None]))
     wanted = (left[:, :8] * size[:8]) @ right[:, :8].T  # cut to the rank
     parts = unpack(solve(model, adapter, theta, batch), adapter.shapes)
     A, B = (parts[f"model.layers.0.self_attn.o_proj.{name}"][0].double() for name in "AB")

@@ -217,15 +217,15 @@ def targeted(config: dict, maps: list[str]) -> set[str]:
         raise ValueError("layers_to_transform beside target_modules that are a pattern")
     found = set()
     for name in maps:
-        wanted = targets == "all-linear" or named(targets or [], name)
+        wanted = targets == "all-linear" or is_named_by(targets or [], name)
         if layers and name not in targets:  # a full name counts in any layer
             wanted = wanted and layer_of(name, config.get("layers_pattern")) in layers
-        if wanted and not named(excluded, name):
+        if wanted and not is_named_by(excluded, name):
             found.add(name)
     return found
 
 
-def named(wanted: str | list, name: str) -> bool:
+def is_named_by(wanted: str | list, name: str) -> bool:
     """Whether a pattern is the whole of a map's name, or one of several names is, or ends it."""
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None

@@ -13,7 +13,9 @@ from ..errors import out_of_memory
 from ..train import Runs, Settings
 
 OFTEN = 1  # calls of a shape before it is recorded: these also have libraries set themselves up
-MOST = 8  # recordings of one function: each keeps a batch, and a graph of thousands of kernels
+MOST_RECORDINGS = (
+    8  # recordings of one function: each keeps a batch, and a graph of thousands of kernels
+)
 LAUNCH = 5e-6  # seconds to launch a kernel: assumed, to be measured on a GPU
 RATE = 4e14  # FLOP/s of a step: assumed, to be measured on a GPU
 KERNELS = 170  # of a layer in a training step with LoRA, counted for Qwen3 in bfloat16
@@ -105,7 +107,7 @@ class CapturedStep:
     def __init__(self, function: Callable, device: torch.device):
         self.function = function
         self.device = device
-        self.most = MOST
+        self.most = MOST_RECORDINGS
         self.recorder: Callable | None = None
         self.calls: Counter = Counter()
         self.recordings: dict = {}

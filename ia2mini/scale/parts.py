@@ -27,7 +27,7 @@ def take_runs(runs: Runs, places: Tensor) -> Runs:
 def take_state(state: State, places: Tensor) -> State:
     """A copy of what the runs at these places have become so far."""
     taken = {}
-    for name, values in by_run(state).items():
+    for name, values in fields_by_run(state).items():
         taken[name] = at_places(values.detach(), places)
     taken["theta"].requires_grad_()
     return State(**taken, t=state.t.clone(), step=state.step)
@@ -35,15 +35,15 @@ def take_state(state: State, places: Tensor) -> State:
 
 def put_state(state: State, places: Tensor, part: State) -> None:
     """Take over what the runs at these places have become in `part`."""
-    trained = by_run(part)
-    for name, values in by_run(state).items():
+    trained = fields_by_run(part)
+    for name, values in fields_by_run(state).items():
         index = send(places, values.device)
         values.detach()[index] = trained[name].detach()
     state.t = part.t
     state.step = part.step
 
 
-def by_run(state: State) -> dict[str, Tensor]:
+def fields_by_run(state: State) -> dict[str, Tensor]:
     """The fields of a state that have a row for each run."""
     found = {}
     for field in fields(state):
