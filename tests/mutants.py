@@ -212,7 +212,7 @@ MUTANTS = {
         ),
     ],
     "ia2mini/teacher.py": [
-        ("rows[n:labelled],", "rows[n:],", "unlabelled only_ia2"),
+        ("icl_dev=rows[n:labelled]", "icl_dev=rows[n:]", "unlabelled only_ia2"),
     ],
     "ia2mini/tokenizer.py": [
         ("special and not isinstance(text, Rendered)", "special", "chat many_templates"),
