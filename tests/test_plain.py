@@ -32,8 +32,6 @@ DENSE = {  # sums, indices and shapes: a line of arithmetic has more tokens
     "bench/studies/effect.py",
     "bench/training.py",
     "ia2mini/fitting/measures.py",
-    "ia2mini/study/scoring.py",
-    "ia2mini/study/table.py",
 }
 LAYOUT = (
     tokenize.COMMENT,

@@ -82,7 +82,8 @@ def teach_all(x: Experiment, tuned: Trained | None = None) -> list[Taught]:
 
         def ask(number: int) -> Taught:
             with teacher(x, tuned, number) as model:
-                return teach(model, x.subject.tokenizer, x.episodes[number], x.asked, bar.update)
+                tokenizer = x.subject.tokenizer
+                return teach(model, tokenizer, x.episodes[number], asked=x.asked, watch=bar.update)
 
         return ranks.spread(ask, range(len(x.episodes)))
 

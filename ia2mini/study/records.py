@@ -16,7 +16,8 @@ from ..metrics import accuracy, measure, subspace_overlap
 from ..scale import ranks
 from ..train import Trained
 from .cells import Cell
-from .scoring import Scores, texts_file
+from .evaluation import Scores
+from .texts import texts_file
 
 ROWS_SHOWN = 10  # right and wrong ones that the page shows of each task
 

@@ -5,7 +5,7 @@ R runs, S sets, Q evaluation rows, C labels, L layers, n rows on which attention
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 
 import torch
@@ -16,60 +16,18 @@ from ..batch import Row
 from ..engine.experiment import Experiment
 from ..engine.merge import Merged
 from ..engine.options import UNTRAINED
-from ..generate import Decoding, generate
 from ..labels import Scoring, label_scores
 from ..methods import BEHIND_DEMONSTRATIONS
 from ..metrics import fit_temperature
-from ..models.taps import device_of
 from ..prefix import share_prefix
 from ..scale import ranks
-from ..scale.decode import fast_decoding
-from ..scoring import layer_asim
-from ..tasks import Example, Task, same_answer
+from ..tasks import Example
 from ..teacher import Asked, label_tokens_at_most, observe
 from ..tokenizer import Tokenizer
 from ..train import Trained
 from .cells import Cell
-
-# asim [R, L], correct [R, Q]; of labels top, confidence [R, Q] and log_probabilities [R, Q, C]
-Scores = dict[str, Tensor]
-
-
-@dataclass
-class Reference:
-    """The base with each set's demonstrations: what the others are compared with."""
-
-    scores: Scores
-    outputs: Tensor | None = None  # of labels: attention outputs [L, S, n, D]
-    # of texts: each set's first n responses with their attention outputs
-    rows: list[list[Row]] | None = None
-
-    def of_sets(self, sets: Tensor) -> "Reference":
-        """What some of the sets are compared with."""
-        if self.outputs is not None:
-            return Reference(self.scores, outputs=self.outputs[:, sets])
-        return Reference(self.scores, rows=[self.rows[number] for number in sets.tolist()])
-
-
-@dataclass
-class Evaluation:
-    """One evaluation of a cell: its rows, and the trained runs that are scored on them."""
-
-    cell: Cell
-    x: Experiment
-    name: str
-    task: Task
-    rows: list[Example]
-    labels: list[list[int]] | None  # tokens of each label; None of texts
-    trained: dict[str, Trained]
-    reported: dict[str, list[int]]  # the runs of each method that are scored
-
-    @property
-    def prompts(self) -> list[list[int]]:
-        return self.x.subject.tokenizer.encode_all([row.prompt for row in self.rows])
-
-    def phase(self, method: str, count: int):
-        return self.x.phase("evaluate", f"{method} on {self.name}", count)
+from .evaluation import Evaluation, Reference, Scores
+from .texts import likeness, score_texts, with_end
 
 
 def score_all(
@@ -78,8 +36,16 @@ def score_all(
     """(method, evaluation) -> `Scores` of the method's reported runs."""
     found = {}
     for name, examples in cell.evaluations.items():
-        task = cell.evaluation_task(name)
-        e = Evaluation(cell, x, name, task, examples.rows, cell.labels.get(name), trained, reported)
+        e = Evaluation(
+            cell=cell,
+            x=x,
+            name=name,
+            task=cell.evaluation_task(name),
+            rows=examples.rows,
+            labels=cell.labels.get(name),
+            trained=trained,
+            reported=reported,
+        )
         reference = None
         for method in cell.study.options.methods:
             place = f"{x.name}/{method}-on-{name}"
@@ -87,7 +53,9 @@ def score_all(
             if kept is None:
                 if reference is None:
                     reference = make_reference(e)
-                scores = reference.scores if method == "icl" else score_method(e, method, reference)
+                scores = reference.scores
+                if method != "icl":
+                    scores = score_method(e, method, reference)
                 kept = x.store.keep(place, scores)
             elif method != "icl":
                 x.progress.kept()
@@ -115,7 +83,8 @@ def score_method(e: Evaluation, method: str, reference: Reference) -> Scores:
                 for run in by_set[number].tolist():
                     parts.append(score_behind_demonstrations(e, method, run, number, own, bar))
             return join_runs(parts)
-        return score_runs(e, method, by_set[some].flatten().tolist(), reference.of_sets(some), bar)
+        runs = by_set[some].flatten().tolist()
+        return score_runs(e, method, runs, reference.of_sets(some), bar)
 
     with e.phase(method, by_set.numel() * len(e.rows)) as bar:
         parts = ranks.spread(score_sets, torch.arange(sets).tensor_split(ranks.size))
@@ -123,21 +92,23 @@ def score_method(e: Evaluation, method: str, reference: Reference) -> Scores:
 
 
 def join_runs(parts: list[Scores | None]) -> Scores:
-    parts = [part for part in parts if part is not None]
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    there = [part for part in parts if part is not None]
+    joined = {}
+    for key in there[0]:
+        joined[key] = torch.cat([part[key] for part in there])
+    return joined
 
 
 def score_runs(e: Evaluation, method: str, runs: list[int], reference: Reference, bar) -> Scores:
     """What some runs of a method say, side by side."""
-    model = e.x.subject.model
-    under = nullcontext(model)
+    under = nullcontext(e.model)
     if method not in UNTRAINED:
-        under = adapted(model, scored_adapter(e.cell), e.trained[method].theta[runs])
+        theta = e.trained[method].theta[runs]
+        under = adapted(e.model, scored_adapter(e.cell), theta)
     with under as student:
         if e.labels:
-            return score_labels(
-                e, student, e.prompts, Scoring(len(runs), like=reference.outputs), bar
-            )
+            how = Scoring(len(runs), like=reference.outputs)
+            return score_labels(e, student, e.prompts, how, bar)
         names = [f"{method}-{run}" for run in runs]
         responses, correct = score_texts(e, student, e.prompts, names, bar)
         return {"correct": correct, "asim": likeness(e, student, reference.rows, responses)}
@@ -148,13 +119,15 @@ def score_behind_demonstrations(
 ) -> Scores:
     """What one run says with the demonstrations of its set, `number`, in the prompt."""
     theta = e.trained[method].theta[[run]]
-    with adapted(e.x.subject.model, scored_adapter(e.cell), theta) as student:
+    with adapted(e.model, scored_adapter(e.cell), theta) as student:
         student, prompts = behind_demonstrations(student, e.cell, e.rows, number)
         if e.labels:
             return score_labels(e, student, prompts, Scoring(like=reference.outputs), bar)
         responses, correct = score_texts(e, student, prompts, [f"{method}-{run}"], bar)
         (rows,) = reference.rows
-        compared = [replace(row, prompt=prompt) for row, prompt in zip(rows, prompts)]
+        compared = []
+        for row, prompt in zip(rows, prompts):
+            compared.append(replace(row, prompt=prompt))
         return {"correct": correct, "asim": likeness(e, student, [compared], responses)}
 
 
@@ -163,34 +136,35 @@ def make_reference(e: Evaluation) -> Reference:
 
     On all rows where ICL is a method, else on those whose attention outputs are compared.
     """
-    options = e.cell.study.options
-    if "icl" not in options.methods:
-        e = replace(e, rows=e.rows[: options.asim_rows])
+    if "icl" not in e.options.methods:
+        e = replace(e, rows=e.rows[: e.options.asim_rows])
     sets = len(e.cell.episodes)
+    reference_of_set = reference_of_labels if e.labels else reference_of_texts
     with e.phase("icl", sets * len(e.rows)) as bar:
-        score_set = partial(reference_of_labels if e.labels else reference_of_texts, e, bar)
-        parts = ranks.spread(score_set, range(sets))
+        parts = ranks.spread(partial(reference_of_set, e, bar), range(sets))
     scores = join_runs([part.scores for part in parts])
-    scores["asim"] = torch.ones(sets, e.x.subject.model.config.num_hidden_layers)
+    scores["asim"] = torch.ones(sets, e.model.config.num_hidden_layers)
     if e.labels:
-        return Reference(scores, outputs=torch.cat([part.outputs for part in parts], 1))
+        outputs = torch.cat([part.outputs for part in parts], 1)
+        return Reference(scores, outputs=outputs)
     return Reference(scores, rows=[part.rows[0] for part in parts])
 
 
 def reference_of_labels(e: Evaluation, bar, number: int) -> Reference:
-    model, prompts = behind_demonstrations(e.x.subject.model, e.cell, e.rows, number)
-    scores = score_labels(e, model, prompts, Scoring(keep=e.cell.study.options.asim_rows), bar)
+    model, prompts = behind_demonstrations(e.model, e.cell, e.rows, number)
+    how = Scoring(keep=e.options.asim_rows)
+    scores = score_labels(e, model, prompts, how, bar)
     return Reference(scores, outputs=scores.pop("outputs"))
 
 
 def reference_of_texts(e: Evaluation, bar, number: int) -> Reference:
-    compared = e.cell.study.options.asim_rows
-    model, prompts = behind_demonstrations(e.x.subject.model, e.cell, e.rows, number)
+    compared = e.options.asim_rows
+    model, prompts = behind_demonstrations(e.model, e.cell, e.rows, number)
     (responses,), correct = score_texts(e, model, prompts, [f"icl-{number}"], bar)
     rows = []
     for prompt, response in zip(e.prompts[:compared], responses):
-        rows.append(Row(prompt, ended(e, response)))
-    asked = Asked(e.cell.max_tokens, budget=e.cell.study.budget)
+        rows.append(Row(prompt, with_end(e, response)))
+    asked = Asked(e.cell.max_tokens, budget=e.budget)
     observe(model, rows, prompts[: len(rows)], asked)
     return Reference({"correct": correct}, rows=[rows])
 
@@ -199,22 +173,26 @@ def behind_demonstrations(
     model: Callable, cell: Cell, rows: list[Example], number: int
 ) -> tuple[Callable, list[list[int]]]:
     """A model with a set's demonstrations computed once, and what follows them in each row's prompt."""
+    tokenizer = cell.study.subject.tokenizer
     queries = [row.prompt for row in rows]
-    return share_prefix(model, cell.study.subject.tokenizer, cell.episodes[number].icl, queries)
+    return share_prefix(model, tokenizer, cell.episodes[number].icl, queries)
 
 
 def score_labels(
     e: Evaluation, model: Callable, prompts: list[list[int]], how: Scoring, bar
 ) -> Scores:
     """`label_scores` of a model on the rows, and which of them are right."""
-    how = replace(how, budget=e.cell.study.budget, ends=e.x.subject.tokenizer.eos_ids)
-    if e.cell.study.options.paper_compat:
+    how = replace(how, budget=e.budget, ends=e.tokenizer.eos_ids)
+    if e.options.paper_compat:
         how = replace(how, among=10, spelled=spelled_labels(e))
-    scores = label_scores(
-        model, prompts, e.labels, how, lambda queries: bar.update(queries * how.runs)
-    )
+
+    def watch(queries: int) -> None:
+        bar.update(queries * how.runs)
+
+    scores = label_scores(model, prompts, e.labels, how, watch)
+    gold = torch.tensor([row.label for row in e.rows])
     found = {key: value for key, value in vars(scores).items() if value is not None}
-    found["correct"] = scores.top == torch.tensor([row.label for row in e.rows])
+    found["correct"] = scores.top == gold
     return found
 
 
@@ -222,7 +200,7 @@ def spelled_labels(e: Evaluation) -> Tensor | None:
     """Which tokens count as which label in the released scripts; None where a label has several tokens."""
     if label_tokens_at_most(e.labels) > 1:
         return None
-    return spellings(e.x.subject.tokenizer, e.task.labels, e.x.subject.model.config.vocab_size)
+    return spellings(e.tokenizer, e.task.labels, e.model.config.vocab_size)
 
 
 @cache
@@ -231,7 +209,9 @@ def spellings(tokenizer: Tokenizer, labels: tuple[str, ...], size: int) -> Tenso
 
     So the paper's released scripts compare: " Friday" is "Friday".
     """
-    places = {label.strip(): place for place, label in reversed(list(enumerate(labels)))}
+    places: dict[str, int] = {}
+    for place, label in enumerate(labels):
+        places.setdefault(label.strip(), place)
     known = min(size, tokenizer.backend.get_vocab_size())
     texts = tokenizer.backend.decode_batch([[token] for token in range(known)])
     found = [places.get(text.strip(), -1) for text in texts]
@@ -244,83 +224,7 @@ def scored_adapter(cell: Cell) -> Adapter:
     return Merged(adapter) if cell.study.options.paper_compat else adapter
 
 
-def score_texts(
-    e: Evaluation, model: Callable, prompts: list[list[int]], runs: list[str], bar
-) -> tuple[list, Tensor]:
-    """Greedy responses (ids) of a model's `runs` to the rows, and which are right [R, Q].
-
-    All runs answer side by side; each one's texts are kept.
-    """
-    files = [texts_file(e.x, run, e.name) for run in runs]
-    kept = [e.x.store.json(file) for file in files]
-    if None in kept:
-        kept = generate_texts(e, model, prompts, len(runs), bar)
-        kept = [e.x.store.keep_json(file, texts) for file, texts in zip(files, kept)]
-    return [texts["ids"] for texts in kept], torch.stack([parsed_correct(texts) for texts in kept])
-
-
-def generate_texts(
-    e: Evaluation, model: Callable, prompts: list[list[int]], runs: int, bar
-) -> list[dict]:
-    """What is kept of each run's texts."""
-    tokenizer = e.x.subject.tokenizer
-    hooks = fast_decoding(device_of(e.x.subject.model), e.task.max_tokens)
-    how = Decoding(e.task.max_tokens, runs=runs, budget=4 * e.cell.study.budget, hooks=hooks)
-    responses = generate(model, tokenizer, prompts, how, lambda queries: bar.update(queries * runs))
-    answers = [row.answer for row in e.rows]
-    kept = []
-    for r in range(runs):
-        ids = responses[r * len(prompts) : (r + 1) * len(prompts)]
-        texts = [tokenizer.decode(response) for response in ids]
-        kept.append({"texts": texts, "parser": e.task.parser, "ids": ids, "answers": answers})
-    return kept
-
-
-def texts_file(x: Experiment, run: str, name: str) -> str:
-    return f"{x.name}/generations/{run}-on-{name}.json"
-
-
-def parsed_correct(kept: dict) -> Tensor:
-    """Whether each of the kept texts parses to the same as its true answer, [Q] bool."""
-    parser = kept["parser"]
-    pairs = zip(kept["texts"], kept["answers"])
-    return torch.tensor([same_answer(parser, text, answer) for text, answer in pairs])
-
-
-def likeness(e: Evaluation, model: Callable, rows: list[list[Row]], responses: list) -> Tensor:
-    """asim of R runs to their set's rows, [R, L]; of one run (the base) to every set's, [S, L].
-
-    As the released scripts have it, on the runs' own responses.
-    """
-    runs = len(responses)
-    if runs == 1:
-        compared = rows
-        own = responses * len(rows)
-    else:
-        compared = [rows[r * len(rows) // runs] for r in range(runs)]
-        own = responses
-    if e.cell.study.options.paper_compat:
-        compared = [cut_rows(e, mine, texts) for mine, texts in zip(compared, own)]
-    return layer_asim(
-        model, compared, e.cell.study.budget, by_row=e.cell.study.options.paper_compat
-    )
-
-
-def cut_rows(e: Evaluation, rows: list[Row], responses: list[list[int]]) -> list[Row]:
-    """The rows with other responses in place of their own, both cut to the shorter."""
-    found = []
-    for row, response in zip(rows, responses):
-        cut = ended(e, response)[: len(row.answer)]
-        found.append(Row(row.prompt, cut, row.activations[:, : len(cut)]))
-    return found
-
-
-def ended(e: Evaluation, response: list[int]) -> list[int]:
-    """A generated response with the end-of-sequence token, unless it was cut."""
-    return (response + e.x.subject.tokenizer.closing)[: e.cell.max_tokens]
-
-
-def temperatures(
+def dev_temperatures(
     cell: Cell, x: Experiment, method: str, trained: dict, reported: dict
 ) -> list[float]:
     """For each reported run of a method (of base and ICL for each set) the one that suits its set's dev rows."""
@@ -339,8 +243,7 @@ def temperatures(
             if method in BEHIND_DEMONSTRATIONS:
                 student, prompts = behind_demonstrations(student, cell, dev, number)
             how = Scoring(ends=x.subject.tokenizer.eos_ids)
-            scores = label_scores(
-                student, prompts, cell.labels[cell.task.name], how
-            ).log_probabilities[0]
-        found.append(fit_temperature(scores, torch.tensor([row.label for row in dev])))
+            scores = label_scores(student, prompts, cell.labels[cell.task.name], how)
+        gold = torch.tensor([row.label for row in dev])
+        found.append(fit_temperature(scores.log_probabilities[0], gold))
     return found

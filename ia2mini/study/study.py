@@ -31,7 +31,7 @@ from .records import (
     training_records,
     untrained_runs,
 )
-from .scoring import score_all, temperatures
+from .scoring import dev_temperatures, score_all
 from .table import summarise
 
 
@@ -117,7 +117,7 @@ def run_cell(cell: Cell, x: Experiment) -> dict[str, list]:
             described = untrained_runs(cell)
         else:
             described = [training[method][run] | {"run": run} for run in runs_of[method]]
-        heats = temperatures(cell, x, method, trained, runs_of) if cell.labels else []
+        heats = dev_temperatures(cell, x, method, trained, runs_of) if cell.labels else []
         mine = []
         for name in cell.evaluations:
             mine += score_records(cell, x, method, name, scores[method, name], described, heats)

@@ -5,12 +5,25 @@ from statistics import fmean, stdev
 from ..engine.select import chosen, grouped
 
 METRICS = {  # metric: as the head of its column has it
-    "acc": "accuracy (%) ↑", "ece": "ECE ↓", "ece_null": "(null)", "nll": "NLL ↓", "brier": "Brier ↓", "asim": "asim ↑",
-    "ece_mass": "ECE, mass ↓", "acc_labels": "accuracy among labels (%) ↑", "ece_labels": "ECE among labels ↓",
-    "smooth_ece": "smooth ECE ↓", "risk_coverage": "risk-coverage ↓", "nll_labels": "NLL among labels ↓",
-    "nll_dev": "NLL, dev temperature ↓", "nll_left_out": "NLL, left out ↓", "nll_oracle": "NLL, oracle ↓",
-    "overconfidence": "confidence − accuracy", "tokens": "tokens a query",
-}  # fmt: skip
+    "acc": "accuracy (%) ↑",
+    "ece": "ECE ↓",
+    "ece_null": "(null)",
+    "nll": "NLL ↓",
+    "brier": "Brier ↓",
+    "asim": "asim ↑",
+    "ece_mass": "ECE, mass ↓",
+    "acc_labels": "accuracy among labels (%) ↑",
+    "ece_labels": "ECE among labels ↓",
+    "smooth_ece": "smooth ECE ↓",
+    "risk_coverage": "risk-coverage ↓",
+    "nll_labels": "NLL among labels ↓",
+    "nll_dev": "NLL, dev temperature ↓",
+    "nll_left_out": "NLL, left out ↓",
+    "nll_oracle": "NLL, oracle ↓",
+    "overconfidence": "confidence − accuracy",
+    "tokens": "tokens a query",
+}
+SHARED = ("task", "eval", "ood", "model", "n", "method", "adapter")  # by all records of a cell
 
 
 def summarise(records: list[dict], select: str = "dev") -> list[dict]:
@@ -23,13 +36,13 @@ def summarise(records: list[dict], select: str = "dev") -> list[dict]:
         for by in choices:
             rate, beta = chosen(group, by) if by else (None, None)
             runs = grouped(group, "rate", "beta")[rate, beta]
-            cells.append(make_cell(runs, by, rate, beta))
+            cells.append(table_cell(runs, by, rate, beta))
     return cells
 
 
-def make_cell(runs: list[dict], by: str | None, rate: float | None, beta: float | None) -> dict:
+def table_cell(runs: list[dict], by: str | None, rate: float | None, beta: float | None) -> dict:
     """One method on one evaluation, from the records of its runs at one rate, one a set."""
-    cell = {key: runs[0][key] for key in ("task", "eval", "ood", "model", "n", "method", "adapter")}
+    cell = {key: runs[0][key] for key in SHARED}
     cell["sets"] = len(runs)
     cell["selected_by"] = by
     cell["rate"] = rate
@@ -41,10 +54,16 @@ def make_cell(runs: list[dict], by: str | None, rate: float | None, beta: float 
         cell[f"{metric}_mean"] = fmean(known) if known else None
         cell[f"{metric}_std"] = deviation(known)
     if runs[0].get("reliability"):
-        bins = zip(*(run["reliability"] for run in runs))
-        cell["reliability"] = [[sum(values) for values in zip(*parts)] for parts in bins]
-    cell["asim_layers"] = [fmean(layer) for layer in zip(*(run["asim_layers"] for run in runs))]
+        diagrams = [run["reliability"] for run in runs]
+        cell["reliability"] = [sums(bins) for bins in zip(*diagrams)]
+    by_run = [run["asim_layers"] for run in runs]
+    cell["asim_layers"] = [fmean(layer) for layer in zip(*by_run)]
     return cell
+
+
+def sums(bins: tuple[list[float], ...]) -> list[float]:
+    """The sums of one bin's numbers over several diagrams."""
+    return [sum(values) for values in zip(*bins)]
 
 
 def deviation(values: list[float]) -> float | None:

@@ -1,0 +1,73 @@
+"""What is scored and what it is compared with.
+
+R runs, S sets, Q evaluation rows, C labels, L layers, n rows on which attention outputs are compared, D hidden.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..batch import Row
+from ..engine.experiment import Experiment
+from ..engine.options import Options
+from ..tasks import Example, Task
+from ..tokenizer import Tokenizer
+from ..train import Trained
+from .cells import Cell
+
+# asim [R, L], correct [R, Q]; of labels top, confidence [R, Q] and log_probabilities [R, Q, C]
+Scores = dict[str, Tensor]
+
+
+@dataclass
+class Reference:
+    """The base with each set's demonstrations: what the others are compared with."""
+
+    scores: Scores
+    outputs: Tensor | None = None  # of labels: attention outputs [L, S, n, D]
+    # of texts: each set's first n responses with their attention outputs
+    rows: list[list[Row]] | None = None
+
+    def of_sets(self, sets: Tensor) -> "Reference":
+        """What some of the sets are compared with."""
+        if self.outputs is not None:
+            return Reference(self.scores, outputs=self.outputs[:, sets])
+        rows = [self.rows[number] for number in sets.tolist()]
+        return Reference(self.scores, rows=rows)
+
+
+@dataclass
+class Evaluation:
+    """One evaluation of a cell: its rows, and the trained runs that are scored on them."""
+
+    cell: Cell
+    x: Experiment
+    name: str
+    task: Task
+    rows: list[Example]
+    labels: list[list[int]] | None  # tokens of each label; None of texts
+    trained: dict[str, Trained]
+    reported: dict[str, list[int]]  # the runs of each method that are scored
+
+    @property
+    def model(self) -> nn.Module:
+        return self.x.subject.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.x.subject.tokenizer
+
+    @property
+    def options(self) -> Options:
+        return self.cell.study.options
+
+    @property
+    def budget(self) -> int:
+        return self.cell.study.budget
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        return self.tokenizer.encode_all([row.prompt for row in self.rows])
+
+    def phase(self, method: str, count: int):
+        return self.x.phase("evaluate", f"{method} on {self.name}", count)
