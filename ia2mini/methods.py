@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .adapters import Adapter
 from .batch import Row, collate
 from .episode import seeded
+from .models.taps import device_of
 from .ridge import solve
 from .teacher import Taught
 from .train import Hooks, Runs, Settings, State, Trained, summed_losses, train
@@ -61,24 +62,26 @@ class Grid:
         `mix`: loss -> its weight, a number or [R]; `answers`: TRUTH, ICL or BEHIND; from fresh weights, or from those
         of `start`, an earlier phase.
         """
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         configs = self.configs(method)
+        numbers = [number for number, _, _ in configs]  # of each run its set
         if start is None:
-            first = [self.first_weights(number) for number in range(len(self.sets))]
-            theta = torch.stack([first[number] for number, _, _ in configs]).to(device)
+            of_sets = [self.first_weights(number) for number in range(len(self.sets))]
+            theta = torch.stack([of_sets[number] for number in numbers]).to(device)
         else:
             theta = start.theta
-        train_rows, dev_rows, orders = [], [], []
-        for number, _, _ in configs:
+        train_rows = []
+        dev_rows = []
+        orders = []
+        for number in numbers:
             rows, dev = rows_with(self.sets[number], answers)
             train_rows.append(rows)
             dev_rows.append(dev)
             orders.append(partial(self.order, number, len(rows)))
-        R = len(configs)
-        weights = {
-            loss: torch.as_tensor(weight, device=device).expand(R).float()
-            for loss, weight in mix.items()
-        }
+        weights = {}
+        for loss, weight in mix.items():
+            weight = torch.as_tensor(weight, device=device)
+            weights[loss] = weight.expand(len(configs)).float()
         rates = torch.tensor([rate for _, rate, _ in configs])
         runs = Runs(theta, rates, train_rows, dev_rows, weights, orders)
         state = State.begin(theta)
@@ -159,19 +162,19 @@ def hidden_sft(grid: Grid, aligned: Trained | None = None) -> Trained:
 
 def ridge(grid: Grid) -> Trained:
     """IA2 in closed form (`ridge.solve`): no steps, no rate; what attention lacks is solved for, layer by layer."""
-    device = next(grid.model.parameters()).device
+    device = device_of(grid.model)
     layers = grid.settings.layers
     mse = {"mse": torch.ones(1, device=device)}
-    theta, dev_loss = [], []
+    theta = []
+    dev_loss = []
     for number, taught in enumerate(grid.sets):
         first = grid.first_weights(number).to(device)
         rows = collate([taught.icl_train]).to(device)
-        judges = [
-            batch.to(device) for batch in grid.hooks.collate([taught.icl_dev or taught.icl_train])
-        ]
+        judging = grid.hooks.collate([taught.icl_dev or taught.icl_train])
+        dev = [batch.to(device) for batch in judging]
         solved = solve(grid.model, grid.adapter, first[None], rows, layers)
         theta.append(solved)
-        dev_loss.append(summed_losses(grid.model, grid.adapter, solved, judges, mse, layers))
+        dev_loss.append(summed_losses(grid.model, grid.adapter, solved, dev, mse, layers))
     runs = len(grid.configs("ridge"))
     rates = runs // len(grid.sets)
     no_steps = torch.zeros(runs, dtype=torch.int64)

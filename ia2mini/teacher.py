@@ -184,8 +184,11 @@ def label_tokens_at_most(labels: list[list[int]]) -> int:
 
 def answer_tokens_at_most(tokenizer: Tokenizer, examples: list[Example]) -> int:
     """Tokens of the longest answer, with EOS."""
-    lengths = [len(tokenizer.encode_answer(e.prompt, e.answer, apart=True)) for e in examples]
-    return 1 + max(lengths)
+    longest = 0
+    for example in examples:
+        ids = tokenizer.encode_answer(example.prompt, example.answer, apart=True)
+        longest = max(longest, len(ids))
+    return 1 + longest
 
 
 def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -215,7 +218,8 @@ def observe_group(model: Callable, rows: list[Row], prompts: list[list[int]], as
     full = [Row(prompt, row.answer) for prompt, row in zip(prompts, rows)]
     batch = collate([full]).to(device_of(model))
     taps = Taps(batch.at, asked.layers, asked.residual)
-    logits = model(batch.ids, taps=taps, logits=batch.at if single or asked.soft_k else False)
+    needs_logits = single or asked.soft_k
+    logits = model(batch.ids, taps=taps, logits=batch.at if needs_logits else False)
     sizes = [len(row.answer) for row in rows]
     for row, outputs in zip(rows, taps.stack().split(sizes, dim=1)):
         if asked.residual:
