@@ -16,9 +16,11 @@ $(VENV)/ready: setup.cfg constraints.txt
 	$(INSTALL) torch
 	$(INSTALL) --no-build-isolation --editable '.[data,report,test]'
 	touch $@
+	@echo 'To use the command `ia2mini`: source $(BIN)/activate'
 
-demo: setup  ## SFT, IA2 and IA2→SFT on the embedded model, in about a minute
+demo: setup  ## SFT, IA2 and IA2→SFT on the embedded model, in one to three minutes
 	$(BIN)/ia2mini run
+	@echo 'To use the command yourself: source $(BIN)/activate'
 
 test: setup lint  ## every check, offline
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
@@ -39,7 +41,7 @@ lint: setup
 	ln -s $(CURDIR)/ia2mini/* build/types/ia2mini && ln -sfn $(CURDIR)/models build/types/ia2mini/models
 	$(BIN)/mypy
 
-mutants: setup  ## break seventy-six lines one at a time: the tests must notice; minutes
+mutants: setup  ## break chosen lines one at a time: the tests must notice; minutes
 	$(BIN)/python tests/mutants.py
 
 bench: setup  ## how fast, and against whom

@@ -1,4 +1,4 @@
-"""`cost`: docs/cost.md, what a cell of the paper's grid costs by its shapes, and what a CPU was measured to take."""
+"""`cost`: docs/cost.md, what one task of the paper's grid costs by its shapes, and what a CPU was measured to take."""
 
 import json
 from dataclasses import replace
@@ -22,27 +22,27 @@ CELLS = {
     "llama-3.2-3b": {"sciq_remap": replace(LABELLED, query=60, shown=3 * 62)},
     "llama-3.2-1b-instruct": {"gsm8k": TEXTS},
 }
-HEAD = """# What a cell costs
+HEAD = """# What a study costs
 
-Made by `python -m bench cost` from shapes (`bench/cost.py`). **Nothing on this page was measured on a GPU.**
+Written by `python -m bench cost`, computed from shapes (`bench/cost.py`). **Nothing on this page was measured on a GPU.**
 
-A cell: one task at N = 4, five sets × three rates, `base, icl, sft, ia2, ia2-sft`, all 50 epochs with a look at the dev
-loss after each (early stopping makes it less), the runs of one rate scored on every evaluation. Rows are as long as
-SST2's ({words:.0f} tokens), sciq_remap's (60, assumed) or gsm8k's (60 and 120 of answer, roughly, on two evaluations of
-500 rows).
+Each table is one task at N = 4: five sets × three learning rates, `base, icl, sft, ia2, ia2-sft`, all 50 epochs with an
+evaluation of the dev loss after each (early stopping makes it less). The runs of one learning rate are scored on every
+evaluation. Rows are as long as SST2's ({words:.0f} tokens), sciq_remap's (60, assumed) or gsm8k's (60 and 120 of answer,
+roughly, on two evaluations of 500 rows).
 
-- TFLOP: what matrix products and attention need, without padding; a test compares it with `torch.utils.flop_counter`.
-- GB: a frozen matrix read once a pass (4,096 tokens; in training a step of all runs), inputs and outputs of matrix
-  products once, in bfloat16.
+- TFLOP: what matrix products and attention need, without padding. A test compares it with `torch.utils.flop_counter`.
+- GB: memory traffic in bfloat16. A frozen matrix is read once a pass (4,096 tokens; in training a step of all runs);
+  inputs and outputs of matrix products count once.
 - Kernels: operations of PyTorch's eager mode in bfloat16; a test counts those of a layer. CUDA graphs replay them,
   `--compile` fuses some.
-- H100, H200: the least seconds, the larger of TFLOP at {rate:.0f} TFLOP/s (the peak of dense bfloat16) and GB at {h100}
-  or {h200} TB/s.
-- s at {reached:.0f}: the same at the {reached:.0f} TFLOP/s that large matrix products are said to reach, on an H100.
+- H100, H200: the least possible seconds. The larger of TFLOP at {rate:.0f} TFLOP/s (the peak of dense bfloat16) and GB
+  at {h100} or {h200} TB/s decides.
+- s at {reached:.0f}: the same on an H100 at {reached:.0f} TFLOP/s, which large matrix products are said to reach.
 
-Where memory is short, runs are trained in groups, by themselves: two groups read the matrices twice, checkpointing
-(`--checkpointing`) computes the blocks' forward pass again, which is the dearer of the two in every cell below. A
-single run that does not fit is checkpointed by itself.
+If memory is short, runs are automatically trained in groups. Two groups read the matrices twice. Checkpointing
+(`--checkpointing`) computes the blocks' forward pass again, which costs more in every table below. A single run that
+does not fit is checkpointed automatically.
 """
 
 
@@ -61,7 +61,7 @@ def steps(config, cell: CellSize) -> str:
     for way, cost in ways.items():
         milliseconds = 1e3 * cost.seconds(RATE, BANDWIDTH["H100"])
         said.append(f"{number(milliseconds)} ms {way}")
-    return f"A step of SFT of all runs, at the least on an H100: {', '.join(said)}."
+    return f"A step of SFT for all runs takes at least, on an H100: {', '.join(said)}."
 
 
 def line(name: str, costs: list[Cost]) -> str:
@@ -105,10 +105,10 @@ def table(shape: str, task: str, cell: CellSize) -> list[str]:
         f"s at {REACHED / 1e12:.0f}",
     ]
     out = [f"## {shape}, {task}", ""]
-    out += [f"In training at most {memory} GB, all {runs} runs. {steps(config, cell)}", ""]
+    out += [f"Training all {runs} runs takes at most {memory} GB. {steps(config, cell)}", ""]
     out += table_head("stage", *units)
-    out += [line(name, [cost]) for name, cost in stages.items()]
-    out += [line("**cell**", list(stages.values())), ""]
+    out += [line(name.replace("look", "dev loss,"), [cost]) for name, cost in stages.items()]
+    out += [line("**all**", list(stages.values())), ""]
     return out
 
 

@@ -140,7 +140,7 @@ def mean_of_draws(values: list[float]) -> str:
 
 def differences(table: Table) -> list[str]:
     """Paired differences over all cells, those of a data set and those of a size."""
-    groups = {"all cells": (None, None)}
+    groups = {"all": (None, None)}
     groups |= {TITLES.get(task, task): (task, None) for task in table.tasks}
     groups |= {f"{size} a class": (None, size) for size in table.sizes}
     out = table_head("", "pairs", "accuracy (points)", "macro-F1 (points)", "NLL", "ECE")
@@ -183,16 +183,16 @@ def answer(table: Table) -> list[str]:
         return ["SetFit was not measured here."]
     cells = table.difference("ECE").pairs
     if cells < LEAST_ROWS:
-        return [f"Too few cells to tell whether `fit` or SetFit is better: {cells}."]
+        return [f"Too few cases to tell whether `fit` or SetFit is better: {cells}."]
     out = []
     wins = {"more": [], "less": [], "": []}
     for task in table.tasks:
         verdict = sure(table.difference("% accuracy", task), True)
         wins[verdict].append(TITLES.get(task, task))
     called = {
-        "more": "What `fit` ships is surely more accurate than SetFit (p < .05) on",
-        "less": "It is surely less accurate on",
-        "": "No sure difference of accuracy was found on",
+        "more": "What `fit` ships is significantly more accurate than SetFit (p < .05) on",
+        "less": "It is significantly less accurate on",
+        "": "The accuracy of what `fit` ships and of SetFit does not differ significantly on",
     }
     for verdict, tasks in wins.items():
         if tasks:
@@ -215,13 +215,15 @@ def compared_loss(table: Table, rate: str) -> str:
     ours = mean(table.values(OURS, rate), ".2f")
     theirs = mean(table.values(THEIRS, rate), ".2f")
     verdict = sure(table.difference(rate), False)
-    words = {"more": "surely lower", "less": "surely higher", "": "no sure difference"}
-    text = (
-        f"{rate} over all cells: {ours} of what `fit` ships, {theirs} of SetFit, {words[verdict]}"
-    )
+    words = {
+        "more": "significantly lower",
+        "less": "significantly higher",
+        "": "the difference is not significant",
+    }
+    text = f"Mean {rate}: {ours} for what `fit` ships, {theirs} for SetFit; {words[verdict]}"
     if rate == "ECE":
         null = mean(table.values(OURS, "ECE null"), ".2f")
-        text += f"; {null} is what a calibrated predictor as certain as `fit`'s would show"
+        text += f". A calibrated model with the same confidences as `fit` would show {null}"
     return text + "."
 
 
@@ -229,21 +231,21 @@ def compared_cost(table: Table) -> str:
     said = []
     for name, rate in (
         ("training", "s training"),
-        ("a prediction of a row alone", "ms a row alone"),
-        ("a prediction in a batch", "ms a row in batch"),
+        ("one row alone", "ms a row alone"),
+        ("a row in a batch", "ms a row in batch"),
     ):
         ratio = fmean(table.values(OURS, rate)) / fmean(table.values(THEIRS, rate))
         said.append(f"{name} {ratio:.2g} ×")
     ours = number(fmean(table.values(OURS, "MB with its base")))
     theirs = number(fmean(table.values(THEIRS, "MB with its base")))
-    times = f"What `fit` takes, in SetFit's time: {', '.join(said)}"
-    return f"{times}; on disk, with the base model, {ours} MB against {theirs}."
+    times = f"In multiples of SetFit's time, `fit` needs: {', '.join(said)}"
+    return f"{times}. On disk, with the base model, it needs {ours} MB; SetFit needs {theirs}."
 
 
 def shipped(table: Table) -> str:
     times = {name: table.shipped.count(name) for name in table.shipped}
     listed = ", ".join(f"{name} {count}" for name, count in times.items())
-    return f"Shipped in {len(table.shipped)} cells: {listed} (base: nothing, the model as it is)."
+    return f"What `fit` shipped in {len(table.shipped)} cases: {listed} (base: the model as it is)."
 
 
 def advice(wins: dict[str, list[str]]) -> str:
@@ -255,6 +257,6 @@ def advice(wins: dict[str, list[str]]) -> str:
         said.append(f"take SetFit for tasks like {', '.join(wins['less'])}")
     if wins[""]:
         rest = ", ".join(wins[""])
-        said.append(f"for tasks like {rest} let the other lines of this list decide")
+        said.append(f"for tasks like {rest} decide by the other lines of this list")
     text = "; ".join(said)
-    return f"So, on this model: {text}."
+    return f"Advice for this model: {text}."

@@ -306,16 +306,17 @@ def test_the_page_says_what_the_numbers_say(tmp_path):
     text = rivals_page.page(old, tmp_path)
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old numbers" not in text
     assert rivals_page.page(text, tmp_path) == text
-    assert "surely more accurate than SetFit (p < .05) on: SST2." in text
-    assert "surely less accurate on: AG News." in text
-    assert "No sure difference of accuracy was found on: Financial PhraseBank." in text
+    assert "significantly more accurate than SetFit (p < .05) on: SST2." in text
+    assert "significantly less accurate on: AG News." in text
+    assert "does not differ significantly on: Financial PhraseBank." in text
     assert "take `fit` for tasks like SST2; take SetFit for tasks like AG News; for" in text
-    assert "NLL over all cells: 0.90 of what `fit` ships, 0.60 of SetFit, surely higher." in text
+    assert "Mean NLL: 0.90 for what `fit` ships, 0.60 for SetFit; significantly higher." in text
     assert (
-        "ECE over all cells: 0.05 of what `fit` ships, 0.10 of SetFit, surely lower; 0.04" in text
+        "Mean ECE: 0.05 for what `fit` ships, 0.10 for SetFit; significantly lower. A calibrated"
+        in text
     )
-    assert "in SetFit's time: training 2 ×, a prediction of a row alone 1 ×" in text
-    assert "Shipped in 18 cells: sft 18" in text
+    assert "of SetFit's time, `fit` needs: training 2 ×, one row alone 1 ×" in text
+    assert "`fit` shipped in 18 cases: sft 18" in text
     rows = [line.split(" | ") for line in text.splitlines()]
     lines = document["results"][0]["lines"]
 
@@ -343,8 +344,8 @@ def test_of_few_draws_the_page_claims_nothing(tmp_path):
     document = made(3, {"sst2": 12.0})
     (tmp_path / "2026-01-01-rivals-some-model-cpu.json").write_text(json.dumps(document))
     text = "\n".join(rivals_page.found(tmp_path))
-    assert "surely" not in text and " to +" not in text
-    assert "Too few cells to tell whether `fit` or SetFit is better: 3." in text
+    assert "significantly" not in text and " to +" not in text
+    assert "Too few cases to tell whether `fit` or SetFit is better: 3." in text
 
 
 def test_the_page_shows_the_kept_results():

@@ -6,7 +6,6 @@ Only safetensors and JSON; every file is written beside its place and renamed in
 import hashlib
 import json
 import platform
-import resource
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -110,9 +109,16 @@ def numbers(value) -> dict[str, float]:
 
 
 def peak_memory() -> int:
-    """Bytes: the most GPU memory allocated, or without a GPU in use the most resident memory of this process."""
+    """Bytes: the most GPU memory allocated, or without a GPU in use the most resident memory of this process.
+
+    0 where the system does not tell it (Windows).
+    """
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return 0
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return rss if platform.system() == "Darwin" else rss * 1024
 
