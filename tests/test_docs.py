@@ -132,14 +132,24 @@ def test_every_python_block_runs(page, folder, monkeypatch):
     monkeypatch.chdir(folder)
     names: dict = {}
     for block in blocks(page, "python"):
-        if "import" not in block and not names:
-            continue  # lines of the library itself, which are shown
+        if "import" not in block:
+            continue  # quoted from the library
         exec(compile(block, page, "exec"), names)
         for line in block.splitlines():
             expression, _, said = line.partition("  # ")
             if not said or not is_expression(expression):
                 continue
             assert repr(eval(expression, names)) == said, line
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/reading.md"])
+def test_quoted_lines_stand_in_the_model(page):
+    model = (ROOT / "models/llama.py").read_text(encoding="utf-8")
+    there = {line.strip() for line in model.splitlines()}
+    quoted = [block for block in blocks(page, "python") if "import" not in block]
+    assert quoted
+    for line in "".join(quoted).splitlines():
+        assert line.strip() in there, line
 
 
 def is_expression(text: str) -> bool:
