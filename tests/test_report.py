@@ -52,6 +52,7 @@ def record(
         "acc": acc,
         "ece": (1 - acc) / 4,
         "ece_null": 0.1,
+        "tokens": 90.0 if method == "icl" else 12.5,
     }
     asim = {"base": 0.3, "icl": 1.0, "sft": 0.35, "ia2": 0.8, "ia2-sft": 0.7}.get(method, 0.5)
     return about | numbers | {"asim": asim, "asim_layers": [asim, number]} | other

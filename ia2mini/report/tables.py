@@ -3,10 +3,12 @@
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
 
 from ..engine.options import LABELS
 from ..engine.select import grouped
 from ..files import count, plain, write_text
+from ..methods import BEHIND_DEMONSTRATIONS
 from ..study.table import METRICS
 from .summary import average, parts, verdict
 
@@ -180,7 +182,24 @@ def legend(document: dict) -> list[str]:
         lines.append("asim: likeness of attention outputs to those with demonstrations")
     if any(cell["ood"] for cell in cells):
         lines[-1] += "; means include evaluations out of distribution (*)"
-    return lines + failures(document)
+    return lines + tokens_of_a_query(cells) + failures(document)
+
+
+def tokens_of_a_query(cells: list[dict]) -> list[str]:
+    """What demonstrations cost: the mean length of a query's prompt without and with them, where both were scored."""
+    alone = []
+    behind = []
+    for cell in cells:
+        tokens = cell.get("tokens_mean")
+        if tokens is None:
+            continue
+        if cell["method"] in BEHIND_DEMONSTRATIONS:
+            behind.append(tokens)
+        else:
+            alone.append(tokens)
+    if not alone or not behind:
+        return []
+    return [f"a query has {fmean(alone):.0f} tokens, with demonstrations (ICL) {fmean(behind):.0f}"]
 
 
 def failures(document: dict) -> list[str]:
