@@ -25,7 +25,7 @@ demo: setup  ## SFT, IA2 and IA2→SFT on the embedded model, in one to three mi
 test: setup lint  ## every check, offline
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-test-real: setup  ## on a real checkpoint of 135 million weights, in $$IA2MINI_REAL or made (a minute, 270 MB); minutes
+test-real: setup  ## on a real checkpoint of 135 million weights, in $$IA2MINI_REAL or made (a minute, 270 MB), and in $$IA2MINI_REAL2; minutes
 	real="$${IA2MINI_REAL:-$$($(BIN)/python tests/real.py)}" && IA2MINI_REAL="$$real" $(BIN)/python -m pytest tests/test_real.py
 
 fuzz: setup  ## the tests of hostile files with as many more mutations as fit into $$IA2MINI_FUZZ seconds (an hour)

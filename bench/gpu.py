@@ -63,7 +63,7 @@ def attempt(command: list[str], log: Path, seconds: float, say: Callable) -> tup
     keeps, is left out. `log` gets everything, from the command itself.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    unbuffered = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     said: list[str] = []
     part = ""
     late = over = False
@@ -72,7 +72,7 @@ def attempt(command: list[str], log: Path, seconds: float, say: Callable) -> tup
         begun = heard = time.perf_counter()
         try:
             process = subprocess.Popen(
-                command, cwd=ROOT, stdout=written, stderr=written, env=unbuffered
+                command, cwd=ROOT, stdout=written, stderr=written, env=environment
             )
         except OSError as error:
             return NO_COMMAND, str(error)

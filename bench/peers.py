@@ -287,13 +287,16 @@ class UsedWell(Peer):
         shares = torch.zeros(len(prompts), len(labels))
         if prefix:
             shown = torch.tensor([prefix], device=self.device)
-            cache = self.net(input_ids=shown, use_cache=True).past_key_values
+            said = self.net(input_ids=shown, use_cache=True)
+            # its name from transformers 5.24 on, and before
+            name = "cache" if hasattr(said, "cache") else "past_key_values"
+            cache = said[name]
         for start in range(0, len(order), size):
             group = order[start : start + size]
             batch = left_padded([prompts[i] for i in group], self.device)
             if prefix:
-                batch["past_key_values"] = copy.deepcopy(cache)
-                batch["past_key_values"].batch_repeat_interleave(len(group))
+                batch[name] = copy.deepcopy(cache)
+                batch[name].batch_repeat_interleave(len(group))
                 batch["position_ids"] = batch["position_ids"] + len(prefix)
                 batch["attention_mask"] = F.pad(batch["attention_mask"], (len(prefix), 0), value=1)
             logits = self.net(**batch, logits_to_keep=1, use_cache=bool(prefix)).logits

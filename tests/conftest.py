@@ -55,13 +55,13 @@ def tiny(request, tmp_path_factory):
     return folder, load(folder)[0]
 
 
-@pytest.fixture(scope="session")
-def real() -> Path:
-    """Folder of a real checkpoint of 135 million weights, which `make test-real` makes (tests/real.py)."""
-    if not (folder := os.environ.get("IA2MINI_REAL")):
-        pytest.skip(
-            "$IA2MINI_REAL does not name the folder of a real checkpoint; `make test-real` makes one"
-        )
+@pytest.fixture(scope="session", params=["IA2MINI_REAL", "IA2MINI_REAL2"])
+def real(request) -> Path:
+    """Folder of a real checkpoint: the one that `make test-real` makes (tests/real.py), and a second one."""
+    folder = os.environ.get(request.param)
+    if not folder:
+        made = "; `make test-real` makes one" if request.param == "IA2MINI_REAL" else ""
+        pytest.skip(f"${request.param} does not name the folder of a real checkpoint{made}")
     return Path(folder)
 
 

@@ -1,6 +1,7 @@
 """The driver of the first hour on a GPU, on a CPU: order, what is kept, going on, failures and steps that last."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,6 +13,9 @@ from click.testing import CliRunner
 
 from bench import gpu, training
 from bench.__main__ import main
+from bench.cost import KERNELS
+from bench.shapes import SHAPES
+from ia2mini.scale import graphs
 
 
 def python(code: str) -> list[str]:
@@ -156,14 +160,70 @@ def test_every_step_is_saved_as_it_ends_and_the_whole_has_an_end(tmp_path, monke
     assert gpu.first_hour(todo, kept, say=say) == []
 
 
-def test_the_whole_first_hour_runs_on_a_cpu_in_bfloat16():
+NO_NETWORK = """
+import socket
+
+
+def connect(self, address):
+    raise OSError(f"no network in this test, and {address} was asked for")
+
+
+socket.socket.connect = socket.socket.connect_ex = connect
+"""
+
+
+def test_the_whole_first_hour_runs_on_a_cpu_in_bfloat16(tmp_path):
     """Every bench at tiny sizes: float32 and bfloat16 do not mix, and the stacks agree as far as bfloat16 does."""
+    (tmp_path / "sitecustomize.py").write_text(NO_NETWORK)
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "bench", "gpu", "--dry"]
-    done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for name in gpu.steps(("tiny",)):
         assert f"== {name}: done" in done.stdout
     assert "  … us: collect" in done.stderr and done.stdout.rstrip().endswith("all is done")
+
+
+def test_a_step_that_raises_does_not_end_the_others_and_is_named_at_the_end(monkeypatch):
+    def broken(*given, **more):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(training, "step", broken)
+    monkeypatch.setattr(gpu, "BENCHES", ("step", "kernel"))
+    with warnings.catch_warnings():
+        done = CliRunner().invoke(main, ["gpu", "--dry"])
+    assert done.exit_code == 1 and "== kernel: done" in done.stdout
+    assert done.stdout.splitlines()[-1] == "missing or failed: step tiny"
+    assert "an illegal memory access" in done.stderr
+
+
+LAUNCH = 1e-5  # seconds of a kernel that is launched by itself, nothing recorded
+PEERS_MORE = 2  # times the kernels that transformers and peft launch for what we do
+BEGIN = (
+    90  # seconds for imports, random weights of 4 B on the device and the comparison of the stacks
+)
+
+
+def test_each_step_ends_within_its_time_by_arithmetic():
+    """On the largest shape every pass is bound by launches: none of its matrix products takes as long."""
+    config = SHAPES["qwen3-4b"]
+    forward, lora, backward = (config.num_hidden_layers * n for n in KERNELS["qwen3"])
+    rounds = graphs.OFTEN + 1 + 5  # of `race`
+    whole, parts, repeats = training.portions("qwen3-4b", "cuda")
+    looked = (2 * forward + 2 * lora + backward) * 3 * whole.steps  # all runs at once
+    most = {"cell": repeats * looked}
+    for name, size in parts.items():
+        rows = 6 if name == "(a)" else 2  # passes of a step with its look
+        each = rows * (forward + lora + backward)
+        scored = 3 * size.sets * size.rows * forward
+        most["cell"] += repeats * PEERS_MORE * (3 * size.runs * size.steps * each + scored)
+    most["collect"] = rounds * (200 * forward + PEERS_MORE * (200 + 8 * 4) * forward)
+    most["generate"] = rounds * (64 * forward + PEERS_MORE * (64 + 16 * 4) * forward)
+    most["icl"] = rounds * PEERS_MORE * 16 * forward
+    most["step"] = 2 * rounds * (1 + PEERS_MORE * 5) * (forward + lora + backward)
+    for name, kernels in most.items():
+        assert BEGIN + kernels * LAUNCH < gpu.STEP, (name, kernels * LAUNCH)
 
 
 def test_one_bench_that_fails_does_not_end_the_others(monkeypatch):
