@@ -13,7 +13,7 @@ import torch
 
 from ia2mini import UsageError
 from ia2mini.cli.group import Commands
-from ia2mini.cli.streams import keep_freed_memory
+from ia2mini.cli.streams import keep_freed_memory, need_output
 from ia2mini.files import write_text
 
 from . import cost_page, gpu, inference, resources, training
@@ -178,6 +178,7 @@ def main(context, **asked):
     `effect` what IA2 brings, `causes` and `layers` why, `choice` and `race` about the learning rate, `gain` what tells
     beforehand, `fit` whether what is shipped harms anyone, `rivals` what others ship. `pretrain` makes models/tiny.
     """
+    need_output()
     if context.invoked_subcommand is None:
         several(BENCHES, **asked)
     elif any(asked.values()):

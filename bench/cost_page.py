@@ -46,6 +46,24 @@ does not fit is checkpointed automatically.
 """
 
 
+WAITS = {  # what is done -> how often Python waits for the GPU; tests/test_gpu_pretended.py counts
+    "a training step": 0,
+    "a look at the dev loss": 1,
+    "a generated token, of all rows together": 1,
+    "labels scored, whatever the number of rows": 3,
+    "answers scored, whatever the number of rows": 1,
+    "last states read, whatever the number of rows": 1,
+}
+
+
+def waits() -> list[str]:
+    """How often Python waits for the GPU, as a section of the page."""
+    out = ["", "## How often Python waits for a GPU", ""]
+    out.append("Counted on a pretended GPU, in which every copy to the CPU is noticed.")
+    out += ["", "| what | waits |", "|---|---|"]
+    return out + [table_row(what, str(count)) for what, count in WAITS.items()]
+
+
 def steps(config, cell: CellSize) -> str:
     """The least seconds of a step of SFT on an H100: all runs at once, in two groups, and checkpointed."""
     rows = cell.sets * cell.configs * min(cell.n, cell.batch)
@@ -179,4 +197,4 @@ def page() -> str:
     for shape, cells in CELLS.items():
         for task, cell in cells.items():
             out += table(shape, task, cell)
-    return "\n".join([*out, *measured()]) + "\n"
+    return "\n".join([*out, *waits(), *measured()]) + "\n"

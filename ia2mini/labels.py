@@ -72,7 +72,7 @@ class LabelTree:
         for beginning, node in nodes.items():
             for length in range(len(beginning) + 1):
                 sees[node, nodes[beginning[:length]]] = True
-        self.sees = sees.to(device)
+        self.sees = send(sees, device)
         before = []  # of each label the nodes behind which its tokens are said
         for label in labels:
             numbers = [nodes[tuple(label[:i])] for i in range(len(label))]
@@ -216,7 +216,7 @@ def score_group(
     how: Scoring,
     tap: bool,
 ) -> LabelScores:
-    """The prompts of `group` in one pass; with `tap` their attention outputs, or how alike these are, summed."""
+    """The prompts of `group` in one pass, on the device; with `tap` their attention outputs, or how alike these are."""
     device = device_of(model)
     some = [prompts[i] for i in group]
     ids, at, branches = tree.batch(some, how.runs, device)
@@ -241,6 +241,6 @@ def score_group(
         return found
     sets = min(how.like.shape[1], how.runs)
     outputs = outputs.unflatten(1, (sets, -1))  # [L, sets, runs of a set, B, D]
-    alike = asim(outputs, how.like[:, :, None, group])
+    alike = asim(outputs, how.like[:, :, None, send(torch.tensor(group), device)])
     found.asim = alike.sum(-1).flatten(1).T
     return found

@@ -72,8 +72,13 @@ def answer_scores(
     return join_groups(parts, groups, dim=1)
 
 
-def answer_loss(batch: Batch, ends: tuple[int, ...], states: Tensor, head: Tensor) -> Tensor:
-    """KL from the teacher's distributions where the batch has them, else cross-entropy on the answers, [P]."""
+def answer_loss(
+    batch: Batch, closing: Tensor, ends: tuple[int, ...], states: Tensor, head: Tensor
+) -> Tensor:
+    """KL from the teacher's distributions where the batch has them, else cross-entropy on the answers, [P].
+
+    At the places `closing` [E] the answer ends: any of the tokens `ends` is right there.
+    """
     if batch.soft is not None:
         return soft_cross_entropy(states, head, batch.soft, batch.soft_ids)
     loss = cross_entropy(states, head, batch.targets)

@@ -386,3 +386,32 @@ def test_generate_talks(talking):
         ["generate", "--model", str(talking), "--prompt", "Text:good\nLabel:", "--max-tokens", "2"],
     )
     assert result.exit_code == 0 and result.stdout == plain.stdout != "\n"
+
+
+HALVES = {
+    "in the template": (CHATML + "\ud800", {}),
+    "as Jinja's escape": (CHATML + r"{{ '\udfff' }}", {}),
+    "from a filter": (CHATML + r"{{ '%c' | format(55296) }}", {}),
+    "as a key that is looped over": (
+        r"{% for k in {'\ud8ab': 1} %}{{ k }}{% endfor %}" + CHATML,
+        {},
+    ),
+    "in bos_token": ("{{ bos_token }}" + CHATML, {"bos_token": "<\ud83d>"}),
+    "in eos_token": (CHATML + "{{ eos_token }}", {"eos_token": {"content": "\udc00"}}),
+    "in one of several": ([{"name": "default", "template": CHATML + "\ud800"}], {}),
+}
+
+
+@pytest.mark.parametrize("where", HALVES)
+def test_half_a_character_is_refused_with_a_line(where, tmp_path):
+    template, settings = HALVES[where]
+    folder = checkpoint(tmp_path, template, **settings)
+    tokenizer = Tokenizer.from_folder(make_checkpoint(tmp_path / "plain", "llama"))
+    chat = ChatTemplate(folder, tokenizer)
+    refused(lambda: chat("a question"), "the chat template writes half a character ('\\ud")
+
+
+def test_half_a_character_that_is_not_written_changes_nothing(tmp_path):
+    folder = checkpoint(tmp_path, CHATML + r"{% if false %}{{ '\ud800' }}{% endif %}")
+    rendered = ChatTemplate(folder, Tokenizer.from_folder(folder))("a 🙂 question")
+    assert "a 🙂 question" in rendered

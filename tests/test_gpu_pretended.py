@@ -12,15 +12,19 @@ from pretend_gpu import GpuTensor, pretended_gpu
 from reference import relative, starts
 from tape import Tape
 
+from bench.cost_page import WAITS
 from ia2mini import Grid, LoRA, draw_episode, load, score, teach
 from ia2mini.adapters import IA3
+from ia2mini.batch import Row
 from ia2mini.engine.experiment import make_trainer
 from ia2mini.engine.peft import save_adapter
 from ia2mini.generate import Decoding, generate
+from ia2mini.labels import Scoring, label_scores
 from ia2mini.methods import METHODS
 from ia2mini.scale.decode import fast_decoding
 from ia2mini.scale.graphs import recorded
 from ia2mini.scale.pack import in_batches
+from ia2mini.scoring import answer_scores, last_states
 from ia2mini.tasks import find_task, load_examples, world
 from ia2mini.teacher import Asked
 from ia2mini.train import Hooks, Settings, train
@@ -180,7 +184,8 @@ def test_a_look_at_the_dev_loss_waits_once_and_a_step_never(gpu):
     METHODS["ia2"](grid)
     assert len(set(live)) > 2, "runs leave at different looks"
     each = np.diff(waited)
-    assert len(each) > 5 and set(each) == {1}
+    assert WAITS["a training step"] == 0
+    assert len(each) > 5 and set(each) == {WAITS["a look at the dev loss"]}
 
 
 def test_a_token_waits_once(gpu):
@@ -198,7 +203,30 @@ def test_a_token_waits_once(gpu):
 
         decoding = Decoding(tokens, stop=None, hooks=fast_decoding(torch.device("cuda"), tokens))
         generate(model, tokenizer, prompts, decoding, observer=observer)
-        assert len(set(live)) > 1 and set(np.diff(waited)) == {1}
+        assert len(set(live)) > 1
+        assert set(np.diff(waited)) == {WAITS["a generated token, of all rows together"]}
+
+
+def test_scoring_waits_at_its_end_whatever_the_number_of_rows(gpu):
+    model, tokenizer = load("tiny", torch.bfloat16, "cuda")
+    rows = load_examples(find_task("toy-mood"), "eval").rows[:12]
+    prompts = tokenizer.encode_all([row.prompt for row in rows])
+    labels = tokenizer.label_tokens(rows[0].prompt, LABELS)
+    ends = tuple(label[0] for label in labels)
+    answers = [Row(prompt, [ends[row.label], ends[0]]) for prompt, row in zip(prompts, rows)]
+    for budget in (40, 4096):  # many passes, or one
+        scored = Scoring(budget=budget, ends=ends)
+        for what, work in {
+            "labels scored": lambda scored=scored: label_scores(model, prompts, labels, scored),
+            "answers scored": lambda budget=budget: answer_scores(
+                model, answers, budget=budget, ends=ends
+            ),
+            "last states read": lambda budget=budget: last_states(model, prompts, budget),
+        }.items():
+            gpu.waits.clear()
+            work()
+            expected = WAITS[f"{what}, whatever the number of rows"]
+            assert sum(gpu.waits.values()) == expected, (what, gpu.waits)
 
 
 def test_the_pretended_gpu_refuses_what_a_gpu_refuses(gpu):

@@ -161,9 +161,9 @@ def test_two_hundred_and_fifty_five_labels_equal_each_scored_alone(tiny):
 def test_what_labels_share_is_read_once():
     labels = many_labels(255, [1, 2])
     beginnings = {tuple(label[:i]) for label in labels for i in range(1, len(label))}
-    tree = LabelTree(labels, "cpu", (EOS,))
+    tree = LabelTree(labels, torch.device("cpu"), (EOS,))
     assert len(tree.tokens) == len(beginnings) < sum(len(label) - 1 for label in labels) / 2
-    ids, (rows, columns), packed = tree.batch([[9, 8, 7], [6]], 2, "cpu")
+    ids, (rows, columns), packed = tree.batch([[9, 8, 7], [6]], 2, torch.device("cpu"))
     assert ids.shape == (4, 3 + len(beginnings)) and len(rows) == 4 * (1 + len(beginnings))
     for row, length in enumerate((3, 1, 3, 1)):
         seen = packed.mask[row, 0]

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from commands import invoke
@@ -12,6 +13,7 @@ from shipping import shipping
 from ia2mini.cli.group import PRINTING
 from ia2mini.cli.main import main
 
+ROOT = Path(__file__).parents[1]
 ROW = '{"text": "a grim é film"}\n'
 
 
@@ -43,6 +45,16 @@ def printing(folder) -> dict[str, list]:
         "tasks": ["tasks"],
         "models": ["models"],
     }
+
+
+def test_a_bench_whose_output_is_closed_says_so_before_it_measures():
+    command = [sys.executable, "-m", "bench", "kernel", "--quick", "--device", "cpu"]
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    done = subprocess.run(closed, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "ia2mini: standard output is closed, and the answer goes there; send it to a file or a pipe\n"
+    )
 
 
 def writing(folder, out) -> dict[str, list]:

@@ -8,6 +8,7 @@ import pandas
 import pyarrow as pa
 import pytest
 from mistakes import refused
+from pyarrow import parquet
 
 from ia2mini import FitOptions, UsageError, fit, open_subject
 from ia2mini.fitting.fit import read_own
@@ -95,6 +96,26 @@ def test_what_is_no_excel_file_is_one_line(tmp_path):
         refused(lambda: read_rows(path), "rows.xlsx: not a whole Excel file")
     (tmp_path / "folder.xlsx").mkdir()
     refused(lambda: read_rows(tmp_path / "folder.xlsx"), "it is not a file")
+
+
+@pytest.mark.parametrize("kind", ["Parquet", "Excel", "Arrow"])
+def test_too_little_memory_is_not_called_a_damaged_file(kind, tmp_path, monkeypatch):
+    """pyarrow's own error where it is pyarrow that reads."""
+
+    def fails(*given, **more):
+        pa.allocate_buffer(1 << 60)
+
+    if kind == "Parquet":
+        place = tmp_path / "rows.parquet"
+        parquet.write_table(pa.table({"text": ["a"], "label": ["b"]}), place)
+        monkeypatch.setattr("pyarrow.parquet.ParquetFile.read", fails)
+    elif kind == "Excel":
+        place = workbook(tmp_path / "rows.xlsx", {"a": [["text", "label"], *own_lines()]})
+        monkeypatch.setattr("openpyxl.load_workbook", fails)
+    else:
+        place = saved(tmp_path / "saved")
+        monkeypatch.setattr("pyarrow.ipc.open_stream", fails)
+    refused(lambda: read_rows(place), "too little memory to read it", "give a part of its rows")
 
 
 def test_excel_without_openpyxl_is_one_line(tmp_path, monkeypatch):

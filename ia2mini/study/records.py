@@ -160,7 +160,7 @@ def overlaps(
     if not isinstance(adapter, LoRA):
         return []
     weights = {
-        method: unpack(trained[method].theta[runs], adapter.shapes)
+        method: unpack(trained[method].theta[runs].cpu(), adapter.shapes)
         for method, runs in picks.items()
     }
     names = [name for name in adapter.shapes if name.endswith(".B")]

@@ -87,11 +87,18 @@ class ChatTemplate:
         """The conversation as text; if it `asks`, up to where the assistant's answer begins. Raises UsageError."""
         given = {"tools": None, "documents": None, "add_generation_prompt": asks, **self.tokens}
         try:
-            return Rendered(self.template.render(messages=turns, **given))
+            text = self.template.render(messages=turns, **given)
         except UsageError:
             raise
         except Exception as error:  # a template is a program, and raises what a program does
             raise UsageError(f"the chat template fails on these turns ({error})") from None
+        half = HALF.search(text)
+        if half:
+            what = f"half a character ({half[0]!r}), which no tokenizer reads"
+            raise UsageError(
+                f"the chat template writes {what}; mend it, or the special tokens it names"
+            )
+        return Rendered(text)
 
     def __call__(self, question: str) -> ChatPrompt:
         turns = [{"role": "user", "content": question}]

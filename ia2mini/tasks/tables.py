@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 from ia2mini import UsageError
+from ia2mini.errors import out_of_memory
 from ia2mini.files import is_there
 from ia2mini.files import read_json as read_object
 
@@ -21,6 +22,15 @@ SPLITS = "dataset_dict.json"  # of several, each in a folder of its own
 def lacking(package: str, path: Path, what: str) -> UsageError:
     """The error where a package of the extra `data` is missing."""
     return UsageError(f"{path}: {what} needs {package}: pip install 'ia2mini[data]'")
+
+
+def unread(path: Path, kind: str, error: Exception) -> UsageError:
+    """What is said of a file that could not be read: it is damaged, or the machine has too little memory for it."""
+    if out_of_memory(error):
+        return UsageError(
+            f"{path}: too little memory to read it ({error}); give a part of its rows"
+        )
+    return UsageError(f"{path}: not a whole {kind} file ({error})")
 
 
 def read_parquet(path: Path, named_classes: bool = True) -> Pairs:
@@ -39,7 +49,7 @@ def read_parquet(path: Path, named_classes: bool = True) -> Pairs:
     except UsageError:
         raise
     except Exception as error:  # pyarrow's own, and Python's for texts and dates that are none
-        raise UsageError(f"{path}: not a whole Parquet file ({error})") from None
+        raise unread(path, "Parquet", error) from None
     pairs = numbered(path, rows)
     if named_classes:
         name_classes(pairs, class_names(features_of(schema.metadata)))
@@ -104,7 +114,7 @@ def read_excel(path: Path, sheet: str | None = None) -> Pairs:
                     sheets[one.title] = cells(one)
             book.close()
     except Exception as error:  # of zip, XML, and openpyxl's own
-        raise UsageError(f"{path}: not a whole Excel file ({error})") from None
+        raise unread(path, "Excel", error) from None
     filled = {title: rows for title, rows in sheets.items() if rows}
     listed = ", ".join(map(repr, filled))
     if sheet is not None and sheet not in filled:
@@ -172,7 +182,7 @@ def read_saved(folder: Path, named_classes: bool = True) -> Pairs:
         except UsageError:
             raise
         except Exception as error:  # pyarrow's own, and Python's for texts that are none
-            raise UsageError(f"{path}: not a whole Arrow file ({error})") from None
+            raise unread(path, "Arrow", error) from None
         features = features_of(table.schema.metadata)
     if is_there(folder / "dataset_info.json"):
         features = read_object(folder / "dataset_info.json").get("features") or features
