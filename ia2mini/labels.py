@@ -4,10 +4,11 @@ R runs, Q prompts, B rows of a run in a pass, T tokens, C labels, I tokens of a 
 S sets, n prompts whose attention outputs are looked at.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -15,6 +16,8 @@ from .batch import Row, Watch, by_length, collate, join_groups
 from .metrics import asim
 from .models.attention import Packed
 from .models.taps import At, Taps, device_of
+
+LOGITS = 2**29  # numbers that are held at once: more rows are read one part after another
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,25 @@ def label_scores(
         outputs = [part.outputs for part in with_taps]
         found.outputs = join_groups(outputs, tapped_groups, dim=2)
     return found
+
+
+def read_by_parts(
+    tree: LabelTree, how: Scoring, most: int, states: Tensor, head: Tensor
+) -> tuple[Tensor, ...]:
+    """In place of the head: what `read_rows` gives, with the logits of `most` of the states [P, D] at once."""
+    return read_rows(tree, how, (F.linear(part, head) for part in states.split(most)))
+
+
+def read_rows(tree: LabelTree, how: Scoring, parts: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """What `LabelTree.read` makes of logits [rows * nodes, V] that come in parts, [rows], [rows] and [rows, C]."""
+    found = []
+    for logits in parts:
+        logits = logits.float().view(-1, len(tree.depths), logits.shape[-1])
+        top, confidence, log_probabilities = tree.read(logits, how.among)
+        if how.spelled is not None:
+            top = send(how.spelled, logits.device)[logits[:, 0].argmax(-1)]
+        found.append((top, confidence, log_probabilities))
+    return tuple(map(torch.cat, zip(*found)))
 
 
 def score_group(

@@ -231,7 +231,8 @@ def attend_behind(
 ) -> Tensor:
     """As `attend`, behind keys and values [1, K, S, E] of a prefix: one softmax over these and own keys.
 
-    All rows share the prefix: its keys and values are multiplied with all of them at once, never copied.
+    All rows share the prefix: its keys and values are multiplied with all of them at once, never copied. Where there
+    would be more than `SCORES` scores, parts of the rows, or of one row's queries, come one after another.
     """
     B, H, T, E = q.shape
     K = k.shape[1]
@@ -251,6 +252,18 @@ def attend_behind(
     z_before = by_row(z_before, B).reshape(B, H, T, E)
     z_own = by_key_head(own, K) @ v
     return z_before + z_own.view(B, H, T, E)
+
+
+def rows_apart(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> list[Part]:
+    """Two halves of the rows, each with its keys, values and mask ([B, 1, T, n] or [T, n])."""
+    if mask.dim() == 4 and len(mask) > 1:
+        return list(zip(q.chunk(2), k.chunk(2), v.chunk(2), mask.chunk(2)))
+    return [(*part, mask) for part in zip(q.chunk(2), k.chunk(2), v.chunk(2))]
+
+
+def queries_apart(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> list[Part]:
+    """Two halves of the queries of one row, each with all of its keys and values."""
+    return [(part, k, v, seen) for part, seen in zip(q.chunk(2, 2), mask.chunk(2, -2))]
 
 
 def all_rows(x: Tensor) -> Tensor:

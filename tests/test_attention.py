@@ -74,3 +74,35 @@ def test_only_short_rows_in_half_precision_are_written_out(monkeypatch, dtype, t
     calls.clear()
     attention.attend(q.detach(), k, k, LayerCache())
     assert not calls  # nothing to take back: the fused kernel is as fast
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that an operation has given in one tensor."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **kwargs or {})
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return found
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_many_scores_behind_a_prefix_are_computed_in_parts(monkeypatch, rows, masked):
+    torch.manual_seed(0)
+    before = 20
+    q = torch.randn(rows, H, T, E, dtype=torch.float64)
+    k, v = (torch.randn(rows, K, T, E, dtype=torch.float64) for _ in range(2))
+    past = [torch.randn(1, K, before, E, dtype=torch.float64) for _ in range(2)]
+    mask = documents().mask[:rows] if masked else None
+    with Largest() as whole:
+        expected = attention.attend_behind(q, k, v, mask, *past)
+    monkeypatch.setattr(attention, "SCORES", 2 * H * (before + T))  # of two queries
+    with Largest() as parts:
+        found = attention.attend_behind(q, k, v, mask, *past)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert whole.numbers == rows * H * T * (before + T)
+    assert parts.numbers <= max(attention.SCORES, q.numel())

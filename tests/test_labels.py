@@ -98,6 +98,37 @@ def test_each_run_scores_labels_of_several_tokens_as_its_own_model_does(tiny, ki
     )
 
 
+def test_many_logits_are_read_in_parts(tiny, monkeypatch):
+    """Of 255 labels and a large vocabulary those of a single pass might not fit into memory."""
+    folder, model, tokenizer = tiny
+    adapter, theta = trained(model, "lora", 3)
+    labels = near(upstreams(upstream(folder)), PROMPTS)
+    spelled = torch.arange(len(model.lm_head.weight)) % 5 - 1
+    widths = []
+    plain = LabelTree.read
+
+    def noted(tree, logits, among):
+        widths.append(logits.numel())
+        return plain(tree, logits, among)
+
+    monkeypatch.setattr(LabelTree, "read", noted)
+    for how in (Scoring(3, keep=4), Scoring(3, spelled=spelled)):
+        with adapted(model, adapter, theta) as student:
+            whole = label_scores(student, PROMPTS, labels, how)
+            most = max(widths)
+            widths.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr("ia2mini.labels.LOGITS", most // 4)
+                parts = label_scores(student, PROMPTS, labels, how)
+        assert max(widths) <= most // 4
+        assert torch.equal(parts.top, whole.top)
+        torch.testing.assert_close(parts.confidence, whole.confidence, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(parts.log_probabilities, whole.log_probabilities)
+        if how.keep:
+            assert torch.equal(parts.outputs, whole.outputs)
+        widths.clear()
+
+
 def test_labels_of_several_tokens_behind_shared_demonstrations(tiny):
     folder, model, tokenizer = tiny
     following = upstreams(upstream(folder))

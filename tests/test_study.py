@@ -23,7 +23,7 @@ from ia2mini.engine.options import TINY_RATES, Options
 from ia2mini.engine.subject import open_subject as load_subject
 from ia2mini.methods import METHODS
 from ia2mini.metrics import fit_temperature
-from ia2mini.study import study
+from ia2mini.study import scoring, study
 from ia2mini.study.cells import lay_out
 from ia2mini.study.study import compare
 from ia2mini.tasks import custom_task, find_task, load_examples, world
@@ -95,6 +95,24 @@ def test_dev_selection_scores_just_what_scoring_all_gives_for_the_chosen_rate(ki
     for one, other in zip(dev["cells"], cells, strict=True):
         same(one | {"acc": one["acc"][0]}, other | {"acc": other["acc"][0]})
     assert dev["adapters"] == both["adapters"] and dev["overlap"] == both["overlap"]
+
+
+def test_long_rows_are_scored_one_set_after_another(subject, tmp_path, monkeypatch):
+    options = replace(SMALL, methods=("base", "sft"), betas=(), epochs=1)
+    whole, _ = compare([MOOD], subject, options, tmp_path / "whole")
+    monkeypatch.setattr(scoring, "ROW_TOKENS", 1)
+    groups = []
+    plain = scoring.score_runs
+
+    def noted(e, method, runs, reference, bar):
+        groups.append((method, len(runs)))
+        return plain(e, method, runs, reference, bar)
+
+    monkeypatch.setattr(scoring, "score_runs", noted)
+    parts, _ = compare([MOOD], subject, options, tmp_path / "parts")
+    assert groups == [("base", 1), ("sft", 1), ("sft", 1)] * len(MOOD.evals)
+    for one, other in zip(parts["runs"], whole["runs"], strict=True):
+        same(one, other)
 
 
 def test_eval_selection_scores_every_run_and_chooses_as_the_paper(studied):

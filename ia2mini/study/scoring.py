@@ -3,6 +3,7 @@
 R runs, S sets, Q evaluation rows, C labels, L layers, n rows on which attention outputs are compared, D hidden.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -28,6 +29,8 @@ from ..train import Trained
 from .cells import Cell
 from .evaluation import Evaluation, Reference, Scores
 from .texts import likeness, score_texts, with_end
+
+ROW_TOKENS = 16384  # of one row under all runs that are scored side by side
 
 
 def score_all(
@@ -86,9 +89,19 @@ def score_method(e: Evaluation, method: str, reference: Reference) -> Scores:
         runs = by_set[some].flatten().tolist()
         return score_runs(e, method, runs, reference.of_sets(some), bar)
 
+    groups = groups_of_sets(sets, by_set.numel() * max(map(len, e.prompts)))
     with e.phase(method, by_set.numel() * len(e.rows)) as bar:
-        parts = ranks.spread(score_sets, torch.arange(sets).tensor_split(ranks.size))
+        parts = ranks.spread(score_sets, torch.arange(sets).tensor_split(groups))
     return join_runs(parts)
+
+
+def groups_of_sets(sets: int, tokens: int) -> int:
+    """Into how many groups the sets are divided, at least one a process.
+
+    `tokens`: of the longest row, of all runs together; the runs of a group are scored side by side.
+    """
+    needed = min(sets, math.ceil(tokens / ROW_TOKENS))
+    return ranks.size * math.ceil(needed / ranks.size)
 
 
 def join_runs(parts: list[Scores | None]) -> Scores:
