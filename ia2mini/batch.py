@@ -179,4 +179,4 @@ def join_groups(parts: list[Tensor], groups: list[list[int]], dim: int) -> Tenso
     """Results of each of the groups, joined along `dim` in the order of the rows."""
     found = torch.cat(parts, dim)
     order = torch.tensor(sum(groups, [])).argsort()
-    return found.index_select(dim, order.to(found.device))
+    return found.index_select(dim, send(order, found.device))

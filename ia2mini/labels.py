@@ -6,13 +6,15 @@ S sets, n prompts whose attention outputs are looked at.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .batch import Row, Watch, by_length, collate, join_groups
+from .batch import Row, Watch, by_length, collate, join_groups, send
 from .metrics import asim
 from .models.attention import Packed
 from .models.taps import At, Taps, device_of
@@ -66,11 +68,11 @@ class LabelTree:
     probabilities are added.
     """
 
-    def __init__(self, labels: list[list[int]], device, ends: tuple[int, ...] = ()):
+    def __init__(self, labels: list[list[int]], device: torch.device, ends: tuple[int, ...] = ()):
         nodes = number_beginnings(labels)
         self.tokens = [beginning[-1] for beginning in nodes if beginning]
         depths = list(map(len, nodes))
-        self.depths = torch.tensor(depths, device=device)
+        self.depths = send(torch.tensor(depths), device)
         sees = torch.zeros(len(nodes), len(nodes), dtype=torch.bool)
         for beginning, node in nodes.items():
             for length in range(len(beginning) + 1):
@@ -80,24 +82,26 @@ class LabelTree:
         for label in labels:
             numbers = [nodes[tuple(label[:i])] for i in range(len(label))]
             before.append(torch.tensor(numbers))
-        self.at = pad_sequence(before, batch_first=True).to(device)  # [C, I]
-        said = list(map(torch.tensor, labels))
-        self.said = pad_sequence(said, batch_first=True).to(device)  # [C, I]
-        lengths = torch.tensor(list(map(len, labels)), device=device)[:, None]
-        places = torch.arange(self.said.shape[1], device=device)
-        self.real = places < lengths  # [C, I], no padding
-        self.ends = torch.tensor(ends, dtype=torch.int64, device=device)
+        self.at = send(pad_sequence(before, batch_first=True), device)  # [C, I]
+        said = pad_sequence(list(map(torch.tensor, labels)), batch_first=True)
+        lengths = torch.tensor(list(map(len, labels)))[:, None]
+        places = torch.arange(said.shape[1])
+        known_ends = torch.tensor(ends, dtype=torch.int64)
         is_last = places == lengths - 1
-        self.closes = torch.isin(self.said, self.ends) & is_last  # [C, I]
-        self.closed = bool(self.closes.any())
+        closes = torch.isin(said, known_ends) & is_last
+        self.closed = bool(closes.any())
+        self.said = send(said, device)  # [C, I]
+        self.real = send(places < lengths, device)  # [C, I], no padding
+        self.ends = send(known_ends, device)
+        self.closes = send(closes, device)  # [C, I]
 
     def batch(
         self, prompts: list[list[int]], runs: int, device
     ) -> tuple[Tensor, At, Packed | None]:
         """ids [R * B, T], positions (rows, columns) of the nodes of each row, and what a node sees."""
         one_run = [Row(prompt + self.tokens, [0]) for prompt in prompts]
-        ids = collate([one_run] * runs).ids.to(device)
-        lengths = torch.tensor(list(map(len, prompts)), device=device)
+        ids = send(collate([one_run] * runs).ids, device)
+        lengths = send(torch.tensor(list(map(len, prompts))), device)
         ends = lengths.repeat(runs)[:, None] - 1  # [R * B, 1]
         nodes = torch.arange(len(self.depths), device=device)
         columns = ends + nodes
@@ -197,9 +201,9 @@ def label_scores(
     confidence = [part.confidence for part in parts]
     log_probabilities = [part.log_probabilities for part in parts]
     found = LabelScores(
-        top=join_groups(top, groups, dim=1),
-        confidence=join_groups(confidence, groups, dim=1),
-        log_probabilities=join_groups(log_probabilities, groups, dim=1),
+        top=join_groups(top, groups, dim=1).cpu(),
+        confidence=join_groups(confidence, groups, dim=1).cpu(),
+        log_probabilities=join_groups(log_probabilities, groups, dim=1).cpu(),
     )
     with_taps = parts[: len(tapped_groups)]
     if how.like is not None:
@@ -219,14 +223,15 @@ def read_by_parts(
 
 
 def read_rows(tree: LabelTree, how: Scoring, parts: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """What `LabelTree.read` makes of logits [rows * nodes, V] that come in parts, [rows], [rows] and [rows, C]."""
+    """Greedy label, its probability, [rows] each, and labels' logs [rows, C] of logits [rows * nodes, V] in parts."""
     found = []
     for logits in parts:
         logits = logits.float().view(-1, len(tree.depths), logits.shape[-1])
-        top, confidence, log_probabilities = tree.read(logits, how.among)
+        top, confidence = tree.greedy(logits, how.among)
         if how.spelled is not None:
-            top = send(how.spelled, logits.device)[logits[:, 0].argmax(-1)]
-        found.append((top, confidence, log_probabilities))
+            first_token = logits[:, 0].argmax(-1)
+            top = send(how.spelled, logits.device)[first_token]
+        found.append((top, confidence, tree.log_probabilities(logits)))
     return tuple(map(torch.cat, zip(*found)))
 
 
@@ -247,14 +252,16 @@ def score_group(
     if tap:  # where the prompts end
         rows, columns = at
         taps = Taps((rows[::nodes], columns[::nodes]))
-    logits = model(ids, taps=taps, logits=at, cache=branches)  # [R * B * nodes, V]
-    logits = logits.float().view(how.runs, len(group), nodes, -1)
-    top, confidence = tree.greedy(logits, how.among)
-    if how.spelled is not None:
-        first_token = logits[..., 0, :].argmax(-1)
-        top = how.spelled.to(device)[first_token]
-    log_probabilities = tree.log_probabilities(logits)
-    found = LabelScores(top.cpu(), confidence.cpu(), log_probabilities.cpu())
+    network: Any = getattr(model, "func", model)
+    V = len(network.model.embed_tokens.weight)
+    most = max(1, LOGITS // (nodes * V))  # rows whose logits are held at once
+    if most < how.runs * len(group):
+        head = partial(read_by_parts, tree, how, most * nodes)
+        answers = model(ids, taps=taps, logits=at, cache=branches, head=head)
+    else:
+        logits = model(ids, taps=taps, logits=at, cache=branches)  # [R * B * nodes, V]
+        answers = read_rows(tree, how, [logits])
+    found = LabelScores(*(answer.unflatten(0, (how.runs, -1)) for answer in answers))
     if not tap:
         return found
     outputs = taps.stack().unflatten(1, (how.runs, -1))  # [L, R, B, D]
@@ -263,6 +270,7 @@ def score_group(
         return found
     sets = min(how.like.shape[1], how.runs)
     outputs = outputs.unflatten(1, (sets, -1))  # [L, sets, runs of a set, B, D]
-    alike = asim(outputs, how.like[:, :, None, send(torch.tensor(group), device)])
+    places = send(torch.tensor(group), device)
+    alike = asim(outputs, how.like[:, :, None, places])
     found.asim = alike.sum(-1).flatten(1).T
     return found

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter, adapted
-from .batch import Batch, Row, Watch, by_length, collate, count_positions, join_groups
+from .batch import Batch, Row, Watch, by_length, collate, count_positions, join_groups, send
 from .generate import Decoding, responses
 from .labels import Scoring, label_scores
 from .losses import cross_entropy, soft_cross_entropy
@@ -59,17 +59,21 @@ def answer_scores(
 
     An answer token among `ends`, each of which ends a text, counts with the probability of them all.
     """
+    device = device_of(model)
+    known_ends = torch.tensor(ends, dtype=torch.int64)
     groups = by_length(list(map(len, rows)), max(1, budget // runs))
     parts = []
     for group in groups:
         some = [rows[i] for i in group]
-        batch = collate([some] * runs).to(device_of(model))
-        head = partial(answer_loss, batch, ends)
+        batch = collate([some] * runs)
+        closing = torch.isin(batch.targets, known_ends).nonzero()[:, 0]
+        batch = batch.to(device)
+        head = partial(answer_loss, batch, send(closing, device), ends)
         loss = model(batch.ids, logits=batch.at, head=head).view(runs, -1)  # [R, P / R]
         sizes = [len(row.answer) for row in some]
         means = [part.mean(1) for part in loss.split(sizes, 1)]
-        parts.append(-torch.stack(means, 1).cpu())
-    return join_groups(parts, groups, dim=1)
+        parts.append(-torch.stack(means, 1))
+    return join_groups(parts, groups, dim=1).cpu()
 
 
 def answer_loss(
@@ -77,20 +81,17 @@ def answer_loss(
 ) -> Tensor:
     """KL from the teacher's distributions where the batch has them, else cross-entropy on the answers, [P].
 
-    At the places `closing` [E] the answer ends: any of the tokens `ends` is right there.
+    At the places `closing` the answer ends: any of the tokens `ends` is right there.
     """
     if batch.soft is not None:
         return soft_cross_entropy(states, head, batch.soft, batch.soft_ids)
     loss = cross_entropy(states, head, batch.targets)
-    known_ends = torch.tensor(ends, dtype=torch.int64, device=loss.device)
-    ending = torch.isin(batch.targets, known_ends)
-    if len(ends) > 1 and ending.any():
-        targets = batch.targets[ending]
+    if len(ends) > 1 and len(closing):
         each = []
         for end in ends:
-            this_end = torch.full_like(targets, end)
-            each.append(cross_entropy(states[ending], head, this_end))
-        loss[ending] = -torch.stack(each).neg().logsumexp(0)
+            this_end = torch.full_like(closing, end)
+            each.append(cross_entropy(states[closing], head, this_end))
+        loss[closing] = -torch.stack(each).neg().logsumexp(0)
     return loss
 
 
@@ -123,8 +124,8 @@ def last_states(model: Callable, prompts: list[list[int]], budget: int = 4096) -
         rows = [Row(prompts[i], [0]) for i in group]
         batch = collate([rows]).to(device_of(model))
         states = model(batch.ids, logits=batch.at, head=keep_states)
-        parts.append(states.float().cpu())
-    return join_groups(parts, groups, dim=0)
+        parts.append(states.float())
+    return join_groups(parts, groups, dim=0).cpu()
 
 
 def keep_states(states: Tensor, head: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SHORT = 256  # tokens of a row
+SCORES = 2**28  # numbers of attention behind a prefix that are held at once
+Part = tuple[Tensor, Tensor, Tensor, Tensor]  # queries, keys, values and mask of a part of a batch
 KeysAndValues = tuple[Tensor, Tensor]  # of one layer, [B, K, S, E] each
 
 
@@ -239,6 +241,11 @@ def attend_behind(
     prefix_keys, prefix_values = prefix
     if mask is None:
         mask = causal_mask(q)
+    keys = prefix_keys.shape[2] + k.shape[2]
+    if B * H * T * keys > SCORES and B * T > 1:
+        parts = rows_apart(q, k, v, mask) if B > 1 else queries_apart(q, k, v, mask)
+        found = [attend_behind(*part, prefix=prefix) for part in parts]
+        return torch.cat(found, 0 if B > 1 else 2)
     scaled = by_key_head(q, K) * E**-0.5
     before = all_rows(scaled) @ prefix_keys[0].mT  # [K, B * H / K * T, S]
     before = by_row(before, B).reshape(B, H, T, -1)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from ia2mini.models import attention
 from ia2mini.models.attention import LayerCache
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 B, H, K, T, E = 3, 6, 2, 9, 4
 
@@ -99,10 +101,10 @@ def test_many_scores_behind_a_prefix_are_computed_in_parts(monkeypatch, rows, ma
     past = [torch.randn(1, K, before, E, dtype=torch.float64) for _ in range(2)]
     mask = documents().mask[:rows] if masked else None
     with Largest() as whole:
-        expected = attention.attend_behind(q, k, v, mask, *past)
+        expected = attention.attend_behind(q, k, v, mask, past)
     monkeypatch.setattr(attention, "SCORES", 2 * H * (before + T))  # of two queries
     with Largest() as parts:
-        found = attention.attend_behind(q, k, v, mask, *past)
+        found = attention.attend_behind(q, k, v, mask, past)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     assert whole.numbers == rows * H * T * (before + T)
     assert parts.numbers <= max(attention.SCORES, q.numel())

@@ -105,13 +105,13 @@ def test_many_logits_are_read_in_parts(tiny, monkeypatch):
     labels = near(upstreams(upstream(folder)), PROMPTS)
     spelled = torch.arange(len(model.lm_head.weight)) % 5 - 1
     widths = []
-    plain = LabelTree.read
+    plain = LabelTree.greedy
 
     def noted(tree, logits, among):
         widths.append(logits.numel())
         return plain(tree, logits, among)
 
-    monkeypatch.setattr(LabelTree, "read", noted)
+    monkeypatch.setattr(LabelTree, "greedy", noted)
     for how in (Scoring(3, keep=4), Scoring(3, spelled=spelled)):
         with adapted(model, adapter, theta) as student:
             whole = label_scores(student, PROMPTS, labels, how)

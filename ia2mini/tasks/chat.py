@@ -9,7 +9,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
 
 from ia2mini import UsageError
-from ia2mini.files import is_there, read_json, read_text
+from ia2mini.files import HALF, is_there, read_json, read_text
 from ia2mini.files.tokenizer_files import named_tokens
 from ia2mini.tokenizer import Rendered, Tokenizer
 
@@ -95,9 +95,7 @@ class ChatTemplate:
         half = HALF.search(text)
         if half:
             what = f"half a character ({half[0]!r}), which no tokenizer reads"
-            raise UsageError(
-                f"the chat template writes {what}; mend it, or the special tokens it names"
-            )
+            raise UsageError(f"the chat template writes {what}; mend it, or the tokens it names")
         return Rendered(text)
 
     def __call__(self, question: str) -> ChatPrompt:
