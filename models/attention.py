@@ -242,10 +242,13 @@ def attend_behind(
     if mask is None:
         mask = causal_mask(q)
     keys = prefix_keys.shape[2] + k.shape[2]
-    if B * H * T * keys > SCORES and B * T > 1:
-        parts = rows_apart(q, k, v, mask) if B > 1 else queries_apart(q, k, v, mask)
-        found = [attend_behind(*part, prefix=prefix) for part in parts]
-        return torch.cat(found, 0 if B > 1 else 2)
+    queries = B * H * T
+    if queries * keys > SCORES and queries > H:
+        found = []
+        for part in halves(q, k, v, mask):
+            found.append(attend_behind(*part, prefix=prefix))
+        split = 2 if B == 1 else 0
+        return torch.cat(found, split)
     scaled = by_key_head(q, K) * E**-0.5
     before = all_rows(scaled) @ prefix_keys[0].mT  # [K, B * H / K * T, S]
     before = by_row(before, B).reshape(B, H, T, -1)
@@ -261,16 +264,25 @@ def attend_behind(
     return z_before + z_own.view(B, H, T, E)
 
 
-def rows_apart(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> list[Part]:
-    """Two halves of the rows, each with its keys, values and mask ([B, 1, T, n] or [T, n])."""
-    if mask.dim() == 4 and len(mask) > 1:
-        return list(zip(q.chunk(2), k.chunk(2), v.chunk(2), mask.chunk(2)))
-    return [(*part, mask) for part in zip(q.chunk(2), k.chunk(2), v.chunk(2))]
-
-
-def queries_apart(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> list[Part]:
-    """Two halves of the queries of one row, each with all of its keys and values."""
-    return [(part, k, v, seen) for part, seen in zip(q.chunk(2, 2), mask.chunk(2, -2))]
+def halves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> list[Part]:
+    """Two halves of the rows with all that is theirs, or of a single row's queries."""
+    rows = len(q)
+    if rows == 1:
+        first, second = q.chunk(2, 2)
+        seen_first, seen_second = mask.chunk(2, -2)
+        return [
+            (first, k, v, seen_first),
+            (second, k, v, seen_second),
+        ]
+    mask = mask.expand(rows, 1, -1, -1)
+    return list(
+        zip(
+            q.chunk(2),
+            k.chunk(2),
+            v.chunk(2),
+            mask.chunk(2),
+        )
+    )
 
 
 def all_rows(x: Tensor) -> Tensor:
