@@ -16,6 +16,8 @@ from ia2mini.files import write_text
 from .. import rivals_page
 from ..report import finish, show
 from . import layers
+from .bayes import METHODS as BAYESIAN
+from .bayes import bayes
 from .causes import MATCHED, causes
 from .choice import choice, race
 from .controls import TEACHERS
@@ -82,16 +84,16 @@ def typed(*folders: str) -> str:
     return " ".join(["python -m bench", *words])
 
 
-def add_study(name: str, ask: Callable, select: str, *more, part=PART) -> None:
+def add_study(name: str, ask: Callable, select: str, *more, part=PART, methods=METHODS) -> None:
     """A command that asks something of the runs of a study: `ask(subject, options, part, data)`."""
 
     @click.command(name, help=ask.__doc__)
     @many(part, *FOUND, SAVE, *more)
-    @options_of(Options, n=(2, 4, 8), sets=10, methods=METHODS, eval_rows=100, select=select)
+    @options_of(Options, n=(2, 4, 8), sets=10, methods=methods, eval_rows=100, select=select)
     def command(part, model, dtype, data_dir, save, **given):
         asked = {option: given.pop(option) for option in OF_A_STUDY if option in given}
         options = Options(**given)
-        if name in ("causes", "layers") and options.select != "dev":
+        if name in ("bayes", "causes", "layers", "stronger") and options.select != "dev":
             raise UsageError(f"{name} takes the rates of the dev loss: leave out --select")
         if name in ("choice", "race") and options.select != "both":
             raise UsageError(
@@ -110,6 +112,7 @@ add_study("effect", effect, "dev")
 add_study("causes", causes, "dev", SEEN, what_is_matched(MATCHED))
 add_study("layers", layers.layers, "dev", what_is_matched(layers.MATCHED))
 add_study("choice", choice, "both", FOLDS)
+add_study("bayes", bayes, "dev", methods=BAYESIAN)
 add_study("race", race, "both")
 add_study("stronger", stronger, "dev", part=part_of([*TASKS, "words"]))
 
