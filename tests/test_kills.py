@@ -143,7 +143,7 @@ def test_an_interrupt_that_native_code_turns_into_another_error(number):
 
     done = CliRunner().invoke(group, ["load"])
     assert done.exit_code == 130 and done.stderr.strip().startswith(
-        "ia2mini: interrupted; what was finished is kept"
+        "ia2mini: interrupted; finished work is kept"
     )
     assert len(done.stderr.strip().splitlines()) == 1
 

@@ -255,5 +255,6 @@ def test_what_is_in_the_way_of_the_papers_numbers_is_said(capsys, tmp_path):
     conclude(document, tmp_path, False, ("acc",), ("png",), False, True)
     said = capsys.readouterr().err
     assert (
-        said == "--with-paper: nothing beside ours, the paper's runs had another --sets, --epochs\n"
+        said
+        == "--with-paper: no numbers of the paper are shown, since the paper's runs had another --sets, --epochs\n"
     )

@@ -44,11 +44,10 @@ def test_an_adapter_is_told_by_the_whole_choice_and_row_by_row():
     text = sentence(report("sft", against={"base": (4, 0, 0.125), "icl": (0, 0, 1.0)}))
     assert text.startswith("SFT is shipped: 73 % (63 to 83) of 24 held-out rows right")
     assert (
-        "Against base (50 %): right on 4 rows more and on none less (p = .12: it may be chance)."
-        in text
+        "Compared with base (50 %): 4 rows gained, none lost (p = .12: it may be chance)." in text
     )
-    assert "Against ICL (75 % at 10.0 × the tokens): right on the same rows." in text
-    assert "Always the commonest answer: 50 %." in text
+    assert "Compared with ICL (75 % at 10.0 × the tokens): right on the same rows." in text
+    assert "Always giving the commonest answer: 50 %." in text
 
 
 def test_a_probe_that_is_shipped_is_told_as_such():
@@ -59,15 +58,15 @@ def test_a_probe_that_is_shipped_is_told_as_such():
 
 def test_what_came_nearest_is_named_where_nothing_is_shipped():
     text = sentence(report("base", nearest=("sft", 3, 1, 0.625)))
-    assert "SFT, right on 3 rows more than the base and on 1 less (p = .62)" in text
-    assert "`--ship sft` takes it" in text and "--ship" not in sentence(report("base"))
+    assert "SFT has the lowest loss; against the base 3 rows gained, 1 lost (p = .62)" in text
+    assert "`--ship sft` ships it anyway" in text and "--ship" not in sentence(report("base"))
 
 
 def test_what_was_asked_for_is_shipped(subject):
     """Whatever the held-out rows say; they still say what it is worth, by its own choices alone."""
     rows = world.rows("toy-mood-remap", "train")[4:16]
     found = fit(rows, subject, replace(QUICK, ship="sft", temperature=False)).report
-    assert found["chosen"] == "sft" and "SFT is shipped, as was asked for" in found["sentence"]
+    assert found["chosen"] == "sft" and "SFT is shipped, as requested" in found["sentence"]
     assert found["shipped"] == found["candidates"]["sft"]
     assert fit(rows, subject, replace(QUICK, ship="probe")).probe is not None
     refused(lambda: fit(rows, subject, replace(QUICK, ship="ridge")), "--ship ridge", "icl, probe")
@@ -76,10 +75,13 @@ def test_what_was_asked_for_is_shipped(subject):
 def test_where_nothing_is_shipped_it_says_what_was_tried_and_what_to_do():
     text = sentence(report("base"))
     assert (
-        "Nothing is shipped. Tried were ICL and SFT" in text
+        "Nothing is shipped. ICL and SFT were tried" in text
         and "more rows, or a larger model" in text
     )
-    assert "none was better than the base (50 % right), or surely better than always the" in text
+    assert (
+        "none was both better than the base (50 % right) and significantly better than always"
+        in text
+    )
 
 
 def test_a_base_that_is_worse_than_the_commonest_answer_is_warned_of():
@@ -87,7 +89,9 @@ def test_a_base_that_is_worse_than_the_commonest_answer_is_warned_of():
     assert "do not use it" not in sentence(report("base"))
     found["commonest"] = numbers(0.66, 0.6)
     text = sentence(report("base", candidates=found))
-    assert "The base is worse than always the commonest answer: do not use it either." in text
+    assert (
+        "The base is worse than always giving the commonest answer: do not use it either." in text
+    )
 
 
 def test_labels_that_are_never_right_are_named():
@@ -95,7 +99,7 @@ def test_labels_that_are_never_right_are_named():
         {"label": name, "rows": 4, "recall": recall}
         for name, recall in (("a", 0.0), ("b", 1.0), ("c", 0.0))
     ]
-    assert "Never right: 'a' and 'c'." in sentence(report("sft", classes=classes))
+    assert "Never answered correctly: 'a' and 'c'." in sentence(report("sft", classes=classes))
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ class Commands(click.Group):
             mistake = error.format_message()
         except (click.Abort, KeyboardInterrupt):  # the latter outside click's own care
             say(
-                "interrupted; what was finished is kept, and the same command goes on from there",
+                "interrupted; finished work is kept, and the same command resumes it",
                 before="\n",
             )
             sys.exit(130)

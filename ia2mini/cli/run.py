@@ -197,7 +197,7 @@ def conclude(
             if others
             else "the paper has none of these cells"
         )
-        click.echo(f"--with-paper: nothing beside ours, {reason}", err=True)
+        click.echo(f"--with-paper: no numbers of the paper are shown, since {reason}", err=True)
     table = document | {"columns": columns}
     drawn = write_report(table, folder, typed(), figures)
     show(table, full or with_paper)

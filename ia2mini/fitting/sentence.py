@@ -9,7 +9,7 @@ NAMES = LABELS | {"commonest": "commonest answer", "shipped": "as shipped", "pro
 CHANCE = 0.1  # a p-value from which on a difference may be chance
 HELP = "What may help: more rows, or a larger model."
 NAMED = 10  # labels that are named
-EACH = "each answered by what the same choice makes of the other folds"
+EACH = "each by a choice made on the other folds"
 
 
 def sentence(report: dict) -> str:
@@ -38,7 +38,7 @@ def shipped(report: dict) -> str:
     if chosen == "icl":
         what = "Demonstrations in the prompt (ICL) are shipped, without an adapter"
     if report.get("wanted"):
-        what += ", as was asked for"
+        what += ", as requested"
     sure = f", ECE {worth['ece']:.2f}" if "ece" in worth else ""
     return f"{what}: {percent(worth['acc'])} of {count(report['rows'], 'held-out row')} right{sure}, {EACH}."
 
@@ -57,14 +57,17 @@ def nothing(report: dict) -> str:
     tried = [NAMES[name] for name in found if name not in ("base", "commonest")]
     if "kl" in report:
         tried.remove(NAMES["icl"])
-    what = f"Nothing is shipped. Tried were {listed(tried)}"
+    verb = "was" if len(tried) == 1 else "were"
+    what = f"Nothing is shipped. {listed(tried)} {verb} tried"
     if "commonest" in found:
         base, commonest = (found[name]["acc"][0] for name in ("base", "commonest"))
-        than = f"the base ({share(base)} right), or surely better than always the commonest answer ({share(commonest)})"
+        than = f"the base ({share(base)} right) and significantly better than always giving the commonest answer"
         warning = ""
         if commonest > base:
-            warning = "The base is worse than always the commonest answer: do not use it either. "
-        return f"{what}; on {rows} none was better than {than}. {warning}{near(report)}{HELP}"
+            warning = (
+                "The base is worse than always giving the commonest answer: do not use it either. "
+            )
+        return f"{what}; on {rows} none was both better than {than} ({share(commonest)}). {warning}{near(report)}{HELP}"
     if "kl" not in report and not any(one["acc"][0] for one in found.values()):
         judged = (
             "so held-out rows cannot judge answers that all differ"
@@ -74,7 +77,8 @@ def nothing(report: dict) -> str:
         return f"{what}; none gave any held-out answer exactly, {judged.rstrip('.')}."
     agreed = "in agreement with the model that sees the context" if "kl" in report else "right"
     than = f"the base ({share(found['base']['acc'][0])} {agreed})"
-    return f"{what}; on {rows} none had surely a lower loss than {than} and was {agreed.split()[0]} on more. {HELP}"
+    failed = f"none had a significantly lower loss than {than} and was {agreed.split()[0]} on more"
+    return f"{what}; on {rows} {failed}. {HELP}"
 
 
 def near(report: dict) -> str:
@@ -82,24 +86,22 @@ def near(report: dict) -> str:
     if not report.get("nearest"):
         return ""
     name, more, less, p = report["nearest"]
-    rows = f"right on {count(more, 'row')} more than the base and on {less} less ({probability(p)})"
-    return (
-        f"The lowest loss has {NAMES[name]}, {rows}: that may be chance; `--ship {name}` takes it. "
-    )
+    rows = f"against the base {count(more, 'row')} gained, {less} lost ({probability(p)})"
+    return f"{NAMES[name]} has the lowest loss; {rows}, which may be chance. `--ship {name}` ships it anyway. "
 
 
 def differences(report: dict) -> list[str]:
     """What is shipped against base, ICL and SFT, row by row."""
     told = []
     for name, (more, less, p) in report["against"].items():
-        beside = f"Against {against(name, report)}"
+        beside = f"Compared with {against(name, report)}"
         if more == less == 0:
             told.append(f"{beside}: right on the same rows.")
             continue
-        less = f"on {less} less" if less else "on none less"
-        more = f"on {count(more, 'row')} more" if more else "on no row more"
+        gained = f"{count(more, 'row')} gained" if more else "no row gained"
+        lost = f"{less} lost" if less else "none lost"
         chance = ": it may be chance" if name == "base" and p >= CHANCE else ""
-        told.append(f"{beside}: right {more} and {less} ({probability(p)}{chance}).")
+        told.append(f"{beside}: {gained}, {lost} ({probability(p)}{chance}).")
     return told
 
 
@@ -117,7 +119,7 @@ def others(report: dict) -> list[str]:
     """What else a reader should know: the commonest answer."""
     found = report["candidates"]
     if "commonest" in found and report["chosen"] != "base":
-        return [f"Always the commonest answer: {share(found['commonest']['acc'][0])}."]
+        return [f"Always giving the commonest answer: {share(found['commonest']['acc'][0])}."]
     return []
 
 
@@ -128,7 +130,7 @@ def never_right(report: dict) -> list[str]:
     ]
     if len(missed) > NAMED:
         missed = [*missed[:NAMED], f"{len(missed) - NAMED} more"]
-    return [f"Never right: {listed(missed)}."] if missed else []
+    return [f"Never answered correctly: {listed(missed)}."] if missed else []
 
 
 def price(report: dict) -> list[str]:

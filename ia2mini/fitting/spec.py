@@ -139,7 +139,7 @@ def read_spec(folder: Path) -> dict | None:
     path = folder / SPEC
     kept = read_json(path) if is_there(path) else None
     if kept is None and next(folder.glob("unfinished-*"), None):
-        mend = "wait, or type the same command again, which goes on from there"
+        mend = "wait, or type the same command again, which resumes it"
         raise UsageError(
             f"{folder}: its `ia2mini fit` is not finished: it still runs or was interrupted; {mend}"
         )

@@ -15,9 +15,7 @@ from datetime import timedelta
 from .. import UsageError
 from ..errors import out_of_memory
 
-LOST = (
-    "another process has ended; what was finished is kept, and the same command goes on from there"
-)
+LOST = "another process has ended; finished work is kept, and the same command resumes it"
 NEVER = timedelta(days=7)  # who has nothing left to do waits for the others, however long they work
 rank = 0
 size = 1
