@@ -31,6 +31,8 @@ def solve(
         raise UsageError(
             "method ridge solves for LoRA's o_proj: use --adapter lora, with o_proj among --targets"
         )
+    if theta.device.type == "mps":
+        raise UsageError("method ridge computes in float64, which mps has not; use --device cpu")
     if model.config.model_type == "olmo2":
         raise UsageError(
             "method ridge solves for what o_proj gives, and OLMo 2 normalises that before it is added; "

@@ -132,7 +132,7 @@ MISTAKES = {
     "target": ("run toy-mood --targets nonsense", "'nonsense' matches no matrix", "q_proj"),
     "an adapter that is gone": ("run toy-mood --adapter prompt", "--adapter", "'prompt' is not one of 'lora', 'ia3'"),
     "device": ("run toy-mood --device tpu9", "--device tpu9", "use --device cpu"),
-    "device of others": ("run toy-mood --device mps", "--device mps: ia2mini runs on cpu and cuda", "use --device cpu"),
+    "device of others": ("run toy-mood --device xpu", "--device xpu: ia2mini runs on cpu and cuda", "use --device cpu"),
     "rescore": ("rescore {g}/nowhere", "rescore"),
     "empty prompt": ("generate --model {g}/model --prompt=", "--prompt is empty"),
 }  # fmt: skip

@@ -117,7 +117,8 @@ def run(names, compiling, checkpointing, out, data_dir, side_by_side, **given):
         refuse_unnamed_model("--data")
     chosen = find_tasks(names, **own)
     check_shown(shown, bool(own["data"]))
-    from ..engine.subject import open_subject, usable
+    from ..engine.subject import open_subject
+    from ..scale.device import usable
     from ..study.study import carry_out, open_study
 
     if how["dtype"] is None and usable(how["device"]) == "cpu":

@@ -15,6 +15,7 @@ from ..methods import METHODS, STARTS_FROM, Grid, configs
 from ..models.taps import device_of
 from ..scale import ranks
 from ..scale.dealt import over_ranks
+from ..scale.device import then_emptied
 from ..scale.graphs import launch_bound, recorded
 from ..scale.memory import within_memory
 from ..scale.race import Race
@@ -29,7 +30,7 @@ from .subject import Subject
 
 def make_trainer(side_by_side: int | None) -> Callable:
     """The loop with all that makes it fast and fit; `side_by_side`: runs trained at once (None: all)."""
-    trainer = within_memory(shrinking(train, launch_bound), side_by_side)
+    trainer = then_emptied(within_memory(shrinking(train, launch_bound), side_by_side))
     return over_ranks(trainer) if ranks.size > 1 else trainer
 
 

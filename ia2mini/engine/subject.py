@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from .. import UsageError
-from ..files import check_text, plain, read_json
+from ..files import check_text, plain
 from ..models.checkpoint import SHORT_NAMES, TINY, load, locate
+from ..scale.device import usable, weight_dtype
 from ..tokenizer import Tokenizer
 
 
@@ -42,49 +42,17 @@ class Subject:
             raise UsageError(f"the prompt {' '.join(prompt.split())[:60]!r} … has {need}; {mend}")
 
 
-def usable(device: str | None) -> str:
-    """The device, or where none is named a GPU if there is one. Raises UsageError for what cannot be used."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        if torch.device(device).type not in ("cpu", "cuda"):
-            raise UsageError(f"--device {device}: ia2mini runs on cpu and cuda; use --device cpu")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"--device {device}: not usable here ({reason}); use --device cpu"
-        ) from None
-    return device
-
-
-def usual_dtype(folder: Path, device: str) -> str:
-    """bfloat16 on a GPU, and on a CPU that computes in it if the checkpoint is stored so; else float32."""
-    if device != "cpu":
-        return "bfloat16"
-    config = folder / "config.json"
-    if not config.is_file():
-        return "float32"  # loading will say what is missing
-    raw = read_json(config)
-    stored = raw.get("dtype", raw.get("torch_dtype"))
-    return "bfloat16" if stored == "bfloat16" and bfloat16_in_hardware() else "float32"
-
-
-def bfloat16_in_hardware() -> bool:
-    """Whether the CPU multiplies bfloat16 matrices itself: AVX512-BF16 or AMX."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def open_subject(
     model: str = "tiny", device=None, dtype=None, revision=None, check: bool = True
 ) -> Subject:
     """The model of a folder, hub id or short name; on a GPU if there is one. Raises UsageError.
 
-    `dtype` of the frozen weights: None is `usual_dtype`. `check`: no weight may be NaN or infinite.
+    `dtype` of the frozen weights: None is `scale.device.usual_dtype`. `check`: no weight may be NaN or infinite.
     """
     device = usable(device)
     folder = locate(model, revision)
     check_text(str(folder.resolve()), "the folder", "give it, and those above it, names in UTF-8")
-    dtype = getattr(torch, dtype or usual_dtype(folder, device))
+    dtype = weight_dtype(folder, device, dtype)
     network, tokenizer = load(folder, dtype, device, check=check)
     local = folder == TINY or Path(model).is_dir()
     name = plain(folder.resolve().name if local else model.replace("/", "--"), "")

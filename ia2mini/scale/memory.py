@@ -13,6 +13,7 @@ from ..batch import count_positions
 from ..errors import out_of_memory
 from ..train import Runs, State
 from .blocks import checkpoint_blocks, is_checkpointed
+from .device import free_bytes
 from .parts import put_state, take_runs, take_state
 
 MARGIN = 0.9  # of what is free
@@ -85,14 +86,6 @@ def runs_that_fit(model: nn.Module, runs: Runs, batch_size: int) -> int:
         is_checkpointed(model),
     )
     return max(1, int(min(len(runs), MARGIN * free / each)))
-
-
-def free_bytes(device: torch.device) -> float:
-    """Bytes that tensors may still take; a CPU cannot say, so there without bound."""
-    if device.type != "cuda":
-        return math.inf
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def run_bytes(

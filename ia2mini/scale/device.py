@@ -1,0 +1,83 @@
+"""What depends on the device: which may be used, the number format of its weights, and its memory."""
+
+import math
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+
+import torch
+
+from .. import UsageError
+from ..files import read_json
+from ..models.taps import device_of
+
+KNOWN = ("cpu", "cuda", "mps")
+EXPERIMENT = "--device mps is an experiment: nobody has run ia2mini on an Apple GPU; compare with --device cpu"
+
+
+def usable(device: str | None) -> str:
+    """The device, or where none is named a GPU if there is one. Raises UsageError for what cannot be used."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if torch.device(device).type not in KNOWN:
+            raise UsageError(f"--device {device}: ia2mini runs on cpu and cuda; use --device cpu")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"--device {device}: not usable here ({reason}); use --device cpu"
+        ) from None
+    return device
+
+
+def is_mps(device: str | torch.device) -> bool:
+    return torch.device(device).type == "mps"
+
+
+def weight_dtype(folder: Path, device: str, asked: str | None) -> torch.dtype:
+    """The number format of the frozen weights: what was asked for, else the usual one. Raises UsageError."""
+    if is_mps(device):
+        if asked not in (None, "float32"):
+            raise UsageError(f"--dtype {asked}: on mps ia2mini computes in float32 alone")
+        warnings.warn(EXPERIMENT, stacklevel=3)
+        return torch.float32
+    return getattr(torch, asked or usual_dtype(folder, device))
+
+
+def usual_dtype(folder: Path, device: str) -> str:
+    """bfloat16 on a GPU, and on a CPU that computes in it if the checkpoint is stored so; else float32."""
+    if device != "cpu":
+        return "bfloat16"
+    config = folder / "config.json"
+    if not config.is_file():
+        return "float32"  # loading will say what is missing
+    raw = read_json(config)
+    stored = raw.get("dtype", raw.get("torch_dtype"))
+    return "bfloat16" if stored == "bfloat16" and bfloat16_in_hardware() else "float32"
+
+
+def bfloat16_in_hardware() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices itself: AVX512-BF16 or AMX."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def free_bytes(device: torch.device) -> float:
+    """Bytes that tensors may still take; a CPU and Apple's GPU cannot say, so there without bound."""
+    if device.type != "cuda":
+        return math.inf
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def then_emptied(train: Callable) -> Callable:
+    """`train`, after which Apple's GPU gives back the memory that PyTorch keeps: it is the whole machine's."""
+
+    @wraps(train)
+    def train_then_empty(model, *given, **named):
+        found = train(model, *given, **named)
+        if is_mps(device_of(model)):
+            torch.mps.empty_cache()
+        return found
+
+    return train_then_empty
