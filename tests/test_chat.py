@@ -388,6 +388,25 @@ def test_generate_talks(talking):
     assert result.exit_code == 0 and result.stdout == plain.stdout != "\n"
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"image_token": "<img>"},
+        {"extra_special_tokens": {"image_token": "<img>"}},
+        {"extra_special_tokens": {"image_token": {"content": "<i>", "__type": "AddedToken"}}},
+        {"extra_special_tokens": ["<img>"]},
+        {"add_image_token": True},
+    ],
+)
+def test_special_tokens_with_names_of_their_own_are_written_as_by_transformers(tmp_path, settings):
+    folder = checkpoint(
+        tmp_path, "{{ image_token }}{{ bos_token }}{{ messages[0].content }}", **settings
+    )
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    expected = theirs.apply_chat_template([{"role": "user", "content": "a b"}], tokenize=False)
+    assert ChatTemplate(folder, Tokenizer.from_folder(folder))("a b") == expected
+
+
 HALVES = {
     "in the template": (CHATML + "\ud800", {}),
     "as Jinja's escape": (CHATML + r"{{ '\udfff' }}", {}),

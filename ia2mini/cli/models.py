@@ -131,6 +131,6 @@ def models():
     click.echo(
         f"fit: weights in bfloat16, and {RUNS} runs side by side (--folds), each {ROWS} rows of {TOKENS} tokens a step "
         "(--batch-size):\nstates kept for the backward pass, and LoRA's weights seven times. Longer rows need more in "
-        "proportion, float32 twice as much;\nPython and PyTorch take about half a GB beside it. A GPU trains fewer "
+        "proportion, float32 twice as much;\nPython and PyTorch take about a GB beside it. A GPU trains fewer "
         "runs at once where memory is short."
     )

@@ -65,12 +65,15 @@ def token_settings(folder: Path) -> dict:
 def named_tokens(folder: Path) -> dict[str, str]:
     """The special tokens that a checkpoint names ("bos_token" and so on), as transformers reads them.
 
-    Raises UsageError.
+    Further ones have names of their own ("image_token"), also in `extra_special_tokens`. Raises UsageError.
     """
     settings = token_settings(folder)
+    tokens = {name: token for name, token in settings.items() if name.endswith("_token")}
+    further = settings.get("extra_special_tokens")
+    if isinstance(further, dict):
+        tokens.update(further)
     found = {}
-    for name in NAMED:
-        token = settings.get(name)
+    for name, token in tokens.items():
         if isinstance(token, dict):  # an added token with its properties
             token = token.get("content")
         if isinstance(token, str):
