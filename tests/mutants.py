@@ -211,6 +211,16 @@ MUTANTS = {
             "generate runs_side_by_side",
         ),
     ],
+    "ia2mini/engine/experiment.py": [
+        ("weights[number, [rate]]", "weights[0, [rate]]", "tuned tuned_teachers_targets"),
+        ("mean(0).argmin()", "mean(0).argmax()", "tuned tuned_teachers_targets"),
+    ],
+    "bench/studies/sdft.py": [
+        ("divergence = own.exp()", "divergence = teacher.exp()", "tuned sdfts_loss"),
+    ],
+    "bench/studies/bayes.py": [
+        ("mean = U.T @ B @ A", "mean = A", "bayes without_noise"),
+    ],
     "ia2mini/teacher.py": [
         ("icl_dev=rows[n:labelled]", "icl_dev=rows[n:]", "unlabelled only_ia2"),
     ],
@@ -225,7 +235,7 @@ MUTANTS = {
     ],
     "ia2mini/tasks/chat.py": [
         ('found.filters["tojson"] = tojson', "pass", "chat many_templates"),
-        ("return Rendered(self.template", "return str(self.template", "chat rendering_equals"),
+        ("return Rendered(text)", "return text", "chat rendering_equals"),
     ],
     "ia2mini/files/__init__.py": [
         ("pid.isdecimal() and not alive(int(pid)):", "pid.isdecimal():", "runs what_killed"),
