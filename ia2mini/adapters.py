@@ -18,7 +18,7 @@ from . import UsageError
 from .models.layers import Linear
 
 TARGETS = ("q_proj", "k_proj", "o_proj")  # paper section 5
-# of a layer
+# all matrices of a layer that an adapter may change
 EVERY_MATRIX = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -91,7 +91,7 @@ class LoRA(Adapter):
 
 
 class Product(torch.autograd.Function):
-    """x [R, n, in] @ W^T in the float32 of W [R, out, in]; of an x in bfloat16 no float32 copy is kept."""
+    """x [R, n, in] @ W^T in float32, W [R, out, in]. A bfloat16 x is saved for the backward pass as it is."""
 
     @staticmethod
     def forward(ctx, x: Tensor, W: Tensor) -> Tensor:
@@ -174,8 +174,8 @@ def by_run(x: Tensor, weight: Tensor) -> Tensor:
 def adapted(model: nn.Module, adapter: Adapter, theta: Tensor) -> Iterator[Callable]:
     """The model under `adapter` with weights theta [R, M], as a callable with the model's own arguments.
 
-    Within the block the batch's rows come in R equal groups. Gradients reach theta; the backward pass belongs into the
-    block too, since checkpointed layers compute anew there.
+    The rows of each batch must come in R equal groups, run by run. Gradients reach theta. Call the backward pass inside
+    the `with` too: checkpointed layers are recomputed in it, and need the adapter.
     """
     weights = unpack(theta, adapter.shapes)
     try:

@@ -5,6 +5,7 @@ R runs, B rows a run, T tokens, P answer positions (flattened over rows), L laye
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ class Row:
 
 
 def truth_row(example: Example, tokenizer: Tokenizer, end: bool) -> Row:
-    """The row with its true answer; with `end` closed as the chat template closes a turn, else as the tokenizer does.
+    """The row with its true answer. `end` appends the end of sequence: a chat template's own, else the tokenizer's.
 
     Raises UsageError when prompt and label merge.
     """
@@ -56,27 +57,27 @@ class Batch:
     ids: Tensor  # [R * B, T]
     at: At  # rows and columns of the P answer positions, run by run
     targets: Tensor  # [P] answer tokens
-    # [R, P / R]: mean over positions of a row, mean over rows; 0 where a run has fewer positions
+    # [R, P / R]: a weighted sum is the mean over a row's positions, then over rows; 0 at padding
     weights: Tensor
     lengths: Tensor  # [R, B] tokens of each row; on the CPU
     activations: Tensor | None  # [L, P, D]
     soft: Tensor | None  # [P, k]
     soft_ids: Tensor | None  # [P, k]
     states: Tensor | None  # [L, P, D]
-    packed: Packed | None = None  # what keeps rows apart that stand in one line
-    runs: Tensor | None = None  # [R] which of more runs these are; None: there are no others
-    # [R, B, P / R] 1 where a position belongs to a row: losses are rounded row by row
+    packed: Packed | None = None  # keeps apart rows that are packed into one sequence
+    runs: Tensor | None = None  # [R] numbers of these runs among all runs; None: these are all
+    # [R, B, P / R] 1 where a position belongs to a row; only where each row's loss is rounded (`--paper-compat`)
     rows: Tensor | None = None
 
     def of_runs(self, values: Tensor) -> Tensor:
-        """Those of values [R, …] that belong to the runs of this batch."""
+        """The entries of `values` [all runs, …] that belong to the runs of this batch."""
         return values if self.runs is None else values[self.runs]
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device; what the teacher gave is there already."""
         packed = self.packed
         if packed is not None:
-            packed = Packed(send(packed.documents, device), send(packed.places, device))
+            packed = packed.to(partial(send, device=device))
         return replace(
             self,
             ids=send(self.ids, device),
@@ -90,7 +91,7 @@ class Batch:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on `device`, without waiting for what a GPU is doing."""
+    """Copy a CPU tensor to `device`; to a GPU without waiting for the work in its queue."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -163,7 +164,7 @@ def join_positions(runs: list[list[Row]], name: str, most: int, dim: int) -> Ten
 def by_length(lengths: list[int], budget: int) -> list[list[int]]:
     """Indices in groups of similar length: rows × longest row stays within `budget` tokens (one row at least).
 
-    Longest first: memory trouble shows at once.
+    Longest first, so that running out of memory shows at once.
     """
     groups: list[list[int]] = []
     longest = 0  # of the last group

@@ -12,7 +12,7 @@ from . import UsageError
 from .tasks import Example
 from .tasks.chat import ChatPrompt
 
-GROUPS = 4  # of a fold's training rows, each with its own demonstrations
+GROUPS = 4  # parts of a fold's training rows, each with its own demonstrations
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Episode:
 
     train: list[Example]  # N rows
     dev: list[Example]  # max(1, N/2) rows, at most 48
-    # one list a row of train + dev, N - 1 long: what the teacher sees before it
+    # for each row of train + dev, the N - 1 demonstrations that the teacher sees before it
     demonstrations: list[list[Example]]
-    icl: list[list[Example]]  # before each evaluation row; one list: the same for all
+    icl: list[list[Example]]  # demonstrations before each evaluation row; one list: for all
     # more rows, which the teacher answers …
     unlabelled: list[Example] = field(default_factory=list)
     # … with these before each
@@ -150,7 +150,7 @@ def in_turn(rows: list[Example]) -> list[Example]:
 
 
 def balanced(rows: list[Example], count: int, rng: np.random.Generator) -> list[Example]:
-    """Up to `count` rows in random order, labels as equally often as there are rows."""
+    """Up to `count` rows in random order, each label as equally often as the rows allow."""
     labels = len({row.label for row in rows})
     seen: Counter = Counter()
     some = []

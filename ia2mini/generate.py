@@ -30,12 +30,11 @@ def everyone_stays(going: list[bool], runs: int) -> list[int] | None:
 class DecodingHooks:
     """Where scale/ hooks into decoding; a notebook needs none of it."""
 
-    # of the step that chooses a token: records it as a CUDA graph
+    # is given the step that chooses a token, e.g. to record it as a CUDA graph
     wrap: Callable[[Callable], Callable] = as_it_is
     # whether the cache keeps its shape from the second token on: what a recorded step needs
     static: bool = False
-    # (which rows still go on, runs) -> the
-    # rows that stay in the batch; None: all
+    # (whether each row goes on, runs) -> indices of the rows that stay in the batch; None: all
     who_stays: Callable[[list[bool], int], list[int] | None] = everyone_stays
 
 
@@ -66,7 +65,7 @@ def generate(
     watch: Watch = None,
     observer=None,
 ) -> list[list[int]]:
-    """Greedy responses, ids per prompt, without EOS and cut before the stop text; of R runs all prompts, run by run.
+    """Greedy responses, ids per prompt, without EOS and cut before the stop text; with R runs, R lists end to end.
 
     `model` is a model, or a partial around one: with a shared prefix, or what `adapted` yields. When the stop text
     begins inside a token, what stands before it is tokenized again. `observer`, where given, is told every step of a
@@ -133,7 +132,7 @@ def decode_group(
         chosen = tokens.tolist()
         live = [place for place, goes_on in enumerate(going) if goes_on]
         if observer:
-            # what is given is a copy: a replay overwrites its own result
+            # indexing copies: the next replay of a CUDA graph overwrites `logits` and `outputs`
             here = send(torch.tensor(live), device)
             numbers = [group[rows[place]] for place in live]
             observer(numbers, [chosen[place] for place in live], logits[here], outputs[:, here])
@@ -154,7 +153,7 @@ def decode_group(
 
 
 def ended(tokenizer: Tokenizer, response: Response, token: int, stop: str | None) -> bool:
-    """Whether `token`, which is added to the response, ends it: it is an EOS, or completes the stop text."""
+    """Add `token` to the response, and return whether it ends there: it is an EOS, or completes the stop text."""
     response.generated.append(token)
     if token in tokenizer.eos_ids:
         return True
@@ -184,9 +183,9 @@ def before_stop(tokenizer: Tokenizer, ids: list[int], stop: str) -> list[int] | 
 
 
 def tail(decode: Callable, ids: list[int], characters: int) -> str:
-    """The end of a text: what the last token says, and at least so many characters before it, where there are any.
+    """The end of a text: its last token, and at least `characters` characters before it, if there are that many.
 
-    A character may take several tokens, and its last part alone may decode as several unknown ones.
+    A character may be split over tokens, and a part of one may decode as up to `PARTS` replacement characters.
     """
     tokens = characters + 1
     while tokens < len(ids):

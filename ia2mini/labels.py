@@ -1,4 +1,4 @@
-"""Scoring labels of one or several tokens behind prompts (protocol section 5).
+"""Scoring labels of one or several tokens after prompts (protocol section 5).
 
 R runs, Q prompts, B rows of a run in a pass, T tokens, C labels, I tokens of a label, L layers, D hidden, V vocabulary,
 S sets, n prompts whose attention outputs are looked at.
@@ -19,7 +19,7 @@ from .metrics import asim
 from .models.attention import Packed
 from .models.taps import At, Taps, device_of
 
-LOGITS = 2**29  # numbers that are held at once: more rows are read one part after another
+LOGITS = 2**29  # logits in memory at once; the head is applied to more rows part by part
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Scoring:
     # top-1 confidence as the share among that many likeliest tokens (released scripts: 10)
     among: int | None = None
     keep: int = 0  # of how many of the first prompts the attention outputs are returned
-    # [L, S, n, D] outputs of the first n prompts under S sets, to measure `asim` to:
-    # one run is compared with every set, S × k runs k by k with each
+    # [L, S, n, D] teacher's outputs of the first n prompts under S sets, to measure `asim` against:
+    # a single run is compared with every set; S × k runs: each k successive runs with one set
     like: Tensor | None = None
     budget: int = 4096  # tokens in one pass
     # tokens each of which ends a text: a label that is closed by one ends with any of them
@@ -47,7 +47,7 @@ class LabelScores:
     # [R, Q] index of the label that greedy decoding gives, -1 where it gives none of them
     top: Tensor
     confidence: Tensor  # [R, Q] probability of what greedy decoding gives
-    # [R, Q, C] of each label, of all that could be said; natural logarithms
+    # [R, Q, C] natural log-probability of each label, over the whole vocabulary
     log_probabilities: Tensor
     # [L, R, n, D] attention outputs of the first n prompts, on the device
     outputs: Tensor | None = None
@@ -60,12 +60,12 @@ class LabelScores:
 
 
 class LabelTree:
-    """C labels of up to I tokens behind one prompt: the prompt is read once, and what labels share at their start once.
+    """C labels of up to I tokens after one prompt, as a prefix tree: shared beginnings are read once.
 
-    A node is a beginning that labels share; node 0 is the empty one, where the prompt ends. Behind the prompt stands
-    the last token of each other node; it sees the prompt and the nodes that it goes on from. The last token of a label
-    is only said, and needs no node. A label whose last token is one of `ends` may end with any of them: their
-    probabilities are added.
+    Each proper beginning of a label is one node; node 0 is the empty beginning, where the prompt ends. The row is the
+    prompt, then for every other node its last token, which attends to the prompt and to the node's own beginnings. The
+    last token of a label is only predicted, and needs no node. A label whose last token is one of `ends` may end with
+    any of them: their probabilities are added.
     """
 
     def __init__(self, labels: list[list[int]], device: torch.device, ends: tuple[int, ...] = ()):
@@ -78,7 +78,7 @@ class LabelTree:
             for length in range(len(beginning) + 1):
                 sees[node, nodes[beginning[:length]]] = True
         self.sees = send(sees, device)
-        before = []  # of each label the nodes behind which its tokens are said
+        before = []  # for each label, the nodes that predict its tokens
         for label in labels:
             numbers = [nodes[tuple(label[:i])] for i in range(len(label))]
             before.append(torch.tensor(numbers))
@@ -118,7 +118,7 @@ class LabelTree:
         return ids, at, Packed(documents, positions, self.sees)
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
-        """Of each label, of all that could be said, [..., C] from logits [..., nodes, V]."""
+        """Each label's log-probability over the whole vocabulary, [..., C] from logits [..., nodes, V]."""
         said = logits[..., self.at, self.said]  # [..., C, I]
         if self.closed:
             said = torch.where(self.closes, self.any_end(logits), said)
@@ -128,13 +128,12 @@ class LabelTree:
     def greedy(self, logits: Tensor, among: int | None) -> tuple[Tensor, Tensor]:
         """The label that greedy decoding gives, from logits [..., nodes, V], and its probability, [...] each.
 
-        The label is -1 where it gives none: the probability is then that of the tokens up to there. `among`: as a share
-        of that many likeliest tokens.
+        Where it gives no label: -1, and the probability of its tokens up to the first that fits none. With `among`,
+        probabilities are renormalised over that many likeliest tokens.
         """
         likeliest = logits.max(-1)
-        token = likeliest.indices[
-            ..., self.at
-        ]  # [..., C, I], chosen where each label's token may be said
+        # [..., C, I]: the likeliest token at the node that predicts each label's token
+        token = likeliest.indices[..., self.at]
         chosen = likeliest.values[..., self.at]
         agrees = token == self.said
         if self.closed:
@@ -223,7 +222,7 @@ def read_by_parts(
 
 
 def read_rows(tree: LabelTree, how: Scoring, parts: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """Greedy label, its probability, [rows] each, and labels' logs [rows, C] of logits [rows * nodes, V] in parts."""
+    """Greedy label, its probability [n], and labels' log-probabilities [n, C], from logits [n * nodes, V] in parts."""
     found = []
     for logits in parts:
         logits = logits.float().view(-1, len(tree.depths), logits.shape[-1])

@@ -1,4 +1,4 @@
-"""The three losses (protocol section 4), float32 per answer position; `per_run` makes of them one loss a run."""
+"""The three losses (protocol section 4), float32 per answer position; `per_run` averages them to one loss per run."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .errors import out_of_memory
 
-LOGITS = 2**25  # in memory at once: 128 MB in float32
+LOGITS = 2**25  # logits computed at once: 128 MB in float32
 
 
 def per_run(values: Tensor, weights: Tensor) -> Tensor:
@@ -63,10 +63,10 @@ def fused(function: Callable) -> Callable:
         kernel = kernel or torch.compile(function, dynamic=True)
         try:
             return kernel(*tensors)
-        except Exception as error:  # a missing compiler shows as one of many
+        except Exception as error:  # a missing compiler raises various exceptions
             if out_of_memory(error):
                 raise
-            found = function(*tensors)  # fails too where the compiler is not to blame
+            found = function(*tensors)  # raises too if the compiler was not the cause
             warnings.warn(f"{function.__name__} runs unfused: {type(error).__name__}", stacklevel=2)
             kernel = function
             return found
@@ -102,9 +102,10 @@ def cross_entropy(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 
 class HeadDivergence(torch.autograd.Function):
-    """sum(exp(t) * (t - log q)), [P]: q the student's probabilities of the k tokens `ids`, t [P, k] the teacher's logs.
+    """KL [P], sum(exp(t) * (t - log q)): t [P, k] the teacher's log-probabilities of tokens `ids`, log q the student's.
 
-    The gradient with regard to `states` is taken on the way, so only a portion of the logits [P, V] is there at once.
+    exp(t) sums to one. The forward pass also computes the gradient for `states`, portion by portion, so that the logits
+    [P, V] are never in memory as a whole.
     """
 
     @staticmethod
@@ -126,5 +127,5 @@ class HeadDivergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        states = torch.cat(ctx.saved_tensors)
-        return states * grad[:, None].to(states.dtype), None, None, None
+        gradient = torch.cat(ctx.saved_tensors)
+        return gradient * grad[:, None].to(gradient.dtype), None, None, None

@@ -18,7 +18,7 @@ from .train import Hooks, Runs, Settings, State, Trained, summed_losses, train
 
 TRUTH = "truth"  # the rows with their true answers
 ICL = "icl"  # the rows with the teacher's responses
-BEHIND = "behind"  # the rows with their true answers, behind demonstrations
+BEHIND = "behind"  # the rows with their true answers, demonstrations before each prompt
 
 
 def configs(method: str, sets: int, rates: Sequence[float], betas: Sequence[float]) -> list[tuple]:
@@ -64,7 +64,7 @@ class Grid:
         """
         device = device_of(self.model)
         configs = self.configs(method)
-        numbers = [number for number, _, _ in configs]  # of each run its set
+        numbers = [number for number, _, _ in configs]  # each run's set
         if start is None:
             of_sets = [self.first_weights(number) for number in range(len(self.sets))]
             theta = torch.stack([of_sets[number] for number in numbers]).to(device)
@@ -207,7 +207,7 @@ METHODS: dict[str, Callable] = {
     "ridge": ridge,
     "ridge-sft": ridge_sft,
 }
-BEHIND_DEMONSTRATIONS = ("icl", "icl-sft")  # what answers with demonstrations in its prompt
+BEHIND_DEMONSTRATIONS = ("icl", "icl-sft")  # evaluated with demonstrations in the prompt
 # method -> its first phase
 STARTS_FROM = {
     name: name.partition("-")[0]

@@ -43,7 +43,7 @@ def macro_f1(said, gold) -> float:
 
 
 def share_ties(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
-    """`correct` [Q], of rows of equal confidence their mean."""
+    """`correct` [Q], with rows of equal confidence each given their mean."""
     _, tie = np.unique(confidence, return_inverse=True)
     means = np.bincount(tie, correct) / np.bincount(tie)
     return means[tie]
@@ -206,7 +206,7 @@ def temperatures(scores: Tensor, gold: Tensor, doubt: float = 0.0) -> tuple[Tens
     losses = []
     for temperature in grid:
         log_shares = (scores.double() / temperature).log_softmax(-1)
-        # a label that cannot be said may be impossible
+        # a log-probability of -inf where the target is 0 adds 0, not NaN
         expected = torch.where(targets > 0, targets * log_shares, 0.0)
         losses.append(-expected.sum(-1))
     return grid, torch.stack(losses)
@@ -274,10 +274,10 @@ def measure(
 ) -> dict:
     """All metrics of one run on Q labelled rows (protocol section 5).
 
-    `confidence` [Q] of the greedy answer, `correct` [Q], `scores` [Q, C] log-probabilities of the labels among all that
-    could be said, `gold` [Q] indices of the true labels. `scheme`: bins of `ece`, see `reliability`. Among the labels
-    alone there are the NLL as it is, at a `temperature` from other rows, for each row at that of all others (left out),
-    and at the best one for these rows (oracle).
+    `confidence` [Q] of the greedy answer, `correct` [Q], `scores` [Q, C] log-probabilities of the labels over the whole
+    vocabulary, `gold` [Q] indices of the true labels. `scheme`: bins of `ece`, see `reliability`. Four NLLs renormalise
+    over the labels: `nll_labels` as they are, `nll_dev` at `temperature`, which was fitted on other rows,
+    `nll_left_out` for each row at the temperature fitted on all others, `nll_oracle` at the best one for these rows.
     """
     exact = scores.double()
     oracle = fit_temperature(scores, gold, oracle=True)

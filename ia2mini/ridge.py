@@ -15,7 +15,7 @@ from .batch import Batch
 
 # of the penalty, as shares of the mean squared length of what W_O reads
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
-NEGLIGIBLE = 1e-6  # of the largest singular value
+NEGLIGIBLE = 1e-6  # share of the largest singular value, below which one is dropped
 
 
 @torch.no_grad()
@@ -24,8 +24,8 @@ def solve(
 ) -> Tensor:
     """Weights [R, M] with LoRA's update of every W_O solved for the batch's `activations`, in one forward pass.
 
-    Layer by layer, so that each sees what the layers before it have become. Raises UsageError where LoRA leaves W_O,
-    and for OLMo 2.
+    Layer by layer, so that each layer sees the changed output of those before it. Raises UsageError unless the adapter
+    is LoRA on W_O, and for OLMo 2.
     """
     if not isinstance(adapter, LoRA) or "o_proj" not in adapter.targets:
         raise UsageError(
@@ -41,7 +41,7 @@ def solve(
     # Granite's multiplier, which o_proj's output still lacks
     factor = getattr(model.config, "residual_multiplier", 1.0)
     theta = theta.clone()
-    # views: what is written there is what the pass goes on with
+    # views of theta: the rest of the pass uses what is written into them
     weights = unpack(theta, adapter.shapes)
     if layers is None:
         layers = list(range(model.config.num_hidden_layers))
@@ -59,7 +59,7 @@ def solve(
 
 
 def solved_first(solver: Callable, change: Callable, base: Callable, x: Tensor) -> Tensor:
-    """A seam of W_O that first solves for its own factors, from what it reads."""
+    """The adapter of W_O: first solve for its factors from the input x, then apply it."""
     solver(base, x)
     return change(base, x)
 
@@ -95,13 +95,13 @@ def ridge_regression(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     R, P, _ = x.shape
     gram = x @ x.mT  # [R, P, P]
-    lengths = gram.diagonal(dim1=-2, dim2=-1)
-    positions = (lengths > 0).sum(-1)
-    mean_length = (lengths.sum(-1) / positions)[:, None, None]
+    squared_lengths = gram.diagonal(dim1=-2, dim2=-1)
+    positions = (squared_lengths > 0).sum(-1)
+    mean_square = (squared_lengths.sum(-1) / positions)[:, None, None]
     identity = torch.eye(P, dtype=x.dtype, device=x.device)
     inverses = []
     for strength in STRENGTHS:
-        penalty = strength * mean_length * identity
+        penalty = strength * mean_square * identity
         inverses.append(torch.linalg.inv(gram + penalty))
     inverse = torch.stack(inverses)  # [S, R, P, P]
     dual = inverse @ y

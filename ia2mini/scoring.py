@@ -55,9 +55,9 @@ def layer_asim(
 def answer_scores(
     model: Callable, rows: list[Row], runs: int = 1, budget: int = 4096, ends: tuple[int, ...] = ()
 ) -> Tensor:
-    """Mean log-probability of an answer token, of rows with `soft` minus the mean KL, [R, Q] float32 on the CPU.
+    """Mean log-probability per answer token of each row, or minus its mean KL with `soft`: [R, Q] float32 on the CPU.
 
-    An answer token among `ends`, each of which ends a text, counts with the probability of them all.
+    Every token of `ends` ends a text; an answer token among them counts with the sum of their probabilities.
     """
     device = device_of(model)
     known_ends = torch.tensor(ends, dtype=torch.int64)
@@ -117,7 +117,7 @@ def answer_texts(
 
 @torch.no_grad()
 def last_states(model: Callable, prompts: list[list[int]], budget: int = 4096) -> Tensor:
-    """The state [Q, D] that the last token of each prompt gives to the head, float32 on the CPU."""
+    """The head's input [Q, D] at the last token of each prompt, float32 on the CPU."""
     groups = by_length(list(map(len, prompts)), budget)
     parts = []
     for group in groups:
@@ -145,7 +145,7 @@ def score(
     """How good R adapted models are on labelled rows: the metrics of `metrics.measure`, a dict a run.
 
     `theta` [R, M] are weights of `adapter`; without them the base model is scored, with `demonstrations` in its prompt
-    if there are any. Raises UsageError for a label that merges with its prompt.
+    if there are any. All prompts must end as the first one does. Raises UsageError for a label that merges with it.
 
         score(model, tokenizer, examples, ("0", "1"), lora, trained.theta)[0]["acc"]
     """

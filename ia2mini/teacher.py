@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from . import UsageError
 from .batch import Row, Watch, by_length, collate, truth_row
 from .episode import Episode, with_demonstrations
 from .generate import STOP, Decoding, DecodingHooks, generate
@@ -15,7 +16,7 @@ from .prefix import share_prefix
 from .tasks import Example
 from .tokenizer import Tokenizer
 
-SHARED = 4  # rows with the same demonstrations: from so many on these are computed once
+SHARED = 4  # demonstrations that at least this many rows have in common are computed only once
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Asked:
     soft_k: int | None = None  # also the log-probabilities of this many likeliest tokens
     layers: list[int] | None = None  # whose attention outputs are recorded; None: all
     stop: str | None = STOP  # text at which a response ends, besides EOS
-    budget: int = 4096  # tokens in one pass (of generation: a quarter of those in the cache)
+    budget: int = 4096  # tokens in one pass; four times as many in a cache while generating
     residual: bool = False  # also the residual stream after every attention
     behind: bool = False  # also the rows with their true answers behind the demonstrations
     hooks: DecodingHooks = DecodingHooks()
@@ -48,7 +49,7 @@ class Taught:
 def true_rows(tokenizer: Tokenizer, episode: Episode, end: bool, behind: bool = False) -> Taught:
     """A set's rows with their true answers, which need no teacher; `behind`: also behind their demonstrations.
 
-    `end`: a text, which ends with EOS. Raises UsageError for an answer that merges with its prompt.
+    `end` appends EOS to the answers. Raises UsageError for an answer that merges with its prompt.
     """
     examples = episode.train + episode.dev
     rows = [truth_row(example, tokenizer, end) for example in examples]
@@ -146,7 +147,8 @@ def respond(
 ) -> list[int]:
     """Fill in the responses of `rows` to their full `prompts`, and the activations and soft targets met on the way.
 
-    Returns the indices of rows that still lack these: a stop text inside a token had them tokenized again.
+    Returns the indices of rows that still lack activations and soft targets: a stop text began inside a token, so the
+    response was tokenized again and its tokens are not those that were generated.
     """
     steps: list[list[Step]] = [[] for _ in prompts]
 
@@ -165,6 +167,12 @@ def respond(
     for i, response in enumerate(generate(model, tokenizer, prompts, how, watch, observer)):
         row = rows[i]
         row.answer = (response + tokenizer.closing)[: asked.max_tokens]
+        if not row.answer:
+            asked_for = tokenizer.decode(row.prompt)[-60:]
+            lack = (
+                "the checkpoint's config.json names no eos_token_id that would end it; add it there"
+            )
+            raise UsageError(f"the model's answer to {asked_for!r} is empty, and {lack}")
         seen = steps[i][: len(row.answer)]
         if [step.token for step in seen[: len(response)]] != response:
             missing.append(i)
@@ -177,7 +185,7 @@ def respond(
 
 
 def label_tokens_at_most(labels: list[list[int]]) -> int:
-    """Tokens of the longest label as a response: those of several tokens end with EOS."""
+    """Tokens that a response needs for the longest label, with EOS if any label has several tokens."""
     longest = max(map(len, labels))
     return longest + 1 if longest > 1 else 1
 
@@ -202,8 +210,8 @@ def observe(
 ) -> None:
     """Fill in activations, soft targets and a single-token response of `rows` from a pass over their full `prompts`.
 
-    `model` may be a partial that holds a shared prefix; `prompts` are then what follows it. With `asked.residual`
-    states in place of activations.
+    `model` may be a partial that holds a shared prefix; `prompts` are then what follows it. With `asked.residual` it
+    fills in `states` in place of `activations`.
     """
     lengths = [len(prompt) + len(row.answer) for prompt, row in zip(prompts, rows)]
     for group in by_length(lengths, asked.budget):

@@ -115,20 +115,20 @@ class Tokenizer:
         warnings.warn(line, stacklevel=4)
 
     def decode(self, ids: list[int], special: bool = False) -> str:
-        """The text of ids; with `special` also what special tokens are called."""
+        """The text of ids; with `special`, special tokens are written out."""
         with broken_tokenizer():
             return self.backend.decode(ids, skip_special_tokens=not special)
 
     def holds_special(self, text: str) -> bool:
-        """Whether what a special token is called stands in a text."""
+        """Whether a text contains the name of a special token."""
         added = self.backend.get_added_tokens_decoder().values()
         return any(token.special and token.content in text for token in added)
 
     def encode_answer(self, prompt: str, answer: str, apart: bool = False) -> list[int]:
         """Ids of `answer` right after `prompt`. Raises UsageError when it merges with the prompt's last token.
 
-        With `apart` it is then tokenized by itself, as it is generated behind the prompt: so are texts. ("The" after
-        "Answer:" merges in a fourth part of GSM8K.)
+        With `apart`, as for texts, it is then tokenized by itself instead, as it would be generated after the prompt.
+        (In a quarter of GSM8K "The" merges with "Answer:".)
         """
         before = self.encode(prompt)
         ids = self.encode(prompt + answer)
@@ -140,9 +140,9 @@ class Tokenizer:
         raise UsageError(f"{merging}; choose another label, or a template that ends in a line end")
 
     def label_tokens(self, prompt: str, labels: tuple[str, ...]) -> list[list[int]]:
-        """Tokens of every label after `prompt`, closed where one begins another.
+        """Tokens of every label after `prompt`. Where any label is the beginning of another, all of them end with EOS.
 
-        Raises UsageError for labels of the same tokens, and for such beginnings without an end of sequence.
+        Raises UsageError for two labels with the same tokens, and where EOS is needed but the checkpoint names none.
         """
         tokens = [self.encode_answer(prompt, label) for label in labels]
         named: dict[tuple[int, ...], str] = {}

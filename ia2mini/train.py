@@ -1,6 +1,6 @@
 """The training loop: R runs side by side over one frozen model, each with its own learning rate, dev loss and patience.
 
-With R = 1 it reads as the textbook loop. Whatever makes it fast or fit (scale/) wraps it from outside.
+With R = 1 this is the textbook loop. What makes it faster, or makes it fit into memory, wraps it from outside (scale/).
 R runs, M weights of a run, B rows of a run in a step.
 """
 
@@ -34,7 +34,7 @@ class Settings:
 
     batch_size: int = 4
     epochs: int = 50
-    patience: int = 5  # looks at the dev loss without improvement
+    patience: int = 5  # looks (dev-loss evaluations) without improvement until a run ends
     layers: list[int] | None = None  # whose attention outputs are aligned; None: all
     # keep a run's last weights, not its best: what the paper's released scripts do
     keep_last: bool = False
@@ -52,7 +52,7 @@ class Runs:
     """
 
     theta: Tensor  # [R, M]
-    rates: Tensor  # [R]
+    rates: Tensor  # [R], on the CPU
     train: list[list[Row]]  # R lists of equally many rows
     dev: list[list[Row]]
     mix: dict[str | Callable, Tensor]  # loss -> weight [R]
@@ -64,10 +64,10 @@ class Runs:
 
 @dataclass
 class Trained:
-    """What training R runs gave: each run's weights at its best dev loss; NaN where no dev loss was finite."""
+    """What training R runs gave: weights at the best dev loss (NaN: none was finite), or the last ones."""
 
     theta: Tensor  # [R, M] float32
-    dev_loss: Tensor  # [R] float32, the last phase's; infinite: the run has failed
+    dev_loss: Tensor  # [R] float32, the last phase's; infinite: no finite one, or none computed (no dev rows)
     steps: Tensor  # [R] int64, all phases together
     best: Tensor  # [R] int64, the last phase's steps up to these weights
     # [R] int64, the last phase's step at which a dev loss was NaN or infinite; 0: it never was
@@ -87,20 +87,20 @@ class Trained:
 
 @dataclass
 class State:
-    """Training so far: it can be gone on with, by some of the runs too (`scale.parts`)."""
+    """Training so far. It can be resumed, also for only some of the runs (`scale.parts`)."""
 
-    # [R] int64, which of all runs each one is; on the CPU, as all but theta, m, v, t and best_theta
+    # [R] int64, each run's number among all runs; on the CPU, as everything but theta, m, v, t and best_theta
     index: Tensor
     theta: Tensor  # [R, M] float32, the weights now
     m: Tensor  # [R, M], Adam's mean of gradients
     v: Tensor  # [R, M], Adam's mean of their squares
-    t: Tensor  # [], Adam's steps, as a tensor: a recorded step counts on the device
+    t: Tensor  # [], Adam's step count; a tensor, so that a CUDA graph of the step can increase it
     best_theta: Tensor  # [R, M], the weights that are kept
     dev_loss: Tensor  # [R], the lowest so far
-    misses: Tensor  # [R] int64, looks since then
-    steps: Tensor  # [R] int64, at the last look
-    best: Tensor  # [R] int64, of the weights that are kept
-    broken: Tensor  # [R] int64, where the dev loss was not finite; 0: nowhere
+    misses: Tensor  # [R] int64, looks since the lowest dev loss
+    steps: Tensor  # [R] int64, the step of the last look
+    best: Tensor  # [R] int64, the step of the weights that are kept
+    broken: Tensor  # [R] int64, the step at which the dev loss was not finite; 0: none
     going: Tensor  # [R] bool, who still trains
     step: int = 0
 
@@ -174,9 +174,9 @@ def go_on(state: State) -> bool:
 class Hooks:
     """Where scale/ hooks into the loop; a notebook needs none of it."""
 
-    # or several, whose losses add up: packed, by length
+    # the rows of R runs -> one batch, or several whose losses add up (packed, or by length)
     collate: Callable[[list[list[Row]]], list[Batch]] = one_batch
-    # of the step and of the look: records them as CUDA graphs
+    # is given the training step and the look, e.g. to record them as CUDA graphs
     wrap: Callable[[Callable], Callable] = as_it_is
     after_look: Callable[[State], bool] = go_on  # True ends the loop; it may also end runs
 
@@ -272,18 +272,18 @@ def portions(
 def adam(theta: Tensor, gradient: Tensor, m: Tensor, v: Tensor, t: Tensor, rates: Tensor) -> None:
     """One step of Adam (Kingma & Ba 2015) in place: theta, gradient, m, v [R, M], t [], a learning rate a run [R, 1].
 
-    It stays on the device, so that it can be recorded.
+    It never waits for the CPU, so it can be recorded as a CUDA graph.
     """
     t.add_(1)
     m.lerp_(gradient, 1 - BETA1)
     v.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-    step_size = rates / torch.expm1(t * math.log(BETA1))  # b1^t - 1: minus the bias of m
+    step_size = rates / torch.expm1(t * math.log(BETA1))  # negative: the step goes against m
     root = v.div(-torch.expm1(t * math.log(BETA2))).sqrt_().add_(EPSILON)
     theta.addcdiv_(m * step_size, root)
 
 
 def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None = None) -> Tensor:
-    """Each run's loss [R]: the sum of the losses in `mix`, each times its weight [R]; what is tapped over `layers`."""
+    """Each run's loss [R]: the sum of the losses in `mix`, each times its weight [R]. `layers`: those aligned."""
     values = {loss: loss(student, batch) for loss in mix if callable(loss)}
     residual = "hidden" in mix
     tapped = residual or "mse" in mix
@@ -291,7 +291,7 @@ def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None 
     taps = Taps(batch.at, layers, residual) if tapped else None
 
     def mean(each: Tensor, count: int = 1) -> Tensor:
-        """Of losses [P], sums of `count` layers, the mean of each run [R]."""
+        """Each run's mean [R] of the losses `each` [P], which are sums over `count` layers."""
         if batch.rows is None:
             return per_run(each, batch.weights)
         return per_run_in_bfloat16(each, batch.weights, batch.rows, count)
@@ -299,6 +299,7 @@ def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None 
     def head(states: Tensor, weight: Tensor) -> None:
         """The losses on the head's input [P, D]: the logits [P, V] are never kept whole."""
         if "ce" in mix:
+            # in float32 in the released scripts, too
             values["ce"] = per_run(cross_entropy(states, weight, batch.targets), batch.weights)
         if "kl" in mix:
             values["kl"] = mean(soft_cross_entropy(states, weight, batch.soft, batch.soft_ids))

@@ -1,10 +1,11 @@
 """Keys and values of earlier tokens, and attention over them.
 
 `Cache` grows token by token, `Prefix` stands before every row, `Packed` keeps the documents of a row apart, `NoCache`
-has nothing of all this. Each tells a layer through a `LayerCache` what its tokens see. B rows, T new tokens, H heads,
+does none of this. Each tells a layer through a `LayerCache` what its tokens see. B rows, T new tokens, H heads,
 K key/value heads, E head size, S earlier keys.
 """
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SHORT = 256  # tokens of a row
+SHORT = 256  # tokens of a row, up to which `written_out` trains faster
 SCORES = 2**28  # numbers of attention behind a prefix that are held at once
 Part = tuple[Tensor, Tensor, Tensor, Tensor]  # queries, keys, values and mask of a part of a batch
 KeysAndValues = tuple[Tensor, Tensor]  # of one layer, [B, K, S, E] each
@@ -25,7 +26,7 @@ class LayerCache(NamedTuple):
     mask: Tensor | None = None
     stored: KeysAndValues | None = None  # new ones are written into these …
     slots: Tensor | None = None  # … at these places [B, T]
-    kept: list[Tensor] | None = None  # is given keys and values as they are
+    kept: list[Tensor] | None = None  # new keys and values are appended to it
     prefix: KeysAndValues | None = None  # [1, K, S, E] each, seen by all rows
 
     def update(self, k: Tensor, v: Tensor) -> KeysAndValues:
@@ -56,8 +57,8 @@ class NoCache:
 class Prefix(NoCache):
     """Keys and values of the tokens that every row begins with: demonstrations, computed once.
 
-    One [1, K, S, E] tensor of each a layer, shared by all rows. Filled by running the model on one row of ids [1, S]
-    with `cache=Prefix()`; attached to the graph.
+    Per layer one [1, K, S, E] tensor of keys and one of values, shared by all rows. Fill it by running the model on one
+    row of ids [1, S] with it as `cache`. Gradients flow through it.
     """
 
     def __init__(self):
@@ -105,6 +106,11 @@ class Packed:
         self.places = positions
         self.sees = sees
 
+    def to(self, send: Callable[[Tensor], Tensor]) -> "Packed":
+        """The same on another device; `send` copies one tensor there."""
+        sees = None if self.sees is None else send(self.sees)
+        return Packed(send(self.documents), send(self.places), sees)
+
     @cached_property
     def mask(self) -> Tensor:
         """[B, 1, T, T], True where a token sees another."""
@@ -142,7 +148,7 @@ class Cache:
         self.static = static
 
     def positions(self, tokens: int, device) -> Tensor:
-        """Where the next `tokens` tokens of each row go: [B, T] int64."""
+        """Reserve slots for the next `tokens` tokens of each row, and set their mask: the slots, [B, T] int64."""
         fresh = self.filled == 0
         capacity = self.keys[0].shape[2]
         self.filled += tokens
@@ -213,7 +219,7 @@ def by_key_head(x: Tensor, K: int) -> Tensor:
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """As `attend`, in three operations that autograd takes back one by one: scores, softmax, sum of values."""
+    """As `attend`, in three operations that autograd differentiates one by one: scores, softmax, sum of values."""
     B, H, T, E = q.shape
     K = k.shape[1]
     if mask is None:
@@ -221,8 +227,8 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     scaled = by_key_head(q, K) * E**-0.5
     scores = scaled @ k.mT
     zeros = torch.zeros_like(mask, dtype=q.dtype)
-    hidden = zeros.masked_fill(~mask, -torch.inf)
-    scores = scores.view(B, H, T, -1) + hidden
+    bias = zeros.masked_fill(~mask, -torch.inf)
+    scores = scores.view(B, H, T, -1) + bias
     weights = scores.softmax(-1)  # summed in float32
     z = by_key_head(weights, K) @ v
     return z.view(B, H, T, E)
@@ -247,8 +253,8 @@ def attend_behind(
         found = []
         for part in halves(q, k, v, mask):
             found.append(attend_behind(*part, prefix=prefix))
-        split = 2 if B == 1 else 0
-        return torch.cat(found, split)
+        dim = 2 if B == 1 else 0
+        return torch.cat(found, dim)
     scaled = by_key_head(q, K) * E**-0.5
     before = all_rows(scaled) @ prefix_keys[0].mT  # [K, B * H / K * T, S]
     before = by_row(before, B).reshape(B, H, T, -1)

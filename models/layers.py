@@ -1,4 +1,4 @@
-"""What all families share to the letter: norm, linear with a seam for adapters, rotary.
+"""What all families share unchanged: norm, linear map with a place for an adapter, rotary embedding.
 
 B rows, T tokens, D hidden, H heads, E head size.
 """
@@ -57,7 +57,7 @@ class Normalise(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear with a seam: an adapter, `adapter(base, x)`, may change what goes into the frozen map and comes out."""
+    """nn.Linear with a place for an adapter: `adapter(base, x)` is called instead of the frozen map `base(x)`."""
 
     adapter: Callable | None = None  # no parameter: names stay the checkpoint's own
 
@@ -78,12 +78,12 @@ class Embedding(nn.Embedding):
 
 
 class Head(nn.Linear):
-    """The map to logits, without a seam."""
+    """The map to logits, which no adapter changes."""
 
     def forward(self, x: Tensor) -> Tensor:
         few_tokens = x.dim() == 2 and 6 <= len(x) <= 16
         if few_tokens and x.device.type == "cpu":
-            return (self.weight @ x.mT).mT  # a batch that decodes: up to twice as fast so
+            return (self.weight @ x.mT).mT  # a batch that decodes: up to twice as fast this way
         return F.linear(x, self.weight)
 
 

@@ -1,4 +1,4 @@
-"""Llama 2 to 3.2 and what differs from it by a field: config, attention, MLP, block, model.
+"""Llama 2 to 3.2, and families that differ from it only in config fields: config, attention, MLP, block, model.
 
 Parameter names are the checkpoint's own. What sets Llama apart from Qwen3: no norm on queries and keys; from 3.1 on the
 rotary frequencies are scaled (type "llama3", `Rope` in layers.py). Its neighbours: Qwen2 and Seed-OSS (biases on q, k,
@@ -21,7 +21,7 @@ from .taps import At, Taps
 
 @dataclass(frozen=True)
 class Config:
-    """The fields of config.json that change what is computed."""
+    """The fields of config.json that the code uses."""
 
     vocab_size: int
     hidden_size: int
@@ -35,7 +35,7 @@ class Config:
     tie_word_embeddings: bool = False  # 3.2 1B and 3B share head and embedding
     attention_bias: bool = False
     attention_out_bias: bool | None = None  # of o_proj; None: as attention_bias. Qwen2, Seed-OSS
-    # of each layer 1: rotary, 0: none; empty: all rotate. SmolLM3
+    # for each layer 1: rotary, 0: none; empty: rotary in all. SmolLM3
     no_rope_layers: tuple[int, ...] = ()
     # what embeddings, scores of attention, and each half of a block are multiplied with. Granite
     embedding_multiplier: float = 1.0

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from ia2mini.models import UsageError, load
+from ia2mini.models.attention import Packed
 from reference import (
     EOS,
     MIXES,
@@ -385,3 +386,11 @@ def test_what_goes_to_a_gpu_is_pinned_first(monkeypatch):
     pinned.clear()
     pack(collate(rows)).to(torch.device("cpu"))
     assert not pinned
+
+
+def test_a_tree_of_labels_keeps_its_branches_on_another_device():
+    sees = torch.tensor([[True, False], [True, True]])
+    packed = Packed(torch.tensor([[0, 0, 1]]), torch.tensor([[0, 1, 1]]), sees)
+    moved = packed.to(lambda tensor: tensor.clone())
+    assert moved.sees is not sees and torch.equal(moved.mask, packed.mask)
+    assert Packed(packed.documents, packed.places).to(torch.clone).sees is None

@@ -1,19 +1,22 @@
 """`icl-sft`, the teacher that it makes, and SDFT: against transformers, peft and plain loops."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from ia2mini.models import load
-from plain import Plain, joined, label_log_probability, teacher
+from plain import Plain, joined, label_log_probability
+from plain import teacher as plain_teacher
 from reference import make_checkpoint, make_rows, peft_twin, relative, twin_theta, upstream
 from safetensors.torch import load_file
 from scipy.stats import chisquare
 
 from bench.studies.sdft import draw_answers, on_policy_loss
 from bench.studies.stronger import further_methods, own
-from ia2mini import UsageError
+from ia2mini import UsageError, teacher
 from ia2mini.adapters import LoRA, adapted
+from ia2mini.batch import Row
 from ia2mini.engine.experiment import make_trainer, teach_all, train_all, true_sets
 from ia2mini.engine.options import FitOptions, Options
 from ia2mini.engine.progress import Progress, silent
@@ -101,7 +104,7 @@ def test_the_tuned_teachers_targets_are_those_of_its_adapter_in_peft(subject, tm
             found = taught.icl_train + taught.icl_dev
             rows = episode.train + episode.dev
             for row, shown, ours in zip(rows, episode.demonstrations, found, strict=True):
-                expected = teacher(net, shown, row.prompt, x.asked.max_tokens)
+                expected = plain_teacher(net, shown, row.prompt, x.asked.max_tokens)
                 assert (ours.prompt, ours.answer) == (expected.prompt, expected.answer)
                 assert relative(ours.activations, expected.targets) < 1e-4
 
@@ -238,3 +241,11 @@ def test_sdft_follows_its_teacher(small):
         for answer in draw_answers(student, [rows * 50], torch.Generator().manual_seed(1))[0]:
             assert len(answer) == 3 or answer[-1] == 2
             assert 2 not in answer[:-1]
+
+
+def test_an_empty_answer_that_nothing_ends_is_refused(monkeypatch):
+    tokenizer = SimpleNamespace(closing=[], decode=lambda ids: "Q: what?")
+    monkeypatch.setattr(teacher, "generate", lambda *asked, **named: [[]])
+    rows = [Row([5, 6], [0])]
+    with pytest.raises(UsageError, match="answer to 'Q: what.' is empty.*eos_token_id"):
+        teacher.respond(None, tokenizer, rows, [[5, 6]], teacher.Asked(max_tokens=4), None)
