@@ -137,9 +137,17 @@ def gain_command(save):
 @click.option(
     "--methods", type=Several(str), default=",".join(FitOptions().methods), show_default=True
 )
+@click.option(
+    "--sizes",
+    type=Several(int, least=2),
+    default="8,16",
+    show_default=True,
+    help="real rows a label",
+)
 @many(*FOUND, SAVE)
-def fit_command(part, methods, model, data_dir, dtype, save, **counts):
-    results = fit(part, counts, methods, {"model": model, "data_dir": data_dir, "dtype": dtype})
+def fit_command(part, methods, model, data_dir, dtype, sizes, save, **counts):
+    on = {"model": model, "data_dir": data_dir, "dtype": dtype, "sizes": sizes}
+    results = fit(part, counts, methods, on)
     for result in results:
         show(result)
     finish(results, typed(model), save, name=f"fit-{part}")

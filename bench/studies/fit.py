@@ -360,7 +360,7 @@ def fit(part: str, counts: dict[str, int], methods: tuple[str, ...], on: dict) -
     options = FitOptions(epochs=counts["epochs"], methods=methods)
     if part == "real":
         subject = open_subject(on["model"], "cpu", on["dtype"])
-        return [real(subject, on["data_dir"], counts["seeds"], (8, 16), options)]
+        return [real(subject, on["data_dir"], counts["seeds"], on["sizes"], options)]
     subject = open_subject("tiny", "cpu")
     results = []
     if part != "gate":
