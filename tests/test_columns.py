@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pandas
 import pyarrow as pa
@@ -11,7 +12,9 @@ from pyarrow import parquet
 from tables import write_rows
 
 from ia2mini import FitOptions, open_subject
-from ia2mini.fitting.fit import Columns, cross_validation, read_own
+from ia2mini.fitting.fit import cross_validation
+from ia2mini.fitting.held_out import read_true_answers, score_held_out
+from ia2mini.fitting.rows import Columns, read_own
 from ia2mini.tasks import custom_task, find_task, load_examples
 from ia2mini.tasks.own import near_labels, own_task, queries_task
 from ia2mini.tasks.rows import fill, read_rows
@@ -326,7 +329,8 @@ def test_labels_and_text_do_not_share_what_an_interrupted_fit_kept(tmp_path):
     for answers in ("labels", "text"):
         columns = Columns(template="{text}:", answers=answers)
         subject = open_subject("tiny", "cpu")
-        cross_validation(rows, subject, FitOptions(), columns, keep=tmp_path)[0].tried("base")
+        cv, _ = cross_validation(rows, subject, FitOptions(), columns, keep=tmp_path)
+        score_held_out(cv, "base", None, partial(read_true_answers, cv))
     assert len(list(tmp_path.glob("unfinished-*"))) == 2
 
 

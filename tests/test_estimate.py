@@ -1,12 +1,14 @@
 """A `fit` says how long it will train before it begins, from one timed step."""
 
+from itertools import chain, repeat
+
 import pytest
 from tqdm import tqdm
 
 from ia2mini import FitOptions, open_subject
-from ia2mini.fitting import crossval
-from ia2mini.fitting.crossval import duration
+from ia2mini.fitting import training
 from ia2mini.fitting.fit import cross_validation
+from ia2mini.fitting.training import duration, train_folds
 from ia2mini.tasks import world
 
 OPTIONS = FitOptions(rates=(1e-3, 1e-2), methods=("sft", "ia2-sft"), folds=4, epochs=5)
@@ -16,10 +18,8 @@ def test_the_estimate_counts_steps_of_every_phase(monkeypatch):
     subject = open_subject("tiny", "cpu")
     rows = world.rows("toy-mood", "train")[:12]
     cv, _ = cross_validation(rows, subject, OPTIONS)
-    ticks = iter([100.0, 104.0])  # the timed step took four seconds
-    monkeypatch.setattr(crossval.time, "perf_counter", lambda: next(ticks))
-    cv.fold_grid  # noqa: B018
-    monkeypatch.undo()
+    ticks = chain([100.0, 104.0], repeat(0.0))  # the timed step took four seconds
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(ticks))
     # nine rows in steps of four, five epochs, for SFT, IA2 and SFT after it; then one of eight runs twice
     seconds = 4 * (3 * 5) * 3 * (1 + 2 / 8)
     labels = []
@@ -29,9 +29,9 @@ def test_the_estimate_counts_steps_of_every_phase(monkeypatch):
         return tqdm(disable=True)
 
     cv.bar = bar
-    cv.trained("ia2-sft")
-    said = f"training ia2 (all training: about {duration(seconds)})"
-    assert labels == [said, "training ia2-sft"], "said once"
+    train_folds(cv)
+    said = f"training sft (all training: about {duration(seconds)})"
+    assert labels == ["collecting", said, "training ia2", "training ia2-sft"], "said once"
 
 
 @pytest.mark.parametrize("seconds, text", [(40, "40 s"), (720, "12 min"), (12600, "3.5 h")])

@@ -20,9 +20,12 @@ from ia2mini.adapters import adapted
 from ia2mini.cli.main import main
 from ia2mini.engine.experiment import in_order
 from ia2mini.episode import with_demonstrations
-from ia2mini.fitting import crossval
-from ia2mini.fitting.crossval import CrossValidation
-from ia2mini.fitting.fit import conclude, read_own
+from ia2mini.fitting import held_out, training
+from ia2mini.fitting.crossval import CrossValidation, into_folds, those_that_fit
+from ia2mini.fitting.fit import make_choice, ship
+from ia2mini.fitting.report import make_report
+from ia2mini.fitting.rows import read_own
+from ia2mini.fitting.training import count_steps, teach_folds, train_folds
 from ia2mini.methods import METHODS, Grid
 from ia2mini.metrics import ece, fit_temperature
 from ia2mini.tasks import world
@@ -52,7 +55,7 @@ def fitted(subject):
 
 def cross_validation(subject, rows, options=QUICK, **more) -> CrossValidation:
     rows, task = read_own(rows)
-    return CrossValidation(subject, task, list(map(task.example, rows)), options, **more)
+    return into_folds(subject, task, list(map(task.example, rows)), options, **more)
 
 
 def run(*arguments, code=0, input=None):
@@ -94,16 +97,18 @@ def test_a_fold_among_others_equals_it_alone(subject, method):
     """In the plain loop, without what scale/ wraps around it."""
     options = replace(QUICK, rates=(3e-3, 1e-2), methods=(method,))
     cv = cross_validation(subject, toy_rows(15), options)
-    together = cv.trained(method)
+    trained = train_folds(cv)
+    together = trained[method]
+    taught = teach_folds(cv).grid
     for number in range(3):
         mine = slice(2 * number, 2 * number + 2)
         first = []
         if method == "ia2-sft":
-            first = [Trained(*(value[mine] for value in vars(cv.trained("ia2")).values()))]
-        grid = replace(cv.fold_grid, sets=[cv.fold_grid.sets[number]], trainer=train)
+            first = [Trained(*(value[mine] for value in vars(trained["ia2"]).values()))]
+        grid = replace(taught, sets=[taught.sets[number]], trainer=train)
         alone = METHODS[method](Alone(**vars(grid), number=number), *first)
-        phases = in_order((method,))
-        assert (alone.steps == sum(cv.steps(cv.fold_grid, phase) for phase in phases)).all()
+        steps = sum(count_steps(cv, cv.folds[number], phase) for phase in in_order((method,)))
+        assert (alone.steps == steps).all()
         assert relative(together.theta[mine], alone.theta) <= 1e-4
 
 
@@ -221,10 +226,10 @@ def test_demonstrations_fill_what_the_model_reads_and_no_more(subject, monkeypat
     cv = cross_validation(subject, toy_rows(12))
     row, shown = cv.longest, [example for example in cv.rows if example is not cv.longest]
     for count in (1, 3, len(shown)):
-        full = cv.tokens(with_demonstrations(shown[:count], row.prompt)) + cv.max_tokens - 1
+        full = cv.count_tokens(with_demonstrations(shown[:count], row.prompt)) + cv.max_tokens - 1
         for reads, fit_in in ((full, count), (full - 1, count - 1)):
             monkeypatch.setattr(type(subject), "reads", reads)
-            assert cv.cut(shown) == shown[:fit_in]
+            assert those_that_fit(cv, shown) == shown[:fit_in]
 
 
 def test_text_numbers_and_emoji(subject):
@@ -253,9 +258,9 @@ def test_rows_without_answers_join_the_queries_of_ia2(subject):
         subject,
         toy_rows(12),
         options,
-        more=[Example(f"Text:{m['text']}\nLabel:", "") for m in more],
+        unlabelled=[Example(f"Text:{m['text']}\nLabel:", "") for m in more],
     )
-    for narrow, taught in zip(cv.fold_grid.sets, wide.fold_grid.sets):
+    for narrow, taught in zip(teach_folds(cv).grid.sets, teach_folds(wide).grid.sets):
         assert len(taught.icl_train) == len(narrow.icl_train) + 10 and len(taught.train) == len(
             narrow.train
         )
@@ -320,15 +325,15 @@ def test_a_killed_fit_goes_on_and_nothing_half_written_stays(subject, tmp_path, 
         3,
     )
     whole = run(*how, "--out", tmp_path / "whole")
-    out, held_out, calls = tmp_path / "killed", CrossValidation.held_out, []
+    out, score, calls = tmp_path / "killed", held_out.score_by_model, []
 
-    def killed(self, name):
-        scores = held_out(self, name)
+    def killed(cv, name, *more):
+        scores = score(cv, name, *more)
         if name == "ia2" and not calls.append(name) and len(calls) == 1:
             raise KeyboardInterrupt
         return scores
 
-    monkeypatch.setattr(crossval.CrossValidation, "held_out", killed)
+    monkeypatch.setattr(held_out, "score_by_model", killed)
     run(*how, "--out", out, code=130)
     assert [path.name.partition("-")[0] for path in out.iterdir()] == ["unfinished"]
     assert not list(out.rglob(".*")) and list(out.rglob("fit-ia2.safetensors"))
@@ -336,7 +341,7 @@ def test_a_killed_fit_goes_on_and_nothing_half_written_stays(subject, tmp_path, 
         name: lambda grid, *first, m=m: calls.append(len(grid.sets)) or m(grid, *first)
         for name, m in METHODS.items()
     }
-    monkeypatch.setattr(crossval, "METHODS", trained)
+    monkeypatch.setattr(training, "METHODS", trained)
     again = run(*how, "--out", out)
     assert 3 not in calls, "folds that had been trained were trained again"
     assert (out / "held_out.jsonl").read_text() == (
@@ -406,10 +411,13 @@ def test_sentencepiece(shared_data, tmp_path):
 def test_the_kept_confidences_of_text_are_those_of_what_was_said(subject):
     """By a plain loop, a pass a token; a share of rows that a fold never saw then reaches the threshold."""
     cv = cross_validation(subject, toy_rows(40, "toy-sums"), replace(QUICK, epochs=20, folds=5))
+    trained = train_folds(cv)
+    answers = held_out.answer_held_out(cv, trained)
     with shipping("sft"):
-        fitted, tokenizer = conclude(cv), subject.tokenizer
+        choice = make_choice(cv, answers)
+    fitted, tokenizer = ship(cv, choice, make_report(cv, answers, choice)), subject.tokenizer
     kept, fresh, sure = fitted.spec["confidences"], toy_rows(100, "toy-sums", start=100), []
-    weights = cv.trained("sft").theta  # of a fold each: there is one rate
+    weights = trained["sft"].theta  # of a fold each: there is one rate
     for number, fold in enumerate(cv.folds):
         theta = weights[number][None]
         with torch.no_grad(), adapted(subject.model, cv.adapter, theta) as student:

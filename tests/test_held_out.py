@@ -6,8 +6,10 @@ import torch
 
 from ia2mini import FitOptions, open_subject
 from ia2mini.adapters import adapted
-from ia2mini.fitting.crossval import CrossValidation
+from ia2mini.fitting.crossval import into_folds
 from ia2mini.fitting.fit import cross_validation
+from ia2mini.fitting.held_out import answer_held_out, score_by_probes
+from ia2mini.fitting.training import train_final, train_folds
 from ia2mini.labels import label_scores
 from ia2mini.tasks import world
 
@@ -17,26 +19,27 @@ def test_held_out_rows_are_scored_by_weights_that_never_saw_them():
     subject = open_subject("tiny", "cpu")
     options = FitOptions(epochs=3, rates=(3e-3, 1e-2), methods=("sft",), folds=3)
     cv, _ = cross_validation(world.rows("toy-mood-remap", "train")[4:19], subject, options)
-    scores = cv.held_out("sft")
+    trained = train_folds(cv)
+    scores = answer_held_out(cv, trained)["sft"].scores
     assert scores.shape == (2, 15, 2)
-    theta = cv.trained("sft").theta
+    theta = trained["sft"].theta
     for number, fold in enumerate(cv.folds):
         for rate in range(2):
             with adapted(subject.model, cv.adapter, theta[2 * number + rate][None]) as student:
                 ids = [subject.tokenizer.encode(cv.rows[i].prompt) for i in fold.test]
-                expected = label_scores(student, ids, cv.labels).log_probabilities[0]
+                expected = label_scores(student, ids, cv.label_tokens).log_probabilities[0]
             assert torch.allclose(scores[rate, fold.test], expected, atol=1e-3)
     fold = cv.folds[0].test
     other = list(cv.rows)
     for i in fold:
         flipped = 1 - other[i].label
         other[i] = replace(other[i], label=flipped, answer=cv.task.labels[flipped])
-    again = CrossValidation(subject, cv.task, other, cv.options)
+    again = into_folds(subject, cv.task, other, cv.options)
     again.folds = cv.folds
-    again.selection = replace(cv.selection, gold=again.gold)
-    again.places = cv.places
-    for name in ("sft", "probe"):
-        assert torch.equal(again.held_out(name)[:, fold], cv.held_out(name)[:, fold]), name
+    assert not torch.equal(again.gold, cv.gold)
+    same = answer_held_out(again, train_folds(again))["sft"].scores
+    assert torch.equal(same[:, fold], scores[:, fold])
+    assert torch.equal(score_by_probes(again)[:, fold], score_by_probes(cv)[:, fold])
 
 
 def test_sft_alone_asks_no_teacher_and_trains_to_the_same_weights(monkeypatch):
@@ -44,10 +47,17 @@ def test_sft_alone_asks_no_teacher_and_trains_to_the_same_weights(monkeypatch):
     rows = world.rows("toy-mood-remap", "train")[4:16]
     options = FitOptions(epochs=2, rates=(1e-2,), methods=("sft",), folds=3)
     both, _ = cross_validation(rows, subject, replace(options, methods=("sft", "ia2")))
-    taught = both.trained("sft").theta
-    whole = both.final(both.selection.judge(both.tried("sft"), range(3)))
-    monkeypatch.setattr("ia2mini.fitting.crossval.teach", None)
+    taught, whole = train_sft(both)
+    monkeypatch.setattr("ia2mini.fitting.training.teach", None)
     alone, _ = cross_validation(rows, subject, options)
-    assert torch.equal(alone.trained("sft").theta, taught)
-    candidate = alone.selection.judge(alone.tried("sft"), range(3))
-    assert torch.equal(alone.final(candidate), whole)
+    weights, final = train_sft(alone)
+    assert torch.equal(weights, taught)
+    assert torch.equal(final, whole)
+
+
+def train_sft(cv) -> tuple[torch.Tensor, torch.Tensor]:
+    """SFT's weights of every fold, and of the training on every row."""
+    trained = train_folds(cv)
+    held_out = answer_held_out(cv, trained)
+    candidate = cv.selection.judge(held_out["sft"], range(3))
+    return trained["sft"].theta, train_final(cv, candidate)

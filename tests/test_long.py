@@ -15,8 +15,8 @@ from ia2mini import FitOptions, fit, open_subject
 from ia2mini.cli.main import main
 from ia2mini.engine.options import Options
 from ia2mini.fitting import fit as fitting
-from ia2mini.fitting.fit import far_longer
 from ia2mini.fitting.predictor import FOREIGN, Predictor
+from ia2mini.fitting.rows import far_longer
 from ia2mini.study.study import compare, open_study
 from ia2mini.tasks import custom_task
 from ia2mini.tasks.rows import Row

@@ -22,7 +22,6 @@ LONG_FILES = {  # one thing each, that would be harder to follow in two files
     "bench/pretrain.py",
     "bench/studies/fit.py",
     "bench/training.py",
-    "ia2mini/fitting/crossval.py",
 }
 LONG_FUNCTIONS = ["bench/pretrain.py: pretrain", "bench/resources.py: load"]
 MANY_ARGUMENTS = ["ia2mini/study/study.py: compare"]
@@ -31,7 +30,6 @@ DENSE = {  # sums, indices and shapes: a line of arithmetic has more tokens
     "bench/studies/choice.py",
     "bench/studies/effect.py",
     "bench/training.py",
-    "ia2mini/fitting/measures.py",
 }
 LAYOUT = (
     tokenize.COMMENT,

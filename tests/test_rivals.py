@@ -124,7 +124,7 @@ def test_other_sources_have_another_digest(tmp_path, monkeypatch):
 
 def test_one_temperature_is_the_one_that_fit_found(data, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "ia2mini.fitting.selection.Selection.heat",
+        "ia2mini.fitting.selection.Selection.fit_temperatures",
         lambda self, scores, within: (torch.full((len(scores),), 2.0), 2.0, (1.0, 0.9)),
     )
     subject = open_subject("tiny", "cpu")

@@ -10,11 +10,11 @@ from scipy import stats
 
 from ia2mini.fitting.selection import (
     COMMONEST,
-    MATTERS,
-    SURE,
+    LEAST_GAIN,
+    SIGNIFICANCE,
     Candidate,
+    HeldOut,
     Selection,
-    Tried,
     choose,
 )
 from ia2mini.metrics import fit_temperature
@@ -48,7 +48,7 @@ def plain_pick(scores: torch.Tensor, rows: list[int]) -> int:
 @pytest.mark.parametrize("seed", range(4))
 def test_a_folds_rows_are_judged_by_what_the_others_choose(seed):
     scores = some_scores(seed)
-    found = selection().judge(Tried("sft", scores), [0, 1, 2])
+    found = selection().judge(HeldOut("sft", scores), [0, 1, 2])
     for fold, rows in enumerate(FOLDS):
         others = [row for row in range(12) if row not in rows]
         setting = plain_pick(scores, others)
@@ -61,43 +61,46 @@ def test_a_folds_rows_are_judged_by_what_the_others_choose(seed):
 def test_what_is_shipped_is_judged_by_the_whole_rule_on_the_other_folds(seed):
     """Setting, temperature and method of a fold by a plain call of the same rule on the other folds alone."""
     strengths = {"base": 0.0, "icl": 1.0 + seed, "sft": 2.0, "ia2-sft": 0.5 * seed}
-    tried = [
-        Tried(name, some_scores(i + 10 * seed, strength=s))
-        for i, (name, s) in enumerate(strengths.items())
-    ]
-    tried[:2] = [Tried(each.name, each.scores[:1]) for each in tried[:2]]
-    whole, chosen = selection(calibrate=True).shipped(tried)
+    held_out = {}
+    for i, (name, strength) in enumerate(strengths.items()):
+        scores = some_scores(i + 10 * seed, strength=strength)
+        if name in ("base", "icl"):
+            scores = scores[:1]
+        held_out[name] = HeldOut(name, scores)
+    whole, chosen = selection(calibrate=True).judge_the_choice(held_out)
     for fold, rows in enumerate(FOLDS):
         others = sorted(set(range(12)) - set(rows))
         places = {row: place for place, row in enumerate(others)}
         folds = [[places[row] for row in each] for each in FOLDS if each is not rows]
         alone = Selection(folds, GOLD[others], calibrate=True)
-        cut = [Tried(each.name, each.scores[:, others]) for each in tried]
-        found = alone.judged(cut, [0, 1])
+        cut = {}
+        for name, one in held_out.items():
+            cut[name] = HeldOut(name, one.scores[:, others])
+        found = alone.candidates(cut, [0, 1])
         name = choose(found)
         best = found[name]
         assert chosen[fold] == name
-        said = next(each.scores for each in tried if each.name == name)[best.setting, rows]
+        said = held_out[name].scores[best.setting, rows]
         assert torch.allclose(whole.scores[rows], said / best.temperature)
 
 
 @pytest.mark.parametrize("calibrate", [False, True])
 def test_a_held_out_answer_changes_nothing_that_is_said_of_its_row(calibrate):
-    tried = [
-        Tried("base", some_scores(0, 1)),
-        Tried("icl", some_scores(1, 1)),
-        Tried("sft", some_scores(2)),
-    ]
+    held_out = {
+        "base": HeldOut("base", some_scores(0, 1)),
+        "icl": HeldOut("icl", some_scores(1, 1)),
+        "sft": HeldOut("sft", some_scores(2)),
+    }
     for fold, rows in enumerate(FOLDS):
         other = GOLD.clone()
         other[rows] = 1 - other[rows]
         kinds = [selection(gold=gold, calibrate=calibrate) for gold in (GOLD, other)]
-        (whole, chosen), (again, chosen_again) = (kind.shipped(tried) for kind in kinds)
+        (whole, chosen), (again, chosen_again) = (kind.judge_the_choice(held_out) for kind in kinds)
         assert chosen[fold] == chosen_again[fold] and torch.equal(
             whole.scores[rows], again.scores[rows]
         )
         assert torch.equal(whole.right[rows], ~again.right[rows])
-        for each in tried:
+        for each in held_out.values():
             first, second = (kind.judge(each, [0, 1, 2]) for kind in kinds)
             assert torch.equal(first.scores[rows], second.scores[rows])
             assert first.picks[fold] == second.picks[fold]
@@ -105,7 +108,7 @@ def test_a_held_out_answer_changes_nothing_that_is_said_of_its_row(calibrate):
 
 def test_a_temperature_is_kept_only_where_it_helps_rows_that_did_not_fit_it():
     sharp = 30 * some_scores(3, 1, strength=0.5)
-    kept, plain = selection(calibrate=True).judge(Tried("sft", sharp), [0, 1, 2]), sharp[0]
+    kept, plain = selection(calibrate=True).judge(HeldOut("sft", sharp), [0, 1, 2]), sharp[0]
     for rows in FOLDS:
         others = [row for row in range(12) if row not in rows]
         heat = fit_temperature(plain[others], GOLD[others])
@@ -115,7 +118,7 @@ def test_a_temperature_is_kept_only_where_it_helps_rows_that_did_not_fit_it():
     before, after = kept.calibration
     assert after < before and kept.temperature == fit_temperature(plain, GOLD) > 1
     fine = some_scores(4, 1, strength=4.0)
-    left = selection(calibrate=True).judge(Tried("sft", fine), [0, 1, 2])
+    left = selection(calibrate=True).judge(HeldOut("sft", fine), [0, 1, 2])
     before, after = left.calibration
     assert after >= before and left.temperature == 1 and (left.temperatures == 1).all()
 
@@ -142,11 +145,11 @@ def test_only_what_knows_more_than_the_commonest_and_is_better_than_the_base_is_
     assert choose(candidates(base=base, commonest=base, icl=base, sft=good)) == "sft"
     assert choose(candidates(base=base, commonest=good, icl=base, sft=good)) == "base"
     assert choose(candidates(base=good, commonest=base, icl=base, sft=good)) == "base"
-    barely = [loss - MATTERS / 2 for loss in good]
+    barely = [loss - LEAST_GAIN / 2 for loss in good]
     assert choose(candidates(base=good, commonest=base, icl=base, sft=barely)) == "base", (
         "no difference that matters"
     )
-    little = [loss - 2 * MATTERS for loss in good]
+    little = [loss - 2 * LEAST_GAIN for loss in good]
     assert choose(candidates(base=good, commonest=base, icl=base, sft=little)) == "sft"
     assert (
         choose(candidates(base=base[:4], commonest=base[:4], icl=base[:4], sft=good[:4])) == "base"
@@ -158,7 +161,7 @@ def test_surely_is_students_one_sided_test(shift):
     rng = np.random.default_rng(0)
     commonest = rng.normal(2, 1, 9)
     sft = commonest - shift - rng.normal(0, 1.2, 9)
-    sure = stats.ttest_rel(commonest - MATTERS, sft, alternative="greater").pvalue < SURE
+    sure = stats.ttest_rel(commonest - LEAST_GAIN, sft, alternative="greater").pvalue < SIGNIFICANCE
     base = (commonest + 9).tolist()
     found = candidates(base=base, commonest=commonest.tolist(), sft=sft.tolist())
     assert choose(found) == ("sft" if sure else "base")
@@ -176,7 +179,7 @@ def test_of_labels_rows_that_only_one_has_right_can_make_it_sure(gained, lost):
     found["sft"].right = torch.tensor([True] * gained + [False] * lost + [True] * 6)
     found[COMMONEST].right = torch.tensor([False] * gained + [True] * lost + [True] * 6)
     found["base"].right = torch.zeros(n, dtype=torch.bool)
-    sure = stats.binomtest(gained, gained + lost, 0.5, "greater").pvalue < SURE
+    sure = stats.binomtest(gained, gained + lost, 0.5, "greater").pvalue < SIGNIFICANCE
     assert choose(found) == ("sft" if sure else "base")
     found["sft"].losses = found["sft"].losses + 1
     assert choose(found) == "base"
@@ -228,7 +231,7 @@ def test_among_what_may_be_shipped():
 
 def test_a_setting_that_failed_in_a_fold_is_never_chosen():
     scores = some_scores(5, settings=2, strength=3.0)
-    assert selection().judge(Tried("sft", scores), [0, 1, 2]).setting == 0
+    assert selection().judge(HeldOut("sft", scores), [0, 1, 2]).setting == 0
     scores[0, FOLDS[1]] = -math.inf
-    found = selection().judge(Tried("sft", scores), [0, 1, 2])
+    found = selection().judge(HeldOut("sft", scores), [0, 1, 2])
     assert set(found.picks.values()) == {1} and found.setting == 1

@@ -11,7 +11,7 @@ from mistakes import refused
 from pyarrow import parquet
 
 from ia2mini import FitOptions, UsageError, fit, open_subject
-from ia2mini.fitting.fit import read_own
+from ia2mini.fitting.rows import read_own
 from ia2mini.tasks import world
 from ia2mini.tasks.rows import as_rows, each_row, read_rows
 

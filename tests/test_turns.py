@@ -11,7 +11,7 @@ from test_chat import CHATML, LLAMA, checkpoint, talking  # noqa: F401
 from ia2mini import FitOptions, fit, load_adapter, open_subject
 from ia2mini.cli.main import main
 from ia2mini.episode import with_demonstrations
-from ia2mini.fitting.fit import read_own
+from ia2mini.fitting.rows import read_own
 from ia2mini.tasks import Example, world
 from ia2mini.tasks.chat import ChatTemplate
 from ia2mini.tasks.rows import Row

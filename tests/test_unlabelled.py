@@ -7,7 +7,8 @@ from ia2mini.models.checkpoint import load
 from ia2mini.engine.options import FitOptions
 from ia2mini.engine.subject import open_subject
 from ia2mini.episode import draw_episode
-from ia2mini.fitting.crossval import CrossValidation
+from ia2mini.fitting.crossval import into_folds
+from ia2mini.fitting.training import count_steps, train_folds
 from ia2mini.tasks import Example, find_task, load_examples
 from ia2mini.teacher import teach
 
@@ -40,8 +41,7 @@ def test_a_fit_with_and_without_them():
     own, queries = rows[:12], [Example(row.prompt, "") for row in rows[12:18]]
     options = FitOptions(methods=("sft", "ia2"), folds=3, epochs=2, rates=(1e-2,))
     alone, more = (
-        CrossValidation(subject, find_task("toy-mood"), own, options, some)
-        for some in ([], queries)
+        into_folds(subject, find_task("toy-mood"), own, options, some) for some in ([], queries)
     )
     for fold in more.folds:
         assert fold.unlabelled == queries and len(fold.more_demonstrations) == 6
@@ -52,11 +52,11 @@ def test_a_fit_with_and_without_them():
     assert [
         replace(fold, unlabelled=[], more_demonstrations=[]) for fold in more.folds
     ] == alone.folds
-    found = {
-        (name, cv): cv_.trained(name)
-        for name in options.methods
-        for cv, cv_ in (("alone", alone), ("more", more))
-    }
-    assert found["sft", "alone"].theta.equal(found["sft", "more"].theta)
-    assert not found["ia2", "alone"].theta.equal(found["ia2", "more"].theta)
-    assert (found["ia2", "more"].steps > found["ia2", "alone"].steps).all()
+    without = train_folds(alone)
+    with_queries = train_folds(more)
+    assert without["sft"].theta.equal(with_queries["sft"].theta)
+    assert not without["ia2"].theta.equal(with_queries["ia2"].theta)
+    assert (with_queries["ia2"].steps > without["ia2"].steps).all()
+    for cv, trained in ((alone, without), (more, with_queries)):
+        for method, runs in trained.items():
+            assert (runs.steps == count_steps(cv, cv.folds[0], method)).all()

@@ -6,6 +6,7 @@ judge what it chose.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -17,7 +18,10 @@ from ia2mini.engine.intervals import paired_test
 from ia2mini.engine.options import FitOptions, Options
 from ia2mini.engine.select import chosen
 from ia2mini.engine.subject import Subject
-from ia2mini.fitting.crossval import CrossValidation
+from ia2mini.fitting.crossval import into_folds
+from ia2mini.fitting.held_out import fold_weights, read_true_answers, score_held_out
+from ia2mini.fitting.selection import HeldOut
+from ia2mini.fitting.training import train_folds
 from ia2mini.report.summary import interval
 from ia2mini.study.study import compare
 
@@ -114,9 +118,11 @@ def cross_validated(one: Reopened, method: str, number: int, rates: Sequence[flo
         rates=tuple(rates), methods=METHODS, epochs=trained.epochs, seed=trained.seed
     )
     rows = list(dict.fromkeys(episode.train + episode.dev))
-    cv = CrossValidation(one.x.subject, one.cell.task, rows, options)
-    cv.once = lambda name, make: one.x.store.once(f"{one.x.name}/folds-{number}-{name}", make)
-    losses = cv.selection.losses(cv.tried(method))  # [rates, n]
+    cv = into_folds(one.x.subject, one.cell.task, rows, options)
+    cv.cached = lambda name, make: one.x.store.once(f"{one.x.name}/folds-{number}-{name}", make)
+    weights = fold_weights(cv, train_folds(cv)[method])
+    scores = score_held_out(cv, method, weights, partial(read_true_answers, cv))
+    losses = cv.selection.losses(HeldOut(method, scores))  # [rates, n]
     return losses.mean(-1).double()
 
 

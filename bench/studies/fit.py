@@ -19,9 +19,13 @@ from ia2mini.engine.options import FitOptions
 from ia2mini.engine.store import Store, checkpoint_digest
 from ia2mini.engine.subject import Subject, open_subject
 from ia2mini.fitting.crossval import CrossValidation
-from ia2mini.fitting.fit import Columns, conclude, cross_validation
+from ia2mini.fitting.fit import cross_validation, make_choice, ship
+from ia2mini.fitting.held_out import answer_held_out, fit_final_probe
 from ia2mini.fitting.predictor import Predictor
+from ia2mini.fitting.report import Choice, make_report
+from ia2mini.fitting.rows import Columns
 from ia2mini.fitting.selection import Candidate
+from ia2mini.fitting.training import train_final, train_folds
 from ia2mini.methods import METHODS
 from ia2mini.report.summary import interval
 from ia2mini.tasks import world
@@ -96,19 +100,18 @@ def trial(
 ) -> Trial:
     """Fit `rows`; what is shipped and each candidate, trained on all rows at its own rate, answer `fresh` ones."""
     cv, _ = cross_validation(rows, subject, options, columns_of(rows))
-    cv.once = once or Memory().once
-    fitted = conclude(cv)
-    tried = [cv.tried(name) for name in cv.names]
-    found = cv.selection.judged(tried, range(len(cv.folds)))
+    cv.cached = once or Memory().once
+    fitted, choice = fit_folds(cv)
+    found = choice.candidates
     gold = torch.tensor([cv.task.labels.index(row[cv.task.label]) for row in fresh])
     accuracy = {}
     nll = {}
-    for each in tried:
-        candidate = found[each.name]
+    for name in cv.names:
+        candidate = found[name]
         make = partial(fresh_scores, cv, fitted, candidate, fresh)
-        scores = cv.once(f"fresh-{each.name}", make)["scores"] / candidate.temperature
-        accuracy[each.name] = 100 * (scores.argmax(-1) == gold).double().mean().item()
-        nll[each.name] = metrics.row_losses(scores, gold).mean().item()
+        scores = cv.cached(f"fresh-{name}", make)["scores"] / candidate.temperature
+        accuracy[name] = 100 * (scores.argmax(-1) == gold).double().mean().item()
+        nll[name] = metrics.row_losses(scores, gold).mean().item()
     report = fitted.report
     return Trial(
         accuracy=accuracy,
@@ -120,6 +123,13 @@ def trial(
         choices=report["chosen_by_fold"],
         stated=[100 * share for share in report["shipped"]["acc"]],
     )
+
+
+def fit_folds(cv: CrossValidation) -> tuple[Predictor, Choice]:
+    """What `fit` does with rows in folds: what it ships, and of which candidates."""
+    held_out = answer_held_out(cv, train_folds(cv))
+    choice = make_choice(cv, held_out)
+    return ship(cv, choice, make_report(cv, held_out, choice)), choice
 
 
 def fresh_scores(
@@ -137,10 +147,15 @@ def alone(cv: CrossValidation, fitted: Predictor, candidate: Candidate) -> Predi
     theta = None
     if name in METHODS:
         adapter = cv.adapter
-        theta = cv.once(f"final-{name}", lambda: {"theta": cv.final(candidate)})["theta"]
-    probe = cv.final_probe(candidate) if name == "probe" else None
+        make = partial(final_weights, cv, candidate)
+        theta = cv.cached(f"final-{name}", make)["theta"]
+    probe = fit_final_probe(cv, candidate) if name == "probe" else None
     spec = {**fitted.spec, "method": name, "temperature": 1.0}
     return Predictor(cv.subject, adapter, theta, spec, probe=probe)
+
+
+def final_weights(cv: CrossValidation, candidate: Candidate) -> dict:
+    return {"theta": train_final(cv, candidate)}
 
 
 def generated(number: int, kinds: tuple[str, ...] = KINDS) -> tuple[str, list[dict], list[dict]]:

@@ -17,7 +17,7 @@ from ia2mini.engine.intervals import paired_test
 from ia2mini.engine.options import FitOptions
 from ia2mini.engine.store import Store, checkpoint_digest, versions
 from ia2mini.engine.subject import Subject
-from ia2mini.fitting.fit import conclude, cross_validation
+from ia2mini.fitting.fit import cross_validation
 from ia2mini.fitting.predictor import Predictor
 
 from ..report import Line, Result, difference
@@ -33,6 +33,7 @@ from .fit import (
     alone,
     called,
     columns_of,
+    fit_folds,
     real_rows,
 )
 from .measured import Measured, costs, folder_mb, judged, measure
@@ -98,8 +99,8 @@ def fitted_rivals(
     begun = time.perf_counter()
     cv, _ = cross_validation(rows, subject, options, columns_of(rows))
     memory = TimedMemory()
-    cv.once = memory.once
-    fitted = conclude(cv)
+    cv.cached = memory.once
+    fitted, choice = fit_folds(cv)
     seconds = time.perf_counter() - begun
     assert list(cv.task.labels) == sorted({row[cv.task.label] for row in rows})
     needed = folder_mb(subject.folder)
@@ -108,16 +109,15 @@ def fitted_rivals(
     shipped = asked(fitted, fresh, seconds, needed, note)
     found = {"shipped": replace(shipped, stated=[100 * share for share in stated])}
     names = [name for name in CANDIDATES if name in cv.names]
-    candidates = cv.selection.judged([cv.tried(name) for name in names], range(len(cv.folds)))
     for name in names:
         try:
-            predictor = alone(cv, fitted, candidates[name])
+            predictor = alone(cv, fitted, choice.candidates[name])
             spent = memory.seconds.get(f"final-{name}", 0.0)
             found[name] = asked(predictor, fresh, spent, needed)
         except UsageError as error:  # it diverged
             click.echo(f"  {name} is left out: {error}", err=True)
     if "sft" in found:
-        found["sft-heated"] = heated(found["sft"], candidates["sft"].temperature)
+        found["sft-heated"] = heated(found["sft"], choice.candidates["sft"].temperature)
     return found
 
 

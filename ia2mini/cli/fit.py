@@ -67,9 +67,9 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
     Otherwise nothing is shipped, and the report says what came closest.
     """
     from ..engine.subject import open_subject
-    from ..fitting.fit import Columns, read_own
     from ..fitting.fit import fit as fit_rows
     from ..fitting.folder import check_own
+    from ..fitting.rows import Columns, read_own
     from ..report.fit import write_fit_report, write_fit_table
     from ..tasks.rows import as_rows
 

@@ -1,9 +1,10 @@
-"""How good held-out scores are: numbers with intervals, and what was said of each label."""
+"""How good held-out scores are: numbers with intervals, and what was predicted for each label."""
 
 import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from ..engine.intervals import mean_interval, share_interval
 from ..metrics import ece, ece_null, macro_f1, row_losses, smooth_ece
@@ -16,49 +17,68 @@ def measures(scores: Tensor, gold: Tensor, temperatures=1.0, right: Tensor | Non
     (ECE is biased upwards: an interval by resampling would lie above it). `temperatures`: a number, or [n] of the rows.
     Of text, `right` [n] says which answers were right, and only accuracy and NLL (a token) are known.
     """
-    heat = torch.as_tensor(temperatures).expand(len(scores))[:, None]
-    losses = row_losses(scores.double(), gold, heat).tolist()
+    scores = scores.double()
+    temperatures = torch.as_tensor(temperatures).expand(len(scores))[:, None]
+    losses = row_losses(scores, gold, temperatures)
+    nll = positive(losses.tolist())
     if right is not None:
-        return {"acc": list(share_interval(int(right.sum()), len(right))), "nll": positive(losses)}
-    p = (scores.double() / heat).softmax(-1)
-    confidence, said = (t.numpy() for t in p.max(-1))
-    correct = said == gold.numpy()
-    distances = ((p - torch.nn.functional.one_hot(gold, p.shape[1])) ** 2).sum(-1)
-    raw = scores.double().softmax(-1).max(-1).values.numpy()
+        return {"acc": accuracy(right), "nll": nll}
+    probabilities = (scores / temperatures).softmax(-1)
+    highest = probabilities.max(-1)
+    predicted = highest.indices
+    confidence = highest.values.numpy()
+    right = predicted == gold
+    truth = one_hot(gold, scores.shape[1])
+    brier = ((probabilities - truth) ** 2).sum(-1)
+    untempered = scores.softmax(-1).max(-1).values
     return {
-        "acc": list(share_interval(int(correct.sum()), len(correct))),
-        "macro_f1": macro_f1(said, gold.numpy()),
-        "brier": positive(distances.tolist()),
-        "nll": positive(losses),
-        "ece": ece(confidence, correct),
+        "acc": accuracy(right),
+        "macro_f1": macro_f1(predicted.numpy(), gold.numpy()),
+        "brier": positive(brier.tolist()),
+        "nll": nll,
+        "ece": ece(confidence, right.numpy()),
         "ece_null": ece_null(confidence),
-        "smooth_ece": smooth_ece(confidence, correct),
-        "ece_without_temperature": ece(raw, correct),
+        "smooth_ece": smooth_ece(confidence, right.numpy()),
+        "ece_without_temperature": ece(untempered.numpy(), right.numpy()),
     }
+
+
+def accuracy(right: Tensor) -> list[float]:
+    """The share of right answers with its interval."""
+    interval = share_interval(int(right.sum()), len(right))
+    return list(interval)
 
 
 def positive(values: list[float]) -> list[float]:
     """Mean and interval of what is never below zero, which is where the interval is cut."""
     mean, low, high = mean_interval(values)
-    return [mean, low if math.isnan(low) else max(0.0, low), high]
+    if not math.isnan(low):
+        low = max(0.0, low)
+    return [mean, low, high]
 
 
 def classes(scores: Tensor, gold: Tensor, labels: tuple[str, ...]) -> dict:
-    """Confusion matrix [true][said] and, for each label, its rows, precision and recall (None where undefined)."""
-    said, C = scores.argmax(-1), len(labels)
-    matrix = torch.bincount(gold * C + said, minlength=C * C).view(C, C)
+    """Confusion matrix [true][predicted] and, for each label, its rows, precision and recall (None where undefined)."""
+    C = len(labels)
+    predicted = scores.argmax(-1)
+    matrix = torch.bincount(gold * C + predicted, minlength=C * C).view(C, C)
     rows = []
     for c, label in enumerate(labels):
-        hit, true, named = (int(x) for x in (matrix[c, c], matrix[c].sum(), matrix[:, c].sum()))
-        about = {"label": label, "rows": true}
-        rows.append(
-            about
-            | {"precision": hit / named if named else None, "recall": hit / true if true else None}
-        )
+        hits = int(matrix[c, c])
+        true_rows = int(matrix[c].sum())
+        predicted_rows = int(matrix[:, c].sum())
+        about = {
+            "label": label,
+            "rows": true_rows,
+            "precision": hits / predicted_rows if predicted_rows else None,
+            "recall": hits / true_rows if true_rows else None,
+        }
+        rows.append(about)
     return {"confusion": matrix.tolist(), "classes": rows}
 
 
 def commonest(gold: Tensor, labels: int) -> dict:
     """The measures of always saying the most frequent label, with the frequencies among these rows."""
     shares = torch.bincount(gold, minlength=labels) / len(gold)
-    return measures(shares.log().clamp_min(-100).expand(len(gold), -1), gold)
+    scores = shares.log().clamp_min(-100)
+    return measures(scores.expand(len(gold), -1), gold)

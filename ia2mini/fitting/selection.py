@@ -5,7 +5,8 @@ answer's own log-probability). Every choice that a fold's rows are judged by is 
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,19 +16,23 @@ from ..metrics import fit_temperature, row_losses
 
 # always says the most frequent label, with the labels' frequencies as probabilities
 COMMONEST = "commonest"
-SURE = 0.1  # the level of the one-sided tests
-MATTERS = 0.01  # nats: a smaller difference of mean losses is none
-UNSHIPPED = ("base", COMMONEST)  # what a candidate must beat
+SIGNIFICANCE = 0.1  # the level of the one-sided tests
+LEAST_GAIN = 0.01  # nats: a smaller difference of mean losses is none
+BASELINES = ("base", COMMONEST)  # what a candidate must beat
 NO_ADAPTER = ("probe", "icl")  # what answers without one
 
 
 @dataclass
-class Tried:
-    """What one way to answer says of held-out rows, at each of its settings."""
+class HeldOut:
+    """How one way to answer scores held-out rows, at each of its settings."""
 
     name: str
     scores: Tensor  # [S, n, C] log-probabilities; -inf: training has failed
-    right: Tensor | None = None  # [n] of texts alone: whether the generated answer is the true one
+    troubles: list[str] = field(default_factory=list)  # sentences about runs that failed
+    # of texts alone: the generated answers [n], how sure each is, and whether it is the true one
+    texts: list[str] = field(default_factory=list)
+    confidences: list[float] = field(default_factory=list)
+    right: Tensor | None = None
 
 
 @dataclass
@@ -57,54 +62,58 @@ class Selection:
     def rows(self, folds: list[int]) -> list[int]:
         return sorted(row for fold in folds for row in self.folds[fold])
 
-    def others(self, fold: int, within: list[int]) -> list[int]:
+    def others(self, fold: int, within: Sequence[int]) -> list[int]:
         """The rows of the other folds; a single fold has only its own."""
         return self.rows([other for other in within if other != fold] or [fold])
 
-    def losses(self, tried: Tried) -> Tensor:
+    def losses(self, held_out: HeldOut) -> Tensor:
         """[S, n], infinite at a setting that failed in any fold."""
-        losses = row_losses(tried.scores, self.gold)
-        failed = ~tried.scores.isfinite().all(-1).all(-1)
+        losses = row_losses(held_out.scores, self.gold)
+        failed = ~held_out.scores.isfinite().all(-1).all(-1)
         losses[failed] = math.inf
         return losses
 
-    def judge(self, tried: Tried, within: list[int]) -> Candidate:
+    def judge(self, held_out: HeldOut, within: Sequence[int]) -> Candidate:
         """A way to answer, on the rows of the folds `within` and by nothing but these rows."""
-        losses = self.losses(tried)
-        scores = tried.scores[0].clone()
+        losses = self.losses(held_out)
+        scores = held_out.scores[0].clone()
         picks = {}
         for fold in within:
             others = self.others(fold, within)
             setting = int(losses[:, others].mean(1).argmin())
             picks[fold] = setting
-            mine = self.folds[fold]
-            scores[mine] = tried.scores[setting, mine]
+            test = self.folds[fold]
+            scores[test] = held_out.scores[setting, test]
+        temperatures, temperature, calibration = self.fit_temperatures(scores, within)
+        all_losses = row_losses(scores, self.gold, temperatures[:, None])
+        right = held_out.right
+        if right is None:
+            right = scores.argmax(-1) == self.gold
         rows = self.rows(within)
-        temperatures, temperature, calibration = self.heat(scores, within)
-        right = scores.argmax(-1) == self.gold if tried.right is None else tried.right
         return Candidate(
-            tried.name,
-            scores[rows],
-            row_losses(scores, self.gold, temperatures[:, None])[rows],
-            right[rows],
-            temperatures[rows],
-            temperature,
-            int(losses[:, rows].mean(1).argmin()),
-            picks,
-            calibration,
+            name=held_out.name,
+            scores=scores[rows],
+            losses=all_losses[rows],
+            right=right[rows],
+            temperatures=temperatures[rows],
+            temperature=temperature,
+            setting=int(losses[:, rows].mean(1).argmin()),
+            picks=picks,
+            calibration=calibration,
         )
 
-    def heat(
-        self, scores: Tensor, within: list[int]
+    def fit_temperatures(
+        self, scores: Tensor, within: Sequence[int]
     ) -> tuple[Tensor, float, tuple[float, float] | None]:
         """Temperatures [n] of the rows and the one to ship; 1 where those of the other folds lower no mean loss.
 
         Also the mean loss at 1 and at the other folds' temperatures; None where none were fitted.
         """
-        temperatures = torch.ones(len(scores))
+        ones = torch.ones(len(scores))
         if not self.calibrate or scores.shape[1] == 1:
-            return temperatures, 1.0, None
+            return ones, 1.0, None
         rows = self.rows(within)
+        temperatures = ones.clone()
         for fold in within:
             others = self.others(fold, within)
             temperatures[self.folds[fold]] = fit_temperature(scores[others], self.gold[others])
@@ -112,9 +121,9 @@ class Selection:
         after = row_losses(scores, self.gold, temperatures[:, None])[rows].mean().item()
         if after < before:
             return temperatures, fit_temperature(scores[rows], self.gold[rows]), (before, after)
-        return torch.ones(len(scores)), 1.0, (before, after)
+        return ones, 1.0, (before, after)
 
-    def commonest(self, labels: int, within: list[int]) -> Candidate:
+    def commonest(self, labels: int, within: Sequence[int]) -> Candidate:
         """Always the most frequent label of these rows, with the labels' frequencies among them as probabilities.
 
         Not the frequencies of the other folds' rows: a held-out row's label is rarer among these, so that on balanced
@@ -123,77 +132,90 @@ class Selection:
         gold = self.gold[self.rows(within)]
         shares = torch.bincount(gold, minlength=labels) / len(gold)
         scores = shares.log().clamp_min(-100).expand(len(gold), -1)
-        return Candidate(
-            COMMONEST, scores, -scores[range(len(gold)), gold], gold == shares.argmax()
-        )
+        losses = -scores[range(len(gold)), gold]
+        return Candidate(COMMONEST, scores, losses, right=gold == shares.argmax())
 
-    def judged(self, tried: list[Tried], within: list[int]) -> dict[str, Candidate]:
+    def candidates(
+        self, held_out: dict[str, HeldOut], within: Sequence[int]
+    ) -> dict[str, Candidate]:
         """All candidates on the rows of these folds; of labels also the commonest."""
-        found = {each.name: self.judge(each, within) for each in tried}
-        labels = tried[0].scores.shape[-1]
+        found = {name: self.judge(one, within) for name, one in held_out.items()}
+        labels = held_out["base"].scores.shape[-1]
         if labels > 1:
             found[COMMONEST] = self.commonest(labels, within)
         return found
 
-    def shipped(self, tried: list[Tried]) -> tuple[Candidate, list[str]]:
-        """What the whole rule is worth: each fold's rows by what it chooses on the other folds; that choice a fold."""
+    def judge_the_choice(self, held_out: dict[str, HeldOut]) -> tuple[Candidate, list[str]]:
+        """Nested cross-validation: each fold's rows by what `choose` takes on the other folds; its choice for each."""
         every = range(len(self.folds))
-        scores = tried[0].scores[0].clone()
-        losses, right = torch.zeros(len(scores)), torch.zeros(len(scores), dtype=torch.bool)
-        chosen = []
+        scores = held_out["base"].scores[0].clone()
+        losses = torch.zeros(len(scores))
+        right = torch.zeros(len(scores), dtype=torch.bool)
+        choices = []
         for fold in every:
-            found = self.judged(tried, [other for other in every if other != fold])
-            chosen.append(choose(found))
-            candidate = found[chosen[-1]]
-            source = next(each for each in tried if each.name == candidate.name)
+            found = self.candidates(held_out, [other for other in every if other != fold])
+            name = choose(found)
+            choices.append(name)
+            candidate = found[name]
             rows = self.folds[fold]
-            said = source.scores[candidate.setting, rows]
-            losses[rows] = row_losses(said, self.gold[rows], candidate.temperature)
-            right[rows] = (
-                said.argmax(-1) == self.gold[rows] if source.right is None else source.right[rows]
-            )
-            scores[rows] = said / candidate.temperature
-        return Candidate("shipped", scores, losses, right), chosen
+            chosen_scores = held_out[name].scores[candidate.setting, rows]
+            losses[rows] = row_losses(chosen_scores, self.gold[rows], candidate.temperature)
+            scores[rows] = chosen_scores / candidate.temperature
+            right_texts = held_out[name].right
+            if right_texts is None:
+                right[rows] = chosen_scores.argmax(-1) == self.gold[rows]
+            else:
+                right[rows] = right_texts[rows]
+        return Candidate("shipped", scores, losses, right), choices
 
 
-def surely_better(one: Candidate, other: Candidate, labels: bool) -> bool:
-    """Whether the mean loss is lower by more than what matters, and that is no chance (one-sided, `SURE`).
+def significantly_better(one: Candidate, other: Candidate, labels: bool) -> bool:
+    """Whether the mean loss is lower by more than `LEAST_GAIN`, and significantly (one-sided, `SIGNIFICANCE`).
 
     By Student's t test of the rows' losses or, of labels, by the sign test of the rows on which only one is right: a
     few rows that it is sure of and wrong spread the losses so far that t sees nothing.
     """
-    gained = other.losses - one.losses - MATTERS
-    if surely_positive(gained.tolist(), SURE):
+    gained = other.losses - one.losses - LEAST_GAIN
+    if surely_positive(gained.tolist(), SIGNIFICANCE):
         return True
+    if not labels or gained.mean() <= 0:
+        return False
+    more, less = right_alone(one, other)
+    return surely_more(more, less, SIGNIFICANCE)
+
+
+def right_alone(one: Candidate, other: Candidate) -> tuple[int, int]:
+    """On how many rows only `one` is right, and on how many only `other`."""
     more = int((one.right & ~other.right).sum())
     less = int((other.right & ~one.right).sum())
-    return labels and bool(gained.mean() > 0) and surely_more(more, less, SURE)
+    return more, less
 
 
-def may_be_shipped(candidate: Candidate, found: dict[str, Candidate]) -> bool:
-    """Whether it knows something and is better than the base, as `choose` says."""
-    base = found["base"]
-    labels = COMMONEST in found
+def may_be_shipped(candidate: Candidate, candidates: dict[str, Candidate]) -> bool:
+    """Whether it has learned something and is better than the base, as `choose` says."""
+    base = candidates["base"]
+    labels = COMMONEST in candidates
     if not labels:
-        more = int(candidate.right.sum()) > int(base.right.sum())
-        return more and surely_better(candidate, base, labels)
+        more_right = int(candidate.right.sum()) > int(base.right.sum())
+        return more_right and significantly_better(candidate, base, labels)
     gained = (base.losses - candidate.losses).mean()
-    if gained <= MATTERS or not surely_better(candidate, found[COMMONEST], labels):
+    if gained <= LEAST_GAIN or not significantly_better(candidate, candidates[COMMONEST], labels):
         return False
-    return all(int(candidate.right.sum()) >= int(found[name].right.sum()) for name in UNSHIPPED)
+    most_right = max(int(candidates[name].right.sum()) for name in BASELINES)
+    return int(candidate.right.sum()) >= most_right
 
 
-def choose(found: dict[str, Candidate]) -> str:
+def choose(candidates: dict[str, Candidate]) -> str:
     """What to ship, of candidates on the same rows; "base": nothing.
 
-    Of labels only what is surely better than the commonest one and has a lower loss than the base, and is right on no
-    fewer rows than either: few rows cannot prove more. Of texts, where nothing shows that a candidate has learned at
-    all, only what is surely better than the base and right on more rows. Of these the adapter with the lowest loss. A
-    probe or demonstrations ("icl") where no adapter is among them, or where they are surely better than that one.
+    Of labels only what is significantly better than the commonest one, has a lower loss than the base, and is right on
+    no fewer rows than either: few rows cannot prove more. Of texts, where nothing shows that a candidate has learned at
+    all, only what is significantly better than the base and right on more rows. Of these the adapter with the lowest
+    loss. A probe or demonstrations ("icl") where no adapter is among them, or where they are significantly better.
     """
     means = {}
-    for name, candidate in found.items():
-        if name not in UNSHIPPED and may_be_shipped(candidate, found):
+    for name, candidate in candidates.items():
+        if name not in BASELINES and may_be_shipped(candidate, candidates):
             means[name] = candidate.losses.mean().item()
     adapters = [name for name in means if name not in NO_ADAPTER]
     others = [name for name in means if name in NO_ADAPTER]
@@ -201,6 +223,6 @@ def choose(found: dict[str, Candidate]) -> str:
         return "base"
     best = min(adapters or others, key=means.__getitem__)
     for name in others:
-        if surely_better(found[name], found[best], COMMONEST in found):
+        if significantly_better(candidates[name], candidates[best], COMMONEST in candidates):
             best = name
     return best

@@ -1,0 +1,216 @@
+"""What every candidate says of held-out rows: each fold's rows by what never saw them.
+
+n rows, F folds, S settings of a candidate, M weights of an adapter, C labels.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from ..adapters import adapted
+from ..batch import Row, truth_row
+from ..engine.experiment import warn_of_failed
+from ..generate import Decoding
+from ..labels import Scoring, label_scores
+from ..methods import METHODS
+from ..models.taps import device_of
+from ..prefix import share_prefix
+from ..scale import ranks
+from ..scale.decode import fast_decoding
+from ..scoring import answer_scores, answer_texts, last_states
+from ..tasks import same_answer
+from ..teacher import Asked, observe
+from ..train import Trained
+from .crossval import CrossValidation
+from .probe import PENALTIES, Probe, fit_probe, held_out_scores
+from .selection import Candidate, HeldOut
+from .training import SOFT_K, count_steps
+
+
+def answer_held_out(cv: CrossValidation, trained: dict[str, Trained]) -> dict[str, HeldOut]:
+    """Candidate -> its scores of held-out rows. Warns of failed runs; raises UsageError where no rate is left."""
+    true_answers = cache(partial(read_true_answers, cv))  # of a fold, for all candidates
+    held_out = {}
+    for name in cv.names:
+        weights = fold_weights(cv, trained[name]) if name in METHODS else None
+        one = HeldOut(name, score_held_out(cv, name, weights, true_answers))
+        if name in METHODS:
+            one.troubles = warn_of_failed_runs(cv, one)
+        if not cv.task.labels:
+            add_texts(cv, one, weights)
+        held_out[name] = one
+    return held_out
+
+
+def fold_weights(cv: CrossValidation, trained: Trained) -> Tensor:
+    """The weights of R runs as [F, S, M]."""
+    return trained.theta.unflatten(0, (len(cv.folds), -1))
+
+
+def score_held_out(
+    cv: CrossValidation, name: str, weights: Tensor | None, true_answers: Callable
+) -> Tensor:
+    """Log-probabilities [S, n, C] of a candidate, kept, so that an interrupted fit goes on.
+
+    Of every label or, of texts, of the true answers (`score_fold`), of each row by what its fold has trained.
+    """
+
+    def make() -> dict[str, Tensor]:
+        if name == "probe":
+            return {"scores": score_by_probes(cv)}
+        return {"scores": score_by_model(cv, name, weights, true_answers)}
+
+    return cv.cached(f"held-out-{name}", make)["scores"]
+
+
+def score_by_model(
+    cv: CrossValidation, name: str, weights: Tensor | None, true_answers: Callable
+) -> Tensor:
+    with cv.bar(f"scoring {name}", len(cv.rows)) as bar:
+
+        def score(number: int) -> Tensor:
+            bar.update(len(cv.folds[number].test))
+            mine = None if weights is None else weights[number]
+            return score_fold(cv, name, number, mine, true_answers)
+
+        parts = ranks.spread(score, range(len(cv.folds)))
+    scores = torch.cat(parts, 1)[:, cv.places]
+    if name not in METHODS:
+        return scores
+    finite = scores.isfinite().all(-1, keepdim=True)
+    return torch.where(finite, scores, -torch.inf)
+
+
+def score_fold(
+    cv: CrossValidation, name: str, number: int, weights: Tensor | None, true_answers: Callable
+) -> Tensor:
+    """Log-probabilities [S, rows, C] of the labels of a fold's held-out rows, or of their true answers [S, rows, 1].
+
+    With a context minus the KL from the teacher, who sees it, [S, rows, 1].
+    """
+    runs = 1 if weights is None else len(weights)
+    with answering(cv, name, number, weights) as (model, prompts):
+        if cv.label_tokens:
+            how = Scoring(runs, ends=cv.subject.tokenizer.eos_ids)
+            return label_scores(model, prompts, cv.label_tokens, how).log_probabilities
+        rows = []
+        for row, prompt in zip(true_answers(number), prompts):
+            rows.append(replace(row, prompt=prompt))
+        return answer_scores(model, rows, runs)[..., None]
+
+
+@contextmanager
+def answering(
+    cv: CrossValidation, name: str, number: int, weights: Tensor | None = None
+) -> Iterator[tuple[Callable, list[list[int]]]]:
+    """The model that answers what fold `number` held out, and its prompts.
+
+    Under adapters with `weights` [runs, M]; None: the base, with the fold's demonstrations where `name` is "icl".
+    """
+    model = cv.subject.model
+    tokenizer = cv.subject.tokenizer
+    queries = [cv.rows[i].prompt for i in cv.folds[number].test]
+    if weights is None:
+        demonstrations = cv.folds[number].icl if name == "icl" else [[]]
+        yield share_prefix(model, tokenizer, demonstrations, queries)
+        return
+    with adapted(model, cv.adapter, weights) as student:
+        yield student, tokenizer.encode_all(queries)
+
+
+def read_true_answers(cv: CrossValidation, number: int) -> list[Row]:
+    """A fold's held-out rows with their answers, with a context the teacher's distributions there."""
+    with_end = bool(cv.options.context)  # of a person's own answers, how one ends is form
+    rows = []
+    for i in cv.folds[number].test:
+        rows.append(truth_row(cv.rows[i], cv.subject.tokenizer, with_end))
+    if cv.options.context:
+        with answering(cv, "icl", number) as (teacher, prompts):
+            observe(teacher, rows, prompts, Asked(cv.max_tokens + 1, SOFT_K))
+    return rows
+
+
+def warn_of_failed_runs(cv: CrossValidation, held_out: HeldOut) -> list[str]:
+    """Sentences, also warnings, about runs that failed. Raises UsageError where no rate is left."""
+    failed_rows = (held_out.scores == -torch.inf).any(-1)  # [S, n]
+    failed = torch.stack([failed_rows[:, test].any(1) for test in cv.tests]).flatten()  # [R]
+    steps = failed * count_steps(cv, cv.folds[0], held_out.name)
+    runs = Trained(
+        theta=torch.zeros(0),
+        dev_loss=torch.where(failed, torch.inf, 0.0),
+        steps=steps,
+        best=torch.zeros(len(failed), dtype=torch.int64),
+        broken=steps,
+    )
+    names = []
+    for fold in range(len(cv.folds)):
+        for rate in cv.rates:
+            names.append(f"fold {fold} at rate {rate:g}")
+    return warn_of_failed(held_out.name, runs, names, len(cv.folds))
+
+
+def add_texts(cv: CrossValidation, held_out: HeldOut, weights: Tensor | None) -> None:
+    """Add what is generated for every held-out row, by the rate that the other folds choose, and which texts are right.
+
+    `weights` as in `fold_weights`.
+    """
+    if weights is not None:
+        rates = choose_settings(cv, held_out)
+        weights = weights[range(len(cv.folds)), rates]  # [F, M]
+    held_out.texts, held_out.confidences = generate_held_out(cv, held_out.name, weights)
+    right = []
+    for text, row in zip(held_out.texts, cv.rows):
+        right.append(same_answer(cv.task.parser, text, row.answer))
+    held_out.right = torch.tensor(right)
+
+
+def choose_settings(cv: CrossValidation, held_out: HeldOut) -> list[int]:
+    """Of each fold the setting that the other folds' rows choose."""
+    every = range(len(cv.folds))
+    candidate = cv.selection.judge(held_out, every)
+    return [candidate.picks[fold] for fold in every]
+
+
+def generate_held_out(
+    cv: CrossValidation, name: str, weights: Tensor | None
+) -> tuple[list[str], list[float]]:
+    """Greedy answers to every held-out row, and how sure each is; `weights` [F, M] of the folds' adapters."""
+    tokenizer = cv.subject.tokenizer
+    hooks = fast_decoding(device_of(cv.subject.model), cv.max_tokens)
+    how = Decoding(cv.max_tokens, cv.stop, hooks=hooks)
+    with cv.bar(f"answers of {name}", len(cv.rows)) as bar:
+
+        def answer(number: int) -> tuple[list[str], list[float]]:
+            mine = None if weights is None else weights[number][None]
+            with answering(cv, name, number, mine) as (model, prompts):
+                return answer_texts(model, tokenizer, prompts, how, bar.update)
+
+        parts = ranks.spread(answer, range(len(cv.folds)))
+    texts = []
+    confidences = []
+    for some_texts, some_confidences in parts:
+        texts += some_texts
+        confidences += some_confidences
+    texts = [texts[place].removeprefix(cv.task.blank) for place in cv.places]
+    return texts, [confidences[place] for place in cv.places]
+
+
+def score_by_probes(cv: CrossValidation) -> Tensor:
+    """Log-probabilities [penalties, n, C] of held-out rows, by a probe of each fold."""
+    return held_out_scores(base_states(cv), cv.gold, cv.tests, len(cv.task.labels))
+
+
+def fit_final_probe(cv: CrossValidation, candidate: Candidate) -> Probe:
+    """The probe of every row."""
+    penalty = PENALTIES[candidate.setting]
+    return fit_probe(base_states(cv), cv.gold, len(cv.task.labels), penalty)
+
+
+def base_states(cv: CrossValidation) -> Tensor:
+    """The base's last hidden state at the end of every row's prompt, [n, D]."""
+    prompts = cv.subject.tokenizer.encode_all([row.prompt for row in cv.rows])
+    return last_states(cv.subject.model, prompts)

@@ -1,0 +1,95 @@
+"""One's own rows: how they are read, and what is odd about them."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from .. import UsageError
+from ..files import count, plain
+from ..tasks import Example, Task
+from ..tasks.own import complete_rows, near_labels, own_task, queries_task
+from ..tasks.rows import Row, as_rows
+from ..tasks.turns import ALL_TURNS, ANSWER, holds_turns, open_turns
+
+LONG = 500  # tokens from which on a row may be called far longer than the others
+FAR = 10  # times the median, from which on it is
+
+
+class Columns(NamedTuple):
+    """Where rows hold what is asked and answered; None: guessed from the header."""
+
+    prompt: str | None = None
+    answer: str | None = None
+    template: str | None = None  # of the prompt, columns in braces
+    answers: str | None = None  # "labels" or "text"; None: as they repeat
+
+
+def read_own(
+    rows, columns: tuple = (), queries: bool = False, chat: bool = False
+) -> tuple[list[Row], Task]:
+    """One's own rows that have all that is needed, and the task that they describe; `queries` have no answers.
+
+    `task.remarks` says how they were read, and which were left out. Raises UsageError.
+    """
+    rows = as_rows(rows)
+    columns = Columns(*columns)
+    if not rows:
+        raise UsageError("no rows to fit")
+    if any(holds_turns(row) for row in rows):
+        columns = columns_of_turns(columns, rows[0].where, chat)
+        rows = [open_turns(row, columns.template) for row in rows]
+    name = plain(Path(re.split(r":| ?row ", rows[0].where)[0]).stem, "") or "rows"
+    if queries:
+        task = queries_task(rows, name, columns.prompt, columns.template)
+    else:
+        task = own_task(rows, name, *columns)
+    return complete_rows(rows, task)[0], task
+
+
+def columns_of_turns(columns: Columns, where: str, chat: bool) -> Columns:
+    """The columns of rows that hold conversations. Raises UsageError where nothing says how they are asked."""
+    template = columns.template
+    if template is None and chat:
+        template = ALL_TURNS
+    if template in (None, ALL_TURNS) and not chat:
+        mend = "give --chat, or a template of its system's and user's turn: --template '{user}\\nLabel:'"
+        raise UsageError(f"{where}: a conversation (messages): {mend}")
+    return columns._replace(template=template, answer=columns.answer or ANSWER)
+
+
+def remarks(rows: list[Row], task: Task, examples: list[Example]) -> list[str]:
+    """What is odd about the rows, and how they were read, in sentences."""
+    sentences = near_labels(task.labels)
+    repeats = len(rows) - len(examples)
+    if repeats:
+        sentences.append(f"{count(repeats, 'row')} repeated another and counted once")
+    contrary = len(examples) - len({example.prompt for example in examples})
+    if contrary:
+        sentences.append(
+            f"{count(contrary, 'row')} had the prompt of another row but a different answer"
+        )
+    answers = {example.answer for example in examples}
+    if not task.labels and len(answers) == len(examples) > 1:
+        sentences.append("every row has another answer, so that answers are read as text")
+    rows_of = Counter(example.label for example in examples)
+    rare = [repr(label) for i, label in enumerate(task.labels) if rows_of[i] == 1]
+    if rare:
+        sentences.append(
+            f"only one row has the answer {', '.join(rare)}: held out, nothing like it was trained on"
+        )
+    return sentences + list(task.remarks)
+
+
+def far_longer(rows: list[Row], lengths: list[int]) -> list[str]:
+    """A sentence for each row that is far longer than the others, of `lengths` in tokens."""
+    usual = median(lengths)
+    sentences = []
+    for row, tokens in zip(rows, lengths):
+        if tokens > max(LONG, FAR * usual):
+            costs = "it takes most of the time; cut it, or leave it out"
+            sentences.append(
+                f"{row.where} has {tokens} tokens, half of the rows have at most {usual:.0f}: {costs}"
+            )
+    return sentences
