@@ -36,8 +36,11 @@ class Several(click.ParamType):
 def options_of(cls: type, **defaults):
     """Give a command an option for each documented field of a dataclass; `defaults` replace the fields' own."""
     found = []
-    for f in (f for f in fields(cls) if "help" in f.metadata):
-        about, default = f.metadata, defaults.get(f.name, f.default)
+    for f in fields(cls):
+        if "help" not in f.metadata:
+            continue
+        about = f.metadata
+        default = defaults.get(f.name, f.default)
         kind = f.type
         if get_args(f.type):
             kind = Several(get_args(f.type)[0], about["choices"], about["least"])
@@ -46,11 +49,10 @@ def options_of(cls: type, **defaults):
         elif about["least"] is not None and kind is int:
             kind = click.IntRange(about["least"])
         given = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        more = (
-            {"is_flag": True}
-            if f.type is bool
-            else {"type": kind, "show_default": about["shown"] or True}
-        )
+        if f.type is bool:
+            more = {"is_flag": True}
+        else:
+            more = {"type": kind, "show_default": about["shown"] or True}
         name = f.name.replace("_", "-")
         name = f"--{name}/--no-{name}" if default is True else f"--{name}"
         found.append(click.option(name, f.name, default=given, help=about["help"], **more))

@@ -87,7 +87,8 @@ def arriving(stream) -> Iterator:
         for line in lines:
             yield b"".join(begun)
             begun = [line]
-    if last := b"".join(begun):
+    last = b"".join(begun)
+    if last:
         yield last
 
 

@@ -228,6 +228,8 @@ def open_adapter(folder: Path, model=None, revision=None, template=None, labels=
     if labels is not None:
         spec["labels"] = [label.strip() for label in labels.split(",")]
         check_labels(spec["labels"])
-    name, revision = (model, revision) if model else base_of(folder)
+    name = model
+    if not name:
+        name, revision = base_of(folder)
     subject = open_subject(name, revision=revision, **how)
     return load_adapter(folder, subject, **{name: value for name, value in spec.items() if value})

@@ -66,7 +66,8 @@ def read_text(path: Path) -> str:
     if not is_there(path):
         raise UsageError(f"{path}: no such file")
     try:
-        return (data := path.read_bytes()).decode("utf-8-sig")
+        data = path.read_bytes()
+        return data.decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError as error:

@@ -336,7 +336,8 @@ def load_adapter(folder: str | Path, subject: Subject | None = None, **spec) -> 
         name, revision = folders.base_of(folder)
         subject = open_subject(name, revision=revision)
     kept = read_spec(folder)
-    adapter, theta = None, None
+    adapter = None
+    theta = None
     if folders.ships_adapter(folder, kept):
         adapter, theta = read_adapter(folder, subject.model)
     probe = None

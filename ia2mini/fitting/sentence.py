@@ -14,10 +14,13 @@ EACH = "each by a choice made on the other folds"
 
 def sentence(report: dict) -> str:
     """The outcome in words, from the numbers of `fitting.make_report`."""
-    told = [outcome(report)]
+    sentences = [outcome(report)]
     if report["chosen"] != "base":
-        told += differences(report)
-    return " ".join([*told, *others(report), *never_right(report), *price(report)])
+        sentences += differences(report)
+        sentences += commonest_answer(report)
+    sentences += never_right(report)
+    sentences += price(report)
+    return " ".join(sentences)
 
 
 def outcome(report: dict) -> str:
@@ -31,7 +34,8 @@ def outcome(report: dict) -> str:
 
 def shipped(report: dict) -> str:
     """What is shipped, and what held-out rows say of the whole choice."""
-    worth, chosen = report["shipped"], report["chosen"]
+    measures = report["shipped"]
+    chosen = report["chosen"]
     what = f"{NAMES[chosen]} is shipped"
     if chosen == "probe":
         what = "A linear probe on the base's last hidden state is shipped, without an adapter"
@@ -39,46 +43,58 @@ def shipped(report: dict) -> str:
         what = "Demonstrations in the prompt (ICL) are shipped, without an adapter"
     if report.get("wanted"):
         what += ", as requested"
-    sure = f", ECE {worth['ece']:.2f}" if "ece" in worth else ""
-    return f"{what}: {percent(worth['acc'])} of {count(report['rows'], 'held-out row')} right{sure}, {EACH}."
+    calibration = f", ECE {measures['ece']:.2f}" if "ece" in measures else ""
+    rows = count(report["rows"], "held-out row")
+    return f"{what}: {percent(measures['acc'])} of {rows} right{calibration}, {EACH}."
 
 
 def context_shipped(report: dict) -> str:
     """The same of a context."""
-    worth, chosen = report["shipped"], report["chosen"]
-    text = f"{NAMES[chosen]} is shipped: it answers as the model that sees the context on {percent(worth['acc'])}"
-    text += f" of {count(report['rows'], 'held-out prompt')}, KL {worth['nll'][0]:.2f} nats a token"
-    return f"{text} (base {report['kl']['base']:.2f}), {EACH}."
+    measures = report["shipped"]
+    what = f"{NAMES[report['chosen']]} is shipped"
+    agreement = f"{percent(measures['acc'])} of {count(report['rows'], 'held-out prompt')}"
+    kl = f"KL {measures['nll'][0]:.2f} nats a token (base {report['kl']['base']:.2f})"
+    return f"{what}: it answers as the model that sees the context on {agreement}, {kl}, {EACH}."
 
 
 def nothing(report: dict) -> str:
     """Why nothing is shipped, and what to do."""
-    found, rows = report["candidates"], count(report["rows"], "held-out row")
-    tried = [NAMES[name] for name in found if name not in ("base", "commonest")]
+    candidates = report["candidates"]
+    tried = [NAMES[name] for name in candidates if name not in ("base", "commonest")]
     if "kl" in report:
         tried.remove(NAMES["icl"])
     verb = "was" if len(tried) == 1 else "were"
     what = f"Nothing is shipped. {listed(tried)} {verb} tried"
-    if "commonest" in found:
-        base, commonest = (found[name]["acc"][0] for name in ("base", "commonest"))
-        than = f"the base ({share(base)} right) and significantly better than always giving the commonest answer"
-        warning = ""
-        if commonest > base:
-            warning = (
-                "The base is worse than always giving the commonest answer: do not use it either. "
-            )
-        return f"{what}; on {rows} none was both better than {than} ({share(commonest)}). {warning}{near(report)}{HELP}"
-    if "kl" not in report and not any(one["acc"][0] for one in found.values()):
-        judged = (
-            "so held-out rows cannot judge answers that all differ"
-            if report["all_differ"]
-            else HELP.lower()
+    on_rows = f"on {count(report['rows'], 'held-out row')} none"
+    base = share(candidates["base"]["acc"][0])
+    if "commonest" in candidates:
+        than = f"the base ({base} right) and significantly better than {commonest_share(report)}"
+        return (
+            f"{what}; {on_rows} was both better than {than}. {bad_base(report)}{near(report)}{HELP}"
         )
-        return f"{what}; none gave any held-out answer exactly, {judged.rstrip('.')}."
-    agreed = "in agreement with the model that sees the context" if "kl" in report else "right"
-    than = f"the base ({share(found['base']['acc'][0])} {agreed})"
-    failed = f"none had a significantly lower loss than {than} and was {agreed.split()[0]} on more"
-    return f"{what}; on {rows} {failed}. {HELP}"
+    lower = f"{on_rows} had a significantly lower loss than the base"
+    if "kl" in report:
+        agreement = "in agreement with the model that sees the context"
+        return f"{what}; {lower} ({base} {agreement}) and was in agreement on more. {HELP}"
+    if any(one["acc"][0] for one in candidates.values()):
+        return f"{what}; {lower} ({base} right) and was right on more. {HELP}"
+    exact = "none gave any held-out answer exactly"
+    if report["all_differ"]:
+        return f"{what}; {exact}, so held-out rows cannot judge answers that all differ."
+    return f"{what}; {exact}, {HELP.lower()}"
+
+
+def commonest_share(report: dict) -> str:
+    right = report["candidates"]["commonest"]["acc"][0]
+    return f"always giving the commonest answer ({share(right)})"
+
+
+def bad_base(report: dict) -> str:
+    """A warning of a base that is worse than the commonest answer."""
+    candidates = report["candidates"]
+    if candidates["commonest"]["acc"][0] <= candidates["base"]["acc"][0]:
+        return ""
+    return "The base is worse than always giving the commonest answer: do not use it either. "
 
 
 def near(report: dict) -> str:
@@ -92,42 +108,42 @@ def near(report: dict) -> str:
 
 def differences(report: dict) -> list[str]:
     """What is shipped against base, ICL and SFT, row by row."""
-    told = []
+    sentences = []
     for name, (more, less, p) in report["against"].items():
-        beside = f"Compared with {against(name, report)}"
+        beside = f"Compared with {rival(name, report)}"
         if more == less == 0:
-            told.append(f"{beside}: right on the same rows.")
+            sentences.append(f"{beside}: right on the same rows.")
             continue
         gained = f"{count(more, 'row')} gained" if more else "no row gained"
         lost = f"{less} lost" if less else "none lost"
         chance = ": it may be chance" if name == "base" and p >= CHANCE else ""
-        told.append(f"{beside}: {gained}, {lost} ({probability(p)}{chance}).")
-    return told
+        sentences.append(f"{beside}: {gained}, {lost} ({probability(p)}{chance}).")
+    return sentences
 
 
-def against(name: str, report: dict) -> str:
+def rival(name: str, report: dict) -> str:
     """A rival with its share of right rows; of demonstrations also what they cost."""
-    said = f"{NAMES[name]} ({share(report['candidates'][name]['acc'][0])}"
-    if name == "icl":
-        said += (
-            f" at {report['tokens']['icl'] / max(1, report['tokens']['query']):.1f} × the tokens"
-        )
-    return f"{said})"
+    right = share(report["candidates"][name]["acc"][0])
+    if name != "icl":
+        return f"{NAMES[name]} ({right})"
+    tokens = report["tokens"]["icl"] / max(1, report["tokens"]["query"])
+    return f"{NAMES[name]} ({right} at {tokens:.1f} × the tokens)"
 
 
-def others(report: dict) -> list[str]:
-    """What else a reader should know: the commonest answer."""
-    found = report["candidates"]
-    if "commonest" in found and report["chosen"] != "base":
-        return [f"Always giving the commonest answer: {share(found['commonest']['acc'][0])}."]
-    return []
+def commonest_answer(report: dict) -> list[str]:
+    """How often always the commonest answer is right."""
+    if "commonest" not in report["candidates"]:
+        return []
+    right = report["candidates"]["commonest"]["acc"][0]
+    return [f"Always giving the commonest answer: {share(right)}."]
 
 
 def never_right(report: dict) -> list[str]:
     """The labels that no held-out row was rightly given."""
-    missed = [
-        repr(one["label"]) for one in report.get("classes", []) if one["rows"] and not one["recall"]
-    ]
+    missed = []
+    for one in report.get("classes", []):
+        if one["rows"] and not one["recall"]:
+            missed.append(repr(one["label"]))
     if len(missed) > NAMED:
         missed = [*missed[:NAMED], f"{len(missed) - NAMED} more"]
     return [f"Never answered correctly: {listed(missed)}."] if missed else []
@@ -137,7 +153,8 @@ def price(report: dict) -> list[str]:
     """What a query costs in tokens."""
     if "tokens" not in report:
         return []
-    query, icl = (f"{report['tokens'][name]:.0f}" for name in ("query", "icl"))
+    query = f"{report['tokens']['query']:.0f}"
+    icl = f"{report['tokens']['icl']:.0f}"
     if report["chosen"] == "icl":
         return [f"A query costs {icl} tokens instead of {query}."]
     return [f"A query costs {query} tokens instead of {icl}."] if "kl" in report else []

@@ -27,11 +27,15 @@ def read_delimited(path: Path, usual: str) -> list[tuple[str, dict[str, str]]]:
     text = read_text(path)
     if "\0" in text:
         raise UsageError(f"{path}: holds zero bytes, as UTF-16 does; save the file as UTF-8")
-    named, line = NAMED_DELIMITER.match(text), 1
+    first_line = 1
+    named = NAMED_DELIMITER.match(text)
     if named:
-        text, line = text[named.end() :], 2
-    delimiter = named[1] if named else find_delimiter(text, path, usual)
-    every = list(records(text, delimiter, path, line))
+        delimiter = named[1]
+        text = text[named.end() :]
+        first_line = 2
+    else:
+        delimiter = find_delimiter(text, path, usual)
+    every = list(records(text, delimiter, path, first_line))
     if not every:
         return []
     (line, header), *rows = every
@@ -40,9 +44,10 @@ def read_delimited(path: Path, usual: str) -> list[tuple[str, dict[str, str]]]:
         if len(fields) != len(header):
             counts = f"{len(fields)} fields, the header has {len(header)}"
             raise UsageError(f"{path}:{number}: {counts}; quote a field that holds {delimiter!r}")
-    while (
-        header and not header[-1] and not any(fields[len(header) - 1].strip() for _, fields in rows)
-    ):
+    while header and not header[-1]:
+        last = len(header) - 1
+        if any(fields[last].strip() for _, fields in rows):
+            break
         header.pop()
     check_names(f"{path}:{line}", header)
     return [(f"{path}:{number}", dict(zip(header, fields))) for number, fields in rows]
@@ -92,13 +97,15 @@ def find_delimiter(text: str, path: Path, usual: str) -> str:
 
 def uneven_rows(text: str, path: Path, delimiter: str) -> float | None:
     """How many rows do not have as many fields as the header; None where the delimiter does not split the header."""
-    every, width, count = records(text, delimiter, path), 0, 0
+    width = 0
+    count = 0
     try:
-        for _, fields in every:
+        for _, fields in records(text, delimiter, path):
             width = width or len(fields)
             if width == 1:
                 return None
-            count += len(fields) != width
+            if len(fields) != width:
+                count += 1
     except UsageError:  # a quote is not closed, or not before this delimiter
         return math.inf if width else None
     return count if width else None

@@ -46,7 +46,7 @@ def own_task(
         )
     texts = [row.text(answer) for row in complete]
     different = {(fill(asked, row), text) for row, text in zip(complete, texts)}
-    labels, known, said = read_labels(complete, answer)
+    labels, known, merged = read_labels(complete, answer)
     if len(labels) == 1:
         raise UsageError(
             f"{name}: every row has the answer {labels[0]!r}; nothing can be learned from it"
@@ -61,10 +61,10 @@ def own_task(
         label=answer,
         answer=f"{{{answer}}}",
     )
-    remarks += [*(said if labelled else []), chosen.told()]
     if labelled:
-        remarks.append(f"answers: {len(labels)} labels")
+        remarks += [*merged, chosen.told(), f"answers: {len(labels)} labels"]
         return replace(task, labels=labels, known=known, remarks=tuple(remarks))
+    remarks.append(chosen.told())
     remarks.append(f"answers: free text, {len(set(texts))} different in {len(different)} rows")
     return replace(task, max_tokens=200, parser=parser_for(texts), remarks=tuple(remarks))
 
@@ -92,12 +92,13 @@ def check_template(template: str | None) -> str | None:
 
 def default_template(chosen: Chosen, labelled: bool) -> str:
     """ "Review: {review}\\nSentiment: ": columns are called by their names, where these tell something."""
-    asked, answered = ("Text", "Label") if labelled else ("Question", "Answer")
+    question_cue = "Text" if labelled else "Question"
+    answer_cue = "Label" if labelled else "Answer"
     if len(chosen.prompts) == 1:
-        asked = cue(chosen.prompts[0], asked)
+        question_cue = cue(chosen.prompts[0], question_cue)
     if chosen.answer is not None:
-        answered = cue(chosen.answer, answered)
-    return f"{asked}: {chosen.body}\n{answered}: "
+        answer_cue = cue(chosen.answer, answer_cue)
+    return f"{question_cue}: {chosen.body}\n{answer_cue}: "
 
 
 def cue(column: str, usual: str) -> str:
@@ -120,14 +121,14 @@ def read_labels(rows: list[Row], answer: str) -> tuple[tuple[str, ...], dict[str
     labels = tuple(sorted(set(meant.values())))
     ways: dict[str, set[str]] = {label: set() for label in labels}
     for text, label in meant.items():
-        ways[label] |= written[text]
-    said = []
+        ways[label].update(written[text])
+    sentences = []
     for label in labels:
         if len(ways[label]) > 1 or label not in written:
             listed = ", ".join(sorted(ways[label]))
-            said.append(f"{listed} in column {answer!r} is read as label {label!r}")
+            sentences.append(f"{listed} in column {answer!r} is read as label {label!r}")
     places = {label: i for i, label in enumerate(labels)}
-    return labels, {text: places[label] for text, label in meant.items()}, said
+    return labels, {text: places[label] for text, label in meant.items()}, sentences
 
 
 def mean_the_same(texts: list[str]) -> dict[str, str]:
@@ -156,22 +157,25 @@ def true_answer(row: Row, column: str, labels: list[str]) -> str:
 
 def without_gaps(rows: list[Row], template: str, answer: str | None) -> tuple[list[Row], list[str]]:
     """The rows that have a prompt and an answer, and sentences that name the others."""
-    complete, lacking = [], {"prompt": [], "answer": []}
+    complete = []
+    lacking: dict[str, list[str]] = {"prompt": [], "answer": []}
     for row in rows:
         what = lacks(row, template, answer)
         if what is None:
             complete.append(row)
         else:
             lacking[what].append(row.where)
-    said = []
+    sentences = []
     for what, places in lacking.items():
         if not places:
             continue
         named = ", ".join(places[:NAMED])
         if len(places) > NAMED:
             named += " …"
-        said.append(f"left out for want of {what}: {len(places)} of {len(rows)} rows ({named})")
-    return complete, said
+        sentences.append(
+            f"left out for want of {what}: {len(places)} of {len(rows)} rows ({named})"
+        )
+    return complete, sentences
 
 
 def complete_rows(rows: list[Row], task: Task) -> tuple[list[Row], list[str]]:
@@ -188,28 +192,29 @@ def complete_rows(rows: list[Row], task: Task) -> tuple[list[Row], list[str]]:
 
 def near_labels(labels: tuple[str, ...]) -> list[str]:
     """A sentence for every two labels that differ only in blanks or case, and for those that may be mistakes."""
-    plain, said = {}, []
+    sentences = []
+    plain: dict[str, str] = {}
     for label in labels:
         first = plain.setdefault(" ".join(label.lower().split()), label)
         if first != label:
-            said.append(
+            sentences.append(
                 f"labels {first!r} and {label!r} differ only in blanks or case; they are kept apart"
             )
-    alike = {}
+    unified_labels: dict[str, str] = {}
     for label in plain.values():
-        first = alike.setdefault(unified(label), label)
+        first = unified_labels.setdefault(unified(label), label)
         if first != label:
-            said.append(
+            sentences.append(
                 f"labels {first!r} and {label!r} are two ways to write the same; they are kept apart"
             )
     for label in labels:
         if label != label.strip():
-            said.append(f"label {label!r} begins or ends with a blank, which is part of it")
+            sentences.append(f"label {label!r} begins or ends with a blank, which is part of it")
         if label.strip().lower() in NOTHING:
-            said.append(
+            sentences.append(
                 f"{label!r} is read as a label; if it stands for no answer, empty these cells"
             )
-    return said
+    return sentences
 
 
 def unified(label: str) -> str:

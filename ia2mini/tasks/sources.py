@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +19,8 @@ from .catalog import Example, Task, arrange
 from .own import complete_rows, own_task
 from .rows import READERS, Row, fill, read_rows
 
-POOL, EVAL = 2000, 500  # most rows of a pool and of an evaluation
+POOL = 2000  # most rows of a pool
+EVAL = 500  # most rows of an evaluation
 PARQUET = "refs/convert/parquet"  # the branch of the hub's own Parquet conversion
 
 
@@ -46,13 +46,13 @@ def load_examples(
         raise UsageError(f"{task.name} is only evaluated on, it has no training rows; {mend}")
     rows, origin = fetch(task, role, data_dir)
     chosen = arrange(task, role, rows)
-    examples = [task.example(row) for row in chosen[: POOL if role == "train" else EVAL][:limit]]
+    most = POOL if role == "train" else EVAL
+    examples = [task.example(row) for row in chosen[:most][:limit]]
     if not examples:
         left = f"no rows left to {role} on, of {len(rows)} in {origin['files'][0]}"
         raise UsageError(f"{task.name}: {left}; more rows are needed")
-    digest = hashlib.sha256(
-        json.dumps([(e.prompt, e.answer) for e in examples]).encode()
-    ).hexdigest()
+    text = json.dumps([(example.prompt, example.answer) for example in examples])
+    digest = hashlib.sha256(text.encode()).hexdigest()
     counts = {"rows": len(rows), "kept": len(chosen), "used": len(examples)}
     return Examples(examples, {**origin, **counts, "digest": digest})
 
@@ -62,18 +62,18 @@ def fetch(task: Task, role: str, data_dir: str | Path | None) -> tuple[list[Row]
     split = task.train if role == "train" else task.eval
     if task.hub is None and not task.files:
         origin = {"source": "embedded", "files": [task.name]}
-        return [
-            Row(f"{task.name} {role} row {i}", row)
-            for i, row in enumerate(world.rows(task.name, role), 1)
-        ], origin
-    if task.files or data_dir is not None:
-        path = (
-            Path(task.files[role == "eval"])
-            if task.files
-            else find_local(task, split, Path(data_dir))
-        )
-        origin = {"source": "own rows" if task.files else "folder", "files": [str(path)]}
-        return read_rows(path, named_classes=bool(task.files)), origin
+        rows = []
+        for i, row in enumerate(world.rows(task.name, role), 1):
+            rows.append(Row(f"{task.name} {role} row {i}", row))
+        return rows, origin
+    if task.files:
+        train, evaluation = task.files
+        path = Path(train if role == "train" else evaluation)
+        return read_rows(path), {"source": "own rows", "files": [str(path)]}
+    if data_dir is not None:
+        path = find_local(task, split, Path(data_dir))
+        origin = {"source": "folder", "files": [str(path)]}
+        return read_rows(path, named_classes=False), origin
     if task.archive:
         return read_archive(task.hub, *task.archive)
     try:
@@ -88,14 +88,14 @@ def fetch(task: Task, role: str, data_dir: str | Path | None) -> tuple[list[Row]
 def find_local(task: Task, split: str, data_dir: Path) -> Path:
     """The file of a split in a folder of hub-like data, `{dataset}/{split}.jsonl` and its other spellings."""
     short = task.hub.split("/")[1]
-    folders = list(
-        dict.fromkeys(
-            filter(None, (task.folder, short.lower().replace("-", "_"), short, task.name))
-        )
-    )
-    stems = [split] + [f"{task.config}{mark}{split}" for mark in "_/" if task.config]
+    spellings = [task.folder, short.lower().replace("-", "_"), short, task.name]
+    folders = list(dict.fromkeys(filter(None, spellings)))
+    stems = [split]
+    if task.config:
+        stems += [f"{task.config}_{split}", f"{task.config}/{split}"]
     for folder, stem, suffix in product(folders, stems, READERS):
-        if (path := data_dir / folder / f"{stem}{suffix}").is_file():
+        path = data_dir / folder / f"{stem}{suffix}"
+        if path.is_file():
             return path
     looked = f"{'|'.join(folders)} / {'|'.join(stems)} + {'|'.join(READERS)}"
     raise UsageError(f"{data_dir}: no rows of {task.name} there; looked for {looked}")
@@ -107,7 +107,8 @@ def download(
     """Files of a dataset repository that `choose` picks from all names (offline: the cached) -> (paths, origin)."""
     from huggingface_hub import HfApi, errors, snapshot_download
 
-    get, note = partial(snapshot_download, repo, repo_type="dataset", revision=revision), ""
+    get = partial(snapshot_download, repo, repo_type="dataset", revision=revision)
+    note = ""
     with hub_errors(repo, "dataset", revision, "give local rows with --data-dir"):
         try:
             info = patiently(lambda: HfApi().dataset_info(repo, revision=revision, timeout=10))
@@ -117,9 +118,8 @@ def download(
                 cached = Path(get(allow_patterns=[], local_files_only=True))
             except errors.LocalEntryNotFoundError:
                 raise error from None
-            names = [
-                path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()
-            ]
+            files = [path for path in cached.rglob("*") if path.is_file()]
+            names = [path.relative_to(cached).as_posix() for path in files]
             note = "; the hub cannot be reached, so this is what the local cache holds"
         try:
             chosen = choose(sorted(names))
@@ -135,22 +135,22 @@ def read_hub(repo: str, config: str | None, splits: tuple[str, ...]) -> tuple[li
     """Rows of splits, one after another, from the Parquet branch of a dataset on the hub."""
 
     def choose(names: list[str]) -> list[str]:
-        found = [
-            name.split("/") for name in names if re.fullmatch(r"[^/]+/[^/]+/[^/]+\.parquet", name)
-        ]
-        configs = {path[0] for path in found}
-        alone = configs if len(configs) == 1 else ()
-        wanted = next((name for name in (config, "default", *alone) if name in configs), None)
-        chosen = [
-            ["/".join(path) for path in found if path[:2] == [wanted, split]] for split in splits
-        ]
-        if not all(chosen):
-            asked = f"{config or 'default'}/{'+'.join(splits)}"
-            there = ", ".join(sorted({"/".join(path[:2]) for path in found})) or "nothing"
-            raise UsageError(
-                f"{repo}: no Parquet folder {asked} in branch {PARQUET}; found {there}"
-            )
-        return sum(chosen, [])
+        files = [PurePosixPath(name) for name in names if name.endswith(".parquet")]
+        files = [file for file in files if len(file.parts) == 3]  # config/split/number.parquet
+        configs = {file.parts[0] for file in files}
+        only = configs if len(configs) == 1 else ()
+        wanted = next((name for name in (config, "default", *only) if name in configs), None)
+        chosen = []
+        for split in splits:
+            of_split = [str(file) for file in files if file.parts[:2] == (wanted, split)]
+            if not of_split:
+                asked = f"{config or 'default'}/{'+'.join(splits)}"
+                there = ", ".join(sorted({str(file.parent) for file in files})) or "nothing"
+                raise UsageError(
+                    f"{repo}: no Parquet folder {asked} in branch {PARQUET}; found {there}"
+                )
+            chosen += of_split
+        return chosen
 
     paths, origin = download(repo, choose, PARQUET)
     return [row for path in paths for row in read_rows(path, named_classes=False)], origin
@@ -181,15 +181,18 @@ def custom_task(
     Without `eval_path`, the last 20 % (at least 20, at most half and 500) of the shuffled rows without repeated prompts
     are held out. UsageError for whatever is wrong with the rows or the template.
     """
-    file, rows = Path(path), read_rows(Path(path))
+    file = Path(path)
+    rows = read_rows(file)
     task = own_task(rows, str(path), prompt, answer, template)
     complete, _ = complete_rows(rows, task)
     remarks = task.remarks
     if eval_path:
-        _, said = complete_rows(read_rows(Path(eval_path)), task)
-        remarks = (*remarks, *said)
+        _, left_out = complete_rows(read_rows(Path(eval_path)), task)
+        remarks = (*remarks, *left_out)
     prompts = len({fill(task.prompt, row) for row in complete})
     held = min(max(prompts // 5, 20), prompts // 2, EVAL)
-    steps = ("complete", "unique", "shuffle", "filter", *(() if eval_path else ("split",)))
+    steps = ("complete", "unique", "shuffle", "filter")
+    if not eval_path:
+        steps = (*steps, "split")
     about: dict = {"name": plain(file.stem, ""), "tag": plain(file.name, ""), "remarks": remarks}
     return replace(task, **about, steps=steps, held=held, files=(str(path), str(eval_path or path)))
