@@ -94,6 +94,23 @@ def test_a_base_that_is_worse_than_the_commonest_answer_is_warned_of():
     )
 
 
+def test_of_texts_and_contexts_it_says_why_nothing_is_shipped():
+    found = report("base")["candidates"]
+    del found["commonest"]
+    text = sentence(report("base", candidates=found))
+    assert "none had surely a lower loss than the base (50 % right) and was right on more." in text
+    context = sentence(report("base", candidates=found, kl={"base": 0.7}))
+    assert "Tried were SFT; on 24 held-out rows" in context
+    assert "the base (50 % in agreement with the model that sees the context)" in context
+    assert "and was in agreement on more." in context
+    wrong = {name: numbers(0.0, 1.0) for name in found}
+    assert "exactly, what may help: more rows, or a larger model." in sentence(
+        report("base", candidates=wrong)
+    )
+    differ = sentence(report("base", candidates=wrong, all_differ=True))
+    assert "exactly, so held-out rows cannot judge answers that all differ." in differ
+
+
 def test_labels_that_are_never_right_are_named():
     classes = [
         {"label": name, "rows": 4, "recall": recall}

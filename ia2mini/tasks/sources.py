@@ -167,10 +167,15 @@ def read_archive(repo: str, name: str, sha256: str, member: str) -> tuple[list[R
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         inside = next(entry for entry in archive.namelist() if PurePosixPath(entry).name == member)
         lines = archive.read(inside).decode("latin-1").split("\n")
-    pairs = [line.rstrip("\r").rpartition("@") for line in lines if line.strip()]
     places = {"negative": 0, "neutral": 1, "positive": 2}
-    columns = [{"sentence": sentence, "label": places[label]} for sentence, _, label in pairs]
-    return [Row(f"{name}:{i}", each) for i, each in enumerate(columns, 1)], origin
+    rows = []
+    for line in lines:
+        if not line.strip():
+            continue
+        sentence, _, label = line.rstrip("\r").rpartition("@")
+        columns = {"sentence": sentence, "label": places[label]}
+        rows.append(Row(f"{name}:{len(rows) + 1}", columns))
+    return rows, origin
 
 
 def custom_task(
@@ -194,5 +199,12 @@ def custom_task(
     steps = ("complete", "unique", "shuffle", "filter")
     if not eval_path:
         steps = (*steps, "split")
-    about: dict = {"name": plain(file.stem, ""), "tag": plain(file.name, ""), "remarks": remarks}
-    return replace(task, **about, steps=steps, held=held, files=(str(path), str(eval_path or path)))
+    return replace(
+        task,
+        name=plain(file.stem, ""),
+        tag=plain(file.name, ""),
+        remarks=remarks,
+        steps=steps,
+        held=held,
+        files=(str(path), str(eval_path or path)),
+    )
