@@ -59,7 +59,7 @@ class Selection:
     gold: Tensor  # [n] index of the true label
     calibrate: bool  # whether a temperature may be fitted
 
-    def rows(self, folds: list[int]) -> list[int]:
+    def rows(self, folds: Sequence[int]) -> list[int]:
         return sorted(row for fold in folds for row in self.folds[fold])
 
     def others(self, fold: int, within: Sequence[int]) -> list[int]:
