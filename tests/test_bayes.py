@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ia2mini.models import load
 from reference import make_checkpoint, relative
 
 from bench.studies import bayes, effect
@@ -9,7 +10,6 @@ from bench.studies.bayes import DRAWS, METHODS, TOLERANCE, average_scores, drawn
 from ia2mini.adapters import LoRA, adapted, unpack
 from ia2mini.engine.options import Options
 from ia2mini.engine.subject import open_subject
-from ia2mini.models import load
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,9 @@ CELLS += "--methods base,icl,ia2 --device cpu".split()
 FIT = (
     "fit --model tiny --rates 3e-3,1e-2 --epochs 4 --folds 3 --methods sft,ia2 --device cpu".split()
 )
-LOST = "ia2mini: another process has ended; finished work is kept, and the same command resumes it\n"
+LOST = (
+    "ia2mini: another process has ended; finished work is kept, and the same command resumes it\n"
+)
 
 
 def work(rank: int, count: int, port: int, arguments: list[str], said: Path, patch=None) -> None:
