@@ -24,12 +24,13 @@ CELLS = {
 }
 HEAD = """# What a study costs
 
-Written by `python -m bench cost`, computed from shapes (`bench/cost.py`). **Nothing on this page was measured on a GPU.**
+Written by `python -m bench cost`, computed from shapes (`bench/cost.py`).
+**Nothing on this page was measured on a GPU.**
 
 Each table is one task at N = 4: five sets × three learning rates, `base, icl, sft, ia2, ia2-sft`, all 50 epochs with an
 evaluation of the dev loss after each (early stopping makes it less). The runs of one learning rate are scored on every
-evaluation. Rows are as long as SST2's ({words:.0f} tokens), sciq_remap's (60, assumed) or gsm8k's (60 and 120 of answer,
-roughly, on two evaluations of 500 rows).
+evaluation. Rows are as long as SST2's ({words:.0f} tokens), sciq_remap's (60, assumed) or gsm8k's (60 and 120 of
+answer, roughly, on two evaluations of 500 rows).
 
 - TFLOP: what matrix products and attention need, without padding. A test compares it with `torch.utils.flop_counter`.
 - GB: memory traffic in bfloat16. A frozen matrix is read once a pass (4,096 tokens; in training a step of all runs);
