@@ -291,7 +291,7 @@ def measure(
         "nll_left_out": left_out_nll(scores, gold),
         "acc": accuracy(correct),
         "smooth_ece": smooth_ece(confidence, correct),
-        "overconfidence": confidence.mean().item() - accuracy(correct),
+        "overconfidence": _mean(_float64(confidence)) - accuracy(correct),
         "risk_coverage": risk_coverage(confidence, correct),
         "ece": ece(confidence, correct, scheme=scheme),
         "ece_null": ece_null(confidence, scheme=scheme),

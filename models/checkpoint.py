@@ -133,9 +133,15 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def hint(name: str) -> str:
-    """What may have been meant by an unknown name. Letters may be misspelt; another number is another model."""
+    """What may have been meant by an unknown name.
+
+    Letters but the first may be misspelt; another number is another model.
+    """
     name = name.lower()
-    known = [near for near in ["tiny", *SHORT_NAMES] if has_numbers_of(name, near)]
+    known = []
+    for near in ["tiny", *SHORT_NAMES]:
+        if near[0] == name[:1] and has_numbers_of(name, near):
+            known.append(near)
     nearest = difflib.get_close_matches(name, known, 3, NEAR)
     nearest = nearest or [near for near in known if near.startswith(name)][:3]
     if nearest:

@@ -57,7 +57,8 @@ def test_every_table_and_figure_of_the_paper_has_a_command():
         f"Table {i}" for i in range(1, 21)
     ]
     figures = ["Figure 1", "Figure 2", "Figures 3, 5", "Figure 4", "Figure 6"]
-    assert [name for name in first if name.startswith("Figure")] == figures
+    drawn = [name.removesuffix(" (in part)") for name in first if name.startswith("Figure")]
+    assert drawn == figures
     assert len(set(COMMANDS)) == len(COMMANDS) >= 30
     for command in COMMANDS:
         given = run.make_context("run", command.split()).params

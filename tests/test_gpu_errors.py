@@ -199,7 +199,9 @@ def test_a_good_file_is_not_called_damaged_where_memory_runs_out(tmp_path, monke
     with pytest.raises(OSError, match="Cannot allocate"):
         checkpoint.load(folder)
     monkeypatch.undo()
-    monkeypatch.setattr("ia2mini.tokenizer.Backend", SimpleNamespace(from_file=no_room))
+    monkeypatch.setattr(
+        "ia2mini.files.tokenizer_files.Tokenizer", SimpleNamespace(from_file=no_room)
+    )
     with pytest.raises(OSError, match="Cannot allocate"):
         Tokenizer.from_folder(folder)
 
