@@ -243,7 +243,7 @@ FAR = (
 FAR += ("phi-3-mini", "tiny-random", "", "x" * 5000)
 NEAR |= dict.fromkeys(FAR, "families: llama, qwen3, qwen2")
 NEAR |= dict.fromkeys(
-    ["./none/there", "/none/there", "../none", "none/there/at-all"], "not a folder"
+    ["./none/there", "/none/there", "../none/there", "none/there/at-all"], "not a folder"
 )
 
 
