@@ -124,6 +124,12 @@ def test_what_learns_from_no_teacher_trains_none(subject, tmp_path):
     assert x.methods == ["sft"]
 
 
+def test_sft_on_the_teachers_answers_takes_the_tuned_teacher(subject, tmp_path):
+    choices = {"methods": ("sft",), "labels": "icl", "teacher": "tuned"}
+    _, x = experiment(MOOD, subject, tmp_path, **choices)
+    assert x.tuned and x.methods == ["icl-sft", "sft"]
+
+
 def test_an_interrupted_study_goes_on_from_the_tuned_teacher(subject, tmp_path):
     _, x = experiment(MOOD, subject, tmp_path, methods=("ia2-sft",), teacher="tuned")
     whole = train_all(x)

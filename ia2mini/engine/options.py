@@ -197,11 +197,15 @@ class Options(TrainOptions, AdapterOptions):
     asim_rows: int = 100  # evaluation rows on which attention outputs are compared
 
     @property
+    def learns_from_teacher(self) -> bool:
+        """Whether a method learns from what the teacher does or, with `labels` "icl", from its answers."""
+        taught = losses_of(self.methods) - {*UNTRAINED, "sft", TUNED}
+        return bool(taught) or self.labels == "icl"
+
+    @property
     def tuned(self) -> bool:
-        """Whether a tuned teacher is to be trained: one is asked for, and a method learns from a teacher."""
-        return self.teacher == "tuned" and bool(
-            losses_of(self.methods) - {*UNTRAINED, "sft", TUNED}
-        )
+        """Whether a tuned teacher is to be trained."""
+        return self.teacher == "tuned" and self.learns_from_teacher
 
     def __post_init__(self):
         super().__post_init__()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from .. import UsageError
 from ..adapters import Adapter
 from ..engine.adapter import make_adapter
-from ..engine.options import BETAS, UNTRAINED, Options, losses_of
+from ..engine.options import BETAS, TUNED, UNTRAINED, Options
 from ..engine.subject import Subject
 from ..episode import Episode, draw_episode, with_demonstrations
 from ..methods import METHODS
@@ -127,7 +127,7 @@ def check_training_rows(cell: Cell) -> None:
     subject = cell.study.subject
     count = subject.tokenizer.count
     options = cell.study.options
-    demonstrated = losses_of(options.methods) - {*UNTRAINED, "sft"} or options.labels == "icl"
+    demonstrated = options.learns_from_teacher or TUNED in options.methods
     for episode in cell.episodes:
         rows = episode.train + episode.dev
         for row, tokens in zip(rows, count([row.prompt + row.answer for row in rows])):
