@@ -16,6 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from ia2mini import FitOptions, fit, load_adapter, open_subject
 from ia2mini.cli.main import main
 from ia2mini.episode import with_demonstrations
+from ia2mini.fitting import held_out
 from ia2mini.fitting.probe import PENALTIES, PROBE, UNSEEN, fit_probe, held_out_scores
 from ia2mini.report.card import card
 from ia2mini.scoring import last_states
@@ -104,6 +105,20 @@ def test_it_is_saved_loaded_and_answers_as_a_product_of_its_file(fitted, tmp_pat
     labels = [token for (token,) in again.fitted_label_tokens]
     expected = logits[labels].softmax(-1).tolist()
     assert list(shown[0]["probabilities"].values()) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_rows_states_are_read_once(subject, monkeypatch):
+    read = []
+
+    def counted(model, prompts):
+        read.append(len(prompts))
+        return last_states(model, prompts)
+
+    monkeypatch.setattr(held_out, "last_states", counted)
+    rows = world.rows("toy-mood", "train")[:12]
+    rows = [{**row, "label": str(row["label"])} for row in rows]
+    found = fit(rows, subject, FitOptions(methods=("sft",), ship="probe", epochs=1, folds=2))
+    assert found.probe is not None and read == [12]
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "other bytes", "shape", "names"])

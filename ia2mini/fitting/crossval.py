@@ -56,6 +56,7 @@ class CrossValidation:
     cached: Callable[[str, Callable[[], dict]], dict] = always_made
     bar: Callable[[str, int], tqdm] = silent  # bar(label, total) -> context manager yielding a tqdm
     token_counts: dict[str, int] = field(default_factory=dict)  # of texts that were counted
+    states: Tensor | None = None  # the base's, once a probe has read them (`held_out.base_states`)
 
     @property
     def names(self) -> list[str]:

@@ -211,6 +211,8 @@ def fit_final_probe(cv: CrossValidation, candidate: Candidate) -> Probe:
 
 
 def base_states(cv: CrossValidation) -> Tensor:
-    """The base's last hidden state at the end of every row's prompt, [n, D]."""
-    prompts = cv.subject.tokenizer.encode_all([row.prompt for row in cv.rows])
-    return last_states(cv.subject.model, prompts)
+    """The base's last hidden state at the end of every row's prompt, [n, D]; computed once."""
+    if cv.states is None:
+        prompts = cv.subject.tokenizer.encode_all([row.prompt for row in cv.rows])
+        cv.states = last_states(cv.subject.model, prompts)
+    return cv.states
