@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .batch import Watch, by_length, send
 from .models.attention import Cache
-from .models.taps import Taps
+from .models.taps import Taps, network_of
 from .tokenizer import Tokenizer
 
 STOP = "\n\n"  # what separates demonstrations
@@ -96,7 +96,7 @@ def decode_group(
     model, tokenizer, prompts, group: list[int], how: Decoding, observer=None
 ) -> list[Response]:
     """Responses to the prompts of `group`, run by run: each step appends the likeliest token to every row."""
-    network = getattr(model, "func", model)
+    network = network_of(model)
     weight = network.model.embed_tokens.weight
     device = weight.device
     some = [torch.tensor(prompts[i]) for i in group]

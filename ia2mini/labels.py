@@ -7,7 +7,6 @@ S sets, n prompts whose attention outputs are looked at.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .batch import Row, Watch, by_length, collate, join_groups, send
 from .metrics import asim
 from .models.attention import Packed
-from .models.taps import At, Taps, device_of
+from .models.taps import At, Taps, device_of, network_of
 
 LOGITS = 2**29  # logits in memory at once; the head is applied to more rows part by part
 
@@ -251,8 +250,7 @@ def score_group(
     if tap:  # where the prompts end
         rows, columns = at
         taps = Taps((rows[::nodes], columns[::nodes]))
-    network: Any = getattr(model, "func", model)
-    V = len(network.model.embed_tokens.weight)
+    V = len(network_of(model).model.embed_tokens.weight)
     most = max(1, LOGITS // (nodes * V))  # rows whose logits are held at once
     if most < how.runs * len(group):
         head = partial(read_by_parts, tree, how, most * nodes)

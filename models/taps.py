@@ -60,6 +60,11 @@ class Taps:
         return torch.stack(self.each())
 
 
+def network_of(model: Any) -> Any:
+    """The model itself, or the one inside a partial."""
+    return getattr(model, "func", model)
+
+
 def device_of(model: Any) -> torch.device:
     """Where a model is, or the model inside a partial."""
-    return getattr(model, "func", model).model.embed_tokens.weight.device
+    return network_of(model).model.embed_tokens.weight.device

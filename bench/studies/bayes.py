@@ -27,9 +27,7 @@ from .reopened import RUNS, Reopened, reopen
 METHODS = ("sft", "ia2-sft")
 DRAWS = 10
 TOLERANCE = 0.01  # nats that the mean loss on a set's own rows may rise by
-WIDEST = (
-    10.0  # standard deviations that are tried lie between this number and WIDEST / 2 ** HALVINGS
-)
+WIDEST = 10.0  # the largest standard deviation that is tried; then half of it, and so on
 HALVINGS = 16
 WAYS = ("as it is", "one temperature", "TFB")
 METRICS = {"NLL": ".3f", "ECE": ".3f", "% accuracy": ".1f"}
