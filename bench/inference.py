@@ -5,7 +5,7 @@ from itertools import accumulate
 import torch
 from ia2mini.models.taps import Taps
 
-from ia2mini.batch import Row, collate
+from ia2mini.batch import TokenRow, collate
 from ia2mini.episode import Episode, with_demonstrations
 from ia2mini.generate import Decoding
 from ia2mini.generate import generate as decode
@@ -52,7 +52,7 @@ def same_tokens(
     )
 
 
-def comparable(ours: list[Row], theirs: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+def comparable(ours: list[TokenRow], theirs: list[TokenRow]) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention outputs of two stacks [L, P, D] at the positions that both have reached by the same tokens."""
     pairs = [], []
     for mine, other in zip(ours, theirs):
@@ -156,7 +156,7 @@ def overhead(
     stand: Stand, result: Result, prompts: list[list[int]], tokens: int, seconds: float
 ) -> None:
     """What taps at the answer positions add to a plain forward."""
-    batch = collate([[Row(p, p[:tokens]) for p in prompts]]).to(stand.device)
+    batch = collate([[TokenRow(p, p[:tokens]) for p in prompts]]).to(stand.device)
     last = (batch.at[0][tokens - 1 :: tokens], batch.at[1][tokens - 1 :: tokens])
     stacks = {
         "plain": lambda: stand.model(batch.ids, logits=last),

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ia2mini.batch import Row
+from ia2mini.batch import TokenRow
 
 from .shapes import Stand, set_peft
 
@@ -62,7 +62,7 @@ class Peer:
         return [p.detach().clone() for p in self.weights]
 
     def train(
-        self, rows: list[Row], dev: list[Row], phase: str, steps: int
+        self, rows: list[TokenRow], dev: list[TokenRow], phase: str, steps: int
     ) -> tuple[list[Tensor], float]:
         """`steps` steps on all rows, a look at the dev loss after each; the best weights and their dev loss."""
         best = float("inf")
@@ -120,7 +120,7 @@ class AsReleased(Peer):
         prompts: list[list[int]],
         tokens: int,
         at: list[int] | None = None,
-    ) -> list[Row]:
+    ) -> list[TokenRow]:
         """Responses and attention outputs under full prompts. `at`: only these of the `tokens` passes."""
         rows = []
         found: dict[int, Tensor] = {}
@@ -143,10 +143,10 @@ class AsReleased(Peer):
                     )
                     answer.append(logits[:, -1].argmax(-1)[0].item())
                     ids.append(answer[-1])
-                rows.append(Row(query, answer, torch.stack(activations, 1)))
+                rows.append(TokenRow(query, answer, torch.stack(activations, 1)))
         return rows
 
-    def loss(self, row: Row, phase: str) -> Tensor:
+    def loss(self, row: TokenRow, phase: str) -> Tensor:
         ids = torch.tensor([row.prompt + row.answer], device=self.device)
         mask = torch.ones_like(ids)
         if phase == "ce":
@@ -162,7 +162,7 @@ class AsReleased(Peer):
         )
         return F.mse_loss(mine, row.activations.to(self.device)) * len(found)
 
-    def step(self, rows: list[Row], phase: str) -> float:
+    def step(self, rows: list[TokenRow], phase: str) -> float:
         """One optimizer step on all rows; their mean loss before it."""
         total = 0.0
         for row in rows:
@@ -174,7 +174,7 @@ class AsReleased(Peer):
         return total
 
     @torch.no_grad()
-    def look(self, rows: list[Row], phase: str) -> float:
+    def look(self, rows: list[TokenRow], phase: str) -> float:
         return sum(self.loss(row, phase).item() for row in rows) / len(rows)
 
     @torch.no_grad()
@@ -206,7 +206,9 @@ class UsedWell(Peer):
     adam = {"fused": True}
 
     @torch.no_grad()
-    def collect(self, queries: list[list[int]], prompts: list[list[int]], tokens: int) -> list[Row]:
+    def collect(
+        self, queries: list[list[int]], prompts: list[list[int]], tokens: int
+    ) -> list[TokenRow]:
         """Responses and attention outputs under full prompts: caught while a cached batch generates."""
         found: dict[int, list[Tensor]] = {}
         batch = left_padded(prompts, self.device)
@@ -221,7 +223,7 @@ class UsedWell(Peer):
                 answers = self.generated(batch, tokens)
         # [B, L, P, D]
         activations = torch.stack([torch.stack(found[layer], 1) for layer in sorted(found)], 1)
-        return [Row(q, a, x) for q, a, x in zip(queries, answers.tolist(), activations)]
+        return [TokenRow(q, a, x) for q, a, x in zip(queries, answers.tolist(), activations)]
 
     def generated(self, batch: dict[str, Tensor], tokens: int) -> Tensor:
         # generate makes its own
@@ -234,7 +236,7 @@ class UsedWell(Peer):
         with self.net.disable_adapter():
             return self.generated(left_padded(prompts, self.device), tokens).tolist()
 
-    def loss(self, rows: list[Row], phase: str) -> Tensor:
+    def loss(self, rows: list[TokenRow], phase: str) -> Tensor:
         """Mean loss of rows that end together, so that the answers stand in the last columns."""
         batch = left_padded([row.prompt + row.answer[:-1] for row in rows], self.device)
         most = max(len(row.answer) for row in rows)
@@ -262,7 +264,7 @@ class UsedWell(Peer):
             (mine.float() - torch.stack(padded, 1).float()).square().mean(-1).sum(0) * weights
         ).sum()
 
-    def step(self, rows: list[Row], phase: str) -> float:
+    def step(self, rows: list[TokenRow], phase: str) -> float:
         loss = self.loss(rows, phase)
         loss.backward()
         self.optimizer.step()
@@ -270,7 +272,7 @@ class UsedWell(Peer):
         return loss.item()
 
     @torch.no_grad()
-    def look(self, rows: list[Row], phase: str) -> float:
+    def look(self, rows: list[TokenRow], phase: str) -> float:
         return self.loss(rows, phase).item()
 
     @torch.no_grad()

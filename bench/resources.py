@@ -12,7 +12,7 @@ import torch
 from ia2mini.models.checkpoint import save
 from torch import Tensor
 
-from ia2mini.batch import Row
+from ia2mini.batch import TokenRow
 from ia2mini.losses import activation_mse
 from ia2mini.scale.blocks import HALVES, checkpoint_blocks
 
@@ -115,7 +115,7 @@ def memory(
     target = torch.randn(c.num_hidden_layers, tokens, c.hidden_size, device=device, dtype=dtype)
     for method, (phase, _) in PHASES.items():
         rows = [
-            Row(prompt, ids, target if phase == "mse" else None)
+            TokenRow(prompt, ids, target if phase == "mse" else None)
             for prompt in ground.prompts(4, (26,))
         ]
         ours = OurStep(ground, [rows], phase, ground.theta())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ia2mini.adapters import adapted
-from ia2mini.batch import Row, collate, truth_row
+from ia2mini.batch import TokenRow, collate, truth_row
 from ia2mini.engine.experiment import make_trainer
 from ia2mini.engine.options import last_phase
 from ia2mini.episode import draw_episode, with_demonstrations
@@ -36,7 +36,7 @@ def taught_set(stand: Stand, n: int, number: int, lengths=SST2_LENGTHS, tokens: 
     return teach(stand.model, stand.tokenizer, draw_episode(pool, n, number), asked)
 
 
-def part(rows: Taught, method: str) -> tuple[list[Row], list[Row]]:
+def part(rows: Taught, method: str) -> tuple[list[TokenRow], list[TokenRow]]:
     return (rows.icl_train, rows.icl_dev) if PHASES[method][1] else (rows.train, rows.dev)
 
 
@@ -44,7 +44,12 @@ class OurStep:
     """A step of the training loop for R runs whose rows stay the same."""
 
     def __init__(
-        self, stand: Stand, runs: list[list[Row]], phase: str, theta: Tensor, rate: float = 1e-3
+        self,
+        stand: Stand,
+        runs: list[list[TokenRow]],
+        phase: str,
+        theta: Tensor,
+        rate: float = 1e-3,
     ):
         self.stand = stand
         self.batch = pack(collate(runs)).to(stand.device)
@@ -69,7 +74,7 @@ class OurStep:
         self.update()
 
 
-def check_step(stand: Stand, rows: list[Row], method: str) -> str:
+def check_step(stand: Stand, rows: list[TokenRow], method: str) -> str:
     """Loss and gradient of one run are the same in all stacks."""
     phase = PHASES[method][0]
     theta = stand.theta(1, trained=True)

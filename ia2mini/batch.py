@@ -21,7 +21,7 @@ Watch = Callable[[int], object] | None  # is called with the number of rows of e
 
 
 @dataclass
-class Row:
+class TokenRow:
     """One row as ids. P positions predict the answer: the last prompt token, then each answer token but the last."""
 
     prompt: list[int]
@@ -37,7 +37,7 @@ class Row:
         return len(self.prompt) + len(self.answer) - 1
 
 
-def truth_row(example: Example, tokenizer: Tokenizer, end: bool) -> Row:
+def truth_row(example: Example, tokenizer: Tokenizer, end: bool) -> TokenRow:
     """The row with its true answer. `end` appends the end of sequence: a chat template's own, else the tokenizer's.
 
     Raises UsageError when prompt and label merge.
@@ -47,7 +47,7 @@ def truth_row(example: Example, tokenizer: Tokenizer, end: bool) -> Row:
     answer = tokenizer.encode_answer(example.prompt, example.answer, apart=example.label is None)
     if end:
         answer = answer + tokenizer.closing
-    return Row(tokenizer.encode(example.prompt), answer)
+    return TokenRow(tokenizer.encode(example.prompt), answer)
 
 
 @dataclass
@@ -97,7 +97,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def collate(runs: list[list[Row]], by_row: bool = False) -> Batch:
+def collate(runs: list[list[TokenRow]], by_row: bool = False) -> Batch:
     """One right-padded batch of R lists of rows, shorter lists filled up with empty rows; on the CPU.
 
     `by_row`: with `Batch.rows`.
@@ -141,12 +141,12 @@ def collate(runs: list[list[Row]], by_row: bool = False) -> Batch:
     )
 
 
-def count_positions(rows: list[Row]) -> int:
+def count_positions(rows: list[TokenRow]) -> int:
     """Positions that predict the rows' answers."""
     return sum(len(row.answer) for row in rows)
 
 
-def join_positions(runs: list[list[Row]], name: str, most: int, dim: int) -> Tensor | None:
+def join_positions(runs: list[list[TokenRow]], name: str, most: int, dim: int) -> Tensor | None:
     """The rows' tensors `name` along `dim`, each run's padded to `most` positions; None where rows have none."""
     if getattr(runs[0][0], name) is None:
         return None

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .batch import Row, Watch, by_length, collate, join_groups, send
+from .batch import TokenRow, Watch, by_length, collate, join_groups, send
 from .metrics import asim
 from .models.attention import Packed
 from .models.taps import At, Taps, device_of, network_of
@@ -98,7 +98,7 @@ class LabelTree:
         self, prompts: list[list[int]], runs: int, device
     ) -> tuple[Tensor, At, Packed | None]:
         """ids [R * B, T], positions (rows, columns) of the nodes of each row, and what a node sees."""
-        one_run = [Row(prompt + self.tokens, [0]) for prompt in prompts]
+        one_run = [TokenRow(prompt + self.tokens, [0]) for prompt in prompts]
         ids = send(collate([one_run] * runs).ids, device)
         lengths = send(torch.tensor(list(map(len, prompts))), device)
         ends = lengths.repeat(runs)[:, None] - 1  # [R * B, 1]

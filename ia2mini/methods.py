@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter
-from .batch import Row, collate
+from .batch import TokenRow, collate
 from .episode import seeded
 from .models.taps import device_of
 from .ridge import solve
@@ -92,7 +92,7 @@ class Grid:
         return found
 
 
-def rows_with(taught: Taught, answers: str) -> tuple[list[Row], list[Row]]:
+def rows_with(taught: Taught, answers: str) -> tuple[list[TokenRow], list[TokenRow]]:
     """The training and dev rows of a set with these answers."""
     if answers == ICL:
         return taught.icl_train, taught.icl_dev

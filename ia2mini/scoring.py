@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter, adapted
-from .batch import Batch, Row, Watch, by_length, collate, count_positions, join_groups, send
+from .batch import Batch, TokenRow, Watch, by_length, collate, count_positions, join_groups, send
 from .generate import Decoding, responses
 from .labels import Scoring, label_scores
 from .losses import cross_entropy, soft_cross_entropy
@@ -24,7 +24,7 @@ from .tokenizer import Tokenizer
 
 @torch.no_grad()
 def layer_asim(
-    model: Callable, runs: list[list[Row]], budget: int = 4096, by_row: bool = False
+    model: Callable, runs: list[list[TokenRow]], budget: int = 4096, by_row: bool = False
 ) -> Tensor:
     """Mean cosine similarity [R, L] of R runs' attention outputs to the `activations` of each one's rows.
 
@@ -53,7 +53,11 @@ def layer_asim(
 
 @torch.no_grad()
 def answer_scores(
-    model: Callable, rows: list[Row], runs: int = 1, budget: int = 4096, ends: tuple[int, ...] = ()
+    model: Callable,
+    rows: list[TokenRow],
+    runs: int = 1,
+    budget: int = 4096,
+    ends: tuple[int, ...] = (),
 ) -> Tensor:
     """Mean log-probability per answer token of each row, or minus its mean KL with `soft`: [R, Q] float32 on the CPU.
 
@@ -109,7 +113,7 @@ def answer_texts(
     found = responses(model, tokenizer, prompts, how, watch)
     rows = []
     for prompt, response in zip(prompts, found):
-        rows.append(Row(prompt, response.generated))
+        rows.append(TokenRow(prompt, response.generated))
     confidence = answer_scores(model, rows, ends=tokenizer.eos_ids)[0].exp()
     texts = [tokenizer.decode(response.ids) for response in found]
     return texts, confidence.tolist()
@@ -121,7 +125,7 @@ def last_states(model: Callable, prompts: list[list[int]], budget: int = 4096) -
     groups = by_length(list(map(len, prompts)), budget)
     parts = []
     for group in groups:
-        rows = [Row(prompts[i], [0]) for i in group]
+        rows = [TokenRow(prompts[i], [0]) for i in group]
         batch = collate([rows]).to(device_of(model))
         states = model(batch.ids, logits=batch.at, head=keep_states)
         parts.append(states.float())

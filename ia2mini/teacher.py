@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import UsageError
-from .batch import Row, Watch, by_length, collate, truth_row
+from .batch import TokenRow, Watch, by_length, collate, truth_row
 from .episode import Episode, with_demonstrations
 from .generate import STOP, Decoding, DecodingHooks, generate
 from .models.taps import Taps, device_of
@@ -37,13 +37,13 @@ class Asked:
 class Taught:
     """A set's rows as ids: with the true answers, and with the teacher's responses and targets."""
 
-    train: list[Row]
-    dev: list[Row]
-    icl_train: list[Row]
-    icl_dev: list[Row]
+    train: list[TokenRow]
+    dev: list[TokenRow]
+    icl_train: list[TokenRow]
+    icl_dev: list[TokenRow]
     # with the true answers, and demonstrations in the prompt
-    behind_train: list[Row] = field(default_factory=list)
-    behind_dev: list[Row] = field(default_factory=list)
+    behind_train: list[TokenRow] = field(default_factory=list)
+    behind_dev: list[TokenRow] = field(default_factory=list)
 
 
 def true_rows(tokenizer: Tokenizer, episode: Episode, end: bool, behind: bool = False) -> Taught:
@@ -81,7 +81,7 @@ def teach(
     true = true_rows(tokenizer, episode, of_text, asked.behind)
     examples = episode.train + episode.dev + episode.unlabelled
     shown = episode.demonstrations + episode.more_demonstrations
-    rows = [Row(tokenizer.encode(example.prompt), [0]) for example in examples]
+    rows = [TokenRow(tokenizer.encode(example.prompt), [0]) for example in examples]
     for student, numbers, prompts in passes(model, tokenizer, examples, shown):
         ask(student, tokenizer, [rows[i] for i in numbers], prompts, asked, watch)
     n = len(episode.train)
@@ -116,7 +116,7 @@ def passes(
 def ask(
     model: Callable,
     tokenizer: Tokenizer,
-    rows: list[Row],
+    rows: list[TokenRow],
     prompts: list[list[int]],
     asked: Asked,
     watch: Watch,
@@ -143,7 +143,7 @@ class Step:
 
 
 def respond(
-    model, tokenizer, rows: list[Row], prompts: list[list[int]], asked: Asked, watch: Watch
+    model, tokenizer, rows: list[TokenRow], prompts: list[list[int]], asked: Asked, watch: Watch
 ) -> list[int]:
     """Fill in the responses of `rows` to their full `prompts`, and the activations and soft targets met on the way.
 
@@ -206,7 +206,11 @@ def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def observe(
-    model: Callable, rows: list[Row], prompts: list[list[int]], asked: Asked, watch: Watch = None
+    model: Callable,
+    rows: list[TokenRow],
+    prompts: list[list[int]],
+    asked: Asked,
+    watch: Watch = None,
 ) -> None:
     """Fill in activations, soft targets and a single-token response of `rows` from a pass over their full `prompts`.
 
@@ -220,10 +224,12 @@ def observe(
             watch(len(group))
 
 
-def observe_group(model: Callable, rows: list[Row], prompts: list[list[int]], asked: Asked) -> None:
+def observe_group(
+    model: Callable, rows: list[TokenRow], prompts: list[list[int]], asked: Asked
+) -> None:
     """`observe` in one pass."""
     single = asked.max_tokens == 1
-    full = [Row(prompt, row.answer) for prompt, row in zip(prompts, rows)]
+    full = [TokenRow(prompt, row.answer) for prompt, row in zip(prompts, rows)]
     batch = collate([full]).to(device_of(model))
     taps = Taps(batch.at, asked.layers, asked.residual)
     needs_logits = single or asked.soft_k

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter, adapted
-from .batch import Batch, Row, collate, send
+from .batch import Batch, TokenRow, collate, send
 from .losses import (
     activation_mse,
     cross_entropy,
@@ -53,8 +53,8 @@ class Runs:
 
     theta: Tensor  # [R, M]
     rates: Tensor  # [R], on the CPU
-    train: list[list[Row]]  # R lists of equally many rows
-    dev: list[list[Row]]
+    train: list[list[TokenRow]]  # R lists of equally many rows
+    dev: list[list[TokenRow]]
     mix: dict[str | Callable, Tensor]  # loss -> weight [R]
     order: Sequence[Callable[[int], list[int]]]  # for each run: epoch -> the order of its rows
 
@@ -157,7 +157,7 @@ class State:
         return Trained(self.best_theta, self.dev_loss, self.steps, self.best, self.broken)
 
 
-def one_batch(runs: list[list[Row]]) -> list[Batch]:
+def one_batch(runs: list[list[TokenRow]]) -> list[Batch]:
     """The rows of R runs as one padded batch."""
     return [collate(runs)]
 
@@ -175,7 +175,7 @@ class Hooks:
     """Where scale/ hooks into the loop; a notebook needs none of it."""
 
     # the rows of R runs -> one batch, or several whose losses add up (packed, or by length)
-    collate: Callable[[list[list[Row]]], list[Batch]] = one_batch
+    collate: Callable[[list[list[TokenRow]]], list[Batch]] = one_batch
     # is given the training step and the look, e.g. to record them as CUDA graphs
     wrap: Callable[[Callable], Callable] = as_it_is
     after_look: Callable[[State], bool] = go_on  # True ends the loop; it may also end runs

@@ -11,7 +11,7 @@ from ia2mini.models import Taps
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from ia2mini.adapters import LoRA, unpack
-from ia2mini.batch import Row
+from ia2mini.batch import TokenRow
 from ia2mini.train import DEFAULTS, NO_HOOKS, Runs, State
 
 transformers.logging.set_verbosity_error()
@@ -214,7 +214,7 @@ MIXES = {
 MIXES |= {"hidden": {"hidden": 1.0}}
 
 
-def make_rows(count: int, seed: int, k: int = 6) -> list[Row]:
+def make_rows(count: int, seed: int, k: int = 6) -> list[TokenRow]:
     """Random rows of 2 to 7 prompt and 1 to 3 answer tokens with random teacher targets (two layers of 32 units)."""
     g, more = (torch.Generator().manual_seed(s) for s in (seed, seed + 1000))
     made = []
@@ -223,11 +223,11 @@ def make_rows(count: int, seed: int, k: int = 6) -> list[Row]:
         ids = torch.randint(0, VOCABULARY, (T + P,), generator=g).tolist()
         soft, soft_ids = (2 * torch.randn(P, VOCABULARY, generator=g)).log_softmax(-1).topk(k)
         activations, states = (0.3 * torch.randn(2, P, 32, generator=x) for x in (g, more))
-        made.append(Row(ids[:T], ids[T:], activations, soft, soft_ids, states))
+        made.append(TokenRow(ids[:T], ids[T:], activations, soft, soft_ids, states))
     return made
 
 
-def plain_loss(twin, row: Row, mix: dict[str, float]) -> torch.Tensor:
+def plain_loss(twin, row: TokenRow, mix: dict[str, float]) -> torch.Tensor:
     """One row's loss, written out: hooks on transformers' attention, means over answer positions, sum over layers."""
     caught, streams = [], []
     blocks = [m for name, m in twin.named_modules() if name.endswith("self_attn")]

@@ -22,7 +22,7 @@ from reference import (
 from tokenizers import Tokenizer as Backend
 
 from ia2mini.adapters import IA3, LoRA, adapted
-from ia2mini.batch import Row, by_length, collate, truth_row
+from ia2mini.batch import TokenRow, by_length, collate, truth_row
 from ia2mini.episode import with_demonstrations
 from ia2mini.scale import pack as packing
 from ia2mini.scale.pack import TOGETHER, in_batches, pack
@@ -53,8 +53,8 @@ def test_answers_of_many_tokens_end_with_eos():
 
 def test_a_batch_written_out():
     runs = [
-        [Row([10, 11, 12], [1, 2, 3]), Row([20], [4])],
-        [Row([30, 31], [5]), Row([40, 41], [6, 7])],
+        [TokenRow([10, 11, 12], [1, 2, 3]), TokenRow([20], [4])],
+        [TokenRow([30, 31], [5]), TokenRow([40, 41], [6, 7])],
     ]
     for i, row in enumerate(row for run in runs for row in run):
         P = len(row.answer)
@@ -86,7 +86,7 @@ def test_a_batch_written_out():
     assert batch.soft[:7, 0].tolist() == [0.5, 1.5, 2.5, 0.5, 0.5, 0.5, 1.5]
     assert batch.soft_ids[:7, 0].tolist() == [0, 0, 0, 1, 2, 3, 3] and len(batch.soft_ids) == 8
     assert batch.ids.dtype == rows.dtype == columns.dtype == batch.targets.dtype == torch.int64
-    bare = collate([[Row([1], [2])]])
+    bare = collate([[TokenRow([1], [2])]])
     assert bare.activations is bare.soft is bare.soft_ids is None and bare.ids.tolist() == [[1]]
 
 
@@ -100,7 +100,10 @@ LENGTHS = st.tuples(st.integers(1, 6), st.integers(1, 5))
 def test_every_position_of_a_batch_predicts_its_answer_token(shape):
     counter = iter(range(1, 10_000))
     runs = [
-        [Row([next(counter) for _ in range(t)], [next(counter) for _ in range(p)]) for t, p in run]
+        [
+            TokenRow([next(counter) for _ in range(t)], [next(counter) for _ in range(p)])
+            for t, p in run
+        ]
         for run in shape
     ]
     batch = collate(runs)
@@ -131,7 +134,10 @@ def test_every_position_of_a_batch_predicts_its_answer_token(shape):
 
 
 def test_a_packed_batch_written_out(monkeypatch):
-    runs = [[Row([10, 11], [1, 2]), Row([20], [4])], [Row([30], [5]), Row([40], [6])]]
+    runs = [
+        [TokenRow([10, 11], [1, 2]), TokenRow([20], [4])],
+        [TokenRow([30], [5]), TokenRow([40], [6])],
+    ]
     batch = pack(collate(runs))
     assert batch.ids.tolist() == [[10, 11, 1, 20], [30, 40, 0, 0]]
     assert batch.packed.places.tolist() == [[0, 1, 2, 0], [0, 0, 0, 0]]
@@ -140,17 +146,19 @@ def test_a_packed_batch_written_out(monkeypatch):
         [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]],  # the padding sees only itself
     ]
     assert [x.tolist() for x in batch.at] == [[0, 0, 0, 1, 1, 1], [1, 2, 3, 0, 1, 0]]
-    assert pack(collate([[Row([1], [2])]])).packed is None  # nothing to pack
-    assert pack(collate([[Row([1, 2], [3]), Row([4, 5], [6])]])).packed is None  # nothing saved
+    assert pack(collate([[TokenRow([1], [2])]])).packed is None  # nothing to pack
+    assert (
+        pack(collate([[TokenRow([1, 2], [3]), TokenRow([4, 5], [6])]])).packed is None
+    )  # nothing saved
     monkeypatch.setattr(packing, "MOST_TOKENS", 3)
     assert pack(collate(runs)).packed is None  # too long a line
 
 
 def test_batches_of_unequal_runs_written_out():
     runs = [
-        [Row([10, 11], [1, 2]), Row([20], [3]), Row([30], [4])],
-        [Row([40, 41], [5])],
-        [Row([50], [6]), Row([60], [7])],
+        [TokenRow([10, 11], [1, 2]), TokenRow([20], [3]), TokenRow([30], [4])],
+        [TokenRow([40, 41], [5])],
+        [TokenRow([50], [6]), TokenRow([60], [7])],
     ]
     padded = collate(runs)
     packed = pack(padded)
@@ -211,7 +219,7 @@ def test_runs_of_unequal_numbers_of_rows_have_the_loss_they_have_alone(
         assert found[r].item() == pytest.approx(plain, rel=1e-5)
 
 
-def uneven(runs: int, rows: int, long: int, seed: int = 0) -> list[list[Row]]:
+def uneven(runs: int, rows: int, long: int, seed: int = 0) -> list[list[TokenRow]]:
     """Runs of short rows, in each of which one has `long` further tokens."""
     found = [make_rows(rows, seed + r) for r in range(runs)]
     for r, some in enumerate(found):
@@ -244,7 +252,7 @@ def test_a_long_row_among_short_ones_has_batches_of_its_own_and_the_same_loss(ti
 @given(st.lists(st.lists(st.integers(1, 3000), min_size=1, max_size=4), min_size=1, max_size=8))
 def test_however_uneven_rows_are_batches_hold_each_once_and_little_else(lengths):
     counter = iter(range(10**9))
-    runs = [[Row([next(counter) for _ in range(n)], [1]) for n in some] for some in lengths]
+    runs = [[TokenRow([next(counter) for _ in range(n)], [1]) for n in some] for some in lengths]
     total = sum(map(sum, lengths))
     batches = in_batches(runs)
     weights = torch.zeros(len(runs))
@@ -335,7 +343,7 @@ def test_any_text_survives_template_tokenizer_and_batch(prompt, answer, shown, b
         tokenizer(bos),
     )
     row = truth_row(Example(text, answer), bytes_only, end=True)
-    batch = collate([[row, Row([1] * 300, [1])]])
+    batch = collate([[row, TokenRow([1] * 300, [1])]])
     ids = batch.ids[0, : len(row.prompt) + len(row.answer) - 1].tolist()
     assert bytes_only.decode(ids) == text + answer and row.answer[-1] == EOS
     assert (
@@ -379,7 +387,7 @@ def test_what_goes_to_a_gpu_is_pinned_first(monkeypatch):
         return plain(tensor, *where, **how)
 
     monkeypatch.setattr(torch.Tensor, "to", to)
-    rows = [[Row([1, 2, 3], [4]), Row([1], [2, 3])]]
+    rows = [[TokenRow([1, 2, 3], [4]), TokenRow([1], [2, 3])]]
     batch = pack(collate(rows)).to(torch.device("cuda"))
     assert sent == [(address, {"non_blocking": True}) for address in pinned] and len(sent) >= 5
     assert batch.ids.data_ptr() in pinned

@@ -15,7 +15,7 @@ from bench import inference, report, timing, training  # noqa: E402
 from bench.__main__ import main  # noqa: E402
 from bench.cost import Pass, flops  # noqa: E402
 from bench.shapes import stand  # noqa: E402
-from ia2mini.batch import Row  # noqa: E402
+from ia2mini.batch import TokenRow  # noqa: E402
 from ia2mini.scale import graphs  # noqa: E402
 
 
@@ -28,7 +28,7 @@ def tiny():
 def test_flops_formula_matches_torch_counter(tiny, method):
     phase, head = training.PHASES[method][0], method == "sft"
     target = torch.zeros(2, 3, tiny.config.hidden_size)
-    rows = [Row(list(range(20, 28)), [1, 2, 3], target) for _ in range(4)]
+    rows = [TokenRow(list(range(20, 28)), [1, 2, 3], target) for _ in range(4)]
     step = training.OurStep(tiny, [rows], phase, tiny.theta())
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         step.gradient()

@@ -12,7 +12,7 @@ import ia2mini.engine.experiment
 import ia2mini.study.records
 import ia2mini.study.scoring
 from ia2mini.adapters import IA3, LoRA, adapted
-from ia2mini.batch import Row, collate
+from ia2mini.batch import TokenRow, collate
 from ia2mini.engine.merge import Merged
 from ia2mini.engine.options import Options
 from ia2mini.engine.subject import open_subject
@@ -72,7 +72,7 @@ def test_losses_are_rounded_row_by_row(packed, tmp_path):
             logs, tokens = (
                 torch.randn(answer, VOCABULARY, generator=generator).log_softmax(-1).sort(-1)
             )
-            rows.append(Row(ids[:prompt], ids[prompt:], teacher, logs, tokens))
+            rows.append(TokenRow(ids[:prompt], ids[prompt:], teacher, logs, tokens))
         runs.append(rows)
     adapter = LoRA(model)
     theta = theta_of(adapter, model, 2)
@@ -165,7 +165,7 @@ def test_asim_is_a_mean_over_rows(model, folder):
     generator = torch.Generator().manual_seed(0)
     L, D = model.config.num_hidden_layers, model.config.hidden_size
     rows = [
-        Row([1, 2, 3], [4] * size, torch.randn(L, size, D, generator=generator))
+        TokenRow([1, 2, 3], [4] * size, torch.randn(L, size, D, generator=generator))
         for size in (1, 2, 9)
     ]
     alone = torch.stack([layer_asim(model, [[row]])[0] for row in rows])

@@ -21,7 +21,7 @@ from bench.cost import KERNELS, CellSize, Cost, Pass, flops, lora_size, size_of
 from bench.shapes import SHAPES
 from ia2mini import METHODS, Grid, draw_episode, load_examples, open_subject, teach
 from ia2mini.adapters import LoRA, adapted
-from ia2mini.batch import Row, collate
+from ia2mini.batch import TokenRow, collate
 from ia2mini.cli import run
 from ia2mini.cli.main import main
 from ia2mini.engine.options import Options
@@ -154,7 +154,8 @@ def step_of(folder, runs: int, phase: str, dtype=torch.bfloat16):
     model = load(folder, dtype)[0]
     adapter, depth, D = LoRA(model), model.config.num_hidden_layers, model.config.hidden_size
     rows = [
-        Row(list(range(5, 45)), [5] * 8, torch.zeros(depth, 8, D, dtype=dtype)) for _ in range(4)
+        TokenRow(list(range(5, 45)), [5] * 8, torch.zeros(depth, 8, D, dtype=dtype))
+        for _ in range(4)
     ]
     return (
         model,

@@ -9,7 +9,7 @@ from ia2mini.models import load
 from reference import VOCABULARY, make_checkpoint, peft_twin, upstream, upstream_pass
 
 from ia2mini.adapters import IA3, LoRA, adapted
-from ia2mini.batch import Row, by_length, collate
+from ia2mini.batch import TokenRow, by_length, collate
 from ia2mini.episode import with_demonstrations
 from ia2mini.generate import Decoding, generate
 from ia2mini.labels import Scoring, label_scores
@@ -83,7 +83,7 @@ def test_labels_of_one_token_are_read_off_the_last_position_to_the_bit(tiny, amo
     with torch.no_grad(), adapted(model, adapter, theta) as student:
         scores = label_scores(student, PROMPTS, EVERY, Scoring(3, among, budget=60))
         for group in by_length([len(p) for p in PROMPTS], 20):
-            batch = collate([[Row(PROMPTS[i], [0]) for i in group]] * 3)
+            batch = collate([[TokenRow(PROMPTS[i], [0]) for i in group]] * 3)
             logits = student(batch.ids, logits=batch.at).float().view(3, len(group), -1)
             total, best = logits.logsumexp(-1, keepdim=True), logits.max(-1)
             whole = total[..., 0] if among is None else logits.topk(among).values.logsumexp(-1)
@@ -147,7 +147,7 @@ def test_demonstrations_computed_once_equal_whole_prompts(tiny):
     assert generate(student, tokenizer, rest, how) == generate(model, tokenizer, whole, how)
     answers = [[1, 2], [3], [4, 5, 6]]
     targets = [
-        [Row(p, a) for p, a in zip(prompts, answers, strict=True)] for prompts in (whole, rest)
+        [TokenRow(p, a) for p, a in zip(prompts, answers, strict=True)] for prompts in (whole, rest)
     ]
     observe(model, targets[0], whole, Asked(9))
     observe(student, targets[1], rest, Asked(9))
@@ -179,13 +179,17 @@ def test_demonstrations_a_query_stay_whole(tiny):
 def test_similarity_equals_a_naive_loop(tiny):
     folder, model, _ = tiny
     adapter, theta = trained(model, "lora", 2)
-    rows = [Row([5, 6, 7], [1, 2, 3]), Row([8], [4]), Row([9, 10, 11, 12, 13], [5, 6])]
+    rows = [
+        TokenRow([5, 6, 7], [1, 2, 3]),
+        TokenRow([8], [4]),
+        TokenRow([9, 10, 11, 12, 13], [5, 6]),
+    ]
     runs = [
-        [Row(row.prompt, row.answer, torch.randn(2, len(row.answer), 32)) for row in rows]
+        [TokenRow(row.prompt, row.answer, torch.randn(2, len(row.answer), 32)) for row in rows]
         for _ in range(2)
     ]
     # a run's responses have their own lengths
-    runs[1][0] = Row([20, 21, 22, 23], [1], torch.randn(2, 1, 32))
+    runs[1][0] = TokenRow([20, 21, 22, 23], [1], torch.randn(2, 1, 32))
     for budget in (8192, 1):
         with adapted(model, adapter, theta) as student:
             found = layer_asim(student, runs, budget=budget)
@@ -211,7 +215,7 @@ def test_scores_come_with_the_similarity_of_the_same_pass(tiny, budget, labels):
     _, model, _ = tiny
     adapter, theta = trained(model, "lora", 4)
     kept = label_scores(model, PROMPTS, labels, Scoring(keep=5, budget=budget)).outputs
-    rows = [Row(p, [0]) for p in PROMPTS[:5]]
+    rows = [TokenRow(p, [0]) for p in PROMPTS[:5]]
     observe(model, rows, PROMPTS[:5], Asked(9))
     torch.testing.assert_close(
         kept[:, 0], torch.cat([row.activations for row in rows], 1), rtol=0, atol=1e-5
@@ -222,7 +226,8 @@ def test_scores_come_with_the_similarity_of_the_same_pass(tiny, budget, labels):
 
     def similar(student, number):
         return layer_asim(
-            student, [[Row(p, [0], like[:, number, i : i + 1]) for i, p in enumerate(PROMPTS[:5])]]
+            student,
+            [[TokenRow(p, [0], like[:, number, i : i + 1]) for i, p in enumerate(PROMPTS[:5])]],
         )[0]
 
     found = label_scores(model, PROMPTS, labels, Scoring(like=like, budget=budget)).asim
@@ -238,7 +243,7 @@ def test_scores_come_with_the_similarity_of_the_same_pass(tiny, budget, labels):
 
 def test_a_model_is_entirely_similar_to_itself(tiny):
     _, model, _ = tiny
-    rows = [Row(p, [3, 4][: 1 + i % 2]) for i, p in enumerate(PROMPTS)]
+    rows = [TokenRow(p, [3, 4][: 1 + i % 2]) for i, p in enumerate(PROMPTS)]
     observe(model, rows, PROMPTS, Asked(9))
     torch.testing.assert_close(
         layer_asim(model, [rows], budget=30), torch.ones(1, 2), rtol=0, atol=1e-5

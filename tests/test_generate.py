@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import ia2mini.teacher
 from ia2mini.adapters import IA3, LoRA, adapted
-from ia2mini.batch import Row, by_length, truth_row
+from ia2mini.batch import TokenRow, by_length, truth_row
 from ia2mini.episode import Episode, with_demonstrations
 from ia2mini.generate import Decoding, DecodingHooks, before_stop, generate
 from ia2mini.scale.decode import ended_leave, fast_decoding, half_leaves
@@ -245,7 +245,7 @@ def small_episode(n=3, dev=2) -> Episode:
     return Episode(rows[:n], rows[n:], shown, [rows[:n]])
 
 
-def said_by(taught: Taught) -> list[Row]:
+def said_by(taught: Taught) -> list[TokenRow]:
     """The rows with the teacher's responses."""
     return taught.icl_train + taught.icl_dev
 
@@ -346,7 +346,7 @@ def test_a_response_that_is_tokenized_again_gets_a_pass_of_its_own(tiny, monkeyp
     shown = tokenizer.encode(
         with_demonstrations(small_episode().demonstrations[0], small_episode().train[0].prompt)
     )
-    plain = Row(rows[0].prompt, usual[0].answer[:1] + [7, 8, EOS])
+    plain = TokenRow(rows[0].prompt, usual[0].answer[:1] + [7, 8, EOS])
     observe(model, [plain], [shown], Asked(6, soft_k=5))
     assert rows[0].answer == plain.answer
     for name in ("activations", "soft"):

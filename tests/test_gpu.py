@@ -13,7 +13,7 @@ from test_train import adam_step
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ia2mini.adapters import LoRA, adapted
-from ia2mini.batch import Row, collate
+from ia2mini.batch import TokenRow, collate
 from ia2mini.losses import activation_mse, squared_error
 from ia2mini.scale.blocks import compile_blocks
 from ia2mini.scale.memory import run_bytes
@@ -35,7 +35,7 @@ def gradient(model, phase: str, dtype=torch.float32) -> tuple[torch.Tensor, torc
     adapter = LoRA(model)
     theta = (starts(adapter, model, 2) + 0.02).to(DEVICE).requires_grad_()
     rows = [
-        [Row(r.prompt, r.answer, r.activations.to(DEVICE, dtype)) for r in make_rows(4, s)]
+        [TokenRow(r.prompt, r.answer, r.activations.to(DEVICE, dtype)) for r in make_rows(4, s)]
         for s in range(2)
     ]
     batch = pack(collate(rows)).to(torch.device(DEVICE))
@@ -164,7 +164,8 @@ def test_the_estimate_of_memory_is_near_what_a_step_takes(tmp_path):
         theta = starts(adapter, model, runs).to(DEVICE)
         targets = torch.randn(8, 100, 512, device=DEVICE).bfloat16()
         rows = [
-            [Row(list(range(5, 55)), [5] * 100, targets) for _ in range(4)] for _ in range(runs)
+            [TokenRow(list(range(5, 55)), [5] * 100, targets) for _ in range(4)]
+            for _ in range(runs)
         ]
         state, batch = State.begin(theta), collate(rows).to(torch.device(DEVICE))
         mix = {"mse": torch.ones(runs, device=DEVICE)}

@@ -15,7 +15,7 @@ from tape import Tape
 from bench.cost_page import WAITS
 from ia2mini import Grid, LoRA, draw_episode, load, score, teach
 from ia2mini.adapters import IA3
-from ia2mini.batch import Row
+from ia2mini.batch import TokenRow
 from ia2mini.engine.experiment import make_trainer
 from ia2mini.engine.peft import save_adapter
 from ia2mini.generate import Decoding, generate
@@ -213,7 +213,7 @@ def test_scoring_waits_at_its_end_whatever_the_number_of_rows(gpu):
     prompts = tokenizer.encode_all([row.prompt for row in rows])
     labels = tokenizer.label_tokens(rows[0].prompt, LABELS)
     ends = tuple(label[0] for label in labels)
-    answers = [Row(prompt, [ends[row.label], ends[0]]) for prompt, row in zip(prompts, rows)]
+    answers = [TokenRow(prompt, [ends[row.label], ends[0]]) for prompt, row in zip(prompts, rows)]
     for budget in (40, 4096):  # many passes, or one
         scored = Scoring(budget=budget, ends=ends)
         for what, work in {

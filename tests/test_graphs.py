@@ -21,7 +21,7 @@ from tape import Tape
 
 import ia2mini.train
 from ia2mini.adapters import IA3, LoRA
-from ia2mini.batch import Row, collate
+from ia2mini.batch import TokenRow, collate
 from ia2mini.generate import Decoding, generate
 from ia2mini.scale import graphs
 from ia2mini.scale.blocks import checkpoint_blocks
@@ -75,10 +75,10 @@ def model(loaded):
     return loaded[0]
 
 
-def on_device(rows: list[list[Row]]) -> list[list[Row]]:
+def on_device(rows: list[list[TokenRow]]) -> list[list[TokenRow]]:
     return [
         [
-            Row(
+            TokenRow(
                 r.prompt,
                 r.answer,
                 r.activations.to(DEVICE),
@@ -203,7 +203,7 @@ def test_a_shape_is_recorded_once_it_comes_often_and_only_some_are(monkeypatch):
     )
     for length in (1, 2, 3):
         for call in range(7):
-            batch = collate([[Row([call] * length, [0])]])
+            batch = collate([[TokenRow([call] * length, [0])]])
             assert step(batch).tolist() == [[2.0 * call] * length]
             assert Tape.recordings == min(length - (call < graphs.OFTEN), 2)
     assert len(calls) == 2 * (graphs.OFTEN + 1) + 7

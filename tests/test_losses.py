@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ia2mini import losses
-from ia2mini.batch import Row, collate
+from ia2mini.batch import TokenRow, collate
 from ia2mini.losses import activation_mse, cross_entropy, per_run, soft_cross_entropy
 
 
@@ -58,7 +58,7 @@ def test_losses_equal_naive_loops():
 
 
 def test_a_run_averages_over_positions_then_over_rows():
-    rows = [Row([1], [1, 2]), Row([1], [3])], [Row([1], [1]), Row([1], [2])]
+    rows = [TokenRow([1], [1, 2]), TokenRow([1], [3])], [TokenRow([1], [1]), TokenRow([1], [2])]
     weights = collate(list(rows)).weights
     values = torch.tensor([1.0, 3.0, 10.0, 5.0, 7.0, 1000.0])  # the last one stands on padding
     assert per_run(values, weights).tolist() == [((1 + 3) / 2 + 10) / 2, (5 + 7) / 2]

@@ -19,7 +19,7 @@ from reference import relative, upstream, upstream_pass
 
 from bench.timing import allocated
 from ia2mini.adapters import LoRA, adapted
-from ia2mini.batch import Row
+from ia2mini.batch import TokenRow
 from ia2mini.engine.options import Options
 from ia2mini.engine.subject import Subject
 from ia2mini.generate import Decoding, generate
@@ -260,7 +260,7 @@ def test_a_step_holds_no_copy_of_the_weights(ours, long, weights, loss, capsys):
     """Three runs of four rows of 20 tokens, the last four of them answers."""
     model, adapter = ours[0], LoRA(ours[0])
     targets = torch.zeros(model.config.num_hidden_layers, 4, model.config.hidden_size)
-    rows = [Row(ids[:16], ids[16:20], targets) for ids in long]
+    rows = [TokenRow(ids[:16], ids[16:20], targets) for ids in long]
     theta = torch.stack([adapter.init(model, torch.Generator().manual_seed(r)) for r in range(3)])
     mix, orders = {loss: torch.ones(3)}, [lambda epoch: range(4)] * 3
     runs = Runs(theta, torch.full((3,), 1e-4), [rows] * 3, [rows] * 3, mix, orders)

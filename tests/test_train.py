@@ -20,7 +20,7 @@ from reference import (
 )
 
 from ia2mini.adapters import IA3, LoRA, adapted, unpack
-from ia2mini.batch import Row, collate
+from ia2mini.batch import TokenRow, collate
 from ia2mini.losses import per_run
 from ia2mini.scale.memory import within_memory
 from ia2mini.scale.pack import in_batches, pack
@@ -329,13 +329,13 @@ def overfitting(model, **settings):
     """One run whose dev row asks for the answer that the base already gives and its training row for another."""
     adapter, looks, prompt = LoRA(model), [], [1, 2, 3]
     dev, mix = (
-        [[Row(prompt, [model(torch.tensor([prompt]))[0, -1].argmax().item()])]],
+        [[TokenRow(prompt, [model(torch.tensor([prompt]))[0, -1].argmax().item()])]],
         {"ce": torch.ones(1)},
     )
     runs = Runs(
         starts(adapter, model, 1),
         torch.tensor([3e-2]),
-        [[Row(prompt, [4])]],
+        [[TokenRow(prompt, [4])]],
         dev,
         mix,
         [lambda epoch: [0]],
@@ -408,7 +408,11 @@ def test_patience_counts_looks_since_the_last_improvement(model):
                     range(2), torch.full((1, 32), math.sqrt(next(script) / 2))
                 )
 
-    data = [make_rows(1, 0)], [[Row([1, 2], [3], torch.zeros(2, 1, 32))]], {"mse": torch.ones(1)}
+    data = (
+        [make_rows(1, 0)],
+        [[TokenRow([1, 2], [3], torch.zeros(2, 1, 32))]],
+        {"mse": torch.ones(1)},
+    )
     runs = Runs(starts(adapter, model, 1), torch.tensor([1e-2]), *data, [lambda epoch: [0]])
     hooks = watching(lambda state: best.append(state.dev_loss[state.going].tolist()))
     found = train_runs(Student(), adapter, runs, Settings(patience=3), hooks)

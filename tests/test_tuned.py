@@ -16,7 +16,7 @@ from bench.studies.sdft import draw_answers, on_policy_loss
 from bench.studies.stronger import further_methods, own
 from ia2mini import UsageError, teacher
 from ia2mini.adapters import LoRA, adapted
-from ia2mini.batch import Row
+from ia2mini.batch import TokenRow
 from ia2mini.engine.experiment import make_trainer, teach_all, train_all, true_sets
 from ia2mini.engine.options import FitOptions, Options
 from ia2mini.engine.progress import Progress, silent
@@ -252,6 +252,6 @@ def test_sdft_follows_its_teacher(small):
 def test_an_empty_answer_that_nothing_ends_is_refused(monkeypatch):
     tokenizer = SimpleNamespace(closing=[], decode=lambda ids: "Q: what?")
     monkeypatch.setattr(teacher, "generate", lambda *asked, **named: [[]])
-    rows = [Row([5, 6], [0])]
+    rows = [TokenRow([5, 6], [0])]
     with pytest.raises(UsageError, match="answer to 'Q: what.' is empty.*eos_token_id"):
         teacher.respond(None, tokenizer, rows, [[5, 6]], teacher.Asked(max_tokens=4), None)

@@ -13,7 +13,7 @@ from ia2mini.report.charts import ROW
 from ia2mini.report.drawing import (
     COLORS,
     FAINT,
-    Row,
+    ChartRow,
     draw_rows,
     keep_whole,
     new_figure,
@@ -118,7 +118,7 @@ def draw(folder: Path = RESULTS, figure: Path = FIGURE) -> None:
         save(drawn, figure)
 
 
-def chart_rows(lines: list[dict]) -> list[Row]:
+def chart_rows(lines: list[dict]) -> list[ChartRow]:
     """A line of the chart for each band of layers and each method that aligned it."""
     gains = {}
     bands_in_order = {}
@@ -138,5 +138,5 @@ def chart_rows(lines: list[dict]) -> list[Row]:
             if math.isnan(low):
                 low = None
             name = f"{band}, {LABELS[first + '-sft']}"
-            rows.append(Row(name, COLORS[f"{first}-sft"], gain, low, high, f"{gain:+.1f}"))
+            rows.append(ChartRow(name, COLORS[f"{first}-sft"], gain, low, high, f"{gain:+.1f}"))
     return rows

@@ -11,7 +11,7 @@ from ia2mini.models.taps import device_of
 from torch import Tensor
 
 from ia2mini.adapters import adapted
-from ia2mini.batch import Row, collate
+from ia2mini.batch import TokenRow, collate
 from ia2mini.losses import per_run
 from ia2mini.methods import Grid
 from ia2mini.train import State, Trained, adam
@@ -60,8 +60,8 @@ def sdft(grid: Grid) -> Trained:
 def on_policy_loss(
     grid: Grid,
     theta: Tensor,
-    alone: list[list[Row]],
-    behind: list[list[Row]],
+    alone: list[list[TokenRow]],
+    behind: list[list[TokenRow]],
     generator: torch.Generator,
 ) -> Tensor:
     """Mean reverse KL [R] of the student from the teacher over the tokens of answers that the student draws.
@@ -86,16 +86,18 @@ def on_policy_loss(
         return per_run(divergence.sum(-1), batch.weights)
 
 
-def with_answers(runs: list[list[Row]], answers: list[list[list[int]]]) -> list[list[Row]]:
+def with_answers(
+    runs: list[list[TokenRow]], answers: list[list[list[int]]]
+) -> list[list[TokenRow]]:
     """The rows of each run with other answers."""
     found = []
     for rows, said in zip(runs, answers):
-        found.append([Row(row.prompt, answer) for row, answer in zip(rows, said)])
+        found.append([TokenRow(row.prompt, answer) for row, answer in zip(rows, said)])
     return found
 
 
 def draw_answers(
-    student, runs: list[list[Row]], generator: torch.Generator
+    student, runs: list[list[TokenRow]], generator: torch.Generator
 ) -> list[list[list[int]]]:
     """An answer to each row of each run, drawn token by token from the student's own distribution.
 
@@ -108,7 +110,7 @@ def draw_answers(
     for _ in range(longest):
         so_far = []
         for row, said in zip(rows, answers):
-            so_far.append(Row(row.prompt + said, [0]))
+            so_far.append(TokenRow(row.prompt + said, [0]))
         batch = collate([so_far]).to(device_of(student))
         logits = student(batch.ids, logits=batch.at)
         shares = logits.float().softmax(-1)  # [R * B, V]

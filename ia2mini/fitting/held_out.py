@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import adapted
-from ..batch import Row, truth_row
+from ..batch import TokenRow, truth_row
 from ..engine.experiment import warn_of_failed
 from ..generate import Decoding
 from ..labels import Scoring, label_scores
@@ -122,7 +122,7 @@ def answering(
         yield student, tokenizer.encode_all(queries)
 
 
-def read_true_answers(cv: CrossValidation, number: int) -> list[Row]:
+def read_true_answers(cv: CrossValidation, number: int) -> list[TokenRow]:
     """A fold's held-out rows with their answers, with a context the teacher's distributions there."""
     with_end = bool(cv.options.context)  # of a person's own answers, how one ends is form
     rows = []

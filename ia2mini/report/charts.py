@@ -19,7 +19,7 @@ from .drawing import (
     FAINT,
     LINE_OF_TEXT,
     OTHER,
-    Row,
+    ChartRow,
     draw_interval,
     draw_rows,
     keep_whole,
@@ -91,10 +91,10 @@ def methods(figure, view: dict) -> str | None:
     return f"Methods, mean of {count(means[0]['evaluations'], 'evaluation')}"
 
 
-def chart_row(row: dict, metric: str) -> Row:
+def chart_row(row: dict, metric: str) -> ChartRow:
     """A row of `average` as a line of the chart."""
     factor = DRAWN_METRICS[metric]
-    drawn = Row(label(row["method"]), color_of(row["method"]), None, None, None, "–")
+    drawn = ChartRow(label(row["method"]), color_of(row["method"]), None, None, None, "–")
     mean = row.get(f"{metric}_mean")
     if mean is None:
         return drawn
@@ -267,7 +267,9 @@ def overlap(figure, view: dict) -> str | None:
         mine = [record for record in view["overlap"] if tuple(record["methods"]) == key]
         sets = np.mean([record["overlap"] for record in mine], axis=0)  # over tasks
         mean = float(sets.mean())
-        row = Row(" · ".join(map(label, key)), COLORS["ia2-sft"], mean, None, None, f"{mean:.2f}")
+        row = ChartRow(
+            " · ".join(map(label, key)), COLORS["ia2-sft"], mean, None, None, f"{mean:.2f}"
+        )
         half = deviation(sets.tolist())
         if half is not None:
             row.low = mean - half
@@ -297,7 +299,7 @@ def draw_candidates(report: dict):
             low = None
         color = COLORS["ia2-sft"] if name == "shipped" else color_of(name)
         rows.append(
-            Row(
+            ChartRow(
                 NAMES.get(name, name), color, mean, low, high, percent(one["acc"]).replace(" %", "")
             )
         )

@@ -65,7 +65,7 @@ LINE_OF_TEXT = 0.165  # inches
 
 
 @dataclass
-class Row:
+class ChartRow:
     """A line of a chart: a point with its interval, and its value in words at the right."""
 
     name: str
@@ -111,7 +111,7 @@ def draw_interval(
     draw(at, low, high, color=color, linewidth=1.4, zorder=2)
 
 
-def draw_rows(axis, rows: Sequence[Row]) -> None:
+def draw_rows(axis, rows: Sequence[ChartRow]) -> None:
     """A line for each row, from the top: its interval, its point, and its value right of the axes."""
     for place, row in enumerate(rows):
         if row.low is not None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..batch import Batch, Row, by_length, collate
+from ..batch import Batch, TokenRow, by_length, collate
 from ..models.attention import Packed
 
 MOST_TOKENS = 512  # of a line: its attention is computed whole
@@ -41,12 +41,12 @@ def pack(batch: Batch) -> Batch:
     return replace(batch, ids=ids, at=at, packed=packed)
 
 
-def in_one_batch(runs: list[list[Row]]) -> list[Batch]:
+def in_one_batch(runs: list[list[TokenRow]]) -> list[Batch]:
     """A `collate` hook: one packed batch with `Batch.rows`."""
     return [pack(collate(runs, by_row=True))]
 
 
-def in_batches(runs: list[list[Row]]) -> list[Batch]:
+def in_batches(runs: list[list[TokenRow]]) -> list[Batch]:
     """A `collate` hook: one packed batch or, where most of it would be padding, several whose losses add up to its own.
 
     Rows of more than `FAR` times the median length leave it, and are batched with one another.
@@ -78,7 +78,7 @@ def in_batches(runs: list[list[Row]]) -> list[Batch]:
     return [some_rows(runs, part) for part in parts if part]
 
 
-def some_rows(runs: list[list[Row]], part: dict[int, list[Row]]) -> Batch:
+def some_rows(runs: list[list[TokenRow]], part: dict[int, list[TokenRow]]) -> Batch:
     """The rows `part` of some of the runs; their weights are as among all rows of their run."""
     batch = pack(collate(list(part.values())))
     shares = [len(rows) / len(runs[r]) for r, rows in part.items()]

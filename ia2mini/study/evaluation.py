@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..batch import Row
+from ..batch import TokenRow
 from ..engine.experiment import Experiment
 from ..engine.options import Options
 from ..tasks import Example, Task
@@ -26,7 +26,7 @@ class Reference:
     scores: Scores
     outputs: Tensor | None = None  # of labels: attention outputs [L, S, n, D]
     # of texts: each set's first n responses with their attention outputs
-    rows: list[list[Row]] | None = None
+    rows: list[list[TokenRow]] | None = None
 
     def of_sets(self, sets: Tensor) -> "Reference":
         """What some of the sets are compared with."""

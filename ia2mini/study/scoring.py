@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter, adapted
-from ..batch import Row
+from ..batch import TokenRow
 from ..engine.experiment import Experiment
 from ..engine.merge import Merged
 from ..engine.options import UNTRAINED
@@ -176,7 +176,7 @@ def reference_of_texts(e: Evaluation, bar, number: int) -> Reference:
     (responses,), correct = score_texts(e, model, prompts, [f"icl-{number}"], bar)
     rows = []
     for prompt, response in zip(e.prompts[:compared], responses):
-        rows.append(Row(prompt, with_end(e, response)))
+        rows.append(TokenRow(prompt, with_end(e, response)))
     asked = Asked(e.cell.max_tokens, budget=e.budget)
     observe(model, rows, prompts[: len(rows)], asked)
     return Reference({"correct": correct}, rows=[rows])

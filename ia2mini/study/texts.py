@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..batch import Row
+from ..batch import TokenRow
 from ..engine.experiment import Experiment
 from ..generate import Decoding, generate
 from ..models.taps import device_of
@@ -69,7 +69,7 @@ def parsed_correct(kept: dict) -> Tensor:
     return torch.tensor([same_answer(parser, text, answer) for text, answer in pairs])
 
 
-def likeness(e: Evaluation, model: Callable, rows: list[list[Row]], responses: list) -> Tensor:
+def likeness(e: Evaluation, model: Callable, rows: list[list[TokenRow]], responses: list) -> Tensor:
     """asim of R runs to their set's rows, [R, L]; of one run (the base) to every set's, [S, L].
 
     As the released scripts have it, on the runs' own responses.
@@ -87,12 +87,12 @@ def likeness(e: Evaluation, model: Callable, rows: list[list[Row]], responses: l
     return layer_asim(model, compared, e.budget, by_row=as_scripts)
 
 
-def cut_rows(e: Evaluation, rows: list[Row], responses: list[list[int]]) -> list[Row]:
+def cut_rows(e: Evaluation, rows: list[TokenRow], responses: list[list[int]]) -> list[TokenRow]:
     """The rows with other responses in place of their own, both cut to the shorter."""
     found = []
     for row, response in zip(rows, responses):
         cut = with_end(e, response)[: len(row.answer)]
-        found.append(Row(row.prompt, cut, row.activations[:, : len(cut)]))
+        found.append(TokenRow(row.prompt, cut, row.activations[:, : len(cut)]))
     return found
 
 
