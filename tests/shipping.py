@@ -17,9 +17,9 @@ def shipping(name: str):
 
 
 def predictor(subject, method="sft", adapter="lora", **spec) -> Predictor:
-    """What `fit` would ship: a random adapter for `sft`, else none."""
+    """What `fit` would ship: a random adapter for `sft` and `icl-sft`, else none."""
     made, theta = None, None
-    if method == "sft":
+    if method in ("sft", "icl-sft"):
         made = make_adapter(subject.model, FitOptions(adapter=adapter))
         weights = sum(shape.numel() for shape in map(torch.Size, made.shapes.values()))
         theta = 0.3 * torch.randn(1, weights)

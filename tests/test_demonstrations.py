@@ -3,10 +3,13 @@
 import json
 from dataclasses import replace
 
+import numpy as np
+import peft
 import pytest
 import torch
 from click.testing import CliRunner
 from mistakes import refused
+from reference import upstream
 from shipping import shipping
 
 from ia2mini import FitOptions, fit, load_adapter, open_subject
@@ -112,6 +115,38 @@ def test_a_base_that_is_another_is_refused(saved, subject):
         )
     finally:
         (saved / "ia2mini.json").write_text(kept)
+
+
+def test_an_adapter_that_answers_with_demonstrations(subject, tmp_path):
+    """As peft's on the whole prompt; with `icl` as the base; from the folder, merged, and told with its price."""
+    with shipping("icl-sft"):
+        fitted = fit(rows(4, 12), subject, replace(QUICK, methods=("icl-sft",)))
+    fitted.save(tmp_path / "a")
+    loaded = load_adapter(tmp_path / "a", subject)
+    assert loaded.spec["method"] == "icl-sft" and loaded.adapter is not None
+    shown = [Example(**each) for each in loaded.spec["demonstrations"]]
+    asked = rows(200, 3)
+    prompts = [f"Text:{row['text']}\nLabel:" for row in asked]
+    ids = [subject.tokenizer.encode(with_demonstrations(shown, prompt)) for prompt in prompts]
+    label_ids = subject.tokenizer.label_tokens(prompts[0], tuple(loaded.spec["labels"]))
+    firsts = [tokens[0] for tokens in label_ids]
+    base = upstream(subject.folder)
+    adapted = peft.PeftModel.from_pretrained(upstream(subject.folder), tmp_path / "a").eval()
+    fitted.merge(tmp_path / "b")
+    merged = upstream(tmp_path / "b")
+    for icl, models in ((False, (adapted, merged)), (True, (base,))):
+        found = loaded.predict_proba(asked, icl=icl)
+        for row, tokens in zip(found, ids, strict=True):
+            for model in models:
+                with torch.no_grad():
+                    logits = model(torch.tensor([tokens])).logits[0, -1]
+                expected = logits[firsts].softmax(-1).tolist()
+                assert row.tolist() == pytest.approx(expected, abs=1e-4)
+    assert not np.allclose(loaded.predict_proba(asked), loaded.predict_proba(asked, icl=True))
+    assert "A query costs" in fitted.report["sentence"]
+    text = card(fitted_with_versions(fitted), "a", "ia2mini fit")
+    number = len(fitted.spec["demonstrations"])
+    assert f"Before it stand {number} demonstrations" in text
 
 
 def test_after_an_adapter_the_folder_holds_none(subject, tmp_path):

@@ -2,14 +2,17 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
+from plain import Plain, joined, label_log_probability
+from reference import peft_twin
 
 from ia2mini import FitOptions, open_subject
 from ia2mini.adapters import adapted
 from ia2mini.fitting.crossval import into_folds
 from ia2mini.fitting.fit import cross_validation
 from ia2mini.fitting.held_out import answer_held_out, score_by_probes
-from ia2mini.fitting.training import train_final, train_folds
+from ia2mini.fitting.training import teach_episodes, train_final, train_folds
 from ia2mini.labels import label_scores
 from ia2mini.tasks import world
 
@@ -40,6 +43,43 @@ def test_held_out_rows_are_scored_by_weights_that_never_saw_them():
     same = answer_held_out(again, train_folds(again))["sft"].scores
     assert torch.equal(same[:, fold], scores[:, fold])
     assert torch.equal(score_by_probes(again)[:, fold], score_by_probes(cv)[:, fold])
+
+
+def test_with_demonstrations_they_are_scored_as_peft_scores_whole_prompts():
+    subject = open_subject("tiny", "cpu")
+    methods = ("icl-sft",)
+    options = FitOptions(epochs=2, rates=(3e-3, 1e-2), methods=methods, folds=3, demonstrations=4)
+    cv, _ = cross_validation(world.rows("toy-mood-remap", "train")[4:14], subject, options)
+    trained = train_folds(cv)
+    scores = answer_held_out(cv, trained)["icl-sft"].scores
+    theta = trained["icl-sft"].theta.unflatten(0, (len(cv.folds), -1))
+    encode = subject.tokenizer.encode
+    for number, fold in enumerate(cv.folds):
+        (demonstrations,) = fold.icl
+        assert len(demonstrations) == 4
+        for rate in range(2):
+            net = peft_twin(subject.folder, cv.adapter, theta[number, rate])
+            student = Plain(net, subject.tokenizer)
+            for i in fold.test:
+                prompt = encode(joined(demonstrations) + cv.rows[i].prompt)
+                expected = []
+                with torch.no_grad():
+                    for label in cv.label_tokens:
+                        expected.append(label_log_probability(student.following, prompt, label))
+                assert scores[rate, i].tolist() == pytest.approx(expected, abs=2e-3)
+
+
+def test_its_training_rows_have_their_demonstrations_in_the_prompt():
+    subject = open_subject("tiny", "cpu")
+    options = FitOptions(methods=("icl-sft", "ia2"), folds=3, demonstrations=4)
+    cv, _ = cross_validation(world.rows("toy-mood-remap", "train")[4:14], subject, options)
+    encode = subject.tokenizer.encode
+    for fold, taught in zip(cv.folds, teach_episodes(cv, cv.folds, options.methods), strict=True):
+        shown = zip(fold.train, fold.demonstrations, taught.behind_train, strict=True)
+        for example, demonstrations, row in shown:
+            assert example not in demonstrations and len(demonstrations) == 4
+            assert row.prompt == encode(joined(demonstrations) + example.prompt)
+            assert row.answer == encode(example.answer)
 
 
 def test_sft_alone_asks_no_teacher_and_trains_to_the_same_weights(monkeypatch):

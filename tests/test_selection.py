@@ -227,6 +227,8 @@ def test_among_what_may_be_shipped():
     assert choose(candidates(base=base, commonest=base, probe=close, sft=good)) == "sft"
     assert choose(candidates(base=base, commonest=base, probe=good, icl=better)) == "icl"
     assert choose(candidates(base=base, commonest=base, probe=good, sft=base)) == "probe"
+    assert choose(candidates(base=base, commonest=base, icl_sft=close, sft=good)) == "sft"
+    assert choose(candidates(base=base, commonest=base, icl_sft=better, sft=good)) == "icl-sft"
 
 
 def test_a_setting_that_failed_in_a_fold_is_never_chosen():

@@ -56,6 +56,13 @@ def test_a_probe_that_is_shipped_is_told_as_such():
     assert text.startswith("A linear probe on the base's last hidden state is shipped, without an")
 
 
+def test_an_adapter_with_demonstrations_is_told_with_its_price():
+    found = report("icl-sft")["candidates"] | {"icl-sft": numbers(0.9, 0.4)}
+    text = sentence(report("icl-sft", candidates=found))
+    assert text.startswith("Demonstrations in the prompt are shipped with an adapter")
+    assert text.endswith("A query costs 200 tokens instead of 20.")
+
+
 def test_what_came_nearest_is_named_where_nothing_is_shipped():
     text = sentence(report("base", nearest=("sft", 3, 1, 0.625)))
     assert "SFT has the lowest loss; against the base 3 rows gained, 1 lost (p = .62)" in text

@@ -86,7 +86,7 @@ def by_hand(model, backend, folder: Path, row: dict) -> list[float]:
     return (scores.double() / config["temperature"]["choice"]).softmax(-1).tolist()
 
 
-SHIPPED = [("sft", "lora"), ("sft", "ia3"), ("icl", None), ("base", None)]
+SHIPPED = [("sft", "lora"), ("sft", "ia3"), ("icl-sft", "lora"), ("icl", None), ("base", None)]
 
 
 @pytest.mark.parametrize("method, adapter", SHIPPED)

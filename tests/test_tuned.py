@@ -158,10 +158,11 @@ def test_overconfidence_is_mean_confidence_minus_accuracy(subject, tmp_path):
     assert record["overconfidence"] == pytest.approx(gap.item(), abs=1e-6)
 
 
-def test_fit_refuses_what_it_would_score_without_demonstrations(subject):
-    rows = [{"text": f"row {i}", "label": "ab"[i % 2]} for i in range(8)]
-    with pytest.raises(UsageError, match="--methods icl-sft"):
-        fit(rows, subject, FitOptions(methods=("icl-sft",)))
+def test_fit_refuses_it_where_the_context_is_the_teacher(subject):
+    rows = [{"text": f"row {i}"} for i in range(8)]
+    options = FitOptions(methods=("icl-sft",), context="A context.", max_tokens=2)
+    with pytest.raises(UsageError, match="--methods icl-sft: with the context"):
+        fit(rows, subject, options)
 
 
 def test_the_further_methods_of_the_study_are_there_only_within_it(model):

@@ -116,7 +116,12 @@ def files_of(fitted, out: Path) -> str:
     """What lies in the folder of a fit, in words."""
     from ..report.fit import SUSPECTS
 
-    kinds = {"base": "no adapter", "icl": "demonstrations", "probe": "probe.safetensors"}
+    kinds = {
+        "base": "no adapter",
+        "icl": "demonstrations",
+        "icl-sft": "adapter and demonstrations",
+        "probe": "probe.safetensors",
+    }
     shipped = kinds.get(fitted.spec["method"], "adapter")
     files = [shipped, "ia2mini.json", "README.md", "report.html", "held_out.jsonl"]
     if (out / "decision.json").is_file():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from ..engine.progress import silent
 from ..engine.subject import Subject
 from ..episode import Fold, balanced, draw_folds, seeded
 from ..generate import STOP
-from ..methods import BEHIND_DEMONSTRATIONS, METHODS
+from ..methods import METHODS
 from ..tasks import Example, Task
 from ..tasks.rows import spoken
 from ..teacher import label_tokens_at_most
@@ -105,7 +106,7 @@ def into_folds(
     unlabelled: list[Example] | tuple = (),
 ) -> CrossValidation:
     """Deal rows into folds. Raises UsageError for options that do not fit, too few rows, and rows that are too long."""
-    check_methods(options.methods)
+    check_methods(options)
     check_ship(options.ship, candidate_names(task, options))
     check_number(rows)
     label_tokens: list[list[int]] = []
@@ -137,16 +138,22 @@ def candidate_names(task: Task, options: FitOptions) -> list[str]:
     return ["base", "icl", *probe, *options.methods]
 
 
-def check_methods(methods: tuple[str, ...]) -> None:
-    """Raises UsageError for what is no method, and where there is none."""
-    unknown = [name for name in methods if name not in METHODS or name in BEHIND_DEMONSTRATIONS]
+def check_methods(options: FitOptions) -> None:
+    """Raises UsageError for what is no method, where there is none, and for one that has nothing to learn."""
+    methods = options.methods
+    unknown = [name for name in methods if name not in METHODS]
     if unknown:
-        known = ", ".join(name for name in METHODS if name not in BEHIND_DEMONSTRATIONS)
+        known = ", ".join(METHODS)
         raise UsageError(
             f"--methods {unknown[0]}: unknown; beside base, ICL and probe can be tried {known}"
         )
     if not methods:
         raise UsageError("--methods: give at least one")
+    if options.context and "icl-sft" in methods:
+        raise UsageError(
+            "--methods icl-sft: with the context in its prompt the model gives these answers already; "
+            "leave it out"
+        )
 
 
 def check_ship(ship: str, names: list[str]) -> None:
@@ -216,3 +223,10 @@ def those_that_fit(cv: CrossValidation, demonstrations: list[Example]) -> list[E
     room = cv.subject.reads - needed
     totals = accumulate(map(cv.demonstration_tokens, demonstrations))
     return [example for example, total in zip(demonstrations, totals) if total <= room]
+
+
+def mean_tokens(cv: CrossValidation) -> dict[str, float]:
+    """Mean tokens of a row's prompt: alone ("query"), and with demonstrations ("icl")."""
+    query = fmean(cv.count_tokens(row.prompt) for row in cv.rows)
+    demonstrations = fmean(sum(map(cv.demonstration_tokens, fold.icl[0])) for fold in cv.folds)
+    return {"query": query, "icl": query + demonstrations}

@@ -4,7 +4,7 @@ n rows, F folds, S settings of a candidate, M weights of an adapter, C labels.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 
@@ -16,7 +16,7 @@ from ..batch import TokenRow, truth_row
 from ..engine.experiment import warn_of_failed
 from ..generate import Decoding
 from ..labels import Scoring, label_scores
-from ..methods import METHODS
+from ..methods import BEHIND_DEMONSTRATIONS, METHODS
 from ..models.taps import device_of
 from ..prefix import share_prefix
 from ..scale import ranks
@@ -93,6 +93,9 @@ def score_fold(
     With a context minus the KL from the teacher, who sees it, [S, rows, 1].
     """
     runs = 1 if weights is None else len(weights)
+    if name in BEHIND_DEMONSTRATIONS and runs > 1:  # the demonstrations are read once a run
+        each = [score_fold(cv, name, number, run[None], true_answers) for run in weights]
+        return torch.cat(each)
     with answering(cv, name, number, weights) as (model, prompts):
         if cv.label_tokens:
             how = Scoring(runs, ends=cv.subject.tokenizer.eos_ids)
@@ -109,17 +112,20 @@ def answering(
 ) -> Iterator[tuple[Callable, list[list[int]]]]:
     """The model that answers what fold `number` held out, and its prompts.
 
-    Under adapters with `weights` [runs, M]; None: the base, with the fold's demonstrations where `name` is "icl".
+    Under adapters with `weights` [runs, M]; None: the base. With the fold's demonstrations where the method has them.
     """
-    model = cv.subject.model
     tokenizer = cv.subject.tokenizer
-    queries = [cv.rows[i].prompt for i in cv.folds[number].test]
-    if weights is None:
-        demonstrations = cv.folds[number].icl if name == "icl" else [[]]
-        yield share_prefix(model, tokenizer, demonstrations, queries)
-        return
-    with adapted(model, cv.adapter, weights) as student:
-        yield student, tokenizer.encode_all(queries)
+    fold = cv.folds[number]
+    queries = [cv.rows[i].prompt for i in fold.test]
+    demonstrations = fold.icl if name in BEHIND_DEMONSTRATIONS else [[]]
+    under: AbstractContextManager = nullcontext(cv.subject.model)
+    if weights is not None:
+        under = adapted(cv.subject.model, cv.adapter, weights)
+    with under as model:
+        if weights is None or name in BEHIND_DEMONSTRATIONS:
+            yield share_prefix(model, tokenizer, demonstrations, queries)
+        else:
+            yield model, tokenizer.encode_all(queries)
 
 
 def read_true_answers(cv: CrossValidation, number: int) -> list[TokenRow]:

@@ -19,6 +19,7 @@ from ..engine.subject import Subject, open_subject
 from ..episode import with_demonstrations
 from ..generate import Decoding
 from ..labels import Scoring, label_scores
+from ..methods import BEHIND_DEMONSTRATIONS
 from ..models.taps import device_of
 from ..prefix import share_prefix
 from ..scale.decode import fast_decoding
@@ -162,7 +163,7 @@ class Predictor:
 
     def each_answer(self, rows, icl: bool) -> Iterator[tuple[Row, dict | UsageError]]:
         """As `answers`, with the UsageError of a row that cannot be answered in its place."""
-        shown = self.shown() if icl or self.spec["method"] == "icl" else []
+        shown = self.shown() if icl or self.spec["method"] in BEHIND_DEMONSTRATIONS else []
         column = only_column(self.spec["template"])
         for some in blocks(each_row(rows, column)):
             found: list = list(some)  # in place of each row what is said to it
@@ -176,13 +177,13 @@ class Predictor:
             for labels, group in groupby(asked, attrgetter("labels")):
                 alike = list(group)
                 prompts = [question.prompt for question in alike]
-                for question, said in zip(alike, self.answer(prompts, shown, labels)):
+                for question, said in zip(alike, self.answer(prompts, shown, labels, icl)):
                     found[question.place] = said
             for row, said in zip(some, found):
                 yield row if isinstance(row, Row) else Row("", {}), said
 
     def shown(self) -> list[Example]:
-        """The demonstrations, or the context, that stand before every row where the base is to answer."""
+        """The demonstrations, or the context, that stand before every row where they are asked for."""
         spec = self.spec
         if not spec["demonstrations"]:
             raise UsageError("--icl: this adapter keeps no demonstrations")
@@ -246,17 +247,15 @@ class Predictor:
         return held[below - 1] if below else 0.0
 
     def answer(
-        self, prompts: list[str], shown: list[Example], labels: list[list[int]]
+        self, prompts: list[str], shown: list[Example], labels: list[list[int]], icl: bool = False
     ) -> list[dict]:
-        """Answers to prompts: the adapted model's, or the base's where demonstrations are shown."""
+        """Answers to prompts after the demonstrations `shown`: the adapted model's or, with `icl`, the base's."""
         tokenizer = self.subject.tokenizer
-        if shown:
-            model, ids = share_prefix(self.subject.model, tokenizer, [shown], prompts)
-            answering: AbstractContextManager = nullcontext(model)
-        else:
-            ids = tokenizer.encode_all(prompts)
-            answering = self.student()
-        with answering as student:
+        with self.student(not icl) as student:
+            if shown:
+                student, ids = share_prefix(student, tokenizer, [shown], prompts)
+            else:
+                ids = tokenizer.encode_all(prompts)
             if labels and self.probe is not None and not shown:
                 found = self.shares(self.probe.log_probabilities(last_states(student, ids)))
             elif labels:

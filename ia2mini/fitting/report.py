@@ -1,10 +1,9 @@
 """The report of a fit: the numbers that a person should know, the sentence, and every held-out row."""
 
 from dataclasses import dataclass
-from statistics import fmean
 
 from ..engine.intervals import sign_test
-from .crossval import CrossValidation
+from .crossval import CrossValidation, mean_tokens
 from .measures import classes, measures
 from .selection import BASELINES, Candidate, HeldOut, right_alone
 from .sentence import sentence
@@ -37,7 +36,7 @@ def make_report(cv: CrossValidation, held_out: dict[str, HeldOut], choice: Choic
         "chosen": chosen.name,
         "chosen_by_fold": choice.by_fold,
         "wanted": bool(cv.options.ship),
-        "tokens": tokens_of_a_query(cv),
+        "tokens": mean_tokens(cv),
         "temperature": chosen.temperature,
         "calibration": chosen.calibration,
         "candidates": numbers,
@@ -63,13 +62,6 @@ def measure(cv: CrossValidation, candidate: Candidate) -> dict:
     temperatures = 1.0 if candidate.temperatures is None else candidate.temperatures
     right = None if cv.task.labels else candidate.right
     return measures(candidate.scores, cv.gold, temperatures, right)
-
-
-def tokens_of_a_query(cv: CrossValidation) -> dict[str, float]:
-    """Mean tokens of a row's prompt, alone and behind demonstrations ("icl")."""
-    query = fmean(cv.count_tokens(row.prompt) for row in cv.rows)
-    demonstrations = fmean(sum(map(cv.demonstration_tokens, fold.icl[0])) for fold in cv.folds)
-    return {"query": query, "icl": query + demonstrations}
 
 
 def rivals_of(cv: CrossValidation, choice: Choice) -> list[str]:

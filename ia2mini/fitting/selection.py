@@ -19,7 +19,8 @@ COMMONEST = "commonest"
 SIGNIFICANCE = 0.1  # the level of the one-sided tests
 LEAST_GAIN = 0.01  # nats: a smaller difference of mean losses is none
 BASELINES = ("base", COMMONEST)  # what a candidate must beat
-NO_ADAPTER = ("probe", "icl")  # what answers without one
+# no adapter that peft loads, or demonstrations at every query
+SECOND_CHOICE = ("probe", "icl", "icl-sft")
 
 
 @dataclass
@@ -211,18 +212,19 @@ def choose(candidates: dict[str, Candidate]) -> str:
     Of labels only what is significantly better than the commonest one, has a lower loss than the base, and is right on
     no fewer rows than either: few rows cannot prove more. Of texts, where nothing shows that a candidate has learned at
     all, only what is significantly better than the base and right on more rows. Of these the adapter with the lowest
-    loss. A probe or demonstrations ("icl") where no adapter is among them, or where they are significantly better.
+    loss. A probe, or what needs demonstrations in the prompt ("icl", "icl-sft"), where nothing else is among them, or
+    where it is significantly better.
     """
     means = {}
     for name, candidate in candidates.items():
         if name not in BASELINES and may_be_shipped(candidate, candidates):
             means[name] = candidate.losses.mean().item()
-    adapters = [name for name in means if name not in NO_ADAPTER]
-    others = [name for name in means if name in NO_ADAPTER]
+    first = [name for name in means if name not in SECOND_CHOICE]
+    second = [name for name in means if name in SECOND_CHOICE]
     if not means:
         return "base"
-    best = min(adapters or others, key=means.__getitem__)
-    for name in others:
+    best = min(first or second, key=means.__getitem__)
+    for name in second:
         if significantly_better(candidates[name], candidates[best], COMMONEST in candidates):
             best = name
     return best

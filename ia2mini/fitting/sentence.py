@@ -4,6 +4,7 @@ import math
 
 from ..engine.options import LABELS
 from ..files import count
+from ..methods import BEHIND_DEMONSTRATIONS
 
 NAMES = LABELS | {"commonest": "commonest answer", "shipped": "as shipped", "probe": "linear probe"}
 CHANCE = 0.1  # a p-value from which on a difference may be chance
@@ -41,6 +42,8 @@ def shipped(report: dict) -> str:
         what = "A linear probe on the base's last hidden state is shipped, without an adapter"
     if chosen == "icl":
         what = "Demonstrations in the prompt (ICL) are shipped, without an adapter"
+    if chosen == "icl-sft":
+        what = "Demonstrations in the prompt are shipped with an adapter that is fine-tuned to them (icl-sft)"
     if report.get("wanted"):
         what += ", as requested"
     calibration = f", ECE {measures['ece']:.2f}" if "ece" in measures else ""
@@ -155,7 +158,7 @@ def price(report: dict) -> list[str]:
         return []
     query = f"{report['tokens']['query']:.0f}"
     icl = f"{report['tokens']['icl']:.0f}"
-    if report["chosen"] == "icl":
+    if report["chosen"] in BEHIND_DEMONSTRATIONS:
         return [f"A query costs {icl} tokens instead of {query}."]
     return [f"A query costs {query} tokens instead of {icl}."] if "kl" in report else []
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from ..episode import with_demonstrations
 from ..files import write_json, write_text
 from ..files.tokenizer_files import named_tokens
+from ..methods import BEHIND_DEMONSTRATIONS
 from ..tasks.chat import sandbox, template_of
 from ..tasks.rows import COLUMN, Row, placeholders, prompt_of
 from ..tokenizer import Rendered
@@ -111,8 +112,8 @@ def renders_the_same(fitted) -> bool:
 
 
 def shown(fitted) -> list:
-    """The demonstrations that stand before every row: those that were shipped in place of an adapter."""
-    return fitted.shown() if fitted.spec["method"] == "icl" else []
+    """The demonstrations that stand before every row, where they were shipped."""
+    return fitted.shown() if fitted.spec["method"] in BEHIND_DEMONSTRATIONS else []
 
 
 def decision_template(fitted) -> str:

@@ -23,7 +23,7 @@ from ..scale.graphs import recorded
 from ..scale.pack import in_batches
 from ..teacher import Asked, Taught, teach, true_rows
 from ..train import Hooks, Settings, State, Trained
-from .crossval import CrossValidation, before_unlabelled, choose_demonstrations
+from .crossval import CrossValidation, before_unlabelled, choose_demonstrations, mean_tokens
 from .selection import Candidate
 
 SOFT_K = 1024  # likeliest tokens of a distribution that is matched
@@ -65,8 +65,7 @@ def train_on_folds(
 
 def teach_folds(cv: CrossValidation) -> TaughtFolds:
     """Every fold after the teacher's pass over it, and how long training will take."""
-    methods = cv.options.methods
-    grid = make_grid(cv, teach_episodes(cv, cv.folds, methods), cv.rates)
+    grid = make_grid(cv, teach_episodes(cv, cv.folds, cv.options.methods), cv.rates)
     return TaughtFolds(grid, estimate(cv, grid))
 
 
@@ -76,15 +75,17 @@ def teach_episodes(
     """What the methods train on in each episode: true answers and, where one learns from it, what the teacher does."""
     subject = cv.subject
     needed = losses_of(methods)
-    if needed == {"sft"}:
+    demonstrated = "icl-sft" in needed
+    if needed <= {"sft", "icl-sft"}:
         of_text = cv.max_tokens > 1
-        return [true_rows(subject.tokenizer, episode, of_text) for episode in episodes]
+        return [true_rows(subject.tokenizer, one, of_text, demonstrated) for one in episodes]
     asked = Asked(
         max_tokens=cv.max_tokens,
         soft_k=SOFT_K if "soft" in needed else None,
         layers=cv.layers,
         stop=cv.stop,
         residual="hidden" in needed,
+        behind=demonstrated,
         hooks=fast_decoding(device_of(subject.model), cv.max_tokens),
     )
     queries = sum(len(episode.demonstrations) for episode in episodes)
@@ -118,8 +119,11 @@ def estimate(cv: CrossValidation, grid: Grid) -> str:
     begun = time.perf_counter()
     METHODS["sft"](grid)
     seconds = time.perf_counter() - begun
-    methods = in_order(cv.options.methods)
-    steps = sum(count_steps(cv, cv.folds[0], method) for method in methods)
+    tokens = mean_tokens(cv)
+    steps = 0.0  # of SFT, which take as long as all phases do
+    for method in in_order(cv.options.methods):
+        longer = tokens["icl"] / tokens["query"] if method == "icl-sft" else 1.0
+        steps += longer * count_steps(cv, cv.folds[0], method)
     final = 1 + 2 / len(cv.rates) / len(cv.folds)  # then the chosen one on all rows
     return f" (all training: about {duration(seconds * steps * final)})"
 

@@ -6,8 +6,9 @@ import shlex
 from pathlib import Path
 
 from ..adapters import LoRA
-from ..files import json_line, plain
+from ..files import count, json_line, plain
 from ..fitting.serving import why_not
+from ..methods import BEHIND_DEMONSTRATIONS
 from ..tasks.rows import blank_of, placeholders
 from .page import loading
 from .tables import markdown
@@ -27,7 +28,7 @@ library_name: {library}
 Fitted by [ia2mini](https://arxiv.org/abs/2509.22621) {version}: {command}. Template, labels, temperature and held-out
 numbers are in `ia2mini.json`, every held-out row in `held_out.jsonl`, the report in `report.html`.
 
-The prompt is {template}{turn}; {follows}.
+The prompt is {template}{turn}; {follows}.{demonstrations}
 
 ```
 ia2mini predict {folder} NEW_ROWS
@@ -58,9 +59,18 @@ def card(fitted, folder: Path, command: str) -> str:
         template=span(repr(template)),
         turn=", a turn of the chat template" if spec["chat"] else "",
         follows=follows,
+        demonstrations=demonstrations(fitted),
         folder=plain(shlex.quote(str(folder)), ""),
         code=code(fitted, str(folder), has_adapter),
     )
+
+
+def demonstrations(fitted) -> str:
+    """What stands before every prompt, where that was shipped."""
+    if fitted.spec["method"] not in BEHIND_DEMONSTRATIONS:
+        return ""
+    number = len(fitted.spec["demonstrations"])
+    return f" Before it stand {count(number, 'demonstration')}, with blank lines between; `ia2mini.json` has them."
 
 
 def longest_row(text: str) -> int:
