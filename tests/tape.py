@@ -1,14 +1,35 @@
 """A tape in place of a CUDA graph: it replays operations, never Python."""
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+class Address:
+    """Where a tensor's memory is, as a CUDA graph knows it: it keeps nothing alive."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.storage = StorageWeakRef(tensor.untyped_storage())
+        self.dtype = tensor.dtype
+        self.view = tensor.storage_offset(), tensor.size(), tensor.stride()
+        # the tensor of a pretended GPU stands around one of the CPU
+        self.around = type(tensor) if hasattr(tensor, "inner") else None
+
+    def tensor(self) -> torch.Tensor:
+        """Raises RuntimeError where the memory was given back: a CUDA graph would read what lies there now."""
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        if storage is None:
+            raise RuntimeError("a recording reads memory that was given back")
+        found = torch.empty(0, dtype=self.dtype).set_(storage, *self.view)
+        return self.around(found) if self.around else found
 
 
 class Tape(TorchDispatchMode):
     """Notes operations with their tensors, as a CUDA graph does: the same memory at every replay, shapes frozen.
 
-    As a capture on the GPU, it refuses to bring values back from the device, and leaves no effect behind.
+    As a capture on the GPU, it refuses to bring values back from the device, and leaves no effect behind. What was made
+    in the recording stays; of all else it knows the address alone.
     """
 
     replays = recordings = 0
@@ -26,6 +47,7 @@ class Tape(TorchDispatchMode):
             with torch.no_grad():
                 for tensor, value in tape.before.values():
                     tensor.copy_(value)
+            tape.before.clear()
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
         named = named or {}
@@ -48,15 +70,26 @@ class Tape(TorchDispatchMode):
             for t in tree_leaves((arguments, named))
             if isinstance(t, torch.Tensor)
         }
-        self.operations.append((function, arguments, named, out))
+        given = tree_map(self.kept, (arguments, named))
+        self.operations.append((function, *given, tree_map(self.kept, out)))
         return out
+
+    def kept(self, value):
+        """What is kept of an argument or a result: of memory that was there before the recording its address."""
+        if not isinstance(value, torch.Tensor) or value.untyped_storage().data_ptr() in self.made:
+            return value
+        return Address(value)
 
     @torch.no_grad()
     def replay(self):
         Tape.replays += 1
-        for function, arguments, named, out in self.operations:
-            for old, new in zip(
-                tree_leaves(out), tree_leaves(function(*arguments, **named)), strict=True
-            ):
+        for operation in self.operations:
+            function, arguments, named, out = tree_map(found_again, operation)
+            results = tree_leaves(function(*arguments, **named))
+            for old, new in zip(tree_leaves(out), results, strict=True):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
+
+
+def found_again(value):
+    return value.tensor() if isinstance(value, Address) else value

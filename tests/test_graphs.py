@@ -129,6 +129,18 @@ def test_training_recorded_equals_training(model, recorded, monkeypatch, kind, m
         assert Tape.replays - Tape.recordings == counts[0] - counts[1] > 0, once
 
 
+def test_a_recording_knows_of_what_was_there_before_only_the_address():
+    """So that the other tests show that nothing a recording reads is given back before its last replay."""
+    outside, total = [torch.ones(3)], torch.zeros(3)
+    replay, found = Tape()(lambda: total.add_(outside[0] * 2))
+    replay()
+    replay()
+    assert found is total and total.tolist() == [4.0] * 3
+    outside.clear()
+    with pytest.raises(RuntimeError, match="memory that was given back"):
+        replay()
+
+
 def test_packed_and_checkpointed_steps_are_recorded_too(tmp_path, recorded):
     model = load(make_checkpoint(tmp_path, "llama", num_hidden_layers=2), device=DEVICE)[0]
     checkpoint_blocks(model)
