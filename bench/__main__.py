@@ -22,6 +22,7 @@ from .scale import scale
 from .shapes import SHAPES, stand
 from .studies.commands import COMMANDS
 from .timing import Bystanders, recorded
+from .where import where
 
 CPU_SHAPES = ("tiny", "100m")
 GPU_SHAPES = ("qwen3-0.6b", "qwen3-4b")
@@ -40,6 +41,7 @@ QUICK: dict[str, dict] = {  # sizes that show in seconds whether all stacks run 
     "collect": {"rows": 2, "tokens": 8, "sample": 2, "seconds": 0.0},
     "icl": {"queries": 20, "shown": 3, "sample": 8, "seconds": 0.0},
     "generate": {"rows": 4, "length": 8, "tokens": 16, "seconds": 0.0},
+    "where": {"runs": 2, "steps": 1},
     "kernel": {"sizes": ((64, 1), (64, 32)), "seconds": 0.0},
     "memory": {"tokens": 8},
 }
@@ -60,6 +62,7 @@ def run(
         "collect": inference.collect,
         "icl": inference.icl,
         "generate": inference.generate,
+        "where": where,
     }
     largest = shapes(shape, device)[-1]
     sizes = QUICK.get(name, {}) if quick else {}
@@ -202,7 +205,7 @@ SELECT = click.option(
     help="all sides score the runs of the rate with the lowest dev loss, or every run",
 )
 add("cell", training.cell.__doc__, SELECT)
-for bench in (training.step, inference.collect, inference.icl, inference.generate):
+for bench in (training.step, where, inference.collect, inference.icl, inference.generate):
     add(bench.__name__, bench.__doc__)
 for bench in (resources.kernel, resources.memory, resources.load, scale):
     add(bench.__name__, bench.__doc__)

@@ -37,6 +37,10 @@ SHAPES = {  # vocabulary, hidden, MLP, layers, heads, key/value heads, head size
         hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
         num_key_value_heads=4, head_dim=64, **QWEN
     ),
+    "smollm2-135m": llama.Config(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, head_dim=64, rms_norm_eps=1e-5, rope=Rope(1e5), tie_word_embeddings=True,
+    ),
     "qwen3-0.6b": qwen3.Config(
         hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
         num_key_value_heads=8, head_dim=128, **QWEN

@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -15,6 +16,7 @@ from bench import inference, report, timing, training  # noqa: E402
 from bench.__main__ import main  # noqa: E402
 from bench.cost import Pass, flops  # noqa: E402
 from bench.shapes import stand  # noqa: E402
+from bench.where import REST, by_kind, kind_of, where  # noqa: E402
 from ia2mini.batch import TokenRow  # noqa: E402
 from ia2mini.scale import graphs  # noqa: E402
 
@@ -37,6 +39,39 @@ def test_flops_formula_matches_torch_counter(tiny, method):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         tiny.model(step.batch.ids, logits=step.batch.at if head else False)
     assert flops(tiny.config, Pass(4, 10, 12, head)) == counter.get_total_flops()
+
+
+def test_where_counts_every_operation_once(tiny):
+    """Against the profiler's own sum of the same operations."""
+    result = where(tiny, runs=2, n=2, tokens=8, steps=1, warm=1)
+    for method in training.PHASES:
+        shares = {}
+        for line in result.lines:
+            if line.what == method:
+                shares[line.stack] = line.rates["% of the step"]
+        assert sum(shares.values()) == pytest.approx(100)
+        assert shares["matrix products with weights"] > 0 and shares["elementwise"] > 0
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        weight = torch.randn(30, 30)
+        (weight @ weight).softmax(-1).sum()
+    operations = profiled.key_averages()
+    every = sum(operation.self_cpu_time_total for operation in operations) / 1e6
+    assert sum(by_kind(operations).values()) == pytest.approx(every)
+
+
+@pytest.mark.parametrize(
+    "operation, kind",
+    [
+        ("aten::mm", "matrix products with weights"),
+        ("aten::mul_", "elementwise"),
+        ("aten::_softmax_backward_data", "softmax and cross-entropy"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "fused attention"),
+        ("aten::view", REST),
+        ("mm", REST),
+    ],
+)
+def test_the_kind_of_an_operation(operation, kind):
+    assert kind_of(operation) == kind
 
 
 def test_both_peers_compute_what_we_compute(tiny):
