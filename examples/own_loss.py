@@ -1,6 +1,9 @@
-"""A loss of one's own: Huber's in place of the squared error between attention outputs."""
+"""A loss of one's own: Huber's in place of the squared error between attention outputs.
 
-import torch
+In the tables of `run`: ia2mini run toy-mood --loss examples/own_loss.py
+In Python: python examples/own_loss.py
+"""
+
 import torch.nn.functional as F
 
 from ia2mini import Grid, LoRA, Taps, draw_episode, find_task, load, load_examples, score, teach
@@ -10,17 +13,18 @@ from ia2mini.losses import per_run
 def huber(student, batch):
     """A number a run, [R]."""
     taps = Taps(batch.at)
-    student(batch.ids, taps=taps, logits=False, cache=batch.packed)
+    student(batch.ids, taps=taps, logits=False)
     distance = F.huber_loss(taps.stack(), batch.activations, reduction="none")  # [L, P, D]
     return per_run(distance.mean(-1).sum(0), batch.weights)
 
 
-model, tokenizer = load("tiny")
-task = find_task("toy-mood")
-rows = load_examples(task, "train").rows
-taught = teach(model, tokenizer, draw_episode(rows, n=4))
-lora = LoRA(model)
-grid = Grid(model, lora, [taught], rates=[1e-2])
-trained = grid.train("huber", {huber: torch.ones(1)}, answers="icl")
-found = score(model, tokenizer, rows[-100:], task.labels, lora, trained.theta)[0]
-print(f"accuracy {found['acc']:.2f}")
+if __name__ == "__main__":
+    model, tokenizer = load("tiny")
+    task = find_task("toy-mood")
+    rows = load_examples(task, "train").rows
+    taught = teach(model, tokenizer, draw_episode(rows, n=4))
+    lora = LoRA(model)
+    grid = Grid(model, lora, [taught], rates=[1e-2])
+    trained = grid.train("huber", {huber: 1.0}, answers="icl")
+    found = score(model, tokenizer, rows[-100:], task.labels, lora, trained.theta)[0]
+    print(f"accuracy {found['acc']:.2f}")

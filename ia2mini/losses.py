@@ -2,12 +2,14 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import UsageError
+from .batch import Batch
 from .errors import out_of_memory
 
 LOGITS = 2**25  # logits computed at once: 128 MB in float32
@@ -129,3 +131,17 @@ class HeadDivergence(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         gradient = torch.cat(ctx.saved_tensors)
         return gradient * grad[:, None].to(gradient.dtype), None, None, None
+
+
+def own_loss(loss: Callable, student: Callable, batch: Batch) -> Tensor:
+    """The values [R] of a loss of one's own. Raises UsageError for another shape, or if nothing can be learned."""
+    found = loss(partial(student, cache=batch.packed), batch)
+    name = getattr(loss, "__name__", repr(loss))
+    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    R = len(batch.weights)
+    if shape != (R,):
+        wanted = f"one number for each of the {R} runs, a tensor of shape ({R},)"
+        raise UsageError(f"the loss {name} returned {shape}; return {wanted}")
+    if torch.is_grad_enabled() and not found.requires_grad:
+        raise UsageError(f"the loss {name} does not depend on what `student` computes; call it")
+    return found

@@ -17,6 +17,7 @@ from .losses import (
     activation_mse,
     cross_entropy,
     fused,
+    own_loss,
     per_run,
     per_run_in_bfloat16,
     soft_cross_entropy,
@@ -284,7 +285,7 @@ def adam(theta: Tensor, gradient: Tensor, m: Tensor, v: Tensor, t: Tensor, rates
 
 def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None = None) -> Tensor:
     """Each run's loss [R]: the sum of the losses in `mix`, each times its weight [R]. `layers`: those aligned."""
-    values = {loss: loss(student, batch) for loss in mix if callable(loss)}
+    values: dict = {loss: own_loss(loss, student, batch) for loss in mix if callable(loss)}
     residual = "hidden" in mix
     tapped = residual or "mse" in mix
     headed = "ce" in mix or "kl" in mix

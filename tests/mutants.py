@@ -60,6 +60,7 @@ MUTANTS = {
         ("re.fullmatch(", "re.match(", "checkpoint a_shard_elsewhere"),
     ],
     "ia2mini/losses.py": [
+        ("partial(student, cache=batch.packed)", "student", "own_loss share_a_line"),
         ("weights).sum(1)", "weights).mean(1)", "losses a_run_averages"),
         ("(2 / D)", "(1 / D)", "losses gradients_of_the_squared"),
         ("teacher.float().log_softmax(-1), ids", "teacher.float(), ids", "losses equal_naive"),

@@ -17,7 +17,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.mark.parametrize("name", ["own_loss", "own_adapter", "own_task"])
 def test_what_is_added_learns(name, capsys):
-    runpy.run_path(str(EXAMPLES / f"{name}.py"))
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     (said,) = re.findall(r"accuracy (\S+)", capsys.readouterr().out)
     assert float(said) >= 0.8
 
@@ -44,7 +44,7 @@ def test_a_family_of_ones_own_is_read_and_tapped(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["own_loss", "own_adapter", "own_task", "own_family"])
 def test_it_takes_twenty_lines(name):
     source = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
-    added = source.split("model, tokenizer = load")[0].split("\n\n\n", 1)[-1]
+    added = re.split("if __name__|model, tokenizer = load", source)[0].split("\n\n\n", 1)[-1]
     code = [
         line for line in added.splitlines() if line.strip() and not line.lstrip().startswith("#")
     ]

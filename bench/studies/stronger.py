@@ -16,7 +16,7 @@ from ia2mini.engine.options import LABELS, Options
 from ia2mini.engine.select import grouped
 from ia2mini.engine.subject import Subject
 from ia2mini.files import json_line, write_text
-from ia2mini.methods import ICL, METHODS, STARTS_FROM, Grid
+from ia2mini.methods import ICL, Grid, further
 from ia2mini.report.summary import average, paired
 from ia2mini.study.study import compare
 from ia2mini.tasks import Task, custom_task
@@ -75,16 +75,14 @@ def own_sft(grid: Grid, aligned: Trained) -> Trained:
 @contextmanager
 def further_methods() -> Iterator[None]:
     """Within the block a study knows the methods of this one."""
-    METHODS.update({"sdft": sdft, "own": own, "own-sft": own_sft})
-    STARTS_FROM.update({"own": "icl-sft", "own-sft": "own"})
+    methods = {"sdft": sdft, "own": own, "own-sft": own_sft}
     LABELS.update({"sdft": "SDFT", "own": "IA2, own weights", "own-sft": "IA2→SFT, own weights"})
     try:
-        yield
+        with further(methods, {"own": "icl-sft", "own-sft": "own"}):
+            yield
     finally:
-        for name in ("sdft", "own", "own-sft"):
-            del METHODS[name], LABELS[name]
-        for name in ("own", "own-sft"):
-            del STARTS_FROM[name]
+        for name in methods:
+            del LABELS[name]
 
 
 def stronger(subject: Subject, options: Options, part: str, data: Path | None = None) -> Result:

@@ -5,7 +5,7 @@ import click
 GROUPS = {  # heading: the parameters below it, by their names in Python
     "What": (
         "model", "revision", "data", "eval_data", "prompt_column", "answer_column", "template", "labels", "labelled",
-        "unlabelled", "context", "prompts", "prompt", "adapter", "methods", "teacher",
+        "unlabelled", "context", "prompts", "prompt", "adapter", "methods", "loss", "teacher",
     ),
     "How": (
         "rank", "alpha", "targets", "rates", "layers", "betas", "soft_k", "icl", "icl_demos", "race", "select",

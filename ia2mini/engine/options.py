@@ -41,6 +41,11 @@ LETTERS = {  # letter -> matrix, in the order of a layer
 USUAL_LETTERS = "qko"  # paper section 5
 
 
+def label(method: str) -> str:
+    """How tables and figures write a method, also one with a loss of one's own: "huber-sft" is huber→SFT."""
+    return LABELS.get(method, method.replace("-sft", "→SFT"))
+
+
 def losses_of(methods: tuple[str, ...]) -> set[str]:
     """The phases that these methods consist of ("ia2-sft": ia2 and sft): it says what the teacher is asked for."""
     found = set()
@@ -160,6 +165,12 @@ class Options(TrainOptions, AdapterOptions):
         "Compare these methods. There are also ia2+sft, sft-ia2, soft, hidden and ridge; "
         "X-sft runs SFT from the weights of X. icl-sft trains and answers with demonstrations in the prompt.",
     )
+    loss: tuple[str, ...] = option(
+        (),
+        "Add the methods NAME and NAME-sft, with the loss NAME of your own: FILE.py or FILE.py:NAME. "
+        "The file is executed.",
+        shown="none",
+    )
     sets: int = option(5, "Draw this many training sets, each with its own seed.", least=1)
     betas: tuple[float, ...] = option(
         (), "Weigh cross-entropy by each of these numbers in ia2+sft.", shown="four"
@@ -209,6 +220,10 @@ class Options(TrainOptions, AdapterOptions):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.loss and self.layers:
+            raise UsageError(
+                "--layers: a loss of your own chooses its layers; leave one of them out"
+            )
         if self.paper_compat:
             # the released scripts report the best on the evaluation rows
             object.__setattr__(self, "select", "eval")

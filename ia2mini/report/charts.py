@@ -9,7 +9,7 @@ from itertools import product
 
 import numpy as np
 
-from ..engine.options import LABELS
+from ..engine.options import label
 from ..engine.select import grouped
 from ..files import count
 from ..fitting.sentence import NAMES, percent
@@ -19,6 +19,7 @@ from .drawing import (
     FAINT,
     LINE_OF_TEXT,
     OTHER,
+    OTHER_SFT,
     ChartRow,
     draw_interval,
     draw_rows,
@@ -48,11 +49,9 @@ def known_metrics(cells: list[dict]) -> list[str]:
     return [name for name in DRAWN_METRICS if by_method(cells, f"{name}_mean")]
 
 
-def label(method: str) -> str:
-    return LABELS.get(method, method)
-
-
 def color_of(method: str) -> str:
+    if method not in COLORS and method.endswith("-sft"):  # from a loss of one's own
+        return OTHER_SFT
     return COLORS.get(method, OTHER)
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..engine.options import LABELS
+from ..engine.options import label
 from ..engine.select import grouped
 from ..files import count
 from .summary import average, evaluations, paired
@@ -29,11 +29,7 @@ def best(cells: list[dict]) -> str:
         return "No method has a result on every evaluation."
     first = max(rows, key=lambda row: row["acc_mean"])
     seen = count(len(evaluations(cells)), "evaluation")
-    return f"{name_of(first['method'])} is right most often: {percent(first['acc_mean'])}, mean of {seen}."
-
-
-def name_of(method: str) -> str:
-    return LABELS.get(method, method)
+    return f"{label(first['method'])} is right most often: {percent(first['acc_mean'])}, mean of {seen}."
 
 
 def percent(value: float) -> str:
@@ -50,7 +46,7 @@ def methods(view: dict) -> str:
     for row in average(view["cells"]):
         if row["acc_mean"] is None:
             continue
-        text = f"{name_of(row['method'])} {percent(row['acc_mean'])}"
+        text = f"{label(row['method'])} {percent(row['acc_mean'])}"
         if row["ece_mean"] is not None:
             text += f" (ECE {row['ece_mean']:.2f})"
         said.append(text)
@@ -67,7 +63,7 @@ def by_n(view: dict) -> str:
         start = before.get(row["method"])
         if start is not None and row["acc_mean"] is not None:
             said.append(
-                f"{name_of(row['method'])} from {percent(start)} to {percent(row['acc_mean'])}"
+                f"{label(row['method'])} from {percent(start)} to {percent(row['acc_mean'])}"
             )
     return f"Right, from N = {first['n']} to N = {last['n']}: {', '.join(said)}."
 
@@ -81,7 +77,7 @@ def asim_layers(view: dict) -> str:
             continue
         mean = np.mean([cell["asim_layers"] for cell in cells], axis=0)
         high = f"{mean.max():.2f} in layer {mean.argmax()}"
-        said.append(f"{name_of(method)} from {mean.min():.2f} in layer {mean.argmin()} to {high}")
+        said.append(f"{label(method)} from {mean.min():.2f} in layer {mean.argmin()} to {high}")
     return f"Likeness of attention outputs to those with demonstrations: {', '.join(said)}."
 
 
@@ -94,7 +90,7 @@ def asim_scatter(view: dict) -> str:
     rows.sort(key=lambda row: row["asim_mean"])
     said = []
     for row in rows:
-        said.append(f"{name_of(row['method'])} {row['asim_mean']:.2f} ({percent(row['acc_mean'])})")
+        said.append(f"{label(row['method'])} {row['asim_mean']:.2f} ({percent(row['acc_mean'])})")
     return f"From the least like the model with demonstrations to the most, with rows right: {', '.join(said)}."
 
 
@@ -105,7 +101,7 @@ def reliability(view: dict) -> str:
     for (method,), cells in grouped(known, "method").items():
         rows, confidences, right = np.sum([cell["reliability"] for cell in cells], axis=(0, 1))
         mean = percent(confidences / rows)
-        said.append(f"{name_of(method)} {mean} sure, {percent(right / rows)} right")
+        said.append(f"{label(method)} {mean} sure, {percent(right / rows)} right")
     return f"On average: {'; '.join(said)}."
 
 
@@ -116,7 +112,7 @@ def overlap(view: dict) -> str:
         [{**record, "pair": tuple(record["methods"])} for record in view["overlap"]], "pair"
     ).items():
         mean = np.mean([record["overlap"] for record in records])
-        names = " and ".join(map(name_of, pair))
+        names = " and ".join(map(label, pair))
         said.append(f"{names} {mean:.2f} (chance {records[-1]['chance']:.2f})")
     return f"Share of LoRA's subspace in common: {', '.join(said)}."
 

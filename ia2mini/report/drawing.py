@@ -36,6 +36,7 @@ COLORS = {
     "ia2-sft": "#0072b2",
 }
 OTHER = "#777777"  # a method without a colour
+OTHER_SFT = "#882255"  # and SFT from there
 STYLE: dict = {
     "axes.axisbelow": True,
     "axes.edgecolor": FAINT,

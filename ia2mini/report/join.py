@@ -10,14 +10,19 @@ from ..study.table import METRICS
 
 # options in which joined studies may differ: each is told apart in the tables, or changes no number
 FREE = {
-    "adapter", "alpha", "betas", "checkpoint", "device", "dtype", "evals", "methods", "model", "n", "pools", "rank",
-    "rates", "targets", "tasks", "templates",
+    "adapter", "alpha", "betas", "checkpoint", "device", "dtype", "evals", "loss", "methods", "model", "n", "pools",
+    "rank", "rates", "targets", "tasks", "templates",
 }  # fmt: skip
 SAME_CELL = ("model", "task", "n", "method", "eval", "adapter", "selected_by")
 
 
 def number_or_none(value) -> bool:
     return value is None or type(value) in (int, float)
+
+
+def loss_digests(value) -> bool:
+    """Whether a value is what `run.json` says of losses of one's own; most studies have none."""
+    return value is ... or isinstance(value, dict)
 
 
 CELL = {
@@ -58,7 +63,13 @@ RESULTS = {
     "adapters": [str],
     "seconds": dict,
     "peak_memory_bytes": int,
-    "config": {"ia2mini": str, "model": str, "labels": str, "methods": [str]},
+    "config": {
+        "ia2mini": str,
+        "model": str,
+        "labels": str,
+        "methods": [str],
+        "loss": loss_digests,
+    },
     "versions": dict,
 }
 
@@ -72,6 +83,7 @@ def join(folders: list[Path]) -> dict:
     documents = {str(folder): read_results(folder) for folder in folders}
     configs = {folder: document["config"] for folder, document in documents.items()}
     check_options(configs)
+    check_losses(configs)
     joined: dict = {key: [] for key in (*LISTS, "adapters")}
     for folder, document in documents.items():
         about = {"model": document["cells"][0]["model"], "study": folder}
@@ -122,6 +134,18 @@ def check_options(configs: dict[str, dict]) -> None:
             if mine != theirs:
                 both = f"{option} = {theirs!r} in {first_folder} and {mine!r} in {folder}"
                 raise UsageError(f"{both}: these studies do not belong together")
+
+
+def check_losses(configs: dict[str, dict]) -> None:
+    """Raises UsageError where two studies mean different losses of one's own by one name."""
+    known: dict[str, str] = {}
+    for folder, config in configs.items():
+        for name, digest in config.get("loss", {}).items():
+            if known.setdefault(name, digest) != digest:
+                raise UsageError(
+                    f"{folder}: its loss {name} is another than in the studies before it; "
+                    "run one of them again with another name"
+                )
 
 
 def without_repeats(cells: list[dict]) -> list[dict]:

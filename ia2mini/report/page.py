@@ -4,7 +4,7 @@ import json
 from datetime import date
 from pathlib import Path
 
-from ..engine.options import LABELS, UNTRAINED
+from ..engine.options import UNTRAINED, label
 from ..files import count
 from .descriptions import describe, finding
 from .figures import CAPTIONS
@@ -92,7 +92,7 @@ def evaluations_table(cells: list[dict], by: str | None, document: dict) -> str:
 def answers(sample: dict, right: bool) -> str:
     """A table of the sample's right or wrong rows: what was asked, what it should be, what was said, how sure."""
     rows = [row for row in sample["rows"] if row["right"] == right]
-    method = LABELS.get(sample["method"], sample["method"])
+    method = label(sample["method"])
     how = "right" if right else "wrong"
     caption = f"{method}, set {sample['set']}: {count(len(rows), 'row')} that it got {how}"
     if not rows:
@@ -119,7 +119,7 @@ def adapter(document: dict, cells: list[dict], folder: Path) -> list[str]:
             names[name] = cell.get("study")
     if not names:
         return []
-    about = f"{LABELS.get(method, method)}, trained on the first set of N = {cells[0]['n']}:"
+    about = f"{label(method)}, trained on the first set of N = {cells[0]['n']}:"
     items = [f"<code>{shown(name)}</code>" for name in names]
     first, study = next(iter(names.items()))
     config = document["studies"][study] if study else document["config"]

@@ -5,7 +5,7 @@ from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
-from ..engine.options import LABELS
+from ..engine.options import label
 from ..engine.select import grouped
 from ..files import count, plain, write_text
 from ..methods import BEHIND_DEMONSTRATIONS
@@ -126,7 +126,7 @@ def known_columns(rows: list[dict], document: dict) -> list[str]:
 
 def texts(row: dict, columns: list[str]) -> list[str]:
     """A line of a table: the method, then its entries."""
-    method = plain(LABELS.get(row["method"], row["method"]), "")
+    method = plain(label(row["method"]), "")
     return [method, *(entry(row, column) for column in columns)]
 
 
@@ -217,7 +217,7 @@ def failures(document: dict) -> list[str]:
 def failure(runs: list[dict], several: list[str]) -> str:
     """What went wrong in some sets' runs at one rate; `several`: fields of which the document has several values."""
     first = runs[0]
-    method = LABELS.get(first["method"], first["method"])
+    method = label(first["method"])
     names = [str(first.get(name)) for name in several]
     where = ", ".join([*names, first["task"], f"N = {first['n']}"])
     sets = ", ".join(str(run["set"]) for run in runs)

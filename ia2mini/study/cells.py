@@ -8,6 +8,7 @@ from .. import UsageError
 from ..adapters import Adapter
 from ..engine.adapter import make_adapter
 from ..engine.options import BETAS, TUNED, UNTRAINED, Options
+from ..engine.own_loss import OwnLoss, read_losses, with_methods_of
 from ..engine.subject import Subject
 from ..episode import Episode, draw_episode, with_demonstrations
 from ..methods import METHODS
@@ -26,6 +27,7 @@ class Study:
     rates: tuple[float, ...]
     betas: tuple[float, ...]
     layers: list[int] | None  # that are aligned
+    losses: list[OwnLoss]
     pools: dict[str, Examples]  # training pool of every task
     evaluations: dict[str, Examples]  # rows of every evaluation
     budget: int = 4096  # tokens in one forward pass
@@ -66,7 +68,9 @@ def lay_out(
     draw: Callable = draw_episode,
 ) -> list[Cell]:
     """The cells of a study, in order. `draw` makes an episode, as `draw_episode` does. Raises UsageError."""
-    known = [*UNTRAINED, *METHODS]
+    losses = read_losses(options.loss)
+    options = with_methods_of(losses, options)
+    known = [*UNTRAINED, *METHODS, *(name for loss in losses for name in loss.methods())]
     for method in options.methods:
         if method not in known:
             raise UsageError(f"unknown method {method!r}; methods: {', '.join(known)}")
@@ -83,6 +87,7 @@ def lay_out(
         rates=options.rates_for(subject.name, options.adapter),
         betas=options.betas or BETAS.get(subject.model.config.model_type, BETAS["llama"]),
         layers=options.layer_numbers(subject.model.config.num_hidden_layers),
+        losses=losses,
         pools=pools,
         evaluations=evaluations,
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from .. import __version__
 from ..engine.experiment import Experiment, in_order, make_trainer, train_all
 from ..engine.options import TUNED, UNTRAINED, Options, losses_of
+from ..engine.own_loss import methods_of
 from ..engine.progress import Progress, silent
 from ..engine.select import reported
 from ..engine.store import Store, checkpoint_digest, versions
@@ -76,8 +77,7 @@ def carry_out(
     bar: Callable = silent,
 ) -> tuple[dict, Path]:
     """Run every cell of an opened study: (results document, run folder)."""
-    options = cells[0].study.options
-    progress = Progress(bar, phases=sum(map(count_phases, cells)))
+    study = cells[0].study
     trainer = make_trainer(side_by_side)
     found: dict[str, list] = {
         "runs": [],
@@ -86,10 +86,13 @@ def carry_out(
         "adapters": [],
         "samples": [],
     }
-    for cell in cells:
-        for key, records in run_cell(cell, experiment_of(cell, store, progress, trainer)).items():
-            found[key] += records
-    document: dict = {"cells": summarise(found["runs"], options.select)}
+    with methods_of(study.losses):
+        progress = Progress(bar, phases=sum(map(count_phases, cells)))
+        for cell in cells:
+            x = experiment_of(cell, store, progress, trainer)
+            for key, records in run_cell(cell, x).items():
+                found[key] += records
+    document: dict = {"cells": summarise(found["runs"], study.options.select)}
     document.update(store.spent)
     document.update(found)
     document["config"] = config
@@ -141,9 +144,11 @@ def experiment_of(cell: Cell, store: Store, progress: Progress, trainer: Callabl
     """What a cell teaches and trains."""
     study = cell.study
     options = study.options
+    own = [method for loss in study.losses for method in loss.methods()]
+    own_first = [method for method in own if method in options.methods]  # a mistake shows at once
     needed = losses_of(options.methods)
     soft_k = None
-    if "soft" in needed:
+    if "soft" in needed or study.losses:  # a loss of one's own is given all that the teacher shows
         soft_k = study.subject.model.config.vocab_size if options.paper_compat else options.soft_k
     asked = Asked(
         max_tokens=cell.teacher_tokens,
@@ -151,7 +156,7 @@ def experiment_of(cell: Cell, store: Store, progress: Progress, trainer: Callabl
         layers=study.layers,
         stop=None if options.paper_compat else STOP,
         budget=study.budget,
-        residual="hidden" in needed,
+        residual="hidden" in needed or bool(study.losses),
         behind=TUNED in needed,
         hooks=fast_decoding(device_of(study.subject.model), cell.teacher_tokens),
     )
@@ -167,7 +172,7 @@ def experiment_of(cell: Cell, store: Store, progress: Progress, trainer: Callabl
         subject=study.subject,
         adapter=study.adapter,
         episodes=cell.episodes,
-        methods=in_order(options.methods, options.tuned),
+        methods=in_order((*own_first, *options.methods), options.tuned),
         rates=study.rates,
         betas=study.betas,
         seed=options.seed,
@@ -204,6 +209,9 @@ def open_folder(cells: list[Cell], out: Path, draw: Callable) -> tuple[Store, di
         "model": study.subject.base,
     }
     config.update(asdict(options))
+    del config["loss"]  # the path is not what it is
+    if study.losses:
+        config["loss"] = {loss.name: loss.digest for loss in study.losses}
     config["dtype"] = str(weight.dtype).removeprefix("torch.")
     config["device"] = weight.device.type
     config["checkpoint"] = checkpoint_digest(study.subject.folder)
