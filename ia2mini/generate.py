@@ -179,7 +179,16 @@ def before_stop(tokenizer: Tokenizer, ids: list[int], stop: str) -> list[int] | 
     while not before.startswith(decode(ids[:kept])):
         kept -= 1
     rest = before[len(decode(ids[:kept])) :]
-    return ids[:kept] + tokenizer.encode(rest, special=False)
+    found = ids[:kept] + tokenizer.encode(rest, special=False)
+    if decode(found) == before:
+        return found
+    # SentencePiece puts a blank before a text that stands alone: `rest` is cut out of the whole
+    whole = tokenizer.encode(before, special=False)
+    beginning = tokenizer.encode(decode(ids[:kept]), special=False)
+    while whole[: len(beginning)] != beginning:
+        kept -= 1
+        beginning = tokenizer.encode(decode(ids[:kept]), special=False)
+    return ids[:kept] + whole[len(beginning) :]
 
 
 def tail(decode: Callable, ids: list[int], characters: int) -> str:

@@ -142,11 +142,17 @@ class Tokenizer:
     def label_tokens(self, prompt: str, labels: tuple[str, ...]) -> list[list[int]]:
         """Tokens of every label after `prompt`. Where any label is the beginning of another, all of them end with EOS.
 
-        Raises UsageError for two labels with the same tokens, and where EOS is needed but the checkpoint names none.
+        Raises UsageError for two labels with the same tokens, a label in which a text would end, and where EOS is
+        needed but the checkpoint names none.
         """
         tokens = [self.encode_answer(prompt, label) for label in labels]
         named: dict[tuple[int, ...], str] = {}
         for label, ids in zip(labels, tokens):
+            ends = [self.backend.id_to_token(i) for i in ids if i in self.eos_ids]
+            if ends:
+                raise UsageError(
+                    f"label {label!r} holds {ends[0]!r}, which ends a text in this checkpoint; choose another label"
+                )
             if tuple(ids) in named:
                 same = f"label {label!r} has the tokens of label {named[tuple(ids)]!r} in this tokenizer"
                 raise UsageError(f"{same}; choose other labels")

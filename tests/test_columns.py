@@ -305,6 +305,15 @@ def test_answers_that_do_not_repeat_are_texts_and_that_is_said():
     assert len(task.labels) == 6 and task.remarks[-1] == "answers: 6 labels"
 
 
+def test_answers_that_a_blank_line_cuts_are_told_of():
+    for answer, cut in (("a\n\nb", True), ("\n\na", True), ("a\nb", False), ("a\n\n", False)):
+        rows = [{"text": f"q{i}", "label": f"{answer} {i}" if cut else answer} for i in range(6)]
+        rows.append({"text": "q", "label": "c"})
+        remarks = read_own(rows, Columns(answers="text"))[1].remarks
+        told = "6 answers with a blank line, where a generated answer ends: never right"
+        assert any(remark.startswith(told) for remark in remarks) == cut
+
+
 def test_labels_are_what_repeats_up_to_255_or_what_one_says():
     for count, times, labelled in ((21, 2, True), (255, 2, True), (255, 1, False), (256, 2, False)):
         rows = labelled_rows(count, times)

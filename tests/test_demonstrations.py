@@ -102,6 +102,8 @@ def test_the_commands_know_it(saved, tmp_path):
         and "demonstrations" in told
         and not (tmp_path / "whole").exists()
     )
+    told = run("generate", "--adapter", saved, "--prompt", "Text: a film", code=2).stderr
+    assert "holds no adapter" in told and "with demonstrations in its prompt" in told
 
 
 def test_a_base_that_is_another_is_refused(saved, subject):

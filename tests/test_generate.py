@@ -152,6 +152,22 @@ def test_a_stop_text_wherever_it_falls(tokens, kept, before):
     )
 
 
+def test_a_stop_text_inside_a_token_of_sentencepiece_adds_no_blank(story):
+    """Such a tokenizer writes a blank before every text, also before the part of a token that is left."""
+    tokenizer = story[1]
+    ids = tokenizer.encode(STORY, special=False)
+    told = tokenizer.decode(ids)
+    for start in range(0, len(told), 3):
+        for length in (1, 2, 5):
+            stop = told[start : start + length]
+            found = None
+            read = 0
+            while found is None:
+                read += 1
+                found = before_stop(tokenizer, ids[:read], stop)
+            assert tokenizer.decode(found) == told[: told.index(stop)], stop
+
+
 def test_finished_rows_leave_the_batch():
     vocabulary, n, tokenizer = newline_tokenizer()
     a, b, c, new, both, eos = (

@@ -8,6 +8,7 @@ from scipy import stats
 
 from ia2mini.engine.intervals import (
     mean_interval,
+    paired_test,
     share_interval,
     sign_test,
     student_p,
@@ -76,3 +77,14 @@ def test_the_sign_test_is_scipys(more):
         theirs = stats.binomtest(more, more + less).pvalue if more + less else 1.0
         assert sign_test(more, less) == pytest.approx(theirs)
     assert sign_test(4, 0) == 0.125
+
+
+def test_of_nothing_there_is_no_p_and_no_interval():
+    """Where a run has failed its pair has no number; where all rows are equal they have no spread."""
+    for broken in (math.nan, math.inf, None):
+        test = paired_test([0.9, 0.8, broken, 0.9, 0.7, 0.6], [0.1, 0.2, 0.3, 0.2, 0.1, 0.1])
+        told = (test.mean, test.low, test.high, test.t, test.p, test.d)
+        assert all(map(math.isnan, told)) and test.pairs == 6
+    assert math.isnan(paired_test([math.inf] * 6, [math.inf] * 6).p)
+    mean, low, high = mean_interval([0.25] * 9)
+    assert mean == 0.25 and math.isnan(low) and math.isnan(high)

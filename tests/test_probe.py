@@ -158,6 +158,11 @@ def test_fit_and_predict_by_command(tmp_path, monkeypatch):
     assert result.exit_code == 0 and len(result.stdout.splitlines()) == 16
     result = CliRunner().invoke(main, ["merge", out, "--out", str(tmp_path / "merged")])
     assert result.exit_code == 2 and "no adapter to merge" in result.output
+    assert "a linear probe on tiny" in result.output
+    # generate would answer as the base, as if there were no probe
+    result = CliRunner().invoke(main, ["generate", "--adapter", out, "--prompt", "Text: a film"])
+    assert result.exit_code == 2 and not result.stdout
+    assert "holds no adapter; what answers is a linear probe on tiny" in result.output
 
 
 def test_the_cards_lines_give_its_probabilities(fitted, tmp_path, subject):

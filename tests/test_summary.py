@@ -108,6 +108,30 @@ def test_pairs_are_tasks_and_sets_averaged_over_evaluations():
     assert paired(cells, "acc", "ia2", "soft") is None
 
 
+def cell(task: str, method: str, values: list[float], evaluation: str = "") -> dict:
+    return {"task": task, "eval": evaluation or task, "method": method, "acc": values}
+
+
+def test_only_the_same_sets_of_the_same_evaluations_are_pairs():
+    """Joined studies may have a method for one task and another for another, in any order."""
+    low = [0.1, 0.2, 0.15, 0.3, 0.2]
+    high = [0.9, 0.8, 0.95, 0.7, 0.85]
+    apart = [cell("mood", "ia2-sft", high), cell("topic", "sft", low)]
+    assert paired(apart, "acc") is None
+    crossed = [
+        cell("mood", "sft", low),
+        cell("topic", "sft", high),
+        cell("topic", "ia2-sft", high),
+        cell("mood", "ia2-sft", low),
+    ]
+    test = paired(crossed, "acc")
+    assert test.mean == 0 and test.pairs == 10
+    assert paired([*apart, cell("mood", "sft", high)], "acc").pairs == 5
+    # an evaluation of one method alone does not count
+    further = [cell("mood", "ia2-sft", low, "news"), cell("mood", "sft", high)]
+    assert paired([*further, cell("mood", "ia2-sft", high)], "acc").mean == 0
+
+
 RATES = [  # a low dev loss in one set does not win; nor does one good set
     record("sft", 0, 0.5, 1e-4, 0.9, ece=0.3), record("sft", 0, 0.9, 1e-3, 0.1), record("sft", 0, 0.6, 1e-2, 0.5),
     record("sft", 1, 0.7, 1e-4, 0.9, ece=0.1), record("sft", 1, 0.2, 1e-3, 2.9), record("sft", 1, 0.5, 1e-2, 0.6),

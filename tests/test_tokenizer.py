@@ -126,6 +126,17 @@ def test_labels_that_begin_alike_are_told_apart(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_label_in_which_a_text_would_end_is_refused(tmp_path):
+    """What ends a text is never part of an answer, so that no such label could be given."""
+    tokenizer = write_tokenizer(tmp_path)
+    ending = tokenizer.encode("n")[0]
+    tokenizer.eos_ids = (*tokenizer.eos_ids, ending)
+    for label in ("no", "on", "n", "one"):
+        with pytest.raises(UsageError, match=f"label '{label}' holds 'n', which ends a text"):
+            tokenizer.label_tokens("Label:", ("yes", label))
+    assert tokenizer.label_tokens("Label:", ("yes", "maybe"))
+
+
 def test_labels_that_the_vocabulary_lacks_are_the_same_word():
     words = Backend(
         models.WordLevel({"<unk>": 0, "Label": 1, ":": 2, "good": 3}, unk_token="<unk>")

@@ -182,6 +182,7 @@ def generate(prompt, max_tokens, stop, adapter, chat, **how):
       ia2mini generate --adapter policy --chat --prompt 'May I return it?'
     """
     from ..engine.subject import open_subject
+    from ..fitting.folder import what_answers
     from ..fitting.predictor import FOREIGN, Predictor
     from ..generate import Decoding
     from ..generate import generate as continue_text
@@ -195,6 +196,8 @@ def generate(prompt, max_tokens, stop, adapter, chat, **how):
         if click.get_current_context().get_parameter_source("model").name == "DEFAULT":
             how["model"] = how["revision"] = None
         fitted = open_adapter(adapter, **how)
+        if fitted.adapter is None:
+            raise UsageError(f"{adapter}: holds no adapter; {what_answers(fitted)}")
     else:
         fitted = Predictor(open_subject(**how), None, None, FOREIGN)
     subject = fitted.subject

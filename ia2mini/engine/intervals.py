@@ -73,11 +73,14 @@ def student_quantile(share: float, freedom: int) -> float:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of `values` [n] with its 95 % Student t interval, which is NaN below five rows."""
+    """Mean of `values` [n] with its 95 % Student t interval.
+
+    The interval is NaN below five rows and where all are equal: their spread says nothing of chance.
+    """
     values = np.asarray(values, dtype=np.float64)
     n = len(values)
     mean = float(values.mean())
-    if n < LEAST_ROWS:
+    if n < LEAST_ROWS or np.ptp(values) < 1e-12:
         return mean, math.nan, math.nan
     spread = float(values.std(ddof=1))
     half = student_quantile(0.975, n - 1) * spread / math.sqrt(n)
@@ -88,13 +91,16 @@ def paired_test(a, b) -> PairedTest:
     """Paired t-test of a against b (paper Table 8), both [pairs].
 
     Of fewer than five pairs and of equal differences only the mean is known: their spread says nothing of chance.
+    Where a pair has no finite number (a run has failed) not even that: NaN.
     """
     a = np.asarray(a, dtype=np.float64)
     b = np.asarray(b, dtype=np.float64)
     assert a.shape == b.shape and a.ndim == 1, (a.shape, b.shape)
+    pairs = len(a)
+    if not pairs or not np.isfinite([a, b]).all():
+        return PairedTest(math.nan, pairs=pairs)
     difference = a - b
-    pairs = len(difference)
-    mean = float(difference.mean()) if pairs else math.nan
+    mean = float(difference.mean())
     if pairs < LEAST_ROWS or np.ptp(difference) < 1e-12:
         return PairedTest(mean, pairs=pairs)
     spread = float(difference.std(ddof=1))

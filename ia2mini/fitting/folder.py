@@ -160,6 +160,17 @@ def base_of(folder: Path) -> tuple[str, str | None]:
     return name, config.get("revision")
 
 
+def what_answers(predictor) -> str:
+    """Who answers the rows of a folder that ships no adapter, and what to do instead of using one."""
+    base = predictor.subject.base
+    method = predictor.spec["method"]
+    if method == "icl":
+        return f"what answers is {base} with demonstrations in its prompt; use `ia2mini predict`"
+    if method == "probe":
+        return f"what answers is a linear probe on {base}; use `ia2mini predict`"
+    return f"what answers is {base} as it is, a whole model; use --model {base}"
+
+
 @torch.no_grad()
 def merge(predictor, out: Path) -> float:
     """Write a checkpoint with the adapter in its matrices; the largest difference of a logit on a prompt.
@@ -168,12 +179,7 @@ def merge(predictor, out: Path) -> float:
     """
     subject = predictor.subject
     if predictor.adapter is None:
-        answers = f"{subject.base}, a whole model already"
-        if predictor.spec["method"] == "icl":
-            answers = (
-                f"{subject.base} with demonstrations in its prompt; a merged model would lack them"
-            )
-        raise UsageError(f"there is no adapter to merge; what answers is {answers}")
+        raise UsageError(f"there is no adapter to merge; {what_answers(predictor)}")
     weights = hashlib.sha256(predictor.theta.cpu().numpy().tobytes()).hexdigest()
     made_of = {"base": subject.base, "adapter_digest": weights, "dtype": subject.dtype}
     claim(out, made_of)

@@ -139,24 +139,37 @@ def over_evaluations(cells: list[dict], metric: str) -> list[float]:
 def paired(
     cells: list[dict], metric: str, method: str = "ia2-sft", against: str = "sft"
 ) -> PairedTest | None:
-    """`method` minus `against`, paired over tasks and sets, each averaged over its evaluations; None without both."""
-    ours = over_tasks(cells, metric, method)
-    theirs = over_tasks(cells, metric, against)
-    if not ours or len(ours) != len(theirs):
-        return None
-    return paired_test(ours, theirs)
+    """`method` minus `against`, paired over tasks and sets; None where they share none, or a value is unknown.
 
-
-def over_tasks(cells: list[dict], metric: str, method: str) -> list[float]:
-    """A method's value of each set of each task, the mean over the task's evaluations; none where one is unknown."""
-    means = []
+    A pair is a set of a task: of each method the mean over the task's evaluations that both methods have.
+    """
     mine = [cell for cell in cells if cell["method"] == method]
-    for of_task in grouped(mine, "task").values():
+    others = [cell for cell in cells if cell["method"] == against]
+    shared = evaluations(mine) & evaluations(others)
+    ours = means_of_sets(mine, metric, shared)
+    theirs = means_of_sets(others, metric, shared)
+    first = []
+    second = []
+    for task, values in ours.items():
+        if len(values) != len(theirs[task]):
+            return None
+        first += values
+        second += theirs[task]
+    if not first or None in first or None in second:
+        return None
+    return paired_test(first, second)
+
+
+def means_of_sets(cells: list[dict], metric: str, shared: set) -> dict[str, list[float | None]]:
+    """Task -> a method's value of each set, the mean over the `shared` evaluations; None where one is unknown."""
+    found = {}
+    mine = [cell for cell in cells if (cell["task"], cell["eval"]) in shared]
+    for (task,), of_task in grouped(mine, "task").items():
+        means: list[float | None] = []
         for values in zip(*(cell[metric] for cell in of_task)):
-            if None in values:
-                return []
-            means.append(fmean(values))
-    return means
+            means.append(None if None in values else fmean(values))
+        found[task] = means
+    return found
 
 
 def verdict(cells: list[dict]) -> list[str]:

@@ -4,6 +4,7 @@ import unicodedata
 from dataclasses import replace
 
 from ia2mini import UsageError
+from ia2mini.files import count
 
 from .answers import parser_for
 from .catalog import Task
@@ -11,6 +12,7 @@ from .columns import Chosen, choose_columns
 from .rows import Row, fill, lacks, needed_columns, placeholders, whole_number
 
 MOST_LABELS = 255
+BLANK_LINE = "\n\n"  # stands between demonstrations
 TRUTH = {"true": "1", "false": "0"}
 NOTHING = ("none", "null", "na", "n/a", "#n/a", "nil")  # may be a label, or stand for a missing one
 # names of columns
@@ -66,6 +68,12 @@ def own_task(
         return replace(task, labels=labels, known=known, remarks=tuple(remarks))
     remarks.append(chosen.told())
     remarks.append(f"answers: free text, {len(set(texts))} different in {len(different)} rows")
+    broken = sum(BLANK_LINE in text.rstrip() for text in texts)
+    if broken:
+        mend = "write one line end in its place, or use --chat"
+        remarks.append(
+            f"{count(broken, 'answer')} with a blank line, where a generated answer ends: never right; {mend}"
+        )
     return replace(task, max_tokens=200, parser=parser_for(texts), remarks=tuple(remarks))
 
 
