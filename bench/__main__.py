@@ -138,6 +138,8 @@ def several(names: tuple[str, ...], shape, device, dtype, save, quick, select: s
         with Bystanders() as others:
             try:
                 run(name, shape, device, kind, select, quick, done)
+            except BrokenPipeError:  # nobody reads on, as with `| head -1`
+                raise
             except Exception:
                 if len(names) == 1:
                     raise

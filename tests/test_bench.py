@@ -1,5 +1,6 @@
 """bench: the FLOP formula against torch's own counter, the peers against us, and what is extrapolated or said."""
 
+import errno
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -251,3 +252,16 @@ def test_the_figure_of_growth_names_every_stage_at_its_line(tmp_path, monkeypatc
         pytest.approx([0.6, 2.2]),
         pytest.approx([0.55, 2.2]),
     ]
+
+
+def test_a_pipe_that_nobody_reads_ends_all_benches_at_once(monkeypatch):
+    """As `python -m bench | head -1`: no traceback, and no further bench is measured for nobody."""
+    tried = []
+
+    def run(name, *about):
+        tried.append(name)
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("bench.__main__.run", run)
+    result = CliRunner().invoke(main, [])
+    assert tried == ["step"] and result.exit_code == 1 and result.output == ""

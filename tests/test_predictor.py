@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +244,11 @@ def test_coverage_of_few_or_equal_confidences(saved):
         0.5
     )
     refused(lambda: next(fitted.answer_rows(toy_rows(1), coverage=1.5)), "--coverage 1.5")
+    # as good as no row: what is more certain than every held-out row is answered
+    assert fitted.threshold(1e-12) == pytest.approx(0.9)
+    # the base's confidences with demonstrations are not those that were held out
+    asked = partial(fitted.answer_rows, toy_rows(1), icl=True, coverage=0.5)
+    refused(lambda: next(asked()), "--coverage with --icl")
     fitted.spec["confidences"] = []
     refused(lambda: next(fitted.answer_rows(toy_rows(1), coverage=0.5)), "--coverage")
 

@@ -145,6 +145,9 @@ class Predictor:
         self, rows, icl: bool = False, coverage: float | None = None
     ) -> Iterator[tuple[Row, dict | UsageError]]:
         """Every row and what `answer_rows` adds to it, or the UsageError for which it cannot be answered."""
+        if coverage is not None and icl and self.spec["method"] != "icl":
+            known = "the held-out confidences are those of what was shipped"
+            raise UsageError(f"--coverage with --icl: {known}; leave one of the two out")
         threshold = self.threshold(coverage)
         for row, said in self.each_answer(rows, icl):
             if isinstance(said, dict):
@@ -243,7 +246,7 @@ class Predictor:
             raise UsageError(
                 "--coverage needs the held-out confidences of `ia2mini fit`; this adapter has none"
             )
-        below = int(np.floor((len(held) + 1) * (1 - coverage) + 1e-9))
+        below = min(len(held), int(np.floor((len(held) + 1) * (1 - coverage) + 1e-9)))
         return held[below - 1] if below else 0.0
 
     def answer(
@@ -259,7 +262,9 @@ class Predictor:
             if labels and self.probe is not None and not shown:
                 found = self.shares(self.probe.log_probabilities(last_states(student, ids)))
             elif labels:
-                found = self.answer_labels(student, ids, labels)
+                how = Scoring(ends=tokenizer.eos_ids)
+                scored = label_scores(student, ids, labels, how)
+                found = self.shares(scored.log_probabilities[0])
             else:
                 found = self.answer_text(student, ids)
         if any(np.isnan(answer["confidence"]) for answer in found):
@@ -267,11 +272,6 @@ class Predictor:
                 "the model computes NaN: weights of model or adapter are too large; try --dtype float32"
             )
         return found
-
-    def answer_labels(self, student, ids: list[list[int]], tokens: list[list[int]]) -> list[dict]:
-        """The likeliest label behind each prompt, and the probability of each among them."""
-        how = Scoring(ends=self.subject.tokenizer.eos_ids)
-        return self.shares(label_scores(student, ids, tokens, how).log_probabilities[0])
 
     def shares(self, scores: Tensor) -> list[dict]:
         """From log-probabilities of the labels [n, C] the likeliest label of each row, and each label's share."""
