@@ -11,7 +11,7 @@ from statistics import fmean
 
 from ia2mini.engine.experiment import in_order
 from ia2mini.engine.options import last_phase
-from ia2mini.methods import BEHIND_DEMONSTRATIONS, configs
+from ia2mini.methods import WITH_DEMONSTRATIONS, configs
 from ia2mini.scale.memory import run_bytes
 from ia2mini.study.cells import Cell
 
@@ -191,7 +191,7 @@ class CellSize:
         taught = self.sets * (self.n + self.dev)
         found = {"collect": self.read(taught, self.query + self.shown, config, size)}
         for method in self.trained:
-            shown = self.shown if method in BEHIND_DEMONSTRATIONS else 0.0
+            shown = self.shown if method in WITH_DEMONSTRATIONS else 0.0
             for stage, passes in self.training(last_phase(method), shown).items():
                 found[f"{stage} {method}"] = passes.cost(config, size)
         for method in self.methods:
@@ -229,14 +229,14 @@ class CellSize:
         queries = sum(self.rows)
         if method == "base":
             return self.read(queries, self.query, config, size)
-        if method in BEHIND_DEMONSTRATIONS:
+        if method in WITH_DEMONSTRATIONS:
             runs = self.sets if method == "icl" else self.scored
             rank = 0 if method == "icl" else self.rank
             demonstrations = Pass(runs, self.shown, 0, head=False, rank=rank, times=len(self.rows))
-            behind = self.read(
+            answering = self.read(
                 runs * queries, self.query, config, size, shared=self.shown, rank=rank
             )
-            return behind + demonstrations.cost(config, size)
+            return answering + demonstrations.cost(config, size)
         return self.read(self.scored * queries, self.query, config, size, rank=self.rank)
 
     def read(
@@ -268,7 +268,7 @@ class CellSize:
         tables = 1 if config.tie_word_embeddings else 2
         weights += tables * config.vocab_size * config.hidden_size
         rows = min(self.n, self.batch)
-        demonstrated = set(self.trained) & set(BEHIND_DEMONSTRATIONS)
+        demonstrated = set(self.trained) & set(WITH_DEMONSTRATIONS)
         longest = self.length + (self.shown if demonstrated else 0)
         kept = run_bytes(
             config, rows * longest, rows * self.answer, size, lora_size(config, self.rank)

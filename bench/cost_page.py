@@ -49,7 +49,7 @@ does not fit is checkpointed automatically.
 
 WAITS = {  # what is done -> how often Python waits for the GPU; tests/test_gpu_pretended.py counts
     "a training step": 0,
-    "a look at the dev loss": 1,
+    "an evaluation of the dev loss": 1,
     "a generated token, of all rows together": 1,
     "labels scored, whatever the number of rows": 3,
     "answers scored, whatever the number of rows": 1,

@@ -1,4 +1,4 @@
-"""`collect`: the teacher's pass over long answers; `icl`: queries behind demonstrations; `generate`: decoding."""
+"""`collect`: the teacher's pass over long answers; `icl`: queries after demonstrations; `generate`: decoding."""
 
 from itertools import accumulate
 
@@ -12,7 +12,7 @@ from ia2mini.generate import generate as decode
 from ia2mini.labels import label_scores
 from ia2mini.prefix import share_prefix
 from ia2mini.scale.decode import fast_decoding
-from ia2mini.teacher import Asked, Taught, teach
+from ia2mini.teacher import Taught, TeacherSettings, teach
 
 from .cost import Pass, flops
 from .peers import AsReleased, UsedWell
@@ -36,7 +36,7 @@ def same_tokens(
     """Both stacks generate the same tokens.
 
     In bfloat16 rounding may decide between two likely tokens, and what follows differs. There ours need only be the
-    likeliest for transformers, to rounding, behind the same text.
+    likeliest for transformers, to rounding, after the same text.
     """
     if stand.dtype == torch.float32:
         return agree("tokens", ours, theirs, 0)
@@ -65,13 +65,13 @@ def comparable(ours: list[TokenRow], theirs: list[TokenRow]) -> tuple[torch.Tens
 
 
 def our_collect(stand: Stand, episode: Episode, tokens: int) -> Taught:
-    asked = Asked(tokens, hooks=fast_decoding(stand.device, tokens))
-    return teach(stand.model, stand.tokenizer, episode, asked)
+    settings = TeacherSettings(tokens, hooks=fast_decoding(stand.device, tokens))
+    return teach(stand.model, stand.tokenizer, episode, settings)
 
 
 def our_generate(stand: Stand, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    how = Decoding(tokens, hooks=fast_decoding(stand.device, tokens))
-    return decode(stand.model, stand.tokenizer, prompts, how)
+    decoding = Decoding(tokens, hooks=fast_decoding(stand.device, tokens))
+    return decode(stand.model, stand.tokenizer, prompts, decoding)
 
 
 def collect(
@@ -142,7 +142,7 @@ def same_outputs(
     queries: list[list[int]],
     prompts: list[list[int]],
 ) -> str:
-    """That both peers see the attention outputs that we see, behind the same eight tokens of each response."""
+    """That both peers see the attention outputs that we see, after the same eight tokens of each response."""
     ours = our_collect(stand, episode, 8).icl_train
     theirs = b.collect(queries, prompts, 8)
     same_tokens(stand, prompts, [row.answer for row in ours], [row.answer for row in theirs])
@@ -181,7 +181,7 @@ def icl(
     sample: int = 16,
     seconds: float = 20.0,
 ) -> Result:
-    """`queries` single-token queries behind the same ~1k tokens of demonstrations; the peers take some of them."""
+    """`queries` single-token queries after the same ~1k tokens of demonstrations; the peers take some of them."""
     pool = stand.examples(shown, (size,))
     texts = [e.prompt for e in stand.examples(queries, SST2_LENGTHS, seed=1)]
     prefix = [t for e in pool for t in stand.tokenizer.encode(e.prompt + e.answer)]

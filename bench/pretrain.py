@@ -166,7 +166,7 @@ def batch(tokenizer: Tokenizer, seed: str, rows: int, *stage) -> Tensor:
 
 
 def answer_mask(ids: Tensor, starts: list[int], stops: list[int]) -> Tensor:
-    """Where the token after ids [B, T] is of an answer or ends it: behind one of `starts`, up to one of `stops`."""
+    """Where the token after ids [B, T] is of an answer or ends it: after one of `starts`, up to one of `stops`."""
     at = torch.arange(ids.shape[1], device=ids.device)
     found = (
         torch.where(torch.isin(ids, ids.new_tensor(tokens)), at, -1) for tokens in (starts, stops)

@@ -16,7 +16,7 @@ from ia2mini.methods import METHODS, STARTS_FROM, Grid
 from ia2mini.scale.decode import fast_decoding
 from ia2mini.scale.graphs import CapturedStep, recorded
 from ia2mini.scale.pack import in_batches, pack
-from ia2mini.teacher import Asked, Taught, teach
+from ia2mini.teacher import Taught, TeacherSettings, teach
 from ia2mini.train import Hooks, Settings, State, Trained, adam, losses
 
 from .cost import Pass, flops
@@ -32,8 +32,8 @@ NEVER = 10**9  # patience: every stack takes the same number of steps
 def taught_set(stand: Stand, n: int, number: int, lengths=SST2_LENGTHS, tokens: int = 1) -> Taught:
     """Set `number` of random rows, after the teacher's pass."""
     pool = stand.examples(n + min(max(1, n // 2), 48), lengths, tokens, seed=number)
-    asked = Asked(tokens, hooks=fast_decoding(stand.device, tokens))
-    return teach(stand.model, stand.tokenizer, draw_episode(pool, n, number), asked)
+    settings = TeacherSettings(tokens, hooks=fast_decoding(stand.device, tokens))
+    return teach(stand.model, stand.tokenizer, draw_episode(pool, n, number), settings)
 
 
 def part(rows: Taught, method: str) -> tuple[list[TokenRow], list[TokenRow]]:

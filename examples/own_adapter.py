@@ -1,4 +1,4 @@
-"""An adapter of one's own: a trained bias behind each target map (BitFit, Ben Zaken et al. 2022)."""
+"""An adapter of one's own: a trained bias after each target map (BitFit, Ben Zaken et al. 2022)."""
 
 from functools import partial
 

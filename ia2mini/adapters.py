@@ -159,10 +159,10 @@ class IA3(Adapter):
         weight = linear.weight.float()
         if name in self.inputs:
             return {f"{name}.weight": weight * s}
-        found = {f"{name}.weight": weight * s[:, None]}
+        merged = {f"{name}.weight": weight * s[:, None]}
         if linear.bias is not None:
-            found[f"{name}.bias"] = linear.bias.float() * s
-        return found
+            merged[f"{name}.bias"] = linear.bias.float() * s
+        return merged
 
 
 def by_run(x: Tensor, weight: Tensor) -> Tensor:
@@ -193,26 +193,28 @@ def find_linears(model: nn.Module, targets, layers: list[int] | None) -> dict[st
     for layer in layers or ():
         if not 0 <= layer < depth:
             raise UsageError(f"layer {layer}: this model has layers 0 to {depth - 1}")
-    found = {}
+    linears = {}
     matched = set()
     for name, module in model.named_modules():
         if not isinstance(module, Linear):
             continue
         _, _, layer, *_, target = name.split(".")  # model.layers.<layer>.….<target>
         if target in targets and (layers is None or int(layer) in layers):
-            found[name] = module
+            linears[name] = module
             matched.add(target)
     for target in targets:
         if target not in matched:
-            known = f"targets: {', '.join(EVERY_MATRIX)}"
-            raise UsageError(f"adapter target {target!r} matches no matrix of this model; {known}")
-    return found
+            targets = f"targets: {', '.join(EVERY_MATRIX)}"
+            raise UsageError(
+                f"adapter target {target!r} matches no matrix of this model; {targets}"
+            )
+    return linears
 
 
 def unpack(theta: Tensor, shapes: dict[str, tuple]) -> dict[str, Tensor]:
     """Name -> [R, *shape] views of theta [R, M]."""
     sizes = [math.prod(shape) for shape in shapes.values()]
-    found = {}
+    tensors = {}
     for name, part in zip(shapes, theta.split(sizes, dim=1)):
-        found[name] = part.view(len(theta), *shapes[name])
-    return found
+        tensors[name] = part.view(len(theta), *shapes[name])
+    return tensors

@@ -57,7 +57,7 @@ class Batch:
     ids: Tensor  # [R * B, T]
     at: At  # rows and columns of the P answer positions, run by run
     targets: Tensor  # [P] answer tokens
-    # [R, P / R]: a weighted sum is the mean over a row's positions, then over rows; 0 at padding
+    # [R, P / R]: weights of the mean over a row's positions, then over rows; 0 at padding
     weights: Tensor
     lengths: Tensor  # [R, B] tokens of each row; on the CPU
     activations: Tensor | None  # [L, P, D]
@@ -100,7 +100,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 def collate(runs: list[list[TokenRow]], by_row: bool = False) -> Batch:
     """One right-padded batch of R lists of rows, shorter lists filled up with empty rows; on the CPU.
 
-    `by_row`: with `Batch.rows`.
+    `by_row`: fill in `Batch.rows` too.
     """
     R = len(runs)
     B = max(map(len, runs))
@@ -114,7 +114,7 @@ def collate(runs: list[list[TokenRow]], by_row: bool = False) -> Batch:
     weights = np.zeros((R, P), np.float32)
     belongs = np.zeros((R, B, P), np.float32)
     for r, rows in enumerate(runs):
-        at_rows[r] = r * B  # positions of no weight stay within the run
+        at_rows[r] = r * B  # padding points at the run's first row
         start = 0
         for b, row in enumerate(rows):
             end = start + len(row.answer)
@@ -178,6 +178,6 @@ def by_length(lengths: list[int], budget: int) -> list[list[int]]:
 
 def join_groups(parts: list[Tensor], groups: list[list[int]], dim: int) -> Tensor:
     """Results of each of the groups, joined along `dim` in the order of the rows."""
-    found = torch.cat(parts, dim)
+    joined = torch.cat(parts, dim)
     order = torch.tensor(sum(groups, [])).argsort()
-    return found.index_select(dim, send(order, found.device))
+    return joined.index_select(dim, send(order, joined.device))

@@ -1,9 +1,6 @@
 """A few-shot set: which rows train, which rows decide when to stop, and which demonstrations each sees."""
 
-from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import count
 from zlib import crc32
 
 import numpy as np
@@ -11,8 +8,6 @@ import numpy as np
 from . import UsageError
 from .tasks import Example
 from .tasks.chat import ChatPrompt
-
-GROUPS = 4  # parts of a fold's training rows, each with its own demonstrations
 
 
 @dataclass(frozen=True)
@@ -84,86 +79,6 @@ def draw_episode(
             drawn = rng.choice(len(rest), n - 1, replace=False)
             icl.append([rest[i] for i in drawn])
     return Episode(train, dev, demonstrations, icl)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fold(Episode):
-    """An episode of one's own rows, and which of them it never sees."""
-
-    test: list[int]  # indices of the held-out rows
-
-
-def draw_folds(rows: list[Example], folds: int, choose: Callable, seed: int = 0) -> list[Fold]:
-    """Cross-validation: every row is held out once, in `folds` parts with equal shares of each label.
-
-    Rows of one prompt stay together. All folds train on equally many rows, without dev rows. `choose(rows, generator)`
-    gives the demonstrations that are drawn from some rows: for a training row from rows of the same fold
-    (`among_themselves`), for held-out rows from all of them.
-    """
-    parts = deal(rows, folds, seeded(seed, 0, "folds"))
-    trained_on = len(rows) - max(map(len, parts))
-    found = []
-    for number, test in enumerate(parts):
-        rng = seeded(seed, number, "fold")
-        others = shuffled(all_but(rows, test), rng)
-        train = in_turn(others)[:trained_on]
-        shown = among_themselves(train, choose, rng)
-        found.append(Fold(train, [], shown, [choose(train, rng)], test=test))
-    return found
-
-
-def among_themselves(
-    rows: list[Example], choose: Callable, rng: np.random.Generator
-) -> list[list[Example]]:
-    """Demonstrations before each of some rows, `choose(other rows, generator)`; they never have the row's own prompt.
-
-    The rows are dealt into `GROUPS` parts. All rows of a part see the same demonstrations from the other parts, so that
-    the teacher reads these once a part.
-    """
-    parts = min(GROUPS, len({row.prompt for row in rows}))
-    shown: list[list[Example]] = [[] for _ in rows]
-    for part in deal(rows, parts, rng):
-        demonstrations = choose(all_but(rows, part), rng)
-        for i in part:
-            shown[i] = demonstrations
-    return shown
-
-
-def deal(rows: list[Example], parts: int, rng: np.random.Generator) -> list[list[int]]:
-    """Indices of all rows in parts with equal shares of each label; rows of one prompt stay together."""
-    by_prompt: dict[str, list[int]] = {}
-    for i in rng.permutation(len(rows)).tolist():
-        by_prompt.setdefault(rows[i].prompt, []).append(i)
-
-    def label_of(group: list[int]) -> tuple[bool, int]:
-        label = rows[group[0]].label
-        return label is None, label or 0
-
-    groups = sorted(by_prompt.values(), key=label_of)
-    return [sum(groups[first::parts], []) for first in range(parts)]
-
-
-def in_turn(rows: list[Example]) -> list[Example]:
-    """The rows in an order that takes one of each label in turn."""
-    rounds: dict = defaultdict(count)  # label -> 0 for its first row, 1 for the next …
-    return sorted(rows, key=lambda row: next(rounds[row.label]))
-
-
-def balanced(rows: list[Example], count: int, rng: np.random.Generator) -> list[Example]:
-    """Up to `count` rows in random order, each label as equally often as the rows allow."""
-    labels = len({row.label for row in rows})
-    seen: Counter = Counter()
-    some = []
-    for i in rng.permutation(len(rows)):  # of many rows only the first of each label are looked at
-        row = rows[i]
-        if seen[row.label] >= count:
-            continue
-        some.append(row)
-        seen[row.label] += 1
-        fewest = min(seen.values())
-        if len(seen) == labels and labels * fewest >= count:
-            break
-    return shuffled(in_turn(some)[:count], rng)
 
 
 def all_but(rows: list[Example], places: list[int]) -> list[Example]:

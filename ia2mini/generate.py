@@ -15,27 +15,19 @@ from .models.taps import Taps, network_of
 from .tokenizer import Tokenizer
 
 STOP = "\n\n"  # what separates demonstrations
-PARTS = 4  # bytes of the longest character in UTF-8
-
-
-def as_it_is(function: Callable) -> Callable:
-    return function
-
-
-def everyone_stays(going: list[bool], runs: int) -> list[int] | None:
-    return None
+CHARACTER_BYTES = 4  # of the longest character in UTF-8
 
 
 @dataclass(frozen=True)
 class DecodingHooks:
     """Where scale/ hooks into decoding; a notebook needs none of it."""
 
-    # is given the step that chooses a token, e.g. to record it as a CUDA graph
-    wrap: Callable[[Callable], Callable] = as_it_is
+    # takes the step that chooses a token and returns a faster one, e.g. recorded as a CUDA graph
+    wrap: Callable[[Callable], Callable] | None = None
     # whether the cache keeps its shape from the second token on: what a recorded step needs
     static: bool = False
     # (whether each row goes on, runs) -> indices of the rows that stay in the batch; None: all
-    who_stays: Callable[[list[bool], int], list[int] | None] = everyone_stays
+    who_stays: Callable[[list[bool], int], list[int] | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +37,7 @@ class Decoding:
     max_tokens: int
     stop: str | None = STOP
     budget: int = 16384  # tokens of cache that a batch may hold
-    layers: list[int] | None = None  # whose attention outputs the observer is told; None: all
+    layers: list[int] | None = None  # whose attention outputs the observer gets; None: all
     runs: int = 1  # R that the model computes side by side
     hooks: DecodingHooks = DecodingHooks()
 
@@ -61,56 +53,58 @@ def generate(
     model: Callable,
     tokenizer: Tokenizer,
     prompts: list[list[int]],
-    how: Decoding,
+    decoding: Decoding,
     watch: Watch = None,
     observer=None,
 ) -> list[list[int]]:
     """Greedy responses, ids per prompt, without EOS and cut before the stop text; with R runs, R lists end to end.
 
     `model` is a model, or a partial around one: with a shared prefix, or what `adapted` yields. When the stop text
-    begins inside a token, what stands before it is tokenized again. `observer`, where given, is told every step of a
-    single run: which prompts still go on, the token of each, the logits [b, V] it came from and the attention outputs
-    [L, b, D] there.
+    begins inside a token, what stands before it is tokenized again. `observer`, where given, is called at every
+    step of a single run: with the numbers of the prompts that go on, the token of each, the logits [b, V] it came from
+    and the attention outputs [L, b, D] there.
     """
-    return [response.ids for response in responses(model, tokenizer, prompts, how, watch, observer)]
+    return [
+        response.ids for response in responses(model, tokenizer, prompts, decoding, watch, observer)
+    ]
 
 
 def responses(
-    model, tokenizer, prompts: list[list[int]], how: Decoding, watch=None, observer=None
+    model, tokenizer, prompts: list[list[int]], decoding: Decoding, watch=None, observer=None
 ) -> list[Response]:
     """As `generate`, with every token that was chosen."""
-    lengths = [len(prompt) + how.max_tokens for prompt in prompts]
-    found = [Response([], [])] * (how.runs * len(prompts))
-    for group in by_length(lengths, how.budget // how.runs):
-        decoded = iter(decode_group(model, tokenizer, prompts, group, how, observer))
-        for run in range(how.runs):
+    lengths = [len(prompt) + decoding.max_tokens for prompt in prompts]
+    in_order = [Response([], [])] * (decoding.runs * len(prompts))
+    for group in by_length(lengths, decoding.budget // decoding.runs):
+        decoded = iter(decode_group(model, tokenizer, prompts, group, decoding, observer))
+        for run in range(decoding.runs):
             for i in group:
-                found[run * len(prompts) + i] = next(decoded)
+                in_order[run * len(prompts) + i] = next(decoded)
         if watch:
             watch(len(group))
-    return found
+    return in_order
 
 
 @torch.inference_mode()
 def decode_group(
-    model, tokenizer, prompts, group: list[int], how: Decoding, observer=None
+    model, tokenizer, prompts, group: list[int], decoding: Decoding, observer=None
 ) -> list[Response]:
     """Responses to the prompts of `group`, run by run: each step appends the likeliest token to every row."""
     network = network_of(model)
     weight = network.model.embed_tokens.weight
     device = weight.device
-    some = [torch.tensor(prompts[i]) for i in group]
-    lengths = torch.tensor(list(map(len, some)), device=device)
-    last = (lengths - 1).repeat(how.runs)
-    ids = pad_sequence(some, batch_first=True).to(device)
-    ids = ids.repeat(how.runs, 1)
-    capacity = ids.shape[1] + how.max_tokens
-    cache = Cache(network.config, len(ids), capacity, weight, how.hooks.static)
+    rows_of_ids = [torch.tensor(prompts[i]) for i in group]
+    lengths = torch.tensor(list(map(len, rows_of_ids)), device=device)
+    last = (lengths - 1).repeat(decoding.runs)
+    ids = pad_sequence(rows_of_ids, batch_first=True).to(device)
+    ids = ids.repeat(decoding.runs, 1)
+    capacity = ids.shape[1] + decoding.max_tokens
+    cache = Cache(network.config, len(ids), capacity, weight, decoding.hooks.static)
 
     def forward(ids: Tensor, last: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [b, V] and attention outputs [L, b, D] at the `last` of the new tokens [b, T]."""
         at = torch.arange(len(ids), device=device), last
-        taps = Taps(at, how.layers) if observer else None
+        taps = Taps(at, decoding.layers) if observer else None
         logits = model(ids, cache=cache, logits=at, taps=taps)
         cache.lengths += last + 1
         outputs = taps.stack() if taps else None
@@ -122,13 +116,15 @@ def decode_group(
         tokens.copy_(logits.argmax(-1))
         return logits, outputs
 
-    found = [Response([], []) for _ in ids]
-    rows = list(range(len(ids)))  # which response each row of the batch is
+    answers = [Response([], []) for _ in ids]
+    rows = list(range(len(ids)))  # which answer each row of the batch is
     going = [True] * len(ids)
     logits, outputs = forward(ids, last)
     tokens = logits.argmax(-1)
-    next_step = how.hooks.wrap(step)
-    for left in reversed(range(how.max_tokens)):
+    wrap = decoding.hooks.wrap
+    who_stays = decoding.hooks.who_stays
+    next_step = step if wrap is None else wrap(step)
+    for left in reversed(range(decoding.max_tokens)):
         chosen = tokens.tolist()
         live = [place for place, goes_on in enumerate(going) if goes_on]
         if observer:
@@ -137,19 +133,19 @@ def decode_group(
             numbers = [group[rows[place]] for place in live]
             observer(numbers, [chosen[place] for place in live], logits[here], outputs[:, here])
         for place in live:
-            going[place] = not ended(tokenizer, found[rows[place]], chosen[place], how.stop)
+            going[place] = not ended(tokenizer, answers[rows[place]], chosen[place], decoding.stop)
         if not any(going) or not left:
             break
-        staying = how.hooks.who_stays(going, how.runs)
+        staying = None if who_stays is None else who_stays(going, decoding.runs)
         if staying is not None:
             rows = [rows[place] for place in staying]
             going = [going[place] for place in staying]
             kept = send(torch.tensor(staying), device)
             cache.keep(kept)
             tokens = tokens[kept]
-            next_step = how.hooks.wrap(step)
+            next_step = step if wrap is None else wrap(step)
         logits, outputs = next_step()
-    return found
+    return answers
 
 
 def ended(tokenizer: Tokenizer, response: Response, token: int, stop: str | None) -> bool:
@@ -194,12 +190,13 @@ def before_stop(tokenizer: Tokenizer, ids: list[int], stop: str) -> list[int] | 
 def tail(decode: Callable, ids: list[int], characters: int) -> str:
     """The end of a text: its last token, and at least `characters` characters before it, if there are that many.
 
-    A character may be split over tokens, and a part of one may decode as up to `PARTS` replacement characters.
+    A character may be split over tokens, and a part of one may decode as up to `CHARACTER_BYTES` replacement
+    characters.
     """
     tokens = characters + 1
     while tokens < len(ids):
         before = decode(ids[-tokens:-1])
-        if len(before) >= characters + PARTS:
+        if len(before) >= characters + CHARACTER_BYTES:
             break
         tokens *= 2
     return decode(ids[-tokens:])

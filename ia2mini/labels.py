@@ -1,7 +1,7 @@
 """Scoring labels of one or several tokens after prompts (protocol section 5).
 
 R runs, Q prompts, B rows of a run in a pass, T tokens, C labels, I tokens of a label, L layers, D hidden, V vocabulary,
-S sets, n prompts whose attention outputs are looked at.
+S sets, n prompts whose attention outputs are recorded.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,20 +23,20 @@ LOGITS = 2**29  # logits in memory at once; the head is applied to more rows par
 
 @dataclass(frozen=True)
 class Scoring:
-    """How prompts are scored, and what is looked at besides."""
+    """How prompts are scored, and what is measured besides."""
 
     runs: int = 1  # R that the model computes side by side
     # top-1 confidence as the share among that many likeliest tokens (released scripts: 10)
-    among: int | None = None
-    keep: int = 0  # of how many of the first prompts the attention outputs are returned
+    top_k: int | None = None
+    returned_outputs: int = 0  # of so many of the first prompts attention outputs are returned
     # [L, S, n, D] teacher's outputs of the first n prompts under S sets, to measure `asim` against:
     # a single run is compared with every set; S × k runs: each k successive runs with one set
-    like: Tensor | None = None
+    reference: Tensor | None = None
     budget: int = 4096  # tokens in one pass
     # tokens each of which ends a text: a label that is closed by one ends with any of them
     ends: tuple[int, ...] = ()
     # [V] the label that a token counts as, -1: none (released scripts); labels of 1 token
-    spelled: Tensor | None = None
+    label_of_token: Tensor | None = None
 
 
 @dataclass
@@ -77,22 +77,22 @@ class LabelTree:
             for length in range(len(beginning) + 1):
                 sees[node, nodes[beginning[:length]]] = True
         self.sees = send(sees, device)
-        before = []  # for each label, the nodes that predict its tokens
+        predicting = []  # for each label, the nodes that predict its tokens
         for label in labels:
             numbers = [nodes[tuple(label[:i])] for i in range(len(label))]
-            before.append(torch.tensor(numbers))
-        self.at = send(pad_sequence(before, batch_first=True), device)  # [C, I]
-        said = pad_sequence(list(map(torch.tensor, labels)), batch_first=True)
+            predicting.append(torch.tensor(numbers))
+        self.predicted_by = send(pad_sequence(predicting, batch_first=True), device)  # [C, I] nodes
+        tokens = pad_sequence(list(map(torch.tensor, labels)), batch_first=True)
         lengths = torch.tensor(list(map(len, labels)))[:, None]
-        places = torch.arange(said.shape[1])
-        known_ends = torch.tensor(ends, dtype=torch.int64)
+        places = torch.arange(tokens.shape[1])
+        end_tokens = torch.tensor(ends, dtype=torch.int64)
         is_last = places == lengths - 1
-        closes = torch.isin(said, known_ends) & is_last
-        self.closed = bool(closes.any())
-        self.said = send(said, device)  # [C, I]
-        self.real = send(places < lengths, device)  # [C, I], no padding
-        self.ends = send(known_ends, device)
-        self.closes = send(closes, device)  # [C, I]
+        is_end = torch.isin(tokens, end_tokens) & is_last
+        self.any_is_end = bool(is_end.any())
+        self.label_tokens = send(tokens, device)  # [C, I]
+        self.is_token = send(places < lengths, device)  # [C, I], False at padding
+        self.ends = send(end_tokens, device)
+        self.is_end = send(is_end, device)  # [C, I]
 
     def batch(
         self, prompts: list[list[int]], runs: int, device
@@ -118,45 +118,45 @@ class LabelTree:
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
         """Each label's log-probability over the whole vocabulary, [..., C] from logits [..., nodes, V]."""
-        said = logits[..., self.at, self.said]  # [..., C, I]
-        if self.closed:
-            said = torch.where(self.closes, self.any_end(logits), said)
-        steps = said - logits.logsumexp(-1)[..., self.at]
-        return steps.masked_fill(~self.real, 0.0).sum(-1)
+        chosen = logits[..., self.predicted_by, self.label_tokens]  # [..., C, I]
+        if self.any_is_end:
+            chosen = torch.where(self.is_end, self.any_end(logits), chosen)
+        steps = chosen - logits.logsumexp(-1)[..., self.predicted_by]
+        return steps.masked_fill(~self.is_token, 0.0).sum(-1)
 
-    def greedy(self, logits: Tensor, among: int | None) -> tuple[Tensor, Tensor]:
+    def greedy(self, logits: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:
         """The label that greedy decoding gives, from logits [..., nodes, V], and its probability, [...] each.
 
-        Where it gives no label: -1, and the probability of its tokens up to the first that fits none. With `among`,
+        Where it gives no label: -1, and the probability of its tokens up to the first that fits none. With `top_k`,
         probabilities are renormalised over that many likeliest tokens.
         """
         likeliest = logits.max(-1)
         # [..., C, I]: the likeliest token at the node that predicts each label's token
-        token = likeliest.indices[..., self.at]
-        chosen = likeliest.values[..., self.at]
-        agrees = token == self.said
-        if self.closed:
-            ended = self.closes & torch.isin(token, self.ends)
+        token = likeliest.indices[..., self.predicted_by]
+        chosen = likeliest.values[..., self.predicted_by]
+        agrees = token == self.label_tokens
+        if self.any_is_end:
+            ended = self.is_end & torch.isin(token, self.ends)
             agrees = agrees | ended
-            if among is None:
+            if top_k is None:
                 chosen = torch.where(ended, self.any_end(logits), chosen)
-        agreed = (agrees | ~self.real).cumprod(-1)  # 1 up to where the answer leaves the label
+        agreed = (agrees | ~self.is_token).cumprod(-1)  # 1 up to where the answer leaves the label
         always = torch.ones_like(agreed[..., :1])  # where the prompt ends
         reached = torch.cat((always, agreed[..., :-1]), -1)
-        all_tokens = logits if among is None else logits.topk(among).values
-        steps = chosen - all_tokens.logsumexp(-1)[..., self.at]
-        counted = reached.bool() & self.real
+        all_tokens = logits if top_k is None else logits.topk(top_k).values
+        steps = chosen - all_tokens.logsumexp(-1)[..., self.predicted_by]
+        counted = reached.bool() & self.is_token
         confidence = steps.masked_fill(~counted, 0.0).sum(-1).exp()  # [..., C]
         complete = agreed[..., -1]
-        length = (agreed * self.real).sum(-1) + complete
+        length = (agreed * self.is_token).sum(-1) + complete
         nearest = length.argmax(-1, keepdim=True)
         is_a_label = complete.gather(-1, nearest).bool()
         top = torch.where(is_a_label, nearest, -1)
         return top[..., 0], confidence.gather(-1, nearest)[..., 0]
 
     def any_end(self, logits: Tensor) -> Tensor:
-        """The logit of all `ends` together where each label's tokens are said, [..., C, I]."""
-        return logits[..., self.ends].logsumexp(-1)[..., self.at]
+        """The logit of all `ends` together where each label's tokens are predicted, [..., C, I]."""
+        return logits[..., self.ends].logsumexp(-1)[..., self.predicted_by]
 
 
 def number_beginnings(labels: list[list[int]]) -> dict[tuple[int, ...], int]:
@@ -174,17 +174,17 @@ def label_scores(
     model: Callable,
     prompts: list[list[int]],
     labels: list[list[int]],
-    how: Scoring = Scoring(),
+    scoring: Scoring = Scoring(),
     watch: Watch = None,
 ) -> LabelScores:
     """Score every prompt under every run in one pass each; `labels`: the tokens of each."""
-    tree = LabelTree(labels, device_of(model), how.ends)
-    tapped = how.keep
-    if how.like is not None:
-        tapped = how.like.shape[2]
+    tree = LabelTree(labels, device_of(model), scoring.ends)
+    tapped = scoring.returned_outputs
+    if scoring.reference is not None:
+        tapped = scoring.reference.shape[2]
     tapped = min(len(prompts), tapped)
     lengths = [len(prompt) + len(tree.tokens) for prompt in prompts]
-    budget = how.budget // how.runs
+    budget = scoring.budget // scoring.runs
     tapped_groups = by_length(lengths[:tapped], budget)
     groups = list(tapped_groups)
     for group in by_length(lengths[tapped:], budget):
@@ -192,45 +192,45 @@ def label_scores(
     parts = []
     for group in groups:
         tap = group[0] < tapped
-        parts.append(score_group(model, tree, prompts, group, how, tap))
+        parts.append(score_group(model, tree, prompts, group, scoring, tap))
         if watch:
             watch(len(group))
     top = [part.top for part in parts]
     confidence = [part.confidence for part in parts]
     log_probabilities = [part.log_probabilities for part in parts]
-    found = LabelScores(
+    scores = LabelScores(
         top=join_groups(top, groups, dim=1).cpu(),
         confidence=join_groups(confidence, groups, dim=1).cpu(),
         log_probabilities=join_groups(log_probabilities, groups, dim=1).cpu(),
     )
-    with_taps = parts[: len(tapped_groups)]
-    if how.like is not None:
-        sums = torch.stack([part.asim for part in with_taps])
-        found.asim = (sums.sum(0) / tapped).cpu()
+    tapped_parts = parts[: len(tapped_groups)]
+    if scoring.reference is not None:
+        sums = torch.stack([part.asim for part in tapped_parts])
+        scores.asim = (sums.sum(0) / tapped).cpu()
     elif tapped:
-        outputs = [part.outputs for part in with_taps]
-        found.outputs = join_groups(outputs, tapped_groups, dim=2)
-    return found
+        outputs = [part.outputs for part in tapped_parts]
+        scores.outputs = join_groups(outputs, tapped_groups, dim=2)
+    return scores
 
 
-def read_by_parts(
-    tree: LabelTree, how: Scoring, most: int, states: Tensor, head: Tensor
+def score_logits_in_parts(
+    tree: LabelTree, scoring: Scoring, max_states: int, states: Tensor, head: Tensor
 ) -> tuple[Tensor, ...]:
-    """In place of the head: what `read_rows` gives, with the logits of `most` of the states [P, D] at once."""
-    return read_rows(tree, how, (F.linear(part, head) for part in states.split(most)))
+    """In place of the head: what `score_logits` gives, with the logits of `max_states` of the states [P, D] at once."""
+    return score_logits(tree, scoring, (F.linear(part, head) for part in states.split(max_states)))
 
 
-def read_rows(tree: LabelTree, how: Scoring, parts: Iterable[Tensor]) -> tuple[Tensor, ...]:
+def score_logits(tree: LabelTree, scoring: Scoring, parts: Iterable[Tensor]) -> tuple[Tensor, ...]:
     """Greedy label, its probability [n], and labels' log-probabilities [n, C], from logits [n * nodes, V] in parts."""
-    found = []
+    scores = []
     for logits in parts:
         logits = logits.float().view(-1, len(tree.depths), logits.shape[-1])
-        top, confidence = tree.greedy(logits, how.among)
-        if how.spelled is not None:
+        top, confidence = tree.greedy(logits, scoring.top_k)
+        if scoring.label_of_token is not None:
             first_token = logits[:, 0].argmax(-1)
-            top = send(how.spelled, logits.device)[first_token]
-        found.append((top, confidence, tree.log_probabilities(logits)))
-    return tuple(map(torch.cat, zip(*found)))
+            top = send(scoring.label_of_token, logits.device)[first_token]
+        scores.append((top, confidence, tree.log_probabilities(logits)))
+    return tuple(map(torch.cat, zip(*scores)))
 
 
 def score_group(
@@ -238,36 +238,38 @@ def score_group(
     tree: LabelTree,
     prompts: list[list[int]],
     group: list[int],
-    how: Scoring,
+    scoring: Scoring,
     tap: bool,
 ) -> LabelScores:
-    """The prompts of `group` in one pass, on the device; with `tap` their attention outputs, or how alike these are."""
+    """The prompts of `group` in one pass, on the device; with `tap` also their attention outputs or, if there is a
+    reference, the similarity to it.
+    """
     device = device_of(model)
-    some = [prompts[i] for i in group]
-    ids, at, branches = tree.batch(some, how.runs, device)
+    group_prompts = [prompts[i] for i in group]
+    ids, at, branches = tree.batch(group_prompts, scoring.runs, device)
     nodes = len(tree.depths)
     taps = None
     if tap:  # where the prompts end
         rows, columns = at
         taps = Taps((rows[::nodes], columns[::nodes]))
     V = len(network_of(model).model.embed_tokens.weight)
-    most = max(1, LOGITS // (nodes * V))  # rows whose logits are held at once
-    if most < how.runs * len(group):
-        head = partial(read_by_parts, tree, how, most * nodes)
+    max_rows = max(1, LOGITS // (nodes * V))  # rows whose logits are held at once
+    if max_rows < scoring.runs * len(group):
+        head = partial(score_logits_in_parts, tree, scoring, max_rows * nodes)
         answers = model(ids, taps=taps, logits=at, cache=branches, head=head)
     else:
         logits = model(ids, taps=taps, logits=at, cache=branches)  # [R * B * nodes, V]
-        answers = read_rows(tree, how, [logits])
-    found = LabelScores(*(answer.unflatten(0, (how.runs, -1)) for answer in answers))
+        answers = score_logits(tree, scoring, [logits])
+    scores = LabelScores(*(answer.unflatten(0, (scoring.runs, -1)) for answer in answers))
     if not tap:
-        return found
-    outputs = taps.stack().unflatten(1, (how.runs, -1))  # [L, R, B, D]
-    if how.like is None:
-        found.outputs = outputs
-        return found
-    sets = min(how.like.shape[1], how.runs)
+        return scores
+    outputs = taps.stack().unflatten(1, (scoring.runs, -1))  # [L, R, B, D]
+    if scoring.reference is None:
+        scores.outputs = outputs
+        return scores
+    sets = min(scoring.reference.shape[1], scoring.runs)
     outputs = outputs.unflatten(1, (sets, -1))  # [L, sets, runs of a set, B, D]
     places = send(torch.tensor(group), device)
-    alike = asim(outputs, how.like[:, :, None, places])
-    found.asim = alike.sum(-1).flatten(1).T
-    return found
+    similarity = asim(outputs, scoring.reference[:, :, None, places])
+    scores.asim = similarity.sum(-1).flatten(1).T
+    return scores

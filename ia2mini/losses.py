@@ -68,10 +68,10 @@ def fused(function: Callable) -> Callable:
         except Exception as error:  # a missing compiler raises various exceptions
             if out_of_memory(error):
                 raise
-            found = function(*tensors)  # raises too if the compiler was not the cause
+            result = function(*tensors)  # raises too if the compiler was not the cause
             warnings.warn(f"{function.__name__} runs unfused: {type(error).__name__}", stacklevel=2)
             kernel = function
-            return found
+            return result
 
     return call
 
@@ -85,11 +85,11 @@ def squared_error(output: Tensor, target: Tensor) -> Tensor:
 def squared_error_gradient(output: Tensor, target: Tensor, grad: Tensor) -> Tensor:
     D = output.shape[-1]
     difference = output.float() - target.float()
-    found = difference * (grad[:, None] * (2 / D))
-    return found.to(output.dtype)
+    gradient = difference * (grad[:, None] * (2 / D))
+    return gradient.to(output.dtype)
 
 
-def soft_cross_entropy(states: Tensor, head: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
+def kl_divergence(states: Tensor, head: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
     """KL(teacher || student) [P] of states [P, D] through the frozen head [V, D] (paper section 6, soft labels).
 
     `teacher` are log-probabilities [P, k] of tokens `ids` [P, k], renormalised over the k; exact for k = V.
@@ -135,13 +135,13 @@ class HeadDivergence(torch.autograd.Function):
 
 def own_loss(loss: Callable, student: Callable, batch: Batch) -> Tensor:
     """The values [R] of a loss of one's own. Raises UsageError for another shape, or if nothing can be learned."""
-    found = loss(partial(student, cache=batch.packed), batch)
+    values = loss(partial(student, cache=batch.packed), batch)
     name = getattr(loss, "__name__", repr(loss))
-    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
     R = len(batch.weights)
     if shape != (R,):
-        wanted = f"one number for each of the {R} runs, a tensor of shape ({R},)"
-        raise UsageError(f"the loss {name} returned {shape}; return {wanted}")
-    if torch.is_grad_enabled() and not found.requires_grad:
+        expected = f"one number for each of the {R} runs, a tensor of shape ({R},)"
+        raise UsageError(f"the loss {name} returned {shape}; return {expected}")
+    if torch.is_grad_enabled() and not values.requires_grad:
         raise UsageError(f"the loss {name} does not depend on what `student` computes; call it")
-    return found
+    return values

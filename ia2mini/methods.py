@@ -19,7 +19,7 @@ from .train import Hooks, Runs, Settings, State, Trained, summed_losses, train
 
 TRUTH = "truth"  # the rows with their true answers
 ICL = "icl"  # the rows with the teacher's responses
-BEHIND = "behind"  # the rows with their true answers, demonstrations before each prompt
+DEMONSTRATED = "demonstrated"  # the rows with demonstrations in the prompt and their true answers
 
 
 def configs(method: str, sets: int, rates: Sequence[float], betas: Sequence[float]) -> list[tuple]:
@@ -60,8 +60,8 @@ class Grid:
     def train(self, method: str, mix: dict, answers: str, start: Trained | None = None) -> Trained:
         """One phase of all runs of a method.
 
-        `mix`: loss -> its weight, a number or [R]; `answers`: TRUTH, ICL or BEHIND; from fresh weights, or from those
-        of `start`, an earlier phase.
+        `mix`: loss -> its weight, a number or [R]; `answers`: TRUTH, ICL or DEMONSTRATED. It starts from the weights of
+        `start`, an earlier phase, or from fresh ones.
         """
         device = device_of(self.model)
         configs = self.configs(method)
@@ -87,18 +87,18 @@ class Grid:
         runs = Runs(theta, rates, train_rows, dev_rows, weights, orders)
         state = State.begin(theta)
         state = self.trainer(self.model, self.adapter, runs, self.settings, state, self.hooks)
-        found = state.trained()
+        trained = state.trained()
         if start is not None:
-            found.steps += start.steps
-        return found
+            trained.steps += start.steps
+        return trained
 
 
 def rows_with(taught: Taught, answers: str) -> tuple[list[TokenRow], list[TokenRow]]:
     """The training and dev rows of a set with these answers."""
     if answers == ICL:
         return taught.icl_train, taught.icl_dev
-    if answers == BEHIND:
-        return taught.behind_train, taught.behind_dev
+    if answers == DEMONSTRATED:
+        return taught.demonstrated_train, taught.demonstrated_dev
     return taught.train, taught.dev
 
 
@@ -109,7 +109,7 @@ def sft(grid: Grid) -> Trained:
 
 def icl_sft(grid: Grid) -> Trained:
     """Cross-entropy on the answers with demonstrations in the prompt, where they stay (arXiv 2512.19879)."""
-    return grid.train("icl-sft", {"ce": 1.0}, BEHIND)
+    return grid.train("icl-sft", {"ce": 1.0}, DEMONSTRATED)
 
 
 def ia2(grid: Grid) -> Trained:
@@ -162,7 +162,7 @@ def hidden_sft(grid: Grid, aligned: Trained | None = None) -> Trained:
 
 
 def ridge(grid: Grid) -> Trained:
-    """IA2 in closed form (`ridge.solve`): no steps, no rate; what attention lacks is solved for, layer by layer."""
+    """IA2 in closed form (`ridge.solve`): a ridge regression for each layer, without steps or a learning rate."""
     device = device_of(grid.model)
     layers = grid.settings.layers
     mse = {"mse": torch.ones(1, device=device)}
@@ -171,8 +171,8 @@ def ridge(grid: Grid) -> Trained:
     for number, taught in enumerate(grid.sets):
         first = grid.first_weights(number).to(device)
         rows = collate([taught.icl_train]).to(device)
-        judging = grid.hooks.collate([taught.icl_dev or taught.icl_train])
-        dev = [batch.to(device) for batch in judging]
+        dev_batches = grid.hooks.collate([taught.icl_dev or taught.icl_train])
+        dev = [batch.to(device) for batch in dev_batches]
         solved = solve(grid.model, grid.adapter, first[None], rows, layers)
         theta.append(solved)
         dev_loss.append(summed_losses(grid.model, grid.adapter, solved, dev, mse, layers))
@@ -208,12 +208,12 @@ METHODS: dict[str, Callable] = {
     "ridge": ridge,
     "ridge-sft": ridge_sft,
 }
-BEHIND_DEMONSTRATIONS = ("icl", "icl-sft")  # evaluated with demonstrations in the prompt
+WITH_DEMONSTRATIONS = ("icl", "icl-sft")  # evaluated with demonstrations in the prompt
 # method -> its first phase
 STARTS_FROM = {
     name: name.partition("-")[0]
     for name in METHODS
-    if "-" in name and name not in BEHIND_DEMONSTRATIONS
+    if "-" in name and name not in WITH_DEMONSTRATIONS
 }
 
 

@@ -1,4 +1,4 @@
-"""How good, how calibrated and how alike: accuracy, ECE and its null, NLL, Brier, asim, overlap.
+"""How good, how calibrated and how alike: accuracy, ECE and its null, NLL, Brier, asim.
 
 Pure functions over arrays or tensors; scalars are computed in float64. No rows give NaN, as does a NaN among them.
 """
@@ -29,17 +29,17 @@ def accuracy(correct) -> float:
     return _mean(_float64(correct))
 
 
-def macro_f1(said, gold) -> float:
-    """Mean F1 of the labels that were given or are true; `said` and `gold` [Q] are indices of labels."""
-    said = np.asarray(said)
+def macro_f1(predicted, gold) -> float:
+    """Mean F1 of the labels that were predicted or are true; `predicted` and `gold` [Q] are indices of labels."""
+    predicted = np.asarray(predicted)
     gold = np.asarray(gold)
-    found = []
-    for label in np.union1d(said, gold):
-        given = said == label
+    scores = []
+    for label in np.union1d(predicted, gold):
+        positive = predicted == label
         true = gold == label
-        both = np.sum(given & true)
-        found.append(2 * both / (np.sum(given) + np.sum(true)))
-    return _mean(np.array(found))
+        true_positive = np.sum(positive & true)
+        scores.append(2 * true_positive / (np.sum(positive) + np.sum(true)))
+    return _mean(np.array(scores))
 
 
 def share_ties(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
@@ -123,8 +123,8 @@ def ece_null(
 
 
 @cache
-def waves() -> tuple[np.ndarray, np.ndarray]:
-    """Frequencies [W] of the cosines that `smooth_ece` adds, down to bandwidths of 0.001, and these [places, W]."""
+def cosines() -> tuple[np.ndarray, np.ndarray]:
+    """The cosines that `smooth_ece` adds: frequencies [W], enough for bandwidths from 0.001 on; values [1024, W]."""
     frequencies = np.pi * np.arange(1024)
     places = (np.arange(1024) + 0.5) / 1024
     return frequencies, np.cos(np.outer(places, frequencies))
@@ -140,7 +140,7 @@ def smooth_ece(confidence, correct, bandwidth: float | None = None) -> float:
     if not len(confidence):
         return math.nan
     residuals = (_float64(correct) - confidence) / len(confidence)
-    frequencies, cosines = waves()
+    frequencies, values = cosines()
     at_rows = np.cos(np.outer(confidence, frequencies))
     weights = residuals @ at_rows
     weights[1:] *= 2
@@ -148,7 +148,7 @@ def smooth_ece(confidence, correct, bandwidth: float | None = None) -> float:
     def smoothed(sigma: float) -> float:
         damping = np.exp(-((frequencies * sigma) ** 2) / 2)
         damped = weights * damping
-        return float(np.abs(damped @ cosines.T).mean())
+        return float(np.abs(damped @ values.T).mean())
 
     if bandwidth is not None:
         return smoothed(bandwidth)
@@ -215,8 +215,8 @@ def temperatures(scores: Tensor, gold: Tensor, doubt: float = 0.0) -> tuple[Tens
 def fit_temperature(scores: Tensor, gold: Tensor, oracle: bool = False) -> float:
     """The temperature from 0.05 to 20 with the lowest mean loss of `scores` [n, C] (Guo et al. 2017); 1 for text.
 
-    Targets are (n + 1) / (n + 2) instead of 1 (Platt 1999): n rows that are all right prove no certainty. Not so for an
-    `oracle`, which is fitted on the very rows it is judged by.
+    Targets are (n + 1) / (n + 2) instead of 1 (Platt 1999): n rows that are all right prove no certainty. An
+    `oracle` is fitted on the very rows it is judged by, with targets of 1.
     """
     n, C = scores.shape
     if C == 1:
@@ -251,22 +251,6 @@ def asim(a: Tensor, b: Tensor) -> Tensor:
     """Cosine similarity of activations (paper section 2): [..., D] twice -> float32 [...]; 0 where a vector is zero."""
     similarity = F.cosine_similarity(a.float(), b.float(), dim=-1)
     return similarity.clamp(-1, 1)  # rounding may go beyond
-
-
-def subspace_overlap(delta1: Tensor, delta2: Tensor, rank: int) -> Tensor:
-    """||U1^T U2||_F^2 / rank [...], from 0 to 1: what two updates' column spaces share (paper section 5.2, Figure 4).
-
-    U is the basis of the first `rank` left singular vectors. delta [..., out, r] is LoRA's B, or [..., out, in] its
-    product BA, which spans the same columns when A has full row rank. A zero update overlaps by 0.
-    """
-    bases = []
-    for delta in (delta1, delta2):
-        u, s, _ = torch.linalg.svd(delta.double(), full_matrices=False)
-        kept = s > s[..., :1] * 1e-6  # float32's rounding is not a direction
-        basis = u * kept.unsqueeze(-2)
-        bases.append(basis[..., :rank])
-    shared = bases[0].mT @ bases[1]
-    return shared.square().sum((-2, -1)) / rank
 
 
 def measure(

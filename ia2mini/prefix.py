@@ -13,6 +13,8 @@ from .models.taps import device_of
 from .tasks import Example
 from .tokenizer import Tokenizer
 
+MIN_TOKENS = 16  # a shorter beginning is not worth a pass of its own
+
 
 @torch.no_grad()
 def share_prefix(
@@ -20,18 +22,19 @@ def share_prefix(
     tokenizer: Tokenizer,
     demonstrations: list[list[Example]],
     queries: list[str],
-    least: int = 16,
 ) -> tuple[Callable, list[list[int]]]:
-    """The model with what all ICL prompts begin with, `least` tokens or more, computed once; the rest of each prompt.
+    """Compute once what all prompts begin with: the model with this prefix, and the rest of each prompt.
 
-    `demonstrations`: one list for all queries, or one a query.
+    The model stays as it is where prompts share fewer than `MIN_TOKENS` tokens. `demonstrations`: one list for all
+    queries, or one a query.
     """
     texts = [
-        with_demonstrations(shown, query) for shown, query in zip(cycle(demonstrations), queries)
+        with_demonstrations(examples, query)
+        for examples, query in zip(cycle(demonstrations), queries)
     ]
     prompts = tokenizer.encode_all(texts)
     shared = common_beginning([prompt[:-1] for prompt in prompts])
-    if shared < least:
+    if shared < MIN_TOKENS:
         return model, prompts
     prefix = Prefix()
     beginning = torch.tensor([prompts[0][:shared]], device=device_of(model))

@@ -46,13 +46,13 @@ def solve(
     if layers is None:
         layers = list(range(model.config.num_hidden_layers))
     with adapted(model, adapter, theta) as student:
-        for wanted, layer in zip(batch.activations, layers):
+        for target, layer in zip(batch.activations, layers):
             name = f"model.layers.{layer}.self_attn.o_proj"
             A = weights[f"{name}.A"]
             B = weights[f"{name}.B"]
             linear = adapter.linears[name]
             scale = adapter.alpha / adapter.rank
-            solver = partial(solve_one, A, B, wanted / factor, batch, scale)
+            solver = partial(solve_one, A, B, target / factor, batch, scale)
             linear.adapter = partial(solved_first, solver, linear.adapter)
         student(batch.ids, logits=False, cache=batch.packed)
     return theta
@@ -65,27 +65,27 @@ def solved_first(solver: Callable, change: Callable, base: Callable, x: Tensor) 
 
 
 def solve_one(
-    A: Tensor, B: Tensor, wanted: Tensor, batch: Batch, scale: float, base: Callable, x: Tensor
+    A: Tensor, B: Tensor, target: Tensor, batch: Batch, scale: float, base: Callable, x: Tensor
 ) -> None:
-    """Write into A [R, rank, in], B [R, out, rank] the factors with scale * B A x ≈ wanted - base(x), [R * P, out]."""
+    """Write into A [R, rank, in], B [R, out, rank] the factors with scale * B A x ≈ target - base(x), [R * P, out]."""
     R, rank, _ = A.shape
     # [R, P, 1]: rows count alike, however long their answers are
     share = batch.weights.double().sqrt()[..., None]
-    read = x[batch.at].double()
-    read = read.unflatten(0, (R, -1))  # [R, P, in]
-    given = base(x)[batch.at]
-    missing = (wanted - given).double()
+    inputs = x[batch.at].double()
+    inputs = inputs.unflatten(0, (R, -1))  # [R, P, in]
+    output = base(x)[batch.at]
+    missing = (target - output).double()
     missing = missing.unflatten(0, (R, -1))  # [R, P, out]
-    left, size, right = ridge_regression(read * share, missing * share)
+    left, size, right = ridge_regression(inputs * share, missing * share)
     rank = min(rank, size.shape[1])
     largest = size[:, :1]
     matters = size > NEGLIGIBLE * largest
     matters = matters[:, :rank, None]
     root = (size / scale).sqrt()[:, None]  # each factor takes the root of a singular value
-    found_A = (right * root).mT.float()
-    found_B = (left * root).float()
-    A[:, :rank] = torch.where(matters, found_A[:, :rank], A[:, :rank])
-    B[:, :, :rank] = found_B[..., :rank] * matters.mT
+    solved_A = (right * root).mT.float()
+    solved_B = (left * root).float()
+    A[:, :rank] = torch.where(matters, solved_A[:, :rank], A[:, :rank])
+    B[:, :, :rank] = solved_B[..., :rank] * matters.mT
 
 
 def ridge_regression(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,8 +26,8 @@ class Rendered(str):
 class Tokenizer:
     """A checkpoint's tokenizer. BOS comes where the file's own post-processor adds it.
 
-    A text ends at any of `eos_ids`: those of the config, and what the tokenizer itself calls its end. `closing` is what
-    closes an answer that is trained on: one of them (`end`, else the first), or nothing where there is none.
+    A text ends at any of `eos_ids`: those of the config, and what the tokenizer itself calls its end. `closing` is the
+    one that ends an answer in training: [`end`], else the first of them, or [] where there is none.
     """
 
     def __init__(
@@ -69,11 +69,13 @@ class Tokenizer:
         special = special and not isinstance(text, Rendered)
         with broken_tokenizer():
             encoding = self.backend.encode(text, add_special_tokens=special)
-        return self.known(text, encoding)
+        return self.checked_ids(text, encoding)
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
         """`encode` for many texts at once."""
-        return [self.known(text, encoding) for text, encoding in zip(texts, self.encodings(texts))]
+        return [
+            self.checked_ids(text, encoding) for text, encoding in zip(texts, self.encodings(texts))
+        ]
 
     def count(self, texts: list[str]) -> list[int]:
         """Tokens of each text."""
@@ -90,7 +92,7 @@ class Tokenizer:
         with broken_tokenizer():
             return self.backend.encode_batch(list(texts), add_special_tokens=special)
 
-    def known(self, text: str, encoding: Encoding) -> list[int]:
+    def checked_ids(self, text: str, encoding: Encoding) -> list[int]:
         """The ids of an encoding; a word that the vocabulary lacks is the unknown token, and is warned of once.
 
         Raises UsageError for an id that the model does not know.
@@ -146,31 +148,31 @@ class Tokenizer:
         needed but the checkpoint names none.
         """
         tokens = [self.encode_answer(prompt, label) for label in labels]
-        named: dict[tuple[int, ...], str] = {}
+        label_of: dict[tuple[int, ...], str] = {}
         for label, ids in zip(labels, tokens):
             ends = [self.backend.id_to_token(i) for i in ids if i in self.eos_ids]
             if ends:
                 raise UsageError(
                     f"label {label!r} holds {ends[0]!r}, which ends a text in this checkpoint; choose another label"
                 )
-            if tuple(ids) in named:
-                same = f"label {label!r} has the tokens of label {named[tuple(ids)]!r} in this tokenizer"
+            if tuple(ids) in label_of:
+                same = f"label {label!r} has the tokens of label {label_of[tuple(ids)]!r} in this tokenizer"
                 raise UsageError(f"{same}; choose other labels")
-            named[tuple(ids)] = label
-        # in this order what begins others stands right before one of them
-        alike = [pair for pair in pairwise(sorted(named)) if begins(*pair)]
-        if not alike:
+            label_of[tuple(ids)] = label
+        # sorted, a list that begins others stands right before one of them
+        prefixes = [pair for pair in pairwise(sorted(label_of)) if is_prefix(*pair)]
+        if not prefixes:
             return tokens
         if not self.closing:
-            one, other = alike[0]
-            said = f"label {named[one]!r} begins label {named[other]!r}"
+            short, long = prefixes[0]
+            conflict = f"label {label_of[short]!r} begins label {label_of[long]!r}"
             lack = "no end of sequence tells them apart: this checkpoint names no eos_token_id"
             raise UsageError(
-                f"{said}, and {lack}; add it to its config.json, or choose other labels"
+                f"{conflict}, and {lack}; add it to its config.json, or choose other labels"
             )
         return [ids + self.closing for ids in tokens]
 
 
-def begins(one: Sequence[int], other: Sequence[int]) -> bool:
+def is_prefix(short: Sequence[int], long: Sequence[int]) -> bool:
     """Whether the longer list goes on from the shorter one."""
-    return len(one) < len(other) and other[: len(one)] == one
+    return len(short) < len(long) and long[: len(short)] == short

@@ -17,10 +17,10 @@ from .losses import (
     activation_mse,
     cross_entropy,
     fused,
+    kl_divergence,
     own_loss,
     per_run,
     per_run_in_bfloat16,
-    soft_cross_entropy,
 )
 from .models.taps import Taps
 
@@ -35,7 +35,7 @@ class Settings:
 
     batch_size: int = 4
     epochs: int = 50
-    patience: int = 5  # looks (dev-loss evaluations) without improvement until a run ends
+    patience: int = 5  # evaluations of the dev loss without improvement until a run ends
     layers: list[int] | None = None  # whose attention outputs are aligned; None: all
     # keep a run's last weights, not its best: what the paper's released scripts do
     keep_last: bool = False
@@ -98,8 +98,8 @@ class State:
     t: Tensor  # [], Adam's step count; a tensor, so that a CUDA graph of the step can increase it
     best_theta: Tensor  # [R, M], the weights that are kept
     dev_loss: Tensor  # [R], the lowest so far
-    misses: Tensor  # [R] int64, looks since the lowest dev loss
-    steps: Tensor  # [R] int64, the step of the last look
+    misses: Tensor  # [R] int64, evaluations since the lowest dev loss
+    steps: Tensor  # [R] int64, the step of the last evaluation
     best: Tensor  # [R] int64, the step of the weights that are kept
     broken: Tensor  # [R] int64, the step at which the dev loss was not finite; 0: none
     going: Tensor  # [R] bool, who still trains
@@ -128,7 +128,7 @@ class State:
     def note(self, losses: Tensor, settings: Settings) -> None:
         """Note the dev losses [R] of the weights now: keep the best, and end the runs that do not improve any more.
 
-        A run ends after `patience` looks without improvement, and at once where its loss is NaN or infinite.
+        A run ends after `patience` evaluations without improvement, and at once where its loss is NaN or infinite.
         """
         losses = losses.cpu()  # the only wait for the device
         finite = losses.isfinite()
@@ -163,11 +163,7 @@ def one_batch(runs: list[list[TokenRow]]) -> list[Batch]:
     return [collate(runs)]
 
 
-def as_it_is(function: Callable) -> Callable:
-    return function
-
-
-def go_on(state: State) -> bool:
+def never_stop(state: State) -> bool:
     return False
 
 
@@ -177,9 +173,11 @@ class Hooks:
 
     # the rows of R runs -> one batch, or several whose losses add up (packed, or by length)
     collate: Callable[[list[list[TokenRow]]], list[Batch]] = one_batch
-    # is given the training step and the look, e.g. to record them as CUDA graphs
-    wrap: Callable[[Callable], Callable] = as_it_is
-    after_look: Callable[[State], bool] = go_on  # True ends the loop; it may also end runs
+    # takes the training step or the evaluation and returns a faster one, e.g. recorded as a CUDA graph
+    wrap: Callable[[Callable], Callable] | None = None
+    after_evaluation: Callable[[State], bool] = (
+        never_stop  # True ends the loop; it may also end runs
+    )
 
 
 DEFAULTS = Settings()
@@ -196,8 +194,8 @@ def train(
 ) -> State:
     """Train R runs by Adam on the sum of their losses; no run's gradient depends on another's.
 
-    Looks at the dev loss after every second step and at each epoch's end, keeps each run's best weights, and ends with
-    the last run. Without dev rows it looks at each epoch's end alone, for the hooks, and the last weights are kept.
+    Evaluates the dev loss after every second step and at each epoch's end, keeps each run's best weights, and ends with
+    the last run. Without dev rows the last weights are kept, and the hook is called at each epoch's end.
     `state`: training so far, to go on with. Returns the state reached; `.trained()` is its result.
     """
     device = runs.theta.device
@@ -216,20 +214,21 @@ def train(
                 gradient += torch.autograd.grad(loss.sum(), state.theta)[0]
         adam(state.theta.detach(), gradient, state.m, state.v, state.t, rates)
 
-    def look(*batches: Batch) -> Tensor:
+    def evaluate(*batches: Batch) -> Tensor:
         return summed_losses(model, adapter, state.theta, batches, runs.mix, settings.layers)
 
-    step = hooks.wrap(step)
-    look = hooks.wrap(look)
-    for batches, looks in portions(runs, settings, state.step, hooks.collate):
+    if hooks.wrap is not None:
+        step = hooks.wrap(step)
+        evaluate = hooks.wrap(evaluate)
+    for batches, evaluates in portions(runs, settings, state.step, hooks.collate):
         step(*batches)
         state.step += 1
-        if looks:
+        if evaluates:
             if dev:
-                state.note(look(*dev), settings)
+                state.note(evaluate(*dev), settings)
             else:
                 state.keep()
-            if hooks.after_look(state) or not state.going.any():
+            if hooks.after_evaluation(state) or not state.going.any():
                 break
     if settings.steps is not None:
         state.keep()
@@ -250,7 +249,7 @@ def train_runs(
 def portions(
     runs: Runs, settings: Settings, start: int, collate: Callable
 ) -> Iterator[tuple[list[Batch], bool]]:
-    """What each step from `start` on trains on, and whether it is followed by a look."""
+    """What each step from `start` on trains on, and whether it is followed by an evaluation."""
     rows = len(runs.train[0])
     size = settings.batch_size
     steps_an_epoch = math.ceil(rows / size)
@@ -291,11 +290,11 @@ def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None 
     headed = "ce" in mix or "kl" in mix
     taps = Taps(batch.at, layers, residual) if tapped else None
 
-    def mean(each: Tensor, count: int = 1) -> Tensor:
-        """Each run's mean [R] of the losses `each` [P], which are sums over `count` layers."""
+    def mean(by_position: Tensor, count: int = 1) -> Tensor:
+        """Each run's mean [R] of losses `by_position` [P], which are sums over `count` layers."""
         if batch.rows is None:
-            return per_run(each, batch.weights)
-        return per_run_in_bfloat16(each, batch.weights, batch.rows, count)
+            return per_run(by_position, batch.weights)
+        return per_run_in_bfloat16(by_position, batch.weights, batch.rows, count)
 
     def head(states: Tensor, weight: Tensor) -> None:
         """The losses on the head's input [P, D]: the logits [P, V] are never kept whole."""
@@ -303,7 +302,7 @@ def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None 
             # in float32 in the released scripts, too
             values["ce"] = per_run(cross_entropy(states, weight, batch.targets), batch.weights)
         if "kl" in mix:
-            values["kl"] = mean(soft_cross_entropy(states, weight, batch.soft, batch.soft_ids))
+            values["kl"] = mean(kl_divergence(states, weight, batch.soft, batch.soft_ids))
 
     if tapped or headed:
         student(
@@ -328,9 +327,9 @@ def summed_losses(
     total = torch.zeros(len(theta), device=theta.device)
     for batch in batches:
         with adapted(model, adapter, batch.of_runs(theta)) as student:
-            found = losses(student, batch, mix, layers)
+            loss = losses(student, batch, mix, layers)
         if batch.runs is None:
-            total = total + found
+            total = total + loss
         else:
-            total.index_add_(0, batch.runs, found)
+            total.index_add_(0, batch.runs, loss)
     return total

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SHORT = 256  # tokens of a row, up to which `written_out` trains faster
-SCORES = 2**28  # numbers of attention behind a prefix that are held at once
+SCORES = 2**28  # attention scores that are held at once, where rows come after a prefix
 Part = tuple[Tensor, Tensor, Tensor, Tensor]  # queries, keys, values and mask of a part of a batch
 KeysAndValues = tuple[Tensor, Tensor]  # of one layer, [B, K, S, E] each
 
@@ -78,8 +78,8 @@ class Prefix(NoCache):
         return LayerCache(kept=self.layers[-1])
 
 
-class Behind:
-    """A cache whose rows all stand behind a prefix."""
+class AfterPrefix:
+    """A cache whose rows all come after a prefix."""
 
     def __init__(self, prefix: Prefix, cache: "Cache | Packed | NoCache"):
         self.prefix = prefix
@@ -182,14 +182,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache) -> Tensor:
     k, v = cache.update(k, v)
     mask = cache.mask
     if cache.prefix is not None:
-        return attend_behind(q, k, v, mask, cache.prefix)
+        return attend_after_prefix(q, k, v, mask, cache.prefix)
     if mask is not None and q.is_cuda:
-        return folded(q, k, v, mask)
+        return heads_as_rows(q, k, v, mask)
     if q.is_cuda and q.dtype == torch.float32:
         return expanded(q, k, v)
     if q.requires_grad and slow_backward(q):
         return written_out(q, k, v, mask)
-    # right padding needs no mask: a real token never sees the padding behind it
+    # right padding needs no mask: a real token never sees the padding after it
     causal = mask is None
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True
@@ -234,10 +234,10 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return z.view(B, H, T, E)
 
 
-def attend_behind(
+def attend_after_prefix(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, prefix: KeysAndValues
 ) -> Tensor:
-    """As `attend`, behind keys and values [1, K, S, E] of a prefix: one softmax over these and own keys.
+    """As `attend`, after keys and values [1, K, S, E] of a prefix: one softmax over these and own keys.
 
     All rows share the prefix: its keys and values are multiplied with all of them at once, never copied. Where there
     would be more than `SCORES` scores, parts of the rows, or of one row's queries, come one after another.
@@ -252,7 +252,7 @@ def attend_behind(
     if queries * keys > SCORES and queries > H:
         found = []
         for part in halves(q, k, v, mask):
-            found.append(attend_behind(*part, prefix=prefix))
+            found.append(attend_after_prefix(*part, prefix=prefix))
         dim = 2 if B == 1 else 0
         return torch.cat(found, dim)
     scaled = by_key_head(q, K) * E**-0.5
@@ -301,7 +301,7 @@ def by_row(x: Tensor, rows: int) -> Tensor:
     return x.unflatten(1, (rows, -1)).transpose(0, 1)
 
 
-def folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def heads_as_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Masked attention with the heads that share a key/value head as further rows of it.
 
     A GPU's fused kernel that takes a mask refuses `enable_gqa`, and PyTorch would fall back to whole score matrices.

@@ -53,7 +53,7 @@ WEIGHT_FILES = ["model*.safetensors", INDEX]
 STORED = ("F32", "BF16", "F16", "F64")
 LARGEST = "5GB"  # of a file of weights that is written
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-AT_ONCE = 4096  # rows of these that are compared
+COMPARED_ROWS = 4096  # rows of these that are compared
 NUMBER = r"\d+(?:\.\d+)?"  # in a model's name
 NEAR = 0.6  # least likeness of an unknown name to one that may have been meant, of 1
 
@@ -82,7 +82,7 @@ def load(
     if weightless:
         model.to(dtype)
     else:
-        fill(model, folder, where, dtype, torch.device(device), check)
+        fill_parameters(model, folder, where, dtype, torch.device(device), check)
     return model.eval().requires_grad_(False), Tokenizer.from_folder(folder)
 
 
@@ -216,7 +216,7 @@ def tensor_files(folder: Path, config) -> dict[str, Path]:
     return where
 
 
-def fill(
+def fill_parameters(
     model: nn.Module,
     folder: Path,
     where: dict[str, Path],
@@ -273,8 +273,8 @@ def same_tensor(where: dict[str, Path], one: str, other: str) -> bool:
         if a.get_shape() != b.get_shape():
             return False
         rows = a.get_shape()[0]
-        for start in range(0, rows, AT_ONCE):
-            some = slice(start, start + AT_ONCE)
+        for start in range(0, rows, COMPARED_ROWS):
+            some = slice(start, start + COMPARED_ROWS)
             if not torch.equal(a[some].double(), b[some].double()):
                 return False
     return True

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Behind, Cache, LayerCache, NoCache, Packed, Prefix, attend
+from .attention import AfterPrefix, Cache, LayerCache, NoCache, Packed, Prefix, attend
 from .layers import Embedding, Head, Linear, RMSNorm, Rope, Rotation, rotate
 from .taps import At, Taps
 
@@ -158,7 +158,7 @@ class Llama(nn.Module):
         x = times(x, self.config.embedding_multiplier)
         cache = cache or NoCache()
         if prefix is not None:
-            cache = Behind(prefix, cache)
+            cache = AfterPrefix(prefix, cache)
         positions = cache.positions(x.shape[1], x.device)
         rope = self.config.rope.at(positions, self.config.head_dim, x.dtype)
         last = len(self.model.layers) - 1

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .attention import Behind, Cache, LayerCache, NoCache, Packed, Prefix, attend
+from .attention import AfterPrefix, Cache, LayerCache, NoCache, Packed, Prefix, attend
 from .layers import Embedding, Head, Linear, RMSNorm, Rope, Rotation, rotate
 from .qwen3 import MLP
 from .taps import At, Taps
@@ -125,7 +125,7 @@ class Olmo2(nn.Module):
         x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)  # [B, T, D]
         cache = cache or NoCache()
         if prefix is not None:
-            cache = Behind(prefix, cache)
+            cache = AfterPrefix(prefix, cache)
         positions = cache.positions(x.shape[1], x.device)
         rope = self.config.rope.at(positions, self.config.head_dim, torch.float32)
         last = len(self.model.layers) - 1

@@ -149,6 +149,8 @@ MUTANTS = {
             "shuffled(train, rng)[1:]",
             "episode are_the_other",
         ),
+    ],
+    "ia2mini/fitting/folds.py": [
         ("all_but(rows, part)", "rows", "folds rows_of_a_group"),
     ],
     "ia2mini/labels.py": [
@@ -158,13 +160,13 @@ MUTANTS = {
             "labels several_tokens_equal",
         ),
         (
-            "masked_fill(~self.real, 0.0)",
-            "masked_fill(self.real, 0.0)",
+            "masked_fill(~self.is_token, 0.0)",
+            "masked_fill(self.is_token, 0.0)",
             "labels several_tokens_equal",
         ),
         (
-            "torch.where(self.closes, self.any_end(logits), said)",
-            "said",
+            "torch.where(self.is_end, self.any_end(logits), chosen)",
+            "chosen",
             "ends a_label_ends_with_any",
         ),
     ],
@@ -172,7 +174,11 @@ MUTANTS = {
         ("[prompt[:-1] for prompt in prompts]", "prompts", "evaluate one_query"),
     ],
     "ia2mini/scoring.py": [
-        ("-torch.stack(each).neg().logsumexp(0)", "each[0]", "ends the_confidence_of_a_text"),
+        (
+            "-torch.stack(losses_of_ends).neg().logsumexp(0)",
+            "losses_of_ends[0]",
+            "ends the_confidence_of_a_text",
+        ),
     ],
     "ia2mini/metrics.py": [
         ('confidence, side="left")', 'confidence, side="right")', "metrics bins_are_closed"),
@@ -199,13 +205,17 @@ MUTANTS = {
         ("set(range(len(states))) - set(test)", "range(len(states))", "held_out never_saw"),
     ],
     "ia2mini/fitting/predictor.py": [
-        ("(len(held) + 1) * (1", "len(held) * (1", "predictor coverage_of_few"),
+        ("(len(confidences) + 1) * (1", "len(confidences) * (1", "predictor coverage_of_few"),
         ('(scores.double() / self.spec["temperature"])', "scores", "predictor probabilities_are"),
-        ("and not shown:", "and True:", "probe saved_loaded"),
+        ("and not demonstrations:", "and True:", "probe saved_loaded"),
     ],
     "ia2mini/generate.py": [
-        (">= characters + PARTS", ">= 0", "ends a_stop_text_of_characters"),
-        ("return decode(ids[-tokens:])", "return decode(ids[-1:])", "generate a_stop_text"),
+        (">= characters + CHARACTER_BYTES", ">= 0", "ends a_stop_text_of_characters"),
+        (
+            "return decode(ids[-tokens:])",
+            "return decode(ids[-1:])",
+            "generate a_stop_text_wherever",
+        ),
         (
             "cache.lengths += last + 1",
             "cache.lengths += ids.shape[1]",
@@ -235,7 +245,7 @@ MUTANTS = {
         ("if not is_ready(stream):", "if False:", "predictor lines_as_they_come"),
     ],
     "ia2mini/tasks/chat.py": [
-        ('found.filters["tojson"] = tojson', "pass", "chat many_templates"),
+        ('environment.filters["tojson"] = tojson', "pass", "chat many_templates"),
         ("return Rendered(text)", "return text", "chat rendering_equals"),
     ],
     "ia2mini/files/__init__.py": [
@@ -257,7 +267,7 @@ MUTANTS = {
     ],
     "ia2mini/tasks/catalog.py": [
         ("self.blank + self.labels[label]", "self.labels[label]", "columns what_is_taken"),
-        ("rows[: -task.held]", "rows", "sources forty_lines"),
+        ("rows[: -task.held_out]", "rows", "sources forty_lines"),
     ],
     "ia2mini/report/markup.py": [
         ("return html.escape(", "return html.escape(quote=False, s=", "page nothing_in_a_document"),

@@ -71,7 +71,7 @@ def joined(demonstrations: list[Example]) -> str:
 
 @torch.no_grad()
 def teacher(base: Plain, demonstrations, prompt: str, most: int) -> PlainRow:
-    """The row as the teacher answers it, with its attention outputs behind the demonstrations."""
+    """The row as the teacher answers it, with its attention outputs with the demonstrations in the prompt."""
     ids = base.tokenizer.encode(joined(demonstrations) + prompt)
     if most == 1:
         answer = [base.following(ids).argmax().item()]

@@ -278,7 +278,7 @@ def test_every_gold_gsm8k_answer_parses_to_its_number(shared_data):
 
 
 def test_every_gold_algebra_solution_parses_to_its_line(shared_data):
-    """From the first `\\boxed{` that has a `}` behind it on its line to the last of these; two have no brace."""
+    """From the first `\\boxed{` that has a `}` after it on its line to the last of these; two have no brace."""
     without = []
     for file, count in {"math_algebra/train": 1744, "math_algebra/test": 1187}.items():
         rows = read(shared_data / f"{file}.jsonl")

@@ -93,7 +93,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("masked", [False, True])
-def test_many_scores_behind_a_prefix_are_computed_in_parts(monkeypatch, rows, masked):
+def test_many_scores_after_a_prefix_are_computed_in_parts(monkeypatch, rows, masked):
     torch.manual_seed(0)
     before = 20
     q = torch.randn(rows, H, T, E, dtype=torch.float64)
@@ -101,10 +101,10 @@ def test_many_scores_behind_a_prefix_are_computed_in_parts(monkeypatch, rows, ma
     past = [torch.randn(1, K, before, E, dtype=torch.float64) for _ in range(2)]
     mask = documents().mask[:rows] if masked else None
     with Largest() as whole:
-        expected = attention.attend_behind(q, k, v, mask, past)
+        expected = attention.attend_after_prefix(q, k, v, mask, past)
     monkeypatch.setattr(attention, "SCORES", 2 * H * (before + T))  # of two queries
     with Largest() as parts:
-        found = attention.attend_behind(q, k, v, mask, past)
+        found = attention.attend_after_prefix(q, k, v, mask, past)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     assert whole.numbers == rows * H * T * (before + T)
     assert parts.numbers <= max(attention.SCORES, q.numel())

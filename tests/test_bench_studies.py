@@ -88,12 +88,12 @@ def test_the_matrix_of_causes_compares_the_same_sets(tmp_path, monkeypatch):
         for teacher in causes.TEACHERS
     }
     assert lines.keys() == {*causes.CONTROLS, *names} and len(documents) == 4
-    behind = {
+    demonstrated = {
         line.stack: line.rates
         for line in found.lines
-        if line.what == f"{what}, behind demonstrations"
+        if line.what == f"{what}, with demonstrations"
     }
-    assert behind.keys() == {
+    assert demonstrated.keys() == {
         "sft",
         "sft-sft",
         "ia2",
@@ -174,7 +174,7 @@ def test_demonstrations_before_an_adapted_model_are_those_of_its_set(tmp_path, m
             mine, trained={"sft": SimpleNamespace(theta=theta)}, reported={"sft": [2, 5]}
         )
         for asked in cells:
-            found = after.accuracies_behind_demonstrations(mine, "sft", asked)
+            found = after.accuracies_with_demonstrations(mine, "sft", asked)
             assert found == pytest.approx(icl[asked.cell.task.name])
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ia2mini.models import Taps, load
-from ia2mini.models.attention import Cache, Packed, Prefix, folded
+from ia2mini.models.attention import Cache, Packed, Prefix, heads_as_rows
 from reference import assert_equal, make_checkpoint, our_pass, random_ids, upstream, upstream_pass
 
 families = pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2"])
@@ -191,7 +191,7 @@ def test_masked_attention_with_folded_heads_is_that_with_grouped_ones(shape):
     mask = torch.rand(B, 1, T, S) < 0.5
     mask[..., 0] = True
     found, weight = [], torch.randn(B, H, T, 8)
-    for function in (lambda *a: F.scaled_dot_product_attention(*a, enable_gqa=True), folded):
+    for function in (lambda *a: F.scaled_dot_product_attention(*a, enable_gqa=True), heads_as_rows):
         out = function(q, k, v, mask)
         found.append((out, *torch.autograd.grad((out * weight).sum(), (q, k, v))))
     for one, other in zip(*found, strict=True):

@@ -248,7 +248,9 @@ def test_many_templates_are_rendered_as_by_transformers(tmp_path, name, bos):
         )
         assert tokenizer.count([chat.render(messages)]) == [len(ids)]
     answered = [*turns, asked, {"role": "assistant", "content": "yes"}]
-    assert chat.render(answered, asks=False) == theirs.apply_chat_template(answered, tokenize=False)
+    assert chat.render(answered, open_answer=False) == theirs.apply_chat_template(
+        answered, tokenize=False
+    )
 
 
 @pytest.mark.parametrize("listed", [False, True])

@@ -16,7 +16,7 @@ from ia2mini.fitting.fit import cross_validation
 from ia2mini.fitting.held_out import read_true_answers, score_held_out
 from ia2mini.fitting.rows import Columns, read_own
 from ia2mini.tasks import custom_task, find_task, load_examples
-from ia2mini.tasks.own import near_labels, own_task, queries_task
+from ia2mini.tasks.own import own_task, queries_task, similar_labels
 from ia2mini.tasks.rows import fill, read_rows
 
 CATEGORIES = ("label", "target", "category", "class", "sentiment", "lang", "label_text")
@@ -291,8 +291,8 @@ def test_labels_that_may_be_mistakes_are_remarked():
         ("None", "a"): "'None' is read as a label",
         ("a", "n/a"): "'n/a' is read as a label",
     }.items():
-        assert any(said in remark for remark in near_labels(labels)), labels
-    assert not near_labels(("0", "1", "bad", "good"))
+        assert any(said in remark for remark in similar_labels(labels)), labels
+    assert not similar_labels(("0", "1", "bad", "good"))
 
 
 def test_answers_that_do_not_repeat_are_texts_and_that_is_said():

@@ -18,7 +18,7 @@ from ia2mini.engine.options import Options
 from ia2mini.engine.subject import open_subject
 from ia2mini.labels import Scoring, label_scores
 from ia2mini.scale.pack import in_one_batch, pack
-from ia2mini.scoring import layer_asim
+from ia2mini.study.asim import layer_asim
 from ia2mini.study.scoring import spellings
 from ia2mini.study.study import compare
 from ia2mini.tasks import find_task
@@ -115,7 +115,7 @@ def test_soft_labels_are_the_whole_vocabulary(tmp_path, monkeypatch):
     asked, teach = [], ia2mini.engine.experiment.teach
 
     def seen(*given, **more):
-        asked.append(more["asked"].soft_k)
+        asked.append(more["settings"].soft_k)
         return teach(*given, **more)
 
     monkeypatch.setattr(ia2mini.engine.experiment, "teach", seen)
@@ -154,7 +154,7 @@ def test_a_token_that_is_spelled_like_a_label_is_right(model, folder):
     plain = label_scores(model, prompts, labels)
     spelled = torch.full((VOCABULARY,), -1)
     spelled[tops[1]] = 1
-    found = label_scores(model, prompts, labels, Scoring(spelled=spelled))
+    found = label_scores(model, prompts, labels, Scoring(label_of_token=spelled))
     assert plain.top.tolist() == [[-1, -1]] and found.top.tolist() == [[-1, 1]]
     assert torch.equal(found.confidence, plain.confidence) and torch.equal(
         found.log_probabilities, plain.log_probabilities

@@ -118,8 +118,8 @@ def test_a_whole_cell_costs_what_torch_counts():
         assert stages[f"train {method}"] == pytest.approx(found[f"train {method}"], rel=0.02)
     # demonstrations are not all of one length
     assert stages["collect"] == pytest.approx(found["collect"], rel=0.03)
-    behind = Pass(12, rest, 12, past=prefix)
-    assert flops(model.config, behind) == pytest.approx(found["score icl"], rel=0.001)
+    demonstrated = Pass(12, rest, 12, past=prefix)
+    assert flops(model.config, demonstrated) == pytest.approx(found["score icl"], rel=0.001)
 
 
 def test_decoding_costs_what_torch_counts():

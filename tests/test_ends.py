@@ -123,7 +123,7 @@ def test_a_turn_is_closed_as_the_chat_template_says(tmp_path):
         ),
     ],
 )
-def test_what_a_template_writes_behind_an_answer(tmp_path, template, end):
+def test_what_a_template_writes_after_an_answer(tmp_path, template, end):
     tokenizer = several_ends(tmp_path, FIRST, tokenizer_config={"chat_template": template})
     chat = ChatTemplate(tmp_path, tokenizer)
     assert chat.end == end and chat.tokenizer.closing == [FIRST if end is None else end]
@@ -137,7 +137,7 @@ def test_a_label_ends_with_any_end_of_sequence(tiny, ends, among):
     following = upstreams(upstream(folder))
     labels = near(following, PROMPTS)[:5] + [[70], [70, 71]]
     closed = [[*label, ends[0]] for label in labels]
-    scores = label_scores(model, PROMPTS, closed, Scoring(among=among, ends=ends))
+    scores = label_scores(model, PROMPTS, closed, Scoring(top_k=among, ends=ends))
     for q, prompt in enumerate(PROMPTS):
         for label, found in zip(labels, scores.log_probabilities[0, q].tolist(), strict=True):
             last = (

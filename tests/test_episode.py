@@ -113,7 +113,7 @@ def test_a_prompt_with_demonstrations_byte_for_byte():
 
 
 def with_queries(episode, queries):
-    """The episode with rows without answers, each behind two training rows of its own."""
+    """The episode with rows without answers, each after two training rows of its own."""
     shown = [[episode.train[i], episode.train[i + 1]] for i in range(len(queries))]
     return replace(
         episode, unlabelled=[replace(row, answer="") for row in queries], more_demonstrations=shown

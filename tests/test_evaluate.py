@@ -8,15 +8,16 @@ from hypothesis import strategies as st
 from ia2mini.models import load
 from reference import VOCABULARY, make_checkpoint, peft_twin, upstream, upstream_pass
 
+from ia2mini import prefix
 from ia2mini.adapters import IA3, LoRA, adapted
 from ia2mini.batch import TokenRow, by_length, collate
 from ia2mini.episode import with_demonstrations
 from ia2mini.generate import Decoding, generate
 from ia2mini.labels import Scoring, label_scores
 from ia2mini.prefix import share_prefix
-from ia2mini.scoring import layer_asim
+from ia2mini.study.asim import layer_asim
 from ia2mini.tasks import Example
-from ia2mini.teacher import Asked, observe
+from ia2mini.teacher import TeacherSettings, record_targets
 
 LABELS = [[48], [70], [49]]
 # a label for every token: one of them is always the top
@@ -68,7 +69,7 @@ def test_scores_equal_a_naive_loop(tiny, budget, among, labels):
     folder, model, _ = tiny
     watched = []
     scores = label_scores(
-        model, PROMPTS, labels, Scoring(among=among, budget=budget), watched.append
+        model, PROMPTS, labels, Scoring(top_k=among, budget=budget), watched.append
     )
     check_scores(scores, 0, upstream(folder), PROMPTS, labels, among)
     assert sum(watched) == len(PROMPTS) and len(watched) == {8192: 1, 1: 7, 20: 4}[budget]
@@ -149,8 +150,8 @@ def test_demonstrations_computed_once_equal_whole_prompts(tiny):
     targets = [
         [TokenRow(p, a) for p, a in zip(prompts, answers, strict=True)] for prompts in (whole, rest)
     ]
-    observe(model, targets[0], whole, Asked(9))
-    observe(student, targets[1], rest, Asked(9))
+    record_targets(model, targets[0], whole, TeacherSettings(9))
+    record_targets(student, targets[1], rest, TeacherSettings(9))
     assert all(
         (a.activations - b.activations).abs().max() <= 1e-5 for a, b in zip(*targets, strict=True)
     )
@@ -166,10 +167,11 @@ def test_one_query_keeps_its_last_token(tiny):
         torch.testing.assert_close(found.probabilities, expected.probabilities, rtol=0, atol=1e-5)
 
 
-def test_demonstrations_a_query_stay_whole(tiny):
+def test_demonstrations_a_query_stay_whole(tiny, monkeypatch):
     _, model, tokenizer = tiny
     shown = [DEMONSTRATIONS[i:] + DEMONSTRATIONS[:i] for i in range(3)]
-    same, prompts = share_prefix(model, tokenizer, shown, QUERIES, least=40)
+    monkeypatch.setattr(prefix, "MIN_TOKENS", 40)
+    same, prompts = share_prefix(model, tokenizer, shown, QUERIES)
     assert same is model
     assert prompts == [
         tokenizer.encode(with_demonstrations(s, q)) for s, q in zip(shown, QUERIES, strict=True)
@@ -214,9 +216,9 @@ def test_scores_come_with_the_similarity_of_the_same_pass(tiny, budget, labels):
     """Outputs kept of the base model; one run compared with two sets, four runs two by two."""
     _, model, _ = tiny
     adapter, theta = trained(model, "lora", 4)
-    kept = label_scores(model, PROMPTS, labels, Scoring(keep=5, budget=budget)).outputs
+    kept = label_scores(model, PROMPTS, labels, Scoring(returned_outputs=5, budget=budget)).outputs
     rows = [TokenRow(p, [0]) for p in PROMPTS[:5]]
-    observe(model, rows, PROMPTS[:5], Asked(9))
+    record_targets(model, rows, PROMPTS[:5], TeacherSettings(9))
     torch.testing.assert_close(
         kept[:, 0], torch.cat([row.activations for row in rows], 1), rtol=0, atol=1e-5
     )
@@ -230,12 +232,14 @@ def test_scores_come_with_the_similarity_of_the_same_pass(tiny, budget, labels):
             [[TokenRow(p, [0], like[:, number, i : i + 1]) for i, p in enumerate(PROMPTS[:5])]],
         )[0]
 
-    found = label_scores(model, PROMPTS, labels, Scoring(like=like, budget=budget)).asim
+    found = label_scores(model, PROMPTS, labels, Scoring(reference=like, budget=budget)).asim
     torch.testing.assert_close(
         found, torch.stack([similar(model, 0), similar(model, 1)]), rtol=0, atol=1e-5
     )
     with adapted(model, adapter, theta) as student:
-        found = label_scores(student, PROMPTS, labels, Scoring(4, like=like, budget=budget)).asim
+        found = label_scores(
+            student, PROMPTS, labels, Scoring(4, reference=like, budget=budget)
+        ).asim
     for r in range(4):
         with adapted(model, adapter, theta[r : r + 1]) as student:
             torch.testing.assert_close(found[r], similar(student, r // 2), rtol=0, atol=1e-5)
@@ -244,7 +248,7 @@ def test_scores_come_with_the_similarity_of_the_same_pass(tiny, budget, labels):
 def test_a_model_is_entirely_similar_to_itself(tiny):
     _, model, _ = tiny
     rows = [TokenRow(p, [3, 4][: 1 + i % 2]) for i, p in enumerate(PROMPTS)]
-    observe(model, rows, PROMPTS, Asked(9))
+    record_targets(model, rows, PROMPTS, TeacherSettings(9))
     torch.testing.assert_close(
         layer_asim(model, [rows], budget=30), torch.ones(1, 2), rtol=0, atol=1e-5
     )

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from sklearn.model_selection import StratifiedKFold
 
-from ia2mini.episode import GROUPS, among_themselves, balanced, draw_folds, in_turn, seeded
+from ia2mini.episode import seeded
+from ia2mini.fitting.folds import (
+    DEMONSTRATION_PARTS,
+    alternate_labels,
+    balanced,
+    demonstrations_among,
+    draw_folds,
+)
 from ia2mini.tasks import Example
 
 
@@ -30,7 +37,7 @@ def check(rows: list[Example], folds) -> None:
             assert row.prompt not in {other.prompt for other in shown}
             assert shown or len({row.prompt for row in fold.train}) == 1
         prompts = len({row.prompt for row in fold.train})
-        assert len(set(map(tuple, fold.demonstrations))) <= min(GROUPS, prompts)
+        assert len(set(map(tuple, fold.demonstrations))) <= min(DEMONSTRATION_PARTS, prompts)
 
 
 @pytest.mark.parametrize("sizes", [(20, 20), (7, 9, 13), (30, 5), (11, 11, 11, 11), (23, 4, 1)])
@@ -75,11 +82,11 @@ def test_a_labels_only_row_trains_wherever_it_is_not_held_out():
 
 def test_rows_of_a_group_see_the_same_rows_of_the_other_groups():
     rows = rows_of(*[0] * 10, *[1] * 10)
-    shown = among_themselves(rows, lambda some, rng: some, seeded(0, 0, "test"))
+    shown = demonstrations_among(rows, lambda some, rng: some, seeded(0, 0, "test"))
     groups = {}
     for row, others in zip(rows, shown):
         groups.setdefault(tuple(others), []).append(row)
-    assert sorted(map(len, groups.values())) == [5] * GROUPS
+    assert sorted(map(len, groups.values())) == [5] * DEMONSTRATION_PARTS
     for others, inside in groups.items():
         assert sorted([*others, *inside], key=str) == sorted(rows, key=str)
 
@@ -134,5 +141,10 @@ def test_balanced_takes_labels_as_equally_often_as_there_are_rows(labels):
 
 def test_in_turn_takes_one_of_each_label():
     rows = rows_of(0, 0, 0, 1, 2, 1)
-    assert [row.label for row in in_turn(rows)] == [0, 1, 2, 0, 1, 0]
-    assert [row.prompt for row in in_turn(rows)][:4] == ["text 0", "text 3", "text 4", "text 1"]
+    assert [row.label for row in alternate_labels(rows)] == [0, 1, 2, 0, 1, 0]
+    assert [row.prompt for row in alternate_labels(rows)][:4] == [
+        "text 0",
+        "text 3",
+        "text 4",
+        "text 1",
+    ]

@@ -26,7 +26,7 @@ from ia2mini.engine.subject import Subject
 from ia2mini.fitting.folder import base_of
 from ia2mini.fitting.predictor import FOREIGN, Predictor, load_adapter
 from ia2mini.tasks.chat import ChatTemplate
-from ia2mini.tasks.own import near_labels, own_task
+from ia2mini.tasks.own import own_task, similar_labels
 from ia2mini.tasks.rows import read_rows
 
 SIZES = {
@@ -214,7 +214,7 @@ def test_data_files(tmp_path):
     def check(folder):
         rows = read_rows(next(folder.iterdir(), folder / "rows.csv"))
         task = own_task(rows, "own")
-        near_labels(task.labels or ())
+        similar_labels(task.labels or ())
         for row in rows:
             example = task.example(row)
             (example.prompt + example.answer).encode()

@@ -16,7 +16,7 @@ from ia2mini.episode import Episode, with_demonstrations
 from ia2mini.generate import Decoding, DecodingHooks, before_stop, generate
 from ia2mini.scale.decode import ended_leave, fast_decoding, half_leaves
 from ia2mini.tasks import Example
-from ia2mini.teacher import Asked, Taught, observe, teach
+from ia2mini.teacher import Taught, TeacherSettings, record_targets, teach
 from ia2mini.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -298,7 +298,10 @@ def test_the_teacher_in_one_pass_equals_one_pass_a_token(tiny, most, k):
         said, key=lambda t: len({a.index(t) if t in a else 9 for a in plain})
     )  # a token that ends rows in different places
     sizes, watched, budget = set(), [], 300 if most == 1 else 75
-    reader, asked = Tokenizer(tokenizer.backend, (eos,)), Asked(most, k, stop=None, budget=budget)
+    reader, asked = (
+        Tokenizer(tokenizer.backend, (eos,)),
+        TeacherSettings(most, k, stop=None, budget=budget),
+    )
     taught = teach(model, reader, episode, asked, watched.append)
     assert taught.train + taught.dev == [
         truth_row(example, reader, most > 1) for _, example in shown_rows
@@ -335,13 +338,15 @@ def test_the_teacher_in_one_pass_equals_one_pass_a_token(tiny, most, k):
 def test_the_teachers_response_ends_before_the_stop_text_and_with_eos(tiny):
     _, model, tokenizer = tiny
     episode = small_episode()
-    whole = said_by(teach(model, Tokenizer(tokenizer.backend, ()), episode, Asked(6, stop=None)))
+    whole = said_by(
+        teach(model, Tokenizer(tokenizer.backend, ()), episode, TeacherSettings(6, stop=None))
+    )
     stop = next(
         tokenizer.decode(row.answer[3:4])
         for row in whole
         if tokenizer.decode(row.answer[3:4]).isascii()
     )
-    rows = said_by(teach(model, tokenizer, episode, Asked(6, stop=stop or None)))
+    rows = said_by(teach(model, tokenizer, episode, TeacherSettings(6, stop=stop or None)))
     for row, long in zip(rows, whole, strict=True):
         cut = next((i for i in range(6) if stop in tokenizer.decode(long.answer[i : i + 1])), None)
         assert row.answer == (long.answer if cut is None else long.answer[:cut] + [EOS])
@@ -356,14 +361,14 @@ def test_a_response_that_is_tokenized_again_gets_a_pass_of_its_own(tiny, monkeyp
         responses = generate(*args)
         return [responses[0][:1] + [7, 8], *responses[1:]]
 
-    usual = said_by(teach(model, tokenizer, small_episode(), Asked(6, 5, stop=None)))
+    usual = said_by(teach(model, tokenizer, small_episode(), TeacherSettings(6, 5, stop=None)))
     monkeypatch.setattr(ia2mini.teacher, "generate", again)
-    rows = said_by(teach(model, tokenizer, small_episode(), Asked(6, 5, stop=None)))
+    rows = said_by(teach(model, tokenizer, small_episode(), TeacherSettings(6, 5, stop=None)))
     shown = tokenizer.encode(
         with_demonstrations(small_episode().demonstrations[0], small_episode().train[0].prompt)
     )
     plain = TokenRow(rows[0].prompt, usual[0].answer[:1] + [7, 8, EOS])
-    observe(model, [plain], [shown], Asked(6, soft_k=5))
+    record_targets(model, [plain], [shown], TeacherSettings(6, soft_k=5))
     assert rows[0].answer == plain.answer
     for name in ("activations", "soft"):
         torch.testing.assert_close(getattr(rows[0], name), getattr(plain, name), rtol=0, atol=1e-5)
@@ -374,7 +379,8 @@ def test_a_response_that_is_tokenized_again_gets_a_pass_of_its_own(tiny, monkeyp
 def test_the_teacher_notes_only_the_chosen_layers(tiny):
     _, model, tokenizer = tiny
     whole, some = (
-        said_by(teach(model, tokenizer, small_episode(), Asked(layers=x))) for x in (None, [2, 0])
+        said_by(teach(model, tokenizer, small_episode(), TeacherSettings(layers=x)))
+        for x in (None, [2, 0])
     )
     for a, b in zip(whole, some, strict=True):
         torch.testing.assert_close(a.activations[[2, 0]], b.activations, rtol=0, atol=1e-6)

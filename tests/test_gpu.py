@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ia2mini.models import Taps, load
-from ia2mini.models.attention import LayerCache, attend, expanded, folded
+from ia2mini.models.attention import LayerCache, attend, expanded, heads_as_rows
 from reference import make_checkpoint, make_rows, random_ids, relative, starts
 from test_train import adam_step
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -119,9 +119,9 @@ def test_masked_attention_has_a_fused_kernel():
     )
     mask = torch.ones(2, 1, 40, 40, dtype=torch.bool, device=DEVICE).tril()
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-        fused = folded(q, k, v, mask)
+        fused = heads_as_rows(q, k, v, mask)
     with sdpa_kernel(SDPBackend.MATH):
-        assert relative(fused.float(), folded(q, k, v, mask).float()) < 0.02
+        assert relative(fused.float(), heads_as_rows(q, k, v, mask).float()) < 0.02
 
 
 @pytest.mark.parametrize("heads, shared", [(8, 2), (6, 6), (4, 1)])

@@ -18,15 +18,16 @@ from ia2mini.adapters import IA3
 from ia2mini.batch import TokenRow
 from ia2mini.engine.experiment import make_trainer
 from ia2mini.engine.peft import save_adapter
+from ia2mini.fitting.probe import last_states
 from ia2mini.generate import Decoding, generate
 from ia2mini.labels import Scoring, label_scores
 from ia2mini.methods import METHODS
 from ia2mini.scale.decode import fast_decoding
 from ia2mini.scale.graphs import recorded
 from ia2mini.scale.pack import in_batches
-from ia2mini.scoring import answer_scores, last_states
+from ia2mini.scoring import answer_scores
 from ia2mini.tasks import find_task, load_examples, world
-from ia2mini.teacher import Asked
+from ia2mini.teacher import TeacherSettings
 from ia2mini.train import Hooks, Settings, train
 
 TRAINED = ("sft", "ia2", "ia2-sft", "soft", "hidden", "ridge")
@@ -43,13 +44,15 @@ def gpu():
 
 def set_of_rows(model, tokenizer, seed: int):
     rows = load_examples(find_task("toy-mood"), "train").rows
-    return teach(model, tokenizer, draw_episode(rows, 4, seed), Asked(soft_k=5, residual=True))
+    return teach(
+        model, tokenizer, draw_episode(rows, 4, seed), TeacherSettings(soft_k=5, residual=True)
+    )
 
 
-def fast(device: str, after_look=lambda state: False) -> dict:
+def fast(device: str, after_evaluation=lambda state: False) -> dict:
     """What `run` and `fit` put around the loop."""
     record = partial(recorded, device=torch.device(device))
-    return {"hooks": Hooks(in_batches, record, after_look), "trainer": make_trainer(None)}
+    return {"hooks": Hooks(in_batches, record, after_evaluation), "trainer": make_trainer(None)}
 
 
 def path(

@@ -75,7 +75,7 @@ def test_its_training_rows_have_their_demonstrations_in_the_prompt():
     cv, _ = cross_validation(world.rows("toy-mood-remap", "train")[4:14], subject, options)
     encode = subject.tokenizer.encode
     for fold, taught in zip(cv.folds, teach_episodes(cv, cv.folds, options.methods), strict=True):
-        shown = zip(fold.train, fold.demonstrations, taught.behind_train, strict=True)
+        shown = zip(fold.train, fold.demonstrations, taught.demonstrated_train, strict=True)
         for example, demonstrations, row in shown:
             assert example not in demonstrations and len(demonstrations) == 4
             assert row.prompt == encode(joined(demonstrations) + example.prompt)

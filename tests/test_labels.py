@@ -74,7 +74,7 @@ def test_labels_of_several_tokens_equal_a_plain_loop_over_them(tiny, budget, amo
     folder, model, _ = tiny
     following = upstreams(upstream(folder))
     labels = near(following, PROMPTS)
-    scores = label_scores(model, PROMPTS, labels, Scoring(among=among, budget=budget))
+    scores = label_scores(model, PROMPTS, labels, Scoring(top_k=among, budget=budget))
     check_labels(scores, 0, following, PROMPTS, labels, among)
     assert {1, 2, 3, 4} == {len(label) for label in labels}
     longest = [len(labels[top]) for top in scores.top[0].tolist() if top >= 0]
@@ -112,7 +112,7 @@ def test_many_logits_are_read_in_parts(tiny, monkeypatch):
         return plain(tree, logits, among)
 
     monkeypatch.setattr(LabelTree, "greedy", noted)
-    for how in (Scoring(3, keep=4), Scoring(3, spelled=spelled)):
+    for how in (Scoring(3, returned_outputs=4), Scoring(3, label_of_token=spelled)):
         with adapted(model, adapter, theta) as student:
             whole = label_scores(student, PROMPTS, labels, how)
             most = max(widths)
@@ -124,12 +124,12 @@ def test_many_logits_are_read_in_parts(tiny, monkeypatch):
         assert torch.equal(parts.top, whole.top)
         torch.testing.assert_close(parts.confidence, whole.confidence, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(parts.log_probabilities, whole.log_probabilities)
-        if how.keep:
+        if how.returned_outputs:
             assert torch.equal(parts.outputs, whole.outputs)
         widths.clear()
 
 
-def test_labels_of_several_tokens_behind_shared_demonstrations(tiny):
+def test_labels_of_several_tokens_after_shared_demonstrations(tiny):
     folder, model, tokenizer = tiny
     following = upstreams(upstream(folder))
     whole = [tokenizer.encode(with_demonstrations(DEMONSTRATIONS, q)) for q in QUERIES]
@@ -181,11 +181,11 @@ def test_two_hundred_and_fifty_five_labels_equal_each_scored_alone(tiny):
     scores = label_scores(model, [prompt], labels, Scoring(ends=(EOS,)))
     assert scores.log_probabilities.shape == (1, 1, 255)
     check_labels(scores, 0, following, [prompt], labels)
-    behind = label_scores(model, PROMPTS, labels, Scoring(ends=(EOS,), budget=700))
+    shared = label_scores(model, PROMPTS, labels, Scoring(ends=(EOS,), budget=700))
     for q, other in enumerate(PROMPTS[1:], 1):
         alone = label_scores(model, [other], labels, Scoring(ends=(EOS,)))
         torch.testing.assert_close(
-            behind.log_probabilities[:, q], alone.log_probabilities[:, 0], atol=1e-4, rtol=1e-5
+            shared.log_probabilities[:, q], alone.log_probabilities[:, 0], atol=1e-4, rtol=1e-5
         )
 
 
@@ -201,7 +201,7 @@ def test_what_labels_share_is_read_once():
         for label in labels:
             for i in range(1, len(label)):
                 # the prompt, then its own beginning in order
-                place = length - 1 + tree.at[labels.index(label), i]
+                place = length - 1 + tree.predicted_by[labels.index(label), i]
                 visible = seen[place].nonzero()[:, 0]
                 assert ids[row, visible[length:]].tolist() == label[:i]
                 assert packed.places[row, visible].tolist() == list(range(length + i))

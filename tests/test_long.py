@@ -84,7 +84,7 @@ def test_a_teacher_beyond_what_the_model_reads_is_refused_and_icl_warned_of(subj
     assert not (tmp_path / "out").exists()
     with pytest.warns(
         UserWarning,
-        match=r"rows of pool need up to 176 tokens behind demonstrations; the model reads 100",
+        match=r"rows of pool need up to 176 tokens with demonstrations; the model reads 100",
     ):
         document, _ = compare([task], subject, QUICK, tmp_path / "out")
     assert {cell["method"] for cell in document["cells"]} == {"base", "icl", "sft"}
@@ -121,7 +121,7 @@ def test_predict_and_score_name_file_and_row(subject, tmp_path):
         subject, None, None, FOREIGN | {"template": "Text:{text}\nLabel:", "labels": ["a", "b"]}
     )
     rows = [Row("new.jsonl:1", row(READS, 0)), Row("new.jsonl:2", row(READS + 1, 1))]
-    found = fitted.answer_rows(rows, wrong=lambda error: told.append(str(error)))
+    found = fitted.answer_rows(rows, on_error=lambda error: told.append(str(error)))
     told = []
     assert len(list(found)) == 1 and told == [
         "new.jsonl:2: its prompt has 101 tokens; the model reads 1 to 100"
@@ -156,7 +156,7 @@ def test_predict_counts_the_answer(subject, labels, answer):
     fitted = Predictor(subject, None, None, FOREIGN | spec)
     most, told = READS - answer + 1, []
     rows = [Row("new.jsonl:1", row(most, 0)), Row("new.jsonl:2", row(most + 1, 1))]
-    found = list(fitted.answer_rows(rows, wrong=lambda error: told.append(str(error))))
+    found = list(fitted.answer_rows(rows, on_error=lambda error: told.append(str(error))))
     assert [one["text"][:2] for one in found] == ["00"]
     (line,) = told
     assert line.startswith(f"new.jsonl:2: its prompt has {most + 1} tokens")

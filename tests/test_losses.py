@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ia2mini import losses
 from ia2mini.batch import TokenRow, collate
-from ia2mini.losses import activation_mse, cross_entropy, per_run, soft_cross_entropy
+from ia2mini.losses import activation_mse, cross_entropy, kl_divergence, per_run
 
 
 def test_losses_equal_naive_loops():
@@ -47,12 +47,12 @@ def test_losses_equal_naive_loops():
     every = torch.arange(7).expand(3, 7)
     found = {"mse": activation_mse(outputs, targets), "ce": cross_entropy(states, head, answer)}
     found |= {
-        "kl": soft_cross_entropy(states, head, teacher, every),
-        "top": soft_cross_entropy(states, head, top, ids),
+        "kl": kl_divergence(states, head, teacher, every),
+        "top": kl_divergence(states, head, top, ids),
     }
     for name, values in expected.items():
         torch.testing.assert_close(found[name], torch.tensor(values), rtol=1e-5, atol=1e-6)
-    assert soft_cross_entropy(teacher, torch.eye(7), teacher, every).abs().max() < 1e-6
+    assert kl_divergence(teacher, torch.eye(7), teacher, every).abs().max() < 1e-6
     assert activation_mse(outputs.bfloat16(), targets.bfloat16()).dtype == torch.float32
     assert cross_entropy(states.bfloat16(), head.bfloat16(), answer).dtype == torch.float32
 
@@ -102,7 +102,7 @@ def test_losses_through_the_head_equal_torchs_with_their_gradients_in_portions(
     soft = F.kl_div(logits.float().log_softmax(-1), rest.exp(), reduction="none").sum(-1)
     for found, expected in (
         (cross_entropy(states, head, targets), hard),
-        (soft_cross_entropy(states, head, top, ids), soft),
+        (kl_divergence(states, head, top, ids), soft),
     ):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         ours, theirs = (

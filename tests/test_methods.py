@@ -21,7 +21,7 @@ from ia2mini.train import Settings, Trained, train
 TRUTH, TAUGHT = ("truth", {"ce": 1.0}), ("icl", {"mse": 1.0})
 PHASES = {  # method -> its phases: which rows, which losses (protocol section 4)
     "sft": [TRUTH],
-    "icl-sft": [("behind", {"ce": 1.0})],
+    "icl-sft": [("demonstrated", {"ce": 1.0})],
     "ia2": [TAUGHT],
     "ia2-sft": [TAUGHT, TRUTH],
     "sft-ia2": [TRUTH, TAUGHT],
@@ -79,8 +79,8 @@ def test_every_method_equals_the_plain_loop(folder, model, kind, labels, method)
         s, theta, steps = grid.sets[number], grid.first_weights(number), 0
         for (rows, mix), looks in zip(PHASES[method], watched, strict=True):
             mix = {"mse": 1 - beta, "ce": beta} if beta else mix
-            if rows == "behind":
-                data = s.behind_train, s.behind_dev
+            if rows == "demonstrated":
+                data = s.demonstrated_train, s.demonstrated_dev
             elif (rows, labels) == ("truth", "truth"):
                 data = s.train, s.dev
             else:

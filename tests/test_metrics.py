@@ -11,6 +11,7 @@ from scipy import stats
 
 from ia2mini import metrics
 from ia2mini.engine import intervals
+from ia2mini.study.overlap import subspace_overlap
 
 ROWS = st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=40)
 
@@ -141,25 +142,23 @@ def test_asim_equals_a_naive_loop():
 
 def test_subspace_overlap_equals_numpy_projections():
     b1, b2 = torch.randn(4, 20, 3), torch.randn(4, 20, 3)
-    got = metrics.subspace_overlap(b1, b2, 3)
+    got = subspace_overlap(b1, b2, 3)
     for i in range(4):
         q1, q2 = np.linalg.qr(b1[i].double().numpy())[0], np.linalg.qr(b2[i].double().numpy())[0]
         assert got[i].item() == pytest.approx(np.trace(q1 @ q1.T @ q2 @ q2.T) / 3, abs=1e-10)
-    assert metrics.subspace_overlap(b1, b1 @ torch.randn(4, 3, 3), 3) == pytest.approx(
-        np.ones(4), abs=1e-4
-    )
+    assert subspace_overlap(b1, b1 @ torch.randn(4, 3, 3), 3) == pytest.approx(np.ones(4), abs=1e-4)
     first, second = torch.eye(20)[:, :3], torch.eye(20)[:, 2:5]
-    assert metrics.subspace_overlap(first, second, 3).item() == pytest.approx(1 / 3)
-    assert metrics.subspace_overlap(torch.zeros(20, 3), first, 3).item() == 0
-    assert metrics.subspace_overlap(first.bfloat16(), first, 3).item() == pytest.approx(1)
+    assert subspace_overlap(first, second, 3).item() == pytest.approx(1 / 3)
+    assert subspace_overlap(torch.zeros(20, 3), first, 3).item() == 0
+    assert subspace_overlap(first.bfloat16(), first, 3).item() == pytest.approx(1)
 
 
 def test_subspace_overlap_of_products_equals_that_of_b():
     b1, b2, a1, a2 = torch.randn(12, 3), torch.randn(12, 3), torch.randn(3, 9), torch.randn(3, 9)
-    of_products = metrics.subspace_overlap(b1 @ a1, b2 @ a2, 3)
-    assert of_products.item() == pytest.approx(metrics.subspace_overlap(b1, b2, 3).item(), abs=1e-5)
+    of_products = subspace_overlap(b1 @ a1, b2 @ a2, 3)
+    assert of_products.item() == pytest.approx(subspace_overlap(b1, b2, 3).item(), abs=1e-5)
     u1, u2 = (np.linalg.svd((b @ a).double().numpy())[0][:, :2] for b, a in ((b1, a1), (b2, a2)))
-    assert metrics.subspace_overlap(b1 @ a1, b2 @ a2, 2).item() == pytest.approx(
+    assert subspace_overlap(b1 @ a1, b2 @ a2, 2).item() == pytest.approx(
         np.sum((u1.T @ u2) ** 2) / 2, abs=1e-5
     )
 

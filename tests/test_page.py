@@ -8,7 +8,7 @@ import pytest
 from test_figures import made_up
 
 from ia2mini.report.figures import draw_figures
-from ia2mini.report.markup import shown, table
+from ia2mini.report.markup import escaped, table
 from ia2mini.report.page import write_page
 
 
@@ -138,5 +138,5 @@ def test_nothing_in_a_document_becomes_markup(tmp_path):
         and "img" in checked(page)[0]
         and "script" not in checked(page)[0]
     )
-    assert "\x1b" not in page and "\u202e" not in page and page.count(shown(evil)) > 20
+    assert "\x1b" not in page and "\u202e" not in page and page.count(escaped(evil)) > 20
     assert r"&lt;/script&gt;\x1b[31m\u202e\ud800&quot;&#x27;&amp;" in page

@@ -265,14 +265,19 @@ def short_of_memory(rank: int) -> None:
         calls = []
 
         def train(model, adapter, runs, settings, state, hooks):
-            def after_look(state):
+            def after_evaluation(state):
                 if len(calls) == 1 and state.step > 5:
                     raise torch.OutOfMemoryError("out of memory")
-                return hooks.after_look(state)
+                return hooks.after_evaluation(state)
 
             calls.append(1)
             return whole(
-                model, adapter, runs, settings, state, replace(hooks, after_look=after_look)
+                model,
+                adapter,
+                runs,
+                settings,
+                state,
+                replace(hooks, after_evaluation=after_evaluation),
             )
 
         ia2mini.engine.experiment.train = train

@@ -25,7 +25,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def ends(tokenizer):
-    """Ids of the tokens before answers, and of those behind them."""
+    """Ids of the tokens before answers, and of those after them."""
     return [
         [tokenizer.token_to_id(t) for t in tokens]
         for tokens in (("Label:", "Answer:"), ("\n\n", "<eos>"))

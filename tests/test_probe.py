@@ -17,9 +17,8 @@ from ia2mini import FitOptions, fit, load_adapter, open_subject
 from ia2mini.cli.main import main
 from ia2mini.episode import with_demonstrations
 from ia2mini.fitting import held_out
-from ia2mini.fitting.probe import PENALTIES, PROBE, UNSEEN, fit_probe, held_out_scores
+from ia2mini.fitting.probe import PENALTIES, PROBE, UNSEEN, fit_probe, held_out_scores, last_states
 from ia2mini.report.card import card
-from ia2mini.scoring import last_states
 from ia2mini.tasks import world
 
 QUICK = FitOptions(epochs=1, rates=(1e-4,), methods=("sft",), folds=3, temperature=False)
@@ -100,7 +99,7 @@ def test_it_is_saved_loaded_and_answers_as_a_product_of_its_file(fitted, tmp_pat
         assert row["answer"] == again.spec["labels"][expected.argmax()]
     shown = list(again.answer_rows(rows, icl=True))
     assert shown[0]["probabilities"] != said[0]["probabilities"], "demonstrations: the model's head"
-    text = with_demonstrations(again.shown(), f"Text: {rows[0]['text']}\nLabel:")
+    text = with_demonstrations(again.demonstrations(), f"Text: {rows[0]['text']}\nLabel:")
     logits = subject.model(torch.tensor([subject.tokenizer.encode(text)]))[0, -1]
     labels = [token for (token,) in again.fitted_label_tokens]
     expected = logits[labels].softmax(-1).tolist()

@@ -9,7 +9,7 @@ from mistakes import refused
 from sklearn.metrics import f1_score
 
 from ia2mini import FitOptions, fit, open_subject
-from ia2mini.fitting.sentence import listed, percent, probability, sentence
+from ia2mini.fitting.sentence import join_names, p_value, sentence, with_interval
 from ia2mini.metrics import macro_f1
 from ia2mini.report.fit import score_rows, write_fit_table
 from ia2mini.tasks import world
@@ -133,18 +133,18 @@ def test_labels_that_are_never_right_are_named():
     "p, text", [(0.125, "p = .12"), (1.0, "p = 1.00"), (0.0041, "p = .004"), (0.0002, "p < .001")]
 )
 def test_probabilities_are_short(p, text):
-    assert probability(p) == text
+    assert p_value(p) == text
 
 
 def test_lists_and_shares():
-    assert [listed(["a"]), listed(["a", "b"]), listed(["a", "b", "c"])] == [
+    assert [join_names(["a"]), join_names(["a", "b"]), join_names(["a", "b", "c"])] == [
         "a",
         "a and b",
         "a, b and c",
     ]
     assert (
-        percent([1.0, 0.8575, 1.0]) == "100 % (86 to 100)"
-        and percent([1.0, float("nan"), None]) == "100 %"
+        with_interval([1.0, 0.8575, 1.0]) == "100 % (86 to 100)"
+        and with_interval([1.0, float("nan"), None]) == "100 %"
     )
 
 

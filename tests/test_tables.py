@@ -13,7 +13,7 @@ from pyarrow import parquet
 from ia2mini import FitOptions, UsageError, fit, open_subject
 from ia2mini.fitting.rows import read_own
 from ia2mini.tasks import world
-from ia2mini.tasks.rows import as_rows, each_row, read_rows
+from ia2mini.tasks.rows import as_rows, iter_rows, read_rows
 
 QUICK = FitOptions(epochs=1, rates=(1e-2,), methods=("sft",), folds=2)
 
@@ -240,11 +240,11 @@ def test_what_is_no_table_of_rows_is_one_line():
     refused(lambda: as_rows(frame), "two columns of the same name, 'a'")
     refused(lambda: as_rows({"text": ["a"], "label": [1]}), "one dict", "a list")
     refused(lambda: as_rows(b"rows.csv"), "one bytes", "a list")
-    refused(lambda: list(each_row("a text")), "one str", "a list")
+    refused(lambda: list(iter_rows("a text")), "one str", "a list")
     refused(lambda: as_rows([{"text": "a"}, 3]), "row 2", "not an object")
     refused(lambda: as_rows(["a", None]), "row 2", "None")
     refused(lambda: as_rows(np.zeros((2, 3))), "row 1", "not an object")
     assert as_rows(["a", np.str_("b")]) == [{"text": "a"}, {"text": "b"}]
     assert as_rows(pandas.Series(["a", "b"]), "body") == [{"body": "a"}, {"body": "b"}]
     error = UsageError("wrong")
-    assert list(each_row([None, error])) == [None, error]
+    assert list(iter_rows([None, error])) == [None, error]

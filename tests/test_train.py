@@ -25,7 +25,7 @@ from ia2mini.losses import per_run
 from ia2mini.scale.memory import within_memory
 from ia2mini.scale.pack import in_batches, pack
 from ia2mini.scale.parts import put_state, take_state
-from ia2mini.scale.race import FIRST_LOOK, Race
+from ia2mini.scale.race import FIRST, Race
 from ia2mini.scale.shrink import shrinking
 from ia2mini.train import Hooks, Runs, Settings, State, adam, losses, train, train_runs
 
@@ -40,12 +40,12 @@ TRAINERS = {"plain": train, "shrinking": from_start(shrinking(train))}
 def watching(*looks: Callable) -> Hooks:
     """Hooks that call each of `looks` with the state after every look."""
 
-    def after_look(state: State) -> bool:
+    def after_evaluation(state: State) -> bool:
         for look in looks:
             look(state)
         return False
 
-    return Hooks(after_look=after_look)
+    return Hooks(after_evaluation=after_evaluation)
 
 
 def adam_step(state: State, gradient: torch.Tensor, rates: torch.Tensor) -> None:
@@ -96,11 +96,11 @@ def test_a_rate_far_behind_leaves_the_race():
 
     def race(lost: Callable, looks: int, config=config) -> list[list[bool]]:
         state, seen = State.begin(theta), []
-        after_look = Race(config) if config is not None else lambda state: False
+        after_evaluation = Race(config) if config is not None else lambda state: False
         for look in range(1, looks + 1):
             state.step = look
             state.note(lost(look), Settings(patience=99))
-            assert not after_look(state), "it is the loop that ends when no run is left"
+            assert not after_evaluation(state), "it is the loop that ends when no run is left"
             seen.append(state.going.tolist())
         return seen
 
@@ -108,18 +108,18 @@ def test_a_rate_far_behind_leaves_the_race():
         return torch.tensor([1.0, 1.0, 4 - 0.1 * look, 1.0, 2.0, 4 - 0.1 * look]) + 1 / look**3
 
     for look, going in enumerate(race(lost, 14), 1):
-        assert going == [True, look < FIRST_LOOK, True] * 2, look
+        assert going == [True, look < FIRST, True] * 2, look
     assert all(map(all, race(lost, 14, None)))
     for look, going in enumerate(
         race(lambda look: lost(look) + torch.tensor([0, 0, 0.0999 * look] * 2), 14), 1
     ):
         # too slow: 30 looks of .0001 are not enough
-        assert going == [True, look < FIRST_LOOK, look < FIRST_LOOK] * 2
+        assert going == [True, look < FIRST, look < FIRST] * 2
     # from 2 to just below, or just above, 1 in 30 looks more
     for pace, stays in ((0.034, True), (0.033, False)):
         near = race(
-            lambda look, pace=pace: torch.tensor([1, 9, 2 + pace * (FIRST_LOOK - look)] * 2),
-            FIRST_LOOK,
+            lambda look, pace=pace: torch.tensor([1, 9, 2 + pace * (FIRST - look)] * 2),
+            FIRST,
         )[-1]
         assert near == [True, False, stays] * 2
     diverged = race(lambda look: lost(look) + torch.tensor([0, 0, 0, 0, 0, torch.nan]), 10)[-1]
@@ -139,7 +139,7 @@ def test_a_run_that_has_ended_counts_with_what_it_reached():
     race(state)
     assert state.going.tolist() == [False, False, True, True]
     left = take_state(state, torch.tensor([2, 3]))
-    for look in range(3, FIRST_LOOK + 1):
+    for look in range(3, FIRST + 1):
         left.note(torch.tensor([3.0, 3.0]) / look, once)
         race(left)
         assert left.going.all()
@@ -154,7 +154,7 @@ def test_a_race_needs_all_runs_side_by_side():
         torch.tensor([1.0, 2.0]),
     )
     for part in (take_state(whole, torch.tensor([0, 1])), take_state(whole, torch.tensor([2, 3]))):
-        for _ in range(FIRST_LOOK + 2):
+        for _ in range(FIRST + 2):
             part.note(losses, Settings(patience=99))
             assert not race(part) and part.going.all()
     assert race.means == []
@@ -172,13 +172,13 @@ def test_a_race_that_memory_has_cut_into_parts_is_over():
         State.begin(torch.zeros(4, 1)),
         State.begin(torch.zeros(4, 1)),
     )
-    for _ in range(FIRST_LOOK - 1):
+    for _ in range(FIRST - 1):
         together.note(losses, patient)
         together.going[2:] = False
         race(together)
-    assert len(race.means) == FIRST_LOOK - 1
+    assert len(race.means) == FIRST - 1
     for part in (take_state(again, torch.tensor([2, 3])), take_state(again, torch.tensor([0, 1]))):
-        for _ in range(FIRST_LOOK + 2):
+        for _ in range(FIRST + 2):
             part.note(losses[part.index], patient)
             race(part)
             assert part.going.all()
@@ -206,7 +206,7 @@ def test_runs_in_parts_do_not_race(model):
     settings = Settings(batch_size=2, epochs=12, patience=99)
 
     def steps(trainer: Callable, racing: bool) -> list[int]:
-        hooks = Hooks(after_look=Race(torch.tensor([0, 1, 0, 1]))) if racing else Hooks()
+        hooks = Hooks(after_evaluation=Race(torch.tensor([0, 1, 0, 1]))) if racing else Hooks()
         return trainer(model, adapter, runs, settings, hooks=hooks).steps.tolist()
 
     whole, raced = steps(train, False), steps(train, True)
@@ -246,7 +246,7 @@ def test_the_plain_loop_equals_the_loop_with_all_that_wraps_it(model, kind, mix)
 def test_a_state_taken_apart_and_put_together_goes_on_bit_for_bit(model):
     arguments = four_runs(model)
     whole = train(*arguments)
-    stopped = train(*arguments, hooks=Hooks(after_look=lambda state: state.step >= 6))
+    stopped = train(*arguments, hooks=Hooks(after_evaluation=lambda state: state.step >= 6))
     assert stopped.step == 6 < whole.step
     again = State.begin(torch.zeros_like(stopped.theta.detach()))
     for places in (torch.tensor([3, 1]), torch.tensor([0, 2])):

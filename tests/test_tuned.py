@@ -48,17 +48,17 @@ def records_of(document: dict, method: str) -> list[dict]:
     return [run for run in document["runs"] if run["method"] == method and not run["ood"]]
 
 
-def test_rows_behind_demonstrations_are_the_prompts_of_the_protocol(subject, tmp_path):
+def test_rows_with_demonstrations_are_the_prompts_of_the_protocol(subject, tmp_path):
     cell, x = experiment(MOOD, subject, tmp_path)
     encode = subject.tokenizer.encode
     for episode, taught in zip(cell.episodes, true_sets(x), strict=True):
         rows = episode.train + episode.dev
-        found = taught.behind_train + taught.behind_dev
+        found = taught.demonstrated_train + taught.demonstrated_dev
         for example, shown, row in zip(rows, episode.demonstrations, found, strict=True):
             assert row.prompt == encode(joined(shown) + example.prompt)
             assert row.answer == encode(example.answer)
             assert example not in shown
-        assert len(taught.behind_train) == len(taught.train) == 3
+        assert len(taught.demonstrated_train) == len(taught.train) == 3
 
 
 def test_scores_with_demonstrations_equal_pefts_on_the_whole_prompt(subject, tmp_path):
@@ -104,7 +104,7 @@ def test_the_tuned_teachers_targets_are_those_of_its_adapter_in_peft(subject, tm
             found = taught.icl_train + taught.icl_dev
             rows = episode.train + episode.dev
             for row, shown, ours in zip(rows, episode.demonstrations, found, strict=True):
-                expected = plain_teacher(net, shown, row.prompt, x.asked.max_tokens)
+                expected = plain_teacher(net, shown, row.prompt, x.teacher_settings.max_tokens)
                 assert (ours.prompt, ours.answer) == (expected.prompt, expected.answer)
                 assert relative(ours.activations, expected.targets) < 1e-4
 
@@ -186,9 +186,11 @@ def test_sdfts_loss_and_gradient_equal_a_plain_loop(small):
     torch.manual_seed(3)
     theta = (0.3 * torch.randn(2, len(adapter.init(model, torch.Generator())))).requires_grad_()
     alone = [make_rows(3, seed) for seed in (1, 2)]
-    behind = [[replace(row, prompt=[7, 9, 11] + row.prompt) for row in rows] for rows in alone]
+    demonstrated = [
+        [replace(row, prompt=[7, 9, 11] + row.prompt) for row in rows] for rows in alone
+    ]
     grid = Grid(model, adapter, [], [1e-3])
-    loss = on_policy_loss(grid, theta, alone, behind, torch.Generator().manual_seed(5))
+    loss = on_policy_loss(grid, theta, alone, demonstrated, torch.Generator().manual_seed(5))
     (gradient,) = torch.autograd.grad(loss.sum(), theta)
     with torch.no_grad(), adapted(model, adapter, theta.detach()) as student:
         answers = draw_answers(student, alone, torch.Generator().manual_seed(5))
@@ -196,7 +198,7 @@ def test_sdfts_loss_and_gradient_equal_a_plain_loop(small):
     for r in range(2):
         twin = peft_twin(folder, adapter, theta[r].detach())
         total = 0.0
-        for row, shown, answer in zip(alone[r], behind[r], answers[r], strict=True):
+        for row, shown, answer in zip(alone[r], demonstrated[r], answers[r], strict=True):
             own_logits = twin(torch.tensor([row.prompt + answer[:-1]])).logits[0, -len(answer) :]
             teachers = net(torch.tensor([shown.prompt + answer[:-1]])).logits[0, -len(answer) :]
             divergence = 0.0
@@ -232,15 +234,15 @@ def test_sdft_follows_its_teacher(small):
     _, model = small
     adapter = LoRA(model)
     rows = [replace(row, answer=[3, 4, 2]) for row in make_rows(4, 8)]
-    behind = [replace(row, prompt=[7, 9, 11] + row.prompt) for row in rows]
-    taught = Taught(rows, rows[:2], [], [], behind, behind[:2])
+    demonstrated = [replace(row, prompt=[7, 9, 11] + row.prompt) for row in rows]
+    taught = Taught(rows, rows[:2], [], [], demonstrated, demonstrated[:2])
     settings = Settings(batch_size=4, epochs=60, patience=60)
     grid = Grid(model, adapter, [taught], [1e-2], settings=settings)
     with further_methods():
         found = METHODS["sdft"](grid)
     first = grid.first_weights(0)[None]
     judged = [
-        on_policy_loss(grid, theta, [rows], [behind], torch.Generator().manual_seed(2)).item()
+        on_policy_loss(grid, theta, [rows], [demonstrated], torch.Generator().manual_seed(2)).item()
         for theta in (first, found.theta)
     ]
     assert judged[1] < 0.8 * judged[0]
@@ -255,4 +257,6 @@ def test_an_empty_answer_that_nothing_ends_is_refused(monkeypatch):
     monkeypatch.setattr(teacher, "generate", lambda *asked, **named: [[]])
     rows = [TokenRow([5, 6], [0])]
     with pytest.raises(UsageError, match="answer to 'Q: what.' is empty.*eos_token_id"):
-        teacher.respond(None, tokenizer, rows, [[5, 6]], teacher.Asked(max_tokens=4), None)
+        teacher.generate_responses(
+            None, tokenizer, rows, [[5, 6]], teacher.TeacherSettings(max_tokens=4), None
+        )

@@ -15,7 +15,7 @@ from ia2mini.fitting.rows import read_own
 from ia2mini.tasks import Example, world
 from ia2mini.tasks.chat import ChatTemplate
 from ia2mini.tasks.rows import Row
-from ia2mini.tasks.turns import ALL_TURNS, ASKED, open_turns
+from ia2mini.tasks.turns import ALL_TURNS, PROMPT_TURNS, open_turns
 from ia2mini.tokenizer import Tokenizer
 
 QUICK = FitOptions(epochs=2, rates=(1e-2,), methods=("sft",), folds=2, chat=True)
@@ -51,7 +51,7 @@ def test_a_conversation_is_rendered_as_by_transformers(tmp_path, template, messa
             turns, add_generation_prompt=True, tokenize=True, return_dict=False
         )
 
-    prompt = chat(row[ASKED])
+    prompt = chat(row[PROMPT_TURNS])
     assert tokenizer.encode(prompt) == expected(asked)
     # of a demonstration every turn but the system's, then its answer; the row's own system's turn first
     shown = [Example(chat(json.dumps(LONG[:4])), "Perhaps.")]

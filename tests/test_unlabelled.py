@@ -35,7 +35,7 @@ def test_only_ia2_trains_on_them():
 
 
 def test_a_fit_with_and_without_them():
-    """SFT is the same; IA2 has more rows, each behind rows of its fold alone, in an order of its own."""
+    """SFT is the same; IA2 has more rows, each after rows of its fold alone, in an order of its own."""
     subject = open_subject("tiny", "cpu")
     rows = load_examples(find_task("toy-mood"), "train").rows
     own, queries = rows[:12], [Example(row.prompt, "") for row in rows[12:18]]

@@ -16,8 +16,8 @@ from .reopened import Reopened
 
 
 @torch.no_grad()
-def accuracies_behind_demonstrations(mine: Reopened, method: str, asked: Reopened) -> list[float]:
-    """Accuracy of a method's run of each set on the evaluation rows of `asked`, behind that one's demonstrations.
+def accuracies_with_demonstrations(mine: Reopened, method: str, asked: Reopened) -> list[float]:
+    """Accuracy of a method's run of each set on the evaluation rows of `asked`, with that one's demonstrations.
 
     Where `asked` is the cell itself they are put back; else they teach another task to the adapted model.
     """
@@ -31,7 +31,7 @@ def accuracies_behind_demonstrations(mine: Reopened, method: str, asked: Reopene
 
 
 def answered_rightly(student, asked: Reopened, number: int) -> list[bool]:
-    """Which evaluation rows of a cell a model answers rightly behind the demonstrations of set `number`."""
+    """Which evaluation rows of a cell a model answers rightly with the demonstrations of set `number`."""
     cell = asked.cell
     tokenizer = asked.x.subject.tokenizer
     rows = cell.evaluations[cell.task.name].rows

@@ -97,9 +97,9 @@ def scores_of(mine: Reopened, thetas: Tensor, rows: list[Example]) -> Tensor:
     subject = mine.x.subject
     cell = mine.cell
     prompts = subject.tokenizer.encode_all([row.prompt for row in rows])
-    how = Scoring(len(thetas), ends=subject.tokenizer.eos_ids)
+    scoring = Scoring(len(thetas), ends=subject.tokenizer.eos_ids)
     with adapted(subject.model, mine.x.adapter, thetas) as student:
-        scores = label_scores(student, prompts, cell.labels[cell.task.name], how)
+        scores = label_scores(student, prompts, cell.labels[cell.task.name], scoring)
     return scores.log_probabilities
 
 

@@ -25,14 +25,14 @@ from ia2mini.tasks import Task, load_examples
 
 from ..cost import Cost
 from ..report import Line, Result, difference
-from .after import accuracies_behind_demonstrations, phases_of, spent
+from .after import accuracies_with_demonstrations, phases_of, spent
 from .controls import TEACHERS, Control
 from .effect import about, kept, tasks_of
 from .reopened import RUNS, Reopened, reopen
 
 TRUE = TEACHERS[0]
 MATCHED = ("ia2", "ridge", "hidden", "soft")
-ALONE = ("ia2", "ridge")  # that are also tried behind demonstrations without SFT
+ALONE = ("ia2", "ridge")  # that are also tried with demonstrations in the prompt without SFT
 CONTROLS = ("base", "icl", "sft", "sft-sft")
 CALIBRATION = {  # metric -> what it says
     "nll_labels": "NLL among the labels, as it is",
@@ -108,7 +108,7 @@ def named(method: str, teacher: str) -> str:
 
 
 def stays(result: Result, part: str, reopened: list[Reopened], document: dict) -> None:
-    """What adapted models do behind demonstrations: their task's, against ICL; the next task's, against ICL there."""
+    """What adapted models do with demonstrations: their task's, against ICL; the next task's, against ICL there."""
     own = [cell for cell in document["cells"] if cell["method"] == "icl" and not cell["ood"]]
     for (n,), icl_cells in grouped(own, "n").items():
         tasks = [one for one in reopened if one.cell.n == n]
@@ -120,25 +120,25 @@ def stays(result: Result, part: str, reopened: list[Reopened], document: dict) -
                     ("demonstrations put back", 0, "% ICL"),
                     ("the next task's demonstrations", 1, "% ICL there"),
                 ):
-                    ours, theirs = behind(tasks, icl, method, ahead)
+                    ours, theirs = with_others_demonstrations(tasks, icl, method, ahead)
                     rates[f"% {what}"] = 100 * fmean(ours)
                     rates[against] = 100 * fmean(theirs)
                     said = difference(paired_test(ours, theirs), 100, ".1f")
                     result.remarks.append(f"{part}, N = {n}: {what}: {method} against ICL: {said}")
                 result.lines.append(
-                    Line(f"{part}, N = {n}, behind demonstrations", method, rates=rates)
+                    Line(f"{part}, N = {n}, with demonstrations", method, rates=rates)
                 )
 
 
-def behind(
+def with_others_demonstrations(
     tasks: list[Reopened], icl: list[list[float]], method: str, ahead: int
 ) -> tuple[list[float], list[float]]:
-    """Accuracies of a method behind the demonstrations of the task so many places ahead, and ICL's there."""
+    """Accuracies of a method with the demonstrations of the task so many places ahead, and ICL's there."""
     ours = []
     theirs = []
     for place, mine in enumerate(tasks):
         asked = (place + ahead) % len(tasks)
-        ours += accuracies_behind_demonstrations(mine, method, tasks[asked])
+        ours += accuracies_with_demonstrations(mine, method, tasks[asked])
         theirs += icl[asked]
     return ours, theirs
 

@@ -39,7 +39,7 @@ def tasks_of(part: str, data: Path | None) -> list[Task]:
         raise UsageError(
             "relations: name the folder that holds relations/*.jsonl with --data-dir or $IA2MINI_DATA"
         )
-    return [replace(custom_task(file, "text", "answer", RELATION), held=HELD) for file in files]
+    return [replace(custom_task(file, "text", "answer", RELATION), held_out=HELD) for file in files]
 
 
 def about(subject: Subject, options: Options, part: str) -> str:

@@ -209,7 +209,7 @@ def toy_sentence(
         shown = {name: rng.choice(list(world.ATTRIBUTES[name])) for name in asked}
         for name in rng.sample(rest, rng.choice((0, 1, 2))):
             shown[name] = rng.choice(list(world.ATTRIBUTES[name]))
-        text = world.sentence(rng, style, shown)
+        text = world.write_sentence(rng, style, shown)
         if world.split_of(text) == split:
             return shown, text
 

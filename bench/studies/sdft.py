@@ -29,20 +29,20 @@ def sdft(grid: Grid) -> Trained:
     state = State.begin(torch.stack(first).to(device))
     draws = torch.Generator(device).manual_seed(grid.seed)
     dev = [taught.dev for taught in sets]
-    behind_dev = [taught.behind_dev for taught in sets]
+    demonstrated_dev = [taught.demonstrated_dev for taught in sets]
     rows = len(sets[0].train)
     steps_an_epoch = math.ceil(rows / settings.batch_size)
     for step in range(settings.epochs * steps_an_epoch):
         epoch, place = divmod(step, steps_an_epoch)
         start = place * settings.batch_size
         alone = []
-        behind = []
+        demonstrated = []
         for number, taught in zip(numbers, sets):
             order = grid.order(number, rows, epoch)
             for_this_step = order[start : start + settings.batch_size]
             alone.append([taught.train[i] for i in for_this_step])
-            behind.append([taught.behind_train[i] for i in for_this_step])
-        loss = on_policy_loss(grid, state.theta, alone, behind, draws)
+            demonstrated.append([taught.demonstrated_train[i] for i in for_this_step])
+        loss = on_policy_loss(grid, state.theta, alone, demonstrated, draws)
         (gradient,) = torch.autograd.grad(loss.sum(), state.theta)
         adam(state.theta.detach(), gradient, state.m, state.v, state.t, rates[:, None])
         state.step += 1
@@ -50,7 +50,7 @@ def sdft(grid: Grid) -> Trained:
         if step % 2 == 1 or epoch_ends:
             same_draws = torch.Generator(device).manual_seed(grid.seed + 1)
             with torch.no_grad():
-                losses = on_policy_loss(grid, state.theta, dev, behind_dev, same_draws)
+                losses = on_policy_loss(grid, state.theta, dev, demonstrated_dev, same_draws)
             state.note(losses, settings)
             if not state.going.any():
                 break
@@ -61,19 +61,19 @@ def on_policy_loss(
     grid: Grid,
     theta: Tensor,
     alone: list[list[TokenRow]],
-    behind: list[list[TokenRow]],
+    demonstrated: list[list[TokenRow]],
     generator: torch.Generator,
 ) -> Tensor:
     """Mean reverse KL [R] of the student from the teacher over the tokens of answers that the student draws.
 
-    `alone`: each run's rows; `behind`: the same rows behind demonstrations.
+    `alone`: each run's rows; `demonstrated`: the same rows with demonstrations.
     """
     model = grid.model
     device = device_of(model)
     with torch.no_grad(), adapted(model, grid.adapter, theta) as student:
         answers = draw_answers(student, alone, generator)
     with torch.no_grad():
-        rows = with_answers(behind, answers)
+        rows = with_answers(demonstrated, answers)
         batch = collate(rows).to(device)
         logits = model(batch.ids, logits=batch.at)
         teacher = logits.float().log_softmax(-1)  # [P, V]

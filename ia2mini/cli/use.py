@@ -82,7 +82,7 @@ def predict(adapter, rows, coverage, icl, strict, out, digits, **how):
     need_output()
     fitted = open_adapter(adapter, **how)
     for row in fitted.answer_rows(
-        read_new(rows), icl, coverage, wrong=lambda error: complain(error, strict)
+        read_new(rows), icl, coverage, on_error=lambda error: complain(error, strict)
     ):
         click.echo(json_line(rounded(row, digits)))
 

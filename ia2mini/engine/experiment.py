@@ -20,7 +20,7 @@ from ..scale.graphs import launch_bound, recorded
 from ..scale.memory import within_memory
 from ..scale.race import Race
 from ..scale.shrink import shrinking
-from ..teacher import Asked, Taught, teach, true_rows
+from ..teacher import Taught, TeacherSettings, teach, true_rows
 from ..train import Hooks, Settings, State, Trained, train
 from .options import TUNED
 from .progress import Progress
@@ -58,7 +58,7 @@ class Experiment:
     labels: str  # what cross-entropy trains on
     settings: Settings
     collate: Callable  # `Hooks.collate`
-    asked: Asked  # of the teacher
+    teacher_settings: TeacherSettings
     tuned: bool  # the teacher is the model as `TUNED` has trained it, else the base
     racing: bool  # whether rates that cannot win leave
     trainer: Callable
@@ -81,12 +81,18 @@ def teach_all(x: Experiment, tuned: Trained | None = None) -> list[Taught]:
     rows = sum(len(episode.demonstrations) for episode in x.episodes)
     with x.phase("collect", "collecting", rows) as bar:
 
-        def ask(number: int) -> Taught:
+        def teach_one(number: int) -> Taught:
             with teacher(x, tuned, number) as model:
                 tokenizer = x.subject.tokenizer
-                return teach(model, tokenizer, x.episodes[number], asked=x.asked, watch=bar.update)
+                return teach(
+                    model,
+                    tokenizer,
+                    x.episodes[number],
+                    settings=x.teacher_settings,
+                    watch=bar.update,
+                )
 
-        return ranks.spread(ask, range(len(x.episodes)))
+        return ranks.spread(teach_one, range(len(x.episodes)))
 
 
 def teacher(x: Experiment, tuned: Trained | None, number: int) -> AbstractContextManager:
@@ -100,9 +106,9 @@ def teacher(x: Experiment, tuned: Trained | None, number: int) -> AbstractContex
 
 
 def true_sets(x: Experiment) -> list[Taught]:
-    """Every episode's rows with their true answers, alone and behind demonstrations."""
-    of_text = x.asked.max_tokens > 1
-    return [true_rows(x.subject.tokenizer, one, of_text, behind=True) for one in x.episodes]
+    """Every episode's rows with their true answers, without and with demonstrations in the prompt."""
+    of_text = x.teacher_settings.max_tokens > 1
+    return [true_rows(x.subject.tokenizer, one, of_text, demonstrated=True) for one in x.episodes]
 
 
 def train_all(x: Experiment) -> dict[str, Trained]:
@@ -144,7 +150,7 @@ def train_method(
     steps = x.settings.epochs * -(-rows // x.settings.batch_size)
     with x.phase("train", f"training {method}", steps) as bar:
 
-        def after_look(state: State) -> bool:
+        def after_evaluation(state: State) -> bool:
             bar.update(state.step - bar.n)
             going = state.dev_loss[state.going]
             if len(going):
@@ -154,7 +160,9 @@ def train_method(
                 )
             return race(state) if race else False
 
-        hooks = Hooks(x.collate, partial(recorded, device=device_of(x.subject.model)), after_look)
+        hooks = Hooks(
+            x.collate, partial(recorded, device=device_of(x.subject.model)), after_evaluation
+        )
         grid = Grid(
             model=x.subject.model,
             adapter=x.adapter,

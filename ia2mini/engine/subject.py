@@ -9,6 +9,7 @@ from .. import UsageError
 from ..files import check_text, plain
 from ..models.checkpoint import SHORT_NAMES, TINY, load, locate
 from ..scale.device import usable, weight_dtype
+from ..tasks import Example
 from ..tokenizer import Tokenizer
 
 
@@ -61,3 +62,18 @@ def open_subject(
         base = "tiny" if folder == TINY else str(folder.resolve())
     # a snapshot's folder
     return Subject(network, tokenizer, folder, name, base, None if local else folder.name)
+
+
+def max_label_tokens(labels: list[list[int]]) -> int:
+    """Tokens that a response needs for the longest label, with EOS if any label has several tokens."""
+    longest = max(map(len, labels))
+    return longest + 1 if longest > 1 else 1
+
+
+def max_answer_tokens(tokenizer: Tokenizer, examples: list[Example]) -> int:
+    """Tokens of the longest answer, with EOS."""
+    longest = 0
+    for example in examples:
+        ids = tokenizer.encode_answer(example.prompt, example.answer, apart=True)
+        longest = max(longest, len(ids))
+    return 1 + longest

@@ -19,13 +19,13 @@ from ..adapters import Adapter
 from ..engine.adapter import make_adapter
 from ..engine.options import FitOptions
 from ..engine.progress import silent
-from ..engine.subject import Subject
-from ..episode import Fold, balanced, draw_folds, seeded
+from ..engine.subject import Subject, max_label_tokens
+from ..episode import seeded
 from ..generate import STOP
 from ..methods import METHODS
 from ..tasks import Example, Task
-from ..tasks.rows import spoken
-from ..teacher import label_tokens_at_most
+from ..tasks.rows import labels_after_prompt
+from .folds import Fold, balanced, draw_folds
 from .selection import Selection
 
 LEAST = 4  # prompts that cross-validation needs
@@ -112,9 +112,9 @@ def into_folds(
     label_tokens: list[list[int]] = []
     max_tokens = task.max_tokens
     if task.labels:
-        answers = spoken(task.prompt, task.labels)
+        answers = labels_after_prompt(task.prompt, task.labels)
         label_tokens = subject.tokenizer.label_tokens(rows[0].prompt, answers)
-        max_tokens = label_tokens_at_most(label_tokens)
+        max_tokens = max_label_tokens(label_tokens)
     cv = CrossValidation(
         subject=subject,
         task=task,

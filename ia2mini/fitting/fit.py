@@ -8,7 +8,7 @@ from pathlib import Path
 from .. import __version__
 from ..engine.options import FitOptions
 from ..engine.store import Store, checkpoint_digest
-from ..engine.subject import Subject
+from ..engine.subject import Subject, max_answer_tokens
 from ..episode import seeded, with_demonstrations
 from ..generate import STOP, Decoding, generate
 from ..methods import METHODS
@@ -20,7 +20,6 @@ from ..tasks.chat import ChatTemplate
 from ..tasks.own import complete_rows
 from ..tasks.rows import Row, as_rows, only_column
 from ..tasks.turns import ALL_TURNS, open_turns
-from ..teacher import answer_tokens_at_most
 from .crossval import CrossValidation, choose_demonstrations, into_folds
 from .held_out import answer_held_out, fit_final_probe
 from .predictor import Predictor
@@ -83,17 +82,17 @@ def cross_validation(
     if options.context:
         task = replace(task, max_tokens=options.max_tokens)
     elif not task.labels:
-        task = replace(task, max_tokens=answer_tokens_at_most(subject.tokenizer, examples))
+        task = replace(task, max_tokens=max_answer_tokens(subject.tokenizer, examples))
     examples = list(dict.fromkeys(examples))
     queries, lacking = read_unlabelled(unlabelled, task)
-    more = [Example(as_turn(task.asked(row)), "") for row in queries]
+    more = [Example(as_turn(task.prompt_of(row)), "") for row in queries]
     cv = into_folds(subject, task, examples, options, more)
     if bar is not None:
         cv.bar = bar
     if keep is not None:
         cv.cached = open_store(cv, keep).once
     odd = [*lacking, *remarks(rows, task, examples)]
-    odd += far_longer(rows, subject.tokenizer.count([task.asked(row) for row in rows]))
+    odd += far_longer(rows, subject.tokenizer.count([task.prompt_of(row) for row in rows]))
     return cv, odd
 
 
@@ -102,7 +101,7 @@ def make_examples(
 ) -> list[Example]:
     """Rows with their answers; with a context with what the model answers when it sees that."""
     if options.context:
-        return answer_with_context([as_turn(task.asked(row)) for row in rows], subject, options)
+        return answer_with_context([as_turn(task.prompt_of(row)) for row in rows], subject, options)
     examples = []
     for row in rows:
         example = task.example(row)
@@ -116,13 +115,13 @@ def answer_with_context(prompts: list[str], subject: Subject, options: FitOption
     context = [Example(options.context, "")]
     for prompt in prompts:
         tokens = len(tokenizer.encode(with_demonstrations(context, prompt)))
-        mend = "behind the context: cut that, or use a smaller --max-tokens"
+        mend = "with the context: cut that, or use a smaller --max-tokens"
         subject.check_room(prompt, tokens + options.max_tokens - 1, mend)
     model, ids = share_prefix(subject.model, tokenizer, [context], prompts)
     stop = None if options.chat else STOP  # a turn ends by its own token
     hooks = fast_decoding(device_of(subject.model), options.max_tokens)
-    how = Decoding(options.max_tokens, stop, hooks=hooks)
-    responses = map(tokenizer.decode, generate(model, tokenizer, ids, how))
+    decoding = Decoding(options.max_tokens, stop, hooks=hooks)
+    responses = map(tokenizer.decode, generate(model, tokenizer, ids, decoding))
     return [Example(prompt, response) for prompt, response in zip(prompts, responses)]
 
 

@@ -22,7 +22,7 @@ from .serving import write_decision
 from .spec import SPEC, read_spec
 
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
-BESIDE = (  # small files of the base's checkpoint, which stand beside merged weights, too
+CHECKPOINT_FILES = (  # small files of the base's checkpoint, which stand beside merged weights, too
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
@@ -30,9 +30,9 @@ BESIDE = (  # small files of the base's checkpoint, which stand beside merged we
     "added_tokens.json",
 )
 CARD_MARK = b"tags: [ia2mini, "  # of a model card that ia2mini wrote
-TOP = 5  # likeliest tokens of the test prompt that are kept
+CANARY_TOKENS = 5  # likeliest tokens of the test prompt that are kept
 # mean difference of a canary's log-probabilities
-ALLOWED = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.1}
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.1}
 
 
 def check_own(folder: Path) -> None:
@@ -42,10 +42,10 @@ def check_own(folder: Path) -> None:
         if folder.exists():
             raise UsageError(f"{folder}: is a file; {mend}")
         return
-    left = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    ours = SPEC in left or any(name.startswith("unfinished-") for name in left)
-    if left and not ours:
-        raise UsageError(f"{folder}: holds {left[0]!r} and is no folder of an earlier fit; {mend}")
+    files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    ours = SPEC in files or any(name.startswith("unfinished-") for name in files)
+    if files and not ours:
+        raise UsageError(f"{folder}: holds {files[0]!r} and is no folder of an earlier fit; {mend}")
     card = folder / "README.md"
     if card.is_file() and CARD_MARK not in card.read_bytes():
         raise UsageError(
@@ -89,21 +89,21 @@ def canary(predictor, kept: dict | None = None) -> dict:
     """Next tokens of a prompt (the likeliest, or as `kept`) and their log-probabilities, with and without it."""
     subject = predictor.subject
     prompt = predictor.chat(predictor.spec["example"])
-    found: dict = {"dtype": subject.dtype}
+    measured: dict = {"dtype": subject.dtype}
     if predictor.spec["chat"]:
-        # a template may write today's date: what it wrote then is asked again
+        # a template may write today's date: the prompt that was kept is used again
         prompt = Rendered((kept or {}).get("prompt", prompt))
-        found["prompt"] = str(prompt)
+        measured["prompt"] = str(prompt)
     ids = subject.tokenizer.encode(prompt)
     subject.check_room(prompt, len(ids), "fit the adapter again")
-    for name, wanted in (("base", False), ("adapted", True)):
-        with predictor.student(wanted) as student:
-            there = torch.tensor([ids], device=device_of(subject.model))
-            logits = student(there)[0, -1].float().cpu().log_softmax(-1)
-        tokens = kept[name]["tokens"] if kept else logits.topk(TOP).indices.tolist()
-        known = [token for token in tokens if 0 <= token < len(logits)]
-        found[name] = {"tokens": tokens, "log_probabilities": logits[known].tolist()}
-    return found
+    for name, with_adapter in (("base", False), ("adapted", True)):
+        with predictor.student(with_adapter) as student:
+            batch = torch.tensor([ids], device=device_of(subject.model))
+            logits = student(batch)[0, -1].float().cpu().log_softmax(-1)
+        tokens = kept[name]["tokens"] if kept else logits.topk(CANARY_TOKENS).indices.tolist()
+        in_vocabulary = [token for token in tokens if 0 <= token < len(logits)]
+        measured[name] = {"tokens": tokens, "log_probabilities": logits[in_vocabulary].tolist()}
+    return measured
 
 
 def check(predictor, folder: Path) -> None:
@@ -112,15 +112,15 @@ def check(predictor, folder: Path) -> None:
     kept = spec["canary"]
     now = canary(predictor, kept)
     about = f"fitted on {spec['base']['name']}, loaded on {predictor.subject.base}"
-    allowed = max(ALLOWED.get(one["dtype"], 0) for one in (kept, now))
+    tolerance = max(TOLERANCE.get(result["dtype"], 0) for result in (kept, now))
     blames = {
         "base": "the base model is not the one it was fitted on",
         "adapted": "the adapter is damaged",
     }
     for name, blame in blames.items():
         then = kept[name]["log_probabilities"]
-        found = now[name]["log_probabilities"]
-        if len(then) != len(found) or not np.abs(np.subtract(then, found)).mean() <= allowed:
+        again = now[name]["log_probabilities"]
+        if len(then) != len(again) or not np.abs(np.subtract(then, again)).mean() <= tolerance:
             raise UsageError(
                 f"{folder}: {blame} ({about}): its test prompt gives other probabilities"
             )
@@ -181,10 +181,10 @@ def merge(predictor, out: Path) -> float:
     if predictor.adapter is None:
         raise UsageError(f"there is no adapter to merge; {what_answers(predictor)}")
     weights = hashlib.sha256(predictor.theta.cpu().numpy().tobytes()).hexdigest()
-    made_of = {"base": subject.base, "adapter_digest": weights, "dtype": subject.dtype}
-    claim(out, made_of)
+    sources = {"base": subject.base, "adapter_digest": weights, "dtype": subject.dtype}
+    claim(out, sources)
     save_merged(subject.model, predictor.adapter, predictor.theta[0], out, subject.tokenizer)
-    for name in BESIDE:
+    for name in CHECKPOINT_FILES:
         if (subject.folder / name).is_file():
             write(out / name, partial(shutil.copyfile, subject.folder / name))
     if not (subject.folder / "tokenizer_config.json").is_file():

@@ -16,17 +16,17 @@ from ..batch import TokenRow, truth_row
 from ..engine.experiment import warn_of_failed
 from ..generate import Decoding
 from ..labels import Scoring, label_scores
-from ..methods import BEHIND_DEMONSTRATIONS, METHODS
+from ..methods import METHODS, WITH_DEMONSTRATIONS
 from ..models.taps import device_of
 from ..prefix import share_prefix
 from ..scale import ranks
 from ..scale.decode import fast_decoding
-from ..scoring import answer_scores, answer_texts, last_states
+from ..scoring import answer_scores, answer_texts
 from ..tasks import same_answer
-from ..teacher import Asked, observe
+from ..teacher import TeacherSettings, record_targets
 from ..train import Trained
 from .crossval import CrossValidation
-from .probe import PENALTIES, Probe, fit_probe, held_out_scores
+from .probe import PENALTIES, Probe, fit_probe, held_out_scores, last_states
 from .selection import Candidate, HeldOut
 from .training import SOFT_K, count_steps
 
@@ -74,8 +74,8 @@ def score_by_model(
 
         def score(number: int) -> Tensor:
             bar.update(len(cv.folds[number].test))
-            mine = None if weights is None else weights[number]
-            return score_fold(cv, name, number, mine, true_answers)
+            one_fold = None if weights is None else weights[number]
+            return score_fold(cv, name, number, one_fold, true_answers)
 
         parts = ranks.spread(score, range(len(cv.folds)))
     scores = torch.cat(parts, 1)[:, cv.places]
@@ -93,13 +93,13 @@ def score_fold(
     With a context minus the KL from the teacher, who sees it, [S, rows, 1].
     """
     runs = 1 if weights is None else len(weights)
-    if name in BEHIND_DEMONSTRATIONS and runs > 1:  # the demonstrations are read once a run
-        each = [score_fold(cv, name, number, run[None], true_answers) for run in weights]
-        return torch.cat(each)
+    if name in WITH_DEMONSTRATIONS and runs > 1:  # the demonstrations are read once a run
+        parts = [score_fold(cv, name, number, run[None], true_answers) for run in weights]
+        return torch.cat(parts)
     with answering(cv, name, number, weights) as (model, prompts):
         if cv.label_tokens:
-            how = Scoring(runs, ends=cv.subject.tokenizer.eos_ids)
-            return label_scores(model, prompts, cv.label_tokens, how).log_probabilities
+            scoring = Scoring(runs, ends=cv.subject.tokenizer.eos_ids)
+            return label_scores(model, prompts, cv.label_tokens, scoring).log_probabilities
         rows = []
         for row, prompt in zip(true_answers(number), prompts):
             rows.append(replace(row, prompt=prompt))
@@ -117,12 +117,12 @@ def answering(
     tokenizer = cv.subject.tokenizer
     fold = cv.folds[number]
     queries = [cv.rows[i].prompt for i in fold.test]
-    demonstrations = fold.icl if name in BEHIND_DEMONSTRATIONS else [[]]
+    demonstrations = fold.icl if name in WITH_DEMONSTRATIONS else [[]]
     under: AbstractContextManager = nullcontext(cv.subject.model)
     if weights is not None:
         under = adapted(cv.subject.model, cv.adapter, weights)
     with under as model:
-        if weights is None or name in BEHIND_DEMONSTRATIONS:
+        if weights is None or name in WITH_DEMONSTRATIONS:
             yield share_prefix(model, tokenizer, demonstrations, queries)
         else:
             yield model, tokenizer.encode_all(queries)
@@ -136,7 +136,7 @@ def read_true_answers(cv: CrossValidation, number: int) -> list[TokenRow]:
         rows.append(truth_row(cv.rows[i], cv.subject.tokenizer, with_end))
     if cv.options.context:
         with answering(cv, "icl", number) as (teacher, prompts):
-            observe(teacher, rows, prompts, Asked(cv.max_tokens + 1, SOFT_K))
+            record_targets(teacher, rows, prompts, TeacherSettings(cv.max_tokens + 1, SOFT_K))
     return rows
 
 
@@ -184,23 +184,23 @@ def choose_settings(cv: CrossValidation, held_out: HeldOut) -> list[int]:
 def generate_held_out(
     cv: CrossValidation, name: str, weights: Tensor | None
 ) -> tuple[list[str], list[float]]:
-    """Greedy answers to every held-out row, and how sure each is; `weights` [F, M] of the folds' adapters."""
+    """Greedy answers to every held-out row, and their confidences; `weights` [F, M] of the folds' adapters."""
     tokenizer = cv.subject.tokenizer
     hooks = fast_decoding(device_of(cv.subject.model), cv.max_tokens)
-    how = Decoding(cv.max_tokens, cv.stop, hooks=hooks)
+    decoding = Decoding(cv.max_tokens, cv.stop, hooks=hooks)
     with cv.bar(f"answers of {name}", len(cv.rows)) as bar:
 
         def answer(number: int) -> tuple[list[str], list[float]]:
-            mine = None if weights is None else weights[number][None]
-            with answering(cv, name, number, mine) as (model, prompts):
-                return answer_texts(model, tokenizer, prompts, how, bar.update)
+            one_fold = None if weights is None else weights[number][None]
+            with answering(cv, name, number, one_fold) as (model, prompts):
+                return answer_texts(model, tokenizer, prompts, decoding, bar.update)
 
         parts = ranks.spread(answer, range(len(cv.folds)))
     texts = []
     confidences = []
-    for some_texts, some_confidences in parts:
-        texts += some_texts
-        confidences += some_confidences
+    for fold_texts, fold_confidences in parts:
+        texts += fold_texts
+        confidences += fold_confidences
     texts = [texts[place].removeprefix(cv.task.blank) for place in cv.places]
     return texts, [confidences[place] for place in cv.places]
 

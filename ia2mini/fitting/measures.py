@@ -22,7 +22,7 @@ def measures(scores: Tensor, gold: Tensor, temperatures=1.0, right: Tensor | Non
     losses = row_losses(scores, gold, temperatures)
     nll = positive(losses.tolist())
     if right is not None:
-        return {"acc": accuracy(right), "nll": nll}
+        return {"acc": accuracy_with_interval(right), "nll": nll}
     probabilities = (scores / temperatures).softmax(-1)
     highest = probabilities.max(-1)
     predicted = highest.indices
@@ -32,7 +32,7 @@ def measures(scores: Tensor, gold: Tensor, temperatures=1.0, right: Tensor | Non
     brier = ((probabilities - truth) ** 2).sum(-1)
     untempered = scores.softmax(-1).max(-1).values
     return {
-        "acc": accuracy(right),
+        "acc": accuracy_with_interval(right),
         "macro_f1": macro_f1(predicted.numpy(), gold.numpy()),
         "brier": positive(brier.tolist()),
         "nll": nll,
@@ -43,7 +43,7 @@ def measures(scores: Tensor, gold: Tensor, temperatures=1.0, right: Tensor | Non
     }
 
 
-def accuracy(right: Tensor) -> list[float]:
+def accuracy_with_interval(right: Tensor) -> list[float]:
     """The share of right answers with its interval."""
     interval = share_interval(int(right.sum()), len(right))
     return list(interval)

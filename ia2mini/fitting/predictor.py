@@ -19,11 +19,11 @@ from ..engine.subject import Subject, open_subject
 from ..episode import with_demonstrations
 from ..generate import Decoding
 from ..labels import Scoring, label_scores
-from ..methods import BEHIND_DEMONSTRATIONS
+from ..methods import WITH_DEMONSTRATIONS
 from ..models.taps import device_of
 from ..prefix import share_prefix
 from ..scale.decode import fast_decoding
-from ..scoring import answer_texts, last_states
+from ..scoring import answer_texts
 from ..tasks import Example, same_answer
 from ..tasks.chat import ChatTemplate
 from ..tasks.own import true_answer
@@ -31,18 +31,18 @@ from ..tasks.rows import (
     Row,
     blank_of,
     blocks,
-    each_row,
+    iter_rows,
+    labels_after_prompt,
     only_column,
     prompt_of,
-    renamed,
-    spoken,
+    rename_clashes,
 )
 from ..tasks.turns import ALL_TURNS, open_turns
 from . import folder as folders
-from .probe import Probe, read_probe
+from .probe import Probe, last_states, read_probe
 from .spec import FOREIGN, check_given, read_spec
 
-ADDED = ("answer", "abstained", "confidence", "probabilities")  # what a row's answer is called
+ANSWER_COLUMNS = ("answer", "abstained", "confidence", "probabilities")  # that are added to a row
 
 
 @dataclass
@@ -67,9 +67,9 @@ class Predictor:
             self.chat = ChatTemplate(self.subject.folder, self.subject.tokenizer, conversations)
             self.subject = replace(self.subject, tokenizer=self.chat.tokenizer)
 
-    def student(self, wanted: bool = True) -> AbstractContextManager:
-        """The model under the adapter, if there is one and it is wanted."""
-        if wanted and self.adapter:
+    def student(self, with_adapter: bool = True) -> AbstractContextManager:
+        """The model under the adapter, if there is one; else the base."""
+        if with_adapter and self.adapter:
             return adapted(self.subject.model, self.adapter, self.theta)
         return nullcontext(self.subject.model)
 
@@ -81,123 +81,122 @@ class Predictor:
         return np.array(self.spec["labels"], dtype=object)
 
     def predict(self, rows, icl: bool = False, coverage: float | None = None) -> np.ndarray:
-        """The answer to each row, [n] texts; with `coverage` None where it abstains. Raises UsageError.
-
-        `icl` and `coverage` as in `answer_rows`.
-        """
-        found = [row["answer"] for row in self.answer_rows(rows, icl, coverage)]
-        return np.array(found, dtype=object)
+        """The answer to each row, [n] texts, None where it abstains; options and errors as in `answer_rows`."""
+        answers = [row["answer"] for row in self.answer_rows(rows, icl, coverage)]
+        return np.array(answers, dtype=object)
 
     def predict_proba(self, rows, icl: bool = False) -> np.ndarray:
         """The probability of each label among them, [n, C] float64, columns as `classes_`. Raises UsageError."""
         labels = self.spec["labels"]
         if not labels:
             raise UsageError("it answers with text, not with labels, and has no probabilities")
-        found = []
-        for _, said in self.answers(rows, icl):
-            found.append([said["probabilities"][label] for label in labels])
-        return np.array(found, dtype=np.float64).reshape(-1, len(labels))
+        probabilities = []
+        for _, answer in self.answers(rows, icl):
+            probabilities.append([answer["probabilities"][label] for label in labels])
+        return np.array(probabilities, dtype=np.float64).reshape(-1, len(labels))
 
     def score(self, rows, labels, icl: bool = False) -> float:
         """The share of rows whose answer is the true one in `labels`. Raises UsageError, also for an unknown label."""
-        said = self.predict(rows, icl)
+        predicted = self.predict(rows, icl)
         true = []
         for number, label in enumerate(labels, 1):
             value = label.item() if isinstance(label, np.generic) else label
             row = Row(f"label {number}", {"label": value})
             true.append(true_answer(row, "label", self.spec["labels"]))
-        if len(said) != len(true) or not true:
+        if len(predicted) != len(true) or not true:
             raise UsageError(
-                f"{len(said)} rows and {len(true)} labels: give one label for each row"
+                f"{len(predicted)} rows and {len(true)} labels: give one label for each row"
             )
-        return float(np.mean([self.is_right(*pair) for pair in zip(said, true)]))
+        return float(np.mean([self.is_right(*pair) for pair in zip(predicted, true)]))
 
-    def is_right(self, said: str, true: str) -> bool:
+    def is_right(self, answer: str, true: str) -> bool:
         """Whether an answer is the true one: the same label, or a text that is read as the same."""
         if self.spec["labels"]:
-            return said == true
-        return same_answer(self.spec["parser"], said, true)
+            return answer == true
+        return same_answer(self.spec["parser"], answer, true)
 
     def answer_rows(
         self,
         rows,
         icl: bool = False,
         coverage: float | None = None,
-        wrong: Callable | None = None,
+        on_error: Callable | None = None,
     ) -> Iterator[dict]:
         """Each row with its answer added: `answer`, `confidence` and, of labels, `probabilities`; lazily, in order.
 
-        A column of the row's own that is called so becomes `row_answer` and so on. None in place of a row says that the
+        A column of the row that has such a name becomes `row_answer` and so on. None in place of a row says that the
         next has yet to come: what has come is answered first.
         `icl`: the base with demonstrations instead, as always where these were shipped. `coverage`: the least certain
         rows get the answer None, by the threshold above which that share of the held-out rows was. A row that cannot be
-        answered is a UsageError, which `wrong`, where given, is called with instead.
+        answered is a UsageError, with which `on_error`, where given, is called instead.
         """
-        for row, said in self.outcomes(rows, icl, coverage):
-            if not isinstance(said, UsageError):
-                yield renamed(row, ADDED) | said
-            elif wrong is None:
-                raise said
+        for row, answer in self.outcomes(rows, icl, coverage):
+            if not isinstance(answer, UsageError):
+                yield rename_clashes(row, ANSWER_COLUMNS) | answer
+            elif on_error is None:
+                raise answer
             else:
-                wrong(said)
+                on_error(answer)
 
     def outcomes(
         self, rows, icl: bool = False, coverage: float | None = None
     ) -> Iterator[tuple[Row, dict | UsageError]]:
         """Every row and what `answer_rows` adds to it, or the UsageError for which it cannot be answered."""
         if coverage is not None and icl and self.spec["method"] != "icl":
-            known = "the held-out confidences are those of what was shipped"
-            raise UsageError(f"--coverage with --icl: {known}; leave one of the two out")
+            reason = "the held-out confidences are those of what was shipped"
+            raise UsageError(f"--coverage with --icl: {reason}; leave one of the two out")
         threshold = self.threshold(coverage)
-        for row, said in self.each_answer(rows, icl):
-            if isinstance(said, dict):
-                said.pop("log_probabilities", None)
-                if said["confidence"] < threshold:
-                    abstained = said.pop("answer")
-                    said = {"answer": None, "abstained": abstained, **said}
-            yield row, said
+        for row, answer in self.iter_answers(rows, icl):
+            if isinstance(answer, dict):
+                answer.pop("log_probabilities", None)
+                if answer["confidence"] < threshold:
+                    abstained = answer.pop("answer")
+                    answer = {"answer": None, "abstained": abstained, **answer}
+            yield row, answer
 
     def answers(self, rows, icl: bool = False) -> Iterator[tuple[Row, dict]]:
-        """Each row and what is said to it, of labels also the `log_probabilities` among them. Raises UsageError."""
-        for row, said in self.each_answer(rows, icl):
-            if isinstance(said, UsageError):
-                raise said
-            yield row, said
+        """Each row and its answer, of labels also the `log_probabilities` among them. Raises UsageError."""
+        for row, answer in self.iter_answers(rows, icl):
+            if isinstance(answer, UsageError):
+                raise answer
+            yield row, answer
 
-    def each_answer(self, rows, icl: bool) -> Iterator[tuple[Row, dict | UsageError]]:
+    def iter_answers(self, rows, icl: bool) -> Iterator[tuple[Row, dict | UsageError]]:
         """As `answers`, with the UsageError of a row that cannot be answered in its place."""
-        shown = self.shown() if icl or self.spec["method"] in BEHIND_DEMONSTRATIONS else []
+        needs_demonstrations = icl or self.spec["method"] in WITH_DEMONSTRATIONS
+        demonstrations = self.demonstrations() if needs_demonstrations else []
         column = only_column(self.spec["template"])
-        for some in blocks(each_row(rows, column)):
-            found: list = list(some)  # in place of each row what is said to it
-            asked = []
-            for place, row in enumerate(some):
+        for block in blocks(iter_rows(rows, column)):
+            outcomes: list = list(block)  # each row is replaced by its answer or its error
+            queries = []
+            for place, row in enumerate(block):
                 try:
                     if isinstance(row, Row):
-                        asked.append(self.question(row, shown, place))
+                        queries.append(self.query(row, demonstrations, place))
                 except UsageError as error:
-                    found[place] = error
-            for labels, group in groupby(asked, attrgetter("labels")):
-                alike = list(group)
-                prompts = [question.prompt for question in alike]
-                for question, said in zip(alike, self.answer(prompts, shown, labels, icl)):
-                    found[question.place] = said
-            for row, said in zip(some, found):
-                yield row if isinstance(row, Row) else Row("", {}), said
+                    outcomes[place] = error
+            for labels, group in groupby(queries, attrgetter("label_tokens")):
+                batch = list(group)
+                prompts = [query.prompt for query in batch]
+                answers = self.answer(prompts, demonstrations, labels, icl)
+                for query, answer in zip(batch, answers):
+                    outcomes[query.place] = answer
+            for row, outcome in zip(block, outcomes):
+                yield row if isinstance(row, Row) else Row("", {}), outcome
 
-    def shown(self) -> list[Example]:
-        """The demonstrations, or the context, that stand before every row where they are asked for."""
+    def demonstrations(self) -> list[Example]:
+        """The kept demonstrations, or the context. Raises UsageError where there are none."""
         spec = self.spec
         if not spec["demonstrations"]:
             raise UsageError("--icl: this adapter keeps no demonstrations")
-        asked = str if spec["context"] else self.chat
-        return [Example(asked(e["prompt"]), e["answer"]) for e in spec["demonstrations"]]
+        as_prompt = str if spec["context"] else self.chat
+        return [Example(as_prompt(e["prompt"]), e["answer"]) for e in spec["demonstrations"]]
 
-    def question(self, row: Row, shown: list[Example], place: int = 0) -> "Question":
-        """What a row asks. Raises UsageError for a missing column, and where it is longer than the model reads."""
+    def query(self, row: Row, demonstrations: list[Example], place: int = 0) -> "Query":
+        """The prompt of a row. Raises UsageError for a missing column, and where it is longer than the model reads."""
         template = self.spec["template"]
         prompt = self.chat(prompt_of(template, open_turns(row, template)))
-        tokens = len(self.subject.tokenizer.encode(with_demonstrations(shown, prompt)))
+        tokens = len(self.subject.tokenizer.encode(with_demonstrations(demonstrations, prompt)))
         try:
             labels = self.label_tokens(prompt)
         except UsageError as error:
@@ -205,35 +204,35 @@ class Predictor:
         answer = max(map(len, labels)) if labels else self.spec["max_tokens"]
         # the answer's last token is not read
         if 0 < tokens and tokens + answer - 1 <= self.subject.reads:
-            return Question(place, prompt, labels)
-        said = [f"its prompt{' with demonstrations' if shown else ''} has {tokens} tokens"]
+            return Query(place, prompt, labels)
+        lengths = [
+            f"its prompt{' with demonstrations' if demonstrations else ''} has {tokens} tokens"
+        ]
         if answer > 1:
-            said.append(f"its answer may have {answer}")
+            lengths.append(f"its answer may have {answer}")
         raise UsageError(
-            f"{row.where}: {', '.join(said)}; the model reads 1 to {self.subject.reads}"
+            f"{row.where}: {', '.join(lengths)}; the model reads 1 to {self.subject.reads}"
         )
 
     def label_tokens(self, prompt: str) -> list[list[int]]:
-        """The tokens of every label: as they were fitted, or of a strange adapter as they stand behind this prompt."""
-        if "example" in self.spec:
-            return self.fitted_label_tokens
+        """The tokens of every label: as they were fitted; of an adapter that ia2mini did not fit, after this prompt."""
         if not self.spec["labels"]:
             return []
-        return self.behind(prompt)
+        if "example" in self.spec:
+            return self.fitted_label_tokens
+        return self.label_tokens_after(prompt)
 
     @cached_property
     def fitted_label_tokens(self) -> list[list[int]]:
-        if not self.spec["labels"]:
-            return []
-        return self.behind(self.chat(self.spec["example"]))
+        return self.label_tokens_after(self.chat(self.spec["example"]))
 
-    def spoken(self) -> list[str]:
-        """The labels as they stand behind a prompt: with the blank that the template ends with."""
-        return list(spoken(self.spec["template"], self.spec["labels"]))
+    def labels_after_prompt(self) -> list[str]:
+        """The labels as they stand after a prompt: with the blank that the template ends with."""
+        return list(labels_after_prompt(self.spec["template"], self.spec["labels"]))
 
-    def behind(self, prompt: str) -> list[list[int]]:
-        """The tokens of every label behind a prompt; a blank at the template's end belongs to the label."""
-        return self.subject.tokenizer.label_tokens(prompt, tuple(self.spoken()))
+    def label_tokens_after(self, prompt: str) -> list[list[int]]:
+        """The tokens of every label after a prompt; a blank at the template's end belongs to the label."""
+        return self.subject.tokenizer.label_tokens(prompt, tuple(self.labels_after_prompt()))
 
     def threshold(self, coverage: float | None) -> float:
         """The confidence that the share `coverage` of held-out rows reaches (split conformal: of n + 1 rows)."""
@@ -241,65 +240,66 @@ class Predictor:
             return 0.0
         if not 0 < coverage <= 1:
             raise UsageError(f"--coverage {coverage:g}: a share of the rows, above 0 and at most 1")
-        held = sorted(self.spec["confidences"])
-        if not held:
+        confidences = sorted(self.spec["confidences"])
+        if not confidences:
             raise UsageError(
                 "--coverage needs the held-out confidences of `ia2mini fit`; this adapter has none"
             )
-        below = min(len(held), int(np.floor((len(held) + 1) * (1 - coverage) + 1e-9)))
-        return held[below - 1] if below else 0.0
+        below = min(len(confidences), int(np.floor((len(confidences) + 1) * (1 - coverage) + 1e-9)))
+        return confidences[below - 1] if below else 0.0
 
     def answer(
-        self, prompts: list[str], shown: list[Example], labels: list[list[int]], icl: bool = False
+        self, prompts: list[str], demonstrations: list[Example], labels: list[list[int]], icl: bool
     ) -> list[dict]:
-        """Answers to prompts after the demonstrations `shown`: the adapted model's or, with `icl`, the base's."""
+        """What the adapted model (with `icl` the base) answers to prompts; `labels`: the tokens of each, if any."""
         tokenizer = self.subject.tokenizer
         with self.student(not icl) as student:
-            if shown:
-                student, ids = share_prefix(student, tokenizer, [shown], prompts)
+            if demonstrations:
+                student, ids = share_prefix(student, tokenizer, [demonstrations], prompts)
             else:
                 ids = tokenizer.encode_all(prompts)
-            if labels and self.probe is not None and not shown:
-                found = self.shares(self.probe.log_probabilities(last_states(student, ids)))
+            if labels and self.probe is not None and not demonstrations:
+                states = last_states(student, ids)
+                answers = self.likeliest_labels(self.probe.log_probabilities(states))
             elif labels:
-                how = Scoring(ends=tokenizer.eos_ids)
-                scored = label_scores(student, ids, labels, how)
-                found = self.shares(scored.log_probabilities[0])
+                scoring = Scoring(ends=tokenizer.eos_ids)
+                scores = label_scores(student, ids, labels, scoring)
+                answers = self.likeliest_labels(scores.log_probabilities[0])
             else:
-                found = self.answer_text(student, ids)
-        if any(np.isnan(answer["confidence"]) for answer in found):
+                answers = self.answer_text(student, ids)
+        if any(np.isnan(answer["confidence"]) for answer in answers):
             raise UsageError(
                 "the model computes NaN: weights of model or adapter are too large; try --dtype float32"
             )
-        return found
+        return answers
 
-    def shares(self, scores: Tensor) -> list[dict]:
-        """From log-probabilities of the labels [n, C] the likeliest label of each row, and each label's share."""
+    def likeliest_labels(self, scores: Tensor) -> list[dict]:
+        """The likeliest label of each row, and the probabilities of all, from log-probabilities [n, C]."""
         labels = self.spec["labels"]
         logs = (scores.double() / self.spec["temperature"]).log_softmax(-1)
-        found = []
+        answers = []
         for best, row in zip(logs.argmax(-1).tolist(), logs):
-            shares = row.exp().tolist()
-            about = {
-                "answer": labels[best],
-                "confidence": shares[best],
-                "probabilities": dict(zip(labels, shares)),
-                "log_probabilities": row.tolist(),
-            }
-            found.append(about)
-        return found
+            probabilities = row.exp().tolist()
+            answers.append(
+                {
+                    "answer": labels[best],
+                    "confidence": probabilities[best],
+                    "probabilities": dict(zip(labels, probabilities)),
+                    "log_probabilities": row.tolist(),
+                }
+            )
+        return answers
 
     def answer_text(self, student, ids: list[list[int]]) -> list[dict]:
-        """What is generated behind each prompt, and how sure it is."""
-        most = self.spec["max_tokens"]
-        hooks = fast_decoding(device_of(self.subject.model), most)
-        how = Decoding(most, self.spec["stop"], hooks=hooks)
-        texts, sure = answer_texts(student, self.subject.tokenizer, ids, how)
+        """The text that is generated after each prompt, and its confidence."""
+        max_tokens = self.spec["max_tokens"]
+        hooks = fast_decoding(device_of(self.subject.model), max_tokens)
+        decoding = Decoding(max_tokens, self.spec["stop"], hooks=hooks)
+        texts, confidences = answer_texts(student, self.subject.tokenizer, ids, decoding)
         blank = blank_of(self.spec["template"])
-        found = []
-        for text, share in zip(texts, sure):
-            found.append({"answer": text.removeprefix(blank), "confidence": share})
-        return found
+        answers = [text.removeprefix(blank) for text in texts]
+        pairs = zip(answers, confidences)
+        return [{"answer": answer, "confidence": confidence} for answer, confidence in pairs]
 
     def save(self, folder: str | Path) -> None:
         """Write the adapter in peft's format and `ia2mini.json`. Raises UsageError, also for a folder of others."""
@@ -313,12 +313,12 @@ class Predictor:
         return folders.merge(self, Path(out))
 
 
-class Question(NamedTuple):
-    """Which of some rows asks, its prompt, and the tokens of each label behind it (of texts none)."""
+class Query(NamedTuple):
+    """A row to be answered: its place in the block, its prompt, and the tokens of each label (none for texts)."""
 
     place: int
     prompt: str
-    labels: list[list[int]]
+    label_tokens: list[list[int]]
 
 
 def load_adapter(folder: str | Path, subject: Subject | None = None, **spec) -> Predictor:
@@ -342,8 +342,8 @@ def load_adapter(folder: str | Path, subject: Subject | None = None, **spec) -> 
     probe = None
     if kept and kept["method"] == "probe":
         probe = read_probe(folder, len(kept["labels"]), subject.model.config.hidden_size)
-    how = {**FOREIGN, **(kept or {}), **spec}
-    predictor = Predictor(subject, adapter, theta, how, how.get("report", {}), probe)
+    spec = {**FOREIGN, **(kept or {}), **spec}
+    predictor = Predictor(subject, adapter, theta, spec, spec.get("report", {}), probe)
     if kept:
         folders.check(predictor, folder)
     return predictor

@@ -4,6 +4,7 @@ n rows, D hidden, C labels.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import UsageError
+from ..batch import TokenRow, by_length, collate, join_groups
 from ..files import write
+from ..models.taps import device_of
 
 PROBE = "probe.safetensors"
 
@@ -33,6 +36,24 @@ class Probe:
     def log_probabilities(self, states: Tensor) -> Tensor:
         """Of the labels, [n, C], of rows whose prompts end with `states` [n, D]."""
         return (states @ self.weight.T + self.bias).log_softmax(-1)
+
+
+@torch.no_grad()
+def last_states(model: Callable, prompts: list[list[int]], budget: int = 4096) -> Tensor:
+    """The head's input [Q, D] at the last token of each prompt, float32 on the CPU."""
+    groups = by_length(list(map(len, prompts)), budget)
+    parts = []
+    for group in groups:
+        rows = [TokenRow(prompts[i], [0]) for i in group]
+        batch = collate([rows]).to(device_of(model))
+        states = model(batch.ids, logits=batch.at, head=keep_states)
+        parts.append(states.float())
+    return join_groups(parts, groups, dim=0).cpu()
+
+
+def keep_states(states: Tensor, head: Tensor) -> Tensor:
+    """In place of the head: what it reads."""
+    return states
 
 
 def fit_probe(states: Tensor, gold: Tensor, labels: int, penalty: float) -> Probe:

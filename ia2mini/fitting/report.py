@@ -24,10 +24,10 @@ def make_report(cv: CrossValidation, held_out: dict[str, HeldOut], choice: Choic
     task = cv.task
     candidates = choice.candidates
     chosen = choice.chosen
-    numbers = {name: measure(cv, candidate) for name, candidate in candidates.items()}
+    numbers = {name: measure_candidate(cv, candidate) for name, candidate in candidates.items()}
     rivals = {}
     for name in rivals_of(cv, choice):
-        rivals[name] = compare(choice.shipped, candidates[name])
+        rivals[name] = compare_rows(choice.shipped, candidates[name])
     report = {
         "name": task.name,
         "model": cv.subject.name,
@@ -40,7 +40,7 @@ def make_report(cv: CrossValidation, held_out: dict[str, HeldOut], choice: Choic
         "temperature": chosen.temperature,
         "calibration": chosen.calibration,
         "candidates": numbers,
-        "shipped": measure(cv, choice.shipped),
+        "shipped": measure_candidate(cv, choice.shipped),
         "remarks": [line for one in held_out.values() for line in one.troubles],
         "all_differ": len({row.answer for row in cv.rows}) == len(cv.rows),
         "against": rivals,
@@ -58,7 +58,7 @@ def make_report(cv: CrossValidation, held_out: dict[str, HeldOut], choice: Choic
     return report
 
 
-def measure(cv: CrossValidation, candidate: Candidate) -> dict:
+def measure_candidate(cv: CrossValidation, candidate: Candidate) -> dict:
     temperatures = 1.0 if candidate.temperatures is None else candidate.temperatures
     right = None if cv.task.labels else candidate.right
     return measures(candidate.scores, cv.gold, temperatures, right)
@@ -70,7 +70,7 @@ def rivals_of(cv: CrossValidation, choice: Choice) -> list[str]:
     return [name for name in names if name in choice.candidates and name != choice.chosen.name]
 
 
-def compare(one: Candidate, other: Candidate) -> tuple[int, int, float]:
+def compare_rows(one: Candidate, other: Candidate) -> tuple[int, int, float]:
     """On how many rows only one of two is right, and only the other; the sign test's p."""
     more, less = right_alone(one, other)
     return more, less, sign_test(more, less)
@@ -84,7 +84,7 @@ def nearest(candidates: dict[str, Candidate]) -> tuple | None:
     if not better:
         return None
     best = min(better, key=losses.__getitem__)
-    return best, *compare(candidates[best], candidates["base"])
+    return best, *compare_rows(candidates[best], candidates["base"])
 
 
 def labelled_rows(cv: CrossValidation, chosen: Candidate) -> list[dict]:

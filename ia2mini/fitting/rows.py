@@ -9,7 +9,7 @@ from typing import NamedTuple
 from .. import UsageError
 from ..files import count, plain
 from ..tasks import Example, Task
-from ..tasks.own import complete_rows, near_labels, own_task, queries_task
+from ..tasks.own import complete_rows, own_task, queries_task, similar_labels
 from ..tasks.rows import Row, as_rows
 from ..tasks.turns import ALL_TURNS, ANSWER, holds_turns, open_turns
 
@@ -61,7 +61,7 @@ def columns_of_turns(columns: Columns, where: str, chat: bool) -> Columns:
 
 def remarks(rows: list[Row], task: Task, examples: list[Example]) -> list[str]:
     """What is odd about the rows, and how they were read, in sentences."""
-    sentences = near_labels(task.labels)
+    sentences = similar_labels(task.labels)
     repeats = len(rows) - len(examples)
     if repeats:
         sentences.append(f"{count(repeats, 'row')} repeated another and counted once")

@@ -4,12 +4,12 @@ import math
 
 from ..engine.options import LABELS
 from ..files import count
-from ..methods import BEHIND_DEMONSTRATIONS
+from ..methods import WITH_DEMONSTRATIONS
 
 NAMES = LABELS | {"commonest": "commonest answer", "shipped": "as shipped", "probe": "linear probe"}
 CHANCE = 0.1  # a p-value from which on a difference may be chance
 HELP = "What may help: more rows, or a larger model."
-NAMED = 10  # labels that are named
+MAX_NAMED = 10  # labels that are named
 EACH = "each by a choice made on the other folds"
 
 
@@ -20,14 +20,14 @@ def sentence(report: dict) -> str:
         sentences += differences(report)
         sentences += commonest_answer(report)
     sentences += never_right(report)
-    sentences += price(report)
+    sentences += query_cost(report)
     return " ".join(sentences)
 
 
 def outcome(report: dict) -> str:
     """What is shipped and what it is worth, or why nothing is shipped."""
     if report["chosen"] == "base":
-        return nothing(report)
+        return nothing_shipped(report)
     if "kl" in report:
         return context_shipped(report)
     return shipped(report)
@@ -37,59 +37,57 @@ def shipped(report: dict) -> str:
     """What is shipped, and what held-out rows say of the whole choice."""
     measures = report["shipped"]
     chosen = report["chosen"]
-    what = f"{NAMES[chosen]} is shipped"
+    opening = f"{NAMES[chosen]} is shipped"
     if chosen == "probe":
-        what = "A linear probe on the base's last hidden state is shipped, without an adapter"
+        opening = "A linear probe on the base's last hidden state is shipped, without an adapter"
     if chosen == "icl":
-        what = "Demonstrations in the prompt (ICL) are shipped, without an adapter"
+        opening = "Demonstrations in the prompt (ICL) are shipped, without an adapter"
     if chosen == "icl-sft":
-        what = "Demonstrations in the prompt are shipped with an adapter that is fine-tuned to them (icl-sft)"
+        opening = "Demonstrations in the prompt are shipped with an adapter that is fine-tuned to them (icl-sft)"
     if report.get("wanted"):
-        what += ", as requested"
+        opening += ", as requested"
     calibration = f", ECE {measures['ece']:.2f}" if "ece" in measures else ""
     rows = count(report["rows"], "held-out row")
-    return f"{what}: {percent(measures['acc'])} of {rows} right{calibration}, {EACH}."
+    return f"{opening}: {with_interval(measures['acc'])} of {rows} right{calibration}, {EACH}."
 
 
 def context_shipped(report: dict) -> str:
     """The same of a context."""
     measures = report["shipped"]
-    what = f"{NAMES[report['chosen']]} is shipped"
-    agreement = f"{percent(measures['acc'])} of {count(report['rows'], 'held-out prompt')}"
+    opening = f"{NAMES[report['chosen']]} is shipped"
+    agreement = f"{with_interval(measures['acc'])} of {count(report['rows'], 'held-out prompt')}"
     kl = f"KL {measures['nll'][0]:.2f} nats a token (base {report['kl']['base']:.2f})"
-    return f"{what}: it answers as the model that sees the context on {agreement}, {kl}, {EACH}."
+    return f"{opening}: it answers as the model that sees the context on {agreement}, {kl}, {EACH}."
 
 
-def nothing(report: dict) -> str:
+def nothing_shipped(report: dict) -> str:
     """Why nothing is shipped, and what to do."""
     candidates = report["candidates"]
     tried = [NAMES[name] for name in candidates if name not in ("base", "commonest")]
     if "kl" in report:
         tried.remove(NAMES["icl"])
     verb = "was" if len(tried) == 1 else "were"
-    what = f"Nothing is shipped. {listed(tried)} {verb} tried"
+    opening = f"Nothing is shipped. {join_names(tried)} {verb} tried"
     on_rows = f"on {count(report['rows'], 'held-out row')} none"
-    base = share(candidates["base"]["acc"][0])
+    base = percent(candidates["base"]["acc"][0])
     if "commonest" in candidates:
         than = f"the base ({base} right) and significantly better than {commonest_share(report)}"
-        return (
-            f"{what}; {on_rows} was both better than {than}. {bad_base(report)}{near(report)}{HELP}"
-        )
+        return f"{opening}; {on_rows} was both better than {than}. {bad_base(report)}{nearest_candidate(report)}{HELP}"
     lower = f"{on_rows} had a significantly lower loss than the base"
     if "kl" in report:
         agreement = "in agreement with the model that sees the context"
-        return f"{what}; {lower} ({base} {agreement}) and was in agreement on more. {HELP}"
-    if any(one["acc"][0] for one in candidates.values()):
-        return f"{what}; {lower} ({base} right) and was right on more. {HELP}"
+        return f"{opening}; {lower} ({base} {agreement}) and was in agreement on more. {HELP}"
+    if any(candidate["acc"][0] for candidate in candidates.values()):
+        return f"{opening}; {lower} ({base} right) and was right on more. {HELP}"
     exact = "none gave any held-out answer exactly"
     if report["all_differ"]:
-        return f"{what}; {exact}, so held-out rows cannot judge answers that all differ."
-    return f"{what}; {exact}, {HELP.lower()}"
+        return f"{opening}; {exact}, so held-out rows cannot judge answers that all differ."
+    return f"{opening}; {exact}, {HELP.lower()}"
 
 
 def commonest_share(report: dict) -> str:
     right = report["candidates"]["commonest"]["acc"][0]
-    return f"always giving the commonest answer ({share(right)})"
+    return f"always giving the commonest answer ({percent(right)})"
 
 
 def bad_base(report: dict) -> str:
@@ -100,33 +98,33 @@ def bad_base(report: dict) -> str:
     return "The base is worse than always giving the commonest answer: do not use it either. "
 
 
-def near(report: dict) -> str:
+def nearest_candidate(report: dict) -> str:
     """Which candidate came nearest, and how to have it all the same."""
     if not report.get("nearest"):
         return ""
-    name, more, less, p = report["nearest"]
-    rows = f"against the base {count(more, 'row')} gained, {less} lost ({probability(p)})"
+    name, gained, lost, p = report["nearest"]
+    rows = f"against the base {count(gained, 'row')} gained, {lost} lost ({p_value(p)})"
     return f"{NAMES[name]} has the lowest loss; {rows}, which may be chance. `--ship {name}` ships it anyway. "
 
 
 def differences(report: dict) -> list[str]:
     """What is shipped against base, ICL and SFT, row by row."""
     sentences = []
-    for name, (more, less, p) in report["against"].items():
-        beside = f"Compared with {rival(name, report)}"
-        if more == less == 0:
+    for name, (gained_rows, lost_rows, p) in report["against"].items():
+        beside = f"Compared with {named_with_accuracy(name, report)}"
+        if gained_rows == lost_rows == 0:
             sentences.append(f"{beside}: right on the same rows.")
             continue
-        gained = f"{count(more, 'row')} gained" if more else "no row gained"
-        lost = f"{less} lost" if less else "none lost"
+        gained = f"{count(gained_rows, 'row')} gained" if gained_rows else "no row gained"
+        lost = f"{lost_rows} lost" if lost_rows else "none lost"
         chance = ": it may be chance" if name == "base" and p >= CHANCE else ""
-        sentences.append(f"{beside}: {gained}, {lost} ({probability(p)}{chance}).")
+        sentences.append(f"{beside}: {gained}, {lost} ({p_value(p)}{chance}).")
     return sentences
 
 
-def rival(name: str, report: dict) -> str:
+def named_with_accuracy(name: str, report: dict) -> str:
     """A rival with its share of right rows; of demonstrations also what they cost."""
-    right = share(report["candidates"][name]["acc"][0])
+    right = percent(report["candidates"][name]["acc"][0])
     if name != "icl":
         return f"{NAMES[name]} ({right})"
     tokens = report["tokens"]["icl"] / max(1, report["tokens"]["query"])
@@ -138,49 +136,49 @@ def commonest_answer(report: dict) -> list[str]:
     if "commonest" not in report["candidates"]:
         return []
     right = report["candidates"]["commonest"]["acc"][0]
-    return [f"Always giving the commonest answer: {share(right)}."]
+    return [f"Always giving the commonest answer: {percent(right)}."]
 
 
 def never_right(report: dict) -> list[str]:
     """The labels that no held-out row was rightly given."""
     missed = []
-    for one in report.get("classes", []):
-        if one["rows"] and not one["recall"]:
-            missed.append(repr(one["label"]))
-    if len(missed) > NAMED:
-        missed = [*missed[:NAMED], f"{len(missed) - NAMED} more"]
-    return [f"Never answered correctly: {listed(missed)}."] if missed else []
+    for row in report.get("classes", []):
+        if row["rows"] and not row["recall"]:
+            missed.append(repr(row["label"]))
+    if len(missed) > MAX_NAMED:
+        missed = [*missed[:MAX_NAMED], f"{len(missed) - MAX_NAMED} more"]
+    return [f"Never answered correctly: {join_names(missed)}."] if missed else []
 
 
-def price(report: dict) -> list[str]:
+def query_cost(report: dict) -> list[str]:
     """What a query costs in tokens."""
     if "tokens" not in report:
         return []
     query = f"{report['tokens']['query']:.0f}"
     icl = f"{report['tokens']['icl']:.0f}"
-    if report["chosen"] in BEHIND_DEMONSTRATIONS:
+    if report["chosen"] in WITH_DEMONSTRATIONS:
         return [f"A query costs {icl} tokens instead of {query}."]
     return [f"A query costs {query} tokens instead of {icl}."] if "kl" in report else []
 
 
-def listed(names: list[str]) -> str:
+def join_names(names: list[str]) -> str:
     """ "a", "a and b", "a, b and c"."""
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
-def share(value: float) -> str:
+def percent(value: float) -> str:
     return f"{100 * value:.0f} %"
 
 
-def percent(value: list[float]) -> str:
+def with_interval(value: list[float]) -> str:
     """A share with its interval, if it has one: "83 % (63 to 95)"."""
     mean, low, high = value
     if low is None or math.isnan(low):
-        return share(mean)
-    return f"{share(mean)} ({100 * low:.0f} to {100 * high:.0f})"
+        return percent(mean)
+    return f"{percent(mean)} ({100 * low:.0f} to {100 * high:.0f})"
 
 
-def probability(p: float) -> str:
+def p_value(p: float) -> str:
     """ "p = .12", as few digits as tell something."""
     if p < 0.001:
         return "p < .001"

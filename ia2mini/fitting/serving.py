@@ -2,7 +2,7 @@
 
 `pipeline("decision")` and `/v1/systemone` of `transformers serve` read decision.json (labels, temperature) and
 decision_template.jinja (the prompt). A request's `state` is a row; its question is of type "choice" and has the labels
-as `criteria`. Answers are softmax(logits of the labels' tokens behind the prompt / temperature), so that every label
+as `criteria`. Answers are softmax(logits of the labels' tokens after the prompt / temperature), so that every label
 must be a single token.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from ..episode import with_demonstrations
 from ..files import write_json, write_text
 from ..files.tokenizer_files import named_tokens
-from ..methods import BEHIND_DEMONSTRATIONS
+from ..methods import WITH_DEMONSTRATIONS
 from ..tasks.chat import sandbox, template_of
 from ..tasks.rows import COLUMN, Row, placeholders, prompt_of
 from ..tokenizer import Rendered
@@ -51,7 +51,7 @@ def write_decision(fitted, folder: Path) -> None:
     template = decision_template(fitted)
     write_text(folder / TEMPLATE, template)
     config = {
-        "labels": {"choice": fitted.spoken()},
+        "labels": {"choice": fitted.labels_after_prompt()},
         "temperature": {"choice": spec["temperature"]},
         # `transformers serve --decision-config` reads this file alone
         "chat_template": template,
@@ -72,14 +72,14 @@ def why_not(fitted) -> str | None:
     if fitted.probe is not None:
         return "a linear probe answers in the place of the model's head"
     label_tokens = fitted.label_tokens(spec["example"])
-    for label, tokens in zip(fitted.spoken(), label_tokens):
+    for label, tokens in zip(fitted.labels_after_prompt(), label_tokens):
         if len(tokens) > 1 and tokens[-1:] == tokenizer.closing:
             return f"label {label!r} needs its end of sequence, since a label begins another one"
         if len(tokens) > 1:
             return f"label {label!r} is {len(tokens)} tokens in this tokenizer"
         alone = tokenizer.backend.encode(label, add_special_tokens=False).ids
         if alone != tokens:
-            return f"label {label!r} by itself has other tokens than behind the prompt"
+            return f"label {label!r} by itself has other tokens than after the prompt"
         if tokens[0] in (tokenizer.unknown, *tokenizer.eos_ids):
             return f"label {label!r} is a special token of this tokenizer"
     if not renders_the_same(fitted):
@@ -93,10 +93,10 @@ def renders_the_same(fitted) -> bool:
     tokenizer = fitted.subject.tokenizer
     row = Row("the example", dict.fromkeys(placeholders(spec["template"]), spec["example"]))
     prompt = fitted.chat(prompt_of(spec["template"], row))
-    expected = tokenizer.encode(with_demonstrations(shown(fitted), prompt))
-    given = {
+    expected = tokenizer.encode(with_demonstrations(shipped_demonstrations(fitted), prompt))
+    variables = {
         "state": dict(row),
-        "question": {"type": "choice", "options": fitted.spoken()},
+        "question": {"type": "choice", "options": fitted.labels_after_prompt()},
         "messages": [{"role": "user", "content": ""}],
         "tools": None,
         "documents": None,
@@ -105,15 +105,15 @@ def renders_the_same(fitted) -> bool:
         **named_tokens(fitted.subject.folder),
     }
     try:
-        text = sandbox().from_string(decision_template(fitted)).render(given)
+        text = sandbox().from_string(decision_template(fitted)).render(variables)
     except Exception:  # a chat template is a program, and raises what a program does
         return False
     return tokenizer.encode(Rendered(text)) == expected
 
 
-def shown(fitted) -> list:
-    """The demonstrations that stand before every row, where they were shipped."""
-    return fitted.shown() if fitted.spec["method"] in BEHIND_DEMONSTRATIONS else []
+def shipped_demonstrations(fitted) -> list:
+    """The demonstrations that were shipped and stand before every row."""
+    return fitted.demonstrations() if fitted.spec["method"] in WITH_DEMONSTRATIONS else []
 
 
 def decision_template(fitted) -> str:
@@ -123,44 +123,46 @@ def decision_template(fitted) -> str:
     state = "state"
     if len(set(columns)) == 1:  # then the text itself may be the state
         state = f"{{{literal(columns[0])}: state}} if state is string else state"
-    labels = literal(fitted.spoken())
-    criteria = literal(dict.fromkeys(fitted.spoken()))
-    wanted = f'ask one question {{"type": "choice", "criteria": {criteria}}}, in this order'
+    labels = literal(fitted.labels_after_prompt())
+    criteria = literal(dict.fromkeys(fitted.labels_after_prompt()))
+    expected_question = (
+        f'ask one question {{"type": "choice", "criteria": {criteria}}}, in this order'
+    )
     lines = [
         "{#- Written by ia2mini: the prompt of `ia2mini predict`. `state`: a row, its columns by name. -#}",
         f'{{%- if question.type != "choice" or question.options != {labels} -%}}',
-        f"  {{{{- raise_exception({literal(wanted)}) -}}}}",
+        f"  {{{{- raise_exception({literal(expected_question)}) -}}}}",
         "{%- endif -%}",
         f"{{%- set row = {state} -%}}",
         "{%- if row is not mapping -%}",
         '  {{- raise_exception("the state must be an object, a row with its columns") -}}',
         "{%- endif -%}",
         MACROS.rstrip("\n"),
-        f"{{%- set prompt = {filled(spec['template'].rstrip(' '))} -%}}",
+        f"{{%- set prompt = {as_expression(spec['template'].rstrip(' '))} -%}}",
     ]
     if spec["chat"]:
         lines += chat_lines(fitted)
     else:
-        before = with_demonstrations(shown(fitted), "")
-        lines.append(f"{{{{- {literal(beginning(fitted) + before)} ~ prompt -}}}}")
+        before = with_demonstrations(shipped_demonstrations(fitted), "")
+        lines.append(f"{{{{- {literal(bos_text(fitted) + before)} ~ prompt -}}}}")
     return "\n".join(lines)
 
 
 def chat_lines(fitted) -> list[str]:
     """The prompt as the last turn of a conversation, and the checkpoint's own chat template, which renders that."""
     turns = []
-    for example in shown(fitted):
+    for example in shipped_demonstrations(fitted):
         turns.append({"role": "user", "content": example.prompt.question})
         turns.append({"role": "assistant", "content": example.answer})
     return [
         f'{{%- set messages = {literal(turns)} + [{{"role": "user", "content": prompt}}] -%}}',
-        # transformers sets it, `predict` does not; the line end behind it goes (trim_blocks)
+        # transformers sets it, `predict` does not; the line end after it goes (trim_blocks)
         "{%- set enable_thinking = undefined_as_in_predict %}",
         template_of(fitted.subject.folder),
     ]
 
 
-def beginning(fitted) -> str:
+def bos_text(fitted) -> str:
     """What the tokenizer puts before every text, as "<s>"; in a template of transformers it must be written."""
     tokenizer = fitted.subject.tokenizer
     text = fitted.spec["example"]
@@ -169,7 +171,7 @@ def beginning(fitted) -> str:
     return "".join(names)
 
 
-def filled(template: str) -> str:
+def as_expression(template: str) -> str:
     """A prompt's template, columns in braces, as an expression of Jinja."""
     parts = []
     place = 0

@@ -26,40 +26,40 @@ FOREIGN = {  # of an adapter that ia2mini did not fit
 }
 
 
-def number(least: float, most: float) -> Callable:
+def is_number(least: float, most: float) -> Callable:
     """Whether a value is a number from `least` to `most`."""
     return lambda value: type(value) in (int, float) and least <= value <= most
 
 
-def whole_number(least: int, most: int) -> Callable:
+def is_whole_number(least: int, most: int) -> Callable:
     return lambda value: type(value) is int and least <= value <= most
 
 
-def text(value) -> bool:
+def is_text(value) -> bool:
     """Whether a value is a text that a tokenizer can read."""
     return isinstance(value, str) and not HALF.search(value)
 
 
-def text_or_none(value) -> bool:
-    return value is None or text(value)
+def is_text_or_none(value) -> bool:
+    return value is None or is_text(value)
 
 
-def some_text(value) -> bool:
-    return text(value) and value.strip() != ""
+def is_nonblank(value) -> bool:
+    return is_text(value) and value.strip() != ""
 
 
-def optional(value) -> bool:
+def is_optional_text(value) -> bool:
     """Whether a value is a text, None, or missing (`...`)."""
-    return value is ... or text_or_none(value)
+    return value is ... or is_text_or_none(value)
 
 
-def template(value) -> bool:
-    return text(value) and bool(placeholders(value))
+def is_template(value) -> bool:
+    return is_text(value) and bool(placeholders(value))
 
 
 def wrong_labels(labels: list) -> str | None:
     """What is wrong with a list of labels; None where nothing is."""
-    if not all(some_text(label) for label in labels):
+    if not all(is_nonblank(label) for label in labels):
         return "a label is empty"
     if len(set(labels)) < len(labels):
         return "a label is given twice"
@@ -77,35 +77,35 @@ def check_labels(labels: list[str] | None) -> None:
         )
 
 
-def labels(value) -> bool:
+def are_labels(value) -> bool:
     """Whether a value is a list of labels that can be told apart, or empty where the answers are texts."""
     return isinstance(value, (list, tuple)) and (not value or wrong_labels(list(value)) is None)
 
 
-def parser(value) -> bool:
+def is_parser(value) -> bool:
     return value is None or isinstance(value, str) and value in PARSERS
 
 
-TOKENS = {"tokens": [whole_number(0, 2**31)], "log_probabilities": [number(-1e9, 0)]}
+CANARY = {"tokens": [is_whole_number(0, 2**31)], "log_probabilities": [is_number(-1e9, 0)]}
 SHAPE = {
-    "template": template,
-    "answer_column": text_or_none,
-    "labels": labels,
-    "parser": parser,
-    "max_tokens": whole_number(1, 2**16),
-    "stop": text_or_none,
-    "temperature": number(1e-6, 1e6),
-    "confidences": [number(0, 1.001)],
-    "demonstrations": [{"prompt": text, "answer": text}],
-    "method": text,
+    "template": is_template,
+    "answer_column": is_text_or_none,
+    "labels": are_labels,
+    "parser": is_parser,
+    "max_tokens": is_whole_number(1, 2**16),
+    "stop": is_text_or_none,
+    "temperature": is_number(1e-6, 1e6),
+    "confidences": [is_number(0, 1.001)],
+    "demonstrations": [{"prompt": is_text, "answer": is_text}],
+    "method": is_text,
     "chat": bool,
     "context": bool,
-    "example": some_text,
+    "example": is_nonblank,
     "report": dict,
-    "adapter_digest": text_or_none,
-    "probe_digest": text_or_none,
-    "base": {"name": some_text, "revision": optional},
-    "canary": {"dtype": text, "base": TOKENS, "adapted": TOKENS},
+    "adapter_digest": is_text_or_none,
+    "probe_digest": is_text_or_none,
+    "base": {"name": is_nonblank, "revision": is_optional_text},
+    "canary": {"dtype": is_text, "base": CANARY, "adapted": CANARY},
 }
 
 
@@ -149,12 +149,12 @@ def read_spec(folder: Path) -> dict | None:
     if field is None and not kept["labels"] and kept["parser"] is None:
         field = ".parser"  # without labels the answers are texts, which something must parse
     if field:
-        broken = f"field {field[1:]} is missing or not what it should be: damaged, or written by another version"
-        raise UsageError(f"{path}: {broken}; fit the adapter again")
+        problem = f"field {field[1:]} is missing or not what it should be: damaged, or written by another version"
+        raise UsageError(f"{path}: {problem}; fit the adapter again")
     return kept
 
 
-WANTED = {
+DESCRIPTIONS = {
     "template": "a text with columns in braces",
     "labels": "a list of two or more different texts, none of them empty; or an empty list",
     "parser": f"one of {', '.join(PARSERS)}",
@@ -165,12 +165,14 @@ WANTED = {
 
 
 def check_given(spec: dict) -> None:
-    """Raises UsageError for what somebody says of how an adapter answers, if there is no such field or it is wrong."""
+    """Raises UsageError for a given field that does not exist or has a wrong value."""
     for name, value in spec.items():
         if name not in FOREIGN:
             raise UsageError(
                 f"{name}: unknown; what can be said of an adapter is {', '.join(FOREIGN)}"
             )
         if misfit(value, SHAPE[name], name):
-            wanted = WANTED.get(name, f"a {type(FOREIGN[name]).__name__}, as in ia2mini.json")
-            raise UsageError(f"{name} = {repr(value)[:60]}: it must be {wanted}")
+            description = DESCRIPTIONS.get(
+                name, f"a {type(FOREIGN[name]).__name__}, as in ia2mini.json"
+            )
+            raise UsageError(f"{name} = {repr(value)[:60]}: it must be {description}")

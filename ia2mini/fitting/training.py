@@ -14,16 +14,17 @@ from torch import Tensor
 from .. import UsageError
 from ..engine.experiment import in_order, make_trainer
 from ..engine.options import last_phase, losses_of
-from ..episode import Episode, among_themselves, seeded
+from ..episode import Episode, seeded
 from ..methods import METHODS, STARTS_FROM, Grid
 from ..models.taps import device_of
 from ..scale import ranks
 from ..scale.decode import fast_decoding
 from ..scale.graphs import recorded
 from ..scale.pack import in_batches
-from ..teacher import Asked, Taught, teach, true_rows
+from ..teacher import Taught, TeacherSettings, teach, true_rows
 from ..train import Hooks, Settings, State, Trained
 from .crossval import CrossValidation, before_unlabelled, choose_demonstrations, mean_tokens
+from .folds import demonstrations_among
 from .selection import Candidate
 
 SOFT_K = 1024  # likeliest tokens of a distribution that is matched
@@ -79,22 +80,24 @@ def teach_episodes(
     if needed <= {"sft", "icl-sft"}:
         of_text = cv.max_tokens > 1
         return [true_rows(subject.tokenizer, one, of_text, demonstrated) for one in episodes]
-    asked = Asked(
+    settings = TeacherSettings(
         max_tokens=cv.max_tokens,
         soft_k=SOFT_K if "soft" in needed else None,
         layers=cv.layers,
         stop=cv.stop,
         residual="hidden" in needed,
-        behind=demonstrated,
+        demonstrated=demonstrated,
         hooks=fast_decoding(device_of(subject.model), cv.max_tokens),
     )
     queries = sum(len(episode.demonstrations) for episode in episodes)
     with cv.bar("collecting", queries) as bar:
 
-        def ask(episode: Episode) -> Taught:
-            return teach(subject.model, subject.tokenizer, episode, asked=asked, watch=bar.update)
+        def teach_one(episode: Episode) -> Taught:
+            return teach(
+                subject.model, subject.tokenizer, episode, settings=settings, watch=bar.update
+            )
 
-        return ranks.spread(ask, episodes)
+        return ranks.spread(teach_one, episodes)
 
 
 def make_grid(cv: CrossValidation, sets: list[Taught], rates: Sequence[float]) -> Grid:
@@ -147,12 +150,12 @@ def train_phase(
     """One method on a grid of episodes as long as this one, from the phase `start`; None: it starts from none."""
     with cv.bar(f"training {method}{estimate}", count_steps(cv, episode, method)) as bar:
 
-        def after_look(state: State) -> bool:
+        def after_evaluation(state: State) -> bool:
             bar.update(state.step - bar.n)
             return False
 
         record = partial(recorded, device=device_of(cv.subject.model))
-        grid = replace(grid, hooks=Hooks(in_batches, record, after_look))
+        grid = replace(grid, hooks=Hooks(in_batches, record, after_evaluation))
         if start is None:
             return METHODS[method](grid)
         return METHODS[method](grid, start)
@@ -168,7 +171,7 @@ def train_final(cv: CrossValidation, candidate: Candidate) -> Tensor:
     episode = Episode(
         train=rows,
         dev=[],
-        demonstrations=among_themselves(rows, choose, rng),
+        demonstrations=demonstrations_among(rows, choose, rng),
         icl=[],
         unlabelled=cv.unlabelled,
         more_demonstrations=before_unlabelled(cv, number, rows),

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from .. import UsageError
 from ..files import as_text, json_line, write, write_text
-from ..fitting.predictor import ADDED
+from ..fitting.predictor import ANSWER_COLUMNS
 from ..tasks.delimited import style_of
-from ..tasks.rows import Row, named_sheet, renamed
-from ..tasks.tables import lacking
+from ..tasks.rows import Row, named_sheet, rename_clashes
+from ..tasks.tables import missing_package
 
 DIGITS = 4
 EXCEL_ROWS = 1_048_575  # below the header
@@ -38,7 +38,7 @@ def check_target(out: Path, rows: str) -> None:
         raise UsageError(f"--out {out}: holds the rows themselves; give another file")
     package = {".xlsx": "openpyxl", ".parquet": "pyarrow"}.get(suffix)
     if package and find_spec(package) is None:
-        raise lacking(package, out, f"writing {suffix}")
+        raise missing_package(package, out, f"writing {suffix}")
 
 
 def check_size(out: Path, rows: list) -> None:
@@ -93,8 +93,8 @@ class Answers:
     def table(self) -> tuple[list[str], list[list]]:
         """A header, and a line for every row: own columns, what is added, and p(label) of each label."""
         shares = [f"p({label})" for label in self.labels]
-        reserved = {*ADDED, *self.names, *shares}
-        own = [renamed(row, reserved) for row, _ in self.pairs]
+        reserved = {*ANSWER_COLUMNS, *self.names, *shares}
+        own = [rename_clashes(row, reserved) for row, _ in self.pairs]
         known: dict[str, None] = {}
         for row in own:
             known.update(dict.fromkeys(row))
@@ -119,7 +119,7 @@ def write_lines(out: Path, answers: Answers) -> None:
         names.append("probabilities")
     lines = []
     for row, said in answers.pairs:
-        own = renamed(row, {*ADDED, *names})
+        own = rename_clashes(row, {*ANSWER_COLUMNS, *names})
         added = {name: said.get(name) for name in names}
         lines.append(json_line({**own, **added}) + "\n")
     write_text(out, "".join(lines))

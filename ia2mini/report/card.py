@@ -8,7 +8,7 @@ from pathlib import Path
 from ..adapters import LoRA
 from ..files import count, json_line, plain
 from ..fitting.serving import why_not
-from ..methods import BEHIND_DEMONSTRATIONS
+from ..methods import WITH_DEMONSTRATIONS
 from ..tasks.rows import blank_of, placeholders
 from .page import loading
 from .tables import markdown
@@ -67,7 +67,7 @@ def card(fitted, folder: Path, command: str) -> str:
 
 def demonstrations(fitted) -> str:
     """What stands before every prompt, where that was shipped."""
-    if fitted.spec["method"] not in BEHIND_DEMONSTRATIONS:
+    if fitted.spec["method"] not in WITH_DEMONSTRATIONS:
         return ""
     number = len(fitted.spec["demonstrations"])
     return f" Before it stand {count(number, 'demonstration')}, with blank lines between; `ia2mini.json` has them."
@@ -133,7 +133,7 @@ def decisions(fitted, folder: str) -> list[str]:
     """Serving by transformers: with the pipeline, over HTTP, and what probability is enough."""
     spec = fitted.spec
     row = dict.fromkeys(placeholders(spec["template"]), "A text")
-    question = {"type": "choice", "criteria": dict.fromkeys(fitted.spoken())}
+    question = {"type": "choice", "criteria": dict.fromkeys(fitted.labels_after_prompt())}
     pipeline = f"""\
 decide = transformers.pipeline(
     "decision", model=model, tokenizer=tokenizer, decision_config={folder!r}

@@ -12,7 +12,7 @@ import numpy as np
 from ..engine.options import label
 from ..engine.select import grouped
 from ..files import count
-from ..fitting.sentence import NAMES, percent
+from ..fitting.sentence import NAMES, with_interval
 from ..study.table import METRICS, deviation
 from .drawing import (
     COLORS,
@@ -299,7 +299,12 @@ def draw_candidates(report: dict):
         color = COLORS["ia2-sft"] if name == "shipped" else color_of(name)
         rows.append(
             ChartRow(
-                NAMES.get(name, name), color, mean, low, high, percent(one["acc"]).replace(" %", "")
+                NAMES.get(name, name),
+                color,
+                mean,
+                low,
+                high,
+                with_interval(one["acc"]).replace(" %", ""),
             )
         )
     figure = new_figure(1.2 + ROW * len(rows))

@@ -11,14 +11,14 @@ from .. import UsageError
 from ..engine.intervals import LEAST_ROWS, share_interval
 from ..files import count, json_line, write_text
 from ..fitting.measures import classes, commonest, measures
-from ..fitting.sentence import NAMES, never_right, outcome, percent
+from ..fitting.sentence import NAMES, never_right, outcome, with_interval
 from ..tasks.own import true_answer
-from ..tasks.rows import Row, lacks, prompt_of
+from ..tasks.rows import Row, missing_part, prompt_of
 from ..tasks.turns import open_turns
 from .card import card
 from .charts import draw_candidates
 from .drawing import png_of, styled
-from .markup import figure, first_screen, folded, lines, shown, table, whole
+from .markup import details, escaped, figure, first_screen, html_page, lines, table
 
 HEADS = {
     "acc": "right (%)",
@@ -91,7 +91,7 @@ def entry(value, name: str) -> str:
     if not isinstance(value, list):
         return f"{value + 0.0:.2f}"
     if name == "acc":
-        return percent(value).replace(" %", "")
+        return with_interval(value).replace(" %", "")
     mean, low, high = value
     if low is None or math.isnan(low):
         return f"{mean + 0.0:.2f}"
@@ -123,7 +123,7 @@ def places_of(rows: Sequence[Row], template: str) -> dict[str, str]:
     places: dict[str, list[str]] = {}
     for row in rows:
         row = open_turns(row, template)
-        if lacks(row, template, None) is None:
+        if missing_part(row, template, None) is None:
             places.setdefault(prompt_of(template, row), []).append(row.where)
     return {prompt: ", ".join(named) for prompt, named in places.items()}
 
@@ -158,19 +158,19 @@ def fit_page(report: dict, command: str, odd: Sequence[dict] = ()) -> str:
     meaning = [*notes(report), *calibration(report), price]
     suspicious = [suspects_table(odd)] if odd else []
     made = [
-        f"<pre>{shown(command)}</pre>",
+        f"<pre>{escaped(command)}</pre>",
         lines([about(report), f"{report['seconds']:.0f} s in all."]),
     ]
     body = [
         first_screen([table("Held-out rows", heads, rows, "means"), *candidates_figure(report)]),
-        folded("Beside the other candidates", [lines([others])] if others else []),
-        folded("What the columns mean, calibration, tokens", [lines(meaning)]),
-        folded("How the rows were read", [lines(report["remarks"])]),
-        folded("Look at these", suspicious),
-        folded("Answers", [*by_label(report), wrong_answers(report)]),
-        folded("How this was made", made),
+        details("Beside the other candidates", [lines([others])] if others else []),
+        details("What the columns mean, calibration, tokens", [lines(meaning)]),
+        details("How the rows were read", [lines(report["remarks"])]),
+        details("Look at these", suspicious),
+        details("Answers", [*by_label(report), wrong_answers(report)]),
+        details("How this was made", made),
     ]
-    return whole(headline(report), lines([first]), body)
+    return html_page(headline(report), lines([first]), body)
 
 
 def headline(report: dict) -> str:
@@ -190,7 +190,7 @@ def candidates_figure(report: dict) -> list[str]:
         image = png_of(draw_candidates(report))
     said = []
     for name, numbers in report["candidates"].items():
-        said.append(f"{NAMES.get(name, name)} {percent(numbers['acc'])}")
+        said.append(f"{NAMES.get(name, name)} {with_interval(numbers['acc'])}")
     caption = "Every row was answered by what was trained without it."
     return [figure(image, "png", f"{outcome(report)} Candidates: {', '.join(said)}.", caption)]
 
@@ -213,7 +213,14 @@ def by_label(report: dict) -> list[str]:
     labels = [one["label"] for one in report["classes"]]
     each = []
     for one in report["classes"]:
-        each.append([one["label"], one["rows"], share(one["precision"]), share(one["recall"])])
+        each.append(
+            [
+                one["label"],
+                one["rows"],
+                percent_or_dash(one["precision"]),
+                percent_or_dash(one["recall"]),
+            ]
+        )
     parts = [table("By answer", ["answer", "rows", "precision", "recall"], each, "means")]
     if len(labels) <= MATRIX:
         matrix = [[label, *row] for label, row in zip(labels, report["confusion"])]
@@ -257,7 +264,7 @@ def calibration(report: dict) -> list[str]:
     return [f"One temperature, {report['temperature']:.2f}: {losses} ({errors})."]
 
 
-def share(value: float | None) -> str:
+def percent_or_dash(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.0f} %"
 
 
@@ -296,7 +303,7 @@ def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) ->
         numbers = {"acc": list(share_interval(right.count(True), len(right)))}
         report["candidates"] = {name: numbers}
     told = [
-        f"{NAMES.get(name, name)}: {percent(numbers['acc'])} of {count(len(rows), 'row')} right."
+        f"{NAMES.get(name, name)}: {with_interval(numbers['acc'])} of {count(len(rows), 'row')} right."
     ]
     if len(rows) < LEAST_ROWS:
         told.append("So few rows prove nothing.")

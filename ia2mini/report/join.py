@@ -5,7 +5,7 @@ from pathlib import Path
 from .. import UsageError
 from ..engine.select import grouped
 from ..files import read_json
-from ..fitting.spec import misfit, text_or_none
+from ..fitting.spec import is_text_or_none, misfit
 from ..study.table import METRICS
 
 # options in which joined studies may differ: each is told apart in the tables, or changes no number
@@ -32,8 +32,8 @@ CELL = {
     "ood": bool,
     "n": int,
     "method": str,
-    "adapter": text_or_none,
-    "selected_by": text_or_none,
+    "adapter": is_text_or_none,
+    "selected_by": is_text_or_none,
     "sets": int,
     "rate": number_or_none,
     "beta": number_or_none,

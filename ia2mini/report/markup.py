@@ -40,17 +40,17 @@ img { display: block; max-width: 100%; height: auto }
 MANY_COLUMNS = 5  # from so many on a table is wider than a phone
 
 
-def whole(title: str, about: str, body: list[str]) -> str:
+def html_page(title: str, about: str, body: list[str]) -> str:
     """A page from its title, what stands below it as HTML, and the rest of its body."""
     screen = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     meta = f'<meta charset="utf-8">{screen}'
-    head = f"<head>{meta}<title>{shown(title)}</title><style>{STYLE}</style></head>"
-    top = f"<body><header><h1>{shown(title)}</h1>{about}</header><main>"
+    head = f"<head>{meta}<title>{escaped(title)}</title><style>{STYLE}</style></head>"
+    top = f"<body><header><h1>{escaped(title)}</h1>{about}</header><main>"
     start = f'<!doctype html><html lang="en">{head}{top}'
     return "\n".join([start, *body, "</main></body></html>\n"])
 
 
-def shown(text) -> str:
+def escaped(text) -> str:
     r"""Text for HTML: markup escaped, control characters and whatever else has no face made visible (\x1b)."""
     letters = []
     for letter in "–" if text is None else str(text):
@@ -60,10 +60,10 @@ def shown(text) -> str:
 
 
 def lines(texts: list[str]) -> str:
-    return "".join(f"<p>{shown(text)}</p>" for text in texts)
+    return "".join(f"<p>{escaped(text)}</p>" for text in texts)
 
 
-def listed(items: list[str]) -> str:
+def bullets(items: list[str]) -> str:
     """A list of texts that are HTML already."""
     return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
 
@@ -73,11 +73,11 @@ def first_screen(parts: list[str]) -> str:
     return f'<div class="first">{"".join(parts)}</div>'
 
 
-def folded(heading: str, body: list[str]) -> str:
+def details(heading: str, body: list[str]) -> str:
     """A section that opens when it is asked for; nothing where it is empty."""
     if not any(body):
         return ""
-    return f"<details><summary>{shown(heading)}</summary>{''.join(body)}</details>"
+    return f"<details><summary>{escaped(heading)}</summary>{''.join(body)}</details>"
 
 
 def table(caption: str, heads: list[str], rows: list[list], kind: str) -> str:
@@ -86,15 +86,15 @@ def table(caption: str, heads: list[str], rows: list[list], kind: str) -> str:
     `kind`: `means` and `evaluations` of numbers, `text` of long texts. A shadow at its edge and a word say that it
     scrolls; browsers that cannot tell whether it does show the word on phones beside wide tables.
     """
-    top = "".join(f'<th scope="col">{shown(head)}</th>' for head in heads)
+    top = "".join(f'<th scope="col">{escaped(head)}</th>' for head in heads)
     body = []
     for first, *rest in rows:
-        entries = "".join(f"<td>{shown(text)}</td>" for text in rest)
-        body.append(f'<tr><th scope="row">{shown(first)}</th>{entries}</tr>')
+        entries = "".join(f"<td>{escaped(text)}</td>" for text in rest)
+        body.append(f'<tr><th scope="row">{escaped(first)}</th>{entries}</tr>')
     hint = ' <span class="hint">(scroll →)</span>'
     if len(heads) >= MANY_COLUMNS or kind == "text":
         kind += " wide"
-    label = shown(caption)
+    label = escaped(caption)
     box = f'<div class="box" role="region" tabindex="0" aria-label="{label}">'
     start = f'{box}<table class="{kind}"><caption>{label}{hint}</caption>'
     return f"{start}<thead><tr>{top}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
@@ -107,5 +107,5 @@ def figure(image: bytes, kind: str, description: str, caption: str) -> str:
         pixels = int.from_bytes(image[16:20], "big")
         width = f'width="{pixels // 2}" '  # sharp on fine screens
     source = f'src="data:image/{kind};base64,{b64encode(image).decode()}"'
-    picture = f'<div class="card"><img alt="{shown(description)}" {width}{source}></div>'
-    return f"<figure>{picture}<figcaption>{shown(caption)}</figcaption></figure>"
+    picture = f'<div class="card"><img alt="{escaped(description)}" {width}{source}></div>'
+    return f"<figure>{picture}<figcaption>{escaped(caption)}</figcaption></figure>"

@@ -8,7 +8,7 @@ from ..engine.options import UNTRAINED, label
 from ..files import count
 from .descriptions import describe, finding
 from .figures import CAPTIONS
-from .markup import figure, first_screen, folded, lines, listed, shown, table, whole
+from .markup import bullets, details, escaped, figure, first_screen, html_page, lines, table
 from .summary import average, paired, parts, title, verdict, views
 from .tables import HEADS, known_columns, legend, seconds_line, starred, texts
 
@@ -25,15 +25,15 @@ def write_page(document: dict, folder: Path, command: str) -> str:
     meaning = lines([*verdict(first["cells"]), *legend(document)])
     body = [
         first_screen([means(first, document), *figures[:1]]),
-        folded("The test, and what the columns mean", [meaning]),
-        folded("Other tables", [means(part, document) + said_of(part) for part in others]),
-        folded("More figures", figures[1:]),
-        folded("Tasks", [task(name, document) for name in tasks]),
-        folded("Which adapter to take", adapter(document, first["cells"], folder)),
-        folded("How this was made", made(document, command)),
+        details("The test, and what the columns mean", [meaning]),
+        details("Other tables", [means(part, document) + said_of(part) for part in others]),
+        details("More figures", figures[1:]),
+        details("Tasks", [task(name, document) for name in tasks]),
+        details("Which adapter to take", adapter(document, first["cells"], folder)),
+        details("How this was made", made(document, command)),
     ]
     on = tasks[0] if len(tasks) == 1 else f"{len(tasks)} tasks"
-    return whole(f"Methods compared on {on}", lines([finding(first["cells"])]), body)
+    return html_page(f"Methods compared on {on}", lines([finding(first["cells"])]), body)
 
 
 def drawn_figures(drawn: list[dict], folder: Path) -> list[str]:
@@ -74,10 +74,10 @@ def task(name: str, document: dict) -> str:
     if samples:
         sample = max(samples, key=lambda sample: sample["n"])
         body.append(f"<h2>What the model saw, N = {sample['n']}</h2>")
-        body.append(f"<pre>{shown(sample['prompt'])}</pre>")
+        body.append(f"<pre>{escaped(sample['prompt'])}</pre>")
         if sample["rows"]:
             body += [answers(sample, right=True), answers(sample, right=False)]
-    return folded(name, body)
+    return details(name, body)
 
 
 def evaluations_table(cells: list[dict], by: str | None, document: dict) -> str:
@@ -120,11 +120,11 @@ def adapter(document: dict, cells: list[dict], folder: Path) -> list[str]:
     if not names:
         return []
     about = f"{label(method)}, trained on the first set of N = {cells[0]['n']}:"
-    items = [f"<code>{shown(name)}</code>" for name in names]
+    items = [f"<code>{escaped(name)}</code>" for name in names]
     first, study = next(iter(names.items()))
     config = document["studies"][study] if study else document["config"]
     code = loading(repr(config["model"]), first if study else str(folder / first))
-    return [lines([about]), listed(items), f"<pre>{shown(code)}</pre>"]
+    return [lines([about]), bullets(items), f"<pre>{escaped(code)}</pre>"]
 
 
 def method_to_take(cells: list[dict]) -> str | None:
@@ -147,9 +147,9 @@ def made(document: dict, command: str) -> list[str]:
     written = f"Written on {date.today()}; {', '.join(said)}."
     config = json.dumps(document["config"], indent=2, ensure_ascii=False)
     body = [lines([written, seconds_line(document)])]
-    body.append(folded("Configuration", [f"<pre>{shown(config)}</pre>"]))
+    body.append(details("Configuration", [f"<pre>{escaped(config)}</pre>"]))
     if command:
-        body.insert(0, f"<pre>{shown(command)}</pre>")
+        body.insert(0, f"<pre>{escaped(command)}</pre>")
     return body
 
 

@@ -19,7 +19,7 @@ CHOICES = {
 def parts(document: dict) -> list[dict]:
     """What one table shows: each model, N, adapter and choice of rate, its `cells`."""
     order = list(LABELS)
-    cells = sorted(document["cells"], key=lambda cell: rank(cell["method"], order))
+    cells = sorted(document["cells"], key=lambda cell: order_of(cell["method"], order))
     trained = [cell for cell in cells if cell["selected_by"]] or cells
     found = []
     for model, n, kind, by in grouped(trained, "model", "n", "adapter", "selected_by"):
@@ -29,7 +29,7 @@ def parts(document: dict) -> list[dict]:
     return found
 
 
-def rank(method: str, order: list[str]) -> int:
+def order_of(method: str, order: list[str]) -> int:
     """Where a method stands in the order of tables; unknown ones last."""
     return order.index(method) if method in order else len(order)
 

@@ -8,7 +8,7 @@ from statistics import fmean
 from ..engine.options import label
 from ..engine.select import grouped
 from ..files import count, plain, write_text
-from ..methods import BEHIND_DEMONSTRATIONS
+from ..methods import WITH_DEMONSTRATIONS
 from ..study.table import METRICS
 from .summary import average, parts, verdict
 
@@ -188,18 +188,20 @@ def legend(document: dict) -> list[str]:
 def tokens_of_a_query(cells: list[dict]) -> list[str]:
     """What demonstrations cost: the mean length of a query's prompt without and with them, where both were scored."""
     alone = []
-    behind = []
+    demonstrated = []
     for cell in cells:
         tokens = cell.get("tokens_mean")
         if tokens is None:
             continue
-        if cell["method"] in BEHIND_DEMONSTRATIONS:
-            behind.append(tokens)
+        if cell["method"] in WITH_DEMONSTRATIONS:
+            demonstrated.append(tokens)
         else:
             alone.append(tokens)
-    if not alone or not behind:
+    if not alone or not demonstrated:
         return []
-    return [f"a query has {fmean(alone):.0f} tokens, with demonstrations (ICL) {fmean(behind):.0f}"]
+    return [
+        f"a query has {fmean(alone):.0f} tokens, with demonstrations (ICL) {fmean(demonstrated):.0f}"
+    ]
 
 
 def failures(document: dict) -> list[str]:

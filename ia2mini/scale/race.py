@@ -5,14 +5,15 @@ from torch import Tensor
 
 from ..train import State
 
-FIRST_LOOK = 10  # rates are compared from this look on
-PACE = 3  # looks back over which a rate's fall is measured
-AHEAD = 30  # looks ahead for which it is thought to go on
+# all three in evaluations of the dev loss
+FIRST = 10  # rates are compared from this one on
+PACE = 3  # so many back, over which a rate's fall is measured
+AHEAD = 30  # so many ahead, for which it is thought to go on
 
 
 class Race:
-    """An `after_look` hook. A rate is beaten, and its runs end, when its mean best dev loss over sets would still be
-    above that of the best rate if it went on falling for `AHEAD` looks as it did in the last `PACE`.
+    """An `after_evaluation` hook. A rate is beaten, and its runs end, when its mean best dev loss over sets would still
+    be above that of the best rate if it went on falling for `AHEAD` evaluations as it did in the last `PACE`.
 
     Rates are compared only while all runs that still train do so side by side: where memory or processes take them in
     parts, each part trains to its end.
@@ -23,7 +24,7 @@ class Race:
         self.dev_loss = torch.full((len(config),), torch.inf)
         self.going = torch.ones(len(config), dtype=torch.bool)
         self.over = False
-        self.means: list[Tensor] = []  # of each look, a mean a rate
+        self.means: list[Tensor] = []  # of each evaluation, a mean a rate
 
     def __call__(self, state: State) -> bool:
         elsewhere = self.going.clone()
@@ -37,12 +38,12 @@ class Race:
         return False
 
     def beaten(self) -> Tensor:
-        """Which runs have a rate that is beaten, after one more look, [R] bool."""
+        """Which runs have a rate that is beaten, after one more evaluation, [R] bool."""
         nobody = torch.zeros(len(self.config), dtype=torch.bool)
         means = torch.zeros(int(self.config.max()) + 1)
         means.scatter_reduce_(0, self.config, self.dev_loss, "mean", include_self=False)
         self.means.append(means)
-        if len(self.means) < FIRST_LOOK or means.min().isinf():
+        if len(self.means) < FIRST or means.min().isinf():
             return nobody
         fall = (self.means[-1 - PACE] - means) / PACE
         reached = means - AHEAD * fall

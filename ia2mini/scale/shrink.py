@@ -29,14 +29,14 @@ def shrinking(train: Callable, by_halves: Callable = never) -> Callable:
                 most = len(live) // 2
             some_left = False
 
-            def after_look(part: State, most: int = most) -> bool:
+            def after_evaluation(part: State, most: int = most) -> bool:
                 nonlocal some_left
-                if hooks.after_look(part):
+                if hooks.after_evaluation(part):
                     return True
                 some_left = int(part.going.sum()) <= most
                 return some_left
 
-            watched = replace(hooks, after_look=after_look)
+            watched = replace(hooks, after_evaluation=after_evaluation)
             part = train(model, adapter, going, settings, take_state(state, live), watched)
             put_state(state, live, part)
             if not some_left:

@@ -9,12 +9,11 @@ from ..adapters import Adapter
 from ..engine.adapter import make_adapter
 from ..engine.options import BETAS, TUNED, UNTRAINED, Options
 from ..engine.own_loss import OwnLoss, read_losses, with_methods_of
-from ..engine.subject import Subject
+from ..engine.subject import Subject, max_answer_tokens, max_label_tokens
 from ..episode import Episode, draw_episode, with_demonstrations
 from ..methods import METHODS
 from ..tasks import Examples, Task, find_task, load_examples
-from ..tasks.rows import spoken
-from ..teacher import answer_tokens_at_most, label_tokens_at_most
+from ..tasks.rows import labels_after_prompt
 
 
 @dataclass
@@ -102,7 +101,7 @@ def make_cell(study: Study, task: Task, n: int, draw: Callable) -> Cell:
     # one's own texts: the longest answer says how long one may become
     if task.files and not task.labels:
         answered = pool + study.evaluations[task.name].rows
-        task = replace(task, max_tokens=answer_tokens_at_most(tokenizer, answered))
+        task = replace(task, max_tokens=max_answer_tokens(tokenizer, answered))
     queries = 0
     if options.icl_demos == "pool" or options.paper_compat:
         queries = max(len(study.evaluations[name].rows) for name in task.evals)
@@ -115,9 +114,9 @@ def make_cell(study: Study, task: Task, n: int, draw: Callable) -> Cell:
     if task.labels:  # labels that merge are found before any work
         for name, examples in cell.evaluations.items():
             evaluated = cell.evaluation_task(name)
-            said = spoken(evaluated.prompt, evaluated.labels)
+            said = labels_after_prompt(evaluated.prompt, evaluated.labels)
             cell.labels[name] = tokenizer.label_tokens(examples.rows[0].prompt, said)
-        cell.max_tokens = label_tokens_at_most(cell.labels[task.name])
+        cell.max_tokens = max_label_tokens(cell.labels[task.name])
     cell.teacher_tokens = task.teacher_tokens or cell.max_tokens
     if cell.max_tokens > 1 and not tokenizer.eos_ids:
         lack = "its answers end with EOS, but the checkpoint's config.json names no eos_token_id"
@@ -128,7 +127,7 @@ def make_cell(study: Study, task: Task, n: int, draw: Callable) -> Cell:
 
 
 def check_training_rows(cell: Cell) -> None:
-    """Raises UsageError for a row that is longer than the model reads, by itself or behind its demonstrations."""
+    """Raises UsageError for a row that is longer than the model reads, by itself or with its demonstrations."""
     subject = cell.study.subject
     count = subject.tokenizer.count
     options = cell.study.options
@@ -145,7 +144,7 @@ def check_training_rows(cell: Cell) -> None:
         ]
         for row, tokens in zip(rows, count(full)):
             needed = tokens + cell.teacher_tokens - 1
-            subject.check_room(row.prompt, needed, "behind its demonstrations: use a smaller --n")
+            subject.check_room(row.prompt, needed, "with its demonstrations: use a smaller --n")
 
 
 def check_evaluation_rows(cell: Cell) -> None:
@@ -155,7 +154,7 @@ def check_evaluation_rows(cell: Cell) -> None:
     for name, examples in cell.evaluations.items():
         answer = cell.evaluation_task(name).max_tokens
         if cell.labels:
-            answer = label_tokens_at_most(cell.labels[name])
+            answer = max_label_tokens(cell.labels[name])
         lengths = [tokens + answer - 1 for tokens in count([row.prompt for row in examples.rows])]
         for row, tokens in zip(examples.rows, lengths):
             subject.check_room(row.prompt, tokens)
@@ -167,7 +166,7 @@ def check_evaluation_rows(cell: Cell) -> None:
             for i, tokens in enumerate(lengths):
                 longest = max(longest, shown[i % len(shown)] + tokens)
         if longest > subject.reads:
-            need = f"rows of {name} need up to {longest} tokens behind demonstrations"
+            need = f"rows of {name} need up to {longest} tokens with demonstrations"
             warnings.warn(
                 f"{cell.name}: {need}; the model reads {subject.reads}: "
                 "ICL is not at its best, a smaller --n would fit",

@@ -1,18 +1,16 @@
-"""The records of a cell: what every scored run is and how good it is, overlaps of adapters, samples."""
+"""The records of a cell: what every scored run is and how good it is, and samples."""
 
-from itertools import combinations
 from statistics import fmean
 
 import torch
 
-from ..adapters import LoRA, unpack
 from ..engine.experiment import Experiment
 from ..engine.options import UNTRAINED
 from ..engine.peft import save_adapter
 from ..engine.select import at_config, chosen
 from ..episode import with_demonstrations
-from ..methods import BEHIND_DEMONSTRATIONS, configs
-from ..metrics import accuracy, measure, subspace_overlap
+from ..methods import WITH_DEMONSTRATIONS, configs
+from ..metrics import accuracy, measure
 from ..scale import ranks
 from ..train import Trained
 from .cells import Cell
@@ -22,7 +20,7 @@ from .texts import texts_file
 ROWS_SHOWN = 10  # right and wrong ones that the page shows of each task
 
 
-def about(cell: Cell) -> dict:
+def cell_fields(cell: Cell) -> dict:
     """What every record of a cell says."""
     return {"task": cell.task.name, "n": cell.n}
 
@@ -41,7 +39,7 @@ def training_records(
         for r, (number, rate, beta) in enumerate(
             configs(method, len(x.episodes), x.rates, x.betas)
         ):
-            record = about(cell)
+            record = cell_fields(cell)
             record["method"] = method
             record["adapter"] = cell.study.options.adapter_name
             record["set"] = number
@@ -70,7 +68,7 @@ def score_records(
     """
     options = cell.study.options
     task = cell.evaluation_task(name)
-    tokens = query_tokens(cell, name, behind=method in BEHIND_DEMONSTRATIONS)
+    tokens = query_tokens(cell, name, demonstrated=method in WITH_DEMONSTRATIONS)
     gold = (
         torch.tensor([example.label for example in cell.evaluations[name].rows])
         if task.labels
@@ -80,7 +78,7 @@ def score_records(
     for r, run in enumerate(runs):
         asim = scores["asim"][r].tolist()
         at = r if len(scores["correct"]) > 1 else 0  # base has one row for all sets
-        record = about(cell)
+        record = cell_fields(cell)
         record["eval"] = name
         record["ood"] = name != cell.task.name
         record["method"] = method
@@ -106,12 +104,12 @@ def score_records(
     return records
 
 
-def query_tokens(cell: Cell, name: str, behind: bool) -> list[float]:
-    """Mean tokens of the prompts of an evaluation, a number for each set; `behind` its demonstrations."""
+def query_tokens(cell: Cell, name: str, demonstrated: bool) -> list[float]:
+    """Mean tokens of the prompts of an evaluation, a number for each set; `demonstrated`: with its demonstrations."""
     count = cell.study.subject.tokenizer.count
     rows = cell.evaluations[name].rows
     query = fmean(count([row.prompt for row in rows]))
-    if not behind:
+    if not demonstrated:
         return [query] * len(cell.episodes)
     found = []
     for episode in cell.episodes:
@@ -126,7 +124,7 @@ def untrained_runs(cell: Cell) -> list[dict]:
     return [{"set": number, "run": number, **nothing} for number in range(len(cell.episodes))]
 
 
-def pick(records: list[dict], scored: list[dict], select: str) -> list[int]:
+def chosen_runs(records: list[dict], scored: list[dict], select: str) -> list[int]:
     """A method's runs at the chosen rate (and β), one a set: indices on the R axis.
 
     `records`: of its training; `scored`: of its runs on the task's own evaluation.
@@ -152,43 +150,13 @@ def save_adapters(
     return names
 
 
-def overlaps(
-    cell: Cell, x: Experiment, trained: dict[str, Trained], picks: dict[str, list[int]]
-) -> list[dict]:
-    """Share of LoRA's subspace that two chosen methods have in common by set (paper Figure 4), and that of chance."""
-    adapter = x.adapter
-    if not isinstance(adapter, LoRA):
-        return []
-    weights = {
-        method: unpack(trained[method].theta[runs].cpu(), adapter.shapes)
-        for method, runs in picks.items()
-    }
-    names = [name for name in adapter.shapes if name.endswith(".B")]
-    chance = fmean(adapter.rank / adapter.shapes[name][0] for name in names)
-    found = []
-    for one, other in combinations(picks, 2):
-        shared = [
-            subspace_overlap(weights[one][name], weights[other][name], adapter.rank).tolist()
-            for name in names
-        ]
-        by_set = [fmean(values) for values in zip(*shared)]  # over matrices
-        record = about(cell)
-        record["adapter"] = cell.study.options.adapter_name
-        record["methods"] = [one, other]
-        record["overlap"] = by_set
-        record["mean"] = fmean(by_set)
-        record["chance"] = chance
-        found.append(record)
-    return found
-
-
 def sample(
     cell: Cell, x: Experiment, scores: dict, picks: dict[str, list[int]], reported: dict
 ) -> dict:
     """What the model saw (one whole prompt), and right and wrong rows of the last trained method's first set."""
     name = cell.task.name
     rows = cell.evaluations[name].rows
-    found = about(cell)
+    found = cell_fields(cell)
     found["rows"] = []
     found["prompt"] = with_demonstrations(cell.episodes[0].icl[0], rows[0].prompt)
     if not picks:

@@ -17,18 +17,20 @@ from ..batch import TokenRow
 from ..engine.experiment import Experiment
 from ..engine.merge import Merged
 from ..engine.options import UNTRAINED
+from ..engine.subject import max_label_tokens
 from ..labels import Scoring, label_scores
-from ..methods import BEHIND_DEMONSTRATIONS
+from ..methods import WITH_DEMONSTRATIONS
 from ..metrics import fit_temperature
 from ..prefix import share_prefix
 from ..scale import ranks
 from ..tasks import Example
-from ..teacher import Asked, label_tokens_at_most, observe
+from ..teacher import TeacherSettings, record_targets
 from ..tokenizer import Tokenizer
 from ..train import Trained
+from .asim import asim_of_responses
 from .cells import Cell
 from .evaluation import Evaluation, Reference, Scores
-from .texts import likeness, score_texts, with_end
+from .texts import score_texts, with_end
 
 ROW_TOKENS = 16384  # of one row under all runs that are scored side by side
 
@@ -79,12 +81,12 @@ def score_method(e: Evaluation, method: str, reference: Reference) -> Scores:
     def score_sets(some: Tensor) -> Scores | None:
         if not len(some):
             return None
-        if method in BEHIND_DEMONSTRATIONS:
+        if method in WITH_DEMONSTRATIONS:
             parts = []
             for number in some.tolist():
                 own = reference.of_sets(torch.tensor([number]))
                 for run in by_set[number].tolist():
-                    parts.append(score_behind_demonstrations(e, method, run, number, own, bar))
+                    parts.append(score_with_demonstrations(e, method, run, number, own, bar))
             return join_runs(parts)
         runs = by_set[some].flatten().tolist()
         return score_runs(e, method, runs, reference.of_sets(some), bar)
@@ -120,28 +122,31 @@ def score_runs(e: Evaluation, method: str, runs: list[int], reference: Reference
         under = adapted(e.model, scored_adapter(e.cell), theta)
     with under as student:
         if e.labels:
-            how = Scoring(len(runs), like=reference.outputs)
-            return score_labels(e, student, e.prompts, how, bar)
+            scoring = Scoring(len(runs), reference=reference.outputs)
+            return score_labels(e, student, e.prompts, scoring, bar)
         names = [f"{method}-{run}" for run in runs]
         responses, correct = score_texts(e, student, e.prompts, names, bar)
-        return {"correct": correct, "asim": likeness(e, student, reference.rows, responses)}
+        return {
+            "correct": correct,
+            "asim": asim_of_responses(e, student, reference.rows, responses),
+        }
 
 
-def score_behind_demonstrations(
+def score_with_demonstrations(
     e: Evaluation, method: str, run: int, number: int, reference: Reference, bar
 ) -> Scores:
     """What one run says with the demonstrations of its set, `number`, in the prompt."""
     theta = e.trained[method].theta[[run]]
     with adapted(e.model, scored_adapter(e.cell), theta) as student:
-        student, prompts = behind_demonstrations(student, e.cell, e.rows, number)
+        student, prompts = share_demonstrations(student, e.cell, e.rows, number)
         if e.labels:
-            return score_labels(e, student, prompts, Scoring(like=reference.outputs), bar)
+            return score_labels(e, student, prompts, Scoring(reference=reference.outputs), bar)
         responses, correct = score_texts(e, student, prompts, [f"{method}-{run}"], bar)
         (rows,) = reference.rows
         compared = []
         for row, prompt in zip(rows, prompts):
             compared.append(replace(row, prompt=prompt))
-        return {"correct": correct, "asim": likeness(e, student, [compared], responses)}
+        return {"correct": correct, "asim": asim_of_responses(e, student, [compared], responses)}
 
 
 def make_reference(e: Evaluation) -> Reference:
@@ -164,25 +169,25 @@ def make_reference(e: Evaluation) -> Reference:
 
 
 def reference_of_labels(e: Evaluation, bar, number: int) -> Reference:
-    model, prompts = behind_demonstrations(e.model, e.cell, e.rows, number)
-    how = Scoring(keep=e.options.asim_rows)
-    scores = score_labels(e, model, prompts, how, bar)
+    model, prompts = share_demonstrations(e.model, e.cell, e.rows, number)
+    scoring = Scoring(returned_outputs=e.options.asim_rows)
+    scores = score_labels(e, model, prompts, scoring, bar)
     return Reference(scores, outputs=scores.pop("outputs"))
 
 
 def reference_of_texts(e: Evaluation, bar, number: int) -> Reference:
     compared = e.options.asim_rows
-    model, prompts = behind_demonstrations(e.model, e.cell, e.rows, number)
+    model, prompts = share_demonstrations(e.model, e.cell, e.rows, number)
     (responses,), correct = score_texts(e, model, prompts, [f"icl-{number}"], bar)
     rows = []
     for prompt, response in zip(e.prompts[:compared], responses):
         rows.append(TokenRow(prompt, with_end(e, response)))
-    asked = Asked(e.cell.max_tokens, budget=e.budget)
-    observe(model, rows, prompts[: len(rows)], asked)
+    settings = TeacherSettings(e.cell.max_tokens, budget=e.budget)
+    record_targets(model, rows, prompts[: len(rows)], settings)
     return Reference({"correct": correct}, rows=[rows])
 
 
-def behind_demonstrations(
+def share_demonstrations(
     model: Callable, cell: Cell, rows: list[Example], number: int
 ) -> tuple[Callable, list[list[int]]]:
     """A model with a set's demonstrations computed once, and what follows them in each row's prompt."""
@@ -192,17 +197,17 @@ def behind_demonstrations(
 
 
 def score_labels(
-    e: Evaluation, model: Callable, prompts: list[list[int]], how: Scoring, bar
+    e: Evaluation, model: Callable, prompts: list[list[int]], scoring: Scoring, bar
 ) -> Scores:
     """`label_scores` of a model on the rows, and which of them are right."""
-    how = replace(how, budget=e.budget, ends=e.tokenizer.eos_ids)
+    scoring = replace(scoring, budget=e.budget, ends=e.tokenizer.eos_ids)
     if e.options.paper_compat:
-        how = replace(how, among=10, spelled=spelled_labels(e))
+        scoring = replace(scoring, top_k=10, label_of_token=spelled_labels(e))
 
     def watch(queries: int) -> None:
-        bar.update(queries * how.runs)
+        bar.update(queries * scoring.runs)
 
-    scores = label_scores(model, prompts, e.labels, how, watch)
+    scores = label_scores(model, prompts, e.labels, scoring, watch)
     gold = torch.tensor([row.label for row in e.rows])
     found = {key: value for key, value in vars(scores).items() if value is not None}
     found["correct"] = scores.top == gold
@@ -211,7 +216,7 @@ def score_labels(
 
 def spelled_labels(e: Evaluation) -> Tensor | None:
     """Which tokens count as which label in the released scripts; None where a label has several tokens."""
-    if label_tokens_at_most(e.labels) > 1:
+    if max_label_tokens(e.labels) > 1:
         return None
     return spellings(e.tokenizer, e.task.labels, e.model.config.vocab_size)
 
@@ -253,10 +258,10 @@ def dev_temperatures(
             under = adapted(x.subject.model, scored_adapter(cell), theta)
         with under as student:
             prompts = x.subject.tokenizer.encode_all([row.prompt for row in dev])
-            if method in BEHIND_DEMONSTRATIONS:
-                student, prompts = behind_demonstrations(student, cell, dev, number)
-            how = Scoring(ends=x.subject.tokenizer.eos_ids)
-            scores = label_scores(student, prompts, cell.labels[cell.task.name], how)
+            if method in WITH_DEMONSTRATIONS:
+                student, prompts = share_demonstrations(student, cell, dev, number)
+            scoring = Scoring(ends=x.subject.tokenizer.eos_ids)
+            scores = label_scores(student, prompts, cell.labels[cell.task.name], scoring)
         gold = torch.tensor([row.label for row in dev])
         found.append(fit_temperature(scores.log_probabilities[0], gold))
     return found

@@ -20,12 +20,12 @@ from ..scale import ranks
 from ..scale.decode import fast_decoding
 from ..scale.pack import in_batches, in_one_batch
 from ..tasks import Task
-from ..teacher import Asked
+from ..teacher import TeacherSettings
 from ..train import Settings
 from .cells import Cell, lay_out
+from .overlap import overlaps
 from .records import (
-    overlaps,
-    pick,
+    chosen_runs,
     sample,
     save_adapters,
     score_records,
@@ -127,7 +127,7 @@ def run_cell(cell: Cell, x: Experiment) -> dict[str, list]:
         runs += mine
         if method not in UNTRAINED:
             own = [record for record in mine if record["eval"] == cell.task.name]
-            picks[method] = pick(training[method], own, options.select)
+            picks[method] = chosen_runs(training[method], own, options.select)
             adapters += save_adapters(
                 cell, x, method, trained[method], picks[method], training[method]
             )
@@ -150,14 +150,14 @@ def experiment_of(cell: Cell, store: Store, progress: Progress, trainer: Callabl
     soft_k = None
     if "soft" in needed or study.losses:  # a loss of one's own is given all that the teacher shows
         soft_k = study.subject.model.config.vocab_size if options.paper_compat else options.soft_k
-    asked = Asked(
+    teacher_settings = TeacherSettings(
         max_tokens=cell.teacher_tokens,
         soft_k=soft_k,
         layers=study.layers,
         stop=None if options.paper_compat else STOP,
         budget=study.budget,
         residual="hidden" in needed or bool(study.losses),
-        behind=TUNED in needed,
+        demonstrated=TUNED in needed,
         hooks=fast_decoding(device_of(study.subject.model), cell.teacher_tokens),
     )
     settings = Settings(
@@ -179,7 +179,7 @@ def experiment_of(cell: Cell, store: Store, progress: Progress, trainer: Callabl
         labels=options.labels,
         settings=settings,
         collate=in_one_batch if options.paper_compat else in_batches,
-        asked=asked,
+        teacher_settings=teacher_settings,
         tuned=options.tuned,
         racing=options.race and options.select == "dev",
         trainer=trainer,

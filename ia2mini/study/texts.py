@@ -1,6 +1,6 @@
-"""What models answer in texts: generated, kept on disk, and compared with the base's behind demonstrations.
+"""What models answer in texts: generated, kept on disk, and which of it is right.
 
-R runs, S sets, Q evaluation rows, L layers.
+R runs, Q evaluation rows.
 """
 
 from collections.abc import Callable
@@ -8,12 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..batch import TokenRow
 from ..engine.experiment import Experiment
 from ..generate import Decoding, generate
 from ..models.taps import device_of
 from ..scale.decode import fast_decoding
-from ..scoring import layer_asim
 from ..tasks import same_answer
 from .evaluation import Evaluation
 
@@ -38,7 +36,7 @@ def generate_texts(
     e: Evaluation, model: Callable, prompts: list[list[int]], runs: int, bar
 ) -> list[dict]:
     """What is kept of each run's texts."""
-    how = Decoding(
+    decoding = Decoding(
         e.task.max_tokens,
         runs=runs,
         budget=4 * e.budget,
@@ -48,7 +46,7 @@ def generate_texts(
     def watch(queries: int) -> None:
         bar.update(queries * runs)
 
-    responses = generate(model, e.tokenizer, prompts, how, watch)
+    responses = generate(model, e.tokenizer, prompts, decoding, watch)
     answers = [row.answer for row in e.rows]
     kept = []
     for r in range(runs):
@@ -67,33 +65,6 @@ def parsed_correct(kept: dict) -> Tensor:
     parser = kept["parser"]
     pairs = zip(kept["texts"], kept["answers"])
     return torch.tensor([same_answer(parser, text, answer) for text, answer in pairs])
-
-
-def likeness(e: Evaluation, model: Callable, rows: list[list[TokenRow]], responses: list) -> Tensor:
-    """asim of R runs to their set's rows, [R, L]; of one run (the base) to every set's, [S, L].
-
-    As the released scripts have it, on the runs' own responses.
-    """
-    runs = len(responses)
-    if runs == 1:
-        compared = rows
-        own = responses * len(rows)
-    else:
-        compared = [rows[r * len(rows) // runs] for r in range(runs)]
-        own = responses
-    as_scripts = e.options.paper_compat
-    if as_scripts:
-        compared = [cut_rows(e, mine, texts) for mine, texts in zip(compared, own)]
-    return layer_asim(model, compared, e.budget, by_row=as_scripts)
-
-
-def cut_rows(e: Evaluation, rows: list[TokenRow], responses: list[list[int]]) -> list[TokenRow]:
-    """The rows with other responses in place of their own, both cut to the shorter."""
-    found = []
-    for row, response in zip(rows, responses):
-        cut = with_end(e, response)[: len(row.answer)]
-        found.append(TokenRow(row.prompt, cut, row.activations[:, : len(cut)]))
-    return found
 
 
 def with_end(e: Evaluation, response: list[int]) -> list[int]:

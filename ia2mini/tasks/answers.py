@@ -34,12 +34,12 @@ def parse_number(text: str) -> str | None:
     "1000.5", `72.0` reads "72". A line without a number is returned as text, and so is a text without one.
     """
     text = text.strip().replace("\N{MINUS SIGN}", "-")
-    for place in LINES:
-        found = re.findall(place, text, re.IGNORECASE)
-        if found:
-            return number_in(found[-1].strip())
-    for place in AMOUNTS:
-        matches = list(re.finditer(place, text, re.IGNORECASE))
+    for pattern in LINES:
+        answers = re.findall(pattern, text, re.IGNORECASE)
+        if answers:
+            return number_in(answers[-1].strip())
+    for pattern in AMOUNTS:
+        matches = list(re.finditer(pattern, text, re.IGNORECASE))
         if matches:
             return plain_number(text, matches[-1].start(1), matches[-1][1])
     return last_number(text) or text or None
@@ -137,5 +137,5 @@ def same_answer(parser: str, text: str, answer: str) -> bool:
 
     Nothing is never right.
     """
-    found = PARSERS[parser](normalize("NFC", text))
-    return bool(found) and found == PARSERS[parser](normalize("NFC", answer))
+    parsed = PARSERS[parser](normalize("NFC", text))
+    return bool(parsed) and parsed == PARSERS[parser](normalize("NFC", answer))

@@ -11,7 +11,7 @@ import numpy as np
 
 from ia2mini import UsageError
 
-from .rows import Row, blank_of, fill, lacks, prompt_of, whole_number
+from .rows import Row, blank_of, fill, missing_part, prompt_of, whole_number
 from .world import TOY_TASKS
 
 
@@ -29,7 +29,7 @@ class Task:
     """A task: where its rows are, which of them count, and how a row reads as prompt and answer.
 
     Templates name columns in braces. A task with `labels` answers with one of them, `labels[i]`, where i is what
-    `known` says of the text in column `label` (None drops the row; by default "0" is 0 and so on). A task without
+    `label_index` has for the text in column `label` (None drops the row; by default "0" is 0 and so on). A task without
     labels answers with the text of `answer`.
     """
 
@@ -43,7 +43,7 @@ class Task:
     answer: str = "{answer}"
     labels: tuple[str, ...] = ()
     label: str = "label"
-    known: dict[str, int | None] = field(default_factory=dict, hash=False)
+    label_index: dict[str, int | None] = field(default_factory=dict, hash=False)
     ood: tuple[str, ...] = ()  # out-of-distribution evaluations
     max_tokens: int = 1  # of an answer in evaluation
     teacher_tokens: int | None = None  # of the teacher's responses to training rows; None: as many
@@ -52,7 +52,7 @@ class Task:
     # in order; also "complete", which drops rows without prompt or
     # answer, "unique", which drops repeated prompts, and …
     steps: tuple[str, ...] = ("shuffle", "filter")
-    held: int = 500  # … "split": this many rows, the last ones, are held out for evaluation
+    held_out: int = 500  # … "split": this many rows, the last ones, are held out for evaluation
     # rows in a zip instead of Parquet: path, sha256, member
     archive: tuple[str, str, str] | None = None
     # another dataset id with the same rows, then its splits, if `hub` has no Parquet
@@ -70,25 +70,27 @@ class Task:
     def blank(self) -> str:
         return blank_of(self.prompt)
 
-    def asked(self, row: Row) -> str:
+    def prompt_of(self, row: Row) -> str:
         """The prompt of a row. UsageError for a missing column."""
         return prompt_of(self.prompt, row)
 
     def label_of(self, row: Row) -> int | None:
         """Index of the row's label, or None where the row is not part of the task. UsageError for an unknown label."""
-        known = self.known or {str(i): i for i in range(len(self.labels))}
+        indices = self.label_index or {str(i): i for i in range(len(self.labels))}
         text = row.text(self.label)
-        key = next((key for key in (text, text.lower(), whole_number(text)) if key in known), None)
+        key = next(
+            (key for key in (text, text.lower(), whole_number(text)) if key in indices), None
+        )
         if key is None:
-            listed = ", ".join(map(repr, known))
+            listed = ", ".join(map(repr, indices))
             raise UsageError(
                 f"{row.where}: unknown label {text!r} in column {self.label!r}; known labels: {listed}"
             )
-        return known[key]
+        return indices[key]
 
     def example(self, row: Row) -> Example:
         """The prompt and the answer of a row. UsageError for a missing column, an empty answer or an unknown label."""
-        prompt = self.asked(row)
+        prompt = self.prompt_of(row)
         if self.labels:
             label = self.label_of(row)
             return Example(prompt, self.blank + self.labels[label], label)
@@ -109,12 +111,12 @@ def arrange(task: Task, role: str, rows: list[Row]) -> list[Row]:
         elif step == "filter":
             rows = [row for row in rows if not task.labels or task.label_of(row) is not None]
         elif step == "complete":
-            rows = [row for row in rows if lacks(row, task.prompt, task.label) is None]
+            rows = [row for row in rows if missing_part(row, task.prompt, task.label) is None]
         elif step == "unique":
             first = {fill(task.prompt, row): row for row in reversed(rows)}
             rows = [row for row in rows if first[fill(task.prompt, row)] is row]
         else:
-            rows = rows[-task.held :] if role == "eval" else rows[: -task.held]
+            rows = rows[-task.held_out :] if role == "eval" else rows[: -task.held_out]
     return rows
 
 
@@ -156,14 +158,14 @@ def all_tasks() -> dict[str, Task]:
     for name, fields in json.loads(
         Path(__file__).with_name("paper.json").read_text(encoding="utf-8")
     ).items():
-        known: dict = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        tasks[name] = Task(name, **known)
+        values: dict = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        tasks[name] = Task(name, **values)
     for toy in TOY_TASKS:
-        words = {"prompt": "Text:{text}\nLabel:", "labels": toy.labels}
-        form = words if toy.labels else {"max_tokens": 200, "parser": "number"}
+        classification = {"prompt": "Text:{text}\nLabel:", "labels": toy.labels}
+        fields = classification if toy.labels else {"max_tokens": 200, "parser": "number"}
         train = "train" if len(toy.evals) > 1 else None
         tasks[toy.name] = Task(
-            toy.name, toy.name, train=train, eval="eval", ood=toy.evals[1:], steps=(), **form
+            toy.name, toy.name, train=train, eval="eval", ood=toy.evals[1:], steps=(), **fields
         )
     return tasks
 

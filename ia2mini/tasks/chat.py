@@ -13,7 +13,7 @@ from ia2mini.files import HALF, is_there, read_json, read_text
 from ia2mini.files.tokenizer_files import named_tokens
 from ia2mini.tokenizer import Rendered, Tokenizer
 
-from .turns import asked_turns
+from .turns import read_turns
 
 
 class ChatPrompt(Rendered):
@@ -24,18 +24,18 @@ class ChatPrompt(Rendered):
     turns: list[dict]  # what is asked: the system's turn, if there is one, then the others
 
     def after(self, demonstrations: list) -> Rendered:
-        """The prompt behind demonstrations: each what is asked and its answer, or a text alone, a system's message.
+        """The prompt after demonstrations: each what is asked and its answer, or a text alone, a system's message.
 
         A prompt's own system's turn stands first; those of its demonstrations are left out.
         """
         instructions = []
         turns = []
-        for shown in demonstrations:
-            if isinstance(shown.prompt, ChatPrompt):
-                turns += [turn for turn in shown.prompt.turns if turn["role"] != "system"]
-                turns.append({"role": "assistant", "content": shown.answer})
+        for demonstration in demonstrations:
+            if isinstance(demonstration.prompt, ChatPrompt):
+                turns += [turn for turn in demonstration.prompt.turns if turn["role"] != "system"]
+                turns.append({"role": "assistant", "content": demonstration.answer})
             else:
-                instructions.append(shown.prompt)
+                instructions.append(demonstration.prompt)
         for turn in self.turns:
             if turn["role"] == "system":
                 instructions.append(turn["content"])
@@ -49,7 +49,7 @@ class ChatPrompt(Rendered):
 class ChatTemplate:
     """The chat template of a checkpoint folder. Raises UsageError where there is none or it is broken.
 
-    `end` is the token that it writes behind an answer, None where that is no special token. `tokenizer` is the given
+    `end` is the token that it writes after an answer, None where that is no special token. `tokenizer` is the given
     one, for which a text ends there. With `conversations` a question is not what the user says but JSON of all turns.
     """
 
@@ -64,30 +64,35 @@ class ChatTemplate:
         self.tokenizer = tokenizer.ending_with(self.end)
 
     def find_end(self, tokenizer: Tokenizer) -> int | None:
-        """The first special token behind an assistant's turn."""
+        """The first special token after an assistant's turn."""
         answer = "An answer"
         turns = [
             {"role": "user", "content": "A question"},
             {"role": "assistant", "content": answer},
         ]
         try:
-            text = self.render(turns, asks=False)
+            text = self.render(turns, open_answer=False)
         except UsageError:  # it may take no such turns; those that are needed say so themselves
             return None
-        before, _, behind = text.rpartition(answer)
+        before, _, after = text.rpartition(answer)
         if not before:
             return None
         added = tokenizer.backend.get_added_tokens_decoder()
         special = {i for i, token in added.items() if token.special and i < tokenizer.size}
         special.update(tokenizer.eos_ids)
-        ids = tokenizer.backend.encode(behind, add_special_tokens=False).ids
+        ids = tokenizer.backend.encode(after, add_special_tokens=False).ids
         return next((i for i in ids if i in special), None)
 
-    def render(self, turns: list[dict], asks: bool = True) -> Rendered:
-        """The conversation as text; if it `asks`, up to where the assistant's answer begins. Raises UsageError."""
-        given = {"tools": None, "documents": None, "add_generation_prompt": asks, **self.tokens}
+    def render(self, turns: list[dict], open_answer: bool = True) -> Rendered:
+        """The conversation as text; with `open_answer` up to where the assistant's answer begins. Raises UsageError."""
+        variables = {
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": open_answer,
+            **self.tokens,
+        }
         try:
-            text = self.template.render(messages=turns, **given)
+            text = self.template.render(messages=turns, **variables)
         except UsageError:
             raise
         except Exception as error:  # a template is a program, and raises what a program does
@@ -101,7 +106,7 @@ class ChatTemplate:
     def __call__(self, question: str) -> ChatPrompt:
         turns = [{"role": "user", "content": question}]
         if self.conversations:
-            turns = asked_turns(question)
+            turns = read_turns(question)
         prompt = ChatPrompt(self.render(turns))
         prompt.chat = self
         prompt.question = question
@@ -117,13 +122,13 @@ def template_of(folder: Path) -> str:
     for name in ("tokenizer_config.json", "chat_template.json"):
         if source is None and is_there(folder / name):
             source = read_json(folder / name).get("chat_template")
-    if isinstance(source, list) and all(isinstance(one, dict) for one in source):
-        named = {one.get("name"): one.get("template") for one in source}
-        if source and "default" not in named:
+    if isinstance(source, list) and all(isinstance(entry, dict) for entry in source):
+        by_name = {entry.get("name"): entry.get("template") for entry in source}
+        if source and "default" not in by_name:
             raise UsageError(
-                f"{folder}: none of its chat templates {sorted(map(str, named))} is called 'default'"
+                f"{folder}: none of its chat templates {sorted(map(str, by_name))} is called 'default'"
             )
-        source = named.get("default")
+        source = by_name.get("default")
     if not isinstance(source, str):
         raise UsageError(
             f"{folder}: --chat needs a chat template (chat_template.jinja or tokenizer_config.json)"
@@ -133,13 +138,13 @@ def template_of(folder: Path) -> str:
 
 def sandbox() -> Sandbox:
     """What chat templates run in: options, filters and functions of transformers' `apply_chat_template`."""
-    found = Sandbox(
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
-    found.filters["tojson"] = tojson
-    found.globals["raise_exception"] = refuse
-    found.globals["strftime_now"] = strftime_now
-    return found
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = strftime_now
+    return environment
 
 
 def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
@@ -166,7 +171,7 @@ class Generation(Extension):
     def parse(self, parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("said"), [], [], body).set_lineno(line)
+        return nodes.CallBlock(self.call_method("render_block"), [], [], body).set_lineno(line)
 
-    def said(self, caller) -> str:
+    def render_block(self, caller) -> str:
         return caller()

@@ -1,4 +1,4 @@
-"""Which columns of a user's rows hold what is asked and what is answered: as given, by convention, or by name."""
+"""Which columns of a user's rows hold the prompt and the answer: as given, by convention, or by name."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,39 +9,40 @@ from .rows import Row, is_blank, placeholders
 
 PROMPTS = "text prompt question instruction input sentence query message content review ticket title".split()
 ANSWERS = "label answer output response completion category class target intent sentiment".split()
-# columns that may belong to a prompt and are never left out unasked, whatever they hold
-PARTS = "context passage document paragraph premise hypothesis body description subject abstract article system".split()
-PARTS += (
-    "history dialogue choices options source_text aspect entity claim evidence support hint".split()
+# names of columns that may belong to a prompt, whatever they hold: they are never left out in silence
+PROMPT_PARTS = "context passage document paragraph premise hypothesis body description subject abstract".split()
+PROMPT_PARTS += (
+    "article system history dialogue choices options source_text aspect entity claim".split()
 )
+PROMPT_PARTS += "evidence support hint".split()
 ALPACA_ANSWERS = ("output", "response")
 ALPACA_INPUTS = ("input", "context")  # of Alpaca, of Dolly
-SENTENCE = 3  # words of an entry that may be asked
+SENTENCE_WORDS = 3  # words of an entry that may belong to a prompt
 # a column of at most so many different entries, each there twice on average, holds categories
-FEW = 20
+MAX_CATEGORIES = 20
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """The columns of prompt and answer, and the template of what is asked, without "Question:" and the like."""
+class ChosenColumns:
+    """The columns of prompt and answer, and the template of the prompt, without "Question:" and the like."""
 
     prompts: tuple[str, ...]
-    answer: str | None  # None: the rows only ask
+    answer: str | None  # None: the rows have no answers
     body: str
     left_out: tuple[str, ...] = ()
 
-    def told(self) -> str:
-        """A sentence on what was taken and what was left out."""
+    def describe(self) -> str:
+        """A sentence on which columns were chosen and which were left out."""
         prompt = ", ".join(map(repr, self.prompts))
         if "{?" in self.body:
             first, second = self.prompts
             prompt = f"{first!r}, then {second!r} where it is not empty (as in Alpaca)"
-        said = f"columns: the prompt is {prompt}"
+        text = f"columns: the prompt is {prompt}"
         if self.answer is not None:
-            said += f"; the answer is {self.answer!r}"
+            text += f"; the answer is {self.answer!r}"
         if self.left_out:
-            said += f"; left out: {', '.join(map(repr, self.left_out))}"
-        return said
+            text += f"; left out: {', '.join(map(repr, self.left_out))}"
+        return text
 
 
 def choose_columns(
@@ -49,33 +50,33 @@ def choose_columns(
     prompt: str | None,
     answer: str | None,
     template: str | None,
-    answered: bool = True,
-) -> Chosen:
-    """The columns of prompt and answer (without `answered`: of the prompt alone): as given, else guessed.
+    has_answers: bool = True,
+) -> ChosenColumns:
+    """The columns of prompt and answer (without `has_answers`: of the prompt alone): as given, else guessed.
 
     Raises UsageError where a given column is not there, and where the header may be read in several ways.
     """
-    there = list(dict.fromkeys(column for row in rows for column in row))
+    header = list(dict.fromkeys(column for row in rows for column in row))
     for column in (*placeholders(template or ""), prompt, answer):
-        if column is not None and column not in there:
-            Row(rows[0].where, dict.fromkeys(there))[column]  # raises
-    asked = given_prompts(prompt, answer, template)
-    if not asked:
-        alpaca = by_alpaca(rows, there, answer, answered)
+        if column is not None and column not in header:
+            Row(rows[0].where, dict.fromkeys(header))[column]  # raises
+    given = given_prompts(prompt, answer, template)
+    if not given:
+        alpaca = alpaca_columns(rows, header, answer, has_answers)
         if alpaca is not None:
             return alpaca
-    prompts, answers = candidates(there, asked, answer, answered)
-    left_out = without(there, [*prompts, *answers])
-    forgotten = [] if asked else may_be_asked(rows, left_out)
-    if not answered:
-        forgotten = without(forgotten, named(forgotten, ANSWERS))
-    prompt_known = bool(asked) or len(prompts) == 1
-    answer_known = len(answers) == 1 if answered else True
-    if forgotten or not prompt_known or not answer_known:
-        parts = [column for column in there if column in (*prompts, *forgotten)]
-        raise UsageError(ask_for_names(rows[0].where, there, parts, answered, answer_known))
-    found = answers[0] if answered else None
-    return Chosen(tuple(prompts), found, f"{{{prompts[0]}}}", tuple(left_out))
+    prompts, answers = candidates(header, given, answer, has_answers)
+    left_out = without(header, [*prompts, *answers])
+    unclear = [] if given else possible_prompts(rows, left_out)
+    if not has_answers:
+        unclear = without(unclear, with_name(unclear, ANSWERS))
+    prompt_known = bool(given) or len(prompts) == 1
+    answer_known = len(answers) == 1 if has_answers else True
+    if unclear or not prompt_known or not answer_known:
+        parts = [column for column in header if column in (*prompts, *unclear)]
+        raise UsageError(ask_for_columns(rows[0].where, header, parts, has_answers, answer_known))
+    chosen_answer = answers[0] if has_answers else None
+    return ChosenColumns(tuple(prompts), chosen_answer, f"{{{prompts[0]}}}", tuple(left_out))
 
 
 def given_prompts(prompt: str | None, answer: str | None, template: str | None) -> list[str]:
@@ -84,62 +85,62 @@ def given_prompts(prompt: str | None, answer: str | None, template: str | None) 
         if prompt is not None and prompt == answer:
             raise UsageError(f"column {answer!r} cannot be both prompt and answer")
         return [] if prompt is None else [prompt]
-    asked = placeholders(template)
-    if answer in asked:
+    given = placeholders(template)
+    if answer in given:
         raise UsageError(
             f"template {template!r}: must name a column of the prompt, and not the answer's"
         )
-    if prompt is not None and prompt not in asked:
+    if prompt is not None and prompt not in given:
         raise UsageError(f"template {template!r}: does not name the prompt's column, {{{prompt}}}")
-    return asked
+    return given
 
 
 def candidates(
-    there: list[str], asked: list[str], answer: str | None, answered: bool
+    header: list[str], given: list[str], answer: str | None, has_answers: bool
 ) -> tuple[list, list]:
     """The columns that may hold the prompt, and those that may hold the answer.
 
-    Where one of the two is known and one column is left, that is the other.
+    If one of the two is known and one column is left, that column is the other.
     """
     answers = [] if answer is None else [answer]
-    if answered and answer is None:
-        answers = named(without(there, asked), ANSWERS)
-    prompts = asked or named(without(there, answers), PROMPTS)
-    rest = without(there, [*prompts, *answers])
+    if has_answers and answer is None:
+        answers = with_name(without(header, given), ANSWERS)
+    prompts = given or with_name(without(header, answers), PROMPTS)
+    rest = without(header, [*prompts, *answers])
     if len(rest) == 1:
-        if not prompts and (answers or not answered):
+        if not prompts and (answers or not has_answers):
             prompts = rest
-        elif prompts and not answers and answered:
+        elif prompts and not answers and has_answers:
             answers = rest
     return prompts, answers
 
 
-def by_alpaca(
-    rows: list[Row], there: list[str], answer: str | None, answered: bool
-) -> Chosen | None:
+def alpaca_columns(
+    rows: list[Row], header: list[str], answer: str | None, has_answers: bool
+) -> ChosenColumns | None:
     """The columns of rows in the form of Alpaca or Dolly: an instruction, an input that may be empty, a response.
 
     None where they are not of that form, or where a further column may belong to the prompt.
     """
-    instructions = named(there, ["instruction"])
-    inputs = named(there, ALPACA_INPUTS)
-    answers = named(there, ALPACA_ANSWERS)
+    instructions = with_name(header, ["instruction"])
+    inputs = with_name(header, ALPACA_INPUTS)
+    answers = with_name(header, ALPACA_ANSWERS)
     if len(instructions) != 1 or len(inputs) != 1 or len(answers) > 1:
         return None
-    if answered and not answers or answer not in (None, *answers):
+    if has_answers and not answers or answer not in (None, *answers):
         return None
     prompts = (*instructions, *inputs)
-    rest = without(there, [*prompts, *answers])
-    whole = named(rest, ["text"])  # Alpaca's own "text" is prompt and answer together
-    if may_be_asked(rows, without(rest, whole)):
+    rest = without(header, [*prompts, *answers])
+    whole = with_name(rest, ["text"])  # Alpaca's own "text" is prompt and answer together
+    if possible_prompts(rows, without(rest, whole)):
         return None
     body = f"{{{instructions[0]}}}\n{{?{inputs[0]}}}"
-    if answered:
-        return Chosen(prompts, answers[0], body, tuple(rest))
-    return Chosen(prompts, None, body, tuple(without(there, prompts)))
+    if has_answers:
+        return ChosenColumns(prompts, answers[0], body, tuple(rest))
+    return ChosenColumns(prompts, None, body, tuple(without(header, prompts)))
 
 
-def named(columns: Iterable[str], names: Iterable[str]) -> list[str]:
+def with_name(columns: Iterable[str], names: Iterable[str]) -> list[str]:
     """The columns that have one of these names, in any case."""
     return [column for column in columns if column.strip().lower() in names]
 
@@ -148,22 +149,22 @@ def without(columns: Iterable[str], others: Iterable[str]) -> list[str]:
     return [column for column in columns if column not in others]
 
 
-def may_be_asked(rows: list[Row], columns: list[str]) -> list[str]:
+def possible_prompts(rows: list[Row], columns: list[str]) -> list[str]:
     """The columns that may belong to the prompt: by their name, or since most entries are texts of several words.
 
     Categories, which repeat, are no such texts.
     """
-    found = []
+    possible = []
     for column in columns:
-        held = [row[column] for row in rows if not is_blank(row, column)]
-        texts = [value for value in held if is_sentence(value)]
+        values = [row[column] for row in rows if not is_blank(row, column)]
+        texts = [value for value in values if is_sentence(value)]
         different = len(set(texts))
-        categories = different <= FEW and 2 * different <= len(texts)
-        has_texts = 2 * len(texts) > len(held) and not categories
-        has_name = held and named([column], (*PROMPTS, *PARTS))
+        categories = different <= MAX_CATEGORIES and 2 * different <= len(texts)
+        has_texts = 2 * len(texts) > len(values) and not categories
+        has_name = values and with_name([column], (*PROMPTS, *PROMPT_PARTS))
         if has_texts or has_name:
-            found.append(column)
-    return found
+            possible.append(column)
+    return possible
 
 
 def is_sentence(value) -> bool:
@@ -171,19 +172,19 @@ def is_sentence(value) -> bool:
     if not isinstance(value, str):
         return False
     words = [word for word in value.split() if word.strip(".,;:!?()\"'").isalpha()]
-    return len(words) >= SENTENCE
+    return len(words) >= SENTENCE_WORDS
 
 
-def ask_for_names(
-    where: str, there: list[str], parts: list[str], answered: bool, answer_known: bool
+def ask_for_columns(
+    where: str, header: list[str], parts: list[str], has_answers: bool, answer_known: bool
 ) -> str:
     """The sentence that asks for the columns' names; `parts` may all belong to the prompt."""
-    listed = ", ".join(map(repr, there))
-    said = f"{where}: columns {listed}: name yours with --prompt-column"
-    if answered:
-        said += " and --answer-column"
+    listed = ", ".join(map(repr, header))
+    text = f"{where}: columns {listed}: name yours with --prompt-column"
+    if has_answers:
+        text += " and --answer-column"
     if len(parts) > 1 and answer_known:
         braces = [f"{{{column}}}" for column in parts]
         template = "\\n".join([*braces, "Answer:"])
-        said += f", or several columns of the prompt with --template '{template}'"
-    return said
+        text += f", or several columns of the prompt with --template '{template}'"
+    return text

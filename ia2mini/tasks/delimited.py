@@ -18,7 +18,7 @@ NAMED_DELIMITER = re.compile(r'"?sep=(.)"?\r?\n', re.IGNORECASE)
 csv.field_size_limit(2**31 - 1)  # Python's own limit is 131,072 characters
 
 
-def read_delimited(path: Path, usual: str) -> list[tuple[str, dict[str, str]]]:
+def read_delimited(path: Path, default: str) -> list[tuple[str, dict[str, str]]]:
     """Where each row stands ("file:line"), and its columns.
 
     A field in quotes may hold delimiters, line ends and doubled quotes. Blanks around the names of the header are
@@ -28,17 +28,17 @@ def read_delimited(path: Path, usual: str) -> list[tuple[str, dict[str, str]]]:
     if "\0" in text:
         raise UsageError(f"{path}: holds zero bytes, as UTF-16 does; save the file as UTF-8")
     first_line = 1
-    named = NAMED_DELIMITER.match(text)
-    if named:
-        delimiter = named[1]
-        text = text[named.end() :]
+    declared = NAMED_DELIMITER.match(text)
+    if declared:
+        delimiter = declared[1]
+        text = text[declared.end() :]
         first_line = 2
     else:
-        delimiter = find_delimiter(text, path, usual)
-    every = list(records(text, delimiter, path, first_line))
-    if not every:
+        delimiter = find_delimiter(text, path, default)
+    lines = list(records(text, delimiter, path, first_line))
+    if not lines:
         return []
-    (line, header), *rows = every
+    (line, header), *rows = lines
     header = [name.strip() for name in header]
     for number, fields in rows:
         if len(fields) != len(header):
@@ -56,8 +56,8 @@ def read_delimited(path: Path, usual: str) -> list[tuple[str, dict[str, str]]]:
 def style_of(path: Path) -> tuple[str, bool]:
     """The delimiter of a CSV file, and whether a byte order mark begins it, by which Excel knows UTF-8."""
     text = read_text(path)
-    named = NAMED_DELIMITER.match(text)
-    delimiter = named[1] if named else find_delimiter(text, path, ",")
+    declared = NAMED_DELIMITER.match(text)
+    delimiter = declared[1] if declared else find_delimiter(text, path, ",")
     return delimiter, path.read_bytes().startswith(codecs.BOM_UTF8)
 
 
@@ -76,18 +76,18 @@ def records(
         raise UsageError(f"{path}:{start}: {error}; is a quote not closed?") from None
 
 
-def find_delimiter(text: str, path: Path, usual: str) -> str:
-    """The delimiter that splits the header, and every row into as many fields; the usual one where none does.
+def find_delimiter(text: str, path: Path, default: str) -> str:
+    """The delimiter that splits the header, and every row into as many fields; the default where none does.
 
     Raises UsageError where two do.
     """
     uneven = {}
-    for delimiter in dict.fromkeys((usual, *DELIMITERS)):
+    for delimiter in dict.fromkeys((default, *DELIMITERS)):
         count = uneven_rows(text, path, delimiter)
         if count is not None:
             uneven[delimiter] = count
     if not uneven:
-        return usual
+        return default
     best, *others = sorted(uneven, key=uneven.get)
     if others and uneven[best] == uneven[others[0]] == 0:
         both = f"both {best!r} and {others[0]!r} split every line alike"

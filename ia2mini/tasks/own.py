@@ -8,16 +8,17 @@ from ia2mini.files import count
 
 from .answers import parser_for
 from .catalog import Task
-from .columns import Chosen, choose_columns
-from .rows import Row, fill, lacks, needed_columns, placeholders, whole_number
+from .columns import ChosenColumns, choose_columns
+from .rows import Row, fill, missing_part, needed_columns, placeholders, whole_number
 
 MOST_LABELS = 255
 BLANK_LINE = "\n\n"  # stands between demonstrations
-TRUTH = {"true": "1", "false": "0"}
-NOTHING = ("none", "null", "na", "n/a", "#n/a", "nil")  # may be a label, or stand for a missing one
+TRUE_FALSE = {"true": "1", "false": "0"}
+# may be a label, or stand for a missing one
+NULL_WORDS = ("none", "null", "na", "n/a", "#n/a", "nil")
 # names of columns
-SAY_NOTHING = "text prompt input content instruction label answer output response completion target class y".split()
-NAMED = 10  # rows that are left out and named
+UNINFORMATIVE = "text prompt input content instruction label answer output response completion target class y".split()
+MAX_NAMED = 10  # rows that are left out and named
 
 
 def own_task(
@@ -37,18 +38,18 @@ def own_task(
     or the template.
     """
     template = check_template(template)
-    chosen = choose_columns(rows, prompt, answer, template)
-    asked = template or chosen.body
-    answer = chosen.answer
-    complete, remarks = without_gaps(rows, asked, answer)
+    columns = choose_columns(rows, prompt, answer, template)
+    body = template or columns.body
+    answer = columns.answer
+    complete, remarks = drop_incomplete(rows, body, answer)
     if not complete:
-        empty = "the prompt" if lacks(rows[0], asked, None) else f"column {answer!r}"
+        empty = "the prompt" if missing_part(rows[0], body, None) else f"column {answer!r}"
         raise UsageError(
             f"{rows[0].where}: {empty} is empty, and no row has both a prompt and an answer"
         )
     texts = [row.text(answer) for row in complete]
-    different = {(fill(asked, row), text) for row, text in zip(complete, texts)}
-    labels, known, merged = read_labels(complete, answer)
+    different = {(fill(body, row), text) for row, text in zip(complete, texts)}
+    labels, label_index, merged = read_labels(complete, answer)
     if len(labels) == 1:
         raise UsageError(
             f"{name}: every row has the answer {labels[0]!r}; nothing can be learned from it"
@@ -59,14 +60,14 @@ def own_task(
         name,
         train="train",
         eval="eval",
-        prompt=template or default_template(chosen, labelled),
+        prompt=template or default_template(columns, labelled),
         label=answer,
         answer=f"{{{answer}}}",
     )
     if labelled:
-        remarks += [*merged, chosen.told(), f"answers: {len(labels)} labels"]
-        return replace(task, labels=labels, known=known, remarks=tuple(remarks))
-    remarks.append(chosen.told())
+        remarks += [*merged, columns.describe(), f"answers: {len(labels)} labels"]
+        return replace(task, labels=labels, label_index=label_index, remarks=tuple(remarks))
+    remarks.append(columns.describe())
     remarks.append(f"answers: free text, {len(set(texts))} different in {len(different)} rows")
     broken = sum(BLANK_LINE in text.rstrip() for text in texts)
     if broken:
@@ -98,22 +99,22 @@ def check_template(template: str | None) -> str | None:
     return template.replace("\\n", "\n")
 
 
-def default_template(chosen: Chosen, labelled: bool) -> str:
+def default_template(columns: ChosenColumns, labelled: bool) -> str:
     """ "Review: {review}\\nSentiment: ": columns are called by their names, where these tell something."""
     question_cue = "Text" if labelled else "Question"
     answer_cue = "Label" if labelled else "Answer"
-    if len(chosen.prompts) == 1:
-        question_cue = cue(chosen.prompts[0], question_cue)
-    if chosen.answer is not None:
-        answer_cue = cue(chosen.answer, answer_cue)
-    return f"{question_cue}: {chosen.body}\n{answer_cue}: "
+    if len(columns.prompts) == 1:
+        question_cue = cue(columns.prompts[0], question_cue)
+    if columns.answer is not None:
+        answer_cue = cue(columns.answer, answer_cue)
+    return f"{question_cue}: {columns.body}\n{answer_cue}: "
 
 
-def cue(column: str, usual: str) -> str:
-    """A column's name as a word of the prompt, or the usual word where the name says nothing."""
+def cue(column: str, default: str) -> str:
+    """A column's name as a word of the prompt, or the default where the name says nothing."""
     words = column.replace("_", " ").strip()
-    if words.lower() in SAY_NOTHING or len(words) < 3 or not words.replace(" ", "").isalpha():
-        return usual
+    if words.lower() in UNINFORMATIVE or len(words) < 3 or not words.replace(" ", "").isalpha():
+        return default
     return words[0].upper() + words[1:]
 
 
@@ -125,28 +126,28 @@ def read_labels(rows: list[Row], answer: str) -> tuple[tuple[str, ...], dict[str
     written: dict[str, set[str]] = {}  # a text -> how it stands in the file, strings in quotes
     for row in rows:
         written.setdefault(row.text(answer), set()).add(repr(row[answer]))
-    meant = mean_the_same(list(written))
-    labels = tuple(sorted(set(meant.values())))
-    ways: dict[str, set[str]] = {label: set() for label in labels}
-    for text, label in meant.items():
-        ways[label].update(written[text])
+    label_of = label_of_each_text(list(written))
+    labels = tuple(sorted(set(label_of.values())))
+    spellings: dict[str, set[str]] = {label: set() for label in labels}
+    for text, label in label_of.items():
+        spellings[label].update(written[text])
     sentences = []
     for label in labels:
-        if len(ways[label]) > 1 or label not in written:
-            listed = ", ".join(sorted(ways[label]))
+        if len(spellings[label]) > 1 or label not in written:
+            listed = ", ".join(sorted(spellings[label]))
             sentences.append(f"{listed} in column {answer!r} is read as label {label!r}")
-    places = {label: i for i, label in enumerate(labels)}
-    return labels, {text: places[label] for text, label in meant.items()}, sentences
+    index = {label: i for i, label in enumerate(labels)}
+    return labels, {text: index[label] for text, label in label_of.items()}, sentences
 
 
-def mean_the_same(texts: list[str]) -> dict[str, str]:
+def label_of_each_text(texts: list[str]) -> dict[str, str]:
     """The label that each text of a column means."""
     numbers = {text: whole_number(text) for text in texts}
     if all(number.lstrip("-").isdecimal() for number in numbers.values()):
         return numbers
-    truths = {text: TRUTH.get(text.lower(), number) for text, number in numbers.items()}
-    numeric = any(number in TRUTH.values() for number in numbers.values())
-    if numeric and set(truths.values()) <= set(TRUTH.values()):
+    truths = {text: TRUE_FALSE.get(text.lower(), number) for text, number in numbers.items()}
+    numeric = any(number in TRUE_FALSE.values() for number in numbers.values())
+    if numeric and set(truths.values()) <= set(TRUE_FALSE.values()):
         return truths
     return {text: text for text in texts}
 
@@ -158,59 +159,62 @@ def true_answer(row: Row, column: str, labels: list[str]) -> str:
         return text
     text = whole_number(text)
     if text not in labels:
-        known = ", ".join(map(repr, labels))
-        raise UsageError(f"{row.where}: answer {text!r} is none of the labels {known}")
+        listed = ", ".join(map(repr, labels))
+        raise UsageError(f"{row.where}: answer {text!r} is none of the labels {listed}")
     return text
 
 
-def without_gaps(rows: list[Row], template: str, answer: str | None) -> tuple[list[Row], list[str]]:
+def drop_incomplete(
+    rows: list[Row], template: str, answer: str | None
+) -> tuple[list[Row], list[str]]:
     """The rows that have a prompt and an answer, and sentences that name the others."""
     complete = []
     lacking: dict[str, list[str]] = {"prompt": [], "answer": []}
     for row in rows:
-        what = lacks(row, template, answer)
-        if what is None:
+        part = missing_part(row, template, answer)
+        if part is None:
             complete.append(row)
         else:
-            lacking[what].append(row.where)
+            lacking[part].append(row.where)
     sentences = []
-    for what, places in lacking.items():
+    for part, places in lacking.items():
         if not places:
             continue
-        named = ", ".join(places[:NAMED])
-        if len(places) > NAMED:
+        named = ", ".join(places[:MAX_NAMED])
+        if len(places) > MAX_NAMED:
             named += " …"
         sentences.append(
-            f"left out for want of {what}: {len(places)} of {len(rows)} rows ({named})"
+            f"left out for want of {part}: {len(places)} of {len(rows)} rows ({named})"
         )
     return complete, sentences
 
 
 def complete_rows(rows: list[Row], task: Task) -> tuple[list[Row], list[str]]:
-    """Rows for a task on own rows: those that have a prompt and, where the task has answers, an answer; `without_gaps`.
+    """Rows for a task on own rows: those that have a prompt and, where the task has answers, an answer.
 
+    Sentences name the others, as in `drop_incomplete`.
     Raises UsageError where a column is in no row.
     """
     answer = task.label if task.answer else None
     for column in (*needed_columns(task.prompt), answer):
         if column is not None and not any(column in row for row in rows):
             rows[0][column]  # raises
-    return without_gaps(rows, task.prompt, answer)
+    return drop_incomplete(rows, task.prompt, answer)
 
 
-def near_labels(labels: tuple[str, ...]) -> list[str]:
+def similar_labels(labels: tuple[str, ...]) -> list[str]:
     """A sentence for every two labels that differ only in blanks or case, and for those that may be mistakes."""
     sentences = []
-    plain: dict[str, str] = {}
+    first_of: dict[str, str] = {}
     for label in labels:
-        first = plain.setdefault(" ".join(label.lower().split()), label)
+        first = first_of.setdefault(" ".join(label.lower().split()), label)
         if first != label:
             sentences.append(
                 f"labels {first!r} and {label!r} differ only in blanks or case; they are kept apart"
             )
-    unified_labels: dict[str, str] = {}
-    for label in plain.values():
-        first = unified_labels.setdefault(unified(label), label)
+    first_normalized: dict[str, str] = {}
+    for label in first_of.values():
+        first = first_normalized.setdefault(normalized(label), label)
         if first != label:
             sentences.append(
                 f"labels {first!r} and {label!r} are two ways to write the same; they are kept apart"
@@ -218,17 +222,17 @@ def near_labels(labels: tuple[str, ...]) -> list[str]:
     for label in labels:
         if label != label.strip():
             sentences.append(f"label {label!r} begins or ends with a blank, which is part of it")
-        if label.strip().lower() in NOTHING:
+        if label.strip().lower() in NULL_WORDS:
             sentences.append(
                 f"{label!r} is read as a label; if it stands for no answer, empty these cells"
             )
     return sentences
 
 
-def unified(label: str) -> str:
+def normalized(label: str) -> str:
     """What labels share that are written in two ways: composed letters, one number, or true and 1."""
     text = unicodedata.normalize("NFKC", label).casefold().strip()
-    text = TRUTH.get(text, text)
+    text = TRUE_FALSE.get(text, text)
     try:
         return str(float(text.replace(",", ".")))
     except ValueError:
@@ -238,9 +242,14 @@ def unified(label: str) -> str:
 def queries_task(rows: list[Row], name: str, prompt=None, template: str | None = None) -> Task:
     """The task of rows that only ask: what they are answered is text. Raises UsageError where no column is known."""
     template = check_template(template)
-    chosen = choose_columns(rows, prompt, None, template, answered=False)
-    template = template or default_template(chosen, False)
-    _, remarks = without_gaps(rows, template, None)
+    columns = choose_columns(rows, prompt, None, template, has_answers=False)
+    template = template or default_template(columns, False)
+    _, remarks = drop_incomplete(rows, template, None)
     return Task(
-        name, name, prompt=template, answer="", parser="text", remarks=(*remarks, chosen.told())
+        name,
+        name,
+        prompt=template,
+        answer="",
+        parser="text",
+        remarks=(*remarks, columns.describe()),
     )

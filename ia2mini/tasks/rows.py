@@ -21,7 +21,7 @@ from .tables import is_frame, read_excel, read_frame, read_parquet, read_saved
 COLUMN = re.compile(r"(\n?)\{(\??)([^{}]*)\}")
 # a whole number as pandas writes it where its column also held nothing
 WHOLE = re.compile(r"(-?\d+)\.0+")
-AT_ONCE = 64  # rows that are answered together
+BLOCK_SIZE = 64  # rows that are answered together
 MISSING = ("", "nan", "<na>")  # what stands in a cell that holds nothing, in small letters
 
 
@@ -37,10 +37,10 @@ class Row(dict):
         self.where = where
 
     def __missing__(self, column: str):
-        there = ", ".join(map(repr, self)) or "none"
-        raise UsageError(f"{self.where}: no column {column!r}; the columns there are {there}")
+        columns = ", ".join(map(repr, self)) or "none"
+        raise UsageError(f"{self.where}: no column {column!r}; the columns there are {columns}")
 
-    def holds_nothing(self, column: str) -> bool:
+    def is_missing(self, column: str) -> bool:
         """Whether a column is not there, or holds None or NaN."""
         value = self.get(column)
         return value is None or (isinstance(value, float) and math.isnan(value))
@@ -53,10 +53,10 @@ class Row(dict):
         value = self[column]
         if isinstance(value, str):
             if re.search("[\ud800-\udfff]", value):
-                held = "half a surrogate pair, which is no character; mend the \\ud… escape"
-                raise UsageError(f"{self.where}: column {column!r} holds {held}")
+                half = "half a surrogate pair, which is no character; mend the \\ud… escape"
+                raise UsageError(f"{self.where}: column {column!r} holds {half}")
             return value
-        if self.holds_nothing(column):
+        if self.is_missing(column):
             raise UsageError(f"{self.where}: column {column!r} holds nothing")
         if isinstance(value, float) and math.isfinite(value):
             return str(int(value)) if value.is_integer() and abs(value) < 2**53 else str(value)
@@ -97,7 +97,7 @@ def fill(template: str, row: Row) -> str:
 
 
 def blank_of(template: str) -> str:
-    """The blank at a template's end. It belongs to the answer: most tokenizers join it to the word behind it."""
+    """The blank at a template's end. It belongs to the answer: most tokenizers join it to the word after it."""
     return template[len(template.rstrip(" ")) :]
 
 
@@ -106,30 +106,30 @@ def prompt_of(template: str, row: Row) -> str:
     return fill(template.rstrip(" "), row)
 
 
-def spoken(template: str, labels: Iterable[str]) -> tuple[str, ...]:
-    """Labels as they stand behind a prompt: with the blank at the template's end."""
+def labels_after_prompt(template: str, labels: Iterable[str]) -> tuple[str, ...]:
+    """Labels as they stand after a prompt: with the blank at the template's end."""
     blank = blank_of(template)
     return tuple(blank + label for label in labels)
 
 
 def whole_number(text: str) -> str:
     """A whole number without its ".0"; any other text as it is."""
-    found = WHOLE.fullmatch(text)
-    return found[1] if found else text
+    match = WHOLE.fullmatch(text)
+    return match[1] if match else text
 
 
 def is_blank(row: Row, column: str) -> bool:
     """Whether a column of a row holds nothing, or a text of blanks alone."""
     value = row.get(column)
-    return row.holds_nothing(column) or (isinstance(value, str) and not value.strip())
+    return row.is_missing(column) or (isinstance(value, str) and not value.strip())
 
 
-def lacks(row: Row, template: str, answer: str | None) -> str | None:
+def missing_part(row: Row, template: str, answer: str | None) -> str | None:
     """What a row of one's own lacks, "prompt" or "answer"; None if it has both (with `answer` None: a prompt).
 
     A prompt needs every column of the template that may not be empty, and not blanks alone.
     """
-    if any(row.holds_nothing(column) for column in needed_columns(template)):
+    if any(row.is_missing(column) for column in needed_columns(template)):
         return "prompt"
     if all(is_blank(row, column) for column in placeholders(template)):
         return "prompt"
@@ -177,7 +177,7 @@ def named_sheet(path: Path) -> tuple[Path, str | None]:
     return path, None
 
 
-def one_each(pairs: list[tuple]) -> dict:
+def unique_keys(pairs: list[tuple]) -> dict:
     """The keys and values of a JSON object. Raises ValueError for a key that is given twice."""
     for key, times in Counter(key for key, _ in pairs).items():
         if times > 1:
@@ -185,17 +185,17 @@ def one_each(pairs: list[tuple]) -> dict:
     return dict(pairs)
 
 
-def parse_json(text: str, where: str, wanted: str):
+def parse_json(text: str, where: str, expected: str):
     """The value of a JSON text. Raises UsageError, also for an object that gives a key twice."""
     try:
-        return json.loads(text, object_pairs_hook=one_each)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise UsageError(f"{where}: not JSON ({error}); {wanted}") from None
+        raise UsageError(f"{where}: not JSON ({error}); {expected}") from None
     except ValueError as error:  # a key that is given twice, or an endless number
         raise UsageError(f"{where}: not JSON that can be read ({error})") from None
 
 
-def read_jsonl(path: Path) -> list[tuple]:
+def read_jsonl_rows(path: Path) -> list[tuple]:
     pairs = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
@@ -204,7 +204,7 @@ def read_jsonl(path: Path) -> list[tuple]:
     return pairs
 
 
-def read_json(path: Path) -> list[tuple]:
+def read_json_rows(path: Path) -> list[tuple]:
     table = parse_json(
         read_text(path), str(path), "a list of objects is expected, or one a line in a .jsonl"
     )
@@ -213,18 +213,18 @@ def read_json(path: Path) -> list[tuple]:
     return [(f"{path} row {i}", columns) for i, columns in enumerate(table, 1)]
 
 
-def read_csv(path: Path) -> list[tuple]:
+def read_csv_rows(path: Path) -> list[tuple]:
     """Rows of a file with a header, whose delimiter is seen from it; a .tsv's is a tab where that fits."""
     first = "\t" if path.suffix.lower() == ".tsv" else ","
     return read_delimited(path, first)
 
 
 READERS = {
-    ".jsonl": read_jsonl,
-    ".json": read_json,
+    ".jsonl": read_jsonl_rows,
+    ".json": read_json_rows,
     ".parquet": read_parquet,
-    ".csv": read_csv,
-    ".tsv": read_csv,
+    ".csv": read_csv_rows,
+    ".tsv": read_csv_rows,
     ".xlsx": read_excel,
 }
 
@@ -236,15 +236,15 @@ def as_rows(rows, column: str = "text") -> list[Row]:
     """
     if isinstance(rows, str):
         rows = Path(rows)
-    found = []
-    for row in each_row(rows, column):
+    checked = []
+    for row in iter_rows(rows, column):
         if not isinstance(row, Row):
-            raise UsageError(f"row {len(found) + 1}: {row!r} is no row; leave it out")
-        found.append(row)
-    return found
+            raise UsageError(f"row {len(checked) + 1}: {row!r} is no row; leave it out")
+        checked.append(row)
+    return checked
 
 
-def each_row(rows, column: str = "text") -> Iterator[Row | UsageError | None]:
+def iter_rows(rows, column: str = "text") -> Iterator[Row | UsageError | None]:
     """`as_rows` one by one, of what is no file's name; None and a UsageError in place of a row are passed on."""
     if isinstance(rows, (str, bytes, dict)):
         mend = "give a list of them, as [{'text': …}] or ['…']"
@@ -266,25 +266,25 @@ def each_row(rows, column: str = "text") -> Iterator[Row | UsageError | None]:
         yield Row(f"row {number}", row)
 
 
-def renamed(row: dict, added: Collection[str]) -> dict:
-    """The columns of a row, with row_ before those that are called as what is `added`, or as that and row_."""
-    found = {}
+def rename_clashes(row: dict, added: Collection[str]) -> dict:
+    """The columns of a row; a name that is in `added`, also one with row_ before it, gets row_ before it."""
+    columns = {}
     for name, value in row.items():
-        own = name
-        while own.startswith("row_"):
-            own = own.removeprefix("row_")
-        found[f"row_{name}" if own in added else name] = value
-    return found
+        stem = name
+        while stem.startswith("row_"):
+            stem = stem.removeprefix("row_")
+        columns[f"row_{name}" if stem in added else name] = value
+    return columns
 
 
 def blocks(rows: Iterable[Row | UsageError | None]) -> Iterator[list[Row | UsageError]]:
-    """Rows in lists of up to `AT_ONCE`; fewer where the next row has yet to come (None)."""
-    some: list[Row | UsageError] = []
+    """Rows in lists of up to `BLOCK_SIZE`; fewer where the next row has yet to come (None)."""
+    block: list[Row | UsageError] = []
     for row in rows:
         if row is not None:
-            some.append(row)
-        if some and (row is None or len(some) == AT_ONCE):
-            yield some
-            some = []
-    if some:
-        yield some
+            block.append(row)
+        if block and (row is None or len(block) == BLOCK_SIZE):
+            yield block
+            block = []
+    if block:
+        yield block

@@ -97,8 +97,8 @@ def find_local(task: Task, split: str, data_dir: Path) -> Path:
         path = data_dir / folder / f"{stem}{suffix}"
         if path.is_file():
             return path
-    looked = f"{'|'.join(folders)} / {'|'.join(stems)} + {'|'.join(READERS)}"
-    raise UsageError(f"{data_dir}: no rows of {task.name} there; looked for {looked}")
+    searched = f"{'|'.join(folders)} / {'|'.join(stems)} + {'|'.join(READERS)}"
+    raise UsageError(f"{data_dir}: no rows of {task.name} there; looked for {searched}")
 
 
 def download(
@@ -144,10 +144,10 @@ def read_hub(repo: str, config: str | None, splits: tuple[str, ...]) -> tuple[li
         for split in splits:
             of_split = [str(file) for file in files if file.parts[:2] == (wanted, split)]
             if not of_split:
-                asked = f"{config or 'default'}/{'+'.join(splits)}"
-                there = ", ".join(sorted({str(file.parent) for file in files})) or "nothing"
+                folder = f"{config or 'default'}/{'+'.join(splits)}"
+                found = ", ".join(sorted({str(file.parent) for file in files})) or "nothing"
                 raise UsageError(
-                    f"{repo}: no Parquet folder {asked} in branch {PARQUET}; found {there}"
+                    f"{repo}: no Parquet folder {folder} in branch {PARQUET}; found {found}"
                 )
             chosen += of_split
         return chosen
@@ -195,7 +195,7 @@ def custom_task(
         _, left_out = complete_rows(read_rows(Path(eval_path)), task)
         remarks = (*remarks, *left_out)
     prompts = len({fill(task.prompt, row) for row in complete})
-    held = min(max(prompts // 5, 20), prompts // 2, EVAL)
+    held_out = min(max(prompts // 5, 20), prompts // 2, EVAL)
     steps = ("complete", "unique", "shuffle", "filter")
     if not eval_path:
         steps = (*steps, "split")
@@ -205,6 +205,6 @@ def custom_task(
         tag=plain(file.name, ""),
         remarks=remarks,
         steps=steps,
-        held=held,
+        held_out=held_out,
         files=(str(path), str(eval_path or path)),
     )

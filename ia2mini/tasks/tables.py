@@ -19,12 +19,12 @@ SAVED = "state.json"  # of one dataset
 SPLITS = "dataset_dict.json"  # of several, each in a folder of its own
 
 
-def lacking(package: str, path: Path, what: str) -> UsageError:
+def missing_package(package: str, path: Path, what: str) -> UsageError:
     """The error where a package of the extra `data` is missing."""
     return UsageError(f"{path}: {what} needs {package}: pip install 'ia2mini[data]'")
 
 
-def unread(path: Path, kind: str, error: Exception) -> UsageError:
+def unreadable(path: Path, kind: str, error: Exception) -> UsageError:
     """What is said of a file that could not be read: it is damaged, or the machine has too little memory for it."""
     if out_of_memory(error):
         return UsageError(
@@ -38,7 +38,7 @@ def read_parquet(path: Path, named_classes: bool = True) -> Pairs:
     try:
         from pyarrow import parquet
     except ImportError:
-        raise lacking("pyarrow", path, "reading Parquet") from None
+        raise missing_package("pyarrow", path, "reading Parquet") from None
     if not is_there(path):
         raise UsageError(f"{path}: no such file")
     try:
@@ -49,7 +49,7 @@ def read_parquet(path: Path, named_classes: bool = True) -> Pairs:
     except UsageError:
         raise
     except Exception as error:  # pyarrow's own, and Python's for texts and dates that are none
-        raise unread(path, "Parquet", error) from None
+        raise unreadable(path, "Parquet", error) from None
     pairs = numbered(path, rows)
     if named_classes:
         name_classes(pairs, class_names(features_of(schema.metadata)))
@@ -70,26 +70,26 @@ def features_of(metadata: dict[bytes, bytes] | None):
 
 def class_names(features) -> dict[str, list[str]]:
     """The names of the classes of each column that is a ClassLabel of `datasets`."""
-    found = {}
+    by_column = {}
     for column, feature in features.items() if isinstance(features, dict) else ():
         is_class = isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
         names = feature.get("names") if is_class else None
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
-            found[column] = names
-    return found
+            by_column[column] = names
+    return by_column
 
 
 def name_classes(pairs: Pairs, names: dict[str, list[str]]) -> None:
     """Put the names of classes in place of their numbers; -1 is no class. Raises UsageError for an unknown number."""
-    for column, known in names.items():
+    for column, classes in names.items():
         for where, row in pairs:
             number = row.get(column)
             if type(number) is not int:
                 continue
-            if number >= len(known):
-                said = f"{len(known)} names are known for the classes of column {column!r}"
-                raise UsageError(f"{where}: class {number}, but {said}")
-            row[column] = known[number] if number >= 0 else None
+            if number >= len(classes):
+                known = f"{len(classes)} names are known for the classes of column {column!r}"
+                raise UsageError(f"{where}: class {number}, but {known}")
+            row[column] = classes[number] if number >= 0 else None
 
 
 def read_excel(path: Path, sheet: str | None = None) -> Pairs:
@@ -101,7 +101,7 @@ def read_excel(path: Path, sheet: str | None = None) -> Pairs:
     try:
         import openpyxl
     except ImportError:
-        raise lacking("openpyxl", path, "reading Excel") from None
+        raise missing_package("openpyxl", path, "reading Excel") from None
     if not is_there(path):
         raise UsageError(f"{path}: no such file")
     try:
@@ -109,12 +109,12 @@ def read_excel(path: Path, sheet: str | None = None) -> Pairs:
             warnings.simplefilter("ignore")  # of what Excel draws and openpyxl does not read
             book = openpyxl.load_workbook(path, read_only=True, data_only=True)
             sheets = {}
-            for one in book.worksheets:
-                if one.sheet_state == "visible" or one.title == sheet:
-                    sheets[one.title] = cells(one)
+            for worksheet in book.worksheets:
+                if worksheet.sheet_state == "visible" or worksheet.title == sheet:
+                    sheets[worksheet.title] = cells(worksheet)
             book.close()
     except Exception as error:  # of zip, XML, and openpyxl's own
-        raise unread(path, "Excel", error) from None
+        raise unreadable(path, "Excel", error) from None
     filled = {title: rows for title, rows in sheets.items() if rows}
     listed = ", ".join(map(repr, filled))
     if sheet is not None and sheet not in filled:
@@ -133,12 +133,12 @@ def read_excel(path: Path, sheet: str | None = None) -> Pairs:
 def cells(sheet) -> list[tuple[int, list]]:
     """The number and the values of each row of a sheet that holds something."""
     sheet.reset_dimensions()  # some programs write wrong ones
-    found = []
+    rows = []
     for number, row in enumerate(sheet.iter_rows(), 1):
         values = [None if cell.data_type == "e" else cell.value for cell in row]
         if any(value not in (None, "") for value in values):
-            found.append((number, values))
-    return found
+            rows.append((number, values))
+    return rows
 
 
 def under_header(path: Path, header: list, rows: list[tuple[int, list]]) -> Pairs:
@@ -170,7 +170,7 @@ def read_saved(folder: Path, named_classes: bool = True) -> Pairs:
     try:
         import pyarrow
     except ImportError:
-        raise lacking("pyarrow", folder, "reading datasets") from None
+        raise missing_package("pyarrow", folder, "reading datasets") from None
     rows: list[dict] = []
     features = {}
     for path in saved_files(folder):
@@ -182,7 +182,7 @@ def read_saved(folder: Path, named_classes: bool = True) -> Pairs:
         except UsageError:
             raise
         except Exception as error:  # pyarrow's own, and Python's for texts that are none
-            raise unread(path, "Arrow", error) from None
+            raise unreadable(path, "Arrow", error) from None
         features = features_of(table.schema.metadata)
     if is_there(folder / "dataset_info.json"):
         features = read_object(folder / "dataset_info.json").get("features") or features
@@ -196,8 +196,8 @@ def saved_files(folder: Path) -> list[Path]:
     """The Arrow files of a dataset, in order. Raises UsageError for names that are none, or lead out of the folder."""
     listed = read_object(folder / SAVED).get("_data_files")
     paths = []
-    for one in listed if isinstance(listed, list) else [None]:
-        name = one.get("filename") if isinstance(one, dict) else None
+    for entry in listed if isinstance(listed, list) else [None]:
+        name = entry.get("filename") if isinstance(entry, dict) else None
         if not isinstance(name, str) or Path(name).name != name:
             raise UsageError(f"{folder / SAVED}: _data_files names no files of this folder")
         if not is_there(folder / name):

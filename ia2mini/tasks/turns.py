@@ -12,8 +12,8 @@ from .rows import Row, parse_json
 
 MESSAGES = "messages"
 ANSWER = "assistant"
-ASKED = "messages before the answer"  # the column of what is asked, as JSON
-ALL_TURNS = f"{{{ASKED}}}"  # the template of a prompt that is all of it
+PROMPT_TURNS = "messages before the answer"  # the column of what is asked, as JSON
+ALL_TURNS = f"{{{PROMPT_TURNS}}}"  # the template of a prompt that is all of it
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -27,12 +27,12 @@ def open_turns(row: Row, template: str | None) -> Row:
     For `ALL_TURNS` one column is JSON of what is asked, else `system` and `user` are texts. `assistant` is the answer,
     where there is one. For `ALL_TURNS` a text is what the user says.
     """
-    said = row.get(MESSAGES)
-    if template == ALL_TURNS and isinstance(row.get(ASKED), str):
-        said = [{"role": "user", "content": row[ASKED]}]
-    if not isinstance(said, list):
+    messages = row.get(MESSAGES)
+    if template == ALL_TURNS and isinstance(row.get(PROMPT_TURNS), str):
+        messages = [{"role": "user", "content": row[PROMPT_TURNS]}]
+    if not isinstance(messages, list):
         return row
-    turns = [read_turn(f"{row.where}: messages", *turn) for turn in enumerate(said, 1)]
+    turns = [read_turn(f"{row.where}: messages", *turn) for turn in enumerate(messages, 1)]
     columns = {name: value for name, value in row.items() if name != MESSAGES}
     for name in ROLES:
         if name in columns:
@@ -44,11 +44,11 @@ def open_turns(row: Row, template: str | None) -> Row:
     if any(turn["role"] == "system" for turn in turns[1:]):
         raise UsageError(f"{row.where}: messages: a system's turn that is not the first")
     if template == ALL_TURNS:
-        columns[ASKED] = json.dumps(turns, ensure_ascii=False)
+        columns[PROMPT_TURNS] = json.dumps(turns, ensure_ascii=False)
         return Row(row.where, columns)
-    asked = [turn for turn in turns if turn["role"] != "system"]
-    if len(asked) > 1:
-        several = f"{len(asked)} turns before the answer, and a template takes one"
+    prompt_turns = [turn for turn in turns if turn["role"] != "system"]
+    if len(prompt_turns) > 1:
+        several = f"{len(prompt_turns)} turns before the answer, and a template takes one"
         raise UsageError(f"{row.where}: messages: {several}; use --chat without a template")
     columns.update({turn["role"]: turn["content"] for turn in turns})
     return Row(row.where, columns)
@@ -57,8 +57,8 @@ def open_turns(row: Row, template: str | None) -> Row:
 def read_turn(where: str, number: int, turn) -> dict[str, str]:
     """The role and the text of a turn. Raises UsageError for whatever is no text of a known role."""
     if not isinstance(turn, dict) or turn.get("role") not in ROLES:
-        known = ", ".join(ROLES)
-        raise UsageError(f"{where}: turn {number} has no role of {known}: {repr(turn)[:60]}")
+        roles = ", ".join(ROLES)
+        raise UsageError(f"{where}: turn {number} has no role of {roles}: {repr(turn)[:60]}")
     content = turn.get("content")
     if isinstance(content, list):  # in parts
         parts = [part.get("text") if isinstance(part, dict) else None for part in content]
@@ -69,7 +69,7 @@ def read_turn(where: str, number: int, turn) -> dict[str, str]:
     return {"role": ROLES[turn["role"]], "content": content}
 
 
-def asked_turns(question: str) -> list[dict[str, str]]:
+def read_turns(question: str) -> list[dict[str, str]]:
     """The turns that `open_turns` wrote as JSON. Raises UsageError for what is none."""
     where = "a conversation"
     turns = parse_json(question, where, "a list of turns is expected")

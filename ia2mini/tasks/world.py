@@ -37,23 +37,23 @@ class Toy:
     evals: tuple[str, ...] = ()  # names of the tasks it is evaluated on, itself first
 
 
-def both(
+def with_ood(
     name: str, attribute="", labels=(), style: str = "review", ood: str = "verse", **more
 ) -> tuple[Toy, Toy]:
     """A task and its out-of-distribution evaluation: another style (sums: another wording), all templates unseen."""
-    there = f"{name}-{ood}"
-    task = Toy(name, attribute, labels, style, evals=(name, there), **more)
-    return task, Toy(there, attribute, labels, ood, unseen=True, evals=(there,), **more)
+    ood_name = f"{name}-{ood}"
+    task = Toy(name, attribute, labels, style, evals=(name, ood_name), **more)
+    return task, Toy(ood_name, attribute, labels, ood, unseen=True, evals=(ood_name,), **more)
 
 
 TWO = ("0", "1")
 TOY_TASKS: tuple[Toy, ...] = (
-    *both("toy-mood", "mood", TWO),
-    *both("toy-topic", "topic", ("0", "1", "2", "3"), style="news", ood="review"),
-    *both("toy-mood-flip", "mood", TWO, flip=True),
-    *both("toy-mood-remap", "mood", ("apple", "Friday")),
-    *both("toy-sums", format="chain", ood="story"),
-    *both("toy-sums-short", format="bare", ood="story"),
+    *with_ood("toy-mood", "mood", TWO),
+    *with_ood("toy-topic", "topic", ("0", "1", "2", "3"), style="news", ood="review"),
+    *with_ood("toy-mood-flip", "mood", TWO, flip=True),
+    *with_ood("toy-mood-remap", "mood", ("apple", "Friday")),
+    *with_ood("toy-sums", format="chain", ood="story"),
+    *with_ood("toy-sums-short", format="bare", ood="story"),
 )
 
 
@@ -62,7 +62,9 @@ def split_of(text: str) -> str:
     return ("pretrain", "pretrain", "train", "eval")[crc32(text.encode()) % 4]
 
 
-def sentence(rng: random.Random, style: str, values: dict[str, str], unseen: bool = False) -> str:
+def write_sentence(
+    rng: random.Random, style: str, values: dict[str, str], unseen: bool = False
+) -> str:
     """A sentence in a style that shows the given value of each attribute, in random order, with at most one filler."""
     templates = WORLD["unseen" if unseen else "styles"][style]
     parts = [
@@ -89,10 +91,10 @@ def draw_sentence(
         others = rng.sample(
             [name for name in ATTRIBUTES if name != attribute], rng.choice((1, 2, 2, 3, 3, 4))
         )
-        shown = {attribute: values[label]} | {
+        chosen = {attribute: values[label]} | {
             name: rng.choice(tuple(ATTRIBUTES[name])) for name in others
         }
-        text = sentence(rng, style, shown, unseen)
+        text = write_sentence(rng, style, chosen, unseen)
         if split_of(text) == split:
             return text, label
 
@@ -122,15 +124,15 @@ def rows(name: str, role: str) -> list[dict[str, str | int]]:
     """The rows of a toy task: 2,000 for role "train", 500 for "eval", no two alike, the same at every call."""
     task = {toy.name: toy for toy in TOY_TASKS}[name]
     rng = random.Random(f"{name}/{role}")
-    found: dict[str, dict[str, str | int]] = {}
-    while len(found) < SIZES[role]:
+    by_text: dict[str, dict[str, str | int]] = {}
+    while len(by_text) < SIZES[role]:
         if task.format:
             text, a, b = draw_sum(rng, role, task.unseen)
-            found[text] = {"question": text, "answer": sum_answer(a, b, True, task.format)}
+            by_text[text] = {"question": text, "answer": sum_answer(a, b, True, task.format)}
         else:
             text, value = draw_sentence(rng, role, task.attribute, task.style, task.unseen)
-            found[text] = {
+            by_text[text] = {
                 "text": text,
                 "label": len(task.labels) - 1 - value if task.flip else value,
             }
-    return list(found.values())
+    return list(by_text.values())

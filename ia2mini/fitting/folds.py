@@ -1,0 +1,95 @@
+"""Cross-validation of a user's rows: folds, and the demonstrations before each row of a fold."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+
+from ..episode import Episode, all_but, seeded, shuffled
+from ..tasks import Example
+
+DEMONSTRATION_PARTS = 4  # parts of a fold's training rows, each with its own demonstrations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fold(Episode):
+    """An episode of one's own rows, and which of them it never sees."""
+
+    test: list[int]  # indices of the held-out rows
+
+
+def draw_folds(
+    rows: list[Example], number_of_folds: int, choose: Callable, seed: int = 0
+) -> list[Fold]:
+    """Cross-validation: every row is held out once, in `number_of_folds` parts with equal shares of each label.
+
+    Rows of one prompt stay together. All folds train on equally many rows, without dev rows. `choose(rows, generator)`
+    gives the demonstrations that are drawn from some rows: for a training row from rows of the same fold
+    (`demonstrations_among`), for held-out rows from all of them.
+    """
+    parts = deal(rows, number_of_folds, seeded(seed, 0, "folds"))
+    train_size = len(rows) - max(map(len, parts))
+    folds = []
+    for number, test in enumerate(parts):
+        rng = seeded(seed, number, "fold")
+        others = shuffled(all_but(rows, test), rng)
+        train = alternate_labels(others)[:train_size]
+        demonstrations = demonstrations_among(train, choose, rng)
+        folds.append(Fold(train, [], demonstrations, [choose(train, rng)], test=test))
+    return folds
+
+
+def demonstrations_among(
+    rows: list[Example], choose: Callable, rng: np.random.Generator
+) -> list[list[Example]]:
+    """Demonstrations before each of some rows, `choose(other rows, generator)`; they never have the row's own prompt.
+
+    The rows are dealt into `DEMONSTRATION_PARTS` parts. All rows of a part see the same demonstrations, from the other
+    parts, so that the teacher reads these once a part.
+    """
+    parts = min(DEMONSTRATION_PARTS, len({row.prompt for row in rows}))
+    by_row: list[list[Example]] = [[] for _ in rows]
+    for part in deal(rows, parts, rng):
+        demonstrations = choose(all_but(rows, part), rng)
+        for i in part:
+            by_row[i] = demonstrations
+    return by_row
+
+
+def deal(rows: list[Example], parts: int, rng: np.random.Generator) -> list[list[int]]:
+    """Indices of all rows in parts with equal shares of each label; rows of one prompt stay together."""
+    by_prompt: dict[str, list[int]] = {}
+    for i in rng.permutation(len(rows)).tolist():
+        by_prompt.setdefault(rows[i].prompt, []).append(i)
+
+    def label_of(group: list[int]) -> tuple[bool, int]:
+        label = rows[group[0]].label
+        return label is None, label or 0
+
+    groups = sorted(by_prompt.values(), key=label_of)
+    return [sum(groups[first::parts], []) for first in range(parts)]
+
+
+def alternate_labels(rows: list[Example]) -> list[Example]:
+    """The rows in an order that takes one of each label in turn."""
+    rounds: dict = defaultdict(count)  # label -> 0 for its first row, 1 for the next …
+    return sorted(rows, key=lambda row: next(rounds[row.label]))
+
+
+def balanced(rows: list[Example], count: int, rng: np.random.Generator) -> list[Example]:
+    """Up to `count` rows in random order, each label as equally often as the rows allow."""
+    labels = len({row.label for row in rows})
+    seen: Counter = Counter()
+    chosen = []
+    for i in rng.permutation(len(rows)):  # of many rows only the first of each label are looked at
+        row = rows[i]
+        if seen[row.label] >= count:
+            continue
+        chosen.append(row)
+        seen[row.label] += 1
+        fewest = min(seen.values())
+        if len(seen) == labels and labels * fewest >= count:
+            break
+    return shuffled(alternate_labels(chosen)[:count], rng)

@@ -1,0 +1,73 @@
+"""How alike the attention outputs of adapted models and of ICL are, where answers are texts (paper section 2, asim).
+
+R runs, S sets, L layers, P positions of a run's answers in a batch.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..batch import TokenRow, by_length, collate, count_positions
+from ..metrics import asim
+from ..models.taps import Taps, device_of
+from .evaluation import Evaluation
+from .texts import with_end
+
+
+def asim_of_responses(
+    e: Evaluation, model: Callable, rows: list[list[TokenRow]], responses: list
+) -> Tensor:
+    """asim of R runs to their set's rows, [R, L]; of one run (the base) to every set's, [S, L].
+
+    As the released scripts have it, on the runs' own responses.
+    """
+    runs = len(responses)
+    if runs == 1:
+        compared = rows
+        own = responses * len(rows)
+    else:
+        compared = [rows[r * len(rows) // runs] for r in range(runs)]
+        own = responses
+    as_scripts = e.options.paper_compat
+    if as_scripts:
+        compared = [cut_rows(e, mine, texts) for mine, texts in zip(compared, own)]
+    return layer_asim(model, compared, e.budget, by_row=as_scripts)
+
+
+@torch.no_grad()
+def layer_asim(
+    model: Callable, runs: list[list[TokenRow]], budget: int = 4096, by_row: bool = False
+) -> Tensor:
+    """Mean cosine similarity [R, L] of R runs' attention outputs to the `activations` of each one's rows.
+
+    The mean is over all positions; `by_row` over those of a row, then over rows, as in the released scripts.
+    """
+    device = device_of(model)
+    R = len(runs)
+    lengths = [1 + max(map(len, rows)) for rows in zip(*runs)]  # of the same row in all runs
+    total = 0
+    for group in by_length(lengths, budget // R):
+        rows_of_runs = [[rows[i] for i in group] for rows in runs]
+        batch = collate(rows_of_runs).to(device)
+        taps = Taps(batch.at)
+        model(batch.ids, taps=taps, logits=False)
+        similar = asim(taps.stack(), batch.activations)
+        similar = similar.unflatten(1, (R, -1))  # [L, R, P / R]
+        if by_row:
+            means = (similar * batch.weights).sum(-1)
+            total = total + means * len(group)
+        else:
+            real = batch.weights > 0
+            total = total + (similar * real).sum(-1)
+    counts = list(map(len if by_row else count_positions, runs))
+    return (total / torch.tensor(counts, device=device)).T.cpu()
+
+
+def cut_rows(e: Evaluation, rows: list[TokenRow], responses: list[list[int]]) -> list[TokenRow]:
+    """The rows with other responses in place of their own, both cut to the shorter."""
+    shortened = []
+    for row, response in zip(rows, responses):
+        cut = with_end(e, response)[: len(row.answer)]
+        shortened.append(TokenRow(row.prompt, cut, row.activations[:, : len(cut)]))
+    return shortened
