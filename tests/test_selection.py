@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -134,9 +135,10 @@ def test_the_commonest_label_has_the_rows_frequencies():
 def candidates(**losses) -> dict[str, Candidate]:
     """Candidates by their rows' losses, all right on every row; names with _ for -."""
     found = {}
-    for name, rows in losses.items():
+    for argument, rows in losses.items():
+        name = argument.replace("_", "-")
         right = torch.ones(len(rows), dtype=torch.bool)
-        found[name.replace("_", "-")] = Candidate(name, None, torch.tensor(rows), right)
+        found[name] = Candidate(name, None, torch.tensor(rows), right)
     return found
 
 
@@ -228,7 +230,24 @@ def test_among_what_may_be_shipped():
     assert choose(candidates(base=base, commonest=base, probe=good, icl=better)) == "icl"
     assert choose(candidates(base=base, commonest=base, probe=good, sft=base)) == "probe"
     assert choose(candidates(base=base, commonest=base, icl_sft=close, sft=good)) == "sft"
+    near_base = [1.5, 2.4] * 3
+    for second in ("icl", "probe", "icl_sft"):
+        found = candidates(base=base, commonest=[3.0] * 6, **{second: near_base})
+        assert choose(found) == "base", "better than the base, but it may be chance"
+    found = candidates(base=base, commonest=[3.0] * 6, sft=near_base)
+    assert choose(found) == "sft", "of an adapter that is enough"
     assert choose(candidates(base=base, commonest=base, icl_sft=better, sft=good)) == "icl-sft"
+
+
+def test_of_adapters_that_few_rows_cannot_rank_the_preferred_one_is_taken():
+    base, good, close = [2.0] * 6, [1.0, 1.1] * 3, [0.5, 1.5] * 3
+    for first, second in pairwise(("hidden_sft", "ia2_sft", "sft")):
+        found = candidates(base=base, commonest=base, **{second: close, first: good})
+        assert choose(found) == first.replace("_", "-"), "though the other has a lower loss"
+        better = candidates(base=base, commonest=base, **{second: [0.5, 0.6] * 3, first: good})
+        assert choose(better) == second.replace("_", "-"), "significantly better"
+    found = candidates(base=base, commonest=base, sft=good, ridge_sft=close)
+    assert choose(found) == "ridge-sft", "of others the one with the lower loss"
 
 
 def test_a_setting_that_failed_in_a_fold_is_never_chosen():

@@ -234,9 +234,9 @@ class FitOptions(TrainOptions, AdapterOptions):
     """How one's own rows become an adapter."""
 
     methods: tuple[str, ...] = option(
-        ("sft", "ia2-sft"),
-        "Try these methods, beside the base model, ICL and a linear probe. hidden-sft and ridge-sft cost as much as "
-        "ia2-sft; icl-sft keeps demonstrations in the prompt and trains many times longer.",
+        ("sft", "ia2-sft", "hidden-sft"),
+        "Try these methods, beside the base model, ICL and a linear probe. sft alone is the fastest; icl-sft keeps "
+        "demonstrations in the prompt and trains many times longer.",
     )
     rates: tuple[float, ...] = option(
         (),

@@ -5,6 +5,7 @@ import math
 from ..engine.options import LABELS
 from ..files import count
 from ..methods import WITH_DEMONSTRATIONS
+from .selection import SECOND_CHOICE
 
 NAMES = LABELS | {"commonest": "commonest answer", "shipped": "as shipped", "probe": "linear probe"}
 CHANCE = 0.1  # a p-value from which on a difference may be chance
@@ -71,8 +72,10 @@ def nothing_shipped(report: dict) -> str:
     on_rows = f"on {count(report['rows'], 'held-out row')} none"
     base = percent(candidates["base"]["acc"][0])
     if "commonest" in candidates:
-        than = f"the base ({base} right) and significantly better than {commonest_share(report)}"
-        return f"{opening}; {on_rows} was both better than {than}. {bad_base(report)}{nearest_candidate(report)}{HELP}"
+        second = join_names([NAMES[name] for name in candidates if name in SECOND_CHOICE])
+        than_base = f"better than the base ({base} right; {second}: significantly better)"
+        none = f"{on_rows} was both {than_base} and significantly better than {commonest_share(report)}"
+        return f"{opening}; {none}. {bad_base(report)}{nearest_candidate(report)}{HELP}"
     lower = f"{on_rows} had a significantly lower loss than the base"
     if "kl" in report:
         agreement = "in agreement with the model that sees the context"
