@@ -23,7 +23,8 @@ from ia2mini.tasks import world  # noqa: E402
 
 CELLS = rivals.Cells(tasks=("mood",), sizes=(4,), seeds=2, parts=("fit", "embedding"))
 OPTIONS = FitOptions(epochs=4, rates=(1e-2,), folds=2, demonstrations=4)
-OF_FIT = ["base", "ICL", "linear probe", "SFT", "SFT, one temperature", "IA2→SFT", "what fit ships"]
+TRAINED = ["SFT", "SFT, one temperature", "IA2→SFT", "hidden→SFT"]
+OF_FIT = ["base", "ICL", "linear probe", *TRAINED, "what fit ships"]
 WORDS = ("0", "1")
 
 
@@ -71,7 +72,7 @@ def test_every_rival_answers_the_same_rows(data, tmp_path, monkeypatch):
         rates = {line.stack: line.rates for line in mine}
         # the other bench asks the same candidates in its own way
         trial = fit.trial(subject, rows, fresh, OPTIONS)
-        for name in ("base", "icl", "sft", "ia2-sft"):
+        for name in ("base", "icl", "sft", "ia2-sft", "hidden-sft"):
             said = rates[rivals.NAMES[name]]["% accuracy"]
             assert said == pytest.approx(trial.accuracy[name])
         assert rates["SFT, one temperature"]["NLL"] == pytest.approx(trial.nll["sft"], rel=1e-4)
@@ -137,7 +138,7 @@ def test_one_temperature_is_the_one_that_fit_found(data, tmp_path, monkeypatch):
     assert nll["sft-heated"] == pytest.approx(trial.nll["sft"], rel=1e-4)
     assert nll["shipped"] == pytest.approx(trial.nll[trial.shipped], rel=1e-4)
     assert found["sft-heated"].note == "temperature 2"
-    for name in ("base", "icl", "sft", "ia2-sft"):
+    for name in ("base", "icl", "sft", "ia2-sft", "hidden-sft"):
         assert nll[name] != pytest.approx(trial.nll[name], rel=1e-3), "shown at temperature 1"
 
 
@@ -153,7 +154,7 @@ def test_prompts_are_made_from_the_names_of_columns(data, monkeypatch):
     cells = replace(CELLS, seeds=1, parts=("fit",))
     options = replace(OPTIONS, epochs=1)
     rivals.rivals(open_subject("tiny", "cpu"), options, data, None, cells)
-    assert seen == [("Story: {story}\nMood: ", list(WORDS))] * 6
+    assert seen == [("Story: {story}\nMood: ", list(WORDS))] * 7
 
 
 def test_what_was_promised_is_counted():

@@ -39,6 +39,8 @@ def shipped(report: dict) -> str:
     measures = report["shipped"]
     chosen = report["chosen"]
     opening = f"{NAMES[chosen]} is shipped"
+    if chosen == "hidden-sft":
+        opening = f"{NAMES[chosen]} (IA2 on the residual stream, then SFT) is shipped"
     if chosen == "probe":
         opening = "A linear probe on the base's last hidden state is shipped, without an adapter"
     if chosen == "icl":
