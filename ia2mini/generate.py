@@ -93,11 +93,7 @@ def decode_group(
     network = network_of(model)
     weight = network.model.embed_tokens.weight
     device = weight.device
-    rows_of_ids = [torch.tensor(prompts[i]) for i in group]
-    lengths = torch.tensor(list(map(len, rows_of_ids)), device=device)
-    last = (lengths - 1).repeat(decoding.runs)
-    ids = pad_sequence(rows_of_ids, batch_first=True).to(device)
-    ids = ids.repeat(decoding.runs, 1)
+    ids, last = pad_prompts([prompts[i] for i in group], decoding.runs, device)
     capacity = ids.shape[1] + decoding.max_tokens
     cache = Cache(network.config, len(ids), capacity, weight, decoding.hooks.static)
 
@@ -116,8 +112,10 @@ def decode_group(
         tokens.copy_(logits.argmax(-1))
         return logits, outputs
 
-    answers = [Response([], []) for _ in ids]
-    rows = list(range(len(ids)))  # which answer each row of the batch is
+    responses = [Response([], []) for _ in ids]
+    # of each row that is still in the batch: its response, its prompt, and whether it goes on
+    rows = list(responses)
+    numbers = group * decoding.runs
     going = [True] * len(ids)
     logits, outputs = forward(ids, last)
     tokens = logits.argmax(-1)
@@ -126,26 +124,35 @@ def decode_group(
     next_step = step if wrap is None else wrap(step)
     for left in reversed(range(decoding.max_tokens)):
         chosen = tokens.tolist()
-        live = [place for place, goes_on in enumerate(going) if goes_on]
+        unfinished = [i for i, goes_on in enumerate(going) if goes_on]
         if observer:
             # indexing copies: the next replay of a CUDA graph overwrites `logits` and `outputs`
-            here = send(torch.tensor(live), device)
-            numbers = [group[rows[place]] for place in live]
-            observer(numbers, [chosen[place] for place in live], logits[here], outputs[:, here])
-        for place in live:
-            going[place] = not ended(tokenizer, answers[rows[place]], chosen[place], decoding.stop)
+            here = send(torch.tensor(unfinished), device)
+            prompt_numbers = [numbers[i] for i in unfinished]
+            next_tokens = [chosen[i] for i in unfinished]
+            observer(prompt_numbers, next_tokens, logits[here], outputs[:, here])
+        for i in unfinished:
+            going[i] = not ended(tokenizer, rows[i], chosen[i], decoding.stop)
         if not any(going) or not left:
             break
         staying = None if who_stays is None else who_stays(going, decoding.runs)
         if staying is not None:
-            rows = [rows[place] for place in staying]
-            going = [going[place] for place in staying]
+            rows = [rows[i] for i in staying]
+            numbers = [numbers[i] for i in staying]
+            going = [going[i] for i in staying]
             kept = send(torch.tensor(staying), device)
             cache.keep(kept)
             tokens = tokens[kept]
             next_step = step if wrap is None else wrap(step)
         logits, outputs = next_step()
-    return answers
+    return responses
+
+
+def pad_prompts(prompts: list[list[int]], runs: int, device) -> tuple[Tensor, Tensor]:
+    """The prompts once for every run: ids [runs * prompts, T], right-padded, and where the last token of each is."""
+    ids = pad_sequence(list(map(torch.tensor, prompts)), batch_first=True)
+    last = torch.tensor(list(map(len, prompts)), device=device) - 1
+    return ids.to(device).repeat(runs, 1), last.repeat(runs)
 
 
 def ended(tokenizer: Tokenizer, response: Response, token: int, stop: str | None) -> bool:

@@ -61,10 +61,10 @@ class LabelScores:
 class LabelTree:
     """C labels of up to I tokens after one prompt, as a prefix tree: shared beginnings are read once.
 
-    Each proper beginning of a label is one node; node 0 is the empty beginning, where the prompt ends. The row is the
-    prompt, then for every other node its last token, which attends to the prompt and to the node's own beginnings. The
-    last token of a label is only predicted, and needs no node. A label whose last token is one of `ends` may end with
-    any of them: their probabilities are added.
+    A node is a beginning of labels; node 0 is the empty one, where the prompt ends. A whole label is no node: its last
+    token is only predicted. In a row the prompt comes first, then the last token of every other node. That token
+    attends to the prompt and to the shorter beginnings of its node. A label whose last token is one of `ends` may end
+    with any of them: their probabilities are added.
     """
 
     def __init__(self, labels: list[list[int]], device: torch.device, ends: tuple[int, ...] = ()):
@@ -140,16 +140,18 @@ class LabelTree:
             agrees = agrees | ended
             if top_k is None:
                 chosen = torch.where(ended, self.any_end(logits), chosen)
-        agreed = (agrees | ~self.is_token).cumprod(-1)  # 1 up to where the answer leaves the label
-        always = torch.ones_like(agreed[..., :1])  # where the prompt ends
-        reached = torch.cat((always, agreed[..., :-1]), -1)
+        # 1 as long as all tokens so far are those of the label
+        agreed = (agrees | ~self.is_token).cumprod(-1)
+        # 1 where decoding gets to: where the prompt ends, and after tokens that agreed
+        prompt_ends = torch.ones_like(agreed[..., :1])
+        reached = torch.cat((prompt_ends, agreed[..., :-1]), -1)
         all_tokens = logits if top_k is None else logits.topk(top_k).values
         steps = chosen - all_tokens.logsumexp(-1)[..., self.predicted_by]
         counted = reached.bool() & self.is_token
         confidence = steps.masked_fill(~counted, 0.0).sum(-1).exp()  # [..., C]
-        complete = agreed[..., -1]
-        length = (agreed * self.is_token).sum(-1) + complete
-        nearest = length.argmax(-1, keepdim=True)
+        complete = agreed[..., -1]  # 1 where decoding gives the whole label
+        given = (agreed * self.is_token).sum(-1)  # how many of the label's tokens it gives
+        nearest = (given + complete).argmax(-1, keepdim=True)
         is_a_label = complete.gather(-1, nearest).bool()
         top = torch.where(is_a_label, nearest, -1)
         return top[..., 0], confidence.gather(-1, nearest)[..., 0]
