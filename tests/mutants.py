@@ -193,6 +193,7 @@ MUTANTS = {
             "metrics paired_test_equals_scipy",
         ),
         ("pairs < LEAST_ROWS or", "pairs < 2 or", "metrics of_few_pairs"),
+        ("or not np.isfinite([a, b]).all()", "", "intervals of_nothing"),
     ],
     "ia2mini/fitting/selection.py": [
         ("if other != fold] or [fold]", "] or [fold]", "selection a_folds_rows_are_judged"),
@@ -216,6 +217,7 @@ MUTANTS = {
             "return decode(ids[-1:])",
             "generate a_stop_text_wherever",
         ),
+        ("if decode(found) == before:", "if True:", "generate a_stop_text_inside"),
         (
             "cache.lengths += last + 1",
             "cache.lengths += ids.shape[1]",
