@@ -127,7 +127,7 @@ def test_an_adapter_that_answers_with_demonstrations(subject, tmp_path):
     loaded = load_adapter(tmp_path / "a", subject)
     assert loaded.spec["method"] == "icl-sft" and loaded.adapter is not None
     told = run("generate", "--adapter", tmp_path / "a", "--prompt", "Text:x", "--max-tokens", 1)
-    assert "this adapter was trained behind demonstrations" in told.stderr and told.stdout
+    assert "this adapter was trained with demonstrations" in told.stderr and told.stdout
     shown = [Example(**each) for each in loaded.spec["demonstrations"]]
     asked = rows(200, 3)
     prompts = [f"Text:{row['text']}\nLabel:" for row in asked]

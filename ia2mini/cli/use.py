@@ -186,7 +186,7 @@ def generate(prompt, max_tokens, stop, adapter, chat, **how):
     from ..fitting.predictor import FOREIGN, Predictor
     from ..generate import Decoding
     from ..generate import generate as continue_text
-    from ..methods import BEHIND_DEMONSTRATIONS
+    from ..methods import WITH_DEMONSTRATIONS
     from ..models.taps import device_of
     from ..scale.decode import fast_decoding
     from ..tasks.chat import ChatTemplate
@@ -199,8 +199,8 @@ def generate(prompt, max_tokens, stop, adapter, chat, **how):
         fitted = open_adapter(adapter, **how)
         if fitted.adapter is None:
             raise UsageError(f"{adapter}: holds no adapter; {what_answers(fitted)}")
-        if fitted.spec["method"] in BEHIND_DEMONSTRATIONS:
-            missing = "was trained behind demonstrations, which --prompt must hold"
+        if fitted.spec["method"] in WITH_DEMONSTRATIONS:
+            missing = "was trained with demonstrations, which --prompt must hold"
             click.echo(f"this adapter {missing}; `ia2mini predict` shows them", err=True)
     else:
         fitted = Predictor(open_subject(**how), None, None, FOREIGN)
