@@ -253,6 +253,9 @@ class Predictor:
     ) -> list[dict]:
         """What the adapted model (with `icl` the base) answers to prompts; `labels`: the tokens of each, if any."""
         tokenizer = self.subject.tokenizer
+        temperature = self.spec["temperature"]
+        if icl and self.spec["method"] != "icl":
+            temperature = 1.0  # it was fitted to the answers of what is shipped
         with self.student(not icl) as student:
             if demonstrations:
                 student, ids = share_prefix(student, tokenizer, [demonstrations], prompts)
@@ -260,11 +263,12 @@ class Predictor:
                 ids = tokenizer.encode_all(prompts)
             if labels and self.probe is not None and not demonstrations:
                 states = last_states(student, ids)
-                answers = self.likeliest_labels(self.probe.log_probabilities(states))
+                log_probabilities = self.probe.log_probabilities(states)
+                answers = self.likeliest_labels(log_probabilities, temperature)
             elif labels:
                 scoring = Scoring(ends=tokenizer.eos_ids)
                 scores = label_scores(student, ids, labels, scoring)
-                answers = self.likeliest_labels(scores.log_probabilities[0])
+                answers = self.likeliest_labels(scores.log_probabilities[0], temperature)
             else:
                 answers = self.answer_text(student, ids)
         if any(np.isnan(answer["confidence"]) for answer in answers):
@@ -273,10 +277,10 @@ class Predictor:
             )
         return answers
 
-    def likeliest_labels(self, scores: Tensor) -> list[dict]:
+    def likeliest_labels(self, scores: Tensor, temperature: float) -> list[dict]:
         """The likeliest label of each row, and the probabilities of all, from log-probabilities [n, C]."""
         labels = self.spec["labels"]
-        logs = (scores.double() / self.spec["temperature"]).log_softmax(-1)
+        logs = (scores.double() / temperature).log_softmax(-1)
         answers = []
         for best, row in zip(logs.argmax(-1).tolist(), logs):
             probabilities = row.exp().tolist()
