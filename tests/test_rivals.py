@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench import rivals_page  # noqa: E402
+from bench import rivals_figure, rivals_page  # noqa: E402
 from bench.__main__ import main  # noqa: E402
 from bench.report import RESULTS, Line, Result  # noqa: E402
 from bench.studies import embedders, fit, measured, rivals  # noqa: E402
@@ -273,6 +273,9 @@ def test_setfit_learns_rows_that_one_word_tells_apart(tmp_path):
     )
 
 
+KEPT = RESULTS / "2026-11-30-rivals-smollm2-135m-instruct-cpu.json"
+
+
 def made(seeds: int, gains: dict[str, float]) -> dict:
     """A kept document: SetFit's accuracies are drawn, ours are above them by about a data set's gain."""
     drawn = np.random.default_rng(0)
@@ -347,6 +350,28 @@ def test_of_few_draws_the_page_claims_nothing(tmp_path):
     text = "\n".join(rivals_page.found(tmp_path))
     assert "significantly" not in text and " to +" not in text
     assert "Too few cases to tell whether `fit` or SetFit is better: 3." in text
+
+
+def test_the_figure_shows_the_kept_numbers_with_exact_intervals(tmp_path):
+    from scipy.stats import binomtest
+
+    pytest.importorskip("matplotlib")
+    document = json.loads(KEPT.read_text())
+    table = rivals_page.Table(document["results"][0]["lines"])
+    for name, task, rows in (("setfit", "ag_news", 200), ("ia2-sft", "financial_phrasebank", 198)):
+        row = rivals_figure.chart_row(table, name, task)
+        right = round(row.mean / 100 * rows)
+        exact = binomtest(right, rows).proportion_ci(method="exact")
+        assert row.mean == pytest.approx(100 * right / rows)
+        assert (row.low, row.high) == pytest.approx((100 * exact.low, 100 * exact.high))
+    assert rivals_figure.chart_row(table, "setfit", "ag_news").mark == 69.5
+    assert not rivals_figure.draw(tmp_path, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    (tmp_path / "2026-01-01-rivals-some-model-cpu.json").write_text(
+        json.dumps(made(6, {"sst2": 1.0}))
+    )
+    assert rivals_figure.draw(tmp_path, tmp_path / "draws.png")
+    assert (tmp_path / "draws.png").stat().st_size > 10_000
 
 
 def test_the_page_shows_the_kept_results():

@@ -13,7 +13,7 @@ from ia2mini.engine.options import FitOptions, Options
 from ia2mini.engine.subject import open_subject
 from ia2mini.files import write_text
 
-from .. import rivals_page
+from .. import rivals_figure, rivals_page
 from ..report import finish, show
 from . import layers
 from .bayes import METHODS as BAYESIAN
@@ -170,7 +170,9 @@ def fit_command(part, methods, model, data_dir, dtype, sizes, save, **counts):
     "--seeds", default=5, type=click.IntRange(1), show_default=True, help="draws of the rows"
 )
 @click.option("--parts", type=Several(str, PARTS), default=",".join(PARTS), show_default=True)
-@click.option("--page", is_flag=True, help="only write docs/rivals.md from bench/results")
+@click.option(
+    "--page", is_flag=True, help="only write docs/rivals.md and its figure from bench/results"
+)
 @options_of(FitOptions)
 def rivals_command(model, data_dir, dtype, save, embedder, page, **given):
     cells = Cells(**taken(given, "tasks", "sizes", "seeds", "parts"))
@@ -182,7 +184,8 @@ def rivals_command(model, data_dir, dtype, save, embedder, page, **given):
         finish([result], typed(model, str(embedder)), save, name=f"rivals-{subject.name}")
     if page or save:
         write_text(rivals_page.PAGE, rivals_page.page(rivals_page.PAGE.read_text(encoding="utf-8")))
-        click.echo(f"wrote {rivals_page.PAGE}", err=True)
+        rivals_figure.draw()
+        click.echo(f"wrote {rivals_page.PAGE} and {rivals_figure.FIGURE}", err=True)
 
 
 COMMANDS += [gain_command, fit_command, rivals_command]
