@@ -86,6 +86,15 @@ def test_every_command_prints_what_the_page_says(page, folder):
             assert same(printed, said), f"{page}: {command}\n{printed}"
 
 
+def test_what_fit_and_score_print_fits_into_eighty_columns():
+    """The test above says that this is what they print."""
+    for command in ("fit", "score"):
+        (block,) = [
+            b for b in blocks("docs/quickstart.md", "console") if f"$ ia2mini {command}" in b
+        ]
+        assert "macro-F1" in block and max(map(len, block.splitlines())) <= 80
+
+
 def plain_commands(page: str) -> list[str]:
     """The commands of blocks without a kind, which stand there without their output."""
     lines = [

@@ -295,7 +295,7 @@ def test_a_context_goes_into_the_weights(subject, tmp_path):
     assert (
         kl[report["chosen"]] < 0.5 * kl["base"]
         and "KL" in result.stdout
-        and "instead of" in result.stdout
+        and "instead of" in " ".join(result.stdout.split())
     )
     assert report["tokens"]["icl"] > report["tokens"]["query"]
     said = run("predict", tmp_path / "o", tmp_path / "queries.jsonl", "--icl").stdout
@@ -358,7 +358,7 @@ def test_a_killed_fit_goes_on_and_nothing_half_written_stays(subject, tmp_path, 
         "decision_template.jinja",
     } == names
     text = run("score", out, tmp_path / "rows.csv").stdout
-    assert "right, among the labels (%)" in text and "12 rows" in text
+    assert "right (%)" in text and "12 rows" in text
 
 
 def test_a_folder_keeps_no_adapter_of_an_earlier_fit(fitted, subject, tmp_path):

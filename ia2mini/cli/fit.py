@@ -70,7 +70,7 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
     from ..fitting.fit import fit as fit_rows
     from ..fitting.folder import check_own
     from ..fitting.rows import Columns, read_own
-    from ..report.fit import write_fit_report, write_fit_table
+    from ..report.fit import wrapped, write_fit_report, write_fit_table
     from ..tasks.rows import as_rows
 
     check_own(out)
@@ -101,7 +101,7 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished)
     click.echo(plain(write_fit_table(fitted.report, task.remarks)))
-    click.echo(f"{out}: {files_of(fitted, out)}")
+    click.echo(wrapped(f"{out}: {files_of(fitted, out)}"))
     click.echo(plain(f"next: ia2mini predict {shlex.quote(str(out))} NEW_ROWS"))
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
+from textwrap import fill
 
 import torch
 
@@ -28,7 +29,9 @@ HEADS = {
     "brier": "Brier",
     "nll": "NLL",
 }
-AMONG_LABELS = "right, among the labels (%)"
+WIDE = ("brier", "nll")  # their intervals do not fit into a terminal beside the others
+COLUMNS = 80  # of a terminal
+NO_BREAK = "\ue000"  # for a while in place of a blank at which no line breaks
 AGREES = "as with the context (%)"
 SUSPECTS = "suspects.jsonl"
 MATRIX = 20  # labels of which the page shows who was taken for whom as a square
@@ -36,8 +39,8 @@ INTERVALS = "95 % intervals: Clopper-Pearson for shares, Student's t for means"
 
 
 def write_fit_table(report: dict, told: tuple[str, ...] = ()) -> str:
-    """The short report for the terminal, without remarks that have been `told` already."""
-    rows = measured(report)
+    """The report for a terminal of 80 columns, without remarks that have been `told` already."""
+    rows = measured(report, brief=True)
     widths = [max(map(len, column)) for column in zip(*rows)]
     table = []
     for row in rows:
@@ -45,24 +48,41 @@ def write_fit_table(report: dict, told: tuple[str, ...] = ()) -> str:
         entries += [f"{text:>{width}}" for text, width in zip(row[1:], widths[1:])]
         table.append("  ".join(entries).rstrip())
     remarks = [remark for remark in report["remarks"] if remark not in told]
-    return "\n".join([about(report), *table, *notes(report), "", report["sentence"], *remarks])
+    said = wrapped(report["sentence"])
+    return "\n".join([about(report), *table, *notes(report, brief=True), "", said, *remarks])
 
 
-def notes(report: dict) -> list[str]:
-    """What the table's signs mean."""
+def wrapped(text: str) -> str:
+    """A text in lines that a terminal does not break."""
+    kept = text.replace(" %", f"{NO_BREAK}%")
+    broken = fill(kept, COLUMNS, break_long_words=False, break_on_hyphens=False)
+    return broken.replace(NO_BREAK, " ")
+
+
+def notes(report: dict, brief: bool = False) -> list[str]:
+    """What the table's signs mean; `brief`: of the table for the terminal."""
+    measures = report["candidates"][next(iter(report["candidates"]))]
     said = [INTERVALS]
+    if brief and "macro_f1" in measures:
+        said = ["95 % intervals: Clopper-Pearson"]
+        if report["chosen"]:
+            said = ["95 % intervals: Clopper-Pearson; report.html has those of Brier and NLL"]
     if report["rows"] < LEAST_ROWS:
         said = [f"no intervals: below {LEAST_ROWS} rows"]
-    if report["chosen"]:
-        said.append("*: shipped")
-        said.append("as shipped: each row by the choice that the other folds make")
-    if "ece_null" in report["candidates"][next(iter(report["candidates"]))]:
+    if "macro_f1" in measures:
+        said.append("right: the label with the highest probability is the row's own")
+    if "ece_null" in measures:
         said.append("(null): the ECE that perfect calibration would show")
-    return ["; ".join(said)]
+    if report["chosen"]:
+        said.append("*: shipped; as shipped: each row by the choice that the other folds make")
+    return said
 
 
-def measured(report: dict) -> list[list[str]]:
-    """The table of the candidates: its heads, then a line for each, the chosen one marked, and the whole choice."""
+def measured(report: dict, brief: bool = False) -> list[list[str]]:
+    """The table of the candidates: its heads, then a line for each, the chosen one marked, and the whole choice.
+
+    `brief`: without the intervals of the measures in `WIDE`, where the table has all columns.
+    """
     candidates = dict(report["candidates"])
     if report["chosen"]:
         candidates["shipped"] = report["shipped"]
@@ -74,12 +94,16 @@ def measured(report: dict) -> list[list[str]]:
     if "kl" in report:
         heads["acc"] = AGREES
         heads["nll"] = "KL"
-    elif "macro_f1" in known:
-        heads["acc"] = AMONG_LABELS
+    without_interval = WIDE if brief and "macro_f1" in known else ()
     rows = [["", *map(heads.get, known)]]
     for name, numbers in candidates.items():
         mark = " *" if name == report["chosen"] else ""
-        entries = [entry(numbers.get(column), column) for column in known]
+        entries = []
+        for column in known:
+            value = numbers.get(column)
+            if column in without_interval and value is not None:
+                value = value[0]
+            entries.append(entry(value, column))
         rows.append([NAMES.get(name, name) + mark, *entries])
     return rows
 
