@@ -207,7 +207,7 @@ MUTANTS = {
     ],
     "ia2mini/fitting/predictor.py": [
         ("(len(confidences) + 1) * (1", "len(confidences) * (1", "predictor coverage_of_few"),
-        ('(scores.double() / self.spec["temperature"])', "scores", "predictor probabilities_are"),
+        ("(scores.double() / temperature)", "scores", "predictor probabilities_are"),
         ("and not demonstrations:", "and True:", "probe saved_loaded"),
     ],
     "ia2mini/generate.py": [
