@@ -1,1 +1,1 @@
-"""Teach, train, score: what `run` and `fit` share, kept on disk so that an interrupted command goes on."""
+"""Teach and train: shared by `run` and `fit`, with results on disk so that an interrupted command resumes."""

@@ -1,4 +1,4 @@
-"""The adapter that the options ask for."""
+"""Make the adapter that the options describe."""
 
 from torch import nn
 

@@ -1,4 +1,4 @@
-"""Episodes × learning rates on one frozen model: taught and trained, each result kept on disk."""
+"""Teach and train all episodes × learning rates on one frozen model; every result is kept on disk."""
 
 import warnings
 from collections.abc import Callable
@@ -29,13 +29,13 @@ from .subject import Subject
 
 
 def make_trainer(side_by_side: int | None) -> Callable:
-    """The loop with all that makes it fast and fit; `side_by_side`: runs trained at once (None: all)."""
+    """The training loop with all its wrappers from scale/; `side_by_side`: runs trained at once (None: all)."""
     trainer = then_emptied(within_memory(shrinking(train, launch_bound), side_by_side))
     return over_ranks(trainer) if ranks.size > 1 else trainer
 
 
 def in_order(methods: tuple[str, ...], tuned: bool = False) -> list[str]:
-    """The methods that are trained, each after the phase that it starts from; a tuned teacher before all."""
+    """The methods to train, in order: each after the phase that it starts from, a tuned teacher first."""
     found = [TUNED] if tuned else []
     for method in methods:
         if method in METHODS:
@@ -45,13 +45,13 @@ def in_order(methods: tuple[str, ...], tuned: bool = False) -> list[str]:
 
 @dataclass
 class Experiment:
-    """What is taught and trained, and where it is kept."""
+    """What to teach and train, and where to keep the results."""
 
     name: str  # of its folder in the store
     subject: Subject
     adapter: Adapter
     episodes: list[Episode]
-    methods: list[str]  # that are trained, in order (`in_order`)
+    methods: list[str]  # to train, in order (`in_order`)
     rates: tuple[float, ...]
     betas: tuple[float, ...]
     seed: int
@@ -60,7 +60,7 @@ class Experiment:
     collate: Callable  # `Hooks.collate`
     teacher_settings: TeacherSettings
     tuned: bool  # the teacher is the model as `TUNED` has trained it, else the base
-    racing: bool  # whether rates that cannot win leave
+    racing: bool  # whether hopeless learning rates stop early
     trainer: Callable
     store: Store
     progress: Progress
@@ -77,7 +77,7 @@ class Experiment:
 
 
 def teach_all(x: Experiment, tuned: Trained | None = None) -> list[Taught]:
-    """The teacher's pass over every episode: the base, or `tuned` at the learning rate with the lowest dev loss."""
+    """The teacher's pass over every episode: by the base, or by `tuned` at its best learning rate by dev loss."""
     rows = sum(len(episode.demonstrations) for episode in x.episodes)
     with x.phase("collect", "collecting", rows) as bar:
 
@@ -96,7 +96,7 @@ def teach_all(x: Experiment, tuned: Trained | None = None) -> list[Taught]:
 
 
 def teacher(x: Experiment, tuned: Trained | None, number: int) -> AbstractContextManager:
-    """Who teaches episode `number`, as a context: the base, or the run that `tuned` has of that episode."""
+    """A context with the teacher of episode `number`: the base, or the run of `tuned` on that episode."""
     if tuned is None:
         return nullcontext(x.subject.model)
     weights = tuned.theta.unflatten(0, (len(x.episodes), -1))  # [S, learning rates, M]
@@ -112,9 +112,10 @@ def true_sets(x: Experiment) -> list[Taught]:
 
 
 def train_all(x: Experiment) -> dict[str, Trained]:
-    """Every method at every rate on every episode. What is kept is read; the teacher is asked where something is not.
+    """Train every method at every learning rate on every episode. Kept results are read.
 
-    Warns of runs whose loss was not finite. Raises UsageError where no rate of a method is left.
+    The teacher runs only if some are missing. Warns of runs whose loss was not finite. Raises
+    UsageError if no learning rate of a method is left.
     """
     trained: dict[str, Trained] = {}
     taught = None
@@ -143,7 +144,7 @@ def train_all(x: Experiment) -> dict[str, Trained]:
 def train_method(
     x: Experiment, method: str, taught: list[Taught], trained: dict[str, Trained]
 ) -> Trained:
-    """One method, all its runs side by side, from the phase that it starts from where there is one."""
+    """Train one method, all its runs side by side, starting from its first phase if it has one."""
     runs = configs(method, len(x.episodes), x.rates, x.betas)
     race = make_race(x, method, len(runs))
     rows = len(x.episodes[0].train)
@@ -180,7 +181,7 @@ def train_method(
 
 
 def make_race(x: Experiment, method: str, runs: int) -> Race | None:
-    """Rates race unless a later phase goes on from all of them."""
+    """Stop hopeless learning rates early, unless a later phase starts from all of them."""
     goes_on = method in [STARTS_FROM.get(later) for later in x.methods]
     if not x.racing or goes_on:
         return None
@@ -189,7 +190,7 @@ def make_race(x: Experiment, method: str, runs: int) -> Race | None:
 
 
 def run_names(x: Experiment, method: str) -> list[str]:
-    """How messages call each run of a method."""
+    """The names of a method's runs in messages."""
     names = []
     for number, rate, beta in configs(method, len(x.episodes), x.rates, x.betas):
         name = f"{x.episode_is} {number} at rate {rate:g}"
@@ -198,9 +199,9 @@ def run_names(x: Experiment, method: str) -> list[str]:
 
 
 def warn_of_failed(method: str, found: Trained, names: list[str], sets: int) -> list[str]:
-    """A warning, returned too, that names the runs of which a loss was not finite; the R runs are `sets` × rates.
+    """Warn of the runs whose loss was not finite, and return the warning; the R runs are `sets` × learning rates.
 
-    Raises UsageError where no rate is left that did not fail in any set.
+    Raises UsageError if every learning rate failed in some set.
     """
     told = [f"{name} {trouble}" for name, trouble in zip(names, found.troubles()) if trouble]
     if not found.dev_loss.isfinite().view(sets, -1).all(0).any():

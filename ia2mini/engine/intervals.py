@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-LEAST_ROWS = 5  # or pairs: fewer have no interval and no p-value, and prove nothing
+LEAST_ROWS = 5  # or pairs; fewer get no interval and no p-value
 
 
 class PairedTest(NamedTuple):
     """The `mean` of paired differences and what a paired t-test says of it; NaN where there is nothing to test.
 
-    `low` to `high` is Student's 95 % interval of the mean: it leaves out 0 just where the two-sided `p` is below .05.
+    `low` to `high` is Student's 95 % interval of the mean: it excludes 0 exactly if the two-sided `p` is below .05.
     `d` is the effect size of pairs (Cohen 1988): the mean in standard deviations of the differences.
     """
 
@@ -30,7 +30,7 @@ class PairedTest(NamedTuple):
 
 
 def bisect(rising: Callable[[float], float], wanted: float, low: float, high: float) -> float:
-    """Where a function that rises from `low` to `high` reaches `wanted`."""
+    """The point between `low` and `high` where a rising function reaches `wanted`."""
     for _ in range(60):
         middle = (low + high) / 2
         if rising(middle) < wanted:
@@ -58,7 +58,7 @@ def student_within(t: float, freedom: int) -> float:
 
 
 def student_p(t: float, freedom: int) -> float:
-    """Two-sided p-value of `t`, to 1e-15: what is less may be 0."""
+    """Two-sided p-value of `t`, to 1e-15; smaller values may be 0."""
     return max(0.0, 1 - student_within(abs(t), freedom))
 
 
@@ -177,5 +177,5 @@ def sign_test(more: int, less: int) -> float:
 
 
 def surely_more(more: int, less: int, level: float = 0.05) -> bool:
-    """Whether `more` of the discordant pairs is no chance, by the one-sided sign test."""
+    """Whether `more` of the discordant pairs is significant by the one-sided sign test."""
     return binomial_tail(more, more + less, 0.5) < level

@@ -1,4 +1,4 @@
-"""Checkpoints with an adapter merged in: in memory, as the released scripts score them, and written to a folder."""
+"""Checkpoints with a merged adapter: in memory, as the released scripts score them, or written to a folder."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Which phase of how many a command is at, and how far."""
+"""The phase that a command is in, out of how many, and how far it is."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,11 +13,11 @@ def silent(label: str, total: int) -> tqdm:
 
 @dataclass
 class Progress:
-    """Numbers the phases of a command as they begin."""
+    """Counts the phases of a command as they begin."""
 
     bar: Callable = silent  # bar(label, total) -> context manager yielding a tqdm
     phases: int = 0  # in all
-    done: int = 0  # begun, or found on disk
+    done: int = 0  # begun or found on disk
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[tqdm]:

@@ -1,4 +1,4 @@
-"""Which learning rate (and β) of a method is reported (protocol section 4)."""
+"""Choose the learning rate (and β) that is reported for a method (protocol section 4)."""
 
 import math
 from statistics import fmean
@@ -9,7 +9,7 @@ RateAndBeta = tuple[float | None, float | None]
 
 
 def grouped(rows: list[dict], *fields: str) -> dict[tuple, list[dict]]:
-    """The rows by their values of some fields, in order."""
+    """Group rows by their values of some fields, in order."""
     found: dict[tuple, list[dict]] = {}
     for row in rows:
         key = tuple(row.get(field) for field in fields)
@@ -34,7 +34,7 @@ def chosen(records: list[dict], by: str) -> RateAndBeta:
 
 
 def at_config(records: list[dict], config: RateAndBeta) -> list[int]:
-    """Which of a method's records, in order, have this (rate, β)."""
+    """The indices of the records with this (learning rate, β)."""
     found = []
     for r, record in enumerate(records):
         if (record["rate"], record["beta"]) == config:
@@ -43,9 +43,9 @@ def at_config(records: list[dict], config: RateAndBeta) -> list[int]:
 
 
 def reported(records: list[dict], trained: Trained, sets: int, select: str) -> list[int]:
-    """Which of a method's runs are scored: by "dev" those of the chosen rate (and β), else all.
+    """The indices of the runs to score: with "dev" those at the chosen learning rate (and β), else all.
 
-    Not those of a rate that failed in some set: it cannot be chosen.
+    Runs at a learning rate that failed in some set are left out: it cannot be chosen.
     """
     if select == "dev":
         return at_config(records, chosen(records, "dev"))

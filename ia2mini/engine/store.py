@@ -1,6 +1,6 @@
-"""Results on disk. A run folder belongs to one set of options, data and checkpoint: the same command goes on there.
+"""Results on disk. A run folder belongs to one set of options, data and checkpoint; the same command resumes there.
 
-Only safetensors and JSON; every file is written beside its place and renamed into it, so what is there is whole.
+It holds only safetensors and JSON. Every file is written under another name and then renamed, so it is always complete.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from ..scale import ranks
 
 
 class Store:
-    """A folder in which tensors and texts are computed once, and the seconds of each stage over all its sessions."""
+    """A folder that keeps computed tensors and texts, and the seconds of each stage over all sessions."""
 
     def __init__(self, out: Path, name: str, what: dict):
         """Open `out`/`name`-<digest of `what`>; nothing is written yet."""
@@ -39,12 +39,12 @@ class Store:
         }
 
     def tensors(self, name: str) -> dict[str, Tensor] | None:
-        """The tensors that were kept under a name, on the CPU; None where there are none."""
+        """The tensors kept under a name, on the CPU; None if there are none."""
         path = self.path / f"{name}.safetensors"
         return ranks.first(lambda: self.read(path, load_file))
 
     def keep(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Keep tensors under a name; as they are kept, on the CPU."""
+        """Keep tensors under a name, and return them as kept, on the CPU."""
         path = self.path / f"{name}.safetensors"
         kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         if ranks.chief:
@@ -52,14 +52,14 @@ class Store:
         return kept
 
     def once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors of a name: as they are kept, else made and kept."""
+        """The tensors kept under a name; if there are none, they are made and kept."""
         kept = self.tensors(name)
         if kept is None:
             kept = self.keep(name, make())
         return kept
 
     def json(self, name: str) -> dict | None:
-        """The content of the JSON file `name`; None where it is not there."""
+        """The content of the JSON file `name`; None if there is none."""
         return ranks.first(lambda: self.read(self.path / name, read_json))
 
     def keep_json(self, name: str, content: dict) -> dict:
@@ -69,7 +69,7 @@ class Store:
         return content
 
     def read(self, path: Path, reader: Callable):
-        """What a file holds; None where it is not there, or damaged: then it is set aside, with a warning."""
+        """The content of a file; None if there is none. A damaged file is renamed, with a warning, and gives None."""
         try:
             return reader(path) if is_there(path) else None
         except (UsageError, SafetensorError, OSError) as error:
@@ -102,7 +102,7 @@ class Store:
 
 
 def numbers(value) -> dict[str, float]:
-    """The numbers in a dict that was read from a file; nothing of anything else."""
+    """Only the entries of a dict from a file that are numbers."""
     if not isinstance(value, dict):
         return {}
     return {key: number for key, number in value.items() if isinstance(number, (int, float))}
@@ -111,7 +111,7 @@ def numbers(value) -> dict[str, float]:
 def peak_memory() -> int:
     """Bytes: the most GPU memory allocated, or without a GPU in use the most resident memory of this process.
 
-    0 where the system does not tell it (Windows).
+    0 if the system does not report it (Windows).
     """
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
@@ -124,7 +124,7 @@ def peak_memory() -> int:
 
 
 def versions() -> dict[str, str]:
-    """What computed the results: Python, packages, processor."""
+    """The versions of Python and packages, and the processor, that computed the results."""
     found = {
         "python": platform.python_version(),
         "machine": platform.machine(),

@@ -31,13 +31,13 @@ class Subject:
 
     @property
     def reads(self) -> int:
-        """How many tokens the model reads at most, its own included."""
+        """The most tokens that the model can read, its own answer included."""
         return self.model.config.max_position_embeddings
 
     def check_room(
         self, prompt: str, tokens: int, mend: str = "cut the row or leave it out"
     ) -> None:
-        """Raises UsageError where a prompt with its answer, so many `tokens`, is longer than what the model reads."""
+        """Raises UsageError if a prompt with its answer (`tokens` in all) is longer than the model can read."""
         if tokens > self.reads:
             need = f"{tokens} tokens with its answer, more than the {self.reads} tokens the model reads"
             raise UsageError(f"the prompt {' '.join(prompt.split())[:60]!r} … has {need}; {mend}")

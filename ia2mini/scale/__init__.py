@@ -1,1 +1,1 @@
-"""What wraps the core from outside, to be fast or to fit: the core knows nothing of it."""
+"""Wrappers that make the core faster or make it fit into memory. The core does not import them."""

@@ -1,4 +1,4 @@
-"""Compiled and checkpointed blocks: what is done to both halves of every block of a model."""
+"""Compile or checkpoint both halves of every block of a model."""
 
 from functools import partial
 from itertools import product
@@ -13,7 +13,7 @@ HALVES = ("attention_output", "mlp_output")  # of a block
 def compile_blocks(model: nn.Module, **options) -> None:
     """Put torch.compile with these `options` around both halves of every block.
 
-    Where no compiler works they run as they are, with a warning.
+    Without a working compiler they run uncompiled, with a warning.
     """
     config = torch._dynamo.config
     # the latter in 2.6
@@ -29,9 +29,9 @@ def compile_blocks(model: nn.Module, **options) -> None:
 
 
 def checkpoint_blocks(model: nn.Module) -> bool:
-    """Have both halves of every block keep only their inputs for the backward pass, where they are computed again.
+    """Checkpoint both halves of every block: only their inputs are kept, and the backward pass computes the rest again.
 
-    Returns whether they did not yet. To be called after `compile_blocks`.
+    Returns False if they were checkpointed already. Call it after `compile_blocks`.
     """
     if is_checkpointed(model):
         return False

@@ -1,4 +1,4 @@
-"""Runs dealt out to processes, where torchrun has started several: each trains a part of them to its end."""
+"""Spread runs over the processes that torchrun has started: each process trains its part to the end."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from .parts import put_state, take_runs, take_state
 
 
 def over_ranks(train: Callable) -> Callable:
-    """`train` of a part of the runs on each process."""
+    """Wrap `train` so that each process trains a part of the runs."""
 
     def train_a_part(model, adapter, runs, settings, state: State, hooks) -> State:
         def trained(part: Tensor) -> State | None:

@@ -1,4 +1,4 @@
-"""Decoding made fast: rows that have ended leave the batch, and on a GPU steps are recorded."""
+"""Faster decoding: finished rows leave the batch, and a GPU records the steps."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ import torch
 from ..generate import DecodingHooks
 from .graphs import RECORDERS, recorded
 
-WORTH_RECORDING = 8  # tokens of a response from which on recording its steps pays
+WORTH_RECORDING = 8  # recording the steps pays for responses of at least this many tokens
 
 
 def fast_decoding(device: torch.device, max_tokens: int) -> DecodingHooks:
@@ -33,7 +33,7 @@ def half_leaves(going: list[bool], runs: int) -> list[int] | None:
 
 
 def equally_many(going: list[bool], runs: int) -> list[int]:
-    """The rows still going and, in runs with fewer of them, ended ones up to equal numbers."""
+    """The unfinished rows; runs with fewer of them keep finished rows, so that all runs have equally many."""
     size = len(going) // runs
     starts = range(0, len(going), size)
     most = max(sum(going[start : start + size]) for start in starts)

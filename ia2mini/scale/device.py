@@ -1,4 +1,4 @@
-"""What depends on the device: which may be used, the number format of its weights, and its memory."""
+"""Which device can be used, the number format of the weights on it, and its free memory."""
 
 import math
 import warnings
@@ -17,7 +17,7 @@ EXPERIMENT = "--device mps is an experiment: nobody has run ia2mini on an Apple 
 
 
 def usable(device: str | None) -> str:
-    """The device, or where none is named a GPU if there is one. Raises UsageError for what cannot be used."""
+    """The named device, or by default a GPU if there is one. Raises UsageError for a device that cannot be used."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if torch.device(device).type not in KNOWN:
@@ -36,7 +36,7 @@ def is_mps(device: str | torch.device) -> bool:
 
 
 def weight_dtype(folder: Path, device: str, asked: str | None) -> torch.dtype:
-    """The number format of the frozen weights: what was asked for, else the usual one. Raises UsageError."""
+    """The number format of the frozen weights: the given one, else `usual_dtype`. Raises UsageError."""
     if is_mps(device):
         if asked not in (None, "float32"):
             raise UsageError(f"--dtype {asked}: on mps ia2mini computes in float32 alone")
@@ -63,7 +63,7 @@ def bfloat16_in_hardware() -> bool:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Bytes that tensors may still take; a CPU and Apple's GPU cannot say, so there without bound."""
+    """Free bytes for tensors; infinity on a CPU and on Apple's GPU, which do not report it."""
     if device.type != "cuda":
         return math.inf
     free, _ = torch.cuda.mem_get_info(device)
@@ -71,7 +71,7 @@ def free_bytes(device: torch.device) -> float:
 
 
 def then_emptied(train: Callable) -> Callable:
-    """`train`, after which Apple's GPU gives back the memory that PyTorch keeps: it is the whole machine's."""
+    """Wrap `train`: afterwards PyTorch frees its cache on Apple's GPU, whose memory is also the machine's."""
 
     @wraps(train)
     def train_then_empty(model, *given, **named):

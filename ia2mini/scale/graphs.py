@@ -1,4 +1,4 @@
-"""CUDA graphs: what is computed over and over in the same shapes is recorded once and replayed without Python."""
+"""CUDA graphs: a computation that repeats in the same shapes is recorded once and replayed without Python."""
 
 import warnings
 from collections import Counter
@@ -12,9 +12,9 @@ from ..batch import Batch
 from ..errors import out_of_memory
 from ..train import Runs, Settings
 
-OFTEN = 1  # calls of a shape before it is recorded: these also have libraries set themselves up
+OFTEN = 1  # calls of a shape before it is recorded; libraries also initialise themselves in these
 MOST_RECORDINGS = (
-    8  # recordings of one function: each keeps a batch, and a graph of thousands of kernels
+    8  # recordings of one function; each keeps a batch and a graph of thousands of kernels
 )
 LAUNCH = 5e-6  # seconds to launch a kernel: assumed, to be measured on a GPU
 RATE = 4e14  # FLOP/s of a step: assumed, to be measured on a GPU
@@ -47,14 +47,14 @@ class CudaRecorder:
             raise
 
     def end_allocation(self) -> None:
-        """Tell PyTorch's allocator that the capture has ended: where that fails, PyTorch before 2.12 does not.
+        """Tell PyTorch's allocator that the capture has ended. After a failed capture PyTorch before 2.12 does not.
 
-        As long as it believes one to be under way it gives no memory back, and says too early that there is none.
+        While the allocator believes in a capture it frees no memory, and reports too early that memory has run out.
         """
         before = "_cuda_endAllocateCurrentStreamToPool"  # its name before 2.8
         end = getattr(torch._C, "_cuda_endAllocateToPool", None) or getattr(torch._C, before)
         index = torch.cuda.current_device() if self.device.index is None else self.device.index
-        with suppress(RuntimeError):  # it knew
+        with suppress(RuntimeError):  # the allocator knew already
             end(index, self.pool)
 
 
@@ -62,12 +62,12 @@ RECORDERS: dict[str, type] = {"cuda": CudaRecorder}  # device type -> what can r
 
 
 def recorded(function: Callable, device: torch.device) -> Callable:
-    """`function` as it is, or where steps can be recorded a `CapturedStep` of it: a `wrap` hook of the loop."""
+    """A `wrap` hook of the loop: a `CapturedStep` of the function where steps can be recorded, else the function."""
     return CapturedStep(function, device) if device.type in RECORDERS else function
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:
-    """What a pass reads of a batch, on its device."""
+    """The tensors of a batch that a forward pass reads, on its device."""
     found = [batch.ids, *batch.at, batch.targets, batch.weights]
     given = [batch.activations, batch.soft, batch.soft_ids, batch.states, batch.runs, batch.rows]
     found += [tensor for tensor in given if tensor is not None]
@@ -77,9 +77,9 @@ def tensors_of(batch: Batch) -> list[Tensor]:
 
 
 def launch_bound(model: nn.Module, runs: Runs, settings: Settings) -> bool:
-    """Whether a training step is recorded and takes longer to launch than to compute.
+    """Whether a training step is recorded, and launching its kernels takes longer than computing them.
 
-    Then ended runs leave by halves, since every new shape is recorded anew.
+    Then finished runs leave only when half have finished, because every new shape needs a new recording.
     """
     weight = model.model.embed_tokens.weight
     if weight.device.type not in RECORDERS:

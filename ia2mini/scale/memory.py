@@ -1,4 +1,4 @@
-"""Fewer runs side by side where memory does not hold all of them."""
+"""Train fewer runs at once if memory is too small for all of them."""
 
 import math
 import warnings
@@ -18,15 +18,15 @@ from .parts import put_state, take_runs, take_state
 
 MARGIN = 0.9  # of what is free
 RANK = 8  # of LoRA: small beside the rest
-WEIGHTS_KEPT = 7  # best, now, gradients, and what Adam keeps and computes
+WEIGHTS_KEPT = 7  # best and current weights, gradients, and four tensors of Adam
 FLOAT32 = 4  # bytes
 
 
 def within_memory(train: Callable, at_once: int | None = None) -> Callable:
-    """`train` in parts of at most `at_once` runs (None: all), fewer where memory is too small, also in later calls.
+    """Wrap `train` so that it trains at most `at_once` runs at a time (None: all), and fewer if memory is too small.
 
-    What memory holds is estimated before, and halved where it still runs out. A single run that does not fit is
-    checkpointed. Raises UsageError where that does not help.
+    The number that fits is estimated first, and halved if memory still runs out; later calls keep it. A single run
+    that does not fit is checkpointed. Raises UsageError if that does not help.
     """
     most_ever = at_once
 
@@ -55,7 +55,7 @@ def within_memory(train: Callable, at_once: int | None = None) -> Callable:
 
 
 def fewer(model: nn.Module, runs: int) -> int:
-    """How many runs are tried next where so many did not fit; a single one is checkpointed. Raises UsageError."""
+    """How many runs to try next if this many did not fit; a single run is checkpointed. Raises UsageError."""
     if runs > 1:
         now = f"going on with {runs // 2} (--side-by-side {runs // 2})"
         warnings.warn(f"out of memory with {runs} runs side by side; {now}", stacklevel=3)
@@ -69,7 +69,7 @@ def fewer(model: nn.Module, runs: int) -> int:
 
 
 def runs_that_fit(model: nn.Module, runs: Runs, batch_size: int) -> int:
-    """How many of the runs free memory holds by estimate, at least one."""
+    """Estimate how many of the runs fit into free memory, at least one."""
     weight = model.model.embed_tokens.weight
     free = free_bytes(weight.device)
     if math.isinf(free):
@@ -91,7 +91,7 @@ def runs_that_fit(model: nn.Module, runs: Runs, batch_size: int) -> int:
 def run_bytes(
     config, tokens: float, positions: float, size: int, trained: int, checkpointing: bool = False
 ) -> float:
-    """Bytes that training one run takes beside the model: states of a step that are kept for the backward pass.
+    """Bytes that training one run needs beside the model: mostly what a step keeps for the backward pass.
 
     A layer keeps, a token: what its norms and LoRA read, queries, keys (also before their norm), values, what attention
     gives, three states of the MLP, LoRA's and the norms' small ones; checkpointed, what both halves read, and one layer

@@ -1,4 +1,4 @@
-"""Rows of R runs in batches with little padding: packed into one line, or apart by their length.
+"""Batches with little padding: short rows of a run are packed into one line, long rows get batches of their own.
 
 R runs, B rows a run, T tokens.
 """
@@ -12,14 +12,16 @@ import torch
 from ..batch import Batch, TokenRow, by_length, collate
 from ..models.attention import Packed
 
-MOST_TOKENS = 512  # of a line: its attention is computed whole
-WORTH_IT = 0.8  # packed when the longest line has at most this share of a run's padded tokens
+MOST_TOKENS = 512  # of a packed line; attention is computed over the whole line
+WORTH_IT = (
+    0.8  # rows are packed if the longest line has at most this share of a run's padded tokens
+)
 TOGETHER = 4096  # tokens that are always one batch, with their padding
 FAR = 2  # times the median length: a longer row leaves the batch where that is mostly padding
 
 
 def pack(batch: Batch) -> Batch:
-    """The batch, on the CPU, with the rows of each run in one line [R, T] where that is worth it; else as it is."""
+    """The batch on the CPU, with the rows of each run packed into one line [R, T] if that saves enough padding."""
     R, B = batch.lengths.shape
     T = batch.ids.shape[1]
     longest_line = int(batch.lengths.sum(1).max())
@@ -47,9 +49,9 @@ def in_one_batch(runs: list[list[TokenRow]]) -> list[Batch]:
 
 
 def in_batches(runs: list[list[TokenRow]]) -> list[Batch]:
-    """A `collate` hook: one packed batch or, where most of it would be padding, several whose losses add up to its own.
+    """A `collate` hook: one packed batch or, if most of it would be padding, several batches whose losses add up.
 
-    Rows of more than `FAR` times the median length leave it, and are batched with one another.
+    Rows longer than `FAR` times the median are batched with one another.
     """
     lengths = [len(row) for rows in runs for row in rows]
     most_rows = max(map(len, runs))
@@ -79,7 +81,7 @@ def in_batches(runs: list[list[TokenRow]]) -> list[Batch]:
 
 
 def some_rows(runs: list[list[TokenRow]], part: dict[int, list[TokenRow]]) -> Batch:
-    """The rows `part` of some of the runs; their weights are as among all rows of their run."""
+    """A batch of the rows in `part`. Each row keeps the weight that it has among all rows of its run."""
     batch = pack(collate(list(part.values())))
     shares = [len(rows) / len(runs[r]) for r, rows in part.items()]
     weights = batch.weights * torch.tensor(shares)[:, None]

@@ -1,4 +1,4 @@
-"""Some of the runs that train side by side: taken out, and what they have become put back."""
+"""Take some of the runs out of a batch of runs, and put their results back."""
 
 from dataclasses import fields
 
@@ -25,7 +25,7 @@ def take_runs(runs: Runs, places: Tensor) -> Runs:
 
 
 def take_state(state: State, places: Tensor) -> State:
-    """A copy of what the runs at these places have become so far."""
+    """A copy of the training state of the runs at these places."""
     taken = {}
     for name, values in fields_by_run(state).items():
         taken[name] = at_places(values.detach(), places)
@@ -34,7 +34,7 @@ def take_state(state: State, places: Tensor) -> State:
 
 
 def put_state(state: State, places: Tensor, part: State) -> None:
-    """Take over what the runs at these places have become in `part`."""
+    """Copy the training state `part` back to these places."""
     trained = fields_by_run(part)
     for name, values in fields_by_run(state).items():
         index = send(places, values.device)

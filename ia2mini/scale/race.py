@@ -1,4 +1,4 @@
-"""Learning rates that cannot win any more leave: rates are compared over all sets while they train."""
+"""Stop learning rates that cannot win any more; they are compared over all sets during training."""
 
 import torch
 from torch import Tensor
@@ -6,9 +6,9 @@ from torch import Tensor
 from ..train import State
 
 # all three in evaluations of the dev loss
-FIRST = 10  # rates are compared from this one on
-PACE = 3  # so many back, over which a rate's fall is measured
-AHEAD = 30  # so many ahead, for which it is thought to go on
+FIRST = 10  # the first at which learning rates are compared
+PACE = 3  # the fall of the loss is measured over the last so many
+AHEAD = 30  # and extrapolated this many ahead
 
 
 class Race:

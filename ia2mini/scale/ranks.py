@@ -1,4 +1,4 @@
-"""Several processes as one, where torchrun has started several: all run the same program and hear all results.
+"""Several processes started by torchrun: all run the same program and receive all results.
 
 The first process (`chief`) keeps the files and shows the progress; what is dealt out each process keeps itself. Work is
 dealt out at one level: sets when teaching and scoring, runs when training. The command line asks here before it
@@ -16,7 +16,7 @@ from .. import UsageError
 from ..errors import out_of_memory
 
 LOST = "another process has ended; finished work is kept, and the same command resumes it"
-NEVER = timedelta(days=7)  # who has nothing left to do waits for the others, however long they work
+NEVER = timedelta(days=7)  # an idle process waits for the others, however long they work
 rank = 0
 size = 1
 chief = True  # whether this process is the first
@@ -28,7 +28,7 @@ def torchrun_started_several() -> bool:
 
 
 def start() -> None:
-    """Join the processes that torchrun has started with this one, each with a GPU of its own where there are enough."""
+    """Join the other processes of torchrun; each process gets its own GPU if there are enough."""
     global rank, size, chief, store
     if store is not None or not torchrun_started_several():
         return
@@ -50,7 +50,7 @@ def start() -> None:
 
 
 def stop() -> None:
-    """Part from the others; what follows is the first process's alone."""
+    """Leave the group. From here on only the first process works."""
     global rank, size
     if size > 1:
         import torch.distributed as dist
@@ -64,18 +64,18 @@ def says(line: str) -> bool:
     """Whether this process is the first to say `line`."""
     try:
         return store is None or store.add(line, 1) == 1
-    except RuntimeError:  # who kept the keys is gone
+    except RuntimeError:  # the process that kept the keys has ended
         return True
 
 
 def lost(error: Exception) -> bool:
-    """Whether an error says that another process has ended: torch's own classes, or gloo's words."""
+    """Whether an error means that another process has ended, by torch's classes or gloo's messages."""
     return type(error).__name__.startswith("Dist") or "gloo" in str(error)
 
 
 @contextmanager
 def one_line_when_lost() -> Iterator[None]:
-    """Turn what the end of another process does to this one into a single line."""
+    """If another process ends, print one line instead of this process's error."""
     try:
         yield
     except RuntimeError as error:
@@ -88,7 +88,7 @@ def one_line_when_lost() -> Iterator[None]:
 
 
 def gather(value) -> list:
-    """What each process says, in order of rank; tensors from a GPU come to this process's own."""
+    """The values of all processes, in order of rank. Tensors from another GPU are moved to this process's GPU."""
     if size == 1:
         return [value]
     import torch.distributed as dist
@@ -100,7 +100,7 @@ def gather(value) -> list:
 
 
 def first(function: Callable):
-    """What `function` gives the first process, for all; the others do not call it."""
+    """Call `function` on the first process only, and give its result to all."""
     if size == 1:
         return function()
     import torch.distributed as dist
@@ -130,7 +130,7 @@ def unpacked(content: bytes):
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Work in which the other processes have no part: what is kept on the way this process keeps itself."""
+    """A block that this process computes by itself; it also writes the files that the block keeps."""
     global rank, size, chief
     before = rank, size, chief
     rank = 0

@@ -1,4 +1,4 @@
-"""Runs that have ended leave the batch: the loop stops, and goes on with those that still train."""
+"""Finished runs leave the batch: the loop stops, and continues with the runs that still train."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,16 +15,16 @@ def never(model: nn.Module, runs: Runs, settings: Settings) -> bool:
 
 
 def shrinking(train: Callable, by_halves: Callable = never) -> Callable:
-    """`train`, called again for the runs still going whenever some have ended.
+    """Wrap `train`: whenever runs have finished, it is called again for the others.
 
-    Where `by_halves(model, runs, settings)` says so they leave only when half of the batch has ended.
+    If `by_halves(model, runs, settings)` is true, they leave only when half of the batch has finished.
     """
 
     def shrinking_train(model, adapter, runs, settings, state: State, hooks: Hooks) -> State:
         live = torch.arange(len(runs))
         while len(live):
             going = take_runs(runs, live)
-            most = len(live) - 1  # that may go on before the others leave
+            most = len(live) - 1  # if this many or fewer still train, the finished ones leave
             if by_halves(model, going, settings):
                 most = len(live) // 2
             some_left = False

@@ -1,1 +1,1 @@
-"""`ia2mini run`: tasks × N on one model, every method trained, scored and compared."""
+"""`ia2mini run`: train, score and compare methods on tasks × N with one model."""

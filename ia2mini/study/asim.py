@@ -1,4 +1,4 @@
-"""How alike the attention outputs of adapted models and of ICL are, where answers are texts (paper section 2, asim).
+"""Similarity of the attention outputs of adapted models and ICL for text answers (asim, paper section 2).
 
 R runs, S sets, L layers, P positions of a run's answers in a batch.
 """
@@ -65,7 +65,7 @@ def layer_asim(
 
 
 def cut_rows(e: Evaluation, rows: list[TokenRow], responses: list[list[int]]) -> list[TokenRow]:
-    """The rows with other responses in place of their own, both cut to the shorter."""
+    """The rows with other responses; each response is cut to the shorter of the two."""
     shortened = []
     for row, response in zip(rows, responses):
         cut = with_end(e, response)[: len(row.answer)]

@@ -1,4 +1,4 @@
-"""A cell of a study: one task at one N. Its few-shot sets are drawn, and every length is checked, before any work."""
+"""A cell of a study is one task at one N. Its sets are drawn and all lengths checked before any computation."""
 
 import warnings
 from collections.abc import Callable
@@ -18,14 +18,14 @@ from ..tasks.rows import labels_after_prompt
 
 @dataclass
 class Study:
-    """What all cells share."""
+    """What all cells of a study share."""
 
     subject: Subject
     options: Options
     adapter: Adapter
     rates: tuple[float, ...]
     betas: tuple[float, ...]
-    layers: list[int] | None  # that are aligned
+    layers: list[int] | None  # to align; None: all
     losses: list[OwnLoss]
     pools: dict[str, Examples]  # training pool of every task
     evaluations: dict[str, Examples]  # rows of every evaluation
@@ -94,11 +94,11 @@ def lay_out(
 
 
 def make_cell(study: Study, task: Task, n: int, draw: Callable) -> Cell:
-    """Draw the sets of a task at one N and check them. Raises UsageError for what cannot be trained or read."""
+    """Draw the training sets of a task at one N and check them. Raises UsageError for rows that cannot be used."""
     options = study.options
     tokenizer = study.subject.tokenizer
     pool = study.pools[task.name].rows
-    # one's own texts: the longest answer says how long one may become
+    # the user's own texts: the longest answer limits the length of generated ones
     if task.files and not task.labels:
         answered = pool + study.evaluations[task.name].rows
         task = replace(task, max_tokens=max_answer_tokens(tokenizer, answered))
@@ -111,7 +111,7 @@ def make_cell(study: Study, task: Task, n: int, draw: Callable) -> Cell:
             draw(pool, n, number, options.seed, pool_demos=queries, reuse=options.paper_compat)
         )
     cell = Cell(study, task, n, episodes, labels={}, max_tokens=task.max_tokens, teacher_tokens=0)
-    if task.labels:  # labels that merge are found before any work
+    if task.labels:  # labels that merge with the prompt are refused before any computation
         for name, examples in cell.evaluations.items():
             evaluated = cell.evaluation_task(name)
             said = labels_after_prompt(evaluated.prompt, evaluated.labels)

@@ -1,4 +1,4 @@
-"""What is scored and what it is compared with.
+"""An evaluation, and the reference that scores are compared with.
 
 R runs, S sets, Q evaluation rows, C labels, L layers, n rows on which attention outputs are compared, D hidden.
 """
@@ -21,7 +21,7 @@ Scores = dict[str, Tensor]
 
 @dataclass
 class Reference:
-    """The base with each set's demonstrations: what the others are compared with."""
+    """The base with each set's demonstrations (ICL): the reference of all methods."""
 
     scores: Scores
     outputs: Tensor | None = None  # of labels: attention outputs [L, S, n, D]
@@ -29,7 +29,7 @@ class Reference:
     rows: list[list[TokenRow]] | None = None
 
     def of_sets(self, sets: Tensor) -> "Reference":
-        """What some of the sets are compared with."""
+        """The reference of some of the sets."""
         if self.outputs is not None:
             return Reference(self.scores, outputs=self.outputs[:, sets])
         rows = [self.rows[number] for number in sets.tolist()]

@@ -1,4 +1,4 @@
-"""What the updates of two methods have in common: the overlap of their column spaces (paper section 5.2, Figure 4)."""
+"""Overlap of the column spaces of two methods' updates (paper section 5.2, Figure 4)."""
 
 from itertools import combinations
 from statistics import fmean
@@ -14,7 +14,7 @@ from .records import cell_fields
 
 
 def subspace_overlap(delta1: Tensor, delta2: Tensor, rank: int) -> Tensor:
-    """||U1^T U2||_F^2 / rank [...], from 0 to 1: what two updates' column spaces share (paper section 5.2, Figure 4).
+    """||U1^T U2||_F^2 / rank [...], from 0 to 1: overlap of two updates' columns (paper section 5.2, Figure 4).
 
     U is the basis of the first `rank` left singular vectors. delta [..., out, r] is LoRA's B, or [..., out, in] its
     product BA, which spans the same columns when A has full row rank. A zero update overlaps by 0.

@@ -1,4 +1,4 @@
-"""The records of a cell: what every scored run is and how good it is, and samples."""
+"""The records of a cell: description and metrics of every scored run, and sample answers."""
 
 from statistics import fmean
 
@@ -21,14 +21,14 @@ ROWS_SHOWN = 10  # right and wrong ones that the page shows of each task
 
 
 def cell_fields(cell: Cell) -> dict:
-    """What every record of a cell says."""
+    """The fields that all records of a cell have."""
     return {"task": cell.task.name, "n": cell.n}
 
 
 def training_records(
     cell: Cell, x: Experiment, trained: dict[str, Trained]
 ) -> dict[str, list[dict]]:
-    """Of each method a record a run: its set, rate, β, dev loss and steps."""
+    """For each method one record per run: its set, learning rate, β, dev loss and steps."""
     found = {}
     for method in cell.study.options.methods:
         if method in UNTRAINED:
@@ -62,9 +62,9 @@ def score_records(
     runs: list[dict],
     temperatures: list[float],
 ) -> list[dict]:
-    """A record of each of a method's scored runs on one evaluation: what it is, and its metrics.
+    """One record for each scored run of a method on one evaluation: its description and metrics.
 
-    `runs`: their training records; `temperatures`: theirs from dev rows.
+    `runs`: the training records of these runs; `temperatures`: their temperatures from dev rows.
     """
     options = cell.study.options
     task = cell.evaluation_task(name)
@@ -119,7 +119,7 @@ def query_tokens(cell: Cell, name: str, demonstrated: bool) -> list[float]:
 
 
 def untrained_runs(cell: Cell) -> list[dict]:
-    """What stands for the training records of base and ICL: one a set."""
+    """In place of training records for base and ICL: one per set."""
     nothing = {"rate": None, "beta": None, "dev_loss": None, "steps": 0}
     return [{"set": number, "run": number, **nothing} for number in range(len(cell.episodes))]
 
@@ -137,7 +137,7 @@ def chosen_runs(records: list[dict], scored: list[dict], select: str) -> list[in
 def save_adapters(
     cell: Cell, x: Experiment, method: str, trained: Trained, picked: list[int], records
 ) -> list[str]:
-    """Save a method's chosen runs in PEFT's format; folder names."""
+    """Save a method's chosen runs in PEFT's format; returns the folder names."""
     subject = x.subject
     names = []
     for r in picked:
@@ -153,7 +153,7 @@ def save_adapters(
 def sample(
     cell: Cell, x: Experiment, scores: dict, picks: dict[str, list[int]], reported: dict
 ) -> dict:
-    """What the model saw (one whole prompt), and right and wrong rows of the last trained method's first set."""
+    """One whole prompt as the model saw it, and right and wrong rows of the last trained method's first set."""
     name = cell.task.name
     rows = cell.evaluations[name].rows
     found = cell_fields(cell)
@@ -179,7 +179,7 @@ def sample(
 
 
 def answers_of_run(cell: Cell, x: Experiment, scores: Scores, place: int, method: str, run: int):
-    """What one run answers to every row of the task's own evaluation, how sure it is, and whether it is right."""
+    """One run's answers to the task's own evaluation: the texts, their confidence, and whether they are right."""
     right = scores["correct"][place].tolist()
     if cell.labels:
         labels = cell.task.labels

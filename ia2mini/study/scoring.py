@@ -1,4 +1,4 @@
-"""What the base, ICL and every trained method say of the evaluation rows, each kept on disk.
+"""Score the base, ICL and every trained method on the evaluation rows; every result is kept on disk.
 
 R runs, S sets, Q evaluation rows, C labels, L layers, n rows on which attention outputs are compared, D hidden.
 """
@@ -71,7 +71,7 @@ def score_all(
 
 
 def score_method(e: Evaluation, method: str, reference: Reference) -> Scores:
-    """What the base or a method's reported runs say, each compared with its own set's reference."""
+    """Score the base or a method's reported runs, each against the reference of its own set."""
     if method == "base":
         with e.phase(method, len(e.rows)) as bar:
             return score_runs(e, method, [0], reference, bar)
@@ -98,7 +98,7 @@ def score_method(e: Evaluation, method: str, reference: Reference) -> Scores:
 
 
 def groups_of_sets(sets: int, tokens: int) -> int:
-    """Into how many groups the sets are divided, at least one a process.
+    """How many groups the sets are divided into, at least one for each process.
 
     `tokens`: of the longest row, of all runs together; the runs of a group are scored side by side.
     """
@@ -115,7 +115,7 @@ def join_runs(parts: list[Scores | None]) -> Scores:
 
 
 def score_runs(e: Evaluation, method: str, runs: list[int], reference: Reference, bar) -> Scores:
-    """What some runs of a method say, side by side."""
+    """Score some runs of a method side by side."""
     under = nullcontext(e.model)
     if method not in UNTRAINED:
         theta = e.trained[method].theta[runs]
@@ -135,7 +135,7 @@ def score_runs(e: Evaluation, method: str, runs: list[int], reference: Reference
 def score_with_demonstrations(
     e: Evaluation, method: str, run: int, number: int, reference: Reference, bar
 ) -> Scores:
-    """What one run says with the demonstrations of its set, `number`, in the prompt."""
+    """Score one run with the demonstrations of its set (`number`) in the prompt."""
     theta = e.trained[method].theta[[run]]
     with adapted(e.model, scored_adapter(e.cell), theta) as student:
         student, prompts = share_demonstrations(student, e.cell, e.rows, number)
@@ -152,7 +152,7 @@ def score_with_demonstrations(
 def make_reference(e: Evaluation) -> Reference:
     """The base with each set's demonstrations.
 
-    On all rows where ICL is a method, else on those whose attention outputs are compared.
+    It is made on all rows if ICL is one of the methods, else only on the rows whose attention outputs are compared.
     """
     if "icl" not in e.options.methods:
         e = replace(e, rows=e.rows[: e.options.asim_rows])
@@ -190,7 +190,7 @@ def reference_of_texts(e: Evaluation, bar, number: int) -> Reference:
 def share_demonstrations(
     model: Callable, cell: Cell, rows: list[Example], number: int
 ) -> tuple[Callable, list[list[int]]]:
-    """A model with a set's demonstrations computed once, and what follows them in each row's prompt."""
+    """A model that has read a set's demonstrations once, and the rest of each row's prompt."""
     tokenizer = cell.study.subject.tokenizer
     queries = [row.prompt for row in rows]
     return share_prefix(model, tokenizer, cell.episodes[number].icl, queries)
@@ -199,7 +199,7 @@ def share_demonstrations(
 def score_labels(
     e: Evaluation, model: Callable, prompts: list[list[int]], scoring: Scoring, bar
 ) -> Scores:
-    """`label_scores` of a model on the rows, and which of them are right."""
+    """`label_scores` of a model on the rows, and whether each answer is right."""
     scoring = replace(scoring, budget=e.budget, ends=e.tokenizer.eos_ids)
     if e.options.paper_compat:
         scoring = replace(scoring, top_k=10, label_of_token=spelled_labels(e))
@@ -215,7 +215,7 @@ def score_labels(
 
 
 def spelled_labels(e: Evaluation) -> Tensor | None:
-    """Which tokens count as which label in the released scripts; None where a label has several tokens."""
+    """The label that each token counts as in the released scripts; None if a label has several tokens."""
     if max_label_tokens(e.labels) > 1:
         return None
     return spellings(e.tokenizer, e.task.labels, e.model.config.vocab_size)
@@ -223,9 +223,9 @@ def spelled_labels(e: Evaluation) -> Tensor | None:
 
 @cache
 def spellings(tokenizer: Tokenizer, labels: tuple[str, ...], size: int) -> Tensor:
-    """For each of `size` tokens the label that its text is but for surrounding blanks, else -1, [V] int64.
+    """For each of `size` tokens the label that its text equals without surrounding blanks, else -1, [V] int64.
 
-    So the paper's released scripts compare: " Friday" is "Friday".
+    The paper's released scripts compare in this way: " Friday" is "Friday".
     """
     places: dict[str, int] = {}
     for place, label in enumerate(labels):
@@ -237,7 +237,7 @@ def spellings(tokenizer: Tokenizer, labels: tuple[str, ...], size: int) -> Tenso
 
 
 def scored_adapter(cell: Cell) -> Adapter:
-    """The adapter as it is scored: the released scripts merge it into bfloat16 weights."""
+    """The adapter for scoring: with `--paper-compat` it is merged into bfloat16 weights, as in the released scripts."""
     adapter = cell.study.adapter
     return Merged(adapter) if cell.study.options.paper_compat else adapter
 
@@ -245,7 +245,7 @@ def scored_adapter(cell: Cell) -> Adapter:
 def dev_temperatures(
     cell: Cell, x: Experiment, method: str, trained: dict, reported: dict
 ) -> list[float]:
-    """For each reported run of a method (of base and ICL for each set) the one that suits its set's dev rows."""
+    """The temperature that fits the dev rows of a run's set best: one per reported run (base and ICL: per set)."""
     sets = len(cell.episodes)
     runs = range(sets) if method in UNTRAINED else reported[method]
     found = []

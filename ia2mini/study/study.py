@@ -1,4 +1,4 @@
-"""A study: tasks × N on one model; the records of all runs, and what is saved of them."""
+"""A study runs tasks × N on one model, and saves records, results and adapters."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -46,10 +46,10 @@ def compare(
     bar: Callable = silent,
     draw: Callable = draw_episode,
 ) -> tuple[dict, Path]:
-    """Run every task at every N; (results document, run folder), with results and adapters saved in the folder.
+    """Run every task at every N and save results and adapters; returns (results document, run folder).
 
     The folder lies in `out` and is found again by the same options, data, checkpoint and version of this package: an
-    interrupted study goes on there. `write_report` makes its tables and figures. Raises UsageError.
+    interrupted study resumes there. `write_report` makes its tables and figures. Raises UsageError.
     """
     cells, store, config = open_study(tasks, subject, options, out, data_dir, draw)
     return carry_out(cells, store, config, side_by_side, bar)
@@ -63,7 +63,7 @@ def open_study(
     data_dir: Path | None = None,
     draw: Callable = draw_episode,
 ) -> tuple[list[Cell], Store, dict]:
-    """The cells of a study, its folder, and what makes it. Every mistake has shown after that. Raises UsageError."""
+    """Check everything before any computation: (cells, folder, configuration) of a study. Raises UsageError."""
     cells = lay_out(tasks, subject, options, data_dir, draw)
     store, config = open_folder(cells, out, draw)
     return cells, store, config
@@ -76,7 +76,7 @@ def carry_out(
     side_by_side: int | None = None,
     bar: Callable = silent,
 ) -> tuple[dict, Path]:
-    """Run every cell of an opened study: (results document, run folder)."""
+    """Run every cell of an opened study; returns (results document, run folder)."""
     study = cells[0].study
     trainer = make_trainer(side_by_side)
     found: dict[str, list] = {
@@ -104,7 +104,7 @@ def carry_out(
 
 
 def run_cell(cell: Cell, x: Experiment) -> dict[str, list]:
-    """The order of the work: teach and train, choose the rates, score, and keep what was found."""
+    """The work of a cell in order: teach and train, choose learning rates, score, save."""
     options = cell.study.options
     trained = train_all(x)
     training = training_records(cell, x, trained)
@@ -141,11 +141,13 @@ def run_cell(cell: Cell, x: Experiment) -> dict[str, list]:
 
 
 def experiment_of(cell: Cell, store: Store, progress: Progress, trainer: Callable) -> Experiment:
-    """What a cell teaches and trains."""
+    """The experiment of a cell: what to teach and train."""
     study = cell.study
     options = study.options
     own = [method for loss in study.losses for method in loss.methods()]
-    own_first = [method for method in own if method in options.methods]  # a mistake shows at once
+    own_first = [
+        method for method in own if method in options.methods
+    ]  # so that their mistakes show early
     needed = losses_of(options.methods)
     soft_k = None
     if "soft" in needed or study.losses:  # a loss of one's own is given all that the teacher shows
@@ -189,7 +191,7 @@ def experiment_of(cell: Cell, store: Store, progress: Progress, trainer: Callabl
 
 
 def count_phases(cell: Cell) -> int:
-    """Of a cell: collecting and training each method, where there is one; on each evaluation ICL and every method."""
+    """The number of phases: collecting, training each method, and scoring ICL and every method on each evaluation."""
     methods = cell.study.options.methods
     trained = len(in_order(methods, cell.study.options.tuned))
     collected = 1 if trained else 0
@@ -198,7 +200,7 @@ def count_phases(cell: Cell) -> int:
 
 
 def open_folder(cells: list[Cell], out: Path, draw: Callable) -> tuple[Store, dict]:
-    """The folder of a study, and what makes it: run.json."""
+    """The folder of a study, and its configuration, which is written to run.json."""
     study = cells[0].study
     options = study.options
     weight = next(study.subject.model.parameters())
@@ -209,7 +211,7 @@ def open_folder(cells: list[Cell], out: Path, draw: Callable) -> tuple[Store, di
         "model": study.subject.base,
     }
     config.update(asdict(options))
-    del config["loss"]  # the path is not what it is
+    del config["loss"]  # a path does not identify a loss; its content does
     if study.losses:
         config["loss"] = {loss.name: loss.digest for loss in study.losses}
     config["dtype"] = str(weight.dtype).removeprefix("torch.")
@@ -224,6 +226,6 @@ def open_folder(cells: list[Cell], out: Path, draw: Callable) -> tuple[Store, di
     store = Store(out, f"{about}-{study.subject.name}-n{'-'.join(map(str, options.n))}", config)
     config["rates"] = study.rates
     config["targets"] = study.adapter.targets
-    # every mistake in tasks, sizes and options has shown by now
+    # tasks, sizes and options are checked by now
     store.keep_json("run.json", config)
     return store, config

@@ -1,10 +1,10 @@
-"""From the records of runs to the cells of the tables: means and deviations over sets at the chosen rate."""
+"""The cells of the tables, from the records of runs: means and deviations over sets at the chosen learning rate."""
 
 from statistics import fmean, stdev
 
 from ..engine.select import chosen, grouped
 
-METRICS = {  # metric: as the head of its column has it
+METRICS = {  # metric: heading of its column
     "acc": "accuracy (%) ↑",
     "ece": "ECE ↓",
     "ece_null": "(null)",
@@ -27,7 +27,7 @@ SHARED = ("task", "eval", "ood", "model", "n", "method", "adapter")  # by all re
 
 
 def summarise(records: list[dict], select: str = "dev") -> list[dict]:
-    """The cells of the table, at the rate chosen by `select` ("both": two cells)."""
+    """The cells of the table at the learning rate chosen by `select` ("both": two cells each)."""
     cells = []
     for group in grouped(records, "task", "n", "method", "eval", "adapter").values():
         choices = ("dev", "eval") if select == "both" else (select,)
@@ -41,7 +41,7 @@ def summarise(records: list[dict], select: str = "dev") -> list[dict]:
 
 
 def table_cell(runs: list[dict], by: str | None, rate: float | None, beta: float | None) -> dict:
-    """One method on one evaluation, from the records of its runs at one rate, one a set."""
+    """One method on one evaluation, from the records of its runs at one learning rate, one per set."""
     cell = {key: runs[0][key] for key in SHARED}
     cell["sets"] = len(runs)
     cell["selected_by"] = by
@@ -62,7 +62,7 @@ def table_cell(runs: list[dict], by: str | None, rate: float | None, beta: float
 
 
 def sums(bins: tuple[list[float], ...]) -> list[float]:
-    """The sums of one bin's numbers over several diagrams."""
+    """Add up the numbers of one bin over several diagrams."""
     return [sum(values) for values in zip(*bins)]
 
 

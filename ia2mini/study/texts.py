@@ -1,4 +1,4 @@
-"""What models answer in texts: generated, kept on disk, and which of it is right.
+"""Generate text answers, keep them on disk, and compare them with the true ones.
 
 R runs, Q evaluation rows.
 """
@@ -19,9 +19,9 @@ from .evaluation import Evaluation
 def score_texts(
     e: Evaluation, model: Callable, prompts: list[list[int]], runs: list[str], bar
 ) -> tuple[list, Tensor]:
-    """Greedy responses (ids) of a model's `runs` to the rows, and which are right [R, Q].
+    """Greedy responses (ids) of a model's `runs` to the rows, and whether each is right [R, Q].
 
-    All runs answer side by side; each one's texts are kept.
+    All runs answer side by side. The texts of each run are kept.
     """
     files = [texts_file(e.x, run, e.name) for run in runs]
     kept = [e.x.store.json(file) for file in files]
@@ -35,7 +35,7 @@ def score_texts(
 def generate_texts(
     e: Evaluation, model: Callable, prompts: list[list[int]], runs: int, bar
 ) -> list[dict]:
-    """What is kept of each run's texts."""
+    """Generate the texts of each run, in the form that is kept."""
     decoding = Decoding(
         e.task.max_tokens,
         runs=runs,
@@ -61,7 +61,7 @@ def texts_file(x: Experiment, run: str, name: str) -> str:
 
 
 def parsed_correct(kept: dict) -> Tensor:
-    """Whether each of the kept texts parses to the same as its true answer, [Q] bool."""
+    """Whether each kept text parses to the same value as its true answer, [Q] bool."""
     parser = kept["parser"]
     pairs = zip(kept["texts"], kept["answers"])
     return torch.tensor([same_answer(parser, text, answer) for text, answer in pairs])
