@@ -87,7 +87,7 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
         columns = columns._replace(answers="labels" if labelled else "text")
     options = FitOptions(**given, context=read_context(context) if context else "")
     own = as_rows(rows or prompts)
-    # its mistakes show before a model is loaded
+    # mistakes in the rows show before a model is loaded
     _, task = read_own(own, columns, bool(context), options.chat)
     subject = open_subject(**how)
     prepare(subject.model, None, False)
@@ -113,7 +113,7 @@ def read_context(path: Path) -> str:
 
 
 def files_of(fitted, out: Path) -> str:
-    """What lies in the folder of a fit, in words."""
+    """The files in the folder of a fit, in words."""
     from ..report.fit import SUSPECTS
 
     kinds = {
@@ -132,6 +132,6 @@ def files_of(fitted, out: Path) -> str:
 
 
 def dtype_note(subject) -> str:
-    """In which dtype the model computes, and how to have another."""
+    """A line that says in which dtype the model computes, and how to choose another."""
     other = "bfloat16" if subject.dtype == "float32" else "float32"
     return f"{subject.name} computes in {subject.dtype} (--dtype {other} for the other)"

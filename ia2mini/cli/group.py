@@ -1,4 +1,4 @@
-"""The command line: thin shells over the functions of the other rooms. Torch is imported only by what computes."""
+"""The command line: thin shells over the library's functions. Torch is imported only by commands that compute."""
 
 import os
 import shlex
@@ -18,12 +18,12 @@ from .help import GroupedCommand, in_order_of_use
 from .streams import check_arguments, keep_freed_memory, need_output, open_streams
 
 MINUTE = 60
-# commands whose whole result is what they print; so is that of `predict` without --out
+# commands that only print; `predict` without --out does, too
 PRINTING = ("score", "generate", "tasks", "models")
 
 
 class Commands(click.Group):
-    """A group that turns a user's mistake into one line and exit code 2, and an interrupt into 130."""
+    """Commands that turn a user's mistake into one line and exit code 2, and an interrupt into exit code 130."""
 
     command_class = GroupedCommand
 
@@ -55,7 +55,7 @@ class Commands(click.Group):
             )
         except click.ClickException as error:
             mistake = error.format_message()
-        except (click.Abort, KeyboardInterrupt):  # the latter outside click's own care
+        except (click.Abort, KeyboardInterrupt):  # click does not catch the latter everywhere
             say(
                 "interrupted; finished work is kept, and the same command resumes it",
                 before="\n",
@@ -70,11 +70,11 @@ class Commands(click.Group):
 
 
 def what_happened(error: Exception) -> str | None:
-    """A line for an error that the surroundings have caused; None for one of ours."""
+    """A line for an error caused by the system (memory, disk, packages); None for a bug of ours."""
     if out_of_memory(error):
         return NO_MEMORY
     if isinstance(error, OSError) and error.errno is not None:
-        if error.filename is None:  # what is left to print is not tried again at exit
+        if error.filename is None:  # do not print the rest again at exit
             sys.stdout = None
         # a name may be long
         return str(UsageError(f"{error.filename or 'output'}: {error.strerror}"))
@@ -86,13 +86,13 @@ def what_happened(error: Exception) -> str | None:
 
 
 def say(line: str, once: str = "the end", before: str = "") -> None:
-    """Tell a line on stderr, unless another process has told what is said `once`."""
+    """Print a line on stderr, unless another process has already printed a line with this `once`."""
     if ranks.says(once):
         click.echo(before + plain(f"ia2mini: {line}"), err=True)
 
 
 def heed_interrupts(came: list) -> None:
-    """Have SIGTERM interrupt as Ctrl-C does, and note it in `came`: native code may turn it into another error."""
+    """Make SIGTERM interrupt as Ctrl-C does, and note it in `came`: native code may turn it into another error."""
 
     def interrupt(*signals):
         came.append(signals)
@@ -100,7 +100,7 @@ def heed_interrupts(came: list) -> None:
 
     with suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, interrupt)
-        # as a shell's jobs in the background have it
+        # a shell ignores it for jobs in the background
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, interrupt)
 
@@ -135,17 +135,17 @@ def main(context):
     lasting = Path(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ia2mini", "compiled"
     )
-    # torch's own place does not outlive a restart
+    # torch's own folder is deleted at a restart
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(lasting))
 
 
 def typed() -> str:
-    """The command as it was typed, for reports."""
+    """The command as typed, for reports."""
     return shlex.join(["ia2mini", *sys.argv[1:]])
 
 
 class Lines:
-    """What a bar is written to where stderr is no terminal: a line each time."""
+    """Where a progress bar is written if stderr is not a terminal: one line each time."""
 
     def write(self, text: str) -> None:
         if text.strip():
@@ -156,9 +156,9 @@ class Lines:
 
 
 def progress(label: str, total: int):
-    """A bar on stderr with the time that remains; where that is no terminal a line at first, then one a minute.
+    """A progress bar on stderr with the remaining time. If stderr is no terminal: one line, then one a minute.
 
-    The time stands before the bar, so that a narrow terminal cuts the bar and what follows it.
+    The time comes before the bar, so a narrow terminal cuts the bar and not the time.
     """
     from tqdm import tqdm
 

@@ -1,4 +1,4 @@
-"""Options of the command line: made from the dataclasses that document them, and what several commands share."""
+"""Options of the command line: those made from dataclasses, and those that several commands share."""
 
 import os
 from dataclasses import fields
@@ -34,7 +34,7 @@ class Several(click.ParamType):
 
 
 def options_of(cls: type, **defaults):
-    """Give a command an option for each documented field of a dataclass; `defaults` replace the fields' own."""
+    """Give a command one option for each documented field of a dataclass; `defaults` replace those of the fields."""
     found = []
     for f in fields(cls):
         if "help" not in f.metadata:
@@ -68,12 +68,12 @@ def many(*options):
 
 
 def taken(given: dict, *names: str) -> dict:
-    """These of the options that a command was given; the others stay in `given`."""
+    """Remove these options from `given` and return them."""
     return {name: given.pop(name) for name in names}
 
 
 def determined(context, option, wanted: bool) -> None:
-    """Have CUDA compute the same bits every time; to be called before its first use, which reads the variable."""
+    """Make CUDA compute the same bits every time. Call it before CUDA is first used, which reads the variable."""
     if wanted:
         import torch
 

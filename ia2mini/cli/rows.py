@@ -1,4 +1,4 @@
-"""What the commands on one's own rows share: the task, the model that must be named, and how rows are read."""
+"""Shared by the commands on a user's own rows: the task, the check for --model, and reading rows."""
 
 import select
 import sys
@@ -11,14 +11,14 @@ from .. import UsageError
 from ..files import plain
 from ..scale import ranks
 
-PORTION = 2**16  # bytes that are read at once
+PORTION = 2**16  # bytes read at once
 DEMO = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap")
 
 
 def find_tasks(
     names: tuple[str, ...], data, prompt_column, answer_column, template, eval_data
 ) -> list:
-    """The tasks of these names, the one of own rows, or the demo's. Raises UsageError."""
+    """The tasks with these names, the task of own rows, or the tasks of the demo. Raises UsageError."""
     from ..tasks import custom_task, find_task
 
     if data and names:
@@ -33,7 +33,7 @@ def find_tasks(
 
 
 def refuse_unnamed_model(rows: str) -> None:
-    """Raises UsageError where a command on one's own rows names no --model."""
+    """Raises UsageError if a command on own rows has no --model."""
     if click.get_current_context().get_parameter_source("model").name == "DEFAULT":
         raise UsageError(
             f"{rows}: name a --model for your own rows (the embedded one knows 449 words)"
@@ -41,16 +41,16 @@ def refuse_unnamed_model(rows: str) -> None:
 
 
 def tell_all(remarks: Iterable[str]) -> None:
-    """Tell on stderr how one's own rows were read; of several processes the first tells it."""
+    """Print on stderr how the rows were read; only the first process does."""
     if ranks.chief:
         for remark in remarks:
             click.echo(plain(remark), err=True)
 
 
 def read_new(rows: str) -> Iterator:
-    """Rows of a file; of JSONL and standard input line by line, in place of a wrong line its UsageError.
+    """The rows of a file. JSONL and standard input are read line by line; a wrong line gives its UsageError.
 
-    None where the next line of standard input has yet to come.
+    None means that the next line of standard input has not come yet.
     """
     from ..tasks.rows import Row, parse_json, read_rows
 
@@ -74,12 +74,12 @@ def read_new(rows: str) -> Iterator:
 
 
 def arriving(stream) -> Iterator:
-    """The lines of a binary stream as they come, and None wherever the next part of it has yet to come."""
-    begun: list[bytes] = []  # parts of a line without its end
+    """The lines of a binary stream as they come; None whenever the next part has not come yet."""
+    begun: list[bytes] = []  # parts of an unfinished line
     while True:
         if not is_ready(stream):
             yield None
-        part = stream.read1(PORTION)  # waits for one byte, and takes what there is
+        part = stream.read1(PORTION)  # waits for one byte, and reads what is there
         if not part:
             break
         first, *lines = part.split(b"\n")
@@ -93,7 +93,7 @@ def arriving(stream) -> Iterator:
 
 
 def is_ready(stream) -> bool:
-    """Whether reading would not wait; True where that cannot be asked."""
+    """Whether reading would return at once; True if the system cannot tell."""
     try:
         return bool(select.select([stream.fileno()], [], [], 0)[0])
     except (OSError, ValueError):

@@ -122,7 +122,7 @@ def run(names, compiling, checkpointing, out, data_dir, side_by_side, **given):
     from ..study.study import carry_out, open_study
 
     if how["dtype"] is None and usable(how["device"]) == "cpu":
-        how["dtype"] = "float32"  # a study is the same on every processor
+        how["dtype"] = "float32"  # so that a study gives the same numbers on every processor
     subject = open_subject(**how)
     study = open_study(chosen, subject, options, out, data_dir)
     prepare(subject.model, compiling, checkpointing)
@@ -186,7 +186,7 @@ def check_shown(shown: dict, own_rows: bool) -> None:
 def conclude(
     document: dict, folder: Path, full: bool, columns, figures, as_json: bool, with_paper: bool
 ) -> None:
-    """Write a study's report, and print its table and where everything is."""
+    """Write a study's report; print its table and the files written."""
     from ..files import count
     from ..report import write_report
     from ..report.paper import add_paper, departures
@@ -242,7 +242,7 @@ def prepare(model, compiling: bool | None, checkpointing: bool) -> None:
 
 @cache
 def tell_of_compiling() -> None:
-    """Say it once, as it begins."""
+    """Print once that compiling begins."""
     click.echo(
         f"compiling (minutes at first; kept in {os.environ['TORCHINDUCTOR_CACHE_DIR']})", err=True
     )

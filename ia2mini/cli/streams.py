@@ -1,4 +1,4 @@
-"""What a command is started with: streams, of which some may be closed, arguments, which may be no text, and memory.
+"""What a command starts with: streams that may be closed, arguments that may not be text, and memory settings.
 
 Services and cron jobs may start a program without standard input, output or errors; Python then has None for it.
 """
@@ -15,9 +15,9 @@ from ..files import HALF
 
 
 def open_streams() -> None:
-    """Put /dev/null where a standard stream is closed, and write UTF-8 whatever the locale says.
+    """Replace closed standard streams by /dev/null, and write UTF-8 in every locale.
 
-    Otherwise the next file that is opened gets the number of the closed stream, and what is printed goes into it.
+    Otherwise the next file opened would get the number of the closed stream, and printed text would go into it.
     """
     for number in range(3):
         try:
@@ -33,7 +33,7 @@ def open_streams() -> None:
 
 
 def need_input() -> None:
-    """Raises UsageError where standard input cannot be read."""
+    """Raises UsageError if standard input cannot be read."""
     mend = "give a file of rows, or a pipe"
     if sys.stdin is None:
         raise UsageError(f"standard input is closed; {mend}")
@@ -44,7 +44,7 @@ def need_input() -> None:
 
 
 def need_output() -> None:
-    """Raises UsageError where standard output is closed: what would be printed is all that the command gives."""
+    """Raises UsageError if standard output is closed, for commands that only print."""
     if sys.stdout is None:
         raise UsageError(
             "standard output is closed, and the answer goes there; send it to a file or a pipe"
@@ -68,8 +68,8 @@ def check_arguments(arguments: list[str]) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory instead of mapping it anew for every tensor: a tenth of a small model's step."""
-    with suppress(AttributeError, OSError, TypeError):  # of another C library
+    """Make glibc keep freed memory instead of mapping it anew for every tensor. Saves a tenth of a small step."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at its largest
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD

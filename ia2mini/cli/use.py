@@ -88,7 +88,7 @@ def predict(adapter, rows, coverage, icl, strict, out, digits, **how):
 
 
 def write_predicted(adapter, rows: str, asked: tuple, out: Path, digits, **how) -> None:
-    """Write a file with every row and what is said to it."""
+    """Write a file with every row and its answer."""
     from ..report.answers import DIGITS, Answers, check_size, check_target
 
     icl, coverage, strict = asked
@@ -121,7 +121,7 @@ def write_predicted(adapter, rows: str, asked: tuple, out: Path, digits, **how) 
 def score(adapter, rows, answer_column, icl, **how):
     """Measure an adapter on labelled rows.
 
-    It prints accuracy, ECE, Brier score and NLL with their 95 % intervals.
+    It prints accuracy with its 95 % interval, macro-F1, ECE, Brier score and NLL.
 
     \b
     Examples:
@@ -224,7 +224,7 @@ def generate(prompt, max_tokens, stop, adapter, chat, **how):
 
 
 def open_adapter(folder: Path, model=None, revision=None, template=None, labels=None, **how):
-    """A saved adapter on its base model, or another."""
+    """Load a saved adapter on its base model, or on another."""
     from ..engine.subject import open_subject
     from ..fitting.folder import base_of
     from ..fitting.predictor import load_adapter

@@ -1,4 +1,4 @@
-"""Files in and out: JSON that is checked, writing that is whole or not there, strangers' texts."""
+"""Reading and writing files: checked JSON, writing that never leaves half a file, texts from strangers."""
 
 import base64
 import json
@@ -23,12 +23,12 @@ HALF = re.compile("[\ud800-\udfff]")
 
 
 def plain(text: str, kept: str = "\t\n") -> str:
-    """A stranger's text with what is hidden in it spelled out, but for `kept`: it must not write as it likes."""
+    """A text that is safe to print: control and other hidden characters are spelled out, except those in `kept`."""
     return HIDDEN.sub(lambda found: found[0] if found[0] in kept else repr(found[0])[1:-1], text)
 
 
 def json_line(value) -> str:
-    """`value` as JSON in one line and in its own letters, with what is hidden in it escaped.
+    """`value` as JSON in one line, with non-ASCII letters as they are and hidden characters escaped.
 
     NaN and infinity, which JSON does not have, become null; dates and other things of Parquet become texts.
     """
@@ -37,7 +37,7 @@ def json_line(value) -> str:
 
 
 def check_name(path: Path) -> None:
-    """Raises UsageError for a path that is not UTF-8: safetensors and tokenizers open no other."""
+    """Raises UsageError for a path that is not UTF-8: safetensors and tokenizers cannot open it."""
     try:
         str(path.absolute()).encode()
     except UnicodeEncodeError:
@@ -47,7 +47,7 @@ def check_name(path: Path) -> None:
 
 
 def check_text(text: str, what: str, mend: str) -> None:
-    """Raises UsageError for a text that holds half a surrogate pair, which no tokenizer reads and no file keeps."""
+    """Raises UsageError for a text with half a surrogate pair, which tokenizers and files cannot hold."""
     if HALF.search(text):
         raise UsageError(
             f"{what} {text[:60]!r} holds half a surrogate pair, which is no character; {mend}"
@@ -55,7 +55,7 @@ def check_text(text: str, what: str, mend: str) -> None:
 
 
 def is_there(path: Path) -> bool:
-    """Whether a file is there. Raises UsageError for a folder, and for a pipe or device, which may never end."""
+    """Whether a file exists. Raises UsageError for a folder, and for a pipe or device, which may never end."""
     if path.exists() and not path.is_file():
         raise UsageError(f"{path}: cannot be read (it is not a file)")
     return path.exists()
@@ -92,7 +92,7 @@ def read_json(path: Path) -> dict:
 def write(path: Path, writer: Callable[[Path], object]) -> None:
     """Run `writer(temporary path)` beside `path`, then rename: the file is whole or not there. Raises UsageError.
 
-    What killed processes had begun of it is swept.
+    Temporary files of killed processes are removed.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,12 +115,12 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
         )
         raise UsageError(f"{path}: cannot be written ({reason}); {mend}") from None
     finally:
-        with suppress(OSError):  # after a rename, or without the right to
+        with suppress(OSError):  # after the rename, or without permission
             os.unlink(temporary)
 
 
 def sweep(path: Path) -> None:
-    """Remove what `write` had begun of `path` in processes of this machine that are no more."""
+    """Remove temporary files of `path` that `write` began in processes of this machine that have ended."""
     begun = f".{path.name}.{platform.node()}."
     for left in path.parent.iterdir():
         pid = left.name[len(begun) :].split(".")[0]
@@ -132,9 +132,9 @@ def alive(pid: int) -> bool:
     """Whether a process of this number runs on this machine."""
     try:
         os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):  # the latter of a number that no process has
+    except (ProcessLookupError, OverflowError):  # the latter if no process has this number
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # it belongs to another user
         pass
     return True
 
@@ -148,7 +148,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def finite(value, default: Callable | None = None):
-    """`value` as JSON holds it, with every NaN and infinity replaced by None; `default` writes other things."""
+    """`value` in the types of JSON, with NaN and infinity replaced by None; `default` converts other types."""
     return json.loads(json.dumps(value, default=default), parse_constant=lambda name: None)
 
 

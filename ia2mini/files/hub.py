@@ -1,4 +1,4 @@
-"""Downloads from the Hugging Face hub: tried again where it is busy, and every failure said in one line."""
+"""Downloads from the Hugging Face hub: tried again if it is busy; every failure is one line."""
 
 import re
 import time
@@ -14,9 +14,9 @@ PARTS = ("connect", "read", "write", "pool")  # of a request, each with a time l
 
 
 def patiently(fetch: Callable):
-    """`fetch()` by huggingface_hub, tried again where the hub is busy or breaks off, with a time limit to each answer.
+    """Call `fetch()` and try again if the hub is busy or breaks off; each answer has a time limit.
 
-    The client itself waits for ever for some answers (lists of files), and gives up at once on some that may pass.
+    huggingface_hub alone waits forever for some answers (lists of files), and gives up at once on some brief failures.
     """
     from huggingface_hub.utils import get_session
 
@@ -37,7 +37,7 @@ def patiently(fetch: Callable):
 
 
 def limit(request) -> None:
-    """Have no part of a request take longer than the client's own settings allow (HF_HUB_DOWNLOAD_TIMEOUT)."""
+    """Limit every part of a request to the client's own setting (HF_HUB_DOWNLOAD_TIMEOUT)."""
     from huggingface_hub import constants
 
     most = max(constants.HF_HUB_DOWNLOAD_TIMEOUT, constants.HF_HUB_ETAG_TIMEOUT)
@@ -47,7 +47,7 @@ def limit(request) -> None:
 
 @contextmanager
 def hub_errors(repo: str, kind: str, revision: str | None, instead: str) -> Iterator[None]:
-    """Turn whatever goes wrong with a "model" or "dataset" on the hub into a UsageError; `instead`: a way around."""
+    """Turn every error with a "model" or "dataset" on the hub into a UsageError; `instead` names a way around it."""
     from huggingface_hub import errors
 
     log_in = "log in with `hf auth login` or set HF_TOKEN"

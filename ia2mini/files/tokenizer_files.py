@@ -1,4 +1,4 @@
-"""A tokenizer's files: tokenizer.json, and what stands beside it.
+"""A tokenizer's files: tokenizer.json and the files beside it.
 
 Tokens stand in tokenizer_config.json, special_tokens_map.json or added_tokens.json, too. transformers adds them when it
 loads a tokenizer, so that they are cut out of a text whole; here the same is done in the same order. Reference:

@@ -1,4 +1,4 @@
-"""What a study's results document shows: the terminal table, tables as files, figures, and one HTML page."""
+"""The report of a study: terminal table, tables as files, figures, and one HTML page."""
 
 from pathlib import Path
 

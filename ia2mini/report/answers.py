@@ -1,4 +1,4 @@
-"""Answers as a file that can lie beside the rows: a line for every row, in order, its own columns first."""
+"""The file of answers: one line for every row, in order, the row's own columns first."""
 
 import csv
 import datetime
@@ -26,7 +26,7 @@ NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 
 
 def check_target(out: Path, rows: str) -> None:
-    """Raises UsageError where answers to `rows` cannot be written to `out`: an unknown kind, the rows themselves."""
+    """Raises UsageError if answers cannot be written to `out`: an unknown kind of file, or the file of the rows."""
     suffix = out.suffix.lower()
     if suffix not in WRITERS:
         listed = ", ".join(WRITERS)
@@ -42,7 +42,7 @@ def check_target(out: Path, rows: str) -> None:
 
 
 def check_size(out: Path, rows: list) -> None:
-    """Raises UsageError where Excel cannot hold the rows."""
+    """Raises UsageError if Excel cannot hold the rows."""
     if out.suffix.lower() != ".xlsx":
         return
     if len(rows) > EXCEL_ROWS:
@@ -55,7 +55,7 @@ def check_size(out: Path, rows: list) -> None:
 
 
 def rounded(said: dict, digits: int | None) -> dict:
-    """A row with its answer, with so many digits of its probabilities (None: all)."""
+    """A row with its answer; probabilities are rounded to this many digits (None: not at all)."""
     if digits is None:
         return said
     found = {**said, "confidence": round(said["confidence"], digits)}
@@ -67,7 +67,7 @@ def rounded(said: dict, digits: int | None) -> dict:
 
 @dataclass
 class Answers:
-    """Rows with what is added to each; where a row was left out that is the reason alone."""
+    """Rows with their answers; a row that was left out has only the reason."""
 
     source: str  # the file of the rows
     labels: list[str]
@@ -85,13 +85,13 @@ class Answers:
 
     @property
     def names(self) -> list[str]:
-        """The columns that are added to every row, but for probabilities."""
+        """The columns added to every row, without the probabilities."""
         if self.abstains:
             return ["answer", "abstained", "confidence", "reason"]
         return ["answer", "confidence", "reason"]
 
     def table(self) -> tuple[list[str], list[list]]:
-        """A header, and a line for every row: own columns, what is added, and p(label) of each label."""
+        """A header and a line for every row: own columns, answer columns, and p(label) of each label."""
         shares = [f"p({label})" for label in self.labels]
         reserved = {*ANSWER_COLUMNS, *self.names, *shares}
         own = [rename_clashes(row, reserved) for row, _ in self.pairs]
@@ -126,7 +126,7 @@ def write_lines(out: Path, answers: Answers) -> None:
 
 
 def write_delimited(out: Path, answers: Answers) -> None:
-    """CSV or TSV; a CSV with the delimiter and the byte order mark of rows that are one, too."""
+    """CSV or TSV. If the rows came from a CSV, its delimiter and byte order mark are kept."""
     delimiter = ","
     mark = False
     if out.suffix.lower() == ".tsv":
@@ -176,7 +176,7 @@ def write_excel(out: Path, answers: Answers) -> None:
 
 
 def excel_value(value):
-    """A value as Excel holds it: numbers of up to 15 digits, dates, and all else as text."""
+    """A value for Excel: numbers of up to 15 digits and dates as they are, all else as text."""
     if isinstance(value, bool):
         return value
     if isinstance(value, int) and len(str(abs(value))) <= EXCEL_DIGITS:

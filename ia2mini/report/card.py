@@ -66,7 +66,7 @@ def card(fitted, folder: Path, command: str) -> str:
 
 
 def demonstrations(fitted) -> str:
-    """What stands before every prompt, where that was shipped."""
+    """The demonstrations before every prompt, if they were shipped."""
     if fitted.spec["method"] not in WITH_DEMONSTRATIONS:
         return ""
     number = len(fitted.spec["demonstrations"])
@@ -74,12 +74,12 @@ def demonstrations(fitted) -> str:
 
 
 def longest_row(text: str) -> int:
-    """The most backticks that stand in a row in a text."""
+    """The length of the longest row of backticks in a text."""
     return max(map(len, re.findall("`+", text)), default=0)
 
 
 def span(text: str) -> str:
-    """A text in Markdown's backticks, more of them than it holds in a row."""
+    """A text as Markdown code, in more backticks than it has in a row."""
     fence = "`" * (1 + longest_row(text))
     inside = plain(text, "")
     if "`" in text:
@@ -88,7 +88,7 @@ def span(text: str) -> str:
 
 
 def code(fitted, folder: str, has_adapter: bool) -> str:
-    """How others load and serve what was shipped."""
+    """Code that loads and serves the shipped model with other tools."""
     base = fitted.subject.base
     source = repr(base)
     if fitted.subject.revision:
@@ -130,7 +130,7 @@ def fenced(text: str, language: str = "") -> list[str]:
 
 
 def decisions(fitted, folder: str) -> list[str]:
-    """Serving by transformers: with the pipeline, over HTTP, and what probability is enough."""
+    """Serving with transformers: the pipeline, HTTP, and thresholds of confidence."""
     spec = fitted.spec
     row = dict.fromkeys(placeholders(spec["template"]), "A text")
     question = {"type": "choice", "criteria": dict.fromkeys(fitted.labels_after_prompt())}
@@ -165,7 +165,7 @@ answers["label"]["probabilities"]"""
 
 
 def over_http(fitted, folder: str, body: dict) -> list[str]:
-    """`transformers serve`: of a merged adapter, or of the base with the files of `fit`."""
+    """`transformers serve` with a merged adapter, or with the base and the files of `fit`."""
     base = fitted.subject.base
     revision = fitted.subject.revision
     if fitted.adapter is not None:
@@ -196,7 +196,7 @@ def merging(folder: str) -> str:
 
 
 def thresholds(fitted) -> str:
-    """The probability from which on `predict --coverage` answers, for some shares; rounded down."""
+    """The confidence at which `predict --coverage` begins to answer, for some shares; rounded down."""
     if not fitted.spec["confidences"]:
         return ""
     said = []
@@ -208,7 +208,7 @@ def thresholds(fitted) -> str:
 
 
 def vllm(fitted, folder: str) -> list[str]:
-    """vLLM takes LoRA alone."""
+    """Serving with vLLM, which reads LoRA only."""
     adapter = fitted.adapter
     base = fitted.subject.base
     revision = fitted.subject.revision
@@ -224,7 +224,7 @@ def vllm(fitted, folder: str) -> list[str]:
 
 
 def llama_cpp(fitted, folder: str) -> list[str]:
-    """llama.cpp reads a merged checkpoint once its converter has been over it."""
+    """llama.cpp reads a merged checkpoint after conversion."""
     merged = f"{folder}-merged"
     form = GGUF[fitted.subject.dtype]
     file = shlex.quote(f"{merged}/model.gguf")

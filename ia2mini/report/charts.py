@@ -1,7 +1,7 @@
-"""What each figure of a study or a fit shows: a chart of means, lines over N or layers, diagrams of calibration.
+"""The figures of a study or a fit: charts of means, lines over N or layers, diagrams of calibration.
 
-A figure of a study is a function of a matplotlib Figure and a view (`summary.views`): it draws, and gives the heading;
-None where the view has no data for it.
+A figure of a study is a function of a matplotlib Figure and a view (`summary.views`). It draws and returns the heading;
+None if the view has no data for it.
 """
 
 import math
@@ -56,7 +56,7 @@ def color_of(method: str) -> str:
 
 
 def spread_over_sets(cells: list[dict]) -> str:
-    """What the line through a point is."""
+    """A note on what the line through a point means."""
     sets = max(cell["sets"] for cell in cells)
     if sets == 1:
         return "One set, so no deviation."
@@ -64,7 +64,7 @@ def spread_over_sets(cells: list[dict]) -> str:
 
 
 def set_scale(axis, metric: str, which: str) -> None:
-    """Accuracy from 0 to 100, ECE from 0, and whatever is drawn beyond."""
+    """Set the axis: accuracy from 0 to 100, ECE from 0, wider if something is drawn beyond."""
     keep_whole(axis, which, 0, 100 if metric == "acc" else 0)
     if metric == "acc":
         ticks = axis.set_xticks if which == "x" else axis.set_yticks
@@ -72,7 +72,7 @@ def set_scale(axis, metric: str, which: str) -> None:
 
 
 def methods(figure, view: dict) -> str | None:
-    """A line a method: its mean, with its deviation over sets."""
+    """One line for each method: its mean and standard deviation over sets."""
     means = average(view["cells"])
     metrics = known_metrics(means)
     if not metrics:
@@ -129,7 +129,7 @@ def by_n(figure, view: dict) -> str:
 
 
 def panel_height(names: int) -> float:
-    """Inches of a panel of lines that this many names stand beside."""
+    """The height in inches of a panel with this many names beside it."""
     return max(PANEL, LINE_OF_TEXT * (names + 1))
 
 
@@ -191,7 +191,7 @@ def asim_layers(figure, view: dict) -> str | None:
 
 
 def asim_scatter(figure, view: dict) -> str | None:
-    """A dot an evaluation, hollow out of distribution, and a diamond at a method's mean."""
+    """One dot for each evaluation (hollow: out of distribution), and a diamond at a method's mean."""
     cells = [cell for cell in view["cells"] if cell.get("asim_mean") is not None]
     metrics = known_metrics(cells)
     if not metrics:
@@ -221,7 +221,7 @@ def asim_scatter(figure, view: dict) -> str | None:
 
 
 def reliability(figure, view: dict) -> str | None:
-    """A diagram a method: how many answers are right, by confidence, in bins of at least LEAST rows."""
+    """One diagram for each method: the share of right answers by confidence, in bins of at least LEAST rows."""
     methods = by_method(view["cells"], "reliability")
     if not methods:
         return None
@@ -260,7 +260,7 @@ def draw_reliability(axis, cells: list[dict], color: str) -> None:
 
 
 def overlap(figure, view: dict) -> str | None:
-    """A line a pair of methods: mean over tasks, with the deviation over sets of that mean, and what is chance."""
+    """One line for each pair of methods: the mean over tasks with its deviation over sets, and the value of chance."""
     rows = []
     for key in dict.fromkeys(tuple(record["methods"]) for record in view["overlap"]):
         mine = [record for record in view["overlap"] if tuple(record["methods"]) == key]

@@ -1,4 +1,4 @@
-"""What a study and each of its figures found, in a sentence: for the page's first line, and for who cannot see them."""
+"""The finding of a study and of each figure in words: the page's first sentence, and alt texts."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from .summary import average, evaluations, paired
 
 
 def finding(cells: list[dict]) -> str:
-    """What IA2 before SFT brought, or else which method was right most often."""
+    """The gain of IA2→SFT over SFT, or else the most accurate method."""
     gain = paired(cells, "acc")
     if gain is None:
         return best(cells)
@@ -23,7 +23,7 @@ def finding(cells: list[dict]) -> str:
 
 
 def best(cells: list[dict]) -> str:
-    """Which method was right most often."""
+    """The most accurate method."""
     rows = [row for row in average(cells) if row["acc_mean"] is not None]
     if not rows:
         return "No method has a result on every evaluation."
@@ -37,7 +37,7 @@ def percent(value: float) -> str:
 
 
 def describe(figure: str, view: dict) -> str:
-    """What a figure shows, in words: its finding and the numbers that it stands for."""
+    """The alt text of a figure: its finding and numbers."""
     return f"{view['title']}. {DESCRIBED[figure](view)}"
 
 
@@ -69,7 +69,7 @@ def by_n(view: dict) -> str:
 
 
 def asim_layers(view: dict) -> str:
-    """Where each method is most and least alike."""
+    """The layers where each method is most and least similar to ICL."""
     said = []
     known = [cell for cell in view["cells"] if cell.get("asim_layers")]
     for (method,), cells in grouped(known, "method").items():
@@ -95,7 +95,7 @@ def asim_scatter(view: dict) -> str:
 
 
 def reliability(view: dict) -> str:
-    """How sure each method is on average, and how often right."""
+    """The mean confidence and accuracy of each method."""
     said = []
     known = [cell for cell in view["cells"] if cell.get("reliability")]
     for (method,), cells in grouped(known, "method").items():
@@ -106,7 +106,7 @@ def reliability(view: dict) -> str:
 
 
 def overlap(view: dict) -> str:
-    """What each pair has in common."""
+    """The overlap of each pair of methods."""
     said = []
     for (pair,), records in grouped(
         [{**record, "pair": tuple(record["methods"])} for record in view["overlap"]], "pair"

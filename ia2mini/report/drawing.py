@@ -67,7 +67,7 @@ LINE_OF_TEXT = 0.165  # inches
 
 @dataclass
 class ChartRow:
-    """A line of a chart: a point with its interval, and its value in words at the right."""
+    """A line of a chart: a point with its interval, and its value as text at the right."""
 
     name: str
     color: str
@@ -99,7 +99,7 @@ def set_heading(figure, *lines: str) -> None:
 
 
 def set_note(figure, text: str) -> None:
-    """What the marks and lines mean, below the figure."""
+    """Write a note below the figure: what marks and lines mean."""
     note = fill(text, CHARACTERS)
     figure.supxlabel(note, x=0.01, horizontalalignment="left", fontsize=9, color=FAINT)
 

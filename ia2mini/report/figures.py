@@ -1,4 +1,4 @@
-"""Figures of a study, ready for a paper: which there are, what stands below them, and the files they are written to."""
+"""The figures of a study: their names, captions and files."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The report of `fit` and `score`: numbers of held-out rows with intervals, a table, a page."""
+"""The report of `fit` and `score`: a table for the terminal and an HTML page."""
 
 import math
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ COLUMNS = 80  # of a terminal
 NO_BREAK = "\ue000"  # for a while in place of a blank at which no line breaks
 AGREES = "as with the context (%)"
 SUSPECTS = "suspects.jsonl"
-MATRIX = 20  # labels of which the page shows who was taken for whom as a square
+MATRIX = 20  # up to this many labels the page shows the confusion matrix
 INTERVALS = "95 % intervals: Clopper-Pearson for shares, Student's t for means"
 
 
@@ -60,7 +60,7 @@ def wrapped(text: str) -> str:
 
 
 def notes(report: dict, brief: bool = False) -> list[str]:
-    """What the table's signs mean; `brief`: of the table for the terminal."""
+    """The legend of the table; `brief`: of the table for the terminal."""
     measures = report["candidates"][next(iter(report["candidates"]))]
     said = [INTERVALS]
     if brief and "macro_f1" in measures:
@@ -79,7 +79,7 @@ def notes(report: dict, brief: bool = False) -> list[str]:
 
 
 def measured(report: dict, brief: bool = False) -> list[list[str]]:
-    """The table of the candidates: its heads, then a line for each, the chosen one marked, and the whole choice.
+    """The table of candidates: headings, one line for each with the chosen one marked, and "as shipped".
 
     `brief`: without the intervals of the measures in `WIDE`, where the table has all columns.
     """
@@ -109,7 +109,7 @@ def measured(report: dict, brief: bool = False) -> list[list[str]]:
 
 
 def entry(value, name: str) -> str:
-    """A measure as the table shows it: with its interval, if it has one."""
+    """A measure as text, with its interval if it has one."""
     if value is None:
         return "–"
     if not isinstance(value, list):
@@ -123,9 +123,9 @@ def entry(value, name: str) -> str:
 
 
 def write_fit_report(fitted, folder: Path, command: str, rows: Sequence[Row] = ()) -> None:
-    """report.html, held_out.jsonl (every row with what was said of it before it was trained on), the model card.
+    """Write report.html, held_out.jsonl (every row with its held-out answer) and the model card.
 
-    suspects.jsonl has the rows to look at first, where there are any; `rows`, what was fitted, say where each stands.
+    suspects.jsonl, if there are any, has the rows to check first; `rows` (the fitted ones) give their places.
     """
     report = fitted.report
     write_jsonl(folder / "held_out.jsonl", report["held_out"])
@@ -143,7 +143,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def places_of(rows: Sequence[Row], template: str) -> dict[str, str]:
-    """Where the rows of each prompt stand."""
+    """The places of the rows with each prompt."""
     places: dict[str, list[str]] = {}
     for row in rows:
         row = open_turns(row, template)
@@ -155,8 +155,8 @@ def places_of(rows: Sequence[Row], template: str) -> dict[str, str]:
 def suspects(report: dict, places: dict[str, str]) -> list[dict]:
     """The rows whose own label may be wrong, the least likely first.
 
-    Of the held-out rows that were answered wrongly a tenth of all rows at most, those with the least probability of
-    their own label. None where nothing is shipped, and none of texts.
+    They are wrong held-out rows, at most a tenth of all rows: those with the lowest probability of
+    their own label. There are none for texts, and none if nothing is shipped.
     """
     held = report["held_out"]
     wrong = [row for row in held if "probabilities" in row and not row["right"]]
@@ -198,7 +198,7 @@ def fit_page(report: dict, command: str, odd: Sequence[dict] = ()) -> str:
 
 
 def headline(report: dict) -> str:
-    """The title of the page: what was fitted, and what is shipped."""
+    """The title of the page: the name of the rows, and the shipped method."""
     if report["chosen"] == "base":
         return f"{report['name']}: nothing is shipped"
     return f"{report['name']}: {NAMES[report['chosen']]} is shipped"
@@ -231,7 +231,7 @@ def suspects_table(odd: Sequence[dict]) -> str:
 
 
 def by_label(report: dict) -> list[str]:
-    """What was said of each label: a line a label, and which were taken for which."""
+    """Precision and recall of each label, and the confusion matrix."""
     if "classes" not in report:
         return []
     labels = [one["label"] for one in report["classes"]]
@@ -273,7 +273,7 @@ def wrong_answers(report: dict) -> str:
 
 
 def calibration(report: dict) -> list[str]:
-    """Which temperature is shipped, and why."""
+    """The shipped temperature and its effect."""
     if not report.get("calibration"):
         return []
     before, after = report["calibration"]
@@ -301,7 +301,7 @@ def about(report: dict) -> str:
 
 
 def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) -> dict:
-    """The report of an adapter (or of the base with demonstrations) on rows with answers. UsageError of one without."""
+    """Score an adapter (with `icl` the base with demonstrations) on rows. UsageError for a row without answer."""
     spec = fitted.spec
     labels = spec["labels"]
     true = true_answers(rows, spec, column or spec["answer_column"] or "label")
@@ -336,7 +336,7 @@ def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) ->
 
 
 def true_answers(rows: list[Row], spec: dict, column: str) -> list[str]:
-    """The answer that stands in a column of each row. UsageError where one is missing."""
+    """The answer in a column of each row. Raises UsageError if one is missing."""
     true = []
     for row in rows:
         row = open_turns(row, spec["template"])

@@ -1,4 +1,4 @@
-"""Several finished studies as one: their cells in one set of tables, tests and figures."""
+"""Join finished studies: one set of tables, tests and figures for all."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from ..files import read_json
 from ..fitting.spec import is_text_or_none, misfit
 from ..study.table import METRICS
 
-# options in which joined studies may differ: each is told apart in the tables, or changes no number
+# options in which joined studies may differ: tables show them, or they change no number
 FREE = {
     "adapter", "alpha", "betas", "checkpoint", "device", "dtype", "evals", "loss", "methods", "model", "n", "pools",
     "rank", "rates", "targets", "tasks", "templates",
@@ -51,7 +51,7 @@ OVERLAP = {
     "overlap": [number_or_none],
     "chance": number_or_none,
 }
-LISTS = {  # of a results document, and what each of their records holds
+LISTS = {  # the lists of a results document, and the fields of their records
     "cells": [CELL],
     "runs": [dict],
     "training": [dict],
@@ -125,7 +125,7 @@ def read_results(folder: Path) -> dict:
 
 
 def check_options(configs: dict[str, dict]) -> None:
-    """Raises UsageError for an option in which studies differ though their tables do not show it."""
+    """Raises UsageError if studies differ in an option that the tables do not show."""
     first_folder, first = next(iter(configs.items()))
     for folder, config in configs.items():
         for option in sorted((first.keys() | config.keys()) - FREE):
@@ -137,7 +137,7 @@ def check_options(configs: dict[str, dict]) -> None:
 
 
 def check_losses(configs: dict[str, dict]) -> None:
-    """Raises UsageError where two studies mean different losses of one's own by one name."""
+    """Raises UsageError if two studies use one name for different losses of one's own."""
     known: dict[str, str] = {}
     for folder, config in configs.items():
         for name, digest in config.get("loss", {}).items():
@@ -171,7 +171,7 @@ def add_up(seconds: list[dict[str, float]]) -> dict[str, float]:
 
 
 def join_configs(configs: list[dict]) -> dict:
-    """What the studies have in common, and of other options the list of their values."""
+    """The options that the studies share; for an option that differs, the list of its values."""
     joined = {}
     for option, value in configs[0].items():
         values = [config.get(option) for config in configs]

@@ -1,4 +1,4 @@
-"""The parts of an HTML page that needs no other file: its frame, sections that fold, tables, figures."""
+"""The parts of a self-contained HTML page: frame, folding sections, tables, figures."""
 
 import html
 from base64 import b64encode
@@ -37,11 +37,11 @@ img { display: block; max-width: 100%; height: auto }
   @supports not (container-type: scroll-state) { .wide .hint { display: inline } }
 }
 """
-MANY_COLUMNS = 5  # from so many on a table is wider than a phone
+MANY_COLUMNS = 5  # a table with this many columns is wider than a phone
 
 
 def html_page(title: str, about: str, body: list[str]) -> str:
-    """A page from its title, what stands below it as HTML, and the rest of its body."""
+    """A page from its title, the HTML below the title, and the rest of its body."""
     screen = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     meta = f'<meta charset="utf-8">{screen}'
     head = f"<head>{meta}<title>{escaped(title)}</title><style>{STYLE}</style></head>"
@@ -51,7 +51,7 @@ def html_page(title: str, about: str, body: list[str]) -> str:
 
 
 def escaped(text) -> str:
-    r"""Text for HTML: markup escaped, control characters and whatever else has no face made visible (\x1b)."""
+    r"""Text for HTML: markup is escaped, control and other invisible characters are spelled out (\x1b)."""
     letters = []
     for letter in "–" if text is None else str(text):
         visible = letter.isprintable() or letter == "\n"
@@ -64,17 +64,17 @@ def lines(texts: list[str]) -> str:
 
 
 def bullets(items: list[str]) -> str:
-    """A list of texts that are HTML already."""
+    """A list of HTML texts."""
     return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
 
 
 def first_screen(parts: list[str]) -> str:
-    """What is seen at once: side by side where there is room."""
+    """The first screen of a page; its parts stand side by side if there is room."""
     return f'<div class="first">{"".join(parts)}</div>'
 
 
 def details(heading: str, body: list[str]) -> str:
-    """A section that opens when it is asked for; nothing where it is empty."""
+    """A section that unfolds on a click; nothing if it is empty."""
     if not any(body):
         return ""
     return f"<details><summary>{escaped(heading)}</summary>{''.join(body)}</details>"

@@ -1,4 +1,4 @@
-"""A study as one HTML page: a sentence, a table and a figure; folded below them all the rest."""
+"""A study as one HTML page: a sentence, a table and a figure; the rest is folded below them."""
 
 import json
 from datetime import date
@@ -90,7 +90,7 @@ def evaluations_table(cells: list[dict], by: str | None, document: dict) -> str:
 
 
 def answers(sample: dict, right: bool) -> str:
-    """A table of the sample's right or wrong rows: what was asked, what it should be, what was said, how sure."""
+    """A table of the sample's right or wrong rows: prompt, true answer, given answer, confidence."""
     rows = [row for row in sample["rows"] if row["right"] == right]
     method = label(sample["method"])
     how = "right" if right else "wrong"
@@ -142,7 +142,7 @@ def method_to_take(cells: list[dict]) -> str | None:
 
 
 def made(document: dict, command: str) -> list[str]:
-    """The command, versions, seconds and options."""
+    """The command, versions, seconds and options of the study."""
     said = [f"{name} {version}" for name, version in document.get("versions", {}).items()]
     written = f"Written on {date.today()}; {', '.join(said)}."
     config = json.dumps(document["config"], indent=2, ensure_ascii=False)

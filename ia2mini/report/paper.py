@@ -42,7 +42,7 @@ def departures_of(config: dict) -> list[str]:
 
 
 def add_paper(document: dict) -> int:
-    """Give each cell of a study that the paper has too a field `paper`, "accuracy / ECE"; how many there are.
+    """Add a field `paper` ("accuracy / ECE") to each cell that the paper has, too; returns their number.
 
     None where `departures` finds an option that the paper did not use.
     """

@@ -30,7 +30,7 @@ def parts(document: dict) -> list[dict]:
 
 
 def order_of(method: str, order: list[str]) -> int:
-    """Where a method stands in the order of tables; unknown ones last."""
+    """The place of a method in tables; unknown methods come last."""
     return order.index(method) if method in order else len(order)
 
 
@@ -54,7 +54,10 @@ def cells_of(cells: list[dict], model: str, n: int, kind: str | None, by: str | 
 
 
 def views(document: dict):
-    """What is drawn of each model, adapter and choice of the rate: its parts; of the largest N, cells and overlaps."""
+    """The data of the figures for each model, adapter and choice of the learning rate.
+
+    They are its parts, and the cells and overlaps at the largest N.
+    """
     found = grouped(parts(document), "by", "adapter", "model")
     choices, kinds, models = (list(dict.fromkeys(values)) for values in zip(*found))
     for (by, kind, model), mine in found.items():
@@ -96,7 +99,7 @@ def title(cells: list[dict], by: str | None) -> str:
 
 
 def dashed(name: str) -> str:
-    """A model's or an adapter's name in names of files."""
+    """A model's or an adapter's name for file names."""
     return re.sub(r"[^\w.-]", "-", name)
 
 
@@ -173,7 +176,7 @@ def means_of_sets(cells: list[dict], metric: str, shared: set) -> dict[str, list
 
 
 def verdict(cells: list[dict]) -> list[str]:
-    """What IA2 before SFT brought, with intervals, and where demonstrations teach the model less than SFT: in words."""
+    """Sentences on the gain of IA2→SFT with intervals, and on whether ICL is worse than SFT."""
     gain = paired(cells, "acc")
     if gain is None:
         return []

@@ -1,4 +1,4 @@
-"""The table in the terminal, one screen: the mean first, every evaluation only when asked for; and tables as files."""
+"""The table in the terminal (means; every evaluation with --full), and tables as files."""
 
 from functools import partial
 from itertools import chain
@@ -53,7 +53,7 @@ FORMULA = (
 
 
 def paint(text: str, code: str) -> str:
-    """A text in a colour or weight of the terminal."""
+    """A text in colour or bold for the terminal."""
     return f"\x1b[{code}m{text}\x1b[0m" if text else text
 
 
@@ -115,7 +115,7 @@ def aligned(table: list[list[str]]) -> list[str]:
 
 
 def known_columns(rows: list[dict], document: dict) -> list[str]:
-    """The columns that are asked for and some row has a value of."""
+    """The requested columns that have a value in some row."""
     columns = []
     for column in (*document.get("columns", COLUMNS), "rate", "paper"):
         values = [row.get(f"{column}_mean", row.get(column)) for row in rows]
@@ -163,7 +163,7 @@ def entry(row: dict, column: str) -> str:
 
 
 def legend(document: dict) -> list[str]:
-    """What stands in the table, and which runs failed, in lines."""
+    """The legend of the table, and the runs that failed."""
     cells = document["cells"]
     columns = known_columns(cells, document)
     sets = max(cell["sets"] for cell in cells)
@@ -186,7 +186,7 @@ def legend(document: dict) -> list[str]:
 
 
 def tokens_of_a_query(cells: list[dict]) -> list[str]:
-    """What demonstrations cost: the mean length of a query's prompt without and with them, where both were scored."""
+    """The mean tokens of a query without and with demonstrations, if both were scored."""
     alone = []
     demonstrated = []
     for cell in cells:
@@ -205,7 +205,7 @@ def tokens_of_a_query(cells: list[dict]) -> list[str]:
 
 
 def failures(document: dict) -> list[str]:
-    """Which runs failed, a line for those of a method at one rate that failed alike."""
+    """The failed runs: one line for those of a method that failed alike at one learning rate."""
     several = []
     for name in ("model", "adapter"):
         values = {cell[name] for cell in document["cells"] if cell[name]}
@@ -217,7 +217,7 @@ def failures(document: dict) -> list[str]:
 
 
 def failure(runs: list[dict], several: list[str]) -> str:
-    """What went wrong in some sets' runs at one rate; `several`: fields of which the document has several values."""
+    """What went wrong in the runs of some sets at one learning rate; `several`: fields with several values."""
     first = runs[0]
     method = label(first["method"])
     names = [str(first.get(name)) for name in several]

@@ -1,4 +1,4 @@
-r"""Parsers of answers that are text: what of a generated or a true answer is compared, exactly.
+r"""Parsers of text answers: they extract the part of a generated or true answer that is compared exactly.
 
 They read as the paper's released scripts do (protocol section 5), with one difference: `parse_number` keeps a minus
 sign, which the scripts drop. Each takes the whole text; None where there is nothing to compare.
@@ -125,7 +125,7 @@ MARKS = {
 
 
 def parser_for(answers: list[str]) -> str:
-    """The parser for a user's own answers: by marks that every one of them has, else "text"."""
+    """The parser for a user's own answers: the first whose marks all answers have, else "text"."""
     for parser, mark in MARKS.items():
         if all(mark.search(answer.replace("\N{MINUS SIGN}", "-")) for answer in answers):
             return parser
@@ -133,9 +133,9 @@ def parser_for(answers: list[str]) -> str:
 
 
 def same_answer(parser: str, text: str, answer: str) -> bool:
-    """Whether a text parses to the same as the true answer does, however either writes its accents (NFC, NFD).
+    """Whether a text and the true answer parse to the same value; accents may be written either way (NFC, NFD).
 
-    Nothing is never right.
+    An empty value is never right.
     """
     parsed = PARSERS[parser](normalize("NFC", text))
     return bool(parsed) and parsed == PARSERS[parser](normalize("NFC", answer))

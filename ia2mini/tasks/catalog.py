@@ -1,4 +1,4 @@
-"""The task catalog: an entry a task (`paper.json`; protocol section 1), and how a row reads as prompt and answer."""
+"""The task catalog: one entry per task (`paper.json`; protocol section 1), and how rows become prompts and answers."""
 
 import difflib
 import json
@@ -26,7 +26,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A task: where its rows are, which of them count, and how a row reads as prompt and answer.
+    """A task: where its rows are, which of them count, and how a row becomes prompt and answer.
 
     Templates name columns in braces. A task with `labels` answers with one of them, `labels[i]`, where i is what
     `label_index` has for the text in column `label` (None drops the row; by default "0" is 0 and so on). A task without
@@ -48,7 +48,7 @@ class Task:
     max_tokens: int = 1  # of an answer in evaluation
     teacher_tokens: int | None = None  # of the teacher's responses to training rows; None: as many
     parser: str | None = None  # of a text: answer -> what is compared, one of answers.PARSERS
-    prepare: str | None = None  # columns to add to a row, one of PREPARE
+    prepare: str | None = None  # adds columns to a row, one of PREPARE
     # in order; also "complete", which drops rows without prompt or
     # answer, "unique", which drops repeated prompts, and …
     steps: tuple[str, ...] = ("shuffle", "filter")
@@ -59,11 +59,11 @@ class Task:
     fallback: tuple[str, ...] = ()
     folder: str | None = None  # folder in a local collection, where it is not the hub's name
     files: tuple[str, str] | None = None  # own rows: file of the pool, file of the evaluation
-    remarks: tuple[str, ...] = ()  # own rows: how they were read, in sentences
+    remarks: tuple[str, ...] = ()  # own rows: sentences on how they were read
 
     @property
     def evals(self) -> tuple[str, ...]:
-        """Names of the tasks this one is evaluated on, itself first; the others are out of distribution."""
+        """The names of the tasks to evaluate on: this one first, then those out of distribution."""
         return (self.name, *self.ood)
 
     @property
@@ -171,7 +171,7 @@ def all_tasks() -> dict[str, Task]:
 
 
 def find_task(name: str) -> Task:
-    """The task of a name. UsageError with the nearest name for one that is not there."""
+    """The task with this name. Raises UsageError, with the nearest name, if there is none."""
     tasks = all_tasks()
     if name not in tasks:
         near = difflib.get_close_matches(name.lower(), tasks, 1, 0)[0]

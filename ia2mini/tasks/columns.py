@@ -1,4 +1,4 @@
-"""Which columns of a user's rows hold the prompt and the answer: as given, by convention, or by name."""
+"""Find the columns of prompt and answer in a user's rows: as given, by convention, or by name."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from .rows import Row, is_blank, placeholders
 
 PROMPTS = "text prompt question instruction input sentence query message content review ticket title".split()
 ANSWERS = "label answer output response completion category class target intent sentiment".split()
-# names of columns that may belong to a prompt, whatever they hold: they are never left out in silence
+# columns with these names may belong to a prompt: they are never left out silently
 PROMPT_PARTS = "context passage document paragraph premise hypothesis body description subject abstract".split()
 PROMPT_PARTS += (
     "article system history dialogue choices options source_text aspect entity claim".split()
@@ -32,7 +32,7 @@ class ChosenColumns:
     left_out: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """A sentence on which columns were chosen and which were left out."""
+        """A sentence that names the chosen columns and those left out."""
         prompt = ", ".join(map(repr, self.prompts))
         if "{?" in self.body:
             first, second = self.prompts

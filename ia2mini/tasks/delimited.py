@@ -1,4 +1,4 @@
-"""CSV and TSV files: which delimiter they use, and their rows under the names of their header."""
+"""CSV and TSV files: find the delimiter, and read rows under the names of the header."""
 
 import codecs
 import csv
@@ -19,7 +19,7 @@ csv.field_size_limit(2**31 - 1)  # Python's own limit is 131,072 characters
 
 
 def read_delimited(path: Path, default: str) -> list[tuple[str, dict[str, str]]]:
-    """Where each row stands ("file:line"), and its columns.
+    """The place of each row ("file:line") and its columns.
 
     A field in quotes may hold delimiters, line ends and doubled quotes. Blanks around the names of the header are
     dropped, and so are columns at the end without a name and without content. Raises UsageError.
@@ -54,7 +54,7 @@ def read_delimited(path: Path, default: str) -> list[tuple[str, dict[str, str]]]
 
 
 def style_of(path: Path) -> tuple[str, bool]:
-    """The delimiter of a CSV file, and whether a byte order mark begins it, by which Excel knows UTF-8."""
+    """The delimiter of a CSV file, and whether the file begins with a byte order mark (Excel's sign of UTF-8)."""
     text = read_text(path)
     declared = NAMED_DELIMITER.match(text)
     delimiter = declared[1] if declared else find_delimiter(text, path, ",")

@@ -29,7 +29,7 @@ def own_task(
     template: str | None = None,
     answers: str | None = None,
 ) -> Task:
-    """The task that rows describe; `prompt` and `answer` are their columns, guessed from the header where not given.
+    """Make a task from rows; the columns `prompt` and `answer` are guessed from the header if not given.
 
     `answers` says whether these are "labels" or "text". By itself, at most 255 different answers, each given twice on
     average to different prompts, are labels: `task.labels`, sorted. Others are text, parsed as numbers, boxes or after
@@ -79,7 +79,7 @@ def own_task(
 
 
 def are_labels(answers: str | None, labels: int, rows: int) -> bool:
-    """Whether so many different answers in so many different rows are labels. Raises UsageError for too many."""
+    """Whether answers are labels, from the number of different answers and of rows. Raises UsageError for too many."""
     if answers not in ("labels", "text", None):
         raise UsageError(f"answers = {answers!r}: say 'labels' or 'text', or nothing")
     if answers == "labels" and labels > MOST_LABELS:
@@ -91,7 +91,7 @@ def are_labels(answers: str | None, labels: int, rows: int) -> bool:
 
 
 def check_template(template: str | None) -> str | None:
-    """A template with its line ends. Raises UsageError for one without a column, which asks the same of every row."""
+    """A template with its line ends. Raises UsageError without a column: every prompt would be the same."""
     if template is None:
         return None
     if not placeholders(template):
@@ -111,7 +111,7 @@ def default_template(columns: ChosenColumns, labelled: bool) -> str:
 
 
 def cue(column: str, default: str) -> str:
-    """A column's name as a word of the prompt, or the default where the name says nothing."""
+    """A column's name as a word of the prompt, or the default if the name means nothing."""
     words = column.replace("_", " ").strip()
     if words.lower() in UNINFORMATIVE or len(words) < 3 or not words.replace(" ", "").isalpha():
         return default
@@ -153,7 +153,7 @@ def label_of_each_text(texts: list[str]) -> dict[str, str]:
 
 
 def true_answer(row: Row, column: str, labels: list[str]) -> str:
-    """The true answer in a column, where there are labels one of them. Raises UsageError for any other."""
+    """The true answer in a column. Raises UsageError if there are labels and it is none of them."""
     text = row.text(column)
     if not labels or text in labels:
         return text
@@ -167,7 +167,7 @@ def true_answer(row: Row, column: str, labels: list[str]) -> str:
 def drop_incomplete(
     rows: list[Row], template: str, answer: str | None
 ) -> tuple[list[Row], list[str]]:
-    """The rows that have a prompt and an answer, and sentences that name the others."""
+    """The rows with a prompt and an answer, and sentences that name the other rows."""
     complete = []
     lacking: dict[str, list[str]] = {"prompt": [], "answer": []}
     for row in rows:
@@ -203,7 +203,7 @@ def complete_rows(rows: list[Row], task: Task) -> tuple[list[Row], list[str]]:
 
 
 def similar_labels(labels: tuple[str, ...]) -> list[str]:
-    """A sentence for every two labels that differ only in blanks or case, and for those that may be mistakes."""
+    """Sentences on labels that differ only in blanks or case, and on labels that may be mistakes."""
     sentences = []
     first_of: dict[str, str] = {}
     for label in labels:
@@ -230,7 +230,7 @@ def similar_labels(labels: tuple[str, ...]) -> list[str]:
 
 
 def normalized(label: str) -> str:
-    """What labels share that are written in two ways: composed letters, one number, or true and 1."""
+    """The common form of a label that is written in several ways: composed letters, numbers, true and 1."""
     text = unicodedata.normalize("NFKC", label).casefold().strip()
     text = TRUE_FALSE.get(text, text)
     try:
@@ -240,7 +240,7 @@ def normalized(label: str) -> str:
 
 
 def queries_task(rows: list[Row], name: str, prompt=None, template: str | None = None) -> Task:
-    """The task of rows that only ask: what they are answered is text. Raises UsageError where no column is known."""
+    """The task of rows without answers; the model answers with text. Raises UsageError if no column is known."""
     template = check_template(template)
     columns = choose_columns(rows, prompt, None, template, has_answers=False)
     template = template or default_template(columns, False)

@@ -22,11 +22,11 @@ COLUMN = re.compile(r"(\n?)\{(\??)([^{}]*)\}")
 # a whole number as pandas writes it where its column also held nothing
 WHOLE = re.compile(r"(-?\d+)\.0+")
 BLOCK_SIZE = 64  # rows that are answered together
-MISSING = ("", "nan", "<na>")  # what stands in a cell that holds nothing, in small letters
+MISSING = ("", "nan", "<na>")  # how an empty cell is written, in small letters
 
 
 class Row(dict):
-    """The columns of one row, and where it stands ("file:line"); a column that is not there is a UsageError."""
+    """The columns of one row and its place ("file:line"). A missing column raises UsageError."""
 
     def __init__(self, where: str, columns: dict):
         if not isinstance(columns, dict):
@@ -41,7 +41,7 @@ class Row(dict):
         raise UsageError(f"{self.where}: no column {column!r}; the columns there are {columns}")
 
     def is_missing(self, column: str) -> bool:
-        """Whether a column is not there, or holds None or NaN."""
+        """Whether a column is missing, or holds None or NaN."""
         value = self.get(column)
         return value is None or (isinstance(value, float) and math.isnan(value))
 
@@ -76,7 +76,7 @@ def needed_columns(template: str) -> list[str]:
 
 
 def only_column(template: str) -> str:
-    """The column that a text alone stands for: the only one of a template that may not be empty, else "text"."""
+    """The column for a row that is only a text: the template's only required column, else "text"."""
     needed = needed_columns(template)
     return needed[0] if len(needed) == 1 else "text"
 
@@ -84,7 +84,7 @@ def only_column(template: str) -> str:
 def fill(template: str, row: Row) -> str:
     """A template with every `{column}` replaced by that column's text.
 
-    `{?column}` may be empty or missing: then a line end that stands right before it goes, too.
+    `{?column}` may be empty or missing; then a line end right before it is dropped, too.
     """
 
     def text_of(match: re.Match) -> str:
@@ -97,7 +97,7 @@ def fill(template: str, row: Row) -> str:
 
 
 def blank_of(template: str) -> str:
-    """The blank at a template's end. It belongs to the answer: most tokenizers join it to the word after it."""
+    """The blank at a template's end. It belongs to the answer, since most tokenizers join it to the next word."""
     return template[len(template.rstrip(" ")) :]
 
 
@@ -125,7 +125,7 @@ def is_blank(row: Row, column: str) -> bool:
 
 
 def missing_part(row: Row, template: str, answer: str | None) -> str | None:
-    """What a row of one's own lacks, "prompt" or "answer"; None if it has both (with `answer` None: a prompt).
+    """What a row lacks, "prompt" or "answer"; None if nothing. With `answer` None only the prompt is needed.
 
     A prompt needs every column of the template that may not be empty, and not blanks alone.
     """
@@ -144,7 +144,7 @@ def missing_part(row: Row, template: str, answer: str | None) -> str | None:
 def read_rows(path: Path, named_classes: bool = True) -> list[Row]:
     """The rows of a file, read by its suffix, or of a folder that `datasets` saved. Raises UsageError.
 
-    The line names file and line of whatever is wrong. `book.xlsx:sheet` names a sheet of Excel. Files of `datasets`
+    The message names file and line. `book.xlsx:sheet` names a sheet of Excel. Files of `datasets`
     keep the names of classes beside their numbers; with `named_classes` a row holds names.
     """
     path, sheet = named_sheet(path)
@@ -214,7 +214,7 @@ def read_json_rows(path: Path) -> list[tuple]:
 
 
 def read_csv_rows(path: Path) -> list[tuple]:
-    """Rows of a file with a header, whose delimiter is seen from it; a .tsv's is a tab where that fits."""
+    """Rows of a file with a header; the delimiter is found from the file, and is a tab for .tsv if that fits."""
     first = "\t" if path.suffix.lower() == ".tsv" else ","
     return read_delimited(path, first)
 
@@ -278,7 +278,7 @@ def rename_clashes(row: dict, added: Collection[str]) -> dict:
 
 
 def blocks(rows: Iterable[Row | UsageError | None]) -> Iterator[list[Row | UsageError]]:
-    """Rows in lists of up to `BLOCK_SIZE`; fewer where the next row has yet to come (None)."""
+    """Rows in lists of up to `BLOCK_SIZE`; shorter if the next row has not come yet (None)."""
     block: list[Row | UsageError] = []
     for row in rows:
         if row is not None:

@@ -1,4 +1,4 @@
-"""Where rows come from: the hub, a local folder in hub columns, the embedded world, or a user's file; as `Examples`."""
+"""Load the rows of a task from the hub, a local folder, the embedded world or a user's file, as `Examples`."""
 
 import hashlib
 import io
@@ -19,8 +19,8 @@ from .catalog import Example, Task, arrange
 from .own import complete_rows, own_task
 from .rows import READERS, Row, fill, read_rows
 
-POOL = 2000  # most rows of a pool
-EVAL = 500  # most rows of an evaluation
+POOL = 2000  # largest pool
+EVAL = 500  # largest evaluation
 PARQUET = "refs/convert/parquet"  # the branch of the hub's own Parquet conversion
 
 
@@ -58,7 +58,7 @@ def load_examples(
 
 
 def fetch(task: Task, role: str, data_dir: str | Path | None) -> tuple[list[Row], dict]:
-    """All rows of the split that a role is taken from, in the source's order, and where they are from."""
+    """All rows of the split for a role, in the source's order, and their origin."""
     split = task.train if role == "train" else task.eval
     if task.hub is None and not task.files:
         origin = {"source": "embedded", "files": [task.name]}

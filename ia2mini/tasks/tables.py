@@ -1,6 +1,6 @@
-"""Tables in and of other programs: Parquet, Excel, folders that `datasets` saved, and pandas DataFrames.
+"""Tables of other programs: Parquet, Excel, folders saved by `datasets`, and pandas DataFrames.
 
-Each reader gives pairs: where a row stands ("file row 3"), and its columns. All need packages of the extra `data`.
+Each reader yields pairs: the place of a row ("file row 3") and its columns. All need the extra `data`.
 """
 
 import json
@@ -20,12 +20,12 @@ SPLITS = "dataset_dict.json"  # of several, each in a folder of its own
 
 
 def missing_package(package: str, path: Path, what: str) -> UsageError:
-    """The error where a package of the extra `data` is missing."""
+    """The error for a missing package of the extra `data`."""
     return UsageError(f"{path}: {what} needs {package}: pip install 'ia2mini[data]'")
 
 
 def unreadable(path: Path, kind: str, error: Exception) -> UsageError:
-    """What is said of a file that could not be read: it is damaged, or the machine has too little memory for it."""
+    """The message for a file that could not be read: it is damaged, or memory is too small."""
     if out_of_memory(error):
         return UsageError(
             f"{path}: too little memory to read it ({error}); give a part of its rows"
@@ -95,7 +95,7 @@ def name_classes(pairs: Pairs, names: dict[str, list[str]]) -> None:
 def read_excel(path: Path, sheet: str | None = None) -> Pairs:
     """The rows of an Excel sheet under the names of its header, the first row that is not empty.
 
-    Of several sheets that are not hidden and hold something one must be named. A cell with an error (#N/A) is empty.
+    If several visible sheets hold something, one must be named. A cell with an error (#N/A) counts as empty.
     Raises UsageError.
     """
     try:
