@@ -53,10 +53,10 @@ def reliability(confidence, correct, bins: int = BINS, scheme: str = "width") ->
     """Reliability diagram of Guo et al. 2017, of [Q] twice: each bin's rows, sum of confidences, right rows, [bins, 3].
 
     - `width`: equal widths on [0, 1]. A bin is open on the left and closed on the right; 0 belongs to the first.
-    - `mass`: rows sorted by confidence, cut into bins whose counts differ by at most one. Rows of equal confidence share
-      their mean correctness, so that the order of rows never matters.
-    - `scripts`: as in the paper's released scripts, sorted rows with Q // bins in a bin and the rest in the last. Rows of
-      equal confidence stay in their order.
+    - `mass`: rows sorted by confidence, cut into bins whose counts differ by at most one. Rows of equal confidence
+      share their mean correctness, so that the order of rows never matters.
+    - `scripts`: as in the paper's released scripts, sorted rows with Q // bins in a bin and the rest in the last. Rows
+      of equal confidence stay in their order.
     """
     confidence = _float64(confidence)
     correct = _float64(correct)

@@ -1,4 +1,4 @@
-"""The folder of a fitted adapter: how it is written, how it proves itself when it is loaded, and merging."""
+"""The folder of a fitted adapter: writing it, checking it when it is loaded, and merging."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from .serving import write_decision
 from .spec import SPEC, read_spec
 
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
-CHECKPOINT_FILES = (  # small files of the base's checkpoint, which stand beside merged weights, too
+CHECKPOINT_FILES = (  # small files of the base's checkpoint that are copied beside merged weights
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
@@ -36,7 +36,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.1}
 
 
 def check_own(folder: Path) -> None:
-    """Raises UsageError for a folder that holds something, and not what an earlier fit left there."""
+    """Raises UsageError for a folder with files that are not from an earlier fit."""
     mend = "choose a new or empty folder with --out"
     if not folder.is_dir():
         if folder.exists():
@@ -86,12 +86,12 @@ def digest(path: Path) -> str | None:
 
 @torch.no_grad()
 def canary(predictor, kept: dict | None = None) -> dict:
-    """Next tokens of a prompt (the likeliest, or as `kept`) and their log-probabilities, with and without it."""
+    """A test prompt's likeliest next tokens (or those of `kept`); log-probabilities with and without the adapter."""
     subject = predictor.subject
     prompt = predictor.chat(predictor.spec["example"])
     measured: dict = {"dtype": subject.dtype}
     if predictor.spec["chat"]:
-        # a template may write today's date: the prompt that was kept is used again
+        # a template may write today's date, so the kept prompt is used again
         prompt = Rendered((kept or {}).get("prompt", prompt))
         measured["prompt"] = str(prompt)
     ids = subject.tokenizer.encode(prompt)
@@ -107,7 +107,7 @@ def canary(predictor, kept: dict | None = None) -> dict:
 
 
 def check(predictor, folder: Path) -> None:
-    """Compare the canary with what was saved. Raises UsageError for another base or a damaged adapter."""
+    """Compare a test prompt's probabilities with the saved ones. UsageError for another base or a damaged adapter."""
     spec = predictor.spec
     kept = spec["canary"]
     now = canary(predictor, kept)
@@ -161,7 +161,7 @@ def base_of(folder: Path) -> tuple[str, str | None]:
 
 
 def what_answers(predictor) -> str:
-    """Who answers the rows of a folder that ships no adapter, and what to do instead of using one."""
+    """For a folder without an adapter: what answers its rows, and what to do instead."""
     base = predictor.subject.base
     method = predictor.spec["method"]
     if method == "icl":

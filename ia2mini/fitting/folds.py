@@ -1,4 +1,4 @@
-"""Cross-validation of a user's rows: folds, and the demonstrations before each row of a fold."""
+"""Cross-validation of a user's rows: the folds, and the demonstrations of each row."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -15,7 +15,7 @@ DEMONSTRATION_PARTS = 4  # parts of a fold's training rows, each with its own de
 
 @dataclass(frozen=True, kw_only=True)
 class Fold(Episode):
-    """An episode of one's own rows, and which of them it never sees."""
+    """An episode of a user's rows, and the held-out rows that it never sees."""
 
     test: list[int]  # indices of the held-out rows
 

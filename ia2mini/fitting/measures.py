@@ -1,4 +1,4 @@
-"""How good held-out scores are: numbers with intervals, and what was predicted for each label."""
+"""Measures of held-out scores with intervals, and a confusion matrix."""
 
 import math
 
@@ -11,7 +11,7 @@ from ..metrics import ece, ece_null, macro_f1, row_losses, smooth_ece
 
 
 def measures(scores: Tensor, gold: Tensor, temperatures=1.0, right: Tensor | None = None) -> dict:
-    """How good `scores` (`selection.Candidate`) are on their rows.
+    """Measures of `scores` (`selection.Candidate`) on their rows.
 
     Accuracy, NLL and Brier with their 95 % intervals, [mean, low, high]. The rest are points: macro-F1, ECE, its null
     (ECE is biased upwards: an interval by resampling would lie above it). `temperatures`: a number, or [n] of the rows.
@@ -50,7 +50,7 @@ def accuracy_with_interval(right: Tensor) -> list[float]:
 
 
 def positive(values: list[float]) -> list[float]:
-    """Mean and interval of what is never below zero, which is where the interval is cut."""
+    """Mean and interval of values that are never negative; the interval is cut at zero."""
     mean, low, high = mean_interval(values)
     if not math.isnan(low):
         low = max(0.0, low)
@@ -78,7 +78,7 @@ def classes(scores: Tensor, gold: Tensor, labels: tuple[str, ...]) -> dict:
 
 
 def commonest(gold: Tensor, labels: int) -> dict:
-    """The measures of always saying the most frequent label, with the frequencies among these rows."""
+    """The measures of always giving the most frequent label, with the label frequencies as probabilities."""
     shares = torch.bincount(gold, minlength=labels) / len(gold)
     scores = shares.log().clamp_min(-100)
     return measures(scores.expand(len(gold), -1), gold)

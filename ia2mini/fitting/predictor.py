@@ -1,4 +1,4 @@
-"""A fitted adapter in use: answers to new rows with probabilities, one by one or as scikit-learn gives them."""
+"""A fitted adapter in use: it answers new rows with probabilities, one by one or in scikit-learn's style."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -42,12 +42,12 @@ from . import folder as folders
 from .probe import Probe, last_states, read_probe
 from .spec import FOREIGN, check_given, read_spec
 
-ANSWER_COLUMNS = ("answer", "abstained", "confidence", "probabilities")  # that are added to a row
+ANSWER_COLUMNS = ("answer", "abstained", "confidence", "probabilities")
 
 
 @dataclass
 class Predictor:
-    """The base model under one adapter (none: the base itself), with what it needs to answer rows.
+    """The base model with an adapter (or without), and everything that answering rows needs.
 
     Rows are dicts of columns, texts for the template's only column, or a pandas DataFrame.
     """
@@ -58,7 +58,7 @@ class Predictor:
     # template, labels, max_tokens, stop, temperature, confidences, demonstrations, method, report, …
     spec: dict
     report: dict = field(default_factory=dict)
-    probe: Probe | None = None  # answers in the place of the model's head
+    probe: Probe | None = None  # answers in place of the model's head
 
     def __post_init__(self):
         self.chat = str
@@ -68,7 +68,7 @@ class Predictor:
             self.subject = replace(self.subject, tokenizer=self.chat.tokenizer)
 
     def student(self, with_adapter: bool = True) -> AbstractContextManager:
-        """The model under the adapter, if there is one; else the base."""
+        """The model with the adapter if there is one, else the base."""
         if with_adapter and self.adapter:
             return adapted(self.subject.model, self.adapter, self.theta)
         return nullcontext(self.subject.model)
@@ -96,7 +96,7 @@ class Predictor:
         return np.array(probabilities, dtype=np.float64).reshape(-1, len(labels))
 
     def score(self, rows, labels, icl: bool = False) -> float:
-        """The share of rows whose answer is the true one in `labels`. Raises UsageError, also for an unknown label."""
+        """The share of right answers, by the true ones in `labels`. Raises UsageError, also for an unknown label."""
         predicted = self.predict(rows, icl)
         true = []
         for number, label in enumerate(labels, 1):
@@ -110,7 +110,7 @@ class Predictor:
         return float(np.mean([self.is_right(*pair) for pair in zip(predicted, true)]))
 
     def is_right(self, answer: str, true: str) -> bool:
-        """Whether an answer is the true one: the same label, or a text that is read as the same."""
+        """Whether an answer is right: the same label, or a text that parses to the same value."""
         if self.spec["labels"]:
             return answer == true
         return same_answer(self.spec["parser"], answer, true)
@@ -162,7 +162,7 @@ class Predictor:
             yield row, answer
 
     def iter_answers(self, rows, icl: bool) -> Iterator[tuple[Row, dict | UsageError]]:
-        """As `answers`, with the UsageError of a row that cannot be answered in its place."""
+        """As `answers`; a row that cannot be answered gives its UsageError instead."""
         needs_demonstrations = icl or self.spec["method"] in WITH_DEMONSTRATIONS
         demonstrations = self.demonstrations() if needs_demonstrations else []
         column = only_column(self.spec["template"])
@@ -185,7 +185,7 @@ class Predictor:
                 yield row if isinstance(row, Row) else Row("", {}), outcome
 
     def demonstrations(self) -> list[Example]:
-        """The kept demonstrations, or the context. Raises UsageError where there are none."""
+        """The kept demonstrations, or the context. Raises UsageError if there are none."""
         spec = self.spec
         if not spec["demonstrations"]:
             raise UsageError("--icl: this adapter keeps no demonstrations")
@@ -193,7 +193,7 @@ class Predictor:
         return [Example(as_prompt(e["prompt"]), e["answer"]) for e in spec["demonstrations"]]
 
     def query(self, row: Row, demonstrations: list[Example], place: int = 0) -> "Query":
-        """The prompt of a row. Raises UsageError for a missing column, and where it is longer than the model reads."""
+        """The prompt of a row. Raises UsageError for a missing column, and for a prompt that is too long."""
         template = self.spec["template"]
         prompt = self.chat(prompt_of(template, open_turns(row, template)))
         tokens = len(self.subject.tokenizer.encode(with_demonstrations(demonstrations, prompt)))
@@ -227,7 +227,7 @@ class Predictor:
         return self.label_tokens_after(self.chat(self.spec["example"]))
 
     def labels_after_prompt(self) -> list[str]:
-        """The labels as they stand after a prompt: with the blank that the template ends with."""
+        """The labels as written after a prompt, with the blank at the template's end."""
         return list(labels_after_prompt(self.spec["template"], self.spec["labels"]))
 
     def label_tokens_after(self, prompt: str) -> list[list[int]]:
@@ -255,7 +255,7 @@ class Predictor:
         tokenizer = self.subject.tokenizer
         temperature = self.spec["temperature"]
         if icl and self.spec["method"] != "icl":
-            temperature = 1.0  # it was fitted to the answers of what is shipped
+            temperature = 1.0  # the temperature was fitted to the shipped model's answers
         with self.student(not icl) as student:
             if demonstrations:
                 student, ids = share_prefix(student, tokenizer, [demonstrations], prompts)
@@ -295,7 +295,7 @@ class Predictor:
         return answers
 
     def answer_text(self, student, ids: list[list[int]]) -> list[dict]:
-        """The text that is generated after each prompt, and its confidence."""
+        """Generate a text after each prompt; returns the texts and their confidences."""
         max_tokens = self.spec["max_tokens"]
         hooks = fast_decoding(device_of(self.subject.model), max_tokens)
         decoding = Decoding(max_tokens, self.spec["stop"], hooks=hooks)
@@ -306,19 +306,16 @@ class Predictor:
         return [{"answer": answer, "confidence": confidence} for answer, confidence in pairs]
 
     def save(self, folder: str | Path) -> None:
-        """Write the adapter in peft's format and `ia2mini.json`. Raises UsageError, also for a folder of others."""
+        """`folder.save`: write the adapter in peft's format and `ia2mini.json`. Raises UsageError."""
         folders.save(self, Path(folder))
 
     def merge(self, out: str | Path) -> float:
-        """Write a checkpoint with the adapter in its matrices; the largest difference of a logit on a prompt.
-
-        Raises UsageError for a folder `out` that holds anything but this same merge.
-        """
+        """`folder.merge`: write a merged checkpoint; returns the largest difference of a logit. Raises UsageError."""
         return folders.merge(self, Path(out))
 
 
 class Query(NamedTuple):
-    """A row to be answered: its place in the block, its prompt, and the tokens of each label (none for texts)."""
+    """A row to answer: its place in the block, its prompt, and the tokens of each label (none for texts)."""
 
     place: int
     prompt: str

@@ -23,7 +23,7 @@ PROBE = "probe.safetensors"
 
 # of the squared weights, for standardised states and the sum of the rows' losses; cross-validation picks one
 PENALTIES = (0.1, 1.0, 10.0, 100.0)
-UNSEEN = -87.0  # log-probability of a label of which no row was seen
+UNSEEN = -87.0  # log-probability of a label without a training row
 
 
 @dataclass
@@ -52,7 +52,7 @@ def last_states(model: Callable, prompts: list[list[int]], budget: int = 4096) -
 
 
 def keep_states(states: Tensor, head: Tensor) -> Tensor:
-    """In place of the head: what it reads."""
+    """Keeps the input of the head; used in place of the head."""
     return states
 
 

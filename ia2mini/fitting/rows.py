@@ -1,4 +1,4 @@
-"""One's own rows: how they are read, and what is odd about them."""
+"""A user's own rows: reading them, and remarks on unusual ones."""
 
 import re
 from collections import Counter
@@ -13,12 +13,12 @@ from ..tasks.own import complete_rows, own_task, queries_task, similar_labels
 from ..tasks.rows import Row, as_rows
 from ..tasks.turns import ALL_TURNS, ANSWER, holds_turns, open_turns
 
-LONG = 500  # tokens from which on a row may be called far longer than the others
-FAR = 10  # times the median, from which on it is
+LONG = 500  # a row of fewer tokens is never called far longer than the others
+FAR = 10  # times the median length: longer rows are
 
 
 class Columns(NamedTuple):
-    """Where rows hold what is asked and answered; None: guessed from the header."""
+    """The columns of prompt and answer; None: guessed from the header."""
 
     prompt: str | None = None
     answer: str | None = None
@@ -29,9 +29,9 @@ class Columns(NamedTuple):
 def read_own(
     rows, columns: tuple = (), queries: bool = False, chat: bool = False
 ) -> tuple[list[Row], Task]:
-    """One's own rows that have all that is needed, and the task that they describe; `queries` have no answers.
+    """The complete rows among a user's rows, and their task; `queries` have no answers.
 
-    `task.remarks` says how they were read, and which were left out. Raises UsageError.
+    `task.remarks` says how rows were read and which were left out. Raises UsageError.
     """
     rows = as_rows(rows)
     columns = Columns(*columns)
@@ -49,7 +49,7 @@ def read_own(
 
 
 def columns_of_turns(columns: Columns, where: str, chat: bool) -> Columns:
-    """The columns of rows that hold conversations. Raises UsageError where nothing says how they are asked."""
+    """The columns of rows with conversations. UsageError if neither --chat nor a template says how to write them."""
     template = columns.template
     if template is None and chat:
         template = ALL_TURNS
@@ -60,7 +60,7 @@ def columns_of_turns(columns: Columns, where: str, chat: bool) -> Columns:
 
 
 def remarks(rows: list[Row], task: Task, examples: list[Example]) -> list[str]:
-    """What is odd about the rows, and how they were read, in sentences."""
+    """Sentences on how the rows were read, and on unusual rows."""
     sentences = similar_labels(task.labels)
     repeats = len(rows) - len(examples)
     if repeats:

@@ -1,4 +1,4 @@
-"""What `fit` tells a person in a few sentences: what is shipped, what it is worth, beside what, and what to do."""
+"""The sentences of `fit`: what is shipped, how good it is, how it compares, and what to do."""
 
 import math
 
@@ -8,14 +8,14 @@ from ..methods import WITH_DEMONSTRATIONS
 from .selection import SECOND_CHOICE
 
 NAMES = LABELS | {"commonest": "commonest answer", "shipped": "as shipped", "probe": "linear probe"}
-CHANCE = 0.1  # a p-value from which on a difference may be chance
+CHANCE = 0.1  # at this p-value and above a difference may be chance
 HELP = "What may help: more rows, or a larger model."
 MAX_NAMED = 10  # labels that are named
 EACH = "each by a choice made on the other folds"
 
 
 def sentence(report: dict) -> str:
-    """The outcome in words, from the numbers of `fitting.make_report`."""
+    """The result of a fit in words, from the numbers of `make_report`."""
     sentences = [outcome(report)]
     if report["chosen"] != "base":
         sentences += differences(report)
@@ -26,7 +26,7 @@ def sentence(report: dict) -> str:
 
 
 def outcome(report: dict) -> str:
-    """What is shipped and what it is worth, or why nothing is shipped."""
+    """What is shipped and how good it is, or why nothing is shipped."""
     if report["chosen"] == "base":
         return nothing_shipped(report)
     if "kl" in report:
@@ -35,7 +35,7 @@ def outcome(report: dict) -> str:
 
 
 def shipped(report: dict) -> str:
-    """What is shipped, and what held-out rows say of the whole choice."""
+    """What is shipped, and the held-out accuracy of the whole choice."""
     measures = report["shipped"]
     chosen = report["chosen"]
     opening = f"{NAMES[chosen]} is shipped"
@@ -55,7 +55,7 @@ def shipped(report: dict) -> str:
 
 
 def context_shipped(report: dict) -> str:
-    """The same of a context."""
+    """The same for a context."""
     measures = report["shipped"]
     opening = f"{NAMES[report['chosen']]} is shipped"
     agreement = f"{with_interval(measures['acc'])} of {count(report['rows'], 'held-out prompt')}"
@@ -104,7 +104,7 @@ def bad_base(report: dict) -> str:
 
 
 def nearest_candidate(report: dict) -> str:
-    """Which candidate came nearest, and how to have it all the same."""
+    """The best candidate that is not shipped, and how to ship it anyway."""
     if not report.get("nearest"):
         return ""
     name, gained, lost, p = report["nearest"]
@@ -113,7 +113,7 @@ def nearest_candidate(report: dict) -> str:
 
 
 def differences(report: dict) -> list[str]:
-    """What is shipped against base, ICL and SFT, row by row."""
+    """Compare the shipped model with base, ICL and SFT, row by row."""
     sentences = []
     for name, (gained_rows, lost_rows, p) in report["against"].items():
         beside = f"Compared with {named_with_accuracy(name, report)}"
@@ -128,7 +128,7 @@ def differences(report: dict) -> list[str]:
 
 
 def named_with_accuracy(name: str, report: dict) -> str:
-    """A rival with its share of right rows; of demonstrations also what they cost."""
+    """A rival with its accuracy; for demonstrations also their cost in tokens."""
     right = percent(report["candidates"][name]["acc"][0])
     if name != "icl":
         return f"{NAMES[name]} ({right})"
@@ -137,7 +137,7 @@ def named_with_accuracy(name: str, report: dict) -> str:
 
 
 def commonest_answer(report: dict) -> list[str]:
-    """How often always the commonest answer is right."""
+    """The accuracy of always giving the commonest answer."""
     if "commonest" not in report["candidates"]:
         return []
     right = report["candidates"]["commonest"]["acc"][0]
@@ -145,7 +145,7 @@ def commonest_answer(report: dict) -> list[str]:
 
 
 def never_right(report: dict) -> list[str]:
-    """The labels that no held-out row was rightly given."""
+    """The labels that were never right on held-out rows."""
     missed = []
     for row in report.get("classes", []):
         if row["rows"] and not row["recall"]:
@@ -156,7 +156,7 @@ def never_right(report: dict) -> list[str]:
 
 
 def query_cost(report: dict) -> list[str]:
-    """What a query costs in tokens."""
+    """The tokens of a query."""
     if "tokens" not in report:
         return []
     query = f"{report['tokens']['query']:.0f}"
@@ -184,7 +184,7 @@ def with_interval(value: list[float]) -> str:
 
 
 def p_value(p: float) -> str:
-    """ "p = .12", as few digits as tell something."""
+    """ "p = .12", with few digits."""
     if p < 0.001:
         return "p < .001"
     digits = 3 if p < 0.01 else 2

@@ -1,4 +1,4 @@
-"""The two files by which transformers (5.24 or newer) answers rows with the probabilities of `predict`.
+"""The two files with which transformers (5.24 or newer) gives the probabilities of `predict`.
 
 `pipeline("decision")` and `/v1/systemone` of `transformers serve` read decision.json (labels, temperature) and
 decision_template.jinja (the prompt). A request's `state` is a row; its question is of type "choice" and has the labels
@@ -42,7 +42,7 @@ MACROS = """\
 
 
 def write_decision(fitted, folder: Path) -> None:
-    """Write both files; where transformers cannot answer so, remove those of an earlier fit. Raises UsageError."""
+    """Write both files. If transformers cannot answer so, remove those of an earlier fit. Raises UsageError."""
     for name in (CONFIG, TEMPLATE):
         (folder / name).unlink(missing_ok=True)
     if why_not(fitted):
@@ -62,7 +62,7 @@ def write_decision(fitted, folder: Path) -> None:
 
 
 def why_not(fitted) -> str | None:
-    """Why transformers' decision pipeline cannot answer as `predict` does; None where it can."""
+    """Why transformers' decision pipeline cannot answer as `predict` does; None if it can."""
     spec = fitted.spec
     tokenizer = fitted.subject.tokenizer
     if not spec["labels"]:
@@ -88,7 +88,7 @@ def why_not(fitted) -> str | None:
 
 
 def renders_the_same(fitted) -> bool:
-    """Whether a row becomes the same tokens by the template, rendered as transformers does, as in `predict`."""
+    """Whether the template, rendered as in transformers, gives the same tokens for a row as `predict`."""
     spec = fitted.spec
     tokenizer = fitted.subject.tokenizer
     row = Row("the example", dict.fromkeys(placeholders(spec["template"]), spec["example"]))
@@ -112,7 +112,7 @@ def renders_the_same(fitted) -> bool:
 
 
 def shipped_demonstrations(fitted) -> list:
-    """The demonstrations that were shipped and stand before every row."""
+    """The shipped demonstrations before every row."""
     return fitted.demonstrations() if fitted.spec["method"] in WITH_DEMONSTRATIONS else []
 
 
@@ -163,7 +163,7 @@ def chat_lines(fitted) -> list[str]:
 
 
 def bos_text(fitted) -> str:
-    """What the tokenizer puts before every text, as "<s>"; in a template of transformers it must be written."""
+    """The token that the tokenizer puts before every text, as "<s>"; a template for transformers must write it."""
     tokenizer = fitted.subject.tokenizer
     text = fitted.spec["example"]
     extra = len(tokenizer.encode(text)) - len(tokenizer.encode(Rendered(text)))

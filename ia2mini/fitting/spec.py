@@ -1,4 +1,4 @@
-"""How a saved adapter answers, as `ia2mini.json` says it: what each field must be, and reading a stranger's."""
+"""The description of a saved adapter in `ia2mini.json`: its fields, and checks for files from strangers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from ..tasks.answers import PARSERS
 from ..tasks.rows import placeholders
 
 SPEC = "ia2mini.json"
-FOREIGN = {  # of an adapter that ia2mini did not fit
+FOREIGN = {  # for an adapter that ia2mini did not fit
     "template": "{text}",
     "labels": [],
     "parser": "text",
@@ -58,7 +58,7 @@ def is_template(value) -> bool:
 
 
 def wrong_labels(labels: list) -> str | None:
-    """What is wrong with a list of labels; None where nothing is."""
+    """What is wrong with a list of labels; None if nothing is."""
     if not all(is_nonblank(label) for label in labels):
         return "a label is empty"
     if len(set(labels)) < len(labels):
@@ -69,7 +69,7 @@ def wrong_labels(labels: list) -> str | None:
 
 
 def check_labels(labels: list[str] | None) -> None:
-    """Raises UsageError for labels that cannot be told apart."""
+    """Raises UsageError for labels that are empty or given twice, and for fewer than two."""
     wrong = wrong_labels(labels) if labels else None
     if wrong:
         raise UsageError(
@@ -110,7 +110,7 @@ SHAPE = {
 
 
 def misfit(value, shape, name: str) -> str | None:
-    """The first field that is not what its shape says, None where all are.
+    """The first field that does not match its shape; None if all match.
 
     A shape is a type, a function that tells whether a value is right, or an object or a list of shapes.
     """
@@ -134,7 +134,7 @@ def misfit(value, shape, name: str) -> str | None:
 
 
 def read_spec(folder: Path) -> dict | None:
-    """The description of an adapter that ia2mini fitted, None of another. Raises UsageError for a damaged one."""
+    """The description of an adapter that ia2mini fitted; None for any other. Raises UsageError for a damaged one."""
     check_name(folder)
     path = folder / SPEC
     kept = read_json(path) if is_there(path) else None
