@@ -76,6 +76,7 @@ def test_every_rival_answers_the_same_rows(data, tmp_path, monkeypatch):
             said = rates[rivals.NAMES[name]]["% accuracy"]
             assert said == pytest.approx(trial.accuracy[name])
         assert rates["SFT, one temperature"]["NLL"] == pytest.approx(trial.nll["sft"], rel=1e-4)
+        assert rates["SFT, one temperature"]["ECE"] == pytest.approx(trial.ece["sft"], abs=1e-6)
         assert rates["what fit ships"]["% accuracy"] == pytest.approx(trial.accuracy[trial.shipped])
         (shipped,) = (line.note for line in mine if line.stack == "what fit ships")
         assert shipped == f"ships {trial.shipped}"

@@ -63,6 +63,7 @@ class Trial:
 
     accuracy: dict[str, float]
     nll: dict[str, float]  # on the same fresh rows
+    ece: dict[str, float]
     held_out: dict[str, float]  # accuracy (%) on its own rows, by cross-validation
     losses: dict[str, list[float]]  # of its own rows, held out
     right: dict[str, list[bool]]
@@ -106,16 +107,20 @@ def trial(
     gold = torch.tensor([cv.task.labels.index(row[cv.task.label]) for row in fresh])
     accuracy = {}
     nll = {}
+    ece = {}
     for name in cv.names:
         candidate = found[name]
         make = partial(fresh_scores, cv, fitted, candidate, fresh)
         scores = cv.cached(f"fresh-{name}", make)["scores"] / candidate.temperature
         accuracy[name] = 100 * (scores.argmax(-1) == gold).double().mean().item()
         nll[name] = metrics.row_losses(scores, gold).mean().item()
+        highest = scores.double().softmax(-1).max(-1)
+        ece[name] = metrics.ece(highest.values, highest.indices == gold)
     report = fitted.report
     return Trial(
         accuracy=accuracy,
         nll=nll,
+        ece=ece,
         held_out={name: 100 * one["acc"][0] for name, one in report["candidates"].items()},
         losses={name: one.losses.tolist() for name, one in found.items()},
         right={name: one.right.tolist() for name, one in found.items()},
@@ -217,6 +222,7 @@ def toy_sentence(
 def line(what: str, trial: Trial) -> Line:
     rates = {f"% {name}": right for name, right in trial.accuracy.items()}
     rates.update({f"NLL {name}": loss for name, loss in trial.nll.items()})
+    rates.update({f"ECE {name}": error for name, error in trial.ece.items()})
     rates.update({f"held out % {name}": right for name, right in trial.held_out.items()})
     rates.update(zip(("stated %", "stated low", "stated high"), trial.stated))
     note = f"{-trial.lost:+.1f} points"
