@@ -54,7 +54,8 @@ NAMES = {
     "setfit": "SetFit",
     "embedding": "embedding + logistic regression",
 }
-CANDIDATES = ("base", "icl", "probe", "sft", "ia2-sft", "hidden-sft")  # of `fit`, shown at temperature 1
+# of `fit`, shown at temperature 1
+CANDIDATES = ("base", "icl", "probe", "sft", "ia2-sft", "hidden-sft")
 # how a difference is shown, and how many digits it has
 COMPARED = {"% accuracy": ".1f", "% macro-F1": ".1f", "NLL": ".3f", "ECE": ".3f"}
 STATED = ("stated % accuracy", "stated low", "stated high")
