@@ -64,7 +64,7 @@ class Peer:
     def train(
         self, rows: list[TokenRow], dev: list[TokenRow], phase: str, steps: int
     ) -> tuple[list[Tensor], float]:
-        """`steps` steps on all rows, a look at the dev loss after each; the best weights and their dev loss."""
+        """`steps` steps on all rows, an evaluation of the dev loss after each; the best weights and their dev loss."""
         best = float("inf")
         kept = self.state()
         for _ in range(steps):

@@ -148,7 +148,7 @@ def test_runs_are_halved_on_a_cpu_too(model, monkeypatch, failing):
         train_in_parts(model, adapter, runs, settings)
 
 
-@pytest.mark.parametrize("part", ["safe_open", "fill"])
+@pytest.mark.parametrize("part", ["safe_open", "fill_parameters"])
 @pytest.mark.parametrize(
     "failing",
     [

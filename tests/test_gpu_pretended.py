@@ -170,7 +170,7 @@ def test_so_do_the_commands(tmp_path, dtype, gpu):
         assert found.exit_code == 0, found.output
 
 
-def test_a_look_at_the_dev_loss_waits_once_and_a_step_never(gpu):
+def test_an_evaluation_of_the_dev_loss_waits_once_and_a_step_never(gpu):
     """Also where runs leave on the way: then their batch is made anew."""
     model, tokenizer = load("tiny", torch.bfloat16, "cuda")
     sets = [set_of_rows(model, tokenizer, seed) for seed in range(3)]
@@ -188,7 +188,7 @@ def test_a_look_at_the_dev_loss_waits_once_and_a_step_never(gpu):
     assert len(set(live)) > 2, "runs leave at different looks"
     each = np.diff(waited)
     assert WAITS["a training step"] == 0
-    assert len(each) > 5 and set(each) == {WAITS["a look at the dev loss"]}
+    assert len(each) > 5 and set(each) == {WAITS["an evaluation of the dev loss"]}
 
 
 def test_a_token_waits_once(gpu):
