@@ -1,4 +1,4 @@
-"""One's own rows in folds: what is trained on in each, which rows it holds out, and the demonstrations before them.
+"""A user's rows in folds: what each fold trains on, which rows it holds out, and the demonstrations before them.
 
 n rows, F folds, S settings of a method (its learning rates), R = F * S runs, C labels.
 """
@@ -39,7 +39,7 @@ def always_made(name: str, make: Callable[[], dict]) -> dict:
 
 @dataclass
 class CrossValidation:
-    """One's own rows in folds, with all that training on them and answering what they hold out needs to know."""
+    """A user's rows in folds, and everything that training on them and answering their held-out rows needs."""
 
     subject: Subject
     task: Task
@@ -65,7 +65,7 @@ class CrossValidation:
 
     @property
     def gold(self) -> Tensor:
-        """Index of each row's label [n]; of texts 0."""
+        """Index of each row's label, [n]; 0 for texts."""
         return torch.tensor([row.label or 0 for row in self.rows])
 
     @property
@@ -75,7 +75,7 @@ class CrossValidation:
 
     @property
     def places(self) -> list[int]:
-        """Where each row stands when the folds' held-out rows are joined, fold after fold."""
+        """The position of each row when the folds' held-out rows are joined, fold after fold."""
         joined = sum(self.tests, [])
         return torch.tensor(joined).argsort().tolist()
 
@@ -88,13 +88,13 @@ class CrossValidation:
         return max(self.rows + self.unlabelled, key=lambda row: self.count_tokens(row.prompt))
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a text; each text is asked for in every fold, and encoded once."""
+        """Number of tokens of a text. Every fold asks for the same texts, so each is encoded once."""
         if text not in self.token_counts:
             self.token_counts[text] = len(self.subject.tokenizer.encode(text))
         return self.token_counts[text]
 
     def demonstration_tokens(self, example: Example) -> int:
-        """Tokens of a row with its answer, as it stands before a query."""
+        """Number of tokens of a row with its answer, as a demonstration before a query."""
         return self.count_tokens(f"{example.prompt}{example.answer}\n\n")
 
 
@@ -105,7 +105,7 @@ def into_folds(
     options: FitOptions,
     unlabelled: list[Example] | tuple = (),
 ) -> CrossValidation:
-    """Deal rows into folds. Raises UsageError for options that do not fit, too few rows, and rows that are too long."""
+    """Deal rows into folds. Raises UsageError for unsuitable options, too few rows, and rows that are too long."""
     check_methods(options)
     check_ship(options.ship, candidate_names(task, options))
     check_number(rows)
@@ -133,13 +133,13 @@ def into_folds(
 
 
 def candidate_names(task: Task, options: FitOptions) -> list[str]:
-    """Every way to answer that is a candidate."""
+    """The names of all candidates, in the order of the report."""
     probe = ["probe"] if task.labels else []
     return ["base", "icl", *probe, *options.methods]
 
 
 def check_methods(options: FitOptions) -> None:
-    """Raises UsageError for what is no method, where there is none, and for one that has nothing to learn."""
+    """Raises UsageError for an unknown method, for none at all, and for one that has nothing to learn."""
     methods = options.methods
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
@@ -173,7 +173,7 @@ def check_number(rows: list[Example]) -> None:
 
 
 def deal_into_folds(cv: CrossValidation) -> list[Fold]:
-    """Folds with equal shares of each label; of few rows each is held out alone."""
+    """Folds with equal shares of each label. Up to `ALONE` prompts are held out one at a time."""
     options = cv.options
     prompts = len({row.prompt for row in cv.rows})
     parts = prompts
@@ -204,7 +204,7 @@ def before_unlabelled(
 def choose_demonstrations(
     cv: CrossValidation, rows: list[Example], rng: np.random.Generator
 ) -> list[Example]:
-    """What the teacher sees before a query: some of `rows`, or the context. Raises UsageError where that is long."""
+    """What the teacher sees before a query: some of `rows`, or the context. Raises UsageError if that is too long."""
     if not cv.options.context:
         return those_that_fit(cv, balanced(rows, cv.options.demonstrations, rng))
     context = those_that_fit(cv, [Example(cv.options.context, "")])
@@ -216,7 +216,7 @@ def choose_demonstrations(
 
 
 def those_that_fit(cv: CrossValidation, demonstrations: list[Example]) -> list[Example]:
-    """The first of them that fit into the model's context before the longest row and its answer."""
+    """As many of the first demonstrations as fit into the model's context with the longest row and its answer."""
     longest = cv.longest.prompt
     needed = cv.count_tokens(longest) + cv.max_tokens - 1
     cv.subject.check_room(longest, needed)

@@ -1,4 +1,4 @@
-"""From one's own rows to an adapter that can be trusted: cross-validate, choose, train the choice on every row."""
+"""From a user's rows to an adapter: cross-validate, choose, and train the choice on every row."""
 
 import time
 from collections.abc import Callable
@@ -71,7 +71,7 @@ def cross_validation(
     keep: Path | None = None,
     bar: Callable | None = None,
 ) -> tuple[CrossValidation, list[str]]:
-    """Rows in folds, before anything is trained; what is odd about the rows, in sentences. Raises UsageError."""
+    """Rows in folds, before anything is trained, and sentences about odd rows. Raises UsageError."""
     rows, task = read_own(rows, Columns(*columns), bool(options.context), options.chat)
     as_turn: Callable = str
     if options.chat:
@@ -99,7 +99,7 @@ def cross_validation(
 def make_examples(
     rows: list[Row], task: Task, as_turn: Callable, subject: Subject, options: FitOptions
 ) -> list[Example]:
-    """Rows with their answers; with a context with what the model answers when it sees that."""
+    """Rows with their answers. With a context, the answers are the model's own when it sees the context."""
     if options.context:
         return answer_with_context([as_turn(task.prompt_of(row)) for row in rows], subject, options)
     examples = []
@@ -110,7 +110,7 @@ def make_examples(
 
 
 def answer_with_context(prompts: list[str], subject: Subject, options: FitOptions) -> list[Example]:
-    """What the model answers to each prompt when it sees the context before it. Raises UsageError where it is long."""
+    """The model's answers to prompts after the context. Raises UsageError if a prompt is too long."""
     tokenizer = subject.tokenizer
     context = [Example(options.context, "")]
     for prompt in prompts:
@@ -126,7 +126,7 @@ def answer_with_context(prompts: list[str], subject: Subject, options: FitOption
 
 
 def read_unlabelled(unlabelled, task: Task) -> tuple[list[Row], list[str]]:
-    """Rows without answers that have all that is asked for; sentences about those that have not."""
+    """Rows without answers that have all columns of the prompt, and sentences about those that lack one."""
     rows = as_rows(unlabelled, only_column(task.prompt))
     queries = [open_turns(row, task.prompt) for row in rows]
     if not queries:
@@ -135,7 +135,7 @@ def read_unlabelled(unlabelled, task: Task) -> tuple[list[Row], list[str]]:
 
 
 def open_store(cv: CrossValidation, folder: Path) -> Store:
-    """Where an interrupted fit keeps what it has computed: only the same fit finds it again."""
+    """The store from which an interrupted fit resumes; another fit has another one."""
     rows = cv.rows + cv.unlabelled
     what = {
         "ia2mini": __version__,
@@ -149,7 +149,7 @@ def open_store(cv: CrossValidation, folder: Path) -> Store:
 
 
 def make_choice(cv: CrossValidation, held_out: dict[str, HeldOut]) -> Choice:
-    """What is shipped: the candidate that --ship names, else by `choose`."""
+    """The candidate to ship: the one that --ship names, else by `choose`."""
     every = range(len(cv.folds))
     candidates = cv.selection.candidates(held_out, every)
     wanted = cv.options.ship
@@ -166,7 +166,7 @@ def make_choice(cv: CrossValidation, held_out: dict[str, HeldOut]) -> Choice:
 
 
 def ship(cv: CrossValidation, choice: Choice, report: dict) -> Predictor:
-    """The chosen candidate, trained on every row, with all that it needs to answer new rows."""
+    """Train the chosen candidate on every row, with everything that it needs to answer new rows."""
     chosen = choice.chosen
     options = cv.options
     adapter = None

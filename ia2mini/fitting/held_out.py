@@ -1,4 +1,4 @@
-"""What every candidate says of held-out rows: each fold's rows by what never saw them.
+"""How every candidate answers held-out rows. What answers a row has never trained on it.
 
 n rows, F folds, S settings of a candidate, M weights of an adapter, C labels.
 """
@@ -32,7 +32,7 @@ from .training import SOFT_K, count_steps
 
 
 def answer_held_out(cv: CrossValidation, trained: dict[str, Trained]) -> dict[str, HeldOut]:
-    """Candidate -> its scores of held-out rows. Warns of failed runs; raises UsageError where no rate is left."""
+    """Each candidate's scores of held-out rows. Warns of failed runs; raises UsageError if no learning rate is left."""
     true_answers = cache(partial(read_true_answers, cv))  # of a fold, for all candidates
     held_out = {}
     for name in cv.names:
@@ -54,9 +54,9 @@ def fold_weights(cv: CrossValidation, trained: Trained) -> Tensor:
 def score_held_out(
     cv: CrossValidation, name: str, weights: Tensor | None, true_answers: Callable
 ) -> Tensor:
-    """Log-probabilities [S, n, C] of a candidate, kept, so that an interrupted fit goes on.
+    """Log-probabilities [S, n, C] of a candidate. They are kept, so that an interrupted fit resumes.
 
-    Of every label or, of texts, of the true answers (`score_fold`), of each row by what its fold has trained.
+    Of every label or, for texts, of the true answer (`score_fold`). Each row is scored by its own fold's weights.
     """
 
     def make() -> dict[str, Tensor]:
@@ -90,7 +90,7 @@ def score_fold(
 ) -> Tensor:
     """Log-probabilities [S, rows, C] of the labels of a fold's held-out rows, or of their true answers [S, rows, 1].
 
-    With a context minus the KL from the teacher, who sees it, [S, rows, 1].
+    With a context: minus the KL from the teacher, which sees it, [S, rows, 1].
     """
     runs = 1 if weights is None else len(weights)
     if name in WITH_DEMONSTRATIONS and runs > 1:  # the demonstrations are read once a run
@@ -112,7 +112,7 @@ def answering(
 ) -> Iterator[tuple[Callable, list[list[int]]]]:
     """The model that answers what fold `number` held out, and its prompts.
 
-    Under adapters with `weights` [runs, M]; None: the base. With the fold's demonstrations where the method has them.
+    `weights` [runs, M] of adapters; None: the base. Methods that answer with demonstrations get those of the fold.
     """
     tokenizer = cv.subject.tokenizer
     fold = cv.folds[number]
@@ -129,7 +129,7 @@ def answering(
 
 
 def read_true_answers(cv: CrossValidation, number: int) -> list[TokenRow]:
-    """A fold's held-out rows with their answers, with a context the teacher's distributions there."""
+    """A fold's held-out rows with their answers; with a context also the teacher's distributions there."""
     with_end = bool(cv.options.context)  # of a person's own answers, how one ends is form
     rows = []
     for i in cv.folds[number].test:
@@ -141,7 +141,7 @@ def read_true_answers(cv: CrossValidation, number: int) -> list[TokenRow]:
 
 
 def warn_of_failed_runs(cv: CrossValidation, held_out: HeldOut) -> list[str]:
-    """Sentences, also warnings, about runs that failed. Raises UsageError where no rate is left."""
+    """Warn of failed runs, and return the sentences. Raises UsageError if no learning rate is left."""
     failed_rows = (held_out.scores == -torch.inf).any(-1)  # [S, n]
     failed = torch.stack([failed_rows[:, test].any(1) for test in cv.tests]).flatten()  # [R]
     steps = failed * count_steps(cv, cv.folds[0], held_out.name)
@@ -160,7 +160,7 @@ def warn_of_failed_runs(cv: CrossValidation, held_out: HeldOut) -> list[str]:
 
 
 def add_texts(cv: CrossValidation, held_out: HeldOut, weights: Tensor | None) -> None:
-    """Add what is generated for every held-out row, by the rate that the other folds choose, and which texts are right.
+    """Generate an answer to every held-out row, at the learning rate that the other folds choose, and check it.
 
     `weights` as in `fold_weights`.
     """
@@ -175,7 +175,7 @@ def add_texts(cv: CrossValidation, held_out: HeldOut, weights: Tensor | None) ->
 
 
 def choose_settings(cv: CrossValidation, held_out: HeldOut) -> list[int]:
-    """Of each fold the setting that the other folds' rows choose."""
+    """The setting of each fold, chosen by the rows of the other folds."""
     every = range(len(cv.folds))
     candidate = cv.selection.judge(held_out, every)
     return [candidate.picks[fold] for fold in every]
@@ -206,12 +206,12 @@ def generate_held_out(
 
 
 def score_by_probes(cv: CrossValidation) -> Tensor:
-    """Log-probabilities [penalties, n, C] of held-out rows, by a probe of each fold."""
+    """Log-probabilities [penalties, n, C] of held-out rows, from a probe of each fold."""
     return held_out_scores(base_states(cv), cv.gold, cv.tests, len(cv.task.labels))
 
 
 def fit_final_probe(cv: CrossValidation, candidate: Candidate) -> Probe:
-    """The probe of every row."""
+    """The probe that is fitted to every row."""
     penalty = PENALTIES[candidate.setting]
     return fit_probe(base_states(cv), cv.gold, len(cv.task.labels), penalty)
 

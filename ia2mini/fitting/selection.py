@@ -27,7 +27,7 @@ SECOND_CHOICE = ("probe", "icl", "icl-sft")
 
 @dataclass
 class HeldOut:
-    """How one way to answer scores held-out rows, at each of its settings."""
+    """The scores of held-out rows by one candidate, at each of its settings."""
 
     name: str
     scores: Tensor  # [S, n, C] log-probabilities; -inf: training has failed
@@ -40,7 +40,7 @@ class HeldOut:
 
 @dataclass
 class Candidate:
-    """One way to answer some held-out rows [m], each by the choices that the other folds' rows make."""
+    """A candidate on some held-out rows [m]. Its setting and temperature for a row come from the other folds."""
 
     name: str
     scores: Tensor  # [m, C] log-probabilities
@@ -56,7 +56,7 @@ class Candidate:
 
 @dataclass
 class Selection:
-    """The choices, on held-out rows that are dealt into folds."""
+    """Chooses settings, temperatures and the candidate to ship, from held-out rows in folds."""
 
     folds: list[list[int]]  # rows of each
     gold: Tensor  # [n] index of the true label
@@ -66,18 +66,18 @@ class Selection:
         return sorted(row for fold in folds for row in self.folds[fold])
 
     def others(self, fold: int, within: Sequence[int]) -> list[int]:
-        """The rows of the other folds; a single fold has only its own."""
+        """The rows of the other folds; for a single fold its own."""
         return self.rows([other for other in within if other != fold] or [fold])
 
     def losses(self, held_out: HeldOut) -> Tensor:
-        """[S, n], infinite at a setting that failed in any fold."""
+        """Losses [S, n]; infinite at a setting that failed in any fold."""
         losses = row_losses(held_out.scores, self.gold)
         failed = ~held_out.scores.isfinite().all(-1).all(-1)
         losses[failed] = math.inf
         return losses
 
     def judge(self, held_out: HeldOut, within: Sequence[int]) -> Candidate:
-        """A way to answer, on the rows of the folds `within` and by nothing but these rows."""
+        """A candidate on the rows of the folds `within`, judged by these rows alone."""
         losses = self.losses(held_out)
         scores = held_out.scores[0].clone()
         picks = {}
@@ -141,7 +141,7 @@ class Selection:
     def candidates(
         self, held_out: dict[str, HeldOut], within: Sequence[int]
     ) -> dict[str, Candidate]:
-        """All candidates on the rows of these folds; of labels also the commonest."""
+        """All candidates on the rows of these folds; for labels also the commonest one."""
         found = {name: self.judge(one, within) for name, one in held_out.items()}
         labels = held_out["base"].scores.shape[-1]
         if labels > 1:

@@ -1,4 +1,4 @@
-"""The training of a fit: every method at every learning rate on every fold, and the choice on all rows.
+"""The training of a fit: every method at every learning rate on every fold, then the chosen one on all rows.
 
 Every phase trains for a fixed number of epochs: no row decides when to stop.
 """
@@ -32,14 +32,14 @@ SOFT_K = 1024  # likeliest tokens of a distribution that is matched
 
 @dataclass
 class TaughtFolds:
-    """All folds with what is trained on, at all learning rates."""
+    """All folds after the teacher's pass, at all learning rates."""
 
     grid: Grid
     estimate: str  # how long all training will take; "" once a progress bar has said it
 
 
 def train_folds(cv: CrossValidation) -> dict[str, Trained]:
-    """Method -> its R runs, of every fold at every rate. The teacher is asked where something is not kept."""
+    """The R runs of each method: every fold at every learning rate. The teacher runs only if a result is missing."""
     taught_folds = cache(partial(teach_folds, cv))
     trained: dict[str, Trained] = {}
     for method in in_order(cv.options.methods):
@@ -73,7 +73,7 @@ def teach_folds(cv: CrossValidation) -> TaughtFolds:
 def teach_episodes(
     cv: CrossValidation, episodes: Sequence[Episode], methods: tuple[str, ...]
 ) -> list[Taught]:
-    """What the methods train on in each episode: true answers and, where one learns from it, what the teacher does."""
+    """What the methods train on in each episode: the true answers and, if needed, the teacher's pass."""
     subject = cv.subject
     needed = losses_of(methods)
     demonstrated = "icl-sft" in needed
@@ -101,7 +101,7 @@ def teach_episodes(
 
 
 def make_grid(cv: CrossValidation, sets: list[Taught], rates: Sequence[float]) -> Grid:
-    """Every taught episode with every rate."""
+    """Every taught episode at every learning rate."""
     options = cv.options
     return Grid(
         model=cv.subject.model,
@@ -132,7 +132,7 @@ def estimate(cv: CrossValidation, grid: Grid) -> str:
 
 
 def count_steps(cv: CrossValidation, episode: Episode, method: str) -> int:
-    """Steps of a method's last phase on an episode."""
+    """Number of steps of a method's last phase on an episode."""
     rows = len(episode.train)
     if last_phase(method) != "sft":
         rows += len(episode.unlabelled)
@@ -147,7 +147,7 @@ def train_phase(
     start: Trained | None,
     estimate: str = "",
 ) -> Trained:
-    """One method on a grid of episodes as long as this one, from the phase `start`; None: it starts from none."""
+    """Train one method on a grid of episodes as long as this one. `start`: its first phase, if it has one."""
     with cv.bar(f"training {method}{estimate}", count_steps(cv, episode, method)) as bar:
 
         def after_evaluation(state: State) -> bool:
@@ -162,7 +162,7 @@ def train_phase(
 
 
 def train_final(cv: CrossValidation, candidate: Candidate) -> Tensor:
-    """Weights [1, M] of a candidate, trained on every row at its rate for as many epochs. Raises UsageError."""
+    """Weights [1, M] of a candidate, trained on every row at its learning rate. Raises UsageError if it diverges."""
     rows = cv.rows
     rate = cv.rates[candidate.setting]
     number = len(cv.folds)  # draws that no fold has made
