@@ -11,7 +11,7 @@ from ia2mini.losses import per_run
 
 
 def huber(student, batch):
-    """A number a run, [R]."""
+    """One number for each run, [R]: the mean over D, the sum over layers (as in IA2), the mean over a run's positions."""
     taps = Taps(batch.at)
     student(batch.ids, taps=taps, logits=False)
     distance = F.huber_loss(taps.stack(), batch.activations, reduction="none")  # [L, P, D]
@@ -26,5 +26,6 @@ if __name__ == "__main__":
     lora = LoRA(model)
     grid = Grid(model, lora, [taught], rates=[1e-2])
     trained = grid.train("huber", {huber: 1.0}, answers="icl")
-    found = score(model, tokenizer, rows[-100:], task.labels, lora, trained.theta)[0]
+    new_rows = load_examples(task, "eval").rows[:100]
+    found = score(model, tokenizer, new_rows, task.labels, lora, trained.theta)[0]
     print(f"accuracy {found['acc']:.2f}")

@@ -19,7 +19,7 @@ COMMONEST = "commonest"
 SIGNIFICANCE = 0.1  # the level of the one-sided tests
 LEAST_GAIN = 0.01  # nats: a smaller difference of mean losses is none
 BASELINES = ("base", COMMONEST)  # what a candidate must beat
-# adapters that are taken first, because few rows cannot rank them: these did best on other tasks (docs/results.md)
+# adapters that are taken first, because few rows cannot rank them: these did best on public data (docs/results.md)
 PREFERRED = ("hidden-sft", "ia2-sft")
 # no adapter that peft loads, or demonstrations at every query
 SECOND_CHOICE = ("probe", "icl", "icl-sft")
