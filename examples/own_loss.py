@@ -11,7 +11,7 @@ from ia2mini.losses import per_run
 
 
 def huber(student, batch):
-    """One number for each run, [R]: the mean over D, the sum over layers (as in IA2), the mean over a run's positions."""
+    """One number for each run, [R]: mean over D, sum over layers as in IA2, mean over the positions of a run."""
     taps = Taps(batch.at)
     student(batch.ids, taps=taps, logits=False)
     distance = F.huber_loss(taps.stack(), batch.activations, reduction="none")  # [L, P, D]
