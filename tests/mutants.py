@@ -208,7 +208,7 @@ MUTANTS = {
     "ia2mini/fitting/predictor.py": [
         ("(len(confidences) + 1) * (1", "len(confidences) * (1", "predictor coverage_of_few"),
         ("(scores.double() / temperature)", "scores", "predictor probabilities_are"),
-        ("and not demonstrations:", "and True:", "probe saved_loaded"),
+        ("and not icl:", "and True:", "probe saved_loaded"),
     ],
     "ia2mini/generate.py": [
         (">= characters + CHARACTER_BYTES", ">= 0", "ends a_stop_text_of_characters"),

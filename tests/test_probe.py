@@ -99,7 +99,7 @@ def test_it_is_saved_loaded_and_answers_as_a_product_of_its_file(fitted, tmp_pat
         assert row["answer"] == again.spec["labels"][expected.argmax()]
     shown = list(again.answer_rows(rows, icl=True))
     assert shown[0]["probabilities"] != said[0]["probabilities"], "demonstrations: the model's head"
-    text = with_demonstrations(again.demonstrations(), f"Text: {rows[0]['text']}\nLabel:")
+    text = with_demonstrations(again.demonstrations(icl=True), f"Text: {rows[0]['text']}\nLabel:")
     logits = subject.model(torch.tensor([subject.tokenizer.encode(text)]))[0, -1]
     labels = [token for (token,) in again.fitted_label_tokens]
     expected = logits[labels].softmax(-1).tolist()

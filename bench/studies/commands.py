@@ -22,7 +22,7 @@ from .causes import MATCHED, causes
 from .choice import choice, race
 from .controls import TEACHERS
 from .effect import METHODS, TASKS, effect
-from .fit import fit
+from .fit import REAL, fit
 from .gain import gain
 from .rivals import DATA_SETS, PARTS, Cells, rivals
 from .stronger import stronger
@@ -160,9 +160,7 @@ def fit_command(part, methods, model, data_dir, dtype, sizes, save, **counts):
     type=click.Path(path_type=Path),
     help="folder of a sentence-transformers model, for SetFit and the logistic regression",
 )
-@click.option(
-    "--tasks", type=Several(str, DATA_SETS), default=",".join(DATA_SETS), show_default=True
-)
+@click.option("--tasks", type=Several(str, REAL), default=",".join(DATA_SETS), show_default=True)
 @click.option(
     "--sizes", type=Several(int, least=2), default="4,8,16", show_default=True, help="rows a class"
 )

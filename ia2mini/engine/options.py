@@ -54,6 +54,11 @@ def losses_of(methods: tuple[str, ...]) -> set[str]:
     return found
 
 
+def need_teacher(methods: tuple[str, ...]) -> bool:
+    """Whether one of these methods learns from what the teacher does."""
+    return bool(losses_of(methods) - {*UNTRAINED, "sft", TUNED})
+
+
 def last_phase(method: str) -> str:
     return method.split("-")[-1]
 
@@ -210,8 +215,7 @@ class Options(TrainOptions, AdapterOptions):
     @property
     def learns_from_teacher(self) -> bool:
         """Whether a method learns from what the teacher does or, with `labels` "icl", from its answers."""
-        taught = losses_of(self.methods) - {*UNTRAINED, "sft", TUNED}
-        return bool(taught) or self.labels == "icl"
+        return need_teacher(self.methods) or self.labels == "icl"
 
     @property
     def tuned(self) -> bool:

@@ -163,8 +163,7 @@ class Predictor:
 
     def iter_answers(self, rows, icl: bool) -> Iterator[tuple[Row, dict | UsageError]]:
         """As `answers`; a row that cannot be answered gives its UsageError instead."""
-        needs_demonstrations = icl or self.spec["method"] in WITH_DEMONSTRATIONS
-        demonstrations = self.demonstrations() if needs_demonstrations else []
+        demonstrations = self.demonstrations(icl)
         column = only_column(self.spec["template"])
         for block in blocks(iter_rows(rows, column)):
             outcomes: list = list(block)  # each row is replaced by its answer or its error
@@ -184,9 +183,11 @@ class Predictor:
             for row, outcome in zip(block, outcomes):
                 yield row if isinstance(row, Row) else Row("", {}), outcome
 
-    def demonstrations(self) -> list[Example]:
-        """The kept demonstrations, or the context. Raises UsageError if there are none."""
+    def demonstrations(self, icl: bool = False) -> list[Example]:
+        """What stands before every row: shipped demonstrations; with `icl` kept ones or the context. UsageError."""
         spec = self.spec
+        if not icl and spec["method"] not in WITH_DEMONSTRATIONS:
+            return []
         if not spec["demonstrations"]:
             raise UsageError("--icl: this adapter keeps no demonstrations")
         as_prompt = str if spec["context"] else self.chat
@@ -205,9 +206,8 @@ class Predictor:
         # the answer's last token is not read
         if 0 < tokens and tokens + answer - 1 <= self.subject.reads:
             return Query(place, prompt, labels)
-        lengths = [
-            f"its prompt{' with demonstrations' if demonstrations else ''} has {tokens} tokens"
-        ]
+        also = " with demonstrations" if demonstrations else ""
+        lengths = [f"its prompt{also} has {tokens} tokens"]
         if answer > 1:
             lengths.append(f"its answer may have {answer}")
         raise UsageError(
@@ -261,7 +261,7 @@ class Predictor:
                 student, ids = share_prefix(student, tokenizer, [demonstrations], prompts)
             else:
                 ids = tokenizer.encode_all(prompts)
-            if labels and self.probe is not None and not demonstrations:
+            if labels and self.probe is not None and not icl:
                 states = last_states(student, ids)
                 log_probabilities = self.probe.log_probabilities(states)
                 answers = self.likeliest_labels(log_probabilities, temperature)

@@ -8,6 +8,12 @@ from ..methods import WITH_DEMONSTRATIONS
 from .selection import SECOND_CHOICE
 
 NAMES = LABELS | {"commonest": "commonest answer", "shipped": "as shipped", "probe": "linear probe"}
+EXPLAINED = {  # what is shipped, where its name does not say enough
+    "hidden-sft": "hidden→SFT (IA2 on the residual stream, then SFT) is shipped",
+    "probe": "A linear probe on the base's last hidden state is shipped, without an adapter",
+    "icl": "Demonstrations in the prompt (ICL) are shipped, without an adapter",
+    "icl-sft": "Demonstrations in the prompt are shipped with an adapter that is fine-tuned to them (icl-sft)",
+}
 CHANCE = 0.1  # at this p-value and above a difference may be chance
 HELP = "What may help: more rows, or a larger model."
 MAX_NAMED = 10  # labels that are named
@@ -38,15 +44,7 @@ def shipped(report: dict) -> str:
     """What is shipped, and the held-out accuracy of the whole choice."""
     measures = report["shipped"]
     chosen = report["chosen"]
-    opening = f"{NAMES[chosen]} is shipped"
-    if chosen == "hidden-sft":
-        opening = f"{NAMES[chosen]} (IA2 on the residual stream, then SFT) is shipped"
-    if chosen == "probe":
-        opening = "A linear probe on the base's last hidden state is shipped, without an adapter"
-    if chosen == "icl":
-        opening = "Demonstrations in the prompt (ICL) are shipped, without an adapter"
-    if chosen == "icl-sft":
-        opening = "Demonstrations in the prompt are shipped with an adapter that is fine-tuned to them (icl-sft)"
+    opening = EXPLAINED.get(chosen, f"{NAMES[chosen]} is shipped")
     if report.get("wanted"):
         opening += ", as requested"
     calibration = f", ECE {measures['ece']:.2f}" if "ece" in measures else ""

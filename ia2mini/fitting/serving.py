@@ -12,7 +12,6 @@ from pathlib import Path
 from ..episode import with_demonstrations
 from ..files import write_json, write_text
 from ..files.tokenizer_files import named_tokens
-from ..methods import WITH_DEMONSTRATIONS
 from ..tasks.chat import sandbox, template_of
 from ..tasks.rows import COLUMN, Row, placeholders, prompt_of
 from ..tokenizer import Rendered
@@ -93,7 +92,7 @@ def renders_the_same(fitted) -> bool:
     tokenizer = fitted.subject.tokenizer
     row = Row("the example", dict.fromkeys(placeholders(spec["template"]), spec["example"]))
     prompt = fitted.chat(prompt_of(spec["template"], row))
-    expected = tokenizer.encode(with_demonstrations(shipped_demonstrations(fitted), prompt))
+    expected = tokenizer.encode(with_demonstrations(fitted.demonstrations(), prompt))
     variables = {
         "state": dict(row),
         "question": {"type": "choice", "options": fitted.labels_after_prompt()},
@@ -109,11 +108,6 @@ def renders_the_same(fitted) -> bool:
     except Exception:  # a chat template is a program, and raises what a program does
         return False
     return tokenizer.encode(Rendered(text)) == expected
-
-
-def shipped_demonstrations(fitted) -> list:
-    """The shipped demonstrations before every row."""
-    return fitted.demonstrations() if fitted.spec["method"] in WITH_DEMONSTRATIONS else []
 
 
 def decision_template(fitted) -> str:
@@ -143,7 +137,7 @@ def decision_template(fitted) -> str:
     if spec["chat"]:
         lines += chat_lines(fitted)
     else:
-        before = with_demonstrations(shipped_demonstrations(fitted), "")
+        before = with_demonstrations(fitted.demonstrations(), "")
         lines.append(f"{{{{- {literal(bos_text(fitted) + before)} ~ prompt -}}}}")
     return "\n".join(lines)
 
@@ -151,7 +145,7 @@ def decision_template(fitted) -> str:
 def chat_lines(fitted) -> list[str]:
     """The prompt as the last turn of a conversation, and the checkpoint's own chat template, which renders that."""
     turns = []
-    for example in shipped_demonstrations(fitted):
+    for example in fitted.demonstrations():
         turns.append({"role": "user", "content": example.prompt.question})
         turns.append({"role": "assistant", "content": example.answer})
     return [

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import UsageError
 from ..engine.experiment import in_order, make_trainer
-from ..engine.options import last_phase, losses_of
+from ..engine.options import TUNED, last_phase, losses_of, need_teacher
 from ..episode import Episode, seeded
 from ..methods import METHODS, STARTS_FROM, Grid
 from ..models.taps import device_of
@@ -75,11 +75,11 @@ def teach_episodes(
 ) -> list[Taught]:
     """What the methods train on in each episode: the true answers and, if needed, the teacher's pass."""
     subject = cv.subject
-    needed = losses_of(methods)
-    demonstrated = "icl-sft" in needed
-    if needed <= {"sft", "icl-sft"}:
+    demonstrated = TUNED in methods
+    if not need_teacher(methods):
         of_text = cv.max_tokens > 1
         return [true_rows(subject.tokenizer, one, of_text, demonstrated) for one in episodes]
+    needed = losses_of(methods)
     settings = TeacherSettings(
         max_tokens=cv.max_tokens,
         soft_k=SOFT_K if "soft" in needed else None,
@@ -125,7 +125,7 @@ def estimate(cv: CrossValidation, grid: Grid) -> str:
     tokens = mean_tokens(cv)
     steps = 0.0  # of SFT, which take as long as all phases do
     for method in in_order(cv.options.methods):
-        longer = tokens["icl"] / tokens["query"] if method == "icl-sft" else 1.0
+        longer = tokens["icl"] / tokens["query"] if method == TUNED else 1.0
         steps += longer * count_steps(cv, cv.folds[0], method)
     final = 1 + 2 / len(cv.rates) / len(cv.folds)  # then the chosen one on all rows
     return f" (all training: about {duration(seconds * steps * final)})"

@@ -8,7 +8,6 @@ from pathlib import Path
 from ..adapters import LoRA
 from ..files import count, json_line, plain
 from ..fitting.serving import why_not
-from ..methods import WITH_DEMONSTRATIONS
 from ..tasks.rows import blank_of, placeholders
 from .page import loading
 from .tables import markdown
@@ -67,9 +66,9 @@ def card(fitted, folder: Path, command: str) -> str:
 
 def demonstrations(fitted) -> str:
     """The demonstrations before every prompt, if they were shipped."""
-    if fitted.spec["method"] not in WITH_DEMONSTRATIONS:
+    number = len(fitted.demonstrations())
+    if not number:
         return ""
-    number = len(fitted.spec["demonstrations"])
     return f" Before it stand {count(number, 'demonstration')}, with blank lines between; `ia2mini.json` has them."
 
 
