@@ -11,10 +11,9 @@ import pytest
 from ia2mini import UsageError
 from ia2mini.engine.options import LABELS
 from ia2mini.report.charts import LARGEST_DOT, SMALLEST_DOT, draw_candidates
-from ia2mini.report.descriptions import describe, finding
 from ia2mini.report.drawing import COLORS, spread, styled
-from ia2mini.report.figures import CAPTIONS, draw, draw_figures
-from ia2mini.report.summary import views
+from ia2mini.report.figures import FIGURES, alt_text, draw, draw_figures
+from ia2mini.report.summary import best, views
 
 pytest.importorskip("matplotlib")
 
@@ -104,15 +103,15 @@ def figure(name, **options):
 
 def test_one_n_draws_bars_and_several_draw_lines_over_n(tmp_path):
     names = draw_figures(made_up(), tmp_path)
-    assert names == [f"{name}.png" for name in CAPTIONS if name != "by_n"]
+    assert names == [f"{name}.png" for name in FIGURES if name != "by_n"]
     # and nothing temporary beside them
     assert {path.name for path in tmp_path.iterdir()} == set(names)
     (view,) = views(made_up((2, 4, 8)))
-    assert [name for name in CAPTIONS if draw(name, view)] == [
-        name for name in CAPTIONS if name != "methods"
+    assert [name for name in FIGURES if draw(name, view)] == [
+        name for name in FIGURES if name != "methods"
     ]
     (view,) = views(made_up(text=True) | {"overlap": []})  # text has no confidence
-    assert [name for name in CAPTIONS if draw(name, view)] == [
+    assert [name for name in FIGURES if draw(name, view)] == [
         "methods",
         "asim_layers",
         "asim_scatter",
@@ -285,7 +284,7 @@ REPORT = {
 
 
 @pytest.mark.parametrize("methods", [("base", "icl", "sft", "ia2-sft"), ALL_METHODS], ids=len)
-@pytest.mark.parametrize("name", [*CAPTIONS, "candidates"])
+@pytest.mark.parametrize("name", [*FIGURES, "candidates"])
 def test_no_text_stands_on_another_or_leaves_the_figure(name, methods):
     if name == "candidates":
         drawn = draw_candidates(REPORT)
@@ -338,38 +337,28 @@ def test_the_candidates_of_fit_are_drawn_with_their_intervals():
 @pytest.mark.parametrize(
     "name, said",
     [
-        ("methods", "IA2→SFT is 21.0 points of accuracy above SFT, which may be chance. Right: base 45.0 % (ECE 0.02)"),
         ("asim_layers", "SFT from -0.10 in layer 2 to 0.90 in layer 0"),
-        ("asim_scatter", "base 0.30 (45.0 %), ICL 0.40 (95.0 %), SFT 0.50 (70.0 %), IA2→SFT 0.60 (91.0 %)."),
         ("reliability", "base 95.2 % sure, 88.0 % right"),
         ("overlap", "SFT and IA2→SFT 0.40 (chance 0.10)"),
     ],
-)  # fmt: skip
-def test_what_a_figure_found_is_told_to_who_cannot_see_it(name, said):
-    text = describe(name, next(views(made_up())))
+)
+def test_numbers_that_no_table_has_are_told_to_who_cannot_see_them(name, said):
+    text = alt_text(name, next(views(made_up())))
     assert said in text and text.startswith("tiny · mood · N = 4") and name not in text
 
 
-def test_the_finding_over_n_and_of_other_methods():
-    document = made_up(sizes=(2, 8))
-    for cell in document["cells"]:
-        if cell["n"] == 8:
-            cell["acc_mean"] = 1.0
-    said = describe("by_n", next(views(document)))
-    assert "from N = 2 to N = 8: base from 45.0 % to 100.0 %" in said
+@pytest.mark.parametrize("name", ["methods", "by_n", "asim_scatter"])
+def test_numbers_of_a_table_are_not_read_twice(name):
+    view = next(views(made_up()))
+    assert alt_text(name, view) == f"{view['title']}. {FIGURES[name].caption}"
+
+
+def test_the_best_of_other_methods():
     cells = made_up(methods=("base", "icl"))["cells"]
-    assert finding(cells) == "ICL is right most often: 95.0 %, mean of 2 evaluations."
-
-
-@pytest.mark.parametrize("sign, word", [(1, "above"), (-1, "below")])
-def test_a_finding_that_is_no_chance_has_its_interval(sign, word):
-    cells = made_up()["cells"]
+    assert best(cells) == "ICL is right most often: 95.0 %, mean of 2 evaluations."
     for cell in cells:
-        gained = np.array([0.1, 0.12, 0.11, 0.1, 0.13, 0.12]) * (cell["method"] == "ia2-sft")
-        cell["acc"] = (0.5 + sign * gained).tolist()
-    said = finding(cells)
-    assert said.startswith(f"IA2→SFT is 11.3 points of accuracy {word} SFT (95 % interval ")
-    assert "chance" not in said
+        cell["method"] += cell["eval"]
+    assert best(cells) == "No method has a result on every evaluation."
 
 
 def test_the_same_document_gives_the_same_bytes(tmp_path):

@@ -47,16 +47,16 @@ def test_page_tells_the_outcome_the_adapter_and_the_command(tmp_path):
     )
 
 
-def test_the_first_screen_is_a_title_a_sentence_a_table_and_a_figure(tmp_path):
+def test_the_first_screen_is_a_title_the_verdict_a_table_and_a_figure(tmp_path):
     """All else is folded."""
     draw_figures(made_up(), tmp_path)
     page = write_page(made_up(), tmp_path, "ia2mini run mood")
     first, _, rest = page.partition("<details>")
     assert "<h1>Methods compared on mood</h1>" in first
-    sentence = "<p>IA2→SFT is 21.0 points of accuracy above SFT, which may be chance.</p>"
-    order = [first.index(part) for part in ("<h1>", sentence, "<table", "<figure>")]
-    assert order == sorted(order)
-    assert first.count("<p>") == first.count("<table") == first.count("<figure>") == 1
+    outcome, chance = "<p>IA2→SFT against SFT: accuracy +21.0 points", "<p>The difference in"
+    order = [first.index(part) for part in ("<h1>", outcome, chance, "<table", "<figure>")]
+    assert order == sorted(order) and first.count("<p>") == 2
+    assert first.count("<table") == first.count("<figure>") == 1
     assert rest.count("<figure>") == 4 and rest.count("<table") == 3
     outside = re.sub(r"<details>.*</details>", "", page.partition("<main>")[2], flags=re.S)
     assert not re.search("<(h2|pre|ul|p)>", outside)
@@ -73,11 +73,11 @@ def test_a_table_scrolls_by_itself_and_says_so(tmp_path):
     assert "wide" not in table("a", ["1", "2", "3", "4"], [], "means")
 
 
-def test_a_figure_tells_its_finding_to_who_cannot_see_it(tmp_path):
+def test_a_figure_is_described_to_who_cannot_see_it(tmp_path):
     draw_figures(made_up(), tmp_path)
     told = re.findall('<img alt="([^"]*)"', write_page(made_up(), tmp_path, ""))
     assert len(told) == len(set(told)) == 5
-    assert "IA2→SFT is 21.0 points of accuracy above SFT" in told[0] and ".png" not in "".join(told)
+    assert "Means over evaluations." in told[0] and ".png" not in "".join(told)
 
 
 def test_page_holds_its_figures_and_needs_no_other_file(tmp_path):

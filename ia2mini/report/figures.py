@@ -1,27 +1,47 @@
 """The figures of a study: their names, captions and files."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from .. import UsageError
-from .charts import asim_layers, asim_scatter, by_n, methods, overlap, reliability
+from . import charts, descriptions
 from .drawing import LEFT_OUT, new_figure, save, set_heading, styled
 from .summary import views
 
-CAPTIONS = {  # in the order of the page
-    "methods": "Means over evaluations.",
-    "by_n": "The methods over N, the training rows of a set (paper Figures 5 and 6).",
-    "asim_layers": "Likeness of attention outputs to those with demonstrations (asim; 1: the same), layer by layer.",
-    "asim_scatter": "What likeness to the model with demonstrations brings; a dot an evaluation (paper Figure 3).",
-    "reliability": "Are confident answers right as often as they should be (dashed)? Larger dots: more rows.",
-    "overlap": "Share of LoRA's subspace that two methods have in common, beside that of random ones (paper Figure 4).",
-}
-DRAWN = {
-    "methods": methods,
-    "by_n": by_n,
-    "asim_layers": asim_layers,
-    "asim_scatter": asim_scatter,
-    "reliability": reliability,
-    "overlap": overlap,
+
+class StudyFigure(NamedTuple):
+    """How a figure is drawn and what is said of it."""
+
+    draw: Callable  # (matplotlib figure, view) -> its heading; None where the view has no data
+    caption: str
+    numbers: Callable | None = None  # view -> numbers that no table has, for the alt text
+
+
+FIGURES = {  # in the order of the page
+    "methods": StudyFigure(charts.methods, "Means over evaluations."),
+    "by_n": StudyFigure(
+        charts.by_n, "The methods over N, the training rows of a set (paper Figures 5 and 6)."
+    ),
+    "asim_layers": StudyFigure(
+        charts.asim_layers,
+        "Likeness of attention outputs to those with demonstrations (asim; 1: the same), layer by layer.",
+        descriptions.asim_layers,
+    ),
+    "asim_scatter": StudyFigure(
+        charts.asim_scatter,
+        "What likeness to the model with demonstrations brings (paper Figure 3).",
+    ),
+    "reliability": StudyFigure(
+        charts.reliability,
+        "Are answers right as often as their confidence says?",
+        descriptions.reliability,
+    ),
+    "overlap": StudyFigure(
+        charts.overlap,
+        "Share of LoRA's subspace that two methods have in common (paper Figure 4).",
+        descriptions.overlap,
+    ),
 }
 
 
@@ -38,7 +58,7 @@ def draw_figures(document: dict, folder: Path, formats: tuple[str, ...] = ("png"
     names = []
     with style:
         for view in views(document):
-            for name in CAPTIONS:
+            for name in FIGURES:
                 figure = draw(name, view)
                 if figure is None:
                     continue
@@ -54,7 +74,7 @@ def draw(name: str, view: dict):
     if name == ("methods" if several else "by_n"):
         return None
     figure = new_figure()
-    heading = DRAWN[name](figure, view)
+    heading = FIGURES[name].draw(figure, view)
     if heading is None:
         return None
     if several and name != "by_n":
@@ -62,3 +82,12 @@ def draw(name: str, view: dict):
     about = view["title"].replace(" · rate by", "\nrate by")
     set_heading(figure, heading, *about.split("\n"))
     return figure
+
+
+def alt_text(name: str, view: dict) -> str:
+    """The title and caption of a figure, and its numbers where no table has them."""
+    about = FIGURES[name]
+    text = f"{view['title']}. {about.caption}"
+    if about.numbers is None:
+        return text
+    return f"{text} {about.numbers(view)}."

@@ -1,4 +1,4 @@
-"""A study as one HTML page: a sentence, a table and a figure; the rest is folded below them."""
+"""A study as one HTML page: the verdict, a table and a figure; the rest is folded below them."""
 
 import json
 from datetime import date
@@ -6,10 +6,9 @@ from pathlib import Path
 
 from ..engine.options import UNTRAINED, label
 from ..files import count
-from .descriptions import describe, finding
-from .figures import CAPTIONS
+from .figures import FIGURES, alt_text
 from .markup import bullets, details, escaped, figure, first_screen, html_page, lines, table
-from .summary import average, paired, parts, title, verdict, views
+from .summary import average, best, paired, parts, title, verdict, views
 from .tables import HEADS, known_columns, legend, seconds_line, starred, texts
 
 MIME = {"png": "png", "svg": "svg+xml"}  # the formats of figures that a page can show
@@ -22,10 +21,10 @@ def write_page(document: dict, folder: Path, command: str) -> str:
     figures = drawn_figures(drawn, folder)
     others = [part for part in parts(document) if part["title"] != first["title"]]
     tasks = list(dict.fromkeys(cell["task"] for cell in document["cells"]))
-    meaning = lines([*verdict(first["cells"]), *legend(document)])
+    outcome = verdict(first["cells"]) or [best(first["cells"])]
     body = [
         first_screen([means(first, document), *figures[:1]]),
-        details("The test, and what the columns mean", [meaning]),
+        details("What the columns mean", [lines(legend(document))]),
         details("Other tables", [means(part, document) + said_of(part) for part in others]),
         details("More figures", figures[1:]),
         details("Tasks", [task(name, document) for name in tasks]),
@@ -33,19 +32,20 @@ def write_page(document: dict, folder: Path, command: str) -> str:
         details("How this was made", made(document, command)),
     ]
     on = tasks[0] if len(tasks) == 1 else f"{len(tasks)} tasks"
-    return html_page(f"Methods compared on {on}", lines([finding(first["cells"])]), body)
+    return html_page(f"Methods compared on {on}", lines(outcome), body)
 
 
 def drawn_figures(drawn: list[dict], folder: Path) -> list[str]:
     """The figures that are in `folder`, as PNG or else as SVG, in the order of the page."""
     found = []
     for view in drawn:
-        for name, caption in CAPTIONS.items():
+        for name, about in FIGURES.items():
             paths = [folder / f"{name}{view['suffix']}.{form}" for form in MIME]
             there = [path for path in paths if path.is_file()]
             if there:
                 kind = MIME[there[0].suffix[1:]]
-                found.append(figure(there[0].read_bytes(), kind, describe(name, view), caption))
+                image = there[0].read_bytes()
+                found.append(figure(image, kind, alt_text(name, view), about.caption))
     return found
 
 

@@ -5,7 +5,7 @@ import re
 from statistics import fmean
 
 from ..engine.intervals import LEAST_ROWS, PairedTest, paired_test
-from ..engine.options import LABELS
+from ..engine.options import LABELS, label
 from ..engine.select import grouped
 from ..files import count
 from ..study.table import METRICS, deviation
@@ -196,6 +196,17 @@ def verdict(cells: list[dict]) -> list[str]:
         less = "Demonstrations teach this model less than SFT does"
         lines.append(f"{less} (ICL {100 * lead.mean:+.1f} points): IA2 has little to pass on.")
     return lines
+
+
+def best(cells: list[dict]) -> str:
+    """The most accurate method."""
+    rows = [row for row in average(cells) if row["acc_mean"] is not None]
+    if not rows:
+        return "No method has a result on every evaluation."
+    first = max(rows, key=lambda row: row["acc_mean"])
+    accuracy = f"{100 * first['acc_mean']:.1f} %"
+    seen = count(first["evaluations"], "evaluation")
+    return f"{label(first['method'])} is right most often: {accuracy}, mean of {seen}."
 
 
 def pairs_of(test: PairedTest) -> str:
