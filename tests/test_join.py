@@ -120,11 +120,11 @@ def test_a_folder_given_twice_counts_once(studies):
     assert join([studies["four"]] * 2) == join([studies["four"]])
 
 
-def test_the_page_names_the_adapter_where_it_is(studies, tmp_path):
+def test_the_page_loads_an_adapter_from_where_it_is(studies, tmp_path):
     document = join([studies["eight"], studies["four"]])
     page = write_page(document, tmp_path, "")
-    adapter = f"{studies['eight']}/adapters/toy-mood-n2-ia2-sft-set0"
-    assert f"<code>{adapter}</code>" in page and "from_pretrained(TINY)" in page
+    adapter = f"{studies['four']}/adapters/toy-mood-n2-ia2-sft-set1"
+    assert f"(model, &#x27;{adapter}&#x27;)" in page and "from_pretrained(TINY)" in page
     document["studies"] = {
         folder: config | {"model": "org/base"} for folder, config in document["studies"].items()
     }

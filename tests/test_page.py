@@ -26,7 +26,7 @@ def test_page_tells_the_outcome_the_adapter_and_the_command(tmp_path):
     page = write_page(made_up(), tmp_path, "ia2mini run mood --template 'a<b'")
     text = html.unescape(re.sub("<[^>]*>", "\n", page))
     assert "IA2→SFT against SFT: accuracy +21.0 points" in page
-    assert f"from_pretrained(model, {str(tmp_path / 'adapters/mood-n4-ia2-sft-set0')!r})" in text
+    assert f"from_pretrained(model, {str(tmp_path / 'adapters/mood-n4-ia2-sft-set1')!r})" in text
     wanted = [
         "91.0 ± 11.3",
         "ia2mini run mood --template 'a<b'",
@@ -102,21 +102,8 @@ def test_page_shows_svg_where_only_that_was_drawn(tmp_path):
 def test_page_of_other_documents(tmp_path, options):
     page = write_page(made_up(**options), tmp_path, "")
     assert "img" not in checked(page)[0] and "Figures" not in page
-    assert ("Which adapter to take" in page) == ("methods" not in options)
-    assert ("adapters/mood-n8-ia2-sft-set0" in page) == ("sizes" in options)  # the largest N
-
-
-def test_another_adapter_where_ia2_sft_is_not_there_or_worse(tmp_path):
-    page = write_page(made_up(methods=("base", "icl", "sft", "ia2")), tmp_path, "")
-    assert "<code>adapters/mood-n4-ia2-set0" in page
-    document = made_up(methods=("base", "icl", "ia2-sft", "sft"))
-    document["cells"] = [
-        cell | {"task": task} for cell in document["cells"] for task in ("mood", "b", "c")
-    ]
-    for cell, noise in zip(document["cells"], (0.001, 0.002, 0.004, 0.003) * 12):
-        cell["acc"] = [cell["acc_mean"] + noise, cell["acc_mean"]]
-    page = write_page(document, tmp_path, "")
-    assert "<code>adapters/mood-n4-sft-set0" in page and "PeftModel" in page
+    assert ("PeftModel" in page) == ("methods" not in options)
+    assert ("adapters/mood-n8-ia2-sft-set1" in page) == ("sizes" in options)  # the largest N
 
 
 def test_nothing_in_a_document_becomes_markup(tmp_path):
@@ -134,7 +121,7 @@ def test_nothing_in_a_document_becomes_markup(tmp_path):
     page = write_page(document, tmp_path, evil)
     assert (
         page.encode()
-        and "Which adapter" in page
+        and "PeftModel" in page
         and "img" in checked(page)[0]
         and "script" not in checked(page)[0]
     )

@@ -63,11 +63,6 @@ def lines(texts: list[str]) -> str:
     return "".join(f"<p>{escaped(text)}</p>" for text in texts)
 
 
-def bullets(items: list[str]) -> str:
-    """A list of HTML texts."""
-    return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
-
-
 def first_screen(parts: list[str]) -> str:
     """The first screen of a page; its parts stand side by side if there is room."""
     return f'<div class="first">{"".join(parts)}</div>'

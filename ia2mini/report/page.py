@@ -4,11 +4,11 @@ import json
 from datetime import date
 from pathlib import Path
 
-from ..engine.options import UNTRAINED, label
+from ..engine.options import label
 from ..files import count
 from .figures import FIGURES, alt_text
-from .markup import bullets, details, escaped, figure, first_screen, html_page, lines, table
-from .summary import average, best, paired, parts, title, verdict, views
+from .markup import details, escaped, figure, first_screen, html_page, lines, table
+from .summary import average, best, parts, title, verdict, views
 from .tables import HEADS, known_columns, legend, seconds_line, starred, texts
 
 MIME = {"png": "png", "svg": "svg+xml"}  # the formats of figures that a page can show
@@ -28,8 +28,7 @@ def write_page(document: dict, folder: Path, command: str) -> str:
         details("Other tables", [means(part, document) + said_of(part) for part in others]),
         details("More figures", figures[1:]),
         details("Tasks", [task(name, document) for name in tasks]),
-        details("Which adapter to take", adapter(document, first["cells"], folder)),
-        details("How this was made", made(document, command)),
+        details("How this was made", made(document, folder, command)),
     ]
     on = tasks[0] if len(tasks) == 1 else f"{len(tasks)} tasks"
     return html_page(f"Methods compared on {on}", lines(outcome), body)
@@ -107,42 +106,8 @@ def answers(sample: dict, right: bool) -> str:
     return table(caption, fields, body, "text")
 
 
-def adapter(document: dict, cells: list[dict], folder: Path) -> list[str]:
-    """Adapters to take, and how: IA2→SFT's, SFT's where it is surely better, else those of the most accurate method."""
-    method = method_to_take(cells)
-    names = {}  # of each adapter the study that it is of, where several are joined
-    for cell in cells:
-        name = f"adapters/{cell['task']}-n{cell['n']}-{method}-set0"
-        if "study" in cell:
-            name = f"{cell['study']}/{name}"
-        if cell["method"] == method and name in document.get("adapters", []):
-            names[name] = cell.get("study")
-    if not names:
-        return []
-    about = f"{label(method)}, trained on the first set of N = {cells[0]['n']}:"
-    items = [f"<code>{escaped(name)}</code>" for name in names]
-    first, study = next(iter(names.items()))
-    config = document["studies"][study] if study else document["config"]
-    code = loading(repr(config["model"]), first if study else str(folder / first))
-    return [lines([about]), bullets(items), f"<pre>{escaped(code)}</pre>"]
-
-
-def method_to_take(cells: list[dict]) -> str | None:
-    """The method whose adapters are recommended; None where none is trained."""
-    gain = paired(cells, "acc")
-    if gain and gain.mean < 0 and gain.p < 0.05:
-        return "sft"
-    trained = {}
-    for row in average(cells):
-        if row["method"] not in UNTRAINED:
-            trained[row["method"]] = row["acc_mean"]
-    if "ia2-sft" in trained:
-        return "ia2-sft"
-    return max(trained, key=trained.get, default=None)
-
-
-def made(document: dict, command: str) -> list[str]:
-    """The command, versions, seconds and options of the study."""
+def made(document: dict, folder: Path, command: str) -> list[str]:
+    """The command, versions, seconds and options of the study, and code that loads one of its adapters."""
     said = [f"{name} {version}" for name, version in document.get("versions", {}).items()]
     written = f"Written on {date.today()}; {', '.join(said)}."
     config = json.dumps(document["config"], indent=2, ensure_ascii=False)
@@ -150,7 +115,19 @@ def made(document: dict, command: str) -> list[str]:
     body.append(details("Configuration", [f"<pre>{escaped(config)}</pre>"]))
     if command:
         body.insert(0, f"<pre>{escaped(command)}</pre>")
+    if document.get("adapters"):
+        about = f"Load one of {count(len(document['adapters']), 'adapter')}, the others likewise:"
+        body.append(lines([about]) + f"<pre>{escaped(adapter_code(document, folder))}</pre>")
     return body
+
+
+def adapter_code(document: dict, folder: Path) -> str:
+    """Python that loads the last adapter of a study, or of joined ones."""
+    name = document["adapters"][-1]
+    if "studies" not in document:
+        return loading(repr(document["config"]["model"]), str(folder / name))
+    study = name.rpartition("/adapters/")[0]
+    return loading(repr(document["studies"][study]["model"]), name)
 
 
 def loading(source: str, adapter: str | None = None, dtype: str = "") -> str:
