@@ -19,9 +19,9 @@ from ia2mini import open_subject
 from ia2mini.batch import truth_row
 from ia2mini.cli.main import main
 from ia2mini.fitting.predictor import FOREIGN, Predictor
+from ia2mini.fitting.score import score_rows
 from ia2mini.generate import Decoding, before_stop
 from ia2mini.labels import Scoring, label_scores
-from ia2mini.report.fit import score_rows
 from ia2mini.scoring import answer_texts, score
 from ia2mini.tasks import Example, same_answer
 from ia2mini.tasks.chat import ChatTemplate

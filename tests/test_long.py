@@ -131,7 +131,7 @@ def test_predict_and_score_name_file_and_row(subject, tmp_path):
         lambda: list(fitted.answer_rows(rows, icl=True)),
         "new.jsonl:1: its prompt with demonstrations has 116 tokens",
     )
-    from ia2mini.report.fit import score_rows
+    from ia2mini.fitting.score import score_rows
 
     refused(lambda: score_rows(fitted, rows, False), "new.jsonl:2: its prompt has 101 tokens")
 

@@ -114,6 +114,7 @@ def models():
     """
     from ..models.checkpoint import SHORT_NAMES
     from ..models.config import FAMILIES
+    from ..report.tables import aligned
 
     rows = [("name", "family", "weights", "fit", "licence", "agreement", "hub id")]
     rows.append(("tiny", "qwen3", "embedded", "< 0.1 GB", "MIT", "no", ""))
@@ -123,10 +124,7 @@ def models():
         weights = f"{BYTES * count_weights(config) / 1e9:.1f} GB"
         needed = f"{fit_bytes(config) / 1e9:.1f} GB"
         rows.append((name, family, weights, needed, licence, agreement, hub_id))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        entries = [f"{entry:<{width}}" for entry, width in zip(row, widths)]
-        click.echo("  ".join(entries).rstrip())
+    click.echo("\n".join(aligned(rows, str.ljust)))
     click.echo(f"\nfamilies (model_type in config.json): {', '.join(FAMILIES)}")
     click.echo(
         f"fit: weights in bfloat16, and {RUNS} runs side by side (--folds), each {ROWS} rows of {TOKENS} tokens a step "

@@ -128,7 +128,8 @@ def score(adapter, rows, answer_column, icl, **how):
       ia2mini score tickets more_tickets.csv
       ia2mini score peft-lora rows.csv --template '{question}' --labels yes,no
     """
-    from ..report.fit import score_rows, write_fit_table
+    from ..fitting.score import score_rows
+    from ..report.fit import write_fit_table
     from ..tasks.rows import read_rows
 
     rows = read_rows(rows)  # its mistakes show before a model is loaded

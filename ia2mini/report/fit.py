@@ -6,20 +6,16 @@ from operator import itemgetter
 from pathlib import Path
 from textwrap import fill
 
-import torch
-
-from .. import UsageError
-from ..engine.intervals import LEAST_ROWS, share_interval
+from ..engine.intervals import LEAST_ROWS
 from ..files import count, json_line, write_text
-from ..fitting.measures import classes, commonest, measures
-from ..fitting.sentence import NAMES, never_right, outcome, with_interval
-from ..tasks.own import true_answer
+from ..fitting.sentence import NAMES, outcome, with_interval
 from ..tasks.rows import Row, missing_part, prompt_of
 from ..tasks.turns import open_turns
 from .card import card
 from .charts import draw_candidates
 from .drawing import png_of, styled
 from .markup import details, escaped, figure, first_screen, html_page, lines, table
+from .tables import aligned
 
 HEADS = {
     "acc": "right (%)",
@@ -35,21 +31,16 @@ NO_BREAK = "\ue000"  # for a while in place of a blank at which no line breaks
 AGREES = "as with the context (%)"
 SUSPECTS = "suspects.jsonl"
 MATRIX = 20  # up to this many labels the page shows the confusion matrix
-INTERVALS = "95 % intervals: Clopper-Pearson for shares, Student's t for means"
+INTERVALS = "95 % intervals: Clopper-Pearson for shares; for means, where shown, Student's t"
 
 
 def write_fit_table(report: dict, told: tuple[str, ...] = ()) -> str:
     """The report for a terminal of 80 columns, without remarks that have been `told` already."""
-    rows = measured(report, brief=True)
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    table = []
-    for row in rows:
-        entries = [f"{row[0]:<{widths[0]}}"]
-        entries += [f"{text:>{width}}" for text, width in zip(row[1:], widths[1:])]
-        table.append("  ".join(entries).rstrip())
+    points = WIDE if has_labels(report) else ()
+    table = aligned(measured(report, points))
     remarks = [remark for remark in report["remarks"] if remark not in told]
     said = wrapped(report["sentence"])
-    return "\n".join([about(report), *table, *notes(report, brief=True), "", said, *remarks])
+    return "\n".join([about(report), *table, *notes(report), "", said, *remarks])
 
 
 def wrapped(text: str) -> str:
@@ -59,29 +50,28 @@ def wrapped(text: str) -> str:
     return broken.replace(NO_BREAK, " ")
 
 
-def notes(report: dict, brief: bool = False) -> list[str]:
-    """The legend of the table; `brief`: of the table for the terminal."""
-    measures = report["candidates"][next(iter(report["candidates"]))]
+def has_labels(report: dict) -> bool:
+    """Whether the answers are labels, not text."""
+    return "macro_f1" in next(iter(report["candidates"].values()))
+
+
+def notes(report: dict) -> list[str]:
+    """The legend of the table."""
     said = [INTERVALS]
-    if brief and "macro_f1" in measures:
-        said = ["95 % intervals: Clopper-Pearson"]
-        if report["chosen"]:
-            said = ["95 % intervals: Clopper-Pearson; report.html has those of Brier and NLL"]
     if report["rows"] < LEAST_ROWS:
         said = [f"no intervals: below {LEAST_ROWS} rows"]
-    if "macro_f1" in measures:
+    if has_labels(report):
         said.append("right: the label with the highest probability is the row's own")
-    if "ece_null" in measures:
         said.append("(null): the ECE that perfect calibration would show")
     if report["chosen"]:
         said.append("*: shipped; as shipped: each row by the choice that the other folds make")
     return said
 
 
-def measured(report: dict, brief: bool = False) -> list[list[str]]:
+def measured(report: dict, points: Sequence[str] = ()) -> list[list[str]]:
     """The table of candidates: headings, one line for each with the chosen one marked, and "as shipped".
 
-    `brief`: without the intervals of the measures in `WIDE`, where the table has all columns.
+    `points`: the measures that are shown without their intervals.
     """
     candidates = dict(report["candidates"])
     if report["chosen"]:
@@ -94,14 +84,13 @@ def measured(report: dict, brief: bool = False) -> list[list[str]]:
     if "kl" in report:
         heads["acc"] = AGREES
         heads["nll"] = "KL"
-    without_interval = WIDE if brief and "macro_f1" in known else ()
     rows = [["", *map(heads.get, known)]]
     for name, numbers in candidates.items():
         mark = " *" if name == report["chosen"] else ""
         entries = []
         for column in known:
             value = numbers.get(column)
-            if column in without_interval and value is not None:
+            if column in points and value is not None:
                 value = value[0]
             entries.append(entry(value, column))
         rows.append([NAMES.get(name, name) + mark, *entries])
@@ -175,33 +164,23 @@ def suspects(report: dict, places: dict[str, str]) -> list[dict]:
 def fit_page(report: dict, command: str, odd: Sequence[dict] = ()) -> str:
     """The report as one HTML page: a sentence, a table and a figure, the rest folded; `odd`: what `suspects` found."""
     heads, *rows = measured(report)
-    first = outcome(report)
-    others = report["sentence"].removeprefix(first).strip()
     tokens = report["tokens"]
     price = f"A query costs {tokens['query']:.0f} tokens; with demonstrations {tokens['icl']:.0f}."
     meaning = [*notes(report), *calibration(report), price]
     suspicious = [suspects_table(odd)] if odd else []
     made = [
         f"<pre>{escaped(command)}</pre>",
-        lines([about(report), f"{report['seconds']:.0f} s in all."]),
+        lines([f"{report['seconds']:.0f} s in all."]),
     ]
     body = [
         first_screen([table("Held-out rows", heads, rows, "means"), *candidates_figure(report)]),
-        details("Beside the other candidates", [lines([others])] if others else []),
         details("What the columns mean, calibration, tokens", [lines(meaning)]),
         details("How the rows were read", [lines(report["remarks"])]),
         details("Look at these", suspicious),
         details("Answers", [*by_label(report), wrong_answers(report)]),
         details("How this was made", made),
     ]
-    return html_page(headline(report), lines([first]), body)
-
-
-def headline(report: dict) -> str:
-    """The title of the page: the name of the rows, and the shipped method."""
-    if report["chosen"] == "base":
-        return f"{report['name']}: nothing is shipped"
-    return f"{report['name']}: {NAMES[report['chosen']]} is shipped"
+    return html_page(about(report), lines([report["sentence"]]), body)
 
 
 def candidates_figure(report: dict) -> list[str]:
@@ -298,51 +277,3 @@ def about(report: dict) -> str:
     if report["folds"]:
         said.append(f"held out in {count(report['folds'], 'fold')}")
     return " · ".join(said)
-
-
-def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) -> dict:
-    """Score an adapter (with `icl` the base with demonstrations) on rows. UsageError for a row without answer."""
-    spec = fitted.spec
-    labels = spec["labels"]
-    true = true_answers(rows, spec, column or spec["answer_column"] or "label")
-    name = "icl" if icl else spec["method"]
-    found = [answer for _, answer in fitted.answers(rows, icl)]
-    report = {
-        "name": Path(rows[0].where.partition(":")[0]).stem,
-        "model": fitted.subject.name,
-        "rows": len(rows),
-        "folds": 0,
-        "chosen": None,
-        "remarks": [],
-    }
-    if labels:
-        gold = torch.tensor([labels.index(text) for text in true])
-        log_probabilities = [answer["log_probabilities"] for answer in found]
-        scores = torch.tensor(log_probabilities, dtype=torch.float64)
-        numbers = measures(scores, gold)
-        report["candidates"] = {name: numbers, "commonest": commonest(gold, len(labels))}
-        report.update(classes(scores, gold, labels))
-    else:
-        right = [fitted.is_right(one["answer"], text) for one, text in zip(found, true)]
-        numbers = {"acc": list(share_interval(right.count(True), len(right)))}
-        report["candidates"] = {name: numbers}
-    told = [
-        f"{NAMES.get(name, name)}: {with_interval(numbers['acc'])} of {count(len(rows), 'row')} right."
-    ]
-    if len(rows) < LEAST_ROWS:
-        told.append("So few rows prove nothing.")
-    report["sentence"] = " ".join([*told, *never_right(report)])
-    return report
-
-
-def true_answers(rows: list[Row], spec: dict, column: str) -> list[str]:
-    """The answer in a column of each row. Raises UsageError if one is missing."""
-    true = []
-    for row in rows:
-        row = open_turns(row, spec["template"])
-        if not str(row.get(column, "")).strip():
-            there = ", ".join(map(repr, row))
-            missing = f"no answer in column {column!r} (of {there})"
-            raise UsageError(f"{row.where}: {missing}; see --answer-column")
-        true.append(true_answer(row, column, spec["labels"]))
-    return true

@@ -1,5 +1,6 @@
 """The table in the terminal (means; every evaluation with --full), and tables as files."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -104,12 +105,12 @@ def starred(evaluation: str, ood: bool) -> str:
     return f"{evaluation}*" if ood else evaluation
 
 
-def aligned(table: list[list[str]]) -> list[str]:
-    """A line for each row: the first column flush left, the others flush right."""
+def aligned(table: Sequence[Sequence[str]], others: Callable = str.rjust) -> list[str]:
+    """A line for each row: the first column flush left, the others flush right unless `others` is str.ljust."""
     widths = [max(map(len, column)) for column in zip(*table)]
     lines = []
     for first, *rest in table:
-        entries = [text.rjust(width) for text, width in zip(rest, widths[1:])]
+        entries = [others(text, width) for text, width in zip(rest, widths[1:])]
         lines.append("  ".join([first.ljust(widths[0]), *entries]).rstrip())
     return lines
 

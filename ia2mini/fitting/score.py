@@ -1,0 +1,62 @@
+"""Score an adapter on labelled rows: `ia2mini score`."""
+
+from pathlib import Path
+
+import torch
+
+from .. import UsageError
+from ..engine.intervals import LEAST_ROWS, share_interval
+from ..files import count
+from ..tasks.own import true_answer
+from ..tasks.rows import Row
+from ..tasks.turns import open_turns
+from .measures import classes, commonest, measures
+from .sentence import NAMES, never_right, with_interval
+
+
+def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) -> dict:
+    """Score an adapter (with `icl` the base with demonstrations) on rows. UsageError for a row without answer."""
+    spec = fitted.spec
+    labels = spec["labels"]
+    true = true_answers(rows, spec, column or spec["answer_column"] or "label")
+    name = "icl" if icl else spec["method"]
+    found = [answer for _, answer in fitted.answers(rows, icl)]
+    report = {
+        "name": Path(rows[0].where.partition(":")[0]).stem,
+        "model": fitted.subject.name,
+        "rows": len(rows),
+        "folds": 0,
+        "chosen": None,
+        "remarks": [],
+    }
+    if labels:
+        gold = torch.tensor([labels.index(text) for text in true])
+        log_probabilities = [answer["log_probabilities"] for answer in found]
+        scores = torch.tensor(log_probabilities, dtype=torch.float64)
+        numbers = measures(scores, gold)
+        report["candidates"] = {name: numbers, "commonest": commonest(gold, len(labels))}
+        report.update(classes(scores, gold, labels))
+    else:
+        right = [fitted.is_right(one["answer"], text) for one, text in zip(found, true)]
+        numbers = {"acc": list(share_interval(right.count(True), len(right)))}
+        report["candidates"] = {name: numbers}
+    told = [
+        f"{NAMES.get(name, name)}: {with_interval(numbers['acc'])} of {count(len(rows), 'row')} right."
+    ]
+    if len(rows) < LEAST_ROWS:
+        told.append("So few rows prove nothing.")
+    report["sentence"] = " ".join([*told, *never_right(report)])
+    return report
+
+
+def true_answers(rows: list[Row], spec: dict, column: str) -> list[str]:
+    """The answer in a column of each row. Raises UsageError if one is missing."""
+    true = []
+    for row in rows:
+        row = open_turns(row, spec["template"])
+        if not str(row.get(column, "")).strip():
+            there = ", ".join(map(repr, row))
+            missing = f"no answer in column {column!r} (of {there})"
+            raise UsageError(f"{row.where}: {missing}; see --answer-column")
+        true.append(true_answer(row, column, spec["labels"]))
+    return true
