@@ -338,7 +338,7 @@ def test_labels_and_text_do_not_share_what_an_interrupted_fit_kept(tmp_path):
     for answers in ("labels", "text"):
         columns = Columns(template="{text}:", answers=answers)
         subject = open_subject("tiny", "cpu")
-        cv, _ = cross_validation(rows, subject, FitOptions(), columns, keep=tmp_path)
+        cv = cross_validation(rows, subject, FitOptions(), columns, keep=tmp_path)
         score_held_out(cv, "base", None, partial(read_true_answers, cv))
     assert len(list(tmp_path.glob("unfinished-*"))) == 2
 

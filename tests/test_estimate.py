@@ -17,7 +17,7 @@ OPTIONS = FitOptions(rates=(1e-3, 1e-2), methods=("sft", "ia2-sft"), folds=4, ep
 def test_the_estimate_counts_steps_of_every_phase(monkeypatch):
     subject = open_subject("tiny", "cpu")
     rows = world.rows("toy-mood", "train")[:12]
-    cv, _ = cross_validation(rows, subject, OPTIONS)
+    cv = cross_validation(rows, subject, OPTIONS)
     ticks = chain([100.0, 104.0], repeat(0.0))  # the timed step took four seconds
     monkeypatch.setattr(training.time, "perf_counter", lambda: next(ticks))
     # nine rows in steps of four, five epochs, for SFT, IA2 and SFT after it; then one of eight runs twice

@@ -222,6 +222,35 @@ def test_few_rows_and_unknown_names_are_one_line(subject, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+def test_wrong_options_show_before_the_model_is_loaded_or_answers(subject, tmp_path, monkeypatch):
+    def too_late(*_, **__):
+        raise AssertionError("the model was needed")
+
+    monkeypatch.setattr("ia2mini.fitting.fit.answer_with_context", too_late)
+    rows = [{"text": row["text"]} for row in toy_rows(12)]
+    context = replace(QUICK, context="Task:mood")
+    for wrong, told in (
+        (replace(context, methods=("sfd",)), "--methods sfd"),
+        (replace(context, methods=("icl-sft",)), "--methods icl-sft"),
+        (replace(context, ship="ia2"), "--ship ia2"),
+        (replace(context, ship="probe"), "--ship probe"),
+    ):
+        refused(lambda wrong=wrong: fit(rows, subject, wrong), told)
+    refused(lambda: fit([*rows[:3], *rows[:3]], subject, context), "3 rows with different prompts")
+
+    monkeypatch.setattr("ia2mini.engine.subject.open_subject", too_late)
+    lines = [json.dumps(row) + "\n" for row in toy_rows(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    (tmp_path / "few.jsonl").write_text("".join(lines[:3]))
+    for file, wrong, told in (
+        ("rows", ("--methods", "sfd"), "--methods sfd"),
+        ("rows", ("--ship", "sfd"), "--ship sfd"),
+        ("few", (), "3 rows with different prompts"),
+    ):
+        command = ("fit", tmp_path / f"{file}.jsonl", "--model", "tiny", *wrong)
+        assert told in run(*command, "--out", tmp_path / "o", code=2).stderr
+
+
 def test_demonstrations_fill_what_the_model_reads_and_no_more(subject, monkeypatch):
     cv = cross_validation(subject, toy_rows(12))
     row, shown = cv.longest, [example for example in cv.rows if example is not cv.longest]

@@ -21,7 +21,7 @@ def test_held_out_rows_are_scored_by_weights_that_never_saw_them():
     """As a plain loop of `label_scores`; other answers of a fold's rows change no bit of what is said of them."""
     subject = open_subject("tiny", "cpu")
     options = FitOptions(epochs=3, rates=(3e-3, 1e-2), methods=("sft",), folds=3)
-    cv, _ = cross_validation(world.rows("toy-mood-remap", "train")[4:19], subject, options)
+    cv = cross_validation(world.rows("toy-mood-remap", "train")[4:19], subject, options)
     trained = train_folds(cv)
     scores = answer_held_out(cv, trained)["sft"].scores
     assert scores.shape == (2, 15, 2)
@@ -49,7 +49,7 @@ def test_with_demonstrations_they_are_scored_as_peft_scores_whole_prompts():
     subject = open_subject("tiny", "cpu")
     methods = ("icl-sft",)
     options = FitOptions(epochs=2, rates=(3e-3, 1e-2), methods=methods, folds=3, demonstrations=4)
-    cv, _ = cross_validation(world.rows("toy-mood-remap", "train")[4:14], subject, options)
+    cv = cross_validation(world.rows("toy-mood-remap", "train")[4:14], subject, options)
     trained = train_folds(cv)
     scores = answer_held_out(cv, trained)["icl-sft"].scores
     theta = trained["icl-sft"].theta.unflatten(0, (len(cv.folds), -1))
@@ -72,7 +72,7 @@ def test_with_demonstrations_they_are_scored_as_peft_scores_whole_prompts():
 def test_its_training_rows_have_their_demonstrations_in_the_prompt():
     subject = open_subject("tiny", "cpu")
     options = FitOptions(methods=("icl-sft", "ia2"), folds=3, demonstrations=4)
-    cv, _ = cross_validation(world.rows("toy-mood-remap", "train")[4:14], subject, options)
+    cv = cross_validation(world.rows("toy-mood-remap", "train")[4:14], subject, options)
     encode = subject.tokenizer.encode
     for fold, taught in zip(cv.folds, teach_episodes(cv, cv.folds, options.methods), strict=True):
         shown = zip(fold.train, fold.demonstrations, taught.demonstrated_train, strict=True)
@@ -86,10 +86,10 @@ def test_sft_alone_asks_no_teacher_and_trains_to_the_same_weights(monkeypatch):
     subject = open_subject("tiny", "cpu")
     rows = world.rows("toy-mood-remap", "train")[4:16]
     options = FitOptions(epochs=2, rates=(1e-2,), methods=("sft",), folds=3)
-    both, _ = cross_validation(rows, subject, replace(options, methods=("sft", "ia2")))
+    both = cross_validation(rows, subject, replace(options, methods=("sft", "ia2")))
     taught, whole = train_sft(both)
     monkeypatch.setattr("ia2mini.fitting.training.teach", None)
-    alone, _ = cross_validation(rows, subject, options)
+    alone = cross_validation(rows, subject, options)
     weights, final = train_sft(alone)
     assert torch.equal(weights, taught)
     assert torch.equal(final, whole)

@@ -100,7 +100,7 @@ def trial(
     once: Callable | None = None,
 ) -> Trial:
     """Fit `rows`; what is shipped and each candidate, trained on all rows at its own rate, answer `fresh` ones."""
-    cv, _ = cross_validation(rows, subject, options, columns_of(rows))
+    cv = cross_validation(rows, subject, options, columns_of(rows))
     cv.cached = once or Memory().once
     fitted, choice = fit_folds(cv)
     found = choice.candidates

@@ -99,7 +99,7 @@ def fitted_rivals(
     A candidate's seconds are those of its last training alone.
     """
     begun = time.perf_counter()
-    cv, _ = cross_validation(rows, subject, options, columns_of(rows))
+    cv = cross_validation(rows, subject, options, columns_of(rows))
     memory = TimedMemory()
     cv.cached = memory.once
     fitted, choice = fit_folds(cv)

@@ -67,6 +67,7 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
     Otherwise nothing is shipped, and the report says what came closest.
     """
     from ..engine.subject import open_subject
+    from ..fitting.crossval import check_number, check_options
     from ..fitting.fit import fit as fit_rows
     from ..fitting.folder import check_own
     from ..fitting.rows import Columns, read_own
@@ -87,8 +88,10 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
         columns = columns._replace(answers="labels" if labelled else "text")
     options = FitOptions(**given, context=read_context(context) if context else "")
     own = as_rows(rows or prompts)
-    # mistakes in the rows show before a model is loaded
-    _, task = read_own(own, columns, bool(context), options.chat)
+    # mistakes in rows and options show before a model is loaded
+    complete, task = read_own(own, columns, bool(context), options.chat)
+    check_options(options, task)
+    check_number([task.prompt_of(row) for row in complete])
     subject = open_subject(**how)
     prepare(subject.model, None, False)
     tell_all([*task.remarks, dtype_note(subject)])

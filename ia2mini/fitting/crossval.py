@@ -56,6 +56,7 @@ class CrossValidation:
     # cached(name, make): the tensors of a name as an interrupted fit has kept them, else made and kept
     cached: Callable[[str, Callable[[], dict]], dict] = always_made
     bar: Callable[[str, int], tqdm] = silent  # bar(label, total) -> context manager yielding a tqdm
+    remarks: list[str] = field(default_factory=list)  # on unusual rows
     token_counts: dict[str, int] = field(default_factory=dict)  # of texts that were counted
     states: Tensor | None = None  # the base's, once a probe has read them (`held_out.base_states`)
 
@@ -105,10 +106,7 @@ def into_folds(
     options: FitOptions,
     unlabelled: list[Example] | tuple = (),
 ) -> CrossValidation:
-    """Deal rows into folds. Raises UsageError for unsuitable options, too few rows, and rows that are too long."""
-    check_methods(options)
-    check_ship(options.ship, candidate_names(task, options))
-    check_number(rows)
+    """Rows in folds. The options are already checked (`check_options`). Raises UsageError for too long rows."""
     label_tokens: list[list[int]] = []
     max_tokens = task.max_tokens
     if task.labels:
@@ -138,8 +136,11 @@ def candidate_names(task: Task, options: FitOptions) -> list[str]:
     return ["base", "icl", *probe, *options.methods]
 
 
-def check_methods(options: FitOptions) -> None:
-    """Raises UsageError for an unknown method, for none at all, and for one that has nothing to learn."""
+def check_options(options: FitOptions, task: Task) -> None:
+    """Raises UsageError for methods that are unknown, missing or useless, and where --ship names no candidate.
+
+    It needs no model: mistakes show before one is loaded.
+    """
     methods = options.methods
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
@@ -154,22 +155,18 @@ def check_methods(options: FitOptions) -> None:
             "--methods icl-sft: with the context in its prompt the model gives these answers already; "
             "leave it out"
         )
-
-
-def check_ship(ship: str, names: list[str]) -> None:
-    """Raises UsageError where --ship names no candidate."""
-    may_ship = names[1:]
-    if ship and ship not in may_ship:
+    may_ship = candidate_names(task, options)[1:]
+    if options.ship and options.ship not in may_ship:
         tried = ", ".join(may_ship)
-        raise UsageError(f"--ship {ship}: is not tried; what is tried here is {tried}")
+        raise UsageError(f"--ship {options.ship}: is not tried; what is tried here is {tried}")
 
 
-def check_number(rows: list[Example]) -> None:
-    """Raises UsageError for too few rows."""
-    prompts = len({row.prompt for row in rows})
-    if prompts < LEAST:
+def check_number(prompts: list[str]) -> None:
+    """Raises UsageError for too few different prompts."""
+    different = len(set(prompts))
+    if different < LEAST:
         needed = f"cross-validation needs at least {LEAST}; add rows"
-        raise UsageError(f"{prompts} rows with different prompts: {needed}")
+        raise UsageError(f"{different} rows with different prompts: {needed}")
 
 
 def deal_into_folds(cv: CrossValidation) -> list[Fold]:

@@ -20,7 +20,13 @@ from ..tasks.chat import ChatTemplate
 from ..tasks.own import complete_rows
 from ..tasks.rows import Row, as_rows, only_column
 from ..tasks.turns import ALL_TURNS, open_turns
-from .crossval import CrossValidation, choose_demonstrations, into_folds
+from .crossval import (
+    CrossValidation,
+    check_number,
+    check_options,
+    choose_demonstrations,
+    into_folds,
+)
 from .held_out import answer_held_out, fit_final_probe
 from .predictor import Predictor
 from .report import Choice, make_report, question
@@ -49,16 +55,15 @@ def fit(
         fitted = fit("tickets.csv", open_subject("llama-3.2-1b"))
         print(fitted.report["sentence"])
     """
-    options = options or FitOptions()
-    cv, odd = cross_validation(rows, subject, options, columns, unlabelled, keep, bar)
     begun = time.perf_counter()
+    options = options or FitOptions()
+    cv = cross_validation(rows, subject, options, columns, unlabelled, keep, bar)
     trained = train_folds(cv)
     held_out = answer_held_out(cv, trained)
     choice = make_choice(cv, held_out)
     report = make_report(cv, held_out, choice)
     fitted = ship(cv, choice, report)
     fitted.report["seconds"] = time.perf_counter() - begun
-    fitted.report["remarks"] += odd
     return fitted
 
 
@@ -70,19 +75,27 @@ def cross_validation(
     unlabelled=(),
     keep: Path | None = None,
     bar: Callable | None = None,
-) -> tuple[CrossValidation, list[str]]:
-    """Rows in folds, before anything is trained, and sentences about odd rows. Raises UsageError."""
-    rows, task = read_own(rows, Columns(*columns), bool(options.context), options.chat)
+) -> CrossValidation:
+    """Rows in folds, before anything is trained. Raises UsageError.
+
+    With a context this is a pass of the model: it answers every prompt.
+    """
+    rows, task = read_own(rows, columns, bool(options.context), options.chat)
+    check_options(options, task)
     as_turn: Callable = str
     if options.chat:
         as_turn = ChatTemplate(subject.folder, subject.tokenizer, task.prompt == ALL_TURNS)
         subject = replace(subject, tokenizer=as_turn.tokenizer)
         task = replace(task, prompt=task.prompt.rstrip(" "))  # an answer begins its turn
-    examples = make_examples(rows, task, as_turn, subject, options)
+    prompts = [as_turn(task.prompt_of(row)) for row in rows]
+    check_number(prompts)
     if options.context:
         task = replace(task, max_tokens=options.max_tokens)
-    elif not task.labels:
-        task = replace(task, max_tokens=max_answer_tokens(subject.tokenizer, examples))
+        examples = answer_with_context(prompts, subject, options)
+    else:
+        examples = [replace(task.example(row), prompt=prompt) for row, prompt in zip(rows, prompts)]
+        if not task.labels:
+            task = replace(task, max_tokens=max_answer_tokens(subject.tokenizer, examples))
     examples = list(dict.fromkeys(examples))
     queries, lacking = read_unlabelled(unlabelled, task)
     more = [Example(as_turn(task.prompt_of(row)), "") for row in queries]
@@ -91,22 +104,10 @@ def cross_validation(
         cv.bar = bar
     if keep is not None:
         cv.cached = open_store(cv, keep).once
-    odd = [*lacking, *remarks(rows, task, examples)]
-    odd += far_longer(rows, subject.tokenizer.count([task.prompt_of(row) for row in rows]))
-    return cv, odd
-
-
-def make_examples(
-    rows: list[Row], task: Task, as_turn: Callable, subject: Subject, options: FitOptions
-) -> list[Example]:
-    """Rows with their answers. With a context, the answers are the model's own when it sees the context."""
-    if options.context:
-        return answer_with_context([as_turn(task.prompt_of(row)) for row in rows], subject, options)
-    examples = []
-    for row in rows:
-        example = task.example(row)
-        examples.append(replace(example, prompt=as_turn(example.prompt)))
-    return examples
+    cv.remarks = [*lacking, *remarks(rows, task, examples)]
+    lengths = subject.tokenizer.count([task.prompt_of(row) for row in rows])
+    cv.remarks += far_longer(rows, lengths)
+    return cv
 
 
 def answer_with_context(prompts: list[str], subject: Subject, options: FitOptions) -> list[Example]:

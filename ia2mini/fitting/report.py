@@ -28,6 +28,9 @@ def make_report(cv: CrossValidation, held_out: dict[str, HeldOut], choice: Choic
     rivals = {}
     for name in rivals_of(cv, choice):
         rivals[name] = compare_rows(choice.shipped, candidates[name])
+    troubles = []
+    for one in held_out.values():
+        troubles += one.troubles
     report = {
         "name": task.name,
         "model": cv.subject.name,
@@ -41,7 +44,7 @@ def make_report(cv: CrossValidation, held_out: dict[str, HeldOut], choice: Choic
         "calibration": chosen.calibration,
         "candidates": numbers,
         "shipped": measure_candidate(cv, choice.shipped),
-        "remarks": [line for one in held_out.values() for line in one.troubles],
+        "remarks": [*troubles, *cv.remarks],
         "all_differ": len({row.answer for row in cv.rows}) == len(cv.rows),
         "against": rivals,
         "nearest": nearest(candidates),
