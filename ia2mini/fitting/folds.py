@@ -1,9 +1,8 @@
 """Cross-validation of a user's rows: the folds, and the demonstrations of each row."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
 
 import numpy as np
 
@@ -63,33 +62,21 @@ def deal(rows: list[Example], parts: int, rng: np.random.Generator) -> list[list
     by_prompt: dict[str, list[int]] = {}
     for i in rng.permutation(len(rows)).tolist():
         by_prompt.setdefault(rows[i].prompt, []).append(i)
-
-    def label_of(group: list[int]) -> tuple[bool, int]:
-        label = rows[group[0]].label
-        return label is None, label or 0
-
-    groups = sorted(by_prompt.values(), key=label_of)
+    groups = sorted(by_prompt.values(), key=lambda group: rows[group[0]].label or 0)
     return [sum(groups[first::parts], []) for first in range(parts)]
 
 
 def alternate_labels(rows: list[Example]) -> list[Example]:
     """The rows in an order that takes one of each label in turn."""
-    rounds: dict = defaultdict(count)  # label -> 0 for its first row, 1 for the next …
-    return sorted(rows, key=lambda row: next(rounds[row.label]))
+    seen: Counter = Counter()
+    rounds = []  # how many rows of the same label stand before each
+    for row in rows:
+        rounds.append(seen[row.label])
+        seen[row.label] += 1
+    order = sorted(range(len(rows)), key=rounds.__getitem__)
+    return [rows[i] for i in order]
 
 
 def balanced(rows: list[Example], count: int, rng: np.random.Generator) -> list[Example]:
     """Up to `count` rows in random order, each label as equally often as the rows allow."""
-    labels = len({row.label for row in rows})
-    seen: Counter = Counter()
-    chosen = []
-    for i in rng.permutation(len(rows)):  # of many rows only the first of each label are looked at
-        row = rows[i]
-        if seen[row.label] >= count:
-            continue
-        chosen.append(row)
-        seen[row.label] += 1
-        fewest = min(seen.values())
-        if len(seen) == labels and labels * fewest >= count:
-            break
-    return shuffled(alternate_labels(chosen)[:count], rng)
+    return shuffled(alternate_labels(shuffled(rows, rng))[:count], rng)
