@@ -2,7 +2,6 @@
 
 import json
 import math
-from functools import partial
 
 import pandas
 import pyarrow as pa
@@ -13,7 +12,7 @@ from tables import write_rows
 
 from ia2mini import FitOptions, open_subject
 from ia2mini.fitting.fit import cross_validation
-from ia2mini.fitting.held_out import read_true_answers, score_held_out
+from ia2mini.fitting.held_out import score_held_out
 from ia2mini.fitting.rows import Columns, read_own
 from ia2mini.tasks import custom_task, find_task, load_examples
 from ia2mini.tasks.own import own_task, queries_task, similar_labels
@@ -339,7 +338,7 @@ def test_labels_and_text_do_not_share_what_an_interrupted_fit_kept(tmp_path):
         columns = Columns(template="{text}:", answers=answers)
         subject = open_subject("tiny", "cpu")
         cv = cross_validation(rows, subject, FitOptions(), columns, keep=tmp_path)
-        score_held_out(cv, "base", None, partial(read_true_answers, cv))
+        score_held_out(cv, "base", None)
     assert len(list(tmp_path.glob("unfinished-*"))) == 2
 
 

@@ -4,6 +4,7 @@ import json
 import warnings
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from shipping import shipping
 from test_train import ADAPTERS, TRAINERS
 
 from ia2mini import FitOptions, fit, open_subject
-from ia2mini.engine.experiment import warn_of_failed
+from ia2mini.engine.experiment import warn_of_failed_runs
 from ia2mini.engine.options import Options
 from ia2mini.fitting.crossval import into_folds
 from ia2mini.fitting.rows import read_own
@@ -130,14 +131,20 @@ def test_runs_are_named_and_a_rate_that_failed_in_one_set_is_out():
         broken = torch.tensor([0 if loss < INF else 2 for loss in losses])
         return Trained(torch.zeros(4, 1), torch.tensor(losses), broken + 4, 4 - 2 * broken, broken)
 
-    names = ["set 0 at rate 1", "set 0 at rate 2", "set 1 at rate 1", "set 1 at rate 2"]
-    assert told(lambda: warn_of_failed("sft", found(1.0, 1.0, 1.0, 1.0), names, 2)) == []
-    said = ["sft: set 0 at rate 2 failed at step 2: no finite loss"]
-    assert told(lambda: warn_of_failed("sft", found(1.0, INF, 1.0, 1.0), names, 2)) == said
+    two_sets = SimpleNamespace(
+        name="toy", episodes=[None] * 2, rates=(1, 2), betas=(0.5,), episode_is="set"
+    )
+
+    def warn(*losses):
+        warn_of_failed_runs(two_sets, "sft", found(*losses))
+
+    assert told(lambda: warn(1.0, 1.0, 1.0, 1.0)) == []
+    said = ["toy, sft: set 0 at rate 2 failed at step 2: no finite loss"]
+    assert told(lambda: warn(1.0, INF, 1.0, 1.0)) == said
     refused(
-        lambda: warn_of_failed("sft", found(1.0, INF, INF, 1.0), names, 2),
-        "training sft",
-        names[1],
+        lambda: warn(1.0, INF, INF, 1.0),
+        "training toy, sft",
+        "set 0 at rate 2",
         "lower --rates",
     )
 

@@ -6,7 +6,6 @@ judge what it chose.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -19,7 +18,7 @@ from ia2mini.engine.options import FitOptions, Options
 from ia2mini.engine.select import chosen
 from ia2mini.engine.subject import Subject
 from ia2mini.fitting.crossval import into_folds
-from ia2mini.fitting.held_out import fold_weights, read_true_answers, score_held_out
+from ia2mini.fitting.held_out import fold_weights, score_held_out
 from ia2mini.fitting.selection import HeldOut
 from ia2mini.fitting.training import train_folds
 from ia2mini.report.summary import interval
@@ -121,7 +120,7 @@ def cross_validated(one: Reopened, method: str, number: int, rates: Sequence[flo
     cv = into_folds(one.x.subject, one.cell.task, rows, options)
     cv.cached = lambda name, make: one.x.store.once(f"{one.x.name}/folds-{number}-{name}", make)
     weights = fold_weights(cv, train_folds(cv)[method])
-    scores = score_held_out(cv, method, weights, partial(read_true_answers, cv))
+    scores = score_held_out(cv, method, weights)
     losses = cv.selection.losses(HeldOut(method, scores))  # [rates, n]
     return losses.mean(-1).double()
 

@@ -133,9 +133,7 @@ def train_all(x: Experiment) -> dict[str, Trained]:
             kept = x.store.keep(f"{x.name}/fit-{method}", vars(found))
         kept["theta"] = kept["theta"].to(device_of(x.subject.model))
         trained[method] = Trained(**kept)
-        warn_of_failed(
-            f"{x.name}, {method}", trained[method], run_names(x, method), len(x.episodes)
-        )
+        warn_of_failed_runs(x, method, trained[method])
     if x.methods and taught is None:
         x.progress.kept()
     return trained
@@ -189,6 +187,16 @@ def make_race(x: Experiment, method: str, runs: int) -> Race | None:
     return Race(torch.arange(runs) % rates)
 
 
+def warn_of_failed_runs(x: Experiment, method: str, found: Trained) -> None:
+    """Warn of the runs whose loss was not finite. Raises UsageError if no learning rate is left."""
+    told = []
+    for name, trouble in zip(run_names(x, method), found.troubles()):
+        if trouble:
+            told.append(f"{name} {trouble}")
+    finite = found.dev_loss.isfinite().view(len(x.episodes), -1)
+    warn_of_failed(f"{x.name}, {method}", told, bool(finite.all(0).any()))
+
+
 def run_names(x: Experiment, method: str) -> list[str]:
     """The names of a method's runs in messages."""
     names = []
@@ -198,13 +206,12 @@ def run_names(x: Experiment, method: str) -> list[str]:
     return names
 
 
-def warn_of_failed(method: str, found: Trained, names: list[str], sets: int) -> list[str]:
-    """Warn of the runs whose loss was not finite, and return the warning; the R runs are `sets` × learning rates.
+def warn_of_failed(method: str, told: list[str], rate_left: bool) -> list[str]:
+    """Warn of failed runs, a sentence of `told` for each, and return the warning.
 
-    Raises UsageError if every learning rate failed in some set.
+    Raises UsageError if no learning rate is left: each failed in some set.
     """
-    told = [f"{name} {trouble}" for name, trouble in zip(names, found.troubles()) if trouble]
-    if not found.dev_loss.isfinite().view(sets, -1).all(0).any():
+    if not rate_left:
         mend = "use lower --rates or --dtype float32"
         raise UsageError(
             f"training {method} gave no rate a finite loss throughout ({told[0]}, …); {mend}"

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from .. import UsageError
 from ..adapters import Adapter
+from ..batch import TokenRow
 from ..engine.adapter import make_adapter
 from ..engine.options import FitOptions
 from ..engine.progress import silent
@@ -58,6 +59,8 @@ class CrossValidation:
     bar: Callable[[str, int], tqdm] = silent  # bar(label, total) -> context manager yielding a tqdm
     remarks: list[str] = field(default_factory=list)  # on unusual rows
     token_counts: dict[str, int] = field(default_factory=dict)  # of texts that were counted
+    # fold -> its held-out rows with their answers, while candidates are scored (`held_out.true_answers`)
+    true_answers: dict[int, list[TokenRow]] = field(default_factory=dict)
     states: Tensor | None = None  # the base's, once a probe has read them (`held_out.base_states`)
 
     @property

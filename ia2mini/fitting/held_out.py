@@ -6,7 +6,7 @@ n rows, F folds, S settings of a candidate, M weights of an adapter, C labels.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import cache, partial
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -33,16 +33,16 @@ from .training import SOFT_K, count_steps
 
 def answer_held_out(cv: CrossValidation, trained: dict[str, Trained]) -> dict[str, HeldOut]:
     """Each candidate's scores of held-out rows. Warns of failed runs; raises UsageError if no learning rate is left."""
-    true_answers = cache(partial(read_true_answers, cv))  # of a fold, for all candidates
     held_out = {}
     for name in cv.names:
         weights = fold_weights(cv, trained[name]) if name in METHODS else None
-        one = HeldOut(name, score_held_out(cv, name, weights, true_answers))
+        one = HeldOut(name, score_held_out(cv, name, weights))
         if name in METHODS:
-            one.troubles = warn_of_failed_runs(cv, one)
+            one.troubles = warn_of_failed_folds(cv, one)
         if not cv.task.labels:
             add_texts(cv, one, weights)
         held_out[name] = one
+    cv.true_answers.clear()  # the teacher's distributions are large
     return held_out
 
 
@@ -51,9 +51,7 @@ def fold_weights(cv: CrossValidation, trained: Trained) -> Tensor:
     return trained.theta.unflatten(0, (len(cv.folds), -1))
 
 
-def score_held_out(
-    cv: CrossValidation, name: str, weights: Tensor | None, true_answers: Callable
-) -> Tensor:
+def score_held_out(cv: CrossValidation, name: str, weights: Tensor | None) -> Tensor:
     """Log-probabilities [S, n, C] of a candidate. They are kept, so that an interrupted fit resumes.
 
     Of every label or, for texts, of the true answer (`score_fold`). Each row is scored by its own fold's weights.
@@ -62,20 +60,18 @@ def score_held_out(
     def make() -> dict[str, Tensor]:
         if name == "probe":
             return {"scores": score_by_probes(cv)}
-        return {"scores": score_by_model(cv, name, weights, true_answers)}
+        return {"scores": score_by_model(cv, name, weights)}
 
     return cv.cached(f"held-out-{name}", make)["scores"]
 
 
-def score_by_model(
-    cv: CrossValidation, name: str, weights: Tensor | None, true_answers: Callable
-) -> Tensor:
+def score_by_model(cv: CrossValidation, name: str, weights: Tensor | None) -> Tensor:
     with cv.bar(f"scoring {name}", len(cv.rows)) as bar:
 
         def score(number: int) -> Tensor:
             bar.update(len(cv.folds[number].test))
             one_fold = None if weights is None else weights[number]
-            return score_fold(cv, name, number, one_fold, true_answers)
+            return score_fold(cv, name, number, one_fold)
 
         parts = ranks.spread(score, range(len(cv.folds)))
     scores = torch.cat(parts, 1)[:, cv.places]
@@ -85,23 +81,21 @@ def score_by_model(
     return torch.where(finite, scores, -torch.inf)
 
 
-def score_fold(
-    cv: CrossValidation, name: str, number: int, weights: Tensor | None, true_answers: Callable
-) -> Tensor:
+def score_fold(cv: CrossValidation, name: str, number: int, weights: Tensor | None) -> Tensor:
     """Log-probabilities [S, rows, C] of the labels of a fold's held-out rows, or of their true answers [S, rows, 1].
 
     With a context: minus the KL from the teacher, which sees it, [S, rows, 1].
     """
     runs = 1 if weights is None else len(weights)
     if name in WITH_DEMONSTRATIONS and runs > 1:  # the demonstrations are read once a run
-        parts = [score_fold(cv, name, number, run[None], true_answers) for run in weights]
+        parts = [score_fold(cv, name, number, run[None]) for run in weights]
         return torch.cat(parts)
     with answering(cv, name, number, weights) as (model, prompts):
         if cv.label_tokens:
             scoring = Scoring(runs, ends=cv.subject.tokenizer.eos_ids)
             return label_scores(model, prompts, cv.label_tokens, scoring).log_probabilities
         rows = []
-        for row, prompt in zip(true_answers(number), prompts):
+        for row, prompt in zip(true_answers(cv, number), prompts):
             rows.append(replace(row, prompt=prompt))
         return answer_scores(model, rows, runs)[..., None]
 
@@ -128,8 +122,10 @@ def answering(
             yield model, tokenizer.encode_all(queries)
 
 
-def read_true_answers(cv: CrossValidation, number: int) -> list[TokenRow]:
+def true_answers(cv: CrossValidation, number: int) -> list[TokenRow]:
     """A fold's held-out rows with their answers; with a context also the teacher's distributions there."""
+    if number in cv.true_answers:
+        return cv.true_answers[number]
     with_end = bool(cv.options.context)  # of a person's own answers, how one ends is form
     rows = []
     for i in cv.folds[number].test:
@@ -137,26 +133,21 @@ def read_true_answers(cv: CrossValidation, number: int) -> list[TokenRow]:
     if cv.options.context:
         with answering(cv, "icl", number) as (teacher, prompts):
             record_targets(teacher, rows, prompts, TeacherSettings(cv.max_tokens + 1, SOFT_K))
+    cv.true_answers[number] = rows
     return rows
 
 
-def warn_of_failed_runs(cv: CrossValidation, held_out: HeldOut) -> list[str]:
+def warn_of_failed_folds(cv: CrossValidation, held_out: HeldOut) -> list[str]:
     """Warn of failed runs, and return the sentences. Raises UsageError if no learning rate is left."""
     failed_rows = (held_out.scores == -torch.inf).any(-1)  # [S, n]
-    failed = torch.stack([failed_rows[:, test].any(1) for test in cv.tests]).flatten()  # [R]
-    steps = failed * count_steps(cv, cv.folds[0], held_out.name)
-    runs = Trained(
-        theta=torch.zeros(0),
-        dev_loss=torch.where(failed, torch.inf, 0.0),
-        steps=steps,
-        best=torch.zeros(len(failed), dtype=torch.int64),
-        broken=steps,
-    )
-    names = []
-    for fold in range(len(cv.folds)):
-        for rate in cv.rates:
-            names.append(f"fold {fold} at rate {rate:g}")
-    return warn_of_failed(held_out.name, runs, names, len(cv.folds))
+    steps = count_steps(cv, cv.folds[0], held_out.name)
+    told = []
+    for fold, test in enumerate(cv.tests):
+        failed = failed_rows[:, test].any(1)
+        for rate in compress(cv.rates, failed.tolist()):
+            told.append(f"fold {fold} at rate {rate:g} failed at step {steps}: no finite loss")
+    rate_left = not failed_rows.any(1).all()
+    return warn_of_failed(held_out.name, told, rate_left)
 
 
 def add_texts(cv: CrossValidation, held_out: HeldOut, weights: Tensor | None) -> None:
