@@ -185,11 +185,9 @@ def generate(prompt, max_tokens, stop, adapter, chat, **how):
     from ..engine.subject import open_subject
     from ..fitting.folder import what_answers
     from ..fitting.predictor import FOREIGN, Predictor
-    from ..generate import Decoding
     from ..generate import generate as continue_text
     from ..methods import WITH_DEMONSTRATIONS
-    from ..models.taps import device_of
-    from ..scale.decode import fast_decoding
+    from ..scale.decode import decoding_for
     from ..tasks.chat import ChatTemplate
 
     if stop == "":
@@ -219,8 +217,8 @@ def generate(prompt, max_tokens, stop, adapter, chat, **how):
     max_tokens = min(max_tokens, subject.reads + 1 - len(ids))
     stop = stop and stop.replace("\\n", "\n")
     with fitted.student() as student:
-        how = Decoding(max_tokens, stop, hooks=fast_decoding(device_of(subject.model), max_tokens))
-        (response,) = continue_text(student, tokenizer, [ids], how)
+        decoding = decoding_for(subject.model, max_tokens, stop)
+        (response,) = continue_text(student, tokenizer, [ids], decoding)
     click.echo(plain(tokenizer.decode(ids + response)[len(tokenizer.decode(ids)) :]))
 
 

@@ -10,11 +10,11 @@ from ..engine.options import FitOptions
 from ..engine.store import Store, checkpoint_digest
 from ..engine.subject import Subject, max_answer_tokens
 from ..episode import seeded, with_demonstrations
-from ..generate import STOP, Decoding, generate
+from ..generate import STOP, generate
 from ..methods import METHODS
 from ..models.taps import device_of
 from ..prefix import share_prefix
-from ..scale.decode import fast_decoding
+from ..scale.decode import decoding_for
 from ..tasks import Example, Task
 from ..tasks.chat import ChatTemplate
 from ..tasks.own import complete_rows
@@ -120,8 +120,7 @@ def answer_with_context(prompts: list[str], subject: Subject, options: FitOption
         subject.check_room(prompt, tokens + options.max_tokens - 1, mend)
     model, ids = share_prefix(subject.model, tokenizer, [context], prompts)
     stop = None if options.chat else STOP  # a turn ends by its own token
-    hooks = fast_decoding(device_of(subject.model), options.max_tokens)
-    decoding = Decoding(options.max_tokens, stop, hooks=hooks)
+    decoding = decoding_for(subject.model, options.max_tokens, stop)
     responses = map(tokenizer.decode, generate(model, tokenizer, ids, decoding))
     return [Example(prompt, response) for prompt, response in zip(prompts, responses)]
 

@@ -14,13 +14,11 @@ from torch import Tensor
 from ..adapters import adapted
 from ..batch import TokenRow, truth_row
 from ..engine.experiment import warn_of_failed
-from ..generate import Decoding
 from ..labels import Scoring, label_scores
 from ..methods import METHODS, WITH_DEMONSTRATIONS
-from ..models.taps import device_of
 from ..prefix import share_prefix
 from ..scale import ranks
-from ..scale.decode import fast_decoding
+from ..scale.decode import decoding_for
 from ..scoring import answer_scores, answer_texts
 from ..tasks import same_answer
 from ..teacher import TeacherSettings, record_targets
@@ -177,8 +175,7 @@ def generate_held_out(
 ) -> tuple[list[str], list[float]]:
     """Greedy answers to every held-out row, and their confidences; `weights` [F, M] of the folds' adapters."""
     tokenizer = cv.subject.tokenizer
-    hooks = fast_decoding(device_of(cv.subject.model), cv.max_tokens)
-    decoding = Decoding(cv.max_tokens, cv.stop, hooks=hooks)
+    decoding = decoding_for(cv.subject.model, cv.max_tokens, cv.stop)
     with cv.bar(f"answers of {name}", len(cv.rows)) as bar:
 
         def answer(number: int) -> tuple[list[str], list[float]]:

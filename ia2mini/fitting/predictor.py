@@ -17,12 +17,10 @@ from ..adapters import Adapter, adapted
 from ..engine.peft import read_adapter
 from ..engine.subject import Subject, open_subject
 from ..episode import with_demonstrations
-from ..generate import Decoding
 from ..labels import Scoring, label_scores
 from ..methods import WITH_DEMONSTRATIONS
-from ..models.taps import device_of
 from ..prefix import share_prefix
-from ..scale.decode import fast_decoding
+from ..scale.decode import decoding_for
 from ..scoring import answer_texts
 from ..tasks import Example, same_answer
 from ..tasks.chat import ChatTemplate
@@ -296,9 +294,7 @@ class Predictor:
 
     def answer_text(self, student, ids: list[list[int]]) -> list[dict]:
         """Generate a text after each prompt; returns the texts and their confidences."""
-        max_tokens = self.spec["max_tokens"]
-        hooks = fast_decoding(device_of(self.subject.model), max_tokens)
-        decoding = Decoding(max_tokens, self.spec["stop"], hooks=hooks)
+        decoding = decoding_for(self.subject.model, self.spec["max_tokens"], self.spec["stop"])
         texts, confidences = answer_texts(student, self.subject.tokenizer, ids, decoding)
         blank = blank_of(self.spec["template"])
         answers = [text.removeprefix(blank) for text in texts]

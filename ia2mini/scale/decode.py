@@ -3,8 +3,10 @@
 from functools import partial
 
 import torch
+from torch import nn
 
-from ..generate import DecodingHooks
+from ..generate import Decoding, DecodingHooks
+from ..models.taps import device_of
 from .graphs import RECORDERS, recorded
 
 WORTH_RECORDING = 8  # recording the steps pays for responses of at least this many tokens
@@ -16,6 +18,11 @@ def fast_decoding(device: torch.device, max_tokens: int) -> DecodingHooks:
         return DecodingHooks(who_stays=ended_leave)
     record = partial(recorded, device=device)
     return DecodingHooks(record, static=True, who_stays=half_leaves)
+
+
+def decoding_for(model: nn.Module, max_tokens: int, stop: str | None) -> Decoding:
+    """Responses of up to so many tokens, or up to the `stop` text, as fast as the model's device allows."""
+    return Decoding(max_tokens, stop, hooks=fast_decoding(device_of(model), max_tokens))
 
 
 def ended_leave(going: list[bool], runs: int) -> list[int] | None:
