@@ -86,7 +86,9 @@ def score_fold(cv: CrossValidation, name: str, number: int, weights: Tensor | No
     """
     runs = 1 if weights is None else len(weights)
     if name in WITH_DEMONSTRATIONS and runs > 1:  # the demonstrations are read once a run
-        parts = [score_fold(cv, name, number, run[None]) for run in weights]
+        parts = []
+        for run in weights:
+            parts.append(score_fold(cv, name, number, run[None]))
         return torch.cat(parts)
     with answering(cv, name, number, weights) as (model, prompts):
         if cv.label_tokens:
@@ -143,7 +145,8 @@ def warn_of_failed_folds(cv: CrossValidation, held_out: HeldOut) -> list[str]:
     for fold, test in enumerate(cv.tests):
         failed = failed_rows[:, test].any(1)
         for rate in compress(cv.rates, failed.tolist()):
-            told.append(f"fold {fold} at rate {rate:g} failed at step {steps}: no finite loss")
+            name = f"fold {fold} at rate {rate:g}"
+            told.append(f"{name} failed at step {steps}: no finite loss")
     rate_left = not failed_rows.any(1).all()
     return warn_of_failed(held_out.name, told, rate_left)
 
@@ -189,8 +192,10 @@ def generate_held_out(
     for fold_texts, fold_confidences in parts:
         texts += fold_texts
         confidences += fold_confidences
-    texts = [texts[place].removeprefix(cv.task.blank) for place in cv.places]
-    return texts, [confidences[place] for place in cv.places]
+    in_order = []
+    for place in cv.places:
+        in_order.append(texts[place].removeprefix(cv.task.blank))
+    return in_order, [confidences[place] for place in cv.places]
 
 
 def score_by_probes(cv: CrossValidation) -> Tensor:
