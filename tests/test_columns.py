@@ -11,7 +11,7 @@ from pyarrow import parquet
 from tables import write_rows
 
 from ia2mini import FitOptions, open_subject
-from ia2mini.fitting.fit import cross_validation
+from ia2mini.fitting.fit import prepare_fit
 from ia2mini.fitting.held_out import score_held_out
 from ia2mini.fitting.rows import Columns, read_own
 from ia2mini.tasks import custom_task, find_task, load_examples
@@ -308,7 +308,7 @@ def test_answers_that_a_blank_line_cuts_are_told_of():
     for answer, cut in (("a\n\nb", True), ("\n\na", True), ("a\nb", False), ("a\n\n", False)):
         rows = [{"text": f"q{i}", "label": f"{answer} {i}" if cut else answer} for i in range(6)]
         rows.append({"text": "q", "label": "c"})
-        remarks = read_own(rows, Columns(answers="text"))[1].remarks
+        remarks = read_own(rows, Columns(answer_kind="text"))[1].remarks
         told = "6 answers with a blank line, where a generated answer ends: never right"
         assert any(remark.startswith(told) for remark in remarks) == cut
 
@@ -323,21 +323,23 @@ def test_labels_are_what_repeats_up_to_255_or_what_one_says():
         assert (len(task.labels) == count) == labelled and task.remarks[-1] == told
     few = labelled_rows(3, 1)
     assert not read_own(few)[1].labels
-    forced = Columns(answers="labels")
+    forced = Columns(answer_kind="labels")
     assert read_own(few, forced)[1].labels == ("label 0", "label 1", "label 2")
     assert read_own(labelled_rows(255, 1), forced)[1].remarks[-1] == "answers: 255 labels"
     refused(lambda: read_own(labelled_rows(256, 2), forced), "--labels", "256", "255", "--text")
-    text = read_own(labelled_rows(2, 8), Columns(answers="text"))[1]
+    text = read_own(labelled_rows(2, 8), Columns(answer_kind="text"))[1]
     assert text.labels == () and text.parser == "text" and "2 different in 16" in text.remarks[-1]
-    refused(lambda: read_own(labelled_rows(2, 8), Columns(answers="label")), "'label'", "labels")
+    refused(
+        lambda: read_own(labelled_rows(2, 8), Columns(answer_kind="label")), "'label'", "labels"
+    )
 
 
 def test_labels_and_text_do_not_share_what_an_interrupted_fit_kept(tmp_path):
     rows = [{"text": f"good {i}", "label": ("apple", "banana")[i % 2]} for i in range(8)]
     for answers in ("labels", "text"):
-        columns = Columns(template="{text}:", answers=answers)
+        columns = Columns(template="{text}:", answer_kind=answers)
         subject = open_subject("tiny", "cpu")
-        cv = cross_validation(rows, subject, FitOptions(), columns, keep=tmp_path)
+        cv = prepare_fit(rows, subject, FitOptions(), columns, keep=tmp_path)
         score_held_out(cv, "base", None)
     assert len(list(tmp_path.glob("unfinished-*"))) == 2
 

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from ia2mini import FitOptions, open_subject
 from ia2mini.fitting import training
-from ia2mini.fitting.fit import cross_validation
+from ia2mini.fitting.fit import prepare_fit
 from ia2mini.fitting.training import duration, train_folds
 from ia2mini.tasks import world
 
@@ -17,7 +17,7 @@ OPTIONS = FitOptions(rates=(1e-3, 1e-2), methods=("sft", "ia2-sft"), folds=4, ep
 def test_the_estimate_counts_steps_of_every_phase(monkeypatch):
     subject = open_subject("tiny", "cpu")
     rows = world.rows("toy-mood", "train")[:12]
-    cv = cross_validation(rows, subject, OPTIONS)
+    cv = prepare_fit(rows, subject, OPTIONS)
     ticks = chain([100.0, 104.0], repeat(0.0))  # the timed step took four seconds
     monkeypatch.setattr(training.time, "perf_counter", lambda: next(ticks))
     # nine rows in steps of four, five epochs, for SFT, IA2 and SFT after it; then one of eight runs twice

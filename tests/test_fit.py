@@ -21,7 +21,7 @@ from ia2mini.cli.main import main
 from ia2mini.engine.experiment import in_order
 from ia2mini.episode import with_demonstrations
 from ia2mini.fitting import held_out, training
-from ia2mini.fitting.crossval import CrossValidation, into_folds, those_that_fit
+from ia2mini.fitting.crossval import CrossValidation, make_cross_validation, those_that_fit
 from ia2mini.fitting.fit import make_choice, ship
 from ia2mini.fitting.report import make_report
 from ia2mini.fitting.rows import read_own
@@ -55,7 +55,7 @@ def fitted(subject):
 
 def cross_validation(subject, rows, options=QUICK, **more) -> CrossValidation:
     rows, task = read_own(rows)
-    return into_folds(subject, task, list(map(task.example, rows)), options, **more)
+    return make_cross_validation(subject, task, list(map(task.example, rows)), options, **more)
 
 
 def run(*arguments, code=0, input=None):

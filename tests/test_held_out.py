@@ -9,8 +9,8 @@ from reference import peft_twin
 
 from ia2mini import FitOptions, open_subject
 from ia2mini.adapters import adapted
-from ia2mini.fitting.crossval import into_folds
-from ia2mini.fitting.fit import cross_validation
+from ia2mini.fitting.crossval import make_cross_validation
+from ia2mini.fitting.fit import prepare_fit
 from ia2mini.fitting.held_out import answer_held_out, score_by_probes
 from ia2mini.fitting.training import teach_episodes, train_final, train_folds
 from ia2mini.labels import label_scores
@@ -21,7 +21,7 @@ def test_held_out_rows_are_scored_by_weights_that_never_saw_them():
     """As a plain loop of `label_scores`; other answers of a fold's rows change no bit of what is said of them."""
     subject = open_subject("tiny", "cpu")
     options = FitOptions(epochs=3, rates=(3e-3, 1e-2), methods=("sft",), folds=3)
-    cv = cross_validation(world.rows("toy-mood-remap", "train")[4:19], subject, options)
+    cv = prepare_fit(world.rows("toy-mood-remap", "train")[4:19], subject, options)
     trained = train_folds(cv)
     scores = answer_held_out(cv, trained)["sft"].scores
     assert scores.shape == (2, 15, 2)
@@ -37,7 +37,7 @@ def test_held_out_rows_are_scored_by_weights_that_never_saw_them():
     for i in fold:
         flipped = 1 - other[i].label
         other[i] = replace(other[i], label=flipped, answer=cv.task.labels[flipped])
-    again = into_folds(subject, cv.task, other, cv.options)
+    again = make_cross_validation(subject, cv.task, other, cv.options)
     again.folds = cv.folds
     assert not torch.equal(again.gold, cv.gold)
     same = answer_held_out(again, train_folds(again))["sft"].scores
@@ -49,7 +49,7 @@ def test_with_demonstrations_they_are_scored_as_peft_scores_whole_prompts():
     subject = open_subject("tiny", "cpu")
     methods = ("icl-sft",)
     options = FitOptions(epochs=2, rates=(3e-3, 1e-2), methods=methods, folds=3, demonstrations=4)
-    cv = cross_validation(world.rows("toy-mood-remap", "train")[4:14], subject, options)
+    cv = prepare_fit(world.rows("toy-mood-remap", "train")[4:14], subject, options)
     trained = train_folds(cv)
     scores = answer_held_out(cv, trained)["icl-sft"].scores
     theta = trained["icl-sft"].theta.unflatten(0, (len(cv.folds), -1))
@@ -72,7 +72,7 @@ def test_with_demonstrations_they_are_scored_as_peft_scores_whole_prompts():
 def test_its_training_rows_have_their_demonstrations_in_the_prompt():
     subject = open_subject("tiny", "cpu")
     options = FitOptions(methods=("icl-sft", "ia2"), folds=3, demonstrations=4)
-    cv = cross_validation(world.rows("toy-mood-remap", "train")[4:14], subject, options)
+    cv = prepare_fit(world.rows("toy-mood-remap", "train")[4:14], subject, options)
     encode = subject.tokenizer.encode
     for fold, taught in zip(cv.folds, teach_episodes(cv, cv.folds, options.methods), strict=True):
         shown = zip(fold.train, fold.demonstrations, taught.demonstrated_train, strict=True)
@@ -86,10 +86,10 @@ def test_sft_alone_asks_no_teacher_and_trains_to_the_same_weights(monkeypatch):
     subject = open_subject("tiny", "cpu")
     rows = world.rows("toy-mood-remap", "train")[4:16]
     options = FitOptions(epochs=2, rates=(1e-2,), methods=("sft",), folds=3)
-    both = cross_validation(rows, subject, replace(options, methods=("sft", "ia2")))
+    both = prepare_fit(rows, subject, replace(options, methods=("sft", "ia2")))
     taught, whole = train_sft(both)
     monkeypatch.setattr("ia2mini.fitting.training.teach", None)
-    alone = cross_validation(rows, subject, options)
+    alone = prepare_fit(rows, subject, options)
     weights, final = train_sft(alone)
     assert torch.equal(weights, taught)
     assert torch.equal(final, whole)

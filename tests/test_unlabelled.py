@@ -7,7 +7,7 @@ from ia2mini.models.checkpoint import load
 from ia2mini.engine.options import FitOptions
 from ia2mini.engine.subject import open_subject
 from ia2mini.episode import draw_episode
-from ia2mini.fitting.crossval import into_folds
+from ia2mini.fitting.crossval import make_cross_validation
 from ia2mini.fitting.training import count_steps, train_folds
 from ia2mini.tasks import Example, find_task, load_examples
 from ia2mini.teacher import teach
@@ -41,7 +41,8 @@ def test_a_fit_with_and_without_them():
     own, queries = rows[:12], [Example(row.prompt, "") for row in rows[12:18]]
     options = FitOptions(methods=("sft", "ia2"), folds=3, epochs=2, rates=(1e-2,))
     alone, more = (
-        into_folds(subject, find_task("toy-mood"), own, options, some) for some in ([], queries)
+        make_cross_validation(subject, find_task("toy-mood"), own, options, some)
+        for some in ([], queries)
     )
     for fold in more.folds:
         assert fold.unlabelled == queries and len(fold.more_demonstrations) == 6

@@ -17,7 +17,7 @@ from ia2mini.engine.intervals import paired_test
 from ia2mini.engine.options import FitOptions, Options
 from ia2mini.engine.select import chosen
 from ia2mini.engine.subject import Subject
-from ia2mini.fitting.crossval import into_folds
+from ia2mini.fitting.crossval import make_cross_validation
 from ia2mini.fitting.held_out import fold_weights, score_held_out
 from ia2mini.fitting.selection import HeldOut
 from ia2mini.fitting.training import train_folds
@@ -117,7 +117,7 @@ def cross_validated(one: Reopened, method: str, number: int, rates: Sequence[flo
         rates=tuple(rates), methods=METHODS, epochs=trained.epochs, seed=trained.seed
     )
     rows = list(dict.fromkeys(episode.train + episode.dev))
-    cv = into_folds(one.x.subject, one.cell.task, rows, options)
+    cv = make_cross_validation(one.x.subject, one.cell.task, rows, options)
     cv.cached = lambda name, make: one.x.store.once(f"{one.x.name}/folds-{number}-{name}", make)
     weights = fold_weights(cv, train_folds(cv)[method])
     scores = score_held_out(cv, method, weights)

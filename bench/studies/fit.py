@@ -19,7 +19,7 @@ from ia2mini.engine.options import FitOptions
 from ia2mini.engine.store import Store, checkpoint_digest
 from ia2mini.engine.subject import Subject, open_subject
 from ia2mini.fitting.crossval import CrossValidation
-from ia2mini.fitting.fit import cross_validation, make_choice, ship
+from ia2mini.fitting.fit import make_choice, prepare_fit, ship
 from ia2mini.fitting.held_out import answer_held_out, fit_final_probe
 from ia2mini.fitting.predictor import Predictor
 from ia2mini.fitting.report import Choice, make_report
@@ -100,7 +100,7 @@ def trial(
     once: Callable | None = None,
 ) -> Trial:
     """Fit `rows`; what is shipped and each candidate, trained on all rows at its own rate, answer `fresh` ones."""
-    cv = cross_validation(rows, subject, options, columns_of(rows))
+    cv = prepare_fit(rows, subject, options, columns_of(rows))
     cv.cached = once or Memory().once
     fitted, choice = fit_folds(cv)
     found = choice.candidates

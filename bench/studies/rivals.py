@@ -17,7 +17,7 @@ from ia2mini.engine.intervals import paired_test
 from ia2mini.engine.options import FitOptions
 from ia2mini.engine.store import Store, checkpoint_digest, versions
 from ia2mini.engine.subject import Subject
-from ia2mini.fitting.fit import cross_validation
+from ia2mini.fitting.fit import prepare_fit
 from ia2mini.fitting.predictor import Predictor
 
 from ..report import Line, Result, difference
@@ -99,7 +99,7 @@ def fitted_rivals(
     A candidate's seconds are those of its last training alone.
     """
     begun = time.perf_counter()
-    cv = cross_validation(rows, subject, options, columns_of(rows))
+    cv = prepare_fit(rows, subject, options, columns_of(rows))
     memory = TimedMemory()
     cv.cached = memory.once
     fitted, choice = fit_folds(cv)

@@ -85,7 +85,7 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
             raise UsageError(
                 "--labels and --text say what ROWS are answered with; --context has none"
             )
-        columns = columns._replace(answers="labels" if labelled else "text")
+        columns = columns._replace(answer_kind="labels" if labelled else "text")
     options = FitOptions(**given, context=read_context(context) if context else "")
     own = as_rows(rows or prompts)
     # mistakes in rows and options show before a model is loaded

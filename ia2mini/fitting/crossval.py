@@ -102,7 +102,7 @@ class CrossValidation:
         return self.count_tokens(f"{example.prompt}{example.answer}\n\n")
 
 
-def into_folds(
+def make_cross_validation(
     subject: Subject,
     task: Task,
     rows: list[Example],
@@ -129,7 +129,7 @@ def into_folds(
         layers=options.layer_numbers(subject.model.config.num_hidden_layers),
         rates=options.rates_for(subject.name, options.adapter),
     )
-    cv.folds = deal_into_folds(cv)
+    cv.folds = make_folds(cv)
     return cv
 
 
@@ -172,7 +172,7 @@ def check_number(prompts: list[str]) -> None:
         raise UsageError(f"{different} rows with different prompts: {needed}")
 
 
-def deal_into_folds(cv: CrossValidation) -> list[Fold]:
+def make_folds(cv: CrossValidation) -> list[Fold]:
     """Folds with equal shares of each label. Up to `ALONE` prompts are held out one at a time."""
     options = cv.options
     prompts = len({row.prompt for row in cv.rows})

@@ -25,7 +25,7 @@ from .crossval import (
     check_number,
     check_options,
     choose_demonstrations,
-    into_folds,
+    make_cross_validation,
 )
 from .held_out import answer_held_out, fit_final_probe
 from .predictor import Predictor
@@ -57,7 +57,7 @@ def fit(
     """
     begun = time.perf_counter()
     options = options or FitOptions()
-    cv = cross_validation(rows, subject, options, columns, unlabelled, keep, bar)
+    cv = prepare_fit(rows, subject, options, columns, unlabelled, keep, bar)
     trained = train_folds(cv)
     held_out = answer_held_out(cv, trained)
     choice = make_choice(cv, held_out)
@@ -67,11 +67,11 @@ def fit(
     return fitted
 
 
-def cross_validation(
+def prepare_fit(
     rows,
     subject: Subject,
     options: FitOptions,
-    columns: tuple = (),
+    columns: Columns | tuple = (),
     unlabelled=(),
     keep: Path | None = None,
     bar: Callable | None = None,
@@ -99,7 +99,7 @@ def cross_validation(
     examples = list(dict.fromkeys(examples))
     queries, lacking = read_unlabelled(unlabelled, task)
     more = [Example(as_turn(task.prompt_of(row)), "") for row in queries]
-    cv = into_folds(subject, task, examples, options, more)
+    cv = make_cross_validation(subject, task, examples, options, more)
     if bar is not None:
         cv.bar = bar
     if keep is not None:

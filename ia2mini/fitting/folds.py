@@ -22,13 +22,13 @@ class Fold(Episode):
 def draw_folds(
     rows: list[Example], number_of_folds: int, choose: Callable, seed: int = 0
 ) -> list[Fold]:
-    """Cross-validation: every row is held out once, in `number_of_folds` parts with equal shares of each label.
+    """Stratified k-fold, grouped by prompt: each part has equal shares of the labels and is held out once.
 
-    Rows of one prompt stay together. All folds train on equally many rows, without dev rows. `choose(rows, generator)`
+    All folds train on equally many rows, without dev rows. `choose(rows, generator)`
     gives the demonstrations that are drawn from some rows: for a training row from rows of the same fold
     (`demonstrations_among`), for held-out rows from all of them.
     """
-    parts = deal(rows, number_of_folds, seeded(seed, 0, "folds"))
+    parts = stratified_parts(rows, number_of_folds, seeded(seed, 0, "folds"))
     train_size = len(rows) - max(map(len, parts))
     folds = []
     for number, test in enumerate(parts):
@@ -50,14 +50,14 @@ def demonstrations_among(
     """
     parts = min(DEMONSTRATION_PARTS, len({row.prompt for row in rows}))
     by_row: list[list[Example]] = [[] for _ in rows]
-    for part in deal(rows, parts, rng):
+    for part in stratified_parts(rows, parts, rng):
         demonstrations = choose(all_but(rows, part), rng)
         for i in part:
             by_row[i] = demonstrations
     return by_row
 
 
-def deal(rows: list[Example], parts: int, rng: np.random.Generator) -> list[list[int]]:
+def stratified_parts(rows: list[Example], parts: int, rng: np.random.Generator) -> list[list[int]]:
     """Indices of all rows in parts with equal shares of each label; rows of one prompt stay together."""
     by_prompt: dict[str, list[int]] = {}
     for i in rng.permutation(len(rows)).tolist():

@@ -23,11 +23,11 @@ class Columns(NamedTuple):
     prompt: str | None = None
     answer: str | None = None
     template: str | None = None  # of the prompt, columns in braces
-    answers: str | None = None  # "labels" or "text"; None: as they repeat
+    answer_kind: str | None = None  # "labels" or "text"; None: as the answers repeat
 
 
 def read_own(
-    rows, columns: tuple = (), queries: bool = False, chat: bool = False
+    rows, columns: Columns | tuple = (), queries: bool = False, chat: bool = False
 ) -> tuple[list[Row], Task]:
     """The complete rows among a user's rows, and their task; `queries` have no answers.
 

@@ -27,11 +27,11 @@ def own_task(
     prompt: str | None = None,
     answer: str | None = None,
     template: str | None = None,
-    answers: str | None = None,
+    answer_kind: str | None = None,
 ) -> Task:
     """Make a task from rows; the columns `prompt` and `answer` are guessed from the header if not given.
 
-    `answers` says whether these are "labels" or "text". By itself, at most 255 different answers, each given twice on
+    `answer_kind` says whether answers are "labels" or "text". By itself, at most 255 different answers, each given twice on
     average to different prompts, are labels: `task.labels`, sorted. Others are text, parsed as numbers, boxes or after
     `####` where every answer has that form. In a template, `\\n` is a line end. Rows without a prompt or an answer do
     not count (`complete_rows`). What was decided is in `task.remarks`. UsageError for whatever is wrong with the rows
@@ -54,7 +54,7 @@ def own_task(
         raise UsageError(
             f"{name}: every row has the answer {labels[0]!r}; nothing can be learned from it"
         )
-    labelled = are_labels(answers, len(labels), len(different))
+    labelled = answers_are_labels(answer_kind, len(labels), len(different))
     task = Task(
         name,
         name,
@@ -78,15 +78,15 @@ def own_task(
     return replace(task, max_tokens=200, parser=parser_for(texts), remarks=tuple(remarks))
 
 
-def are_labels(answers: str | None, labels: int, rows: int) -> bool:
+def answers_are_labels(kind: str | None, labels: int, rows: int) -> bool:
     """Whether answers are labels, from the number of different answers and of rows. Raises UsageError for too many."""
-    if answers not in ("labels", "text", None):
-        raise UsageError(f"answers = {answers!r}: say 'labels' or 'text', or nothing")
-    if answers == "labels" and labels > MOST_LABELS:
+    if kind not in ("labels", "text", None):
+        raise UsageError(f"answer_kind = {kind!r}: say 'labels' or 'text', or nothing")
+    if kind == "labels" and labels > MOST_LABELS:
         most = f"at most {MOST_LABELS} can be labels"
         raise UsageError(f"--labels: {labels} different answers; {most}; use --text")
-    if answers is not None:
-        return answers == "labels"
+    if kind is not None:
+        return kind == "labels"
     return labels <= MOST_LABELS and 2 * labels <= rows
 
 
