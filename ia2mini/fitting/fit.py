@@ -161,8 +161,8 @@ def make_choice(cv: CrossValidation, held_out: dict[str, HeldOut]) -> Choice:
         del may_ship["icl"]  # the teacher itself
     names = [*may_ship, COMMONEST]
     name = choose({name: one for name, one in candidates.items() if name in names})
-    shipped, by_fold = cv.selection.judge_the_choice(may_ship)
-    return Choice(candidates, candidates[name], shipped, by_fold)
+    nested, chosen_by_fold = cv.selection.judge_the_choice(may_ship)
+    return Choice(candidates, candidates[name], nested, chosen_by_fold)
 
 
 def ship(cv: CrossValidation, choice: Choice, report: dict) -> Predictor:

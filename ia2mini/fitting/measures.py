@@ -20,7 +20,7 @@ def measures(scores: Tensor, gold: Tensor, temperatures=1.0, right: Tensor | Non
     scores = scores.double()
     temperatures = torch.as_tensor(temperatures).expand(len(scores))[:, None]
     losses = row_losses(scores, gold, temperatures)
-    nll = positive(losses.tolist())
+    nll = mean_of_losses(losses.tolist())
     if right is not None:
         return {"acc": accuracy_with_interval(right), "nll": nll}
     probabilities = (scores / temperatures).softmax(-1)
@@ -34,7 +34,7 @@ def measures(scores: Tensor, gold: Tensor, temperatures=1.0, right: Tensor | Non
     return {
         "acc": accuracy_with_interval(right),
         "macro_f1": macro_f1(predicted.numpy(), gold.numpy()),
-        "brier": positive(brier.tolist()),
+        "brier": mean_of_losses(brier.tolist()),
         "nll": nll,
         "ece": ece(confidence, right.numpy()),
         "ece_null": ece_null(confidence),
@@ -49,9 +49,9 @@ def accuracy_with_interval(right: Tensor) -> list[float]:
     return list(interval)
 
 
-def positive(values: list[float]) -> list[float]:
-    """Mean and interval of values that are never negative; the interval is cut at zero."""
-    mean, low, high = mean_interval(values)
+def mean_of_losses(losses: list[float]) -> list[float]:
+    """Mean and interval of losses, which are never negative: the interval is cut at zero."""
+    mean, low, high = mean_interval(losses)
     if not math.isnan(low):
         low = max(0.0, low)
     return [mean, low, high]
@@ -79,6 +79,11 @@ def classes(scores: Tensor, gold: Tensor, labels: tuple[str, ...]) -> dict:
 
 def commonest(gold: Tensor, labels: int) -> dict:
     """The measures of always giving the most frequent label, with the label frequencies as probabilities."""
-    shares = torch.bincount(gold, minlength=labels) / len(gold)
-    scores = shares.log().clamp_min(-100)
+    scores = log_frequencies(gold, labels)
     return measures(scores.expand(len(gold), -1), gold)
+
+
+def log_frequencies(gold: Tensor, labels: int) -> Tensor:
+    """The log of each label's frequency [C] among true labels [n]; -100 of a label that no row has."""
+    frequencies = torch.bincount(gold, minlength=labels) / len(gold)
+    return frequencies.log().clamp_min(-100)

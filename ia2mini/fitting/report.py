@@ -15,8 +15,8 @@ class Choice:
 
     candidates: dict[str, Candidate]
     chosen: Candidate
-    shipped: Candidate  # each fold's rows by what is chosen on the other folds
-    by_fold: list[str]  # the candidate that is chosen on the folds other than each
+    nested: Candidate  # nested cross-validation: each fold's rows by what the other folds choose
+    chosen_by_fold: list[str]  # what the folds other than each choose
 
 
 def make_report(cv: CrossValidation, held_out: dict[str, HeldOut], choice: Choice) -> dict:
@@ -27,7 +27,7 @@ def make_report(cv: CrossValidation, held_out: dict[str, HeldOut], choice: Choic
     numbers = {name: measure_candidate(cv, candidate) for name, candidate in candidates.items()}
     rivals = {}
     for name in rivals_of(cv, choice):
-        rivals[name] = compare_rows(choice.shipped, candidates[name])
+        rivals[name] = compare_rows(choice.nested, candidates[name])
     troubles = []
     for one in held_out.values():
         troubles += one.troubles
@@ -37,13 +37,13 @@ def make_report(cv: CrossValidation, held_out: dict[str, HeldOut], choice: Choic
         "rows": len(cv.rows),
         "folds": len(cv.folds),
         "chosen": chosen.name,
-        "chosen_by_fold": choice.by_fold,
+        "chosen_by_fold": choice.chosen_by_fold,
         "wanted": bool(cv.options.ship),
         "tokens": mean_tokens(cv),
         "temperature": chosen.temperature,
         "calibration": chosen.calibration,
         "candidates": numbers,
-        "shipped": measure_candidate(cv, choice.shipped),
+        "shipped": measure_candidate(cv, choice.nested),
         "remarks": [*troubles, *cv.remarks],
         "all_differ": len({row.answer for row in cv.rows}) == len(cv.rows),
         "against": rivals,

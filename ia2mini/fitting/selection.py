@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..engine.intervals import surely_more, surely_positive
 from ..metrics import fit_temperature, row_losses
+from .measures import log_frequencies
 
 # always says the most frequent label, with the labels' frequencies as probabilities
 COMMONEST = "commonest"
@@ -32,7 +33,8 @@ class HeldOut:
     name: str
     scores: Tensor  # [S, n, C] log-probabilities; -inf: training has failed
     troubles: list[str] = field(default_factory=list)  # sentences about runs that failed
-    # of texts alone: the generated answers [n], how sure each is, and whether it is the true one
+    # of texts alone: the generated answers [n], how sure each is, and whether it is the true one. A fold's answers are
+    # generated once, at the learning rate that all other folds choose, also where fewer folds judge them
     texts: list[str] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
     right: Tensor | None = None
@@ -89,21 +91,24 @@ class Selection:
             scores[test] = held_out.scores[setting, test]
         temperatures, temperature, calibration = self.fit_temperatures(scores, within)
         all_losses = row_losses(scores, self.gold, temperatures[:, None])
-        right = held_out.right
-        if right is None:
-            right = scores.argmax(-1) == self.gold
         rows = self.rows(within)
         return Candidate(
             name=held_out.name,
             scores=scores[rows],
             losses=all_losses[rows],
-            right=right[rows],
+            right=self.right(held_out, scores[rows], rows),
             temperatures=temperatures[rows],
             temperature=temperature,
             setting=int(losses[:, rows].mean(1).argmin()),
             picks=picks,
             calibration=calibration,
         )
+
+    def right(self, held_out: HeldOut, scores: Tensor, rows: Sequence[int]) -> Tensor:
+        """Whether each row's answer is the true one: the generated text, else the likeliest label of `scores`."""
+        if held_out.right is not None:
+            return held_out.right[rows]
+        return scores.argmax(-1) == self.gold[rows]
 
     def fit_temperatures(
         self, scores: Tensor, within: Sequence[int]
@@ -133,10 +138,11 @@ class Selection:
         rows they would be worse than chance.
         """
         gold = self.gold[self.rows(within)]
-        shares = torch.bincount(gold, minlength=labels) / len(gold)
-        scores = shares.log().clamp_min(-100).expand(len(gold), -1)
-        losses = -scores[range(len(gold)), gold]
-        return Candidate(COMMONEST, scores, losses, right=gold == shares.argmax())
+        frequencies = log_frequencies(gold, labels)
+        scores = frequencies.expand(len(gold), -1)
+        return Candidate(
+            COMMONEST, scores, losses=-frequencies[gold], right=gold == frequencies.argmax()
+        )
 
     def candidates(
         self, held_out: dict[str, HeldOut], within: Sequence[int]
@@ -164,15 +170,11 @@ class Selection:
             chosen_scores = held_out[name].scores[candidate.setting, rows]
             losses[rows] = row_losses(chosen_scores, self.gold[rows], candidate.temperature)
             scores[rows] = chosen_scores / candidate.temperature
-            right_texts = held_out[name].right
-            if right_texts is None:
-                right[rows] = chosen_scores.argmax(-1) == self.gold[rows]
-            else:
-                right[rows] = right_texts[rows]
+            right[rows] = self.right(held_out[name], chosen_scores, rows)
         return Candidate("shipped", scores, losses, right), choices
 
 
-def significantly_better(one: Candidate, other: Candidate, labels: bool) -> bool:
+def significantly_better(one: Candidate, other: Candidate, of_labels: bool) -> bool:
     """Whether the mean loss is lower by more than `LEAST_GAIN`, and significantly (one-sided, `SIGNIFICANCE`).
 
     By Student's t test of the rows' losses or, of labels, by the sign test of the rows on which only one is right: a
@@ -181,7 +183,7 @@ def significantly_better(one: Candidate, other: Candidate, labels: bool) -> bool
     gained = other.losses - one.losses - LEAST_GAIN
     if surely_positive(gained.tolist(), SIGNIFICANCE):
         return True
-    if not labels or gained.mean() <= 0:
+    if not of_labels or gained.mean() <= 0:
         return False
     more, less = right_alone(one, other)
     return surely_more(more, less, SIGNIFICANCE)
@@ -195,29 +197,37 @@ def right_alone(one: Candidate, other: Candidate) -> tuple[int, int]:
 
 
 def may_be_shipped(candidate: Candidate, candidates: dict[str, Candidate]) -> bool:
-    """Whether it has learned something and is better than the base, as `choose` says."""
+    """Whether a candidate has learned something and is better than the base.
+
+    Of labels it is significantly better than the commonest one, has a lower loss than the base, and is right on no
+    fewer rows than either: few rows cannot prove more. A probe, or what needs demonstrations in the prompt ("icl",
+    "icl-sft"), is significantly better than the base, too. Of texts, where nothing shows that it has learned at all, it
+    is significantly better than the base and right on more rows.
+    """
     base = candidates["base"]
-    labels = COMMONEST in candidates
-    if not labels:
-        more_right = int(candidate.right.sum()) > int(base.right.sum())
-        return more_right and significantly_better(candidate, base, labels)
-    if candidate.name in SECOND_CHOICE and not significantly_better(candidate, base, labels):
+    right = int(candidate.right.sum())
+    of_labels = COMMONEST in candidates
+    # Texts have no commonest answer to compare with.
+    if not of_labels:
+        more_right = right > int(base.right.sum())
+        return more_right and significantly_better(candidate, base, of_labels)
+    # What peft cannot load, or costs tokens at every query, must be significantly better than the base.
+    if candidate.name in SECOND_CHOICE and not significantly_better(candidate, base, of_labels):
         return False
-    gained = (base.losses - candidate.losses).mean()
-    if gained <= LEAST_GAIN or not significantly_better(candidate, candidates[COMMONEST], labels):
+    # Its loss must be lower than the base's.
+    if (base.losses - candidate.losses).mean() <= LEAST_GAIN:
         return False
-    most_right = max(int(candidates[name].right.sum()) for name in BASELINES)
-    return int(candidate.right.sum()) >= most_right
+    # It must have learned more than how frequent the labels are.
+    if not significantly_better(candidate, candidates[COMMONEST], of_labels):
+        return False
+    # A lower loss with fewer right answers is only better calibration.
+    return right >= max(int(candidates[name].right.sum()) for name in BASELINES)
 
 
 def choose(candidates: dict[str, Candidate]) -> str:
     """What to ship, of candidates on the same rows; "base": nothing.
 
-    Of labels only what is significantly better than the commonest one, has a lower loss than the base, and is right on
-    no fewer rows than either: few rows cannot prove more. A probe, or what needs demonstrations in the prompt ("icl",
-    "icl-sft"), must be significantly better than the base, too. Of texts, where nothing shows that a candidate has
-    learned at all, only what is significantly better than the base and right on more rows. Of these the first by
-    `preference`, or what is significantly better than that.
+    Of those that `may_be_shipped` it is the first by `preference`, or what is significantly better than that.
     """
     allowed = {}
     for name, candidate in candidates.items():

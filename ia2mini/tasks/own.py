@@ -31,11 +31,11 @@ def own_task(
 ) -> Task:
     """Make a task from rows; the columns `prompt` and `answer` are guessed from the header if not given.
 
-    `answer_kind` says whether answers are "labels" or "text". By itself, at most 255 different answers, each given twice on
-    average to different prompts, are labels: `task.labels`, sorted. Others are text, parsed as numbers, boxes or after
-    `####` where every answer has that form. In a template, `\\n` is a line end. Rows without a prompt or an answer do
-    not count (`complete_rows`). What was decided is in `task.remarks`. UsageError for whatever is wrong with the rows
-    or the template.
+    `answer_kind` says whether answers are "labels" or "text". Without it at most 255 different answers, each given
+    twice on average to different prompts, are labels: `task.labels`, sorted. Others are text, parsed as numbers, boxes
+    or after `####` where every answer has that form. In a template, `\\n` is a line end. Rows without a prompt or an
+    answer do not count (`complete_rows`). What was decided is in `task.remarks`. UsageError for whatever is wrong with
+    the rows or the template.
     """
     template = check_template(template)
     columns = choose_columns(rows, prompt, answer, template)
