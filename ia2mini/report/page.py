@@ -85,7 +85,7 @@ def evaluations_table(cells: list[dict], by: str | None, document: dict) -> str:
     columns = known_columns(cells, document)
     rows = [[starred(cell["eval"], cell["ood"]), *texts(cell, columns)] for cell in cells]
     heads = ["evaluated on", "method", *map(HEADS.get, columns)]
-    return table(title(cells, by), heads, rows, "evaluations")
+    return table(title(cells, cells[0]["n"], by), heads, rows, "evaluations")
 
 
 def answers(sample: dict, right: bool) -> str:

@@ -25,7 +25,7 @@ def parts(document: dict) -> list[dict]:
     for model, n, kind, by in grouped(trained, "model", "n", "adapter", "selected_by"):
         mine = cells_of(cells, model, n, kind, by)
         about = {"model": model, "n": n, "adapter": kind, "by": by}
-        found.append({**about, "cells": mine, "title": title(mine, by)})
+        found.append({**about, "cells": mine, "title": title(mine, n, by)})
     return found
 
 
@@ -35,22 +35,19 @@ def order_of(method: str, order: list[str]) -> int:
 
 
 def cells_of(cells: list[dict], model: str, n: int, kind: str | None, by: str | None) -> list[dict]:
-    """The cells of an adapter and a choice of the rate, with base and ICL on the evaluations that it has."""
-    of_adapter = set()
-    of_others = set()
+    """The cells of an adapter and a choice of the rate, below base and ICL.
+
+    Base and ICL are left out on the evaluations that only another adapter or choice has.
+    """
     here = [cell for cell in cells if cell["model"] == model and cell["n"] == n]
-    for cell in here:
-        evaluation = (cell["task"], cell["eval"])
-        if cell["selected_by"] and (cell["adapter"], cell["selected_by"]) == (kind, by):
-            of_adapter.add(evaluation)
-        elif cell["selected_by"]:
-            of_others.add(evaluation)
+    trained = [cell for cell in here if cell["selected_by"]]
+    own = [cell for cell in trained if cell["adapter"] == kind and cell["selected_by"] == by]
+    elsewhere = evaluations(trained) - evaluations(own)
     found = []
     for cell in here:
-        belongs = cell["selected_by"] in (by, None) and cell["adapter"] in (kind, None)
-        if belongs and (cell["task"], cell["eval"]) not in of_others - of_adapter:
+        if not cell["selected_by"] and (cell["task"], cell["eval"]) not in elsewhere:
             found.append(cell)
-    return found
+    return found + own
 
 
 def views(document: dict):
@@ -76,7 +73,7 @@ def views(document: dict):
         if len(choices) > 1:
             suffix += f"-{by}"
         sizes = ", ".join(str(part["n"]) for part in mine)
-        heading = title([{**cells[0], "n": sizes}, *cells], by)
+        heading = title(cells, sizes, by)
         yield {"suffix": suffix, "parts": mine, "cells": cells, "overlap": saved, "title": heading}
 
 
@@ -84,13 +81,13 @@ def evaluations(cells: list[dict]) -> set[tuple[str, str]]:
     return {(c["task"], c["eval"]) for c in cells}
 
 
-def title(cells: list[dict], by: str | None) -> str:
+def title(cells: list[dict], n: int | str, by: str | None) -> str:
     """Model, task, N, adapter, sets and the choice of the rate of a part, in one line."""
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
     adapters = [cell["adapter"] for cell in cells if cell["adapter"]]
     about = [cells[0]["model"]]
     about.append(", ".join(tasks) if len(tasks) < 3 else f"{len(tasks)} tasks")
-    about.append(f"N = {cells[0]['n']}")
+    about.append(f"N = {n}")
     about += adapters[:1]
     about.append(count(cells[0]["sets"], "set"))
     if by in CHOICES:
@@ -118,23 +115,23 @@ def average(cells: list[dict]) -> list[dict]:
         if len(rates) == 1:
             row["rate"], row["beta"] = rates[0]
         for metric in METRICS:
-            means = [cell.get(f"{metric}_mean") for cell in mine]
-            known = [mean for mean in means if mean is not None]
-            row[f"{metric}_mean"] = fmean(known) if known else None
-            row[f"{metric}_std"] = deviation(over_evaluations(mine, metric))
+            known = [cell for cell in mine if cell.get(f"{metric}_mean") is not None]
+            means = [cell[f"{metric}_mean"] for cell in known]
+            row[f"{metric}_mean"] = fmean(means) if means else None
+            row[f"{metric}_std"] = deviation(set_means(known, metric) or [])
         rows.append(row)
     return rows
 
 
-def over_evaluations(cells: list[dict], metric: str) -> list[float]:
-    """Each set's mean over the evaluations of one method; none where a set has no value, or not all have each set."""
-    known = [cell.get(metric, []) for cell in cells if cell.get(f"{metric}_mean") is not None]
-    if len({len(values) for values in known}) != 1:
-        return []
+def set_means(cells: list[dict], metric: str) -> list[float] | None:
+    """Each set's mean over the evaluations of one method; None where a value is unknown, or not all have each set."""
+    of_evaluations = [cell.get(metric, []) for cell in cells]
+    if len({len(values) for values in of_evaluations}) > 1:
+        return None
     means = []
-    for values in zip(*known):
+    for values in zip(*of_evaluations):
         if None in values:
-            return []
+            return None
         means.append(fmean(values))
     return means
 
@@ -149,30 +146,18 @@ def paired(
     mine = [cell for cell in cells if cell["method"] == method]
     others = [cell for cell in cells if cell["method"] == against]
     shared = evaluations(mine) & evaluations(others)
-    ours = means_of_sets(mine, metric, shared)
-    theirs = means_of_sets(others, metric, shared)
-    first = []
-    second = []
-    for task, values in ours.items():
-        if len(values) != len(theirs[task]):
+    compared = [cell for cell in [*mine, *others] if (cell["task"], cell["eval"]) in shared]
+    by_task = grouped(compared, "task", "method")
+    first: list[float] = []
+    second: list[float] = []
+    for task in dict.fromkeys(cell["task"] for cell in compared):
+        ours = set_means(by_task[task, method], metric)
+        theirs = set_means(by_task[task, against], metric)
+        if ours is None or theirs is None or len(ours) != len(theirs):
             return None
-        first += values
-        second += theirs[task]
-    if not first or None in first or None in second:
-        return None
-    return paired_test(first, second)
-
-
-def means_of_sets(cells: list[dict], metric: str, shared: set) -> dict[str, list[float | None]]:
-    """Task -> a method's value of each set, the mean over the `shared` evaluations; None where one is unknown."""
-    found = {}
-    mine = [cell for cell in cells if (cell["task"], cell["eval"]) in shared]
-    for (task,), of_task in grouped(mine, "task").items():
-        means: list[float | None] = []
-        for values in zip(*(cell[metric] for cell in of_task)):
-            means.append(None if None in values else fmean(values))
-        found[task] = means
-    return found
+        first += ours
+        second += theirs
+    return paired_test(first, second) if first else None
 
 
 def verdict(cells: list[dict]) -> list[str]:
