@@ -8,7 +8,7 @@ import pytest
 from test_figures import made_up
 
 from ia2mini.report.figures import draw_figures
-from ia2mini.report.markup import escaped, table
+from ia2mini.report.markup import escaped
 from ia2mini.report.page import write_page
 
 
@@ -62,15 +62,13 @@ def test_the_first_screen_is_a_title_the_verdict_a_table_and_a_figure(tmp_path):
     assert not re.search("<(h2|pre|ul|p)>", outside)
 
 
-def test_a_table_scrolls_by_itself_and_says_so(tmp_path):
+def test_a_table_scrolls_by_itself(tmp_path):
     """Also for the keyboard and a screen reader."""
     page = write_page(made_up(), tmp_path, "")
     (style,) = re.findall("<style>(.*?)</style>", page, re.S)
-    assert re.search(r"\.box \{ overflow-x: auto;[^}]*gradient", style)
+    assert ".box { overflow-x: auto;" in style
     box = '<div class="box" role="region" tabindex="0" aria-label="'
-    assert page.count(box) == page.count("<table") == page.count("(scroll →)") > 2
-    assert "wide" in table("a", ["1", "2", "3", "4", "5"], [], "means")
-    assert "wide" not in table("a", ["1", "2", "3", "4"], [], "means")
+    assert page.count(box) == page.count("<table") > 2
 
 
 def test_a_figure_is_described_to_who_cannot_see_it(tmp_path):

@@ -14,11 +14,7 @@ small, figcaption, table { font-size: .875rem } code, pre { font-size: .8125rem 
 details { border-top: 1px solid #8886; padding: .4rem 0 } details details { margin-left: 1rem }
 summary { font-weight: 600; cursor: pointer }
 pre { white-space: pre-wrap; padding: .7rem; border: 1px solid #8886 }
-.box { overflow-x: auto; margin: 1rem 0; background:
-  linear-gradient(to right, Canvas 40%, transparent) 0 0 / 3rem 100% no-repeat local,
-  linear-gradient(to left, Canvas 40%, transparent) 100% 0 / 3rem 100% no-repeat local,
-  linear-gradient(to right, #888a, transparent) 0 0 / 1rem 100% no-repeat scroll,
-  linear-gradient(to left, #888a, transparent) 100% 0 / 1rem 100% no-repeat scroll }
+.box { overflow-x: auto; margin: 1rem 0 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; white-space: nowrap }
 caption { text-align: left; white-space: normal; font-weight: 600; min-width: 13rem; max-width: calc(100vw - 2rem) }
 th, td { text-align: right; padding: .2rem .6rem; border-bottom: 1px solid #8884; vertical-align: top }
@@ -29,15 +25,11 @@ th:first-child, .text *, .evaluations :nth-child(2) { text-align: left } tbody t
 figure { margin: 1rem 0 } .card { background: white; border-radius: .4rem; border: 1px solid #8884; padding: .5rem }
 .card { width: fit-content; max-width: 100%; box-sizing: border-box }
 img { display: block; max-width: 100%; height: auto }
-.hint { display: none; font-weight: normal } .box { container-type: scroll-state }
-@container scroll-state(scrollable: x) { .hint { display: inline } }
 @media (max-width: 30rem) {
   table { font-size: .8rem } th, td { padding: .2rem .3rem } .text tbody th { min-width: 9rem }
   .card { padding: .2rem }
-  @supports not (container-type: scroll-state) { .wide .hint { display: inline } }
 }
 """
-MANY_COLUMNS = 5  # a table with this many columns is wider than a phone
 
 
 def html_page(title: str, about: str, body: list[str]) -> str:
@@ -78,20 +70,16 @@ def details(heading: str, body: list[str]) -> str:
 def table(caption: str, heads: list[str], rows: list[list], kind: str) -> str:
     """A table that scrolls in its own box; the first entry of a row is its heading.
 
-    `kind`: `means` and `evaluations` of numbers, `text` of long texts. A shadow at its edge and a word say that it
-    scrolls; browsers that cannot tell whether it does show the word on phones beside wide tables.
+    `kind`: `means` and `evaluations` of numbers, `text` of long texts.
     """
     top = "".join(f'<th scope="col">{escaped(head)}</th>' for head in heads)
     body = []
     for first, *rest in rows:
         entries = "".join(f"<td>{escaped(text)}</td>" for text in rest)
         body.append(f'<tr><th scope="row">{escaped(first)}</th>{entries}</tr>')
-    hint = ' <span class="hint">(scroll →)</span>'
-    if len(heads) >= MANY_COLUMNS or kind == "text":
-        kind += " wide"
     label = escaped(caption)
     box = f'<div class="box" role="region" tabindex="0" aria-label="{label}">'
-    start = f'{box}<table class="{kind}"><caption>{label}{hint}</caption>'
+    start = f'{box}<table class="{kind}"><caption>{label}</caption>'
     return f"{start}<thead><tr>{top}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
 
 
