@@ -20,8 +20,9 @@ from ia2mini.fitting.crossval import make_cross_validation
 from ia2mini.fitting.rows import read_own
 from ia2mini.fitting.selection import Candidate
 from ia2mini.fitting.training import train_final
-from ia2mini.report import write_report, write_table
 from ia2mini.report.fit import write_fit_table
+from ia2mini.report.study import write_report
+from ia2mini.report.tables import write_table
 from ia2mini.scale.pack import in_batches
 from ia2mini.study.study import compare
 from ia2mini.tasks import find_task, world

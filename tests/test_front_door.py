@@ -32,6 +32,12 @@ def test_the_front_door_loads_no_torch_and_knows_its_names():
         getattr(ia2mini, "non" + "sense")
 
 
+def test_the_command_line_starts_without_torch():
+    code = "import sys, ia2mini.cli.main; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_front_doors_notebook_runs_as_it_is_written():
     _, _, example, *_ = ia2mini.__doc__.split("\n\n")
     names: dict = {}

@@ -31,7 +31,7 @@ SERVER.set_forkserver_preload(
         "ia2mini.cli.main",
         "ia2mini.study.study",
         "ia2mini.fitting.fit",
-        "ia2mini.report",
+        "ia2mini.report.study",
         "torch.distributed",
     ]
 )

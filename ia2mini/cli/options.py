@@ -21,15 +21,15 @@ class Several(click.ParamType):
             found = tuple(dict.fromkeys(self.kind(part) for part in str(value).split(",") if part))
         except ValueError:
             self.fail(
-                f"{value!r} is not a list of {self.kind.__name__} values separated by commas",
+                f"{value!r} is not a list of {self.kind.__name__} values separated by commas.",
                 param,
                 context,
             )
         for one in found:
             if self.choices and one not in self.choices:
-                self.fail(f"{one!r} is not one of {', '.join(self.choices)}", param, context)
+                self.fail(f"{one!r} is not one of {', '.join(self.choices)}.", param, context)
             if self.least is not None and one < self.least:
-                self.fail(f"{one} is less than {self.least}", param, context)
+                self.fail(f"{one} is less than {self.least}.", param, context)
         return found
 
 

@@ -11,7 +11,9 @@ import click
 from .. import UsageError
 from ..engine.options import Options
 from ..files import plain
+from ..report.drawing import FORMATS
 from ..scale import ranks
+from ..study.table import METRICS
 from .group import main, progress, typed
 from .options import (
     MODEL_HELP,
@@ -19,6 +21,7 @@ from .options import (
     Several,
     data_options,
     file_option,
+    many,
     model_options,
     options_of,
     taken,
@@ -26,11 +29,13 @@ from .options import (
 from .rows import find_tasks, refuse_unnamed_model, tell_all
 
 DEMO_ROWS = 120  # about a minute
+# of own rows, which `fit` judges among the labels
+OWN_COLUMNS = ("acc", "acc_labels", "ece", "ece_null", "asim")
 COLUMNS_HELP = (
     "Show these columns; there are also nll, brier and others (docs/reference.md)."
     "  [default: acc,ece,ece_null,asim; for --data also acc_labels]"
 )
-table_options = [
+table_options = many(
     click.option(
         "--full",
         is_flag=True,
@@ -41,10 +46,16 @@ table_options = [
         is_flag=True,
         help="Print the paper's numbers beside ours where it has them; implies --full.",
     ),
-    click.option("--columns", type=Several(str), default="", show_default=False, help=COLUMNS_HELP),
+    click.option(
+        "--columns",
+        type=Several(str, tuple(METRICS)),
+        default="",
+        show_default=False,
+        help=COLUMNS_HELP,
+    ),
     click.option(
         "--figures",
-        type=Several(str),
+        type=Several(str, tuple(FORMATS)),
         default="png",
         help="Draw the figures in these formats: png,pdf,svg.",
     ),
@@ -54,13 +65,7 @@ table_options = [
         is_flag=True,
         help="Print one JSON document on the last line of standard output.",
     ),
-]
-
-
-def with_table_options(command):
-    for option in reversed(table_options):
-        command = option(command)
-    return command
+)
 
 
 @main.command()
@@ -89,7 +94,7 @@ def with_table_options(command):
     "Write results below this folder; the same command, typed again, resumes there.",
     default="runs",
 )
-@with_table_options
+@table_options
 def run(names, compiling, checkpointing, out, data_dir, side_by_side, **given):
     """Train and compare methods on tasks, as the paper does.
 
@@ -115,8 +120,8 @@ def run(names, compiling, checkpointing, out, data_dir, side_by_side, **given):
     options = Options(**given)
     if own["data"]:
         refuse_unnamed_model("--data")
+        shown["columns"] = shown["columns"] or OWN_COLUMNS
     chosen = find_tasks(names, **own)
-    check_shown(shown, bool(own["data"]))
     from ..engine.subject import open_subject
     from ..scale.device import usable
     from ..study.study import carry_out, open_study
@@ -143,7 +148,7 @@ def run(names, compiling, checkpointing, out, data_dir, side_by_side, **given):
     is_flag=True,
     help="Print the paper's Table 8, too: IA2→SFT against SFT, pooled by N.",
 )
-@with_table_options
+@table_options
 def report(folders, out, table_8, **shown):
     """Join finished runs into one report.
 
@@ -158,7 +163,6 @@ def report(folders, out, table_8, **shown):
     from ..report.join import join
     from ..report.paper import write_table_8
 
-    check_shown(shown, own_rows=False)
     document = join(list(folders))
     if out.resolve() in [folder.resolve() for folder in folders]:
         raise UsageError(f"--out {out}: a study is there; give another folder")
@@ -169,27 +173,13 @@ def report(folders, out, table_8, **shown):
         click.echo(pooled)
 
 
-def check_shown(shown: dict, own_rows: bool) -> None:
-    """Fill in the usual columns. Raises UsageError for unknown columns or formats of figures."""
-    from ..report.figures import LEFT_OUT
-    from ..report.tables import COLUMNS, OWN_COLUMNS
-    from ..study.table import METRICS
-
-    if not shown["columns"]:
-        shown["columns"] = OWN_COLUMNS if own_rows else COLUMNS
-    for option, known in (("figures", LEFT_OUT), ("columns", METRICS)):
-        for name in shown[option]:
-            if name not in known:
-                raise UsageError(f"--{option} {name}: unknown; there are {', '.join(known)}")
-
-
 def conclude(
     document: dict, folder: Path, full: bool, columns, figures, as_json: bool, with_paper: bool
 ) -> None:
     """Write a study's report; print its table and the files written."""
     from ..files import count
-    from ..report import write_report
     from ..report.paper import add_paper, departures
+    from ..report.study import write_report
 
     if with_paper and not add_paper(document):
         others = ", ".join(departures(document))
@@ -215,7 +205,7 @@ def conclude(
 
 
 def show(document: dict, full: bool) -> None:
-    from ..report import seconds_line, write_table
+    from ..report.tables import seconds_line, write_table
 
     terminal = sys.stdout is not None and sys.stdout.isatty()
     click.echo(write_table(document, full, color=terminal and not os.environ.get("NO_COLOR")))

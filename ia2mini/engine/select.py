@@ -2,8 +2,10 @@
 
 import math
 from statistics import fmean
+from typing import TYPE_CHECKING
 
-from ..train import Trained
+if TYPE_CHECKING:  # the command line names the metrics without torch
+    from ..train import Trained
 
 RateAndBeta = tuple[float | None, float | None]
 
@@ -42,7 +44,7 @@ def at_config(records: list[dict], config: RateAndBeta) -> list[int]:
     return found
 
 
-def reported(records: list[dict], trained: Trained, sets: int, select: str) -> list[int]:
+def reported(records: list[dict], trained: "Trained", sets: int, select: str) -> list[int]:
     """The indices of the runs to score: with "dev" those at the chosen learning rate (and β), else all.
 
     Runs at a learning rate that failed in some set are left out: it cannot be chosen.

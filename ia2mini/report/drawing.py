@@ -60,8 +60,8 @@ STYLE: dict = {
     "ytick.color": FAINT,
     "ytick.labelcolor": INK,
 }
-# so that a document gives the same bytes again
-LEFT_OUT = {"png": "Software", "pdf": "CreationDate", "svg": "Date"}
+# format of a file -> the metadata that is left out, so that a document gives the same bytes again
+FORMATS = {"png": "Software", "pdf": "CreationDate", "svg": "Date"}
 LINE_OF_TEXT = 0.165  # inches
 
 
@@ -178,7 +178,7 @@ def spread(shares: Sequence[float], apart: float) -> list[float]:
 def save(figure, path: Path) -> None:
     """Write a figure, whole or not at all, in the format that the name ends with."""
     form = path.suffix[1:]
-    write(path, partial(figure.savefig, format=form, metadata={LEFT_OUT[form]: None}))
+    write(path, partial(figure.savefig, format=form, metadata={FORMATS[form]: None}))
 
 
 def png_of(figure) -> bytes:

@@ -4,9 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from .. import UsageError
 from . import charts, descriptions
-from .drawing import LEFT_OUT, new_figure, save, set_heading, styled
+from .drawing import new_figure, save, set_heading, styled
 from .summary import views
 
 
@@ -46,11 +45,7 @@ FIGURES = {  # in the order of the page
 
 
 def draw_figures(document: dict, folder: Path, formats: tuple[str, ...] = ("png",)) -> list[str]:
-    """Draw a study into `folder`; file names, none without matplotlib. UsageError at once for an unknown format."""
-    for form in formats:
-        if form not in LEFT_OUT:
-            known = ", ".join(LEFT_OUT)
-            raise UsageError(f"--figures {form}: unknown format; figures are written as {known}")
+    """Draw a study into `folder`; file names, none without matplotlib."""
     try:
         style = styled()
     except ImportError:

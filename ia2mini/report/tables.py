@@ -14,8 +14,6 @@ from ..study.table import METRICS
 from .summary import average, parts, verdict
 
 COLUMNS = ("acc", "ece", "ece_null", "asim")  # where no others are asked for
-# of own rows, which `fit` judges among the labels
-OWN_COLUMNS = ("acc", "acc_labels", *COLUMNS[1:])
 HEADS = {**METRICS, "rate": "rate", "paper": "paper (% / ECE)"}  # these two always the last
 PERCENT = ("acc", "acc_labels")  # metrics that are shown in percent
 WITHOUT_DEVIATION = ("ece_null", "asim")
@@ -118,7 +116,8 @@ def aligned(table: Sequence[Sequence[str]], others: Callable = str.rjust) -> lis
 def known_columns(rows: list[dict], document: dict) -> list[str]:
     """The requested columns that have a value in some row."""
     columns = []
-    for column in (*document.get("columns", COLUMNS), "rate", "paper"):
+    asked = document.get("columns") or COLUMNS
+    for column in (*asked, "rate", "paper"):
         values = [row.get(f"{column}_mean", row.get(column)) for row in rows]
         if column == "rate" or any(value is not None for value in values):
             columns.append(column)
