@@ -320,14 +320,14 @@ def test_compiling_is_said_and_kept_where_it_lasts(monkeypatch, capsys):
     model = load("tiny")[0]
     asked = []
     monkeypatch.setattr(blocks, "compile_blocks", asked.append)
-    run.prepare(model, None, False)
+    run.compile_and_checkpoint(model, None, False)
     assert not asked, "on a CPU nothing is compiled unless asked for"
     monkeypatch.undo()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere/ia2mini/compiled")
     monkeypatch.setattr(blocks, "compile_blocks", partial(blocks.compile_blocks, backend="eager"))
     monkeypatch.setattr(callback_handler, "start_callbacks", [])
     run.tell_of_compiling.cache_clear()
-    run.prepare(model, True, False)
+    run.compile_and_checkpoint(model, True, False)
     assert not capsys.readouterr().err
     for length in (3, 4):
         model(torch.arange(length)[None], logits=False)

@@ -21,7 +21,7 @@ from .options import (
     taken,
 )
 from .rows import refuse_unnamed_model, tell_all
-from .run import prepare
+from .run import compile_and_checkpoint
 
 
 @main.command()
@@ -75,25 +75,30 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
     from ..tasks.rows import as_rows
 
     check_own(out)
-    if (rows is None) == (context is None) or (context is None) != (prompts is None):
+    only_rows = rows is not None and context is None and prompts is None
+    only_context = rows is None and context is not None and prompts is not None
+    if not only_rows and not only_context:
         raise UsageError("give ROWS, or --context with --prompts")
-    refuse_unnamed_model("ROWS" if context is None else "--context")
+    refuse_unnamed_model("ROWS" if only_rows else "--context")
     how = taken(given, "model", "device", "dtype", "revision", "check")
-    columns = Columns(*taken(given, "prompt_column", "answer_column", "template").values())
+    answer_kind = None
     if labelled is not None:
-        if context is not None:
+        if only_context:
             raise UsageError(
                 "--labels and --text say what ROWS are answered with; --context has none"
             )
-        columns = columns._replace(answer_kind="labels" if labelled else "text")
-    options = FitOptions(**given, context=read_context(context) if context else "")
+        answer_kind = "labels" if labelled else "text"
+    columns = Columns(
+        given.pop("prompt_column"), given.pop("answer_column"), given.pop("template"), answer_kind
+    )
+    options = FitOptions(**given, context=read_context(context) if only_context else "")
     own = as_rows(rows or prompts)
     # mistakes in rows and options show before a model is loaded
-    complete, task = read_own(own, columns, bool(context), options.chat)
+    complete, task = read_own(own, columns, only_context, options.chat)
     check_options(options, task)
     check_number([task.prompt_of(row) for row in complete])
     subject = open_subject(**how)
-    prepare(subject.model, None, False)
+    compile_and_checkpoint(subject.model)
     tell_all([*task.remarks, dtype_note(subject)])
     fitted = fit_rows(own, subject, options, columns, unlabelled or (), keep=out, bar=progress)
     ranks.stop()

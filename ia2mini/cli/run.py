@@ -130,7 +130,7 @@ def run(names, compiling, checkpointing, out, data_dir, side_by_side, **given):
         how["dtype"] = "float32"  # so that a study gives the same numbers on every processor
     subject = open_subject(**how)
     study = open_study(chosen, subject, options, out, data_dir)
-    prepare(subject.model, compiling, checkpointing)
+    compile_and_checkpoint(subject.model, compiling, checkpointing)
     tell_all(remark for task in chosen for remark in task.remarks)
     document, folder = carry_out(*study, side_by_side, progress)
     ranks.stop()
@@ -212,7 +212,9 @@ def show(document: dict, full: bool) -> None:
     click.echo(seconds_line(document))
 
 
-def prepare(model, compiling: bool | None, checkpointing: bool) -> None:
+def compile_and_checkpoint(
+    model, compiling: bool | None = None, checkpointing: bool = False
+) -> None:
     """Compile and checkpoint a model's blocks as the options say (None: compile on a GPU)."""
     from ..scale.blocks import checkpoint_blocks, compile_blocks
     from ..scale.graphs import RECORDERS

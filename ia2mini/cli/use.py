@@ -230,12 +230,13 @@ def open_adapter(folder: Path, model=None, revision=None, template=None, labels=
     from ..fitting.spec import check_labels
     from ..tasks.own import check_template
 
-    spec: dict = {"template": check_template(template)}
+    given = {}
+    if template is not None:
+        given["template"] = check_template(template)
     if labels is not None:
-        spec["labels"] = [label.strip() for label in labels.split(",")]
-        check_labels(spec["labels"])
-    name = model
-    if not name:
-        name, revision = base_of(folder)
-    subject = open_subject(name, revision=revision, **how)
-    return load_adapter(folder, subject, **{name: value for name, value in spec.items() if value})
+        given["labels"] = [label.strip() for label in labels.split(",")]
+        check_labels(given["labels"])
+    if not model:
+        model, revision = base_of(folder)
+    subject = open_subject(model, revision=revision, **how)
+    return load_adapter(folder, subject, **given)
