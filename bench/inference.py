@@ -206,7 +206,7 @@ def icl(
             b.score(ids[:4], first, prefix=prefix),
         ):
             remark = agree("top-1 probabilities", mine.confidence[0], found[0], stand.tolerance)
-            agree("label probabilities", mine.probabilities[0], found[1], stand.tolerance)
+            agree("label probabilities", mine.log_probabilities.exp()[0], found[1], stand.tolerance)
         result.remark(remark)
         cached = min(128, queries)
         stacks = {

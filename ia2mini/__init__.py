@@ -34,9 +34,7 @@ The names, each of them a promise; everything else may move:
 `help(ia2mini.fit)` and so on say more.
 """
 
-import sys
 from importlib import import_module
-from importlib.util import spec_from_file_location
 from pathlib import Path
 
 __version__ = "0.4.0"
@@ -68,26 +66,13 @@ class UsageError(ValueError):
         super().__init__(line if len(line) < 1000 else f"{line[:700]} … {line[-200:]}")
 
 
-class ModelsOfThisCheckout:
-    """Import `ia2mini.models` from the `models/` beside this package, as a checkout has it, and never another's."""
-
-    folder = Path(__file__).resolve().parents[1] / "models"
-
-    @classmethod
-    def find_spec(cls, name: str, path=None, target=None):
-        if name != f"{__name__}.models":
-            return None
-        if not (cls.folder / "__init__.py").is_file():
-            raise ImportError(
-                f"{cls.folder} is missing: this copy of ia2mini is not whole; install it again"
-            )
-        return spec_from_file_location(
-            name, cls.folder / "__init__.py", submodule_search_locations=[str(cls.folder)]
-        )
-
-
-if not Path(__file__).with_name("models").is_dir():  # where it is installed, they lie within
-    sys.meta_path.insert(0, ModelsOfThisCheckout)
+HERE = Path(__file__).resolve().parent
+if not (
+    HERE / "models"
+).is_dir():  # in a checkout `ia2mini.models` is the models/ beside this folder
+    if not (HERE.parent / "models/__init__.py").is_file():
+        raise ImportError(f"{HERE.parent}/models is missing: install this copy of ia2mini again")
+    __path__.append(str(HERE.parent))
 
 
 def __getattr__(name: str):

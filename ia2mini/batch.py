@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .models.attention import Packed
@@ -97,11 +98,8 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def collate(runs: list[list[TokenRow]], by_row: bool = False) -> Batch:
-    """One right-padded batch of R lists of rows, shorter lists filled up with empty rows; on the CPU.
-
-    `by_row`: fill in `Batch.rows` too.
-    """
+def collate(runs: list[list[TokenRow]]) -> Batch:
+    """One right-padded batch of R lists of rows, shorter lists filled up with empty rows; on the CPU."""
     R = len(runs)
     B = max(map(len, runs))
     T = max(len(row) for rows in runs for row in rows)
@@ -112,9 +110,7 @@ def collate(runs: list[list[TokenRow]], by_row: bool = False) -> Batch:
     at_columns = np.zeros((R, P), np.int64)
     targets = np.zeros((R, P), np.int64)
     weights = np.zeros((R, P), np.float32)
-    belongs = np.zeros((R, B, P), np.float32)
     for r, rows in enumerate(runs):
-        at_rows[r] = r * B  # padding points at the run's first row
         start = 0
         for b, row in enumerate(rows):
             end = start + len(row.answer)
@@ -125,19 +121,18 @@ def collate(runs: list[list[TokenRow]], by_row: bool = False) -> Batch:
             at_columns[r, start:end] = np.arange(last, last + len(row.answer))
             targets[r, start:end] = row.answer
             weights[r, start:end] = 1 / (len(row.answer) * len(rows))
-            belongs[r, b, start:end] = 1
             start = end
+        at_rows[r, start:] = r * B  # what fills up a shorter run: its first token, with weight 0
     return Batch(
         ids=torch.from_numpy(ids).view(R * B, T),
         at=(torch.from_numpy(at_rows).flatten(), torch.from_numpy(at_columns).flatten()),
         targets=torch.from_numpy(targets).flatten(),
         weights=torch.from_numpy(weights),
         lengths=torch.from_numpy(lengths),
-        activations=join_positions(runs, "activations", P, dim=1),
-        soft=join_positions(runs, "soft", P, dim=0),
-        soft_ids=join_positions(runs, "soft_ids", P, dim=0),
-        states=join_positions(runs, "states", P, dim=1),
-        rows=torch.from_numpy(belongs) if by_row else None,
+        activations=join_positions(runs, "activations", P),
+        soft=join_positions(runs, "soft", P),
+        soft_ids=join_positions(runs, "soft_ids", P),
+        states=join_positions(runs, "states", P),
     )
 
 
@@ -146,19 +141,20 @@ def count_positions(rows: list[TokenRow]) -> int:
     return sum(len(row.answer) for row in rows)
 
 
-def join_positions(runs: list[list[TokenRow]], name: str, most: int, dim: int) -> Tensor | None:
-    """The rows' tensors `name` along `dim`, each run's padded to `most` positions; None where rows have none."""
+def join_positions(runs: list[list[TokenRow]], name: str, P: int) -> Tensor | None:
+    """The rows' tensors `name`, [(L,) positions, n] each, one after another; None where rows have none.
+
+    Each run's last one is padded with zeros, so that the run has P positions.
+    """
     if getattr(runs[0][0], name) is None:
         return None
     parts = []
     for rows in runs:
-        tensors = [getattr(row, name) for row in rows]
-        parts += tensors
-        missing = most - count_positions(rows)
+        parts += [getattr(row, name) for row in rows]
+        missing = P - count_positions(rows)
         if missing:
-            any_position = tensors[0].narrow(dim, 0, 1)
-            parts.append(any_position.repeat_interleave(missing, dim))
-    return torch.cat(parts, dim)
+            parts[-1] = F.pad(parts[-1], (0, 0, 0, missing))
+    return torch.cat(parts, -2)
 
 
 def by_length(lengths: list[int], budget: int) -> list[list[int]]:

@@ -25,7 +25,7 @@ class DecodingHooks:
     # takes the step that chooses a token and returns a faster one, e.g. recorded as a CUDA graph
     wrap: Callable[[Callable], Callable] | None = None
     # whether the cache keeps its shape from the second token on: what a recorded step needs
-    static: bool = False
+    fixed_shape: bool = False
     # (whether each row goes on, runs) -> indices of the rows that stay in the batch; None: all
     who_stays: Callable[[list[bool], int], list[int] | None] | None = None
 
@@ -95,7 +95,7 @@ def decode_group(
     device = weight.device
     ids, last = pad_prompts([prompts[i] for i in group], decoding.runs, device)
     capacity = ids.shape[1] + decoding.max_tokens
-    cache = Cache(network.config, len(ids), capacity, weight, decoding.hooks.static)
+    cache = Cache(network.config, len(ids), capacity, weight, decoding.hooks.fixed_shape)
 
     def forward(ids: Tensor, last: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [b, V] and attention outputs [L, b, D] at the `last` of the new tokens [b, T]."""

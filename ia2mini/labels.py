@@ -1,20 +1,16 @@
 """Scoring labels of one or several tokens after prompts (protocol section 5).
 
-R runs, Q prompts, B rows of a run in a pass, T tokens, C labels, I tokens of a label, L layers, D hidden, V vocabulary,
-S sets, n prompts whose attention outputs are recorded.
+R runs, Q prompts, B rows of a run in a pass, T tokens, C labels, I tokens of a label, L layers, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from .batch import TokenRow, Watch, by_length, collate, join_groups, send
-from .metrics import asim
 from .models.attention import Packed
 from .models.taps import At, Taps, device_of, network_of
 
@@ -23,39 +19,29 @@ LOGITS = 2**29  # logits in memory at once; the head is applied to more rows par
 
 @dataclass(frozen=True)
 class Scoring:
-    """How prompts are scored, and what is measured besides."""
+    """How prompts are scored."""
 
     runs: int = 1  # R that the model computes side by side
     # top-1 confidence as the share among that many likeliest tokens (released scripts: 10)
     top_k: int | None = None
-    returned_outputs: int = 0  # of so many of the first prompts attention outputs are returned
-    # [L, S, n, D] teacher's outputs of the first n prompts under S sets, to measure `asim` against:
-    # a single run is compared with every set; S × k runs: each k successive runs with one set
-    reference: Tensor | None = None
     budget: int = 4096  # tokens in one pass
     # tokens each of which ends a text: a label that is closed by one ends with any of them
     ends: tuple[int, ...] = ()
-    # [V] the label that a token counts as, -1: none (released scripts); labels of 1 token
-    label_of_token: Tensor | None = None
+    observed: int = 0  # of so many of the first prompts the observer gets the attention outputs
+    # takes the numbers of some prompts and the outputs [L, R, prompts, D] where they end, on the device
+    observer: Callable[[list[int], Tensor], None] | None = None
 
 
 @dataclass
 class LabelScores:
-    """What R models answer to Q prompts, float32 or int64 on the CPU."""
+    """What R models answer to Q prompts, on the CPU."""
 
     # [R, Q] index of the label that greedy decoding gives, -1 where it gives none of them
     top: Tensor
-    confidence: Tensor  # [R, Q] probability of what greedy decoding gives
-    # [R, Q, C] natural log-probability of each label, over the whole vocabulary
+    confidence: Tensor  # [R, Q] float32, probability of what greedy decoding gives
+    first_token: Tensor  # [R, Q] the likeliest token after the prompt
+    # [R, Q, C] float32, natural log-probability of each label, over the whole vocabulary
     log_probabilities: Tensor
-    # [L, R, n, D] attention outputs of the first n prompts, on the device
-    outputs: Tensor | None = None
-    asim: Tensor | None = None  # [R, L] mean similarity to the attention outputs that were given
-
-    @property
-    def probabilities(self) -> Tensor:
-        """Of each label, [R, Q, C]; zero below the smallest float32."""
-        return self.log_probabilities.exp()
 
 
 class LabelTree:
@@ -70,29 +56,29 @@ class LabelTree:
     def __init__(self, labels: list[list[int]], device: torch.device, ends: tuple[int, ...] = ()):
         nodes = number_beginnings(labels)
         self.tokens = [beginning[-1] for beginning in nodes if beginning]
-        depths = list(map(len, nodes))
-        self.depths = send(torch.tensor(depths), device)
+        depths = torch.tensor([len(beginning) for beginning in nodes])
         sees = torch.zeros(len(nodes), len(nodes), dtype=torch.bool)
         for beginning, node in nodes.items():
             for length in range(len(beginning) + 1):
                 sees[node, nodes[beginning[:length]]] = True
+        size = (len(labels), max(map(len, labels)))  # [C, I]
+        predicted_by = torch.zeros(size, dtype=torch.int64)
+        label_tokens = torch.zeros(size, dtype=torch.int64)
+        is_token = torch.zeros(size, dtype=torch.bool)
+        is_end = torch.zeros(size, dtype=torch.bool)
+        for c, label in enumerate(labels):
+            for i, token in enumerate(label):
+                predicted_by[c, i] = nodes[tuple(label[:i])]
+                label_tokens[c, i] = token
+                is_token[c, i] = True
+            is_end[c, len(label) - 1] = label[-1] in ends
+        self.depths = send(depths, device)
         self.sees = send(sees, device)
-        predicting = []  # for each label, the nodes that predict its tokens
-        for label in labels:
-            numbers = [nodes[tuple(label[:i])] for i in range(len(label))]
-            predicting.append(torch.tensor(numbers))
-        self.predicted_by = send(pad_sequence(predicting, batch_first=True), device)  # [C, I] nodes
-        tokens = pad_sequence(list(map(torch.tensor, labels)), batch_first=True)
-        lengths = torch.tensor(list(map(len, labels)))[:, None]
-        places = torch.arange(tokens.shape[1])
-        end_tokens = torch.tensor(ends, dtype=torch.int64)
-        is_last = places == lengths - 1
-        is_end = torch.isin(tokens, end_tokens) & is_last
-        self.any_is_end = bool(is_end.any())
-        self.label_tokens = send(tokens, device)  # [C, I]
-        self.is_token = send(places < lengths, device)  # [C, I], False at padding
-        self.ends = send(end_tokens, device)
+        self.predicted_by = send(predicted_by, device)  # [C, I] the node that predicts each token
+        self.label_tokens = send(label_tokens, device)  # [C, I]
+        self.is_token = send(is_token, device)  # [C, I], False at padding
         self.is_end = send(is_end, device)  # [C, I]
+        self.end_tokens = send(torch.tensor(ends, dtype=torch.int64), device)
 
     def batch(
         self, prompts: list[list[int]], runs: int, device
@@ -100,10 +86,10 @@ class LabelTree:
         """ids [R * B, T], positions (rows, columns) of the nodes of each row, and what a node sees."""
         one_run = [TokenRow(prompt + self.tokens, [0]) for prompt in prompts]
         ids = send(collate([one_run] * runs).ids, device)
-        lengths = send(torch.tensor(list(map(len, prompts))), device)
-        ends = lengths.repeat(runs)[:, None] - 1  # [R * B, 1]
+        lengths = send(torch.tensor([len(prompt) for prompt in prompts]), device)
+        last_columns = lengths.repeat(runs)[:, None] - 1  # [R * B, 1]
         nodes = torch.arange(len(self.depths), device=device)
-        columns = ends + nodes
+        columns = last_columns + nodes
         rows = torch.arange(len(columns), device=device)
         rows = rows[:, None].expand_as(columns)
         at = rows.reshape(-1), columns.reshape(-1)
@@ -113,14 +99,13 @@ class LabelTree:
         documents.scatter_(1, columns, nodes.expand_as(columns))
         places = torch.arange(ids.shape[1], device=device)
         positions = places.repeat(len(columns), 1)
-        positions.scatter_(1, columns, ends + self.depths)
+        positions.scatter_(1, columns, last_columns + self.depths)
         return ids, at, Packed(documents, positions, self.sees)
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
         """Each label's log-probability over the whole vocabulary, [..., C] from logits [..., nodes, V]."""
         chosen = logits[..., self.predicted_by, self.label_tokens]  # [..., C, I]
-        if self.any_is_end:
-            chosen = torch.where(self.is_end, self.any_end(logits), chosen)
+        chosen = torch.where(self.is_end, self.any_end(logits), chosen)
         steps = chosen - logits.logsumexp(-1)[..., self.predicted_by]
         return steps.masked_fill(~self.is_token, 0.0).sum(-1)
 
@@ -135,30 +120,28 @@ class LabelTree:
         token = likeliest.indices[..., self.predicted_by]
         chosen = likeliest.values[..., self.predicted_by]
         agrees = token == self.label_tokens
-        if self.any_is_end:
-            ended = self.is_end & torch.isin(token, self.ends)
-            agrees = agrees | ended
-            if top_k is None:
-                chosen = torch.where(ended, self.any_end(logits), chosen)
-        # 1 as long as all tokens so far are those of the label
+        ended = self.is_end & torch.isin(token, self.end_tokens)
+        agrees = agrees | ended
+        if top_k is None:
+            chosen = torch.where(ended, self.any_end(logits), chosen)
+        # 1 where this token of the label and all before it are what decoding gives
         agreed = (agrees | ~self.is_token).cumprod(-1)
-        # 1 where decoding gets to: where the prompt ends, and after tokens that agreed
-        prompt_ends = torch.ones_like(agreed[..., :1])
-        reached = torch.cat((prompt_ends, agreed[..., :-1]), -1)
-        all_tokens = logits if top_k is None else logits.topk(top_k).values
-        steps = chosen - all_tokens.logsumexp(-1)[..., self.predicted_by]
+        # 1 where all tokens before this one are: decoding gets here
+        reached = F.pad(agreed[..., :-1], (1, 0), value=1)
+        candidates = logits if top_k is None else logits.topk(top_k).values
+        steps = chosen - candidates.logsumexp(-1)[..., self.predicted_by]
         counted = reached.bool() & self.is_token
         confidence = steps.masked_fill(~counted, 0.0).sum(-1).exp()  # [..., C]
-        complete = agreed[..., -1]  # 1 where decoding gives the whole label
-        given = (agreed * self.is_token).sum(-1)  # how many of the label's tokens it gives
-        nearest = (given + complete).argmax(-1, keepdim=True)
-        is_a_label = complete.gather(-1, nearest).bool()
-        top = torch.where(is_a_label, nearest, -1)
-        return top[..., 0], confidence.gather(-1, nearest)[..., 0]
+        is_given = agreed[..., -1]  # 1 where decoding gives the whole label
+        matched = (agreed * self.is_token).sum(-1)  # how many tokens of the label decoding gives
+        closest = (matched + is_given).argmax(-1, keepdim=True)  # a whole label comes first
+        is_a_label = is_given.gather(-1, closest).bool()
+        top = torch.where(is_a_label, closest, -1)
+        return top[..., 0], confidence.gather(-1, closest)[..., 0]
 
     def any_end(self, logits: Tensor) -> Tensor:
-        """The logit of all `ends` together where each label's tokens are predicted, [..., C, I]."""
-        return logits[..., self.ends].logsumexp(-1)[..., self.predicted_by]
+        """The logit of all end tokens together where each label's tokens are predicted, [..., C, I]."""
+        return logits[..., self.end_tokens].logsumexp(-1)[..., self.predicted_by]
 
 
 def number_beginnings(labels: list[list[int]]) -> dict[tuple[int, ...], int]:
@@ -181,58 +164,23 @@ def label_scores(
 ) -> LabelScores:
     """Score every prompt under every run in one pass each; `labels`: the tokens of each."""
     tree = LabelTree(labels, device_of(model), scoring.ends)
-    tapped = scoring.returned_outputs
-    if scoring.reference is not None:
-        tapped = scoring.reference.shape[2]
-    tapped = min(len(prompts), tapped)
     lengths = [len(prompt) + len(tree.tokens) for prompt in prompts]
     budget = scoring.budget // scoring.runs
-    tapped_groups = by_length(lengths[:tapped], budget)
-    groups = list(tapped_groups)
-    for group in by_length(lengths[tapped:], budget):
-        groups.append([tapped + i for i in group])
+    groups = by_length(lengths[: scoring.observed], budget)
+    for group in by_length(lengths[scoring.observed :], budget):
+        groups.append([scoring.observed + i for i in group])
     parts = []
     for group in groups:
-        tap = group[0] < tapped
-        parts.append(score_group(model, tree, prompts, group, scoring, tap))
+        parts.append(score_group(model, tree, prompts, group, scoring))
         if watch:
             watch(len(group))
-    top = [part.top for part in parts]
-    confidence = [part.confidence for part in parts]
-    log_probabilities = [part.log_probabilities for part in parts]
-    scores = LabelScores(
+    top, confidence, first_token, log_probabilities = zip(*parts)
+    return LabelScores(
         top=join_groups(top, groups, dim=1).cpu(),
         confidence=join_groups(confidence, groups, dim=1).cpu(),
+        first_token=join_groups(first_token, groups, dim=1).cpu(),
         log_probabilities=join_groups(log_probabilities, groups, dim=1).cpu(),
     )
-    tapped_parts = parts[: len(tapped_groups)]
-    if scoring.reference is not None:
-        sums = torch.stack([part.asim for part in tapped_parts])
-        scores.asim = (sums.sum(0) / tapped).cpu()
-    elif tapped:
-        outputs = [part.outputs for part in tapped_parts]
-        scores.outputs = join_groups(outputs, tapped_groups, dim=2)
-    return scores
-
-
-def score_logits_in_parts(
-    tree: LabelTree, scoring: Scoring, max_states: int, states: Tensor, head: Tensor
-) -> tuple[Tensor, ...]:
-    """In place of the head: what `score_logits` gives, with the logits of `max_states` of the states [P, D] at once."""
-    return score_logits(tree, scoring, (F.linear(part, head) for part in states.split(max_states)))
-
-
-def score_logits(tree: LabelTree, scoring: Scoring, parts: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """Greedy label, its probability [n], and labels' log-probabilities [n, C], from logits [n * nodes, V] in parts."""
-    scores = []
-    for logits in parts:
-        logits = logits.float().view(-1, len(tree.depths), logits.shape[-1])
-        top, confidence = tree.greedy(logits, scoring.top_k)
-        if scoring.label_of_token is not None:
-            first_token = logits[:, 0].argmax(-1)
-            top = send(scoring.label_of_token, logits.device)[first_token]
-        scores.append((top, confidence, tree.log_probabilities(logits)))
-    return tuple(map(torch.cat, zip(*scores)))
 
 
 def score_group(
@@ -241,37 +189,24 @@ def score_group(
     prompts: list[list[int]],
     group: list[int],
     scoring: Scoring,
-    tap: bool,
-) -> LabelScores:
-    """The prompts of `group` in one pass, on the device; with `tap` also their attention outputs or, if there is a
-    reference, the similarity to it.
-    """
-    device = device_of(model)
+) -> list[Tensor]:
+    """The prompts of `group` in one pass: the fields of `LabelScores`, each [R, B, ...], on the device."""
     group_prompts = [prompts[i] for i in group]
-    ids, at, branches = tree.batch(group_prompts, scoring.runs, device)
+    ids, at, packed = tree.batch(group_prompts, scoring.runs, device_of(model))
     nodes = len(tree.depths)
     taps = None
-    if tap:  # where the prompts end
+    if group[0] < scoring.observed:
         rows, columns = at
-        taps = Taps((rows[::nodes], columns[::nodes]))
-    V = len(network_of(model).model.embed_tokens.weight)
-    max_rows = max(1, LOGITS // (nodes * V))  # rows whose logits are held at once
-    if max_rows < scoring.runs * len(group):
-        head = partial(score_logits_in_parts, tree, scoring, max_rows * nodes)
-        answers = model(ids, taps=taps, logits=at, cache=branches, head=head)
-    else:
-        logits = model(ids, taps=taps, logits=at, cache=branches)  # [R * B * nodes, V]
-        answers = score_logits(tree, scoring, [logits])
-    scores = LabelScores(*(answer.unflatten(0, (scoring.runs, -1)) for answer in answers))
-    if not tap:
-        return scores
-    outputs = taps.stack().unflatten(1, (scoring.runs, -1))  # [L, R, B, D]
-    if scoring.reference is None:
-        scores.outputs = outputs
-        return scores
-    sets = min(scoring.reference.shape[1], scoring.runs)
-    outputs = outputs.unflatten(1, (sets, -1))  # [L, sets, runs of a set, B, D]
-    places = send(torch.tensor(group), device)
-    similarity = asim(outputs, scoring.reference[:, :, None, places])
-    scores.asim = similarity.sum(-1).flatten(1).T
-    return scores
+        taps = Taps((rows[::nodes], columns[::nodes]))  # where the prompts end
+    states = model(ids, taps=taps, logits=at, cache=packed, head=False)  # [R * B * nodes, D]
+    lm_head = network_of(model).lm_head
+    rows_at_once = max(1, LOGITS // (nodes * len(lm_head.weight)))
+    parts = []
+    for some_states in states.split(rows_at_once * nodes):
+        logits = lm_head(some_states).float().unflatten(0, (-1, nodes))  # [rows, nodes, V]
+        top, confidence = tree.greedy(logits, scoring.top_k)
+        first_token = logits[:, 0].argmax(-1)
+        parts.append((top, confidence, first_token, tree.log_probabilities(logits)))
+    if taps is not None:
+        scoring.observer(group, taps.stack().unflatten(1, (scoring.runs, -1)))
+    return [torch.cat(part).unflatten(0, (scoring.runs, -1)) for part in zip(*parts)]

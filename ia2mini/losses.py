@@ -20,17 +20,18 @@ def per_run(values: Tensor, weights: Tensor) -> Tensor:
     return (values.view(weights.shape) * weights).sum(1)
 
 
-def per_run_in_bfloat16(values: Tensor, weights: Tensor, rows: Tensor, layers: int = 1) -> Tensor:
+def per_run_in_bfloat16(values: Tensor, rows: Tensor, layers: int = 1) -> Tensor:
     """As `per_run`, with each row's loss rounded to bfloat16, as the paper's released scripts have it: [R].
 
     `rows` [R, B, P / R] is 1 where a position belongs to a row. A row's mean over layers is rounded, and so is that
     mean times the number of layers; the mean over rows is float32.
     """
-    counts = rows.amax(-1).sum(-1)  # [R] rows of each run
-    weighted = values.view(weights.shape) * weights  # [R, P / R]
-    of_rows = (weighted[:, None] * rows).sum(-1) * counts[:, None]  # [R, B]
-    rounded = (of_rows / layers).bfloat16() * layers
-    return rounded.float().sum(-1) / counts
+    positions = rows.sum(-1)  # [R, B] of each row
+    of_run = values.view(len(rows), 1, -1)
+    row_means = (of_run * rows).sum(-1) / positions.clamp_min(1)
+    rounded = (row_means / layers).bfloat16() * layers
+    rows_of_run = (positions > 0).sum(-1)
+    return rounded.float().sum(-1) / rows_of_run
 
 
 def activation_mse(outputs: Sequence[Tensor], targets: Tensor) -> Tensor:

@@ -211,9 +211,12 @@ METHODS: dict[str, Callable] = {
 WITH_DEMONSTRATIONS = ("icl", "icl-sft")  # evaluated with demonstrations in the prompt
 # method -> its first phase
 STARTS_FROM = {
-    name: name.partition("-")[0]
-    for name in METHODS
-    if "-" in name and name not in WITH_DEMONSTRATIONS
+    "ia2-sft": "ia2",
+    "sft-sft": "sft",
+    "sft-ia2": "sft",
+    "soft-sft": "soft",
+    "hidden-sft": "hidden",
+    "ridge-sft": "ridge",
 }
 
 

@@ -5,7 +5,6 @@ R runs, Q prompts, L layers, D hidden, P answer tokens of the batch.
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from .generate import Decoding, responses
 from .labels import Scoring, label_scores
 from .losses import cross_entropy, kl_divergence
 from .metrics import measure
-from .models.taps import device_of
+from .models.taps import device_of, network_of
 from .prefix import share_prefix
 from .tasks import Example
 from .tokenizer import Tokenizer
@@ -43,8 +42,10 @@ def answer_scores(
         batch = collate([group_rows] * runs)
         closing = torch.isin(batch.targets, end_tokens).nonzero()[:, 0]
         batch = batch.to(device)
-        head = partial(answer_loss, batch, send(closing, device), ends)
-        loss = model(batch.ids, logits=batch.at, head=head).view(runs, -1)  # [R, P / R]
+        states = model(batch.ids, logits=batch.at, head=False)
+        head = network_of(model).lm_head.weight
+        loss = answer_loss(batch, send(closing, device), ends, states, head)
+        loss = loss.view(runs, -1)  # [R, P / R]
         sizes = [len(row.answer) for row in group_rows]
         means = [part.mean(1) for part in loss.split(sizes, 1)]
         parts.append(-torch.stack(means, 1))

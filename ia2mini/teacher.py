@@ -128,13 +128,13 @@ def fill_targets(
     watch: Watch,
 ) -> None:
     """Fill in what is asked for of `rows`, from their prompts with demonstrations."""
-    missing = list(range(len(rows)))
     if settings.max_tokens > 1:
-        missing = generate_responses(model, tokenizer, rows, prompts, settings, watch)
+        generate_responses(model, tokenizer, rows, prompts, settings, watch)
         watch = None  # it has counted every row
+    unrecorded = [i for i, row in enumerate(rows) if row.activations is None]
     attention = replace(settings, residual=False)
     record_targets(
-        model, [rows[i] for i in missing], [prompts[i] for i in missing], attention, watch
+        model, [rows[i] for i in unrecorded], [prompts[i] for i in unrecorded], attention, watch
     )
     if settings.residual:
         record_targets(model, rows, prompts, replace(settings, soft_k=None))
@@ -157,11 +157,11 @@ def generate_responses(
     prompts: list[list[int]],
     settings: TeacherSettings,
     watch: Watch,
-) -> list[int]:
+) -> None:
     """Fill in the responses of `rows` to their full `prompts`, and the activations and soft targets met on the way.
 
-    Returns the indices of rows that still lack activations and soft targets. There a stop text began inside a token:
-    the response was tokenized again, and its tokens are not those that were generated.
+    Where a stop text began inside a token, the response was tokenized again: its tokens are not those that were
+    generated, and the row still lacks activations and soft targets.
     """
     steps: list[list[Step]] = [[] for _ in prompts]
 
@@ -182,9 +182,8 @@ def generate_responses(
         settings.layers,
         hooks=settings.hooks,
     )
-    missing = []
-    for i, response in enumerate(generate(model, tokenizer, prompts, decoding, watch, observer)):
-        row = rows[i]
+    responses = generate(model, tokenizer, prompts, decoding, watch, observer)
+    for row, response, seen in zip(rows, responses, steps):
         row.answer = (response + tokenizer.closing)[: settings.max_tokens]
         if not row.answer:
             prompt_end = tokenizer.decode(row.prompt)[-60:]
@@ -192,15 +191,13 @@ def generate_responses(
                 "the checkpoint's config.json names no eos_token_id that would end it; add it there"
             )
             raise UsageError(f"the model's answer to {prompt_end!r} is empty, and {lack}")
-        seen = steps[i][: len(row.answer)]
+        seen = seen[: len(row.answer)]
         if [step.token for step in seen[: len(response)]] != response:
-            missing.append(i)
             continue
         row.activations = torch.stack([step.output for step in seen], 1)
         if settings.soft_k:
             row.soft = torch.stack([step.soft for step in seen])
             row.soft_ids = torch.stack([step.soft_ids for step in seen])
-    return missing
 
 
 def likeliest_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from .losses import (
     per_run,
     per_run_in_bfloat16,
 )
-from .models.taps import Taps
+from .models.taps import Taps, network_of
 
 BETA1 = 0.9
 BETA2 = 0.999
@@ -134,25 +134,20 @@ class State:
         finite = losses.isfinite()
         better = self.going & (losses < self.dev_loss)
         kept = self.going & finite if settings.keep_last else better
-        self.best_theta = torch.where(
-            send(kept[:, None], self.theta.device), self.theta, self.best_theta
-        )
-        self.best[kept] = self.step
+        self.keep(kept)
         self.dev_loss[better] = losses[better]
         self.misses += 1
         self.misses[better] = 0
-        self.steps[self.going] = self.step
         self.broken[self.going & ~finite] = self.step
         self.going &= finite & (self.misses < settings.patience)
 
     @torch.no_grad()
-    def keep(self) -> None:
-        """Keep the weights of the runs still going as they are now."""
-        self.best_theta = torch.where(
-            send(self.going[:, None], self.theta.device), self.theta, self.best_theta
-        )
+    def keep(self, kept: Tensor) -> None:
+        """Keep the weights of these runs, [R] bool, as they are now."""
+        on_device = send(kept[:, None], self.theta.device)
+        self.best_theta = torch.where(on_device, self.theta, self.best_theta)
+        self.best[kept] = self.step
         self.steps[self.going] = self.step
-        self.best[self.going] = self.step
 
     def trained(self) -> Trained:
         return Trained(self.best_theta, self.dev_loss, self.steps, self.best, self.broken)
@@ -227,11 +222,11 @@ def train(
             if dev:
                 state.note(evaluate(*dev), settings)
             else:
-                state.keep()
+                state.keep(state.going)
             if hooks.after_evaluation(state) or not state.going.any():
                 break
     if settings.steps is not None:
-        state.keep()
+        state.keep(state.going)
     return state
 
 
@@ -289,34 +284,30 @@ def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None 
     tapped = residual or "mse" in mix
     headed = "ce" in mix or "kl" in mix
     taps = Taps(batch.at, layers, residual) if tapped else None
-
-    def mean(by_position: Tensor, count: int = 1) -> Tensor:
-        """Each run's mean [R] of losses `by_position` [P], which are sums over `count` layers."""
-        if batch.rows is None:
-            return per_run(by_position, batch.weights)
-        return per_run_in_bfloat16(by_position, batch.weights, batch.rows, count)
-
-    def head(states: Tensor, weight: Tensor) -> None:
-        """The losses on the head's input [P, D]: the logits [P, V] are never kept whole."""
-        if "ce" in mix:
-            # in float32 in the released scripts, too
-            values["ce"] = per_run(cross_entropy(states, weight, batch.targets), batch.weights)
-        if "kl" in mix:
-            values["kl"] = mean(kl_divergence(states, weight, batch.soft, batch.soft_ids))
-
-    if tapped or headed:
-        student(
-            batch.ids,
-            taps=taps,
-            logits=batch.at if headed else False,
-            cache=batch.packed,
-            head=head,
-        )
-    if residual:
-        values["hidden"] = mean(activation_mse(taps.each(), batch.states), len(batch.states))
+    if headed:  # the losses apply the head themselves: the logits [P, V] are never kept whole
+        states = student(batch.ids, taps=taps, logits=batch.at, cache=batch.packed, head=False)
+        head = network_of(student).lm_head.weight
     elif tapped:
-        values["mse"] = mean(activation_mse(taps.each(), batch.activations), len(batch.activations))
+        student(batch.ids, taps=taps, logits=False, cache=batch.packed)
+    if "ce" in mix:  # averaged in float32 in the released scripts, too
+        of_answers = cross_entropy(states, head, batch.targets)
+        values["ce"] = per_run(of_answers, batch.weights)
+    if "kl" in mix:
+        values["kl"] = mean_of_run(kl_divergence(states, head, batch.soft, batch.soft_ids), batch)
+    if "mse" in mix:
+        of_layers = activation_mse(taps.each(), batch.activations)
+        values["mse"] = mean_of_run(of_layers, batch, len(batch.activations))
+    if "hidden" in mix:
+        of_layers = activation_mse(taps.each(), batch.states)
+        values["hidden"] = mean_of_run(of_layers, batch, len(batch.states))
     return sum(batch.of_runs(weight) * values[loss] for loss, weight in mix.items())
+
+
+def mean_of_run(values: Tensor, batch: Batch, layers: int = 1) -> Tensor:
+    """Each run's mean [R] of losses `values` [P], which are sums over so many layers."""
+    if batch.rows is None:
+        return per_run(values, batch.weights)
+    return per_run_in_bfloat16(values, batch.rows, layers)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ does none of this. Each tells a layer through a `LayerCache` what its tokens see
 K key/value heads, E head size, S earlier keys.
 """
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple
@@ -15,7 +16,6 @@ from torch import Tensor
 
 SHORT = 256  # tokens of a row, up to which `written_out` trains faster
 SCORES = 2**28  # attention scores that are held at once, where rows come after a prefix
-Part = tuple[Tensor, Tensor, Tensor, Tensor]  # queries, keys, values and mask of a part of a batch
 KeysAndValues = tuple[Tensor, Tensor]  # of one layer, [B, K, S, E] each
 
 
@@ -134,10 +134,10 @@ class Cache:
 
     Prompts are right-padded. Row b's next token goes to slot `lengths[b]`, over any padding there, and sees slots up to
     its own. After each call of the model the caller says how many of the new tokens were real: `cache.lengths += n`.
-    With `static`, every call but the first attends to all slots under a mask: shapes stay, so it can be captured.
+    With `fixed_shape`, every call but the first attends to all slots under a mask, so that it can be recorded.
     """
 
-    def __init__(self, config, rows: int, capacity: int, like: Tensor, static: bool = False):
+    def __init__(self, config, rows: int, capacity: int, like: Tensor, fixed_shape: bool = False):
         """Room for `capacity` tokens of each row, in the dtype and on the device of `like`, a weight of the model."""
         shape = (rows, config.num_key_value_heads, capacity, config.head_dim)
         layers = range(config.num_hidden_layers)
@@ -145,29 +145,29 @@ class Cache:
         self.values = [like.new_zeros(shape) for _ in layers]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=like.device)
         self.filled = 0  # slots that any row may have written
-        self.static = static
+        self.visible = 0  # slots that attention reads
+        self.fixed_shape = fixed_shape
 
     def positions(self, tokens: int, device) -> Tensor:
         """Reserve slots for the next `tokens` tokens of each row, and set their mask: the slots, [B, T] int64."""
-        fresh = self.filled == 0
+        is_first = self.filled == 0
         capacity = self.keys[0].shape[2]
         self.filled += tokens
-        if self.static and not fresh:
-            self.filled = capacity
         full = f"the cache holds {capacity} tokens a row, not {self.filled}"
         assert self.filled <= capacity, full
+        self.visible = capacity if self.fixed_shape and not is_first else self.filled
         new = torch.arange(tokens, device=device)
         self.slots = self.lengths[:, None] + new
         self.mask = None
-        if not fresh:
-            earlier = torch.arange(self.filled, device=device)
+        if not is_first:
+            earlier = torch.arange(self.visible, device=device)
             seen = earlier <= self.slots[..., None]
             self.mask = seen[:, None]  # [B, 1, T, S]
         return self.slots
 
     def layer(self, layer: int) -> LayerCache:
-        keys = self.keys[layer][:, :, : self.filled]
-        values = self.values[layer][:, :, : self.filled]
+        keys = self.keys[layer][:, :, : self.visible]
+        values = self.values[layer][:, :, : self.visible]
         return LayerCache(self.mask, (keys, values), self.slots)
 
     def keep(self, rows: Tensor) -> None:
@@ -240,7 +240,7 @@ def attend_after_prefix(
     """As `attend`, after keys and values [1, K, S, E] of a prefix: one softmax over these and own keys.
 
     All rows share the prefix: its keys and values are multiplied with all of them at once, never copied. Where there
-    would be more than `SCORES` scores, parts of the rows, or of one row's queries, come one after another.
+    would be more than `SCORES` scores, parts of the queries come one after another.
     """
     B, H, T, E = q.shape
     K = k.shape[1]
@@ -248,13 +248,12 @@ def attend_after_prefix(
     if mask is None:
         mask = causal_mask(q)
     keys = prefix_keys.shape[2] + k.shape[2]
-    queries = B * H * T
-    if queries * keys > SCORES and queries > H:
+    parts = math.ceil(B * H * T * keys / SCORES)
+    if parts > 1 and T > 1:
         found = []
-        for part in halves(q, k, v, mask):
-            found.append(attend_after_prefix(*part, prefix=prefix))
-        dim = 2 if B == 1 else 0
-        return torch.cat(found, dim)
+        for queries, seen in zip(q.chunk(parts, 2), mask.chunk(parts, -2)):
+            found.append(attend_after_prefix(queries, k, v, seen, prefix))
+        return torch.cat(found, 2)
     scaled = by_key_head(q, K) * E**-0.5
     before = all_rows(scaled) @ prefix_keys[0].mT  # [K, B * H / K * T, S]
     before = by_row(before, B).reshape(B, H, T, -1)
@@ -268,27 +267,6 @@ def attend_after_prefix(
     z_before = by_row(z_before, B).reshape(B, H, T, E)
     z_own = by_key_head(own, K) @ v
     return z_before + z_own.view(B, H, T, E)
-
-
-def halves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> list[Part]:
-    """Two halves of the rows with all that is theirs, or of a single row's queries."""
-    rows = len(q)
-    if rows == 1:
-        first, second = q.chunk(2, 2)
-        seen_first, seen_second = mask.chunk(2, -2)
-        return [
-            (first, k, v, seen_first),
-            (second, k, v, seen_second),
-        ]
-    mask = mask.expand(rows, 1, -1, -1)
-    return list(
-        zip(
-            q.chunk(2),
-            k.chunk(2),
-            v.chunk(2),
-            mask.chunk(2),
-        )
-    )
 
 
 def all_rows(x: Tensor) -> Tensor:

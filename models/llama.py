@@ -1,16 +1,16 @@
 """Llama 2 to 3.2, and families that differ from it only in config fields: config, attention, MLP, block, model.
 
-Parameter names are the checkpoint's own. What sets Llama apart from Qwen3: no norm on queries and keys; from 3.1 on the
-rotary frequencies are scaled (type "llama3", `Rope` in layers.py). Its neighbours: Qwen2 and Seed-OSS (biases on q, k,
-v alone), Mistral, SmolLM3 (layers without rotary), Granite (four scalars). Reference: transformers
-`models/llama/modeling_llama.py`, and `qwen2`, `seed_oss`, `mistral`, `smollm3`, `granite` beside it.
+Parameter names are the checkpoint's own. From Llama 3.1 on the rotary frequencies are scaled (type "llama3", `Rope` in
+layers.py). Its neighbours: Qwen2 and Seed-OSS (biases on q, k, v alone), Mistral, SmolLM3 (layers without rotary),
+Granite (four scalars). Reference: transformers `models/llama/modeling_llama.py`, and `qwen2`, `seed_oss`, `mistral`,
+`smollm3`, `granite` beside it.
 
 B rows, T tokens, D hidden, H heads, K key/value heads, E head size, V vocabulary, P chosen positions.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -55,7 +55,7 @@ class Config:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: Config, layer: int = 0):
+    def __init__(self, config: Config, layer: int):
         super().__init__()
         D = config.hidden_size
         E = config.head_dim
@@ -102,11 +102,13 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: Config, layer: int = 0):
+    attention: type[nn.Module] = Attention
+
+    def __init__(self, config: Config, layer: int):
         super().__init__()
         self.residual_multiplier = config.residual_multiplier
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = self.attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -120,7 +122,11 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Llama with a language-model head."""
+    """Llama with a language-model head. Qwen3 and OLMo 2 (qwen3.py, olmo2.py) replace the parts named first."""
+
+    block: type[nn.Module] = Block
+    norm: type[RMSNorm] = RMSNorm  # after the last block
+    rotary_dtype: torch.dtype | None = None  # None: the embeddings'
 
     def __init__(self, config: Config):
         super().__init__()
@@ -128,8 +134,8 @@ class Llama(nn.Module):
         self.model = nn.ModuleDict()
         self.model["embed_tokens"] = Embedding(config.vocab_size, config.hidden_size)
         layers = range(config.num_hidden_layers)
-        self.model["layers"] = nn.ModuleList(Block(config, layer) for layer in layers)
-        self.model["norm"] = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.model["layers"] = nn.ModuleList(self.block(config, layer) for layer in layers)
+        self.model["norm"] = self.norm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
 
@@ -144,23 +150,24 @@ class Llama(nn.Module):
         logits: bool | At = True,
         cache: Cache | Packed | Prefix | None = None,
         prefix: Prefix | None = None,
-        head: Callable | None = None,
+        head: bool = True,
     ) -> Tensor | None:
-        """Logits for right-padded `ids` [B, T] int64 (or embeddings [B, T, D]).
+        """Logits for right-padded `ids` [B, T] int64.
 
         `logits`: True for all [B, T, V]; (rows, cols) for those positions only [P, V]; False for none: returns None and
         stops after the attention of the last tapped layer (the last layer, without taps). `taps` is filled on the way.
         `cache`: a Cache of each row's earlier tokens, which is extended, a Packed that keeps documents apart, or a
-        Prefix to be filled; `prefix`: the Prefix that stands before every row. `head(states, weight)` takes the place
-        of the map to logits, weight [V, D]: its result is returned.
+        Prefix to be filled; `prefix`: the Prefix that stands before every row. Without `head` the states that
+        `lm_head` would map to logits are returned, [B, T, D] or [P, D].
         """
-        x = ids if ids.is_floating_point() else self.model.embed_tokens(ids)  # [B, T, D]
+        x = self.model.embed_tokens(ids)  # [B, T, D]
         x = times(x, self.config.embedding_multiplier)
         cache = cache or NoCache()
         if prefix is not None:
             cache = AfterPrefix(prefix, cache)
         positions = cache.positions(x.shape[1], x.device)
-        rope = self.config.rope.at(positions, self.config.head_dim, x.dtype)
+        dtype = self.rotary_dtype or x.dtype
+        rope = self.config.rope.at(positions, self.config.head_dim, dtype)
         last = len(self.model.layers) - 1
         stop = last if taps is None else taps.last(last + 1)
         for layer, block in enumerate(self.model.layers):
@@ -174,6 +181,4 @@ class Llama(nn.Module):
                 x = x[logits]  # [P, D]: from here on only the positions asked for
             x = x + block.mlp_output(x)
         x = times(self.model.norm(x), 1 / self.config.logits_scaling)
-        if head is None:
-            return self.lm_head(x)
-        return head(x, self.lm_head.weight)
+        return self.lm_head(x) if head else x

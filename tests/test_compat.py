@@ -16,7 +16,7 @@ from ia2mini.batch import TokenRow, collate
 from ia2mini.engine.merge import Merged
 from ia2mini.engine.options import Options
 from ia2mini.engine.subject import open_subject
-from ia2mini.labels import Scoring, label_scores
+from ia2mini.labels import label_scores
 from ia2mini.scale.pack import in_one_batch, pack
 from ia2mini.study.asim import layer_asim
 from ia2mini.study.scoring import spellings
@@ -90,10 +90,12 @@ def test_losses_are_rounded_row_by_row(packed, tmp_path):
                 each.append(value.item() if name == "ce" else value.bfloat16().item())
             expected.append(sum(each) / len(each))
         with torch.no_grad(), adapted(model, adapter, theta) as student:
-            as_scripts, plain = collate(runs, by_row=True), collate(runs)
-            if packed:
-                (as_scripts,), plain = in_one_batch(runs), pack(plain)
-                assert as_scripts.packed and plain.packed
+            (as_scripts,) = in_one_batch(runs)
+            plain = pack(collate(runs))
+            assert as_scripts.packed and plain.packed
+            if not packed:
+                plain = collate(runs)
+                as_scripts = replace(plain, rows=as_scripts.rows)
             found, plain = (losses(student, batch, mix) for batch in (as_scripts, plain))
         assert found.tolist() == pytest.approx(expected, rel=1e-6)
         assert name == "ce" or (found - plain).abs().max() > 1e-4, "nothing was rounded"
@@ -151,14 +153,11 @@ def test_a_token_that_is_spelled_like_a_label_is_right(model, folder):
     prompts, labels = [[3, 9, 27], [5, 6, 7, 8]], [[48], [70]]
     tops = [upstream(folder)(torch.tensor([ids])).logits[0, -1].argmax().item() for ids in prompts]
     assert not {48, 70} & set(tops) and len(set(tops)) == 2
-    plain = label_scores(model, prompts, labels)
     spelled = torch.full((VOCABULARY,), -1)
     spelled[tops[1]] = 1
-    found = label_scores(model, prompts, labels, Scoring(label_of_token=spelled))
-    assert plain.top.tolist() == [[-1, -1]] and found.top.tolist() == [[-1, 1]]
-    assert torch.equal(found.confidence, plain.confidence) and torch.equal(
-        found.log_probabilities, plain.log_probabilities
-    )
+    found = label_scores(model, prompts, labels)
+    assert found.first_token.tolist() == [tops]
+    assert found.top.tolist() == [[-1, -1]] and spelled[found.first_token].tolist() == [[-1, 1]]
 
 
 def test_asim_is_a_mean_over_rows(model, folder):

@@ -10,12 +10,12 @@ from reference import VOCABULARY, make_checkpoint, peft_twin, upstream, upstream
 
 from ia2mini import prefix
 from ia2mini.adapters import IA3, LoRA, adapted
-from ia2mini.batch import TokenRow, by_length, collate
+from ia2mini.batch import TokenRow, by_length, collate, join_groups
 from ia2mini.episode import with_demonstrations
 from ia2mini.generate import Decoding, generate
 from ia2mini.labels import Scoring, label_scores
 from ia2mini.prefix import share_prefix
-from ia2mini.study.asim import layer_asim
+from ia2mini.study.asim import layer_asim, summed_asim
 from ia2mini.tasks import Example
 from ia2mini.teacher import TeacherSettings, record_targets
 
@@ -58,7 +58,7 @@ def check_scores(scores, run, net, prompts, labels, among=None):
         assert scores.top[run, q] == (labels.index([top]) if [top] in labels else -1)
         confidence = e[top] / sum(sorted(e)[-among:] if among else e)
         assert scores.confidence[run, q].item() == pytest.approx(confidence, abs=1e-5)
-        assert scores.probabilities[run, q].tolist() == pytest.approx(
+        assert scores.log_probabilities.exp()[run, q].tolist() == pytest.approx(
             [e[i] / sum(e) for (i,) in labels], abs=1e-5
         )
 
@@ -73,7 +73,11 @@ def test_scores_equal_a_naive_loop(tiny, budget, among, labels):
     )
     check_scores(scores, 0, upstream(folder), PROMPTS, labels, among)
     assert sum(watched) == len(PROMPTS) and len(watched) == {8192: 1, 1: 7, 20: 4}[budget]
-    assert scores.top.shape == (1, 7) and scores.probabilities.shape == (1, 7, len(labels))
+    assert scores.top.shape == (1, 7) and scores.log_probabilities.exp().shape == (
+        1,
+        7,
+        len(labels),
+    )
 
 
 @pytest.mark.parametrize("among", [None, 10])
@@ -90,7 +94,9 @@ def test_labels_of_one_token_are_read_off_the_last_position_to_the_bit(tiny, amo
             whole = total[..., 0] if among is None else logits.topk(among).values.logsumexp(-1)
             assert torch.equal(VOCABULARY - 1 - scores.top[:, group], best.indices)
             assert torch.equal(scores.confidence[:, group], (best.values - whole).exp())
-            assert torch.equal(scores.probabilities[:, group].flip(-1), (logits - total).exp())
+            assert torch.equal(
+                scores.log_probabilities.exp()[:, group].flip(-1), (logits - total).exp()
+            )
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
@@ -121,7 +127,7 @@ def test_any_order_of_rows_gives_the_same_scores(tiny, order, budget):
     assert torch.equal(found.top, expected.top[:, order])
     torch.testing.assert_close(found.confidence, expected.confidence[:, order], rtol=0, atol=1e-5)
     torch.testing.assert_close(
-        found.probabilities, expected.probabilities[:, order], rtol=0, atol=1e-5
+        found.log_probabilities.exp(), expected.log_probabilities.exp()[:, order], rtol=0, atol=1e-5
     )
 
 
@@ -143,7 +149,7 @@ def test_demonstrations_computed_once_equal_whole_prompts(tiny):
     expected, found = label_scores(model, whole, EVERY), label_scores(student, rest, EVERY)
     assert torch.equal(expected.top, found.top)
     assert (expected.confidence - found.confidence).abs().max() <= 1e-5
-    assert (expected.probabilities - found.probabilities).abs().max() <= 1e-5
+    assert (expected.log_probabilities.exp() - found.log_probabilities.exp()).abs().max() <= 1e-5
     how = Decoding(6, stop=None)
     assert generate(student, tokenizer, rest, how) == generate(model, tokenizer, whole, how)
     answers = [[1, 2], [3], [4, 5, 6]]
@@ -164,7 +170,9 @@ def test_one_query_keeps_its_last_token(tiny):
     assert rest == [whole[-1:]]
     for labels in (LABELS, [[1, 2, 3], [1, 4]]):
         found, expected = label_scores(student, rest, labels), label_scores(model, [whole], labels)
-        torch.testing.assert_close(found.probabilities, expected.probabilities, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            found.log_probabilities.exp(), expected.log_probabilities.exp(), rtol=0, atol=1e-5
+        )
 
 
 def test_demonstrations_a_query_stay_whole(tiny, monkeypatch):
@@ -216,7 +224,7 @@ def test_scores_come_with_the_similarity_of_the_same_pass(tiny, budget, labels):
     """Outputs kept of the base model; one run compared with two sets, four runs two by two."""
     _, model, _ = tiny
     adapter, theta = trained(model, "lora", 4)
-    kept = label_scores(model, PROMPTS, labels, Scoring(returned_outputs=5, budget=budget)).outputs
+    kept = observed_outputs(model, labels, 1, budget)
     rows = [TokenRow(p, [0]) for p in PROMPTS[:5]]
     record_targets(model, rows, PROMPTS[:5], TeacherSettings(9))
     torch.testing.assert_close(
@@ -232,17 +240,29 @@ def test_scores_come_with_the_similarity_of_the_same_pass(tiny, budget, labels):
             [[TokenRow(p, [0], like[:, number, i : i + 1]) for i, p in enumerate(PROMPTS[:5])]],
         )[0]
 
-    found = label_scores(model, PROMPTS, labels, Scoring(reference=like, budget=budget)).asim
+    found = summed_asim(kept, like) / 5
     torch.testing.assert_close(
         found, torch.stack([similar(model, 0), similar(model, 1)]), rtol=0, atol=1e-5
     )
     with adapted(model, adapter, theta) as student:
-        found = label_scores(
-            student, PROMPTS, labels, Scoring(4, reference=like, budget=budget)
-        ).asim
+        found = summed_asim(observed_outputs(student, labels, 4, budget), like) / 5
     for r in range(4):
         with adapted(model, adapter, theta[r : r + 1]) as student:
             torch.testing.assert_close(found[r], similar(student, r // 2), rtol=0, atol=1e-5)
+
+
+def observed_outputs(model, labels, runs, budget):
+    """Attention outputs [L, R, 5, D] of the first five prompts while labels are scored."""
+    groups = []
+    outputs = []
+
+    def observe(group, found):
+        groups.append(group)
+        outputs.append(found)
+
+    scoring = Scoring(runs, budget=budget, observed=5, observer=observe)
+    label_scores(model, PROMPTS, labels, scoring)
+    return join_groups(outputs, groups, dim=2)
 
 
 def test_a_model_is_entirely_similar_to_itself(tiny):

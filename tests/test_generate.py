@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 HOOKS = {
     "plain": DecodingHooks(),
     "rows leave at once": DecodingHooks(who_stays=ended_leave),
-    "half of them at once": DecodingHooks(static=True, who_stays=half_leaves),
+    "half of them at once": DecodingHooks(fixed_shape=True, who_stays=half_leaves),
 }
 STORY = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park with her big red ball "

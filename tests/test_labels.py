@@ -34,7 +34,7 @@ def tiny(request, tmp_path_factory):
 def check_labels(scores, run, following, prompts, labels, among=None):
     """Of labels of any length."""
     for q, prompt in enumerate(prompts):
-        found = scores.probabilities[run, q].double().log().tolist()
+        found = scores.log_probabilities.exp()[run, q].double().log().tolist()
         assert found == pytest.approx(
             [label_log_probability(following, prompt, label) for label in labels], abs=1e-4
         )
@@ -94,7 +94,7 @@ def test_each_run_scores_labels_of_several_tokens_as_its_own_model_does(tiny, ki
     for r, following in enumerate(nets):
         check_labels(scores, r, following, PROMPTS, labels)
     assert (scores.top[0] >= 0).any() and not torch.equal(
-        scores.probabilities[0], scores.probabilities[1]
+        scores.log_probabilities.exp()[0], scores.log_probabilities.exp()[1]
     )
 
 
@@ -103,7 +103,6 @@ def test_many_logits_are_read_in_parts(tiny, monkeypatch):
     folder, model, tokenizer = tiny
     adapter, theta = trained(model, "lora", 3)
     labels = near(upstreams(upstream(folder)), PROMPTS)
-    spelled = torch.arange(len(model.lm_head.weight)) % 5 - 1
     widths = []
     plain = LabelTree.greedy
 
@@ -112,21 +111,23 @@ def test_many_logits_are_read_in_parts(tiny, monkeypatch):
         return plain(tree, logits, among)
 
     monkeypatch.setattr(LabelTree, "greedy", noted)
-    for how in (Scoring(3, returned_outputs=4), Scoring(3, label_of_token=spelled)):
-        with adapted(model, adapter, theta) as student:
-            whole = label_scores(student, PROMPTS, labels, how)
-            most = max(widths)
-            widths.clear()
-            with monkeypatch.context() as patch:
-                patch.setattr("ia2mini.labels.LOGITS", most // 4)
-                parts = label_scores(student, PROMPTS, labels, how)
-        assert max(widths) <= most // 4
-        assert torch.equal(parts.top, whole.top)
-        torch.testing.assert_close(parts.confidence, whole.confidence, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(parts.log_probabilities, whole.log_probabilities)
-        if how.returned_outputs:
-            assert torch.equal(parts.outputs, whole.outputs)
+    seen = []
+    how = Scoring(3, observed=4, observer=lambda group, outputs: seen.append((group, outputs)))
+    with adapted(model, adapter, theta) as student:
+        whole = label_scores(student, PROMPTS, labels, how)
+        most = max(widths)
         widths.clear()
+        monkeypatch.setattr("ia2mini.labels.LOGITS", most // 4)
+        parts = label_scores(student, PROMPTS, labels, how)
+    assert max(widths) <= most // 4
+    assert torch.equal(parts.top, whole.top)
+    assert torch.equal(parts.first_token, whole.first_token)
+    torch.testing.assert_close(parts.confidence, whole.confidence, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(parts.log_probabilities, whole.log_probabilities)
+    once = seen[: len(seen) // 2]
+    again = seen[len(seen) // 2 :]
+    for (group, outputs), (same_group, same_outputs) in zip(once, again, strict=True):
+        assert group == same_group and torch.equal(outputs, same_outputs)
 
 
 def test_labels_of_several_tokens_after_shared_demonstrations(tiny):
@@ -208,16 +209,16 @@ def test_what_labels_share_is_read_once():
 
 
 class Chain(torch.nn.Module):
-    """R models side by side whose next token follows from the last one alone: logits [R, V, V]."""
+    """R models side by side whose next token follows from the last one alone: logits [R, V, V], as its states."""
 
     def __init__(self, logits: torch.Tensor):
         super().__init__()
-        self.logits, self.model = (
-            logits,
-            torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(1, 1)}),
-        )
+        self.logits = logits
+        self.model = torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(1, 1)})
+        self.lm_head = torch.nn.Linear(logits.shape[-1], logits.shape[-1], bias=False)
+        torch.nn.init.eye_(self.lm_head.weight)
 
-    def forward(self, ids, taps, logits, cache):
+    def forward(self, ids, taps, logits, cache, head):
         runs = torch.arange(len(ids))[:, None] * len(self.logits) // len(ids)
         return self.logits[runs, ids][logits]
 

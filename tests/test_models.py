@@ -196,9 +196,9 @@ def test_padded_rows_equal_rows_alone(tiny):
         )
 
 
-def test_embeddings_stand_in_for_ids(tiny):
+def test_the_head_maps_the_states_that_stand_before_it(tiny):
     ids = random_ids(2, 9)
-    assert torch.equal(tiny(tiny.model.embed_tokens(ids)), tiny(ids))
+    assert torch.equal(tiny.lm_head(tiny(ids, head=False)), tiny(ids))
 
 
 def test_taps_pick_positions_and_layers_in_the_order_given(tiny):

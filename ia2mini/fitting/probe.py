@@ -46,14 +46,9 @@ def last_states(model: Callable, prompts: list[list[int]], budget: int = 4096) -
     for group in groups:
         rows = [TokenRow(prompts[i], [0]) for i in group]
         batch = collate([rows]).to(device_of(model))
-        states = model(batch.ids, logits=batch.at, head=keep_states)
+        states = model(batch.ids, logits=batch.at, head=False)
         parts.append(states.float())
     return join_groups(parts, groups, dim=0).cpu()
-
-
-def keep_states(states: Tensor, head: Tensor) -> Tensor:
-    """Keeps the input of the head; used in place of the head."""
-    return states
 
 
 def fit_probe(states: Tensor, gold: Tensor, labels: int, penalty: float) -> Probe:

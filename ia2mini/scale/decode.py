@@ -17,7 +17,7 @@ def fast_decoding(device: torch.device, max_tokens: int) -> DecodingHooks:
     if device.type not in RECORDERS or max_tokens < WORTH_RECORDING:
         return DecodingHooks(who_stays=ended_leave)
     record = partial(recorded, device=device)
-    return DecodingHooks(record, static=True, who_stays=half_leaves)
+    return DecodingHooks(record, fixed_shape=True, who_stays=half_leaves)
 
 
 def decoding_for(model: nn.Module, max_tokens: int, stop: str | None) -> Decoding:

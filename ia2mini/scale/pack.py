@@ -45,7 +45,12 @@ def pack(batch: Batch) -> Batch:
 
 def in_one_batch(runs: list[list[TokenRow]]) -> list[Batch]:
     """A `collate` hook: one packed batch with `Batch.rows`."""
-    return [pack(collate(runs, by_row=True))]
+    batch = collate(runs)
+    R, B = batch.lengths.shape
+    row_of_position = batch.at[0].view(R, 1, -1) % B  # [R, 1, P / R]
+    real = batch.weights[:, None] > 0
+    belongs = (row_of_position == torch.arange(B)[:, None]) & real
+    return [pack(replace(batch, rows=belongs.float()))]
 
 
 def in_batches(runs: list[list[TokenRow]]) -> list[Batch]:

@@ -64,6 +64,18 @@ def layer_asim(
     return (total / torch.tensor(counts, device=device)).T.cpu()
 
 
+def summed_asim(outputs: Tensor, reference: Tensor) -> Tensor:
+    """Cosine similarities of `outputs` [L, R, n, D] to `reference` [L, S, n, D], summed over the n rows: [R, L].
+
+    A single run is compared with every set, [S, L]; S × k runs: each k successive runs with one set.
+    """
+    runs = outputs.shape[1]
+    sets = min(reference.shape[1], runs)
+    by_set = outputs.unflatten(1, (sets, -1))  # [L, sets, runs of a set, n, D]
+    similar = asim(by_set, reference[:, :, None])
+    return similar.sum(-1).flatten(1).T
+
+
 def cut_rows(e: Evaluation, rows: list[TokenRow], responses: list[list[int]]) -> list[TokenRow]:
     """The rows with other responses; each response is cut to the shorter of the two."""
     shortened = []

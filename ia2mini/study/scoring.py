@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter, adapted
-from ..batch import TokenRow
+from ..batch import TokenRow, join_groups, send
 from ..engine.experiment import Experiment
 from ..engine.merge import Merged
 from ..engine.options import UNTRAINED
@@ -27,7 +27,7 @@ from ..tasks import Example
 from ..teacher import TeacherSettings, record_targets
 from ..tokenizer import Tokenizer
 from ..train import Trained
-from .asim import asim_of_responses
+from .asim import asim_of_responses, summed_asim
 from .cells import Cell
 from .evaluation import Evaluation, Reference, Scores
 from .texts import score_texts, with_end
@@ -122,8 +122,7 @@ def score_runs(e: Evaluation, method: str, runs: list[int], reference: Reference
         under = adapted(e.model, scored_adapter(e.cell), theta)
     with under as student:
         if e.labels:
-            scoring = Scoring(len(runs), reference=reference.outputs)
-            return score_labels(e, student, e.prompts, scoring, bar)
+            return score_labels(e, student, e.prompts, len(runs), bar, reference.outputs)
         names = [f"{method}-{run}" for run in runs]
         responses, correct = score_texts(e, student, e.prompts, names, bar)
         return {
@@ -140,7 +139,7 @@ def score_with_demonstrations(
     with adapted(e.model, scored_adapter(e.cell), theta) as student:
         student, prompts = share_demonstrations(student, e.cell, e.rows, number)
         if e.labels:
-            return score_labels(e, student, prompts, Scoring(reference=reference.outputs), bar)
+            return score_labels(e, student, prompts, 1, bar, reference.outputs)
         responses, correct = score_texts(e, student, prompts, [f"{method}-{run}"], bar)
         (rows,) = reference.rows
         compared = []
@@ -170,8 +169,7 @@ def make_reference(e: Evaluation) -> Reference:
 
 def reference_of_labels(e: Evaluation, bar, number: int) -> Reference:
     model, prompts = share_demonstrations(e.model, e.cell, e.rows, number)
-    scoring = Scoring(returned_outputs=e.options.asim_rows)
-    scores = score_labels(e, model, prompts, scoring, bar)
+    scores = score_labels(e, model, prompts, 1, bar)
     return Reference(scores, outputs=scores.pop("outputs"))
 
 
@@ -197,21 +195,53 @@ def share_demonstrations(
 
 
 def score_labels(
-    e: Evaluation, model: Callable, prompts: list[list[int]], scoring: Scoring, bar
+    e: Evaluation,
+    model: Callable,
+    prompts: list[list[int]],
+    runs: int,
+    bar,
+    reference: Tensor | None = None,
 ) -> Scores:
-    """`label_scores` of a model on the rows, and whether each answer is right."""
-    scoring = replace(scoring, budget=e.budget, ends=e.tokenizer.eos_ids)
-    if e.options.paper_compat:
-        scoring = replace(scoring, top_k=10, label_of_token=spelled_labels(e))
+    """`label_scores` of R runs on the rows, whether each is right, and `asim` [R, L] to `reference` [L, S, n, D].
+
+    Without a reference it is the attention outputs `outputs` [L, R, n, D] themselves.
+    """
+    groups = []
+    found = []
+
+    def observe(group: list[int], outputs: Tensor) -> None:
+        groups.append(group)
+        if reference is not None:
+            rows = send(torch.tensor(group), outputs.device)
+            outputs = summed_asim(outputs, reference[:, :, rows])
+        found.append(outputs)
 
     def watch(queries: int) -> None:
-        bar.update(queries * scoring.runs)
+        bar.update(queries * runs)
 
-    scores = label_scores(model, prompts, e.labels, scoring, watch)
-    gold = torch.tensor([row.label for row in e.rows])
-    found = {key: value for key, value in vars(scores).items() if value is not None}
-    found["correct"] = scores.top == gold
-    return found
+    scoring = Scoring(
+        runs,
+        top_k=10 if e.options.paper_compat else None,
+        budget=e.budget,
+        ends=e.tokenizer.eos_ids,
+        observed=e.options.asim_rows,
+        observer=observe,
+    )
+    label = label_scores(model, prompts, e.labels, scoring, watch)
+    spelled = spelled_labels(e) if e.options.paper_compat else None
+    top = label.top if spelled is None else spelled[label.first_token]
+    scores = {
+        "top": top,
+        "confidence": label.confidence,
+        "log_probabilities": label.log_probabilities,
+        "correct": top == torch.tensor([row.label for row in e.rows]),
+    }
+    if reference is None:
+        scores["outputs"] = join_groups(found, groups, dim=2)
+    else:
+        compared = sum(len(group) for group in groups)
+        scores["asim"] = (torch.stack(found).sum(0) / compared).cpu()
+    return scores
 
 
 def spelled_labels(e: Evaluation) -> Tensor | None:
