@@ -51,7 +51,7 @@ WAITS = {  # what is done -> how often Python waits for the GPU; tests/test_gpu_
     "a training step": 0,
     "an evaluation of the dev loss": 1,
     "a generated token, of all rows together": 1,
-    "labels scored, whatever the number of rows": 3,
+    "labels scored, whatever the number of rows": 4,
     "answers scored, whatever the number of rows": 1,
     "last states read, whatever the number of rows": 1,
 }

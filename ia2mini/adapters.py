@@ -204,9 +204,9 @@ def find_linears(model: nn.Module, targets, layers: list[int] | None) -> dict[st
             matched.add(target)
     for target in targets:
         if target not in matched:
-            targets = f"targets: {', '.join(EVERY_MATRIX)}"
+            known = ", ".join(EVERY_MATRIX)
             raise UsageError(
-                f"adapter target {target!r} matches no matrix of this model; {targets}"
+                f"adapter target {target!r} matches no matrix of this model; targets: {known}"
             )
     return linears
 

@@ -106,7 +106,8 @@ class LabelTree:
         """Each label's log-probability over the whole vocabulary, [..., C] from logits [..., nodes, V]."""
         chosen = logits[..., self.predicted_by, self.label_tokens]  # [..., C, I]
         chosen = torch.where(self.is_end, self.any_end(logits), chosen)
-        steps = chosen - logits.logsumexp(-1)[..., self.predicted_by]
+        total = logits.logsumexp(-1)
+        steps = chosen - total[..., self.predicted_by]
         return steps.masked_fill(~self.is_token, 0.0).sum(-1)
 
     def greedy(self, logits: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:
@@ -115,33 +116,40 @@ class LabelTree:
         Where it gives no label: -1, and the probability of its tokens up to the first that fits none. With `top_k`,
         probabilities are renormalised over that many likeliest tokens.
         """
+        predicted_by = self.predicted_by
         likeliest = logits.max(-1)
         # [..., C, I]: the likeliest token at the node that predicts each label's token
-        token = likeliest.indices[..., self.predicted_by]
-        chosen = likeliest.values[..., self.predicted_by]
-        agrees = token == self.label_tokens
+        token = likeliest.indices[..., predicted_by]
+        chosen = likeliest.values[..., predicted_by]
         ended = self.is_end & torch.isin(token, self.end_tokens)
-        agrees = agrees | ended
+        agrees = (token == self.label_tokens) | ended
+        candidates = logits
         if top_k is None:
             chosen = torch.where(ended, self.any_end(logits), chosen)
+        else:
+            candidates = logits.topk(top_k).values
+        total = candidates.logsumexp(-1)
+        steps = chosen - total[..., predicted_by]
         # 1 where this token of the label and all before it are what decoding gives
         agreed = (agrees | ~self.is_token).cumprod(-1)
         # 1 where all tokens before this one are: decoding gets here
-        reached = F.pad(agreed[..., :-1], (1, 0), value=1)
-        candidates = logits if top_k is None else logits.topk(top_k).values
-        steps = chosen - candidates.logsumexp(-1)[..., self.predicted_by]
+        before = agreed[..., :-1]
+        reached = F.pad(before, (1, 0), value=1)
         counted = reached.bool() & self.is_token
-        confidence = steps.masked_fill(~counted, 0.0).sum(-1).exp()  # [..., C]
+        log_confidence = steps.masked_fill(~counted, 0.0).sum(-1)  # [..., C]
         is_given = agreed[..., -1]  # 1 where decoding gives the whole label
         matched = (agreed * self.is_token).sum(-1)  # how many tokens of the label decoding gives
-        closest = (matched + is_given).argmax(-1, keepdim=True)  # a whole label comes first
+        # a label that is given comes before a longer one that goes on as far
+        closest = (matched + is_given).argmax(-1, keepdim=True)
         is_a_label = is_given.gather(-1, closest).bool()
         top = torch.where(is_a_label, closest, -1)
-        return top[..., 0], confidence.gather(-1, closest)[..., 0]
+        confidence = log_confidence.gather(-1, closest).exp()
+        return top[..., 0], confidence[..., 0]
 
     def any_end(self, logits: Tensor) -> Tensor:
         """The logit of all end tokens together where each label's tokens are predicted, [..., C, I]."""
-        return logits[..., self.end_tokens].logsumexp(-1)[..., self.predicted_by]
+        any_end = logits[..., self.end_tokens].logsumexp(-1)
+        return any_end[..., self.predicted_by]
 
 
 def number_beginnings(labels: list[list[int]]) -> dict[tuple[int, ...], int]:
@@ -198,15 +206,28 @@ def score_group(
     if group[0] < scoring.observed:
         rows, columns = at
         taps = Taps((rows[::nodes], columns[::nodes]))  # where the prompts end
-    states = model(ids, taps=taps, logits=at, cache=packed, head=False)  # [R * B * nodes, D]
+    states = model(
+        ids,
+        taps=taps,
+        logits=at,
+        cache=packed,
+        head=False,
+    )  # [R * B * nodes, D]
     lm_head = network_of(model).lm_head
-    rows_at_once = max(1, LOGITS // (nodes * len(lm_head.weight)))
+    logits_of_a_row = nodes * len(lm_head.weight)
+    rows_at_once = max(1, LOGITS // logits_of_a_row)
     parts = []
     for some_states in states.split(rows_at_once * nodes):
         logits = lm_head(some_states).float().unflatten(0, (-1, nodes))  # [rows, nodes, V]
         top, confidence = tree.greedy(logits, scoring.top_k)
         first_token = logits[:, 0].argmax(-1)
         parts.append((top, confidence, first_token, tree.log_probabilities(logits)))
+    by_run = (scoring.runs, -1)
     if taps is not None:
-        scoring.observer(group, taps.stack().unflatten(1, (scoring.runs, -1)))
-    return [torch.cat(part).unflatten(0, (scoring.runs, -1)) for part in zip(*parts)]
+        outputs = taps.stack()
+        scoring.observer(group, outputs.unflatten(1, by_run))
+    found = []
+    for fields in zip(*parts):
+        joined = torch.cat(fields)
+        found.append(joined.unflatten(0, by_run))
+    return found

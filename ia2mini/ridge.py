@@ -70,22 +70,22 @@ def solve_one(
     """Write into A [R, rank, in], B [R, out, rank] the factors with scale * B A x ≈ target - base(x), [R * P, out]."""
     R, rank, _ = A.shape
     # [R, P, 1]: rows count alike, however long their answers are
-    share = batch.weights.double().sqrt()[..., None]
+    root_weights = batch.weights.double().sqrt()[..., None]
     inputs = x[batch.at].double()
     inputs = inputs.unflatten(0, (R, -1))  # [R, P, in]
     output = base(x)[batch.at]
-    missing = (target - output).double()
-    missing = missing.unflatten(0, (R, -1))  # [R, P, out]
-    left, size, right = ridge_regression(inputs * share, missing * share)
-    rank = min(rank, size.shape[1])
-    largest = size[:, :1]
-    matters = size > NEGLIGIBLE * largest
-    matters = matters[:, :rank, None]
-    root = (size / scale).sqrt()[:, None]  # each factor takes the root of a singular value
+    residual = (target - output).double()
+    residual = residual.unflatten(0, (R, -1))  # [R, P, out]
+    left, singular, right = ridge_regression(inputs * root_weights, residual * root_weights)
+    rank = min(rank, singular.shape[1])
+    largest = singular[:, :1]
+    is_significant = singular > NEGLIGIBLE * largest
+    is_significant = is_significant[:, :rank, None]
+    root = (singular / scale).sqrt()[:, None]  # each factor takes the root of a singular value
     solved_A = (right * root).mT.float()
     solved_B = (left * root).float()
-    A[:, :rank] = torch.where(matters, solved_A[:, :rank], A[:, :rank])
-    B[:, :, :rank] = solved_B[..., :rank] * matters.mT
+    A[:, :rank] = torch.where(is_significant, solved_A[:, :rank], A[:, :rank])
+    B[:, :, :rank] = solved_B[..., :rank] * is_significant.mT
 
 
 def ridge_regression(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -155,7 +155,9 @@ class Cache:
         self.filled += tokens
         full = f"the cache holds {capacity} tokens a row, not {self.filled}"
         assert self.filled <= capacity, full
-        self.visible = capacity if self.fixed_shape and not is_first else self.filled
+        self.visible = self.filled
+        if self.fixed_shape and not is_first:
+            self.visible = capacity
         new = torch.arange(tokens, device=device)
         self.slots = self.lengths[:, None] + new
         self.mask = None
@@ -248,11 +250,14 @@ def attend_after_prefix(
     if mask is None:
         mask = causal_mask(q)
     keys = prefix_keys.shape[2] + k.shape[2]
-    parts = math.ceil(B * H * T * keys / SCORES)
-    if parts > 1 and T > 1:
+    scores = B * H * T * keys
+    if scores > SCORES and T > 1:
+        parts = math.ceil(scores / SCORES)
         found = []
-        for queries, seen in zip(q.chunk(parts, 2), mask.chunk(parts, -2)):
-            found.append(attend_after_prefix(queries, k, v, seen, prefix))
+        queries = q.chunk(parts, 2)
+        masks = mask.chunk(parts, -2)
+        for some_queries, some_mask in zip(queries, masks):
+            found.append(attend_after_prefix(some_queries, k, v, some_mask, prefix))
         return torch.cat(found, 2)
     scaled = by_key_head(q, K) * E**-0.5
     before = all_rows(scaled) @ prefix_keys[0].mT  # [K, B * H / K * T, S]

@@ -157,7 +157,8 @@ def has_numbers_of(name: str, known: str) -> bool:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files of weights that a checkpoint consists of, by its index if it has one. Raises UsageError."""
-    index, single = folder / INDEX, folder / SINGLE
+    index = folder / INDEX
+    single = folder / SINGLE
     if not index.is_file():
         return [single]
     weight_map = read_json(index).get("weight_map")
@@ -255,11 +256,8 @@ def fill_parameters(
             raise UsageError(f"{where[name]}: tensor {name} holds NaN or infinity; {way}")
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
-    if (
-        model.config.tie_word_embeddings
-        and HEAD in where
-        and not same_tensor(where, HEAD, EMBEDDING)
-    ):
+    tied = model.config.tie_word_embeddings
+    if tied and HEAD in where and not same_tensor(where, HEAD, EMBEDDING):
         says = f"config.json ties head and embedding (tie_word_embeddings), but {HEAD} is another than {EMBEDDING}"
         mend = "set tie_word_embeddings to false to use it (as transformers 5 does), or remove it from the file"
         raise UsageError(f"{folder}: {says}; {mend}")
@@ -269,7 +267,8 @@ def fill_parameters(
 def same_tensor(where: dict[str, Path], one: str, other: str) -> bool:
     """Whether two stored tensors [V, D] are equal, read some rows at a time."""
     with safe_open(where[one], "pt") as f, safe_open(where[other], "pt") as g:
-        a, b = f.get_slice(one), g.get_slice(other)
+        a = f.get_slice(one)
+        b = g.get_slice(other)
         if a.get_shape() != b.get_shape():
             return False
         rows = a.get_shape()[0]

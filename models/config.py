@@ -110,10 +110,9 @@ def read_folder_config(folder: Path):
             raise UsageError(
                 f"{where}: {name} = {repr(raw[name])[:80]} is not supported (supported: {values})"
             )
-    if missing := [f.name for f in fields(cls) if f.default is MISSING and raw.get(f.name) is None]:
-        raise UsageError(
-            f"{where}: needed field{'s' * (len(missing) > 1)} missing: {', '.join(missing)}"
-        )
+    missing = [f.name for f in fields(cls) if f.default is MISSING and raw.get(f.name) is None]
+    if missing:
+        raise UsageError(f"{where}: needed fields are missing: {', '.join(missing)}")
     for f in fields(cls):
         if OWN_FIELDS.get(f.name, kind) != kind:
             continue
@@ -122,7 +121,8 @@ def read_folder_config(folder: Path):
                 raw[f.name], f.type, f"{where}: {f.name}", MOST.get(f.name, 2**20)
             )
     config = cls(**found)
-    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    heads = config.num_attention_heads
+    shared = config.num_key_value_heads
     if heads % shared:
         raise UsageError(
             f"{where}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {shared}"
@@ -167,18 +167,15 @@ def layers_that_rotate(raw: dict, where: Path) -> tuple[int, ...]:
 def checked(value, kind, where: str, most: float):
     """A config's value if it is of its field's type and, a number, within reason. Raises UsageError."""
     if kind in (int, int | None):
-        fine, wanted = (
-            type(value) is int and 0 < value <= most,
-            f"a whole number from 1 to {most:,}",
-        )
+        fine = type(value) is int and 0 < value <= most
+        wanted = f"a whole number from 1 to {most:,}"
     elif kind in (float, float | None):
-        fine, wanted = (
-            type(value) in (int, float) and 1e-12 <= value <= most,
-            f"a number from 1e-12 to {most:g}",
-        )
+        fine = type(value) in (int, float) and 1e-12 <= value <= most
+        wanted = f"a number from 1e-12 to {most:g}"
     else:
         kind = bool if kind == (bool | None) else kind
-        fine, wanted = type(value) is kind, kind.__name__
+        fine = type(value) is kind
+        wanted = kind.__name__
     if not fine:
         raise UsageError(f"{where} = {repr(value)[:80]} is not {wanted}")
     return value
@@ -194,11 +191,10 @@ def read_rope(raw: dict, where: Path) -> Rope:
                 f"{where}: rope_parameters and rope_scaling say different things; remove the wrong one"
             )
     rope = raw[told[0]] if told else {}
-    kind = (
-        rope.get("rope_type", rope.get("type", "default"))
-        if isinstance(rope, dict)
-        else type(rope).__name__
-    )
+    if isinstance(rope, dict):
+        kind = rope.get("rope_type", rope.get("type", "default"))
+    else:
+        kind = type(rope).__name__
     if kind not in ("default", "llama3") or any(isinstance(value, dict) for value in rope.values()):
         raise UsageError(
             f"{where}: rope_scaling type {repr(kind)[:80]} is not supported (supported: default, llama3)"
@@ -210,18 +206,19 @@ def read_rope(raw: dict, where: Path) -> Rope:
             )
     # readers differ in which of the two they take
     for name in ("rope_theta", "original_max_position_embeddings"):
-        outer, inner = raw.get(name), rope.get(name)
+        outer = raw.get(name)
+        inner = rope.get(name)
         if outer is not None and inner is not None and outer != inner:
             raise UsageError(
                 f"{where}: {name} is {repr(outer)[:80]}, and {repr(inner)[:80]} in {told[0]}; remove one"
             )
     needed = LLAMA3 if kind == "llama3" else ()
-    if missing := [name for name in needed if name not in rope]:
+    missing = [name for name in needed if name not in rope]
+    if missing:
         raise UsageError(f"{where}: rope_scaling of type llama3 lacks {', '.join(missing)}")
-    theta, scaling = (
-        rope.get("rope_theta", raw.get("rope_theta", ROPE_THETA.get(raw["model_type"], 1e4))),
-        {name: rope[name] for name in needed},
-    )
+    usual = ROPE_THETA.get(raw["model_type"], 1e4)
+    theta = rope.get("rope_theta", raw.get("rope_theta", usual))
+    scaling = {name: rope[name] for name in needed}
     for name, value in {"rope_theta": theta, **scaling}.items():
         checked(value, float, f"{where}: {name}", 1e12)
     return Rope(float(theta), scaling or None)

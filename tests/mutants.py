@@ -155,8 +155,8 @@ MUTANTS = {
     ],
     "ia2mini/labels.py": [
         (
-            "(prompt_ends, agreed[..., :-1])",
-            "(prompt_ends, agreed[..., 1:])",
+            "before = agreed[..., :-1]",
+            "before = agreed[..., 1:]",
             "labels several_tokens_equal",
         ),
         (

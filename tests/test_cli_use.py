@@ -112,7 +112,7 @@ MISTAKES = {
     "corrupt weights": ("run toy-mood --model {g}/garbage",
         "garbage/model.safetensors: truncated or corrupt", "download it again"),
     "config field": ("run toy-mood --model {g}/unsaid",
-        "unsaid/config.json: needed field missing: num_attention_heads"),
+        "unsaid/config.json: needed fields are missing: num_attention_heads"),
     "config against weights": ("run toy-mood --model {g}/shape", "of shape", "config.json asks for"),
     "out under a file": ("run toy-mood --out {g}/mine.csv/runs", "mine.csv/runs", "cannot write there", "--out"),
     "read-only out": ("run toy-mood --out /proc/runs", "/proc/runs", "cannot write there", "--out"),
