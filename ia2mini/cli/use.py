@@ -230,7 +230,7 @@ def open_adapter(folder: Path, model=None, revision=None, template=None, labels=
     from ..fitting.spec import check_labels
     from ..tasks.own import check_template
 
-    given = {}
+    given: dict = {}
     if template is not None:
         given["template"] = check_template(template)
     if labels is not None:
