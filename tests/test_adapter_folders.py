@@ -18,7 +18,7 @@ from shipping import shipping
 from ia2mini import FitOptions, fit, load_adapter, open_subject
 from ia2mini.cli.main import main
 from ia2mini.fitting.folder import base_of
-from ia2mini.report.page import loading
+from ia2mini.report.page import loading_code
 from ia2mini.tasks import world
 
 ASK = ("--template", "{text}", "--labels", "a,b")
@@ -177,7 +177,7 @@ def test_what_is_fitted_on_tiny_names_it_and_moves_with_it(shipped, tmp_path, mo
     assert base_of(tmp_path / "moved") == ("tiny", None)
     for place in (folder, tmp_path / "moved"):
         assert torch.equal(load_adapter(place).theta, found.theta)
-    code = loading(repr("tiny"), str(folder))
+    code = loading_code(repr("tiny"), str(folder))
     names: dict = {}
     exec(code, names)
     with torch.no_grad(), found.student() as student:

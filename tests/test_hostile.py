@@ -260,9 +260,9 @@ def test_what_fit_writes_is_harmless(ground, tmp_path):
 
 def test_the_command_of_a_report_can_be_typed_again(monkeypatch):
     monkeypatch.setattr("sys.argv", ["x", "fit", "a b.csv", "--template", "{text}\n`$(rm -rf ~)`"])
-    from ia2mini.cli.group import typed
+    from ia2mini.cli.group import command_line
 
-    assert shlex.split(typed()) == [
+    assert shlex.split(command_line()) == [
         "ia2mini",
         "fit",
         "a b.csv",

@@ -13,9 +13,9 @@ from test_report import record, records
 
 import ia2mini.teacher
 from ia2mini import UsageError
-from ia2mini.cli.run import conclude
 from ia2mini.cli.run import report as report_command
 from ia2mini.cli.run import run as run_command
+from ia2mini.cli.run import write_and_print_report
 from ia2mini.engine.options import RATES, Options
 from ia2mini.engine.subject import open_subject
 from ia2mini.files import read_json
@@ -252,7 +252,7 @@ def test_the_commands_of_table_8_hold_the_papers_pairs():
 
 def test_what_is_in_the_way_of_the_papers_numbers_is_said(capsys, tmp_path):
     document = paper_study(sets=3, epochs=3) | {"adapters": [], "seconds": {}}
-    conclude(document, tmp_path, False, ("acc",), ("png",), False, True)
+    write_and_print_report(document, tmp_path, False, ("acc",), ("png",), False, True)
     said = capsys.readouterr().err
     assert (
         said

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import ia2mini
 from bench.studies.controls import TEACHERS, Control
 from ia2mini import UsageError
-from ia2mini.cli.options import Several
+from ia2mini.cli.options import CommaSeparated
 from ia2mini.engine.options import TINY_RATES, Options
 from ia2mini.engine.subject import open_subject as load_subject
 from ia2mini.methods import METHODS
@@ -415,6 +415,6 @@ def test_layers_by_number():
         return Options(layers=layers).layer_numbers(depth)
 
     assert numbers(36) is None and numbers(4, 2, 0, 2) == [0, 2]
-    assert Several(int).convert("2,0", None, None) == (2, 0)
+    assert CommaSeparated(int).convert("2,0", None, None) == (2, 0)
     with pytest.raises(BadParameter, match="'last-third' is not a list of int values"):
-        Several(int).convert("last-third", None, None)
+        CommaSeparated(int).convert("last-third", None, None)

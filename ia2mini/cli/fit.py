@@ -10,7 +10,7 @@ from .. import UsageError
 from ..engine.options import FitOptions
 from ..files import plain, read_text
 from ..scale import ranks
-from .group import main, progress, typed
+from .group import command_line, main, progress
 from .options import (
     ANSWER_HELP,
     PROMPT_HELP,
@@ -18,9 +18,9 @@ from .options import (
     file_option,
     model_options,
     options_of,
-    taken,
+    pop_options,
 )
-from .rows import refuse_unnamed_model, tell_all
+from .rows import print_remarks, refuse_unnamed_model
 from .run import compile_and_checkpoint
 
 
@@ -80,7 +80,7 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
     if not only_rows and not only_context:
         raise UsageError("give ROWS, or --context with --prompts")
     refuse_unnamed_model("ROWS" if only_rows else "--context")
-    how = taken(given, "model", "device", "dtype", "revision", "check")
+    how = pop_options(given, "model", "device", "dtype", "revision", "check")
     answer_kind = None
     if labelled is not None:
         if only_context:
@@ -99,13 +99,13 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
     check_number([task.prompt_of(row) for row in complete])
     subject = open_subject(**how)
     compile_and_checkpoint(subject.model)
-    tell_all([*task.remarks, dtype_note(subject)])
+    print_remarks([*task.remarks, dtype_note(subject)])
     fitted = fit_rows(own, subject, options, columns, unlabelled or (), keep=out, bar=progress)
     ranks.stop()
     if not ranks.chief:
         return
     fitted.save(out)
-    write_fit_report(fitted, out, typed(), own)
+    write_fit_report(fitted, out, command_line(), own)
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished)
     click.echo(plain(write_fit_table(fitted.report, task.remarks)))

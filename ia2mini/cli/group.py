@@ -139,7 +139,7 @@ def main(context):
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(lasting))
 
 
-def typed() -> str:
+def command_line() -> str:
     """The command as typed, for reports."""
     return shlex.join(["ia2mini", *sys.argv[1:]])
 

@@ -9,7 +9,7 @@ from typing import get_args
 import click
 
 
-class Several(click.ParamType):
+class CommaSeparated(click.ParamType):
     def __init__(self, kind: type, choices: tuple = (), least: float | None = None):
         self.kind, self.name = kind, {int: "N,N", float: "X,X", str: "A,B"}[kind]
         self.choices, self.least = choices, least
@@ -43,7 +43,7 @@ def options_of(cls: type, **defaults):
         default = defaults.get(f.name, f.default)
         kind = f.type
         if get_args(f.type):
-            kind = Several(get_args(f.type)[0], about["choices"], about["least"])
+            kind = CommaSeparated(get_args(f.type)[0], about["choices"], about["least"])
         elif about["choices"]:
             kind = click.Choice(about["choices"])
         elif about["least"] is not None and kind is int:
@@ -56,23 +56,23 @@ def options_of(cls: type, **defaults):
         name = f.name.replace("_", "-")
         name = f"--{name}/--no-{name}" if default is True else f"--{name}"
         found.append(click.option(name, f.name, default=given, help=about["help"], **more))
-    return many(*found)
+    return combine_options(*found)
 
 
 def file_option(name: str, help: str, **more):
     return click.option(name, type=click.Path(path_type=Path), help=help, **more)
 
 
-def many(*options):
+def combine_options(*options):
     return lambda command: reduce(lambda inner, option: option(inner), reversed(options), command)
 
 
-def taken(given: dict, *names: str) -> dict:
+def pop_options(given: dict, *names: str) -> dict:
     """Remove these options from `given` and return them."""
     return {name: given.pop(name) for name in names}
 
 
-def determined(context, option, wanted: bool) -> None:
+def make_deterministic(context, option, wanted: bool) -> None:
     """Make CUDA compute the same bits every time. Call it before CUDA is first used, which reads the variable."""
     if wanted:
         import torch
@@ -100,7 +100,7 @@ DTYPE_HELP = (
 check_option = click.option(
     "--check/--no-check", default=True, help="Check that no weight is NaN or infinite."
 )
-model_options = many(
+model_options = combine_options(
     click.option("--model", default="tiny", help=MODEL_HELP),
     click.option("--device", help=DEVICE_HELP),
     click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help=DTYPE_HELP),
@@ -110,11 +110,11 @@ model_options = many(
         "--deterministic",
         is_flag=True,
         expose_value=False,
-        callback=determined,
+        callback=make_deterministic,
         help="Compute the same bits every time on a GPU, more slowly.",
     ),
 )
-data_options = many(
+data_options = combine_options(
     file_option("--data", "Read your own rows from this file, in place of TASK."),
     click.option("--prompt-column", help=PROMPT_HELP),
     click.option("--answer-column", help=ANSWER_HELP),

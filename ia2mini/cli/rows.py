@@ -40,7 +40,7 @@ def refuse_unnamed_model(rows: str) -> None:
         )
 
 
-def tell_all(remarks: Iterable[str]) -> None:
+def print_remarks(remarks: Iterable[str]) -> None:
     """Print on stderr how the rows were read; only the first process does."""
     if ranks.chief:
         for remark in remarks:
@@ -100,7 +100,7 @@ def is_ready(stream) -> bool:
         return True
 
 
-def complain(error: UsageError, strict: bool) -> None:
+def raise_or_print(error: UsageError, strict: bool) -> None:
     if strict:
         raise error from None
     click.echo(plain(f"ia2mini: {error}; left out"), err=True)

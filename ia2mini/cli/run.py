@@ -14,19 +14,19 @@ from ..files import plain
 from ..report.drawing import FORMATS
 from ..scale import ranks
 from ..study.table import METRICS
-from .group import main, progress, typed
+from .group import command_line, main, progress
 from .options import (
     MODEL_HELP,
     REVISION_HELP,
-    Several,
+    CommaSeparated,
+    combine_options,
     data_options,
     file_option,
-    many,
     model_options,
     options_of,
-    taken,
+    pop_options,
 )
-from .rows import find_tasks, refuse_unnamed_model, tell_all
+from .rows import find_tasks, print_remarks, refuse_unnamed_model
 
 DEMO_ROWS = 120  # about a minute
 # of own rows, which `fit` judges among the labels
@@ -35,7 +35,7 @@ COLUMNS_HELP = (
     "Show these columns; there are also nll, brier and others (docs/reference.md)."
     "  [default: acc,ece,ece_null,asim; for --data also acc_labels]"
 )
-table_options = many(
+table_options = combine_options(
     click.option(
         "--full",
         is_flag=True,
@@ -48,14 +48,14 @@ table_options = many(
     ),
     click.option(
         "--columns",
-        type=Several(str, tuple(METRICS)),
+        type=CommaSeparated(str, tuple(METRICS)),
         default="",
         show_default=False,
         help=COLUMNS_HELP,
     ),
     click.option(
         "--figures",
-        type=Several(str, tuple(FORMATS)),
+        type=CommaSeparated(str, tuple(FORMATS)),
         default="png",
         help="Draw the figures in these formats: png,pdf,svg.",
     ),
@@ -109,9 +109,9 @@ def run(names, compiling, checkpointing, out, data_dir, side_by_side, **given):
     All training sets and learning rates of a method are trained side by side. The table shows the learning rate with
     the lowest dev loss. Only its runs are scored, unless --select asks for more.
     """
-    own = taken(given, "data", "prompt_column", "answer_column", "template", "eval_data")
-    how = taken(given, "model", "device", "dtype", "revision", "check")
-    shown = taken(given, "full", "columns", "figures", "as_json", "with_paper")
+    own = pop_options(given, "data", "prompt_column", "answer_column", "template", "eval_data")
+    how = pop_options(given, "model", "device", "dtype", "revision", "check")
+    shown = pop_options(given, "full", "columns", "figures", "as_json", "with_paper")
     if not given["eval_rows"]:
         given["eval_rows"] = 500 if names or own["data"] else DEMO_ROWS
     for option in ("n", "methods"):
@@ -131,11 +131,11 @@ def run(names, compiling, checkpointing, out, data_dir, side_by_side, **given):
     subject = open_subject(**how)
     study = open_study(chosen, subject, options, out, data_dir)
     compile_and_checkpoint(subject.model, compiling, checkpointing)
-    tell_all(remark for task in chosen for remark in task.remarks)
+    print_remarks(remark for task in chosen for remark in task.remarks)
     document, folder = carry_out(*study, side_by_side, progress)
     ranks.stop()
     if ranks.chief:
-        conclude(document, folder, **shown)
+        write_and_print_report(document, folder, **shown)
 
 
 @main.command()
@@ -168,12 +168,12 @@ def report(folders, out, table_8, **shown):
         raise UsageError(f"--out {out}: a study is there; give another folder")
     pooled = write_table_8(document) if table_8 else None
     write_json(out / "results.json", document)
-    conclude(document, out, **shown)
+    write_and_print_report(document, out, **shown)
     if pooled:
         click.echo(pooled)
 
 
-def conclude(
+def write_and_print_report(
     document: dict, folder: Path, full: bool, columns, figures, as_json: bool, with_paper: bool
 ) -> None:
     """Write a study's report; print its table and the files written."""
@@ -190,7 +190,7 @@ def conclude(
         )
         click.echo(f"--with-paper: no numbers of the paper are shown, since {reason}", err=True)
     table = document | {"columns": columns}
-    drawn = write_report(table, folder, typed(), figures)
+    drawn = write_report(table, folder, command_line(), figures)
     show(table, full or with_paper)
     written = count(len(drawn), "figure") if drawn else "no figures (pip install 'ia2mini[report]')"
     adapters = count(len(document["adapters"]), "adapter")
@@ -275,7 +275,7 @@ def tasks(name, model, revision, n, data_dir, **own):
         pool = load_examples(task, "train", data_dir)
         sizes.insert(0, f"pool: {pool.origin['used']} of {pool.origin['rows']} rows")
         demonstrations = draw_episode(pool.rows, n).icl[0]
-    tell_all(task.remarks)
+    print_remarks(task.remarks)
     click.echo(
         f"{task.name} ({task.tag}) from {task.hub or 'this package'} · {' · '.join(sizes)}\n"
     )

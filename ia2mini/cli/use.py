@@ -7,12 +7,12 @@ import click
 from .. import UsageError
 from ..files import count, json_line, plain
 from .group import main, progress
-from .options import DEVICE_HELP, check_option, file_option, many, model_options
-from .rows import complain, read_new
+from .options import DEVICE_HELP, check_option, combine_options, file_option, model_options
+from .rows import raise_or_print, read_new
 from .streams import need_input, need_output
 
 ICL_HELP = "Use the base model with demonstrations in its prompt instead, to compare."
-adapter_options = many(
+adapter_options = combine_options(
     click.argument("adapter", type=click.Path(path_type=Path, exists=True, file_okay=False)),
     click.option("--model", help="Use this base model.  [default: the one that the adapter names]"),
     click.option("--device", help=DEVICE_HELP),
@@ -82,7 +82,7 @@ def predict(adapter, rows, coverage, icl, strict, out, digits, **how):
     need_output()
     fitted = open_adapter(adapter, **how)
     for row in fitted.answer_rows(
-        read_new(rows), icl, coverage, on_error=lambda error: complain(error, strict)
+        read_new(rows), icl, coverage, on_error=lambda error: raise_or_print(error, strict)
     ):
         click.echo(json_line(rounded(row, digits)))
 

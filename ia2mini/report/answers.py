@@ -54,13 +54,13 @@ def check_size(out: Path, rows: list) -> None:
                 raise UsageError(f"{row.where}: column {name!r} has {most}; use .csv")
 
 
-def rounded(said: dict, digits: int | None) -> dict:
+def rounded(answer: dict, digits: int | None) -> dict:
     """A row with its answer; probabilities are rounded to this many digits (None: not at all)."""
     if digits is None:
-        return said
-    found = {**said, "confidence": round(said["confidence"], digits)}
-    if "probabilities" in said:
-        shares = said["probabilities"].items()
+        return answer
+    found = {**answer, "confidence": round(answer["confidence"], digits)}
+    if "probabilities" in answer:
+        shares = answer["probabilities"].items()
         found["probabilities"] = {label: round(share, digits) for label, share in shares}
     return found
 
@@ -74,14 +74,16 @@ class Answers:
     abstains: bool  # the least certain rows are not answered
     pairs: list[tuple[Row, dict]] = field(default_factory=list)
 
-    def add(self, row: Row, said: dict | UsageError, digits: int) -> None:
+    def add(self, row: Row, answer: dict | UsageError, digits: int) -> None:
         """Add a row of `Predictor.outcomes`."""
-        added = {"reason": str(said)} if isinstance(said, UsageError) else rounded(said, digits)
+        added = (
+            {"reason": str(answer)} if isinstance(answer, UsageError) else rounded(answer, digits)
+        )
         self.pairs.append((row, added))
 
     @property
     def left_out(self) -> int:
-        return sum("reason" in said for _, said in self.pairs)
+        return sum("reason" in answer for _, answer in self.pairs)
 
     @property
     def names(self) -> list[str]:
@@ -100,10 +102,10 @@ class Answers:
             known.update(dict.fromkeys(row))
         header = list(known)
         lines = []
-        for row, (_, said) in zip(own, self.pairs):
+        for row, (_, answer) in zip(own, self.pairs):
             line = [row.get(name) for name in header]
-            line += [said.get(name) for name in self.names]
-            line += [said.get("probabilities", {}).get(label) for label in self.labels]
+            line += [answer.get(name) for name in self.names]
+            line += [answer.get("probabilities", {}).get(label) for label in self.labels]
             lines.append(line)
         return [*header, *self.names, *shares], lines
 
@@ -118,9 +120,9 @@ def write_lines(out: Path, answers: Answers) -> None:
     if answers.labels:
         names.append("probabilities")
     lines = []
-    for row, said in answers.pairs:
+    for row, answer in answers.pairs:
         own = rename_clashes(row, {*ANSWER_COLUMNS, *names})
-        added = {name: said.get(name) for name in names}
+        added = {name: answer.get(name) for name in names}
         lines.append(json_line({**own, **added}) + "\n")
     write_text(out, "".join(lines))
 

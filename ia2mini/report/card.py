@@ -9,7 +9,7 @@ from ..adapters import LoRA
 from ..files import count, json_line, plain
 from ..fitting.serving import why_not
 from ..tasks.rows import blank_of, placeholders
-from .page import loading
+from .page import loading_code
 from .tables import markdown
 
 GGUF = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -54,13 +54,13 @@ def card(fitted, folder: Path, command: str) -> str:
         name=markdown(report["name"]),
         sentence=markdown(report["sentence"]),
         version=spec["versions"]["ia2mini"],
-        command=span(command),
-        template=span(repr(template)),
+        command=inline_code(command),
+        template=inline_code(repr(template)),
         turn=", a turn of the chat template" if spec["chat"] else "",
         follows=follows,
         demonstrations=demonstrations(fitted),
         folder=plain(shlex.quote(str(folder)), ""),
-        code=code(fitted, str(folder), has_adapter),
+        code=usage_section(fitted, str(folder), has_adapter),
     )
 
 
@@ -77,7 +77,7 @@ def longest_row(text: str) -> int:
     return max(map(len, re.findall("`+", text)), default=0)
 
 
-def span(text: str) -> str:
+def inline_code(text: str) -> str:
     """A text as Markdown code, in more backticks than it has in a row."""
     fence = "`" * (1 + longest_row(text))
     inside = plain(text, "")
@@ -86,20 +86,25 @@ def span(text: str) -> str:
     return f"{fence}{inside}{fence}"
 
 
-def code(fitted, folder: str, has_adapter: bool) -> str:
+def usage_section(fitted, folder: str, has_adapter: bool) -> str:
     """Code that loads and serves the shipped model with other tools."""
     base = fitted.subject.base
     source = repr(base)
     if fitted.subject.revision:
         source += f", revision={fitted.subject.revision!r}"
     dtype = f", dtype={fitted.subject.dtype!r}"
-    loaded = loading(source, folder if has_adapter else None, dtype)
+    loaded = loading_code(source, folder if has_adapter else None, dtype)
     refused = why_not(fitted)
     if fitted.probe is not None:
         loaded += probing(fitted, folder)
     lines = [*fenced(loaded, "python"), ""]
     if refused:
-        lines += ["## Serve it", "", f"{NO_DECISION} {span(refused)}. `ia2mini predict` does.", ""]
+        lines += [
+            "## Serve it",
+            "",
+            f"{NO_DECISION} {inline_code(refused)}. `ia2mini predict` does.",
+            "",
+        ]
     else:
         lines += decisions(fitted, folder)
     lines += vllm(fitted, folder)
@@ -219,7 +224,7 @@ def vllm(fitted, folder: str) -> list[str]:
         rank = f" --max-lora-rank {1 << (adapter.rank - 1).bit_length()}"
     modules = f"--lora-modules {shlex.quote(fitted.report['name'] + '=' + folder)}"
     command = f"vllm serve {shlex.quote(base)}{at} --enable-lora{rank} {modules}"
-    return ["vLLM, which generates the answer as text: " + span(command), ""]
+    return ["vLLM, which generates the answer as text: " + inline_code(command), ""]
 
 
 def llama_cpp(fitted, folder: str) -> list[str]:

@@ -34,7 +34,7 @@ DRAWN_METRICS = {"acc": 100, "ece": 1}  # metric: the factor that it is shown wi
 LEAST = 5  # rows of a bin of confidence that say something
 PANEL = 1.5  # inches that a panel of lines is high, at least
 ROW = 0.24  # inches of a line of a chart
-COLUMNS = 3  # of reliability diagrams
+DIAGRAMS_A_ROW = 3
 SMALLEST_DOT = 6  # square points of area
 LARGEST_DOT = 150  # of a bin that holds every row
 
@@ -222,20 +222,20 @@ def asim_scatter(figure, view: dict) -> str | None:
 
 def reliability(figure, view: dict) -> str | None:
     """One diagram for each method: the share of right answers by confidence, in bins of at least LEAST rows."""
-    methods = by_method(view["cells"], "reliability")
-    if not methods:
+    diagrams = by_method(view["cells"], "reliability")
+    if not diagrams:
         return None
-    lines = math.ceil(len(methods) / COLUMNS)
+    lines = math.ceil(len(diagrams) / DIAGRAMS_A_ROW)
     figure.set_size_inches(figure.get_figwidth(), 1.3 + 1.7 * lines)
-    axes = figure.subplots(lines, COLUMNS, squeeze=False, sharex=True, sharey=True)
-    for axis in axes.flat[len(methods) :]:
+    axes = figure.subplots(lines, DIAGRAMS_A_ROW, squeeze=False, sharex=True, sharey=True)
+    for axis in axes.flat[len(diagrams) :]:
         axis.set_visible(False)
-    for place, (axis, (method, mine)) in enumerate(zip(axes.flat, methods.items())):
+    for place, (axis, (method, mine)) in enumerate(zip(axes.flat, diagrams.items())):
         draw_reliability(axis, mine, color_of(method))
         axis.set_title(label(method))
-        if place % COLUMNS == 0:
+        if place % DIAGRAMS_A_ROW == 0:
             axis.set_ylabel("right (%)")
-        if place + COLUMNS >= len(methods):
+        if place + DIAGRAMS_A_ROW >= len(diagrams):
             axis.set_xlabel("confidence (%)")
             axis.tick_params(labelbottom=True)
     note = f"Dots: bins of at least {LEAST} rows, larger ones hold more. Dashed: as often right as confident."

@@ -26,7 +26,7 @@ HEADS = {
     "nll": "NLL",
 }
 WIDE = ("brier", "nll")  # their intervals do not fit into a terminal beside the others
-COLUMNS = 80  # of a terminal
+TERMINAL_WIDTH = 80  # characters
 NO_BREAK = "\ue000"  # for a while in place of a blank at which no line breaks
 AGREES = "as with the context (%)"
 SUSPECTS = "suspects.jsonl"
@@ -46,7 +46,7 @@ def write_fit_table(report: dict, told: tuple[str, ...] = ()) -> str:
 def wrapped(text: str) -> str:
     """A text in lines that a terminal does not break."""
     kept = text.replace(" %", f"{NO_BREAK}%")
-    broken = fill(kept, COLUMNS, break_long_words=False, break_on_hyphens=False)
+    broken = fill(kept, TERMINAL_WIDTH, break_long_words=False, break_on_hyphens=False)
     return broken.replace(NO_BREAK, " ")
 
 
@@ -92,12 +92,12 @@ def measured(report: dict, points: Sequence[str] = ()) -> list[list[str]]:
             value = numbers.get(column)
             if column in points and value is not None:
                 value = value[0]
-            entries.append(entry(value, column))
+            entries.append(measure_with_interval(value, column))
         rows.append([NAMES.get(name, name) + mark, *entries])
     return rows
 
 
-def entry(value, name: str) -> str:
+def measure_with_interval(value, name: str) -> str:
     """A measure as text, with its interval if it has one."""
     if value is None:
         return "–"

@@ -19,16 +19,19 @@ def write_page(document: dict, folder: Path, command: str) -> str:
     drawn = list(views(document))
     first = drawn[0]["parts"][-1]
     figures = drawn_figures(drawn, folder)
-    others = [part for part in parts(document) if part["title"] != first["title"]]
+    other_tables = []
+    for part in parts(document):
+        if part["title"] != first["title"]:
+            other_tables.append(means_table(part, document) + lines(verdict(part["cells"])))
     tasks = list(dict.fromkeys(cell["task"] for cell in document["cells"]))
     outcome = verdict(first["cells"]) or [best(first["cells"])]
     body = [
-        first_screen([means(first, document), *figures[:1]]),
+        first_screen([means_table(first, document), *figures[:1]]),
         details("What the columns mean", [lines(legend(document))]),
-        details("Other tables", [means(part, document) + said_of(part) for part in others]),
+        details("Other tables", other_tables),
         details("More figures", figures[1:]),
-        details("Tasks", [task(name, document) for name in tasks]),
-        details("How this was made", made(document, folder, command)),
+        details("Tasks", [task_section(name, document) for name in tasks]),
+        details("How this was made", how_made_section(document, folder, command)),
     ]
     on = tasks[0] if len(tasks) == 1 else f"{len(tasks)} tasks"
     return html_page(f"Methods compared on {on}", lines(outcome), body)
@@ -48,7 +51,7 @@ def drawn_figures(drawn: list[dict], folder: Path) -> list[str]:
     return found
 
 
-def means(part: dict, document: dict) -> str:
+def means_table(part: dict, document: dict) -> str:
     """The means of a part with the terminal's columns; nothing where no method has every evaluation."""
     rows = average(part["cells"])
     if not rows:
@@ -58,11 +61,7 @@ def means(part: dict, document: dict) -> str:
     return table(part["title"], heads, [texts(row, columns) for row in rows], "means")
 
 
-def said_of(part: dict) -> str:
-    return lines(verdict(part["cells"]))
-
-
-def task(name: str, document: dict) -> str:
+def task_section(name: str, document: dict) -> str:
     """One task, folded: its evaluations, one whole prompt at the largest N, right and wrong answers."""
     body = []
     for part in parts(document):
@@ -75,7 +74,7 @@ def task(name: str, document: dict) -> str:
         body.append(f"<h2>What the model saw, N = {sample['n']}</h2>")
         body.append(f"<pre>{escaped(sample['prompt'])}</pre>")
         if sample["rows"]:
-            body += [answers(sample, right=True), answers(sample, right=False)]
+            body += [sample_table(sample, right=True), sample_table(sample, right=False)]
     return details(name, body)
 
 
@@ -88,7 +87,7 @@ def evaluations_table(cells: list[dict], by: str | None, document: dict) -> str:
     return table(title(cells, cells[0]["n"], by), heads, rows, "evaluations")
 
 
-def answers(sample: dict, right: bool) -> str:
+def sample_table(sample: dict, right: bool) -> str:
     """A table of the sample's right or wrong rows: prompt, true answer, given answer, confidence."""
     rows = [row for row in sample["rows"] if row["right"] == right]
     method = label(sample["method"])
@@ -106,7 +105,7 @@ def answers(sample: dict, right: bool) -> str:
     return table(caption, fields, body, "text")
 
 
-def made(document: dict, folder: Path, command: str) -> list[str]:
+def how_made_section(document: dict, folder: Path, command: str) -> list[str]:
     """The command, versions, seconds and options of the study, and code that loads one of its adapters."""
     said = [f"{name} {version}" for name, version in document.get("versions", {}).items()]
     written = f"Written on {date.today()}; {', '.join(said)}."
@@ -125,12 +124,12 @@ def adapter_code(document: dict, folder: Path) -> str:
     """Python that loads the last adapter of a study, or of joined ones."""
     name = document["adapters"][-1]
     if "studies" not in document:
-        return loading(repr(document["config"]["model"]), str(folder / name))
+        return loading_code(repr(document["config"]["model"]), str(folder / name))
     study = name.rpartition("/adapters/")[0]
-    return loading(repr(document["studies"][study]["model"]), name)
+    return loading_code(repr(document["studies"][study]["model"]), name)
 
 
-def loading(source: str, adapter: str | None = None, dtype: str = "") -> str:
+def loading_code(source: str, adapter: str | None = None, dtype: str = "") -> str:
     """Python that loads a checkpoint by transformers, and the folder `adapter` onto it by peft."""
     code = ["import peft, transformers" if adapter else "import transformers", ""]
     if source == repr("tiny"):

@@ -13,7 +13,7 @@ from ..methods import WITH_DEMONSTRATIONS
 from ..study.table import METRICS
 from .summary import average, parts, verdict
 
-COLUMNS = ("acc", "ece", "ece_null", "asim")  # where no others are asked for
+USUAL_METRICS = ("acc", "ece", "ece_null", "asim")  # where no others are asked for
 HEADS = {**METRICS, "rate": "rate", "paper": "paper (% / ECE)"}  # these two always the last
 PERCENT = ("acc", "acc_labels")  # metrics that are shown in percent
 WITHOUT_DEVIATION = ("ece_null", "asim")
@@ -116,7 +116,7 @@ def aligned(table: Sequence[Sequence[str]], others: Callable = str.rjust) -> lis
 def known_columns(rows: list[dict], document: dict) -> list[str]:
     """The requested columns that have a value in some row."""
     columns = []
-    asked = document.get("columns") or COLUMNS
+    asked = document.get("columns") or USUAL_METRICS
     for column in (*asked, "rate", "paper"):
         values = [row.get(f"{column}_mean", row.get(column)) for row in rows]
         if column == "rate" or any(value is not None for value in values):
@@ -127,7 +127,7 @@ def known_columns(rows: list[dict], document: dict) -> list[str]:
 def texts(row: dict, columns: list[str]) -> list[str]:
     """A line of a table: the method, then its entries."""
     method = plain(label(row["method"]), "")
-    return [method, *(entry(row, column) for column in columns)]
+    return [method, *(table_entry(row, column) for column in columns)]
 
 
 def markdown(text: str) -> str:
@@ -143,7 +143,7 @@ def spreadsheet_safe(value):
     return f"'{text}" if value.startswith(FORMULA) else text
 
 
-def entry(row: dict, column: str) -> str:
+def table_entry(row: dict, column: str) -> str:
     """Mean ± standard deviation over sets (of one set the mean alone), or the rate with its β."""
     if column == "rate":
         known = [f"{row[key]:g}" for key in ("rate", "beta") if row.get(key) is not None]
@@ -223,7 +223,7 @@ def failure(runs: list[dict], several: list[str]) -> str:
     names = [str(first.get(name)) for name in several]
     where = ", ".join([*names, first["task"], f"N = {first['n']}"])
     sets = ", ".join(str(run["set"]) for run in runs)
-    return f"{where}: {method} at rate {entry(first, 'rate')}, set {sets}: {first['trouble']}"
+    return f"{where}: {method} at rate {table_entry(first, 'rate')}, set {sets}: {first['trouble']}"
 
 
 def seconds_line(document: dict) -> str:
