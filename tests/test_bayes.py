@@ -77,7 +77,7 @@ def test_the_study_takes_the_widest_noise_that_its_rows_bear(tmp_path, monkeypat
     sigma = bayes.widest_noise(mine, theta, rows, number)
 
     def loss(size: float) -> float:
-        drawn = drawn_weights(mine.x.adapter, theta, size, bayes.seeded_generator(number))
+        drawn = drawn_weights(mine.experiment.adapter, theta, size, bayes.seeded_generator(number))
         each = bayes.scores_of(mine, drawn, rows).double().softmax(-1).mean(0)
         return -each[range(len(rows)), gold].log().mean().item()
 

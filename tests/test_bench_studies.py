@@ -166,7 +166,7 @@ def test_demonstrations_before_an_adapted_model_are_those_of_its_set(tmp_path, m
         if c["method"] == "icl" and c["eval"] == c["task"]
     }
     cells = reopened.reopen(tasks, subject, options)
-    nothing = cells[0].x.adapter.init(subject.model, torch.Generator())
+    nothing = cells[0].experiment.adapter.init(subject.model, torch.Generator())
     theta = torch.randn(6, len(nothing))  # of the other runs, which break the model
     theta[[2, 5]] = nothing
     for mine in cells:
@@ -191,7 +191,7 @@ def test_a_study_is_reopened_as_it_was(tmp_path, monkeypatch):
         "ia2mini.engine.experiment.train_method", lambda *_: pytest.fail("trained again")
     )
     (one,) = reopened.reopen(tasks, subject, options)
-    assert one.x.store.path == folder and one.training["sft"] == document["training"]
+    assert one.experiment.store.path == folder and one.training["sft"] == document["training"]
     assert one.cell.episodes == [
         draw_episode(load_examples(tasks[0], "train").rows, 2, number) for number in range(2)
     ]

@@ -1,11 +1,13 @@
 """A `fit` says how long it will train before it begins, from one timed step."""
 
+from io import StringIO
 from itertools import chain, repeat
 
 import pytest
 from tqdm import tqdm
 
 from ia2mini import FitOptions, open_subject
+from ia2mini.engine.store import Store
 from ia2mini.fitting import training
 from ia2mini.fitting.fit import prepare_fit
 from ia2mini.fitting.training import duration, train_folds
@@ -14,7 +16,7 @@ from ia2mini.tasks import world
 OPTIONS = FitOptions(rates=(1e-3, 1e-2), methods=("sft", "ia2-sft"), folds=4, epochs=5)
 
 
-def test_the_estimate_counts_steps_of_every_phase(monkeypatch):
+def test_the_estimate_counts_steps_of_every_phase(monkeypatch, tmp_path):
     subject = open_subject("tiny", "cpu")
     rows = world.rows("toy-mood", "train")[:12]
     cv = prepare_fit(rows, subject, OPTIONS)
@@ -23,15 +25,29 @@ def test_the_estimate_counts_steps_of_every_phase(monkeypatch):
     # nine rows in steps of four, five epochs, for SFT, IA2 and SFT after it; then one of eight runs twice
     seconds = 4 * (3 * 5) * 3 * (1 + 2 / 8)
     labels = []
+    shown = StringIO()
 
     def bar(label, total):
         labels.append(label)
-        return tqdm(disable=True)
+        return tqdm(desc=label, total=total, file=shown)
 
     cv.bar = bar
     train_folds(cv)
-    said = f"training sft (all training: about {duration(seconds)})"
-    assert labels == ["collecting", said, "training ia2", "training ia2-sft"], "said once"
+    phases = ["collecting", "training sft", "training ia2", "training ia2-sft"]
+    assert labels == ["timing a step", *(f"folds: {phase}" for phase in phases)]
+    assert shown.getvalue().count(f"all training: about {duration(seconds)}\n") == 1
+    cv.store = Store(tmp_path, "unfinished", {})
+    train_folds(cv)
+    labels.clear()
+    train_folds(cv)
+    assert labels == [], "what is kept is trained or timed again"
+
+
+def test_who_sees_no_bars_reads_no_estimate(capfd):
+    """A notebook or a process that is not the first: `fit` prints nothing by itself."""
+    cv = prepare_fit(world.rows("toy-mood", "train")[:12], open_subject("tiny", "cpu"), OPTIONS)
+    train_folds(cv)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("seconds, text", [(40, "40 s"), (720, "12 min"), (12600, "3.5 h")])

@@ -18,14 +18,15 @@ from sklearn import metrics as theirs
 from ia2mini import FitOptions, fit, load_adapter, open_subject
 from ia2mini.adapters import adapted
 from ia2mini.cli.main import main
-from ia2mini.engine.experiment import in_order
+from ia2mini.engine import experiment as engine
+from ia2mini.engine.experiment import count_steps, in_order, make_grid, teach_all
 from ia2mini.episode import with_demonstrations
-from ia2mini.fitting import held_out, training
+from ia2mini.fitting import held_out
 from ia2mini.fitting.crossval import CrossValidation, make_cross_validation, those_that_fit
 from ia2mini.fitting.fit import make_choice, ship
 from ia2mini.fitting.report import make_report
 from ia2mini.fitting.rows import read_own
-from ia2mini.fitting.training import count_steps, teach_folds, train_folds
+from ia2mini.fitting.training import experiment_of_folds, train_folds
 from ia2mini.methods import METHODS, Grid
 from ia2mini.metrics import ece, fit_temperature
 from ia2mini.tasks import world
@@ -99,7 +100,8 @@ def test_a_fold_among_others_equals_it_alone(subject, method):
     cv = cross_validation(subject, toy_rows(15), options)
     trained = train_folds(cv)
     together = trained[method]
-    taught = teach_folds(cv).grid
+    experiment = experiment_of_folds(cv)
+    taught = make_grid(experiment, teach_all(experiment))
     for number in range(3):
         mine = slice(2 * number, 2 * number + 2)
         first = []
@@ -107,7 +109,9 @@ def test_a_fold_among_others_equals_it_alone(subject, method):
             first = [Trained(*(value[mine] for value in vars(trained["ia2"]).values()))]
         grid = replace(taught, sets=[taught.sets[number]], trainer=train)
         alone = METHODS[method](Alone(**vars(grid), number=number), *first)
-        steps = sum(count_steps(cv, cv.folds[number], phase) for phase in in_order((method,)))
+        steps = sum(
+            count_steps(cv.settings, cv.folds[number], phase) for phase in in_order((method,))
+        )
         assert (alone.steps == steps).all()
         assert relative(together.theta[mine], alone.theta) <= 1e-4
 
@@ -289,7 +293,8 @@ def test_rows_without_answers_join_the_queries_of_ia2(subject):
         options,
         unlabelled=[Example(f"Text:{m['text']}\nLabel:", "") for m in more],
     )
-    for narrow, taught in zip(teach_folds(cv).grid.sets, teach_folds(wide).grid.sets):
+    both = [teach_all(experiment_of_folds(one)) for one in (cv, wide)]
+    for narrow, taught in zip(*both):
         assert len(taught.icl_train) == len(narrow.icl_train) + 10 and len(taught.train) == len(
             narrow.train
         )
@@ -370,7 +375,7 @@ def test_a_killed_fit_goes_on_and_nothing_half_written_stays(subject, tmp_path, 
         name: lambda grid, *first, m=m: calls.append(len(grid.sets)) or m(grid, *first)
         for name, m in METHODS.items()
     }
-    monkeypatch.setattr(training, "METHODS", trained)
+    monkeypatch.setattr(engine, "METHODS", trained)
     again = run(*how, "--out", out)
     assert 3 not in calls, "folds that had been trained were trained again"
     assert (out / "held_out.jsonl").read_text() == (

@@ -9,10 +9,11 @@ from reference import peft_twin
 
 from ia2mini import FitOptions, open_subject
 from ia2mini.adapters import adapted
+from ia2mini.engine.experiment import teach_all
 from ia2mini.fitting.crossval import make_cross_validation
 from ia2mini.fitting.fit import prepare_fit
 from ia2mini.fitting.held_out import answer_held_out, score_by_probes
-from ia2mini.fitting.training import teach_episodes, train_final, train_folds
+from ia2mini.fitting.training import experiment_of_folds, train_final, train_folds
 from ia2mini.labels import label_scores
 from ia2mini.tasks import world
 
@@ -74,7 +75,8 @@ def test_its_training_rows_have_their_demonstrations_in_the_prompt():
     options = FitOptions(methods=("icl-sft", "ia2"), folds=3, demonstrations=4)
     cv = prepare_fit(world.rows("toy-mood-remap", "train")[4:14], subject, options)
     encode = subject.tokenizer.encode
-    for fold, taught in zip(cv.folds, teach_episodes(cv, cv.folds, options.methods), strict=True):
+    taught_folds = teach_all(experiment_of_folds(cv))
+    for fold, taught in zip(cv.folds, taught_folds, strict=True):
         shown = zip(fold.train, fold.demonstrations, taught.demonstrated_train, strict=True)
         for example, demonstrations, row in shown:
             assert example not in demonstrations and len(demonstrations) == 4
@@ -88,7 +90,7 @@ def test_sft_alone_asks_no_teacher_and_trains_to_the_same_weights(monkeypatch):
     options = FitOptions(epochs=2, rates=(1e-2,), methods=("sft",), folds=3)
     both = prepare_fit(rows, subject, replace(options, methods=("sft", "ia2")))
     taught, whole = train_sft(both)
-    monkeypatch.setattr("ia2mini.fitting.training.teach", None)
+    monkeypatch.setattr("ia2mini.engine.experiment.teach", None)
     alone = prepare_fit(rows, subject, options)
     weights, final = train_sft(alone)
     assert torch.equal(weights, taught)

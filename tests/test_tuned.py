@@ -39,7 +39,7 @@ def subject():
     return open_subject("tiny", "cpu")
 
 
-def experiment(task, subject, out, **choices):
+def make_experiment(task, subject, out, **choices):
     cells, store, _ = open_study([task], subject, replace(SMALL, **choices), out)
     return cells[0], experiment_of(cells[0], store, Progress(silent, 9), make_trainer(None))
 
@@ -49,9 +49,9 @@ def records_of(document: dict, method: str) -> list[dict]:
 
 
 def test_rows_with_demonstrations_are_the_prompts_of_the_protocol(subject, tmp_path):
-    cell, x = experiment(MOOD, subject, tmp_path)
+    cell, experiment = make_experiment(MOOD, subject, tmp_path, methods=ASKED)
     encode = subject.tokenizer.encode
-    for episode, taught in zip(cell.episodes, true_sets(x), strict=True):
+    for episode, taught in zip(cell.episodes, true_sets(experiment), strict=True):
         rows = episode.train + episode.dev
         found = taught.demonstrated_train + taught.demonstrated_dev
         for example, shown, row in zip(rows, episode.demonstrations, found, strict=True):
@@ -63,7 +63,7 @@ def test_rows_with_demonstrations_are_the_prompts_of_the_protocol(subject, tmp_p
 
 def test_scores_with_demonstrations_equal_pefts_on_the_whole_prompt(subject, tmp_path):
     document, folder = compare([MOOD], subject, replace(SMALL, methods=ASKED), tmp_path)
-    cell, x = experiment(MOOD, subject, tmp_path, methods=ASKED)
+    cell, experiment = make_experiment(MOOD, subject, tmp_path, methods=ASKED)
     thetas = load_file(folder / cell.name / "fit-icl-sft.safetensors")["theta"]
     scores = load_file(folder / cell.name / "icl-sft-on-toy-mood.safetensors")
     training = [run for run in document["training"] if run["method"] == "icl-sft"]
@@ -77,7 +77,7 @@ def test_scores_with_demonstrations_equal_pefts_on_the_whole_prompt(subject, tmp
             for r, one in enumerate(training)
             if (one["set"], one["rate"]) == (record["set"], record["rate"])
         )
-        net = Plain(peft_twin(subject.folder, x.adapter, thetas[run]), subject.tokenizer)
+        net = Plain(peft_twin(subject.folder, experiment.adapter, thetas[run]), subject.tokenizer)
         before = joined(cell.episodes[record["set"]].icl[0])
         alike = []
         for i, row in enumerate(rows):
@@ -92,56 +92,64 @@ def test_scores_with_demonstrations_equal_pefts_on_the_whole_prompt(subject, tmp
 
 def test_the_tuned_teachers_targets_are_those_of_its_adapter_in_peft(subject, tmp_path):
     for task in (MOOD, SUMS):
-        cell, x = experiment(task, subject, tmp_path, methods=("ia2",), teacher="tuned")
-        assert x.methods == ["icl-sft", "ia2"]
-        tuned = train_all(x)["icl-sft"]
+        cell, experiment = make_experiment(
+            task, subject, tmp_path, methods=("ia2",), teacher="tuned"
+        )
+        assert experiment.methods == ["icl-sft", "ia2"]
+        tuned = train_all(experiment)["icl-sft"]
         rates = tuned.dev_loss.view(2, 2).mean(0)
         best = int(rates.argmin())
         assert rates[0] != rates[1]
-        for number, (episode, taught) in enumerate(zip(cell.episodes, teach_all(x, tuned))):
+        for number, (episode, taught) in enumerate(
+            zip(cell.episodes, teach_all(experiment, tuned))
+        ):
             theta = tuned.theta[2 * number + best]
-            net = Plain(peft_twin(subject.folder, x.adapter, theta), subject.tokenizer)
+            net = Plain(peft_twin(subject.folder, experiment.adapter, theta), subject.tokenizer)
             found = taught.icl_train + taught.icl_dev
             rows = episode.train + episode.dev
             for row, shown, ours in zip(rows, episode.demonstrations, found, strict=True):
-                expected = plain_teacher(net, shown, row.prompt, x.teacher_settings.max_tokens)
+                expected = plain_teacher(
+                    net, shown, row.prompt, experiment.teacher_settings.max_tokens
+                )
                 assert (ours.prompt, ours.answer) == (expected.prompt, expected.answer)
                 assert relative(ours.activations, expected.targets) < 1e-4
 
 
 def test_a_plain_teacher_is_the_base_whatever_was_tuned_beside_it(subject, tmp_path):
     methods = ("icl-sft", "ia2")
-    _, x = experiment(MOOD, subject, tmp_path, methods=methods)
-    _, alone = experiment(MOOD, subject, tmp_path, methods=("ia2",))
-    assert torch.equal(train_all(x)["ia2"].theta, train_all(alone)["ia2"].theta)
-    _, tuned = experiment(MOOD, subject, tmp_path, methods=methods, teacher="tuned")
+    _, experiment = make_experiment(MOOD, subject, tmp_path, methods=methods)
+    _, alone = make_experiment(MOOD, subject, tmp_path, methods=("ia2",))
+    assert torch.equal(train_all(experiment)["ia2"].theta, train_all(alone)["ia2"].theta)
+    _, tuned = make_experiment(MOOD, subject, tmp_path, methods=methods, teacher="tuned")
     assert not torch.equal(train_all(tuned)["ia2"].theta, train_all(alone)["ia2"].theta)
-    assert torch.equal(train_all(tuned)["icl-sft"].theta, train_all(x)["icl-sft"].theta)
+    assert torch.equal(train_all(tuned)["icl-sft"].theta, train_all(experiment)["icl-sft"].theta)
 
 
 def test_what_learns_from_no_teacher_trains_none(subject, tmp_path):
-    _, x = experiment(MOOD, subject, tmp_path, methods=("base", "sft"), teacher="tuned")
-    assert x.methods == ["sft"]
+    _, experiment = make_experiment(
+        MOOD, subject, tmp_path, methods=("base", "sft"), teacher="tuned"
+    )
+    assert experiment.methods == ["sft"]
 
 
 def test_sft_on_the_teachers_answers_takes_the_tuned_teacher(subject, tmp_path):
     choices = {"methods": ("sft",), "labels": "icl", "teacher": "tuned"}
-    _, x = experiment(MOOD, subject, tmp_path, **choices)
-    assert x.tuned and x.methods == ["icl-sft", "sft"]
+    _, experiment = make_experiment(MOOD, subject, tmp_path, **choices)
+    assert experiment.tuned and experiment.methods == ["icl-sft", "sft"]
 
 
 def test_an_interrupted_study_goes_on_from_the_tuned_teacher(subject, tmp_path):
-    _, x = experiment(MOOD, subject, tmp_path, methods=("ia2-sft",), teacher="tuned")
-    whole = train_all(x)
+    _, experiment = make_experiment(MOOD, subject, tmp_path, methods=("ia2-sft",), teacher="tuned")
+    whole = train_all(experiment)
     for name in ("fit-ia2", "fit-ia2-sft"):
-        (x.store.path / x.name / f"{name}.safetensors").unlink()
-    again = train_all(x)
+        (experiment.store.path / experiment.name / f"{name}.safetensors").unlink()
+    again = train_all(experiment)
     assert torch.equal(again["ia2-sft"].theta, whole["ia2-sft"].theta)
 
 
 def test_a_query_costs_its_demonstrations_where_they_stay(subject, tmp_path):
     document, _ = compare([MOOD], subject, replace(SMALL, methods=ASKED), tmp_path)
-    cell, _ = experiment(MOOD, subject, tmp_path, methods=ASKED)
+    cell, _ = make_experiment(MOOD, subject, tmp_path, methods=ASKED)
     rows = cell.evaluations["toy-mood"].rows
     for method in ASKED:
         for record in records_of(document, method):

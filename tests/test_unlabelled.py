@@ -4,11 +4,12 @@ from dataclasses import replace
 
 from ia2mini.models.checkpoint import load
 
+from ia2mini.engine.experiment import count_steps
 from ia2mini.engine.options import FitOptions
 from ia2mini.engine.subject import open_subject
 from ia2mini.episode import draw_episode
 from ia2mini.fitting.crossval import make_cross_validation
-from ia2mini.fitting.training import count_steps, train_folds
+from ia2mini.fitting.training import train_folds
 from ia2mini.tasks import Example, find_task, load_examples
 from ia2mini.teacher import teach
 
@@ -60,4 +61,4 @@ def test_a_fit_with_and_without_them():
     assert (with_queries["ia2"].steps > without["ia2"].steps).all()
     for cv, trained in ((alone, without), (more, with_queries)):
         for method, runs in trained.items():
-            assert (runs.steps == count_steps(cv, cv.folds[0], method)).all()
+            assert (runs.steps == count_steps(cv.settings, cv.folds[0], method)).all()

@@ -21,11 +21,11 @@ def accuracies_with_demonstrations(mine: Reopened, method: str, asked: Reopened)
 
     Where `asked` is the cell itself they are put back; else they teach another task to the adapted model.
     """
-    subject = mine.x.subject
+    subject = mine.experiment.subject
     theta = mine.trained[method].theta
     found = []
     for number, run in enumerate(mine.reported[method]):
-        with adapted(subject.model, mine.x.adapter, theta[[run]]) as student:
+        with adapted(subject.model, mine.experiment.adapter, theta[[run]]) as student:
             found.append(accuracy(answered_rightly(student, asked, number)))
     return found
 
@@ -33,7 +33,7 @@ def accuracies_with_demonstrations(mine: Reopened, method: str, asked: Reopened)
 def answered_rightly(student, asked: Reopened, number: int) -> list[bool]:
     """Which evaluation rows of a cell a model answers rightly with the demonstrations of set `number`."""
     cell = asked.cell
-    tokenizer = asked.x.subject.tokenizer
+    tokenizer = asked.experiment.subject.tokenizer
     rows = cell.evaluations[cell.task.name].rows
     queries = [row.prompt for row in rows]
     student, prompts = share_prefix(student, tokenizer, cell.episodes[number].icl, queries)
@@ -49,7 +49,7 @@ def answered_rightly(student, asked: Reopened, number: int) -> list[bool]:
 
 def spent(mine: Reopened, method: str) -> Cost:
     """What all runs of a method cost, by their shapes and the steps that they made, with the teacher's pass."""
-    model = mine.x.subject.model
+    model = mine.experiment.subject.model
     size = size_of(mine.cell)
     stages = size.stages(model.config, next(model.parameters()).itemsize)
     phases = phases_of(method)

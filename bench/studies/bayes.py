@@ -70,7 +70,7 @@ def judge(mine: Reopened, number: int, theta: Tensor) -> dict[str, dict]:
     dev = scores_of(mine, theta[None], episode.dev)[0]
     temperature = fit_temperature(dev, labels_of(episode.dev))
     sigma = widest_noise(mine, theta, own_rows, number)
-    drawn = drawn_weights(mine.x.adapter, theta, sigma, seeded_generator(number))
+    drawn = drawn_weights(mine.experiment.adapter, theta, sigma, seeded_generator(number))
     averaged = average_scores(scores_of(mine, drawn, rows))
     found = {}
     for way, scores in zip(WAYS, (plain, plain / temperature, averaged)):
@@ -94,11 +94,11 @@ def seeded_generator(number: int) -> Generator:
 
 def scores_of(mine: Reopened, thetas: Tensor, rows: list[Example]) -> Tensor:
     """Log-probabilities of the labels under each of the weights thetas [K, M], [K, n, C]."""
-    subject = mine.x.subject
+    subject = mine.experiment.subject
     cell = mine.cell
     prompts = subject.tokenizer.encode_all([row.prompt for row in rows])
     scoring = Scoring(len(thetas), ends=subject.tokenizer.eos_ids)
-    with adapted(subject.model, mine.x.adapter, thetas) as student:
+    with adapted(subject.model, mine.experiment.adapter, thetas) as student:
         scores = label_scores(student, prompts, cell.labels[cell.task.name], scoring)
     return scores.log_probabilities
 
@@ -135,7 +135,7 @@ def widest_noise(mine: Reopened, theta: Tensor, rows: list[Example], number: int
     gold = labels_of(rows)
 
     def loss(sigma: float) -> float:
-        drawn = drawn_weights(mine.x.adapter, theta, sigma, seeded_generator(number))
+        drawn = drawn_weights(mine.experiment.adapter, theta, sigma, seeded_generator(number))
         averaged = average_scores(scores_of(mine, drawn, rows))
         return row_losses(averaged, gold).mean().item()
 

@@ -5,7 +5,7 @@ judge what it chose.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -16,6 +16,7 @@ from ia2mini.cli.group import progress
 from ia2mini.engine.intervals import paired_test
 from ia2mini.engine.options import FitOptions, Options
 from ia2mini.engine.select import chosen
+from ia2mini.engine.store import Store
 from ia2mini.engine.subject import Subject
 from ia2mini.fitting.crossval import make_cross_validation
 from ia2mini.fitting.held_out import fold_weights, score_held_out
@@ -117,8 +118,9 @@ def cross_validated(one: Reopened, method: str, number: int, rates: Sequence[flo
         rates=tuple(rates), methods=METHODS, epochs=trained.epochs, seed=trained.seed
     )
     rows = list(dict.fromkeys(episode.train + episode.dev))
-    cv = make_cross_validation(one.x.subject, one.cell.task, rows, options)
-    cv.cached = lambda name, make: one.x.store.once(f"{one.x.name}/folds-{number}-{name}", make)
+    cv = make_cross_validation(one.experiment.subject, one.cell.task, rows, options)
+    folder = one.experiment.store.path / one.experiment.name
+    cv.store = Store(folder, f"folds-{number}", asdict(options))
     weights = fold_weights(cv, train_folds(cv)[method])
     scores = score_held_out(cv, method, weights)
     losses = cv.selection.losses(HeldOut(method, scores))  # [rates, n]
@@ -145,7 +147,7 @@ def race(subject: Subject, options: Options, part: str, data: Path | None = None
             others.append(rate_in_race != rate)
             shares.append(share)
             result.lines.append(
-                Line(one.x.name, method, rates={"share of the steps": share}, note=note)
+                Line(one.experiment.name, method, rates={"share of the steps": share}, note=note)
             )
     result.ratios["share of choices that change"] = fmean(others)
     result.ratios["share of the steps, mean"] = fmean(shares)

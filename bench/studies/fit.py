@@ -3,7 +3,6 @@
 import random
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -83,25 +82,17 @@ class Trial:
         return low <= self.accuracy[self.shipped] <= high
 
 
-class Memory(dict):
-    """Keeps what was made once, by name, as a `Store` does on disk."""
-
-    def once(self, name: str, make: Callable[[], dict]) -> dict:
-        if name not in self:
-            self[name] = make()
-        return self[name]
-
-
 def trial(
     subject: Subject,
     rows: list[dict],
     fresh: list[dict],
     options: FitOptions,
-    once: Callable | None = None,
+    store: Store | None = None,
 ) -> Trial:
     """Fit `rows`; what is shipped and each candidate, trained on all rows at its own rate, answer `fresh` ones."""
     cv = prepare_fit(rows, subject, options, columns_of(rows))
-    cv.cached = once or Memory().once
+    if store is not None:
+        cv.store = store
     fitted, choice = fit_folds(cv)
     found = choice.candidates
     gold = torch.tensor([cv.task.labels.index(row[cv.task.label]) for row in fresh])
@@ -111,7 +102,7 @@ def trial(
     for name in cv.names:
         candidate = found[name]
         make = partial(fresh_scores, cv, fitted, candidate, fresh)
-        scores = cv.cached(f"fresh-{name}", make)["scores"] / candidate.temperature
+        scores = cv.store.once(f"fresh-{name}", make)["scores"] / candidate.temperature
         accuracy[name] = 100 * (scores.argmax(-1) == gold).double().mean().item()
         nll[name] = metrics.row_losses(scores, gold).mean().item()
         highest = scores.double().softmax(-1).max(-1)
@@ -152,15 +143,10 @@ def alone(cv: CrossValidation, fitted: Predictor, candidate: Candidate) -> Predi
     theta = None
     if name in METHODS:
         adapter = cv.adapter
-        make = partial(final_weights, cv, candidate)
-        theta = cv.cached(f"final-{name}", make)["theta"]
+        theta = train_final(cv, candidate)
     probe = fit_final_probe(cv, candidate) if name == "probe" else None
     spec = {**fitted.spec, "method": name, "temperature": 1.0}
     return Predictor(cv.subject, adapter, theta, spec, probe=probe)
-
-
-def final_weights(cv: CrossValidation, candidate: Candidate) -> dict:
-    return {"theta": train_final(cv, candidate)}
 
 
 def generated(number: int, kinds: tuple[str, ...] = KINDS) -> tuple[str, list[dict], list[dict]]:
@@ -320,7 +306,7 @@ def real(
     for size, draw, name in product(sizes, range(draws), REAL):
         drawn, fresh = [called(rows, name) for rows in real_rows(data, name, size, draw)]
         cell = f"{name}-{size}-{draw}"
-        each = trial(subject, drawn, fresh, options, partial(kept, store, cell))
+        each = trial(subject, drawn, fresh, options, Store(store.path, cell, {}))
         store.keep_json(f"{cell}.json", asdict(each))
         result.lines.append(line(f"{name}, {size} a label, draw {draw}", each))
         found.setdefault(f"{name} {size}", []).append(each)
@@ -330,10 +316,6 @@ def real(
         )
     promises(result, found)
     return result
-
-
-def kept(store: Store, cell: str, name: str, make: Callable) -> dict:
-    return store.once(f"{cell}/{name}", make)
 
 
 def real_rows(data: Path, name: str, size: int, draw: int) -> tuple[list[dict], list[dict]]:

@@ -25,7 +25,7 @@ class Reopened:
     """A cell with what was trained of it."""
 
     cell: Cell
-    x: Experiment
+    experiment: Experiment
     trained: dict[str, Trained]
     training: dict[str, list[dict]]  # a record a run of each method
     reported: dict[str, list[int]]  # each method's runs that are scored
@@ -42,12 +42,12 @@ def reopen(
     return [reopen_cell(cell, experiment_of(cell, store, bars, trainer)) for cell in cells]
 
 
-def reopen_cell(cell: Cell, x: Experiment) -> Reopened:
-    trained = train_all(x)
-    training = training_records(cell, x, trained)
+def reopen_cell(cell: Cell, experiment: Experiment) -> Reopened:
+    trained = train_all(experiment)
+    training = training_records(cell, experiment, trained)
     runs = {}
     for method, records in training.items():
         runs[method] = reported(
             records, trained[method], len(cell.episodes), cell.study.options.select
         )
-    return Reopened(cell, x, trained, training, runs)
+    return Reopened(cell, experiment, trained, training, runs)

@@ -19,6 +19,7 @@ from ia2mini.engine.store import Store, checkpoint_digest, versions
 from ia2mini.engine.subject import Subject
 from ia2mini.fitting.fit import prepare_fit
 from ia2mini.fitting.predictor import Predictor
+from ia2mini.methods import METHODS
 
 from ..report import Line, Result, difference
 from .embedders import EMBEDDED, check_embedder
@@ -28,7 +29,6 @@ from .fit import (
     REAL,
     RIVALS,
     SOME,
-    Memory,
     about,
     alone,
     called,
@@ -72,22 +72,6 @@ class Cells:
     parts: tuple[str, ...] = PARTS
 
 
-class TimedMemory(Memory):
-    """Keeps what was made once, and the seconds that each took."""
-
-    def __init__(self):
-        super().__init__()
-        self.seconds: dict[str, float] = {}
-
-    def once(self, name: str, make: Callable[[], dict]) -> dict:
-        begun = time.perf_counter()
-        was_there = name in self
-        found = super().once(name, make)
-        if not was_there:
-            self.seconds[name] = time.perf_counter() - begun
-        return found
-
-
 def fitted_rivals(
     subject: Subject,
     options: FitOptions,
@@ -100,8 +84,6 @@ def fitted_rivals(
     """
     begun = time.perf_counter()
     cv = prepare_fit(rows, subject, options, columns_of(rows))
-    memory = TimedMemory()
-    cv.cached = memory.once
     fitted, choice = fit_folds(cv)
     seconds = time.perf_counter() - begun
     assert list(cv.task.labels) == sorted({row[cv.task.label] for row in rows})
@@ -113,8 +95,9 @@ def fitted_rivals(
     names = [name for name in CANDIDATES if name in cv.names]
     for name in names:
         try:
+            begun = time.perf_counter()
             predictor = alone(cv, fitted, choice.candidates[name])
-            spent = memory.seconds.get(f"final-{name}", 0.0)
+            spent = time.perf_counter() - begun if name in METHODS else 0.0
             found[name] = asked(predictor, fresh, spent, needed)
         except UsageError as error:  # it diverged
             click.echo(f"  {name} is left out: {error}", err=True)

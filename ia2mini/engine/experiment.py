@@ -1,34 +1,37 @@
-"""Teach and train all episodes × learning rates on one frozen model; every result is kept on disk."""
+"""Teach and train all episodes × learning rates on one frozen model; every result is kept in the store."""
 
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from .. import UsageError
 from ..adapters import Adapter, adapted
 from ..episode import Episode
-from ..methods import METHODS, STARTS_FROM, Grid, configs
+from ..methods import ICL, METHODS, STARTS_FROM, TRUTH, Grid, configs
 from ..models.taps import device_of
 from ..scale import ranks
 from ..scale.dealt import over_ranks
 from ..scale.device import then_emptied
 from ..scale.graphs import launch_bound, recorded
 from ..scale.memory import within_memory
+from ..scale.pack import in_batches
 from ..scale.race import Race
 from ..scale.shrink import shrinking
 from ..teacher import Taught, TeacherSettings, teach, true_rows
-from ..train import Hooks, Settings, State, Trained, train
-from .options import TUNED
+from ..train import NO_HOOKS, Hooks, Settings, State, Trained, train
+from .options import TUNED, last_phase, need_teacher
 from .progress import Progress
 from .store import Store
 from .subject import Subject
 
 
-def make_trainer(side_by_side: int | None) -> Callable:
+def make_trainer(side_by_side: int | None = None) -> Callable:
     """The training loop with all its wrappers from scale/; `side_by_side`: runs trained at once (None: all)."""
     trainer = then_emptied(within_memory(shrinking(train, launch_bound), side_by_side))
     return over_ranks(trainer) if ranks.size > 1 else trainer
@@ -50,21 +53,25 @@ class Experiment:
     name: str  # of its folder in the store
     subject: Subject
     adapter: Adapter
-    episodes: list[Episode]
+    episodes: list[Episode]  # all without dev rows, or none
     methods: list[str]  # to train, in order (`in_order`)
     rates: tuple[float, ...]
-    betas: tuple[float, ...]
     seed: int
-    labels: str  # what cross-entropy trains on
     settings: Settings
-    collate: Callable  # `Hooks.collate`
     teacher_settings: TeacherSettings
-    tuned: bool  # the teacher is the model as `TUNED` has trained it, else the base
-    racing: bool  # whether hopeless learning rates stop early
-    trainer: Callable
     store: Store
     progress: Progress
-    episode_is: str = "set"  # what messages call an episode
+    betas: tuple[float, ...] = (0.5,)
+    labels: str = TRUTH  # what cross-entropy trains on: TRUTH or ICL
+    tuned: bool = False  # the teacher is the model as `TUNED` has trained it, else the base
+    racing: bool = False  # whether hopeless learning rates stop early
+    collate: Callable = in_batches  # `Hooks.collate`
+    trainer: Callable = field(default_factory=make_trainer)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a method learns from what the teacher does or answers."""
+        return bool(self.methods) and (need_teacher(self.methods) or self.labels == ICL)
 
     @contextmanager
     def phase(self, stage: str, phase: str, total: int):
@@ -75,133 +82,157 @@ class Experiment:
         ):
             yield bar
 
+    def place(self, method: str) -> str:
+        """Where the store keeps what a method has trained."""
+        return f"{self.name}/fit-{method}"
 
-def teach_all(x: Experiment, tuned: Trained | None = None) -> list[Taught]:
-    """The teacher's pass over every episode: by the base, or by `tuned` at its best learning rate by dev loss."""
-    rows = sum(len(episode.demonstrations) for episode in x.episodes)
-    with x.phase("collect", "collecting", rows) as bar:
+
+def teach_all(experiment: Experiment, tuned: Trained | None = None) -> list[Taught]:
+    """What the methods train on: every episode's rows with the true answers and, if needed, the teacher's pass.
+
+    The teacher is the base, or `tuned` at its best learning rate by dev loss.
+    """
+    if not experiment.has_teacher:
+        return true_sets(experiment)
+    episodes = experiment.episodes
+    rows = sum(len(episode.demonstrations) for episode in episodes)
+    with experiment.phase("collect", "collecting", rows) as bar:
 
         def teach_one(number: int) -> Taught:
-            with teacher(x, tuned, number) as model:
-                tokenizer = x.subject.tokenizer
-                return teach(
-                    model,
-                    tokenizer,
-                    x.episodes[number],
-                    settings=x.teacher_settings,
-                    watch=bar.update,
-                )
+            with teacher(experiment, tuned, number) as model:
+                tokenizer = experiment.subject.tokenizer
+                settings = experiment.teacher_settings
+                return teach(model, tokenizer, episodes[number], settings, watch=bar.update)
 
-        return ranks.spread(teach_one, range(len(x.episodes)))
+        return ranks.spread(teach_one, range(len(episodes)))
 
 
-def teacher(x: Experiment, tuned: Trained | None, number: int) -> AbstractContextManager:
+def teacher(experiment: Experiment, tuned: Trained | None, number: int) -> AbstractContextManager:
     """A context with the teacher of episode `number`: the base, or the run of `tuned` on that episode."""
+    model = experiment.subject.model
     if tuned is None:
-        return nullcontext(x.subject.model)
-    weights = tuned.theta.unflatten(0, (len(x.episodes), -1))  # [S, learning rates, M]
-    dev_losses = tuned.dev_loss.view(len(x.episodes), -1)
+        return nullcontext(model)
+    sets = len(experiment.episodes)
+    weights = tuned.theta.unflatten(0, (sets, -1))  # [S, learning rates, M]
+    dev_losses = tuned.dev_loss.view(sets, -1)
     rate = int(dev_losses.mean(0).argmin())
-    return adapted(x.subject.model, x.adapter, weights[number, [rate]])
+    return adapted(model, experiment.adapter, weights[number, [rate]])
 
 
-def true_sets(x: Experiment) -> list[Taught]:
-    """Every episode's rows with their true answers, without and with demonstrations in the prompt."""
-    of_text = x.teacher_settings.max_tokens > 1
-    return [true_rows(x.subject.tokenizer, one, of_text, demonstrated=True) for one in x.episodes]
+def true_sets(experiment: Experiment) -> list[Taught]:
+    """Every episode's rows with their true answers; for `TUNED` also with demonstrations in the prompt."""
+    tokenizer = experiment.subject.tokenizer
+    of_text = experiment.teacher_settings.max_tokens > 1
+    demonstrated = TUNED in experiment.methods
+    return [true_rows(tokenizer, one, of_text, demonstrated) for one in experiment.episodes]
 
 
-def train_all(x: Experiment) -> dict[str, Trained]:
+def train_all(experiment: Experiment) -> dict[str, Trained]:
     """Train every method at every learning rate on every episode. Kept results are read.
 
-    The teacher runs only if some are missing. Warns of runs whose loss was not finite. Raises
+    The teacher runs only if some are missing. Warns of runs whose dev loss was not finite. Raises
     UsageError if no learning rate of a method is left.
     """
     trained: dict[str, Trained] = {}
     taught = None
-    for method in x.methods:
-        kept = x.store.tensors(f"{x.name}/fit-{method}")
+    for method in experiment.methods:
+        kept = experiment.store.tensors(experiment.place(method))
         if kept is not None:
-            x.progress.kept()
+            experiment.progress.kept()
+        elif method == TUNED and experiment.tuned:
+            kept = train_method(experiment, method, true_sets(experiment), trained)
         else:
-            if method == TUNED and x.tuned:
-                found = train_method(x, method, true_sets(x), trained)
-            else:
-                if taught is None:
-                    taught = teach_all(x, trained[TUNED] if x.tuned else None)
-                found = train_method(x, method, taught, trained)
-            kept = x.store.keep(f"{x.name}/fit-{method}", vars(found))
-        kept["theta"] = kept["theta"].to(device_of(x.subject.model))
+            if taught is None:
+                taught = teach_all(experiment, trained[TUNED] if experiment.tuned else None)
+            kept = train_method(experiment, method, taught, trained)
+        kept["theta"] = kept["theta"].to(device_of(experiment.subject.model))
         trained[method] = Trained(**kept)
-        warn_of_failed_runs(x, method, trained[method])
-    if x.methods and taught is None:
-        x.progress.kept()
+        if experiment.episodes[0].dev:
+            warn_of_failed_runs(experiment, method, trained[method])
+    if experiment.has_teacher and taught is None:
+        experiment.progress.kept()
     return trained
 
 
 def train_method(
-    x: Experiment, method: str, taught: list[Taught], trained: dict[str, Trained]
-) -> Trained:
-    """Train one method, all its runs side by side, starting from its first phase if it has one."""
-    runs = configs(method, len(x.episodes), x.rates, x.betas)
-    race = make_race(x, method, len(runs))
-    rows = len(x.episodes[0].train)
-    steps = x.settings.epochs * -(-rows // x.settings.batch_size)
-    with x.phase("train", f"training {method}", steps) as bar:
+    experiment: Experiment, method: str, taught: list[Taught], trained: dict[str, Trained]
+) -> dict[str, Tensor]:
+    """Train one method, all its runs side by side, and keep the result: the fields of `Trained`.
+
+    It starts from its first phase in `trained`, if it has one.
+    """
+    runs = configs(method, len(experiment.episodes), experiment.rates, experiment.betas)
+    race = make_race(experiment, method, len(runs))
+    steps = count_steps(experiment.settings, experiment.episodes[0], method)
+    with experiment.phase("train", f"training {method}", steps) as bar:
 
         def after_evaluation(state: State) -> bool:
             bar.update(state.step - bar.n)
             going = state.dev_loss[state.going]
-            if len(going):
+            if going.isfinite().any():  # there are dev rows
                 losses = f"{going.min():.3g} to {going.max():.3g}"
                 bar.set_postfix_str(
                     f"{len(going)} of {len(runs)} runs going, dev loss {losses}", refresh=False
                 )
             return race(state) if race else False
 
-        hooks = Hooks(
-            x.collate, partial(recorded, device=device_of(x.subject.model)), after_evaluation
-        )
-        grid = Grid(
-            model=x.subject.model,
-            adapter=x.adapter,
-            sets=taught,
-            rates=x.rates,
-            betas=x.betas,
-            seed=x.seed,
-            labels=x.labels,
-            settings=x.settings,
-            hooks=hooks,
-            trainer=x.trainer,
-        )
+        record = partial(recorded, device=device_of(experiment.subject.model))
+        hooks = Hooks(experiment.collate, record, after_evaluation)
+        grid = make_grid(experiment, taught, hooks)
         first = STARTS_FROM.get(method)
-        return METHODS[method](grid, trained[first]) if first else METHODS[method](grid)
+        found = METHODS[method](grid, trained[first]) if first else METHODS[method](grid)
+    return experiment.store.keep(experiment.place(method), vars(found))
 
 
-def make_race(x: Experiment, method: str, runs: int) -> Race | None:
+def count_steps(settings: Settings, episode: Episode, method: str) -> int:
+    """The most steps of a method's last phase on an episode."""
+    rows = len(episode.train)
+    if last_phase(method) != "sft":
+        rows += len(episode.unlabelled)
+    return settings.epochs * math.ceil(rows / settings.batch_size)
+
+
+def make_grid(experiment: Experiment, taught: list[Taught], hooks: Hooks = NO_HOOKS) -> Grid:
+    """Every taught episode at every learning rate."""
+    return Grid(
+        model=experiment.subject.model,
+        adapter=experiment.adapter,
+        sets=taught,
+        rates=experiment.rates,
+        betas=experiment.betas,
+        seed=experiment.seed,
+        labels=experiment.labels,
+        settings=experiment.settings,
+        hooks=hooks,
+        trainer=experiment.trainer,
+    )
+
+
+def make_race(experiment: Experiment, method: str, runs: int) -> Race | None:
     """Stop hopeless learning rates early, unless a later phase starts from all of them."""
-    goes_on = method in [STARTS_FROM.get(later) for later in x.methods]
-    if not x.racing or goes_on:
+    goes_on = method in [STARTS_FROM.get(later) for later in experiment.methods]
+    if not experiment.racing or goes_on:
         return None
-    rates = runs // len(x.episodes)
+    rates = runs // len(experiment.episodes)
     return Race(torch.arange(runs) % rates)
 
 
-def warn_of_failed_runs(x: Experiment, method: str, found: Trained) -> None:
-    """Warn of the runs whose loss was not finite. Raises UsageError if no learning rate is left."""
+def warn_of_failed_runs(experiment: Experiment, method: str, found: Trained) -> None:
+    """Warn of the runs whose dev loss was not finite. Raises UsageError if no learning rate is left."""
     told = []
-    for name, trouble in zip(run_names(x, method), found.troubles()):
+    for name, trouble in zip(run_names(experiment, method), found.troubles()):
         if trouble:
             told.append(f"{name} {trouble}")
-    finite = found.dev_loss.isfinite().view(len(x.episodes), -1)
-    warn_of_failed(f"{x.name}, {method}", told, bool(finite.all(0).any()))
+    finite = found.dev_loss.isfinite().view(len(experiment.episodes), -1)
+    warn_of_failed(f"{experiment.name}, {method}", told, bool(finite.all(0).any()))
 
 
-def run_names(x: Experiment, method: str) -> list[str]:
+def run_names(experiment: Experiment, method: str) -> list[str]:
     """The names of a method's runs in messages."""
     names = []
-    for number, rate, beta in configs(method, len(x.episodes), x.rates, x.betas):
-        name = f"{x.episode_is} {number} at rate {rate:g}"
+    sets = len(experiment.episodes)
+    for number, rate, beta in configs(method, sets, experiment.rates, experiment.betas):
+        name = f"set {number} at rate {rate:g}"
         names.append(name if beta is None else f"{name} β {beta}")
     return names
 

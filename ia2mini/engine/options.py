@@ -46,7 +46,7 @@ def label(method: str) -> str:
     return LABELS.get(method, method.replace("-sft", "→SFT"))
 
 
-def losses_of(methods: tuple[str, ...]) -> set[str]:
+def losses_of(methods: Iterable[str]) -> set[str]:
     """The phases that these methods consist of ("ia2-sft": ia2 and sft): it says what the teacher is asked for."""
     found = set()
     for method in methods:
@@ -54,7 +54,7 @@ def losses_of(methods: tuple[str, ...]) -> set[str]:
     return found
 
 
-def need_teacher(methods: tuple[str, ...]) -> bool:
+def need_teacher(methods: Iterable[str]) -> bool:
     """Whether one of these methods learns from what the teacher does."""
     return bool(losses_of(methods) - {*UNTRAINED, "sft", TUNED})
 

@@ -1,7 +1,6 @@
 """The phase that a command is in, out of how many, and how far it is."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -15,15 +14,16 @@ def silent(label: str, total: int) -> tqdm:
 class Progress:
     """Counts the phases of a command as they begin."""
 
-    bar: Callable = silent  # bar(label, total) -> context manager yielding a tqdm
-    phases: int = 0  # in all
+    bar: Callable[[str, int], tqdm] = silent  # bar(label, total)
+    phases: int = 0  # in all; 0: they are not counted
     done: int = 0  # begun or found on disk
 
-    @contextmanager
-    def phase(self, name: str, total: int) -> Iterator[tqdm]:
+    def phase(self, name: str, total: int) -> tqdm:
+        """The bar of the next phase."""
         self.done += 1
-        with self.bar(f"{self.done}/{self.phases} {name}", total) as bar:
-            yield bar
+        if self.phases:
+            name = f"{self.done}/{self.phases} {name}"
+        return self.bar(name, total)
 
     def kept(self) -> None:
         """Count a phase whose result is on disk."""

@@ -101,6 +101,23 @@ class Store:
                 write_json(self.path / "seconds.json", self.spent)
 
 
+class NoStore(Store):
+    """In place of a store, where nothing is to be kept."""
+
+    def __init__(self):
+        self.spent = {}
+
+    def tensors(self, name: str) -> None:
+        return None
+
+    def keep(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return dict(tensors)
+
+    @contextmanager
+    def stage(self, name: str, phase: str) -> Iterator[None]:
+        yield
+
+
 def numbers(value) -> dict[str, float]:
     """Only the entries of a dict from a file that are numbers."""
     if not isinstance(value, dict):

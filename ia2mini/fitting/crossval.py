@@ -20,22 +20,19 @@ from ..batch import TokenRow
 from ..engine.adapter import make_adapter
 from ..engine.options import FitOptions
 from ..engine.progress import silent
+from ..engine.store import NoStore, Store
 from ..engine.subject import Subject, max_label_tokens
 from ..episode import seeded
 from ..generate import STOP
 from ..methods import METHODS
 from ..tasks import Example, Task
 from ..tasks.rows import labels_after_prompt
+from ..train import Settings
 from .folds import Fold, balanced, draw_folds
 from .selection import Selection
 
 LEAST = 4  # prompts that cross-validation needs
 ALONE = 10  # up to this many are held out one at a time
-
-
-def always_made(name: str, make: Callable[[], dict]) -> dict:
-    """The default of `CrossValidation.cached`: nothing is kept."""
-    return make()
 
 
 @dataclass
@@ -54,14 +51,17 @@ class CrossValidation:
     layers: list[int] | None  # whose attention outputs are aligned; None: all
     rates: tuple[float, ...]  # learning rates
     folds: list[Fold] = field(default_factory=list)
-    # cached(name, make): the tensors of a name as an interrupted fit has kept them, else made and kept
-    cached: Callable[[str, Callable[[], dict]], dict] = always_made
-    bar: Callable[[str, int], tqdm] = silent  # bar(label, total) -> context manager yielding a tqdm
+    store: Store = field(default_factory=NoStore)  # from which an interrupted fit goes on
+    bar: Callable[[str, int], tqdm] = silent  # bar(label, total)
     remarks: list[str] = field(default_factory=list)  # on unusual rows
     token_counts: dict[str, int] = field(default_factory=dict)  # of texts that were counted
     # fold -> its held-out rows with their answers, while candidates are scored (`held_out.true_answers`)
     true_answers: dict[int, list[TokenRow]] = field(default_factory=dict)
     states: Tensor | None = None  # the base's, once a probe has read them (`held_out.base_states`)
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.options.batch_size, self.options.epochs, layers=self.layers)
 
     @property
     def names(self) -> list[str]:

@@ -12,7 +12,6 @@ from ..engine.subject import Subject, max_answer_tokens
 from ..episode import seeded, with_demonstrations
 from ..generate import STOP, generate
 from ..methods import METHODS
-from ..models.taps import device_of
 from ..prefix import share_prefix
 from ..scale.decode import decoding_for
 from ..tasks import Example, Task
@@ -103,7 +102,7 @@ def prepare_fit(
     if bar is not None:
         cv.bar = bar
     if keep is not None:
-        cv.cached = open_store(cv, keep).once
+        cv.store = open_store(cv, keep)
     cv.remarks = [*lacking, *remarks(rows, task, examples)]
     lengths = subject.tokenizer.count([task.prompt_of(row) for row in rows])
     cv.remarks += far_longer(rows, lengths)
@@ -174,8 +173,7 @@ def ship(cv: CrossValidation, choice: Choice, report: dict) -> Predictor:
     probe = None
     if chosen.name in METHODS:
         adapter = cv.adapter
-        kept = cv.cached(f"final-{chosen.name}", lambda: {"theta": train_final(cv, chosen)})
-        theta = kept["theta"].to(device_of(cv.subject.model))
+        theta = train_final(cv, chosen)
     if chosen.name == "probe":
         probe = fit_final_probe(cv, chosen)
     rng = seeded(options.seed, len(cv.folds), "icl")  # draws that no fold has made

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..adapters import adapted
 from ..batch import TokenRow, truth_row
-from ..engine.experiment import warn_of_failed
+from ..engine.experiment import count_steps, warn_of_failed
 from ..labels import Scoring, label_scores
 from ..methods import METHODS, WITH_DEMONSTRATIONS
 from ..prefix import share_prefix
@@ -26,7 +26,7 @@ from ..train import Trained
 from .crossval import CrossValidation
 from .probe import PENALTIES, Probe, fit_probe, held_out_scores, last_states
 from .selection import Candidate, HeldOut
-from .training import SOFT_K, count_steps
+from .training import SOFT_K
 
 
 def answer_held_out(cv: CrossValidation, trained: dict[str, Trained]) -> dict[str, HeldOut]:
@@ -60,7 +60,7 @@ def score_held_out(cv: CrossValidation, name: str, weights: Tensor | None) -> Te
             return {"scores": score_by_probes(cv)}
         return {"scores": score_by_model(cv, name, weights)}
 
-    return cv.cached(f"held-out-{name}", make)["scores"]
+    return cv.store.once(f"held-out-{name}", make)["scores"]
 
 
 def score_by_model(cv: CrossValidation, name: str, weights: Tensor | None) -> Tensor:
@@ -140,7 +140,7 @@ def true_answers(cv: CrossValidation, number: int) -> list[TokenRow]:
 def warn_of_failed_folds(cv: CrossValidation, held_out: HeldOut) -> list[str]:
     """Warn of failed runs, and return the sentences. Raises UsageError if no learning rate is left."""
     failed_rows = (held_out.scores == -torch.inf).any(-1)  # [S, n]
-    steps = count_steps(cv, cv.folds[0], held_out.name)
+    steps = count_steps(cv.settings, cv.folds[0], held_out.name)
     told = []
     for fold, test in enumerate(cv.tests):
         failed = failed_rows[:, test].any(1)

@@ -41,7 +41,7 @@ class Evaluation:
     """One evaluation of a cell: its rows, and the trained runs that are scored on them."""
 
     cell: Cell
-    x: Experiment
+    experiment: Experiment
     name: str
     task: Task
     rows: list[Example]
@@ -51,11 +51,11 @@ class Evaluation:
 
     @property
     def model(self) -> nn.Module:
-        return self.x.subject.model
+        return self.experiment.subject.model
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return self.x.subject.tokenizer
+        return self.experiment.subject.tokenizer
 
     @property
     def options(self) -> Options:
@@ -70,4 +70,4 @@ class Evaluation:
         return self.tokenizer.encode_all([row.prompt for row in self.rows])
 
     def phase(self, method: str, count: int):
-        return self.x.phase("evaluate", f"{method} on {self.name}", count)
+        return self.experiment.phase("evaluate", f"{method} on {self.name}", count)

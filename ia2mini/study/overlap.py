@@ -30,10 +30,10 @@ def subspace_overlap(delta1: Tensor, delta2: Tensor, rank: int) -> Tensor:
 
 
 def overlaps(
-    cell: Cell, x: Experiment, trained: dict[str, Trained], picks: dict[str, list[int]]
+    cell: Cell, experiment: Experiment, trained: dict[str, Trained], picks: dict[str, list[int]]
 ) -> list[dict]:
     """Share of LoRA's subspace that two chosen methods have in common by set (paper Figure 4), and that of chance."""
-    adapter = x.adapter
+    adapter = experiment.adapter
     if not isinstance(adapter, LoRA):
         return []
     weights = {

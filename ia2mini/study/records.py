@@ -26,7 +26,7 @@ def cell_fields(cell: Cell) -> dict:
 
 
 def training_records(
-    cell: Cell, x: Experiment, trained: dict[str, Trained]
+    cell: Cell, experiment: Experiment, trained: dict[str, Trained]
 ) -> dict[str, list[dict]]:
     """For each method one record per run: its set, learning rate, β, dev loss and steps."""
     found = {}
@@ -37,7 +37,7 @@ def training_records(
         troubles = runs.troubles()
         records = []
         for r, (number, rate, beta) in enumerate(
-            configs(method, len(x.episodes), x.rates, x.betas)
+            configs(method, len(experiment.episodes), experiment.rates, experiment.betas)
         ):
             record = cell_fields(cell)
             record["method"] = method
@@ -55,7 +55,7 @@ def training_records(
 
 def score_records(
     cell: Cell,
-    x: Experiment,
+    experiment: Experiment,
     method: str,
     name: str,
     scores: Scores,
@@ -82,7 +82,7 @@ def score_records(
         record["eval"] = name
         record["ood"] = name != cell.task.name
         record["method"] = method
-        record["model"] = x.subject.name
+        record["model"] = experiment.subject.name
         record["adapter"] = None if method in UNTRAINED else options.adapter_name
         record.update(run)
         record["tokens"] = tokens[run["set"]]
@@ -98,7 +98,7 @@ def score_records(
         else:
             record["acc"] = accuracy(scores["correct"][at])
             number = 0 if method == "base" else run["run"]
-            record["texts"] = texts_file(x, f"{method}-{number}", name)
+            record["texts"] = texts_file(experiment, f"{method}-{number}", name)
         del record["run"]
         records.append(record)
     return records
@@ -135,23 +135,27 @@ def chosen_runs(records: list[dict], scored: list[dict], select: str) -> list[in
 
 
 def save_adapters(
-    cell: Cell, x: Experiment, method: str, trained: Trained, picked: list[int], records
+    cell: Cell, experiment: Experiment, method: str, trained: Trained, picked: list[int], records
 ) -> list[str]:
     """Save a method's chosen runs in PEFT's format; returns the folder names."""
-    subject = x.subject
+    subject = experiment.subject
     names = []
     for r in picked:
-        name = f"adapters/{x.name}-{method}-set{records[r]['set']}"
+        name = f"adapters/{experiment.name}-{method}-set{records[r]['set']}"
         names.append(name)
         if ranks.chief:
             save_adapter(
-                x.adapter, trained.theta[r], x.store.path / name, subject.base, subject.revision
+                experiment.adapter,
+                trained.theta[r],
+                experiment.store.path / name,
+                subject.base,
+                subject.revision,
             )
     return names
 
 
 def sample(
-    cell: Cell, x: Experiment, scores: dict, picks: dict[str, list[int]], reported: dict
+    cell: Cell, experiment: Experiment, scores: dict, picks: dict[str, list[int]], reported: dict
 ) -> dict:
     """One whole prompt as the model saw it, and right and wrong rows of the last trained method's first set."""
     name = cell.task.name
@@ -166,7 +170,7 @@ def sample(
     found["method"] = method
     found["set"] = 0
     said, confidence, right = answers_of_run(
-        cell, x, scores[method, name], reported[method].index(run), method, run
+        cell, experiment, scores[method, name], reported[method].index(run), method, run
     )
     for wanted in (True, False):
         places = [i for i, correct in enumerate(right) if correct == wanted]
@@ -178,12 +182,16 @@ def sample(
     return found
 
 
-def answers_of_run(cell: Cell, x: Experiment, scores: Scores, place: int, method: str, run: int):
+def answers_of_run(
+    cell: Cell, experiment: Experiment, scores: Scores, place: int, method: str, run: int
+):
     """One run's answers to the task's own evaluation: the texts, their confidence, and whether they are right."""
     right = scores["correct"][place].tolist()
     if cell.labels:
         labels = cell.task.labels
         said = [labels[top] if top >= 0 else "(no label)" for top in scores["top"][place].tolist()]
         return said, scores["confidence"][place].tolist(), right
-    texts = x.store.json(texts_file(x, f"{method}-{run}", cell.task.name))["texts"]
+    texts = experiment.store.json(texts_file(experiment, f"{method}-{run}", cell.task.name))[
+        "texts"
+    ]
     return texts, [None] * len(texts), right

@@ -36,14 +36,14 @@ ROW_TOKENS = 16384  # of one row under all runs that are scored side by side
 
 
 def score_all(
-    cell: Cell, x: Experiment, trained: dict[str, Trained], reported: dict[str, list[int]]
+    cell: Cell, experiment: Experiment, trained: dict[str, Trained], reported: dict[str, list[int]]
 ) -> dict:
     """(method, evaluation) -> `Scores` of the method's reported runs."""
     found = {}
     for name, examples in cell.evaluations.items():
         e = Evaluation(
             cell=cell,
-            x=x,
+            experiment=experiment,
             name=name,
             task=cell.evaluation_task(name),
             rows=examples.rows,
@@ -53,20 +53,20 @@ def score_all(
         )
         reference = None
         for method in cell.study.options.methods:
-            place = f"{x.name}/{method}-on-{name}"
-            kept = x.store.tensors(place)
+            place = f"{experiment.name}/{method}-on-{name}"
+            kept = experiment.store.tensors(place)
             if kept is None:
                 if reference is None:
                     reference = make_reference(e)
                 scores = reference.scores
                 if method != "icl":
                     scores = score_method(e, method, reference)
-                kept = x.store.keep(place, scores)
+                kept = experiment.store.keep(place, scores)
             elif method != "icl":
-                x.progress.kept()
+                experiment.progress.kept()
             found[method, name] = kept
         if reference is None:
-            x.progress.kept()
+            experiment.progress.kept()
     return found
 
 
@@ -273,7 +273,7 @@ def scored_adapter(cell: Cell) -> Adapter:
 
 
 def dev_temperatures(
-    cell: Cell, x: Experiment, method: str, trained: dict, reported: dict
+    cell: Cell, experiment: Experiment, method: str, trained: dict, reported: dict
 ) -> list[float]:
     """The temperature that fits the dev rows of a run's set best: one per reported run (base and ICL: per set)."""
     sets = len(cell.episodes)
@@ -282,15 +282,15 @@ def dev_temperatures(
     for place, run in enumerate(runs):
         number = place * sets // len(runs)
         dev = cell.episodes[number].dev
-        under = nullcontext(x.subject.model)
+        under = nullcontext(experiment.subject.model)
         if method not in UNTRAINED:
             theta = trained[method].theta[[run]]
-            under = adapted(x.subject.model, scored_adapter(cell), theta)
+            under = adapted(experiment.subject.model, scored_adapter(cell), theta)
         with under as student:
-            prompts = x.subject.tokenizer.encode_all([row.prompt for row in dev])
+            prompts = experiment.subject.tokenizer.encode_all([row.prompt for row in dev])
             if method in WITH_DEMONSTRATIONS:
                 student, prompts = share_demonstrations(student, cell, dev, number)
-            scoring = Scoring(ends=x.subject.tokenizer.eos_ids)
+            scoring = Scoring(ends=experiment.subject.tokenizer.eos_ids)
             scores = label_scores(student, prompts, cell.labels[cell.task.name], scoring)
         gold = torch.tensor([row.label for row in dev])
         found.append(fit_temperature(scores.log_probabilities[0], gold))

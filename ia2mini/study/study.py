@@ -89,8 +89,8 @@ def carry_out(
     with methods_of(study.losses):
         progress = Progress(bar, phases=sum(map(count_phases, cells)))
         for cell in cells:
-            x = experiment_of(cell, store, progress, trainer)
-            for key, records in run_cell(cell, x).items():
+            experiment = experiment_of(cell, store, progress, trainer)
+            for key, records in run_cell(cell, experiment).items():
                 found[key] += records
     document: dict = {"cells": summarise(found["runs"], study.options.select)}
     document.update(store.spent)
@@ -103,15 +103,17 @@ def carry_out(
     return document, store.path
 
 
-def run_cell(cell: Cell, x: Experiment) -> dict[str, list]:
+def run_cell(cell: Cell, experiment: Experiment) -> dict[str, list]:
     """The work of a cell in order: teach and train, choose learning rates, score, save."""
     options = cell.study.options
-    trained = train_all(x)
-    training = training_records(cell, x, trained)
+    trained = train_all(experiment)
+    training = training_records(cell, experiment, trained)
     runs_of = {}
     for method, records in training.items():
-        runs_of[method] = reported(records, trained[method], len(x.episodes), options.select)
-    scores = score_all(cell, x, trained, runs_of)
+        runs_of[method] = reported(
+            records, trained[method], len(experiment.episodes), options.select
+        )
+    scores = score_all(cell, experiment, trained, runs_of)
     runs = []
     picks = {}
     adapters = []
@@ -120,23 +122,25 @@ def run_cell(cell: Cell, x: Experiment) -> dict[str, list]:
             described = untrained_runs(cell)
         else:
             described = [training[method][run] | {"run": run} for run in runs_of[method]]
-        heats = dev_temperatures(cell, x, method, trained, runs_of) if cell.labels else []
+        heats = dev_temperatures(cell, experiment, method, trained, runs_of) if cell.labels else []
         mine = []
         for name in cell.evaluations:
-            mine += score_records(cell, x, method, name, scores[method, name], described, heats)
+            mine += score_records(
+                cell, experiment, method, name, scores[method, name], described, heats
+            )
         runs += mine
         if method not in UNTRAINED:
             own = [record for record in mine if record["eval"] == cell.task.name]
             picks[method] = chosen_runs(training[method], own, options.select)
             adapters += save_adapters(
-                cell, x, method, trained[method], picks[method], training[method]
+                cell, experiment, method, trained[method], picks[method], training[method]
             )
     return {
         "runs": runs,
         "training": [record for records in training.values() for record in records],
-        "overlap": overlaps(cell, x, trained, picks),
+        "overlap": overlaps(cell, experiment, trained, picks),
         "adapters": adapters,
-        "samples": [sample(cell, x, scores, picks, runs_of)],
+        "samples": [sample(cell, experiment, scores, picks, runs_of)],
     }
 
 
@@ -176,17 +180,17 @@ def experiment_of(cell: Cell, store: Store, progress: Progress, trainer: Callabl
         episodes=cell.episodes,
         methods=in_order((*own_first, *options.methods), options.tuned),
         rates=study.rates,
-        betas=study.betas,
         seed=options.seed,
-        labels=options.labels,
         settings=settings,
-        collate=in_one_batch if options.paper_compat else in_batches,
         teacher_settings=teacher_settings,
-        tuned=options.tuned,
-        racing=options.race and options.select == "dev",
-        trainer=trainer,
         store=store,
         progress=progress,
+        betas=study.betas,
+        labels=options.labels,
+        tuned=options.tuned,
+        racing=options.race and options.select == "dev",
+        collate=in_one_batch if options.paper_compat else in_batches,
+        trainer=trainer,
     )
 
 
@@ -194,7 +198,7 @@ def count_phases(cell: Cell) -> int:
     """The number of phases: collecting, training each method, and scoring ICL and every method on each evaluation."""
     methods = cell.study.options.methods
     trained = len(in_order(methods, cell.study.options.tuned))
-    collected = 1 if trained else 0
+    collected = 1 if trained and cell.study.options.learns_from_teacher else 0
     scored = len({"icl", *methods})
     return collected + trained + len(cell.evaluations) * scored
 

@@ -23,11 +23,11 @@ def score_texts(
 
     All runs answer side by side. The texts of each run are kept.
     """
-    files = [texts_file(e.x, run, e.name) for run in runs]
-    kept = [e.x.store.json(file) for file in files]
+    files = [texts_file(e.experiment, run, e.name) for run in runs]
+    kept = [e.experiment.store.json(file) for file in files]
     if None in kept:
         kept = generate_texts(e, model, prompts, len(runs), bar)
-        kept = [e.x.store.keep_json(file, texts) for file, texts in zip(files, kept)]
+        kept = [e.experiment.store.keep_json(file, texts) for file, texts in zip(files, kept)]
     responses = [texts["ids"] for texts in kept]
     return responses, torch.stack(list(map(parsed_correct, kept)))
 
@@ -56,8 +56,8 @@ def generate_texts(
     return kept
 
 
-def texts_file(x: Experiment, run: str, name: str) -> str:
-    return f"{x.name}/generations/{run}-on-{name}.json"
+def texts_file(experiment: Experiment, run: str, name: str) -> str:
+    return f"{experiment.name}/generations/{run}-on-{name}.json"
 
 
 def parsed_correct(kept: dict) -> Tensor:
