@@ -392,7 +392,7 @@ def test_a_killed_fit_goes_on_and_nothing_half_written_stays(subject, tmp_path, 
         "decision_template.jinja",
     } == names
     text = run("score", out, tmp_path / "rows.csv").stdout
-    assert "right (%)" in text and "12 rows" in text
+    assert "accuracy (%)" in text and "12 rows" in text
 
 
 def test_a_folder_keeps_no_adapter_of_an_earlier_fit(fitted, subject, tmp_path):

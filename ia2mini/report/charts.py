@@ -234,7 +234,7 @@ def reliability(figure, view: dict) -> str | None:
         draw_reliability(axis, mine, color_of(method))
         axis.set_title(label(method))
         if place % DIAGRAMS_A_ROW == 0:
-            axis.set_ylabel("right (%)")
+            axis.set_ylabel("accuracy (%)")
         if place + DIAGRAMS_A_ROW >= len(diagrams):
             axis.set_xlabel("confidence (%)")
             axis.tick_params(labelbottom=True)
@@ -311,7 +311,7 @@ def draw_candidates(report: dict):
     axis = figure.subplots()
     draw_rows(axis, rows)
     set_scale(axis, "acc", "x")
-    agreeing = "as with the context" if "kl" in report else "right"
+    agreeing = "as with the context" if "kl" in report else "accuracy"
     axis.set_title(f"{count(report['rows'], 'held-out row')}: {agreeing} (%)")
     set_note(figure, "Lines and brackets: 95 % intervals (Clopper-Pearson).")
     return figure

@@ -18,7 +18,7 @@ from .markup import details, escaped, figure, first_screen, html_page, lines, ta
 from .tables import aligned
 
 HEADS = {
-    "acc": "right (%)",
+    "acc": "accuracy (%)",
     "macro_f1": "macro-F1",
     "ece": "ECE",
     "ece_null": "(null)",
@@ -61,7 +61,7 @@ def notes(report: dict) -> list[str]:
     if report["rows"] < LEAST_ROWS:
         said = [f"no intervals: below {LEAST_ROWS} rows"]
     if has_labels(report):
-        said.append("right: the label with the highest probability is the row's own")
+        said.append("accuracy: the label with the highest probability is the row's own")
         said.append("(null): the ECE that perfect calibration would show")
     if report["chosen"]:
         said.append("*: shipped; as shipped: each row by the choice that the other folds make")
