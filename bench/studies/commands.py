@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ia2mini import UsageError
-from ia2mini.cli.options import Several, many, options_of, taken
+from ia2mini.cli.options import CommaSeparated, combine_options, options_of, pop_options
 from ia2mini.engine.options import FitOptions, Options
 from ia2mini.engine.subject import open_subject
 from ia2mini.files import write_text
@@ -62,7 +62,7 @@ FOLDS = click.option(
 )
 SEEN = click.option(
     "--teachers",
-    type=Several(str, TEACHERS),
+    type=CommaSeparated(str, TEACHERS),
     default=",".join(TEACHERS),
     show_default=True,
     help="what they see",
@@ -72,7 +72,7 @@ OF_A_STUDY = ("folds", "teachers", "matched")  # options that are no `Options`
 
 def what_is_matched(names: tuple[str, ...]):
     return click.option(
-        "--matched", type=Several(str, MATCHED), default=",".join(names), show_default=True
+        "--matched", type=CommaSeparated(str, MATCHED), default=",".join(names), show_default=True
     )
 
 
@@ -88,7 +88,7 @@ def add_study(name: str, ask: Callable, select: str, *more, part=PART, methods=M
     """A command that asks something of the runs of a study: `ask(subject, options, part, data)`."""
 
     @click.command(name, help=ask.__doc__)
-    @many(part, *FOUND, SAVE, *more)
+    @combine_options(part, *FOUND, SAVE, *more)
     @options_of(Options, n=(2, 4, 8), sets=10, methods=methods, eval_rows=100, select=select)
     def command(part, model, dtype, data_dir, save, **given):
         asked = {option: given.pop(option) for option in OF_A_STUDY if option in given}
@@ -135,16 +135,16 @@ def gain_command(save):
 )
 @click.option("--epochs", default=30, show_default=True)
 @click.option(
-    "--methods", type=Several(str), default=",".join(FitOptions().methods), show_default=True
+    "--methods", type=CommaSeparated(str), default=",".join(FitOptions().methods), show_default=True
 )
 @click.option(
     "--sizes",
-    type=Several(int, least=2),
+    type=CommaSeparated(int, least=2),
     default="8,16",
     show_default=True,
     help="real rows a label",
 )
-@many(*FOUND, SAVE)
+@combine_options(*FOUND, SAVE)
 def fit_command(part, methods, model, data_dir, dtype, sizes, save, **counts):
     on = {"model": model, "data_dir": data_dir, "dtype": dtype, "sizes": sizes}
     results = fit(part, counts, methods, on)
@@ -154,26 +154,34 @@ def fit_command(part, methods, model, data_dir, dtype, sizes, save, **counts):
 
 
 @click.command("rivals", help=rivals.__doc__)
-@many(*FOUND, SAVE)
+@combine_options(*FOUND, SAVE)
 @click.option(
     "--embedder",
     type=click.Path(path_type=Path),
     help="folder of a sentence-transformers model, for SetFit and the logistic regression",
 )
-@click.option("--tasks", type=Several(str, REAL), default=",".join(DATA_SETS), show_default=True)
 @click.option(
-    "--sizes", type=Several(int, least=2), default="4,8,16", show_default=True, help="rows a class"
+    "--tasks", type=CommaSeparated(str, REAL), default=",".join(DATA_SETS), show_default=True
+)
+@click.option(
+    "--sizes",
+    type=CommaSeparated(int, least=2),
+    default="4,8,16",
+    show_default=True,
+    help="rows a class",
 )
 @click.option(
     "--seeds", default=5, type=click.IntRange(1), show_default=True, help="draws of the rows"
 )
-@click.option("--parts", type=Several(str, PARTS), default=",".join(PARTS), show_default=True)
+@click.option(
+    "--parts", type=CommaSeparated(str, PARTS), default=",".join(PARTS), show_default=True
+)
 @click.option(
     "--page", is_flag=True, help="only write docs/rivals.md and its figure from bench/results"
 )
 @options_of(FitOptions)
 def rivals_command(model, data_dir, dtype, save, embedder, page, **given):
-    cells = Cells(**taken(given, "tasks", "sizes", "seeds", "parts"))
+    cells = Cells(**pop_options(given, "tasks", "sizes", "seeds", "parts"))
     if not page:
         subject = open_subject(model, "cpu", dtype)
         result = rivals(subject, FitOptions(**given), data_dir, embedder, cells)
