@@ -9,7 +9,7 @@ from ..files import count
 from .figures import FIGURES, alt_text
 from .markup import details, escaped, figure, first_screen, html_page, lines, table
 from .summary import average, best, parts, title, verdict, views
-from .tables import HEADS, known_columns, legend, seconds_line, starred, texts
+from .tables import HEADS, evaluation_rows, known_columns, legend, seconds_line, texts
 
 MIME = {"png": "png", "svg": "svg+xml"}  # the formats of figures that a page can show
 
@@ -67,7 +67,9 @@ def task_section(name: str, document: dict) -> str:
     for part in parts(document):
         mine = [cell for cell in part["cells"] if cell["task"] == name]
         if mine:
-            body.append(evaluations_table(mine, part["by"], document))
+            heads, *rows = [row[1:] for row in evaluation_rows(mine, document)]
+            caption = title(mine, part["n"], part["by"])
+            body.append(table(caption, heads, rows, "evaluations"))
     samples = [sample for sample in document.get("samples") or [] if sample["task"] == name]
     if samples:
         sample = max(samples, key=lambda sample: sample["n"])
@@ -76,15 +78,6 @@ def task_section(name: str, document: dict) -> str:
         if sample["rows"]:
             body += [sample_table(sample, right=True), sample_table(sample, right=False)]
     return details(name, body)
-
-
-def evaluations_table(cells: list[dict], by: str | None, document: dict) -> str:
-    """Every evaluation of a task."""
-    cells = sorted(cells, key=lambda cell: (cell["ood"], cell["eval"]))
-    columns = known_columns(cells, document)
-    rows = [[starred(cell["eval"], cell["ood"]), *texts(cell, columns)] for cell in cells]
-    heads = ["evaluated on", "method", *map(HEADS.get, columns)]
-    return table(title(cells, cells[0]["n"], by), heads, rows, "evaluations")
 
 
 def sample_table(sample: dict, right: bool) -> str:

@@ -250,7 +250,8 @@ def write_tables(document: dict, folder: Path) -> None:
     of_markdown = []
     of_latex = []
     for part in parts(document):
-        table = part_table(part, document)
+        heads, *rows = evaluation_rows(part["cells"], document)
+        table = pandas.DataFrame(rows, columns=heads)
         lines = table.map(markdown).to_markdown(index=False, disable_numparse=True)
         said = "\n".join(verdict(part["cells"]))
         of_markdown.append(f"**{markdown(part['title'])}**\n\n{lines}\n\n{said}\n")
@@ -266,14 +267,11 @@ def write_tables(document: dict, folder: Path) -> None:
     write_text(folder / "table.csv", pandas.DataFrame(flat).to_csv(index=False))
 
 
-def part_table(part: dict, document: dict):
-    """Every cell of a part as a DataFrame of texts."""
-    import pandas
-
-    cells = sorted(part["cells"], key=lambda cell: (cell["task"], cell["ood"], cell["eval"]))
+def evaluation_rows(cells: list[dict], document: dict) -> list[list[str]]:
+    """Headings, then a line for each cell: its task, its evaluation, the method and the entries."""
+    cells = sorted(cells, key=lambda cell: (cell["task"], cell["ood"], cell["eval"]))
     columns = known_columns(cells, document)
-    rows = []
+    rows = [["trained on", "evaluated on", "method", *map(HEADS.get, columns)]]
     for cell in cells:
         rows.append([cell["task"], starred(cell["eval"], cell["ood"]), *texts(cell, columns)])
-    heads = ["trained on", "evaluated on", "method", *map(HEADS.get, columns)]
-    return pandas.DataFrame(rows, columns=heads)
+    return rows
