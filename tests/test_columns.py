@@ -119,9 +119,9 @@ def test_the_refusal_shows_a_template_that_works():
 def test_named_columns_are_taken_and_the_others_named():
     rows = rows_of("context question answer id")
     _, task = read_own(rows, ("question", None, None))
-    assert task.label == "answer" and "left out: 'context', 'id'" in task.remarks[-2]
+    assert task.answer_column == "answer" and "left out: 'context', 'id'" in task.remarks[-2]
     _, task = read_own(rows, (None, "context", "{question}:"))
-    assert task.label == "context" and "left out: 'answer', 'id'" in task.remarks[-2]
+    assert task.answer_column == "context" and "left out: 'answer', 'id'" in task.remarks[-2]
     refused(
         lambda: read_own(rows, ("question", "question", None)),
         "'question' cannot be both prompt and answer",
@@ -170,7 +170,7 @@ def test_alpacas_rows_are_read_as_such(names, more):
     said = task.remarks[-2]
     assert all(repr(name) in said for name in (*names, *more)) and "Alpaca" in said
     assert ("left out: 'text'" in said) == bool(more)
-    asking = queries_task(kept, "queries")
+    _, asking = queries_task(kept, "queries")
     assert fill(asking.prompt, kept[0]) == "Question: Give the capital.\nFrance\nAnswer: "
 
 
@@ -297,10 +297,10 @@ def test_labels_that_may_be_mistakes_are_remarked():
 def test_answers_that_do_not_repeat_are_texts_and_that_is_said():
     different = [{"text": f"q{i}", "label": f"a{i}"} for i in range(6)]
     for rows in (different, different * 2, different * 5):  # repeated rows tell nothing new
-        task = own_task(read_own(rows)[0], "own")
+        task = own_task(read_own(rows)[0], "own")[1]
         assert not task.labels and task.remarks[-1] == "answers: free text, 6 different in 6 rows"
     again = [row | {"text": row["text"] + "!"} for row in different]
-    task = own_task(read_own(different + again)[0], "own")
+    task = own_task(read_own(different + again)[0], "own")[1]
     assert len(task.labels) == 6 and task.remarks[-1] == "answers: 6 labels"
 
 

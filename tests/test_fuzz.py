@@ -214,7 +214,7 @@ def test_data_files(tmp_path):
 
     def check(folder):
         rows = read_rows(next(folder.iterdir(), folder / "rows.csv"))
-        task = own_task(rows, "own")
+        _, task = own_task(rows, "own")
         similar_labels(task.labels or ())
         for row in rows:
             example = task.example(row)

@@ -95,7 +95,7 @@ def trial(
         cv.store = store
     fitted, choice = fit_folds(cv)
     found = choice.candidates
-    gold = torch.tensor([cv.task.labels.index(row[cv.task.label]) for row in fresh])
+    gold = torch.tensor([cv.task.labels.index(row[cv.task.answer_column]) for row in fresh])
     accuracy = {}
     nll = {}
     ece = {}

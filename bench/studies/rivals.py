@@ -86,7 +86,7 @@ def fitted_rivals(
     cv = prepare_fit(rows, subject, options, columns_of(rows))
     fitted, choice = fit_folds(cv)
     seconds = time.perf_counter() - begun
-    assert list(cv.task.labels) == sorted({row[cv.task.label] for row in rows})
+    assert list(cv.task.labels) == sorted({row[cv.task.answer_column] for row in rows})
     needed = folder_mb(subject.folder)
     stated = fitted.report["shipped"]["acc"]
     note = f"ships {fitted.report['chosen']}"

@@ -130,7 +130,7 @@ def read_unlabelled(unlabelled, task: Task) -> tuple[list[Row], list[str]]:
     queries = [open_turns(row, task.prompt) for row in rows]
     if not queries:
         return [], []
-    return complete_rows(queries, replace(task, answer=""))
+    return complete_rows(queries, task.prompt, None)
 
 
 def open_store(cv: CrossValidation, folder: Path) -> Store:
@@ -182,7 +182,7 @@ def ship(cv: CrossValidation, choice: Choice, report: dict) -> Predictor:
         demonstrations.append({"prompt": question(example.prompt), "answer": example.answer})
     spec = {
         "template": cv.task.prompt,
-        "answer_column": cv.task.label,
+        "answer_column": cv.task.answer_column,
         "labels": list(cv.task.labels),
         "max_tokens": cv.max_tokens,
         "stop": cv.stop,

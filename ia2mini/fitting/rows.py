@@ -9,7 +9,7 @@ from typing import NamedTuple
 from .. import UsageError
 from ..files import count, plain
 from ..tasks import Example, Task
-from ..tasks.own import complete_rows, own_task, queries_task, similar_labels
+from ..tasks.own import own_task, queries_task, similar_labels
 from ..tasks.rows import Row, as_rows
 from ..tasks.turns import ALL_TURNS, ANSWER, holds_turns, open_turns
 
@@ -42,10 +42,8 @@ def read_own(
         rows = [open_turns(row, columns.template) for row in rows]
     name = plain(Path(re.split(r":| ?row ", rows[0].where)[0]).stem, "") or "rows"
     if queries:
-        task = queries_task(rows, name, columns.prompt, columns.template)
-    else:
-        task = own_task(rows, name, *columns)
-    return complete_rows(rows, task)[0], task
+        return queries_task(rows, name, columns.prompt, columns.template)
+    return own_task(rows, name, *columns)
 
 
 def columns_of_turns(columns: Columns, where: str, chat: bool) -> Columns:

@@ -29,8 +29,8 @@ class Task:
     """A task: where its rows are, which of them count, and how a row becomes prompt and answer.
 
     Templates name columns in braces. A task with `labels` answers with one of them, `labels[i]`, where i is what
-    `label_index` has for the text in column `label` (None drops the row; by default "0" is 0 and so on). A task without
-    labels answers with the text of `answer`.
+    `label_index` has for the text in `answer_column` (None drops the row; by default "0" is 0 and so on). A task
+    without labels answers with the text of `answer`.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Task:
     prompt: str = "Question:{question}\nAnswer:"
     answer: str = "{answer}"
     labels: tuple[str, ...] = ()
-    label: str = "label"
+    answer_column: str = "label"
     label_index: dict[str, int | None] = field(default_factory=dict, hash=False)
     ood: tuple[str, ...] = ()  # out-of-distribution evaluations
     max_tokens: int = 1  # of an answer in evaluation
@@ -77,14 +77,14 @@ class Task:
     def label_of(self, row: Row) -> int | None:
         """Index of the row's label, or None where the row is not part of the task. UsageError for an unknown label."""
         indices = self.label_index or {str(i): i for i in range(len(self.labels))}
-        text = row.text(self.label)
+        text = row.text(self.answer_column)
         key = next(
             (key for key in (text, text.lower(), whole_number(text)) if key in indices), None
         )
         if key is None:
             listed = ", ".join(map(repr, indices))
             raise UsageError(
-                f"{row.where}: unknown label {text!r} in column {self.label!r}; known labels: {listed}"
+                f"{row.where}: unknown label {text!r} in column {self.answer_column!r}; known labels: {listed}"
             )
         return indices[key]
 
@@ -111,7 +111,9 @@ def arrange(task: Task, role: str, rows: list[Row]) -> list[Row]:
         elif step == "filter":
             rows = [row for row in rows if not task.labels or task.label_of(row) is not None]
         elif step == "complete":
-            rows = [row for row in rows if missing_part(row, task.prompt, task.label) is None]
+            rows = [
+                row for row in rows if missing_part(row, task.prompt, task.answer_column) is None
+            ]
         elif step == "unique":
             first = {fill(task.prompt, row): row for row in reversed(rows)}
             rows = [row for row in rows if first[fill(task.prompt, row)] is row]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ia2mini import UsageError
 
-from .rows import Row, is_blank, placeholders
+from .rows import Row, is_blank, no_column, placeholders
 
 PROMPTS = "text prompt question instruction input sentence query message content review ticket title".split()
 ANSWERS = "label answer output response completion category class target intent sentiment".split()
@@ -59,7 +59,7 @@ def choose_columns(
     header = list(dict.fromkeys(column for row in rows for column in row))
     for column in (*placeholders(template or ""), prompt, answer):
         if column is not None and column not in header:
-            Row(rows[0].where, dict.fromkeys(header))[column]  # raises
+            raise no_column(rows[0].where, header, column)
     given = given_prompts(prompt, answer, template)
     if not given:
         alpaca = alpaca_columns(rows, header, answer, has_answers)

@@ -9,7 +9,15 @@ from ia2mini.files import count
 from .answers import parser_for
 from .catalog import Task
 from .columns import ChosenColumns, choose_columns
-from .rows import Row, fill, missing_part, needed_columns, placeholders, whole_number
+from .rows import (
+    Row,
+    fill,
+    missing_part,
+    needed_columns,
+    no_column,
+    placeholders,
+    whole_number,
+)
 
 MOST_LABELS = 255
 BLANK_LINE = "\n\n"  # stands between demonstrations
@@ -28,20 +36,20 @@ def own_task(
     answer: str | None = None,
     template: str | None = None,
     answer_kind: str | None = None,
-) -> Task:
-    """Make a task from rows; the columns `prompt` and `answer` are guessed from the header if not given.
+) -> tuple[list[Row], Task]:
+    """The rows that have a prompt and an answer, and their task.
 
+    The columns `prompt` and `answer` are guessed from the header if not given. In a template, `\\n` is a line end.
     `answer_kind` says whether answers are "labels" or "text". Without it at most 255 different answers, each given
     twice on average to different prompts, are labels: `task.labels`, sorted. Others are text, parsed as numbers, boxes
-    or after `####` where every answer has that form. In a template, `\\n` is a line end. Rows without a prompt or an
-    answer do not count (`complete_rows`). What was decided is in `task.remarks`. UsageError for whatever is wrong with
-    the rows or the template.
+    or after `####` where every answer has that form. What was decided is in `task.remarks`. UsageError for
+    whatever is wrong with the rows or the template.
     """
     template = check_template(template)
     columns = choose_columns(rows, prompt, answer, template)
     body = template or columns.body
     answer = columns.answer
-    complete, remarks = drop_incomplete(rows, body, answer)
+    complete, remarks = complete_rows(rows, body, answer)
     if not complete:
         empty = "the prompt" if missing_part(rows[0], body, None) else f"column {answer!r}"
         raise UsageError(
@@ -61,12 +69,13 @@ def own_task(
         train="train",
         eval="eval",
         prompt=template or default_template(columns, labelled),
-        label=answer,
+        answer_column=answer,
         answer=f"{{{answer}}}",
     )
     if labelled:
         remarks += [*merged, columns.describe(), f"answers: {len(labels)} labels"]
-        return replace(task, labels=labels, label_index=label_index, remarks=tuple(remarks))
+        task = replace(task, labels=labels, label_index=label_index, remarks=tuple(remarks))
+        return complete, task
     remarks.append(columns.describe())
     remarks.append(f"answers: free text, {len(set(texts))} different in {len(different)} rows")
     broken = sum(BLANK_LINE in text.rstrip() for text in texts)
@@ -75,7 +84,8 @@ def own_task(
         remarks.append(
             f"{count(broken, 'answer')} with a blank line, where a generated answer ends: never right; {mend}"
         )
-    return replace(task, max_tokens=200, parser=parser_for(texts), remarks=tuple(remarks))
+    task = replace(task, max_tokens=200, parser=parser_for(texts), remarks=tuple(remarks))
+    return complete, task
 
 
 def answers_are_labels(kind: str | None, labels: int, rows: int) -> bool:
@@ -164,10 +174,16 @@ def true_answer(row: Row, column: str, labels: list[str]) -> str:
     return text
 
 
-def drop_incomplete(
+def complete_rows(
     rows: list[Row], template: str, answer: str | None
 ) -> tuple[list[Row], list[str]]:
-    """The rows with a prompt and an answer, and sentences that name the other rows."""
+    """The rows with a prompt and, in column `answer`, an answer (None: none is needed), and sentences on the others.
+
+    Raises UsageError where a needed column is in no row.
+    """
+    for column in (*needed_columns(template), answer):
+        if column is not None and not any(column in row for row in rows):
+            raise no_column(rows[0].where, rows[0], column)
     complete = []
     lacking: dict[str, list[str]] = {"prompt": [], "answer": []}
     for row in rows:
@@ -187,19 +203,6 @@ def drop_incomplete(
             f"left out for want of {part}: {len(places)} of {len(rows)} rows ({named})"
         )
     return complete, sentences
-
-
-def complete_rows(rows: list[Row], task: Task) -> tuple[list[Row], list[str]]:
-    """Rows for a task on own rows: those that have a prompt and, where the task has answers, an answer.
-
-    Sentences name the others, as in `drop_incomplete`.
-    Raises UsageError where a column is in no row.
-    """
-    answer = task.label if task.answer else None
-    for column in (*needed_columns(task.prompt), answer):
-        if column is not None and not any(column in row for row in rows):
-            rows[0][column]  # raises
-    return drop_incomplete(rows, task.prompt, answer)
 
 
 def similar_labels(labels: tuple[str, ...]) -> list[str]:
@@ -239,13 +242,18 @@ def normalized(label: str) -> str:
         return text
 
 
-def queries_task(rows: list[Row], name: str, prompt=None, template: str | None = None) -> Task:
-    """The task of rows without answers; the model answers with text. Raises UsageError if no column is known."""
+def queries_task(
+    rows: list[Row], name: str, prompt=None, template: str | None = None
+) -> tuple[list[Row], Task]:
+    """The rows that have a prompt, and their task without answers: the model answers with text.
+
+    Raises UsageError if no column is known.
+    """
     template = check_template(template)
     columns = choose_columns(rows, prompt, None, template, has_answers=False)
     template = template or default_template(columns, False)
-    _, remarks = drop_incomplete(rows, template, None)
-    return Task(
+    complete, remarks = complete_rows(rows, template, None)
+    task = Task(
         name,
         name,
         prompt=template,
@@ -253,3 +261,4 @@ def queries_task(rows: list[Row], name: str, prompt=None, template: str | None =
         parser="text",
         remarks=(*remarks, columns.describe()),
     )
+    return complete, task

@@ -21,6 +21,7 @@ from .tables import is_frame, read_excel, read_frame, read_parquet, read_saved
 COLUMN = re.compile(r"(\n?)\{(\??)([^{}]*)\}")
 # a whole number as pandas writes it where its column also held nothing
 WHOLE = re.compile(r"(-?\d+)\.0+")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".xlsx")  # of files of rows
 BLOCK_SIZE = 64  # rows that are answered together
 MISSING = ("", "nan", "<na>")  # how an empty cell is written, in small letters
 
@@ -37,8 +38,7 @@ class Row(dict):
         self.where = where
 
     def __missing__(self, column: str):
-        columns = ", ".join(map(repr, self)) or "none"
-        raise UsageError(f"{self.where}: no column {column!r}; the columns there are {columns}")
+        raise no_column(self.where, self, column)
 
     def is_missing(self, column: str) -> bool:
         """Whether a column is missing, or holds None or NaN."""
@@ -63,6 +63,12 @@ class Row(dict):
         if isinstance(value, (bool, int)):
             return str(value).lower()
         raise UsageError(f"{self.where}: column {column!r} holds {repr(value)[:60]}, not a text")
+
+
+def no_column(where: str, columns: Iterable[str], column: str) -> UsageError:
+    """The error for a column that is not among those of a row."""
+    listed = ", ".join(map(repr, columns)) or "none"
+    return UsageError(f"{where}: no column {column!r}; the columns there are {listed}")
 
 
 def placeholders(template: str) -> list[str]:
@@ -149,12 +155,12 @@ def read_rows(path: Path, named_classes: bool = True) -> list[Row]:
     """
     path, sheet = named_sheet(path)
     suffix = path.suffix.lower()
-    if path.is_dir() and suffix not in READERS:
+    if path.is_dir() and suffix not in SUFFIXES:
         pairs = read_saved(path, named_classes)
     elif not suffix and not path.exists():
         raise UsageError(f"{path}: no such file or folder")
-    elif suffix not in READERS:
-        listed = ", ".join(READERS)
+    elif suffix not in SUFFIXES:
+        listed = ", ".join(SUFFIXES)
         raise UsageError(
             f"{path}: unknown kind of file {path.suffix!r}; rows are read from {listed}"
         )
@@ -163,7 +169,7 @@ def read_rows(path: Path, named_classes: bool = True) -> list[Row]:
     elif suffix == ".xlsx":
         pairs = read_excel(path, sheet)
     else:
-        pairs = READERS[suffix](path)
+        pairs = TEXT_READERS[suffix](path)
     if not pairs:
         raise UsageError(f"{path}: the file holds no rows")
     return [Row(where, columns) for where, columns in pairs]
@@ -219,13 +225,11 @@ def read_csv_rows(path: Path) -> list[tuple]:
     return read_delimited(path, first)
 
 
-READERS = {
+TEXT_READERS = {
     ".jsonl": read_jsonl_rows,
     ".json": read_json_rows,
-    ".parquet": read_parquet,
     ".csv": read_csv_rows,
     ".tsv": read_csv_rows,
-    ".xlsx": read_excel,
 }
 
 

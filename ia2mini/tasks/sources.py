@@ -17,7 +17,7 @@ from ia2mini.files.hub import hub_errors, patiently
 from . import world
 from .catalog import Example, Task, arrange
 from .own import complete_rows, own_task
-from .rows import READERS, Row, fill, read_rows
+from .rows import SUFFIXES, Row, fill, read_rows
 
 POOL = 2000  # largest pool
 EVAL = 500  # largest evaluation
@@ -93,11 +93,11 @@ def find_local(task: Task, split: str, data_dir: Path) -> Path:
     stems = [split]
     if task.config:
         stems += [f"{task.config}_{split}", f"{task.config}/{split}"]
-    for folder, stem, suffix in product(folders, stems, READERS):
+    for folder, stem, suffix in product(folders, stems, SUFFIXES):
         path = data_dir / folder / f"{stem}{suffix}"
         if path.is_file():
             return path
-    searched = f"{'|'.join(folders)} / {'|'.join(stems)} + {'|'.join(READERS)}"
+    searched = f"{'|'.join(folders)} / {'|'.join(stems)} + {'|'.join(SUFFIXES)}"
     raise UsageError(f"{data_dir}: no rows of {task.name} there; looked for {searched}")
 
 
@@ -188,11 +188,11 @@ def custom_task(
     """
     file = Path(path)
     rows = read_rows(file)
-    task = own_task(rows, str(path), prompt, answer, template)
-    complete, _ = complete_rows(rows, task)
+    complete, task = own_task(rows, str(path), prompt, answer, template)
     remarks = task.remarks
     if eval_path:
-        _, left_out = complete_rows(read_rows(Path(eval_path)), task)
+        others = read_rows(Path(eval_path))
+        _, left_out = complete_rows(others, task.prompt, task.answer_column)
         remarks = (*remarks, *left_out)
     prompts = len({fill(task.prompt, row) for row in complete})
     held_out = min(max(prompts // 5, 20), prompts // 2, EVAL)

@@ -32,7 +32,7 @@ def open_turns(row: Row, template: str | None) -> Row:
         messages = [{"role": "user", "content": row[PROMPT_TURNS]}]
     if not isinstance(messages, list):
         return row
-    turns = [read_turn(f"{row.where}: messages", *turn) for turn in enumerate(messages, 1)]
+    turns = read_each(f"{row.where}: messages", messages)
     columns = {name: value for name, value in row.items() if name != MESSAGES}
     for name in ROLES:
         if name in columns:
@@ -52,6 +52,10 @@ def open_turns(row: Row, template: str | None) -> Row:
         raise UsageError(f"{row.where}: messages: {several}; use --chat without a template")
     columns.update({turn["role"]: turn["content"] for turn in turns})
     return Row(row.where, columns)
+
+
+def read_each(where: str, turns: list) -> list[dict[str, str]]:
+    return [read_turn(where, number, turn) for number, turn in enumerate(turns, 1)]
 
 
 def read_turn(where: str, number: int, turn) -> dict[str, str]:
@@ -75,4 +79,4 @@ def read_turns(question: str) -> list[dict[str, str]]:
     turns = parse_json(question, where, "a list of turns is expected")
     if not isinstance(turns, list):
         raise UsageError(f"{where}: {question[:60]!r} is no list of turns")
-    return [read_turn(where, *turn) for turn in enumerate(turns, 1)]
+    return read_each(where, turns)
