@@ -8,7 +8,8 @@ from ia2mini.models.checkpoint import TINY
 
 from ia2mini import UsageError, open_subject
 from ia2mini.batch import send
-from ia2mini.scale import device, graphs
+from ia2mini.scale import device, graphs, memory
+from ia2mini.train import Runs, Settings, State
 
 HAS_MPS = torch.backends.mps.is_available()
 
@@ -47,13 +48,20 @@ def test_on_mps_nothing_is_recorded_or_pinned_and_memory_has_no_estimate(monkeyp
 
 
 @pytest.mark.parametrize("kind, emptied", [("mps", 1), ("cpu", 0)])
-def test_the_cache_is_emptied_after_each_phase(kind, emptied, monkeypatch):
+def test_the_cache_is_emptied_after_each_phase(kind, emptied, monkeypatch, model):
     calls = []
     monkeypatch.setattr(torch.mps, "empty_cache", lambda: calls.append("emptied"))
-    monkeypatch.setattr(device, "device_of", lambda model: torch.device(kind))
-    train = device.then_emptied(lambda model, runs: calls.append(runs) or "state")
-    assert train("model", "runs") == "state"
-    assert calls == ["runs"] + ["emptied"] * emptied
+    monkeypatch.setattr(memory, "device_of", lambda model: torch.device(kind))
+    state = State.begin(torch.zeros(2, 3))
+    runs = Runs(state.theta, torch.ones(2), [[], []], [[], []], {}, [list, list])
+
+    def train(model, adapter, runs, settings, state, hooks):
+        calls.append(len(runs))
+        return state
+
+    found = memory.within_memory(train, at_once=1)(model, None, runs, Settings(), state, None)
+    assert found is state
+    assert calls == [1, 1] + ["emptied"] * emptied
 
 
 @pytest.mark.skipif(not HAS_MPS, reason="no Apple GPU here")

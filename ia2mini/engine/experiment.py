@@ -17,7 +17,6 @@ from ..methods import ICL, METHODS, STARTS_FROM, TRUTH, Grid, configs
 from ..models.taps import device_of
 from ..scale import ranks
 from ..scale.dealt import over_ranks
-from ..scale.device import then_emptied
 from ..scale.graphs import launch_bound, recorded
 from ..scale.memory import within_memory
 from ..scale.pack import in_batches
@@ -33,7 +32,7 @@ from .subject import Subject
 
 def make_trainer(side_by_side: int | None = None) -> Callable:
     """The training loop with all its wrappers from scale/; `side_by_side`: runs trained at once (None: all)."""
-    trainer = then_emptied(within_memory(shrinking(train, launch_bound), side_by_side))
+    trainer = within_memory(shrinking(train, launch_bound), side_by_side)
     return over_ranks(trainer) if ranks.size > 1 else trainer
 
 

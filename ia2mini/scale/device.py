@@ -2,15 +2,12 @@
 
 import math
 import warnings
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 
 import torch
 
 from .. import UsageError
 from ..files import read_json
-from ..models.taps import device_of
 
 KNOWN = ("cpu", "cuda", "mps")
 EXPERIMENT = "--device mps is an experiment: nobody has run ia2mini on an Apple GPU; compare with --device cpu"
@@ -70,14 +67,7 @@ def free_bytes(device: torch.device) -> float:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def then_emptied(train: Callable) -> Callable:
-    """Wrap `train`: afterwards PyTorch frees its cache on Apple's GPU, whose memory is also the machine's."""
-
-    @wraps(train)
-    def train_then_empty(model, *given, **named):
-        found = train(model, *given, **named)
-        if is_mps(device_of(model)):
-            torch.mps.empty_cache()
-        return found
-
-    return train_then_empty
+def empty_mps_cache(device: torch.device) -> None:
+    """Free what PyTorch keeps of Apple's GPU memory, which is also the machine's; nothing on other devices."""
+    if is_mps(device):
+        torch.mps.empty_cache()

@@ -11,9 +11,10 @@ from torch import nn
 from .. import UsageError
 from ..batch import count_positions
 from ..errors import out_of_memory
+from ..models.taps import device_of
 from ..train import Runs, State
 from .blocks import checkpoint_blocks, is_checkpointed
-from .device import free_bytes
+from .device import empty_mps_cache, free_bytes
 from .parts import put_state, take_runs, take_state
 
 MARGIN = 0.9  # of what is free
@@ -49,6 +50,7 @@ def within_memory(train: Callable, at_once: int | None = None) -> Callable:
             rest = rest[most:]
         if most < len(runs):
             most_ever = most
+        empty_mps_cache(device_of(model))
         return state
 
     return train_in_parts
