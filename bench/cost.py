@@ -16,7 +16,7 @@ from ia2mini.scale.memory import run_bytes
 from ia2mini.study.cells import Cell
 
 RANK = 8  # of LoRA where nothing else is said
-BUDGET = 4096  # tokens of one pass (`Study.budget`)
+BUDGET = 4096  # tokens of one pass (`TeacherSettings.budget`)
 DECODED_AT_ONCE = 4 * BUDGET  # tokens of cache of a batch that is decoded (`Decoding.budget`)
 MOST_DEV = 48  # rows that decide when a run stops
 # bfloat16 operations a layer: forward, LoRA, backward

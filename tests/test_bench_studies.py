@@ -171,7 +171,7 @@ def test_demonstrations_before_an_adapted_model_are_those_of_its_set(tmp_path, m
     theta[[2, 5]] = nothing
     for mine in cells:
         mine = replace(
-            mine, trained={"sft": SimpleNamespace(theta=theta)}, reported={"sft": [2, 5]}
+            mine, trained={"sft": SimpleNamespace(theta=theta)}, scored_runs={"sft": [2, 5]}
         )
         for asked in cells:
             found = after.accuracies_with_demonstrations(mine, "sft", asked)
@@ -196,7 +196,7 @@ def test_a_study_is_reopened_as_it_was(tmp_path, monkeypatch):
         draw_episode(load_examples(tasks[0], "train").rows, 2, number) for number in range(2)
     ]
     rate, _ = chosen(document["training"], "dev")
-    assert [document["training"][run]["rate"] for run in one.reported["sft"]] == [rate, rate]
+    assert [document["training"][run]["rate"] for run in one.scored_runs["sft"]] == [rate, rate]
 
 
 def test_the_other_task_of_a_control_is_the_next_one():

@@ -31,7 +31,7 @@ from ia2mini.methods import STARTS_FROM
 from ia2mini.prefix import share_prefix
 from ia2mini.scale import blocks
 from ia2mini.scale.memory import run_bytes
-from ia2mini.study.cells import lay_out
+from ia2mini.study.cells import make_cells
 from ia2mini.tasks import find_task
 from ia2mini.train import Settings, losses
 
@@ -271,7 +271,7 @@ def test_a_cell_of_a_study_is_as_large_as_its_rows():
     options = Options(
         n=(2, 4), methods=("icl", "ia2-sft", "ia2+sft"), rates=(1e-3, 1e-2), eval_rows=50
     )
-    two, four = map(size_of, lay_out([find_task("toy-mood")], subject, options))
+    two, four = map(size_of, make_cells([find_task("toy-mood")], subject, options))
     pool = load_examples(find_task("toy-mood"), "train").rows
     prompts = subject.tokenizer.encode_all(
         [e.prompt for i in range(5) for e in draw_episode(pool, 4, i).train]
@@ -286,7 +286,7 @@ def test_a_cell_of_a_study_is_as_large_as_its_rows():
         for size in (two, four)
     ]
     assert whole[0] < whole[1]
-    (every,) = lay_out([find_task("toy-mood")], subject, replace(options, n=(4,), select="both"))
+    (every,) = make_cells([find_task("toy-mood")], subject, replace(options, n=(4,), select="both"))
     assert size_of(every) == replace(four, scored=40)
 
 

@@ -17,7 +17,8 @@ from ia2mini.engine.options import Options
 from ia2mini.fitting import fit as fitting
 from ia2mini.fitting.predictor import FOREIGN, Predictor
 from ia2mini.fitting.rows import far_longer
-from ia2mini.study.study import compare, open_study
+from ia2mini.study.cells import make_cells
+from ia2mini.study.study import compare
 from ia2mini.tasks import custom_task
 from ia2mini.tasks.rows import Row
 
@@ -68,7 +69,7 @@ def test_a_study_refuses_a_row_before_any_work(subject, tmp_path, pool, evaluati
     )
     assert not (tmp_path / "out").exists()
     fitting_rows = task_of(tmp_path, [20] * 3 + [READS - 1], [20, READS])
-    assert open_study([fitting_rows], subject, options, tmp_path / "out")
+    assert make_cells([fitting_rows], subject, options)
 
 
 def test_a_teacher_beyond_what_the_model_reads_is_refused_and_icl_warned_of(subject, tmp_path):
@@ -90,7 +91,7 @@ def test_a_teacher_beyond_what_the_model_reads_is_refused_and_icl_warned_of(subj
     assert {cell["method"] for cell in document["cells"]} == {"base", "icl", "sft"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        open_study([task_of(tmp_path, [20] * 4, [20, 30])], subject, QUICK, tmp_path / "out")
+        make_cells([task_of(tmp_path, [20] * 4, [20, 30])], subject, QUICK)
 
 
 def test_fit_refuses_rows_contexts_and_rows_without_answers(subject, monkeypatch):

@@ -24,7 +24,7 @@ from ia2mini.engine.subject import open_subject as load_subject
 from ia2mini.methods import METHODS
 from ia2mini.metrics import fit_temperature
 from ia2mini.study import scoring, study
-from ia2mini.study.cells import lay_out
+from ia2mini.study.cells import make_cells
 from ia2mini.study.study import compare
 from ia2mini.tasks import custom_task, find_task, load_examples, world
 
@@ -163,7 +163,7 @@ def test_records_hold_what_they_say(studied):
 def test_temperatures_from_dev_rows_equal_plain_passes(studied, subject):
     document, folder = studied["dev"]
     net = Plain(upstream(subject.folder), subject.tokenizer)
-    (cell,) = lay_out([MOOD], subject, SMALL)
+    (cell,) = make_cells([MOOD], subject, SMALL)
     labels = [subject.tokenizer.encode(label) for label in MOOD.labels]
     for method in ("base", "icl"):
         for number, episode in enumerate(cell.episodes):
@@ -260,10 +260,10 @@ def test_ones_own_texts_may_be_as_long_as_the_longest_answer(subject, tmp_path):
         custom_task(tmp_path / "sums.jsonl", "question", "answer"),
         subject.tokenizer.encode,
     )
-    (cell,) = lay_out([task], subject, SMALL)
+    (cell,) = make_cells([task], subject, SMALL)
     longest = max(len(encode(row["answer"])) for row in rows)
     assert cell.max_tokens == cell.task.max_tokens == longest + 1 < task.max_tokens == 200
-    assert lay_out([MOOD], subject, SMALL)[0].max_tokens == 1
+    assert make_cells([MOOD], subject, SMALL)[0].max_tokens == 1
 
 
 def test_overlaps_are_of_the_chosen_runs(studied):

@@ -23,7 +23,8 @@ from ia2mini.engine.progress import Progress, silent
 from ia2mini.engine.subject import open_subject
 from ia2mini.fitting.fit import fit
 from ia2mini.methods import METHODS, STARTS_FROM, Grid
-from ia2mini.study.study import compare, experiment_of, open_study
+from ia2mini.study.cells import make_cells
+from ia2mini.study.study import compare, experiment_of, open_folder
 from ia2mini.tasks import find_task
 from ia2mini.teacher import Taught
 from ia2mini.train import Settings
@@ -40,7 +41,8 @@ def subject():
 
 
 def make_experiment(task, subject, out, **choices):
-    cells, store, _ = open_study([task], subject, replace(SMALL, **choices), out)
+    cells = make_cells([task], subject, replace(SMALL, **choices))
+    store, _ = open_folder(cells, out)
     return cells[0], experiment_of(cells[0], store, Progress(silent, 9), make_trainer(None))
 
 

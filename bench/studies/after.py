@@ -24,7 +24,7 @@ def accuracies_with_demonstrations(mine: Reopened, method: str, asked: Reopened)
     subject = mine.experiment.subject
     theta = mine.trained[method].theta
     found = []
-    for number, run in enumerate(mine.reported[method]):
+    for number, run in enumerate(mine.scored_runs[method]):
         with adapted(subject.model, mine.experiment.adapter, theta[[run]]) as student:
             found.append(accuracy(answered_rightly(student, asked, number)))
     return found

@@ -43,7 +43,7 @@ def bayes(subject: Subject, options: Options, part: str, data: Path | None = Non
     for method in METHODS:
         judged: dict[str, list[dict]] = {way: [] for way in WAYS}
         for cell in cells:
-            for number, run in enumerate(cell.reported[method]):
+            for number, run in enumerate(cell.scored_runs[method]):
                 theta = cell.trained[method].theta[run]
                 for way, metrics in judge(cell, number, theta).items():
                     judged[way].append(metrics)

@@ -8,10 +8,10 @@ from ia2mini.cli.group import progress
 from ia2mini.engine.experiment import Experiment, make_trainer, train_all
 from ia2mini.engine.options import Options
 from ia2mini.engine.progress import Progress
-from ia2mini.engine.select import reported
+from ia2mini.engine.select import runs_to_score
 from ia2mini.engine.subject import Subject
 from ia2mini.episode import draw_episode
-from ia2mini.study.cells import Cell, lay_out
+from ia2mini.study.cells import Cell, make_cells
 from ia2mini.study.records import training_records
 from ia2mini.study.study import count_phases, experiment_of, open_folder
 from ia2mini.tasks import Task
@@ -28,14 +28,14 @@ class Reopened:
     experiment: Experiment
     trained: dict[str, Trained]
     training: dict[str, list[dict]]  # a record a run of each method
-    reported: dict[str, list[int]]  # each method's runs that are scored
+    scored_runs: dict[str, list[int]]  # of each method
 
 
 def reopen(
     tasks: list[Task], subject: Subject, options: Options, draw: Callable = draw_episode
 ) -> list[Reopened]:
     """The cells of a study in order; what was not trained yet is trained."""
-    cells = lay_out(tasks, subject, options, draw=draw)
+    cells = make_cells(tasks, subject, options, draw=draw)
     store, _ = open_folder(cells, RUNS, draw)
     bars = Progress(progress, phases=sum(map(count_phases, cells)))
     trainer = make_trainer(None)
@@ -45,9 +45,9 @@ def reopen(
 def reopen_cell(cell: Cell, experiment: Experiment) -> Reopened:
     trained = train_all(experiment)
     training = training_records(cell, experiment, trained)
-    runs = {}
+    scored_runs = {}
     for method, records in training.items():
-        runs[method] = reported(
+        scored_runs[method] = runs_to_score(
             records, trained[method], len(cell.episodes), cell.study.options.select
         )
-    return Reopened(cell, experiment, trained, training, runs)
+    return Reopened(cell, experiment, trained, training, scored_runs)

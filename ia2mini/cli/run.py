@@ -124,15 +124,17 @@ def run(names, compiling, checkpointing, out, data_dir, side_by_side, **given):
     chosen = find_tasks(names, **own)
     from ..engine.subject import open_subject
     from ..scale.device import usable
-    from ..study.study import carry_out, open_study
+    from ..study.cells import make_cells
+    from ..study.study import carry_out, open_folder
 
     if how["dtype"] is None and usable(how["device"]) == "cpu":
         how["dtype"] = "float32"  # so that a study gives the same numbers on every processor
     subject = open_subject(**how)
-    study = open_study(chosen, subject, options, out, data_dir)
+    cells = make_cells(chosen, subject, options, data_dir)
+    store, config = open_folder(cells, out)
     compile_and_checkpoint(subject.model, compiling, checkpointing)
     print_remarks(remark for task in chosen for remark in task.remarks)
-    document, folder = carry_out(*study, side_by_side, progress)
+    document, folder = carry_out(cells, store, config, side_by_side, progress)
     ranks.stop()
     if ranks.chief:
         write_and_print_report(document, folder, **shown)

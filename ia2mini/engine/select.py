@@ -44,7 +44,7 @@ def at_config(records: list[dict], config: RateAndBeta) -> list[int]:
     return found
 
 
-def reported(records: list[dict], trained: "Trained", sets: int, select: str) -> list[int]:
+def runs_to_score(records: list[dict], trained: "Trained", sets: int, select: str) -> list[int]:
     """The indices of the runs to score: with "dev" those at the chosen learning rate (and β), else all.
 
     Runs at a learning rate that failed in some set are left out: it cannot be chosen.

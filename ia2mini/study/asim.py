@@ -32,7 +32,7 @@ def asim_of_responses(
     as_scripts = e.options.paper_compat
     if as_scripts:
         compared = [cut_rows(e, mine, texts) for mine, texts in zip(compared, own)]
-    return layer_asim(model, compared, e.budget, by_row=as_scripts)
+    return layer_asim(model, compared, by_row=as_scripts)
 
 
 @torch.no_grad()

@@ -29,7 +29,6 @@ class Study:
     losses: list[OwnLoss]
     pools: dict[str, Examples]  # training pool of every task
     evaluations: dict[str, Examples]  # rows of every evaluation
-    budget: int = 4096  # tokens in one forward pass
 
 
 @dataclass
@@ -59,7 +58,7 @@ class Cell:
         return self.task if name == self.task.name else find_task(name)
 
 
-def lay_out(
+def make_cells(
     tasks: list[Task],
     subject: Subject,
     options: Options,

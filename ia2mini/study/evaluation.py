@@ -47,7 +47,7 @@ class Evaluation:
     rows: list[Example]
     labels: list[list[int]] | None  # tokens of each label; None of texts
     trained: dict[str, Trained]
-    reported: dict[str, list[int]]  # the runs of each method that are scored
+    scored_runs: dict[str, list[int]]  # of each method
 
     @property
     def model(self) -> nn.Module:
@@ -60,10 +60,6 @@ class Evaluation:
     @property
     def options(self) -> Options:
         return self.cell.study.options
-
-    @property
-    def budget(self) -> int:
-        return self.cell.study.budget
 
     @property
     def prompts(self) -> list[list[int]]:

@@ -30,7 +30,10 @@ def subspace_overlap(delta1: Tensor, delta2: Tensor, rank: int) -> Tensor:
 
 
 def overlaps(
-    cell: Cell, experiment: Experiment, trained: dict[str, Trained], picks: dict[str, list[int]]
+    cell: Cell,
+    experiment: Experiment,
+    trained: dict[str, Trained],
+    chosen_runs: dict[str, list[int]],
 ) -> list[dict]:
     """Share of LoRA's subspace that two chosen methods have in common by set (paper Figure 4), and that of chance."""
     adapter = experiment.adapter
@@ -38,12 +41,12 @@ def overlaps(
         return []
     weights = {
         method: unpack(trained[method].theta[runs].cpu(), adapter.shapes)
-        for method, runs in picks.items()
+        for method, runs in chosen_runs.items()
     }
     names = [name for name in adapter.shapes if name.endswith(".B")]
     chance = fmean(adapter.rank / adapter.shapes[name][0] for name in names)
     records = []
-    for one, other in combinations(picks, 2):
+    for one, other in combinations(chosen_runs, 2):
         shared = [
             subspace_overlap(weights[one][name], weights[other][name], adapter.rank).tolist()
             for name in names

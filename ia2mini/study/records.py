@@ -124,7 +124,7 @@ def untrained_runs(cell: Cell) -> list[dict]:
     return [{"set": number, "run": number, **nothing} for number in range(len(cell.episodes))]
 
 
-def chosen_runs(records: list[dict], scored: list[dict], select: str) -> list[int]:
+def choose_runs(records: list[dict], scored: list[dict], select: str) -> list[int]:
     """A method's runs at the chosen rate (and β), one a set: indices on the R axis.
 
     `records`: of its training; `scored`: of its runs on the task's own evaluation.
@@ -135,12 +135,12 @@ def chosen_runs(records: list[dict], scored: list[dict], select: str) -> list[in
 
 
 def save_adapters(
-    cell: Cell, experiment: Experiment, method: str, trained: Trained, picked: list[int], records
+    cell: Cell, experiment: Experiment, method: str, trained: Trained, runs: list[int], records
 ) -> list[str]:
     """Save a method's chosen runs in PEFT's format; returns the folder names."""
     subject = experiment.subject
     names = []
-    for r in picked:
+    for r in runs:
         name = f"adapters/{experiment.name}-{method}-set{records[r]['set']}"
         names.append(name)
         if ranks.chief:
@@ -155,7 +155,11 @@ def save_adapters(
 
 
 def sample(
-    cell: Cell, experiment: Experiment, scores: dict, picks: dict[str, list[int]], reported: dict
+    cell: Cell,
+    experiment: Experiment,
+    scores: dict,
+    chosen_runs: dict[str, list[int]],
+    scored_runs: dict,
 ) -> dict:
     """One whole prompt as the model saw it, and right and wrong rows of the last trained method's first set."""
     name = cell.task.name
@@ -163,14 +167,14 @@ def sample(
     found = cell_fields(cell)
     found["rows"] = []
     found["prompt"] = with_demonstrations(cell.episodes[0].icl[0], rows[0].prompt)
-    if not picks:
+    if not chosen_runs:
         return found
-    method = list(picks)[-1]
-    run = picks[method][0]
+    method = list(chosen_runs)[-1]
+    run = chosen_runs[method][0]
     found["method"] = method
     found["set"] = 0
     said, confidence, right = answers_of_run(
-        cell, experiment, scores[method, name], reported[method].index(run), method, run
+        cell, experiment, scores[method, name], scored_runs[method].index(run), method, run
     )
     for wanted in (True, False):
         places = [i for i, correct in enumerate(right) if correct == wanted]

@@ -36,9 +36,12 @@ ROW_TOKENS = 16384  # of one row under all runs that are scored side by side
 
 
 def score_all(
-    cell: Cell, experiment: Experiment, trained: dict[str, Trained], reported: dict[str, list[int]]
+    cell: Cell,
+    experiment: Experiment,
+    trained: dict[str, Trained],
+    scored_runs: dict[str, list[int]],
 ) -> dict:
-    """(method, evaluation) -> `Scores` of the method's reported runs."""
+    """(method, evaluation) -> `Scores` of the method's scored runs."""
     found = {}
     for name, examples in cell.evaluations.items():
         e = Evaluation(
@@ -49,7 +52,7 @@ def score_all(
             rows=examples.rows,
             labels=cell.labels.get(name),
             trained=trained,
-            reported=reported,
+            scored_runs=scored_runs,
         )
         reference = None
         for method in cell.study.options.methods:
@@ -71,12 +74,12 @@ def score_all(
 
 
 def score_method(e: Evaluation, method: str, reference: Reference) -> Scores:
-    """Score the base or a method's reported runs, each against the reference of its own set."""
+    """Score the base or a method's scored runs, each against the reference of its own set."""
     if method == "base":
         with e.phase(method, len(e.rows)) as bar:
             return score_runs(e, method, [0], reference, bar)
     sets = len(e.cell.episodes)
-    by_set = torch.tensor(e.reported[method]).view(sets, -1)
+    by_set = torch.tensor(e.scored_runs[method]).view(sets, -1)
 
     def score_sets(some: Tensor) -> Scores | None:
         if not len(some):
@@ -180,7 +183,7 @@ def reference_of_texts(e: Evaluation, bar, number: int) -> Reference:
     rows = []
     for prompt, response in zip(e.prompts[:compared], responses):
         rows.append(TokenRow(prompt, with_end(e, response)))
-    settings = TeacherSettings(e.cell.max_tokens, budget=e.budget)
+    settings = TeacherSettings(e.cell.max_tokens)
     record_targets(model, rows, prompts[: len(rows)], settings)
     return Reference({"correct": correct}, rows=[rows])
 
@@ -222,7 +225,6 @@ def score_labels(
     scoring = Scoring(
         runs,
         top_k=10 if e.options.paper_compat else None,
-        budget=e.budget,
         ends=e.tokenizer.eos_ids,
         observed=e.options.asim_rows,
         observer=observe,

@@ -1,5 +1,6 @@
 """A study runs tasks × N on one model, and saves records, results and adapters."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,7 @@ from ..engine.experiment import Experiment, in_order, make_trainer, train_all
 from ..engine.options import TUNED, UNTRAINED, Options, losses_of
 from ..engine.own_loss import methods_of
 from ..engine.progress import Progress, silent
-from ..engine.select import reported
+from ..engine.select import runs_to_score
 from ..engine.store import Store, checkpoint_digest, versions
 from ..engine.subject import Subject
 from ..episode import draw_episode
@@ -22,10 +23,10 @@ from ..scale.pack import in_batches, in_one_batch
 from ..tasks import Task
 from ..teacher import TeacherSettings
 from ..train import Settings
-from .cells import Cell, lay_out
+from .cells import Cell, make_cells
 from .overlap import overlaps
 from .records import (
-    chosen_runs,
+    choose_runs,
     sample,
     save_adapters,
     score_records,
@@ -51,22 +52,9 @@ def compare(
     The folder lies in `out` and is found again by the same options, data, checkpoint and version of this package: an
     interrupted study resumes there. `write_report` makes its tables and figures. Raises UsageError.
     """
-    cells, store, config = open_study(tasks, subject, options, out, data_dir, draw)
-    return carry_out(cells, store, config, side_by_side, bar)
-
-
-def open_study(
-    tasks: list[Task],
-    subject: Subject,
-    options: Options,
-    out: Path,
-    data_dir: Path | None = None,
-    draw: Callable = draw_episode,
-) -> tuple[list[Cell], Store, dict]:
-    """Check everything before any computation: (cells, folder, configuration) of a study. Raises UsageError."""
-    cells = lay_out(tasks, subject, options, data_dir, draw)
+    cells = make_cells(tasks, subject, options, data_dir, draw)
     store, config = open_folder(cells, out, draw)
-    return cells, store, config
+    return carry_out(cells, store, config, side_by_side, bar)
 
 
 def carry_out(
@@ -79,13 +67,7 @@ def carry_out(
     """Run every cell of an opened study; returns (results document, run folder)."""
     study = cells[0].study
     trainer = make_trainer(side_by_side)
-    found: dict[str, list] = {
-        "runs": [],
-        "training": [],
-        "overlap": [],
-        "adapters": [],
-        "samples": [],
-    }
+    found: dict[str, list] = defaultdict(list)
     with methods_of(study.losses):
         progress = Progress(bar, phases=sum(map(count_phases, cells)))
         for cell in cells:
@@ -108,39 +90,41 @@ def run_cell(cell: Cell, experiment: Experiment) -> dict[str, list]:
     options = cell.study.options
     trained = train_all(experiment)
     training = training_records(cell, experiment, trained)
-    runs_of = {}
+    scored_runs = {}
     for method, records in training.items():
-        runs_of[method] = reported(
+        scored_runs[method] = runs_to_score(
             records, trained[method], len(experiment.episodes), options.select
         )
-    scores = score_all(cell, experiment, trained, runs_of)
+    scores = score_all(cell, experiment, trained, scored_runs)
     runs = []
-    picks = {}
+    chosen_runs = {}
     adapters = []
     for method in options.methods:
         if method in UNTRAINED:
-            described = untrained_runs(cell)
+            run_fields = untrained_runs(cell)
         else:
-            described = [training[method][run] | {"run": run} for run in runs_of[method]]
-        heats = dev_temperatures(cell, experiment, method, trained, runs_of) if cell.labels else []
+            run_fields = [training[method][run] | {"run": run} for run in scored_runs[method]]
+        temperatures = (
+            dev_temperatures(cell, experiment, method, trained, scored_runs) if cell.labels else []
+        )
         mine = []
         for name in cell.evaluations:
             mine += score_records(
-                cell, experiment, method, name, scores[method, name], described, heats
+                cell, experiment, method, name, scores[method, name], run_fields, temperatures
             )
         runs += mine
         if method not in UNTRAINED:
             own = [record for record in mine if record["eval"] == cell.task.name]
-            picks[method] = chosen_runs(training[method], own, options.select)
+            chosen_runs[method] = choose_runs(training[method], own, options.select)
             adapters += save_adapters(
-                cell, experiment, method, trained[method], picks[method], training[method]
+                cell, experiment, method, trained[method], chosen_runs[method], training[method]
             )
     return {
         "runs": runs,
         "training": [record for records in training.values() for record in records],
-        "overlap": overlaps(cell, experiment, trained, picks),
+        "overlap": overlaps(cell, experiment, trained, chosen_runs),
         "adapters": adapters,
-        "samples": [sample(cell, experiment, scores, picks, runs_of)],
+        "samples": [sample(cell, experiment, scores, chosen_runs, scored_runs)],
     }
 
 
@@ -161,7 +145,6 @@ def experiment_of(cell: Cell, store: Store, progress: Progress, trainer: Callabl
         soft_k=soft_k,
         layers=study.layers,
         stop=None if options.paper_compat else STOP,
-        budget=study.budget,
         residual="hidden" in needed or bool(study.losses),
         demonstrated=TUNED in needed,
         hooks=fast_decoding(device_of(study.subject.model), cell.teacher_tokens),
@@ -203,11 +186,10 @@ def count_phases(cell: Cell) -> int:
     return collected + trained + len(cell.evaluations) * scored
 
 
-def open_folder(cells: list[Cell], out: Path, draw: Callable) -> tuple[Store, dict]:
+def open_folder(cells: list[Cell], out: Path, draw: Callable = draw_episode) -> tuple[Store, dict]:
     """The folder of a study, and its configuration, which is written to run.json."""
     study = cells[0].study
     options = study.options
-    weight = next(study.subject.model.parameters())
     tasks = list({cell.task.name: cell.task for cell in cells}.values())
     config: dict = {
         "ia2mini": __version__,
@@ -218,8 +200,8 @@ def open_folder(cells: list[Cell], out: Path, draw: Callable) -> tuple[Store, di
     del config["loss"]  # a path does not identify a loss; its content does
     if study.losses:
         config["loss"] = {loss.name: loss.digest for loss in study.losses}
-    config["dtype"] = str(weight.dtype).removeprefix("torch.")
-    config["device"] = weight.device.type
+    config["dtype"] = study.subject.dtype
+    config["device"] = device_of(study.subject.model).type
     config["checkpoint"] = checkpoint_digest(study.subject.folder)
     config["templates"] = {task.name: task.prompt for task in tasks}
     config["pools"] = {name: examples.origin for name, examples in study.pools.items()}
@@ -228,8 +210,8 @@ def open_folder(cells: list[Cell], out: Path, draw: Callable) -> tuple[Store, di
         config["draw"] = repr(draw)
     about = "+".join(config["tasks"]) if len(tasks) < 4 else f"{len(tasks)}-tasks"
     store = Store(out, f"{about}-{study.subject.name}-n{'-'.join(map(str, options.n))}", config)
+    # the folder's name depends on these two as they were given; the file has what they came to
     config["rates"] = study.rates
     config["targets"] = study.adapter.targets
-    # tasks, sizes and options are checked by now
     store.keep_json("run.json", config)
     return store, config

@@ -39,7 +39,6 @@ def generate_texts(
     decoding = Decoding(
         e.task.max_tokens,
         runs=runs,
-        budget=4 * e.budget,
         hooks=fast_decoding(device_of(e.model), e.task.max_tokens),
     )
 
