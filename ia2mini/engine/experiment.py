@@ -99,9 +99,13 @@ def teach_all(experiment: Experiment, tuned: Trained | None = None) -> list[Taug
 
         def teach_one(number: int) -> Taught:
             with teacher(experiment, tuned, number) as model:
-                tokenizer = experiment.subject.tokenizer
-                settings = experiment.teacher_settings
-                return teach(model, tokenizer, episodes[number], settings, watch=bar.update)
+                return teach(
+                    model,
+                    experiment.subject.tokenizer,
+                    episodes[number],
+                    settings=experiment.teacher_settings,
+                    watch=bar.update,
+                )
 
         return ranks.spread(teach_one, range(len(episodes)))
 

@@ -27,7 +27,8 @@ def asim_of_responses(
         compared = rows
         own = responses * len(rows)
     else:
-        compared = [rows[r * len(rows) // runs] for r in range(runs)]
+        per_set = runs // len(rows)  # runs come set by set
+        compared = [rows[r // per_set] for r in range(runs)]
         own = responses
     as_scripts = e.options.paper_compat
     if as_scripts:

@@ -5,14 +5,14 @@ R runs, S sets, Q evaluation rows, C labels, L layers, n rows on which attention
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter, adapted
+from ..adapters import adapted
 from ..batch import TokenRow, join_groups, send
 from ..engine.experiment import Experiment
 from ..engine.merge import Merged
@@ -80,27 +80,27 @@ def score_method(e: Evaluation, method: str, reference: Reference) -> Scores:
             return score_runs(e, method, [0], reference, bar)
     sets = len(e.cell.episodes)
     by_set = torch.tensor(e.scored_runs[method]).view(sets, -1)
-
-    def score_sets(some: Tensor) -> Scores | None:
-        if not len(some):
-            return None
-        if method in WITH_DEMONSTRATIONS:
-            parts = []
-            for number in some.tolist():
-                own = reference.of_sets(torch.tensor([number]))
-                for run in by_set[number].tolist():
-                    parts.append(score_with_demonstrations(e, method, run, number, own, bar))
-            return join_runs(parts)
-        runs = by_set[some].flatten().tolist()
-        return score_runs(e, method, runs, reference.of_sets(some), bar)
-
-    groups = groups_of_sets(sets, by_set.numel() * max(map(len, e.prompts)))
+    groups = number_of_groups(sets, by_set.numel() * max(map(len, e.prompts)))
     with e.phase(method, by_set.numel() * len(e.rows)) as bar:
+
+        def score_sets(some: Tensor) -> Scores | None:
+            if not len(some):
+                return None
+            if method in WITH_DEMONSTRATIONS:
+                parts = []
+                for number in some.tolist():
+                    own = reference.of_sets(torch.tensor([number]))
+                    for run in by_set[number].tolist():
+                        parts.append(score_with_demonstrations(e, method, run, number, own, bar))
+                return join_runs(parts)
+            runs = by_set[some].flatten().tolist()
+            return score_runs(e, method, runs, reference.of_sets(some), bar)
+
         parts = ranks.spread(score_sets, torch.arange(sets).tensor_split(groups))
     return join_runs(parts)
 
 
-def groups_of_sets(sets: int, tokens: int) -> int:
+def number_of_groups(sets: int, tokens: int) -> int:
     """How many groups the sets are divided into, at least one for each process.
 
     `tokens`: of the longest row, of all runs together; the runs of a group are scored side by side.
@@ -119,11 +119,7 @@ def join_runs(parts: list[Scores | None]) -> Scores:
 
 def score_runs(e: Evaluation, method: str, runs: list[int], reference: Reference, bar) -> Scores:
     """Score some runs of a method side by side."""
-    under = nullcontext(e.model)
-    if method not in UNTRAINED:
-        theta = e.trained[method].theta[runs]
-        under = adapted(e.model, scored_adapter(e.cell), theta)
-    with under as student:
+    with student_of(e.cell, method, e.trained, runs) as student:
         if e.labels:
             return score_labels(e, student, e.prompts, len(runs), bar, reference.outputs)
         names = [f"{method}-{run}" for run in runs]
@@ -138,8 +134,7 @@ def score_with_demonstrations(
     e: Evaluation, method: str, run: int, number: int, reference: Reference, bar
 ) -> Scores:
     """Score one run with the demonstrations of its set (`number`) in the prompt."""
-    theta = e.trained[method].theta[[run]]
-    with adapted(e.model, scored_adapter(e.cell), theta) as student:
+    with student_of(e.cell, method, e.trained, [run]) as student:
         student, prompts = share_demonstrations(student, e.cell, e.rows, number)
         if e.labels:
             return score_labels(e, student, prompts, 1, bar, reference.outputs)
@@ -149,6 +144,20 @@ def score_with_demonstrations(
         for row, prompt in zip(rows, prompts):
             compared.append(replace(row, prompt=prompt))
         return {"correct": correct, "asim": asim_of_responses(e, student, [compared], responses)}
+
+
+def student_of(
+    cell: Cell, method: str, trained: dict[str, Trained], runs: list[int]
+) -> AbstractContextManager:
+    """A context with the model as some runs of a method have adapted it; for base and ICL it is the base.
+
+    With `--paper-compat` the adapter is merged into bfloat16 weights, as in the released scripts.
+    """
+    study = cell.study
+    if method in UNTRAINED:
+        return nullcontext(study.subject.model)
+    adapter = Merged(study.adapter) if study.options.paper_compat else study.adapter
+    return adapted(study.subject.model, adapter, trained[method].theta[runs])
 
 
 def make_reference(e: Evaluation) -> Reference:
@@ -268,31 +277,23 @@ def spellings(tokenizer: Tokenizer, labels: tuple[str, ...], size: int) -> Tenso
     return torch.tensor(found + [-1] * (size - known))
 
 
-def scored_adapter(cell: Cell) -> Adapter:
-    """The adapter for scoring: with `--paper-compat` it is merged into bfloat16 weights, as in the released scripts."""
-    adapter = cell.study.adapter
-    return Merged(adapter) if cell.study.options.paper_compat else adapter
-
-
 def dev_temperatures(
-    cell: Cell, experiment: Experiment, method: str, trained: dict, reported: dict
+    cell: Cell, method: str, trained: dict[str, Trained], scored_runs: dict[str, list[int]]
 ) -> list[float]:
-    """The temperature that fits the dev rows of a run's set best: one per reported run (base and ICL: per set)."""
+    """The temperature that fits the dev rows of a run's set best: one per scored run (base and ICL: per set)."""
+    tokenizer = cell.study.subject.tokenizer
     sets = len(cell.episodes)
-    runs = range(sets) if method in UNTRAINED else reported[method]
+    runs = range(sets) if method in UNTRAINED else scored_runs[method]
+    per_set = len(runs) // sets  # runs come set by set
     found = []
     for place, run in enumerate(runs):
-        number = place * sets // len(runs)
+        number = place // per_set
         dev = cell.episodes[number].dev
-        under = nullcontext(experiment.subject.model)
-        if method not in UNTRAINED:
-            theta = trained[method].theta[[run]]
-            under = adapted(experiment.subject.model, scored_adapter(cell), theta)
-        with under as student:
-            prompts = experiment.subject.tokenizer.encode_all([row.prompt for row in dev])
+        with student_of(cell, method, trained, [run]) as student:
+            prompts = tokenizer.encode_all([row.prompt for row in dev])
             if method in WITH_DEMONSTRATIONS:
                 student, prompts = share_demonstrations(student, cell, dev, number)
-            scoring = Scoring(ends=experiment.subject.tokenizer.eos_ids)
+            scoring = Scoring(ends=tokenizer.eos_ids)
             scores = label_scores(student, prompts, cell.labels[cell.task.name], scoring)
         gold = torch.tensor([row.label for row in dev])
         found.append(fit_temperature(scores.log_probabilities[0], gold))

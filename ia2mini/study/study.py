@@ -104,9 +104,7 @@ def run_cell(cell: Cell, experiment: Experiment) -> dict[str, list]:
             run_fields = untrained_runs(cell)
         else:
             run_fields = [training[method][run] | {"run": run} for run in scored_runs[method]]
-        temperatures = (
-            dev_temperatures(cell, experiment, method, trained, scored_runs) if cell.labels else []
-        )
+        temperatures = dev_temperatures(cell, method, trained, scored_runs) if cell.labels else []
         mine = []
         for name in cell.evaluations:
             mine += score_records(
