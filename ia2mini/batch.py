@@ -3,7 +3,7 @@
 R runs, B rows a run, T tokens, P answer positions (flattened over rows), L layers, D hidden.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -172,8 +172,8 @@ def by_length(lengths: list[int], budget: int) -> list[list[int]]:
     return groups
 
 
-def join_groups(parts: list[Tensor], groups: list[list[int]], dim: int) -> Tensor:
+def join_groups(parts: Sequence[Tensor], groups: list[list[int]], dim: int) -> Tensor:
     """Results of each of the groups, joined along `dim` in the order of the rows."""
-    joined = torch.cat(parts, dim)
+    joined = torch.cat(list(parts), dim)
     order = torch.tensor(sum(groups, [])).argsort()
     return joined.index_select(dim, send(order, joined.device))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SHORT = 256  # tokens of a row, up to which `written_out` trains faster
+CACHED_SCORES = 2**21  # attention scores that `written_out` computes at once
 SCORES = 2**28  # attention scores that are held at once, where rows come after a prefix
 KeysAndValues = tuple[Tensor, Tensor]  # of one layer, [B, K, S, E] each
 
@@ -221,9 +222,17 @@ def by_key_head(x: Tensor, K: int) -> Tensor:
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """As `attend`, in three operations that autograd differentiates one by one: scores, softmax, sum of values."""
+    """As `attend`, in three operations that autograd differentiates one by one: scores, softmax, sum of values.
+
+    So many rows at once that their scores, `CACHED_SCORES` at most, stay in the processor's cache.
+    """
     B, H, T, E = q.shape
     K = k.shape[1]
+    rows = max(1, CACHED_SCORES // (H * T * T))
+    if B > rows:
+        masks = [None] * B if mask is None else mask.split(rows)
+        parts = zip(q.split(rows), k.split(rows), v.split(rows), masks)
+        return torch.cat([written_out(*part) for part in parts])
     if mask is None:
         mask = causal_mask(q)
     scaled = by_key_head(q, K) * E**-0.5
