@@ -205,8 +205,10 @@ MUTANTS = {
         ("penalty / 2 * V", "penalty * V", "probe scikit_learns"),
         ("set(range(len(states))) - set(test)", "range(len(states))", "held_out never_saw"),
     ],
+    "ia2mini/fitting/measures.py": [
+        ("(rows + 1) * (1 - coverage)", "rows * (1 - coverage)", "predictor coverage_of_few"),
+    ],
     "ia2mini/fitting/predictor.py": [
-        ("(len(confidences) + 1) * (1", "len(confidences) * (1", "predictor coverage_of_few"),
         ("(scores.double() / temperature)", "scores", "predictor probabilities_are"),
         ("and not icl:", "and True:", "probe saved_loaded"),
     ],

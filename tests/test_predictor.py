@@ -25,6 +25,7 @@ from shipping import shipping
 from ia2mini import FitOptions, UsageError, fit, load_adapter, open_subject
 from ia2mini.cli.main import main
 from ia2mini.cli.rows import arriving
+from ia2mini.fitting.measures import confidence_threshold
 from ia2mini.tasks import world
 
 QUICK = FitOptions(epochs=1, rates=(1e-2,), methods=("sft",), folds=2)
@@ -237,15 +238,17 @@ def test_coverage_answers_that_share_of_fresh_rows(saved, coverage):
 
 def test_coverage_of_few_or_equal_confidences(saved):
     fitted = load_adapter(saved()[1], saved()[0].subject)
+
+    def threshold(coverage):
+        return confidence_threshold(fitted.spec["confidences"], coverage)
+
     fitted.spec["confidences"] = [1.0] * 9
-    assert fitted.threshold(0.5) == 1.0 and fitted.threshold(1) == fitted.threshold(0.95) == 0.0
+    assert threshold(0.5) == 1.0 and threshold(1) == threshold(0.95) == 0.0
     fitted.spec["confidences"] = [0.1 * i for i in range(1, 10)]
-    assert fitted.threshold(0.9) == pytest.approx(0.1) and fitted.threshold(0.5) == pytest.approx(
-        0.5
-    )
+    assert threshold(0.9) == pytest.approx(0.1) and threshold(0.5) == pytest.approx(0.5)
     refused(lambda: next(fitted.answer_rows(toy_rows(1), coverage=1.5)), "--coverage 1.5")
     # as good as no row: what is more certain than every held-out row is answered
-    assert fitted.threshold(1e-12) == pytest.approx(0.9)
+    assert threshold(1e-12) == pytest.approx(0.9)
     # the base's confidences with demonstrations are not those that were held out
     asked = partial(fitted.answer_rows, toy_rows(1), icl=True, coverage=0.5)
     refused(lambda: next(asked()), "--coverage with --icl")

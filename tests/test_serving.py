@@ -136,7 +136,7 @@ def test_any_row_becomes_the_same_tokens_as_in_predict(tmp_path, chat, template,
     written = decision_template(fitted)
     for row in ODD_ROWS:
         shown = fitted.demonstrations() if method == "icl" else []
-        question = fitted.query(Row("here", row), shown)
+        question = fitted.make_query(Row("here", row), shown)
         before = "".join(f"{e.prompt}{e.answer}\n\n" for e in shown)
         expected = tokenizer.encode(before + question.prompt)
         if chat:

@@ -98,9 +98,3 @@ def is_ready(stream) -> bool:
         return bool(select.select([stream.fileno()], [], [], 0)[0])
     except (OSError, ValueError):
         return True
-
-
-def raise_or_print(error: UsageError, strict: bool) -> None:
-    if strict:
-        raise error from None
-    click.echo(plain(f"ia2mini: {error}; left out"), err=True)

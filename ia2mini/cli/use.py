@@ -1,5 +1,6 @@
 """The commands that use an adapter: predict, score, merge, generate."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
@@ -8,7 +9,7 @@ from .. import UsageError
 from ..files import count, json_line, plain
 from .group import main, progress
 from .options import DEVICE_HELP, check_option, combine_options, file_option, model_options
-from .rows import raise_or_print, read_new
+from .rows import read_new
 from .streams import need_input, need_output
 
 ICL_HELP = "Use the base model with demonstrations in its prompt instead, to compare."
@@ -72,39 +73,58 @@ def predict(adapter, rows, coverage, icl, strict, out, digits, **how):
     --coverage abstains, `answer` is null and `abstained` has the answer. A column of yours with such a name becomes
     `row_answer` and so on. With --out the file has a line for every row; a row that is left out has a `reason`.
     """
-    from ..report.answers import rounded
+    from ..report.answers import Answers, check_size, check_target
 
     if rows == "-":
         need_input()
-    if out is not None:
-        write_predicted(adapter, rows, (icl, coverage, strict), out, digits, **how)
-        return
-    need_output()
-    fitted = open_adapter(adapter, **how)
-    for row in fitted.answer_rows(
-        read_new(rows), icl, coverage, on_error=lambda error: raise_or_print(error, strict)
-    ):
-        click.echo(json_line(rounded(row, digits)))
+    new = read_new(rows)
+    if out is None:
+        need_output()
+    else:
+        check_target(out, rows)
+        new = [row for row in new if row is not None]
+        check_size(out, new)
+    predictor = open_adapter(adapter, **how)
+    outcomes = predictor.outcomes(new, icl, coverage)
+    if strict:
+        outcomes = stop_at_error(outcomes)
+    if out is None:
+        print_answers(outcomes, digits)
+    else:
+        answers = Answers(rows, predictor.spec["labels"], coverage is not None)
+        write_answers(outcomes, answers, len(new), out, digits)
 
 
-def write_predicted(adapter, rows: str, asked: tuple, out: Path, digits, **how) -> None:
-    """Write a file with every row and its answer."""
-    from ..report.answers import DIGITS, Answers, check_size, check_target
+def stop_at_error(outcomes: Iterable) -> Iterator:
+    """The rows and their answers. Raises the UsageError of the first row that cannot be answered."""
+    for row, answer in outcomes:
+        if isinstance(answer, UsageError):
+            raise answer
+        yield row, answer
 
-    icl, coverage, strict = asked
-    check_target(out, rows)
-    new = [row for row in read_new(rows) if row is not None]
-    check_size(out, new)
-    fitted = open_adapter(adapter, **how)
-    answers = Answers(rows, fitted.spec["labels"], coverage is not None)
-    with progress("answers", len(new)) as bar:
-        for row, said in fitted.outcomes(new, icl, coverage):
-            if strict and isinstance(said, UsageError):
-                raise said
-            answers.add(row, said, DIGITS if digits is None else digits)
+
+def print_answers(outcomes: Iterable, digits: int | None) -> None:
+    """Print each row with its answer as a JSON line as soon as it is there; on stderr what is left out."""
+    from ..fitting.predictor import with_answer
+    from ..report.answers import rounded
+
+    for row, answer in outcomes:
+        if isinstance(answer, UsageError):
+            click.echo(plain(f"ia2mini: {answer}; left out"), err=True)
+        else:
+            click.echo(json_line(rounded(with_answer(row, answer), digits)))
+
+
+def write_answers(outcomes: Iterable, answers, rows: int, out: Path, digits: int | None) -> None:
+    """Write a file with every row and its answer (`report.answers.Answers`)."""
+    from ..report.answers import DIGITS
+
+    with progress("answers", rows) as bar:
+        for row, answer in outcomes:
+            answers.add(row, answer, DIGITS if digits is None else digits)
             bar.update()
     answers.write(out)
-    told = f"{out}: {count(len(new), 'row')}"
+    told = f"{out}: {count(rows, 'row')}"
     if answers.left_out:
         told += f", {answers.left_out} of them without an answer: see the column `reason`"
     click.echo(plain(told))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from .. import UsageError
 from ..engine.intervals import mean_interval, share_interval
 from ..metrics import ece, ece_null, macro_f1, row_losses, smooth_ece
 
@@ -55,6 +56,24 @@ def mean_of_losses(losses: list[float]) -> list[float]:
     if not math.isnan(low):
         low = max(0.0, low)
     return [mean, low, high]
+
+
+def confidence_threshold(confidences: list[float], coverage: float | None) -> float:
+    """The confidence that the share `coverage` of held-out rows reaches (split conformal: of n + 1 rows).
+
+    Raises UsageError for no such share, and without `confidences` of held-out rows.
+    """
+    if coverage is None:
+        return 0.0
+    if not 0 < coverage <= 1:
+        raise UsageError(f"--coverage {coverage:g}: a share of the rows, above 0 and at most 1")
+    if not confidences:
+        raise UsageError(
+            "--coverage needs the held-out confidences of `ia2mini fit`; this adapter has none"
+        )
+    rows = len(confidences)
+    below = min(rows, math.floor((rows + 1) * (1 - coverage) + 1e-9))
+    return sorted(confidences)[below - 1] if below else 0.0
 
 
 def classes(scores: Tensor, gold: Tensor, labels: tuple[str, ...]) -> dict:

@@ -1,6 +1,6 @@
 """A fitted adapter in use: it answers new rows with probabilities, one by one or in scikit-learn's style."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -37,6 +37,7 @@ from ..tasks.rows import (
 )
 from ..tasks.turns import ALL_TURNS, open_turns
 from . import folder as folders
+from .measures import confidence_threshold
 from .probe import Probe, last_states, read_probe
 from .spec import FOREIGN, check_given, read_spec
 
@@ -113,28 +114,19 @@ class Predictor:
             return answer == true
         return same_answer(self.spec["parser"], answer, true)
 
-    def answer_rows(
-        self,
-        rows,
-        icl: bool = False,
-        coverage: float | None = None,
-        on_error: Callable | None = None,
-    ) -> Iterator[dict]:
+    def answer_rows(self, rows, icl: bool = False, coverage: float | None = None) -> Iterator[dict]:
         """Each row with its answer added: `answer`, `confidence` and, of labels, `probabilities`; lazily, in order.
 
         A column of the row that has such a name becomes `row_answer` and so on. None in place of a row says that the
         next has yet to come: what has come is answered first.
         `icl`: the base with demonstrations instead, as always where these were shipped. `coverage`: the least certain
-        rows get the answer None, by the threshold above which that share of the held-out rows was. A row that cannot be
-        answered is a UsageError, with which `on_error`, where given, is called instead.
+        rows get the answer None, by the threshold above which that share of the held-out rows was. Raises UsageError
+        for a row that cannot be answered; `outcomes` gives it in place of the answer.
         """
         for row, answer in self.outcomes(rows, icl, coverage):
-            if not isinstance(answer, UsageError):
-                yield rename_clashes(row, ANSWER_COLUMNS) | answer
-            elif on_error is None:
+            if isinstance(answer, UsageError):
                 raise answer
-            else:
-                on_error(answer)
+            yield with_answer(row, answer)
 
     def outcomes(
         self, rows, icl: bool = False, coverage: float | None = None
@@ -143,8 +135,8 @@ class Predictor:
         if coverage is not None and icl and self.spec["method"] != "icl":
             reason = "the held-out confidences are those of what was shipped"
             raise UsageError(f"--coverage with --icl: {reason}; leave one of the two out")
-        threshold = self.threshold(coverage)
-        for row, answer in self.iter_answers(rows, icl):
+        threshold = confidence_threshold(self.spec["confidences"], coverage)
+        for row, answer in self.answers_or_errors(rows, icl):
             if isinstance(answer, dict):
                 answer.pop("log_probabilities", None)
                 if answer["confidence"] < threshold:
@@ -154,32 +146,42 @@ class Predictor:
 
     def answers(self, rows, icl: bool = False) -> Iterator[tuple[Row, dict]]:
         """Each row and its answer, of labels also the `log_probabilities` among them. Raises UsageError."""
-        for row, answer in self.iter_answers(rows, icl):
+        for row, answer in self.answers_or_errors(rows, icl):
             if isinstance(answer, UsageError):
                 raise answer
             yield row, answer
 
-    def iter_answers(self, rows, icl: bool) -> Iterator[tuple[Row, dict | UsageError]]:
+    def answers_or_errors(self, rows, icl: bool) -> Iterator[tuple[Row, dict | UsageError]]:
         """As `answers`; a row that cannot be answered gives its UsageError instead."""
         demonstrations = self.demonstrations(icl)
-        column = only_column(self.spec["template"])
-        for block in blocks(iter_rows(rows, column)):
-            outcomes: list = list(block)  # each row is replaced by its answer or its error
-            queries = []
-            for place, row in enumerate(block):
-                try:
-                    if isinstance(row, Row):
-                        queries.append(self.query(row, demonstrations, place))
-                except UsageError as error:
-                    outcomes[place] = error
-            for labels, group in groupby(queries, attrgetter("label_tokens")):
-                batch = list(group)
-                prompts = [query.prompt for query in batch]
-                answers = self.answer(prompts, demonstrations, labels, icl)
-                for query, answer in zip(batch, answers):
-                    outcomes[query.place] = answer
+        for block in blocks(iter_rows(rows, only_column(self.spec["template"]))):
+            outcomes = self.answer_block(block, demonstrations, icl)
             for row, outcome in zip(block, outcomes):
                 yield row if isinstance(row, Row) else Row("", {}), outcome
+
+    def answer_block(
+        self, block: list[Row | UsageError], demonstrations: list[Example], icl: bool
+    ) -> list[dict | UsageError]:
+        """The answer to each row of a block, or the UsageError for which it cannot be answered."""
+        found: dict[int, dict | UsageError] = {}  # by the row's place in the block
+        queries = []
+        for place, row in enumerate(block):
+            if isinstance(row, UsageError):
+                found[place] = row
+                continue
+            try:
+                queries.append(self.make_query(row, demonstrations, place))
+            except UsageError as error:
+                found[place] = error
+        # The rows of a group are scored together, so they need the same label tokens. Only labels of an adapter that
+        # ia2mini did not fit may have other tokens after another prompt.
+        for label_tokens, group in groupby(queries, attrgetter("label_tokens")):
+            batch = list(group)
+            prompts = [query.prompt for query in batch]
+            answers = self.answer_prompts(prompts, demonstrations, label_tokens, icl)
+            for query, answer in zip(batch, answers):
+                found[query.place] = answer
+        return [found[place] for place in range(len(block))]
 
     def demonstrations(self, icl: bool = False) -> list[Example]:
         """What stands before every row: shipped demonstrations; with `icl` kept ones or the context. UsageError."""
@@ -191,19 +193,21 @@ class Predictor:
         as_prompt = str if spec["context"] else self.chat
         return [Example(as_prompt(e["prompt"]), e["answer"]) for e in spec["demonstrations"]]
 
-    def query(self, row: Row, demonstrations: list[Example], place: int = 0) -> "Query":
+    def make_query(self, row: Row, demonstrations: list[Example], place: int = 0) -> "Query":
         """The prompt of a row. Raises UsageError for a missing column, and for a prompt that is too long."""
         template = self.spec["template"]
         prompt = self.chat(prompt_of(template, open_turns(row, template)))
         tokens = len(self.subject.tokenizer.encode(with_demonstrations(demonstrations, prompt)))
         try:
-            labels = self.label_tokens(prompt)
+            label_tokens = self.label_tokens(prompt)
         except UsageError as error:
             raise UsageError(f"{row.where}: {error}") from None
-        answer = max(map(len, labels)) if labels else self.spec["max_tokens"]
+        answer = self.spec["max_tokens"]
+        if label_tokens:
+            answer = max(map(len, label_tokens))
         # the answer's last token is not read
         if 0 < tokens and tokens + answer - 1 <= self.subject.reads:
-            return Query(place, prompt, labels)
+            return Query(place, prompt, label_tokens)
         also = " with demonstrations" if demonstrations else ""
         lengths = [f"its prompt{also} has {tokens} tokens"]
         if answer > 1:
@@ -216,40 +220,35 @@ class Predictor:
         """The tokens of every label: as they were fitted; of an adapter that ia2mini did not fit, after this prompt."""
         if not self.spec["labels"]:
             return []
-        if "example" in self.spec:
-            return self.fitted_label_tokens
-        return self.label_tokens_after(prompt)
+        if self.is_foreign:
+            return self.label_tokens_after(prompt)
+        return self.fitted_label_tokens
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether ia2mini did not fit the adapter: it has no example row."""
+        return "example" not in self.spec
 
     @cached_property
     def fitted_label_tokens(self) -> list[list[int]]:
         return self.label_tokens_after(self.chat(self.spec["example"]))
 
-    def labels_after_prompt(self) -> list[str]:
+    def written_labels(self) -> list[str]:
         """The labels as written after a prompt, with the blank at the template's end."""
         return list(labels_after_prompt(self.spec["template"], self.spec["labels"]))
 
     def label_tokens_after(self, prompt: str) -> list[list[int]]:
         """The tokens of every label after a prompt; a blank at the template's end belongs to the label."""
-        return self.subject.tokenizer.label_tokens(prompt, tuple(self.labels_after_prompt()))
+        return self.subject.tokenizer.label_tokens(prompt, tuple(self.written_labels()))
 
-    def threshold(self, coverage: float | None) -> float:
-        """The confidence that the share `coverage` of held-out rows reaches (split conformal: of n + 1 rows)."""
-        if coverage is None:
-            return 0.0
-        if not 0 < coverage <= 1:
-            raise UsageError(f"--coverage {coverage:g}: a share of the rows, above 0 and at most 1")
-        confidences = sorted(self.spec["confidences"])
-        if not confidences:
-            raise UsageError(
-                "--coverage needs the held-out confidences of `ia2mini fit`; this adapter has none"
-            )
-        below = min(len(confidences), int(np.floor((len(confidences) + 1) * (1 - coverage) + 1e-9)))
-        return confidences[below - 1] if below else 0.0
-
-    def answer(
-        self, prompts: list[str], demonstrations: list[Example], labels: list[list[int]], icl: bool
+    def answer_prompts(
+        self,
+        prompts: list[str],
+        demonstrations: list[Example],
+        label_tokens: list[list[int]],
+        icl: bool,
     ) -> list[dict]:
-        """What the adapted model (with `icl` the base) answers to prompts; `labels`: the tokens of each, if any."""
+        """What the adapted model (with `icl` the base) answers to prompts; without `label_tokens` a text."""
         tokenizer = self.subject.tokenizer
         temperature = self.spec["temperature"]
         if icl and self.spec["method"] != "icl":
@@ -259,16 +258,16 @@ class Predictor:
                 student, ids = share_prefix(student, tokenizer, [demonstrations], prompts)
             else:
                 ids = tokenizer.encode_all(prompts)
-            if labels and self.probe is not None and not icl:
+            if label_tokens and self.probe is not None and not icl:
                 states = last_states(student, ids)
                 log_probabilities = self.probe.log_probabilities(states)
                 answers = self.likeliest_labels(log_probabilities, temperature)
-            elif labels:
+            elif label_tokens:
                 scoring = Scoring(ends=tokenizer.eos_ids)
-                scores = label_scores(student, ids, labels, scoring)
+                scores = label_scores(student, ids, label_tokens, scoring)
                 answers = self.likeliest_labels(scores.log_probabilities[0], temperature)
             else:
-                answers = self.answer_text(student, ids)
+                answers = self.generate_texts(student, ids)
         if any(np.isnan(answer["confidence"]) for answer in answers):
             raise UsageError(
                 "the model computes NaN: weights of model or adapter are too large; try --dtype float32"
@@ -282,24 +281,24 @@ class Predictor:
         answers = []
         for best, row in zip(logs.argmax(-1).tolist(), logs):
             probabilities = row.exp().tolist()
-            answers.append(
-                {
-                    "answer": labels[best],
-                    "confidence": probabilities[best],
-                    "probabilities": dict(zip(labels, probabilities)),
-                    "log_probabilities": row.tolist(),
-                }
-            )
+            answer = {
+                "answer": labels[best],
+                "confidence": probabilities[best],
+                "probabilities": dict(zip(labels, probabilities)),
+                "log_probabilities": row.tolist(),
+            }
+            answers.append(answer)
         return answers
 
-    def answer_text(self, student, ids: list[list[int]]) -> list[dict]:
+    def generate_texts(self, student, ids: list[list[int]]) -> list[dict]:
         """Generate a text after each prompt; returns the texts and their confidences."""
         decoding = decoding_for(self.subject.model, self.spec["max_tokens"], self.spec["stop"])
         texts, confidences = answer_texts(student, self.subject.tokenizer, ids, decoding)
         blank = blank_of(self.spec["template"])
-        answers = [text.removeprefix(blank) for text in texts]
-        pairs = zip(answers, confidences)
-        return [{"answer": answer, "confidence": confidence} for answer, confidence in pairs]
+        answers = []
+        for text, confidence in zip(texts, confidences):
+            answers.append({"answer": text.removeprefix(blank), "confidence": confidence})
+        return answers
 
     def save(self, folder: str | Path) -> None:
         """`folder.save`: write the adapter in peft's format and `ia2mini.json`. Raises UsageError."""
@@ -318,16 +317,21 @@ class Query(NamedTuple):
     label_tokens: list[list[int]]
 
 
-def load_adapter(folder: str | Path, subject: Subject | None = None, **spec) -> Predictor:
+def with_answer(row: Row, answer: dict) -> dict:
+    """The columns of a row and of its answer; the row's own names give way, as in `answer_rows`."""
+    return rename_clashes(row, ANSWER_COLUMNS) | answer
+
+
+def load_adapter(folder: str | Path, subject: Subject | None = None, **given) -> Predictor:
     """A saved adapter on its base model (None: loaded as the adapter names it), or any that peft wrote.
 
-    Of the latter, `spec` says how prompts and answers are written (`template`, `labels`, …). Raises UsageError where
+    Of the latter, `given` says how prompts and answers are written (`template`, `labels`, …). Raises UsageError where
     the base is another one, or a file is damaged.
 
         load_adapter("tickets").predict(["My invoice is wrong"])[0]
     """
     folder = Path(folder)
-    check_given(spec)
+    check_given(given)
     if subject is None:
         name, revision = folders.base_of(folder)
         subject = open_subject(name, revision=revision)
@@ -339,7 +343,7 @@ def load_adapter(folder: str | Path, subject: Subject | None = None, **spec) -> 
     probe = None
     if kept and kept["method"] == "probe":
         probe = read_probe(folder, len(kept["labels"]), subject.model.config.hidden_size)
-    spec = {**FOREIGN, **(kept or {}), **spec}
+    spec = {**FOREIGN, **(kept or {}), **given}
     predictor = Predictor(subject, adapter, theta, spec, spec.get("report", {}), probe)
     if kept:
         folders.check(predictor, folder)

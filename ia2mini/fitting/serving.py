@@ -50,7 +50,7 @@ def write_decision(fitted, folder: Path) -> None:
     template = decision_template(fitted)
     write_text(folder / TEMPLATE, template)
     config = {
-        "labels": {"choice": fitted.labels_after_prompt()},
+        "labels": {"choice": fitted.written_labels()},
         "temperature": {"choice": spec["temperature"]},
         # `transformers serve --decision-config` reads this file alone
         "chat_template": template,
@@ -66,12 +66,12 @@ def why_not(fitted) -> str | None:
     tokenizer = fitted.subject.tokenizer
     if not spec["labels"]:
         return "the answers are texts, not labels"
-    if "example" not in spec:
+    if fitted.is_foreign:
         return "ia2mini did not fit this adapter"
     if fitted.probe is not None:
         return "a linear probe answers in the place of the model's head"
     label_tokens = fitted.label_tokens(spec["example"])
-    for label, tokens in zip(fitted.labels_after_prompt(), label_tokens):
+    for label, tokens in zip(fitted.written_labels(), label_tokens):
         if len(tokens) > 1 and tokens[-1:] == tokenizer.closing:
             return f"label {label!r} needs its end of sequence, since a label begins another one"
         if len(tokens) > 1:
@@ -95,7 +95,7 @@ def renders_the_same(fitted) -> bool:
     expected = tokenizer.encode(with_demonstrations(fitted.demonstrations(), prompt))
     variables = {
         "state": dict(row),
-        "question": {"type": "choice", "options": fitted.labels_after_prompt()},
+        "question": {"type": "choice", "options": fitted.written_labels()},
         "messages": [{"role": "user", "content": ""}],
         "tools": None,
         "documents": None,
@@ -117,8 +117,8 @@ def decision_template(fitted) -> str:
     state = "state"
     if len(set(columns)) == 1:  # then the text itself may be the state
         state = f"{{{literal(columns[0])}: state}} if state is string else state"
-    labels = literal(fitted.labels_after_prompt())
-    criteria = literal(dict.fromkeys(fitted.labels_after_prompt()))
+    labels = literal(fitted.written_labels())
+    criteria = literal(dict.fromkeys(fitted.written_labels()))
     expected_question = (
         f'ask one question {{"type": "choice", "criteria": {criteria}}}, in this order'
     )

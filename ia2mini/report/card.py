@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..adapters import LoRA
 from ..files import count, json_line, plain
+from ..fitting.measures import confidence_threshold
 from ..fitting.serving import why_not
 from ..tasks.rows import blank_of, placeholders
 from .page import loading_code
@@ -137,7 +138,7 @@ def decisions(fitted, folder: str) -> list[str]:
     """Serving with transformers: the pipeline, HTTP, and thresholds of confidence."""
     spec = fitted.spec
     row = dict.fromkeys(placeholders(spec["template"]), "A text")
-    question = {"type": "choice", "criteria": dict.fromkeys(fitted.labels_after_prompt())}
+    question = {"type": "choice", "criteria": dict.fromkeys(fitted.written_labels())}
     pipeline = f"""\
 decide = transformers.pipeline(
     "decision", model=model, tokenizer=tokenizer, decision_config={folder!r}
@@ -205,7 +206,7 @@ def thresholds(fitted) -> str:
         return ""
     said = []
     for coverage in COVERAGES:
-        least = fitted.threshold(coverage)
+        least = confidence_threshold(fitted.spec["confidences"], coverage)
         if least > 0:
             said.append(f"{math.floor(1e6 * least) / 1e6:.6f} (coverage {coverage:g})")
     return ", ".join(said)
