@@ -25,7 +25,7 @@ from ia2mini.adapters import IA3, LoRA, adapted
 from ia2mini.batch import TokenRow, by_length, collate, truth_row
 from ia2mini.episode import with_demonstrations
 from ia2mini.scale import pack as packing
-from ia2mini.scale.pack import TOGETHER, in_batches, pack
+from ia2mini.scale.pack import ONE_BATCH_TOKENS, in_batches, pack
 from ia2mini.tasks import Example
 from ia2mini.tokenizer import Tokenizer
 from ia2mini.train import Hooks, Runs, Settings, losses, summed_losses, train_runs
@@ -191,7 +191,7 @@ def test_runs_of_unequal_numbers_of_rows_have_the_loss_they_have_alone(
     tiny, monkeypatch, kind, mix, packed
 ):
     """And the gradient; and the loss of transformers, row by row."""
-    monkeypatch.setattr(packing, "WORTH_IT", 2)  # always
+    monkeypatch.setattr(packing, "WORTH_PACKING", 2)  # always
     folder, model = tiny
     adapter, counts = kind(model), (3, 1, 4, 2)
     runs = [make_rows(count, 10 + r) for r, count in enumerate(counts)]
@@ -245,8 +245,8 @@ def test_a_long_row_among_short_ones_has_batches_of_its_own_and_the_same_loss(ti
     for one, other in zip(found[0][1], found[1][1], strict=True):
         assert relative(one, other) <= 1e-5
     sizes = [batch.ids.numel() for batch in in_batches(runs)]
-    assert max(sizes) <= TOGETHER and len(sizes) > 1
-    assert collate(runs).ids.numel() > 6 * TOGETHER
+    assert max(sizes) <= ONE_BATCH_TOKENS and len(sizes) > 1
+    assert collate(runs).ids.numel() > 6 * ONE_BATCH_TOKENS
 
 
 @given(st.lists(st.lists(st.integers(1, 3000), min_size=1, max_size=4), min_size=1, max_size=8))
@@ -268,7 +268,7 @@ def test_however_uneven_rows_are_batches_hold_each_once_and_little_else(lengths)
     assert sorted(seen) == sorted(sum(kept, []))
     longest = max(map(max, lengths))
     for batch in batches:
-        assert batch.ids.numel() <= max(4 * TOGETHER, longest, len(runs) * 512, 8 * total)
+        assert batch.ids.numel() <= max(4 * ONE_BATCH_TOKENS, longest, len(runs) * 512, 8 * total)
 
 
 def test_training_with_a_long_row_gives_what_whole_batches_give(tiny):

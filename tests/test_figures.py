@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from ia2mini.engine.options import LABELS
+from ia2mini.engine.options import METHOD_NAMES
 from ia2mini.report.charts import LARGEST_DOT, SMALLEST_DOT, draw_candidates
 from ia2mini.report.drawing import COLORS, spread, styled
 from ia2mini.report.figures import FIGURES, alt_text, draw, draw_figures
@@ -269,7 +269,7 @@ def drawn_texts(drawn) -> list:
     return found
 
 
-ALL_METHODS = tuple(LABELS)
+ALL_METHODS = tuple(METHOD_NAMES)
 REPORT = {
     "rows": 24,
     "chosen": "sft",

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from ia2mini import open_subject
 from ia2mini.batch import TokenRow, collate
 from ia2mini.cli.main import main
-from ia2mini.engine.options import LABELS, Options
+from ia2mini.engine.options import METHOD_NAMES, Options
 from ia2mini.losses import own_loss, per_run
 from ia2mini.methods import METHODS, STARTS_FROM
 from ia2mini.report.join import join
@@ -217,7 +217,13 @@ def test_further_mistakes_are_one_line_before_any_work(file, tmp_path):
 
 def test_no_built_in_method_can_be_named_by_a_loss():
     """`NAME` and `NAME-sft`: names of functions have no dash, so they clash with first phases only."""
-    assert {name.partition("-")[0] for name in LABELS} >= {"sft", "ia2", "soft", "hidden", "ridge"}
+    assert {name.partition("-")[0] for name in METHOD_NAMES} >= {
+        "sft",
+        "ia2",
+        "soft",
+        "hidden",
+        "ridge",
+    }
 
 
 def test_the_page_quotes_the_example():

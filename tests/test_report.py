@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ia2mini.files import count
+from ia2mini.files import plural
 from ia2mini.report.summary import average, parts
 from ia2mini.report.tables import seconds_line, write_table, write_tables
 from ia2mini.study.table import METRICS, summarise
@@ -333,7 +333,7 @@ def test_seconds_line():
 
 
 def test_counts():
-    assert [count(n, "adapter") for n in (0, 1, 2, 1200)] == [
+    assert [plural(n, "adapter") for n in (0, 1, 2, 1200)] == [
         "0 adapters",
         "1 adapter",
         "2 adapters",

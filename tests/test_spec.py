@@ -148,11 +148,13 @@ def test_what_a_label_or_template_cannot_be(saved, subject):
 def test_a_test_prompt_that_is_longer_than_the_model_reads(saved, subject, tmp_path, monkeypatch):
     kept = json.loads((saved / "ia2mini.json").read_text())
     folder = shutil.copytree(saved, tmp_path / "copy")
-    (folder / "ia2mini.json").write_text(json.dumps(kept | {"example": "x" * (subject.reads + 1)}))
+    (folder / "ia2mini.json").write_text(
+        json.dumps(kept | {"example": "x" * (subject.context_length + 1)})
+    )
     monkeypatch.setattr(type(subject.model), "forward", None)  # no pass over it is begun
     refused(
         lambda: load_adapter(folder, subject),
-        f"{subject.reads + 1} tokens",
+        f"{subject.context_length + 1} tokens",
         "fit the adapter again",
     )
 

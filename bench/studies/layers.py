@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ia2mini.cli.group import progress
-from ia2mini.engine.options import LABELS, Options
+from ia2mini.engine.options import METHOD_NAMES, Options
 from ia2mini.engine.select import grouped
 from ia2mini.engine.subject import Subject
 from ia2mini.report.charts import ROW
@@ -137,6 +137,6 @@ def chart_rows(lines: list[dict]) -> list[ChartRow]:
             )
             if math.isnan(low):
                 low = None
-            name = f"{band}, {LABELS[first + '-sft']}"
+            name = f"{band}, {METHOD_NAMES[first + '-sft']}"
             rows.append(ChartRow(name, COLORS[f"{first}-sft"], gain, low, high, f"{gain:+.1f}"))
     return rows

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ia2mini import UsageError
 from ia2mini.cli.group import progress
-from ia2mini.engine.options import LABELS, Options
+from ia2mini.engine.options import METHOD_NAMES, Options
 from ia2mini.engine.select import grouped
 from ia2mini.engine.subject import Subject
 from ia2mini.files import json_line, write_text
@@ -76,13 +76,15 @@ def own_sft(grid: Grid, aligned: Trained) -> Trained:
 def further_methods() -> Iterator[None]:
     """Within the block a study knows the methods of this one."""
     methods = {"sdft": sdft, "own": own, "own-sft": own_sft}
-    LABELS.update({"sdft": "SDFT", "own": "IA2, own weights", "own-sft": "IA2→SFT, own weights"})
+    METHOD_NAMES.update(
+        {"sdft": "SDFT", "own": "IA2, own weights", "own-sft": "IA2→SFT, own weights"}
+    )
     try:
         with further(methods, {"own": "icl-sft", "own-sft": "own"}):
             yield
     finally:
         for name in methods:
-            del LABELS[name]
+            del METHOD_NAMES[name]
 
 
 def stronger(subject: Subject, options: Options, part: str, data: Path | None = None) -> Result:

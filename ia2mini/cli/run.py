@@ -179,7 +179,7 @@ def write_and_print_report(
     document: dict, folder: Path, full: bool, columns, figures, as_json: bool, with_paper: bool
 ) -> None:
     """Write a study's report; print its table and the files written."""
-    from ..files import count
+    from ..files import plural
     from ..report.paper import add_paper, departures
     from ..report.study import write_report
 
@@ -194,8 +194,10 @@ def write_and_print_report(
     table = document | {"columns": columns}
     drawn = write_report(table, folder, command_line(), figures)
     show(table, full or with_paper)
-    written = count(len(drawn), "figure") if drawn else "no figures (pip install 'ia2mini[report]')"
-    adapters = count(len(document["adapters"]), "adapter")
+    written = (
+        plural(len(drawn), "figure") if drawn else "no figures (pip install 'ia2mini[report]')"
+    )
+    adapters = plural(len(document["adapters"]), "adapter")
     tables = (
         "tables"
         if (folder / "table.csv").exists()

@@ -11,7 +11,7 @@ import sys
 from contextlib import suppress
 
 from .. import UsageError
-from ..files import HALF
+from ..files import LONE_SURROGATE
 
 
 def open_streams() -> None:
@@ -54,14 +54,14 @@ def need_output() -> None:
 def check_arguments(arguments: list[str]) -> None:
     """Raises UsageError for an argument that is not UTF-8."""
     for argument in arguments:
-        if not HALF.search(argument):
+        if not LONE_SURROGATE.search(argument):
             continue
         encoding = sys.getfilesystemencoding()
         if encoding != "utf-8":
             raise UsageError(
                 f"argument {argument!r}: Python reads arguments as {encoding} here; set PYTHONUTF8=1"
             )
-        typed = HALF.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", argument)
+        typed = LONE_SURROGATE.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", argument)
         raise UsageError(
             f"argument '{typed}' is not UTF-8; type it in UTF-8, or give the file a name in UTF-8"
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from .. import UsageError
-from ..files import count, json_line, plain
+from ..files import json_line, plain, plural
 from .group import main, progress
 from .options import DEVICE_HELP, check_option, combine_options, file_option, model_options
 from .rows import read_new
@@ -124,7 +124,7 @@ def write_answers(outcomes: Iterable, answers, rows: int, out: Path, digits: int
             answers.add(row, answer, DIGITS if digits is None else digits)
             bar.update()
     answers.write(out)
-    told = f"{out}: {count(rows, 'row')}"
+    told = f"{out}: {plural(rows, 'row')}"
     if answers.left_out:
         told += f", {answers.left_out} of them without an answer: see the column `reason`"
     click.echo(plain(told))
@@ -234,7 +234,7 @@ def generate(prompt, max_tokens, stop, adapter, chat, **how):
     if not ids:
         raise UsageError("--prompt is empty and this model's tokenizer adds no BOS; give some text")
     subject.check_room(prompt, len(ids), "use a shorter --prompt")
-    max_tokens = min(max_tokens, subject.reads + 1 - len(ids))
+    max_tokens = min(max_tokens, subject.context_length + 1 - len(ids))
     stop = stop and stop.replace("\\n", "\n")
     with fitted.student() as student:
         decoding = decoding_for(subject.model, max_tokens, stop)

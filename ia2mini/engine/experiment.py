@@ -24,7 +24,7 @@ from ..scale.race import Race
 from ..scale.shrink import shrinking
 from ..teacher import Taught, TeacherSettings, teach, true_rows
 from ..train import NO_HOOKS, Hooks, Settings, State, Trained, train
-from .options import TUNED, last_phase, need_teacher
+from .options import ICL_SFT, last_phase, need_teacher
 from .progress import Progress
 from .store import Store
 from .subject import Subject
@@ -38,7 +38,7 @@ def make_trainer(side_by_side: int | None = None) -> Callable:
 
 def in_order(methods: tuple[str, ...], tuned: bool = False) -> list[str]:
     """The methods to train, in order: each after the phase that it starts from, a tuned teacher first."""
-    found = [TUNED] if tuned else []
+    found = [ICL_SFT] if tuned else []
     for method in methods:
         if method in METHODS:
             found += [STARTS_FROM.get(method), method]
@@ -62,7 +62,7 @@ class Experiment:
     progress: Progress
     betas: tuple[float, ...] = (0.5,)
     labels: str = TRUTH  # what cross-entropy trains on: TRUTH or ICL
-    tuned: bool = False  # the teacher is the model as `TUNED` has trained it, else the base
+    tuned: bool = False  # the teacher is the model as `ICL_SFT` has trained it, else the base
     racing: bool = False  # whether hopeless learning rates stop early
     collate: Callable = in_batches  # `Hooks.collate`
     trainer: Callable = field(default_factory=make_trainer)
@@ -123,10 +123,10 @@ def teacher(experiment: Experiment, tuned: Trained | None, number: int) -> Abstr
 
 
 def true_sets(experiment: Experiment) -> list[Taught]:
-    """Every episode's rows with their true answers; for `TUNED` also with demonstrations in the prompt."""
+    """Every episode's rows with their true answers; for `ICL_SFT` also with demonstrations in the prompt."""
     tokenizer = experiment.subject.tokenizer
     of_text = experiment.teacher_settings.max_tokens > 1
-    demonstrated = TUNED in experiment.methods
+    demonstrated = ICL_SFT in experiment.methods
     return [true_rows(tokenizer, one, of_text, demonstrated) for one in experiment.episodes]
 
 
@@ -142,11 +142,11 @@ def train_all(experiment: Experiment) -> dict[str, Trained]:
         kept = experiment.store.tensors(experiment.place(method))
         if kept is not None:
             experiment.progress.kept()
-        elif method == TUNED and experiment.tuned:
+        elif method == ICL_SFT and experiment.tuned:
             kept = train_method(experiment, method, true_sets(experiment), trained)
         else:
             if taught is None:
-                taught = teach_all(experiment, trained[TUNED] if experiment.tuned else None)
+                taught = teach_all(experiment, trained[ICL_SFT] if experiment.tuned else None)
             kept = train_method(experiment, method, taught, trained)
         kept["theta"] = kept["theta"].to(device_of(experiment.subject.model))
         trained[method] = Trained(**kept)

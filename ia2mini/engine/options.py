@@ -11,8 +11,8 @@ TINY_RATES = {"lora": (1e-3, 3e-3, 1e-2), "ia3": (1e-3, 1e-2, 1e-1)}
 # of other families: Llama's
 BETAS = {"qwen3": (0.1, 0.5, 0.7, 0.9), "llama": (0.001, 0.01, 0.05, 0.5)}
 UNTRAINED = ("base", "icl")
-TUNED = "icl-sft"  # what a tuned teacher is
-LABELS = {  # method: as it is written, in the order of every table and figure
+ICL_SFT = "icl-sft"  # what a tuned teacher is
+METHOD_NAMES = {  # method: as it is written, in the order of every table and figure
     "base": "base",
     "icl": "ICL",
     "icl-sft": "ICL, fine-tuned",
@@ -41,22 +41,22 @@ LETTERS = {  # letter -> matrix, in the order of a layer
 USUAL_LETTERS = "qko"  # paper section 5
 
 
-def label(method: str) -> str:
+def method_name(method: str) -> str:
     """How tables and figures write a method, also one with a loss of one's own: "huber-sft" is huber→SFT."""
-    return LABELS.get(method, method.replace("-sft", "→SFT"))
+    return METHOD_NAMES.get(method, method.replace("-sft", "→SFT"))
 
 
-def losses_of(methods: Iterable[str]) -> set[str]:
+def phases_of(methods: Iterable[str]) -> set[str]:
     """The phases that these methods consist of ("ia2-sft": ia2 and sft): it says what the teacher is asked for."""
     found = set()
     for method in methods:
-        found.update([method] if method == TUNED else method.split("-"))
+        found.update([method] if method == ICL_SFT else method.split("-"))
     return found
 
 
 def need_teacher(methods: Iterable[str]) -> bool:
     """Whether one of these methods learns from what the teacher does."""
-    return bool(losses_of(methods) - {*UNTRAINED, "sft", TUNED})
+    return bool(phases_of(methods) - {*UNTRAINED, "sft", ICL_SFT})
 
 
 def last_phase(method: str) -> str:

@@ -14,7 +14,7 @@ from .. import UsageError
 from ..errors import out_of_memory
 from ..methods import ICL, Grid, further
 from ..train import Trained
-from .options import LABELS, Options
+from .options import METHOD_NAMES, Options
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class OwnLoss:
 def read_losses(given: tuple[str, ...]) -> list[OwnLoss]:
     """The losses of `--loss`, each FILE.py or FILE.py:NAME. Raises UsageError."""
     losses = []
-    taken = {method.lower() for method in LABELS}  # two files must not differ by case alone
+    taken = {method.lower() for method in METHOD_NAMES}  # two files must not differ by case alone
     for text in given:
         loss = read_loss(text)
         names = {name.lower() for name in loss.methods()}
@@ -108,7 +108,7 @@ def mistakes_of(path: str) -> Iterator[None]:
         raise UsageError(f"{where}: {type(error).__name__}: {error}") from error
 
 
-def methods_of(losses: list[OwnLoss]) -> AbstractContextManager:
+def registered(losses: list[OwnLoss]) -> AbstractContextManager:
     """Within the block METHODS has the methods of these losses."""
     methods: dict[str, Callable] = {}
     starts_from = {}

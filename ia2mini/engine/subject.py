@@ -30,7 +30,7 @@ class Subject:
         return str(next(self.model.parameters()).dtype).removeprefix("torch.")
 
     @property
-    def reads(self) -> int:
+    def context_length(self) -> int:
         """The most tokens that the model can read, its own answer included."""
         return self.model.config.max_position_embeddings
 
@@ -38,8 +38,8 @@ class Subject:
         self, prompt: str, tokens: int, mend: str = "cut the row or leave it out"
     ) -> None:
         """Raises UsageError if a prompt with its answer (`tokens` in all) is longer than the model can read."""
-        if tokens > self.reads:
-            need = f"{tokens} tokens with its answer, more than the {self.reads} tokens the model reads"
+        if tokens > self.context_length:
+            need = f"{tokens} tokens with its answer, more than the {self.context_length} tokens the model reads"
             raise UsageError(f"the prompt {' '.join(prompt.split())[:60]!r} … has {need}; {mend}")
 
 

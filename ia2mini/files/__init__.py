@@ -19,7 +19,7 @@ HIDDEN = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 # half of a surrogate pair; Python also spells a byte so that is not UTF-8
-HALF = re.compile("[\ud800-\udfff]")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def plain(text: str, kept: str = "\t\n") -> str:
@@ -48,7 +48,7 @@ def check_name(path: Path) -> None:
 
 def check_text(text: str, what: str, mend: str) -> None:
     """Raises UsageError for a text with half a surrogate pair, which tokenizers and files cannot hold."""
-    if HALF.search(text):
+    if LONE_SURROGATE.search(text):
         raise UsageError(
             f"{what} {text[:60]!r} holds half a surrogate pair, which is no character; {mend}"
         )
@@ -159,6 +159,6 @@ def as_text(value) -> str:
     return str(value)
 
 
-def count(number: int, noun: str) -> str:
+def plural(number: int, noun: str) -> str:
     """ "1 set", "5 sets"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -220,7 +220,7 @@ def those_that_fit(cv: CrossValidation, demonstrations: list[Example]) -> list[E
     longest = cv.longest.prompt
     needed = cv.count_tokens(longest) + cv.max_tokens - 1
     cv.subject.check_room(longest, needed)
-    room = cv.subject.reads - needed
+    room = cv.subject.context_length - needed
     totals = accumulate(map(cv.demonstration_tokens, demonstrations))
     return [example for example, total in zip(demonstrations, totals) if total <= room]
 

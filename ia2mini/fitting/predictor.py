@@ -206,14 +206,14 @@ class Predictor:
         if label_tokens:
             answer = max(map(len, label_tokens))
         # the answer's last token is not read
-        if 0 < tokens and tokens + answer - 1 <= self.subject.reads:
+        if 0 < tokens and tokens + answer - 1 <= self.subject.context_length:
             return Query(place, prompt, label_tokens)
         also = " with demonstrations" if demonstrations else ""
         lengths = [f"its prompt{also} has {tokens} tokens"]
         if answer > 1:
             lengths.append(f"its answer may have {answer}")
         raise UsageError(
-            f"{row.where}: {', '.join(lengths)}; the model reads 1 to {self.subject.reads}"
+            f"{row.where}: {', '.join(lengths)}; the model reads 1 to {self.subject.context_length}"
         )
 
     def label_tokens(self, prompt: str) -> list[list[int]]:

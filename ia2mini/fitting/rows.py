@@ -7,7 +7,7 @@ from statistics import median
 from typing import NamedTuple
 
 from .. import UsageError
-from ..files import count, plain
+from ..files import plain, plural
 from ..tasks import Example, Task
 from ..tasks.own import own_task, queries_task, similar_labels
 from ..tasks.rows import Row, as_rows
@@ -62,11 +62,11 @@ def remarks(rows: list[Row], task: Task, examples: list[Example]) -> list[str]:
     sentences = similar_labels(task.labels)
     repeats = len(rows) - len(examples)
     if repeats:
-        sentences.append(f"{count(repeats, 'row')} repeated another and counted once")
+        sentences.append(f"{plural(repeats, 'row')} repeated another and counted once")
     contrary = len(examples) - len({example.prompt for example in examples})
     if contrary:
         sentences.append(
-            f"{count(contrary, 'row')} had the prompt of another row but a different answer"
+            f"{plural(contrary, 'row')} had the prompt of another row but a different answer"
         )
     answers = {example.answer for example in examples}
     if not task.labels and len(answers) == len(examples) > 1:

@@ -6,7 +6,7 @@ import torch
 
 from .. import UsageError
 from ..engine.intervals import LEAST_ROWS, share_interval
-from ..files import count
+from ..files import plural
 from ..tasks.own import true_answer
 from ..tasks.rows import Row
 from ..tasks.turns import open_turns
@@ -41,7 +41,7 @@ def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) ->
         numbers = {"acc": list(share_interval(right.count(True), len(right)))}
         report["candidates"] = {name: numbers}
     told = [
-        f"{NAMES.get(name, name)}: {with_interval(numbers['acc'])} of {count(len(rows), 'row')} right."
+        f"{NAMES.get(name, name)}: {with_interval(numbers['acc'])} of {plural(len(rows), 'row')} right."
     ]
     if len(rows) < LEAST_ROWS:
         told.append("So few rows prove nothing.")

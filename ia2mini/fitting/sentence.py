@@ -2,12 +2,16 @@
 
 import math
 
-from ..engine.options import LABELS
-from ..files import count
+from ..engine.options import METHOD_NAMES
+from ..files import plural
 from ..methods import WITH_DEMONSTRATIONS
 from .selection import SECOND_CHOICE
 
-NAMES = LABELS | {"commonest": "commonest answer", "shipped": "as shipped", "probe": "linear probe"}
+NAMES = METHOD_NAMES | {
+    "commonest": "commonest answer",
+    "shipped": "as shipped",
+    "probe": "linear probe",
+}
 EXPLAINED = {  # what is shipped, where its name does not say enough
     "hidden-sft": "hidden→SFT (IA2 on the residual stream, then SFT) is shipped",
     "probe": "A linear probe on the base's last hidden state is shipped, without an adapter",
@@ -48,7 +52,7 @@ def shipped(report: dict) -> str:
     if report.get("wanted"):
         opening += ", as requested"
     calibration = f", ECE {measures['ece']:.2f}" if "ece" in measures else ""
-    rows = count(report["rows"], "held-out row")
+    rows = plural(report["rows"], "held-out row")
     return f"{opening}: {with_interval(measures['acc'])} of {rows} right{calibration}, {EACH}."
 
 
@@ -56,7 +60,7 @@ def context_shipped(report: dict) -> str:
     """The same for a context."""
     measures = report["shipped"]
     opening = f"{NAMES[report['chosen']]} is shipped"
-    agreement = f"{with_interval(measures['acc'])} of {count(report['rows'], 'held-out prompt')}"
+    agreement = f"{with_interval(measures['acc'])} of {plural(report['rows'], 'held-out prompt')}"
     kl = f"KL {measures['nll'][0]:.2f} nats a token (base {report['kl']['base']:.2f})"
     return f"{opening}: it answers as the model that sees the context on {agreement}, {kl}, {EACH}."
 
@@ -69,7 +73,7 @@ def nothing_shipped(report: dict) -> str:
         tried.remove(NAMES["icl"])
     verb = "was" if len(tried) == 1 else "were"
     opening = f"Nothing is shipped. {join_names(tried)} {verb} tried"
-    on_rows = f"on {count(report['rows'], 'held-out row')} none"
+    on_rows = f"on {plural(report['rows'], 'held-out row')} none"
     base = percent(candidates["base"]["acc"][0])
     if "commonest" in candidates:
         second = join_names([NAMES[name] for name in candidates if name in SECOND_CHOICE])
@@ -106,7 +110,7 @@ def nearest_candidate(report: dict) -> str:
     if not report.get("nearest"):
         return ""
     name, gained, lost, p = report["nearest"]
-    rows = f"against the base {count(gained, 'row')} gained, {lost} lost ({p_value(p)})"
+    rows = f"against the base {plural(gained, 'row')} gained, {lost} lost ({p_value(p)})"
     return f"{NAMES[name]} has the lowest loss; {rows}, which may be chance. `--ship {name}` ships it anyway. "
 
 
@@ -118,7 +122,7 @@ def differences(report: dict) -> list[str]:
         if gained_rows == lost_rows == 0:
             sentences.append(f"{beside}: right on the same rows.")
             continue
-        gained = f"{count(gained_rows, 'row')} gained" if gained_rows else "no row gained"
+        gained = f"{plural(gained_rows, 'row')} gained" if gained_rows else "no row gained"
         lost = f"{lost_rows} lost" if lost_rows else "none lost"
         chance = ": it may be chance" if name == "base" and p >= CHANCE else ""
         sentences.append(f"{beside}: {gained}, {lost} ({p_value(p)}{chance}).")

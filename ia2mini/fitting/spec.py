@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import UsageError
-from ..files import HALF, check_name, is_there, read_json
+from ..files import LONE_SURROGATE, check_name, is_there, read_json
 from ..generate import STOP
 from ..tasks.answers import PARSERS
 from ..tasks.rows import placeholders
@@ -37,7 +37,7 @@ def is_whole_number(least: int, most: int) -> Callable:
 
 def is_text(value) -> bool:
     """Whether a value is a text that a tokenizer can read."""
-    return isinstance(value, str) and not HALF.search(value)
+    return isinstance(value, str) and not LONE_SURROGATE.search(value)
 
 
 def is_text_or_none(value) -> bool:

@@ -18,7 +18,7 @@ from ..engine.experiment import (
     train_all,
     true_sets,
 )
-from ..engine.options import TUNED, losses_of
+from ..engine.options import ICL_SFT, phases_of
 from ..engine.progress import Progress
 from ..episode import Episode, seeded
 from ..methods import sft
@@ -55,14 +55,14 @@ def make_experiment(
     rates: tuple[float, ...],
 ) -> Experiment:
     """What to teach and train in some episodes of a user's rows."""
-    phases = losses_of(methods)
+    phases = phases_of(methods)
     teacher_settings = TeacherSettings(
         max_tokens=cv.max_tokens,
         soft_k=SOFT_K if "soft" in phases else None,
         layers=cv.layers,
         stop=cv.stop,
         residual="hidden" in phases,
-        demonstrated=TUNED in phases,
+        demonstrated=ICL_SFT in phases,
         hooks=fast_decoding(device_of(cv.subject.model), cv.max_tokens),
     )
     return Experiment(
@@ -102,7 +102,7 @@ def steps_of_sft(cv: CrossValidation, experiment: Experiment) -> float:
     tokens = mean_tokens(cv)
     steps = 0.0
     for method in experiment.methods:
-        longer = tokens["icl"] / tokens["query"] if method == TUNED else 1.0
+        longer = tokens["icl"] / tokens["query"] if method == ICL_SFT else 1.0
         steps += longer * count_steps(cv.settings, cv.folds[0], method)
     # all rows are one run more, after rates × folds of them; it counts twice, for alone it is slower than beside others
     final = 2 / len(cv.rates) / len(cv.folds)

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from ..adapters import LoRA
-from ..files import count, json_line, plain
+from ..files import json_line, plain, plural
 from ..fitting.measures import confidence_threshold
 from ..fitting.serving import why_not
 from ..tasks.rows import blank_of, placeholders
@@ -70,7 +70,7 @@ def demonstrations(fitted) -> str:
     number = len(fitted.demonstrations())
     if not number:
         return ""
-    return f" Before it stand {count(number, 'demonstration')}, with blank lines between; `ia2mini.json` has them."
+    return f" Before it stand {plural(number, 'demonstration')}, with blank lines between; `ia2mini.json` has them."
 
 
 def longest_row(text: str) -> int:

@@ -9,9 +9,9 @@ from itertools import product
 
 import numpy as np
 
-from ..engine.options import label
+from ..engine.options import method_name
 from ..engine.select import grouped
-from ..files import count
+from ..files import plural
 from ..fitting.sentence import NAMES, with_interval
 from ..study.table import METRICS, deviation
 from .drawing import (
@@ -87,13 +87,13 @@ def methods(figure, view: dict) -> str | None:
     if "ece" in metrics:
         note += " Upright marks: the ECE that perfect calibration would show."
     set_note(figure, note)
-    return f"Methods, mean of {count(means[0]['evaluations'], 'evaluation')}"
+    return f"Methods, mean of {plural(means[0]['evaluations'], 'evaluation')}"
 
 
 def chart_row(row: dict, metric: str) -> ChartRow:
     """A row of `average` as a line of the chart."""
     factor = DRAWN_METRICS[metric]
-    drawn = ChartRow(label(row["method"]), color_of(row["method"]), None, None, None, "–")
+    drawn = ChartRow(method_name(row["method"]), color_of(row["method"]), None, None, None, "–")
     mean = row.get(f"{metric}_mean")
     if mean is None:
         return drawn
@@ -146,12 +146,12 @@ def draw_over_n(axis, parts: list[dict], ood: bool, metric: str, height: float) 
         color = color_of(method)
         x = [row["n"] * 2**shift for row in mine]
         y = [factor * row[f"{metric}_mean"] for row in mine]
-        axis.plot(x, y, marker="o", color=color, label=label(method), zorder=3)
+        axis.plot(x, y, marker="o", color=color, label=method_name(method), zorder=3)
         for at, middle, row in zip(x, y, mine):
             if row[f"{metric}_std"] is not None:
                 half = factor * row[f"{metric}_std"]
                 draw_interval(axis, at, middle - half, middle + half, color)
-        ends.append((x[-1], y[-1], label(method), color))
+        ends.append((x[-1], y[-1], method_name(method), color))
     set_scale(axis, metric, "y")
     name_ends(axis, ends, height)
 
@@ -176,16 +176,16 @@ def asim_layers(figure, view: dict) -> str | None:
         values = np.array([cell["asim_layers"] for cell in mine], float)  # [evaluations, L]
         mean = values.mean(0)
         layers = np.arange(values.shape[1]) + shift
-        axis.plot(layers, mean, marker="o", color=color, label=label(method), zorder=3)
+        axis.plot(layers, mean, marker="o", color=color, label=method_name(method), zorder=3)
         if len(values) > 1:
             half = values.std(0, ddof=1)
             draw_interval(axis, layers, mean - half, mean + half, color)
-        ends.append((layers[-1], mean[-1], label(method), color))
+        ends.append((layers[-1], mean[-1], method_name(method), color))
     keep_whole(axis, "y", 0, 1)
     axis.set(xlabel="layer", title="asim with ICL")
     axis.xaxis.get_major_locator().set_params(integer=True)
     name_ends(axis, ends, height)
-    seen = count(len(next(iter(lines.values()))), "evaluation")
+    seen = plural(len(next(iter(lines.values()))), "evaluation")
     set_note(figure, f"Mean of {seen}; lines: one standard deviation over them to either side.")
     return "Likeness to ICL by layer"
 
@@ -210,7 +210,7 @@ def asim_scatter(figure, view: dict) -> str | None:
                 x.mean(), y.mean(), 70, marker="D", color=color, edgecolor="white", zorder=3
             )
             axis.scatter(x, y, 14, facecolor=faces, edgecolor=color, zorder=4)
-            ends.append((x.mean(), y.mean(), label(method), color))
+            ends.append((x.mean(), y.mean(), method_name(method), color))
         set_scale(axis, metric, "y")
         keep_whole(axis, "x", 0, 1)
         name_ends(axis, ends, height)
@@ -232,7 +232,7 @@ def reliability(figure, view: dict) -> str | None:
         axis.set_visible(False)
     for place, (axis, (method, mine)) in enumerate(zip(axes.flat, diagrams.items())):
         draw_reliability(axis, mine, color_of(method))
-        axis.set_title(label(method))
+        axis.set_title(method_name(method))
         if place % DIAGRAMS_A_ROW == 0:
             axis.set_ylabel("accuracy (%)")
         if place + DIAGRAMS_A_ROW >= len(diagrams):
@@ -267,7 +267,7 @@ def overlap(figure, view: dict) -> str | None:
         sets = np.mean([record["overlap"] for record in mine], axis=0)  # over tasks
         mean = float(sets.mean())
         row = ChartRow(
-            " · ".join(map(label, key)), COLORS["ia2-sft"], mean, None, None, f"{mean:.2f}"
+            " · ".join(map(method_name, key)), COLORS["ia2-sft"], mean, None, None, f"{mean:.2f}"
         )
         half = deviation(sets.tolist())
         if half is not None:
@@ -312,6 +312,6 @@ def draw_candidates(report: dict):
     draw_rows(axis, rows)
     set_scale(axis, "acc", "x")
     agreeing = "as with the context" if "kl" in report else "accuracy"
-    axis.set_title(f"{count(report['rows'], 'held-out row')}: {agreeing} (%)")
+    axis.set_title(f"{plural(report['rows'], 'held-out row')}: {agreeing} (%)")
     set_note(figure, "Lines and brackets: 95 % intervals (Clopper-Pearson).")
     return figure

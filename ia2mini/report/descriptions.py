@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..engine.options import label
+from ..engine.options import method_name
 from ..engine.select import grouped
 
 
@@ -15,7 +15,9 @@ def asim_layers(view: dict) -> str:
             continue
         mean = np.mean([cell["asim_layers"] for cell in cells], axis=0)
         high = f"{mean.max():.2f} in layer {mean.argmax()}"
-        said.append(f"{label(method)} from {mean.min():.2f} in layer {mean.argmin()} to {high}")
+        said.append(
+            f"{method_name(method)} from {mean.min():.2f} in layer {mean.argmin()} to {high}"
+        )
     return ", ".join(said)
 
 
@@ -26,7 +28,7 @@ def reliability(view: dict) -> str:
     for (method,), cells in grouped(known, "method").items():
         rows, confidences, right = np.sum([cell["reliability"] for cell in cells], axis=(0, 1))
         sure = f"{100 * confidences / rows:.1f} % sure"
-        said.append(f"{label(method)} {sure}, {100 * right / rows:.1f} % right")
+        said.append(f"{method_name(method)} {sure}, {100 * right / rows:.1f} % right")
     return "; ".join(said)
 
 
@@ -38,6 +40,6 @@ def overlap(view: dict) -> str:
     said = []
     for pair, records in pairs.items():
         mean = np.mean([record["overlap"] for record in records])
-        names = " and ".join(map(label, pair))
+        names = " and ".join(map(method_name, pair))
         said.append(f"{names} {mean:.2f} (chance {records[-1]['chance']:.2f})")
     return ", ".join(said)

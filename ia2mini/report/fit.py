@@ -7,7 +7,7 @@ from pathlib import Path
 from textwrap import fill
 
 from ..engine.intervals import LEAST_ROWS
-from ..files import count, json_line, write_text
+from ..files import json_line, plural, write_text
 from ..fitting.sentence import NAMES, outcome, with_interval
 from ..tasks.rows import Row, missing_part, prompt_of
 from ..tasks.turns import open_turns
@@ -204,7 +204,7 @@ def suspects_table(odd: Sequence[dict]) -> str:
     for row in odd:
         shares = [f"{row['confidence']:.2f}", f"{row['probability']:.2f}"]
         cells.append([row["row"] or "", row["prompt"], row["true"], row["said"], *shares])
-    title = f"{count(len(odd), 'row')} whose answer may be wrong, the likeliest mistake first"
+    title = f"{plural(len(odd), 'row')} whose answer may be wrong, the likeliest mistake first"
     heads = ["row", "prompt", "answer", "said when held out", "confidence", "of the answer"]
     return table(title, heads, cells, "text")
 
@@ -245,7 +245,7 @@ def wrong_answers(report: dict) -> str:
     for row in report["held_out"]:
         if not row["right"]:
             held.append([row["prompt"], row["true"], row["said"], f"{row['confidence']:.2f}"])
-    title = f"{count(len(held), 'held-out row')} answered wrong"
+    title = f"{plural(len(held), 'held-out row')} answered wrong"
     if not held:
         return lines([title])
     return table(title, ["prompt", "answer", "said", "confidence"], held, "text")
@@ -273,7 +273,7 @@ def percent_or_dash(value: float | None) -> str:
 
 def about(report: dict) -> str:
     """Rows, model and folds in one line."""
-    said = [report["name"], count(report["rows"], "row"), report["model"]]
+    said = [report["name"], plural(report["rows"], "row"), report["model"]]
     if report["folds"]:
-        said.append(f"held out in {count(report['folds'], 'fold')}")
+        said.append(f"held out in {plural(report['folds'], 'fold')}")
     return " · ".join(said)

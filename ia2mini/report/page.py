@@ -4,8 +4,8 @@ import json
 from datetime import date
 from pathlib import Path
 
-from ..engine.options import label
-from ..files import count
+from ..engine.options import method_name
+from ..files import plural
 from .figures import FIGURES, alt_text
 from .markup import details, escaped, figure, first_screen, html_page, lines, table
 from .summary import average, best, parts, title, verdict, views
@@ -83,9 +83,9 @@ def task_section(name: str, document: dict) -> str:
 def sample_table(sample: dict, right: bool) -> str:
     """A table of the sample's right or wrong rows: prompt, true answer, given answer, confidence."""
     rows = [row for row in sample["rows"] if row["right"] == right]
-    method = label(sample["method"])
+    method = method_name(sample["method"])
     how = "right" if right else "wrong"
-    caption = f"{method}, set {sample['set']}: {count(len(rows), 'row')} that it got {how}"
+    caption = f"{method}, set {sample['set']}: {plural(len(rows), 'row')} that it got {how}"
     if not rows:
         return lines([caption])
     fields = ["prompt", "answer", "said"]
@@ -108,7 +108,7 @@ def how_made_section(document: dict, folder: Path, command: str) -> list[str]:
     if command:
         body.insert(0, f"<pre>{escaped(command)}</pre>")
     if document.get("adapters"):
-        about = f"Load one of {count(len(document['adapters']), 'adapter')}, the others likewise:"
+        about = f"Load one of {plural(len(document['adapters']), 'adapter')}, the others likewise:"
         body.append(lines([about]) + f"<pre>{escaped(adapter_code(document, folder))}</pre>")
     return body
 

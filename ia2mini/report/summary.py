@@ -5,9 +5,9 @@ import re
 from statistics import fmean
 
 from ..engine.intervals import LEAST_ROWS, PairedTest, paired_test
-from ..engine.options import LABELS, label
+from ..engine.options import METHOD_NAMES, method_name
 from ..engine.select import grouped
-from ..files import count
+from ..files import plural
 from ..study.table import METRICS, deviation
 
 CHOICES = {
@@ -18,7 +18,7 @@ CHOICES = {
 
 def parts(document: dict) -> list[dict]:
     """What one table shows: each model, N, adapter and choice of rate, its `cells`."""
-    order = list(LABELS)
+    order = list(METHOD_NAMES)
     cells = sorted(document["cells"], key=lambda cell: order_of(cell["method"], order))
     trained = [cell for cell in cells if cell["selected_by"]] or cells
     found = []
@@ -89,7 +89,7 @@ def title(cells: list[dict], n: int | str, by: str | None) -> str:
     about.append(", ".join(tasks) if len(tasks) < 3 else f"{len(tasks)} tasks")
     about.append(f"N = {n}")
     about += adapters[:1]
-    about.append(count(cells[0]["sets"], "set"))
+    about.append(plural(cells[0]["sets"], "set"))
     if by in CHOICES:
         about.append(CHOICES[by])
     return " · ".join(about)
@@ -190,13 +190,13 @@ def best(cells: list[dict]) -> str:
         return "No method has a result on every evaluation."
     first = max(rows, key=lambda row: row["acc_mean"])
     accuracy = f"{100 * first['acc_mean']:.1f} %"
-    seen = count(first["evaluations"], "evaluation")
-    return f"{label(first['method'])} is right most often: {accuracy}, mean of {seen}."
+    seen = plural(first["evaluations"], "evaluation")
+    return f"{method_name(first['method'])} is right most often: {accuracy}, mean of {seen}."
 
 
 def pairs_of(test: PairedTest) -> str:
     """ "20 pairs of task and set, not independent: …", or that they are too few for a test."""
-    pairs = f"{count(test.pairs, 'pair')} of task and set"
+    pairs = f"{plural(test.pairs, 'pair')} of task and set"
     if test.pairs < LEAST_ROWS:
         return f"{pairs}: too few for a p-value or an interval"
     return f"{pairs}, not independent: those of a task share their evaluation rows"

@@ -6,9 +6,9 @@ from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
-from ..engine.options import label
+from ..engine.options import method_name
 from ..engine.select import grouped
-from ..files import count, plain, write_text
+from ..files import plain, plural, write_text
 from ..methods import WITH_DEMONSTRATIONS
 from ..study.table import METRICS
 from .summary import average, parts, verdict
@@ -90,7 +90,7 @@ def blocks_of(cells: list[dict], full: bool) -> list[tuple[str, list[dict]]]:
     means = average(cells)
     blocks = []
     if means:
-        blocks.append((f"mean of {count(len(evaluations), 'evaluation')}", means))
+        blocks.append((f"mean of {plural(len(evaluations), 'evaluation')}", means))
     each_differs = len(evaluations) > 1 or any("paper" in cell for cell in cells)
     if not means or (full and each_differs):
         for (task, name, ood), rows in evaluations.items():
@@ -126,7 +126,7 @@ def known_columns(rows: list[dict], document: dict) -> list[str]:
 
 def texts(row: dict, columns: list[str]) -> list[str]:
     """A line of a table: the method, then its entries."""
-    method = plain(label(row["method"]), "")
+    method = plain(method_name(row["method"]), "")
     return [method, *(table_entry(row, column) for column in columns)]
 
 
@@ -219,7 +219,7 @@ def failures(document: dict) -> list[str]:
 def failure(runs: list[dict], several: list[str]) -> str:
     """What went wrong in the runs of some sets at one learning rate; `several`: fields with several values."""
     first = runs[0]
-    method = label(first["method"])
+    method = method_name(first["method"])
     names = [str(first.get(name)) for name in several]
     where = ", ".join([*names, first["task"], f"N = {first['n']}"])
     sets = ", ".join(str(run["set"]) for run in runs)

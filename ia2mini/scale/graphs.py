@@ -16,9 +16,9 @@ OFTEN = 1  # calls of a shape before it is recorded; libraries also initialise t
 MOST_RECORDINGS = (
     8  # recordings of one function; each keeps a batch and a graph of thousands of kernels
 )
-LAUNCH = 5e-6  # seconds to launch a kernel: assumed, to be measured on a GPU
-RATE = 4e14  # FLOP/s of a step: assumed, to be measured on a GPU
-KERNELS = 170  # of a layer in a training step with LoRA, counted for Qwen3 in bfloat16
+SECONDS_PER_LAUNCH = 5e-6  # of a kernel: assumed, to be measured on a GPU
+FLOP_PER_SECOND = 4e14  # of a step: assumed, to be measured on a GPU
+KERNELS_PER_LAYER = 170  # in a training step with LoRA, counted for Qwen3 in bfloat16
 COUNTED: Counter = Counter()  # calls, recordings and replays of all steps where there is a recorder
 
 
@@ -85,13 +85,13 @@ def launch_bound(model: nn.Module, runs: Runs, settings: Settings) -> bool:
     if weight.device.type not in RECORDERS:
         return False
     config = model.config
-    block = sum(weights.numel() for weights in model.model.layers[0].parameters())
+    block_weights = sum(weights.numel() for weights in model.model.layers[0].parameters())
     longest = max(len(row) for rows in runs.train for row in rows)
     tokens = len(runs) * min(settings.batch_size, len(runs.train[0])) * longest
     # forward, and the gradient of every input
-    operations = 4 * tokens * block * config.num_hidden_layers
-    kernels = KERNELS * config.num_hidden_layers
-    return kernels * LAUNCH > operations / RATE
+    operations = 4 * tokens * block_weights * config.num_hidden_layers
+    kernels = KERNELS_PER_LAYER * config.num_hidden_layers
+    return kernels * SECONDS_PER_LAUNCH > operations / FLOP_PER_SECOND
 
 
 class CapturedStep:

@@ -44,7 +44,7 @@ def within_memory(train: Callable, at_once: int | None = None) -> Callable:
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                most = fewer(model, len(part))
+                most = halve_or_checkpoint(model, len(part))
                 continue
             put_state(state, part, found)
             rest = rest[most:]
@@ -56,7 +56,7 @@ def within_memory(train: Callable, at_once: int | None = None) -> Callable:
     return train_in_parts
 
 
-def fewer(model: nn.Module, runs: int) -> int:
+def halve_or_checkpoint(model: nn.Module, runs: int) -> int:
     """How many runs to try next if this many did not fit; a single run is checkpointed. Raises UsageError."""
     if runs > 1:
         now = f"going on with {runs // 2} (--side-by-side {runs // 2})"
@@ -99,18 +99,19 @@ def run_bytes(
     gives, three states of the MLP, LoRA's and the norms' small ones; checkpointed, what both halves read, and one layer
     is there as a whole. Weights count seven times (best, now, gradients, Adam's), an answer its targets and gradient.
     """
-    D = config.hidden_size
-    M = config.intermediate_size
-    Q = config.num_attention_heads * config.head_dim
-    K = config.num_key_value_heads * config.head_dim
-    L = config.num_hidden_layers
-    layer = size * (3 * D + 2 * Q + 2 * K + 3 * M) + 24 * RANK
+    hidden = config.hidden_size
+    mlp = config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    depth = config.num_hidden_layers
+    layer = size * (3 * hidden + 2 * queries + 2 * keys + 3 * mlp) + 24 * RANK
     if config.model_type == "qwen3":
-        layer += size * (Q + K)
+        layer += size * (queries + keys)
     if config.model_type == "olmo2":  # its norms read float32
-        layer += FLOAT32 * (2 * D + Q + K) - size * 2 * D
-    last_mlp = size * (3 * M + D)  # only answer positions reach it
-    layers = L * layer - last_mlp
+        layer += FLOAT32 * (2 * hidden + queries + keys) - size * 2 * hidden
+    last_mlp = size * (3 * mlp + hidden)  # only answer positions reach it
+    layers = depth * layer - last_mlp
     if checkpointing:
-        layers = L * 2 * D * size + layer
-    return tokens * layers + positions * (L + 2) * D * size + WEIGHTS_KEPT * FLOAT32 * trained
+        layers = depth * 2 * hidden * size + layer
+    answers = positions * (depth + 2) * hidden * size
+    return tokens * layers + answers + WEIGHTS_KEPT * FLOAT32 * trained

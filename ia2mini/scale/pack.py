@@ -13,11 +13,11 @@ from ..batch import Batch, TokenRow, by_length, collate
 from ..models.attention import Packed
 
 MOST_TOKENS = 512  # of a packed line; attention is computed over the whole line
-WORTH_IT = (
-    0.8  # rows are packed if the longest line has at most this share of a run's padded tokens
-)
-TOGETHER = 4096  # tokens that are always one batch, with their padding
-FAR = 2  # times the median length: a longer row leaves the batch where that is mostly padding
+# rows are packed if the longest line has at most this share of a run's padded tokens
+WORTH_PACKING = 0.8
+ONE_BATCH_TOKENS = 4096  # with their padding: so many are always one batch
+MOST_PADDED = 2  # times the rows' own tokens: with more, a batch is mostly padding
+LONG_ROW = 2  # times the median length: a longer row leaves a batch that is mostly padding
 
 
 def pack(batch: Batch) -> Batch:
@@ -25,7 +25,7 @@ def pack(batch: Batch) -> Batch:
     R, B = batch.lengths.shape
     T = batch.ids.shape[1]
     longest_line = int(batch.lengths.sum(1).max())
-    if longest_line > min(MOST_TOKENS, WORTH_IT * B * T):
+    if longest_line > min(MOST_TOKENS, WORTH_PACKING * B * T):
         return batch
     starts = batch.lengths.cumsum(1) - batch.lengths  # [R, B], where a row begins in its line
     real = torch.arange(T) < batch.lengths[..., None]  # [R, B, T]
@@ -38,34 +38,38 @@ def pack(batch: Batch) -> Batch:
     documents[in_line] = row
     places[in_line] = place
     rows, columns = batch.at
-    at = rows // B, columns + starts.flatten()[rows]
+    run = rows // B
+    columns = columns + starts.flatten()[rows]
     packed = Packed(documents, places)
-    return replace(batch, ids=ids, at=at, packed=packed)
+    return replace(batch, ids=ids, at=(run, columns), packed=packed)
 
 
 def in_one_batch(runs: list[list[TokenRow]]) -> list[Batch]:
     """A `collate` hook: one packed batch with `Batch.rows`."""
     batch = collate(runs)
     R, B = batch.lengths.shape
-    row_of_position = batch.at[0].view(R, 1, -1) % B  # [R, 1, P / R]
+    rows, _ = batch.at
+    row_of_position = rows.view(R, 1, -1) % B  # [R, 1, P / R]
+    every_row = torch.arange(B)[:, None]
     real = batch.weights[:, None] > 0
-    belongs = (row_of_position == torch.arange(B)[:, None]) & real
+    belongs = (row_of_position == every_row) & real  # [R, B, P / R]
     return [pack(replace(batch, rows=belongs.float()))]
 
 
 def in_batches(runs: list[list[TokenRow]]) -> list[Batch]:
     """A `collate` hook: one packed batch or, if most of it would be padding, several batches whose losses add up.
 
-    Rows longer than `FAR` times the median are batched with one another.
+    Rows longer than `LONG_ROW` times the median are batched with one another.
     """
     lengths = [len(row) for rows in runs for row in rows]
     most_rows = max(map(len, runs))
     padded = len(runs) * most_rows * max(lengths)
-    mostly_padding = padded > max(TOGETHER, FAR * sum(lengths))
+    tolerated = MOST_PADDED * sum(lengths)
+    mostly_padding = padded > max(ONE_BATCH_TOKENS, tolerated)
     longest_line = max(sum(map(len, rows)) for rows in runs)
     if longest_line <= MOST_TOKENS or not mostly_padding:
         return [pack(collate(runs))]
-    usual = FAR * float(np.median(lengths))
+    usual = LONG_ROW * float(np.median(lengths))
     short = defaultdict(list)  # run -> its rows
     long = []
     for r, rows in enumerate(runs):
@@ -76,7 +80,7 @@ def in_batches(runs: list[list[TokenRow]]) -> list[Batch]:
                 long.append((r, row))
     parts = [short]
     long_lengths = [len(row) for _, row in long]
-    for group in by_length(long_lengths, TOGETHER):
+    for group in by_length(long_lengths, ONE_BATCH_TOKENS):
         part = defaultdict(list)
         for i in group:
             r, row = long[i]

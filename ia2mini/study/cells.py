@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from .. import UsageError
 from ..adapters import Adapter
 from ..engine.adapter import make_adapter
-from ..engine.options import BETAS, TUNED, UNTRAINED, Options
+from ..engine.options import BETAS, ICL_SFT, UNTRAINED, Options
 from ..engine.own_loss import OwnLoss, read_losses, with_methods_of
 from ..engine.subject import Subject, max_answer_tokens, max_label_tokens
 from ..episode import Episode, draw_episode, with_demonstrations
@@ -130,7 +130,7 @@ def check_training_rows(cell: Cell) -> None:
     subject = cell.study.subject
     count = subject.tokenizer.count
     options = cell.study.options
-    demonstrated = options.learns_from_teacher or TUNED in options.methods
+    demonstrated = options.learns_from_teacher or ICL_SFT in options.methods
     for episode in cell.episodes:
         rows = episode.train + episode.dev
         for row, tokens in zip(rows, count([row.prompt + row.answer for row in rows])):
@@ -164,10 +164,10 @@ def check_evaluation_rows(cell: Cell) -> None:
             )
             for i, tokens in enumerate(lengths):
                 longest = max(longest, shown[i % len(shown)] + tokens)
-        if longest > subject.reads:
+        if longest > subject.context_length:
             need = f"rows of {name} need up to {longest} tokens with demonstrations"
             warnings.warn(
-                f"{cell.name}: {need}; the model reads {subject.reads}: "
+                f"{cell.name}: {need}; the model reads {subject.context_length}: "
                 "ICL is not at its best, a smaller --n would fit",
                 stacklevel=2,
             )

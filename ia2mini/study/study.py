@@ -7,8 +7,8 @@ from pathlib import Path
 
 from .. import __version__
 from ..engine.experiment import Experiment, in_order, make_trainer, train_all
-from ..engine.options import TUNED, UNTRAINED, Options, losses_of
-from ..engine.own_loss import methods_of
+from ..engine.options import ICL_SFT, UNTRAINED, Options, phases_of
+from ..engine.own_loss import registered
 from ..engine.progress import Progress, silent
 from ..engine.select import runs_to_score
 from ..engine.store import Store, checkpoint_digest, versions
@@ -68,7 +68,7 @@ def carry_out(
     study = cells[0].study
     trainer = make_trainer(side_by_side)
     found: dict[str, list] = defaultdict(list)
-    with methods_of(study.losses):
+    with registered(study.losses):
         progress = Progress(bar, phases=sum(map(count_phases, cells)))
         for cell in cells:
             experiment = experiment_of(cell, store, progress, trainer)
@@ -134,7 +134,7 @@ def experiment_of(cell: Cell, store: Store, progress: Progress, trainer: Callabl
     own_first = [
         method for method in own if method in options.methods
     ]  # so that their mistakes show early
-    needed = losses_of(options.methods)
+    needed = phases_of(options.methods)
     soft_k = None
     if "soft" in needed or study.losses:  # a loss of one's own is given all that the teacher shows
         soft_k = study.subject.model.config.vocab_size if options.paper_compat else options.soft_k
@@ -144,7 +144,7 @@ def experiment_of(cell: Cell, store: Store, progress: Progress, trainer: Callabl
         layers=study.layers,
         stop=None if options.paper_compat else STOP,
         residual="hidden" in needed or bool(study.losses),
-        demonstrated=TUNED in needed,
+        demonstrated=ICL_SFT in needed,
         hooks=fast_decoding(device_of(study.subject.model), cell.teacher_tokens),
     )
     settings = Settings(

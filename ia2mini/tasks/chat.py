@@ -9,7 +9,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
 
 from ia2mini import UsageError
-from ia2mini.files import HALF, is_there, read_json, read_text
+from ia2mini.files import LONE_SURROGATE, is_there, read_json, read_text
 from ia2mini.files.tokenizer_files import named_tokens
 from ia2mini.tokenizer import Rendered, Tokenizer
 
@@ -97,7 +97,7 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template is a program, and raises what a program does
             raise UsageError(f"the chat template fails on these turns ({error})") from None
-        half = HALF.search(text)
+        half = LONE_SURROGATE.search(text)
         if half:
             what = f"half a character ({half[0]!r}), which no tokenizer reads"
             raise UsageError(f"the chat template writes {what}; mend it, or the tokens it names")

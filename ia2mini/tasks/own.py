@@ -4,7 +4,7 @@ import unicodedata
 from dataclasses import replace
 
 from ia2mini import UsageError
-from ia2mini.files import count
+from ia2mini.files import plural
 
 from .answers import parser_for
 from .catalog import Task
@@ -82,7 +82,7 @@ def own_task(
     if broken:
         mend = "write one line end in its place, or use --chat"
         remarks.append(
-            f"{count(broken, 'answer')} with a blank line, where a generated answer ends: never right; {mend}"
+            f"{plural(broken, 'answer')} with a blank line, where a generated answer ends: never right; {mend}"
         )
     task = replace(task, max_tokens=200, parser=parser_for(texts), remarks=tuple(remarks))
     return complete, task
