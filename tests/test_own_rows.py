@@ -146,10 +146,12 @@ def test_labels_of_an_option(saved):
     rows = json.dumps({"text": "good"}) + "\n"
     plain = run("predict", saved, "-", "--labels", "0,1", input=rows).stdout
     assert run("predict", saved, "-", "--labels", " 0 , 1", input=rows).stdout == plain
-    for labels, said in {"0,": "empty", ",": "empty", "": "empty", "0, ,1": "empty", "0,0": "twice", "0, 0": "twice",
-                         "0": "fewer than two"}.items():  # fmt: skip
-        told = run("predict", saved, "-", "--labels", labels, input=rows, code=2).stderr
-        assert said in told and "--labels" in told and told.count("\n") == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ia2mini.engine.subject.open_subject", None)  # no model is loaded before
+        for labels in ("0,", ",", "", "0, ,1", "0,0", "0, 0", "0"):
+            told = run("predict", saved, "-", "--labels", labels, input=rows, code=2).stderr
+            assert "labels = [" in told and "two or more different texts" in told
+            assert told.count("\n") == 1
     for labels in (["0", ""], ["0", "0"], ["0"], ["0", 1]):
         refused(
             lambda labels=labels: load_adapter(saved, labels=labels),

@@ -247,7 +247,7 @@ def open_adapter(folder: Path, model=None, revision=None, template=None, labels=
     from ..engine.subject import open_subject
     from ..fitting.folder import base_of
     from ..fitting.predictor import load_adapter
-    from ..fitting.spec import check_labels
+    from ..fitting.spec import check_given
     from ..tasks.own import check_template
 
     given: dict = {}
@@ -255,7 +255,7 @@ def open_adapter(folder: Path, model=None, revision=None, template=None, labels=
         given["template"] = check_template(template)
     if labels is not None:
         given["labels"] = [label.strip() for label in labels.split(",")]
-        check_labels(given["labels"])
+    check_given(given)
     if not model:
         model, revision = base_of(folder)
     subject = open_subject(model, revision=revision, **how)

@@ -57,29 +57,11 @@ def is_template(value) -> bool:
     return is_text(value) and bool(placeholders(value))
 
 
-def wrong_labels(labels: list) -> str | None:
-    """What is wrong with a list of labels; None if nothing is."""
-    if not all(is_nonblank(label) for label in labels):
-        return "a label is empty"
-    if len(set(labels)) < len(labels):
-        return "a label is given twice"
-    if len(labels) < 2:
-        return "there are fewer than two labels"
-    return None
-
-
-def check_labels(labels: list[str] | None) -> None:
-    """Raises UsageError for labels that are empty or given twice, and for fewer than two."""
-    wrong = wrong_labels(labels) if labels else None
-    if wrong:
-        raise UsageError(
-            f"--labels {','.join(map(str, labels))}: {wrong}; give two different ones or more"
-        )
-
-
 def are_labels(value) -> bool:
-    """Whether a value is a list of labels that can be told apart, or empty where the answers are texts."""
-    return isinstance(value, (list, tuple)) and (not value or wrong_labels(list(value)) is None)
+    """Whether a value is a list of two or more different texts, none of them empty; or an empty list."""
+    if not isinstance(value, (list, tuple)) or not all(map(is_nonblank, value)):
+        return False
+    return len(value) != 1 and len(set(value)) == len(value)
 
 
 def is_parser(value) -> bool:
