@@ -202,7 +202,7 @@ MUTANTS = {
     ],
     "ia2mini/fitting/probe.py": [
         ("W = W / deviation", "W = W", "probe scikit_learns"),
-        ("penalty / 2 * V", "penalty * V", "probe scikit_learns"),
+        ("penalty / 2 * coeff", "penalty * coeff", "probe scikit_learns"),
         ("set(range(len(states))) - set(test)", "range(len(states))", "held_out never_saw"),
     ],
     "ia2mini/fitting/measures.py": [

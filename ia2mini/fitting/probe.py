@@ -44,6 +44,7 @@ def last_states(model: Callable, prompts: list[list[int]], budget: int = 4096) -
     groups = by_length(list(map(len, prompts)), budget)
     parts = []
     for group in groups:
+        # any token in place of an answer: the state that would predict it is the one at the prompt's end
         rows = [TokenRow(prompts[i], [0]) for i in group]
         batch = collate([rows]).to(device_of(model))
         states = model(batch.ids, logits=batch.at, head=False)
@@ -61,16 +62,16 @@ def fit_probe(states: Tensor, gold: Tensor, labels: int, penalty: float) -> Prob
     mean = wide.mean(0)
     deviation = wide.std(0, correction=0)
     deviation[deviation == 0] = 1
-    x = (wide - mean) / deviation
+    standardised = (wide - mean) / deviation
     seen = gold.unique()
-    place = torch.searchsorted(seen, gold)
+    target = torch.searchsorted(seen, gold)
     # the penalty keeps the weights in the span of the rows: fewer coordinates, at right angles
-    left, size, right = torch.linalg.svd(x, full_matrices=False)
-    reduced = left * size
-    V = torch.zeros(len(seen), len(size), dtype=torch.float64, requires_grad=True)
-    b = torch.zeros(len(seen), dtype=torch.float64, requires_grad=True)
+    U, S, Vh = torch.linalg.svd(standardised, full_matrices=False)
+    reduced = U * S
+    coefficients = torch.zeros(len(seen), len(S), dtype=torch.float64, requires_grad=True)
+    intercept = torch.zeros(len(seen), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [V, b],
+        [coefficients, intercept],
         max_iter=1000,
         history_size=30,
         tolerance_grad=1e-7,
@@ -80,18 +81,19 @@ def fit_probe(states: Tensor, gold: Tensor, labels: int, penalty: float) -> Prob
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        total = torch.nn.functional.cross_entropy(reduced @ V.T + b, place, reduction="sum")
-        total = total + penalty / 2 * V.square().sum()
+        logits = reduced @ coefficients.T + intercept
+        total = torch.nn.functional.cross_entropy(logits, target, reduction="sum")
+        total = total + penalty / 2 * coefficients.square().sum()
         total.backward()
         return total
 
     optimizer.step(loss)
-    W = V.detach() @ right
+    W = coefficients.detach() @ Vh
     W = W / deviation  # of states as they are
-    weight = torch.zeros(labels, x.shape[1])
+    weight = torch.zeros(labels, states.shape[1])
     bias = torch.full((labels,), UNSEEN)
     weight[seen] = W.float()
-    bias[seen] = (b.detach() - W @ mean).float()
+    bias[seen] = (intercept.detach() - W @ mean).float()
     return Probe(weight, bias)
 
 
