@@ -19,9 +19,9 @@ class Episode:
     # for each row of train + dev, the N - 1 demonstrations that the teacher sees before it
     demonstrations: list[list[Example]]
     icl: list[list[Example]]  # demonstrations before each evaluation row; one list: for all
-    # more rows, which the teacher answers …
+    # rows without answers: the teacher answers them, and IA2 trains on them, too
     unlabelled: list[Example] = field(default_factory=list)
-    # … with these before each
+    # for each unlabelled row, the demonstrations that the teacher sees before it
     more_demonstrations: list[list[Example]] = field(default_factory=list)
 
 

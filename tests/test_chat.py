@@ -302,7 +302,7 @@ def test_an_adapter_that_talks_of_the_date_loads_on_another_day(talking, tmp_pat
     )
     monkeypatch.setattr("ia2mini.tasks.chat.strftime_now", lambda form: "bad bad bad")
     loaded = load_adapter(tmp_path / "a")
-    assert loaded.chat("x").startswith("bad bad bad")
+    assert loaded.as_turn("x").startswith("bad bad bad")
     assert next(loaded.answer_rows(rows[:1]))["answer"] in loaded.spec["labels"]
 
 

@@ -20,7 +20,7 @@ from ia2mini.fitting.crossval import make_cross_validation
 from ia2mini.fitting.rows import read_own
 from ia2mini.fitting.selection import Candidate
 from ia2mini.fitting.training import train_final
-from ia2mini.report.fit import write_fit_table
+from ia2mini.report.fit import fit_table
 from ia2mini.report.study import write_report
 from ia2mini.report.tables import write_table
 from ia2mini.scale.pack import in_batches
@@ -199,7 +199,7 @@ def test_a_fit_shows_what_failed_and_never_chooses_it(subject, tmp_path):
     columns = "columns: the prompt is 'text'; the answer is 'label'"
     remarks = [*lines, columns, "answers: 2 labels"]
     assert said == lines and found[0].report["remarks"] == remarks and found[0].spec["rate"] == 1e-2
-    assert all(line in write_fit_table(found[0].report) for line in lines)
+    assert all(line in fit_table(found[0].report) for line in lines)
     found[0].save(tmp_path)
     assert json.loads((tmp_path / "ia2mini.json").read_text())["report"]["remarks"] == remarks
     assert found[0].theta.isfinite().all() and all(

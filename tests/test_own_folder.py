@@ -8,7 +8,7 @@ from mistakes import refused
 
 from ia2mini import load_adapter
 from ia2mini.cli.main import main
-from ia2mini.fitting.folder import check_own
+from ia2mini.fitting.folder import check_out_folder
 from ia2mini.tasks import world
 
 
@@ -73,9 +73,9 @@ def test_its_own_folder_is_used_again_but_no_card_of_others_is_replaced(tmp_path
     assert (out / "README.md").read_text() == "# My project"
     (out / "README.md").unlink()
     (out / "ia2mini.json").unlink()
-    refused(lambda: check_own(out), "is no folder of an earlier fit")
+    refused(lambda: check_out_folder(out), "is no folder of an earlier fit")
     (out / "unfinished-1234abcd").mkdir()
-    check_own(out)
+    check_out_folder(out)
 
 
 def test_an_unfinished_fit_may_still_run(tmp_path):

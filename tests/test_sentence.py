@@ -12,7 +12,7 @@ from ia2mini import FitOptions, fit, open_subject
 from ia2mini.fitting.score import score_rows
 from ia2mini.fitting.sentence import join_names, p_value, sentence, with_interval
 from ia2mini.metrics import macro_f1
-from ia2mini.report.fit import write_fit_table
+from ia2mini.report.fit import fit_table
 from ia2mini.tasks import world
 from ia2mini.tasks.rows import as_rows
 
@@ -164,7 +164,7 @@ def test_score_of_few_rows_is_cautious(fitted, count):
     )
     assert ("So few rows prove nothing." in found["sentence"]) == (count < 5)
     assert bool(re.search(r"\(\d+ to \d+\) of 6 rows", found["sentence"])) == (count == 6)
-    assert "commonest answer" in write_fit_table(found) and "nan" not in write_fit_table(found)
+    assert "commonest answer" in fit_table(found) and "nan" not in fit_table(found)
 
 
 def test_answers_that_all_differ_are_not_judged(subject):

@@ -69,12 +69,12 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
     from ..engine.subject import open_subject
     from ..fitting.crossval import check_number, check_options
     from ..fitting.fit import fit as fit_rows
-    from ..fitting.folder import check_own
+    from ..fitting.folder import check_out_folder
     from ..fitting.rows import Columns, read_own
-    from ..report.fit import wrapped, write_fit_report, write_fit_table
+    from ..report.fit import fit_table, wrapped, write_fit_report
     from ..tasks.rows import as_rows
 
-    check_own(out)
+    check_out_folder(out)
     only_rows = rows is not None and context is None and prompts is None
     only_context = rows is None and context is not None and prompts is not None
     if not only_rows and not only_context:
@@ -100,16 +100,16 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
     subject = open_subject(**how)
     compile_and_checkpoint(subject.model)
     print_remarks([*task.remarks, dtype_note(subject)])
-    fitted = fit_rows(own, subject, options, columns, unlabelled or (), keep=out, bar=progress)
+    predictor = fit_rows(own, subject, options, columns, unlabelled or (), keep=out, bar=progress)
     ranks.stop()
     if not ranks.chief:
         return
-    fitted.save(out)
-    write_fit_report(fitted, out, command_line(), own)
+    predictor.save(out)
+    write_fit_report(predictor, out, command_line(), own)
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished)
-    click.echo(plain(write_fit_table(fitted.report, task.remarks)))
-    click.echo(wrapped(f"{out}: {files_of(fitted, out)}"))
+    click.echo(plain(fit_table(predictor.report, task.remarks)))
+    click.echo(wrapped(f"{out}: {files_of(predictor, out)}"))
     click.echo(plain(f"next: ia2mini predict {shlex.quote(str(out))} NEW_ROWS"))
 
 
@@ -120,7 +120,7 @@ def read_context(path: Path) -> str:
     return text
 
 
-def files_of(fitted, out: Path) -> str:
+def files_of(predictor, out: Path) -> str:
     """The files in the folder of a fit, in words."""
     from ..report.fit import SUSPECTS
 
@@ -130,7 +130,7 @@ def files_of(fitted, out: Path) -> str:
         "icl-sft": "adapter and demonstrations",
         "probe": "probe.safetensors",
     }
-    shipped = kinds.get(fitted.spec["method"], "adapter")
+    shipped = kinds.get(predictor.spec["method"], "adapter")
     files = [shipped, "ia2mini.json", "README.md", "report.html", "held_out.jsonl"]
     if (out / "decision.json").is_file():
         files.append("decision.json and its template (to serve it)")

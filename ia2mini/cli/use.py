@@ -149,13 +149,11 @@ def score(adapter, rows, answer_column, icl, **how):
       ia2mini score peft-lora rows.csv --template '{question}' --labels yes,no
     """
     from ..fitting.score import score_rows
-    from ..report.fit import write_fit_table
+    from ..report.fit import fit_table
     from ..tasks.rows import read_rows
 
     rows = read_rows(rows)  # its mistakes show before a model is loaded
-    click.echo(
-        plain(write_fit_table(score_rows(open_adapter(adapter, **how), rows, icl, answer_column)))
-    )
+    click.echo(plain(fit_table(score_rows(open_adapter(adapter, **how), rows, icl, answer_column))))
 
 
 @main.command()
@@ -215,15 +213,15 @@ def generate(prompt, max_tokens, stop, adapter, chat, **how):
     if adapter:
         if click.get_current_context().get_parameter_source("model").name == "DEFAULT":
             how["model"] = how["revision"] = None
-        fitted = open_adapter(adapter, **how)
-        if fitted.adapter is None:
-            raise UsageError(f"{adapter}: holds no adapter; {what_answers(fitted)}")
-        if fitted.spec["method"] in WITH_DEMONSTRATIONS:
+        predictor = open_adapter(adapter, **how)
+        if predictor.adapter is None:
+            raise UsageError(f"{adapter}: holds no adapter; {what_answers(predictor)}")
+        if predictor.spec["method"] in WITH_DEMONSTRATIONS:
             missing = "was trained with demonstrations, which --prompt must hold"
             click.echo(f"this adapter {missing}; `ia2mini predict` shows them", err=True)
     else:
-        fitted = Predictor(open_subject(**how), None, None, FOREIGN)
-    subject = fitted.subject
+        predictor = Predictor(open_subject(**how), None, None, FOREIGN)
+    subject = predictor.subject
     tokenizer = subject.tokenizer
     text = prompt
     if chat:
@@ -236,7 +234,7 @@ def generate(prompt, max_tokens, stop, adapter, chat, **how):
     subject.check_room(prompt, len(ids), "use a shorter --prompt")
     max_tokens = min(max_tokens, subject.context_length + 1 - len(ids))
     stop = stop and stop.replace("\\n", "\n")
-    with fitted.student() as student:
+    with predictor.student() as student:
         decoding = decoding_for(subject.model, max_tokens, stop)
         (response,) = continue_text(student, tokenizer, [ids], decoding)
     click.echo(plain(tokenizer.decode(ids + response)[len(tokenizer.decode(ids)) :]))

@@ -61,9 +61,9 @@ def fit(
     held_out = answer_held_out(cv, trained)
     choice = make_choice(cv, held_out)
     report = make_report(cv, held_out, choice)
-    fitted = ship(cv, choice, report)
-    fitted.report["seconds"] = time.perf_counter() - begun
-    return fitted
+    predictor = ship(cv, choice, report)
+    predictor.report["seconds"] = time.perf_counter() - begun
+    return predictor
 
 
 def prepare_fit(
@@ -134,7 +134,10 @@ def read_unlabelled(unlabelled, task: Task) -> tuple[list[Row], list[str]]:
 
 
 def open_store(cv: CrossValidation, folder: Path) -> Store:
-    """The store from which an interrupted fit resumes; another fit has another one."""
+    """The store from which an interrupted fit resumes; another fit has another one.
+
+    With a context the answers are part of what it is named by, so that a resumed fit generates them again.
+    """
     rows = cv.rows + cv.unlabelled
     what = {
         "ia2mini": __version__,

@@ -5,6 +5,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from .probe import PROBE, write_probe
 from .serving import write_decision
 from .spec import SPEC, read_spec
 
+if TYPE_CHECKING:
+    from .predictor import Predictor
+
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 CHECKPOINT_FILES = (  # small files of the base's checkpoint that are copied beside merged weights
     "tokenizer_config.json",
@@ -35,7 +39,7 @@ CANARY_TOKENS = 5  # likeliest tokens of the test prompt that are kept
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.1}
 
 
-def check_own(folder: Path) -> None:
+def check_out_folder(folder: Path) -> None:
     """Raises UsageError for a folder with files that are not from an earlier fit."""
     mend = "choose a new or empty folder with --out"
     if not folder.is_dir():
@@ -53,9 +57,9 @@ def check_own(folder: Path) -> None:
         )
 
 
-def save(predictor, folder: Path) -> None:
+def save(predictor: "Predictor", folder: Path) -> None:
     """Write the adapter in peft's format and `ia2mini.json`. Raises UsageError, also for a folder of others."""
-    check_own(folder)
+    check_out_folder(folder)
     subject = predictor.subject
     for name in (*ADAPTER, PROBE):  # of an earlier fit
         (folder / name).unlink(missing_ok=True)
@@ -85,10 +89,10 @@ def digest(path: Path) -> str | None:
 
 
 @torch.no_grad()
-def canary(predictor, kept: dict | None = None) -> dict:
+def canary(predictor: "Predictor", kept: dict | None = None) -> dict:
     """A test prompt's likeliest next tokens (or those of `kept`); log-probabilities with and without the adapter."""
     subject = predictor.subject
-    prompt = predictor.chat(predictor.spec["example"])
+    prompt = predictor.as_turn(predictor.spec["example"])
     measured: dict = {"dtype": subject.dtype}
     if predictor.spec["chat"]:
         # a template may write today's date, so the kept prompt is used again
@@ -106,7 +110,7 @@ def canary(predictor, kept: dict | None = None) -> dict:
     return measured
 
 
-def check(predictor, folder: Path) -> None:
+def check_canary(predictor: "Predictor", folder: Path) -> None:
     """Compare a test prompt's probabilities with the saved ones. UsageError for another base or a damaged adapter."""
     spec = predictor.spec
     kept = spec["canary"]
@@ -124,6 +128,10 @@ def check(predictor, folder: Path) -> None:
             raise UsageError(
                 f"{folder}: {blame} ({about}): its test prompt gives other probabilities"
             )
+
+
+def check_digests(spec: dict, folder: Path) -> None:
+    """Raises UsageError if the adapter or the probe is not the file that was saved."""
     for what, name in {"adapter": ADAPTER[0], "probe": PROBE}.items():
         if spec.get(f"{what}_digest") != digest(folder / name):
             raise UsageError(
@@ -160,7 +168,7 @@ def base_of(folder: Path) -> tuple[str, str | None]:
     return name, config.get("revision")
 
 
-def what_answers(predictor) -> str:
+def what_answers(predictor: "Predictor") -> str:
     """For a folder without an adapter: what answers its rows, and what to do instead."""
     base = predictor.subject.base
     method = predictor.spec["method"]
@@ -172,7 +180,7 @@ def what_answers(predictor) -> str:
 
 
 @torch.no_grad()
-def merge(predictor, out: Path) -> float:
+def merge(predictor: "Predictor", out: Path) -> float:
     """Write a checkpoint with the adapter in its matrices; the largest difference of a logit on a prompt.
 
     Raises UsageError for a folder `out` that holds anything but this same merge.
@@ -192,7 +200,7 @@ def merge(predictor, out: Path) -> float:
         write_json(out / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     write_decision(predictor, out)
     device = device_of(subject.model)
-    prompt = predictor.chat(predictor.spec.get("example", "Once upon a time"))
+    prompt = predictor.as_turn(predictor.spec.get("example", "Once upon a time"))
     ids = torch.tensor([subject.tokenizer.encode(prompt)], device=device)
     merged, _ = load(out, next(subject.model.parameters()).dtype, str(device))
     with predictor.student() as student:

@@ -60,11 +60,11 @@ class Predictor:
     probe: Probe | None = None  # answers in place of the model's head
 
     def __post_init__(self):
-        self.chat = str
+        self.as_turn = str
         if self.spec["chat"]:
             conversations = self.spec["template"] == ALL_TURNS
-            self.chat = ChatTemplate(self.subject.folder, self.subject.tokenizer, conversations)
-            self.subject = replace(self.subject, tokenizer=self.chat.tokenizer)
+            self.as_turn = ChatTemplate(self.subject.folder, self.subject.tokenizer, conversations)
+            self.subject = replace(self.subject, tokenizer=self.as_turn.tokenizer)
 
     def student(self, with_adapter: bool = True) -> AbstractContextManager:
         """The model with the adapter if there is one, else the base."""
@@ -190,13 +190,13 @@ class Predictor:
             return []
         if not spec["demonstrations"]:
             raise UsageError("--icl: this adapter keeps no demonstrations")
-        as_prompt = str if spec["context"] else self.chat
+        as_prompt = str if spec["context"] else self.as_turn
         return [Example(as_prompt(e["prompt"]), e["answer"]) for e in spec["demonstrations"]]
 
     def make_query(self, row: Row, demonstrations: list[Example], place: int = 0) -> "Query":
         """The prompt of a row. Raises UsageError for a missing column, and for a prompt that is too long."""
         template = self.spec["template"]
-        prompt = self.chat(prompt_of(template, open_turns(row, template)))
+        prompt = self.as_turn(prompt_of(template, open_turns(row, template)))
         tokens = len(self.subject.tokenizer.encode(with_demonstrations(demonstrations, prompt)))
         try:
             label_tokens = self.label_tokens(prompt)
@@ -220,9 +220,9 @@ class Predictor:
         """The tokens of every label: as they were fitted; of an adapter that ia2mini did not fit, after this prompt."""
         if not self.spec["labels"]:
             return []
-        if self.is_foreign:
-            return self.label_tokens_after(prompt)
-        return self.fitted_label_tokens
+        if not self.is_foreign:
+            return self.fitted_label_tokens
+        return self.subject.tokenizer.label_tokens(prompt, self.written_labels())
 
     @property
     def is_foreign(self) -> bool:
@@ -231,15 +231,12 @@ class Predictor:
 
     @cached_property
     def fitted_label_tokens(self) -> list[list[int]]:
-        return self.label_tokens_after(self.chat(self.spec["example"]))
+        prompt = self.as_turn(self.spec["example"])
+        return self.subject.tokenizer.label_tokens(prompt, self.written_labels())
 
-    def written_labels(self) -> list[str]:
-        """The labels as written after a prompt, with the blank at the template's end."""
-        return list(labels_after_prompt(self.spec["template"], self.spec["labels"]))
-
-    def label_tokens_after(self, prompt: str) -> list[list[int]]:
-        """The tokens of every label after a prompt; a blank at the template's end belongs to the label."""
-        return self.subject.tokenizer.label_tokens(prompt, tuple(self.written_labels()))
+    def written_labels(self) -> tuple[str, ...]:
+        """The labels as written after a prompt: a blank at the template's end belongs to the label."""
+        return labels_after_prompt(self.spec["template"], self.spec["labels"])
 
     def answer_prompts(
         self,
@@ -346,5 +343,6 @@ def load_adapter(folder: str | Path, subject: Subject | None = None, **given) ->
     spec = {**FOREIGN, **(kept or {}), **given}
     predictor = Predictor(subject, adapter, theta, spec, spec.get("report", {}), probe)
     if kept:
-        folders.check(predictor, folder)
+        folders.check_canary(predictor, folder)
+        folders.check_digests(kept, folder)
     return predictor

@@ -11,19 +11,20 @@ from ..tasks.own import true_answer
 from ..tasks.rows import Row
 from ..tasks.turns import open_turns
 from .measures import classes, commonest, measures
+from .predictor import Predictor
 from .sentence import NAMES, never_right, with_interval
 
 
-def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) -> dict:
+def score_rows(predictor: Predictor, rows: list[Row], icl: bool, column: str | None = None) -> dict:
     """Score an adapter (with `icl` the base with demonstrations) on rows. UsageError for a row without answer."""
-    spec = fitted.spec
+    spec = predictor.spec
     labels = spec["labels"]
     true = true_answers(rows, spec, column or spec["answer_column"] or "label")
     name = "icl" if icl else spec["method"]
-    found = [answer for _, answer in fitted.answers(rows, icl)]
+    found = [answer for _, answer in predictor.answers(rows, icl)]
     report = {
         "name": Path(rows[0].where.partition(":")[0]).stem,
-        "model": fitted.subject.name,
+        "model": predictor.subject.name,
         "rows": len(rows),
         "folds": 0,
         "chosen": None,
@@ -37,7 +38,7 @@ def score_rows(fitted, rows: list[Row], icl: bool, column: str | None = None) ->
         report["candidates"] = {name: numbers, "commonest": commonest(gold, len(labels))}
         report.update(classes(scores, gold, labels))
     else:
-        right = [fitted.is_right(one["answer"], text) for one, text in zip(found, true)]
+        right = [predictor.is_right(one["answer"], text) for one, text in zip(found, true)]
         numbers = {"acc": list(share_interval(right.count(True), len(right)))}
         report["candidates"] = {name: numbers}
     told = [

@@ -159,8 +159,6 @@ def never_right(report: dict) -> list[str]:
 
 def query_cost(report: dict) -> list[str]:
     """The tokens of a query."""
-    if "tokens" not in report:
-        return []
     query = f"{report['tokens']['query']:.0f}"
     icl = f"{report['tokens']['icl']:.0f}"
     if report["chosen"] in WITH_DEMONSTRATIONS:

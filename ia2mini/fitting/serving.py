@@ -8,13 +8,17 @@ must be a single token.
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..episode import with_demonstrations
 from ..files import write_json, write_text
 from ..files.tokenizer_files import named_tokens
-from ..tasks.chat import sandbox, template_of
+from ..tasks.chat import ChatPrompt, sandbox, template_of
 from ..tasks.rows import COLUMN, Row, placeholders, prompt_of
 from ..tokenizer import Rendered
+
+if TYPE_CHECKING:
+    from .predictor import Predictor
 
 CONFIG = "decision.json"
 TEMPLATE = "decision_template.jinja"
@@ -40,17 +44,17 @@ MACROS = """\
 """
 
 
-def write_decision(fitted, folder: Path) -> None:
+def write_decision(predictor: "Predictor", folder: Path) -> None:
     """Write both files. If transformers cannot answer so, remove those of an earlier fit. Raises UsageError."""
     for name in (CONFIG, TEMPLATE):
         (folder / name).unlink(missing_ok=True)
-    if why_not(fitted):
+    if why_not(predictor):
         return
-    spec = fitted.spec
-    template = decision_template(fitted)
+    spec = predictor.spec
+    template = decision_template(predictor)
     write_text(folder / TEMPLATE, template)
     config = {
-        "labels": {"choice": fitted.written_labels()},
+        "labels": {"choice": predictor.written_labels()},
         "temperature": {"choice": spec["temperature"]},
         # `transformers serve --decision-config` reads this file alone
         "chat_template": template,
@@ -60,18 +64,18 @@ def write_decision(fitted, folder: Path) -> None:
     write_json(folder / CONFIG, config)
 
 
-def why_not(fitted) -> str | None:
+def why_not(predictor: "Predictor") -> str | None:
     """Why transformers' decision pipeline cannot answer as `predict` does; None if it can."""
-    spec = fitted.spec
-    tokenizer = fitted.subject.tokenizer
+    spec = predictor.spec
+    tokenizer = predictor.subject.tokenizer
     if not spec["labels"]:
         return "the answers are texts, not labels"
-    if fitted.is_foreign:
+    if predictor.is_foreign:
         return "ia2mini did not fit this adapter"
-    if fitted.probe is not None:
+    if predictor.probe is not None:
         return "a linear probe answers in the place of the model's head"
-    label_tokens = fitted.label_tokens(spec["example"])
-    for label, tokens in zip(fitted.written_labels(), label_tokens):
+    label_tokens = predictor.label_tokens(spec["example"])
+    for label, tokens in zip(predictor.written_labels(), label_tokens):
         if len(tokens) > 1 and tokens[-1:] == tokenizer.closing:
             return f"label {label!r} needs its end of sequence, since a label begins another one"
         if len(tokens) > 1:
@@ -81,44 +85,44 @@ def why_not(fitted) -> str | None:
             return f"label {label!r} by itself has other tokens than after the prompt"
         if tokens[0] in (tokenizer.unknown, *tokenizer.eos_ids):
             return f"label {label!r} is a special token of this tokenizer"
-    if not renders_the_same(fitted):
+    if not renders_the_same(predictor):
         return "its prompt cannot be written as a template of transformers"
     return None
 
 
-def renders_the_same(fitted) -> bool:
+def renders_the_same(predictor: "Predictor") -> bool:
     """Whether the template, rendered as in transformers, gives the same tokens for a row as `predict`."""
-    spec = fitted.spec
-    tokenizer = fitted.subject.tokenizer
+    spec = predictor.spec
+    tokenizer = predictor.subject.tokenizer
     row = Row("the example", dict.fromkeys(placeholders(spec["template"]), spec["example"]))
-    prompt = fitted.chat(prompt_of(spec["template"], row))
-    expected = tokenizer.encode(with_demonstrations(fitted.demonstrations(), prompt))
+    prompt = predictor.as_turn(prompt_of(spec["template"], row))
+    expected = tokenizer.encode(with_demonstrations(predictor.demonstrations(), prompt))
     variables = {
         "state": dict(row),
-        "question": {"type": "choice", "options": fitted.written_labels()},
+        "question": {"type": "choice", "options": list(predictor.written_labels())},
         "messages": [{"role": "user", "content": ""}],
         "tools": None,
         "documents": None,
         "add_generation_prompt": True,
         "enable_thinking": False,
-        **named_tokens(fitted.subject.folder),
+        **named_tokens(predictor.subject.folder),
     }
     try:
-        text = sandbox().from_string(decision_template(fitted)).render(variables)
+        text = sandbox().from_string(decision_template(predictor)).render(variables)
     except Exception:  # a chat template is a program, and raises what a program does
         return False
     return tokenizer.encode(Rendered(text)) == expected
 
 
-def decision_template(fitted) -> str:
+def decision_template(predictor: "Predictor") -> str:
     """decision_template.jinja: refuses other questions, fills the row into the prompt, and renders it."""
-    spec = fitted.spec
+    spec = predictor.spec
     columns = placeholders(spec["template"])
     state = "state"
     if len(set(columns)) == 1:  # then the text itself may be the state
         state = f"{{{literal(columns[0])}: state}} if state is string else state"
-    labels = literal(fitted.written_labels())
-    criteria = literal(dict.fromkeys(fitted.written_labels()))
+    labels = literal(predictor.written_labels())
+    criteria = literal(dict.fromkeys(predictor.written_labels()))
     expected_question = (
         f'ask one question {{"type": "choice", "criteria": {criteria}}}, in this order'
     )
@@ -135,31 +139,32 @@ def decision_template(fitted) -> str:
         f"{{%- set prompt = {as_expression(spec['template'].rstrip(' '))} -%}}",
     ]
     if spec["chat"]:
-        lines += chat_lines(fitted)
+        lines += chat_lines(predictor)
     else:
-        before = with_demonstrations(fitted.demonstrations(), "")
-        lines.append(f"{{{{- {literal(bos_text(fitted) + before)} ~ prompt -}}}}")
+        before = with_demonstrations(predictor.demonstrations(), "")
+        lines.append(f"{{{{- {literal(bos_text(predictor) + before)} ~ prompt -}}}}")
     return "\n".join(lines)
 
 
-def chat_lines(fitted) -> list[str]:
+def chat_lines(predictor: "Predictor") -> list[str]:
     """The prompt as the last turn of a conversation, and the checkpoint's own chat template, which renders that."""
     turns = []
-    for example in fitted.demonstrations():
+    for example in predictor.demonstrations():
+        assert isinstance(example.prompt, ChatPrompt)
         turns.append({"role": "user", "content": example.prompt.question})
         turns.append({"role": "assistant", "content": example.answer})
     return [
         f'{{%- set messages = {literal(turns)} + [{{"role": "user", "content": prompt}}] -%}}',
         # transformers sets it, `predict` does not; the line end after it goes (trim_blocks)
         "{%- set enable_thinking = undefined_as_in_predict %}",
-        template_of(fitted.subject.folder),
+        template_of(predictor.subject.folder),
     ]
 
 
-def bos_text(fitted) -> str:
+def bos_text(predictor: "Predictor") -> str:
     """The token that the tokenizer puts before every text, as "<s>"; a template for transformers must write it."""
-    tokenizer = fitted.subject.tokenizer
-    text = fitted.spec["example"]
+    tokenizer = predictor.subject.tokenizer
+    text = predictor.spec["example"]
     extra = len(tokenizer.encode(text)) - len(tokenizer.encode(Rendered(text)))
     names = map(tokenizer.backend.id_to_token, tokenizer.encode(text)[:extra])
     return "".join(names)

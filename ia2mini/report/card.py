@@ -8,6 +8,7 @@ from pathlib import Path
 from ..adapters import LoRA
 from ..files import json_line, plain, plural
 from ..fitting.measures import confidence_threshold
+from ..fitting.predictor import Predictor
 from ..fitting.serving import why_not
 from ..tasks.rows import blank_of, placeholders
 from .page import loading_code
@@ -37,12 +38,12 @@ ia2mini predict {folder} NEW_ROWS
 {code}"""
 
 
-def card(fitted, folder: Path, command: str) -> str:
+def card(predictor: Predictor, folder: Path, command: str) -> str:
     """The model card."""
-    spec = fitted.spec
-    report = fitted.report
-    base = fitted.subject.base
-    has_adapter = fitted.adapter is not None
+    spec = predictor.spec
+    report = predictor.report
+    base = predictor.subject.base
+    has_adapter = predictor.adapter is not None
     template = spec["template"]
     follows = "the answer follows it at once"
     if blank_of(template):
@@ -50,7 +51,7 @@ def card(fitted, folder: Path, command: str) -> str:
         follows = "the answer follows with a blank before it"
     return CARD.format(
         library="peft" if has_adapter else "transformers",
-        hub=f"base_model: {base}\n" if fitted.subject.revision else "",
+        hub=f"base_model: {base}\n" if predictor.subject.revision else "",
         method=spec["method"],
         name=markdown(report["name"]),
         sentence=markdown(report["sentence"]),
@@ -59,15 +60,15 @@ def card(fitted, folder: Path, command: str) -> str:
         template=inline_code(repr(template)),
         turn=", a turn of the chat template" if spec["chat"] else "",
         follows=follows,
-        demonstrations=demonstrations(fitted),
+        demonstrations=demonstrations(predictor),
         folder=plain(shlex.quote(str(folder)), ""),
-        code=usage_section(fitted, str(folder), has_adapter),
+        code=usage_section(predictor, str(folder), has_adapter),
     )
 
 
-def demonstrations(fitted) -> str:
+def demonstrations(predictor: Predictor) -> str:
     """The demonstrations before every prompt, if they were shipped."""
-    number = len(fitted.demonstrations())
+    number = len(predictor.demonstrations())
     if not number:
         return ""
     return f" Before it stand {plural(number, 'demonstration')}, with blank lines between; `ia2mini.json` has them."
@@ -87,17 +88,17 @@ def inline_code(text: str) -> str:
     return f"{fence}{inside}{fence}"
 
 
-def usage_section(fitted, folder: str, has_adapter: bool) -> str:
+def usage_section(predictor: Predictor, folder: str, has_adapter: bool) -> str:
     """Code that loads and serves the shipped model with other tools."""
-    base = fitted.subject.base
+    base = predictor.subject.base
     source = repr(base)
-    if fitted.subject.revision:
-        source += f", revision={fitted.subject.revision!r}"
-    dtype = f", dtype={fitted.subject.dtype!r}"
+    if predictor.subject.revision:
+        source += f", revision={predictor.subject.revision!r}"
+    dtype = f", dtype={predictor.subject.dtype!r}"
     loaded = loading_code(source, folder if has_adapter else None, dtype)
-    refused = why_not(fitted)
-    if fitted.probe is not None:
-        loaded += probing(fitted, folder)
+    refused = why_not(predictor)
+    if predictor.probe is not None:
+        loaded += probing(predictor, folder)
     lines = [*fenced(loaded, "python"), ""]
     if refused:
         lines += [
@@ -107,16 +108,16 @@ def usage_section(fitted, folder: str, has_adapter: bool) -> str:
             "",
         ]
     else:
-        lines += decisions(fitted, folder)
-    lines += vllm(fitted, folder)
+        lines += decisions(predictor, folder)
+    lines += vllm(predictor, folder)
     if has_adapter and base != "tiny":
-        lines += llama_cpp(fitted, folder)
+        lines += llama_cpp(predictor, folder)
     return "\n".join(lines)
 
 
-def probing(fitted, folder: str) -> str:
+def probing(predictor: Predictor, folder: str) -> str:
     """Python that answers by a probe, after the model is loaded."""
-    example = fitted.spec["example"]
+    example = predictor.spec["example"]
     return f"""
 from safetensors.torch import load_file
 
@@ -124,8 +125,8 @@ probe = load_file({folder + "/probe.safetensors"!r})
 prompt = tokenizer({example!r}, return_tensors="pt")
 state = model.model(**prompt).last_hidden_state[0, -1].float()
 scores = probe["weight"] @ state + probe["bias"]
-shares = (scores.log_softmax(-1) / {fitted.spec["temperature"]}).softmax(-1)
-dict(zip({fitted.spec["labels"]!r}, shares.tolist()))"""
+shares = (scores.log_softmax(-1) / {predictor.spec["temperature"]}).softmax(-1)
+dict(zip({predictor.spec["labels"]!r}, shares.tolist()))"""
 
 
 def fenced(text: str, language: str = "") -> list[str]:
@@ -134,11 +135,11 @@ def fenced(text: str, language: str = "") -> list[str]:
     return [fence + language, plain(text), fence]
 
 
-def decisions(fitted, folder: str) -> list[str]:
+def decisions(predictor: Predictor, folder: str) -> list[str]:
     """Serving with transformers: the pipeline, HTTP, and thresholds of confidence."""
-    spec = fitted.spec
+    spec = predictor.spec
     row = dict.fromkeys(placeholders(spec["template"]), "A text")
-    question = {"type": "choice", "criteria": dict.fromkeys(fitted.written_labels())}
+    question = {"type": "choice", "criteria": dict.fromkeys(predictor.written_labels())}
     pipeline = f"""\
 decide = transformers.pipeline(
     "decision", model=model, tokenizer=tokenizer, decision_config={folder!r}
@@ -157,8 +158,8 @@ answers["label"]["probabilities"]"""
         "columns by name. The labels are given in this order. Instructions and descriptions are not read.",
         "",
     ]
-    lines += over_http(fitted, folder, {"state": row, "questions": {"label": question}})
-    enough = thresholds(fitted)
+    lines += over_http(predictor, folder, {"state": row, "questions": {"label": question}})
+    enough = thresholds(predictor)
     if enough:
         lines += [
             "`ia2mini predict --coverage` gives no answer where the largest probability is below a threshold. To do so",
@@ -169,11 +170,11 @@ answers["label"]["probabilities"]"""
     return lines
 
 
-def over_http(fitted, folder: str, body: dict) -> list[str]:
+def over_http(predictor: Predictor, folder: str, body: dict) -> list[str]:
     """`transformers serve` with a merged adapter, or with the base and the files of `fit`."""
-    base = fitted.subject.base
-    revision = fitted.subject.revision
-    if fitted.adapter is not None:
+    base = predictor.subject.base
+    revision = predictor.subject.revision
+    if predictor.adapter is not None:
         model = f"{folder}-merged"
         commands = [merging(folder), f"transformers serve {shlex.quote(model)}"]
     elif base == "tiny":
@@ -181,7 +182,7 @@ def over_http(fitted, folder: str, body: dict) -> list[str]:
     else:
         model = f"{base}@{revision}" if revision else base
         config = shlex.quote(f"{folder}/decision.json")
-        how = f"--dtype {fitted.subject.dtype} --decision-config {config}"
+        how = f"--dtype {predictor.subject.dtype} --decision-config {config}"
         commands = [f"transformers serve {shlex.quote(model)} {how}"]
     request = json_line({"model": model, **body})
     header = "-H 'Content-Type: application/json'"
@@ -200,38 +201,38 @@ def merging(folder: str) -> str:
     return f"ia2mini merge {shlex.quote(folder)} --out {shlex.quote(folder + '-merged')}"
 
 
-def thresholds(fitted) -> str:
+def thresholds(predictor: Predictor) -> str:
     """The confidence at which `predict --coverage` begins to answer, for some shares; rounded down."""
-    if not fitted.spec["confidences"]:
+    if not predictor.spec["confidences"]:
         return ""
     said = []
     for coverage in COVERAGES:
-        least = confidence_threshold(fitted.spec["confidences"], coverage)
+        least = confidence_threshold(predictor.spec["confidences"], coverage)
         if least > 0:
             said.append(f"{math.floor(1e6 * least) / 1e6:.6f} (coverage {coverage:g})")
     return ", ".join(said)
 
 
-def vllm(fitted, folder: str) -> list[str]:
+def vllm(predictor: Predictor, folder: str) -> list[str]:
     """Serving with vLLM, which reads LoRA only."""
-    adapter = fitted.adapter
-    base = fitted.subject.base
-    revision = fitted.subject.revision
+    adapter = predictor.adapter
+    base = predictor.subject.base
+    revision = predictor.subject.revision
     if not isinstance(adapter, LoRA) or base == "tiny":
         return []
     at = f" --revision {revision}" if revision else ""
     rank = ""
     if adapter.rank > 16:
         rank = f" --max-lora-rank {1 << (adapter.rank - 1).bit_length()}"
-    modules = f"--lora-modules {shlex.quote(fitted.report['name'] + '=' + folder)}"
+    modules = f"--lora-modules {shlex.quote(predictor.report['name'] + '=' + folder)}"
     command = f"vllm serve {shlex.quote(base)}{at} --enable-lora{rank} {modules}"
     return ["vLLM, which generates the answer as text: " + inline_code(command), ""]
 
 
-def llama_cpp(fitted, folder: str) -> list[str]:
+def llama_cpp(predictor: Predictor, folder: str) -> list[str]:
     """llama.cpp reads a merged checkpoint after conversion."""
     merged = f"{folder}-merged"
-    form = GGUF[fitted.subject.dtype]
+    form = GGUF[predictor.subject.dtype]
     file = shlex.quote(f"{merged}/model.gguf")
     commands = [
         merging(folder),

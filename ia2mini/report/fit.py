@@ -8,6 +8,7 @@ from textwrap import fill
 
 from ..engine.intervals import LEAST_ROWS
 from ..files import json_line, plural, write_text
+from ..fitting.predictor import Predictor
 from ..fitting.sentence import NAMES, outcome, with_interval
 from ..tasks.rows import Row, missing_part, prompt_of
 from ..tasks.turns import open_turns
@@ -34,7 +35,7 @@ MATRIX = 20  # up to this many labels the page shows the confusion matrix
 INTERVALS = "95 % intervals: Clopper-Pearson for shares; for means, where shown, Student's t"
 
 
-def write_fit_table(report: dict, told: tuple[str, ...] = ()) -> str:
+def fit_table(report: dict, told: tuple[str, ...] = ()) -> str:
     """The report for a terminal of 80 columns, without remarks that have been `told` already."""
     points = WIDE if has_labels(report) else ()
     table = aligned(measured(report, points))
@@ -111,20 +112,22 @@ def measure_with_interval(value, name: str) -> str:
     return f"{mean + 0.0:.2f} ({low + 0.0:.2f} to {high + 0.0:.2f})"
 
 
-def write_fit_report(fitted, folder: Path, command: str, rows: Sequence[Row] = ()) -> None:
+def write_fit_report(
+    predictor: Predictor, folder: Path, command: str, rows: Sequence[Row] = ()
+) -> None:
     """Write report.html, held_out.jsonl (every row with its held-out answer) and the model card.
 
     suspects.jsonl, if there are any, has the rows to check first; `rows` (the fitted ones) give their places.
     """
-    report = fitted.report
+    report = predictor.report
     write_jsonl(folder / "held_out.jsonl", report["held_out"])
-    odd = suspects(report, places_of(rows, fitted.spec["template"]))
+    odd = suspects(report, places_of(rows, predictor.spec["template"]))
     if odd:
         write_jsonl(folder / SUSPECTS, odd)
     else:
         (folder / SUSPECTS).unlink(missing_ok=True)  # of an earlier fit
     write_text(folder / "report.html", fit_page(report, command, odd))
-    write_text(folder / "README.md", card(fitted, folder, command))
+    write_text(folder / "README.md", card(predictor, folder, command))
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:

@@ -49,10 +49,10 @@ class Task:
     teacher_tokens: int | None = None  # of the teacher's responses to training rows; None: as many
     parser: str | None = None  # of a text: answer -> what is compared, one of answers.PARSERS
     prepare: str | None = None  # adds columns to a row, one of PREPARE
-    # in order; also "complete", which drops rows without prompt or
-    # answer, "unique", which drops repeated prompts, and …
+    # in this order: "shuffle"; "filter" drops rows without a label; "complete" drops rows without prompt or answer;
+    # "unique" drops repeated prompts; "split" divides the rows into pool and evaluation
     steps: tuple[str, ...] = ("shuffle", "filter")
-    held_out: int = 500  # … "split": this many rows, the last ones, are held out for evaluation
+    held_out: int = 500  # rows of the evaluation after "split": the last ones
     # rows in a zip instead of Parquet: path, sha256, member
     archive: tuple[str, str, str] | None = None
     # another dataset id with the same rows, then its splits, if `hub` has no Parquet
