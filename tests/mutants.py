@@ -188,11 +188,11 @@ MUTANTS = {
     ],
     "ia2mini/engine/intervals.py": [
         (
-            "student_quantile(0.975, pairs",
-            "student_quantile(0.95, pairs",
+            "student_quantile(0.975, n",
+            "student_quantile(0.95, n",
             "metrics paired_test_equals_scipy",
         ),
-        ("pairs < LEAST_ROWS or", "pairs < 2 or", "metrics of_few_pairs"),
+        ("n < LEAST_ROWS or", "n < 2 or", "metrics of_few_pairs"),
         ("or not np.isfinite([a, b]).all()", "", "intervals of_nothing"),
     ],
     "ia2mini/fitting/selection.py": [

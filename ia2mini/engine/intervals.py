@@ -100,23 +100,13 @@ def paired_test(a, b) -> PairedTest:
     if not pairs or not np.isfinite([a, b]).all():
         return PairedTest(math.nan, pairs=pairs)
     difference = a - b
-    mean = float(difference.mean())
-    if pairs < LEAST_ROWS or np.ptp(difference) < 1e-12:
+    mean, low, high = mean_interval(difference)
+    if math.isnan(low):
         return PairedTest(mean, pairs=pairs)
     spread = float(difference.std(ddof=1))
-    error = spread / math.sqrt(pairs)
-    t = mean / error
-    reach = student_quantile(0.975, pairs - 1) * error
+    t = mean / (spread / math.sqrt(pairs))
     p = student_p(t, pairs - 1)
-    return PairedTest(
-        mean=mean,
-        low=mean - reach,
-        high=mean + reach,
-        t=t,
-        p=p,
-        pairs=pairs,
-        d=mean / spread,
-    )
+    return PairedTest(mean, low, high, t, p, pairs, d=mean / spread)
 
 
 def surely_positive(differences: Sequence[float], level: float = 0.05) -> bool:

@@ -122,8 +122,9 @@ def read_adapter(folder: Path, model: nn.Module) -> tuple[Adapter, Tensor]:
         raise UsageError(
             f"{folder}: peft_type {repr(kind)[:80]} is not supported (supported: {', '.join(KINDS)})"
         )
-    for name in changes_more(config):
-        said = f"{name} = {repr(config[name])[:80]}"
+    extras = changes_more(config)
+    if extras:
+        said = f"{extras[0]} = {repr(config[extras[0]])[:80]}"
         raise UsageError(
             f"{folder}: {said} is not supported (supported: {', '.join(KINDS)}, without extras)"
         )
@@ -259,9 +260,8 @@ def read_lora(
         name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")
     }
     rank = max(len(tensors[f"{name}.lora_A.weight"]) for name in maps)
-    adapter = LoRA(
-        model, sorted({name.rsplit(".", 1)[1] for name in maps}), None, rank, float(rank)
-    )
+    targets = sorted({name.rsplit(".", 1)[1] for name in maps})
+    adapter = LoRA(model, targets, rank=rank, alpha=float(rank))
     for name in sorted(maps):  # before memory is taken for what the ranks say
         linear = adapter.linears[name]
         own = by_pattern(config.get("rank_pattern"), name, config.get("r", DEFAULT_RANK))
@@ -291,14 +291,16 @@ def read_ia3(
     """Each map's tensor says which side it scales, [out, 1] or [1, in]; maps without one keep a scale of one."""
     found = {name.removesuffix(".ia3_l"): tensor for name, tensor in tensors.items()}
     inputs = {name for name, tensor in found.items() if tensor.shape[0] == 1}
-    told = config.get("feedforward_modules")
+    feedforward = config.get("feedforward_modules")
     for name in found:
-        fed = (
-            re.fullmatch(told, name) if isinstance(told, str) else name.endswith(tuple(told or ()))
-        )
-        if told is not None and bool(fed) != (name in inputs):
+        if isinstance(feedforward, str):
+            scales_input = re.fullmatch(feedforward, name) is not None
+        else:
+            scales_input = name.endswith(tuple(feedforward or ()))
+        if feedforward is not None and scales_input != (name in inputs):
             raise ValueError(f"feedforward_modules and the shape of {name}.ia3_l disagree")
-    adapter = IA3(model, sorted({name.rsplit(".", 1)[1] for name in found}), None, inputs)
+    targets = sorted({name.rsplit(".", 1)[1] for name in found})
+    adapter = IA3(model, targets, scale_inputs=inputs)
     weights = {name: torch.ones(shape) for name, shape in adapter.shapes.items()}
     for name, tensor in found.items():
         size = len(weights[name])

@@ -21,6 +21,7 @@ def grouped(rows: list[dict], *fields: str) -> dict[tuple, list[dict]]:
 
 def chosen(records: list[dict], by: str) -> RateAndBeta:
     """(rate, β) of one method's records: lowest mean dev loss ("dev"), or highest mean accuracy ("eval")."""
+    configs = grouped(records, "rate", "beta")
 
     def cost(record: dict) -> float:
         value = -record["acc"] if by == "eval" else record["dev_loss"]
@@ -31,7 +32,6 @@ def chosen(records: list[dict], by: str) -> RateAndBeta:
     def mean_cost(config: RateAndBeta) -> float:
         return fmean(map(cost, configs[config]))
 
-    configs = grouped(records, "rate", "beta")
     return min(configs, key=mean_cost)
 
 
@@ -51,5 +51,5 @@ def runs_to_score(records: list[dict], trained: "Trained", sets: int, select: st
     """
     if select == "dev":
         return at_config(records, chosen(records, "dev"))
-    whole = trained.dev_loss.isfinite().view(sets, -1).all(0)
-    return whole.repeat(sets).nonzero()[:, 0].tolist()
+    finite = trained.dev_loss.isfinite().view(sets, -1).all(0)  # [configs]
+    return finite.repeat(sets).nonzero()[:, 0].tolist()

@@ -56,12 +56,15 @@ def open_subject(
     dtype = weight_dtype(folder, device, dtype)
     network, tokenizer = load(folder, dtype, device, check=check)
     local = folder == TINY or Path(model).is_dir()
-    name = plain(folder.resolve().name if local else model.replace("/", "--"), "")
-    base = SHORT_NAMES.get(model.lower(), model)
     if local:
+        name = folder.resolve().name
         base = "tiny" if folder == TINY else str(folder.resolve())
-    # a snapshot's folder
-    return Subject(network, tokenizer, folder, name, base, None if local else folder.name)
+        commit = None
+    else:
+        name = model.replace("/", "--")
+        base = SHORT_NAMES.get(model.lower(), model)
+        commit = folder.name  # a snapshot's folder
+    return Subject(network, tokenizer, folder, plain(name, ""), base, commit)
 
 
 def max_label_tokens(labels: list[list[int]]) -> int:

@@ -22,7 +22,8 @@ def patiently(fetch: Callable):
 
     # none in clients before 1.0
     hooks = getattr(get_session(), "event_hooks", {}).get("request", [])
-    hooks += [limit] * (limit not in hooks)
+    if limit not in hooks:
+        hooks.append(limit)
     for wait in (*WAITS, None):
         try:
             return fetch()
@@ -56,7 +57,8 @@ def hub_errors(repo: str, kind: str, revision: str | None, instead: str) -> Iter
     except UsageError:
         raise
     except errors.GatedRepoError:
-        page = f"https://huggingface.co/{'datasets/' * (kind == 'dataset')}{repo}"
+        place = "datasets/" if kind == "dataset" else ""
+        page = f"https://huggingface.co/{place}{repo}"
         raise UsageError(f"{repo} is gated: accept its terms at {page}, then {log_in}") from None
     except errors.RepositoryNotFoundError:
         raise UsageError(f"{repo}: no such {kind} on the hub (or private: {log_in})") from None
@@ -64,7 +66,8 @@ def hub_errors(repo: str, kind: str, revision: str | None, instead: str) -> Iter
         raise UsageError(f"{repo}: the hub has no revision {revision} of it; {instead}") from None
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
-        missing = f"not in the local cache, and the hub {f'answers {status}' if status else 'is out of reach'}"
+        answer = f"answers {status}" if status else "is out of reach"
+        missing = f"not in the local cache, and the hub {answer}"
         raise UsageError(f"{repo}: {missing}; check the network, or {instead}") from None
     except Exception as error:  # bad ids and the client's own network errors, whose classes differ between its versions
         reason = re.sub(
