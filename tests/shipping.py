@@ -5,7 +5,7 @@ from unittest.mock import patch
 import torch
 
 from ia2mini import FitOptions
-from ia2mini.engine.adapter import make_adapter
+from ia2mini.engine.experiment import make_adapter
 from ia2mini.fitting.predictor import FOREIGN, Predictor
 
 LABELS = ["Friday", "apple"]

@@ -14,7 +14,7 @@ from shipping import shipping
 
 from ia2mini import FitOptions, fit, load_adapter, open_subject
 from ia2mini.cli.main import main
-from ia2mini.engine.adapter import make_adapter
+from ia2mini.engine.experiment import make_adapter
 from ia2mini.fitting.measures import measures
 from ia2mini.fitting.predictor import FOREIGN, Predictor
 from ia2mini.fitting.spec import SHAPE

@@ -8,23 +8,23 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import UsageError
-from ..adapters import Adapter, adapted
+from ..adapters import IA3, TARGETS, Adapter, LoRA, adapted
 from ..episode import Episode
 from ..methods import ICL, METHODS, STARTS_FROM, TRUTH, Grid, configs
 from ..models.taps import device_of
 from ..scale import ranks
-from ..scale.dealt import over_ranks
 from ..scale.graphs import launch_bound, recorded
 from ..scale.memory import within_memory
 from ..scale.pack import in_batches
+from ..scale.parts import over_ranks
 from ..scale.race import Race
 from ..scale.shrink import shrinking
 from ..teacher import Taught, TeacherSettings, teach, true_rows
 from ..train import NO_HOOKS, Hooks, Settings, State, Trained, train
-from .options import ICL_SFT, last_phase, need_teacher
+from .options import ICL_SFT, AdapterOptions, last_phase, matrices, need_teacher
 from .progress import Progress
 from .store import Store
 from .subject import Subject
@@ -34,6 +34,16 @@ def make_trainer(side_by_side: int | None = None) -> Callable:
     """The training loop with all its wrappers from scale/; `side_by_side`: runs trained at once (None: all)."""
     trainer = within_memory(shrinking(train, launch_bound), side_by_side)
     return over_ranks(trainer) if ranks.size > 1 else trainer
+
+
+def make_adapter(model: nn.Module, options: AdapterOptions, scale_inputs: bool = False) -> Adapter:
+    """The adapter that the options describe. Raises UsageError for targets that the model lacks."""
+    targets = matrices(options.targets)
+    if not targets:
+        targets = TARGETS
+    if options.adapter == "ia3":
+        return IA3(model, targets, scale_inputs=scale_inputs)
+    return LoRA(model, targets, rank=options.rank, alpha=options.alpha)
 
 
 def in_order(methods: tuple[str, ...], tuned: bool = False) -> list[str]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .. import UsageError
 from ..adapters import Adapter
 from ..batch import TokenRow
-from ..engine.adapter import make_adapter
+from ..engine.experiment import make_adapter
 from ..engine.options import FitOptions
 from ..engine.progress import silent
 from ..engine.store import NoStore, Store

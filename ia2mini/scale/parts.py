@@ -1,11 +1,17 @@
-"""Take some of the runs out of a batch of runs, and put their results back."""
+"""Take some of the runs out of a batch of runs, and put their results back.
 
+With several processes each one trains a part of the runs (`over_ranks`).
+"""
+
+from collections.abc import Callable
 from dataclasses import fields
 
+import torch
 from torch import Tensor
 
 from ..batch import send
 from ..train import Runs, State
+from . import ranks
 
 
 def take_runs(runs: Runs, places: Tensor) -> Runs:
@@ -54,3 +60,22 @@ def fields_by_run(state: State) -> dict[str, Tensor]:
 
 def at_places(values: Tensor, places: Tensor) -> Tensor:
     return values[send(places, values.device)]
+
+
+def over_ranks(train: Callable) -> Callable:
+    """Wrap `train` so that each process trains a part of the runs to the end; all get the results of all."""
+
+    def train_a_part(model, adapter, runs, settings, state: State, hooks) -> State:
+        def trained(part: Tensor) -> State | None:
+            if not len(part):
+                return None
+            mine = take_runs(runs, part)
+            return train(model, adapter, mine, settings, take_state(state, part), hooks)
+
+        parts = torch.arange(len(runs)).tensor_split(ranks.size)
+        for part, found in zip(parts, ranks.spread(trained, parts)):
+            if found is not None:
+                put_state(state, part, found)
+        return state
+
+    return train_a_part

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from .. import UsageError
 from ..adapters import Adapter
-from ..engine.adapter import make_adapter
+from ..engine.experiment import make_adapter
 from ..engine.options import BETAS, ICL_SFT, UNTRAINED, Options
 from ..engine.own_loss import OwnLoss, read_losses, with_methods_of
 from ..engine.subject import Subject, max_answer_tokens, max_label_tokens
