@@ -20,6 +20,7 @@ from bench.studies.controls import TEACHERS, Control
 from ia2mini import UsageError
 from ia2mini.cli.options import CommaSeparated
 from ia2mini.engine.options import TINY_RATES, Options
+from ia2mini.engine.progress import silent
 from ia2mini.engine.subject import open_subject as load_subject
 from ia2mini.methods import METHODS
 from ia2mini.metrics import fit_temperature
@@ -264,6 +265,26 @@ def test_ones_own_texts_may_be_as_long_as_the_longest_answer(subject, tmp_path):
     longest = max(len(encode(row["answer"])) for row in rows)
     assert cell.max_tokens == cell.task.max_tokens == longest + 1 < task.max_tokens == 200
     assert make_cells([MOOD], subject, SMALL)[0].max_tokens == 1
+
+
+def test_no_teacher_is_asked_where_no_method_needs_one(subject, studied, tmp_path, monkeypatch):
+    """SFT trains to the same weights without one, and the phases are counted without its."""
+    monkeypatch.setattr("ia2mini.engine.experiment.teach", None)
+    labels = []
+
+    def bar(label, total):
+        labels.append(label)
+        return silent(label, total)
+
+    options = replace(SMALL, methods=("base", "sft"))
+    document, _ = compare([MOOD], subject, options, tmp_path, bar=bar)
+    with_teacher, _ = studied["dev"]
+    expected = [record for record in with_teacher["training"] if record["method"] == "sft"]
+    assert document["training"] == expected
+    assert [label.split()[0] for label in labels] == [
+        f"{place}/{len(labels)}" for place in range(1, len(labels) + 1)
+    ]
+    assert not any("collecting" in label for label in labels)
 
 
 def test_overlaps_are_of_the_chosen_runs(studied):
