@@ -32,7 +32,7 @@ NO_BREAK = "\ue000"  # for a while in place of a blank at which no line breaks
 AGREES = "as with the context (%)"
 SUSPECTS = "suspects.jsonl"
 MATRIX = 20  # up to this many labels the page shows the confusion matrix
-INTERVALS = "95 % intervals: Clopper-Pearson for shares; for means, where shown, Student's t"
+INTERVALS = "95 % intervals: Clopper-Pearson for shares, Student's t for means"
 
 
 def fit_table(report: dict, told: tuple[str, ...] = ()) -> str:
