@@ -88,6 +88,7 @@ def prepare_fit(
         task = replace(task, prompt=task.prompt.rstrip(" "))  # an answer begins its turn
     prompts = [as_turn(task.prompt_of(row)) for row in rows]
     check_number(prompts)
+    queries, lacking = read_unlabelled(unlabelled, task)
     if options.context:
         task = replace(task, max_tokens=options.max_tokens)
         examples = answer_with_context(prompts, subject, options)
@@ -96,7 +97,6 @@ def prepare_fit(
         if not task.labels:
             task = replace(task, max_tokens=max_answer_tokens(subject.tokenizer, examples))
     examples = list(dict.fromkeys(examples))
-    queries, lacking = read_unlabelled(unlabelled, task)
     more = [Example(as_turn(task.prompt_of(row)), "") for row in queries]
     cv = make_cross_validation(subject, task, examples, options, more)
     if bar is not None:
