@@ -261,7 +261,7 @@ def test_demonstrations_fill_what_the_model_reads_and_no_more(subject, monkeypat
     for count in (1, 3, len(shown)):
         full = cv.count_tokens(with_demonstrations(shown[:count], row.prompt)) + cv.max_tokens - 1
         for reads, fit_in in ((full, count), (full - 1, count - 1)):
-            monkeypatch.setattr(type(subject), "reads", reads)
+            monkeypatch.setattr(type(subject), "context_length", reads)
             assert those_that_fit(cv, shown) == shown[:fit_in]
 
 
