@@ -44,10 +44,8 @@ def reopen(
 
 def reopen_cell(cell: Cell, experiment: Experiment) -> Reopened:
     trained = train_all(experiment)
-    training = training_records(cell, experiment, trained)
+    training = training_records(cell, trained)
     scored_runs = {}
     for method, records in training.items():
-        scored_runs[method] = runs_to_score(
-            records, trained[method], len(cell.episodes), cell.study.options.select
-        )
+        scored_runs[method] = runs_to_score(records, cell.study.options.select)
     return Reopened(cell, experiment, trained, training, scored_runs)

@@ -91,6 +91,10 @@ class Experiment:
         ):
             yield bar
 
+    def configs(self, method: str) -> list[tuple]:
+        """(episode, learning rate, β or None) of each run of a method, in the order of the R axis."""
+        return configs(method, len(self.episodes), self.rates, self.betas)
+
     def place(self, method: str) -> str:
         """Where the store keeps what a method has trained."""
         return f"{self.name}/fit-{method}"
@@ -174,7 +178,7 @@ def train_method(
 
     It starts from its first phase in `trained`, if it has one.
     """
-    runs = configs(method, len(experiment.episodes), experiment.rates, experiment.betas)
+    runs = experiment.configs(method)
     race = make_race(experiment, method, len(runs))
     steps = count_steps(experiment.settings, experiment.episodes[0], method)
     with experiment.phase("train", f"training {method}", steps) as bar:
@@ -243,8 +247,7 @@ def warn_of_failed_runs(experiment: Experiment, method: str, found: Trained) -> 
 def run_names(experiment: Experiment, method: str) -> list[str]:
     """The names of a method's runs in messages."""
     names = []
-    sets = len(experiment.episodes)
-    for number, rate, beta in configs(method, sets, experiment.rates, experiment.betas):
+    for number, rate, beta in experiment.configs(method):
         name = f"set {number} at rate {rate:g}"
         names.append(name if beta is None else f"{name} β {beta}")
     return names

@@ -104,9 +104,11 @@ def paired_test(a, b) -> PairedTest:
     if math.isnan(low):
         return PairedTest(mean, pairs=pairs)
     spread = float(difference.std(ddof=1))
-    t = mean / (spread / math.sqrt(pairs))
+    error = spread / math.sqrt(pairs)
+    t = mean / error
     p = student_p(t, pairs - 1)
-    return PairedTest(mean, low, high, t, p, pairs, d=mean / spread)
+    d = mean / spread
+    return PairedTest(mean, low, high, t, p, pairs, d)
 
 
 def surely_positive(differences: Sequence[float], level: float = 0.05) -> bool:

@@ -2,10 +2,6 @@
 
 import math
 from statistics import fmean
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # the command line names the metrics without torch
-    from ..train import Trained
 
 RateAndBeta = tuple[float | None, float | None]
 
@@ -44,12 +40,15 @@ def at_config(records: list[dict], config: RateAndBeta) -> list[int]:
     return found
 
 
-def runs_to_score(records: list[dict], trained: "Trained", sets: int, select: str) -> list[int]:
+def runs_to_score(records: list[dict], select: str) -> list[int]:
     """The indices of the runs to score: with "dev" those at the chosen learning rate (and β), else all.
 
     Runs at a learning rate that failed in some set are left out: it cannot be chosen.
     """
     if select == "dev":
         return at_config(records, chosen(records, "dev"))
-    finite = trained.dev_loss.isfinite().view(sets, -1).all(0)  # [configs]
-    return finite.repeat(sets).nonzero()[:, 0].tolist()
+    failed = set()
+    for record in records:
+        if not math.isfinite(record["dev_loss"]):
+            failed.add((record["rate"], record["beta"]))
+    return [r for r, record in enumerate(records) if (record["rate"], record["beta"]) not in failed]

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ..adapters import LoRA, unpack
-from ..engine.experiment import Experiment
 from ..train import Trained
 from .cells import Cell
 from .records import cell_fields
@@ -30,13 +29,10 @@ def subspace_overlap(delta1: Tensor, delta2: Tensor, rank: int) -> Tensor:
 
 
 def overlaps(
-    cell: Cell,
-    experiment: Experiment,
-    trained: dict[str, Trained],
-    chosen_runs: dict[str, list[int]],
+    cell: Cell, trained: dict[str, Trained], chosen_runs: dict[str, list[int]]
 ) -> list[dict]:
     """Share of LoRA's subspace that two chosen methods have in common by set (paper Figure 4), and that of chance."""
-    adapter = experiment.adapter
+    adapter = cell.study.adapter
     if not isinstance(adapter, LoRA):
         return []
     weights = {

@@ -4,10 +4,10 @@ from statistics import fmean
 
 import torch
 
-from ..engine.experiment import Experiment
 from ..engine.options import UNTRAINED
 from ..engine.peft import save_adapter
 from ..engine.select import at_config, chosen
+from ..engine.store import Store
 from ..episode import with_demonstrations
 from ..methods import WITH_DEMONSTRATIONS, configs
 from ..metrics import accuracy, measure
@@ -25,9 +25,7 @@ def cell_fields(cell: Cell) -> dict:
     return {"task": cell.task.name, "n": cell.n}
 
 
-def training_records(
-    cell: Cell, experiment: Experiment, trained: dict[str, Trained]
-) -> dict[str, list[dict]]:
+def training_records(cell: Cell, trained: dict[str, Trained]) -> dict[str, list[dict]]:
     """For each method one record per run: its set, learning rate, β, dev loss and steps."""
     found = {}
     for method in cell.study.options.methods:
@@ -36,9 +34,8 @@ def training_records(
         runs = trained[method]
         troubles = runs.troubles()
         records = []
-        for r, (number, rate, beta) in enumerate(
-            configs(method, len(experiment.episodes), experiment.rates, experiment.betas)
-        ):
+        each = configs(method, len(cell.episodes), cell.study.rates, cell.study.betas)
+        for r, (number, rate, beta) in enumerate(each):
             record = cell_fields(cell)
             record["method"] = method
             record["adapter"] = cell.study.options.adapter_name
@@ -55,7 +52,6 @@ def training_records(
 
 def score_records(
     cell: Cell,
-    experiment: Experiment,
     method: str,
     name: str,
     scores: Scores,
@@ -82,7 +78,7 @@ def score_records(
         record["eval"] = name
         record["ood"] = name != cell.task.name
         record["method"] = method
-        record["model"] = experiment.subject.name
+        record["model"] = cell.study.subject.name
         record["adapter"] = None if method in UNTRAINED else options.adapter_name
         record.update(run)
         record["tokens"] = tokens[run["set"]]
@@ -98,7 +94,7 @@ def score_records(
         else:
             record["acc"] = accuracy(scores["correct"][at])
             number = 0 if method == "base" else run["run"]
-            record["texts"] = texts_file(experiment, f"{method}-{number}", name)
+            record["texts"] = texts_file(cell, f"{method}-{number}", name)
         del record["run"]
         records.append(record)
     return records
@@ -135,28 +131,24 @@ def choose_runs(records: list[dict], scored: list[dict], select: str) -> list[in
 
 
 def save_adapters(
-    cell: Cell, experiment: Experiment, method: str, trained: Trained, runs: list[int], records
+    cell: Cell, store: Store, method: str, trained: Trained, runs: list[int], records
 ) -> list[str]:
     """Save a method's chosen runs in PEFT's format; returns the folder names."""
-    subject = experiment.subject
+    adapter = cell.study.adapter
+    subject = cell.study.subject
     names = []
     for r in runs:
-        name = f"adapters/{experiment.name}-{method}-set{records[r]['set']}"
+        name = f"adapters/{cell.name}-{method}-set{records[r]['set']}"
         names.append(name)
         if ranks.chief:
-            save_adapter(
-                experiment.adapter,
-                trained.theta[r],
-                experiment.store.path / name,
-                subject.base,
-                subject.revision,
-            )
+            folder = store.path / name
+            save_adapter(adapter, trained.theta[r], folder, subject.base, subject.revision)
     return names
 
 
 def sample(
     cell: Cell,
-    experiment: Experiment,
+    store: Store,
     scores: dict,
     chosen_runs: dict[str, list[int]],
     scored_runs: dict,
@@ -174,7 +166,7 @@ def sample(
     found["method"] = method
     found["set"] = 0
     said, confidence, right = answers_of_run(
-        cell, experiment, scores[method, name], scored_runs[method].index(run), method, run
+        cell, store, scores[method, name], scored_runs[method].index(run), method, run
     )
     for wanted in (True, False):
         places = [i for i, correct in enumerate(right) if correct == wanted]
@@ -186,16 +178,12 @@ def sample(
     return found
 
 
-def answers_of_run(
-    cell: Cell, experiment: Experiment, scores: Scores, place: int, method: str, run: int
-):
+def answers_of_run(cell: Cell, store: Store, scores: Scores, place: int, method: str, run: int):
     """One run's answers to the task's own evaluation: the texts, their confidence, and whether they are right."""
     right = scores["correct"][place].tolist()
     if cell.labels:
         labels = cell.task.labels
         said = [labels[top] if top >= 0 else "(no label)" for top in scores["top"][place].tolist()]
         return said, scores["confidence"][place].tolist(), right
-    texts = experiment.store.json(texts_file(experiment, f"{method}-{run}", cell.task.name))[
-        "texts"
-    ]
+    texts = store.json(texts_file(cell, f"{method}-{run}", cell.task.name))["texts"]
     return texts, [None] * len(texts), right

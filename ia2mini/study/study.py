@@ -88,13 +88,12 @@ def carry_out(
 def run_cell(cell: Cell, experiment: Experiment) -> dict[str, list]:
     """The work of a cell in order: teach and train, choose learning rates, score, save."""
     options = cell.study.options
+    store = experiment.store
     trained = train_all(experiment)
-    training = training_records(cell, experiment, trained)
+    training = training_records(cell, trained)
     scored_runs = {}
     for method, records in training.items():
-        scored_runs[method] = runs_to_score(
-            records, trained[method], len(experiment.episodes), options.select
-        )
+        scored_runs[method] = runs_to_score(records, options.select)
     scores = score_all(cell, experiment, trained, scored_runs)
     runs = []
     chosen_runs = {}
@@ -108,21 +107,21 @@ def run_cell(cell: Cell, experiment: Experiment) -> dict[str, list]:
         mine = []
         for name in cell.evaluations:
             mine += score_records(
-                cell, experiment, method, name, scores[method, name], run_fields, temperatures
+                cell, method, name, scores[method, name], run_fields, temperatures
             )
         runs += mine
         if method not in UNTRAINED:
             own = [record for record in mine if record["eval"] == cell.task.name]
             chosen_runs[method] = choose_runs(training[method], own, options.select)
             adapters += save_adapters(
-                cell, experiment, method, trained[method], chosen_runs[method], training[method]
+                cell, store, method, trained[method], chosen_runs[method], training[method]
             )
     return {
         "runs": runs,
         "training": [record for records in training.values() for record in records],
-        "overlap": overlaps(cell, experiment, trained, chosen_runs),
+        "overlap": overlaps(cell, trained, chosen_runs),
         "adapters": adapters,
-        "samples": [sample(cell, experiment, scores, chosen_runs, scored_runs)],
+        "samples": [sample(cell, store, scores, chosen_runs, scored_runs)],
     }
 
 

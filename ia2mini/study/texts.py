@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..engine.experiment import Experiment
 from ..generate import Decoding, generate
 from ..models.taps import device_of
 from ..scale.decode import fast_decoding
 from ..tasks import same_answer
+from .cells import Cell
 from .evaluation import Evaluation
 
 
@@ -23,7 +23,7 @@ def score_texts(
 
     All runs answer side by side. The texts of each run are kept.
     """
-    files = [texts_file(e.experiment, run, e.name) for run in runs]
+    files = [texts_file(e.cell, run, e.name) for run in runs]
     kept = [e.experiment.store.json(file) for file in files]
     if None in kept:
         kept = generate_texts(e, model, prompts, len(runs), bar)
@@ -55,8 +55,8 @@ def generate_texts(
     return kept
 
 
-def texts_file(experiment: Experiment, run: str, name: str) -> str:
-    return f"{experiment.name}/generations/{run}-on-{name}.json"
+def texts_file(cell: Cell, run: str, name: str) -> str:
+    return f"{cell.name}/generations/{run}-on-{name}.json"
 
 
 def parsed_correct(kept: dict) -> Tensor:
