@@ -132,9 +132,8 @@ def test_runs_are_named_and_a_rate_that_failed_in_one_set_is_out():
         broken = torch.tensor([0 if loss < INF else 2 for loss in losses])
         return Trained(torch.zeros(4, 1), torch.tensor(losses), broken + 4, 4 - 2 * broken, broken)
 
-    two_sets = SimpleNamespace(
-        name="toy", episodes=[None] * 2, rates=(1, 2), betas=(0.5,), episode_is="set"
-    )
+    runs = [(number, rate, None) for number in range(2) for rate in (1, 2)]
+    two_sets = SimpleNamespace(name="toy", episodes=[None] * 2, configs=lambda method: runs)
 
     def warn(*losses):
         warn_of_failed_runs(two_sets, "sft", found(*losses))
