@@ -3,7 +3,7 @@
 import hashlib
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from inspect import isfunction
@@ -12,7 +12,7 @@ from types import ModuleType
 
 from .. import UsageError
 from ..errors import out_of_memory
-from ..methods import ICL, METHODS, STARTS_FROM, Grid
+from ..methods import ICL, Grid, further
 from ..train import Trained
 from .options import METHOD_NAMES, Options
 
@@ -108,19 +108,14 @@ def mistakes_of(path: str) -> Iterator[None]:
         raise UsageError(f"{where}: {type(error).__name__}: {error}") from error
 
 
-@contextmanager
-def registered(losses: list[OwnLoss]) -> Iterator[None]:
-    """Within the block METHODS and STARTS_FROM have the methods of these losses; their names are new."""
+def registered(losses: list[OwnLoss]) -> AbstractContextManager:
+    """Within the block METHODS has the methods of these losses."""
+    methods: dict[str, Callable] = {}
+    starts_from = {}
     for loss in losses:
-        METHODS.update(loss.methods())
-        STARTS_FROM[f"{loss.name}-sft"] = loss.name
-    try:
-        yield
-    finally:
-        for loss in losses:
-            for name in loss.methods():
-                del METHODS[name]
-            del STARTS_FROM[f"{loss.name}-sft"]
+        methods.update(loss.methods())
+        starts_from[f"{loss.name}-sft"] = loss.name
+    return further(methods, starts_from)
 
 
 def with_methods_of(losses: list[OwnLoss], options: Options) -> Options:
