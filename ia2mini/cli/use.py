@@ -1,6 +1,6 @@
 """The commands that use an adapter: predict, score, merge, generate."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
@@ -73,6 +73,7 @@ def predict(adapter, rows, coverage, icl, strict, out, digits, **how):
     --coverage abstains, `answer` is null and `abstained` has the answer. A column of yours with such a name becomes
     `row_answer` and so on. With --out the file has a line for every row; a row that is left out has a `reason`.
     """
+    from ..fitting.predictor import raise_errors
     from ..report.answers import Answers, check_size, check_target
 
     if rows == "-":
@@ -87,20 +88,12 @@ def predict(adapter, rows, coverage, icl, strict, out, digits, **how):
     predictor = open_adapter(adapter, **how)
     outcomes = predictor.outcomes(new, icl, coverage)
     if strict:
-        outcomes = stop_at_error(outcomes)
+        outcomes = raise_errors(outcomes)
     if out is None:
         print_answers(outcomes, digits)
     else:
         answers = Answers(rows, predictor.spec["labels"], coverage is not None)
         write_answers(outcomes, answers, len(new), out, digits)
-
-
-def stop_at_error(outcomes: Iterable) -> Iterator:
-    """The rows and their answers. Raises the UsageError of the first row that cannot be answered."""
-    for row, answer in outcomes:
-        if isinstance(answer, UsageError):
-            raise answer
-        yield row, answer
 
 
 def print_answers(outcomes: Iterable, digits: int | None) -> None:

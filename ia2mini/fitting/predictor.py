@@ -1,6 +1,6 @@
 """A fitted adapter in use: it answers new rows with probabilities, one by one or in scikit-learn's style."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -118,14 +118,11 @@ class Predictor:
         """Each row with its answer added: `answer`, `confidence` and, of labels, `probabilities`; lazily, in order.
 
         A column of the row that has such a name becomes `row_answer` and so on. None in place of a row says that the
-        next has yet to come: what has come is answered first.
-        `icl`: the base with demonstrations instead, as always where these were shipped. `coverage`: the least certain
-        rows get the answer None, by the threshold above which that share of the held-out rows was. Raises UsageError
-        for a row that cannot be answered; `outcomes` gives it in place of the answer.
+        next has yet to come: what has come is answered first. `icl`: the base with demonstrations instead, as always
+        where these were shipped. `coverage`: the least certain rows get the answer None, by the threshold above which
+        that share of the held-out rows was. Raises UsageError for a row that cannot be answered; `outcomes` goes on.
         """
-        for row, answer in self.outcomes(rows, icl, coverage):
-            if isinstance(answer, UsageError):
-                raise answer
+        for row, answer in raise_errors(self.outcomes(rows, icl, coverage)):
             yield with_answer(row, answer)
 
     def outcomes(
@@ -146,10 +143,7 @@ class Predictor:
 
     def answers(self, rows, icl: bool = False) -> Iterator[tuple[Row, dict]]:
         """Each row and its answer, of labels also the `log_probabilities` among them. Raises UsageError."""
-        for row, answer in self.answers_or_errors(rows, icl):
-            if isinstance(answer, UsageError):
-                raise answer
-            yield row, answer
+        return raise_errors(self.answers_or_errors(rows, icl))
 
     def answers_or_errors(self, rows, icl: bool) -> Iterator[tuple[Row, dict | UsageError]]:
         """As `answers`; a row that cannot be answered gives its UsageError instead."""
@@ -312,6 +306,14 @@ class Query(NamedTuple):
     place: int
     prompt: str
     label_tokens: list[list[int]]
+
+
+def raise_errors(outcomes: Iterable[tuple[Row, dict | UsageError]]) -> Iterator[tuple[Row, dict]]:
+    """The same rows and answers. Raises the UsageError of the first row that cannot be answered."""
+    for row, answer in outcomes:
+        if isinstance(answer, UsageError):
+            raise answer
+        yield row, answer
 
 
 def with_answer(row: Row, answer: dict) -> dict:
