@@ -8,6 +8,7 @@ K key/value heads, E head size, S earlier keys.
 import math
 from collections.abc import Callable
 from functools import cached_property
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -230,8 +231,12 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     K = k.shape[1]
     rows = max(1, CACHED_SCORES // (H * T * T))
     if B > rows:
-        masks = [None] * B if mask is None else mask.split(rows)
-        parts = zip(q.split(rows), k.split(rows), v.split(rows), masks)
+        parts = zip(
+            q.split(rows),
+            k.split(rows),
+            v.split(rows),
+            repeat(None) if mask is None else mask.split(rows),
+        )
         return torch.cat([written_out(*part) for part in parts])
     if mask is None:
         mask = causal_mask(q)

@@ -240,3 +240,15 @@ def test_an_unknown_word_is_warned_of_once_and_few_are_named():
         f"{word!r} is not in the vocabulary and is read as an unknown word" for word in strange[:5]
     ]
     assert lines == [*named, "more words are not in the vocabulary; they are not named"]
+
+
+def test_answers_that_hold_the_end_of_a_text_are_named():
+    subject = open_subject("tiny", "cpu")
+    (end,) = subject.tokenizer.eos_ids
+    stop = subject.tokenizer.backend.id_to_token(end)
+    rows = world.rows("toy-sums", "train")[:8]
+    assert len({row["answer"] for row in rows}) > 2
+    rows[2]["answer"] += f" {stop} 4"
+    report = fit(rows, subject, QUICK, (None, "answer", None, "text")).report
+    (said,) = [remark for remark in report["remarks"] if "ends a text" in remark]
+    assert said.startswith(f"1 answer with {stop!r}") and "(row 3)" in said

@@ -29,7 +29,7 @@ from .crossval import (
 from .held_out import answer_held_out, fit_final_probe
 from .predictor import Predictor
 from .report import Choice, make_report, question
-from .rows import Columns, far_longer, read_own, remarks
+from .rows import Columns, ending_early, far_longer, read_own, remarks
 from .selection import COMMONEST, HeldOut, choose
 from .training import train_final, train_folds
 
@@ -106,6 +106,8 @@ def prepare_fit(
     cv.remarks = [*lacking, *remarks(rows, task, examples)]
     lengths = subject.tokenizer.count([task.prompt_of(row) for row in rows])
     cv.remarks += far_longer(rows, lengths)
+    if not task.labels and not options.context:
+        cv.remarks += ending_early(rows, task, subject.tokenizer)
     return cv
 
 

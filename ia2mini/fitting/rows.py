@@ -9,9 +9,10 @@ from typing import NamedTuple
 from .. import UsageError
 from ..files import plain, plural
 from ..tasks import Example, Task
-from ..tasks.own import own_task, queries_task, similar_labels
+from ..tasks.own import first_places, own_task, queries_task, similar_labels
 from ..tasks.rows import Row, as_rows
 from ..tasks.turns import ALL_TURNS, ANSWER, holds_turns, open_turns
+from ..tokenizer import Tokenizer
 
 LONG = 500  # a row of fewer tokens is never called far longer than the others
 FAR = 10  # times the median length: longer rows are
@@ -91,3 +92,20 @@ def far_longer(rows: list[Row], lengths: list[int]) -> list[str]:
                 f"{row.where} has {tokens} tokens, half of the rows have at most {usual:.0f}: {costs}"
             )
     return sentences
+
+
+def ending_early(rows: list[Row], task: Task, tokenizer: Tokenizer) -> list[str]:
+    """A sentence on answers that hold a token which ends a text."""
+    places = []
+    for row in rows:
+        ids = tokenizer.encode(task.example(row).answer, special=False)
+        ends = [token for token in ids if token in tokenizer.eos_ids]
+        if ends:
+            places.append(row.where)
+            end = tokenizer.backend.id_to_token(ends[0])
+    if not places:
+        return []
+    count = plural(len(places), "answer")
+    where = first_places(places)
+    early = f"{count} with {end!r}, which ends a text in this checkpoint ({where})"
+    return [f"{early}: what follows it is never generated"]

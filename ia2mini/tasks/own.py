@@ -26,7 +26,7 @@ TRUE_FALSE = {"true": "1", "false": "0"}
 NULL_WORDS = ("none", "null", "na", "n/a", "#n/a", "nil")
 # names of columns
 UNINFORMATIVE = "text prompt input content instruction label answer output response completion target class y".split()
-MAX_NAMED = 10  # rows that are left out and named
+MAX_NAMED = 10  # rows that a sentence names
 
 
 def own_task(
@@ -196,13 +196,17 @@ def complete_rows(
     for part, places in lacking.items():
         if not places:
             continue
-        named = ", ".join(places[:MAX_NAMED])
-        if len(places) > MAX_NAMED:
-            named += " …"
+        named = first_places(places)
         sentences.append(
             f"left out for want of {part}: {len(places)} of {len(rows)} rows ({named})"
         )
     return complete, sentences
+
+
+def first_places(places: list[str]) -> str:
+    """Where rows stand, of the first ones."""
+    named = ", ".join(places[:MAX_NAMED])
+    return named if len(places) <= MAX_NAMED else f"{named} …"
 
 
 def similar_labels(labels: tuple[str, ...]) -> list[str]:
