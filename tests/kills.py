@@ -202,10 +202,10 @@ def check_whole(folder: Path, wanted: dict[str, bytes]) -> None:
         path = folder / name
         if path.name.startswith("."):
             continue  # what `write` had begun
-        if "unfinished-" in name or path.name == "state.safetensors":
+        if path.name == "seconds.json":
+            json.loads(path.read_text())
+        elif "unfinished-" in name or path.name == "state.safetensors":
             with safe_open(path, "pt") as file:
                 assert all(file.get_tensor(key) is not None for key in file.keys())
-        elif path.name == "seconds.json":
-            json.loads(path.read_text())
         else:
             assert data == wanted[name], f"{name} is not whole"
