@@ -257,9 +257,10 @@ def test_wrong_options_show_before_the_model_is_loaded_or_answers(subject, tmp_p
 
 def test_demonstrations_fill_what_the_model_reads_and_no_more(subject, monkeypatch):
     cv = cross_validation(subject, toy_rows(12))
-    row, shown = cv.longest, [example for example in cv.rows if example is not cv.longest]
+    longest = cv.longest_prompt
+    shown = [example for example in cv.rows if example.prompt != longest]
     for count in (1, 3, len(shown)):
-        full = cv.count_tokens(with_demonstrations(shown[:count], row.prompt)) + cv.max_tokens - 1
+        full = cv.count_tokens(with_demonstrations(shown[:count], longest)) + cv.max_tokens - 1
         for reads, fit_in in ((full, count), (full - 1, count - 1)):
             monkeypatch.setattr(type(subject), "context_length", reads)
             assert those_that_fit(cv, shown) == shown[:fit_in]

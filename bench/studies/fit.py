@@ -99,7 +99,7 @@ def trial(
     accuracy = {}
     nll = {}
     ece = {}
-    for name in cv.names:
+    for name in cv.candidate_names:
         candidate = found[name]
         make = partial(fresh_scores, cv, fitted, candidate, fresh)
         scores = cv.store.once(f"fresh-{name}", make)["scores"] / candidate.temperature

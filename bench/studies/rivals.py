@@ -92,7 +92,7 @@ def fitted_rivals(
     note = f"ships {fitted.report['chosen']}"
     shipped = asked(fitted, fresh, seconds, needed, note)
     found = {"shipped": replace(shipped, stated=[100 * share for share in stated])}
-    names = [name for name in CANDIDATES if name in cv.names]
+    names = [name for name in CANDIDATES if name in cv.candidate_names]
     for name in names:
         try:
             begun = time.perf_counter()

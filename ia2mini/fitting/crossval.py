@@ -64,7 +64,7 @@ class CrossValidation:
         return Settings(self.options.batch_size, self.options.epochs, layers=self.layers)
 
     @property
-    def names(self) -> list[str]:
+    def candidate_names(self) -> list[str]:
         return candidate_names(self.task, self.options)
 
     @property
@@ -73,23 +73,18 @@ class CrossValidation:
         return torch.tensor([row.label or 0 for row in self.rows])
 
     @property
-    def tests(self) -> list[list[int]]:
-        """The rows that each fold holds out."""
+    def test_rows(self) -> list[list[int]]:
+        """Indices of the rows that each fold holds out."""
         return [fold.test for fold in self.folds]
 
     @property
-    def places(self) -> list[int]:
-        """The position of each row when the folds' held-out rows are joined, fold after fold."""
-        joined = sum(self.tests, [])
-        return torch.tensor(joined).argsort().tolist()
-
-    @property
     def selection(self) -> Selection:
-        return Selection(self.tests, self.gold, self.options.temperature)
+        return Selection(self.test_rows, self.gold, self.options.temperature)
 
     @property
-    def longest(self) -> Example:
-        return max(self.rows + self.unlabelled, key=lambda row: self.count_tokens(row.prompt))
+    def longest_prompt(self) -> str:
+        prompts = [row.prompt for row in self.rows + self.unlabelled]
+        return max(prompts, key=self.count_tokens)
 
     def count_tokens(self, text: str) -> int:
         """Number of tokens of a text. Every fold asks for the same texts, so each is encoded once."""
@@ -179,9 +174,9 @@ def make_folds(cv: CrossValidation) -> list[Fold]:
     parts = prompts
     if prompts > ALONE:
         parts = min(options.folds, prompts)
-    choose = partial(choose_demonstrations, cv)
+    draw = partial(choose_demonstrations, cv)
     folds = []
-    for number, fold in enumerate(draw_folds(cv.rows, parts, choose, options.seed)):
+    for number, fold in enumerate(draw_folds(cv.rows, parts, draw, options.seed)):
         demonstrations = before_unlabelled(cv, number, fold.train)
         fold = replace(fold, unlabelled=cv.unlabelled, more_demonstrations=demonstrations)
         folds.append(fold)
@@ -196,8 +191,10 @@ def before_unlabelled(
     if not queries:
         return []
     others = [row for row in train if row.prompt not in queries]
+    if not others:  # every training row is such a query, too
+        others = train
     rng = seeded(cv.options.seed, number, "unlabelled")
-    demonstrations = choose_demonstrations(cv, others or train, rng)
+    demonstrations = choose_demonstrations(cv, others, rng)
     return [demonstrations] * len(cv.unlabelled)
 
 
@@ -210,14 +207,14 @@ def choose_demonstrations(
     context = those_that_fit(cv, [Example(cv.options.context, "")])
     if not context:
         raise UsageError(
-            f"the context leaves no room for {cv.longest.prompt[:60]!r} in what the model reads; cut it"
+            f"the context leaves no room for {cv.longest_prompt[:60]!r} in what the model reads; cut it"
         )
     return context
 
 
 def those_that_fit(cv: CrossValidation, demonstrations: list[Example]) -> list[Example]:
     """As many of the first demonstrations as fit into the model's context with the longest row and its answer."""
-    longest = cv.longest.prompt
+    longest = cv.longest_prompt
     needed = cv.count_tokens(longest) + cv.max_tokens - 1
     cv.subject.check_room(longest, needed)
     room = cv.subject.context_length - needed

@@ -20,11 +20,11 @@ class Fold(Episode):
 
 
 def draw_folds(
-    rows: list[Example], number_of_folds: int, choose: Callable, seed: int = 0
+    rows: list[Example], number_of_folds: int, draw: Callable, seed: int = 0
 ) -> list[Fold]:
     """Stratified k-fold, grouped by prompt: each part has equal shares of the labels and is held out once.
 
-    All folds train on equally many rows, without dev rows. `choose(rows, generator)`
+    All folds train on equally many rows, without dev rows. `draw(rows, generator)`
     gives the demonstrations that are drawn from some rows: for a training row from rows of the same fold
     (`demonstrations_among`), for held-out rows from all of them.
     """
@@ -35,15 +35,22 @@ def draw_folds(
         rng = seeded(seed, number, "fold")
         others = shuffled(all_but(rows, test), rng)
         train = alternate_labels(others)[:train_size]
-        demonstrations = demonstrations_among(train, choose, rng)
-        folds.append(Fold(train, [], demonstrations, [choose(train, rng)], test=test))
+        demonstrations = demonstrations_among(train, draw, rng)
+        fold = Fold(
+            train=train,
+            dev=[],
+            demonstrations=demonstrations,
+            icl=[draw(train, rng)],
+            test=test,
+        )
+        folds.append(fold)
     return folds
 
 
 def demonstrations_among(
-    rows: list[Example], choose: Callable, rng: np.random.Generator
+    rows: list[Example], draw: Callable, rng: np.random.Generator
 ) -> list[list[Example]]:
-    """Demonstrations before each of some rows, `choose(other rows, generator)`; they never have the row's own prompt.
+    """Demonstrations before each of some rows, `draw(other rows, generator)`; they never have the row's own prompt.
 
     The rows are dealt into `DEMONSTRATION_PARTS` parts. All rows of a part see the same demonstrations, from the other
     parts, so that the teacher reads these once a part.
@@ -51,7 +58,7 @@ def demonstrations_among(
     parts = min(DEMONSTRATION_PARTS, len({row.prompt for row in rows}))
     by_row: list[list[Example]] = [[] for _ in rows]
     for part in stratified_parts(rows, parts, rng):
-        demonstrations = choose(all_but(rows, part), rng)
+        demonstrations = draw(all_but(rows, part), rng)
         for i in part:
             by_row[i] = demonstrations
     return by_row

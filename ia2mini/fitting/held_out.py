@@ -32,7 +32,7 @@ from .training import SOFT_K
 def answer_held_out(cv: CrossValidation, trained: dict[str, Trained]) -> dict[str, HeldOut]:
     """Each candidate's scores of held-out rows. Warns of failed runs; raises UsageError if no learning rate is left."""
     held_out = {}
-    for name in cv.names:
+    for name in cv.candidate_names:
         weights = fold_weights(cv, trained[name]) if name in METHODS else None
         one = HeldOut(name, score_held_out(cv, name, weights))
         if name in METHODS:
@@ -72,7 +72,9 @@ def score_by_model(cv: CrossValidation, name: str, weights: Tensor | None) -> Te
             return score_fold(cv, name, number, one_fold)
 
         parts = ranks.spread(score, range(len(cv.folds)))
-    scores = torch.cat(parts, 1)[:, cv.places]
+    joined = torch.cat(parts, 1)
+    scores = torch.empty_like(joined)
+    scores[:, sum(cv.test_rows, [])] = joined
     if name not in METHODS:
         return scores
     finite = scores.isfinite().all(-1, keepdim=True)
@@ -126,13 +128,18 @@ def true_answers(cv: CrossValidation, number: int) -> list[TokenRow]:
     """A fold's held-out rows with their answers; with a context also the teacher's distributions there."""
     if number in cv.true_answers:
         return cv.true_answers[number]
-    with_end = bool(cv.options.context)  # of a person's own answers, how one ends is form
+    # a person's own answer is scored without its end of sequence
+    with_end = bool(cv.options.context)
     rows = []
     for i in cv.folds[number].test:
         rows.append(truth_row(cv.rows[i], cv.subject.tokenizer, with_end))
     if cv.options.context:
+        # with max_tokens=1 the pass would replace the answers
+        settings = TeacherSettings(max_tokens=2, soft_k=SOFT_K)
         with answering(cv, "icl", number) as (teacher, prompts):
-            record_targets(teacher, rows, prompts, TeacherSettings(cv.max_tokens + 1, SOFT_K))
+            record_targets(teacher, rows, prompts, settings)
+        for row in rows:
+            row.activations = None  # scoring needs the distributions alone
     cv.true_answers[number] = rows
     return rows
 
@@ -142,7 +149,7 @@ def warn_of_failed_folds(cv: CrossValidation, held_out: HeldOut) -> list[str]:
     failed_rows = (held_out.scores == -torch.inf).any(-1)  # [S, n]
     steps = count_steps(cv.settings, cv.folds[0], held_out.name)
     told = []
-    for fold, test in enumerate(cv.tests):
+    for fold, test in enumerate(cv.test_rows):
         failed = failed_rows[:, test].any(1)
         for rate in compress(cv.rates, failed.tolist()):
             name = f"fold {fold} at rate {rate:g}"
@@ -157,20 +164,14 @@ def add_texts(cv: CrossValidation, held_out: HeldOut, weights: Tensor | None) ->
     `weights` as in `fold_weights`.
     """
     if weights is not None:
-        rates = choose_settings(cv, held_out)
-        weights = weights[range(len(cv.folds)), rates]  # [F, M]
+        every = range(len(cv.folds))
+        picks = cv.selection.picks(cv.selection.losses(held_out), every)
+        weights = weights[every, [picks[fold] for fold in every]]  # [F, M]
     held_out.texts, held_out.confidences = generate_held_out(cv, held_out.name, weights)
     right = []
     for text, row in zip(held_out.texts, cv.rows):
         right.append(same_answer(cv.task.parser, text, row.answer))
     held_out.right = torch.tensor(right)
-
-
-def choose_settings(cv: CrossValidation, held_out: HeldOut) -> list[int]:
-    """The setting of each fold, chosen by the rows of the other folds."""
-    every = range(len(cv.folds))
-    candidate = cv.selection.judge(held_out, every)
-    return [candidate.picks[fold] for fold in every]
 
 
 def generate_held_out(
@@ -187,20 +188,18 @@ def generate_held_out(
                 return answer_texts(model, tokenizer, prompts, decoding, bar.update)
 
         parts = ranks.spread(answer, range(len(cv.folds)))
-    texts = []
-    confidences = []
-    for fold_texts, fold_confidences in parts:
-        texts += fold_texts
-        confidences += fold_confidences
-    in_order = []
-    for place in cv.places:
-        in_order.append(texts[place].removeprefix(cv.task.blank))
-    return in_order, [confidences[place] for place in cv.places]
+    texts = [""] * len(cv.rows)
+    confidences = [0.0] * len(cv.rows)
+    for rows, (fold_texts, fold_confidences) in zip(cv.test_rows, parts):
+        for i, text, confidence in zip(rows, fold_texts, fold_confidences):
+            texts[i] = text.removeprefix(cv.task.blank)
+            confidences[i] = confidence
+    return texts, confidences
 
 
 def score_by_probes(cv: CrossValidation) -> Tensor:
     """Log-probabilities [penalties, n, C] of held-out rows, from a probe of each fold."""
-    return held_out_scores(base_states(cv), cv.gold, cv.tests, len(cv.task.labels))
+    return held_out_scores(base_states(cv), cv.gold, cv.test_rows, len(cv.task.labels))
 
 
 def fit_final_probe(cv: CrossValidation, candidate: Candidate) -> Probe:

@@ -51,7 +51,6 @@ class Candidate:
     temperatures: Tensor | None = None  # [m] that each row is judged with; None: 1
     temperature: float = 1.0  # by all m rows: what is shipped
     setting: int = 0  # index of the setting, by all m rows
-    picks: dict[int, int] | None = None  # fold -> setting that its rows are judged with
     # mean loss at temperature 1, and at those of the other folds
     calibration: tuple[float, float] | None = None
 
@@ -60,12 +59,12 @@ class Candidate:
 class Selection:
     """Chooses settings, temperatures and the candidate to ship, from held-out rows in folds."""
 
-    folds: list[list[int]]  # rows of each
+    test_rows: list[list[int]]  # indices of the rows that each fold holds out
     gold: Tensor  # [n] index of the true label
     calibrate: bool  # whether a temperature may be fitted
 
     def rows(self, folds: Sequence[int]) -> list[int]:
-        return sorted(row for fold in folds for row in self.folds[fold])
+        return sorted(row for fold in folds for row in self.test_rows[fold])
 
     def others(self, fold: int, within: Sequence[int]) -> list[int]:
         """The rows of the other folds; for a single fold its own."""
@@ -78,16 +77,20 @@ class Selection:
         losses[failed] = math.inf
         return losses
 
-    def judge(self, held_out: HeldOut, within: Sequence[int]) -> Candidate:
-        """A candidate on the rows of the folds `within`, judged by these rows alone."""
-        losses = self.losses(held_out)
-        scores = held_out.scores[0].clone()
+    def picks(self, losses: Tensor, within: Sequence[int]) -> dict[int, int]:
+        """fold -> setting that its rows are judged with, by the `losses` [S, n] of the other folds `within`."""
         picks = {}
         for fold in within:
             others = self.others(fold, within)
-            setting = int(losses[:, others].mean(1).argmin())
-            picks[fold] = setting
-            test = self.folds[fold]
+            picks[fold] = int(losses[:, others].mean(1).argmin())
+        return picks
+
+    def judge(self, held_out: HeldOut, within: Sequence[int]) -> Candidate:
+        """A candidate on the rows of the folds `within`, judged by these rows alone."""
+        losses = self.losses(held_out)
+        scores = held_out.scores[0].clone()  # rows outside `within` are not read
+        for fold, setting in self.picks(losses, within).items():
+            test = self.test_rows[fold]
             scores[test] = held_out.scores[setting, test]
         temperatures, temperature, calibration = self.fit_temperatures(scores, within)
         all_losses = row_losses(scores, self.gold, temperatures[:, None])
@@ -100,7 +103,6 @@ class Selection:
             temperatures=temperatures[rows],
             temperature=temperature,
             setting=int(losses[:, rows].mean(1).argmin()),
-            picks=picks,
             calibration=calibration,
         )
 
@@ -124,7 +126,7 @@ class Selection:
         temperatures = ones.clone()
         for fold in within:
             others = self.others(fold, within)
-            temperatures[self.folds[fold]] = fit_temperature(scores[others], self.gold[others])
+            temperatures[self.test_rows[fold]] = fit_temperature(scores[others], self.gold[others])
         before = row_losses(scores, self.gold)[rows].mean().item()
         after = row_losses(scores, self.gold, temperatures[:, None])[rows].mean().item()
         if after < before:
@@ -156,8 +158,8 @@ class Selection:
 
     def judge_the_choice(self, held_out: dict[str, HeldOut]) -> tuple[Candidate, list[str]]:
         """Nested cross-validation: each fold's rows by what `choose` takes on the other folds; its choice for each."""
-        every = range(len(self.folds))
-        scores = held_out["base"].scores[0].clone()
+        every = range(len(self.test_rows))
+        scores = torch.empty_like(held_out["base"].scores[0])
         losses = torch.zeros(len(scores))
         right = torch.zeros(len(scores), dtype=torch.bool)
         choices = []
@@ -166,7 +168,7 @@ class Selection:
             name = choose(found)
             choices.append(name)
             candidate = found[name]
-            rows = self.folds[fold]
+            rows = self.test_rows[fold]
             chosen_scores = held_out[name].scores[candidate.setting, rows]
             losses[rows] = row_losses(chosen_scores, self.gold[rows], candidate.temperature)
             scores[rows] = chosen_scores / candidate.temperature

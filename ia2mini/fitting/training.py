@@ -114,12 +114,12 @@ def train_final(cv: CrossValidation, candidate: Candidate) -> Tensor:
     rows = cv.rows
     rate = cv.rates[candidate.setting]
     number = len(cv.folds)  # draws that no fold has made
-    choose = partial(choose_demonstrations, cv)
+    draw = partial(choose_demonstrations, cv)
     rng = seeded(cv.options.seed, number, "final")
     episode = Episode(
         train=rows,
         dev=[],
-        demonstrations=demonstrations_among(rows, choose, rng),
+        demonstrations=demonstrations_among(rows, draw, rng),
         icl=[],
         unlabelled=cv.unlabelled,
         more_demonstrations=before_unlabelled(cv, number, rows),
