@@ -132,7 +132,7 @@ def fresh_scores(
     cv: CrossValidation, fitted: Predictor, candidate: Candidate, fresh: list[dict]
 ) -> dict:
     """Log-probabilities [rows, C], "scores", of the labels of fresh rows by a candidate trained on every row."""
-    answers = alone(cv, fitted, candidate).answers(fresh)
+    answers = alone(cv, fitted, candidate).full_answers(fresh)
     return {"scores": torch.tensor([answer["log_probabilities"] for _, answer in answers])}
 
 

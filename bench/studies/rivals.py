@@ -112,7 +112,7 @@ def asked(
     """What a predictor of ours says of fresh rows; its size is that of the folder that it saves."""
 
     def answer(rows: list[dict]) -> list[list[float]]:
-        return [found["log_probabilities"] for _, found in predictor.answers(rows)]
+        return [found["log_probabilities"] for _, found in predictor.full_answers(rows)]
 
     with TemporaryDirectory() as out:
         predictor.save(Path(out))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..engine.options import FitOptions
+from ..engine.progress import silent
 from ..engine.store import Store, checkpoint_digest
 from ..engine.subject import Subject, max_answer_tokens
 from ..episode import seeded, with_demonstrations
@@ -30,7 +31,7 @@ from .held_out import answer_held_out, fit_final_probe
 from .predictor import Predictor
 from .report import Choice, make_report, question
 from .rows import Columns, ending_early, far_longer, read_own, remarks
-from .selection import COMMONEST, HeldOut, choose
+from .selection import HeldOut, choose
 from .training import train_final, train_folds
 
 
@@ -41,7 +42,7 @@ def fit(
     columns: Columns | tuple = (),
     unlabelled=(),
     keep: Path | None = None,
-    bar: Callable | None = None,
+    bar: Callable = silent,
 ) -> Predictor:
     """Cross-validate on `rows`, choose, train that on all: a Predictor (`.report`, `.predict(rows)`, `.save(dir)`).
 
@@ -73,7 +74,7 @@ def prepare_fit(
     columns: Columns | tuple = (),
     unlabelled=(),
     keep: Path | None = None,
-    bar: Callable | None = None,
+    bar: Callable = silent,
 ) -> CrossValidation:
     """Rows in folds, before anything is trained. Raises UsageError.
 
@@ -88,7 +89,7 @@ def prepare_fit(
         task = replace(task, prompt=task.prompt.rstrip(" "))  # an answer begins its turn
     prompts = [as_turn(task.prompt_of(row)) for row in rows]
     check_number(prompts)
-    queries, lacking = read_unlabelled(unlabelled, task)
+    queries, remarks_on_queries = read_unlabelled(unlabelled, task)
     if options.context:
         task = replace(task, max_tokens=options.max_tokens)
         examples = answer_with_context(prompts, subject, options)
@@ -96,14 +97,13 @@ def prepare_fit(
         examples = [replace(task.example(row), prompt=prompt) for row, prompt in zip(rows, prompts)]
         if not task.labels:
             task = replace(task, max_tokens=max_answer_tokens(subject.tokenizer, examples))
-    examples = list(dict.fromkeys(examples))
-    more = [Example(as_turn(task.prompt_of(row)), "") for row in queries]
-    cv = make_cross_validation(subject, task, examples, options, more)
-    if bar is not None:
-        cv.bar = bar
+    examples = list(dict.fromkeys(examples))  # a repeated row counts once
+    unlabelled_examples = [Example(as_turn(task.prompt_of(row)), "") for row in queries]
+    cv = make_cross_validation(subject, task, examples, options, unlabelled_examples)
+    cv.bar = bar
     if keep is not None:
         cv.store = open_store(cv, keep)
-    cv.remarks = [*lacking, *remarks(rows, task, examples)]
+    cv.remarks = [*remarks_on_queries, *remarks(rows, task, examples)]
     lengths = subject.tokenizer.count([task.prompt_of(row) for row in rows])
     cv.remarks += far_longer(rows, lengths)
     if not task.labels and not options.context:
@@ -160,12 +160,13 @@ def make_choice(cv: CrossValidation, held_out: dict[str, HeldOut]) -> Choice:
     if wanted:
         chosen = candidates[wanted]
         return Choice(candidates, chosen, chosen, [wanted] * len(cv.folds))
-    may_ship = dict(held_out)
-    if cv.options.context:
-        del may_ship["icl"]  # the teacher itself
-    names = [*may_ship, COMMONEST]
-    name = choose({name: one for name, one in candidates.items() if name in names})
-    nested, chosen_by_fold = cv.selection.judge_the_choice(may_ship)
+    may_ship = dict(candidates)
+    judged = dict(held_out)
+    if cv.options.context:  # ICL is the teacher itself
+        del may_ship["icl"]
+        del judged["icl"]
+    name = choose(may_ship)
+    nested, chosen_by_fold = cv.selection.judge_the_choice(judged)
     return Choice(candidates, candidates[name], nested, chosen_by_fold)
 
 

@@ -44,6 +44,14 @@ from .spec import FOREIGN, check_given, read_spec
 ANSWER_COLUMNS = ("answer", "abstained", "confidence", "probabilities")
 
 
+class Query(NamedTuple):
+    """A row to answer: its place in the block, its prompt, and the tokens of each label (none for texts)."""
+
+    place: int
+    prompt: str
+    label_tokens: list[list[int]]
+
+
 @dataclass
 class Predictor:
     """The base model with an adapter (or without), and everything that answering rows needs.
@@ -90,7 +98,7 @@ class Predictor:
         if not labels:
             raise UsageError("it answers with text, not with labels, and has no probabilities")
         probabilities = []
-        for _, answer in self.answers(rows, icl):
+        for _, answer in self.full_answers(rows, icl):
             probabilities.append([answer["probabilities"][label] for label in labels])
         return np.array(probabilities, dtype=np.float64).reshape(-1, len(labels))
 
@@ -103,9 +111,8 @@ class Predictor:
             row = Row(f"label {number}", {"label": value})
             true.append(true_answer(row, "label", self.spec["labels"]))
         if len(predicted) != len(true) or not true:
-            raise UsageError(
-                f"{len(predicted)} rows and {len(true)} labels: give one label for each row"
-            )
+            counts = f"{len(predicted)} rows and {len(true)} labels"
+            raise UsageError(f"{counts}: give one label for each row")
         return float(np.mean([self.is_right(*pair) for pair in zip(predicted, true)]))
 
     def is_right(self, answer: str, true: str) -> bool:
@@ -133,7 +140,7 @@ class Predictor:
             reason = "the held-out confidences are those of what was shipped"
             raise UsageError(f"--coverage with --icl: {reason}; leave one of the two out")
         threshold = confidence_threshold(self.spec["confidences"], coverage)
-        for row, answer in self.answers_or_errors(rows, icl):
+        for row, answer in self.full_outcomes(rows, icl):
             if isinstance(answer, dict):
                 answer.pop("log_probabilities", None)
                 if answer["confidence"] < threshold:
@@ -141,17 +148,18 @@ class Predictor:
                     answer = {"answer": None, "abstained": abstained, **answer}
             yield row, answer
 
-    def answers(self, rows, icl: bool = False) -> Iterator[tuple[Row, dict]]:
+    def full_answers(self, rows, icl: bool = False) -> Iterator[tuple[Row, dict]]:
         """Each row and its answer, of labels also the `log_probabilities` among them. Raises UsageError."""
-        return raise_errors(self.answers_or_errors(rows, icl))
+        return raise_errors(self.full_outcomes(rows, icl))
 
-    def answers_or_errors(self, rows, icl: bool) -> Iterator[tuple[Row, dict | UsageError]]:
-        """As `answers`; a row that cannot be answered gives its UsageError instead."""
+    def full_outcomes(self, rows, icl: bool) -> Iterator[tuple[Row, dict | UsageError]]:
+        """As `full_answers`; a row that cannot be answered gives its UsageError instead."""
         demonstrations = self.demonstrations(icl)
         for block in blocks(iter_rows(rows, only_column(self.spec["template"]))):
-            outcomes = self.answer_block(block, demonstrations, icl)
-            for row, outcome in zip(block, outcomes):
-                yield row if isinstance(row, Row) else Row("", {}), outcome
+            for row, outcome in zip(block, self.answer_block(block, demonstrations, icl)):
+                if isinstance(row, UsageError):
+                    row = Row("", {})
+                yield row, outcome
 
     def answer_block(
         self, block: list[Row | UsageError], demonstrations: list[Example], icl: bool
@@ -187,7 +195,7 @@ class Predictor:
         as_prompt = str if spec["context"] else self.as_turn
         return [Example(as_prompt(e["prompt"]), e["answer"]) for e in spec["demonstrations"]]
 
-    def make_query(self, row: Row, demonstrations: list[Example], place: int = 0) -> "Query":
+    def make_query(self, row: Row, demonstrations: list[Example], place: int = 0) -> Query:
         """The prompt of a row. Raises UsageError for a missing column, and for a prompt that is too long."""
         template = self.spec["template"]
         prompt = self.as_turn(prompt_of(template, open_turns(row, template)))
@@ -298,14 +306,6 @@ class Predictor:
     def merge(self, out: str | Path) -> float:
         """`folder.merge`: write a merged checkpoint; returns the largest difference of a logit. Raises UsageError."""
         return folders.merge(self, Path(out))
-
-
-class Query(NamedTuple):
-    """A row to answer: its place in the block, its prompt, and the tokens of each label (none for texts)."""
-
-    place: int
-    prompt: str
-    label_tokens: list[list[int]]
 
 
 def raise_errors(outcomes: Iterable[tuple[Row, dict | UsageError]]) -> Iterator[tuple[Row, dict]]:

@@ -21,7 +21,7 @@ def score_rows(predictor: Predictor, rows: list[Row], icl: bool, column: str | N
     labels = spec["labels"]
     true = true_answers(rows, spec, column or spec["answer_column"] or "label")
     name = "icl" if icl else spec["method"]
-    found = [answer for _, answer in predictor.answers(rows, icl)]
+    found = [answer for _, answer in predictor.full_answers(rows, icl)]
     report = {
         "name": Path(rows[0].where.partition(":")[0]).stem,
         "model": predictor.subject.name,
