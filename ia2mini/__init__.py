@@ -67,9 +67,8 @@ class UsageError(ValueError):
 
 
 HERE = Path(__file__).resolve().parent
-if not (
-    HERE / "models"
-).is_dir():  # in a checkout `ia2mini.models` is the models/ beside this folder
+# in a checkout `ia2mini.models` is the models/ beside this folder
+if not (HERE / "models").is_dir():
     if not (HERE.parent / "models/__init__.py").is_file():
         raise ImportError(f"{HERE.parent}/models is missing: install this copy of ia2mini again")
     __path__.append(str(HERE.parent))

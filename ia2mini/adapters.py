@@ -9,7 +9,6 @@ to run r; R = 1 is ordinary fine-tuning.
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Generator, Tensor, nn
@@ -56,6 +55,7 @@ class LoRA(Adapter):
         super().__init__(model, targets, layers)
         self.rank = rank
         self.alpha = alpha
+        self.scale = alpha / rank
         self.shapes = {}
         for name, linear in self.linears.items():
             self.shapes[f"{name}.A"] = (rank, linear.in_features)
@@ -72,25 +72,24 @@ class LoRA(Adapter):
     def change(self, name: str, weights: dict[str, Tensor]) -> Callable:
         A = weights[f"{name}.A"]
         B = weights[f"{name}.B"]
-        return partial(self.add_low_rank, A, B, self.alpha / self.rank)
 
-    @staticmethod
-    def add_low_rank(A: Tensor, B: Tensor, scale: float, base: Callable, x: Tensor) -> Tensor:
-        """y + scale * B A x for y = base(x), A [R, rank, in], B [R, out, rank]."""
-        y = base(x)
-        down = Product.apply(by_run(x, A), A)  # [R, rows of a run, rank]
-        up = (down * scale) @ B.mT
-        return y + up.view(y.shape).to(y.dtype)
+        def add_low_rank(base: Callable, x: Tensor) -> Tensor:
+            """y + scale * B A x for y = base(x), A [R, rank, in], B [R, out, rank]."""
+            y = base(x)
+            down = MatmulInFloat32.apply(by_run(x, A), A)  # [R, rows of a run, rank]
+            up = (down * self.scale) @ B.mT
+            return y + up.view(y.shape).to(y.dtype)
+
+        return add_low_rank
 
     def merged(self, name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         A = weights[f"{name}.A"]
         B = weights[f"{name}.B"]
-        scale = self.alpha / self.rank
         weight = self.linears[name].weight.float()
-        return {f"{name}.weight": weight + scale * B @ A}
+        return {f"{name}.weight": weight + self.scale * B @ A}
 
 
-class Product(torch.autograd.Function):
+class MatmulInFloat32(torch.autograd.Function):
     """x [R, n, in] @ W^T in float32, W [R, out, in]. A bfloat16 x is saved for the backward pass as it is."""
 
     @staticmethod
@@ -136,22 +135,20 @@ class IA3(Adapter):
         return super().init(model, generator) + 1
 
     def change(self, name: str, weights: dict[str, Tensor]) -> Callable:
-        if name in self.inputs:
-            return partial(self.scale_input, weights[name])
-        return partial(self.scale_output, weights[name])
+        s = weights[name]
 
-    @staticmethod
-    def scale_output(s: Tensor, base: Callable, x: Tensor) -> Tensor:
-        """base(x) * s, s [R, out]."""
-        y = base(x)
-        scaled = by_run(y, s) * s[:, None].to(y.dtype)
-        return scaled.view(y.shape)
+        def scale_output(base: Callable, x: Tensor) -> Tensor:
+            """base(x) * s, s [R, out]."""
+            y = base(x)
+            scaled = by_run(y, s) * s[:, None].to(y.dtype)
+            return scaled.view(y.shape)
 
-    @staticmethod
-    def scale_input(s: Tensor, base: Callable, x: Tensor) -> Tensor:
-        """base(x * s), s [R, in]."""
-        scaled = by_run(x, s) * s[:, None].to(x.dtype)
-        return base(scaled.view(x.shape))
+        def scale_input(base: Callable, x: Tensor) -> Tensor:
+            """base(x * s), s [R, in]."""
+            scaled = by_run(x, s) * s[:, None].to(x.dtype)
+            return base(scaled.view(x.shape))
+
+        return scale_input if name in self.inputs else scale_output
 
     def merged(self, name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         s = weights[name]
@@ -172,7 +169,7 @@ def by_run(x: Tensor, weight: Tensor) -> Tensor:
 
 @contextmanager
 def adapted(model: nn.Module, adapter: Adapter, theta: Tensor) -> Iterator[Callable]:
-    """The model under `adapter` with weights theta [R, M], as a callable with the model's own arguments.
+    """The model itself, its linear maps changed by `adapter` with weights theta [R, M].
 
     The rows of each batch must come in R equal groups, run by run. Gradients reach theta. Call the backward pass inside
     the `with` too: checkpointed layers are recomputed in it, and need the adapter.
@@ -180,11 +177,11 @@ def adapted(model: nn.Module, adapter: Adapter, theta: Tensor) -> Iterator[Calla
     weights = unpack(theta, adapter.shapes)
     try:
         for name, linear in adapter.linears.items():
-            linear.adapter = adapter.change(name, weights)
+            linear.change = adapter.change(name, weights)
         yield model
     finally:
         for linear in adapter.linears.values():
-            linear.adapter = None
+            linear.change = None
 
 
 def find_linears(model: nn.Module, targets, layers: list[int] | None) -> dict[str, Linear]:

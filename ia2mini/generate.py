@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ def generate(
 ) -> list[list[int]]:
     """Greedy responses, ids per prompt, without EOS and cut before the stop text; with R runs, R lists end to end.
 
-    `model` is a model, or a partial around one: with a shared prefix, or what `adapted` yields. When the stop text
+    `model` is a model, also one that is `adapted`, or a partial of it with a shared prefix. When the stop text
     begins inside a token, what stands before it is tokenized again. `observer`, where given, is called at every
     step of a single run: with the numbers of the prompts that go on, the token of each, the logits [b, V] it came from
     and the attention outputs [L, b, D] there.
@@ -74,15 +75,14 @@ def responses(
 ) -> list[Response]:
     """As `generate`, with every token that was chosen."""
     lengths = [len(prompt) + decoding.max_tokens for prompt in prompts]
-    in_order = [Response([], [])] * (decoding.runs * len(prompts))
+    runs = range(decoding.runs)
+    found: dict[tuple[int, int], Response] = {}  # (run, prompt) -> its response
     for group in by_length(lengths, decoding.budget // decoding.runs):
-        decoded = iter(decode_group(model, tokenizer, prompts, group, decoding, observer))
-        for run in range(decoding.runs):
-            for i in group:
-                in_order[run * len(prompts) + i] = next(decoded)
+        decoded = decode_group(model, tokenizer, prompts, group, decoding, observer)
+        found.update(zip(product(runs, group), decoded))
         if watch:
             watch(len(group))
-    return in_order
+    return [found[place] for place in product(runs, range(len(prompts)))]
 
 
 @torch.inference_mode()
@@ -132,7 +132,7 @@ def decode_group(
             next_tokens = [chosen[i] for i in unfinished]
             observer(prompt_numbers, next_tokens, logits[here], outputs[:, here])
         for i in unfinished:
-            going[i] = not ended(tokenizer, rows[i], chosen[i], decoding.stop)
+            going[i] = not append_token(tokenizer, rows[i], chosen[i], decoding.stop)
         if not any(going) or not left:
             break
         staying = None if who_stays is None else who_stays(going, decoding.runs)
@@ -155,8 +155,8 @@ def pad_prompts(prompts: list[list[int]], runs: int, device) -> tuple[Tensor, Te
     return ids.to(device).repeat(runs, 1), last.repeat(runs)
 
 
-def ended(tokenizer: Tokenizer, response: Response, token: int, stop: str | None) -> bool:
-    """Add `token` to the response, and return whether it ends there: it is an EOS, or completes the stop text."""
+def append_token(tokenizer: Tokenizer, response: Response, token: int, stop: str | None) -> bool:
+    """Append `token` to the response; whether that ends it: it is an EOS, or completes the stop text."""
     response.generated.append(token)
     if token in tokenizer.eos_ids:
         return True

@@ -14,7 +14,7 @@ from .batch import TokenRow, Watch, by_length, collate, join_groups, send
 from .models.attention import Packed
 from .models.taps import At, Taps, device_of, network_of
 
-LOGITS = 2**29  # logits in memory at once; the head is applied to more rows part by part
+SCORED_LOGITS = 2**29  # logits in memory at once; the head is applied to more rows part by part
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ class LabelTree:
         """The label that greedy decoding gives, from logits [..., nodes, V], and its probability, [...] each.
 
         Where it gives no label: -1, and the probability of its tokens up to the first that fits none. With `top_k`,
-        probabilities are renormalised over that many likeliest tokens.
+        probabilities are renormalised over that many likeliest tokens. Decoding follows a label as long as each of its
+        tokens is the likeliest at its node; the label that is followed furthest shows where decoding goes.
         """
         predicted_by = self.predicted_by
         likeliest = logits.max(-1)
@@ -174,6 +175,7 @@ def label_scores(
     tree = LabelTree(labels, device_of(model), scoring.ends)
     lengths = [len(prompt) + len(tree.tokens) for prompt in prompts]
     budget = scoring.budget // scoring.runs
+    # observed prompts are grouped apart: a group is observed as a whole or not at all
     groups = by_length(lengths[: scoring.observed], budget)
     for group in by_length(lengths[scoring.observed :], budget):
         groups.append([scoring.observed + i for i in group])
@@ -215,7 +217,7 @@ def score_group(
     )  # [R * B * nodes, D]
     lm_head = network_of(model).lm_head
     logits_of_a_row = nodes * len(lm_head.weight)
-    rows_at_once = max(1, LOGITS // logits_of_a_row)
+    rows_at_once = max(1, SCORED_LOGITS // logits_of_a_row)
     parts = []
     for some_states in states.split(rows_at_once * nodes):
         logits = lm_head(some_states).float().unflatten(0, (-1, nodes))  # [rows, nodes, V]

@@ -12,7 +12,7 @@ from . import UsageError
 from .batch import Batch
 from .errors import out_of_memory
 
-LOGITS = 2**25  # logits computed at once: 128 MB in float32
+LOSS_LOGITS = 2**25  # logits computed at once: 128 MB in float32
 
 
 def per_run(values: Tensor, weights: Tensor) -> Tensor:
@@ -60,7 +60,8 @@ def fused(function: Callable) -> Callable:
     @wraps(function)
     def call(*tensors: Tensor) -> Tensor:
         nonlocal kernel
-        if not tensors[0].is_cuda or kernel is function:
+        compiler_failed = kernel is function
+        if not tensors[0].is_cuda or compiler_failed:
             return function(*tensors)
         # only now: the compiler alone takes seconds to import
         kernel = kernel or torch.compile(function, dynamic=True)
@@ -114,7 +115,7 @@ class HeadDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states: Tensor, head: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
         assert not ctx.needs_input_grad[1], "the head is frozen"
-        portion = max(1, LOGITS // len(head))
+        portion = max(1, LOSS_LOGITS // len(head))
         portions = zip(states.split(portion), teacher.split(portion), ids.split(portion))
         values = []
         gradients = []
@@ -123,8 +124,9 @@ class HeadDivergence(torch.autograd.Function):
             difference = t - student.gather(1, i)
             values.append((t.exp() * difference).sum(-1))
             if ctx.needs_input_grad[0]:
-                of_logits = student.exp_().scatter_add_(1, i, -t.exp())
-                gradients.append(of_logits.to(x.dtype) @ head)
+                # the gradient of KL for logits: softmax - exp(t)
+                grad_logits = student.exp_().scatter_add_(1, i, -t.exp())
+                gradients.append(grad_logits.to(x.dtype) @ head)
         ctx.save_for_backward(*gradients)
         return torch.cat(values)
 

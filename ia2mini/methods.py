@@ -15,7 +15,7 @@ from .episode import seeded
 from .models.taps import device_of
 from .ridge import solve
 from .teacher import Taught
-from .train import Hooks, Runs, Settings, State, Trained, summed_losses, train
+from .train import Hooks, Runs, Settings, State, Trained, loss_over_batches, train
 
 TRUTH = "truth"  # the rows with their true answers
 ICL = "icl"  # the rows with the teacher's responses
@@ -60,8 +60,8 @@ class Grid:
     def train(self, method: str, mix: dict, answers: str, start: Trained | None = None) -> Trained:
         """One phase of all runs of a method.
 
-        `mix`: loss -> its weight, a number or [R]; `answers`: TRUTH, ICL or DEMONSTRATED. It starts from the weights of
-        `start`, an earlier phase, or from fresh ones.
+        `method` only says how many runs there are (`configs`). `mix`: loss -> its weight, a number or [R]; `answers`:
+        TRUTH, ICL or DEMONSTRATED. It starts from the weights of `start`, an earlier phase, or from fresh ones.
         """
         device = device_of(self.model)
         configs = self.configs(method)
@@ -130,7 +130,7 @@ def sft_sft(grid: Grid, tuned: Trained | None = None) -> Trained:
 
 
 def sft_ia2(grid: Grid, tuned: Trained | None = None) -> Trained:
-    """The order reversed."""
+    """IA2 → SFT in reverse: cross-entropy first, then alignment."""
     tuned = tuned or sft(grid)
     return grid.train("sft-ia2", {"mse": 1.0}, ICL, start=tuned)
 
@@ -175,13 +175,13 @@ def ridge(grid: Grid) -> Trained:
         dev = [batch.to(device) for batch in dev_batches]
         solved = solve(grid.model, grid.adapter, first[None], rows, layers)
         theta.append(solved)
-        dev_loss.append(summed_losses(grid.model, grid.adapter, solved, dev, mse, layers))
+        dev_loss.append(loss_over_batches(grid.model, grid.adapter, solved, dev, mse, layers))
     runs = len(grid.configs("ridge"))
-    rates = runs // len(grid.sets)
+    runs_of_a_set = runs // len(grid.sets)
     no_steps = torch.zeros(runs, dtype=torch.int64)
     return Trained(
-        theta=torch.cat(theta).repeat_interleave(rates, 0),
-        dev_loss=torch.cat(dev_loss).cpu().repeat_interleave(rates),
+        theta=torch.cat(theta).repeat_interleave(runs_of_a_set, 0),
+        dev_loss=torch.cat(dev_loss).cpu().repeat_interleave(runs_of_a_set),
         steps=no_steps,
         best=no_steps.clone(),
         broken=no_steps.clone(),

@@ -39,7 +39,7 @@ def solve(
             "use ia2"
         )
     # Granite's multiplier, which o_proj's output still lacks
-    factor = getattr(model.config, "residual_multiplier", 1.0)
+    factor = model.config.residual_multiplier
     theta = theta.clone()
     # views of theta: the rest of the pass uses what is written into them
     weights = unpack(theta, adapter.shapes)
@@ -51,9 +51,8 @@ def solve(
             A = weights[f"{name}.A"]
             B = weights[f"{name}.B"]
             linear = adapter.linears[name]
-            scale = adapter.alpha / adapter.rank
-            solver = partial(solve_one, A, B, target / factor, batch, scale)
-            linear.adapter = partial(solved_first, solver, linear.adapter)
+            solver = partial(solve_one, A, B, target / factor, batch, adapter.scale)
+            linear.change = partial(solved_first, solver, linear.change)
         student(batch.ids, logits=False, cache=batch.packed)
     return theta
 
@@ -106,11 +105,12 @@ def ridge_regression(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     inverse = torch.stack(inverses)  # [S, R, P, P]
     dual = inverse @ y
     diagonal = inverse.diagonal(dim1=-2, dim2=-1)
-    left_out_errors = dual / diagonal[..., None]  # without a fit for each
+    left_out_errors = dual / diagonal[..., None]  # exact: the residuals of ridge, leave one out
     errors = left_out_errors.square().sum((-2, -1))  # [S, R]
     best = errors.argmin(0)
     every_run = torch.arange(R, device=x.device)
     dual = dual[best, every_run]  # [R, P, out]: W = dual^T x
+    # the singular vectors of dual^T x by those of a small core: [out, in] is never formed
     left, a = torch.linalg.qr(dual.mT)
     right, b = torch.linalg.qr(x.mT)
     core = a @ b.mT

@@ -63,11 +63,11 @@ def answer_loss(
         return kl_divergence(states, head, batch.soft, batch.soft_ids)
     loss = cross_entropy(states, head, batch.targets)
     if len(ends) > 1 and len(closing):
-        losses_of_ends = []
+        log_probabilities = []
         for end in ends:
             this_end = torch.full_like(closing, end)
-            losses_of_ends.append(cross_entropy(states[closing], head, this_end))
-        loss[closing] = -torch.stack(losses_of_ends).neg().logsumexp(0)
+            log_probabilities.append(-cross_entropy(states[closing], head, this_end))
+        loss[closing] = -torch.stack(log_probabilities).logsumexp(0)
     return loss
 
 
@@ -111,8 +111,8 @@ def score(
     label_tokens = tokenizer.label_tokens(prompts[0], labels)
     scoring = Scoring(ends=tokenizer.eos_ids)
     if theta is None:
-        student, ids = share_prefix(model, tokenizer, [list(demonstrations)], prompts)
-        scores = label_scores(student, ids, label_tokens, scoring)
+        with_prefix, ids = share_prefix(model, tokenizer, [list(demonstrations)], prompts)
+        scores = label_scores(with_prefix, ids, label_tokens, scoring)
     else:
         ids = tokenizer.encode_all(prompts)
         scoring = replace(scoring, runs=len(theta))

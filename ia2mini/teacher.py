@@ -39,8 +39,8 @@ class Taught:
 
     train: list[TokenRow]
     dev: list[TokenRow]
-    icl_train: list[TokenRow]
-    icl_dev: list[TokenRow]
+    icl_train: list[TokenRow] = field(default_factory=list)
+    icl_dev: list[TokenRow] = field(default_factory=list)
     # with the true answers, and demonstrations in the prompt
     demonstrated_train: list[TokenRow] = field(default_factory=list)
     demonstrated_dev: list[TokenRow] = field(default_factory=list)
@@ -62,7 +62,12 @@ def true_rows(
             prompt = with_demonstrations(demonstrations, example.prompt)
             demonstrated_rows.append(truth_row(replace(example, prompt=prompt), tokenizer, end))
     n = len(episode.train)
-    return Taught(rows[:n], rows[n:], [], [], demonstrated_rows[:n], demonstrated_rows[n:])
+    return Taught(
+        train=rows[:n],
+        dev=rows[n:],
+        demonstrated_train=demonstrated_rows[:n],
+        demonstrated_dev=demonstrated_rows[n:],
+    )
 
 
 def teach(
@@ -84,9 +89,10 @@ def teach(
     true = true_rows(tokenizer, episode, of_text, settings.demonstrated)
     examples = episode.train + episode.dev + episode.unlabelled
     demonstrations = episode.demonstrations + episode.more_demonstrations
+    # [0] stands for the response until it is known
     rows = [TokenRow(tokenizer.encode(example.prompt), [0]) for example in examples]
-    for student, numbers, prompts in teacher_passes(model, tokenizer, examples, demonstrations):
-        fill_targets(student, tokenizer, [rows[i] for i in numbers], prompts, settings, watch)
+    for teacher, indices, prompts in teacher_passes(model, tokenizer, examples, demonstrations):
+        fill_targets(teacher, tokenizer, [rows[i] for i in indices], prompts, settings, watch)
     n = len(episode.train)
     labelled = n + len(episode.dev)
     return replace(true, icl_train=rows[:n] + rows[labelled:], icl_dev=rows[n:labelled])
@@ -106,13 +112,13 @@ def teacher_passes(
     for i, before in enumerate(demonstrations):
         groups[tuple(before)].append(i)
     alone = []
-    for numbers in groups.values():
-        if len(numbers) < MIN_ROWS_OF_A_PREFIX:
-            alone += numbers
+    for indices in groups.values():
+        if len(indices) < MIN_ROWS_OF_A_PREFIX:
+            alone += indices
             continue
-        queries = [examples[i].prompt for i in numbers]
-        student, prompts = share_prefix(model, tokenizer, [demonstrations[numbers[0]]], queries)
-        yield student, numbers, prompts
+        queries = [examples[i].prompt for i in indices]
+        teacher, prompts = share_prefix(model, tokenizer, [demonstrations[indices[0]]], queries)
+        yield teacher, indices, prompts
     if alone:
         alone.sort()
         texts = [with_demonstrations(demonstrations[i], examples[i].prompt) for i in alone]
@@ -132,12 +138,11 @@ def fill_targets(
         generate_responses(model, tokenizer, rows, prompts, settings, watch)
         watch = None  # it has counted every row
     unrecorded = [i for i, row in enumerate(rows) if row.activations is None]
-    attention = replace(settings, residual=False)
     record_targets(
-        model, [rows[i] for i in unrecorded], [prompts[i] for i in unrecorded], attention, watch
+        model, [rows[i] for i in unrecorded], [prompts[i] for i in unrecorded], settings, watch
     )
     if settings.residual:
-        record_targets(model, rows, prompts, replace(settings, soft_k=None))
+        record_targets(model, rows, prompts, replace(settings, soft_k=None), of_stream=True)
 
 
 @dataclass
@@ -165,21 +170,21 @@ def generate_responses(
     """
     steps: list[list[Step]] = [[] for _ in prompts]
 
-    def observer(numbers: list[int], tokens: list[int], logits: Tensor, outputs: Tensor) -> None:
-        """Keep what prompts `numbers` show: logits [b, V] and outputs [L, b, D] where `tokens` were chosen."""
+    def observer(indices: list[int], tokens: list[int], logits: Tensor, outputs: Tensor) -> None:
+        """Keep what prompts `indices` show: logits [b, V] and outputs [L, b, D] where `tokens` were chosen."""
         seen = [Step(token, output) for token, output in zip(tokens, outputs.unbind(1))]
         if settings.soft_k:
             for step, soft, ids in zip(seen, *likeliest_tokens(logits, settings.soft_k)):
                 step.soft = soft
                 step.soft_ids = ids
-        for number, step in zip(numbers, seen):
-            steps[number].append(step)
+        for i, step in zip(indices, seen):
+            steps[i].append(step)
 
     decoding = Decoding(
-        settings.max_tokens,
-        settings.stop,
-        4 * settings.budget,
-        settings.layers,
+        max_tokens=settings.max_tokens,
+        stop=settings.stop,
+        budget=4 * settings.budget,
+        layers=settings.layers,
         hooks=settings.hooks,
     )
     responses = generate(model, tokenizer, prompts, decoding, watch, observer)
@@ -212,32 +217,39 @@ def record_targets(
     prompts: list[list[int]],
     settings: TeacherSettings,
     watch: Watch = None,
+    of_stream: bool = False,
 ) -> None:
     """Fill in activations, soft targets and a single-token response of `rows` from a pass over their full `prompts`.
 
-    `model` may be a partial that holds a shared prefix; `prompts` are then what follows it. With `settings.residual` it
-    fills in `states` in place of `activations`.
+    `model` may be a partial that holds a shared prefix; `prompts` are then what follows it. With `of_stream` it fills
+    in `states` in place of `activations`.
     """
     lengths = [len(prompt) + len(row.answer) for prompt, row in zip(prompts, rows)]
     for group in by_length(lengths, settings.budget):
-        record_group(model, [rows[i] for i in group], [prompts[i] for i in group], settings)
+        some_rows = [rows[i] for i in group]
+        some_prompts = [prompts[i] for i in group]
+        record_group(model, some_rows, some_prompts, settings, of_stream)
         if watch:
             watch(len(group))
 
 
 def record_group(
-    model: Callable, rows: list[TokenRow], prompts: list[list[int]], settings: TeacherSettings
+    model: Callable,
+    rows: list[TokenRow],
+    prompts: list[list[int]],
+    settings: TeacherSettings,
+    of_stream: bool,
 ) -> None:
     """`record_targets` in one pass."""
     single = settings.max_tokens == 1
     full = [TokenRow(prompt, row.answer) for prompt, row in zip(prompts, rows)]
     batch = collate([full]).to(device_of(model))
-    taps = Taps(batch.at, settings.layers, settings.residual)
+    taps = Taps(batch.at, settings.layers, of_stream)
     needs_logits = single or settings.soft_k
     logits = model(batch.ids, taps=taps, logits=batch.at if needs_logits else False)
     sizes = [len(row.answer) for row in rows]
     for row, outputs in zip(rows, taps.stack().split(sizes, dim=1)):
-        if settings.residual:
+        if of_stream:
             row.states = outputs
         else:
             row.activations = outputs

@@ -143,7 +143,7 @@ class State:
 
     @torch.no_grad()
     def keep(self, kept: Tensor) -> None:
-        """Keep the weights of these runs, [R] bool, as they are now."""
+        """Keep the weights of these runs, [R] bool, as they are now; note the step of all that still train."""
         on_device = send(kept[:, None], self.theta.device)
         self.best_theta = torch.where(on_device, self.theta, self.best_theta)
         self.best[kept] = self.step
@@ -170,9 +170,8 @@ class Hooks:
     collate: Callable[[list[list[TokenRow]]], list[Batch]] = one_batch
     # takes the training step or the evaluation and returns a faster one, e.g. recorded as a CUDA graph
     wrap: Callable[[Callable], Callable] | None = None
-    after_evaluation: Callable[[State], bool] = (
-        never_stop  # True ends the loop; it may also end runs
-    )
+    # True ends the loop; it may also end runs
+    after_evaluation: Callable[[State], bool] = never_stop
 
 
 DEFAULTS = Settings()
@@ -210,7 +209,7 @@ def train(
         adam(state.theta.detach(), gradient, state.m, state.v, state.t, rates)
 
     def evaluate(*batches: Batch) -> Tensor:
-        return summed_losses(model, adapter, state.theta, batches, runs.mix, settings.layers)
+        return loss_over_batches(model, adapter, state.theta, batches, runs.mix, settings.layers)
 
     if hooks.wrap is not None:
         step = hooks.wrap(step)
@@ -252,7 +251,8 @@ def portions(
     batches = []
     for step in range(start, steps):
         epoch, place = divmod(step, steps_an_epoch)
-        if not batches or steps_an_epoch > 1:  # else every step has all rows
+        same_again = batches and steps_an_epoch == 1  # every step has all rows
+        if not same_again:
             portion = slice(place * size, (place + 1) * size)
             chosen = []
             for train_rows, order in zip(runs.train, runs.order):
@@ -281,13 +281,13 @@ def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None 
     """Each run's loss [R]: the sum of the losses in `mix`, each times its weight [R]. `layers`: those aligned."""
     values: dict = {loss: own_loss(loss, student, batch) for loss in mix if callable(loss)}
     residual = "hidden" in mix
-    tapped = residual or "mse" in mix
-    headed = "ce" in mix or "kl" in mix
-    taps = Taps(batch.at, layers, residual) if tapped else None
-    if headed:  # the losses apply the head themselves: the logits [P, V] are never kept whole
+    needs_taps = residual or "mse" in mix
+    needs_states = "ce" in mix or "kl" in mix
+    taps = Taps(batch.at, layers, residual) if needs_taps else None
+    if needs_states:  # the losses apply the head themselves: the logits [P, V] are never kept whole
         states = student(batch.ids, taps=taps, logits=batch.at, cache=batch.packed, head=False)
         head = network_of(student).lm_head.weight
-    elif tapped:
+    elif needs_taps:
         student(batch.ids, taps=taps, logits=False, cache=batch.packed)
     if "ce" in mix:  # averaged in float32 in the released scripts, too
         of_answers = cross_entropy(states, head, batch.targets)
@@ -311,7 +311,7 @@ def mean_of_run(values: Tensor, batch: Batch, layers: int = 1) -> Tensor:
 
 
 @torch.no_grad()
-def summed_losses(
+def loss_over_batches(
     model: nn.Module, adapter: Adapter, theta: Tensor, batches: Sequence[Batch], mix, layers
 ) -> Tensor:
     """Each run's loss [R] over several batches."""

@@ -41,7 +41,7 @@ class LayerCache(NamedTuple):
         keys, values = self.stored
         keys.scatter_(2, index, k)
         values.scatter_(2, index, v)
-        if self.mask is None:
+        if self.mask is None:  # the first call: nothing was stored before
             return k, v
         return keys, values
 

@@ -48,7 +48,8 @@ SHORT_NAMES |= {
 }
 FILES = "config.json generation_config.json tokenizer*.json special_tokens_map.json chat_template.jinja".split()
 FILES += ["added_tokens.json", "adapter_config.json"]
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 WEIGHT_FILES = ["model*.safetensors", INDEX]
 STORED = ("F32", "BF16", "F16", "F64")
 LARGEST = "5GB"  # of a file of weights that is written
@@ -312,7 +313,7 @@ def save(
         write(folder / file, functools.partial(save_file, some, metadata={"format": "pt"}))
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+        write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
     if tokenizer_json is not None:
         write_text(folder / "tokenizer.json", tokenizer_json)
     # last: without it this is no checkpoint

@@ -57,14 +57,14 @@ class Normalise(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear with a place for an adapter: `adapter(base, x)` is called instead of the frozen map `base(x)`."""
+    """nn.Linear with a place for an adapter: `change(base, x)` is called instead of the frozen map `base(x)`."""
 
-    adapter: Callable | None = None  # no parameter: names stay the checkpoint's own
+    change: Callable | None = None  # no parameter: names stay the checkpoint's own
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.adapter is None:
+        if self.change is None:
             return self.base(x)
-        return self.adapter(self.base, x)
+        return self.change(self.base, x)
 
     def base(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)

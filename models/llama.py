@@ -168,8 +168,9 @@ class Llama(nn.Module):
         positions = cache.positions(x.shape[1], x.device)
         dtype = self.rotary_dtype or x.dtype
         rope = self.config.rope.at(positions, self.config.head_dim, dtype)
-        last = len(self.model.layers) - 1
-        stop = last if taps is None else taps.last(last + 1)
+        depth = len(self.model.layers)
+        last = depth - 1
+        stop = last if taps is None else taps.last(depth)
         for layer, block in enumerate(self.model.layers):
             a = block.attention_output(x, rope, cache.layer(layer))  # [B, T, D]: attention output
             x = x + a

@@ -41,13 +41,13 @@ class Taps:
                 wanted = wanted[self.at]
             self.outputs[layer] = wanted
 
-    def last(self, layers: int) -> int:
-        """The last layer asked for, in a model of `layers` layers."""
+    def last(self, depth: int) -> int:
+        """The last layer asked for, in a model of `depth` layers."""
         if self.layers is None:
-            return layers - 1
-        if not self.layers or not all(0 <= i < layers for i in self.layers):
+            return depth - 1
+        if not self.layers or not all(0 <= i < depth for i in self.layers):
             raise UsageError(
-                f"taps on layers {self.layers}: give layer indices from 0 to {layers - 1}"
+                f"taps on layers {self.layers}: give layer indices from 0 to {depth - 1}"
             )
         return max(self.layers)
 

@@ -119,8 +119,8 @@ MUTANTS = {
     ],
     "ia2mini/adapters.py": [
         (
-            "A, B, self.alpha / self.rank",
-            "A, B, self.alpha / self.rank**0.5",
+            "self.scale = alpha / rank",
+            "self.scale = alpha / rank**0.5",
             "adapters logits_gradients",
         ),
         ("math.sqrt(weight.shape[-1])", "math.sqrt(weight.shape[-2])", "adapters lora_starts"),
@@ -175,8 +175,8 @@ MUTANTS = {
     ],
     "ia2mini/scoring.py": [
         (
-            "-torch.stack(losses_of_ends).neg().logsumexp(0)",
-            "losses_of_ends[0]",
+            "-torch.stack(log_probabilities).logsumexp(0)",
+            "-log_probabilities[0]",
             "ends the_confidence_of_a_text",
         ),
     ],

@@ -28,7 +28,7 @@ from ia2mini.scale import pack as packing
 from ia2mini.scale.pack import ONE_BATCH_TOKENS, in_batches, pack
 from ia2mini.tasks import Example
 from ia2mini.tokenizer import Tokenizer
-from ia2mini.train import Hooks, Runs, Settings, losses, summed_losses, train_runs
+from ia2mini.train import Hooks, Runs, Settings, loss_over_batches, losses, train_runs
 
 TEXT = st.text(max_size=30)
 
@@ -240,7 +240,7 @@ def test_a_long_row_among_short_ones_has_batches_of_its_own_and_the_same_loss(ti
         for batch in batches:
             with adapted(model, adapter, batch.of_runs(leaf)) as student:
                 losses(student, batch, weights).sum().backward()
-        found.append((summed_losses(model, adapter, theta, batches, weights, None), leaf.grad))
+        found.append((loss_over_batches(model, adapter, theta, batches, weights, None), leaf.grad))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
     for one, other in zip(found[0][1], found[1][1], strict=True):
         assert relative(one, other) <= 1e-5

@@ -117,7 +117,7 @@ def test_many_logits_are_read_in_parts(tiny, monkeypatch):
         whole = label_scores(student, PROMPTS, labels, how)
         most = max(widths)
         widths.clear()
-        monkeypatch.setattr("ia2mini.labels.LOGITS", most // 4)
+        monkeypatch.setattr("ia2mini.labels.SCORED_LOGITS", most // 4)
         parts = label_scores(student, PROMPTS, labels, how)
     assert max(widths) <= most // 4
     assert torch.equal(parts.top, whole.top)

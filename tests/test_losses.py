@@ -86,7 +86,7 @@ def test_gradients_of_the_squared_error_equal_autograds(dtype):
 def test_losses_through_the_head_equal_torchs_with_their_gradients_in_portions(
     monkeypatch, dtype, portion
 ):
-    monkeypatch.setattr(losses, "LOGITS", 11 * portion)
+    monkeypatch.setattr(losses, "LOSS_LOGITS", 11 * portion)
     at_once, linear = [], F.linear
     monkeypatch.setattr(F, "linear", lambda x, weight: at_once.append(len(x)) or linear(x, weight))
     states, head, weights = (
