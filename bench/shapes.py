@@ -102,9 +102,7 @@ class Stand:
 
     def theta(self, runs: int = 1, trained: bool = False) -> Tensor:
         """First weights [R, M] of LoRA, a draw a run; B is random too if `trained`."""
-        rows = [
-            self.adapter.init(self.model, torch.Generator().manual_seed(r)) for r in range(runs)
-        ]
+        rows = [self.adapter.init(torch.Generator().manual_seed(r)) for r in range(runs)]
         theta = torch.stack(rows)
         if trained:
             theta += 0.02 * torch.randn(theta.shape, generator=torch.Generator().manual_seed(runs))

@@ -31,7 +31,7 @@ class Adapter:
         self.layers = layers
         self.linears = find_linears(model, targets, layers)
 
-    def init(self, model: nn.Module, generator: Generator) -> Tensor:
+    def init(self, generator: Generator) -> Tensor:
         """First weights of one run, [M] float32 on the CPU."""
         return torch.zeros(sum(map(math.prod, self.shapes.values())))
 
@@ -61,8 +61,8 @@ class LoRA(Adapter):
             self.shapes[f"{name}.A"] = (rank, linear.in_features)
             self.shapes[f"{name}.B"] = (linear.out_features, rank)
 
-    def init(self, model: nn.Module, generator: Generator) -> Tensor:
-        theta = super().init(model, generator)
+    def init(self, generator: Generator) -> Tensor:
+        theta = super().init(generator)
         for name, weight in unpack(theta[None], self.shapes).items():
             if name.endswith(".A"):
                 bound = 1 / math.sqrt(weight.shape[-1])  # kaiming_uniform with a = sqrt(5)
@@ -131,8 +131,8 @@ class IA3(Adapter):
             size = linear.in_features if name in self.inputs else linear.out_features
             self.shapes[name] = (size,)
 
-    def init(self, model: nn.Module, generator: Generator) -> Tensor:
-        return super().init(model, generator) + 1
+    def init(self, generator: Generator) -> Tensor:
+        return super().init(generator) + 1
 
     def change(self, name: str, weights: dict[str, Tensor]) -> Callable:
         s = weights[name]

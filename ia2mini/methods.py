@@ -51,7 +51,7 @@ class Grid:
         generator = torch.Generator().manual_seed(
             int(seeded(self.seed, number, "adapter").integers(2**62))
         )
-        return self.adapter.init(self.model, generator)
+        return self.adapter.init(generator)
 
     def order(self, number: int, rows: int, epoch: int) -> list[int]:
         """The order of a set's rows in an epoch."""

@@ -298,7 +298,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def starts(adapter, model, runs: int) -> torch.Tensor:
     """First weights [R, M], each run's its own."""
-    return torch.stack([adapter.init(model, torch.Generator().manual_seed(r)) for r in range(runs)])
+    return torch.stack([adapter.init(torch.Generator().manual_seed(r)) for r in range(runs)])
 
 
 def in_order(run: int, epoch: int) -> list[int]:

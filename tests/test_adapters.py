@@ -30,7 +30,7 @@ def model(tmp_path_factory):
 
 def start(adapter, model, runs=1, noise=0.1):
     """First weights [R, M] of an adapter, moved away from zeros and ones."""
-    rows = torch.stack([adapter.init(model, torch.Generator().manual_seed(r)) for r in range(runs)])
+    rows = torch.stack([adapter.init(torch.Generator().manual_seed(r)) for r in range(runs)])
     return rows + noise * torch.randn(rows.shape, generator=torch.Generator().manual_seed(9))
 
 

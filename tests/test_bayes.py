@@ -17,7 +17,7 @@ def lora(tmp_path_factory):
     model, _ = load(make_checkpoint(tmp_path_factory.mktemp("small"), "llama"))
     adapter = LoRA(model, rank=2)
     torch.manual_seed(1)
-    theta = 0.3 * torch.randn(len(adapter.init(model, torch.Generator())))
+    theta = 0.3 * torch.randn(len(adapter.init(torch.Generator())))
     return model, adapter, theta
 
 

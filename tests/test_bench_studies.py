@@ -166,7 +166,7 @@ def test_demonstrations_before_an_adapted_model_are_those_of_its_set(tmp_path, m
         if c["method"] == "icl" and c["eval"] == c["task"]
     }
     cells = reopened.reopen(tasks, subject, options)
-    nothing = cells[0].experiment.adapter.init(subject.model, torch.Generator())
+    nothing = cells[0].experiment.adapter.init(torch.Generator())
     theta = torch.randn(6, len(nothing))  # of the other runs, which break the model
     theta[[2, 5]] = nothing
     for mine in cells:

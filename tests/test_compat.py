@@ -29,9 +29,7 @@ COMPAT = Options(n=(2,), sets=2, epochs=3, eval_rows=8, rates=(1e-3, 1e-2), pape
 
 
 def theta_of(adapter, model, runs: int):
-    first = torch.stack(
-        [adapter.init(model, torch.Generator().manual_seed(r)) for r in range(runs)]
-    )
+    first = torch.stack([adapter.init(torch.Generator().manual_seed(r)) for r in range(runs)])
     return first + 0.2 * torch.randn(first.shape, generator=torch.Generator().manual_seed(9))
 
 

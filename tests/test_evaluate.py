@@ -40,9 +40,7 @@ def tiny(request, tmp_path_factory):
 
 def trained(model, kind, runs):
     adapter = ADAPTERS[kind](model)
-    theta = torch.stack(
-        [adapter.init(model, torch.Generator().manual_seed(r)) for r in range(runs)]
-    )
+    theta = torch.stack([adapter.init(torch.Generator().manual_seed(r)) for r in range(runs)])
     return adapter, theta + 0.1 * torch.randn(
         theta.shape, generator=torch.Generator().manual_seed(1)
     )

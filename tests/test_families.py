@@ -162,7 +162,7 @@ def test_others_of_type_llama_by_their_published_configs(name, tmp_path):
 
 def with_weights(adapter, model) -> torch.Tensor:
     """Weights [M] of an adapter that changes what the model answers."""
-    theta = adapter.init(model, torch.Generator().manual_seed(1))
+    theta = adapter.init(torch.Generator().manual_seed(1))
     return theta + 0.1 * torch.randn(theta.shape)
 
 

@@ -120,7 +120,7 @@ def adapters(subject, tmp_path_factory) -> list[Path]:
     fed = [f"model.layers.{i}.mlp.down_proj" for i in range(len(model.model.layers))]
     made = [LoRA(model, rank=2), IA3(model), IA3(model, ("k_proj", "down_proj"), scale_inputs=fed)]
     for i, adapter in enumerate(made):
-        theta = adapter.init(model, torch.Generator().manual_seed(i)) + 0.1
+        theta = adapter.init(torch.Generator().manual_seed(i)) + 0.1
         save_adapter(adapter, theta, root / str(i), subject.base)
     return [root / str(i) for i in range(len(made))]
 
@@ -162,7 +162,7 @@ def fitted(subject, tmp_path_factory) -> list[Path]:
         "text": {"template": "{text}", "max_tokens": 3, "chat": True},
     }.items():
         adapter = LoRA(subject.model, rank=2)
-        theta = adapter.init(subject.model, torch.Generator().manual_seed(1)) + 0.1
+        theta = adapter.init(torch.Generator().manual_seed(1)) + 0.1
         spec = (
             FOREIGN
             | {

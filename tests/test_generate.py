@@ -216,7 +216,7 @@ def tiny(request, tmp_path_factory):
 def test_generation_under_an_adapter_equals_the_uncached_one(tiny, kind):
     _, model, tokenizer = tiny
     adapter = kind(model)
-    theta = adapter.init(model, torch.Generator().manual_seed(0))[None]
+    theta = adapter.init(torch.Generator().manual_seed(0))[None]
     theta += 0.1 * torch.randn(theta.shape)
     prompts = [random_ids(length).tolist() for length in (5, 2, 9)]
     with adapted(model, adapter, theta) as student:
@@ -232,7 +232,7 @@ def test_runs_side_by_side_answer_as_each_alone(tiny, kind, budget, hooks):
     """Rows of every run end at other steps, so that runs have unequally many left; a run's answers stay its own."""
     _, model, tokenizer = tiny
     adapter = kind(model)
-    theta = torch.stack([adapter.init(model, torch.Generator().manual_seed(r)) for r in range(3)])
+    theta = torch.stack([adapter.init(torch.Generator().manual_seed(r)) for r in range(3)])
     theta += 0.1 * torch.randn(theta.shape, generator=torch.Generator().manual_seed(0))
     prompts, alone, how = (
         [random_ids(length).tolist() for length in (5, 2, 9, 4, 7)],

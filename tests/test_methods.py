@@ -148,7 +148,7 @@ def test_portions_are_estimated_before_memory_runs_out(model, monkeypatch):
         counted = noting(train, lambda runs: tried.append(len(runs)))
         return METHODS["sft"](make_grid(model, "lora", trainer=within_memory(counted)))
 
-    runs, size = len(grid.configs("sft")), grid.adapter.init(model, torch.Generator()).numel()
+    runs, size = len(grid.configs("sft")), grid.adapter.init(torch.Generator()).numel()
     whole = METHODS["sft"](grid)
     batches = [sorted(taught.train, key=len)[-grid.settings.batch_size :] for taught in grid.sets]
     tokens, positions = (

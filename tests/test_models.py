@@ -331,7 +331,7 @@ def test_wrapped_blocks_compute_the_same(family, wrap, tmp_path):
     else:
         assert checkpoint_blocks(wrapped) and not checkpoint_blocks(wrapped)
     adapter = LoRA(plain, rank=2)
-    theta = adapter.init(plain, torch.Generator().manual_seed(0)).expand(2, -1) + 0.1
+    theta = adapter.init(torch.Generator().manual_seed(0)).expand(2, -1) + 0.1
     for tokens in (5, 9, 7):
         ids, found = random_ids(4, tokens), []
         for model in (plain, wrapped):

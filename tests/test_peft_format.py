@@ -25,7 +25,7 @@ PEFT = {
 
 
 def trained(adapter, model):
-    theta = adapter.init(model, torch.Generator().manual_seed(1))
+    theta = adapter.init(torch.Generator().manual_seed(1))
     return theta + 0.1 * torch.randn(theta.shape)
 
 

@@ -141,7 +141,7 @@ def test_what_we_save_is_read_back(tiny, tmp_path, kind):
             scale_inputs=["model.layers.0.mlp.down_proj"],
         ),
     }[kind]()
-    theta, ids = adapter.init(model, torch.Generator().manual_seed(1)) + 0.1, random_ids(2, 9)
+    theta, ids = adapter.init(torch.Generator().manual_seed(1)) + 0.1, random_ids(2, 9)
     save_adapter(adapter, theta, tmp_path, str(folder))
     with torch.no_grad(), adapted(model, adapter, theta[None]) as student:
         expected = student(ids)
@@ -268,7 +268,7 @@ def saved(tiny, tmp_path):
     adapter = LoRA(model)
     save_adapter(
         adapter,
-        torch.randn(adapter.init(model, torch.Generator()).shape),
+        torch.randn(adapter.init(torch.Generator()).shape),
         tmp_path / "a",
         str(folder),
     )
@@ -404,6 +404,6 @@ def test_an_adapter_too_large_to_compute_with_is_named(tiny, labels):
         Subject(model, load(folder)[1], folder, "tiny", str(folder)),
         LoRA(model, ("down_proj",)),
     )
-    theta = torch.full_like(adapter.init(model, torch.Generator()), 1e30)[None]
+    theta = torch.full_like(adapter.init(torch.Generator()), 1e30)[None]
     predictor = Predictor(subject, adapter, theta, FOREIGN | {"labels": labels, "max_tokens": 2})
     refused(lambda: list(predictor.answer_rows([{"text": "a"}])), "computes NaN", "--dtype float32")

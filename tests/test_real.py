@@ -175,7 +175,7 @@ def test_runs_side_by_side_answer_as_each_alone(ours, texts):
     model, tokenizer = ours
     prompts, adapter, how = prompts_of(tokenizer, texts[5:15]), LoRA(model), Decoding(16, stop=None)
     g = torch.Generator().manual_seed(0)
-    theta = torch.stack([adapter.init(model, g) for _ in range(3)])
+    theta = torch.stack([adapter.init(g) for _ in range(3)])
     theta += 0.1 * torch.randn(theta.shape, generator=g)
     each = []
     for r in range(3):
@@ -261,7 +261,7 @@ def test_a_step_holds_no_copy_of_the_weights(ours, long, weights, loss, capsys):
     model, adapter = ours[0], LoRA(ours[0])
     targets = torch.zeros(model.config.num_hidden_layers, 4, model.config.hidden_size)
     rows = [TokenRow(ids[:16], ids[16:20], targets) for ids in long]
-    theta = torch.stack([adapter.init(model, torch.Generator().manual_seed(r)) for r in range(3)])
+    theta = torch.stack([adapter.init(torch.Generator().manual_seed(r)) for r in range(3)])
     mix, orders = {loss: torch.ones(3)}, [lambda epoch: range(4)] * 3
     runs = Runs(theta, torch.full((3,), 1e-4), [rows] * 3, [rows] * 3, mix, orders)
     peak = allocated(lambda: train_runs(model, adapter, runs, Settings(steps=1)))

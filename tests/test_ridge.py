@@ -43,7 +43,7 @@ def test_ridge_is_scikit_learns_at_the_strength_that_predicts_left_out_positions
 def test_each_layer_makes_up_for_what_it_lacks(model):
     """As many positions as LoRA has ranks, next to no penalty: the outputs are the wanted ones, layer after layer."""
     adapter, rows = LoRA(model, rank=6), make_rows(3, 5)
-    theta, batch = adapter.init(model, torch.Generator().manual_seed(0))[None], collate([rows])
+    theta, batch = adapter.init(torch.Generator().manual_seed(0))[None], collate([rows])
     found = solve(model, adapter, theta, batch)
 
     def error(theta) -> float:
@@ -59,7 +59,7 @@ def test_each_layer_makes_up_for_what_it_lacks(model):
 
 def test_the_first_layer_equals_a_regression_written_out(model):
     adapter, rows = LoRA(model, rank=8, alpha=4.0), make_rows(4, 7)
-    theta, batch = adapter.init(model, torch.Generator().manual_seed(1))[None], collate([rows])
+    theta, batch = adapter.init(torch.Generator().manual_seed(1))[None], collate([rows])
     read, tap = [], Taps(batch.at)
     handle = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
         lambda module, args: read.append(args[0])
@@ -82,7 +82,7 @@ def test_the_first_layer_equals_a_regression_written_out(model):
 def test_runs_of_a_batch_are_solved_as_each_alone(model):
     # of unequal numbers of positions
     adapter, runs = LoRA(model), [make_rows(4, 3), make_rows(3, 9)]
-    theta = torch.stack([adapter.init(model, torch.Generator().manual_seed(r)) for r in range(2)])
+    theta = torch.stack([adapter.init(torch.Generator().manual_seed(r)) for r in range(2)])
     both = solve(model, adapter, theta, collate(runs))
     for run in range(2):
         alone = solve(model, adapter, theta[[run]], collate([runs[run]]))
@@ -108,7 +108,7 @@ def test_granites_multiplier_is_taken_off_the_wanted_outputs(tmp_path, monkeypat
     changes = {"residual_multiplier": 0.3, "attention_multiplier": 0.35, "num_hidden_layers": 2}
     model = load(make_checkpoint(tmp_path, "granite", **changes))[0]
     adapter, batch = LoRA(model, rank=6), collate([make_rows(3, 5)])
-    theta = adapter.init(model, torch.Generator().manual_seed(0))[None]
+    theta = adapter.init(torch.Generator().manual_seed(0))[None]
     found = solve(model, adapter, theta, batch)
     taps = Taps(batch.at)
     with torch.no_grad(), adapted(model, adapter, found) as student:
@@ -119,7 +119,7 @@ def test_granites_multiplier_is_taken_off_the_wanted_outputs(tmp_path, monkeypat
 def test_olmo_2_is_refused(tmp_path):
     model = load(make_checkpoint(tmp_path, "olmo2"))[0]
     adapter, batch = LoRA(model), collate([make_rows(3, 5)])
-    theta = adapter.init(model, torch.Generator().manual_seed(0))[None]
+    theta = adapter.init(torch.Generator().manual_seed(0))[None]
     with pytest.raises(UsageError, match="OLMo 2 normalises"):
         solve(model, adapter, theta, batch)
 
@@ -128,6 +128,4 @@ def test_it_is_for_lora_on_the_output_map(model):
     batch = collate([make_rows(2, 0)])
     for adapter in (IA3(model), LoRA(model, ("q_proj",))):
         with pytest.raises(UsageError, match="o_proj"):
-            solve(
-                model, adapter, torch.zeros(1, len(adapter.init(model, torch.Generator()))), batch
-            )
+            solve(model, adapter, torch.zeros(1, len(adapter.init(torch.Generator()))), batch)

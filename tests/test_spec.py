@@ -55,7 +55,7 @@ def subject(tmp_path_factory):
 @pytest.fixture(scope="module", params=["labels", "texts"])
 def saved(request, subject, tmp_path_factory):
     adapter = LoRA(subject.model, rank=2)
-    theta = adapter.init(subject.model, torch.Generator().manual_seed(1))
+    theta = adapter.init(torch.Generator().manual_seed(1))
     spec = FOREIGN | {"method": "sft", "example": "film", "template": "{text}\n", "max_tokens": 2}
     if request.param == "labels":
         spec |= {"labels": ["a", "b"], "parser": None, "confidences": [0.6]}

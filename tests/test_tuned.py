@@ -194,7 +194,7 @@ def test_sdfts_loss_and_gradient_equal_a_plain_loop(small):
     folder, model = small
     adapter = LoRA(model)
     torch.manual_seed(3)
-    theta = (0.3 * torch.randn(2, len(adapter.init(model, torch.Generator())))).requires_grad_()
+    theta = (0.3 * torch.randn(2, len(adapter.init(torch.Generator())))).requires_grad_()
     alone = [make_rows(3, seed) for seed in (1, 2)]
     demonstrated = [
         [replace(row, prompt=[7, 9, 11] + row.prompt) for row in rows] for rows in alone
@@ -224,7 +224,7 @@ def test_sdfts_loss_and_gradient_equal_a_plain_loop(small):
 def test_sdft_draws_from_the_students_own_distribution(small):
     _, model = small
     adapter = LoRA(model)
-    theta = 0.3 * torch.randn(1, len(adapter.init(model, torch.Generator())))
+    theta = 0.3 * torch.randn(1, len(adapter.init(torch.Generator())))
     (row,) = make_rows(1, 4)
     row = replace(row, answer=[5])
     draws = 4000
