@@ -48,11 +48,15 @@ def make_adapter(model: nn.Module, options: AdapterOptions, scale_inputs: bool =
 
 def in_order(methods: tuple[str, ...], tuned: bool = False) -> list[str]:
     """The methods to train, in order: each after the phase that it starts from, a tuned teacher first."""
-    found = [ICL_SFT] if tuned else []
+    found = []
+    if tuned:
+        found.append(ICL_SFT)
     for method in methods:
+        if method in STARTS_FROM:
+            found.append(STARTS_FROM[method])
         if method in METHODS:
-            found += [STARTS_FROM.get(method), method]
-    return [method for method in dict.fromkeys(found) if method]
+            found.append(method)
+    return list(dict.fromkeys(found))
 
 
 @dataclass
@@ -153,21 +157,21 @@ def train_all(experiment: Experiment) -> dict[str, Trained]:
     trained: dict[str, Trained] = {}
     taught = None
     for method in experiment.methods:
-        kept = experiment.store.tensors(experiment.place(method))
-        if kept is not None:
+        fields = experiment.store.tensors(experiment.place(method))
+        if fields is not None:
             experiment.progress.kept()
         elif method == ICL_SFT and experiment.tuned:
-            kept = train_method(experiment, method, true_sets(experiment), trained)
+            fields = train_method(experiment, method, true_sets(experiment), trained)
         else:
             if taught is None:
                 taught = teach_all(experiment, trained[ICL_SFT] if experiment.tuned else None)
-            kept = train_method(experiment, method, taught, trained)
-        kept["theta"] = kept["theta"].to(device_of(experiment.subject.model))
-        trained[method] = Trained(**kept)
+            fields = train_method(experiment, method, taught, trained)
+        fields["theta"] = fields["theta"].to(device_of(experiment.subject.model))
+        trained[method] = Trained(**fields)
         if experiment.episodes[0].dev:
             warn_of_failed_runs(experiment, method, trained[method])
     if experiment.has_teacher and taught is None:
-        experiment.progress.kept()
+        experiment.progress.kept()  # the phase of collecting
     return trained
 
 

@@ -53,9 +53,10 @@ class Cell:
         """The task's own evaluation first, then those out of distribution."""
         return {name: self.study.evaluations[name] for name in self.task.evals}
 
-    def evaluation_task(self, name: str) -> Task:
-        """The task of an evaluation; one's own task needs no entry in the catalog."""
-        return self.task if name == self.task.name else find_task(name)
+
+def evaluation_task(task: Task, name: str) -> Task:
+    """The task of one of `task`'s evaluations; one's own task needs no entry in the catalog."""
+    return task if name == task.name else find_task(name)
 
 
 def make_cells(
@@ -76,7 +77,7 @@ def make_cells(
     evaluations = {}
     for task in tasks:
         for name in task.evals:
-            evaluated = task if name == task.name else find_task(name)
+            evaluated = evaluation_task(task, name)
             evaluations[name] = load_examples(evaluated, "eval", data_dir, options.eval_rows)
     study = Study(
         subject=subject,
@@ -109,17 +110,27 @@ def make_cell(study: Study, task: Task, n: int, draw: Callable) -> Cell:
         episodes.append(
             draw(pool, n, number, options.seed, pool_demos=queries, reuse=options.paper_compat)
         )
-    cell = Cell(study, task, n, episodes, labels={}, max_tokens=task.max_tokens, teacher_tokens=0)
+    labels = {}
+    max_tokens = task.max_tokens
     if task.labels:  # labels that merge with the prompt are refused before any computation
-        for name, examples in cell.evaluations.items():
-            evaluated = cell.evaluation_task(name)
-            said = labels_after_prompt(evaluated.prompt, evaluated.labels)
-            cell.labels[name] = tokenizer.label_tokens(examples.rows[0].prompt, said)
-        cell.max_tokens = max_label_tokens(cell.labels[task.name])
-    cell.teacher_tokens = task.teacher_tokens or cell.max_tokens
-    if cell.max_tokens > 1 and not tokenizer.eos_ids:
+        for name in task.evals:
+            evaluated = evaluation_task(task, name)
+            written = labels_after_prompt(evaluated.prompt, evaluated.labels)
+            prompt = study.evaluations[name].rows[0].prompt
+            labels[name] = tokenizer.label_tokens(prompt, written)
+        max_tokens = max_label_tokens(labels[task.name])
+    if max_tokens > 1 and not tokenizer.eos_ids:
         lack = "its answers end with EOS, but the checkpoint's config.json names no eos_token_id"
         raise UsageError(f"{task.name}: {lack}; add it there")
+    cell = Cell(
+        study=study,
+        task=task,
+        n=n,
+        episodes=episodes,
+        labels=labels,
+        max_tokens=max_tokens,
+        teacher_tokens=task.teacher_tokens or max_tokens,
+    )
     check_training_rows(cell)
     check_evaluation_rows(cell)
     return cell
@@ -151,7 +162,7 @@ def check_evaluation_rows(cell: Cell) -> None:
     subject = cell.study.subject
     count = subject.tokenizer.count
     for name, examples in cell.evaluations.items():
-        answer = cell.evaluation_task(name).max_tokens
+        answer = evaluation_task(cell.task, name).max_tokens
         if cell.labels:
             answer = max_label_tokens(cell.labels[name])
         lengths = [tokens + answer - 1 for tokens in count([row.prompt for row in examples.rows])]

@@ -29,11 +29,11 @@ class Reference:
     rows: list[list[TokenRow]] | None = None
 
     def of_sets(self, sets: Tensor) -> "Reference":
-        """The reference of some of the sets."""
+        """The reference of some of the sets, without ICL's scores."""
         if self.outputs is not None:
-            return Reference(self.scores, outputs=self.outputs[:, sets])
+            return Reference({}, outputs=self.outputs[:, sets])
         rows = [self.rows[number] for number in sets.tolist()]
-        return Reference(self.scores, rows=rows)
+        return Reference({}, rows=rows)
 
 
 @dataclass

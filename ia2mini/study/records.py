@@ -13,7 +13,7 @@ from ..methods import WITH_DEMONSTRATIONS, configs
 from ..metrics import accuracy, measure
 from ..scale import ranks
 from ..train import Trained
-from .cells import Cell
+from .cells import Cell, evaluation_task
 from .evaluation import Scores
 from .texts import texts_file
 
@@ -55,23 +55,21 @@ def score_records(
     method: str,
     name: str,
     scores: Scores,
-    runs: list[dict],
+    runs: dict[int, dict],
     temperatures: list[float],
 ) -> list[dict]:
     """One record for each scored run of a method on one evaluation: its description and metrics.
 
-    `runs`: the training records of these runs; `temperatures`: their temperatures from dev rows.
+    `runs`: run -> its training record; `temperatures`: of each run, from dev rows.
     """
     options = cell.study.options
-    task = cell.evaluation_task(name)
+    task = evaluation_task(cell.task, name)
     tokens = query_tokens(cell, name, demonstrated=method in WITH_DEMONSTRATIONS)
-    gold = (
-        torch.tensor([example.label for example in cell.evaluations[name].rows])
-        if task.labels
-        else None
-    )
+    if task.labels:
+        gold = torch.tensor([row.label for row in cell.evaluations[name].rows])
+        scheme = "scripts" if options.paper_compat else "width"
     records = []
-    for r, run in enumerate(runs):
+    for r, (run, training) in enumerate(runs.items()):
         asim = scores["asim"][r].tolist()
         at = r if len(scores["correct"]) > 1 else 0  # base has one row for all sets
         record = cell_fields(cell)
@@ -80,22 +78,25 @@ def score_records(
         record["method"] = method
         record["model"] = cell.study.subject.name
         record["adapter"] = None if method in UNTRAINED else options.adapter_name
-        record.update(run)
-        record["tokens"] = tokens[run["set"]]
+        record.update(training)
+        record["tokens"] = tokens[training["set"]]
         record["asim"] = fmean(asim)
         record["asim_layers"] = asim
         if task.labels:
-            scheme = "scripts" if options.paper_compat else "width"
-            confidence, correct, labels = (
-                scores[key][at] for key in ("confidence", "correct", "log_probabilities")
+            measured = measure(
+                scores["confidence"][at],
+                scores["correct"][at],
+                scores["log_probabilities"][at],
+                gold,
+                scheme,
+                temperatures[r],
             )
-            record.update(measure(confidence, correct, labels, gold, scheme, temperatures[r]))
+            record.update(measured)
             record["temperature"] = temperatures[r]
         else:
             record["acc"] = accuracy(scores["correct"][at])
-            number = 0 if method == "base" else run["run"]
+            number = 0 if method == "base" else run
             record["texts"] = texts_file(cell, f"{method}-{number}", name)
-        del record["run"]
         records.append(record)
     return records
 
@@ -114,10 +115,10 @@ def query_tokens(cell: Cell, name: str, demonstrated: bool) -> list[float]:
     return found
 
 
-def untrained_runs(cell: Cell) -> list[dict]:
-    """In place of training records for base and ICL: one per set."""
+def untrained_runs(cell: Cell) -> dict[int, dict]:
+    """In place of the training records of base and ICL: one per set."""
     nothing = {"rate": None, "beta": None, "dev_loss": None, "steps": 0}
-    return [{"set": number, "run": number, **nothing} for number in range(len(cell.episodes))]
+    return {number: {"set": number, **nothing} for number in range(len(cell.episodes))}
 
 
 def choose_runs(records: list[dict], scored: list[dict], select: str) -> list[int]:

@@ -28,7 +28,7 @@ from ..teacher import TeacherSettings, record_targets
 from ..tokenizer import Tokenizer
 from ..train import Trained
 from .asim import asim_of_responses, summed_asim
-from .cells import Cell
+from .cells import Cell, evaluation_task
 from .evaluation import Evaluation, Reference, Scores
 from .texts import score_texts, with_end
 
@@ -48,7 +48,7 @@ def score_all(
             cell=cell,
             experiment=experiment,
             name=name,
-            task=cell.evaluation_task(name),
+            task=evaluation_task(cell.task, name),
             rows=examples.rows,
             labels=cell.labels.get(name),
             trained=trained,
@@ -58,6 +58,7 @@ def score_all(
         for method in cell.study.options.methods:
             place = f"{experiment.name}/{method}-on-{name}"
             kept = experiment.store.tensors(place)
+            # the reference gives ICL's scores: its phase counts once, also where ICL is no method
             if kept is None:
                 if reference is None:
                     reference = make_reference(e)
@@ -79,22 +80,22 @@ def score_method(e: Evaluation, method: str, reference: Reference) -> Scores:
         with e.phase(method, len(e.rows)) as bar:
             return score_runs(e, method, [0], reference, bar)
     sets = len(e.cell.episodes)
-    by_set = torch.tensor(e.scored_runs[method]).view(sets, -1)
+    by_set = torch.tensor(e.scored_runs[method]).view(sets, -1)  # [S, runs of a set]
     groups = number_of_groups(sets, by_set.numel() * max(map(len, e.prompts)))
     with e.phase(method, by_set.numel() * len(e.rows)) as bar:
 
-        def score_sets(some: Tensor) -> Scores | None:
-            if not len(some):
+        def score_sets(group: Tensor) -> Scores | None:
+            if not len(group):
                 return None
             if method in WITH_DEMONSTRATIONS:
-                parts = []
-                for number in some.tolist():
+                of_runs: list[Scores | None] = []
+                for number in group.tolist():
                     own = reference.of_sets(torch.tensor([number]))
                     for run in by_set[number].tolist():
-                        parts.append(score_with_demonstrations(e, method, run, number, own, bar))
-                return join_runs(parts)
-            runs = by_set[some].flatten().tolist()
-            return score_runs(e, method, runs, reference.of_sets(some), bar)
+                        of_runs.append(score_with_demonstrations(e, method, run, number, own, bar))
+                return join_runs(of_runs)
+            runs = by_set[group].flatten().tolist()
+            return score_runs(e, method, runs, reference.of_sets(group), bar)
 
         parts = ranks.spread(score_sets, torch.arange(sets).tensor_split(groups))
     return join_runs(parts)
@@ -219,14 +220,14 @@ def score_labels(
     Without a reference it is the attention outputs `outputs` [L, R, n, D] themselves.
     """
     groups = []
-    found = []
+    observed = []
 
     def observe(group: list[int], outputs: Tensor) -> None:
         groups.append(group)
         if reference is not None:
             rows = send(torch.tensor(group), outputs.device)
             outputs = summed_asim(outputs, reference[:, :, rows])
-        found.append(outputs)
+        observed.append(outputs)
 
     def watch(queries: int) -> None:
         bar.update(queries * runs)
@@ -238,20 +239,20 @@ def score_labels(
         observed=e.options.asim_rows,
         observer=observe,
     )
-    label = label_scores(model, prompts, e.labels, scoring, watch)
+    scored = label_scores(model, prompts, e.labels, scoring, watch)
     spelled = spelled_labels(e) if e.options.paper_compat else None
-    top = label.top if spelled is None else spelled[label.first_token]
+    top = scored.top if spelled is None else spelled[scored.first_token]
     scores = {
         "top": top,
-        "confidence": label.confidence,
-        "log_probabilities": label.log_probabilities,
+        "confidence": scored.confidence,
+        "log_probabilities": scored.log_probabilities,
         "correct": top == torch.tensor([row.label for row in e.rows]),
     }
     if reference is None:
-        scores["outputs"] = join_groups(found, groups, dim=2)
+        scores["outputs"] = join_groups(observed, groups, dim=2)
     else:
         compared = sum(len(group) for group in groups)
-        scores["asim"] = (torch.stack(found).sum(0) / compared).cpu()
+        scores["asim"] = (torch.stack(observed).sum(0) / compared).cpu()
     return scores
 
 

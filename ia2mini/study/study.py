@@ -100,19 +100,19 @@ def run_cell(cell: Cell, experiment: Experiment) -> dict[str, list]:
     adapters = []
     for method in options.methods:
         if method in UNTRAINED:
-            run_fields = untrained_runs(cell)
+            described = untrained_runs(cell)
         else:
-            run_fields = [training[method][run] | {"run": run} for run in scored_runs[method]]
+            described = {run: training[method][run] for run in scored_runs[method]}
         temperatures = dev_temperatures(cell, method, trained, scored_runs) if cell.labels else []
-        mine = []
+        method_records = []
         for name in cell.evaluations:
-            mine += score_records(
-                cell, method, name, scores[method, name], run_fields, temperatures
+            method_records += score_records(
+                cell, method, name, scores[method, name], described, temperatures
             )
-        runs += mine
+        runs += method_records
         if method not in UNTRAINED:
-            own = [record for record in mine if record["eval"] == cell.task.name]
-            chosen_runs[method] = choose_runs(training[method], own, options.select)
+            on_own_rows = [record for record in method_records if record["eval"] == cell.task.name]
+            chosen_runs[method] = choose_runs(training[method], on_own_rows, options.select)
             adapters += save_adapters(
                 cell, store, method, trained[method], chosen_runs[method], training[method]
             )
@@ -129,10 +129,9 @@ def experiment_of(cell: Cell, store: Store, progress: Progress, trainer: Callabl
     """The experiment of a cell: what to teach and train."""
     study = cell.study
     options = study.options
-    own = [method for loss in study.losses for method in loss.methods()]
-    own_first = [
-        method for method in own if method in options.methods
-    ]  # so that their mistakes show early
+    own_methods: list[str] = []  # trained first, so that their mistakes show early
+    for loss in study.losses:
+        own_methods += [method for method in loss.methods() if method in options.methods]
     needed = phases_of(options.methods)
     soft_k = None
     if "soft" in needed or study.losses:  # a loss of one's own is given all that the teacher shows
@@ -158,7 +157,7 @@ def experiment_of(cell: Cell, store: Store, progress: Progress, trainer: Callabl
         subject=study.subject,
         adapter=study.adapter,
         episodes=cell.episodes,
-        methods=in_order((*own_first, *options.methods), options.tuned),
+        methods=in_order((*own_methods, *options.methods), options.tuned),
         rates=study.rates,
         seed=options.seed,
         settings=settings,
