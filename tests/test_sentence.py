@@ -32,6 +32,8 @@ def report(chosen: str, **changes) -> dict:
         "candidates": found,
         "shipped": numbers(0.73, 0.65),
         "all_differ": False,
+        "wanted": False,
+        "nearest": None,
     }
     about |= {
         "tokens": {"query": 20.0, "icl": 200.0},

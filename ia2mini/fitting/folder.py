@@ -124,6 +124,7 @@ def check_canary(predictor: "Predictor", folder: Path) -> None:
     for name, blame in blames.items():
         then = kept[name]["log_probabilities"]
         again = now[name]["log_probabilities"]
+        # `not … <=` in place of `>`: a difference of NaN is a fault, too
         if len(then) != len(again) or not np.abs(np.subtract(then, again)).mean() <= tolerance:
             raise UsageError(
                 f"{folder}: {blame} ({about}): its test prompt gives other probabilities"

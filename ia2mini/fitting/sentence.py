@@ -49,7 +49,7 @@ def shipped(report: dict) -> str:
     measures = report["shipped"]
     chosen = report["chosen"]
     opening = EXPLAINED.get(chosen, f"{NAMES[chosen]} is shipped")
-    if report.get("wanted"):
+    if report["wanted"]:
         opening += ", as requested"
     calibration = f", ECE {measures['ece']:.2f}" if "ece" in measures else ""
     rows = plural(report["rows"], "held-out row")
@@ -73,23 +73,29 @@ def nothing_shipped(report: dict) -> str:
         tried.remove(NAMES["icl"])
     verb = "was" if len(tried) == 1 else "were"
     opening = f"Nothing is shipped. {join_names(tried)} {verb} tried"
-    on_rows = f"on {plural(report['rows'], 'held-out row')} none"
+    rows = plural(report["rows"], "held-out row")
     base = percent(candidates["base"]["acc"][0])
     if "commonest" in candidates:
         second = join_names([NAMES[name] for name in candidates if name in SECOND_CHOICE])
-        than_base = f"better than the base ({base} right; {second}: significantly better)"
-        none = f"{on_rows} was both {than_base} and significantly better than {commonest_share(report)}"
-        return f"{opening}; {none}. {bad_base(report)}{nearest_candidate(report)}{HELP}"
-    lower = f"{on_rows} had a significantly lower loss than the base"
+        return (
+            f"{opening}; on {rows} none was both better than the base ({base} right; "
+            f"{second}: significantly better) and significantly better than {commonest_share(report)}. "
+            f"{bad_base(report)}{nearest_candidate(report)}{HELP}"
+        )
     if "kl" in report:
-        agreement = "in agreement with the model that sees the context"
-        return f"{opening}; {lower} ({base} {agreement}) and was in agreement on more. {HELP}"
+        return (
+            f"{opening}; on {rows} none had a significantly lower loss than the base ({base} in agreement "
+            f"with the model that sees the context) and was in agreement on more. {HELP}"
+        )
     if any(candidate["acc"][0] for candidate in candidates.values()):
-        return f"{opening}; {lower} ({base} right) and was right on more. {HELP}"
-    exact = "none gave any held-out answer exactly"
+        return (
+            f"{opening}; on {rows} none had a significantly lower loss than the base ({base} right) "
+            f"and was right on more. {HELP}"
+        )
+    none = f"{opening}; none gave any held-out answer exactly"
     if report["all_differ"]:
-        return f"{opening}; {exact}, so held-out rows cannot judge answers that all differ."
-    return f"{opening}; {exact}, {HELP.lower()}"
+        return f"{none}, so held-out rows cannot judge answers that all differ."
+    return f"{none}, {HELP.lower()}"
 
 
 def commonest_share(report: dict) -> str:
@@ -107,7 +113,7 @@ def bad_base(report: dict) -> str:
 
 def nearest_candidate(report: dict) -> str:
     """The best candidate that is not shipped, and how to ship it anyway."""
-    if not report.get("nearest"):
+    if not report["nearest"]:
         return ""
     name, gained, lost, p = report["nearest"]
     rows = f"against the base {plural(gained, 'row')} gained, {lost} lost ({p_value(p)})"
@@ -168,7 +174,9 @@ def query_cost(report: dict) -> list[str]:
 
 def join_names(names: list[str]) -> str:
     """ "a", "a and b", "a, b and c"."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def percent(value: float) -> str:

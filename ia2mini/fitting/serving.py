@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 CONFIG = "decision.json"
 TEMPLATE = "decision_template.jinja"
-# texts of columns as `Row.text` and `fill` write them, in Jinja
+# Texts of columns as `Row.text` and `fill` write them, in Jinja: `value - value == 0` means that a number is finite,
+# 9007199254740992 is 2**53.
 MACROS = """\
 {%- macro cell(column) -%}
   {%- set value = row[column] if column in row else none -%}

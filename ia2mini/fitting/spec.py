@@ -25,6 +25,8 @@ FOREIGN = {  # for an adapter that ia2mini did not fit
     "answer_column": None,
 }
 
+MISSING = ...  # stands for a field that is not there
+
 
 def is_number(least: float, most: float) -> Callable:
     """Whether a value is a number from `least` to `most`."""
@@ -49,8 +51,8 @@ def is_nonblank(value) -> bool:
 
 
 def is_optional_text(value) -> bool:
-    """Whether a value is a text, None, or missing (`...`)."""
-    return value is ... or is_text_or_none(value)
+    """Whether a value is a text, None, or missing."""
+    return value is MISSING or is_text_or_none(value)
 
 
 def is_template(value) -> bool:
@@ -92,7 +94,7 @@ SHAPE = {
 
 
 def misfit(value, shape, name: str) -> str | None:
-    """The first field that does not match its shape; None if all match.
+    """The first field that does not match its shape, as "base.name"; None if all match.
 
     A shape is a type, a function that tells whether a value is right, or an object or a list of shapes.
     """
@@ -103,13 +105,15 @@ def misfit(value, shape, name: str) -> str | None:
     if isinstance(shape, dict):
         if not isinstance(value, dict):
             return name
-        parts = [(value.get(key, ...), inner, f"{name}.{key}") for key, inner in shape.items()]
+        parts = []
+        for key, inner in shape.items():
+            parts.append((value.get(key, MISSING), inner, f"{name}.{key}".lstrip(".")))
     else:
         if not isinstance(value, (list, tuple)):
             return name
         parts = [(part, shape[0], name) for part in value]
-    for part in parts:
-        field = misfit(*part)
+    for part, inner, part_name in parts:
+        field = misfit(part, inner, part_name)
         if field:
             return field
     return None
@@ -129,9 +133,9 @@ def read_spec(folder: Path) -> dict | None:
         return None
     field = misfit(kept, SHAPE, "")
     if field is None and not kept["labels"] and kept["parser"] is None:
-        field = ".parser"  # without labels the answers are texts, which something must parse
+        field = "parser"  # without labels the answers are texts, which something must parse
     if field:
-        problem = f"field {field[1:]} is missing or not what it should be: damaged, or written by another version"
+        problem = f"field {field} is missing or not what it should be: damaged, or written by another version"
         raise UsageError(f"{path}: {problem}; fit the adapter again")
     return kept
 

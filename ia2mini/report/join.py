@@ -5,7 +5,7 @@ from pathlib import Path
 from .. import UsageError
 from ..engine.select import grouped
 from ..files import read_json
-from ..fitting.spec import is_text_or_none, misfit
+from ..fitting.spec import MISSING, is_text_or_none, misfit
 from ..study.table import METRICS
 
 # options in which joined studies may differ: tables show them, or they change no number
@@ -22,7 +22,7 @@ def number_or_none(value) -> bool:
 
 def loss_digests(value) -> bool:
     """Whether a value is what `run.json` says of losses of one's own; most studies have none."""
-    return value is ... or isinstance(value, dict)
+    return value is MISSING or isinstance(value, dict)
 
 
 CELL = {
@@ -115,9 +115,9 @@ def read_results(folder: Path) -> dict:
         )
     field = misfit(document, RESULTS, "")
     if field is None and not document["cells"]:
-        field = ".cells"
+        field = "cells"
     if field:
-        wrong = f"field {field[1:]} is missing or not what it should be"
+        wrong = f"field {field} is missing or not what it should be"
         raise UsageError(
             f"{path}: {wrong}; it is not the results of an `ia2mini run` of this version"
         )
