@@ -22,8 +22,8 @@ from bench.shapes import SHAPES
 from ia2mini import METHODS, Grid, draw_episode, load_examples, open_subject, teach
 from ia2mini.adapters import LoRA, adapted
 from ia2mini.batch import TokenRow, collate
-from ia2mini.cli import run
 from ia2mini.cli.main import main
+from ia2mini.cli.options import compile_and_checkpoint, tell_of_compiling
 from ia2mini.engine.options import Options
 from ia2mini.generate import Decoding, generate
 from ia2mini.labels import Scoring, label_scores
@@ -320,14 +320,14 @@ def test_compiling_is_said_and_kept_where_it_lasts(monkeypatch, capsys):
     model = load("tiny")[0]
     asked = []
     monkeypatch.setattr(blocks, "compile_blocks", asked.append)
-    run.compile_and_checkpoint(model, None, False)
+    compile_and_checkpoint(model, None, False)
     assert not asked, "on a CPU nothing is compiled unless asked for"
     monkeypatch.undo()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere/ia2mini/compiled")
     monkeypatch.setattr(blocks, "compile_blocks", partial(blocks.compile_blocks, backend="eager"))
     monkeypatch.setattr(callback_handler, "start_callbacks", [])
-    run.tell_of_compiling.cache_clear()
-    run.compile_and_checkpoint(model, True, False)
+    tell_of_compiling.cache_clear()
+    compile_and_checkpoint(model, True, False)
     assert not capsys.readouterr().err
     for length in (3, 4):
         model(torch.arange(length)[None], logits=False)

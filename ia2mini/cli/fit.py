@@ -15,13 +15,13 @@ from .options import (
     ANSWER_HELP,
     PROMPT_HELP,
     TEMPLATE_HELP,
+    compile_and_checkpoint,
     file_option,
     model_options,
     options_of,
     pop_options,
 )
 from .rows import print_remarks, refuse_unnamed_model
-from .run import compile_and_checkpoint
 
 
 @main.command()
@@ -80,7 +80,7 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
     if not only_rows and not only_context:
         raise UsageError("give ROWS, or --context with --prompts")
     refuse_unnamed_model("ROWS" if only_rows else "--context")
-    how = pop_options(given, "model", "device", "dtype", "revision", "check")
+    model_arguments = pop_options(given, "model", "device", "dtype", "revision", "check")
     answer_kind = None
     if labelled is not None:
         if only_context:
@@ -97,7 +97,7 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
     complete, task = read_own(own, columns, only_context, options.chat)
     check_options(options, task)
     check_number([task.prompt_of(row) for row in complete])
-    subject = open_subject(**how)
+    subject = open_subject(**model_arguments)
     compile_and_checkpoint(subject.model)
     print_remarks([*task.remarks, dtype_note(subject)])
     predictor = fit_rows(own, subject, options, columns, unlabelled or (), keep=out, bar=progress)

@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import fields
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import get_args
 
@@ -114,6 +114,36 @@ model_options = combine_options(
         help="Compute the same bits every time on a GPU, more slowly.",
     ),
 )
+
+
+def compile_and_checkpoint(
+    model, compiling: bool | None = None, checkpointing: bool = False
+) -> None:
+    """Compile and checkpoint a model's blocks as the options say (None: compile on a GPU)."""
+    from ..scale.blocks import checkpoint_blocks, compile_blocks
+    from ..scale.graphs import RECORDERS
+
+    if compiling is None:
+        compiling = next(model.parameters()).is_cuda
+    elif not compiling:
+        RECORDERS.clear()
+    if compiling:
+        from torch._dynamo.callback import on_compile_start
+
+        on_compile_start(lambda *about: tell_of_compiling())
+        compile_blocks(model)
+    if checkpointing:
+        checkpoint_blocks(model)
+
+
+@cache
+def tell_of_compiling() -> None:
+    """Print once that compiling begins."""
+    click.echo(
+        f"compiling (minutes at first; kept in {os.environ['TORCHINDUCTOR_CACHE_DIR']})", err=True
+    )
+
+
 data_options = combine_options(
     file_option("--data", "Read your own rows from this file, in place of TASK."),
     click.option("--prompt-column", help=PROMPT_HELP),

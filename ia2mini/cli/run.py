@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from functools import cache
 from pathlib import Path
 
 import click
@@ -20,6 +19,7 @@ from .options import (
     REVISION_HELP,
     CommaSeparated,
     combine_options,
+    compile_and_checkpoint,
     data_options,
     file_option,
     model_options,
@@ -29,7 +29,7 @@ from .options import (
 from .rows import find_tasks, print_remarks, refuse_unnamed_model
 
 DEMO_ROWS = 120  # about a minute
-# of own rows, which `fit` judges among the labels
+# default columns with --data; `acc_labels` is the accuracy that `fit` prints
 OWN_COLUMNS = ("acc", "acc_labels", "ece", "ece_null", "asim")
 COLUMNS_HELP = (
     "Show these columns; there are also nll, brier and others (docs/reference.md)."
@@ -109,27 +109,30 @@ def run(names, compiling, checkpointing, out, data_dir, side_by_side, **given):
     All training sets and learning rates of a method are trained side by side. The table shows the learning rate with
     the lowest dev loss. Only its runs are scored, unless --select asks for more.
     """
-    own = pop_options(given, "data", "prompt_column", "answer_column", "template", "eval_data")
-    how = pop_options(given, "model", "device", "dtype", "revision", "check")
-    shown = pop_options(given, "full", "columns", "figures", "as_json", "with_paper")
+    data_arguments = pop_options(
+        given, "data", "prompt_column", "answer_column", "template", "eval_data"
+    )
+    model_arguments = pop_options(given, "model", "device", "dtype", "revision", "check")
+    report_arguments = pop_options(given, "full", "columns", "figures", "as_json", "with_paper")
     if not given["eval_rows"]:
-        given["eval_rows"] = 500 if names or own["data"] else DEMO_ROWS
+        given["eval_rows"] = 500 if names or data_arguments["data"] else DEMO_ROWS
     for option in ("n", "methods"):
         if not given[option]:
             raise UsageError(f"--{option}: give at least one")
     options = Options(**given)
-    if own["data"]:
+    if data_arguments["data"]:
         refuse_unnamed_model("--data")
-        shown["columns"] = shown["columns"] or OWN_COLUMNS
-    chosen = find_tasks(names, **own)
+        report_arguments["columns"] = report_arguments["columns"] or OWN_COLUMNS
+    chosen = find_tasks(names, **data_arguments)
     from ..engine.subject import open_subject
     from ..scale.device import usable
     from ..study.cells import make_cells
     from ..study.study import carry_out, open_folder
 
-    if how["dtype"] is None and usable(how["device"]) == "cpu":
-        how["dtype"] = "float32"  # so that a study gives the same numbers on every processor
-    subject = open_subject(**how)
+    if model_arguments["dtype"] is None and usable(model_arguments["device"]) == "cpu":
+        # so that a study gives the same numbers on every processor
+        model_arguments["dtype"] = "float32"
+    subject = open_subject(**model_arguments)
     cells = make_cells(chosen, subject, options, data_dir)
     store, config = open_folder(cells, out)
     compile_and_checkpoint(subject.model, compiling, checkpointing)
@@ -137,7 +140,7 @@ def run(names, compiling, checkpointing, out, data_dir, side_by_side, **given):
     document, folder = carry_out(cells, store, config, side_by_side, progress)
     ranks.stop()
     if ranks.chief:
-        write_and_print_report(document, folder, **shown)
+        write_and_print_report(document, folder, **report_arguments)
 
 
 @main.command()
@@ -151,7 +154,7 @@ def run(names, compiling, checkpointing, out, data_dir, side_by_side, **given):
     help="Print the paper's Table 8, too: IA2→SFT against SFT, pooled by N.",
 )
 @table_options
-def report(folders, out, table_8, **shown):
+def report(folders, out, table_8, **report_arguments):
     """Join finished runs into one report.
 
     It writes one set of tables, tests and figures for several models, adapters or ranks.
@@ -170,7 +173,7 @@ def report(folders, out, table_8, **shown):
         raise UsageError(f"--out {out}: a study is there; give another folder")
     pooled = write_table_8(document) if table_8 else None
     write_json(out / "results.json", document)
-    write_and_print_report(document, out, **shown)
+    write_and_print_report(document, out, **report_arguments)
     if pooled:
         click.echo(pooled)
 
@@ -216,34 +219,6 @@ def show(document: dict, full: bool) -> None:
     click.echo(seconds_line(document))
 
 
-def compile_and_checkpoint(
-    model, compiling: bool | None = None, checkpointing: bool = False
-) -> None:
-    """Compile and checkpoint a model's blocks as the options say (None: compile on a GPU)."""
-    from ..scale.blocks import checkpoint_blocks, compile_blocks
-    from ..scale.graphs import RECORDERS
-
-    if compiling is None:
-        compiling = next(model.parameters()).is_cuda
-    elif not compiling:
-        RECORDERS.clear()
-    if compiling:
-        from torch._dynamo.callback import on_compile_start
-
-        on_compile_start(lambda *about: tell_of_compiling())
-        compile_blocks(model)
-    if checkpointing:
-        checkpoint_blocks(model)
-
-
-@cache
-def tell_of_compiling() -> None:
-    """Print once that compiling begins."""
-    click.echo(
-        f"compiling (minutes at first; kept in {os.environ['TORCHINDUCTOR_CACHE_DIR']})", err=True
-    )
-
-
 @main.command()
 @click.argument("name", required=False, metavar="[TASK]")
 @click.option("--model", default="tiny", help=MODEL_HELP)
@@ -252,7 +227,7 @@ def tell_of_compiling() -> None:
     "--n", default=4, type=click.IntRange(2), help="Show a training set of this many rows."
 )
 @data_options
-def tasks(name, model, revision, n, data_dir, **own):
+def tasks(name, model, revision, n, data_dir, **data_arguments):
     """List the tasks, or show what the model sees.
 
     With TASK or --data it shows a prompt with its demonstrations, and how many tokens each part has.
@@ -262,7 +237,7 @@ def tasks(name, model, revision, n, data_dir, **own):
       ia2mini tasks
       ia2mini tasks --data mine.csv --model smollm2-135m
     """
-    if name is None and not own["data"]:
+    if name is None and not data_arguments["data"]:
         list_tasks()
         return
     from ..episode import draw_episode
@@ -270,7 +245,7 @@ def tasks(name, model, revision, n, data_dir, **own):
     from ..tasks import load_examples
     from ..tokenizer import Tokenizer
 
-    (task,) = find_tasks((name,) if name else (), **own)
+    (task,) = find_tasks((name,) if name else (), **data_arguments)
     tokenizer = Tokenizer.from_folder(locate(model, revision))
     examples = load_examples(task, "eval", data_dir)
     sizes = [f"evaluation: {examples.origin['used']} of {examples.origin['rows']} rows"]

@@ -59,7 +59,7 @@ adapter_options = combine_options(
     type=click.IntRange(0, 17),
     help="Round probabilities to this many digits.  [default: 4 in --out, all on standard output]",
 )
-def predict(adapter, rows, coverage, icl, strict, out, digits, **how):
+def predict(adapter, rows, coverage, icl, strict, out, digits, **adapter_arguments):
     """Answer new rows with a fitted adapter.
 
     ADAPTER is a folder that `ia2mini fit` or peft wrote. ROWS is a file, or - for JSON lines from standard input.
@@ -85,7 +85,7 @@ def predict(adapter, rows, coverage, icl, strict, out, digits, **how):
         check_target(out, rows)
         new = [row for row in new if row is not None]
         check_size(out, new)
-    predictor = open_adapter(adapter, **how)
+    predictor = open_adapter(adapter, **adapter_arguments)
     outcomes = predictor.outcomes(new, icl, coverage)
     if strict:
         outcomes = raise_errors(outcomes)
@@ -131,7 +131,7 @@ def write_answers(outcomes: Iterable, answers, rows: int, out: Path, digits: int
     help="Take the true answer from this column.  [default: as in the rows it was fitted on]",
 )
 @click.option("--icl", is_flag=True, help=ICL_HELP)
-def score(adapter, rows, answer_column, icl, **how):
+def score(adapter, rows, answer_column, icl, **adapter_arguments):
     """Measure an adapter on labelled rows.
 
     It prints accuracy with its 95 % interval, macro-F1, ECE, Brier score and NLL.
@@ -146,13 +146,14 @@ def score(adapter, rows, answer_column, icl, **how):
     from ..tasks.rows import read_rows
 
     rows = read_rows(rows)  # its mistakes show before a model is loaded
-    click.echo(plain(fit_table(score_rows(open_adapter(adapter, **how), rows, icl, answer_column))))
+    predictor = open_adapter(adapter, **adapter_arguments)
+    click.echo(plain(fit_table(score_rows(predictor, rows, icl, answer_column))))
 
 
 @main.command()
 @adapter_options
 @file_option("--out", "Write the checkpoint into this new or empty folder.", required=True)
-def merge(adapter, out, **how):
+def merge(adapter, out, **adapter_arguments):
     """Merge an adapter into its base model.
 
     It writes a whole checkpoint, which other tools load without peft. The adapter's README.md has the lines that serve
@@ -163,7 +164,7 @@ def merge(adapter, out, **how):
       ia2mini merge tickets --out tickets-merged
       ia2mini merge peft-lora --model smollm2-135m-instruct --out merged
     """
-    gap = open_adapter(adapter, **how).merge(out)
+    gap = open_adapter(adapter, **adapter_arguments).merge(out)
     click.echo(f"{out}: merged; largest difference of a logit to the unmerged model {gap:.1e}")
 
 
@@ -183,7 +184,7 @@ def merge(adapter, out, **how):
 @click.option(
     "--chat", is_flag=True, help="Write the prompt as a turn of the checkpoint's chat template."
 )
-def generate(prompt, max_tokens, stop, adapter, chat, **how):
+def generate(prompt, max_tokens, stop, adapter, chat, **model_arguments):
     """Continue a text greedily.
 
     The continuation goes to standard output.
@@ -205,15 +206,15 @@ def generate(prompt, max_tokens, stop, adapter, chat, **how):
         raise UsageError("--stop is empty; give some text, or leave it out")
     if adapter:
         if click.get_current_context().get_parameter_source("model").name == "DEFAULT":
-            how["model"] = how["revision"] = None
-        predictor = open_adapter(adapter, **how)
+            model_arguments["model"] = model_arguments["revision"] = None
+        predictor = open_adapter(adapter, **model_arguments)
         if predictor.adapter is None:
             raise UsageError(f"{adapter}: holds no adapter; {what_answers(predictor)}")
         if predictor.spec["method"] in WITH_DEMONSTRATIONS:
             missing = "was trained with demonstrations, which --prompt must hold"
             click.echo(f"this adapter {missing}; `ia2mini predict` shows them", err=True)
     else:
-        predictor = Predictor(open_subject(**how), None, None, FOREIGN)
+        predictor = Predictor(open_subject(**model_arguments), None, None, FOREIGN)
     subject = predictor.subject
     tokenizer = subject.tokenizer
     text = prompt
@@ -233,7 +234,9 @@ def generate(prompt, max_tokens, stop, adapter, chat, **how):
     click.echo(plain(tokenizer.decode(ids + response)[len(tokenizer.decode(ids)) :]))
 
 
-def open_adapter(folder: Path, model=None, revision=None, template=None, labels=None, **how):
+def open_adapter(
+    folder: Path, model=None, revision=None, template=None, labels=None, **model_arguments
+):
     """Load a saved adapter on its base model, or on another."""
     from ..engine.subject import open_subject
     from ..fitting.folder import base_of
@@ -249,5 +252,5 @@ def open_adapter(folder: Path, model=None, revision=None, template=None, labels=
     check_given(given)
     if not model:
         model, revision = base_of(folder)
-    subject = open_subject(model, revision=revision, **how)
+    subject = open_subject(model, revision=revision, **model_arguments)
     return load_adapter(folder, subject, **given)
