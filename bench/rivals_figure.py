@@ -54,7 +54,10 @@ def draw(folder: Path = RESULTS, figure: Path = FIGURE) -> bool:
         model = result["about"].partition(":")[0]
         set_heading(drawn, f"{many} rows a class to learn from; {model}")
         over = "new rows" if len(table.cells(table.tasks[0], many)) == 1 else "draws"
-        set_note(drawn, f"Lines: 95 % intervals over {over}. Upright marks: {few} a class.")
+        note = f"Lines: 95 % intervals over {over}."
+        if few != many:
+            note += f" Upright marks: {few} a class."
+        set_note(drawn, note)
         save(drawn, figure)
     return True
 

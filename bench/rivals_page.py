@@ -142,7 +142,8 @@ def differences(table: Table) -> list[str]:
     """Paired differences over all cells, those of a data set and those of a size."""
     groups = {"all": (None, None)}
     groups |= {TITLES.get(task, task): (task, None) for task in table.tasks}
-    groups |= {f"{size} a class": (None, size) for size in table.sizes}
+    if len(table.sizes) > 1:
+        groups |= {f"{size} a class": (None, size) for size in table.sizes}
     out = table_head("", "pairs", "accuracy (points)", "macro-F1 (points)", "NLL", "ECE")
     for name, (task, size) in groups.items():
         entries = []

@@ -274,7 +274,7 @@ def test_setfit_learns_rows_that_one_word_tells_apart(tmp_path):
     )
 
 
-KEPT = RESULTS / "2026-11-30-rivals-smollm2-135m-instruct-cpu.json"
+KEPT = RESULTS / "2026-12-01-rivals-smollm2-135m-instruct-cpu.json"
 
 
 def made(seeds: int, gains: dict[str, float]) -> dict:
@@ -354,11 +354,15 @@ def test_of_few_draws_the_page_claims_nothing(tmp_path):
 
 
 def test_the_figure_shows_the_kept_numbers_with_exact_intervals(tmp_path):
-    from scipy.stats import binomtest
+    from scipy.stats import binomtest, ttest_1samp
 
     pytest.importorskip("matplotlib")
-    document = json.loads(KEPT.read_text())
-    table = rivals_page.Table(document["results"][0]["lines"])
+    lines = json.loads(KEPT.read_text())["results"][0]["lines"]
+    of_four = [line for line in lines if line["what"].endswith("4 a class, draw 0")]
+    of_eight = []
+    for line in of_four:
+        of_eight.append(line | {"what": line["what"].replace("4 a class", "8 a class")})
+    table = rivals_page.Table(of_four + of_eight)
     for name, task, rows in (("setfit", "ag_news", 200), ("ia2-sft", "financial_phrasebank", 198)):
         row = rivals_figure.chart_row(table, name, task)
         right = round(row.mean / 100 * rows)
@@ -366,6 +370,11 @@ def test_the_figure_shows_the_kept_numbers_with_exact_intervals(tmp_path):
         assert row.mean == pytest.approx(100 * right / rows)
         assert (row.low, row.high) == pytest.approx((100 * exact.low, 100 * exact.high))
     assert rivals_figure.chart_row(table, "setfit", "ag_news").mark == 69.5
+    five_draws = rivals_page.Table(lines)
+    row = rivals_figure.chart_row(five_draws, "setfit", "ag_news")
+    values = [69.5, 78.5, 68.5, 71.0, 72.5]
+    expected = ttest_1samp(values, 0).confidence_interval()
+    assert (row.low, row.high) == pytest.approx((expected.low, expected.high)) and row.mark is None
     assert not rivals_figure.draw(tmp_path, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
     (tmp_path / "2026-01-01-rivals-some-model-cpu.json").write_text(
