@@ -8,7 +8,6 @@ K key/value heads, E head size, S earlier keys.
 import math
 from collections.abc import Callable
 from functools import cached_property
-from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SHORT = 256  # tokens of a row, up to which `written_out` trains faster
-CACHED_SCORES = 2**21  # attention scores that `written_out` computes at once
 SCORES = 2**28  # attention scores that are held at once, where rows come after a prefix
 KeysAndValues = tuple[Tensor, Tensor]  # of one layer, [B, K, S, E] each
 
@@ -223,21 +221,9 @@ def by_key_head(x: Tensor, K: int) -> Tensor:
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """As `attend`, in three operations that autograd differentiates one by one: scores, softmax, sum of values.
-
-    So many rows at once that their scores, `CACHED_SCORES` at most, stay in the processor's cache.
-    """
+    """As `attend`, in three operations that autograd differentiates one by one: scores, softmax, sum of values."""
     B, H, T, E = q.shape
     K = k.shape[1]
-    rows = max(1, CACHED_SCORES // (H * T * T))
-    if B > rows:
-        parts = zip(
-            q.split(rows),
-            k.split(rows),
-            v.split(rows),
-            repeat(None) if mask is None else mask.split(rows),
-        )
-        return torch.cat([written_out(*part) for part in parts])
     if mask is None:
         mask = causal_mask(q)
     scaled = by_key_head(q, K) * E**-0.5

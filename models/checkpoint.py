@@ -74,6 +74,8 @@ def load(
         model, tokenizer = load("tiny")
         logits = model(torch.tensor([tokenizer.encode("Text:a lovely film\\nLabel:")]))   # [1, T, V]
     """
+    if not isinstance(dtype, torch.dtype):
+        raise UsageError(f"dtype {dtype!r}: give torch.float32, torch.bfloat16 or torch.float16")
     folder = locate(name, revision)
     config, family = read_folder_config(folder)
     weightless = str(device) == "meta"

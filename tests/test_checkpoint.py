@@ -370,3 +370,7 @@ def test_a_pipe_or_folder_for_a_file_is_no_hang(tmp_path, name):
     (folder / name).unlink()
     (folder / name).mkdir()
     refused(lambda: load(folder), str(folder))
+
+
+def test_a_dtype_is_torchs_not_its_name():
+    refused(lambda: load("tiny", "bfloat16"), "dtype 'bfloat16': give", "torch.bfloat16")
