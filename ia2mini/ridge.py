@@ -39,7 +39,7 @@ def solve(
             "use ia2"
         )
     # Granite's multiplier, which o_proj's output still lacks
-    factor = model.config.residual_multiplier
+    factor = getattr(model.config, "residual_multiplier", 1.0)
     theta = theta.clone()
     # views of theta: the rest of the pass uses what is written into them
     weights = unpack(theta, adapter.shapes)

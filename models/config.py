@@ -50,7 +50,6 @@ ALWAYS: dict[str, dict] = {
     "qwen2": {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
     "mistral": {"attention_bias": False, "mlp_bias": False},
     "seed_oss": {"mlp_bias": False},
-    "qwen3": {"mlp_bias": False},
     "olmo2": {"mlp_bias": False},
 }
 # field -> the only family that reads it

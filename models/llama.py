@@ -122,7 +122,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Llama with a language-model head. Qwen3 and OLMo 2 (qwen3.py, olmo2.py) replace the parts named first."""
+    """Llama with a language-model head. OLMo 2 (olmo2.py) replaces the parts named first."""
 
     block: type[nn.Module] = Block
     norm: type[RMSNorm] = RMSNorm  # after the last block
