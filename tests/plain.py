@@ -76,7 +76,7 @@ def teacher(base: Plain, demonstrations, prompt: str, most: int) -> PlainRow:
     if most == 1:
         answer = [base.following(ids).argmax().item()]
     else:
-        answer = (base.respond(ids, most) + list(base.tokenizer.eos_ids))[:most]
+        answer = (base.respond(ids, most) + base.tokenizer.closing)[:most]
     return PlainRow(base.tokenizer.encode(prompt), answer, base(ids, answer)[1])
 
 
@@ -195,7 +195,7 @@ def plain_protocol(folder: Path, task: Task, n: int, o: Options) -> dict:
     if task.labels:
         most = max(len(tokenizer.encode(label)) for label in task.labels)
         most += most > 1  # EOS
-    end = [] if most == 1 else list(tokenizer.eos_ids)
+    end = [] if most == 1 else tokenizer.closing
     pool = load_examples(task, "train").rows
     tasks = {e: task if e == task.name else find_task(e) for e in task.evals}
     evals = {e: load_examples(here, "eval", limit=o.eval_rows).rows for e, here in tasks.items()}
