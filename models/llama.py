@@ -102,13 +102,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    attention: type[nn.Module] = Attention
-
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.residual_multiplier = config.residual_multiplier
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = self.attention(config, layer)
+        self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
