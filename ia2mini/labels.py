@@ -110,8 +110,8 @@ class LabelTree:
         steps = chosen - total[..., self.predicted_by]
         return steps.masked_fill(~self.is_token, 0.0).sum(-1)
 
-    def greedy(self, logits: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:
-        """The label that greedy decoding gives, from logits [..., nodes, V], and its probability, [...] each.
+    def greedy(self, logits: Tensor, top_k: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """From logits [..., nodes, V] what greedy decoding gives: label, its probability, first token, [...] each.
 
         Where it gives no label: -1, and the probability of its tokens up to the first that fits none. With `top_k`,
         probabilities are renormalised over that many likeliest tokens. Decoding follows a label as long as each of its
@@ -145,7 +145,8 @@ class LabelTree:
         is_a_label = is_given.gather(-1, closest).bool()
         top = torch.where(is_a_label, closest, -1)
         confidence = log_confidence.gather(-1, closest).exp()
-        return top[..., 0], confidence[..., 0]
+        first_token = likeliest.indices[..., 0]  # node 0 is where the prompt ends
+        return top[..., 0], confidence[..., 0], first_token
 
     def any_end(self, logits: Tensor) -> Tensor:
         """The logit of all end tokens together where each label's tokens are predicted, [..., C, I]."""
@@ -221,8 +222,7 @@ def score_group(
     parts = []
     for some_states in states.split(rows_at_once * nodes):
         logits = lm_head(some_states).float().unflatten(0, (-1, nodes))  # [rows, nodes, V]
-        top, confidence = tree.greedy(logits, scoring.top_k)
-        first_token = logits[:, 0].argmax(-1)
+        top, confidence, first_token = tree.greedy(logits, scoring.top_k)
         parts.append((top, confidence, first_token, tree.log_probabilities(logits)))
     by_run = (scoring.runs, -1)
     if taps is not None:

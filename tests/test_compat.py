@@ -155,6 +155,8 @@ def test_a_token_that_is_spelled_like_a_label_is_right(model, folder):
     spelled[tops[1]] = 1
     found = label_scores(model, prompts, labels)
     assert found.first_token.tolist() == [tops]
+    longer = label_scores(model, prompts, [[48], [70, 49]])  # predicted after 70, too
+    assert longer.first_token.tolist() == [tops]
     assert found.top.tolist() == [[-1, -1]] and spelled[found.first_token].tolist() == [[-1, 1]]
 
 
