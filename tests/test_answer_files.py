@@ -121,6 +121,38 @@ def test_a_line_that_is_no_row_keeps_its_place(saved, tmp_path):
     assert f"{path}:2: not JSON" in told and not (tmp_path / "no.csv").exists()
 
 
+def test_rows_without_a_prompt_have_no_answer(saved, tmp_path):
+    (tmp_path / "rows.csv").write_text('id,text\n1,\n2, \n3,good\n4,"\u200b"\n')
+    run("predict", saved, tmp_path / "rows.csv", "--out", tmp_path / "out.csv")
+    found = table(tmp_path / "out.csv")
+    assert [answer is None for answer in found["answer"]] == [True, True, False, True]
+    assert found["reason"][3] == f"{tmp_path / 'rows.csv'}:5: the prompt is empty"
+
+
+def test_a_file_of_which_no_row_is_answered_is_a_mistake(saved, tmp_path):
+    (tmp_path / "rows.csv").write_text("Text\ngood\nbad\n")
+    (tmp_path / "out.csv").write_text("older")
+    told = run("predict", saved, tmp_path / "rows.csv", "--out", tmp_path / "out.csv", code=2)
+    assert told.stdout == "" and "no row could be answered" in told.stderr.splitlines()[-1]
+    assert "no column 'text'; the columns there are 'Text'" in told.stderr
+    assert (tmp_path / "out.csv").read_text() == "older"
+    told = run("predict", saved, "-", input="good\n", code=2)
+    assert "no row could be answered" in told.stderr and told.stdout == ""
+    for empty in ("", "\n"):
+        assert run("predict", saved, "-", input=empty).output == ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_a_surrogate_pair_in_a_columns_name(saved, tmp_path, kind):
+    (tmp_path / "rows.jsonl").write_text('{"text": "good", "a\\ud83d": "\\ud83d"}\n')
+    out = tmp_path / f"out.{kind}"
+    run("predict", saved, tmp_path / "rows.jsonl", "--out", out)
+    if kind == "jsonl":
+        assert json.loads(out.read_text())["a\ud83d"] == "\ud83d"
+    else:
+        assert table(out)["a\\ud83d"][0] == "\\ud83d"
+
+
 def test_digits_coverage_and_standard_input(saved, tmp_path):
     rows = world.rows("toy-mood", "train")[:8]
     given = "".join(json.dumps(row) + "\n" for row in rows)

@@ -93,6 +93,8 @@ MANY = [
     "instruction input output system",
     "response label",
     "question text",
+    "id text",
+    "id label",
     "a b",
     "text",
 ]
@@ -102,6 +104,42 @@ MANY = [
 def test_a_header_that_may_be_read_in_several_ways_is_refused(columns):
     rows = rows_of(columns)
     refused(lambda: read_own(rows), *map(repr, rows[0]), "--prompt-column", "--answer-column")
+
+
+@pytest.mark.parametrize("name", ["", "Unnamed: 0", "row", "Zeile"])
+def test_a_column_that_numbers_the_rows_is_neither_prompt_nor_answer(name):
+    for first in (0, 1, 100):
+        for number in (int, str):
+            rows = [{name: number(first + i), "text": f"a b {i}"} for i in range(8)]
+            refused(lambda rows=rows: read_own(rows), repr(name), "'text'", "--answer-column")
+            assert read_own(rows, queries=True)[1].prompt == "Question: {text}\nAnswer: "
+            bodies = [{name: row[name], "body": row["text"]} for row in rows]
+            assert "{body}" in read_own(bodies, queries=True)[1].prompt
+            graded = [row | {"stars": i % 2} for i, row in enumerate(rows)]
+            assert read_own(graded)[1].answer_column == "stars"
+            assert f"left out: {name!r}" in read_own(graded)[1].remarks[-2]
+            assert read_own(rows, (None, name))[1].answer_column == name
+    rows = [{name or "n": value, "text": f"a b {value}"} for value in (3, 1, 2, 2, 1, 3)]
+    assert name.startswith("Unnamed") or read_own(rows)[1].answer_column == (name or "n")
+
+
+def test_what_a_template_cannot_name_is_refused():
+    for column, said in {
+        "a {b} c": "has braces",
+        "?text": "begins with a question mark",
+        "te\ud83dxt": "half a surrogate pair",
+    }.items():
+        rows = [{column: f"text {i}", "b": i, "label": i % 2} for i in range(8)]
+        refused(lambda rows=rows, column=column: read_own(rows, (column,)), said, "rename")
+        asked = (column,)
+        refused(lambda rows=rows, asked=asked: read_own(rows, asked, True), said, "rename")
+    rows = labelled([1, 0] * 4)
+    for template in ("{{text}}", '{"a": {{text}}}', "Text: {{ text }}\nLabel: {text}"):
+        refused(lambda template=template: read_own(rows, (None, None, template)), "single braces")
+    template = '{"a": {"b": "{text}"}}'
+    assert read_own(rows, (None, None, template))[1].example(read_own(rows)[0][0]).prompt == (
+        '{"a": {"b": "text 0"}}'
+    )
 
 
 def test_the_refusal_shows_a_template_that_works():
@@ -178,7 +216,7 @@ def labelled(labels: list) -> list[dict]:
     return [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)]
 
 
-MISSING = [None, math.nan, "", " ", "nan", "NaN", "<NA>"]
+MISSING = [None, math.nan, "", " ", "nan", "NaN", "<NA>", "\u200b", " \ufeff"]
 
 
 @pytest.mark.parametrize("nothing", MISSING, ids=map(repr, MISSING))
@@ -187,7 +225,7 @@ def test_what_is_missing_is_no_class_and_its_rows_are_named(labels, nothing):
     rows, task = read_own(labelled([*labels, nothing] * 4))
     known = (
         pandas.Series([*labels, nothing] * 4)
-        .replace(["", " ", "nan", "NaN", "<NA>"], None)
+        .replace(["", " ", "nan", "NaN", "<NA>", "\u200b", " \ufeff"], None)
         .dropna()
     )
     assert task.labels == tuple(sorted({str(x).removesuffix(".0") for x in known}))
@@ -241,6 +279,7 @@ def test_rows_without_a_prompt_are_left_out_and_others_named(tmp_path):
     task = custom_task(tmp_path / "rows.jsonl", eval_path=tmp_path / "eval.csv")
     assert {e.label for e in load_examples(task, "eval").rows} == {0, 1}
     refused(lambda: read_own([{"text": "a", "label": None}] * 4), "'label' is empty")
+    refused(lambda: read_own(labelled(["a", "nan"] * 4)), "every row has the answer 'a'", "4 of 8")
     refused(lambda: read_own([{"text": None, "label": 1}] * 4), "the prompt is empty")
     refused(
         lambda: custom_task(path, eval_path=write_rows(tmp_path / "e.jsonl", [{"text": "a"}])),
@@ -254,6 +293,7 @@ ONE_LABEL = {  # what one column holds -> the labels
     "text and number": (["1", 0, 1, "0"], ["0", "1"]),
     "true and one": ([True, False, 1, 0], ["0", "1"]),
     "texts of true and one": (["True", "False", "1", "0"], ["0", "1"]),
+    "truth values": ([True, "True", "false", "FALSE"], ["false", "true"]),
     "negative": ([-1.0, 1, -1, 1.0], ["-1", "1"]),
     "only floats": ([1.0, 2.0, 3.0], ["1", "2", "3"]),
     "halves": ([1.0, 1.5, 2, 2.0], ["1", "1.5", "2"]),
@@ -285,6 +325,8 @@ def test_labels_that_may_be_mistakes_are_remarked():
         ("1", "1,0"): "two ways to write the same",
         ("01", "1"): "two ways to write the same",
         ("1", "2", "true"): "two ways to write the same",
+        ("yes", "yes\u200b"): "two ways to write the same",
+        ("\ufeffyes", "Yes"): "two ways to write the same",
         ("é", "e\u0301"): "two ways to write the same",
         ("no ", "yes"): "begins or ends with a blank",
         ("None", "a"): "'None' is read as a label",

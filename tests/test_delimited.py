@@ -16,7 +16,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
 def test_the_delimiter_is_seen_from_the_file(tmp_path, delimiter, suffix, line_end):
@@ -43,6 +43,9 @@ READ = {  # a file, and the rows that it holds
     "empty lines first": ("\n\ntext,label\na,0\n", [["a", "0"]]),
     "columns without name and content": ("text;label;;\na;0;;\nb;1;;\n", [["a", "0"], ["b", "1"]]),
     "pandas' index": (",text,label\n0,a,x\n", [["0", "a", "x"]]),
+    "lines of blanks": ("text,label\n  \na,0\n\t\nb,1\n", [["a", "0"], ["b", "1"]]),
+    "a line of delimiters is a row": ("text,label\na,0\n,\n", [["a", "0"], ["", ""]]),
+    "the header again in one column": ("text\ntext\na\n", [["text"], ["a"]]),
     "only line ends of old Macs": ("text,label\ra,0\rb,1\r", [["a", "0"], ["b", "1"]]),
 }
 
@@ -64,6 +67,32 @@ def test_blanks_around_the_names_of_the_header_are_dropped(tmp_path):
     assert list(map(dict, read_rows(tmp_path / "rows.csv"))) == [{"text": "a", "label": " yes"}]
 
 
+SPACED = {  # a file -> whether blanks after delimiters are no part of its fields
+    'text, label\n"a, b", "0"\nc, "1"\n': True,
+    'text; label\n"a; b"; "0"\nc; 1\n': True,
+    "text, label\na,  'yes'\nb, no\n": False,
+    'text,label\n"he said, ""yes"", twice",0\n b,1\n': False,
+    'text,label\n a "b",0\nb, 1\n': False,
+}
+
+
+@pytest.mark.parametrize("text", SPACED)
+def test_quotes_after_blanks_are_quotes(tmp_path, text):
+    path = tmp_path / "rows.csv"
+    path.write_text(text)
+    delimiter = ";" if ";" in text else ","
+    theirs = pandas.read_csv(path, sep=delimiter, dtype=str, skipinitialspace=SPACED[text])
+    theirs = theirs.rename(columns=str.strip)
+    assert list(map(dict, read_rows(path))) == theirs.to_dict("records")
+
+
+def test_invisible_marks_around_the_names_of_the_header_are_dropped(tmp_path):
+    """As two byte order marks leave one, and web pages leave blanks without width."""
+    text = "\ufeff\ufefftext,\u200blabel\u2060 ,a\u200db\na,yes,1\n"
+    (tmp_path / "rows.csv").write_bytes(text.encode())
+    assert list(read_rows(tmp_path / "rows.csv")[0]) == ["text", "label", "a\u200db"]
+
+
 def test_a_field_of_any_length(tmp_path):
     long = "x" * 300_000
     (tmp_path / "rows.csv").write_text(f"text,label\n{long},0\n")
@@ -82,6 +111,7 @@ WRONG = {
         "text,label, label\na,0,1\n",
         "two columns of the same name, 'label'",
     ),
+    "two files in one": ("text;label\na;0\ntext;label\nb;1\n", "rows.csv:3: the header", "delete"),
     "only a header": ("text;label\n", "rows.csv: the file holds no rows"),
     "only a mark": ("\ufeff", "rows.csv: the file holds no rows"),
 }

@@ -86,7 +86,8 @@ def test_wrong_rows_and_labels_are_one_line(fitted):
     refused(lambda: fitted.predict({"text": "a"}), "one dict", "a list")
     refused(lambda: fitted.predict([["a"]]), "row 1", "not an object")
     refused(lambda: fitted.predict([{"words": "a"}]), "row 1: no column 'text'")
-    refused(lambda: fitted.predict(["good", ""] + [{"text": None}]), "row 3", "'text'")
+    refused(lambda: fitted.predict(["good", {"text": None}]), "row 2", "'text'")
+    refused(lambda: fitted.predict(["good", ""]), "row 2", "empty")
     refused(lambda: fitted.predict(TEXTS, coverage=2), "--coverage 2")
     refused(lambda: fitted.score(TEXTS, TRUE[:-1]), "20 rows and 19 labels")
     refused(

@@ -7,6 +7,7 @@ import shlex
 import sys
 import warnings
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
@@ -17,6 +18,8 @@ from ia2mini import FitOptions, fit, load_adapter, open_subject
 from ia2mini.cli.main import main
 from ia2mini.files import finite, json_line
 from ia2mini.tasks import world
+from ia2mini.tasks.own import true_answer
+from ia2mini.tasks.rows import Row
 
 QUICK = FitOptions(epochs=2, rates=(1e-2,), methods=("sft",), folds=2)
 
@@ -77,7 +80,8 @@ def test_fit_says_how_rows_were_read_and_what_to_type_next(tmp_path):
     ]
     assert json.loads((out / "ia2mini.json").read_text())["report"]["rows"] == 12
     predicted = run("predict", out, rows)
-    assert len(predicted.stdout.splitlines()) == 14
+    assert len(predicted.stdout.splitlines()) == 13, "as in fit"
+    assert predicted.stderr == f"ia2mini: {rows}:15: the prompt is empty; left out\n"
 
 
 def test_score_reads_whole_numbers_as_fit_does(saved, tmp_path):
@@ -92,6 +96,27 @@ def test_score_reads_whole_numbers_as_fit_does(saved, tmp_path):
         run("score", saved, tmp_path / name).stdout for name in ("ints.csv", "floats.csv")
     )
     assert one.partition("\n")[2] == other.partition("\n")[2] and "8 rows" in one
+
+
+SPELLINGS = {  # labels -> ways to write the first of them as a true answer
+    ("true", "false"): ["true", "True", "TRUE", True, np.True_],
+    ("True", "False"): ["true", True],
+    ("1", "0"): ["1", "1.0", 1, 1.0, True, "true", np.int8(1)],
+    ("caf\u00e9", "bar"): ["cafe\u0301"],
+    ("cafe\u0301", "bar"): ["caf\u00e9"],
+    ("1.5", "0"): [1.5, np.float32(1.5)],
+}
+
+
+@pytest.mark.parametrize("labels", SPELLINGS, ids=repr)
+def test_a_true_answer_may_be_written_in_several_ways(labels):
+    for value in SPELLINGS[labels]:
+        assert true_answer(Row("here", {"label": value}), "label", list(labels)) == labels[0]
+    for other in ("", "Yes", "10", "cafe", "1.50", " 1", "b\u00e4r"):
+        refused(
+            lambda other=other: true_answer(Row("here", {"label": other}), "label", list(labels)),
+            repr(other),
+        )
 
 
 def test_queries_without_a_prompt_are_left_out_and_named(saved):

@@ -399,6 +399,8 @@ def test_emoji_numbers_and_no_rows(saved):
         found["probabilities"].values()
     ) == pytest.approx(1)
     assert next(fitted.answer_rows([{"text": 5}]))["text"] == 5
+    refused(lambda: fitted.predict(["good", None]), "row 2", "None")
+    refused(lambda: fitted.predict_proba(["good", None, "bad"]), "row 2", "None")
     assert list(fitted.answer_rows([])) == [] and run("predict", folder, "-", input="").stdout == ""
 
 

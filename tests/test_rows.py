@@ -1,5 +1,6 @@
 """Rows: the same from every kind of file, a clear line for whatever is wrong with one, and templates."""
 
+import gzip
 import os
 import sys
 
@@ -74,6 +75,7 @@ WRONG = {  # file, its bytes, the message
     "empty.json": (b"[]", "empty.json: the file holds no rows"),
     "nothing.json": (b"", "nothing.json: not JSON"),
     "deep.json": (b"[" * 100_000, "deep.json: not JSON"),
+    "rows.jsonl": (gzip.compress(b'{"a": "1"}\n'), "rows.jsonl: is packed"),
     "rows.ods": (
         b"PK",
         "rows.ods: unknown kind of file '.ods'; "

@@ -1,6 +1,7 @@
 """Excel files, folders of `datasets` and DataFrames as rows: what pandas, openpyxl and datasets themselves read."""
 
 import datetime
+import io
 import json
 
 import numpy as np
@@ -219,6 +220,31 @@ def test_a_data_frame_holds_pythons_own_values():
     assert [rows[0].text(name) for name in ("ints", "bools", "texts")] == ["1", "true", "a"]
 
 
+def test_numbers_of_32_bits_are_those_that_csv_has(tmp_path):
+    values = np.array([0.1, 3.7, 1e-7, 2.0, np.nan, np.inf, 16777217.0], np.float32)
+    frame = pandas.DataFrame({"text": list("abcdefg"), "label": values})
+    frame["nullable"] = frame["label"].astype("Float32")
+    frame["arrow"] = frame["label"].astype("float[pyarrow]")
+    frame["wide"] = frame["label"].astype("float64")
+    written = pandas.read_csv(io.StringIO(frame.to_csv(index=False)))
+    frame.to_parquet(tmp_path / "rows.parquet")
+    for rows in (as_rows(frame), read_rows(tmp_path / "rows.parquet")):
+        for row, expected, exact in zip(rows, written["label"], values.tolist(), strict=True):
+            for name in ("label", "nullable", "arrow"):
+                assert row[name] == expected or row[name] is None or np.isnan(row[name])
+            assert row["wide"] == exact or row["wide"] is None or np.isnan(row["wide"])
+    assert [as_rows(frame)[i].text("label") for i in (0, 1, 3)] == ["0.1", "3.7", "2"]
+
+
+def test_numpys_values_are_pythons_own():
+    values = [np.int64(3), np.float32(0.1), np.float64(0.5), np.bool_(True), np.str_("a")]
+    values += [np.array([{"role": "user"}]), np.float32("nan")]
+    rows = as_rows([{"x": value} for value in values])
+    assert [row["x"] for row in rows[:-1]] == [3, 0.1, 0.5, True, "a", [{"role": "user"}]]
+    assert [type(row["x"]) for row in rows] == [int, float, float, bool, str, list, float]
+    assert rows[-1].is_missing("x")
+
+
 def test_a_data_frame_is_fitted_as_its_rows_are():
     rows = world.rows("toy-mood", "train")[4:16]
     subject = open_subject("tiny", "cpu")
@@ -242,6 +268,7 @@ def test_what_is_no_table_of_rows_is_one_line():
     refused(lambda: as_rows(b"rows.csv"), "one bytes", "a list")
     refused(lambda: list(iter_rows("a text")), "one str", "a list")
     refused(lambda: as_rows([{"text": "a"}, 3]), "row 2", "not an object")
+    refused(lambda: as_rows([{"text": "a"}, {0: "a"}]), "row 2: column 0 has no text for a name")
     refused(lambda: as_rows(["a", None]), "row 2", "None")
     refused(lambda: as_rows(np.zeros((2, 3))), "row 1", "not an object")
     assert as_rows(["a", np.str_("b")]) == [{"text": "a"}, {"text": "b"}]

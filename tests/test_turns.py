@@ -96,6 +96,10 @@ WRONG = {
     "late system": ([turn("user", "a"), turn("system", "b"), turn("user", "c")], "not the first"),
     "tool": ([turn("user", "a"), turn("tool", "b")], "turn 2 has no role"),
     "call": ([turn("user", "a"), turn("assistant", None)], "turn 2 is no text"),
+    "call beside text": (
+        [turn("user", "a"), turn("assistant", "b") | {"tool_calls": [{"id": "1"}]}],
+        "turn 2 is no text",
+    ),
     "image": ([turn("user", [{"type": "image_url", "image_url": {}}])], "turn 1 is no text"),
     "text": (["hello"], "turn 1 has no role"),
     "number": ([turn("user", 3)], "turn 1 is no text"),
@@ -107,6 +111,16 @@ def test_what_is_no_conversation_is_one_line(name):
     messages, said = WRONG[name]
     rows = [{"messages": LONG}, {"messages": messages}]
     refused(lambda: read_own(rows, (), chat=True), "row 2", said)
+
+
+def test_a_blank_question_is_left_out():
+    rows = []
+    for i in range(8):
+        asked = turn("user", f"Is {i} good?" if i else " \n")
+        rows.append({"messages": [LONG[0], asked, turn("assistant", str(i % 2))]})
+    for how, chat in (((), True), ((None, None, "{user}"), False)):
+        kept, task = read_own(rows, how, chat=chat)
+        assert len(kept) == 7 and task.remarks[0].startswith("left out for want of prompt: 1 of 8")
 
 
 def test_a_column_of_the_same_name_is_refused():

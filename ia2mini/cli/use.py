@@ -101,11 +101,17 @@ def print_answers(outcomes: Iterable, digits: int | None) -> None:
     from ..fitting.predictor import with_answer
     from ..report.answers import rounded
 
+    answered = 0
+    left_out = 0
     for row, answer in outcomes:
         if isinstance(answer, UsageError):
+            left_out += 1
             click.echo(plain(f"ia2mini: {answer}; left out"), err=True)
         else:
+            answered += 1
             click.echo(json_line(rounded(with_answer(row, answer), digits)))
+    if left_out and not answered:
+        raise UsageError("no row could be answered")
 
 
 def write_answers(outcomes: Iterable, answers, rows: int, out: Path, digits: int | None) -> None:
@@ -116,6 +122,9 @@ def write_answers(outcomes: Iterable, answers, rows: int, out: Path, digits: int
         for row, answer in outcomes:
             answers.add(row, answer, DIGITS if digits is None else digits)
             bar.update()
+    if answers.pairs and answers.left_out == rows:
+        _, first = answers.pairs[0]
+        raise UsageError(f"no row could be answered, and {out} is not written; {first['reason']}")
     answers.write(out)
     told = f"{out}: {plural(rows, 'row')}"
     if answers.left_out:

@@ -18,6 +18,7 @@ from .. import UsageError
 HIDDEN = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+PACKED = (b"\x1f\x8b", b"PK\x03\x04")  # how a file of gzip begins, and one of zip
 # half of a surrogate pair; Python also spells a byte so that is not UTF-8
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -71,6 +72,8 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError as error:
+        if data.startswith(PACKED):
+            raise UsageError(f"{path}: is packed (gzip, or zip as of Excel); unpack it") from None
         line = data.count(b"\n", 0, error.start) + 1
         raise UsageError(
             f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8"

@@ -27,12 +27,13 @@ from ..tasks.chat import ChatTemplate
 from ..tasks.own import true_answer
 from ..tasks.rows import (
     Row,
+    all_rows,
     blank_of,
     blocks,
     iter_rows,
     labels_after_prompt,
+    nonempty_prompt,
     only_column,
-    prompt_of,
     rename_clashes,
 )
 from ..tasks.turns import ALL_TURNS, open_turns
@@ -89,6 +90,7 @@ class Predictor:
 
     def predict(self, rows, icl: bool = False, coverage: float | None = None) -> np.ndarray:
         """The answer to each row, [n] texts, None where it abstains; options and errors as in `answer_rows`."""
+        rows = all_rows(rows, only_column(self.spec["template"]))
         answers = [row["answer"] for row in self.answer_rows(rows, icl, coverage)]
         return np.array(answers, dtype=object)
 
@@ -97,9 +99,8 @@ class Predictor:
         labels = self.spec["labels"]
         if not labels:
             raise UsageError("it answers with text, not with labels, and has no probabilities")
-        probabilities = []
-        for _, answer in self.full_answers(rows, icl):
-            probabilities.append([answer["probabilities"][label] for label in labels])
+        answers = [answer["probabilities"] for _, answer in self.full_answers(rows, icl)]
+        probabilities = [list(shares.values()) for shares in answers]
         return np.array(probabilities, dtype=np.float64).reshape(-1, len(labels))
 
     def score(self, rows, labels, icl: bool = False) -> float:
@@ -107,8 +108,7 @@ class Predictor:
         predicted = self.predict(rows, icl)
         true = []
         for number, label in enumerate(labels, 1):
-            value = label.item() if isinstance(label, np.generic) else label
-            row = Row(f"label {number}", {"label": value})
+            row = Row(f"label {number}", {"label": label})
             true.append(true_answer(row, "label", self.spec["labels"]))
         if len(predicted) != len(true) or not true:
             counts = f"{len(predicted)} rows and {len(true)} labels"
@@ -150,6 +150,7 @@ class Predictor:
 
     def full_answers(self, rows, icl: bool = False) -> Iterator[tuple[Row, dict]]:
         """Each row and its answer, of labels also the `log_probabilities` among them. Raises UsageError."""
+        rows = all_rows(rows, only_column(self.spec["template"]))
         return raise_errors(self.full_outcomes(rows, icl))
 
     def full_outcomes(self, rows, icl: bool) -> Iterator[tuple[Row, dict | UsageError]]:
@@ -196,17 +197,15 @@ class Predictor:
         return [Example(as_prompt(e["prompt"]), e["answer"]) for e in spec["demonstrations"]]
 
     def make_query(self, row: Row, demonstrations: list[Example], place: int = 0) -> Query:
-        """The prompt of a row. Raises UsageError for a missing column, and for a prompt that is too long."""
+        """The prompt of a row. Raises UsageError for one that is missing, empty or too long."""
         template = self.spec["template"]
-        prompt = self.as_turn(prompt_of(template, open_turns(row, template)))
+        prompt = self.as_turn(nonempty_prompt(template, open_turns(row, template)))
         tokens = len(self.subject.tokenizer.encode(with_demonstrations(demonstrations, prompt)))
         try:
             label_tokens = self.label_tokens(prompt)
         except UsageError as error:
             raise UsageError(f"{row.where}: {error}") from None
-        answer = self.spec["max_tokens"]
-        if label_tokens:
-            answer = max(map(len, label_tokens))
+        answer = max(map(len, label_tokens), default=self.spec["max_tokens"])
         # the answer's last token is not read
         if 0 < tokens and tokens + answer - 1 <= self.subject.context_length:
             return Query(place, prompt, label_tokens)

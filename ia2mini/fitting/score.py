@@ -8,7 +8,7 @@ from .. import UsageError
 from ..engine.intervals import LEAST_ROWS, share_interval
 from ..files import plural
 from ..tasks.own import true_answer
-from ..tasks.rows import Row
+from ..tasks.rows import Row, missing_part
 from ..tasks.turns import open_turns
 from .measures import classes, commonest, measures
 from .predictor import Predictor
@@ -52,12 +52,16 @@ def score_rows(predictor: Predictor, rows: list[Row], icl: bool, column: str | N
 
 def true_answers(rows: list[Row], spec: dict, column: str) -> list[str]:
     """The answer in a column of each row. Raises UsageError if one is missing."""
+    labels = spec["labels"]
     true = []
     for row in rows:
         row = open_turns(row, spec["template"])
-        if not str(row.get(column, "")).strip():
+        if (
+            missing_part(row, spec["template"], column) == "answer"
+            and row.get(column) not in labels
+        ):
             there = ", ".join(map(repr, row))
             missing = f"no answer in column {column!r} (of {there})"
             raise UsageError(f"{row.where}: {missing}; see --answer-column")
-        true.append(true_answer(row, column, spec["labels"]))
+        true.append(true_answer(row, column, labels))
     return true

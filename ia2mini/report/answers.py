@@ -204,7 +204,7 @@ def write_parquet(out: Path, answers: Answers) -> None:
 
     header, table = answers.table()
     columns = {}
-    for name, values in zip(header, zip(*table)):
+    for name, values in zip(map(whole_text, header), zip(*table)):
         try:
             columns[name] = pyarrow.array(values)
         except (pyarrow.ArrowException, ValueError, OverflowError, TypeError):

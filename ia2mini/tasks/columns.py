@@ -1,5 +1,6 @@
 """Find the columns of prompt and answer in a user's rows: as given, by convention, or by name."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,11 +16,15 @@ PROMPT_PARTS += (
     "article system history dialogue choices options source_text aspect entity claim".split()
 )
 PROMPT_PARTS += "evidence support hint".split()
+INDEX_NAMES = ("", "id", "idx", "index", "nr", "uid", "uuid", "guid", "unnamed: 0")
+INDEX_NAMES += ("__index_level_0__",)  # of pandas in Parquet
 ALPACA_ANSWERS = ("output", "response")
 ALPACA_INPUTS = ("input", "context")  # of Alpaca, of Dolly
 SENTENCE_WORDS = 3  # words of an entry that may belong to a prompt
 # a column of at most so many different entries, each there twice on average, holds categories
 MAX_CATEGORIES = 20
+COUNT = re.compile(r"\d{1,18}")
+LEAST_COUNTED = 4  # rows; a column that counts fewer may as well hold answers
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,8 @@ def choose_columns(
         alpaca = alpaca_columns(rows, header, answer, has_answers)
         if alpaca is not None:
             return alpaca
-    prompts, answers = candidates(header, given, answer, has_answers)
+    others = without(header, index_columns(rows, header))
+    prompts, answers = candidates(header, others, given, answer, has_answers)
     left_out = without(header, [*prompts, *answers])
     unclear = [] if given else possible_prompts(rows, left_out)
     if not has_answers:
@@ -75,8 +81,11 @@ def choose_columns(
     if unclear or not prompt_known or not answer_known:
         parts = [column for column in header if column in (*prompts, *unclear)]
         raise UsageError(ask_for_columns(rows[0].where, header, parts, has_answers, answer_known))
-    chosen_answer = answers[0] if has_answers else None
-    return ChosenColumns(tuple(prompts), chosen_answer, f"{{{prompts[0]}}}", tuple(left_out))
+    body = f"{{{prompts[0]}}}"
+    if template is None and placeholders(body) != prompts:
+        braces = "has braces or begins with a question mark, which mean something in a template"
+        raise UsageError(f"{rows[0].where}: column {prompts[0]!r} {braces}; rename it")
+    return ChosenColumns(tuple(prompts), answers[0] if has_answers else None, body, tuple(left_out))
 
 
 def given_prompts(prompt: str | None, answer: str | None, template: str | None) -> list[str]:
@@ -96,17 +105,17 @@ def given_prompts(prompt: str | None, answer: str | None, template: str | None) 
 
 
 def candidates(
-    header: list[str], given: list[str], answer: str | None, has_answers: bool
+    header: list[str], others: list[str], given: list[str], answer: str | None, has_answers: bool
 ) -> tuple[list, list]:
     """The columns that may hold the prompt, and those that may hold the answer.
 
-    If one of the two is known and one column is left, that column is the other.
+    If one of the two is known and one of `others` is left, that column is the other.
     """
     answers = [] if answer is None else [answer]
     if has_answers and answer is None:
         answers = with_name(without(header, given), ANSWERS)
     prompts = given or with_name(without(header, answers), PROMPTS)
-    rest = without(header, [*prompts, *answers])
+    rest = without(others, [*prompts, *answers])
     if len(rest) == 1:
         if not prompts and (answers or not has_answers):
             prompts = rest
@@ -147,6 +156,19 @@ def with_name(columns: Iterable[str], names: Iterable[str]) -> list[str]:
 
 def without(columns: Iterable[str], others: Iterable[str]) -> list[str]:
     return [column for column in columns if column not in others]
+
+
+def index_columns(rows: list[Row], columns: list[str]) -> list[str]:
+    """The columns that only number the rows: by their name, or since each value is one more than the last."""
+    found = with_name(columns, INDEX_NAMES)
+    for column in without(columns, found):
+        values = [str(row.get(column)) for row in rows]
+        if len(rows) < LEAST_COUNTED or not all(map(COUNT.fullmatch, values)):
+            continue
+        first = int(values[0])
+        if [int(value) - first for value in values] == list(range(len(rows))):
+            found.append(column)
+    return found
 
 
 def possible_prompts(rows: list[Row], columns: list[str]) -> list[str]:

@@ -12,9 +12,11 @@ from pathlib import Path
 from ia2mini import UsageError
 from ia2mini.files import read_text
 
-DELIMITERS = (",", ";", "\t")  # semicolons where a comma is the decimal point
+DELIMITERS = (",", ";", "\t", "|")  # semicolons where a comma is the decimal point
 # a first line that Excel reads and writes
 NAMED_DELIMITER = re.compile(r'"?sep=(.)"?\r?\n', re.IGNORECASE)
+# blanks and marks that nobody sees, at the ends of a text
+EDGES = re.compile(r"^[\s\u200b-\u200d\u2060\ufeff]+|[\s\u200b-\u200d\u2060\ufeff]+\Z")
 csv.field_size_limit(2**31 - 1)  # Python's own limit is 131,072 characters
 
 
@@ -22,7 +24,7 @@ def read_delimited(path: Path, default: str) -> list[tuple[str, dict[str, str]]]
     """The place of each row ("file:line") and its columns.
 
     A field in quotes may hold delimiters, line ends and doubled quotes. Blanks around the names of the header are
-    dropped, and so are columns at the end without a name and without content. Raises UsageError.
+    dropped, and so are lines of blanks, and columns at the end without a name and without content. Raises UsageError.
     """
     text = read_text(path)
     if "\0" in text:
@@ -38,9 +40,15 @@ def read_delimited(path: Path, default: str) -> list[tuple[str, dict[str, str]]]
     lines = list(records(text, delimiter, path, first_line))
     if not lines:
         return []
-    (line, header), *rows = lines
-    header = [name.strip() for name in header]
-    for number, fields in rows:
+    line, first = lines[0]
+    header = [trimmed(name) for name in first]
+    rows = []
+    for number, fields in lines[1:]:
+        if len(header) > 1 and not "".join(fields).strip() and len(fields) == 1:
+            continue
+        rows.append((number, fields))
+        if len(header) > 1 and fields == first:
+            raise UsageError(f"{path}:{number}: the header stands here again; delete this line")
         if len(fields) != len(header):
             counts = f"{len(fields)} fields, the header has {len(header)}"
             raise UsageError(f"{path}:{number}: {counts}; quote a field that holds {delimiter!r}")
@@ -64,8 +72,18 @@ def style_of(path: Path) -> tuple[str, bool]:
 def records(
     text: str, delimiter: str, path: Path, line: int = 1
 ) -> Iterator[tuple[int, list[str]]]:
-    """The line at which each record begins, and its fields; `line` is that of the text. Raises UsageError."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    """The line at which each record begins, and its fields; `line` is that of the text. Raises UsageError.
+
+    Where a quote follows blanks (`a, "b"`), blanks after a delimiter are no part of any field.
+    """
+    mark = re.escape(delimiter)
+    blank_quoted = re.search(rf'(^|{mark}) +"[^"]*" *({mark}|\r?$)', text, re.MULTILINE)
+    reader = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter=delimiter,
+        skipinitialspace=blank_quoted is not None,
+        strict=True,
+    )
     start = line
     try:
         for fields in reader:
@@ -109,6 +127,11 @@ def uneven_rows(text: str, path: Path, delimiter: str) -> float | None:
     except UsageError:  # a quote is not closed, or not before this delimiter
         return math.inf if width else None
     return count if width else None
+
+
+def trimmed(text: str) -> str:
+    """A text without the blanks and invisible marks at its ends."""
+    return EDGES.sub("", text)
 
 
 def check_names(where: str, names: list[str]) -> None:

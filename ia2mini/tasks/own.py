@@ -1,10 +1,11 @@
 """A user's own rows as a task: which columns hold prompt and answer, and whether answers are labels or text."""
 
+import re
 import unicodedata
 from dataclasses import replace
 
 from ia2mini import UsageError
-from ia2mini.files import plural
+from ia2mini.files import check_text, plural
 
 from .answers import parser_for
 from .catalog import Task
@@ -48,6 +49,7 @@ def own_task(
     template = check_template(template)
     columns = choose_columns(rows, prompt, answer, template)
     body = template or columns.body
+    check_text(body, "the template", "rename the column")
     answer = columns.answer
     complete, remarks = complete_rows(rows, body, answer)
     if not complete:
@@ -59,9 +61,8 @@ def own_task(
     different = {(fill(body, row), text) for row, text in zip(complete, texts)}
     labels, label_index, merged = read_labels(complete, answer)
     if len(labels) == 1:
-        raise UsageError(
-            f"{name}: every row has the answer {labels[0]!r}; nothing can be learned from it"
-        )
+        same = f"every row has the answer {labels[0]!r}; nothing can be learned from it"
+        raise UsageError("; ".join([f"{name}: {same}", *remarks]))
     labelled = answers_are_labels(answer_kind, len(labels), len(different))
     task = Task(
         name,
@@ -106,6 +107,11 @@ def check_template(template: str | None) -> str | None:
         return None
     if not placeholders(template):
         raise UsageError(f"template {template!r}: must name a column of the prompt, as {{text}}")
+    doubled = re.search(r"\{\{[^{}]*\}\}", template)
+    if doubled:
+        raise UsageError(
+            f"template {template!r}: {doubled[0]}: write single braces: {doubled[0][1:-1]}"
+        )
     return template.replace("\\n", "\n")
 
 
@@ -131,7 +137,8 @@ def cue(column: str, default: str) -> str:
 def read_labels(rows: list[Row], answer: str) -> tuple[tuple[str, ...], dict[str, int], list[str]]:
     """The labels, sorted; which one each text of the column means; and a sentence where several texts mean one.
 
-    In a column of whole numbers 1 and 1.0 are one label; true is 1, too, where all others are 0 or 1.
+    In a column of whole numbers 1 and 1.0 are one label; true is 1, too, where all others are 0 or 1. In a column of
+    truth values true and True are one.
     """
     written: dict[str, set[str]] = {}  # a text -> how it stands in the file, strings in quotes
     for row in rows:
@@ -152,6 +159,9 @@ def read_labels(rows: list[Row], answer: str) -> tuple[tuple[str, ...], dict[str
 
 def label_of_each_text(texts: list[str]) -> dict[str, str]:
     """The label that each text of a column means."""
+    lowered = {text: text.lower() for text in texts}
+    if len(set(lowered.values())) < len(texts) and set(lowered.values()) <= set(TRUE_FALSE):
+        return lowered
     numbers = {text: whole_number(text) for text in texts}
     if all(number.lstrip("-").isdecimal() for number in numbers.values()):
         return numbers
@@ -163,15 +173,26 @@ def label_of_each_text(texts: list[str]) -> dict[str, str]:
 
 
 def true_answer(row: Row, column: str, labels: list[str]) -> str:
-    """The true answer in a column. Raises UsageError if there are labels and it is none of them."""
+    """The true answer in a column. Raises UsageError if there are labels and it is none of them.
+
+    A number, true, false and accents may be written in another way than in the label.
+    """
     text = row.text(column)
     if not labels or text in labels:
         return text
-    text = whole_number(text)
-    if text not in labels:
-        listed = ", ".join(map(repr, labels))
-        raise UsageError(f"{row.where}: answer {text!r} is none of the labels {listed}")
-    return text
+    label_of = {spelling(label): label for label in labels}
+    plain = spelling(text)
+    for known in (plain, TRUE_FALSE.get(plain)):
+        if known in label_of:
+            return label_of[known]
+    listed = ", ".join(map(repr, labels))
+    raise UsageError(f"{row.where}: answer {text!r} is none of the labels {listed}")
+
+
+def spelling(text: str) -> str:
+    """The common form of a whole number, of true and false, and of letters with accents."""
+    text = unicodedata.normalize("NFC", whole_number(text))
+    return text.lower() if text.lower() in TRUE_FALSE else text
 
 
 def complete_rows(
@@ -237,8 +258,9 @@ def similar_labels(labels: tuple[str, ...]) -> list[str]:
 
 
 def normalized(label: str) -> str:
-    """The common form of a label that is written in several ways: composed letters, numbers, true and 1."""
-    text = unicodedata.normalize("NFKC", label).casefold().strip()
+    """The common form of a label that is written in several ways: letters, invisible marks, numbers, true and 1."""
+    seen = [letter for letter in label if unicodedata.category(letter) != "Cf"]
+    text = unicodedata.normalize("NFKC", "".join(seen)).casefold().strip()
     text = TRUE_FALSE.get(text, text)
     try:
         return str(float(text.replace(",", ".")))
@@ -256,6 +278,7 @@ def queries_task(
     template = check_template(template)
     columns = choose_columns(rows, prompt, None, template, has_answers=False)
     template = template or default_template(columns, False)
+    check_text(template, "the template", "rename the column")
     complete, remarks = complete_rows(rows, template, None)
     task = Task(
         name,

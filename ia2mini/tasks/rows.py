@@ -14,8 +14,8 @@ from pathlib import Path
 from ia2mini import UsageError
 from ia2mini.files import read_text
 
-from .delimited import read_delimited
-from .tables import is_frame, read_excel, read_frame, read_parquet, read_saved
+from .delimited import read_delimited, trimmed
+from .tables import is_frame, plain_value, read_excel, read_frame, read_parquet, read_saved
 
 # in a template: a line end before it, whether it may be empty, its name
 COLUMN = re.compile(r"(\n?)\{(\??)([^{}]*)\}")
@@ -27,14 +27,20 @@ MISSING = ("", "nan", "<na>")  # how an empty cell is written, in small letters
 
 
 class Row(dict):
-    """The columns of one row and its place ("file:line"). A missing column raises UsageError."""
+    """The columns of one row and its place ("file:line"), NumPy's values as Python's own.
+
+    A missing column raises UsageError, and so does a name that is no text.
+    """
 
     def __init__(self, where: str, columns: dict):
         if not isinstance(columns, dict):
             raise UsageError(
                 f"{where}: a JSON {type(columns).__name__}, not an object; one object a row is expected"
             )
-        super().__init__(columns)
+        for name in columns:
+            if not isinstance(name, str):
+                raise UsageError(f"{where}: column {name!r} has no text for a name; rename it")
+        super().__init__({name: plain_value(value) for name, value in columns.items()})
         self.where = where
 
     def __missing__(self, column: str):
@@ -112,6 +118,14 @@ def prompt_of(template: str, row: Row) -> str:
     return fill(template.rstrip(" "), row)
 
 
+def nonempty_prompt(template: str, row: Row) -> str:
+    """`prompt_of`; raises UsageError where every column of the template is blank, as in rows that `fit` leaves out."""
+    prompt = prompt_of(template, row)
+    if all(is_blank(row, column) for column in placeholders(template)):
+        raise UsageError(f"{row.where}: the prompt is empty")
+    return prompt
+
+
 def labels_after_prompt(template: str, labels: Iterable[str]) -> tuple[str, ...]:
     """Labels as they stand after a prompt: with the blank at the template's end."""
     blank = blank_of(template)
@@ -127,7 +141,7 @@ def whole_number(text: str) -> str:
 def is_blank(row: Row, column: str) -> bool:
     """Whether a column of a row holds nothing, or a text of blanks alone."""
     value = row.get(column)
-    return row.is_missing(column) or (isinstance(value, str) and not value.strip())
+    return row.is_missing(column) or (isinstance(value, str) and not trimmed(value))
 
 
 def missing_part(row: Row, template: str, answer: str | None) -> str | None:
@@ -142,7 +156,7 @@ def missing_part(row: Row, template: str, answer: str | None) -> str | None:
     if answer is None:
         return None
     value = row.get(answer)
-    if is_blank(row, answer) or (isinstance(value, str) and value.strip().lower() in MISSING):
+    if is_blank(row, answer) or (isinstance(value, str) and trimmed(value).lower() in MISSING):
         return "answer"
     return None
 
@@ -238,8 +252,11 @@ def as_rows(rows, column: str = "text") -> list[Row]:
 
     A text in place of a dict is a row whose only column is `column`.
     """
-    if isinstance(rows, str):
-        rows = Path(rows)
+    return all_rows(Path(rows) if isinstance(rows, str) else rows, column)
+
+
+def all_rows(rows, column: str) -> list[Row]:
+    """`as_rows` of what is no file's name as a text. Raises UsageError."""
     checked = []
     for row in iter_rows(rows, column):
         if not isinstance(row, Row):

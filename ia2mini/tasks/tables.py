@@ -7,6 +7,8 @@ import json
 import warnings
 from pathlib import Path
 
+import numpy as np
+
 from ia2mini import UsageError
 from ia2mini.errors import out_of_memory
 from ia2mini.files import is_there
@@ -15,6 +17,7 @@ from ia2mini.files import read_json as read_object
 from .delimited import check_names
 
 Pairs = list[tuple[str, dict]]
+FLOAT32 = ("float", "float32", "float[pyarrow]")  # in Arrow and in pandas
 SAVED = "state.json"  # of one dataset
 SPLITS = "dataset_dict.json"  # of several, each in a folder of its own
 
@@ -45,7 +48,7 @@ def read_parquet(path: Path, named_classes: bool = True) -> Pairs:
         file = parquet.ParquetFile(path)
         schema = file.schema_arrow
         check_names(str(path), schema.names)
-        rows = file.read().to_pylist()
+        rows = rows_of(file.read())
     except UsageError:
         raise
     except Exception as error:  # pyarrow's own, and Python's for texts and dates that are none
@@ -58,6 +61,30 @@ def read_parquet(path: Path, named_classes: bool = True) -> Pairs:
 
 def numbered(path: Path, rows: list[dict]) -> Pairs:
     return [(f"{path} row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def rows_of(table) -> list[dict]:
+    """The rows of an Arrow table."""
+    rows = table.to_pylist()
+    shorten_floats(rows, {field.name: str(field.type) for field in table.schema})
+    return rows
+
+
+def shorten_floats(rows: list[dict], types: dict[str, str]) -> None:
+    """Make numbers of 32 bits those that they are written as: 0.1, not 0.10000000149011612."""
+    for column, kind in types.items():
+        if kind.lower() not in FLOAT32:
+            continue
+        for row in rows:
+            if row[column] is not None:
+                row[column] = plain_value(np.float32(row[column]))
+
+
+def plain_value(value):
+    """A value of NumPy as Python's own; any other as it is."""
+    if isinstance(value, np.float32):
+        return float(str(value))
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
 
 
 def features_of(metadata: dict[bytes, bytes] | None):
@@ -178,7 +205,7 @@ def read_saved(folder: Path, named_classes: bool = True) -> Pairs:
             with pyarrow.memory_map(str(path)) as source:
                 table = pyarrow.ipc.open_stream(source).read_all()
                 check_names(str(path), table.column_names)
-                rows += table.to_pylist()
+                rows += rows_of(table)
         except UsageError:
             raise
         except Exception as error:  # pyarrow's own, and Python's for texts that are none
@@ -213,13 +240,12 @@ def is_frame(rows) -> bool:
 
 def read_frame(frame) -> Pairs:
     """The rows of a pandas DataFrame as Python's own values, None for what is missing. Raises UsageError."""
-    odd = [name for name in frame.columns if not isinstance(name, str)]
-    if odd:
-        raise UsageError(f"DataFrame: column {odd[0]!r} has no text for a name; rename it")
     check_names("DataFrame", list(frame.columns))
     missing = frame.isna().to_numpy()
     pairs = []
-    for place, row in enumerate(frame.astype(object).to_dict("records")):
+    rows = frame.astype(object).to_dict("records")
+    shorten_floats(rows, {name: str(kind) for name, kind in frame.dtypes.items()})
+    for place, row in enumerate(rows):
         for name, is_missing in zip(frame.columns, missing[place]):
             if is_missing:
                 row[name] = None

@@ -44,7 +44,8 @@ def open_turns(row: Row, template: str | None) -> Row:
     if any(turn["role"] == "system" for turn in turns[1:]):
         raise UsageError(f"{row.where}: messages: a system's turn that is not the first")
     if template == ALL_TURNS:
-        columns[PROMPT_TURNS] = json.dumps(turns, ensure_ascii=False)
+        asked = turns[-1]["content"].strip()
+        columns[PROMPT_TURNS] = json.dumps(turns, ensure_ascii=False) if asked else ""
         return Row(row.where, columns)
     prompt_turns = [turn for turn in turns if turn["role"] != "system"]
     if len(prompt_turns) > 1:
@@ -67,6 +68,8 @@ def read_turn(where: str, number: int, turn) -> dict[str, str]:
     if isinstance(content, list):  # in parts
         parts = [part.get("text") if isinstance(part, dict) else None for part in content]
         content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+    if turn.get("tool_calls") or turn.get("function_call"):
+        content = None
     if not isinstance(content, str):
         mend = "leave the row out, or write it as text"
         raise UsageError(f"{where}: turn {number} is no text (a call of a tool, an image?); {mend}")
