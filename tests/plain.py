@@ -1,5 +1,6 @@
 """The whole protocol, plainly: transformers, peft, hooks, torch's Adam, one row at a time and no cache."""
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -24,12 +25,11 @@ class Plain:
     """A transformers model with a hook on every self_attn; one row, no cache."""
 
     def __init__(self, net: torch.nn.Module, tokenizer: Tokenizer):
-        self.net, self.tokenizer, self.caught = net, tokenizer, []
+        self.net, self.tokenizer = net, tokenizer
+        self.caught = caught = []  # the hooks hold this list alone, so that the object can go
         for name, module in net.named_modules():
             if name.endswith("self_attn"):
-                module.register_forward_hook(
-                    lambda module, args, out: self.caught.append(out[0][0])
-                )
+                module.register_forward_hook(lambda module, args, out: caught.append(out[0][0]))
 
     def __call__(self, prompt: list[int], answer: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [P, V] and attention outputs [L, P, D] at the P positions that predict the answer."""
@@ -228,6 +228,7 @@ def plain_protocol(folder: Path, task: Task, n: int, o: Options) -> dict:
         for rate in o.rates:
             start, before = {"sft": first, "ia2": first}, {}
             for phase in TRAINED:
+                gc.collect()  # models of the phase before: half a billion weights each on Qwen
                 rows = taught[s] if phase == "ia2" else truth
                 student = Plain(peft_twin(folder, adapter, start[phase]), tokenizer)
                 trace, best, dev_loss, steps = train(

@@ -197,7 +197,7 @@ def test_a_study_equals_the_plain_protocol(real, ours, shared_data, tmp_path, ca
         shared_data / "relations/singular_plural.jsonl", "text", "answer", "Q: {text}\nA:"
     )
     o = Options(
-        n=(4,), sets=1, rates=(3e-4, 3e-3), epochs=4, eval_rows=6, asim_rows=2, select="both"
+        n=(4,), sets=1, rates=(3e-4, 1e-3), epochs=4, eval_rows=6, asim_rows=2, select="both"
     )
     document, kept = compare(
         [task], Subject(model, tokenizer, real, real.name, str(real)), o, tmp_path
