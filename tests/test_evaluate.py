@@ -114,7 +114,7 @@ def test_each_run_scores_as_its_own_model_does(tiny, kind):
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(order=st.permutations(range(len(PROMPTS))), budget=st.integers(1, 80))
 def test_any_order_of_rows_gives_the_same_scores(tiny, order, budget):

@@ -83,7 +83,7 @@ def paper_data(tmp_path_factory, shared_data) -> Path:
         (folder / path.parent.name).mkdir(exist_ok=True)
         with path.open(encoding="utf-8") as lines:
             (folder / path.parent.name / path.name).write_text(
-                "".join(islice(lines, 4000)), encoding="utf-8"
+                "".join(islice(lines, 1500)), encoding="utf-8"
             )
     made = {
         "bbc_news/test": [{"text": f"the team won {i} games", "label": i % 5} for i in range(20)],
@@ -107,23 +107,30 @@ def paper_data(tmp_path_factory, shared_data) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_of_the_paper_run_from_end_to_end(
-    command, tmp_path, shared_data, paper_data, monkeypatch
-):
-    """On a small random model with the real tokenizer, few rows, short texts."""
-    for name, task in all_tasks().items():
-        monkeypatch.setitem(all_tasks(), name, replace(task, max_tokens=min(task.max_tokens, 6)))
+@pytest.fixture(scope="module")
+def paper_model(tmp_path_factory, shared_data) -> Path:
+    """A small random model with the real tokenizer."""
     changes = {
-        "vocab_size": 128_256,
+        "vocab_size": 512,
+        "max_position_embeddings": 4096,
         "hidden_size": 8,
         "head_dim": 4,
         "num_hidden_layers": 1,
         "eos_token_id": 0,
     }
-    folder = make_checkpoint(tmp_path / "model", "llama", **changes)
-    shutil.copy(shared_data / "tokenizers" / "llama3" / "tokenizer.json", folder)
-    words = re.sub(r"--model \S+", f"--model {folder}", command).split()
+    folder = make_checkpoint(tmp_path_factory.mktemp("model"), "llama", **changes)
+    shutil.copy(shared_data / "checkpoints" / "stories260k" / "tokenizer.json", folder)
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_paper_run_from_end_to_end(
+    command, tmp_path, paper_data, paper_model, monkeypatch
+):
+    """On few rows, with short texts."""
+    for name, task in all_tasks().items():
+        monkeypatch.setitem(all_tasks(), name, replace(task, max_tokens=min(task.max_tokens, 6)))
+    words = re.sub(r"--model \S+", f"--model {paper_model}", command).split()
     words[words.index("--n") + 1] = "2"
     less = "--sets 1 --eval-rows 2 --epochs 1 --betas 0.5 --rates 1e-3 --json".split() + [
         "--figures",

@@ -21,7 +21,7 @@ from ia2mini import UsageError, open_subject  # noqa: E402
 from ia2mini.engine.options import FitOptions  # noqa: E402
 from ia2mini.tasks import world  # noqa: E402
 
-CELLS = rivals.Cells(tasks=("mood",), sizes=(4,), seeds=2, parts=("fit", "embedding"))
+CELLS = rivals.Cells(tasks=("mood",), sizes=(4,), seeds=1, parts=("fit", "embedding"))
 OPTIONS = FitOptions(epochs=4, rates=(1e-2,), folds=2, demonstrations=4)
 TRAINED = ["SFT", "SFT, one temperature", "IA2→SFT", "hidden→SFT"]
 OF_FIT = ["base", "ICL", "linear probe", *TRAINED, "what fit ships"]
@@ -60,39 +60,35 @@ def data(tmp_path, monkeypatch) -> Path:
 def test_every_rival_answers_the_same_rows(data, tmp_path, monkeypatch):
     subject = open_subject("tiny", "cpu")
     found = rivals.rivals(subject, OPTIONS, data, tmp_path / "embedder", CELLS)
-    assert [line.stack for line in found.lines] == [*OF_FIT, rivals.NAMES["embedding"]] * 2
-    assert {line.what for line in found.lines} == {
-        f"mood, 4 a class, draw {draw}" for draw in range(2)
-    }
+    assert [line.stack for line in found.lines] == [*OF_FIT, rivals.NAMES["embedding"]]
+    assert {line.what for line in found.lines} == {"mood, 4 a class, draw 0"}
     from sklearn.linear_model import LogisticRegression
 
-    for draw in range(2):
-        rows, fresh = fit.real_rows(data, "mood", 4, draw)
-        mine = [line for line in found.lines if line.what.endswith(f"draw {draw}")]
-        rates = {line.stack: line.rates for line in mine}
-        # the other bench asks the same candidates in its own way
-        trial = fit.trial(subject, rows, fresh, OPTIONS)
-        for name in ("base", "icl", "sft", "ia2-sft", "hidden-sft"):
-            said = rates[rivals.NAMES[name]]["% accuracy"]
-            assert said == pytest.approx(trial.accuracy[name])
-        assert rates["SFT, one temperature"]["NLL"] == pytest.approx(trial.nll["sft"], rel=1e-4)
-        assert rates["SFT, one temperature"]["ECE"] == pytest.approx(trial.ece["sft"], abs=1e-6)
-        assert rates["what fit ships"]["% accuracy"] == pytest.approx(trial.accuracy[trial.shipped])
-        (shipped,) = (line.note for line in mine if line.stack == "what fit ships")
-        assert shipped == f"ships {trial.shipped}"
-        # scikit-learn by itself
-        answers = [WORDS.index(row["label"]) for row in rows]
-        bag = BagOfWords()
-        head = LogisticRegression(max_iter=1000).fit(bag.encode(embedders.texts(rows)), answers)
-        gold = [WORDS.index(row["label"]) for row in fresh]
-        right = head.score(bag.encode(embedders.texts(fresh)), gold)
-        assert rates[rivals.NAMES["embedding"]]["% accuracy"] == pytest.approx(100 * right)
-        spent = {name: one["s training"] for name, one in rates.items()}
-        assert spent["base"] == spent["ICL"] == 0 < spent["SFT"] < spent["what fit ships"]
-        sizes = {name: one["MB shipped"] for name, one in rates.items()}
-        assert sizes["base"] < sizes["SFT"] == pytest.approx(sizes["IA2→SFT"], rel=0.1)
-        base_mb = measured.folder_mb(subject.folder)
-        assert rates["SFT"]["MB with its base"] == pytest.approx(sizes["SFT"] + base_mb)
+    rows, fresh = fit.real_rows(data, "mood", 4, 0)
+    rates = {line.stack: line.rates for line in found.lines}
+    # the other bench asks the same candidates in its own way
+    trial = fit.trial(subject, rows, fresh, OPTIONS)
+    for name in ("base", "icl", "sft", "ia2-sft", "hidden-sft"):
+        said = rates[rivals.NAMES[name]]["% accuracy"]
+        assert said == pytest.approx(trial.accuracy[name])
+    assert rates["SFT, one temperature"]["NLL"] == pytest.approx(trial.nll["sft"], rel=1e-4)
+    assert rates["SFT, one temperature"]["ECE"] == pytest.approx(trial.ece["sft"], abs=1e-6)
+    assert rates["what fit ships"]["% accuracy"] == pytest.approx(trial.accuracy[trial.shipped])
+    (shipped,) = (line.note for line in found.lines if line.stack == "what fit ships")
+    assert shipped == f"ships {trial.shipped}"
+    # scikit-learn by itself
+    answers = [WORDS.index(row["label"]) for row in rows]
+    bag = BagOfWords()
+    head = LogisticRegression(max_iter=1000).fit(bag.encode(embedders.texts(rows)), answers)
+    gold = [WORDS.index(row["label"]) for row in fresh]
+    right = head.score(bag.encode(embedders.texts(fresh)), gold)
+    assert rates[rivals.NAMES["embedding"]]["% accuracy"] == pytest.approx(100 * right)
+    spent = {name: one["s training"] for name, one in rates.items()}
+    assert spent["base"] == spent["ICL"] == 0 < spent["SFT"] < spent["what fit ships"]
+    sizes = {name: one["MB shipped"] for name, one in rates.items()}
+    assert sizes["base"] < sizes["SFT"] == pytest.approx(sizes["IA2→SFT"], rel=0.1)
+    base_mb = measured.folder_mb(subject.folder)
+    assert rates["SFT"]["MB with its base"] == pytest.approx(sizes["SFT"] + base_mb)
     assert not found.ratios, "SetFit was not asked"
     for part in ("fitted_rivals", "embedded"):
         monkeypatch.setattr(rivals, part, lambda *_: pytest.fail("what was kept is made again"))
@@ -152,7 +148,7 @@ def test_prompts_are_made_from_the_names_of_columns(data, monkeypatch):
 
     monkeypatch.setattr(rivals, "asked", asked)
     monkeypatch.setitem(fit.CALLED, "mood", {"text": "story", "label": "mood"})
-    cells = replace(CELLS, seeds=1, parts=("fit",))
+    cells = replace(CELLS, parts=("fit",))
     options = replace(OPTIONS, epochs=1)
     rivals.rivals(open_subject("tiny", "cpu"), options, data, None, cells)
     assert seen == [("Story: {story}\nMood: ", list(WORDS))] * 7
@@ -181,8 +177,7 @@ def test_what_diverges_is_left_out_and_the_rest_is_kept(data, tmp_path, monkeypa
         return alone(cv, fitted, candidate)
 
     monkeypatch.setattr(rivals, "alone", diverges)
-    cells = replace(CELLS, seeds=1)
-    found = rivals.rivals(open_subject("tiny", "cpu"), OPTIONS, data, tmp_path / "embedder", cells)
+    found = rivals.rivals(open_subject("tiny", "cpu"), OPTIONS, data, tmp_path / "embedder", CELLS)
     names = [line.stack for line in found.lines]
     assert "IA2→SFT" not in names and {"SFT", "what fit ships"} <= set(names)
     assert "ia2-sft is left out" in capsys.readouterr().err
