@@ -41,7 +41,7 @@ class Tokenizer:
         self.size = size  # the model knows ids below it
         if end is not None and end not in eos_ids:
             eos_ids = (*eos_ids, end)
-        self.eos_ids = eos_ids
+        self.eos_ids = tuple(dict.fromkeys(eos_ids))  # each once: their probabilities are added
         self.closing = list(eos_ids[:1]) if end is None else [end]
         unknown = getattr(backend.model, "unk_token", None)
         self.unknown = None  # the token of a word that the vocabulary lacks

@@ -181,6 +181,17 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def what_it_needs(folder: Path) -> str:
+    """What to do about a checkpoint's missing file of weights."""
+    if (folder / INDEX).is_file():
+        return f"the checkpoint needs every shard of {INDEX}"
+    for pattern in ("*.bin", "*.gguf", "*.pt", "*.pth", "*.safetensors"):
+        other = min(folder.glob(pattern), default=None)
+        if other is not None:
+            return f"{other.name} is not read; the checkpoint needs its weights in {SINGLE}, or in shards with {INDEX}"
+    return "the checkpoint needs it"
+
+
 def tensor_files(folder: Path, config) -> dict[str, Path]:
     """Tensor name -> the safetensors file that holds it; only headers are read.
 
@@ -189,8 +200,7 @@ def tensor_files(folder: Path, config) -> dict[str, Path]:
     where: dict[str, Path] = {}
     for file in weight_files(folder):
         if not file.is_file():
-            needs = f"every shard of {INDEX}" if (folder / INDEX).is_file() else "it"
-            raise UsageError(f"{file}: no such file; the checkpoint needs {needs}")
+            raise UsageError(f"{file}: no such file; {what_it_needs(folder)}")
         # of the hub's cache
         if file.resolve().parent != folder.resolve() and file.resolve().parent.name != "blobs":
             raise UsageError(f"{file}: a link out of its folder; put the file itself there")
@@ -212,6 +222,9 @@ def tensor_files(folder: Path, config) -> dict[str, Path]:
                 )
             where[name] = file
     numbers = {name.split(".")[2] for name in where if name.startswith("model.layers.")}
+    if where and not numbers:
+        named = f"no tensor is called model.layers.…, the first is {min(where)[:80]}"
+        raise UsageError(f"{folder}: {named}; save it as a model for causal language modelling")
     if len(numbers) != config.num_hidden_layers:
         says = f"config.json says num_hidden_layers = {config.num_hidden_layers}"
         raise UsageError(

@@ -99,6 +99,7 @@ def read_folder_config(folder: Path):
         ("hidden_act", raw.get("hidden_act", "silu") == "silu", "silu"),
         ("quantization_config", not raw.get("quantization_config"), "unquantised checkpoints"),
         ("use_sliding_window", not raw.get("use_sliding_window"), "no sliding window"),
+        ("is_causal", raw.get("is_causal") in (None, True), "true"),
         (
             "layer_types",
             isinstance(layers, list) and layers == ["full_attention"] * len(layers),
@@ -220,6 +221,10 @@ def read_rope(raw: dict, where: Path) -> Rope:
     scaling = {name: rope[name] for name in needed}
     for name, value in {"rope_theta": theta, **scaling}.items():
         checked(value, float, f"{where}: {name}", 1e12)
+    if scaling and scaling["low_freq_factor"] > scaling["high_freq_factor"]:
+        raise UsageError(
+            f"{where}: rope_scaling: high_freq_factor is below low_freq_factor; mend the two"
+        )
     return Rope(float(theta), scaling or None)
 
 

@@ -208,6 +208,20 @@ def test_single_files_of_other_names_are_left_alone(tmp_path):
     same_logits(folder)
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "q4.gguf", "model.fp16.safetensors"])
+def test_weights_that_are_not_read_are_named(tmp_path, name):
+    folder = make_checkpoint(tmp_path, "qwen3")
+    (folder / "model.safetensors").rename(folder / name)
+    refused(lambda: load(folder), f"{name} is not read", "in model.safetensors, or in shards")
+
+
+def test_weights_without_a_head_are_no_language_model(tmp_path):
+    folder = make_checkpoint(tmp_path, "qwen3", tie_word_embeddings=True)
+    upstream(folder).model.save_pretrained(folder)
+    change_config(folder, architectures=["Qwen3ForCausalLM"])
+    refused(lambda: load(folder), "no tensor is called model.layers", "embed_tokens.weight")
+
+
 @pytest.mark.parametrize("layers", [2, 4, 4096])
 def test_another_number_of_layers_is_found_before_they_are_made(tmp_path, monkeypatch, layers):
     folder = make_checkpoint(tmp_path, "qwen3")
@@ -284,6 +298,19 @@ BESIDE = {
     "further tokens of today": {
         "tokenizer_config": {"extra_special_tokens": {"audio_token": "x y"}}
     },
+    "what transformers 5 writes": {
+        "tokenizer_config": {
+            "model_specific_special_tokens": {"image_token": "<|im|>"},
+            "extra_special_tokens": ["x y"],
+        }
+    },
+    "names of tokens as plain text": {
+        "tokenizer_config": {
+            "split_special_tokens": True,
+            "bos_token": "<s>",
+            "pad_token": "<|im|>",
+        }
+    },
     "a token of one character": {"tokenizer_config": {"pad_token": "é"}},
 }
 
@@ -331,6 +358,10 @@ CLASHES = {
     "a text": (
         {"tokenizer_config": {"extra_special_tokens": "ab"}},
         "neither a list nor an object",
+    ),
+    "a list where tokens have names": (
+        {"tokenizer_config": {"model_specific_special_tokens": ["ab"]}},
+        "model_specific_special_tokens is not an object",
     ),
     "a decoder of lists": ({"tokenizer_config": {"added_tokens_decoder": []}}, "not an object"),
     "a decoder of texts": (

@@ -48,6 +48,11 @@ REFUSALS = {
         "rope_scaling",
     ),
     "incomplete llama3 scaling": ({"rope_scaling": HALF}, "rope_scaling", "low_freq_factor"),
+    "llama3 scaling of no range": (
+        {"rope_scaling": LLAMA3_SCALING | {"low_freq_factor": 5.0}},
+        "high_freq_factor is below low_freq_factor",
+    ),
+    "attention to what follows": ({"is_causal": False}, "is_causal", "False"),
     "partial rotary": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor", "0.5"),
     "sliding window": ({"use_sliding_window": True, "sliding_window": 8}, "sliding"),
     "sliding layers": (

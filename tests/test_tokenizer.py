@@ -197,6 +197,8 @@ def write_tokenizer(
         ('{"eos_token_id": 7}', '{"eos_token_id": [9, 7]}', (9, 7)),
         ('{"eos_token_id": 7}', '{"do_sample": true}', (7,)),
         ('{"eos_token_id": 0}', None, (0,)),
+        # the probabilities of all are added, so each counts once
+        ('{"eos_token_id": [7, 8, 7]}', None, (7, 8)),
         ('{"eos_token_id": null}', None, ()),
         ("{}", "{}", ()),
     ],

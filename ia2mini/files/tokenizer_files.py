@@ -14,6 +14,8 @@ from ..errors import broken_tokenizer, out_of_memory
 from . import is_there, read_json
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# what holds further ones with names of their own; the latter is what transformers 5 writes
+WITH_NAMES = ("extra_special_tokens", "model_specific_special_tokens")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 ENDLESS = 2**31  # size of a vocabulary where config.json names none
 
@@ -30,6 +32,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             raise
         raise UsageError(f"{path}: not a tokenizers file ({error})") from None
     add_tokens(tokenizer, folder)
+    # true: names of special tokens in a text are read as plain text
+    tokenizer.encode_special_tokens = token_settings(folder).get("split_special_tokens") is True
     tokenizer.no_truncation()  # some files carry both from their training
     tokenizer.no_padding()
     return tokenizer
@@ -65,13 +69,13 @@ def token_settings(folder: Path) -> dict:
 def named_tokens(folder: Path) -> dict[str, str]:
     """The special tokens that a checkpoint names ("bos_token" and so on), as transformers reads them.
 
-    Further ones have names of their own ("image_token"), also in `extra_special_tokens`. Raises UsageError.
+    Further ones have names of their own ("image_token"), also in an object (`WITH_NAMES`). Raises UsageError.
     """
     settings = token_settings(folder)
     tokens = {name: token for name, token in settings.items() if name.endswith("_token")}
-    further = settings.get("extra_special_tokens")
-    if isinstance(further, dict):
-        tokens.update(further)
+    for group in WITH_NAMES:
+        if isinstance(settings.get(group), dict):
+            tokens.update(settings[group])
     found = {}
     for name, token in tokens.items():
         if isinstance(token, dict):  # an added token with its properties
@@ -156,6 +160,10 @@ def special_tokens(settings: dict, folder: Path) -> tuple[list[AddedToken], list
     if isinstance(further, dict):
         named += further.values()
         further = older
+    specific = settings.get("model_specific_special_tokens") or {}
+    if not isinstance(specific, dict):
+        raise UsageError(f"{path}: model_specific_special_tokens is not an object of tokens")
+    named += specific.values()
     return tokens_of(named, path), tokens_of(further, path)
 
 
