@@ -95,6 +95,9 @@ MANY = [
     "question text",
     "id text",
     "id label",
+    "user_id text",
+    "text date",
+    "url label",
     "a b",
     "text",
 ]

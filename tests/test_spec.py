@@ -139,6 +139,12 @@ def test_what_a_label_or_template_cannot_be(saved, subject):
         "lables: unknown; what can be said",
         "labels",
     )
+    if json.loads((saved / "ia2mini.json").read_text())["labels"]:
+        for labels in (("b", "a"), ("a", "b", "c"), ("no", "yes")):
+            refused(
+                lambda given=labels: load_adapter(saved, subject, labels=given),
+                "it was fitted to 'a', 'b'; leave labels out",
+            )
     assert load_adapter(saved, subject, labels=("a", "b"), template="{text}\n").spec["labels"] == (
         "a",
         "b",
@@ -227,6 +233,7 @@ def test_a_model_in_a_folder_that_is_not_utf_8(subject, tmp_path, monkeypatch):
 
 
 def test_names_that_are_too_long_are_one_line(saved, tmp_path):
+    (tmp_path / "r.jsonl").write_text('{"text": "a"}\n')
     for command in (
         ["generate", "--prompt", "a", "--model"],
         ["predict", saved, tmp_path / "r.jsonl", "--model"],

@@ -47,19 +47,25 @@ def print_remarks(remarks: Iterable[str]) -> None:
             click.echo(plain(remark), err=True)
 
 
-def read_new(rows: str) -> Iterator:
-    """The rows of a file. JSONL and standard input are read line by line; a wrong line gives its UsageError.
-
-    None means that the next line of standard input has not come yet.
-    """
-    from ..tasks.rows import Row, parse_json, read_rows
+def read_new(rows: str) -> Iterable:
+    """The rows of a file. JSONL and standard input are read line by line, see `read_lines`. Raises UsageError."""
+    from ..tasks.rows import read_rows
 
     path = Path(rows)
     if rows != "-" and (path.suffix.lower() != ".jsonl" or not path.is_file()):
-        yield from read_rows(path)
-        return
+        return read_rows(path)
+    return read_lines(rows)
+
+
+def read_lines(rows: str) -> Iterator:
+    """The rows of JSON lines; a wrong line gives its UsageError.
+
+    None means that the next line of standard input has not come yet.
+    """
+    from ..tasks.rows import Row, parse_json
+
     number = 0
-    with sys.stdin.buffer if rows == "-" else path.open("rb") as stream:
+    with sys.stdin.buffer if rows == "-" else Path(rows).open("rb") as stream:
         for line in arriving(stream):
             if line is None:
                 yield None

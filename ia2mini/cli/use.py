@@ -250,7 +250,7 @@ def open_adapter(
     from ..engine.subject import open_subject
     from ..fitting.folder import base_of
     from ..fitting.predictor import load_adapter
-    from ..fitting.spec import check_given
+    from ..fitting.spec import check_given, read_spec
     from ..tasks.own import check_template
 
     given: dict = {}
@@ -258,7 +258,7 @@ def open_adapter(
         given["template"] = check_template(template)
     if labels is not None:
         given["labels"] = [label.strip() for label in labels.split(",")]
-    check_given(given)
+    check_given(given, read_spec(folder))
     if not model:
         model, revision = base_of(folder)
     subject = open_subject(model, revision=revision, **model_arguments)

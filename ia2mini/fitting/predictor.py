@@ -329,11 +329,11 @@ def load_adapter(folder: str | Path, subject: Subject | None = None, **given) ->
         load_adapter("tickets").predict(["My invoice is wrong"])[0]
     """
     folder = Path(folder)
-    check_given(given)
+    kept = read_spec(folder)
+    check_given(given, kept)
     if subject is None:
         name, revision = folders.base_of(folder)
         subject = open_subject(name, revision=revision)
-    kept = read_spec(folder)
     adapter = None
     theta = None
     if folders.ships_adapter(folder, kept):

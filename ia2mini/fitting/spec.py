@@ -150,8 +150,11 @@ DESCRIPTIONS = {
 }
 
 
-def check_given(spec: dict) -> None:
-    """Raises UsageError for a given field that does not exist or has a wrong value."""
+def check_given(spec: dict, kept: dict | None) -> None:
+    """Raises UsageError for a given field that does not exist or has a wrong value.
+
+    `kept` is the description of an adapter that ia2mini fitted: its labels stay as they are.
+    """
     for name, value in spec.items():
         if name not in FOREIGN:
             raise UsageError(
@@ -162,3 +165,10 @@ def check_given(spec: dict) -> None:
                 name, f"a {type(FOREIGN[name]).__name__}, as in ia2mini.json"
             )
             raise UsageError(f"{name} = {repr(value)[:60]}: it must be {description}")
+    fitted = kept["labels"] if kept else []
+    labels = list(spec.get("labels", fitted))
+    if fitted and labels != fitted:
+        listed = ", ".join(map(repr, fitted))
+        raise UsageError(
+            f"labels = {repr(labels)[:60]}: it was fitted to {listed}; leave labels out"
+        )

@@ -24,6 +24,7 @@ SENTENCE_WORDS = 3  # words of an entry that may belong to a prompt
 # a column of at most so many different entries, each there twice on average, holds categories
 MAX_CATEGORIES = 20
 COUNT = re.compile(r"\d{1,18}")
+NO_TEXT = re.compile(r"https?://\S+|\d{4}-\d\d-\d\d([ T].*)?")  # an address of a page, a date
 LEAST_COUNTED = 4  # rows; a column that counts fewer may as well hold answers
 
 
@@ -70,7 +71,7 @@ def choose_columns(
         alpaca = alpaca_columns(rows, header, answer, has_answers)
         if alpaca is not None:
             return alpaca
-    others = without(header, index_columns(rows, header))
+    others = [column for column in header if not only_names_rows(rows, column)]
     prompts, answers = candidates(header, others, given, answer, has_answers)
     left_out = without(header, [*prompts, *answers])
     unclear = [] if given else possible_prompts(rows, left_out)
@@ -158,17 +159,17 @@ def without(columns: Iterable[str], others: Iterable[str]) -> list[str]:
     return [column for column in columns if column not in others]
 
 
-def index_columns(rows: list[Row], columns: list[str]) -> list[str]:
-    """The columns that only number the rows: by their name, or since each value is one more than the last."""
-    found = with_name(columns, INDEX_NAMES)
-    for column in without(columns, found):
-        values = [str(row.get(column)) for row in rows]
-        if len(rows) < LEAST_COUNTED or not all(map(COUNT.fullmatch, values)):
-            continue
-        first = int(values[0])
-        if [int(value) - first for value in values] == list(range(len(rows))):
-            found.append(column)
-    return found
+def only_names_rows(rows: list[Row], column: str) -> bool:
+    """Whether a column is called as one of ids, counts the rows, or holds a date or a page's address in each."""
+    if with_name([column], INDEX_NAMES) or column.strip().lower().endswith("_id"):
+        return True
+    values = [str(row.get(column)) for row in rows]
+    if all(map(NO_TEXT.fullmatch, values)):
+        return True
+    if len(rows) < LEAST_COUNTED or not all(map(COUNT.fullmatch, values)):
+        return False
+    first = int(values[0])
+    return [int(value) - first for value in values] == list(range(len(rows)))
 
 
 def possible_prompts(rows: list[Row], columns: list[str]) -> list[str]:
