@@ -3,6 +3,7 @@
 import datetime
 import io
 import json
+import re
 
 import numpy as np
 import pandas
@@ -85,6 +86,31 @@ def test_a_wrong_dimension_hides_no_row(tmp_path):
             data = source.read(name).replace(b'<dimension ref="A1:B9"', b'<dimension ref="A1"')
             target.writestr(name, data)
     assert list(map(dict, read_rows(tmp_path / "odd.xlsx"))) == list(map(dict, read_rows(path)))
+
+
+def test_a_formula_that_nobody_computed_is_no_empty_cell(tmp_path):
+    """openpyxl writes formulas without results; a result may also be an empty text, or an error."""
+    import zipfile
+
+    lines = [["text", "label", "note"], *([f"text {i}", i % 2, None] for i in range(8))]
+    lines[3][2] = '=IF(A4="","none","")'
+    path = workbook(tmp_path / "rows.xlsx", {"a": lines})
+    refused(lambda: read_rows(path), "the formula in cell C4 has no result", "save it")
+    for number, cell in enumerate(['<c r="C4" t="str"><f>1</f><v></v></c>',
+                                   '<c r="C4" t="e"><f>1</f><v>#N/A</v></c>',
+                                   '<c r="C4"><f>1</f><v>7</v></c>']):  # fmt: skip
+        computed = tmp_path / f"{number}.xlsx"
+        with zipfile.ZipFile(path) as source, zipfile.ZipFile(computed, "w") as target:
+            for name in source.namelist():
+                data = source.read(name).decode()
+                if name.startswith("xl/worksheets/"):
+                    data, changed = re.subn(r'<c r="C4".*?</c>', cell, data)
+                    assert changed == 1
+                target.writestr(name, data)
+        notes = [row.get("note") for row in read_rows(computed)]
+        assert [note or None for note in notes] == [None, None, 7 if number == 2 else None] + 5 * [
+            None
+        ]
 
 
 def test_what_is_no_excel_file_is_one_line(tmp_path):

@@ -4,7 +4,10 @@ Each reader yields pairs: the place of a row ("file row 3") and its columns. All
 """
 
 import json
+import re
 import warnings
+import zipfile
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from ia2mini.files import read_json as read_object
 from .delimited import check_names
 
 Pairs = list[tuple[str, dict]]
+FORMULA = re.compile(rb"<f[ >/]")  # in a sheet of Excel
 FLOAT32 = ("float", "float32", "float[pyarrow]")  # in Arrow and in pandas
 SAVED = "state.json"  # of one dataset
 SPLITS = "dataset_dict.json"  # of several, each in a folder of its own
@@ -153,8 +157,31 @@ def read_excel(path: Path, sheet: str | None = None) -> Pairs:
         raise UsageError(f"{path}: sheets {listed} hold rows; name one, as {example}")
     if not filled:
         return []
-    (_, header), *rows = filled[sheet or next(iter(filled))]
+    title = sheet or next(iter(filled))
+    check_formulas(path, title)
+    (_, header), *rows = filled[title]
     return under_header(path, header, rows)
+
+
+def check_formulas(path: Path, title: str) -> None:
+    """Raises UsageError for a formula without its result, as programs leave it that write Excel without computing."""
+    import openpyxl
+
+    with zipfile.ZipFile(path) as archive:
+        parts = [name for name in archive.namelist() if name.startswith("xl/worksheets/")]
+        if not any(FORMULA.search(archive.read(part)) for part in parts):
+            return
+    with (
+        closing(openpyxl.load_workbook(path, read_only=True, data_only=True)) as results,
+        closing(openpyxl.load_workbook(path, read_only=True)) as formulas,
+    ):
+        for row, written in zip(results[title].iter_rows(), formulas[title].iter_rows()):
+            for result, cell in zip(row, written):
+                # a result that is an empty text has another type
+                if cell.data_type == "f" and result.value is None and result.data_type == "n":
+                    lack = f"the formula in cell {cell.coordinate} has no result"
+                    mend = "open the file in Excel or LibreOffice and save it"
+                    raise UsageError(f"{path}: {lack}; {mend}")
 
 
 def cells(sheet) -> list[tuple[int, list]]:
