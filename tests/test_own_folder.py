@@ -78,6 +78,18 @@ def test_its_own_folder_is_used_again_but_no_card_of_others_is_replaced(tmp_path
     check_out_folder(out)
 
 
+def test_rows_in_the_folder_of_an_earlier_fit_are_not_replaced(tmp_path, rows, monkeypatch):
+    out = tmp_path / "out"
+    assert fit_into(out, rows).exit_code == 0
+    kept = (out / "held_out.jsonl").read_bytes()
+    monkeypatch.chdir(out)
+    for name in (out / "held_out.jsonl", "held_out.jsonl", "../out/held_out.jsonl"):
+        result = fit_into(out, name)
+        told = f"{out}: holds 'held_out.jsonl', which this fit reads"
+        assert result.exit_code == 2 and told in result.stderr
+    assert (out / "held_out.jsonl").read_bytes() == kept
+
+
 def test_an_unfinished_fit_may_still_run(tmp_path):
     (tmp_path / "unfinished-1234abcd").mkdir()
     refused(

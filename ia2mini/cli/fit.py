@@ -74,7 +74,7 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
     from ..report.fit import fit_table, wrapped, write_fit_report
     from ..tasks.rows import as_rows
 
-    check_out_folder(out)
+    check_out_folder(out, (rows, unlabelled, context, prompts))
     only_rows = rows is not None and context is None and prompts is None
     only_context = rows is None and context is not None and prompts is not None
     if not only_rows and not only_context:

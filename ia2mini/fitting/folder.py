@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,9 +40,12 @@ CANARY_TOKENS = 5  # likeliest tokens of the test prompt that are kept
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.1}
 
 
-def check_out_folder(folder: Path) -> None:
-    """Raises UsageError for a folder with files that are not from an earlier fit."""
+def check_out_folder(folder: Path, sources: Iterable[Path | None] = ()) -> None:
+    """Raises UsageError for a folder with files that are not from an earlier fit, or with one that the fit reads."""
     mend = "choose a new or empty folder with --out"
+    for source in sources:
+        if source is not None and source.resolve().parent == folder.resolve():
+            raise UsageError(f"{folder}: holds {source.name!r}, which this fit reads; {mend}")
     if not folder.is_dir():
         if folder.exists():
             raise UsageError(f"{folder}: is a file; {mend}")
