@@ -138,6 +138,12 @@ def test_a_file_of_which_no_row_is_answered_is_a_mistake(saved, tmp_path):
     assert (tmp_path / "out.csv").read_text() == "older"
     told = run("predict", saved, "-", input="good\n", code=2)
     assert "no row could be answered" in told.stderr and told.stdout == ""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"text": "good"}\n{"text": "bad"}\n'.encode("utf-16"))
+    assert f"{path}:1: not UTF-8 (byte 0xff)" in run("predict", saved, path, code=2).stderr
+    path.write_bytes(b'\xef\xbb\xbf{"text": "good"}\n{"text": "g\xf6od"}\n')
+    told = run("predict", saved, path)
+    assert told.stdout.count("\n") == 1 and f"{path}:2: not UTF-8 (byte 0xf6)" in told.stderr
     for empty in ("", "\n"):
         assert run("predict", saved, "-", input=empty).output == ""
 

@@ -88,7 +88,7 @@ def test_where_nothing_is_shipped_it_says_what_was_tried_and_what_to_do():
         "Nothing is shipped. ICL and SFT were tried" in text
         and "more rows, or a larger model" in text
     )
-    than_base = "none was both better than the base (50 % right; ICL: significantly better)"
+    than_base = "none was both better than the base (50 % right; ICL must be significantly better)"
     assert f"{than_base} and significantly better than always" in text
 
 

@@ -73,8 +73,11 @@ def read_lines(rows: str) -> Iterator:
             number += 1
             where = f"{rows}:{number}"
             try:
-                if line.strip():
-                    yield Row(where, parse_json(line, where, "one object a line is expected"))
+                text = line.decode("utf-8-sig")
+                if text.strip():
+                    yield Row(where, parse_json(text, where, "one object a line is expected"))
+            except UnicodeDecodeError as error:
+                yield UsageError(f"{where}: not UTF-8 (byte 0x{line[error.start]:02x})")
             except UsageError as error:
                 yield error
 

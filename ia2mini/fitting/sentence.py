@@ -79,7 +79,7 @@ def nothing_shipped(report: dict) -> str:
         second = join_names([NAMES[name] for name in candidates if name in SECOND_CHOICE])
         return (
             f"{opening}; on {rows} none was both better than the base ({base} right; "
-            f"{second}: significantly better) and significantly better than {commonest_share(report)}. "
+            f"{second} must be significantly better) and significantly better than {commonest_share(report)}. "
             f"{bad_base(report)}{nearest_candidate(report)}{HELP}"
         )
     if "kl" in report:
@@ -95,7 +95,7 @@ def nothing_shipped(report: dict) -> str:
     none = f"{opening}; none gave any held-out answer exactly"
     if report["all_differ"]:
         return f"{none}, so held-out rows cannot judge answers that all differ."
-    return f"{none}, {HELP.lower()}"
+    return f"{none}. {HELP}"
 
 
 def commonest_share(report: dict) -> str:
