@@ -115,7 +115,7 @@ def test_of_texts_and_contexts_it_says_why_nothing_is_shipped():
     assert "the base (50 % in agreement with the model that sees the context)" in context
     assert "and was in agreement on more." in context
     wrong = {name: numbers(0.0, 1.0) for name in found}
-    assert "exactly, what may help: more rows, or a larger model." in sentence(
+    assert "exactly. What may help: more rows, or a larger model." in sentence(
         report("base", candidates=wrong)
     )
     differ = sentence(report("base", candidates=wrong, all_differ=True))
