@@ -47,7 +47,7 @@ SHORT_NAMES |= {
     "olmo2-13b-instruct": "allenai/OLMo-2-1124-13B-Instruct",
 }
 FILES = "config.json generation_config.json tokenizer*.json special_tokens_map.json chat_template.jinja".split()
-FILES += ["added_tokens.json", "adapter_config.json"]
+FILES += ["added_tokens.json", "adapter_config.json", "chat_template.json"]
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WEIGHT_FILES = ["model*.safetensors", INDEX]

@@ -20,6 +20,7 @@ from ia2mini.cli.main import main
 from ia2mini.fitting.folder import base_of
 from ia2mini.report.page import loading_code
 from ia2mini.tasks import world
+from ia2mini.tasks.chat import template_of
 
 ASK = ("--template", "{text}", "--labels", "a,b")
 WEIGHTS = ("adapter_config.json", "adapter_model.safetensors")
@@ -270,3 +271,27 @@ def test_tokens_beside_tokenizer_json_go_with_a_merge(base, saved, tmp_path):
     run("merge", saved, "--model", folder, "--out", tmp_path / "m")
     for place in (folder, tmp_path / "m"):
         assert load(place)[1].encode("a<|im|>") == [64, 258]
+
+
+def test_an_adapter_that_is_merged_into_its_base_does_not_count_twice(base, twin, saved, tmp_path):
+    merged = tmp_path / "merged"
+    run("merge", saved, "--out", merged)
+    for command in (("predict", saved, "-", *ASK), ("merge", saved, "--out", tmp_path / "again")):
+        assert f"{merged} holds this adapter already" in run(*command, "--model", merged, code=2)
+    other = tmp_path / "other"  # another may be put on it
+    shutil.copytree(saved, other)
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 2}))
+    net = peft.PeftModel.from_pretrained(upstream(merged), other).eval()
+    with torch.no_grad():
+        expected = net(IDS).logits
+    assert (logits(other, open_subject(str(merged))) - expected).abs().max() <= 1e-4
+
+
+def test_a_chat_template_of_any_file_goes_with_a_merge(base, saved, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(base, folder)
+    template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    run("merge", saved, "--model", folder, "--out", tmp_path / "m")
+    assert template_of(tmp_path / "m") == template

@@ -136,7 +136,7 @@ def test_a_damaged_field_is_named_and_a_bug_of_ours_is_not_disguised(saved, tmp_
     def bug(*_):
         raise KeyError("a bug of ours")
 
-    monkeypatch.setattr("ia2mini.fitting.predictor.read_adapter", bug)
+    monkeypatch.setattr("ia2mini.fitting.folder.read_adapter", bug)
     with pytest.raises(KeyError, match="a bug of ours"):
         load_adapter(saved)
 

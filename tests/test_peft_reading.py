@@ -221,6 +221,10 @@ def test_what_the_file_holds_besides_or_otherwise_is_refused(tiny, tmp_path):
             "lora",
             lambda t: t.update({f"{name}.lora_magnitude_vector": torch.ones(3)}),
         ),
+        "no name ends in lora_A.weight": (
+            "lora",
+            lambda t: [t.update({n.replace(".weight", ".default.weight"): t.pop(n)}) for n in [*t]],
+        ),
         "disagree": ("ia3", lambda t: t.update({square: torch.ones(32, 1)})),
         "ia3_l is": ("ia3", lambda t: t.update({square: torch.ones(1, 7)})),
     }

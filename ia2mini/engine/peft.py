@@ -259,6 +259,8 @@ def read_lora(
     maps = {
         name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")
     }
+    if not maps:
+        raise ValueError(f"no name ends in lora_A.weight, the first is {min(tensors)}")
     rank = max(len(tensors[f"{name}.lora_A.weight"]) for name in maps)
     targets = sorted({name.rsplit(".", 1)[1] for name in maps})
     adapter = LoRA(model, targets, rank=rank, alpha=float(rank))

@@ -12,10 +12,12 @@ import numpy as np
 import torch
 
 from .. import UsageError
-from ..engine.merge import claim, save_merged
-from ..engine.peft import read_config, save_adapter
+from ..adapters import Adapter
+from ..engine.merge import MERGED, claim, save_merged
+from ..engine.peft import read_adapter, read_config, save_adapter
 from ..engine.store import checkpoint_digest, versions
-from ..files import finite, write, write_json, write_text
+from ..engine.subject import Subject
+from ..files import finite, is_there, read_json, write, write_json, write_text
 from ..models.checkpoint import load
 from ..models.taps import device_of
 from ..tokenizer import Rendered
@@ -31,6 +33,7 @@ CHECKPOINT_FILES = (  # small files of the base's checkpoint that are copied bes
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
     "added_tokens.json",
 )
@@ -155,6 +158,27 @@ def ships_adapter(folder: Path, kept: dict | None) -> bool:
     return False
 
 
+def read_weights(
+    folder: Path, kept: dict | None, subject: Subject
+) -> tuple[Adapter | None, torch.Tensor | None]:
+    """The adapter in a folder and its weights [1, M]; None twice where what is described by `kept` ships none.
+
+    Raises UsageError, also for a base into which this very adapter has been merged: it would count twice.
+    """
+    if not ships_adapter(folder, kept):
+        return None, None
+    adapter, theta = read_adapter(folder, subject.model)
+    marker = subject.folder / MERGED
+    if is_there(marker) and read_json(marker).get("adapter_digest") == weights_digest(theta):
+        base = f"{subject.base} holds this adapter already, merged"
+        raise UsageError(f"{folder}: {base}; give as --model what it was trained on")
+    return adapter, theta
+
+
+def weights_digest(theta: torch.Tensor) -> str:
+    return hashlib.sha256(theta.cpu().numpy().tobytes()).hexdigest()
+
+
 def base_of(folder: Path) -> tuple[str, str | None]:
     """The base that a saved adapter names, and its commit on the hub. Raises UsageError."""
     kept = read_spec(folder)
@@ -193,7 +217,7 @@ def merge(predictor: "Predictor", out: Path) -> float:
     subject = predictor.subject
     if predictor.adapter is None:
         raise UsageError(f"there is no adapter to merge; {what_answers(predictor)}")
-    weights = hashlib.sha256(predictor.theta.cpu().numpy().tobytes()).hexdigest()
+    weights = weights_digest(predictor.theta)
     sources = {"base": subject.base, "adapter_digest": weights, "dtype": subject.dtype}
     claim(out, sources)
     save_merged(subject.model, predictor.adapter, predictor.theta[0], out, subject.tokenizer)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .. import UsageError
 from ..adapters import Adapter, adapted
-from ..engine.peft import read_adapter
 from ..engine.subject import Subject, open_subject
 from ..episode import with_demonstrations
 from ..labels import Scoring, label_scores
@@ -334,10 +333,7 @@ def load_adapter(folder: str | Path, subject: Subject | None = None, **given) ->
     if subject is None:
         name, revision = folders.base_of(folder)
         subject = open_subject(name, revision=revision)
-    adapter = None
-    theta = None
-    if folders.ships_adapter(folder, kept):
-        adapter, theta = read_adapter(folder, subject.model)
+    adapter, theta = folders.read_weights(folder, kept, subject)
     probe = None
     if kept and kept["method"] == "probe":
         probe = read_probe(folder, len(kept["labels"]), subject.model.config.hidden_size)
