@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -171,7 +172,8 @@ def test_what_does_not_belong_together_is_refused(studies, tmp_path):
         other = changed(eight, tmp_path / option, config=config | {option: value})
         refused(out, [eight, other], f"{option} = ", "do not belong together")
     cells = read_json(eight / "results.json")["cells"]
-    other = changed(eight, tmp_path / "cells", cells=[cells[0] | {"acc": [0.5, 0.25]}, *cells[1:]])
+    another = {"acc": [0.5, 0.25], "acc_mean": 0.375}
+    other = changed(eight, tmp_path / "cells", cells=[cells[0] | another, *cells[1:]])
     refused(
         out,
         [eight, other],
@@ -190,6 +192,28 @@ def test_what_does_not_belong_together_is_refused(studies, tmp_path):
     assert read_json(kept / "results.json") == read_json(eight / "results.json")
 
 
+def renamed(value):
+    """An option's value with something else in its place, under the same names."""
+    return {name: {"digest": "x"} for name in value} if isinstance(value, dict) else "x"
+
+
+@pytest.mark.parametrize("option", ["checkpoint", "dtype", "templates", "pools", "evals"])
+def test_one_name_for_two_things_is_refused(studies, tmp_path, option):
+    """Were these joined, SFT of one checkpoint would be compared with IA2→SFT of another."""
+    eight = studies["eight"]
+    document = read_json(eight / "results.json")
+    config = document["config"] | {option: renamed(document["config"][option])}
+    cells = [cell | {"n": 4} for cell in document["cells"]]  # none is a cell of the first study
+    other = changed(eight, tmp_path / "other", config=config, cells=cells)
+    name = "tiny" if option in ("checkpoint", "dtype") else "toy-mood"
+    refused(
+        tmp_path / "out",
+        [studies["topic"], eight, other],
+        f"{option} of {name}: not the same in",
+        str(other),
+    )
+
+
 def misshapen(document: dict):
     """(which field, the document with it gone or something else)."""
     for key in RESULTS:
@@ -202,15 +226,31 @@ def misshapen(document: dict):
             document | {"cells": [{name: value for name, value in cell.items() if name != key}]},
         )
         yield f"cells.{key}", document | {"cells": [cell | {key: {}}]}
+    for key, value in (
+        ("acc", [1.7, 1.2]),
+        ("acc", cell["acc"][:1]),
+        ("sets", 0),
+        ("ece", [math.nan, 0.1]),
+        ("acc_mean", 0.123),
+        ("acc_mean", None),
+        ("asim_layers", cell["asim_layers"] + [0.5]),
+        ("n", -2),
+    ):
+        cells = [cell | {key: value}, *document["cells"][1:]]
+        yield f"cells.{key}", document | {"cells": cells}
     yield "cells", document | {"cells": []}
+    yield "adapters", document | {"adapters": ["../../elsewhere"]}
+    yield "seconds", document | {"seconds": {"train": "long"}}
     yield "samples", document | {"samples": [3]}
+    sample = document["samples"][0] | {"rows": [{"method": 3}]}
+    yield "samples.rows.prompt", document | {"samples": [sample]}
     yield "overlap.methods", document | {"overlap": [{**document["overlap"][0], "methods": None}]}
 
 
 def test_a_file_of_another_shape_is_refused_by_its_field(studies, tmp_path):
     document = read_json(studies["eight"] / "results.json")
     for field, wrong in misshapen(document):
-        write_json(tmp_path / "results.json", wrong)
+        (tmp_path / "results.json").write_text(json.dumps(wrong))
         with pytest.raises(
             UsageError, match=f"results.json: field {field} is missing or not what it should be"
         ):

@@ -1,14 +1,16 @@
 """Join finished studies: one set of tables, tests and figures for all."""
 
+import math
 from pathlib import Path
+from statistics import fmean
 
 from .. import UsageError
 from ..engine.select import grouped
 from ..files import read_json
-from ..fitting.spec import MISSING, is_text_or_none, misfit
+from ..fitting.spec import MISSING, is_number, is_text_or_none, is_whole_number, misfit
 from ..study.table import METRICS
 
-# options in which joined studies may differ: tables show them, or they change no number
+# options in which joined studies may differ: tables show them, they change no number, or `check_sources` compares them
 FREE = {
     "adapter", "alpha", "betas", "checkpoint", "device", "dtype", "evals", "loss", "methods", "model", "n", "pools",
     "rank", "rates", "targets", "tasks", "templates",
@@ -16,8 +18,25 @@ FREE = {
 SAME_CELL = ("model", "task", "n", "method", "eval", "adapter", "selected_by")
 
 
+is_finite = is_number(-1e300, 1e300)
+is_share = is_number(0, 1)
+
+
 def number_or_none(value) -> bool:
-    return value is None or type(value) in (int, float)
+    return value is None or is_finite(value)
+
+
+def share_or_none(value) -> bool:
+    return value is None or is_share(value)
+
+
+def is_of_adapter(value) -> bool:
+    """Whether a value is the name of a folder within the study's own, as "adapters/sst2-n4-sft-set0"."""
+    return isinstance(value, str) and value.startswith("adapters/") and ".." not in value
+
+
+def are_seconds(value) -> bool:
+    return isinstance(value, dict) and all(map(is_number(0, 1e300), value.values()))
 
 
 def loss_digests(value) -> bool:
@@ -30,17 +49,17 @@ CELL = {
     "task": str,
     "eval": str,
     "ood": bool,
-    "n": int,
+    "n": is_whole_number(1, 2**31),
     "method": str,
     "adapter": is_text_or_none,
     "selected_by": is_text_or_none,
-    "sets": int,
+    "sets": is_whole_number(1, 2**31),
     "rate": number_or_none,
     "beta": number_or_none,
     "asim_layers": [number_or_none],
 }
 for metric in METRICS:
-    CELL[metric] = [number_or_none]
+    CELL[metric] = [share_or_none if metric in ("acc", "acc_labels") else number_or_none]
     CELL[f"{metric}_mean"] = number_or_none
     CELL[f"{metric}_std"] = number_or_none
 OVERLAP = {
@@ -51,17 +70,24 @@ OVERLAP = {
     "overlap": [number_or_none],
     "chance": number_or_none,
 }
+ANSWERED = {
+    "prompt": str,
+    "answer": str,
+    "said": is_text_or_none,
+    "confidence": number_or_none,
+    "right": bool,
+}
 LISTS = {  # the lists of a results document, and the fields of their records
     "cells": [CELL],
     "runs": [dict],
     "training": [dict],
     "overlap": [OVERLAP],
-    "samples": [{"task": str, "n": int, "prompt": str, "rows": [dict]}],
+    "samples": [{"task": str, "n": int, "prompt": str, "rows": [ANSWERED]}],
 }
 RESULTS = {
     **LISTS,
-    "adapters": [str],
-    "seconds": dict,
+    "adapters": [is_of_adapter],
+    "seconds": are_seconds,
     "peak_memory_bytes": int,
     "config": {
         "ia2mini": str,
@@ -84,6 +110,7 @@ def join(folders: list[Path]) -> dict:
     configs = {folder: document["config"] for folder, document in documents.items()}
     check_options(configs)
     check_losses(configs)
+    check_sources(documents)
     joined: dict = {key: [] for key in (*LISTS, "adapters")}
     for folder, document in documents.items():
         about = {"model": document["cells"][0]["model"], "study": folder}
@@ -116,12 +143,32 @@ def read_results(folder: Path) -> dict:
     field = misfit(document, RESULTS, "")
     if field is None and not document["cells"]:
         field = "cells"
+    for cell in document["cells"] if field is None else []:
+        field = field or contradiction(cell, document["cells"])
     if field:
         wrong = f"field {field} is missing or not what it should be"
         raise UsageError(
             f"{path}: {wrong}; it is not the results of an `ia2mini run` of this version"
         )
     return document
+
+
+def contradiction(cell: dict, cells: list[dict]) -> str | None:
+    """The first field of a cell that does not follow from its other fields, or from those of the other `cells`."""
+    for metric in METRICS:
+        known = [value for value in cell[metric] if value is not None]
+        mean = cell[f"{metric}_mean"]
+        if len(cell[metric]) != cell["sets"]:
+            return f"cells.{metric}"
+        if (mean is None) == bool(known):
+            return f"cells.{metric}_mean"
+        if known and not math.isclose(mean, fmean(known), rel_tol=1e-6, abs_tol=1e-9):
+            return f"cells.{metric}_mean"
+    for other in cells:
+        same = other["method"] == cell["method"] and other["task"] == cell["task"]
+        if same and len(other["asim_layers"]) != len(cell["asim_layers"]):
+            return "cells.asim_layers"
+    return None
 
 
 def check_options(configs: dict[str, dict]) -> None:
@@ -146,6 +193,23 @@ def check_losses(configs: dict[str, dict]) -> None:
                     f"{folder}: its loss {name} is another than in the studies before it; "
                     "run one of them again with another name"
                 )
+
+
+def check_sources(documents: dict[str, dict]) -> None:
+    """Raises UsageError if studies mean other weights, templates or rows by the same name."""
+    known: dict[tuple, tuple] = {}
+    for folder, document in documents.items():
+        config = document["config"]
+        model = document["cells"][0]["model"]
+        sources = {(name, model): config.get(name) for name in ("checkpoint", "dtype")}
+        for option in ("templates", "pools", "evals"):
+            for name, value in (config.get(option) or {}).items():
+                sources[option, name] = value.get("digest") if isinstance(value, dict) else value
+        for (what, name), value in sources.items():
+            first, theirs = known.setdefault((what, name), (folder, value))
+            if theirs != value:
+                both = f"{what} of {name}: not the same in {first} and {folder}"
+                raise UsageError(f"{both}: these studies do not belong together")
 
 
 def without_repeats(cells: list[dict]) -> list[dict]:
