@@ -216,6 +216,9 @@ def test_what_is_no_folder_of_datasets_is_one_line(tmp_path):
     for names in (None, [{"filename": "../x.arrow"}], [{}], [3], {"a": 1}):
         (folder / "state.json").write_text(json.dumps({"_data_files": names}))
         refused(lambda: read_rows(folder), "state.json", "names no files of this folder")
+    chosen = {"_data_files": [], "_indices_data_files": [{"filename": "indices.arrow"}]}
+    (folder / "state.json").write_text(json.dumps(chosen))
+    refused(lambda: read_rows(folder), "keeps the order of its rows", "save it again")
     (folder / "state.json").write_text("{")
     refused(lambda: read_rows(folder), "state.json: not valid JSON")
     refused(lambda: read_rows(saved(tmp_path / "far", [(0, 5)])), "far row 2: class 5", "2 names")
@@ -269,6 +272,11 @@ def test_numpys_values_are_pythons_own():
     assert [row["x"] for row in rows[:-1]] == [3, 0.1, 0.5, True, "a", [{"role": "user"}]]
     assert [type(row["x"]) for row in rows] == [int, float, float, bool, str, list, float]
     assert rows[-1].is_missing("x")
+    frame = pandas.DataFrame(FRAME)
+    for row, expected in zip(as_rows(frame.to_dict("records")), as_rows(frame), strict=True):
+        for name in frame.columns:
+            assert row.is_missing(name) == expected.is_missing(name)
+            assert row.is_missing(name) or row[name] == expected[name]
 
 
 def test_a_data_frame_is_fitted_as_its_rows_are():

@@ -85,7 +85,9 @@ def shorten_floats(rows: list[dict], types: dict[str, str]) -> None:
 
 
 def plain_value(value):
-    """A value of NumPy as Python's own; any other as it is."""
+    """A value of NumPy as Python's own, None for what pandas calls missing; any other as it is."""
+    if type(value).__name__ in ("NAType", "NaTType"):
+        return None
     if isinstance(value, np.float32):
         return float(str(value))
     return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
@@ -248,7 +250,11 @@ def read_saved(folder: Path, named_classes: bool = True) -> Pairs:
 
 def saved_files(folder: Path) -> list[Path]:
     """The Arrow files of a dataset, in order. Raises UsageError for names that are none, or lead out of the folder."""
-    listed = read_object(folder / SAVED).get("_data_files")
+    state = read_object(folder / SAVED)
+    if state.get("_indices_data_files"):  # of old versions of `datasets`
+        mend = "save it again with a newer `datasets`"
+        raise UsageError(f"{folder}: keeps the order of its rows in a file of its own; {mend}")
+    listed = state.get("_data_files")
     paths = []
     for entry in listed if isinstance(listed, list) else [None]:
         name = entry.get("filename") if isinstance(entry, dict) else None
