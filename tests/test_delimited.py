@@ -45,6 +45,7 @@ READ = {  # a file, and the rows that it holds
     "pandas' index": (",text,label\n0,a,x\n", [["0", "a", "x"]]),
     "lines of blanks": ("text,label\n  \na,0\n\t\nb,1\n", [["a", "0"], ["b", "1"]]),
     "a line of delimiters is a row": ("text,label\na,0\n,\n", [["a", "0"], ["", ""]]),
+    "delimiters at the ends of rows": ("text,label\na,0,\nb,1,,\n", [["a", "0"], ["b", "1"]]),
     "the header again in one column": ("text\ntext\na\n", [["text"], ["a"]]),
     "only line ends of old Macs": ("text,label\ra,0\rb,1\r", [["a", "0"], ["b", "1"]]),
 }
@@ -88,9 +89,9 @@ def test_quotes_after_blanks_are_quotes(tmp_path, text):
 
 def test_invisible_marks_around_the_names_of_the_header_are_dropped(tmp_path):
     """As two byte order marks leave one, and web pages leave blanks without width."""
-    text = "\ufeff\ufefftext,\u200blabel\u2060 ,a\u200db\na,yes,1\n"
+    text = "\ufeff\ufefftext,\u200blabel\u2060 ,a\u200db,cafe\u0301\na,yes,1,2\n"
     (tmp_path / "rows.csv").write_bytes(text.encode())
-    assert list(read_rows(tmp_path / "rows.csv")[0]) == ["text", "label", "a\u200db"]
+    assert list(read_rows(tmp_path / "rows.csv")[0]) == ["text", "label", "a\u200db", "caf\u00e9"]
 
 
 def test_a_field_of_any_length(tmp_path):

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from unicodedata import normalize
 
 from ia2mini import UsageError
 from ia2mini.files import read_text
@@ -23,8 +24,8 @@ csv.field_size_limit(2**31 - 1)  # Python's own limit is 131,072 characters
 def read_delimited(path: Path, default: str) -> list[tuple[str, dict[str, str]]]:
     """The place of each row ("file:line") and its columns.
 
-    A field in quotes may hold delimiters, line ends and doubled quotes. Blanks around the names of the header are
-    dropped, and so are lines of blanks, and columns at the end without a name and without content. Raises UsageError.
+    A field in quotes may hold delimiters, line ends and doubled quotes. Lines of blanks are dropped, and so are fields
+    at the end of a row, and columns at the end, that have neither a name nor content. Raises UsageError.
     """
     text = read_text(path)
     if "\0" in text:
@@ -41,7 +42,7 @@ def read_delimited(path: Path, default: str) -> list[tuple[str, dict[str, str]]]
     if not lines:
         return []
     line, first = lines[0]
-    header = [trimmed(name) for name in first]
+    header = [column_name(name) for name in first]
     rows = []
     for number, fields in lines[1:]:
         if len(header) > 1 and not "".join(fields).strip() and len(fields) == 1:
@@ -49,9 +50,12 @@ def read_delimited(path: Path, default: str) -> list[tuple[str, dict[str, str]]]
         rows.append((number, fields))
         if len(header) > 1 and fields == first:
             raise UsageError(f"{path}:{number}: the header stands here again; delete this line")
+        while len(fields) > len(header) and not fields[-1].strip():
+            fields.pop()
         if len(fields) != len(header):
             counts = f"{len(fields)} fields, the header has {len(header)}"
-            raise UsageError(f"{path}:{number}: {counts}; quote a field that holds {delimiter!r}")
+            mend = f"quote a field that holds {delimiter!r}, delete a title above the header"
+            raise UsageError(f"{path}:{number}: {counts}; {mend}")
     while header and not header[-1]:
         last = len(header) - 1
         if any(fields[last].strip() for _, fields in rows):
@@ -127,6 +131,11 @@ def uneven_rows(text: str, path: Path, delimiter: str) -> float | None:
     except UsageError:  # a quote is not closed, or not before this delimiter
         return math.inf if width else None
     return count if width else None
+
+
+def column_name(cell: str) -> str:
+    """A name of the header without blanks around it, its accents as one letter each (NFC; macOS writes two)."""
+    return normalize("NFC", trimmed(cell))
 
 
 def trimmed(text: str) -> str:

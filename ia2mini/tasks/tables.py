@@ -17,7 +17,7 @@ from ia2mini.errors import out_of_memory
 from ia2mini.files import is_there
 from ia2mini.files import read_json as read_object
 
-from .delimited import check_names
+from .delimited import check_names, column_name
 
 Pairs = list[tuple[str, dict]]
 FORMULA = re.compile(rb"<f[ >/]")  # in a sheet of Excel
@@ -200,7 +200,7 @@ def cells(sheet) -> list[tuple[int, list]]:
 def under_header(path: Path, header: list, rows: list[tuple[int, list]]) -> Pairs:
     """Rows of a sheet as columns. Columns without a name and without content are dropped."""
     width = max(len(values) for _, values in [(0, header), *rows])
-    names = ["" if name is None else str(name).strip() for name in header]
+    names = ["" if name is None else column_name(str(name)) for name in header]
     names += [""] * (width - len(names))
     padded = [(number, values + [None] * (width - len(values))) for number, values in rows]
     kept = []
