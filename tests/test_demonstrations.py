@@ -86,6 +86,23 @@ def test_predict_shows_them_by_itself(fitted, saved, subject):
         assert list(found["probabilities"].values()) == pytest.approx(expected, abs=1e-4)
 
 
+def test_score_says_how_many_rows_it_has_seen(saved, tmp_path):
+    """Two thirds of these: their share of right answers says nothing of new rows."""
+    asked = rows(12, 24)
+    known = {row["text"] for row in rows(4, 24)}
+    seen = sum(row["text"] in known for row in asked)
+    assert seen >= 16
+    for some, said in (
+        (asked, f"{seen} of these are among the rows it was fitted on"),
+        (asked[:1], "1 of these is among the rows it was fitted on"),
+        ([row for row in asked if row["text"] not in known], None),
+    ):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in some))
+        told = " ".join(run("score", saved, path).stdout.split())
+        assert said in told if said else "fitted on" not in told
+
+
 def test_the_commands_know_it(saved, tmp_path):
     (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(300, 20)))
     said = run("predict", saved, tmp_path / "new.jsonl").stdout

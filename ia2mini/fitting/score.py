@@ -8,11 +8,12 @@ from .. import UsageError
 from ..engine.intervals import LEAST_ROWS, share_interval
 from ..files import plural
 from ..tasks.own import true_answer
-from ..tasks.rows import Row, missing_part
+from ..tasks.rows import Row, missing_part, prompt_of
 from ..tasks.turns import open_turns
 from .measures import classes, commonest, measures
 from .predictor import Predictor
 from .sentence import NAMES, never_right, with_interval
+from .spec import misfit
 
 
 def score_rows(predictor: Predictor, rows: list[Row], icl: bool, column: str | None = None) -> dict:
@@ -46,8 +47,23 @@ def score_rows(predictor: Predictor, rows: list[Row], icl: bool, column: str | N
     ]
     if len(rows) < LEAST_ROWS:
         told.append("So few rows prove nothing.")
+    fitted = count_fitted(predictor, rows)
+    if fitted:
+        among = "is among the rows" if fitted == 1 else "are among the rows"
+        told.append(f"{fitted} of these {among} it was fitted on: new rows may come out worse.")
     report["sentence"] = " ".join([*told, *never_right(report)])
     return report
+
+
+def count_fitted(predictor: Predictor, rows: list[Row]) -> int:
+    """How many of these rows have a prompt of the rows that the adapter was fitted on."""
+    fitted = predictor.report.get("held_out", [])
+    if misfit(fitted, [{"prompt": str}], ""):
+        return 0
+    known = {row["prompt"] for row in fitted}
+    template = predictor.spec["template"]
+    prompts = [predictor.as_turn(prompt_of(template, open_turns(row, template))) for row in rows]
+    return sum(prompt in known for prompt in prompts)
 
 
 def true_answers(rows: list[Row], spec: dict, column: str) -> list[str]:
