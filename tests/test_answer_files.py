@@ -130,11 +130,16 @@ def test_rows_without_a_prompt_have_no_answer(saved, tmp_path):
 
 
 def test_a_file_of_which_no_row_is_answered_is_a_mistake(saved, tmp_path):
-    (tmp_path / "rows.csv").write_text("Text\ngood\nbad\n")
+    rows = tmp_path / "rows.csv"
     (tmp_path / "out.csv").write_text("older")
-    told = run("predict", saved, tmp_path / "rows.csv", "--out", tmp_path / "out.csv", code=2)
+    rows.write_text("Text\ngood\nbad\n")
+    for more in ((), ("--out", tmp_path / "out.csv")):
+        told = run("predict", saved, rows, *more, code=2)
+        lack = f"{rows}:2: no column 'text'; the columns there are 'Text'"
+        assert told.stderr == f"ia2mini: {lack}\n" and told.stdout == ""
+    rows.write_text('text,n\n,1\n" ",2\n')
+    told = run("predict", saved, rows, "--out", tmp_path / "out.csv", code=2)
     assert told.stdout == "" and "no row could be answered" in told.stderr.splitlines()[-1]
-    assert "no column 'text'; the columns there are 'Text'" in told.stderr
     assert (tmp_path / "out.csv").read_text() == "older"
     told = run("predict", saved, "-", input="good\n", code=2)
     assert "no row could be answered" in told.stderr and told.stdout == ""

@@ -75,6 +75,8 @@ def predict(adapter, rows, coverage, icl, strict, out, digits, **adapter_argumen
     """
     from ..fitting.predictor import raise_errors
     from ..report.answers import Answers, check_size, check_target
+    from ..tasks.rows import Row, check_columns
+    from ..tasks.turns import holds_turns
 
     if rows == "-":
         need_input()
@@ -86,6 +88,9 @@ def predict(adapter, rows, coverage, icl, strict, out, digits, **adapter_argumen
         new = [row for row in new if row is not None]
         check_size(out, new)
     predictor = open_adapter(adapter, **adapter_arguments)
+    if isinstance(new, list):
+        read = [row for row in new if isinstance(row, Row) and not holds_turns(row)]
+        check_columns(read, predictor.spec["template"])
     outcomes = predictor.outcomes(new, icl, coverage)
     if strict:
         outcomes = raise_errors(outcomes)

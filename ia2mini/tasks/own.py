@@ -12,10 +12,9 @@ from .catalog import Task
 from .columns import ChosenColumns, choose_columns
 from .rows import (
     Row,
+    check_columns,
     fill,
     missing_part,
-    needed_columns,
-    no_column,
     placeholders,
     whole_number,
 )
@@ -202,9 +201,7 @@ def complete_rows(
 
     Raises UsageError where a needed column is in no row.
     """
-    for column in (*needed_columns(template), answer):
-        if column is not None and not any(column in row for row in rows):
-            raise no_column(rows[0].where, rows[0], column)
+    check_columns(rows, template, answer)
     complete = []
     lacking: dict[str, list[str]] = {"prompt": [], "answer": []}
     for row in rows:

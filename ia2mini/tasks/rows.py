@@ -87,6 +87,13 @@ def needed_columns(template: str) -> list[str]:
     return [name for _, may_be_empty, name in COLUMN.findall(template) if not may_be_empty]
 
 
+def check_columns(rows: list[Row], template: str, answer: str | None = None) -> None:
+    """Raises UsageError where a column that the template or the answer needs is in no row."""
+    for column in (*needed_columns(template), answer):
+        if rows and column is not None and not any(column in row for row in rows):
+            raise no_column(rows[0].where, rows[0], column)
+
+
 def only_column(template: str) -> str:
     """The column for a row that is only a text: the template's only required column, else "text"."""
     needed = needed_columns(template)
