@@ -81,7 +81,7 @@ def records(
     Where a quote follows blanks (`a, "b"`), blanks after a delimiter are no part of any field.
     """
     mark = re.escape(delimiter)
-    blank_quoted = re.search(rf'(^|{mark}) +"[^"]*" *({mark}|\r?$)', text, re.MULTILINE)
+    blank_quoted = re.search(rf'{mark} +"[^"]*" *({mark}|\r?$)', text, re.MULTILINE)
     reader = csv.reader(
         io.StringIO(text, newline=""),
         delimiter=delimiter,
