@@ -1,6 +1,7 @@
 """OpenAI's chat rows: the last assistant turn is the answer, the turns before it are asked as by transformers."""
 
 import json
+import shutil
 
 import pytest
 import transformers
@@ -159,6 +160,25 @@ def test_fit_predict_and_score_conversations(talking, tmp_path):  # noqa: F811
     done = CliRunner().invoke(main, ["predict", str(tmp_path / "a"), str(path), "--out", str(out)])
     first = json.loads(out.read_text().splitlines()[0])
     assert done.exit_code == 0 and first["id"] == 0 and first["messages"] == chats[0]
+
+
+def test_a_row_that_the_template_refuses_is_named(talking, tmp_path):  # noqa: F811
+    """As templates do that want users and assistants in turn."""
+    folder = shutil.copytree(talking, tmp_path / "model")
+    source = (folder / "chat_template.jinja").read_text()
+    check = "{% for m in messages %}{% if m.role == 'user' and loop.previtem is defined"
+    check += " and loop.previtem.role == 'user' %}{{ raise_exception('two users') }}"
+    check += "{% endif %}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(check + source)
+    rows = []
+    for row in world.rows("toy-mood", "train")[4:16]:
+        rows.append({"messages": [turn("user", row["text"]), turn("assistant", str(row["label"]))]})
+    twice = {"messages": [turn("user", "good"), *rows[0]["messages"]]}
+    subject = open_subject(str(folder), "cpu")
+    refused(lambda: fit([*rows, twice], subject, QUICK), "row 13: the chat template", "two users")
+    refused(lambda: fit(rows, subject, QUICK, unlabelled=[twice]), "row 1: the chat template")
+    fitted = fit(rows, subject, QUICK)
+    refused(lambda: fitted.predict([rows[0], twice]), "row 2: the chat template", "two users")
 
 
 def test_a_description_whose_conversation_is_none_is_one_line(talking, tmp_path):  # noqa: F811

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from .. import __version__
+from .. import UsageError, __version__
 from ..engine.options import FitOptions
 from ..engine.progress import silent
 from ..engine.store import Store, checkpoint_digest
@@ -87,7 +87,7 @@ def prepare_fit(
         as_turn = ChatTemplate(subject.folder, subject.tokenizer, task.prompt == ALL_TURNS)
         subject = replace(subject, tokenizer=as_turn.tokenizer)
         task = replace(task, prompt=task.prompt.rstrip(" "))  # an answer begins its turn
-    prompts = [as_turn(task.prompt_of(row)) for row in rows]
+    prompts = [render_turn(as_turn, task, row) for row in rows]
     check_number(prompts)
     queries, remarks_on_queries = read_unlabelled(unlabelled, task)
     if options.context:
@@ -98,7 +98,7 @@ def prepare_fit(
         if not task.labels:
             task = replace(task, max_tokens=max_answer_tokens(subject.tokenizer, examples))
     examples = list(dict.fromkeys(examples))  # a repeated row counts once
-    unlabelled_examples = [Example(as_turn(task.prompt_of(row)), "") for row in queries]
+    unlabelled_examples = [Example(render_turn(as_turn, task, row), "") for row in queries]
     cv = make_cross_validation(subject, task, examples, options, unlabelled_examples)
     cv.bar = bar
     if keep is not None:
@@ -109,6 +109,15 @@ def prepare_fit(
     if not task.labels and not options.context:
         cv.remarks += ending_early(rows, task, subject.tokenizer)
     return cv
+
+
+def render_turn(as_turn: Callable, task: Task, row: Row) -> str:
+    """The prompt of a row as a turn. Raises UsageError, with the row's place, for one that the template refuses."""
+    text = task.prompt_of(row)
+    try:
+        return as_turn(text)
+    except UsageError as error:
+        raise UsageError(f"{row.where}: {error}") from None
 
 
 def answer_with_context(prompts: list[str], subject: Subject, options: FitOptions) -> list[Example]:

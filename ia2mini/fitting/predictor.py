@@ -198,9 +198,10 @@ class Predictor:
     def make_query(self, row: Row, demonstrations: list[Example], place: int = 0) -> Query:
         """The prompt of a row. Raises UsageError for one that is missing, empty or too long."""
         template = self.spec["template"]
-        prompt = self.as_turn(nonempty_prompt(template, open_turns(row, template)))
-        tokens = len(self.subject.tokenizer.encode(with_demonstrations(demonstrations, prompt)))
+        text = nonempty_prompt(template, open_turns(row, template))
         try:
+            prompt = self.as_turn(text)
+            tokens = len(self.subject.tokenizer.encode(with_demonstrations(demonstrations, prompt)))
             label_tokens = self.label_tokens(prompt)
         except UsageError as error:
             raise UsageError(f"{row.where}: {error}") from None
