@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from dataclasses import replace
 
 import peft
@@ -14,6 +15,7 @@ from mistakes import refused
 from reference import make_checkpoint, random_ids, upstream
 from safetensors.torch import load_file
 from shipping import shipping
+from tokenizers import Tokenizer
 
 from ia2mini import FitOptions, fit, load_adapter, open_subject
 from ia2mini.cli.main import main
@@ -295,3 +297,20 @@ def test_a_chat_template_of_any_file_goes_with_a_merge(base, saved, tmp_path):
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     run("merge", saved, "--model", folder, "--out", tmp_path / "m")
     assert template_of(tmp_path / "m") == template
+
+
+def test_an_adapter_with_a_tokenizer_of_its_own(base, saved):
+    """A padding token more, as training often adds, is told; other ids for the base's tokens are refused."""
+    shutil.copy(base / "tokenizer.json", saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(saved)
+    backend = Tokenizer.from_file(str(saved / "tokenizer.json"))
+    backend.add_special_tokens(["[PAD]"])
+    backend.save(str(saved / "tokenizer.json"))
+    with pytest.warns(UserWarning, match=r"the base lacks, read as plain text: '\[PAD\]'"):
+        load_adapter(saved)
+    words = json.loads((saved / "tokenizer.json").read_text())
+    words["model"]["vocab"] |= {"a": 65, "b": 64}
+    (saved / "tokenizer.json").write_text(json.dumps(words))
+    refused(lambda: load_adapter(saved), "is another than that of", "(token 'a')")

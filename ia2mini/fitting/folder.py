@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..engine.peft import read_adapter, read_config, save_adapter
 from ..engine.store import checkpoint_digest, versions
 from ..engine.subject import Subject
 from ..files import finite, is_there, read_json, write, write_json, write_text
+from ..files.tokenizer_files import read_tokenizer
 from ..models.checkpoint import load
 from ..models.taps import device_of
 from ..tokenizer import Rendered
@@ -168,11 +170,34 @@ def read_weights(
     if not ships_adapter(folder, kept):
         return None, None
     adapter, theta = read_adapter(folder, subject.model)
+    if kept is None and is_there(folder / "tokenizer.json"):
+        compare_tokens(folder, subject)
     marker = subject.folder / MERGED
     if is_there(marker) and read_json(marker).get("adapter_digest") == weights_digest(theta):
         base = f"{subject.base} holds this adapter already, merged"
         raise UsageError(f"{folder}: {base}; give as --model what it was trained on")
     return adapter, theta
+
+
+def compare_tokens(folder: Path, subject: Subject) -> None:
+    """Raises UsageError if an adapter's own tokenizer gives tokens other ids than its base's; warns of further tokens.
+
+    Rows are read by the base's. Training often adds a padding token, which no row needs.
+    """
+    ours = subject.tokenizer.backend.get_vocab()
+    theirs = read_tokenizer(folder).get_vocab()
+    moved = [token for token, number in ours.items() if theirs.get(token) != number]
+    if moved:
+        other = f"its tokenizer.json is another than that of {subject.base} (token {min(moved)!r})"
+        mend = "give as --model a checkpoint with this tokenizer, or move the file elsewhere"
+        raise UsageError(f"{folder}: {other}; {mend}")
+    further = sorted(theirs.keys() - ours.keys())
+    if further:
+        named = ", ".join(map(repr, further[:3]))
+        warnings.warn(
+            f"{folder}: its tokenizer.json has tokens that the base lacks, read as plain text: {named}",
+            stacklevel=4,
+        )
 
 
 def weights_digest(theta: torch.Tensor) -> str:
