@@ -314,3 +314,16 @@ def test_an_adapter_with_a_tokenizer_of_its_own(base, saved):
     words["model"]["vocab"] |= {"a": 65, "b": 64}
     (saved / "tokenizer.json").write_text(json.dumps(words))
     refused(lambda: load_adapter(saved), "is another than that of", "(token 'a')")
+
+
+def test_another_model_of_the_hub_than_the_adapter_names_is_told(base, saved):
+    config = json.loads((saved / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "some/base"
+    (saved / "adapter_config.json").write_text(json.dumps(config))
+    local = open_subject(str(base))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(saved, local)
+        load_adapter(saved, replace(local, base="Some/Base", revision="abc"))
+    with pytest.warns(UserWarning, match="names 'some/base' as its base and is used on some/chat"):
+        load_adapter(saved, replace(local, base="some/chat", revision="abc"))

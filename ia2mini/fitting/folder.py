@@ -170,13 +170,26 @@ def read_weights(
     if not ships_adapter(folder, kept):
         return None, None
     adapter, theta = read_adapter(folder, subject.model)
-    if kept is None and is_there(folder / "tokenizer.json"):
-        compare_tokens(folder, subject)
+    if kept is None:
+        compare_base(folder, subject)
     marker = subject.folder / MERGED
     if is_there(marker) and read_json(marker).get("adapter_digest") == weights_digest(theta):
         base = f"{subject.base} holds this adapter already, merged"
         raise UsageError(f"{folder}: {base}; give as --model what it was trained on")
     return adapter, theta
+
+
+def compare_base(folder: Path, subject: Subject) -> None:
+    """Warns where an adapter of peft names another model of the hub than its base, and does `compare_tokens`."""
+    named = read_config(folder).get("base_model_name_or_path")
+    from_hub = subject.revision is not None
+    if from_hub and isinstance(named, str) and named.lower() != subject.base.lower():
+        warnings.warn(
+            f"{folder}: names {named[:200]!r} as its base and is used on {subject.base}",
+            stacklevel=4,
+        )
+    if is_there(folder / "tokenizer.json"):
+        compare_tokens(folder, subject)
 
 
 def compare_tokens(folder: Path, subject: Subject) -> None:
