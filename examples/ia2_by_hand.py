@@ -27,7 +27,7 @@ for method in ("sft", "ia2", "ia2-sft"):
 def cosine(student, batch) -> torch.Tensor:
     """A loss of one's own: one minus the cosine to the teacher's attention outputs, a number a run."""
     taps = Taps(batch.at)
-    student(batch.ids, taps=taps, logits=False, cache=batch.packed)
+    student(batch.ids, taps=taps, logits=False)
     distance = 1 - torch.cosine_similarity(taps.stack(), batch.activations, dim=-1).mean(0)  # [P]
     return (distance.view(batch.weights.shape) * batch.weights).sum(1)
 

@@ -3,7 +3,7 @@
 from functools import partial
 
 from ia2mini import Grid, draw_episode, find_task, load, load_examples, score, teach
-from ia2mini.adapters import TARGETS, Adapter
+from ia2mini.adapters import TARGETS, Adapter, by_run
 from ia2mini.methods import sft
 
 
@@ -20,7 +20,7 @@ class Bias(Adapter):
     @staticmethod
     def add(bias, base, x):
         y = base(x)  # [R * rows, T, out]
-        each = y.view(len(bias), -1, y.shape[-1]) + bias[:, None].to(y.dtype)
+        each = by_run(y, len(bias)) + bias[:, None].to(y.dtype)
         return each.view(y.shape)
 
 

@@ -1,4 +1,7 @@
-"""A model family of one's own: Llama with another activation in its MLP, read from a checkpoint folder as any other."""
+"""A model family of one's own: Llama with another activation in its MLP, read from a checkpoint folder as any other.
+
+It derives from `llama.Llama`, which makes its layers with the class `block`.
+"""
 
 import torch.nn.functional as F
 from ia2mini.models import config, llama
@@ -9,11 +12,14 @@ class GeluMLP(llama.MLP):
         return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
 
 
+class GeluBlock(llama.Block):
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.mlp = GeluMLP(config)
+
+
 class GeluLlama(llama.Llama):
-    def __init__(self, config):
-        super().__init__(config)
-        for block in self.model.layers:
-            block.mlp = GeluMLP(config)
+    block = GeluBlock
 
 
 # config.json then says "model_type": "gelu-llama"; its attention outputs are tapped as Llama's are

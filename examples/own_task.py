@@ -1,7 +1,6 @@
 """A task of one's own: rows from anywhere, as prompts and answers."""
 
-from ia2mini import Example, Grid, LoRA, draw_episode, load, score, teach
-from ia2mini.methods import ia2, ia2_sft
+from ia2mini import METHODS, Example, Grid, LoRA, draw_episode, load, score, teach
 
 # the first four are answered 1, the others 0
 WORDS = "lovely bright warm sweet awful dull dreary bleak".split()
@@ -14,5 +13,5 @@ model, tokenizer = load("tiny")
 taught = teach(model, tokenizer, draw_episode(rows, n=8))
 lora = LoRA(model)
 grid = Grid(model, lora, [taught], rates=[1e-2])
-trained = ia2_sft(grid, ia2(grid))
+trained = METHODS["ia2-sft"](grid)
 print(f"accuracy {score(model, tokenizer, rows, ('0', '1'), lora, trained.theta)[0]['acc']:.2f}")

@@ -76,7 +76,7 @@ class LoRA(Adapter):
         def add_low_rank(base: Callable, x: Tensor) -> Tensor:
             """y + scale * B A x for y = base(x), A [R, rank, in], B [R, out, rank]."""
             y = base(x)
-            down = MatmulInFloat32.apply(by_run(x, A), A)  # [R, rows of a run, rank]
+            down = MatmulInFloat32.apply(by_run(x, len(A)), A)  # [R, rows of a run, rank]
             up = (down * self.scale) @ B.mT
             return y + up.view(y.shape).to(y.dtype)
 
@@ -90,7 +90,7 @@ class LoRA(Adapter):
 
 
 class MatmulInFloat32(torch.autograd.Function):
-    """x [R, n, in] @ W^T in float32, W [R, out, in]. A bfloat16 x is saved for the backward pass as it is."""
+    """x.float() @ W^T, x [R, n, in], W [R, out, in]. A bfloat16 x is kept for the backward pass as it is."""
 
     @staticmethod
     def forward(ctx, x: Tensor, W: Tensor) -> Tensor:
@@ -140,12 +140,12 @@ class IA3(Adapter):
         def scale_output(base: Callable, x: Tensor) -> Tensor:
             """base(x) * s, s [R, out]."""
             y = base(x)
-            scaled = by_run(y, s) * s[:, None].to(y.dtype)
+            scaled = by_run(y, len(s)) * s[:, None].to(y.dtype)
             return scaled.view(y.shape)
 
         def scale_input(base: Callable, x: Tensor) -> Tensor:
             """base(x * s), s [R, in]."""
-            scaled = by_run(x, s) * s[:, None].to(x.dtype)
+            scaled = by_run(x, len(s)) * s[:, None].to(x.dtype)
             return base(scaled.view(x.shape))
 
         return scale_input if name in self.inputs else scale_output
@@ -162,9 +162,9 @@ class IA3(Adapter):
         return merged
 
 
-def by_run(x: Tensor, weight: Tensor) -> Tensor:
+def by_run(x: Tensor, R: int) -> Tensor:
     """x [R * rows, (T,) D] as [R, rows * T, D]: one group a run."""
-    return x.reshape(len(weight), -1, x.shape[-1])
+    return x.reshape(R, -1, x.shape[-1])
 
 
 @contextmanager

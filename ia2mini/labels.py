@@ -51,6 +51,9 @@ class LabelTree:
     token is only predicted. In a row the prompt comes first, then the last token of every other node. That token
     attends to the prompt and to the shorter beginnings of its node. A label whose last token is one of `ends` may end
     with any of them: their probabilities are added.
+
+    Labels [5, 7], [5, 8] and [9] have the nodes () and (5,). A row is the prompt, then 5; node 0 predicts 5 and 9,
+    node 1 predicts 7 and 8.
     """
 
     def __init__(self, labels: list[list[int]], device: torch.device, ends: tuple[int, ...] = ()):

@@ -1,4 +1,4 @@
-"""The three losses (protocol section 4), float32 per answer position; `per_run` averages them to one loss per run."""
+"""The losses (protocol section 4), float32 per answer position; `per_run` averages them to one loss per run."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -101,6 +101,7 @@ def kl_divergence(states: Tensor, head: Tensor, teacher: Tensor, ids: Tensor) ->
 
 def cross_entropy(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """Equation 2: cross-entropy [P] of states [P, D] through the frozen head [V, D] against answer tokens [P]."""
+    # KL to a teacher who is certain: log 1 = 0
     certain = torch.zeros(len(targets), 1, device=targets.device)
     return HeadDivergence.apply(states, head, certain, targets[:, None])
 

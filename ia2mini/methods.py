@@ -9,6 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from . import UsageError
 from .adapters import Adapter
 from .batch import TokenRow, collate
 from .episode import seeded
@@ -94,12 +95,18 @@ class Grid:
 
 
 def rows_with(taught: Taught, answers: str) -> tuple[list[TokenRow], list[TokenRow]]:
-    """The training and dev rows of a set with these answers."""
-    if answers == ICL:
-        return taught.icl_train, taught.icl_dev
-    if answers == DEMONSTRATED:
-        return taught.demonstrated_train, taught.demonstrated_dev
-    return taught.train, taught.dev
+    """The training and dev rows of a set with these answers. Raises UsageError where the teacher made none."""
+    rows = {
+        TRUTH: (taught.train, taught.dev),
+        ICL: (taught.icl_train, taught.icl_dev),
+        DEMONSTRATED: (taught.demonstrated_train, taught.demonstrated_dev),
+    }
+    if answers not in rows:
+        raise UsageError(f"answers {answers!r}: use {', '.join(rows)}")
+    train_rows, dev_rows = rows[answers]
+    if not train_rows:
+        raise UsageError(f"no rows with the answers {answers!r}: `teach` was not asked for them")
+    return train_rows, dev_rows
 
 
 def sft(grid: Grid) -> Trained:
@@ -117,16 +124,18 @@ def ia2(grid: Grid) -> Trained:
     return grid.train("ia2", {"mse": 1.0}, ICL)
 
 
-def ia2_sft(grid: Grid, aligned: Trained | None = None) -> Trained:
-    """Section 4, IA2 → SFT: align first, then cross-entropy from there."""
-    aligned = aligned or ia2(grid)
-    return grid.train("ia2-sft", {"ce": 1.0}, grid.labels, start=aligned)
+def then_sft(first: str) -> Callable:
+    """Section 4, IA2 → SFT: the method that runs `first`, then cross-entropy from its weights.
 
+    "sft-sft" is a control: SFT begun again from its own best weights, so that a second phase alone cannot explain
+    IA2 → SFT.
+    """
 
-def sft_sft(grid: Grid, tuned: Trained | None = None) -> Trained:
-    """A control: SFT begun again from its own best weights, so that a second phase alone cannot explain IA2 → SFT."""
-    tuned = tuned or sft(grid)
-    return grid.train("sft-sft", {"ce": 1.0}, grid.labels, start=tuned)
+    def both_phases(grid: Grid, start: Trained | None = None) -> Trained:
+        start = start or METHODS[first](grid)
+        return grid.train(f"{first}-sft", {"ce": 1.0}, grid.labels, start)
+
+    return both_phases
 
 
 def sft_ia2(grid: Grid, tuned: Trained | None = None) -> Trained:
@@ -146,19 +155,9 @@ def soft(grid: Grid) -> Trained:
     return grid.train("soft", {"kl": 1.0}, ICL)
 
 
-def soft_sft(grid: Grid, distilled: Trained | None = None) -> Trained:
-    distilled = distilled or soft(grid)
-    return grid.train("soft-sft", {"ce": 1.0}, grid.labels, start=distilled)
-
-
 def hidden(grid: Grid) -> Trained:
     """As IA2, but the whole residual stream after every attention instead of what attention adds to it."""
     return grid.train("hidden", {"hidden": 1.0}, ICL)
-
-
-def hidden_sft(grid: Grid, aligned: Trained | None = None) -> Trained:
-    aligned = aligned or hidden(grid)
-    return grid.train("hidden-sft", {"ce": 1.0}, grid.labels, start=aligned)
 
 
 def ridge(grid: Grid) -> Trained:
@@ -188,25 +187,20 @@ def ridge(grid: Grid) -> Trained:
     )
 
 
-def ridge_sft(grid: Grid, solved: Trained | None = None) -> Trained:
-    solved = solved or ridge(grid)
-    return grid.train("ridge-sft", {"ce": 1.0}, grid.labels, start=solved)
-
-
 METHODS: dict[str, Callable] = {
     "sft": sft,
     "icl-sft": icl_sft,
     "ia2": ia2,
-    "ia2-sft": ia2_sft,
-    "sft-sft": sft_sft,
+    "ia2-sft": then_sft("ia2"),
+    "sft-sft": then_sft("sft"),
     "sft-ia2": sft_ia2,
     "ia2+sft": ia2_plus_sft,
     "soft": soft,
-    "soft-sft": soft_sft,
+    "soft-sft": then_sft("soft"),
     "hidden": hidden,
-    "hidden-sft": hidden_sft,
+    "hidden-sft": then_sft("hidden"),
     "ridge": ridge,
-    "ridge-sft": ridge_sft,
+    "ridge-sft": then_sft("ridge"),
 }
 WITH_DEMONSTRATIONS = ("icl", "icl-sft")  # evaluated with demonstrations in the prompt
 # method -> its first phase

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from . import UsageError
 from .adapters import Adapter, adapted
 from .batch import Batch, TokenRow, Watch, by_length, collate, join_groups, send
 from .generate import Decoding, responses
@@ -103,10 +104,13 @@ def score(
     """How good R adapted models are on labelled rows: the metrics of `metrics.measure`, a dict a run.
 
     `theta` [R, M] are weights of `adapter`; without them the base model is scored, with `demonstrations` in its prompt
-    if there are any. All prompts must end as the first one does. Raises UsageError for a label that merges with it.
+    if there are any. All prompts must end as the first one does. Raises UsageError for a label that merges with it,
+    and for an adapter without its weights.
 
         score(model, tokenizer, examples, ("0", "1"), lora, trained.theta)[0]["acc"]
     """
+    if (adapter is None) != (theta is None):
+        raise UsageError("score: give an adapter with its weights theta [R, M], or neither")
     prompts = [example.prompt for example in examples]
     label_tokens = tokenizer.label_tokens(prompts[0], labels)
     scoring = Scoring(ends=tokenizer.eos_ids)

@@ -89,7 +89,7 @@ def teach(
     true = true_rows(tokenizer, episode, of_text, settings.demonstrated)
     examples = episode.train + episode.dev + episode.unlabelled
     demonstrations = episode.demonstrations + episode.more_demonstrations
-    # [0] stands for the response until it is known
+    # [0] stands for the response until it is known: of a single token its place is known already
     rows = [TokenRow(tokenizer.encode(example.prompt), [0]) for example in examples]
     for teacher, indices, prompts in teacher_passes(model, tokenizer, examples, demonstrations):
         fill_targets(teacher, tokenizer, [rows[i] for i in indices], prompts, settings, watch)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from . import UsageError
 from .adapters import Adapter, adapted
 from .batch import Batch, TokenRow, collate, send
 from .losses import (
@@ -27,6 +28,8 @@ from .models.taps import Taps, network_of
 BETA1 = 0.9
 BETA2 = 0.999
 EPSILON = 1e-8
+# loss -> what it compares with in a `Batch`
+TARGETS = {"ce": "targets", "kl": "soft", "mse": "activations", "hidden": "states"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class Runs:
     train: list[list[TokenRow]]  # R lists of equally many rows
     dev: list[list[TokenRow]]
     mix: dict[str | Callable, Tensor]  # loss -> weight [R]
-    order: Sequence[Callable[[int], list[int]]]  # for each run: epoch -> the order of its rows
+    # for each run: epoch -> the order of its rows; None: as they stand
+    order: Sequence[Callable[[int], list[int]]] | None = None
 
     def __len__(self) -> int:
         return len(self.rates)
@@ -115,7 +119,7 @@ class State:
             m=torch.zeros_like(theta),
             v=torch.zeros_like(theta),
             t=torch.zeros((), device=theta.device),
-            best_theta=theta * torch.nan,
+            best_theta=torch.full_like(theta, torch.nan),
             dev_loss=torch.full((R,), torch.inf),
             misses=torch.zeros(R, dtype=torch.int64),
             steps=torch.zeros(R, dtype=torch.int64),
@@ -255,8 +259,9 @@ def portions(
         if not same_again:
             portion = slice(place * size, (place + 1) * size)
             chosen = []
-            for train_rows, order in zip(runs.train, runs.order):
-                chosen.append([train_rows[i] for i in order(epoch)[portion]])
+            for r, train_rows in enumerate(runs.train):
+                order = range(rows) if runs.order is None else runs.order[r](epoch)
+                chosen.append([train_rows[i] for i in order[portion]])
             batches = [batch.to(runs.theta.device) for batch in collate(chosen)]
         epoch_ends = place == steps_an_epoch - 1
         every_second = step % 2 == 1 and bool(runs.dev[0])
@@ -278,7 +283,11 @@ def adam(theta: Tensor, gradient: Tensor, m: Tensor, v: Tensor, t: Tensor, rates
 
 
 def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None = None) -> Tensor:
-    """Each run's loss [R]: the sum of the losses in `mix`, each times its weight [R]. `layers`: those aligned."""
+    """Each run's loss [R]: the sum of the losses in `mix`, each times its weight [R]. `layers`: those aligned.
+
+    Raises UsageError for an unknown loss, and where the batch lacks what a loss compares with.
+    """
+    check_targets(mix, batch)
     values: dict = {loss: own_loss(loss, student, batch) for loss in mix if callable(loss)}
     residual = "hidden" in mix
     needs_taps = residual or "mse" in mix
@@ -301,6 +310,20 @@ def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None 
         of_layers = activation_mse(taps.each(), batch.states)
         values["hidden"] = mean_of_run(of_layers, batch, len(batch.states))
     return sum(batch.of_runs(weight) * values[loss] for loss, weight in mix.items())
+
+
+def check_targets(mix: dict, batch: Batch) -> None:
+    """Raises UsageError for an unknown loss, and where the batch lacks what a loss compares with."""
+    for loss in mix:
+        if callable(loss):
+            continue
+        if loss not in TARGETS:
+            raise UsageError(f"loss {loss!r}: use {', '.join(TARGETS)}, or a function")
+        if getattr(batch, TARGETS[loss]) is None:
+            lacking = f"the rows have no {TARGETS[loss]}"
+            raise UsageError(f"loss {loss!r}: {lacking}; `TeacherSettings` asks `teach` for them")
+    if "mse" in mix and "hidden" in mix:
+        raise UsageError("losses 'mse' and 'hidden': a pass records one of the two; use one")
 
 
 def mean_of_run(values: Tensor, batch: Batch, layers: int = 1) -> Tensor:

@@ -120,7 +120,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Llama with a language-model head. OLMo 2 (olmo2.py) replaces the parts named first."""
+    """Llama with a language-model head. OLMo 2 (olmo2.py) replaces `block`, `norm` and `rotary_dtype`."""
 
     block: type[nn.Module] = Block
     norm: type[RMSNorm] = RMSNorm  # after the last block

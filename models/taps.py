@@ -53,18 +53,17 @@ class Taps:
 
     def each(self) -> list[Tensor]:
         """The attention outputs, a tensor a layer, in the order of `layers`."""
-        order = self.layers or sorted(self.outputs)
-        return [self.outputs[layer] for layer in order]
+        return [self.outputs[layer] for layer in self.layers or self.outputs]
 
     def stack(self) -> Tensor:
         return torch.stack(self.each())
 
 
 def network_of(model: Any) -> Any:
-    """The model itself, or the one inside a partial."""
+    """The model itself, or the one inside `partial(model, prefix=…)`: a model with a shared prefix."""
     return getattr(model, "func", model)
 
 
 def device_of(model: Any) -> torch.device:
-    """Where a model is, or the model inside a partial."""
+    """Where a model is, or the one with a shared prefix."""
     return network_of(model).model.embed_tokens.weight.device

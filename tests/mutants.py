@@ -27,8 +27,8 @@ MUTANTS = {
     ],
     "models/taps.py": [
         (
-            "order = self.layers or sorted(self.outputs)",
-            "order = sorted(self.outputs)",
+            "in self.layers or self.outputs",
+            "in sorted(self.outputs)",
             "models taps_pick_positions",
         ),
     ],

@@ -9,13 +9,14 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from ia2mini.models.checkpoint import SHORT_NAMES
 from reference import make_checkpoint
 
 from ia2mini.cli.main import main
 from ia2mini.cli.run import report, run
-from ia2mini.methods import METHODS
+from ia2mini.methods import METHODS, Grid
 from ia2mini.tasks import all_tasks, find_task
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -145,3 +146,23 @@ def test_commands_of_the_paper_run_from_end_to_end(
     asked = run.make_context("run", words).params["methods"]
     assert {cell["method"] for cell in document["cells"]} == set(asked)
     assert all(0 <= cell["acc_mean"] <= 1 for cell in document["cells"])
+
+
+def test_one_run_by_the_loop_itself_is_that_of_a_grid(capsys):
+    found = runpy.run_path(str(EXAMPLES / "one_run.py"))
+    said = re.findall(r"^(\S+) +asim (\S+), accuracy (\S+)$", capsys.readouterr().out, re.MULTILINE)
+    alike = {name: float(asim) for name, asim, _ in said}
+    right = {name: float(accuracy) for name, _, accuracy in said}
+    assert alike["ia2"] > alike["base"] + 0.3 and right["ia2-sft"] > right["base"] + 0.3
+
+    class AsItStands(Grid):
+        def order(self, number, rows, epoch):
+            return list(range(rows))
+
+        def first_weights(self, number):
+            return found["theta"][0]
+
+    grid = AsItStands(found["model"], found["lora"], [found["taught"]], [1e-2])
+    aligned = METHODS["ia2"](grid)
+    assert torch.equal(aligned.theta, found["aligned"].theta)
+    assert torch.equal(METHODS["ia2-sft"](grid, aligned).theta, found["tuned"].theta)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -207,3 +208,23 @@ def test_a_phase_takes_a_loss_of_ones_own(model):
     assert own.steps.tolist() == built_in.steps.tolist()
     assert all(relative(x, y) <= 1e-5 for x, y in zip(own.theta, built_in.theta, strict=True))
     torch.testing.assert_close(own.dev_loss, built_in.dev_loss, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "mix, answers, message",
+    [
+        ({"mse": 1.0}, "icll", "answers 'icll': use truth, icl, demonstrated"),
+        ({"ce": 1.0}, "demonstrated", "no rows with the answers 'demonstrated'"),
+        ({"mes": 1.0}, "icl", "loss 'mes': use ce, kl, mse, hidden, or a function"),
+        ({"mse": 1.0}, "truth", "loss 'mse': the rows have no activations; `TeacherSettings`"),
+        ({"mse": 1.0, "hidden": 1.0}, "icl", "losses 'mse' and 'hidden': a pass records one"),
+    ],
+)
+def test_what_was_not_taught_is_one_line(model, mix, answers, message):
+    grid = make_grid(model, "lora")
+    true = [replace(row, activations=None) for row in grid.sets[0].train]
+    bare = replace(grid.sets[0], train=true, dev=true, demonstrated_train=[], demonstrated_dev=[])
+    grid = replace(grid, sets=[bare] * len(grid.sets))
+    with pytest.raises(UsageError) as error:
+        grid.train("sft", mix, answers)
+    assert str(error.value).startswith(message)

@@ -204,7 +204,7 @@ def test_further_mistakes_are_one_line_before_any_work(file, tmp_path):
     out = tmp_path / "runs"
     twin = shutil.copy(file, tmp_path / "twin.py")
     for given, mentioned in (
-        (f"{tmp_path}/absent.py", "No such file"),
+        (f"{tmp_path}/absent.py", "no such file"),
         ("loss.txt", "give a Python file"),
         (f"{file}:absent", "copied, of_states, plain_kl"),
         (f"{file}:copied,{twin}:copied", "a method copied is there already"),

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from .. import UsageError
 from ..errors import out_of_memory
-from ..methods import ICL, Grid, further
+from ..methods import ICL, Grid, further, then_sft
 from ..train import Trained
 from .options import METHOD_NAMES, Options
 
@@ -27,14 +27,10 @@ class OwnLoss:
 
     def methods(self) -> dict[str, Callable]:
         """NAME trains on the loss, with the teacher's responses; NAME-sft runs SFT from there."""
-        return {self.name: self.train, f"{self.name}-sft": self.then_sft}
+        return {self.name: self.train, f"{self.name}-sft": then_sft(self.name)}
 
     def train(self, grid: Grid) -> Trained:
         return grid.train(self.name, {self.function: 1.0}, ICL)
-
-    def then_sft(self, grid: Grid, trained: Trained | None = None) -> Trained:
-        trained = trained or self.train(grid)
-        return grid.train(f"{self.name}-sft", {"ce": 1.0}, grid.labels, start=trained)
 
 
 def read_losses(given: tuple[str, ...]) -> list[OwnLoss]:
@@ -63,6 +59,8 @@ def read_loss(given: str) -> OwnLoss:
         name = ""
     elif not path.endswith(".py"):
         raise UsageError(f"--loss {given}: give a Python file, as loss.py or loss.py:NAME")
+    if not Path(path).is_file():
+        raise UsageError(f"--loss {path}: no such file")
     with mistakes_of(path):
         source = Path(path).read_bytes()
         module = ModuleType(Path(path).stem)

@@ -26,7 +26,7 @@ def take_runs(runs: Runs, places: Tensor) -> Runs:
         train=[runs.train[r] for r in chosen],
         dev=[runs.dev[r] for r in chosen],
         mix=mix,
-        order=[runs.order[r] for r in chosen],
+        order=None if runs.order is None else [runs.order[r] for r in chosen],
     )
 
 
