@@ -238,11 +238,11 @@ def test_the_rows_to_look_at_first(tmp_path):
     flipped = {f"{path}:{i}" for i in (1, 2, 21)}
     assert len({row["row"] for row in found} & flipped) >= 2, "what was spoilt is found"
     page = (out / "report.html").read_text()
-    assert "Look at these" in page and f"{path}:" in page
+    assert "Rows whose answer may be wrong" in page and f"{path}:" in page
     with shipping("base"):
         told = run("fit", path, *how, "--out", out).stdout
     assert "suspects" not in told and not (out / "suspects.jsonl").exists()
-    assert "Look at these" not in (out / "report.html").read_text()
+    assert "Rows whose answer may be wrong" not in (out / "report.html").read_text()
 
 
 def test_fit_and_score_tell_macro_f1_and_labels_of_one_row(tmp_path):

@@ -48,7 +48,7 @@ from .rows import print_remarks, refuse_unnamed_model
 @file_option("--prompts", "Take the queries for --context from this file; they need no answers.")
 @file_option(
     "--out",
-    "Write into this folder; the same command, typed again, resumes there.",
+    "Write into this folder; if the command is interrupted, it resumes there when it is typed again.",
     required=True,
 )
 def fit(rows, labelled, unlabelled, context, prompts, out, **given):
@@ -62,9 +62,9 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
       ia2mini fit --context policy.txt --prompts queries.jsonl \\
           --model llama-3.2-1b-instruct --chat --out policy
 
-    Every method is cross-validated. What is better than the base model on held-out rows, and significantly better than
-    always giving the commonest answer, is shipped: an adapter, a linear probe, or demonstrations in the prompt.
-    Otherwise nothing is shipped, and the report says what came closest.
+    Every method is cross-validated. An adapter is shipped if it is better than the base model on held-out rows, and
+    significantly better than always giving the commonest answer. A linear probe, or demonstrations in the prompt, must
+    be significantly better than the base, too. Otherwise nothing is shipped, and the report says what came closest.
     """
     from ..engine.subject import open_subject
     from ..fitting.crossval import check_number, check_options
@@ -99,7 +99,7 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
     check_number([task.prompt_of(row) for row in complete])
     subject = open_subject(**model_arguments)
     compile_and_checkpoint(subject.model)
-    print_remarks([*task.remarks, dtype_note(subject)])
+    print_remarks([*task.remarks, *dtype_and_folder(subject, out)])
     predictor = fit_rows(own, subject, options, columns, unlabelled or (), keep=out, bar=progress)
     ranks.stop()
     if not ranks.chief:
@@ -139,7 +139,14 @@ def files_of(predictor, out: Path) -> str:
     return ", ".join(files)
 
 
-def dtype_note(subject) -> str:
-    """A line that says in which dtype the model computes, and how to choose another."""
-    other = "bfloat16" if subject.dtype == "float32" else "float32"
-    return f"{subject.name} computes in {subject.dtype} (--dtype {other} for the other)"
+def dtype_and_folder(subject, out: Path) -> list[str]:
+    """Lines that say in which dtype the model computes, and whether an earlier fit will be replaced."""
+    from ..fitting.spec import SPEC
+
+    other = "float32 is more exact"
+    if subject.dtype == "float32":
+        other = "bfloat16 is faster where the machine has it"
+    said = [f"{subject.name} computes in {subject.dtype} (--dtype {other})"]
+    if (out / SPEC).is_file():
+        said.append(f"{out}: holds an earlier fit, which is replaced when this one ends")
+    return said

@@ -88,7 +88,7 @@ TEMPLATE_HELP = (
     "Write prompts in this way, columns in braces.  [default: from the column, "
     "as 'Review: {review}\\nSentiment:']"
 )
-MODEL_HELP = "Use this model: a folder, a hub id or a short name (`ia2mini models` lists them)."
+MODEL_HELP = "Use this model: a folder, a hub id or a short name (`ia2mini models` lists them). Your own rows need one."
 DEVICE_HELP = (
     "Compute on this device: cpu, cuda, cuda:1 and so on.  [default: a GPU if there is one]"
 )

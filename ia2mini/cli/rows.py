@@ -36,7 +36,7 @@ def refuse_unnamed_model(rows: str) -> None:
     """Raises UsageError if a command on own rows has no --model."""
     if click.get_current_context().get_parameter_source("model").name == "DEFAULT":
         raise UsageError(
-            f"{rows}: name a --model for your own rows (the embedded one knows 449 words)"
+            f"{rows}: name a --model for your own rows, as smollm2-135m-instruct (the embedded one knows 449 words)"
         )
 
 

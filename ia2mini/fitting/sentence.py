@@ -117,7 +117,8 @@ def nearest_candidate(report: dict) -> str:
         return ""
     name, gained, lost, p = report["nearest"]
     rows = f"against the base {plural(gained, 'row')} gained, {lost} lost ({p_value(p)})"
-    return f"{NAMES[name]} has the lowest loss; {rows}, which may be chance. `--ship {name}` ships it anyway. "
+    candidate = "The linear probe" if name == "probe" else NAMES[name]
+    return f"{candidate} has the lowest loss; {rows}, which may be chance. `--ship {name}` ships it anyway. "
 
 
 def differences(report: dict) -> list[str]:
@@ -130,7 +131,7 @@ def differences(report: dict) -> list[str]:
             continue
         gained = f"{plural(gained_rows, 'row')} gained" if gained_rows else "no row gained"
         lost = f"{lost_rows} lost" if lost_rows else "none lost"
-        chance = ": it may be chance" if name == "base" and p >= CHANCE else ""
+        chance = ": it may be chance" if p >= CHANCE else ""
         sentences.append(f"{beside}: {gained}, {lost} ({p_value(p)}{chance}).")
     return sentences
 
@@ -145,11 +146,14 @@ def named_with_accuracy(name: str, report: dict) -> str:
 
 
 def commonest_answer(report: dict) -> list[str]:
-    """The accuracy of always giving the commonest answer."""
+    """The accuracy of always giving the commonest answer, and a warning where that is better."""
     if "commonest" not in report["candidates"]:
         return []
     right = report["candidates"]["commonest"]["acc"][0]
-    return [f"Always giving the commonest answer: {percent(right)}."]
+    sentences = [f"Always giving the commonest answer: {percent(right)}."]
+    if report["shipped"]["acc"][0] < right:
+        sentences.append("That is better: do not rely on what is shipped. More rows may help.")
+    return sentences
 
 
 def never_right(report: dict) -> list[str]:

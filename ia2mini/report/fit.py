@@ -65,7 +65,12 @@ def notes(report: dict) -> list[str]:
         said.append("accuracy: the label with the highest probability is the row's own")
         said.append("(null): the ECE that perfect calibration would show")
     if report["chosen"]:
-        said.append("*: shipped; as shipped: each row by the choice that the other folds make")
+        said.append(
+            "*: shipped" if report["chosen"] != "base" else "*: nothing is better, so it stays"
+        )
+        said.append(
+            f"{choice_name(report)}: chosen anew without each fold's rows; quote this number"
+        )
     return said
 
 
@@ -94,8 +99,14 @@ def measured(report: dict, points: Sequence[str] = ()) -> list[list[str]]:
             if column in points and value is not None:
                 value = value[0]
             entries.append(measure_with_interval(value, column))
-        rows.append([NAMES.get(name, name) + mark, *entries])
+        called = choice_name(report) if name == "shipped" else NAMES.get(name, name)
+        rows.append([called + mark, *entries])
     return rows
+
+
+def choice_name(report: dict) -> str:
+    """What the row is called in which each fold's rows are answered by the choice of the others."""
+    return "as chosen" if report["chosen"] == "base" else NAMES["shipped"]
 
 
 def measure_with_interval(value, name: str) -> str:
@@ -178,9 +189,11 @@ def fit_page(report: dict, command: str, odd: Sequence[dict] = ()) -> str:
     body = [
         first_screen([table("Held-out rows", heads, rows, "means"), *candidates_figure(report)]),
         details("What the columns mean, calibration, tokens", [lines(meaning)]),
-        details("How the rows were read", [lines(report["remarks"])]),
-        details("Look at these", suspicious),
-        details("Answers", [*by_label(report), wrong_answers(report)]),
+        details("How the rows were read, and warnings", [lines(report["remarks"])]),
+        details("Rows whose answer may be wrong", suspicious),
+        details(
+            "Confusion matrix, and rows answered wrong", [*by_label(report), wrong_answers(report)]
+        ),
         details("How this was made", made),
     ]
     return html_page(about(report), lines([report["sentence"]]), body)

@@ -176,11 +176,26 @@ def verdict(cells: list[dict]) -> list[str]:
         lines.append("The difference in accuracy may be chance; more --sets tell.")
     elif gain.mean < 0:
         lines.append("IA2→SFT is worse than SFT here: take SFT.")
+    for method in dict.fromkeys(cell["method"] for cell in cells):
+        if method not in METHOD_NAMES:
+            lines += own_loss_gain(cells, method)
     lead = paired(cells, "acc", "icl", "sft")
     if lead is not None and lead.mean < 0:
         less = "Demonstrations teach this model less than SFT does"
         lines.append(f"{less} (ICL {100 * lead.mean:+.1f} points): IA2 has little to pass on.")
     return lines
+
+
+def own_loss_gain(cells: list[dict], method: str) -> list[str]:
+    """A sentence on a method with a loss of one's own, beside IA2 or IA2→SFT."""
+    rival = "ia2-sft" if method.endswith("-sft") else "ia2"
+    gain = paired(cells, "acc", method, rival)
+    if gain is None:
+        return []
+    points = f"{100 * gain.mean:+.1f} points{interval(gain, 100, '.1f')}"
+    return [
+        f"{method_name(method)} against {method_name(rival)}: accuracy {points}; {pairs_of(gain)}"
+    ]
 
 
 def best(cells: list[dict]) -> str:
