@@ -32,6 +32,7 @@ class TokenRow:
     soft: Tensor | None = None
     soft_ids: Tensor | None = None  # [P, k], those tokens
     states: Tensor | None = None  # [L, P, D], its residual stream after each attention
+    weight: float = 1.0  # in the mean loss of its run
 
     def __len__(self) -> int:
         """Tokens that a pass reads: the last answer token predicts nothing."""
@@ -120,7 +121,7 @@ def collate(runs: list[list[TokenRow]]) -> Batch:
             at_rows[r, start:end] = r * B + b
             at_columns[r, start:end] = np.arange(last, last + len(row.answer))
             targets[r, start:end] = row.answer
-            weights[r, start:end] = 1 / (len(row.answer) * len(rows))
+            weights[r, start:end] = row.weight / (len(row.answer) * len(rows))
             start = end
         at_rows[r, start:] = r * B  # what fills up a shorter run: its first token, with weight 0
     return Batch(

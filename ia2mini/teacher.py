@@ -1,6 +1,6 @@
 """The pass with demonstrations, once a set: answers, attention outputs and distributions (protocol section 3)."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -67,6 +67,24 @@ def true_rows(
         dev=rows[n:],
         demonstrated_train=demonstrated_rows[:n],
         demonstrated_dev=demonstrated_rows[n:],
+    )
+
+
+def balanced(taught: Taught) -> Taught:
+    """The set with weights that make every true answer count the same, however many training rows have it."""
+    rows_of = Counter(tuple(row.answer) for row in taught.train)
+
+    def weighted(rows: list[TokenRow]) -> list[TokenRow]:
+        found = []
+        for row in rows:
+            weight = len(rows) / (len(rows_of) * rows_of[tuple(row.answer)])
+            found.append(replace(row, weight=weight))
+        return found
+
+    return replace(
+        taught,
+        train=weighted(taught.train),
+        demonstrated_train=weighted(taught.demonstrated_train),
     )
 
 

@@ -346,7 +346,7 @@ def test_answers_that_do_not_repeat_are_texts_and_that_is_said():
         assert not task.labels and task.remarks[-1] == "answers: free text, 6 different in 6 rows"
     again = [row | {"text": row["text"] + "!"} for row in different]
     task = own_task(read_own(different + again)[0], "own")[1]
-    assert len(task.labels) == 6 and task.remarks[-1] == "answers: 6 labels"
+    assert len(task.labels) == 6 and task.remarks[-1].startswith("answers: 6 labels (a0: 2, ")
 
 
 def test_answers_that_a_blank_line_cuts_are_told_of():
@@ -460,3 +460,12 @@ def test_a_column_that_is_there_twice_is_refused_by_name(tmp_path):
             f"rows.{suffix}",
             "'label'",
         )
+
+
+def test_labels_are_counted_before_anything_is_trained_and_slips_named():
+    rows = [{"text": f"q{i}", "label": "health"} for i in range(5)]
+    rows += [{"text": f"r{i}", "label": "price"} for i in range(3)]
+    rows += [{"text": "slip", "label": "Health"}]
+    remarks = read_own(rows)[1].remarks
+    assert "answers: 3 labels (health: 5, price: 3, Health: 1)" in remarks
+    assert "'Health' and 'health'" in remarks[-1] and "kept apart" in remarks[-1]

@@ -196,7 +196,7 @@ def test_a_fit_shows_what_failed_and_never_chooses_it(subject, tmp_path):
     )  # ten rows in three steps, four epochs
     lines = [f"sft: {failed}", f"ia2-sft: {failed}"]
     columns = "columns: the prompt is 'text'; the answer is 'label'"
-    remarks = [*lines, columns, "answers: 2 labels"]
+    remarks = [*lines, columns, "answers: 2 labels (1: 8, 0: 7)"]
     assert said == lines and found[0].report["remarks"] == remarks and found[0].spec["rate"] == 1e-2
     assert all(line in fit_table(found[0].report) for line in lines)
     found[0].save(tmp_path)

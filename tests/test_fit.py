@@ -15,7 +15,7 @@ from scipy.optimize import minimize_scalar
 from shipping import shipping
 from sklearn import metrics as theirs
 
-from ia2mini import FitOptions, fit, load_adapter, open_subject
+from ia2mini import FitOptions, UsageError, fit, load_adapter, open_subject
 from ia2mini.adapters import adapted
 from ia2mini.cli.main import main
 from ia2mini.engine import experiment as engine
@@ -478,3 +478,14 @@ def plain_answer(student, tokenizer, prompt: str, max_tokens: int) -> tuple[list
             return said, [*logs, p[list(tokenizer.eos_ids)].logsumexp(0).item()]
         said.append(best)
         logs.append(p[best].item())
+
+
+def test_balance_trains_other_weights_on_labels_and_is_refused_for_text(subject):
+    uneven = [row for row in toy_rows(24) if row["label"] == "1"][:8] + toy_rows(24)[:6]
+    found = []
+    for balance in (False, True):
+        cv = cross_validation(subject, uneven, replace(QUICK, methods=("sft",), balance=balance))
+        found.append(train_folds(cv)["sft"].theta)
+    assert not torch.equal(*found)
+    with pytest.raises(UsageError, match="--balance: weighs labels, and these answers are text"):
+        fit(toy_rows(12, "toy-sums"), subject, replace(QUICK, balance=True))

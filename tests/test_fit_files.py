@@ -254,7 +254,7 @@ def test_fit_and_score_tell_macro_f1_and_labels_of_one_row(tmp_path):
     how = "--model tiny --methods sft --epochs 1 --rates 1e-2 --folds 2".split()
     told = run("fit", path, *how, "--out", out)
     assert "macro-F1" in told.stdout and "only one row has the answer 'apple'" in told.stdout
-    assert "answers: 3 labels" in told.stderr.splitlines()
+    assert "answers: 3 labels (0: 6, 1: 5, apple: 1)" in told.stderr.splitlines()
     (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
     assert "macro-F1" in run("score", out, tmp_path / "new.jsonl").stdout
     text = run("fit", path, *how, "--text", "--out", tmp_path / "b").stderr

@@ -5,19 +5,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from ia2mini.models import UsageError
 from reference import make_rows, peft_twin, plain_fit, relative
 from test_train import ADAPTERS, own_cross_entropy, watching
 
+from ia2mini.batch import TokenRow, collate
 from ia2mini.engine.experiment import make_trainer
 from ia2mini.methods import ICL, METHODS, Grid
 from ia2mini.scale import memory
 from ia2mini.scale.blocks import checkpoint_blocks, is_checkpointed
 from ia2mini.scale.memory import run_bytes, within_memory
-from ia2mini.teacher import Taught
-from ia2mini.train import Settings, Trained, train
+from ia2mini.teacher import Taught, balanced
+from ia2mini.train import Settings, Trained, losses, train
 
 TRUTH, TAUGHT = ("truth", {"ce": 1.0}), ("icl", {"mse": 1.0})
 PHASES = {  # method -> its phases: which rows, which losses (protocol section 4)
@@ -228,3 +230,22 @@ def test_what_was_not_taught_is_one_line(model, mix, answers, message):
     with pytest.raises(UsageError) as error:
         grid.train("sft", mix, answers)
     assert str(error.value).startswith(message)
+
+
+def test_balanced_answers_weigh_as_scikit_learn_has_it(model):
+    from sklearn.utils.class_weight import compute_class_weight
+
+    answers = [5, 5, 6, 5, 5]
+    rows = [TokenRow([3, 4 + i], [answer]) for i, answer in enumerate(answers)]
+    weighted = balanced(Taught(train=rows, dev=[])).train
+    of_answer = compute_class_weight("balanced", classes=np.array([5, 6]), y=np.array(answers))
+    expected = [of_answer[answer - 5] for answer in answers]
+    assert [row.weight for row in weighted] == pytest.approx(expected)
+    assert {row.weight for row in rows} == {1.0}, "the rows that were given stay as they are"
+    total = 0.0
+    with torch.no_grad():
+        for row, weight in zip(rows, expected):
+            logits = model(torch.tensor([row.prompt]))[0, -1]
+            total += weight * -logits.log_softmax(-1)[row.answer[0]].item()
+        found = losses(model, collate([weighted]), {"ce": torch.ones(1)})
+    assert found.item() == pytest.approx(total / len(rows), rel=1e-5)

@@ -67,7 +67,7 @@ def test_fit_says_how_rows_were_read_and_what_to_type_next(tmp_path):
         f"left out for want of prompt: 1 of 14 rows ({rows}:15)",
         f"left out for want of answer: 1 of 14 rows ({rows}:14)",
         "columns: the prompt is 'text'; the answer is 'label'",
-        "answers: 2 labels",
+        "answers: 2 labels (0: 10, 1: 2)",
     ]
     assert found.stderr.splitlines()[:4] == lines
     *_, last, next_command = found.stdout.splitlines()
@@ -133,7 +133,7 @@ def test_run_and_tasks_guess_columns_as_fit_does(tmp_path):
     said = "columns: the prompt is 'Review'; the answer is 'Sentiment'"
     shown = run("tasks", "--data", rows, "--model", "tiny", "--n", 2)
     assert (
-        f"{said}\nanswers: 2 labels\n" in shown.stderr and shown.stdout.count("demonstration:") == 2
+        f"{said}\nanswers: 2 labels (0: 20, 1: 10)\n" in shown.stderr and shown.stdout.count("demonstration:") == 2
     )
     how = "--model tiny --device cpu --n 2 --sets 1 --methods base --eval-rows 4".split()
     found = run("run", "--data", rows, *how, "--out", tmp_path / "runs")

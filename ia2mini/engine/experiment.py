@@ -22,7 +22,7 @@ from ..scale.pack import in_batches
 from ..scale.parts import over_ranks
 from ..scale.race import Race
 from ..scale.shrink import shrinking
-from ..teacher import Taught, TeacherSettings, teach, true_rows
+from ..teacher import Taught, TeacherSettings, balanced, teach, true_rows
 from ..train import NO_HOOKS, Hooks, Settings, State, Trained, train
 from .options import ICL_SFT, AdapterOptions, last_phase, matrices, need_teacher
 from .progress import Progress
@@ -78,6 +78,7 @@ class Experiment:
     labels: str = TRUTH  # what cross-entropy trains on: TRUTH or ICL
     tuned: bool = False  # the teacher is the model as `ICL_SFT` has trained it, else the base
     racing: bool = False  # whether hopeless learning rates stop early
+    balanced: bool = False  # whether every answer weighs the same in cross-entropy
     collate: Callable = in_batches  # `Hooks.collate`
     trainer: Callable = field(default_factory=make_trainer)
 
@@ -218,7 +219,7 @@ def make_grid(experiment: Experiment, taught: list[Taught], hooks: Hooks = NO_HO
     return Grid(
         model=experiment.subject.model,
         adapter=experiment.adapter,
-        sets=taught,
+        sets=[balanced(one) for one in taught] if experiment.balanced else taught,
         rates=experiment.rates,
         betas=experiment.betas,
         seed=experiment.seed,

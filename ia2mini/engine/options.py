@@ -248,6 +248,9 @@ class FitOptions(TrainOptions, AdapterOptions):
         shown="the paper's highest",
     )
     epochs: int = option(5, "Train every phase for this many epochs.", least=1)
+    balance: bool = option(
+        False, "Let every label weigh the same in training, however many rows have it."
+    )
     ship: str = option(
         "",
         "Ship this method (or icl, or probe), whatever the held-out rows say.",

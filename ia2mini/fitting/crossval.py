@@ -153,6 +153,8 @@ def check_options(options: FitOptions, task: Task) -> None:
             "--methods icl-sft: with the context in its prompt the model gives these answers already; "
             "leave it out"
         )
+    if options.balance and not task.labels:
+        raise UsageError("--balance: weighs labels, and these answers are text; leave it out")
     may_ship = candidate_names(task, options)[1:]
     if options.ship and options.ship not in may_ship:
         tried = ", ".join(may_ship)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from .. import UsageError
 from ..files import plain, plural
 from ..tasks import Example, Task
-from ..tasks.own import first_places, own_task, queries_task, similar_labels
+from ..tasks.own import first_places, own_task, queries_task
 from ..tasks.rows import Row, as_rows
 from ..tasks.turns import ALL_TURNS, ANSWER, holds_turns, open_turns
 from ..tokenizer import Tokenizer
@@ -60,7 +60,7 @@ def columns_of_turns(columns: Columns, where: str, chat: bool) -> Columns:
 
 def remarks(rows: list[Row], task: Task, examples: list[Example]) -> list[str]:
     """Sentences on how the rows were read, and on unusual rows."""
-    sentences = similar_labels(task.labels)
+    sentences = []
     repeats = len(rows) - len(examples)
     if repeats:
         sentences.append(f"{plural(repeats, 'row')} repeated another and counted once")

@@ -77,6 +77,7 @@ def make_experiment(
         teacher_settings=teacher_settings,
         store=cv.store,
         progress=Progress(cv.bar),
+        balanced=cv.options.balance,
     )
 
 

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections import Counter
 from dataclasses import replace
 
 from ia2mini import UsageError
@@ -27,6 +28,8 @@ NULL_WORDS = ("none", "null", "na", "n/a", "#n/a", "nil")
 # names of columns
 UNINFORMATIVE = "text prompt input content instruction label answer output response completion target class y".split()
 MAX_NAMED = 10  # rows that a sentence names
+LABELS_COUNTED = 10  # up to so many labels are shown with their numbers of rows
+LABEL_WIDTH = 40  # characters of each that are shown
 
 
 def own_task(
@@ -73,7 +76,8 @@ def own_task(
         answer=f"{{{answer}}}",
     )
     if labelled:
-        remarks += [*merged, columns.describe(), f"answers: {len(labels)} labels"]
+        rows_of = Counter(labels[label_index[text]] for text in texts)
+        remarks += [*merged, columns.describe(), counted_labels(rows_of), *similar_labels(labels)]
         task = replace(task, labels=labels, label_index=label_index, remarks=tuple(remarks))
         return complete, task
     remarks.append(columns.describe())
@@ -225,6 +229,15 @@ def first_places(places: list[str]) -> str:
     """Where rows stand, of the first ones."""
     named = ", ".join(places[:MAX_NAMED])
     return named if len(places) <= MAX_NAMED else f"{named} …"
+
+
+def counted_labels(rows_of: Counter) -> str:
+    """ "answers: 2 labels (yes: 30, no: 10)", the most frequent first; of many only the number."""
+    text = f"answers: {len(rows_of)} labels"
+    if len(rows_of) > LABELS_COUNTED:
+        return text
+    counts = [f"{label[:LABEL_WIDTH]}: {count}" for label, count in rows_of.most_common()]
+    return f"{text} ({', '.join(counts)})"
 
 
 def similar_labels(labels: tuple[str, ...]) -> list[str]:
