@@ -179,7 +179,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 def main(context, **asked):
     """How fast ia2mini is, against transformers with peft as (a) the paper's scripts use them and (b) used well.
 
-    Without a command: every bench of speed; on two cores about a quarter of an hour. Studies ask how good it is:
+    Without a command: every bench of speed; on two cores about ten minutes. Studies ask how good it is:
     `effect` what IA2 brings, `causes` and `layers` why, `choice` and `race` about the learning rate, `gain` what tells
     beforehand, `fit` whether what is shipped harms anyone, `rivals` what others ship. `pretrain` makes models/tiny.
     """

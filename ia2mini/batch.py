@@ -104,13 +104,13 @@ def collate(runs: list[list[TokenRow]]) -> Batch:
     R = len(runs)
     B = max(map(len, runs))
     T = max(len(row) for rows in runs for row in rows)
-    P = max(map(count_positions, runs))
+    width = max(map(count_positions, runs))  # answer positions of a run
     ids = np.zeros((R, B, T), np.int64)
     lengths = np.zeros((R, B), np.int64)
-    at_rows = np.zeros((R, P), np.int64)
-    at_columns = np.zeros((R, P), np.int64)
-    targets = np.zeros((R, P), np.int64)
-    weights = np.zeros((R, P), np.float32)
+    at_rows = np.zeros((R, width), np.int64)
+    at_columns = np.zeros((R, width), np.int64)
+    targets = np.zeros((R, width), np.int64)
+    weights = np.zeros((R, width), np.float32)
     for r, rows in enumerate(runs):
         start = 0
         for b, row in enumerate(rows):
@@ -130,10 +130,10 @@ def collate(runs: list[list[TokenRow]]) -> Batch:
         targets=torch.from_numpy(targets).flatten(),
         weights=torch.from_numpy(weights),
         lengths=torch.from_numpy(lengths),
-        activations=join_positions(runs, "activations", P),
-        soft=join_positions(runs, "soft", P),
-        soft_ids=join_positions(runs, "soft_ids", P),
-        states=join_positions(runs, "states", P),
+        activations=join_positions(runs, "activations", width),
+        soft=join_positions(runs, "soft", width),
+        soft_ids=join_positions(runs, "soft_ids", width),
+        states=join_positions(runs, "states", width),
     )
 
 
@@ -142,17 +142,17 @@ def count_positions(rows: list[TokenRow]) -> int:
     return sum(len(row.answer) for row in rows)
 
 
-def join_positions(runs: list[list[TokenRow]], name: str, P: int) -> Tensor | None:
+def join_positions(runs: list[list[TokenRow]], name: str, width: int) -> Tensor | None:
     """The rows' tensors `name`, [(L,) positions, n] each, one after another; None where rows have none.
 
-    Each run's last one is padded with zeros, so that the run has P positions.
+    Each run's last one is padded with zeros, so that the run has `width` positions.
     """
     if getattr(runs[0][0], name) is None:
         return None
     parts = []
     for rows in runs:
         parts += [getattr(row, name) for row in rows]
-        missing = P - count_positions(rows)
+        missing = width - count_positions(rows)
         if missing:
             parts[-1] = F.pad(parts[-1], (0, 0, 0, missing))
     return torch.cat(parts, -2)
