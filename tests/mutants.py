@@ -72,7 +72,7 @@ MUTANTS = {
     ],
     "ia2mini/batch.py": [
         (
-            "1 / (len(row.answer) * len(rows))",
+            "row.weight / (len(row.answer) * len(rows))",
             "1 / sum(len(r.answer) for r in rows)",
             "batch a_batch_written_out",
         ),
