@@ -133,7 +133,8 @@ def test_run_and_tasks_guess_columns_as_fit_does(tmp_path):
     said = "columns: the prompt is 'Review'; the answer is 'Sentiment'"
     shown = run("tasks", "--data", rows, "--model", "tiny", "--n", 2)
     assert (
-        f"{said}\nanswers: 2 labels (0: 20, 1: 10)\n" in shown.stderr and shown.stdout.count("demonstration:") == 2
+        f"{said}\nanswers: 2 labels (0: 20, 1: 10)\n" in shown.stderr
+        and shown.stdout.count("demonstration:") == 2
     )
     how = "--model tiny --device cpu --n 2 --sets 1 --methods base --eval-rows 4".split()
     found = run("run", "--data", rows, *how, "--out", tmp_path / "runs")
