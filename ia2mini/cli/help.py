@@ -9,7 +9,7 @@ GROUPS = {  # heading: the parameters below it, by their names in Python
     ),
     "How": (
         "rank", "alpha", "targets", "rates", "layers", "betas", "soft_k", "icl", "icl_demos", "race", "select",
-        "paper_compat", "seed", "temperature", "ship", "chat", "stop", "strict", "dtype", "check", "deterministic",
+        "paper_compat", "seed", "balance", "temperature", "ship", "chat", "stop", "strict", "dtype", "check", "deterministic",
         "compiling", "checkpointing",
     ),
     "How much": (

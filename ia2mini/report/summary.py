@@ -177,7 +177,8 @@ def verdict(cells: list[dict]) -> list[str]:
     elif gain.mean < 0:
         lines.append("IA2→SFT is worse than SFT here: take SFT.")
     for method in dict.fromkeys(cell["method"] for cell in cells):
-        if method not in METHOD_NAMES:
+        is_function = method.removesuffix("-sft").isidentifier()
+        if method not in METHOD_NAMES and is_function:
             lines += own_loss_gain(cells, method)
     lead = paired(cells, "acc", "icl", "sft")
     if lead is not None and lead.mean < 0:
