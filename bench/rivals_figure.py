@@ -32,12 +32,18 @@ RIVALS = {"shipped": "#000000", "setfit": "#cc79a7", "embedding": "#009e73"}
 LINE = 0.24  # inches
 
 
+def number_of_lines(result: dict) -> int:
+    return len(result["lines"])
+
+
 def draw(folder: Path = RESULTS, figure: Path = FIGURE) -> bool:
-    """Draw the first model's newest result; False where none is kept."""
-    paths = list(newest("*-rivals-*.json", folder).values())
-    if not paths:
+    """Draw the newest result of the model with most fits; False where none is kept."""
+    results = []
+    for path in newest("*-rivals-*.json", folder).values():
+        results += json.loads(path.read_text(encoding="utf-8"))["results"]
+    if not results:
         return False
-    result = json.loads(paths[0].read_text(encoding="utf-8"))["results"][0]
+    result = max(results, key=number_of_lines)
     table = Table(result["lines"])
     shown = [name for name in SHOWN if NAMES[name] in table.rivals]
     with styled():
