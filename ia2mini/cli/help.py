@@ -9,8 +9,8 @@ GROUPS = {  # heading: the parameters below it, by their names in Python
     ),
     "How": (
         "rank", "alpha", "targets", "rates", "layers", "betas", "soft_k", "icl", "icl_demos", "race", "select",
-        "paper_compat", "seed", "balance", "temperature", "ship", "chat", "stop", "strict", "dtype", "check", "deterministic",
-        "compiling", "checkpointing",
+        "paper_compat", "seed", "balance", "temperature", "ship", "chat", "stop", "strict", "dtype", "check",
+        "deterministic", "compiling", "checkpointing",
     ),
     "How much": (
         "n", "sets", "epochs", "patience", "batch_size", "eval_rows", "folds", "demonstrations", "max_tokens",
