@@ -18,9 +18,8 @@ class Episode:
     dev: list[Example]  # max(1, N/2) rows, at most 48
     # for each row of train + dev, the N - 1 demonstrations that the teacher sees before it
     demonstrations: list[list[Example]]
-    icl: list[
-        list[Example]
-    ]  # demonstrations: a list for each evaluation row, or a single one for all
+    # demonstrations before each evaluation row: a list for each, or a single one for all
+    icl: list[list[Example]]
     # rows without answers: the teacher answers them, and IA2 trains on them, too
     unlabelled: list[Example] = field(default_factory=list)
     # for each unlabelled row, the demonstrations that the teacher sees before it

@@ -28,8 +28,8 @@ from .models.taps import Taps, network_of
 BETA1 = 0.9
 BETA2 = 0.999
 EPSILON = 1e-8
-# loss -> what it compares with in a `Batch`
-TARGETS = {"ce": "targets", "kl": "soft", "mse": "activations", "hidden": "states"}
+# loss -> what it compares with in a `TokenRow`
+TARGETS = {"ce": "answer", "kl": "soft", "mse": "activations", "hidden": "states"}
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,9 @@ def train(
     Evaluates the dev loss after every second step and at each epoch's end, keeps each run's best weights, and ends with
     the last run. Without dev rows the last weights are kept, and the hook is called at each epoch's end.
     `state`: training so far, to go on with. Returns the state reached; `.trained()` is its result.
+    Raises UsageError for an unknown loss, and where the rows lack what a loss compares with.
     """
+    check_targets(runs)
     device = runs.theta.device
     if state is None:
         state = State.begin(runs.theta)
@@ -283,11 +285,7 @@ def adam(theta: Tensor, gradient: Tensor, m: Tensor, v: Tensor, t: Tensor, rates
 
 
 def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None = None) -> Tensor:
-    """Each run's loss [R]: the sum of the losses in `mix`, each times its weight [R]. `layers`: those aligned.
-
-    Raises UsageError for an unknown loss, and where the batch lacks what a loss compares with.
-    """
-    check_targets(mix, batch)
+    """Each run's loss [R]: the sum of the losses in `mix`, each times its weight [R]. `layers`: those aligned."""
     values: dict = {loss: own_loss(loss, student, batch) for loss in mix if callable(loss)}
     residual = "hidden" in mix
     needs_taps = residual or "mse" in mix
@@ -312,14 +310,16 @@ def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None 
     return sum(batch.of_runs(weight) * values[loss] for loss, weight in mix.items())
 
 
-def check_targets(mix: dict, batch: Batch) -> None:
-    """Raises UsageError for an unknown loss, and where the batch lacks what a loss compares with."""
+def check_targets(runs: Runs) -> None:
+    """Raises UsageError for an unknown loss, and where the rows lack what a loss compares with."""
+    mix = runs.mix
+    rows = runs.train[0] + runs.dev[0]
     for loss in mix:
         if callable(loss):
             continue
         if loss not in TARGETS:
             raise UsageError(f"loss {loss!r}: use {', '.join(TARGETS)}, or a function")
-        if getattr(batch, TARGETS[loss]) is None:
+        if any(getattr(row, TARGETS[loss]) is None for row in rows):
             lacking = f"the rows have no {TARGETS[loss]}"
             raise UsageError(f"loss {loss!r}: {lacking}; `TeacherSettings` asks `teach` for them")
     if "mse" in mix and "hidden" in mix:

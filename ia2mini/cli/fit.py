@@ -99,7 +99,7 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
     check_number([task.prompt_of(row) for row in complete])
     subject = open_subject(**model_arguments)
     compile_and_checkpoint(subject.model)
-    print_remarks([*task.remarks, *dtype_and_folder(subject, out)])
+    print_remarks([*task.remarks, dtype_note(subject), *earlier_fit(out)])
     predictor = fit_rows(own, subject, options, columns, unlabelled or (), keep=out, bar=progress)
     ranks.stop()
     if not ranks.chief:
@@ -139,14 +139,18 @@ def files_of(predictor, out: Path) -> str:
     return ", ".join(files)
 
 
-def dtype_and_folder(subject, out: Path) -> list[str]:
-    """Lines that say in which dtype the model computes, and whether an earlier fit will be replaced."""
-    from ..fitting.spec import SPEC
-
+def dtype_note(subject) -> str:
+    """A line that says in which dtype the model computes, and what the other would bring."""
     other = "float32 is more exact"
     if subject.dtype == "float32":
         other = "bfloat16 is faster where the machine has it"
-    said = [f"{subject.name} computes in {subject.dtype} (--dtype {other})"]
-    if (out / SPEC).is_file():
-        said.append(f"{out}: holds an earlier fit, which is replaced when this one ends")
-    return said
+    return f"{subject.name} computes in {subject.dtype} (--dtype {other})"
+
+
+def earlier_fit(out: Path) -> list[str]:
+    """A line on a fit that this one will replace, if there is one."""
+    from ..fitting.spec import SPEC
+
+    if not (out / SPEC).is_file():
+        return []
+    return [f"{out}: holds an earlier fit, which is replaced when this one ends"]

@@ -72,10 +72,8 @@ def true_answers(rows: list[Row], spec: dict, column: str) -> list[str]:
     true = []
     for row in rows:
         row = open_turns(row, spec["template"])
-        if (
-            missing_part(row, spec["template"], column) == "answer"
-            and row.get(column) not in labels
-        ):
+        is_missing = missing_part(row, spec["template"], column) == "answer"
+        if is_missing and row.get(column) not in labels:
             there = ", ".join(map(repr, row))
             missing = f"no answer in column {column!r} (of {there})"
             raise UsageError(f"{row.where}: {missing}; see --answer-column")

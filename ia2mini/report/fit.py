@@ -65,12 +65,9 @@ def notes(report: dict) -> list[str]:
         said.append("accuracy: the label with the highest probability is the row's own")
         said.append("(null): the ECE that perfect calibration would show")
     if report["chosen"]:
-        said.append(
-            "*: shipped" if report["chosen"] != "base" else "*: nothing is better, so it stays"
-        )
-        said.append(
-            f"{choice_name(report)}: chosen anew without each fold's rows; quote this number"
-        )
+        star = "nothing is shipped, the base stays" if report["chosen"] == "base" else "shipped"
+        choice = "chosen anew without each fold's rows; quote this number"
+        said += [f"*: {star}", f"{choice_name(report)}: {choice}"]
     return said
 
 

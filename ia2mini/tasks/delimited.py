@@ -45,7 +45,8 @@ def read_delimited(path: Path, default: str) -> list[tuple[str, dict[str, str]]]
     header = [column_name(name) for name in first]
     rows = []
     for number, fields in lines[1:]:
-        if len(header) > 1 and not "".join(fields).strip() and len(fields) == 1:
+        line_of_blanks = len(fields) == 1 and not fields[0].strip()
+        if len(header) > 1 and line_of_blanks:
             continue
         rows.append((number, fields))
         if len(header) > 1 and fields == first:
