@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .models.attention import Packed
 from .models.taps import At
@@ -156,6 +157,13 @@ def join_positions(runs: list[list[TokenRow]], name: str, width: int) -> Tensor 
         if missing:
             parts[-1] = F.pad(parts[-1], (0, 0, 0, missing))
     return torch.cat(parts, -2)
+
+
+def pad_prompts(prompts: list[list[int]], runs: int, device) -> tuple[Tensor, Tensor]:
+    """The prompts once for every run: ids [runs * prompts, T], right-padded, and where the last token of each is."""
+    ids = pad_sequence(list(map(torch.tensor, prompts)), batch_first=True)
+    last = torch.tensor(list(map(len, prompts))) - 1
+    return send(ids, device).repeat(runs, 1), send(last, device).repeat(runs)
 
 
 def by_length(lengths: list[int], budget: int) -> list[list[int]]:

@@ -16,14 +16,12 @@ class Episode:
 
     train: list[Example]  # N rows
     dev: list[Example]  # max(1, N/2) rows, at most 48
-    # for each row of train + dev, the N - 1 demonstrations that the teacher sees before it
+    # for each row of train + dev + unlabelled, the demonstrations that the teacher sees before it
     demonstrations: list[list[Example]]
     # demonstrations before each evaluation row: a list for each, or a single one for all
     icl: list[list[Example]]
     # rows without answers: the teacher answers them, and IA2 trains on them, too
     unlabelled: list[Example] = field(default_factory=list)
-    # for each unlabelled row, the demonstrations that the teacher sees before it
-    more_demonstrations: list[list[Example]] = field(default_factory=list)
 
 
 def seeded(seed: int, number: int, purpose: str) -> np.random.Generator:

@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from .batch import Watch, by_length, send
+from .batch import Watch, by_length, pad_prompts, send
 from .models.attention import Cache
 from .models.taps import Taps, network_of
 from .tokenizer import Tokenizer
@@ -146,13 +145,6 @@ def decode_group(
             next_step = step if wrap is None else wrap(step)
         logits, outputs = next_step()
     return responses
-
-
-def pad_prompts(prompts: list[list[int]], runs: int, device) -> tuple[Tensor, Tensor]:
-    """The prompts once for every run: ids [runs * prompts, T], right-padded, and where the last token of each is."""
-    ids = pad_sequence(list(map(torch.tensor, prompts)), batch_first=True)
-    last = torch.tensor(list(map(len, prompts)), device=device) - 1
-    return ids.to(device).repeat(runs, 1), last.repeat(runs)
 
 
 def append_token(tokenizer: Tokenizer, response: Response, token: int, stop: str | None) -> bool:

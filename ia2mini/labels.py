@@ -5,12 +5,13 @@ R runs, Q prompts, B rows of a run in a pass, T tokens, C labels, I tokens of a 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batch import TokenRow, Watch, by_length, collate, join_groups, send
+from .batch import Watch, by_length, join_groups, pad_prompts, send
 from .models.attention import Packed
 from .models.taps import At, Taps, device_of, network_of
 
@@ -32,8 +33,7 @@ class Scoring:
     observer: Callable[[list[int], Tensor], None] | None = None
 
 
-@dataclass
-class LabelScores:
+class LabelScores(NamedTuple):
     """What R models answer to Q prompts, on the CPU."""
 
     # [R, Q] index of the label that greedy decoding gives, -1 where it gives none of them
@@ -87,10 +87,8 @@ class LabelTree:
         self, prompts: list[list[int]], runs: int, device
     ) -> tuple[Tensor, At, Packed | None]:
         """ids [R * B, T], positions (rows, columns) of the nodes of each row, and what a node sees."""
-        one_run = [TokenRow(prompt + self.tokens, [0]) for prompt in prompts]
-        ids = send(collate([one_run] * runs).ids, device)
-        lengths = send(torch.tensor([len(prompt) for prompt in prompts]), device)
-        last_columns = lengths.repeat(runs)[:, None] - 1  # [R * B, 1]
+        ids, ends = pad_prompts([prompt + self.tokens for prompt in prompts], runs, device)
+        last_columns = ends[:, None] - len(self.tokens)  # [R * B, 1], where the prompts end
         nodes = torch.arange(len(self.depths), device=device)
         columns = last_columns + nodes
         rows = torch.arange(len(columns), device=device)
@@ -179,22 +177,17 @@ def label_scores(
     tree = LabelTree(labels, device_of(model), scoring.ends)
     lengths = [len(prompt) + len(tree.tokens) for prompt in prompts]
     budget = scoring.budget // scoring.runs
+    observed = scoring.observed
     # observed prompts are grouped apart: a group is observed as a whole or not at all
-    groups = by_length(lengths[: scoring.observed], budget)
-    for group in by_length(lengths[scoring.observed :], budget):
-        groups.append([scoring.observed + i for i in group])
+    groups = by_length(lengths[:observed], budget)
+    for group in by_length(lengths[observed:], budget):
+        groups.append([observed + i for i in group])
     parts = []
     for group in groups:
         parts.append(score_group(model, tree, prompts, group, scoring))
         if watch:
             watch(len(group))
-    top, confidence, first_token, log_probabilities = zip(*parts)
-    return LabelScores(
-        top=join_groups(top, groups, dim=1).cpu(),
-        confidence=join_groups(confidence, groups, dim=1).cpu(),
-        first_token=join_groups(first_token, groups, dim=1).cpu(),
-        log_probabilities=join_groups(log_probabilities, groups, dim=1).cpu(),
-    )
+    return LabelScores(*[join_groups(part, groups, dim=1).cpu() for part in zip(*parts)])
 
 
 def score_group(
@@ -212,13 +205,7 @@ def score_group(
     if group[0] < scoring.observed:
         rows, columns = at
         taps = Taps((rows[::nodes], columns[::nodes]))  # where the prompts end
-    states = model(
-        ids,
-        taps=taps,
-        logits=at,
-        cache=packed,
-        head=False,
-    )  # [R * B * nodes, D]
+    states = model(ids, taps=taps, logits=at, cache=packed, head=False)  # [R * B * nodes, D]
     lm_head = network_of(model).lm_head
     logits_of_a_row = nodes * len(lm_head.weight)
     rows_at_once = max(1, SCORED_LOGITS // logits_of_a_row)
@@ -226,13 +213,9 @@ def score_group(
     for some_states in states.split(rows_at_once * nodes):
         logits = lm_head(some_states).float().unflatten(0, (-1, nodes))  # [rows, nodes, V]
         top, confidence, first_token = tree.greedy(logits, scoring.top_k)
-        parts.append((top, confidence, first_token, tree.log_probabilities(logits)))
+        log_probabilities = tree.log_probabilities(logits)
+        parts.append((top, confidence, first_token, log_probabilities))
     by_run = (scoring.runs, -1)
     if taps is not None:
-        outputs = taps.stack()
-        scoring.observer(group, outputs.unflatten(1, by_run))
-    found = []
-    for fields in zip(*parts):
-        joined = torch.cat(fields)
-        found.append(joined.unflatten(0, by_run))
-    return found
+        scoring.observer(group, taps.stack().unflatten(1, by_run))
+    return [torch.cat(part).unflatten(0, by_run) for part in zip(*parts)]

@@ -106,11 +106,18 @@ def teach(
     of_text = settings.max_tokens > 1
     true = true_rows(tokenizer, episode, of_text, settings.demonstrated)
     examples = episode.train + episode.dev + episode.unlabelled
-    demonstrations = episode.demonstrations + episode.more_demonstrations
     # [0] stands for the response until it is known: of a single token its place is known already
     rows = [TokenRow(tokenizer.encode(example.prompt), [0]) for example in examples]
-    for teacher, indices, prompts in teacher_passes(model, tokenizer, examples, demonstrations):
-        fill_targets(teacher, tokenizer, [rows[i] for i in indices], prompts, settings, watch)
+    passes = teacher_passes(model, tokenizer, examples, episode.demonstrations)
+    for teacher, indices, prompts in passes:
+        some_rows = [rows[i] for i in indices]
+        if of_text:
+            generate_responses(teacher, tokenizer, some_rows, prompts, settings, watch)
+        else:
+            record_targets(teacher, some_rows, prompts, settings, watch)
+        if settings.residual:
+            without_soft = replace(settings, soft_k=None)
+            record_targets(teacher, some_rows, prompts, without_soft, of_stream=True)
     n = len(episode.train)
     labelled = n + len(episode.dev)
     return replace(true, icl_train=rows[:n] + rows[labelled:], icl_dev=rows[n:labelled])
@@ -143,39 +150,9 @@ def teacher_passes(
         yield model, alone, tokenizer.encode_all(texts)
 
 
-def fill_targets(
+def generate_responses(
     model: Callable,
     tokenizer: Tokenizer,
-    rows: list[TokenRow],
-    prompts: list[list[int]],
-    settings: TeacherSettings,
-    watch: Watch,
-) -> None:
-    """Fill in what is asked for of `rows`, from their prompts with demonstrations."""
-    if settings.max_tokens > 1:
-        generate_responses(model, tokenizer, rows, prompts, settings, watch)
-        watch = None  # it has counted every row
-    unrecorded = [i for i, row in enumerate(rows) if row.activations is None]
-    record_targets(
-        model, [rows[i] for i in unrecorded], [prompts[i] for i in unrecorded], settings, watch
-    )
-    if settings.residual:
-        record_targets(model, rows, prompts, replace(settings, soft_k=None), of_stream=True)
-
-
-@dataclass
-class Step:
-    """What was seen where one token of a response was chosen."""
-
-    token: int
-    output: Tensor  # [L, D] attention outputs
-    soft: Tensor | None = None  # [k] log-probabilities of the likeliest tokens
-    soft_ids: Tensor | None = None  # [k] these tokens
-
-
-def generate_responses(
-    model,
-    tokenizer,
     rows: list[TokenRow],
     prompts: list[list[int]],
     settings: TeacherSettings,
@@ -184,19 +161,16 @@ def generate_responses(
     """Fill in the responses of `rows` to their full `prompts`, and the activations and soft targets met on the way.
 
     Where a stop text began inside a token, the response was tokenized again: its tokens are not those that were
-    generated, and the row still lacks activations and soft targets.
+    generated, and a pass over them records the targets.
     """
-    steps: list[list[Step]] = [[] for _ in prompts]
+    # of each prompt, for every token: the token, attention outputs [L, D] and, if asked for, soft targets [k] twice
+    steps: list[list[tuple]] = [[] for _ in prompts]
 
     def observer(indices: list[int], tokens: list[int], logits: Tensor, outputs: Tensor) -> None:
         """Keep what prompts `indices` show: logits [b, V] and outputs [L, b, D] where `tokens` were chosen."""
-        seen = [Step(token, output) for token, output in zip(tokens, outputs.unbind(1))]
-        if settings.soft_k:
-            for step, soft, ids in zip(seen, *likeliest_tokens(logits, settings.soft_k)):
-                step.soft = soft
-                step.soft_ids = ids
-        for i, step in zip(indices, seen):
-            steps[i].append(step)
+        soft = likeliest_tokens(logits, settings.soft_k) if settings.soft_k else ()
+        for i, *step in zip(indices, tokens, outputs.unbind(1), *soft):
+            steps[i].append(tuple(step))
 
     decoding = Decoding(
         max_tokens=settings.max_tokens,
@@ -206,7 +180,8 @@ def generate_responses(
         hooks=settings.hooks,
     )
     responses = generate(model, tokenizer, prompts, decoding, watch, observer)
-    for row, response, seen in zip(rows, responses, steps):
+    unrecorded = []
+    for i, (row, response) in enumerate(zip(rows, responses)):
         row.answer = (response + tokenizer.closing)[: settings.max_tokens]
         if not row.answer:
             prompt_end = tokenizer.decode(row.prompt)[-60:]
@@ -214,13 +189,14 @@ def generate_responses(
                 "the checkpoint's config.json names no eos_token_id that would end it; add it there"
             )
             raise UsageError(f"the model's answer to {prompt_end!r} is empty, and {lack}")
-        seen = seen[: len(row.answer)]
-        if [step.token for step in seen[: len(response)]] != response:
+        tokens, outputs, *soft = zip(*steps[i][: len(row.answer)])
+        if list(tokens[: len(response)]) != response:
+            unrecorded.append(i)
             continue
-        row.activations = torch.stack([step.output for step in seen], 1)
-        if settings.soft_k:
-            row.soft = torch.stack([step.soft for step in seen])
-            row.soft_ids = torch.stack([step.soft_ids for step in seen])
+        row.activations = torch.stack(outputs, 1)
+        if soft:
+            row.soft, row.soft_ids = map(torch.stack, soft)
+    record_targets(model, [rows[i] for i in unrecorded], [prompts[i] for i in unrecorded], settings)
 
 
 def likeliest_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -242,40 +218,28 @@ def record_targets(
     `model` may be a partial that holds a shared prefix; `prompts` are then what follows it. With `of_stream` it fills
     in `states` in place of `activations`.
     """
+    single = settings.max_tokens == 1
+    needs_logits = single or settings.soft_k
     lengths = [len(prompt) + len(row.answer) for prompt, row in zip(prompts, rows)]
     for group in by_length(lengths, settings.budget):
         some_rows = [rows[i] for i in group]
-        some_prompts = [prompts[i] for i in group]
-        record_group(model, some_rows, some_prompts, settings, of_stream)
+        full = [TokenRow(prompts[i], rows[i].answer) for i in group]
+        batch = collate([full]).to(device_of(model))
+        taps = Taps(batch.at, settings.layers, of_stream)
+        logits = model(batch.ids, taps=taps, logits=batch.at if needs_logits else False)
+        sizes = [len(row.answer) for row in some_rows]
+        for row, outputs in zip(some_rows, taps.stack().split(sizes, dim=1)):
+            if of_stream:
+                row.states = outputs
+            else:
+                row.activations = outputs
+        if settings.soft_k:
+            soft, soft_ids = likeliest_tokens(logits, settings.soft_k)
+            for row, row_soft, row_ids in zip(some_rows, soft.split(sizes), soft_ids.split(sizes)):
+                row.soft = row_soft
+                row.soft_ids = row_ids
+        if single:
+            for row, token in zip(some_rows, logits.argmax(-1).tolist()):
+                row.answer = [token]
         if watch:
             watch(len(group))
-
-
-def record_group(
-    model: Callable,
-    rows: list[TokenRow],
-    prompts: list[list[int]],
-    settings: TeacherSettings,
-    of_stream: bool,
-) -> None:
-    """`record_targets` in one pass."""
-    single = settings.max_tokens == 1
-    full = [TokenRow(prompt, row.answer) for prompt, row in zip(prompts, rows)]
-    batch = collate([full]).to(device_of(model))
-    taps = Taps(batch.at, settings.layers, of_stream)
-    needs_logits = single or settings.soft_k
-    logits = model(batch.ids, taps=taps, logits=batch.at if needs_logits else False)
-    sizes = [len(row.answer) for row in rows]
-    for row, outputs in zip(rows, taps.stack().split(sizes, dim=1)):
-        if of_stream:
-            row.states = outputs
-        else:
-            row.activations = outputs
-    if settings.soft_k:
-        soft, soft_ids = likeliest_tokens(logits, settings.soft_k)
-        for row, row_soft, row_ids in zip(rows, soft.split(sizes), soft_ids.split(sizes)):
-            row.soft = row_soft
-            row.soft_ids = row_ids
-    if single:
-        for row, token in zip(rows, logits.argmax(-1).tolist()):
-            row.answer = [token]

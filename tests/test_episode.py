@@ -116,7 +116,9 @@ def with_queries(episode, queries):
     """The episode with rows without answers, each after two training rows of its own."""
     shown = [[episode.train[i], episode.train[i + 1]] for i in range(len(queries))]
     return replace(
-        episode, unlabelled=[replace(row, answer="") for row in queries], more_demonstrations=shown
+        episode,
+        unlabelled=[replace(row, answer="") for row in queries],
+        demonstrations=episode.demonstrations + shown,
     )
 
 
@@ -125,19 +127,12 @@ def test_what_controls_show_the_teacher():
     episode, other = (with_queries(draw_episode(rows, 5, 1), rows[-3:]) for rows in (pool, POOL))
     assert controlled(episode, "true", None) is episode
     nothing = controlled(episode, "none", None)
-    assert nothing.demonstrations == [[]] * 7 and nothing.more_demonstrations == [[]] * 3
+    assert nothing.demonstrations == [[]] * 10
     another = controlled(episode, "other", lambda: other)
-    assert (another.demonstrations, another.more_demonstrations) == (
-        other.demonstrations,
-        other.more_demonstrations,
-    )
+    assert another.demonstrations == other.demonstrations
     moved = controlled(episode, "shuffled", None, seed=3)
     answers = {row.prompt: row.answer for row in episode.train}
-    seen = {
-        row.prompt: row
-        for shown in moved.demonstrations + moved.more_demonstrations
-        for row in shown
-    }
+    seen = {row.prompt: row for shown in moved.demonstrations for row in shown}
     assert seen.keys() == answers.keys() and sorted(row.answer for row in seen.values()) == sorted(
         answers.values()
     )

@@ -21,7 +21,8 @@ def test_only_ia2_trains_on_them():
     queries = [replace(row, answer="") for row in pool if row not in episode.train + episode.dev][
         :3
     ]
-    episode = replace(episode, unlabelled=queries, more_demonstrations=[episode.train] * 3)
+    demonstrations = episode.demonstrations + [episode.train] * 3
+    episode = replace(episode, unlabelled=queries, demonstrations=demonstrations)
     taught = teach(model, tokenizer, episode)
     assert [len(rows) for rows in (taught.train, taught.dev, taught.icl_train, taught.icl_dev)] == [
         4,
@@ -46,13 +47,13 @@ def test_a_fit_with_and_without_them():
         for some in ([], queries)
     )
     for fold in more.folds:
-        assert fold.unlabelled == queries and len(fold.more_demonstrations) == 6
+        assert fold.unlabelled == queries and len(fold.demonstrations) == len(fold.train) + 6
         held = {own[i].prompt for i in fold.test}
-        for shown in fold.more_demonstrations:
+        for shown in fold.demonstrations[-6:]:
             assert sorted(shown, key=str) == sorted(fold.train, key=str)
             assert not held & {row.prompt for row in shown}
     assert [
-        replace(fold, unlabelled=[], more_demonstrations=[]) for fold in more.folds
+        replace(fold, unlabelled=[], demonstrations=fold.demonstrations[:-6]) for fold in more.folds
     ] == alone.folds
     without = train_folds(alone)
     with_queries = train_folds(more)

@@ -20,28 +20,18 @@ def controlled(
     if teacher == "true":
         return episode
     if teacher == "other":
-        there = other()
-        return replace(
-            episode,
-            demonstrations=there.demonstrations,
-            more_demonstrations=there.more_demonstrations,
-        )
+        return replace(episode, demonstrations=other().demonstrations)
     moved = {}
     if teacher == "shuffled":
         ring = shuffled(episode.train, seeded(seed, 0, "answers in other places"))
         for row, following in zip(ring, ring[1:] + ring[:1]):
             moved[row] = replace(row, answer=following.answer, label=following.label)
 
-    def seen(shown: list[list[Example]]) -> list[list[Example]]:
-        if teacher == "none":
-            return [[] for _ in shown]
-        return [[moved[row] for row in rows] for rows in shown]
-
-    return replace(
-        episode,
-        demonstrations=seen(episode.demonstrations),
-        more_demonstrations=seen(episode.more_demonstrations),
-    )
+    demonstrations = []
+    for shown in episode.demonstrations:
+        kept = [] if teacher == "none" else shown
+        demonstrations.append([moved[row] for row in kept])
+    return replace(episode, demonstrations=demonstrations)
 
 
 @dataclass

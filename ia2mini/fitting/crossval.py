@@ -179,9 +179,8 @@ def make_folds(cv: CrossValidation) -> list[Fold]:
     draw = partial(choose_demonstrations, cv)
     folds = []
     for number, fold in enumerate(draw_folds(cv.rows, parts, draw, options.seed)):
-        demonstrations = before_unlabelled(cv, number, fold.train)
-        fold = replace(fold, unlabelled=cv.unlabelled, more_demonstrations=demonstrations)
-        folds.append(fold)
+        demonstrations = fold.demonstrations + before_unlabelled(cv, number, fold.train)
+        folds.append(replace(fold, unlabelled=cv.unlabelled, demonstrations=demonstrations))
     return folds
 
 

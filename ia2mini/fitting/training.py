@@ -117,14 +117,8 @@ def train_final(cv: CrossValidation, candidate: Candidate) -> Tensor:
     number = len(cv.folds)  # draws that no fold has made
     draw = partial(choose_demonstrations, cv)
     rng = seeded(cv.options.seed, number, "final")
-    episode = Episode(
-        train=rows,
-        dev=[],
-        demonstrations=demonstrations_among(rows, draw, rng),
-        icl=[],
-        unlabelled=cv.unlabelled,
-        more_demonstrations=before_unlabelled(cv, number, rows),
-    )
+    demonstrations = demonstrations_among(rows, draw, rng) + before_unlabelled(cv, number, rows)
+    episode = Episode(rows, [], demonstrations, icl=[], unlabelled=cv.unlabelled)
     name = f"all rows at rate {rate:g}"
     experiment = make_experiment(cv, name, [episode], (candidate.name,), (rate,))
     theta = train_all(experiment)[candidate.name].theta
