@@ -1,7 +1,6 @@
 """The methods of the paper, each a few lines: which losses a phase sums, on whose answers, from which weights."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -212,17 +211,3 @@ STARTS_FROM = {
     "hidden-sft": "hidden",
     "ridge-sft": "ridge",
 }
-
-
-@contextmanager
-def further(methods: dict[str, Callable], starts_from: dict[str, str]) -> Iterator[None]:
-    """Within the block METHODS and STARTS_FROM have these entries, too; their names must be new."""
-    METHODS.update(methods)
-    STARTS_FROM.update(starts_from)
-    try:
-        yield
-    finally:
-        for name in methods:
-            del METHODS[name]
-        for name in starts_from:
-            del STARTS_FROM[name]

@@ -42,8 +42,6 @@ class Settings:
     layers: list[int] | None = None  # whose attention outputs are aligned; None: all
     # keep a run's last weights, not its best: what the paper's released scripts do
     keep_last: bool = False
-    # exactly so many, whatever the dev loss, and the last weights are kept
-    steps: int | None = None
 
 
 @dataclass
@@ -78,17 +76,6 @@ class Trained:
     # [R] int64, the last phase's step at which a dev loss was NaN or infinite; 0: it never was
     broken: Tensor
 
-    def troubles(self) -> list[str]:
-        """What went wrong in each run; "" where nothing did."""
-        return [self.trouble(r) for r in range(len(self.broken))]
-
-    def trouble(self, r: int) -> str:
-        if not self.broken[r]:
-            return ""
-        if self.best[r] == 0:
-            return f"failed at step {self.broken[r]}: no finite loss"
-        return f"diverged at step {self.broken[r]}, kept as of step {self.best[r]}"
-
 
 @dataclass
 class State:
@@ -103,9 +90,9 @@ class State:
     best_theta: Tensor  # [R, M], the weights that are kept
     dev_loss: Tensor  # [R], the lowest so far
     misses: Tensor  # [R] int64, evaluations since the lowest dev loss
-    steps: Tensor  # [R] int64, the step of the last evaluation
-    best: Tensor  # [R] int64, the step of the weights that are kept
-    broken: Tensor  # [R] int64, the step at which the dev loss was not finite; 0: none
+    last_step: Tensor  # [R] int64, of the last evaluation
+    best_step: Tensor  # [R] int64, of the weights that are kept
+    broken_step: Tensor  # [R] int64, at which the dev loss was not finite; 0: none
     going: Tensor  # [R] bool, who still trains
     step: int = 0
 
@@ -122,9 +109,9 @@ class State:
             best_theta=torch.full_like(theta, torch.nan),
             dev_loss=torch.full((R,), torch.inf),
             misses=torch.zeros(R, dtype=torch.int64),
-            steps=torch.zeros(R, dtype=torch.int64),
-            best=torch.zeros(R, dtype=torch.int64),
-            broken=torch.zeros(R, dtype=torch.int64),
+            last_step=torch.zeros(R, dtype=torch.int64),
+            best_step=torch.zeros(R, dtype=torch.int64),
+            broken_step=torch.zeros(R, dtype=torch.int64),
             going=torch.ones(R, dtype=torch.bool),
         )
 
@@ -142,7 +129,7 @@ class State:
         self.dev_loss[better] = losses[better]
         self.misses += 1
         self.misses[better] = 0
-        self.broken[self.going & ~finite] = self.step
+        self.broken_step[self.going & ~finite] = self.step
         self.going &= finite & (self.misses < settings.patience)
 
     @torch.no_grad()
@@ -150,11 +137,17 @@ class State:
         """Keep the weights of these runs, [R] bool, as they are now; note the step of all that still train."""
         on_device = send(kept[:, None], self.theta.device)
         self.best_theta = torch.where(on_device, self.theta, self.best_theta)
-        self.best[kept] = self.step
-        self.steps[self.going] = self.step
+        self.best_step[kept] = self.step
+        self.last_step[self.going] = self.step
 
     def trained(self) -> Trained:
-        return Trained(self.best_theta, self.dev_loss, self.steps, self.best, self.broken)
+        return Trained(
+            theta=self.best_theta,
+            dev_loss=self.dev_loss,
+            steps=self.last_step,
+            best=self.best_step,
+            broken=self.broken_step,
+        )
 
 
 def one_batch(runs: list[list[TokenRow]]) -> list[Batch]:
@@ -178,17 +171,13 @@ class Hooks:
     after_evaluation: Callable[[State], bool] = never_stop
 
 
-DEFAULTS = Settings()
-NO_HOOKS = Hooks()
-
-
 def train(
     model: nn.Module,
     adapter: Adapter,
     runs: Runs,
-    settings: Settings = DEFAULTS,
+    settings: Settings = Settings(),
     state: State | None = None,
-    hooks: Hooks = NO_HOOKS,
+    hooks: Hooks = Hooks(),
 ) -> State:
     """Train R runs by Adam on the sum of their losses; no run's gradient depends on another's.
 
@@ -203,7 +192,7 @@ def train(
         state = State.begin(runs.theta)
     rates = send(runs.rates[:, None], device)
     dev = []
-    if settings.steps is None and runs.dev[0]:
+    if runs.dev[0]:
         dev = [batch.to(device) for batch in hooks.collate(runs.dev)]
 
     def step(*batches: Batch) -> None:
@@ -230,8 +219,6 @@ def train(
                 state.keep(state.going)
             if hooks.after_evaluation(state) or not state.going.any():
                 break
-    if settings.steps is not None:
-        state.keep(state.going)
     return state
 
 
@@ -239,8 +226,8 @@ def train_runs(
     model: nn.Module,
     adapter: Adapter,
     runs: Runs,
-    settings: Settings = DEFAULTS,
-    hooks: Hooks = NO_HOOKS,
+    settings: Settings = Settings(),
+    hooks: Hooks = Hooks(),
 ) -> Trained:
     """`train` from the beginning, and what it gave."""
     return train(model, adapter, runs, settings, hooks=hooks).trained()
@@ -253,9 +240,8 @@ def portions(
     rows = len(runs.train[0])
     size = settings.batch_size
     steps_an_epoch = math.ceil(rows / size)
-    steps = settings.epochs * steps_an_epoch if settings.steps is None else settings.steps
     batches = []
-    for step in range(start, steps):
+    for step in range(start, settings.epochs * steps_an_epoch):
         epoch, place = divmod(step, steps_an_epoch)
         same_again = batches and steps_an_epoch == 1  # every step has all rows
         if not same_again:
@@ -267,7 +253,7 @@ def portions(
             batches = [batch.to(runs.theta.device) for batch in collate(chosen)]
         epoch_ends = place == steps_an_epoch - 1
         every_second = step % 2 == 1 and bool(runs.dev[0])
-        yield batches, settings.steps is None and (every_second or epoch_ends)
+        yield batches, every_second or epoch_ends
 
 
 @fused

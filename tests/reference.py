@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from ia2mini.adapters import LoRA, unpack
 from ia2mini.batch import TokenRow
-from ia2mini.train import DEFAULTS, NO_HOOKS, Runs, State
+from ia2mini.train import Hooks, Runs, Settings, State
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -304,6 +304,10 @@ def starts(adapter, model, runs: int) -> torch.Tensor:
 def in_order(run: int, epoch: int) -> list[int]:
     """The order of a run's four rows in an epoch."""
     return np.random.default_rng([run, epoch]).permutation(4).tolist()
+
+
+DEFAULTS = Settings()
+NO_HOOKS = Hooks()
 
 
 def from_start(trainer):

@@ -14,7 +14,7 @@ from shipping import shipping
 from test_train import ADAPTERS, TRAINERS
 
 from ia2mini import FitOptions, fit, open_subject
-from ia2mini.engine.experiment import warn_of_failed_runs
+from ia2mini.engine.experiment import troubles, warn_of_failed_runs
 from ia2mini.engine.options import Options
 from ia2mini.fitting.crossval import make_cross_validation
 from ia2mini.fitting.rows import read_own
@@ -110,13 +110,13 @@ def test_what_is_kept_of_a_run_that_diverges_after_a_good_loss(keep_last):
         state.theta.detach().fill_(step)
         state.note(torch.tensor(losses), settings)
     assert state.going.tolist() == [True, False, False]
-    assert state.steps.tolist() == [4, 4, 1] and state.broken.tolist() == [0, 4, 1]
+    assert state.last_step.tolist() == [4, 4, 1] and state.broken_step.tolist() == [0, 4, 1]
     assert (
         state.best_theta[:2, 0].tolist() == [4, 3 if keep_last else 2]
         and state.best_theta[2].isnan()
     )
     kept = f"diverged at step 4, kept as of step {3 if keep_last else 2}"
-    assert state.trained().troubles() == ["", kept, "failed at step 1: no finite loss"]
+    assert troubles(state.trained()) == ["", kept, "failed at step 1: no finite loss"]
 
 
 def told(call) -> list[str]:

@@ -30,7 +30,7 @@ from ia2mini.fitting.training import experiment_of_folds, train_folds
 from ia2mini.methods import METHODS, Grid
 from ia2mini.metrics import ece, fit_temperature
 from ia2mini.tasks import world
-from ia2mini.train import Trained, train
+from ia2mini.train import Hooks, Trained, train
 
 QUICK = FitOptions(epochs=4, rates=(1e-2,), methods=("sft",), folds=3)
 
@@ -101,7 +101,7 @@ def test_a_fold_among_others_equals_it_alone(subject, method):
     trained = train_folds(cv)
     together = trained[method]
     experiment = experiment_of_folds(cv)
-    taught = make_grid(experiment, teach_all(experiment))
+    taught = make_grid(experiment, teach_all(experiment), Hooks())
     for number in range(3):
         mine = slice(2 * number, 2 * number + 2)
         first = []

@@ -263,10 +263,10 @@ def test_a_step_holds_no_copy_of_the_weights(ours, long, weights, loss, capsys):
     rows = [TokenRow(ids[:16], ids[16:20], targets) for ids in long]
     theta = torch.stack([adapter.init(torch.Generator().manual_seed(r)) for r in range(3)])
     mix, orders = {loss: torch.ones(3)}, [lambda epoch: range(4)] * 3
-    runs = Runs(theta, torch.full((3,), 1e-4), [rows] * 3, [rows] * 3, mix, orders)
-    peak = allocated(lambda: train_runs(model, adapter, runs, Settings(steps=1)))
+    runs = Runs(theta, torch.full((3,), 1e-4), [rows] * 3, [[]] * 3, mix, orders)
+    peak = allocated(lambda: train_runs(model, adapter, runs, Settings(epochs=1)))
     begin = time.perf_counter()
-    train_runs(model, adapter, runs, Settings(steps=3))
+    train_runs(model, adapter, runs, Settings(epochs=3))
     seconds = (time.perf_counter() - begin) / 3
     tell(
         capsys,

@@ -207,7 +207,7 @@ def test_runs_in_parts_do_not_race(model):
 
     def steps(trainer: Callable, racing: bool) -> list[int]:
         hooks = Hooks(after_evaluation=Race(torch.tensor([0, 1, 0, 1]))) if racing else Hooks()
-        return trainer(model, adapter, runs, settings, hooks=hooks).steps.tolist()
+        return trainer(model, adapter, runs, settings, hooks=hooks).last_step.tolist()
 
     whole, raced = steps(train, False), steps(train, True)
     assert whole == [24] * 4 and raced[1] == raced[3] < 24, "the smallest rate is beaten"
@@ -234,8 +234,8 @@ def test_the_plain_loop_equals_the_loop_with_all_that_wraps_it(model, kind, mix)
         wrapped = trainer(*arguments, hooks=Hooks(collate=in_batches))
     assert tried[:2] == [4, 2] and tried.count(2) >= 2 and (kind == "ia3" or 1 in tried)
     assert any(batch.packed is not None for batch in in_batches(whole.train))
-    assert kind == "ia3" or len(set(plain.steps.tolist())) > 1, "runs end at different steps"
-    for name in ("index", "steps", "best", "broken", "going"):
+    assert kind == "ia3" or len(set(plain.last_step.tolist())) > 1, "runs end at different steps"
+    for name in ("index", "last_step", "best_step", "broken_step", "going"):
         assert torch.equal(getattr(plain, name), getattr(wrapped, name)), name
     for r in range(4):
         assert relative(wrapped.best_theta[r], plain.best_theta[r]) <= 1e-5
@@ -361,15 +361,6 @@ def test_the_released_scripts_keep_the_last_state(model):
     best, _, _ = overfitting(model, epochs=3, patience=99)
     assert torch.equal(last.dev_loss, best.dev_loss) and not torch.equal(last.theta, best.theta)
     assert again > last.dev_loss.item() + 0.01
-
-
-def test_exactly_so_many_steps_are_taken_and_the_last_weights_kept(model):
-    last, _, _ = overfitting(model, epochs=3, patience=99, keep_last=True)
-    exact, looks, again = overfitting(model, epochs=1, patience=1, steps=3)
-    assert torch.equal(exact.theta, last.theta) and looks == []
-    assert (
-        exact.steps.tolist() == exact.best.tolist() == [3] and again > last.dev_loss.item() + 0.01
-    )
 
 
 def test_only_the_chosen_layers_are_aligned(model):

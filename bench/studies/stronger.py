@@ -13,10 +13,11 @@ from pathlib import Path
 from ia2mini import UsageError
 from ia2mini.cli.group import progress
 from ia2mini.engine.options import METHOD_NAMES, Options
+from ia2mini.engine.own_loss import further
 from ia2mini.engine.select import grouped
 from ia2mini.engine.subject import Subject
 from ia2mini.files import json_line, write_text
-from ia2mini.methods import ICL, METHODS, STARTS_FROM, Grid
+from ia2mini.methods import ICL, Grid
 from ia2mini.report.summary import average, paired
 from ia2mini.study.study import compare
 from ia2mini.tasks import Task, custom_task
@@ -76,18 +77,14 @@ def own_sft(grid: Grid, aligned: Trained) -> Trained:
 def further_methods() -> Iterator[None]:
     """Within the block a study knows the methods of this one."""
     names = {"sdft": "SDFT", "own": "IA2, own weights", "own-sft": "IA2→SFT, own weights"}
-    starts_from = {"own": "icl-sft", "own-sft": "own"}
-    METHODS.update({"sdft": sdft, "own": own, "own-sft": own_sft})
+    methods = {"sdft": sdft, "own": own, "own-sft": own_sft}
     METHOD_NAMES.update(names)
-    STARTS_FROM.update(starts_from)
     try:
-        yield
+        with further(methods, {"own": "icl-sft", "own-sft": "own"}):
+            yield
     finally:
         for name in names:
-            del METHODS[name]
             del METHOD_NAMES[name]
-        for name in starts_from:
-            del STARTS_FROM[name]
 
 
 def stronger(subject: Subject, options: Options, part: str, data: Path | None = None) -> Result:

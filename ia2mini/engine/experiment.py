@@ -23,7 +23,7 @@ from ..scale.parts import over_ranks
 from ..scale.race import Race
 from ..scale.shrink import shrinking
 from ..teacher import Taught, TeacherSettings, balanced, teach, true_rows
-from ..train import NO_HOOKS, Hooks, Settings, State, Trained, train
+from ..train import Hooks, Settings, State, Trained, train
 from .options import ICL_SFT, AdapterOptions, last_phase, matrices, need_teacher
 from .progress import Progress
 from .store import Store
@@ -214,7 +214,7 @@ def count_steps(settings: Settings, episode: Episode, method: str) -> int:
     return settings.epochs * math.ceil(rows / settings.batch_size)
 
 
-def make_grid(experiment: Experiment, taught: list[Taught], hooks: Hooks = NO_HOOKS) -> Grid:
+def make_grid(experiment: Experiment, taught: list[Taught], hooks: Hooks) -> Grid:
     """Every taught episode at every learning rate."""
     return Grid(
         model=experiment.subject.model,
@@ -242,11 +242,24 @@ def make_race(experiment: Experiment, method: str, runs: int) -> Race | None:
 def warn_of_failed_runs(experiment: Experiment, method: str, found: Trained) -> None:
     """Warn of the runs whose dev loss was not finite. Raises UsageError if no learning rate is left."""
     told = []
-    for name, trouble in zip(run_names(experiment, method), found.troubles()):
+    for name, trouble in zip(run_names(experiment, method), troubles(found)):
         if trouble:
             told.append(f"{name} {trouble}")
     finite = found.dev_loss.isfinite().view(len(experiment.episodes), -1)
     warn_of_failed(f"{experiment.name}, {method}", told, bool(finite.all(0).any()))
+
+
+def troubles(trained: Trained) -> list[str]:
+    """What went wrong in each run; "" where nothing did."""
+    found = []
+    for broken, best in zip(trained.broken.tolist(), trained.best.tolist()):
+        if not broken:
+            found.append("")
+        elif best == 0:
+            found.append(f"failed at step {broken}: no finite loss")
+        else:
+            found.append(f"diverged at step {broken}, kept as of step {best}")
+    return found
 
 
 def run_names(experiment: Experiment, method: str) -> list[str]:

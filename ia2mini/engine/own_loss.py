@@ -12,7 +12,7 @@ from types import ModuleType
 
 from .. import UsageError
 from ..errors import out_of_memory
-from ..methods import ICL, Grid, further, then_sft
+from ..methods import ICL, METHODS, STARTS_FROM, Grid, then_sft
 from ..train import Trained
 from .options import METHOD_NAMES, Options
 
@@ -114,6 +114,20 @@ def registered(losses: list[OwnLoss]) -> AbstractContextManager:
         methods.update(loss.methods())
         starts_from[f"{loss.name}-sft"] = loss.name
     return further(methods, starts_from)
+
+
+@contextmanager
+def further(methods: dict[str, Callable], starts_from: dict[str, str]) -> Iterator[None]:
+    """Within the block METHODS and STARTS_FROM have these entries, too; their names must be new."""
+    METHODS.update(methods)
+    STARTS_FROM.update(starts_from)
+    try:
+        yield
+    finally:
+        for name in methods:
+            del METHODS[name]
+        for name in starts_from:
+            del STARTS_FROM[name]
 
 
 def with_methods_of(losses: list[OwnLoss], options: Options) -> Options:

@@ -83,8 +83,11 @@ def make_experiment(
 
 def time_a_step(cv: CrossValidation, experiment: Experiment) -> None:
     """Say how long all training will take, from one timed step of SFT."""
-    one_step = replace(experiment, settings=replace(cv.settings, steps=1))
-    grid = make_grid(one_step, true_sets(experiment), Hooks(in_batches))
+    first_batches = []
+    for taught in true_sets(experiment):
+        first_batches.append(replace(taught, train=taught.train[: cv.settings.batch_size]))
+    one_step = replace(experiment, settings=replace(cv.settings, epochs=1))
+    grid = make_grid(one_step, first_batches, Hooks(in_batches))
     with cv.bar("timing a step", 2) as bar:
         sft(grid)  # the first is slower
         bar.update()

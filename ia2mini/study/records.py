@@ -4,6 +4,7 @@ from statistics import fmean
 
 import torch
 
+from ..engine.experiment import troubles
 from ..engine.options import UNTRAINED
 from ..engine.peft import save_adapter
 from ..engine.select import at_config, chosen
@@ -32,10 +33,9 @@ def training_records(cell: Cell, trained: dict[str, Trained]) -> dict[str, list[
         if method in UNTRAINED:
             continue
         runs = trained[method]
-        troubles = runs.troubles()
         records = []
         each = configs(method, len(cell.episodes), cell.study.rates, cell.study.betas)
-        for r, (number, rate, beta) in enumerate(each):
+        for r, ((number, rate, beta), trouble) in enumerate(zip(each, troubles(runs))):
             record = cell_fields(cell)
             record["method"] = method
             record["adapter"] = cell.study.options.adapter_name
@@ -44,7 +44,7 @@ def training_records(cell: Cell, trained: dict[str, Trained]) -> dict[str, list[
             record["beta"] = beta
             record["dev_loss"] = runs.dev_loss[r].item()
             record["steps"] = int(runs.steps[r])
-            record["trouble"] = troubles[r]
+            record["trouble"] = trouble
             records.append(record)
         found[method] = records
     return found
