@@ -371,34 +371,30 @@ def test_the_figure_of_gains_reads_the_newest_results(tmp_path):
     assert result.ratios["real relations, SmolLM2-135M, ICL ahead of SFT: mean gain of 2"] == 3
 
 
-def test_fits_of_real_rows_are_judged_by_fresh_ones(shared_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(fit, "REAL", {"sst2": fit.REAL["sst2"]})
-    monkeypatch.setattr(fit, "SOME", 10)
-    subject = open_subject(str(shared_data / "checkpoints" / "stories260k"), "cpu")
+def test_generated_fits_are_judged_by_fresh_rows(monkeypatch):
+    generated = fit.generated
+    monkeypatch.setattr(fit, "FRESH", 20)
+    monkeypatch.setattr(fit, "generated", lambda number: generated(number, ("words", "random")))
     options = FitOptions(
-        methods=("sft", "ridge-sft"), epochs=1, rates=(1e-3,), folds=2, demonstrations=2
+        methods=("sft", "ridge-sft"), epochs=1, rates=(1e-2,), folds=2, demonstrations=2
     )
-    monkeypatch.chdir(tmp_path)
-    found = fit.real(subject, shared_data, 2, (6,), options)
-    assert [line.what for line in found.lines] == [
-        "sst2, 6 a label, draw 0",
-        "sst2, 6 a label, draw 1",
-    ]
+    found = fit.gate(open_subject("tiny", "cpu"), 2, options)
+    assert [line.what.split()[0] for line in found.lines] == ["words", "random"]
     for line in found.lines:
         rates = line.rates
         names = {"base", "icl", "sft", "ridge-sft"}
-        assert {f"% {name}" for name in names} | {
-            "stated %",
-            "stated low",
-            "stated high",
-        } <= rates.keys()
-        assert all(rates[f"% {name}"] % 10 == 0 for name in names), "of ten fresh rows"
+        stated = {"stated %", "stated low", "stated high"}
+        assert {f"% {name}" for name in names} | stated <= rates.keys()
+        for name in names:
+            right = rates[f"% {name}"] / 5
+            assert right == pytest.approx(round(right)), "of twenty fresh rows"
         shipped = rates[f"% {line.stack.removeprefix('ships ')}"]
         lost = max(rates["% base"], rates["% icl"], rates["% sft"]) - shipped
         assert line.note.startswith(f"{-lost:+.1f} points")
         held = rates["stated low"] <= shipped <= rates["stated high"]
         assert held != ("outside" in line.note)
-    monkeypatch.setattr(
-        fit, "fresh_scores", lambda *_: pytest.fail("what was kept is computed again")
-    )
-    assert fit.real(subject, shared_data, 2, (6,), options).lines == found.lines
+    words, random_labels = found.lines
+    share = 0.0 if "outside" in words.note else 1.0
+    assert found.ratios["share within the stated interval, all (1)"] == share
+    none = 1 if random_labels.stack == "ships base" else 0
+    assert f"nothing shipped for {none} of 1" in found.remarks[-1]

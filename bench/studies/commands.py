@@ -22,7 +22,7 @@ from .causes import MATCHED, causes
 from .choice import choice, race
 from .controls import TEACHERS
 from .effect import METHODS, TASKS, effect
-from .fit import REAL, fit
+from .fit import REAL, gate
 from .gain import gain
 from .rivals import DATA_SETS, PARTS, Cells, rivals
 from .stronger import stronger
@@ -125,11 +125,7 @@ def gain_command(save):
     finish([result], "python -m bench gain", save, name="gain")
 
 
-@click.command("fit", help=fit.__doc__)
-@click.option(
-    "--part", type=click.Choice(["all", "sft", "gate", "real"]), default="all", show_default=True
-)
-@click.option("--seeds", default=10, show_default=True, help="draws of the rows")
+@click.command("fit", help=gate.__doc__)
 @click.option(
     "--tasks", default=114, show_default=True, help="generated; one in eight has random labels"
 )
@@ -137,20 +133,11 @@ def gain_command(save):
 @click.option(
     "--methods", type=CommaSeparated(str), default=",".join(FitOptions().methods), show_default=True
 )
-@click.option(
-    "--sizes",
-    type=CommaSeparated(int, least=2),
-    default="8,16",
-    show_default=True,
-    help="real rows a label",
-)
-@combine_options(*FOUND, SAVE)
-def fit_command(part, methods, model, data_dir, dtype, sizes, save, **counts):
-    on = {"model": model, "data_dir": data_dir, "dtype": dtype, "sizes": sizes}
-    results = fit(part, counts, methods, on)
-    for result in results:
-        show(result)
-    finish(results, typed(model), save, name=f"fit-{part}")
+@SAVE
+def fit_command(tasks, save, **given):
+    result = gate(open_subject("tiny", "cpu"), tasks, FitOptions(**given))
+    show(result)
+    finish([result], typed(), save, name="fit-gate")
 
 
 @click.command("rivals", help=rivals.__doc__)

@@ -1,22 +1,21 @@
-"""`fit`: does what `ia2mini fit` ships harm, and is it told what it is worth? On generated tasks and on real rows."""
+"""`fit`: does what `ia2mini fit` ships harm, and is it told what it is worth? On generated tasks.
+
+Also the real rows on which `rivals` asks the same.
+"""
 
 import random
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
-from functools import partial
-from itertools import product
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 import click
 import torch
 
-from ia2mini import UsageError, metrics
-from ia2mini.engine.intervals import paired_test
+from ia2mini import metrics
 from ia2mini.engine.options import FitOptions
-from ia2mini.engine.store import Store, checkpoint_digest
-from ia2mini.engine.subject import Subject, open_subject
+from ia2mini.engine.subject import Subject
 from ia2mini.fitting.crossval import CrossValidation
 from ia2mini.fitting.fit import make_choice, prepare_fit, ship
 from ia2mini.fitting.held_out import answer_held_out, fit_final_probe
@@ -26,14 +25,11 @@ from ia2mini.fitting.rows import Columns
 from ia2mini.fitting.selection import Candidate
 from ia2mini.fitting.training import train_final, train_folds
 from ia2mini.methods import METHODS
-from ia2mini.report.summary import interval
 from ia2mini.tasks import world
 from ia2mini.tasks.rows import read_rows
 
 from ..report import Line, Result
-from .reopened import RUNS
 
-TOYS = ("toy-mood", "toy-topic", "toy-mood-flip", "toy-mood-remap")
 # what generated tasks are, in turn
 KINDS = ("words", "words", "words", "digits", "digits", "pair", "length", "random")
 # folder -> column of the text, file of fresh rows, words of the labels; the cheapest first
@@ -64,10 +60,7 @@ class Trial:
     nll: dict[str, float]  # on the same fresh rows
     ece: dict[str, float]
     held_out: dict[str, float]  # accuracy (%) on its own rows, by cross-validation
-    losses: dict[str, list[float]]  # of its own rows, held out
-    right: dict[str, list[bool]]
     shipped: str
-    choices: list[str]  # what the rule takes for each fold, without its rows
     stated: list[float]  # accuracy (%) of what is shipped, as the report says it: mean, low, high
 
     @property
@@ -82,17 +75,9 @@ class Trial:
         return low <= self.accuracy[self.shipped] <= high
 
 
-def trial(
-    subject: Subject,
-    rows: list[dict],
-    fresh: list[dict],
-    options: FitOptions,
-    store: Store | None = None,
-) -> Trial:
+def trial(subject: Subject, rows: list[dict], fresh: list[dict], options: FitOptions) -> Trial:
     """Fit `rows`; what is shipped and each candidate, trained on all rows at its own rate, answer `fresh` ones."""
     cv = prepare_fit(rows, subject, options, columns_of(rows))
-    if store is not None:
-        cv.store = store
     fitted, choice = fit_folds(cv)
     found = choice.candidates
     gold = torch.tensor([cv.task.labels.index(row[cv.task.answer_column]) for row in fresh])
@@ -101,8 +86,9 @@ def trial(
     ece = {}
     for name in cv.candidate_names:
         candidate = found[name]
-        make = partial(fresh_scores, cv, fitted, candidate, fresh)
-        scores = cv.store.once(f"fresh-{name}", make)["scores"] / candidate.temperature
+        answers = alone(cv, fitted, candidate).full_answers(fresh)
+        scores = torch.tensor([answer["log_probabilities"] for _, answer in answers])
+        scores /= candidate.temperature
         accuracy[name] = 100 * (scores.argmax(-1) == gold).double().mean().item()
         nll[name] = metrics.row_losses(scores, gold).mean().item()
         highest = scores.double().softmax(-1).max(-1)
@@ -113,10 +99,7 @@ def trial(
         nll=nll,
         ece=ece,
         held_out={name: 100 * one["acc"][0] for name, one in report["candidates"].items()},
-        losses={name: one.losses.tolist() for name, one in found.items()},
-        right={name: one.right.tolist() for name, one in found.items()},
         shipped=report["chosen"],
-        choices=report["chosen_by_fold"],
         stated=[100 * share for share in report["shipped"]["acc"]],
     )
 
@@ -126,14 +109,6 @@ def fit_folds(cv: CrossValidation) -> tuple[Predictor, Choice]:
     held_out = answer_held_out(cv, train_folds(cv))
     choice = make_choice(cv, held_out)
     return ship(cv, choice, make_report(cv, held_out, choice)), choice
-
-
-def fresh_scores(
-    cv: CrossValidation, fitted: Predictor, candidate: Candidate, fresh: list[dict]
-) -> dict:
-    """Log-probabilities [rows, C], "scores", of the labels of fresh rows by a candidate trained on every row."""
-    answers = alone(cv, fitted, candidate).full_answers(fresh)
-    return {"scores": torch.tensor([answer["log_probabilities"] for _, answer in answers])}
 
 
 def alone(cv: CrossValidation, fitted: Predictor, candidate: Candidate) -> Predictor:
@@ -236,28 +211,6 @@ def promises(result: Result, trials: dict[str, list[Trial]]) -> None:
     )
 
 
-def against_sft(subject: Subject, seeds: int, rows: int, options: FitOptions) -> Result:
-    """`fit` against SFT alone: accuracy on fresh rows of every classification toy task."""
-    result = Result(
-        "fit",
-        f"{subject.name}: {rows} rows, {seeds} seeds, {FRESH} fresh rows, {about(options)}",
-        [],
-    )
-    trials = []
-    for name in TOYS:
-        pool = [row | {"label": str(row["label"])} for row in world.rows(name, "train")]
-        fresh = [row | {"label": str(row["label"])} for row in world.rows(name, "eval")[:FRESH]]
-        for seed in range(seeds):
-            trials.append(trial(subject, random.Random(seed).sample(pool, rows), fresh, options))
-            result.lines.append(line(f"{name}, seed {seed}", trials[-1]))
-            click.echo(f"  {name}, seed {seed}: {trials[-1].shipped}", err=True)
-    gain = paired_test([t.accuracy[t.shipped] for t in trials], [t.accuracy["sft"] for t in trials])
-    result.ratios["points of accuracy over SFT"] = gain.mean
-    said = f"{gain.mean:+.1f}{interval(gain, 1, '.1f')} points, {gain.pairs} pairs"
-    result.remarks.append(f"what fit ships against SFT alone: {said}")
-    return result
-
-
 def gate(subject: Subject, tasks: int, options: FitOptions) -> Result:
     """Generated tasks: how often what is shipped is at least the best of base, ICL and SFT, minus two points.
 
@@ -279,42 +232,6 @@ def gate(subject: Subject, tasks: int, options: FitOptions) -> Result:
         f"nothing shipped for {none} of {len(by_chance)}, {held} within the stated interval"
     )
     result.remarks.append(f"random labels, apart: {random_labels}")
-    return result
-
-
-def real(
-    subject: Subject, data: Path | None, draws: int, sizes: tuple[int, ...], options: FitOptions
-) -> Result:
-    """Rows of real data sets with words as labels, so many of each: what is shipped, and every candidate.
-
-    What was computed is kept in runs/, so that the same command goes on.
-    """
-    if data is None:
-        raise UsageError(
-            "real: name the folder that holds sst2/train.jsonl … with --data-dir or $IA2MINI_DATA"
-        )
-    sizes_said = " and ".join(map(str, sizes))
-    about_rows = f"{subject.name}: {sizes_said} real rows a label, {SOME} fresh ones at most"
-    result = Result("fit", f"{about_rows}, {about(options)}", [])
-    found: dict[str, list[Trial]] = {}
-    what = {
-        "options": asdict(options),
-        "checkpoint": checkpoint_digest(subject.folder),
-        "fresh": f"{SOME}, balanced",
-    }
-    store = Store(RUNS, "fit-real", what)
-    for size, draw, name in product(sizes, range(draws), REAL):
-        drawn, fresh = [called(rows, name) for rows in real_rows(data, name, size, draw)]
-        cell = f"{name}-{size}-{draw}"
-        each = trial(subject, drawn, fresh, options, Store(store.path, cell, {}))
-        store.keep_json(f"{cell}.json", asdict(each))
-        result.lines.append(line(f"{name}, {size} a label, draw {draw}", each))
-        found.setdefault(f"{name} {size}", []).append(each)
-        click.echo(
-            f"  {result.lines[-1].what}: {result.lines[-1].stack}, {result.lines[-1].note}",
-            err=True,
-        )
-    promises(result, found)
     return result
 
 
@@ -356,18 +273,3 @@ def called(rows: list[dict], name: str) -> list[dict]:
 def about(options: FitOptions) -> str:
     threads = f"{torch.get_num_threads()} threads"
     return f"{options.epochs} epochs, {options.folds} folds, {threads}"
-
-
-def fit(part: str, counts: dict[str, int], methods: tuple[str, ...], on: dict) -> list[Result]:
-    """Is what `ia2mini fit` ships better than SFT alone, and never worse than the best of base, ICL and SFT?"""
-    options = FitOptions(epochs=counts["epochs"], methods=methods)
-    if part == "real":
-        subject = open_subject(on["model"], "cpu", on["dtype"])
-        return [real(subject, on["data_dir"], counts["seeds"], on["sizes"], options)]
-    subject = open_subject("tiny", "cpu")
-    results = []
-    if part != "gate":
-        results.append(against_sft(subject, counts["seeds"], 16, options))
-    if part != "sft":
-        results.append(gate(subject, counts["tasks"], options))
-    return results
