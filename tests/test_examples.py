@@ -84,7 +84,7 @@ def paper_data(tmp_path_factory, shared_data) -> Path:
         (folder / path.parent.name).mkdir(exist_ok=True)
         with path.open(encoding="utf-8") as lines:
             (folder / path.parent.name / path.name).write_text(
-                "".join(islice(lines, 1500)), encoding="utf-8"
+                "".join(islice(lines, 700)), encoding="utf-8"
             )
     made = {
         "bbc_news/test": [{"text": f"the team won {i} games", "label": i % 5} for i in range(20)],
@@ -124,27 +124,32 @@ def paper_model(tmp_path_factory, shared_data) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def tasks_by_options() -> dict[str, list[str]]:
+    """What the commands ask for beside model, N and folder, each with every task that they ask it of."""
+    found: dict[str, list[str]] = {}
+    for command in COMMANDS:
+        names, _, given = command.partition(" --model ")
+        options = re.sub(r"^\S+ --n \S+ | --out \S+| --full", "", given)
+        found.setdefault(options, []).extend(names.split())
+    return {options: list(dict.fromkeys(names)) for options, names in found.items()}
+
+
+@pytest.mark.parametrize("options, names", tasks_by_options().items())
 def test_commands_of_the_paper_run_from_end_to_end(
-    command, tmp_path, paper_data, paper_model, monkeypatch
+    options, names, tmp_path, paper_data, paper_model, monkeypatch
 ):
     """On few rows, with short texts."""
     for name, task in all_tasks().items():
         monkeypatch.setitem(all_tasks(), name, replace(task, max_tokens=min(task.max_tokens, 6)))
-    words = re.sub(r"--model \S+", f"--model {paper_model}", command).split()
-    words[words.index("--n") + 1] = "2"
-    less = "--sets 1 --eval-rows 2 --epochs 1 --betas 0.5 --rates 1e-3 --json".split() + [
-        "--figures",
-        "",
-        "--out",
-    ]
-    done = CliRunner().invoke(
-        main, ["run", *words, "--data-dir", str(paper_data), *less, str(tmp_path / "runs")]
-    )
+    words = [*names, "--model", str(paper_model), "--n", "2", *options.split()]
+    words += ["--data-dir", str(paper_data), "--out", str(tmp_path / "runs"), "--figures", ""]
+    words += "--sets 1 --eval-rows 2 --epochs 1 --betas 0.5 --rates 1e-3 --full --json".split()
+    done = CliRunner().invoke(main, ["run", *words])
     assert done.exit_code == 0, done.output + done.stderr
     document = json.loads(done.stdout.splitlines()[-1])
     asked = run.make_context("run", words).params["methods"]
     assert {cell["method"] for cell in document["cells"]} == set(asked)
+    assert {cell["task"] for cell in document["cells"]} == set(names)
     assert all(0 <= cell["acc_mean"] <= 1 for cell in document["cells"])
 
 

@@ -46,6 +46,8 @@ FIGURES = {  # in the order of the page
 
 def draw_figures(document: dict, folder: Path, formats: tuple[str, ...] = ("png",)) -> list[str]:
     """Draw a study into `folder`; file names, none without matplotlib."""
+    if not formats:
+        return []
     try:
         style = styled()
     except ImportError:
