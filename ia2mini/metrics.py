@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BINS = 15  # of a reliability diagram
+AT_ONCE = 100_000  # numbers, where rows are tried at many temperatures
 
 
 def _float64(values) -> np.ndarray:
@@ -205,12 +206,12 @@ def temperatures(scores: Tensor, gold: Tensor, doubt: float = 0.0) -> tuple[Tens
     highest = math.log10(20)
     grid = torch.logspace(lowest, highest, 241, dtype=torch.float64)
     losses = []
-    for temperature in grid:
-        log_shares = (scores.double() / temperature).log_softmax(-1)
+    for part in grid.split(1 + AT_ONCE // (1 + scores.numel())):
+        log_shares = (scores.double() / part[:, None, None]).log_softmax(-1)  # [t, n, C]
         # a log-probability of -inf where the target is 0 adds 0, not NaN
         expected = torch.where(targets > 0, targets * log_shares, 0.0)
         losses.append(-expected.sum(-1))
-    return grid, torch.stack(losses)
+    return grid, torch.cat(losses)
 
 
 def fit_temperature(scores: Tensor, gold: Tensor, oracle: bool = False) -> float:

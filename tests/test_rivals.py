@@ -22,7 +22,7 @@ from ia2mini.engine.options import FitOptions  # noqa: E402
 from ia2mini.tasks import world  # noqa: E402
 
 CELLS = rivals.Cells(tasks=("mood",), sizes=(4,), seeds=1, parts=("fit", "embedding"))
-OPTIONS = FitOptions(epochs=4, rates=(1e-2,), folds=2, demonstrations=4)
+OPTIONS = FitOptions(epochs=1, rates=(1e-2,), folds=2, demonstrations=4)
 TRAINED = ["SFT", "SFT, one temperature", "IA2→SFT", "hidden→SFT"]
 OF_FIT = ["base", "ICL", "linear probe", *TRAINED, "what fit ships"]
 WORDS = ("0", "1")
@@ -51,6 +51,7 @@ def data(tmp_path, monkeypatch) -> Path:
     monkeypatch.setitem(fit.REAL, "mood", ("text", "test", WORDS))
     monkeypatch.setitem(fit.CALLED, "mood", {"text": "text", "label": "label"})
     monkeypatch.setattr(fit, "SOME", 20)
+    monkeypatch.setattr(measured, "ONE_BY_ONE", 2)
     monkeypatch.setattr(embedders, "open_embedder", lambda folder: BagOfWords())
     monkeypatch.setattr(rivals, "check_embedder", lambda parts, folder: {"bag-of-words": "1"})
     monkeypatch.chdir(tmp_path)
@@ -128,9 +129,8 @@ def test_one_temperature_is_the_one_that_fit_found(data, tmp_path, monkeypatch):
     subject = open_subject("tiny", "cpu")
     rows, fresh = fit.real_rows(data, "mood", 4, 0)
     gold = [WORDS.index(row["label"]) for row in fresh]
-    options = replace(OPTIONS, epochs=1)
-    found = rivals.fitted_rivals(subject, options, rows, fresh)
-    trial = fit.trial(subject, rows, fresh, options)
+    found = rivals.fitted_rivals(subject, OPTIONS, rows, fresh)
+    trial = fit.trial(subject, rows, fresh, OPTIONS)
     nll = {name: measured.judged(one.log_probabilities, gold)["NLL"] for name, one in found.items()}
     assert nll["sft-heated"] == pytest.approx(trial.nll["sft"], rel=1e-4)
     assert nll["shipped"] == pytest.approx(trial.nll[trial.shipped], rel=1e-4)
@@ -149,9 +149,9 @@ def test_prompts_are_made_from_the_names_of_columns(data, monkeypatch):
     monkeypatch.setattr(rivals, "asked", asked)
     monkeypatch.setitem(fit.CALLED, "mood", {"text": "story", "label": "mood"})
     cells = replace(CELLS, parts=("fit",))
-    options = replace(OPTIONS, epochs=1)
+    options = replace(OPTIONS, methods=("sft",))
     rivals.rivals(open_subject("tiny", "cpu"), options, data, None, cells)
-    assert seen == [("Story: {story}\nMood: ", list(WORDS))] * 7
+    assert seen == [("Story: {story}\nMood: ", list(WORDS))] * 5
 
 
 def test_what_was_promised_is_counted():
@@ -177,7 +177,8 @@ def test_what_diverges_is_left_out_and_the_rest_is_kept(data, tmp_path, monkeypa
         return alone(cv, fitted, candidate)
 
     monkeypatch.setattr(rivals, "alone", diverges)
-    found = rivals.rivals(open_subject("tiny", "cpu"), OPTIONS, data, tmp_path / "embedder", CELLS)
+    options = replace(OPTIONS, methods=("sft", "ia2-sft"))
+    found = rivals.rivals(open_subject("tiny", "cpu"), options, data, tmp_path / "embedder", CELLS)
     names = [line.stack for line in found.lines]
     assert "IA2→SFT" not in names and {"SFT", "what fit ships"} <= set(names)
     assert "ia2-sft is left out" in capsys.readouterr().err
