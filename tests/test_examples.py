@@ -84,7 +84,7 @@ def paper_data(tmp_path_factory, shared_data) -> Path:
         (folder / path.parent.name).mkdir(exist_ok=True)
         with path.open(encoding="utf-8") as lines:
             (folder / path.parent.name / path.name).write_text(
-                "".join(islice(lines, 700)), encoding="utf-8"
+                "".join(islice(lines, 1500)), encoding="utf-8"
             )
     made = {
         "bbc_news/test": [{"text": f"the team won {i} games", "label": i % 5} for i in range(20)],
