@@ -9,6 +9,7 @@ from click.testing import CliRunner, Result
 from ia2mini.cli.main import main
 
 SMALL = "--n 4 --sets 2 --rates 1e-2,3e-2 --epochs 3 --eval-rows 10 --device cpu".split()
+SMALL += ["--figures", ""]
 PROGRAM = [sys.executable, "-c", "from ia2mini.cli.main import main; main(prog_name='ia2mini')"]
 
 ENDED = """import os, signal
