@@ -8,8 +8,7 @@ from click.testing import CliRunner, Result
 
 from ia2mini.cli.main import main
 
-SMALL = "--n 4 --sets 2 --rates 1e-2,3e-2 --epochs 3 --eval-rows 10 --device cpu".split()
-SMALL += ["--figures", ""]
+SMALL = "--n 4 --sets 2 --rates 1e-2,3e-2 --epochs 3 --eval-rows 10 --figures= --device cpu".split()
 PROGRAM = [sys.executable, "-c", "from ia2mini.cli.main import main; main(prog_name='ia2mini')"]
 
 ENDED = """import os, signal

@@ -297,7 +297,7 @@ def test_own_rows_with_single_token_labels(ground, tmp_path):
 
 def test_own_rows_with_labels_in_words(ground, tmp_path):
     columns = ["--prompt-column", "body", "--answer-column", "kind", "--template", "{body}\\nKind:"]
-    few = "--n 4 --sets 2 --rates 1e-2 --epochs 2 --eval-rows 8 --methods base,icl,ia2-sft --device cpu".split()
+    few = "--n 4 --sets 2 --rates 1e-2 --epochs 2 --eval-rows 8 --figures= --device cpu".split()
     command = [
         "run",
         "--data",
@@ -307,6 +307,8 @@ def test_own_rows_with_labels_in_words(ground, tmp_path):
         ground / "model",
         "--out",
         tmp_path,
+        "--methods",
+        "base,icl,ia2-sft",
         *few,
     ]
     result = invoke(*command)
@@ -328,7 +330,7 @@ def test_own_rows_with_labels_in_words(ground, tmp_path):
 
 
 def test_own_rows_with_free_answers(ground, tmp_path):
-    few = "--n 2 --sets 1 --rates 1e-2,3e-2 --epochs 2 --eval-rows 3 --methods base,sft --device cpu".split()
+    few = "--n 2 --sets 1 --rates 1e-2,3e-2 --epochs 2 --eval-rows 3 --methods base,sft --figures= --device cpu".split()
     own = ["run", "--data", ground / "free.jsonl", "--model", ground / "model", "--out", tmp_path]
     result = invoke(*own, *few)
     assert result.exit_code == 0 and "free" in result.stdout and "ECE" not in result.stdout, (

@@ -142,7 +142,7 @@ def test_commands_of_the_paper_run_from_end_to_end(
     for name, task in all_tasks().items():
         monkeypatch.setitem(all_tasks(), name, replace(task, max_tokens=min(task.max_tokens, 6)))
     words = [*names, "--model", str(paper_model), "--n", "2", *options.split()]
-    words += ["--data-dir", str(paper_data), "--out", str(tmp_path / "runs"), "--figures", ""]
+    words += ["--data-dir", str(paper_data), "--out", str(tmp_path / "runs"), "--figures="]
     words += "--sets 1 --eval-rows 2 --epochs 1 --betas 0.5 --rates 1e-3 --full --json".split()
     done = CliRunner().invoke(main, ["run", *words])
     assert done.exit_code == 0, done.output + done.stderr

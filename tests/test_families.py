@@ -205,7 +205,7 @@ def test_a_study_runs_on_a_family_that_the_paper_has_not(tmp_path):
     folder = make_checkpoint(tmp_path / "model", "qwen2", absent=("attention_bias", "head_dim"))
     rows = "".join(f"text {i},{'xy'[i % 2]}\n" for i in range(16))
     (tmp_path / "rows.csv").write_text("text,label\n" + rows)
-    options = "--n 2 --sets 1 --epochs 1 --methods base,ia2+sft --rates 1e-3".split()
+    options = "--n 2 --sets 1 --epochs 1 --methods base,ia2+sft --rates 1e-3 --figures=".split()
     told = ["run", "--data", str(tmp_path / "rows.csv"), "--model", str(folder), *options]
     result = CliRunner().invoke(main, [*told, "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output

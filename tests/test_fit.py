@@ -436,6 +436,7 @@ def test_sentencepiece(shared_data, tmp_path):
         1,
         "--methods",
         "base,icl,sft",
+        "--figures=",
         *quick,
         "--out",
         tmp_path / "runs",

@@ -147,6 +147,7 @@ def test_so_do_the_commands(tmp_path, dtype, gpu):
             "2",
             "--eval-rows",
             "4",
+            "--figures=",
             "--out",
             tmp_path / "run",
         ],

@@ -205,7 +205,7 @@ def test_what_run_writes_is_harmless(ground, tmp_path):
     shown = invoke(
         "run",
         *own,
-        *"--n 2 --sets 1 --methods icl,sft --rates 1e-3 --epochs 1 --eval-rows 3".split(),
+        *"--n 2 --sets 1 --methods icl,sft --rates 1e-3 --epochs 1 --eval-rows 3 --figures=".split(),
     )
     (folder,) = tmp_path.iterdir()
     # one evaluation

@@ -136,7 +136,7 @@ def test_run_and_tasks_guess_columns_as_fit_does(tmp_path):
         f"{said}\nanswers: 2 labels (0: 20, 1: 10)\n" in shown.stderr
         and shown.stdout.count("demonstration:") == 2
     )
-    how = "--model tiny --device cpu --n 2 --sets 1 --methods base --eval-rows 4".split()
+    how = "--model tiny --device cpu --n 2 --sets 1 --methods base --eval-rows 4 --figures=".split()
     found = run("run", "--data", rows, *how, "--out", tmp_path / "runs")
     assert found.stderr.splitlines()[0] == said
     rows.write_text(

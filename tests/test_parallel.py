@@ -37,9 +37,10 @@ SERVER.set_forkserver_preload(
 )
 STORES = []
 BOUND = 1e-4  # of results' numbers, and of weights relative to their norm: processors round sums in their own order
-RACING = "run toy-mood --n 4 --sets 2 --epochs 16 --eval-rows 12 --methods icl,sft,ia2,ia2-sft --device cpu".split()
+RACING = "run toy-mood --n 4 --sets 2 --epochs 16 --eval-rows 12 --figures= --device cpu".split()
+RACING += ["--methods", "icl,sft,ia2,ia2-sft"]
 CELL = [*RACING, "--no-race"]  # rates race only where one process trains all runs
-CELLS = "run toy-mood toy-sums-short --n 2 --sets 2 --epochs 4 --eval-rows 8".split()
+CELLS = "run toy-mood toy-sums-short --n 2 --sets 2 --epochs 4 --eval-rows 8 --figures=".split()
 CELLS += "--methods base,icl,ia2 --device cpu".split()
 FIT = (
     "fit --model tiny --rates 3e-3,1e-2 --epochs 4 --folds 3 --methods sft,ia2 --device cpu".split()
@@ -73,12 +74,7 @@ def begin(count: int, arguments: list[str], out: Path, patch=None) -> list:
     """Start processes as torchrun does, which keeps the store itself."""
     STORES.append(store := TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
     out.mkdir(exist_ok=True)
-    every = [
-        *map(str, arguments),
-        "--out",
-        str(out / "out"),
-        *["--figures", ""] * (arguments[0] == "run"),
-    ]
+    every = [*map(str, arguments), "--out", str(out / "out")]
     started = [
         SERVER.Process(target=work, args=(r, count, store.port, every, out, patch))
         for r in range(count)
@@ -113,9 +109,8 @@ def found(out: Path) -> Path:
 
 
 def alone(arguments: list[str], out: Path) -> Path:
-    every = [*arguments, "--out", str(out / "out"), *["--figures", ""] * (arguments[0] == "run")]
     with shipping("ia2"):
-        result = CliRunner().invoke(main, every)
+        result = CliRunner().invoke(main, [*arguments, "--out", str(out / "out")])
     assert result.exit_code == 0, result.output
     return found(out)
 
@@ -325,7 +320,8 @@ def test_two_nodes_started_by_torchrun_itself(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = "run toy-mood --n 2 --sets 2 --epochs 2 --eval-rows 8 --methods icl,ia2 --device cpu".split()
+    command = "run toy-mood --n 2 --sets 2 --epochs 2 --eval-rows 8 --figures= --device cpu".split()
+    command += ["--methods", "icl,ia2"]
     agent = [
         sys.executable,
         "-m",
@@ -336,7 +332,7 @@ def test_two_nodes_started_by_torchrun_itself(tmp_path):
         "1",
     ]
     agent += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    more = ["--out", str(tmp_path / "two" / "out"), "--figures", ""]
+    more = ["--out", str(tmp_path / "two" / "out")]
     nodes = [
         subprocess.Popen([*agent, "--node-rank", str(rank), "-m", "--", "ia2mini", *command, *more])
         for rank in (0, 1)

@@ -228,9 +228,7 @@ def test_real_rows_run_to_the_end(shared_data, tmp_path, monkeypatch):
     )
     folders = {"--model": tmp_path / "model", "--data-dir": shared_data, "--out": tmp_path / "runs"}
     command = ["run", "sst2", *(str(part) for pair in folders.items() for part in pair)]
-    options = (
-        "--n 4 --sets 1 --rates 1e-3 --eval-rows 20 --methods icl,ia2 --device cpu --json".split()
-    )
+    options = "--n 4 --sets 1 --rates 1e-3 --eval-rows 20 --methods icl,ia2 --figures= --device cpu --json".split()
     result = CliRunner().invoke(main, command + options)
     assert result.exit_code == 0, result.output
     cells = json.loads(result.stdout.splitlines()[-1])["cells"]
