@@ -28,6 +28,7 @@ import click
 import pandas  # noqa: F401  (imported before the children are made, as the modules below)
 import scipy.stats  # noqa: F401
 import torch
+import torch._dynamo  # an optimizer of torch imports it, which takes a child a second
 import torch.distributed.tensor  # noqa: F401  (imported by huggingface_hub where it plans shards)
 from matplotlib.figure import Figure
 from safetensors import safe_open
@@ -41,6 +42,7 @@ import ia2mini.report.fit
 import ia2mini.study.study  # noqa: F401
 from bench.__main__ import main as bench_main
 from ia2mini.cli.main import main
+from ia2mini.report.figures import FIGURES
 
 ROOT = Path(__file__).parents[1]
 FEW = ["--model", str(ROOT / "models/tiny"), *"--rates 1e-2 --epochs 2 --device cpu".split()]
@@ -145,6 +147,10 @@ def child(folder, name, ends, at=None, room=None, powerless=False, output=None) 
     os.replace = counted
     if name == "predict":
         click.echo = answering
+    for figure in list(FIGURES)[1:]:
+        del FIGURES[
+            figure
+        ]  # the first one stands for the others: they take most of the time of `run`
     sys.argv = ["ia2mini", *COMMANDS[name]]
     if name == "pretrain":
         full = bench.pretrain.pretrain

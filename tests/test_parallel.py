@@ -33,6 +33,7 @@ SERVER.set_forkserver_preload(
         "ia2mini.fitting.fit",
         "ia2mini.report.study",
         "torch.distributed",
+        "torch._dynamo",  # an optimizer of torch imports it, which takes a second
     ]
 )
 STORES = []
