@@ -180,8 +180,8 @@ def main(context, **asked):
     """How fast ia2mini is, against transformers with peft as (a) the paper's scripts use them and (b) used well.
 
     Without a command: every bench of speed; on two cores about ten minutes. Studies ask how good it is:
-    `effect` what IA2 brings, `causes` and `layers` why, `choice` and `race` about the learning rate, `gain` what tells
-    beforehand, `fit` whether what is shipped harms anyone, `rivals` what others ship. `pretrain` makes models/tiny.
+    `effect` what IA2 brings, `causes` and `layers` why, `gain` what tells beforehand, `fit` whether what is shipped
+    harms anyone, `rivals` what others ship. `pretrain` makes models/tiny.
     """
     need_output()
     if context.invoked_subcommand is None:

@@ -1,4 +1,4 @@
-"""bench/studies: what those of effect, causes, layers, choice, gain and fit say, against documents and by hand."""
+"""bench/studies: what those of effect, causes, layers, gain and fit say, against documents and by hand."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.__main__ import main  # noqa: E402
-from bench.studies import after, causes, choice, controls, effect, fit, gain, layers, reopened  # noqa: E402
+from bench.studies import after, causes, controls, effect, fit, gain, layers, reopened  # noqa: E402
 from ia2mini import UsageError, draw_episode, open_subject  # noqa: E402
 from ia2mini.engine.options import FitOptions, Options  # noqa: E402
 from ia2mini.engine.select import chosen  # noqa: E402
@@ -259,64 +259,8 @@ def test_which_layers_matter_is_told_with_a_figure(tmp_path, monkeypatch):
     assert (tmp_path / "layers.png").stat().st_size > 10_000
 
 
-def test_rules_for_the_rate_judged_by_hand(tmp_path, monkeypatch):
-    """Every rule's accuracy from the kept runs."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(effect.TASKS, "classification", ("toy-mood",))
-    options = Options(n=(4,), sets=2, methods=effect.METHODS, eval_rows=10, epochs=3, select="both")
-    subject = open_subject("tiny", "cpu")
-    found = choice.choice(subject, options, "classification", folds=True)
-    lines = {
-        (line.what.rpartition(" ")[2], line.stack): line.rates["% accuracy"] for line in found.lines
-    }
-    document = json.loads((next(Path("runs").iterdir()) / "run.json").read_text())
-    effect.effect(subject, options, "classification")
-    runs = [
-        r
-        for r in json.loads(next(Path("runs").glob("*/results.json")).read_text())["runs"]
-        if not r["ood"]
-    ]
-    for method in choice.METHODS:
-        table = {
-            rate: [r for r in runs if (r["method"], r["rate"]) == (method, rate)]
-            for rate in document["rates"]
-        }
-        accuracy = {rate: 100 * fmean(r["acc"] for r in mine) for rate, mine in table.items()}
-        pooled = min(table, key=lambda rate: fmean(r["dev_loss"] for r in table[rate]))
-        assert lines[method, choice.POOLED] == pytest.approx(accuracy[pooled])
-        assert lines[method, "best afterwards, one for all sets"] == pytest.approx(
-            max(accuracy.values())
-        )
-        own = [
-            min((t[s] for t in table.values()), key=lambda r: r["dev_loss"])["acc"]
-            for s in range(2)
-        ]
-        assert lines[method, "dev loss, each set's own"] == pytest.approx(100 * fmean(own))
-        assert lines[method, "cross-validation"] in [pytest.approx(a) for a in accuracy.values()]
-    assert ("ia2-sft", "dev loss of IA2's phase") in lines and (
-        "sft",
-        "dev loss of IA2's phase",
-    ) not in lines
-    raced = choice.race(subject, replace(options, race=False), "classification")
-    spent = {m: sum(r["steps"] for r in runs if r["method"] == m) for m in ("sft", "ia2-sft")}
-    found = {
-        line.stack: line.rates["share of the steps"] * spent[line.stack] for line in raced.lines
-    }
-    kept = [json.loads(path.read_text()) for path in Path("runs").glob("*/run.json")]
-    assert found == pytest.approx(spent) and {document["race"] for document in kept} == {
-        True,
-        False,
-    }  # 3 looks: no race
-    assert raced.ratios["share of choices that change"] == 0
-
-
 def test_a_study_says_which_choice_of_the_rate_it_needs():
-    for name, select in (
-        ("causes", "both"),
-        ("layers", "eval"),
-        ("choice", "dev"),
-        ("race", "eval"),
-    ):
+    for name, select in (("causes", "both"), ("layers", "eval")):
         said = CliRunner().invoke(main, [name, "--select", select])
         assert said.exit_code == 2 and name in said.stderr and "leave out --select" in said.stderr
 

@@ -26,7 +26,6 @@ LONG_FUNCTIONS = ["bench/pretrain.py: pretrain", "bench/resources.py: load"]
 MANY_ARGUMENTS = ["ia2mini/study/study.py: compare"]
 DENSE = {  # sums, indices and shapes: a line of arithmetic has more tokens
     "bench/pretrain.py",
-    "bench/studies/choice.py",
     "bench/studies/effect.py",
     "bench/training.py",
 }

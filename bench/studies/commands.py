@@ -19,7 +19,6 @@ from . import layers
 from .bayes import METHODS as BAYESIAN
 from .bayes import bayes
 from .causes import MATCHED, causes
-from .choice import choice, race
 from .controls import TEACHERS
 from .effect import METHODS, TASKS, effect
 from .fit import REAL, gate
@@ -55,11 +54,6 @@ FOUND = (
 SAVE = click.option(
     "--save", is_flag=True, help="keep the result in bench/results/, with the date and the machine"
 )
-FOLDS = click.option(
-    "--folds",
-    is_flag=True,
-    help="also cross-validation within each set: several times the training",
-)
 SEEN = click.option(
     "--teachers",
     type=CommaSeparated(str, TEACHERS),
@@ -67,7 +61,7 @@ SEEN = click.option(
     show_default=True,
     help="what they see",
 )
-OF_A_STUDY = ("folds", "teachers", "matched")  # options that are no `Options`
+OF_A_STUDY = ("teachers", "matched")  # options that are no `Options`
 
 
 def what_is_matched(names: tuple[str, ...]):
@@ -84,21 +78,17 @@ def typed(*folders: str) -> str:
     return " ".join(["python -m bench", *words])
 
 
-def add_study(name: str, ask: Callable, select: str, *more, part=PART, methods=METHODS) -> None:
+def add_study(name: str, ask: Callable, *more, part=PART, methods=METHODS) -> None:
     """A command that asks something of the runs of a study: `ask(subject, options, part, data)`."""
 
     @click.command(name, help=ask.__doc__)
     @combine_options(part, *FOUND, SAVE, *more)
-    @options_of(Options, n=(2, 4, 8), sets=10, methods=methods, eval_rows=100, select=select)
+    @options_of(Options, n=(2, 4, 8), sets=10, methods=methods, eval_rows=100)
     def command(part, model, dtype, data_dir, save, **given):
         asked = {option: given.pop(option) for option in OF_A_STUDY if option in given}
         options = Options(**given)
         if name in ("bayes", "causes", "layers", "stronger") and options.select != "dev":
             raise UsageError(f"{name} takes the rates of the dev loss: leave out --select")
-        if name in ("choice", "race") and options.select != "both":
-            raise UsageError(
-                f"{name} judges every rate on every set: leave out --select and --paper-compat"
-            )
         result = ask(open_subject(model, "cpu", dtype), options, part, data_dir, **asked)
         show(result)
         finish([result], typed(model), save, name=f"{name}-{part}")
@@ -108,13 +98,11 @@ def add_study(name: str, ask: Callable, select: str, *more, part=PART, methods=M
     COMMANDS.append(command)
 
 
-add_study("effect", effect, "dev")
-add_study("causes", causes, "dev", SEEN, what_is_matched(MATCHED))
-add_study("layers", layers.layers, "dev", what_is_matched(layers.MATCHED))
-add_study("choice", choice, "both", FOLDS)
-add_study("bayes", bayes, "dev", methods=BAYESIAN)
-add_study("race", race, "both")
-add_study("stronger", stronger, "dev", part=part_of([*TASKS, "words"]))
+add_study("effect", effect)
+add_study("causes", causes, SEEN, what_is_matched(MATCHED))
+add_study("layers", layers.layers, what_is_matched(layers.MATCHED))
+add_study("bayes", bayes, methods=BAYESIAN)
+add_study("stronger", stronger, part=part_of([*TASKS, "words"]))
 
 
 @click.command("gain", help=gain.__doc__)
