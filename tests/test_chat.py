@@ -14,8 +14,10 @@ from reference import make_checkpoint
 from ia2mini import FitOptions, fit, load_adapter, open_subject
 from ia2mini.cli.main import main
 from ia2mini.episode import with_demonstrations
+from ia2mini.fitting.score import score_rows
 from ia2mini.tasks import Example, world
 from ia2mini.tasks.chat import ChatTemplate
+from ia2mini.tasks.rows import as_rows
 from ia2mini.tokenizer import Tokenizer
 
 CHATML = """{% for m in messages %}<|im_start|>{{ m['role'] }}
@@ -346,6 +348,8 @@ def test_fit_and_predict_by_turns(talking, tmp_path):
         expected = [found["probabilities"] for found in plain.answer_rows(new, icl)]
         for found, wanted in zip(loaded.answer_rows(new, icl), expected, strict=True):
             assert found["probabilities"] == pytest.approx(wanted, abs=1e-5)
+    told = score_rows(loaded, as_rows(rows), icl=False)["sentence"]
+    assert "12 of these are among the rows it was fitted on" in told
 
 
 def test_a_context_is_the_systems_turn(talking, tmp_path):

@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
-from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,9 +44,8 @@ ANSWER_COLUMNS = ("answer", "abstained", "confidence", "probabilities")
 
 
 class Query(NamedTuple):
-    """A row to answer: its place in the block, its prompt, and the tokens of each label (none for texts)."""
+    """A row to answer: its prompt, and the tokens of each label (none for texts)."""
 
-    place: int
     prompt: str
     label_tokens: list[list[int]]
 
@@ -89,8 +87,7 @@ class Predictor:
 
     def predict(self, rows, icl: bool = False, coverage: float | None = None) -> np.ndarray:
         """The answer to each row, [n] texts, None where it abstains; options and errors as in `answer_rows`."""
-        rows = all_rows(rows, only_column(self.spec["template"]))
-        answers = [row["answer"] for row in self.answer_rows(rows, icl, coverage)]
+        answers = [answer["answer"] for _, answer in self.full_answers(rows, icl, coverage)]
         return np.array(answers, dtype=object)
 
     def predict_proba(self, rows, icl: bool = False) -> np.ndarray:
@@ -131,59 +128,51 @@ class Predictor:
         for row, answer in raise_errors(self.outcomes(rows, icl, coverage)):
             yield with_answer(row, answer)
 
+    def full_answers(
+        self, rows, icl: bool = False, coverage: float | None = None
+    ) -> Iterator[tuple[Row, dict]]:
+        """Each row and its answer, of labels also the `log_probabilities` among them. Raises UsageError."""
+        rows = all_rows(rows, only_column(self.spec["template"]))
+        return raise_errors(self.outcomes(rows, icl, coverage))
+
     def outcomes(
         self, rows, icl: bool = False, coverage: float | None = None
     ) -> Iterator[tuple[Row, dict | UsageError]]:
-        """Every row and what `answer_rows` adds to it, or the UsageError for which it cannot be answered."""
+        """Every row and its answer as in `full_answers`, or the UsageError for which it cannot be answered."""
         if coverage is not None and icl and self.spec["method"] != "icl":
             reason = "the held-out confidences are those of what was shipped"
             raise UsageError(f"--coverage with --icl: {reason}; leave one of the two out")
         threshold = confidence_threshold(self.spec["confidences"], coverage)
-        for row, answer in self.full_outcomes(rows, icl):
-            if isinstance(answer, dict):
-                answer.pop("log_probabilities", None)
-                if answer["confidence"] < threshold:
-                    abstained = answer.pop("answer")
-                    answer = {"answer": None, "abstained": abstained, **answer}
-            yield row, answer
-
-    def full_answers(self, rows, icl: bool = False) -> Iterator[tuple[Row, dict]]:
-        """Each row and its answer, of labels also the `log_probabilities` among them. Raises UsageError."""
-        rows = all_rows(rows, only_column(self.spec["template"]))
-        return raise_errors(self.full_outcomes(rows, icl))
-
-    def full_outcomes(self, rows, icl: bool) -> Iterator[tuple[Row, dict | UsageError]]:
-        """As `full_answers`; a row that cannot be answered gives its UsageError instead."""
         demonstrations = self.demonstrations(icl)
         for block in blocks(iter_rows(rows, only_column(self.spec["template"]))):
-            for row, outcome in zip(block, self.answer_block(block, demonstrations, icl)):
+            for row, answer in zip(block, self.answer_block(block, demonstrations, icl)):
                 if isinstance(row, UsageError):
                     row = Row("", {})
-                yield row, outcome
+                elif isinstance(answer, dict) and answer["confidence"] < threshold:
+                    answer = {**answer, "answer": None, "abstained": answer["answer"]}
+                yield row, answer
 
     def answer_block(
         self, block: list[Row | UsageError], demonstrations: list[Example], icl: bool
     ) -> list[dict | UsageError]:
         """The answer to each row of a block, or the UsageError for which it cannot be answered."""
-        found: dict[int, dict | UsageError] = {}  # by the row's place in the block
-        queries = []
+        found: list = list(block)  # what is no row is an error already
+        queries = {}  # by the row's place in the block
         for place, row in enumerate(block):
-            if isinstance(row, UsageError):
-                found[place] = row
-                continue
-            try:
-                queries.append(self.make_query(row, demonstrations, place))
-            except UsageError as error:
-                found[place] = error
+            if isinstance(row, Row):
+                try:
+                    queries[place] = self.make_query(row, demonstrations)
+                except UsageError as error:
+                    found[place] = error
         # The rows of a group are scored together, so they need the same label tokens. Only labels of an adapter that
         # ia2mini did not fit may have other tokens after another prompt.
-        for label_tokens, group in groupby(queries, attrgetter("label_tokens")):
-            batch = list(group)
-            prompts = [query.prompt for query in batch]
+        for label_tokens, group in groupby(queries, lambda place: queries[place].label_tokens):
+            places = list(group)
+            prompts = [queries[place].prompt for place in places]
             answers = self.answer_prompts(prompts, demonstrations, label_tokens, icl)
-            for query, answer in zip(batch, answers):
-                found[query.place] = answer
-        return [found[place] for place in range(len(block))]
+            for place, answer in zip(places, answers):
+                found[place] = answer
+        return found
 
     def demonstrations(self, icl: bool = False) -> list[Example]:
         """What stands before every row: shipped demonstrations; with `icl` kept ones or the context. UsageError."""
@@ -195,7 +184,7 @@ class Predictor:
         as_prompt = str if spec["context"] else self.as_turn
         return [Example(as_prompt(e["prompt"]), e["answer"]) for e in spec["demonstrations"]]
 
-    def make_query(self, row: Row, demonstrations: list[Example], place: int = 0) -> Query:
+    def make_query(self, row: Row, demonstrations: list[Example]) -> Query:
         """The prompt of a row. Raises UsageError for one that is missing, empty or too long."""
         template = self.spec["template"]
         text = nonempty_prompt(template, open_turns(row, template))
@@ -208,7 +197,7 @@ class Predictor:
         answer = max(map(len, label_tokens), default=self.spec["max_tokens"])
         # the answer's last token is not read
         if 0 < tokens and tokens + answer - 1 <= self.subject.context_length:
-            return Query(place, prompt, label_tokens)
+            return Query(prompt, label_tokens)
         also = " with demonstrations" if demonstrations else ""
         lengths = [f"its prompt{also} has {tokens} tokens"]
         if answer > 1:
@@ -256,16 +245,15 @@ class Predictor:
                 student, ids = share_prefix(student, tokenizer, [demonstrations], prompts)
             else:
                 ids = tokenizer.encode_all(prompts)
-            if label_tokens and self.probe is not None and not icl:
-                states = last_states(student, ids)
-                log_probabilities = self.probe.log_probabilities(states)
-                answers = self.likeliest_labels(log_probabilities, temperature)
-            elif label_tokens:
-                scoring = Scoring(ends=tokenizer.eos_ids)
-                scores = label_scores(student, ids, label_tokens, scoring)
-                answers = self.likeliest_labels(scores.log_probabilities[0], temperature)
-            else:
+            if not label_tokens:
                 answers = self.generate_texts(student, ids)
+            elif self.probe is not None and not icl:
+                scores = self.probe.log_probabilities(last_states(student, ids))
+                answers = self.likeliest_labels(scores, temperature)
+            else:
+                scoring = Scoring(ends=tokenizer.eos_ids)
+                scores = label_scores(student, ids, label_tokens, scoring).log_probabilities[0]
+                answers = self.likeliest_labels(scores, temperature)
         if any(np.isnan(answer["confidence"]) for answer in answers):
             raise UsageError(
                 "the model computes NaN: weights of model or adapter are too large; try --dtype float32"
@@ -317,7 +305,8 @@ def raise_errors(outcomes: Iterable[tuple[Row, dict | UsageError]]) -> Iterator[
 
 def with_answer(row: Row, answer: dict) -> dict:
     """The columns of a row and of its answer; the row's own names give way, as in `answer_rows`."""
-    return rename_clashes(row, ANSWER_COLUMNS) | answer
+    added = {name: answer[name] for name in ANSWER_COLUMNS if name in answer}
+    return rename_clashes(row, ANSWER_COLUMNS) | added
 
 
 def load_adapter(folder: str | Path, subject: Subject | None = None, **given) -> Predictor:

@@ -62,7 +62,7 @@ def count_fitted(predictor: Predictor, rows: list[Row]) -> int:
         return 0
     known = {row["prompt"] for row in fitted}
     template = predictor.spec["template"]
-    prompts = [predictor.as_turn(prompt_of(template, open_turns(row, template))) for row in rows]
+    prompts = [prompt_of(template, open_turns(row, template)) for row in rows]
     return sum(prompt in known for prompt in prompts)
 
 
