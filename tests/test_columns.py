@@ -11,7 +11,7 @@ from pyarrow import parquet
 from tables import write_rows
 
 from ia2mini import FitOptions, open_subject
-from ia2mini.fitting.fit import prepare_fit
+from ia2mini.fitting.fit import open_store, prepare_fit
 from ia2mini.fitting.held_out import score_held_out
 from ia2mini.fitting.rows import Columns, read_own
 from ia2mini.tasks import custom_task, find_task, load_examples
@@ -384,7 +384,8 @@ def test_labels_and_text_do_not_share_what_an_interrupted_fit_kept(tmp_path):
     for answers in ("labels", "text"):
         columns = Columns(template="{text}:", answer_kind=answers)
         subject = open_subject("tiny", "cpu")
-        cv = prepare_fit(rows, subject, FitOptions(), columns, keep=tmp_path)
+        cv = prepare_fit(rows, subject, FitOptions(), columns)
+        cv.store = open_store(cv, tmp_path)
         score_held_out(cv, "base", None)
     assert len(list(tmp_path.glob("unfinished-*"))) == 2
 

@@ -16,7 +16,7 @@ import torch
 from ia2mini import metrics
 from ia2mini.engine.options import FitOptions
 from ia2mini.engine.subject import Subject
-from ia2mini.fitting.crossval import CrossValidation
+from ia2mini.fitting.crossval import CrossValidation, candidate_names
 from ia2mini.fitting.fit import make_choice, prepare_fit, ship
 from ia2mini.fitting.held_out import answer_held_out, fit_final_probe
 from ia2mini.fitting.predictor import Predictor
@@ -84,7 +84,7 @@ def trial(subject: Subject, rows: list[dict], fresh: list[dict], options: FitOpt
     accuracy = {}
     nll = {}
     ece = {}
-    for name in cv.candidate_names:
+    for name in candidate_names(cv.task, cv.options):
         candidate = found[name]
         answers = alone(cv, fitted, candidate).full_answers(fresh)
         scores = torch.tensor([answer["log_probabilities"] for _, answer in answers])

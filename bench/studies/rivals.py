@@ -17,6 +17,7 @@ from ia2mini.engine.intervals import paired_test
 from ia2mini.engine.options import FitOptions
 from ia2mini.engine.store import Store, checkpoint_digest, versions
 from ia2mini.engine.subject import Subject
+from ia2mini.fitting.crossval import candidate_names
 from ia2mini.fitting.fit import prepare_fit
 from ia2mini.fitting.predictor import Predictor
 from ia2mini.methods import METHODS
@@ -92,7 +93,8 @@ def fitted_rivals(
     note = f"ships {fitted.report['chosen']}"
     shipped = asked(fitted, fresh, seconds, needed, note)
     found = {"shipped": replace(shipped, stated=[100 * share for share in stated])}
-    names = [name for name in CANDIDATES if name in cv.candidate_names]
+    tried = candidate_names(cv.task, options)
+    names = [name for name in CANDIDATES if name in tried]
     for name in names:
         try:
             begun = time.perf_counter()

@@ -5,7 +5,7 @@ n rows, F folds, S settings of a method (its learning rates), R = F * S runs, C 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from statistics import fmean
 
@@ -46,26 +46,21 @@ class CrossValidation:
     unlabelled: list[Example]  # rows without answers: the teacher's are what IA2 learns from
     label_tokens: list[list[int]]  # of each label; of texts none
     max_tokens: int  # of an answer
-    stop: str | None  # where a generated answer ends
     adapter: Adapter
-    layers: list[int] | None  # whose attention outputs are aligned; None: all
+    settings: Settings
     rates: tuple[float, ...]  # learning rates
     folds: list[Fold] = field(default_factory=list)
     store: Store = field(default_factory=NoStore)  # from which an interrupted fit goes on
     bar: Callable[[str, int], tqdm] = silent  # bar(label, total)
     remarks: list[str] = field(default_factory=list)  # on unusual rows
-    token_counts: dict[str, int] = field(default_factory=dict)  # of texts that were counted
     # fold -> its held-out rows with their answers, while candidates are scored (`held_out.true_answers`)
     true_answers: dict[int, list[TokenRow]] = field(default_factory=dict)
     states: Tensor | None = None  # the base's, once a probe has read them (`held_out.base_states`)
 
     @property
-    def settings(self) -> Settings:
-        return Settings(self.options.batch_size, self.options.epochs, layers=self.layers)
-
-    @property
-    def candidate_names(self) -> list[str]:
-        return candidate_names(self.task, self.options)
+    def stop(self) -> str | None:
+        """The text at which a generated answer ends; a turn of a chat ends by its own token."""
+        return None if self.options.chat else STOP
 
     @property
     def gold(self) -> Tensor:
@@ -81,16 +76,13 @@ class CrossValidation:
     def selection(self) -> Selection:
         return Selection(self.test_rows, self.gold, self.options.temperature)
 
-    @property
+    @cached_property
     def longest_prompt(self) -> str:
         prompts = [row.prompt for row in self.rows + self.unlabelled]
         return max(prompts, key=self.count_tokens)
 
     def count_tokens(self, text: str) -> int:
-        """Number of tokens of a text. Every fold asks for the same texts, so each is encoded once."""
-        if text not in self.token_counts:
-            self.token_counts[text] = len(self.subject.tokenizer.encode(text))
-        return self.token_counts[text]
+        return len(self.subject.tokenizer.encode(text))
 
     def demonstration_tokens(self, example: Example) -> int:
         """Number of tokens of a row with its answer, as a demonstration before a query."""
@@ -111,6 +103,7 @@ def make_cross_validation(
         answers = labels_after_prompt(task.prompt, task.labels)
         label_tokens = subject.tokenizer.label_tokens(rows[0].prompt, answers)
         max_tokens = max_label_tokens(label_tokens)
+    layers = options.layer_numbers(subject.model.config.num_hidden_layers)
     cv = CrossValidation(
         subject=subject,
         task=task,
@@ -119,9 +112,8 @@ def make_cross_validation(
         unlabelled=list(unlabelled),
         label_tokens=label_tokens,
         max_tokens=max_tokens,
-        stop=None if options.chat else STOP,
         adapter=make_adapter(subject.model, options),
-        layers=options.layer_numbers(subject.model.config.num_hidden_layers),
+        settings=Settings(options.batch_size, options.epochs, layers=layers),
         rates=options.rates_for(subject.name, options.adapter),
     )
     cv.folds = make_folds(cv)
@@ -171,14 +163,12 @@ def check_number(prompts: list[str]) -> None:
 
 def make_folds(cv: CrossValidation) -> list[Fold]:
     """Folds with equal shares of each label. Up to `ALONE` prompts are held out one at a time."""
-    options = cv.options
-    prompts = len({row.prompt for row in cv.rows})
-    parts = prompts
-    if prompts > ALONE:
-        parts = min(options.folds, prompts)
+    parts = len({row.prompt for row in cv.rows})
+    if parts > ALONE:
+        parts = min(cv.options.folds, parts)
     draw = partial(choose_demonstrations, cv)
     folds = []
-    for number, fold in enumerate(draw_folds(cv.rows, parts, draw, options.seed)):
+    for number, fold in enumerate(draw_folds(cv.rows, parts, draw, cv.options.seed)):
         demonstrations = fold.demonstrations + before_unlabelled(cv, number, fold.train)
         folds.append(replace(fold, unlabelled=cv.unlabelled, demonstrations=demonstrations))
     return folds
@@ -189,28 +179,19 @@ def before_unlabelled(
 ) -> list[list[Example]]:
     """The demonstrations before each row without an answer: some of the training rows of episode `number`."""
     queries = {row.prompt for row in cv.unlabelled}
-    if not queries:
-        return []
     others = [row for row in train if row.prompt not in queries]
-    if not others:  # every training row is such a query, too
-        others = train
     rng = seeded(cv.options.seed, number, "unlabelled")
-    demonstrations = choose_demonstrations(cv, others, rng)
+    demonstrations = choose_demonstrations(cv, others or train, rng)
     return [demonstrations] * len(cv.unlabelled)
 
 
 def choose_demonstrations(
     cv: CrossValidation, rows: list[Example], rng: np.random.Generator
 ) -> list[Example]:
-    """What the teacher sees before a query: some of `rows`, or the context. Raises UsageError if that is too long."""
-    if not cv.options.context:
-        return those_that_fit(cv, balanced(rows, cv.options.demonstrations, rng))
-    context = those_that_fit(cv, [Example(cv.options.context, "")])
-    if not context:
-        raise UsageError(
-            f"the context leaves no room for {cv.longest_prompt[:60]!r} in what the model reads; cut it"
-        )
-    return context
+    """What the teacher sees before a query: some of `rows`, or the context. Raises UsageError for too long rows."""
+    if cv.options.context:
+        return [Example(cv.options.context, "")]
+    return those_that_fit(cv, balanced(rows, cv.options.demonstrations, rng))
 
 
 def those_that_fit(cv: CrossValidation, demonstrations: list[Example]) -> list[Example]:

@@ -30,7 +30,7 @@ from .crossval import (
 from .held_out import answer_held_out, fit_final_probe
 from .predictor import Predictor
 from .report import Choice, make_report, question
-from .rows import Columns, ending_early, far_longer, read_own, remarks
+from .rows import Columns, read_own, remarks
 from .selection import HeldOut, choose
 from .training import train_final, train_folds
 
@@ -56,8 +56,10 @@ def fit(
         print(fitted.report["sentence"])
     """
     begun = time.perf_counter()
-    options = options or FitOptions()
-    cv = prepare_fit(rows, subject, options, columns, unlabelled, keep, bar)
+    cv = prepare_fit(rows, subject, options or FitOptions(), columns, unlabelled)
+    cv.bar = bar
+    if keep is not None:
+        cv.store = open_store(cv, keep)
     trained = train_folds(cv)
     held_out = answer_held_out(cv, trained)
     choice = make_choice(cv, held_out)
@@ -73,8 +75,6 @@ def prepare_fit(
     options: FitOptions,
     columns: Columns | tuple = (),
     unlabelled=(),
-    keep: Path | None = None,
-    bar: Callable = silent,
 ) -> CrossValidation:
     """Rows in folds, before anything is trained. Raises UsageError.
 
@@ -89,25 +89,22 @@ def prepare_fit(
         task = replace(task, prompt=task.prompt.rstrip(" "))  # an answer begins its turn
     prompts = [render_turn(as_turn, task, row) for row in rows]
     check_number(prompts)
-    queries, remarks_on_queries = read_unlabelled(unlabelled, task)
+    queries = as_rows(unlabelled, only_column(task.prompt))
+    queries = [open_turns(row, task.prompt) for row in queries]
+    queries, remarks_on_queries = complete_rows(queries, task.prompt, None)
+    unlabelled_examples = [Example(render_turn(as_turn, task, row), "") for row in queries]
     if options.context:
         task = replace(task, max_tokens=options.max_tokens)
+        more_prompts = [example.prompt for example in unlabelled_examples]
+        check_context(prompts + more_prompts, subject, options)
         examples = answer_with_context(prompts, subject, options)
     else:
         examples = [replace(task.example(row), prompt=prompt) for row, prompt in zip(rows, prompts)]
         if not task.labels:
             task = replace(task, max_tokens=max_answer_tokens(subject.tokenizer, examples))
     examples = list(dict.fromkeys(examples))  # a repeated row counts once
-    unlabelled_examples = [Example(render_turn(as_turn, task, row), "") for row in queries]
     cv = make_cross_validation(subject, task, examples, options, unlabelled_examples)
-    cv.bar = bar
-    if keep is not None:
-        cv.store = open_store(cv, keep)
-    cv.remarks = [*remarks_on_queries, *remarks(rows, task, examples)]
-    lengths = subject.tokenizer.count([task.prompt_of(row) for row in rows])
-    cv.remarks += far_longer(rows, lengths)
-    if not task.labels and not options.context:
-        cv.remarks += ending_early(rows, task, subject.tokenizer)
+    cv.remarks = remarks_on_queries + remarks(rows, task, examples, subject.tokenizer)
     return cv
 
 
@@ -120,28 +117,24 @@ def render_turn(as_turn: Callable, task: Task, row: Row) -> str:
         raise UsageError(f"{row.where}: {error}") from None
 
 
-def answer_with_context(prompts: list[str], subject: Subject, options: FitOptions) -> list[Example]:
-    """The model's answers to prompts after the context. Raises UsageError if a prompt is too long."""
-    tokenizer = subject.tokenizer
+def check_context(prompts: list[str], subject: Subject, options: FitOptions) -> None:
+    """Raises UsageError if the context leaves no room for a prompt and its answer."""
     context = [Example(options.context, "")]
     for prompt in prompts:
-        tokens = len(tokenizer.encode(with_demonstrations(context, prompt)))
+        tokens = len(subject.tokenizer.encode(with_demonstrations(context, prompt)))
         mend = "with the context: cut that, or use a smaller --max-tokens"
         subject.check_room(prompt, tokens + options.max_tokens - 1, mend)
+
+
+def answer_with_context(prompts: list[str], subject: Subject, options: FitOptions) -> list[Example]:
+    """The model's answers to prompts after the context."""
+    tokenizer = subject.tokenizer
+    context = [Example(options.context, "")]
     model, ids = share_prefix(subject.model, tokenizer, [context], prompts)
-    stop = None if options.chat else STOP  # a turn ends by its own token
+    stop = None if options.chat else STOP
     decoding = decoding_for(subject.model, options.max_tokens, stop)
     responses = map(tokenizer.decode, generate(model, tokenizer, ids, decoding))
     return [Example(prompt, response) for prompt, response in zip(prompts, responses)]
-
-
-def read_unlabelled(unlabelled, task: Task) -> tuple[list[Row], list[str]]:
-    """Rows without answers that have all columns of the prompt, and sentences about those that lack one."""
-    rows = as_rows(unlabelled, only_column(task.prompt))
-    queries = [open_turns(row, task.prompt) for row in rows]
-    if not queries:
-        return [], []
-    return complete_rows(queries, task.prompt, None)
 
 
 def open_store(cv: CrossValidation, folder: Path) -> Store:

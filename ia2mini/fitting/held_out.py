@@ -23,7 +23,7 @@ from ..scoring import answer_scores, answer_texts
 from ..tasks import same_answer
 from ..teacher import TeacherSettings, record_targets
 from ..train import Trained
-from .crossval import CrossValidation
+from .crossval import CrossValidation, candidate_names
 from .probe import PENALTIES, Probe, fit_probe, held_out_scores, last_states
 from .selection import Candidate, HeldOut
 from .training import SOFT_K
@@ -32,7 +32,7 @@ from .training import SOFT_K
 def answer_held_out(cv: CrossValidation, trained: dict[str, Trained]) -> dict[str, HeldOut]:
     """Each candidate's scores of held-out rows. Warns of failed runs; raises UsageError if no learning rate is left."""
     held_out = {}
-    for name in cv.candidate_names:
+    for name in candidate_names(cv.task, cv.options):
         weights = fold_weights(cv, trained[name]) if name in METHODS else None
         one = HeldOut(name, score_held_out(cv, name, weights))
         if name in METHODS:

@@ -58,7 +58,9 @@ def columns_of_turns(columns: Columns, where: str, chat: bool) -> Columns:
     return columns._replace(template=template, answer=columns.answer or ANSWER)
 
 
-def remarks(rows: list[Row], task: Task, examples: list[Example]) -> list[str]:
+def remarks(
+    rows: list[Row], task: Task, examples: list[Example], tokenizer: Tokenizer
+) -> list[str]:
     """Sentences on how the rows were read, and on unusual rows."""
     sentences = []
     repeats = len(rows) - len(examples)
@@ -78,7 +80,11 @@ def remarks(rows: list[Row], task: Task, examples: list[Example]) -> list[str]:
         sentences.append(
             f"only one row has the answer {', '.join(rare)}: held out, nothing like it was trained on"
         )
-    return sentences + list(task.remarks)
+    lengths = tokenizer.count([task.prompt_of(row) for row in rows])
+    sentences += [*task.remarks, *far_longer(rows, lengths)]
+    if not task.labels and task.answer:
+        sentences += ending_early(rows, task, tokenizer)
+    return sentences
 
 
 def far_longer(rows: list[Row], lengths: list[int]) -> list[str]:

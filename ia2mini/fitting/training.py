@@ -59,7 +59,7 @@ def make_experiment(
     teacher_settings = TeacherSettings(
         max_tokens=cv.max_tokens,
         soft_k=SOFT_K if "soft" in phases else None,
-        layers=cv.layers,
+        layers=cv.settings.layers,
         stop=cv.stop,
         residual="hidden" in phases,
         demonstrated=ICL_SFT in phases,
