@@ -21,8 +21,7 @@ WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 KINDS = ("LORA", "IA3")
 BIASES = ("none", "all", "lora_only")
-DEFAULT_RANK = 8  # peft's, where a configuration says none
-DEFAULT_ALPHA = 8
+DEFAULT = 8  # peft's rank and alpha, where a configuration says none
 # fields that change more than the matrices of LoRA and (IA)3, besides all that begin with use_ or end in _config …
 EXTRAS = (
     "modules_to_save",
@@ -98,15 +97,12 @@ def read_config(folder: Path) -> dict:
     """adapter_config.json of a folder. Raises UsageError that says what is there instead of an adapter."""
     check_name(folder)
     if not is_there(folder / CONFIG):
-        named = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-        if named:
-            raise UsageError(
-                f"{folder}: no {CONFIG} there, but in {', '.join(named[:5])}; give one of these folders"
-            )
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+        if inside:
+            named = ", ".join(inside[:5])
+            raise UsageError(f"{folder}: no {CONFIG}, but in {named}; give one of these folders")
         if (folder / "config.json").is_file():
-            raise UsageError(
-                f"{folder}: a checkpoint and no adapter ({CONFIG}: no such file); give it as --model"
-            )
+            raise UsageError(f"{folder}: a checkpoint and no adapter; give it as --model")
     return read_json(folder / CONFIG)
 
 
@@ -119,15 +115,11 @@ def read_adapter(folder: Path, model: nn.Module) -> tuple[Adapter, Tensor]:
     config = read_config(folder)
     kind = config.get("peft_type")
     if kind not in KINDS:
-        raise UsageError(
-            f"{folder}: peft_type {repr(kind)[:80]} is not supported (supported: {', '.join(KINDS)})"
-        )
+        raise UsageError(f"{folder}: peft_type {repr(kind)[:80]}; only LORA and IA3 are read")
     extras = changes_more(config)
     if extras:
         said = f"{extras[0]} = {repr(config[extras[0]])[:80]}"
-        raise UsageError(
-            f"{folder}: {said} is not supported (supported: {', '.join(KINDS)}, without extras)"
-        )
+        raise UsageError(f"{folder}: {said}; LORA and IA3 are read without extras")
     tensors = read_tensors(folder, config)
     try:
         compare_names(folder, config, tensors, model)
@@ -138,14 +130,11 @@ def read_adapter(folder: Path, model: nn.Module) -> tuple[Adapter, Tensor]:
     except Exception as error:  # whatever comes of a configuration that says anything
         if out_of_memory(error):
             raise
-        raise UsageError(
-            f"{folder}: its tensors do not fit this model ({type(error).__name__}: {error})"
-        ) from None
+        reason = f"{type(error).__name__}: {error}"
+        raise UsageError(f"{folder}: its tensors do not fit this model ({reason})") from None
     theta = torch.cat([weights[name].flatten() for name in adapter.shapes])
     if not theta.isfinite().all():
-        raise UsageError(
-            f"{folder}: the adapter holds NaN or infinity: damaged, or its training failed"
-        )
+        raise UsageError(f"{folder}: holds NaN or infinity: damaged, or its training failed")
     return adapter, theta[None].to(next(model.parameters()).device)
 
 
@@ -166,12 +155,9 @@ def read_tensors(folder: Path, config: dict) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     if not is_there(path):
         pickled = folder / "adapter_model.bin"
-        beside = (
-            f"; {pickled.name} is not read: save the adapter as safetensors"
-            if pickled.exists()
-            else ""
-        )
-        raise UsageError(f"{path}: missing{beside}")
+        if pickled.exists():
+            raise UsageError(f"{path}: missing; {pickled.name} is not read: save as safetensors")
+        raise UsageError(f"{path}: missing")
     try:
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -180,16 +166,12 @@ def read_tensors(folder: Path, config: dict) -> dict[str, Tensor]:
         raise UsageError(f"{path}: truncated or corrupt ({error})") from None
     found = {name.removeprefix(PEFT_PREFIX): tensor.float() for name, tensor in stored.items()}
     if len(found) < len(stored):
-        raise UsageError(
-            f"{path}: some tensors stand there twice, with and without {PEFT_PREFIX!r}; save it again"
-        )
+        raise UsageError(f"{path}: tensors twice, with and without {PEFT_PREFIX!r}; save it again")
     bias = config.get("bias", "none")
     biases = [name for name in found if name.endswith(".bias")]
     if bias not in BIASES or biases:  # "all" and "lora_only" mean nothing where no map has a bias
         there = f", the file changes {biases[0].replace('.base_layer', '')}" if biases else ""
-        raise UsageError(
-            f"{folder}: bias = {repr(bias)[:80]} is not supported{there}; train without"
-        )
+        raise UsageError(f"{folder}: bias = {repr(bias)[:80]}{there}; train without")
     return found
 
 
@@ -198,9 +180,7 @@ def compare_names(folder: Path, config: dict, tensors: dict[str, Tensor], model:
     held = {name.rsplit(".lora_" if ".lora_" in name else ".", 1)[0] for name in tensors}
     maps = [name for name, module in model.named_modules() if isinstance(module, Linear)]
     for name in sorted(held - set(maps)):
-        raise UsageError(
-            f"{folder}: the file changes {name}, which is no matrix of this model that can be adapted"
-        )
+        raise UsageError(f"{folder}: changes {name}, no matrix of this model that can be adapted")
     odd = held ^ targeted(config, maps)
     if odd:
         same = f"{CONFIG} and the tensors do not name the same matrices"
@@ -256,9 +236,8 @@ def read_lora(
     config: dict, tensors: dict[str, Tensor], model: nn.Module
 ) -> tuple[Adapter, dict[str, Tensor]]:
     """Matrices of lower rank are padded with zeros, and each one's scale is put into its B."""
-    maps = {
-        name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")
-    }
+    ending = ".lora_A.weight"
+    maps = {name.removesuffix(ending) for name in tensors if name.endswith(ending)}
     if not maps:
         raise ValueError(f"no name ends in lora_A.weight, the first is {min(tensors)}")
     rank = max(len(tensors[f"{name}.lora_A.weight"]) for name in maps)
@@ -266,7 +245,7 @@ def read_lora(
     adapter = LoRA(model, targets, rank=rank, alpha=float(rank))
     for name in sorted(maps):  # before memory is taken for what the ranks say
         linear = adapter.linears[name]
-        own = by_pattern(config.get("rank_pattern"), name, config.get("r", DEFAULT_RANK))
+        own = by_pattern(config.get("rank_pattern"), name, config.get("r", DEFAULT))
         sizes = {"A": (own, linear.in_features), "B": (linear.out_features, own)}
         for letter, size in sizes.items():
             shape = tuple(tensors[f"{name}.lora_{letter}.weight"].shape)
@@ -278,9 +257,8 @@ def read_lora(
     for name in maps:
         A = tensors[f"{name}.lora_A.weight"]
         B = tensors[f"{name}.lora_B.weight"]
-        alpha = by_pattern(
-            config.get("alpha_pattern"), name, config.get("lora_alpha", DEFAULT_ALPHA)
-        )
+        alpha = config.get("lora_alpha", DEFAULT)
+        alpha = by_pattern(config.get("alpha_pattern"), name, alpha)
         scale = alpha / (math.sqrt(len(A)) if config.get("use_rslora") else len(A))
         weights[f"{name}.A"][: len(A)] = A
         weights[f"{name}.B"][:, : len(A)] = scale * B
