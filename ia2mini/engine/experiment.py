@@ -277,10 +277,8 @@ def warn_of_failed(method: str, told: list[str], rate_left: bool) -> list[str]:
     Raises UsageError if no learning rate is left: each failed in some set.
     """
     if not rate_left:
-        mend = "use lower --rates or --dtype float32"
-        raise UsageError(
-            f"training {method} gave no rate a finite loss throughout ({told[0]}, …); {mend}"
-        )
+        failed = f"training {method} gave no rate a finite loss throughout ({told[0]}, …)"
+        raise UsageError(f"{failed}; use lower --rates or --dtype float32")
     if not told:
         return []
     line = f"{method}: {'; '.join(told)}"

@@ -1,6 +1,5 @@
 """Checkpoints with a merged adapter: in memory, as the released scripts score them, or written to a folder."""
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import UsageError
 from ..adapters import Adapter, unpack
-from ..files import check_name, read_json, write_text
+from ..files import check_name, read_json, write_json
 from ..models.checkpoint import save
 
 MERGED = "merged.json"  # in a merged checkpoint: what was merged
@@ -27,14 +26,10 @@ def claim(folder: Path, merge: dict) -> None:
     if folder.is_dir() and not marker.exists():
         for path in sorted(folder.iterdir()):
             if not path.name.startswith("."):
-                raise UsageError(
-                    f"{folder}: holds {path.name} and maybe more; --out needs a new or empty folder"
-                )
+                raise UsageError(f"{folder}: holds {path.name}; --out needs a new or empty folder")
     if marker.exists() and read_json(marker) != merge:
-        raise UsageError(
-            f"{folder}: holds another merged checkpoint; choose another folder with --out"
-        )
-    write_text(marker, json.dumps(merge, indent=1) + "\n")
+        raise UsageError(f"{folder}: holds another merged checkpoint; give another --out")
+    write_json(marker, merge)
 
 
 class Merged(Adapter):

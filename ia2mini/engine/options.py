@@ -225,9 +225,7 @@ class Options(TrainOptions, AdapterOptions):
     def __post_init__(self):
         super().__post_init__()
         if self.loss and self.layers:
-            raise UsageError(
-                "--layers: a loss of your own chooses its layers; leave one of them out"
-            )
+            raise UsageError("--layers: a loss of your own chooses its layers; leave one out")
         if self.paper_compat:
             # the released scripts report the best on the evaluation rows
             object.__setattr__(self, "select", "eval")

@@ -135,16 +135,12 @@ def check_options(options: FitOptions, task: Task) -> None:
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
         known = ", ".join(METHODS)
-        raise UsageError(
-            f"--methods {unknown[0]}: unknown; beside base, ICL and probe can be tried {known}"
-        )
+        raise UsageError(f"--methods {unknown[0]}: unknown; what can be tried is {known}")
     if not methods:
         raise UsageError("--methods: give at least one")
     if options.context and "icl-sft" in methods:
-        raise UsageError(
-            "--methods icl-sft: with the context in its prompt the model gives these answers already; "
-            "leave it out"
-        )
+        given = "with the context in its prompt the model gives these answers already"
+        raise UsageError(f"--methods icl-sft: {given}; leave it out")
     if options.balance and not task.labels:
         raise UsageError("--balance: weighs labels, and these answers are text; leave it out")
     may_ship = candidate_names(task, options)[1:]

@@ -61,9 +61,7 @@ def check_out_folder(folder: Path, sources: Iterable[Path | None] = ()) -> None:
         raise UsageError(f"{folder}: holds {files[0]!r} and is no folder of an earlier fit; {mend}")
     card = folder / "README.md"
     if card.is_file() and CARD_MARK not in card.read_bytes():
-        raise UsageError(
-            f"{card}: was not written by ia2mini and would be replaced; move it, or {mend}"
-        )
+        raise UsageError(f"{card}: not by ia2mini, and would be replaced; move it, or {mend}")
 
 
 def save(predictor: "Predictor", folder: Path) -> None:
@@ -126,27 +124,20 @@ def check_canary(predictor: "Predictor", folder: Path) -> None:
     now = canary(predictor, kept)
     about = f"fitted on {spec['base']['name']}, loaded on {predictor.subject.base}"
     tolerance = max(TOLERANCE.get(result["dtype"], 0) for result in (kept, now))
-    blames = {
-        "base": "the base model is not the one it was fitted on",
-        "adapted": "the adapter is damaged",
-    }
-    for name, blame in blames.items():
+    other = f"the base model is not the one it was fitted on ({about})"
+    for name, blame in {"base": other, "adapted": "the adapter is damaged"}.items():
         then = kept[name]["log_probabilities"]
         again = now[name]["log_probabilities"]
         # `not … <=` in place of `>`: a difference of NaN is a fault, too
         if len(then) != len(again) or not np.abs(np.subtract(then, again)).mean() <= tolerance:
-            raise UsageError(
-                f"{folder}: {blame} ({about}): its test prompt gives other probabilities"
-            )
+            raise UsageError(f"{folder}: {blame}: its test prompt gives other probabilities")
 
 
 def check_digests(spec: dict, folder: Path) -> None:
     """Raises UsageError if the adapter or the probe is not the file that was saved."""
     for what, name in {"adapter": ADAPTER[0], "probe": PROBE}.items():
         if spec.get(f"{what}_digest") != digest(folder / name):
-            raise UsageError(
-                f"{folder}: the {what} is damaged: {name} is not the file that was saved"
-            )
+            raise UsageError(f"{folder}: the {what} is damaged: {name} is another file")
 
 
 def ships_adapter(folder: Path, kept: dict | None) -> bool:
@@ -224,11 +215,9 @@ def base_of(folder: Path) -> tuple[str, str | None]:
         return kept["base"]["name"], kept["base"].get("revision")
     config = read_config(folder)
     for key in ("base_model_name_or_path", "revision"):
-        value = config.get(key)
-        if value is not None and not isinstance(value, str):
-            raise UsageError(
-                f"{folder / ADAPTER[1]}: {key} = {repr(value)[:80]} is not a text; give --model"
-            )
+        if not isinstance(config.get(key), str | None):
+            wrong = f"{key} = {repr(config[key])[:80]} is not a text"
+            raise UsageError(f"{folder / ADAPTER[1]}: {wrong}; give --model")
     name = config.get("base_model_name_or_path")
     if not name:
         raise UsageError(f"{folder}: names no base model; give --model")

@@ -68,9 +68,7 @@ def confidence_threshold(confidences: list[float], coverage: float | None) -> fl
     if not 0 < coverage <= 1:
         raise UsageError(f"--coverage {coverage:g}: a share of the rows, above 0 and at most 1")
     if not confidences:
-        raise UsageError(
-            "--coverage needs the held-out confidences of `ia2mini fit`; this adapter has none"
-        )
+        raise UsageError("--coverage: this adapter has no held-out confidences of `ia2mini fit`")
     rows = len(confidences)
     below = min(rows, math.floor((rows + 1) * (1 - coverage) + 1e-9))
     return sorted(confidences)[below - 1] if below else 0.0

@@ -195,16 +195,15 @@ class Predictor:
         except UsageError as error:
             raise UsageError(f"{row.where}: {error}") from None
         answer = max(map(len, label_tokens), default=self.spec["max_tokens"])
+        most = self.subject.context_length
         # the answer's last token is not read
-        if 0 < tokens and tokens + answer - 1 <= self.subject.context_length:
+        if 0 < tokens and tokens + answer - 1 <= most:
             return Query(prompt, label_tokens)
         also = " with demonstrations" if demonstrations else ""
         lengths = [f"its prompt{also} has {tokens} tokens"]
         if answer > 1:
             lengths.append(f"its answer may have {answer}")
-        raise UsageError(
-            f"{row.where}: {', '.join(lengths)}; the model reads 1 to {self.subject.context_length}"
-        )
+        raise UsageError(f"{row.where}: {', '.join(lengths)}; the model reads 1 to {most}")
 
     def label_tokens(self, prompt: str) -> list[list[int]]:
         """The tokens of every label: as they were fitted; of an adapter that ia2mini did not fit, after this prompt."""
@@ -255,9 +254,7 @@ class Predictor:
                 scores = label_scores(student, ids, label_tokens, scoring).log_probabilities[0]
                 answers = self.likeliest_labels(scores, temperature)
         if any(np.isnan(answer["confidence"]) for answer in answers):
-            raise UsageError(
-                "the model computes NaN: weights of model or adapter are too large; try --dtype float32"
-            )
+            raise UsageError("the model computes NaN: weights too large; try --dtype float32")
         return answers
 
     def likeliest_labels(self, scores: Tensor, temperature: float) -> list[dict]:

@@ -120,8 +120,7 @@ def held_out_scores(states: Tensor, gold: Tensor, folds: list[list[int]], labels
 
 def write_probe(probe: Probe, path: Path) -> None:
     """Write a probe's two tensors as one file."""
-    tensors = {"weight": probe.weight.contiguous(), "bias": probe.bias.contiguous()}
-    write(path, partial(save_file, tensors))
+    write(path, partial(save_file, vars(probe)))
 
 
 def read_probe(folder: Path, labels: int, hidden: int) -> Probe:
@@ -130,13 +129,9 @@ def read_probe(folder: Path, labels: int, hidden: int) -> Probe:
     try:
         found = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UsageError(
-            f"{path}: the probe is missing or damaged ({error}); fit it again"
-        ) from None
+        raise UsageError(f"{path}: the probe is missing or damaged ({error}); fit again") from None
     wanted = {"weight": (labels, hidden), "bias": (labels,)}
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     if shapes != wanted:
-        raise UsageError(
-            f"{path}: holds {shapes}, this model and these labels need {wanted}; fit it again"
-        )
+        raise UsageError(f"{path}: holds {shapes} in place of {wanted}; fit it again")
     return Probe(found["weight"].float(), found["bias"].float())

@@ -123,19 +123,17 @@ def read_spec(folder: Path) -> dict | None:
     """The description of an adapter that ia2mini fitted; None for any other. Raises UsageError for a damaged one."""
     check_name(folder)
     path = folder / SPEC
-    kept = read_json(path) if is_there(path) else None
-    if kept is None and next(folder.glob("unfinished-*"), None):
-        mend = "wait, or type the same command again, which resumes it"
-        raise UsageError(
-            f"{folder}: its `ia2mini fit` is not finished: it still runs or was interrupted; {mend}"
-        )
-    if kept is None:
+    if not is_there(path):
+        if next(folder.glob("unfinished-*"), None):
+            state = "its `ia2mini fit` is not finished: it still runs or was interrupted"
+            raise UsageError(f"{folder}: {state}; wait, or type the same command again")
         return None
+    kept = read_json(path)
     field = misfit(kept, SHAPE, "")
     if field is None and not kept["labels"] and kept["parser"] is None:
         field = "parser"  # without labels the answers are texts, which something must parse
     if field:
-        problem = f"field {field} is missing or not what it should be: damaged, or written by another version"
+        problem = f"field {field} is missing or not what it should be"
         raise UsageError(f"{path}: {problem}; fit the adapter again")
     return kept
 
@@ -157,18 +155,12 @@ def check_given(spec: dict, kept: dict | None) -> None:
     """
     for name, value in spec.items():
         if name not in FOREIGN:
-            raise UsageError(
-                f"{name}: unknown; what can be said of an adapter is {', '.join(FOREIGN)}"
-            )
+            raise UsageError(f"{name}: unknown; what can be said is {', '.join(FOREIGN)}")
         if misfit(value, SHAPE[name], name):
-            description = DESCRIPTIONS.get(
-                name, f"a {type(FOREIGN[name]).__name__}, as in ia2mini.json"
-            )
+            usual = f"a {type(FOREIGN[name]).__name__}, as in ia2mini.json"
+            description = DESCRIPTIONS.get(name, usual)
             raise UsageError(f"{name} = {repr(value)[:60]}: it must be {description}")
     fitted = kept["labels"] if kept else []
-    labels = list(spec.get("labels", fitted))
-    if fitted and labels != fitted:
+    if fitted and list(spec.get("labels", fitted)) != fitted:
         listed = ", ".join(map(repr, fitted))
-        raise UsageError(
-            f"labels = {repr(labels)[:60]}: it was fitted to {listed}; leave labels out"
-        )
+        raise UsageError(f"labels: it was fitted to {listed}; leave labels out")

@@ -126,10 +126,8 @@ def train_final(cv: CrossValidation, candidate: Candidate) -> Tensor:
     experiment = make_experiment(cv, name, [episode], (candidate.name,), (rate,))
     theta = train_all(experiment)[candidate.name].theta
     if not theta.isfinite().all():
-        mend = "use lower --rates or --dtype float32"
-        raise UsageError(
-            f"{candidate.name} at rate {rate:g} diverged when trained on every row; {mend}"
-        )
+        diverged = f"{candidate.name} at rate {rate:g} diverged when trained on every row"
+        raise UsageError(f"{diverged}; use lower --rates or --dtype float32")
     return theta
 
 
