@@ -25,9 +25,6 @@ def make_report(cv: CrossValidation, held_out: dict[str, HeldOut], choice: Choic
     candidates = choice.candidates
     chosen = choice.chosen
     numbers = {name: measure_candidate(cv, candidate) for name, candidate in candidates.items()}
-    rivals = {}
-    for name in rivals_of(cv, choice):
-        rivals[name] = compare_rows(choice.nested, candidates[name])
     troubles = []
     for one in held_out.values():
         troubles += one.troubles
@@ -46,7 +43,7 @@ def make_report(cv: CrossValidation, held_out: dict[str, HeldOut], choice: Choic
         "shipped": measure_candidate(cv, choice.nested),
         "remarks": [*troubles, *cv.remarks],
         "all_differ": len({row.answer for row in cv.rows}) == len(cv.rows),
-        "against": rivals,
+        "against": compare_rivals(cv, choice),
         "nearest": nearest(candidates),
     }
     if task.labels:
@@ -54,10 +51,7 @@ def make_report(cv: CrossValidation, held_out: dict[str, HeldOut], choice: Choic
     if cv.options.context:
         report["kl"] = {name: one["nll"][0] for name, one in numbers.items()}
     report["sentence"] = sentence(report)
-    if task.labels:
-        report["held_out"] = labelled_rows(cv, chosen)
-    else:
-        report["held_out"] = text_rows(cv, held_out[chosen.name])
+    report["held_out"] = answered_rows(cv, chosen, held_out[chosen.name])
     return report
 
 
@@ -67,10 +61,13 @@ def measure_candidate(cv: CrossValidation, candidate: Candidate) -> dict:
     return measures(candidate.scores, cv.gold, temperatures, right)
 
 
-def rivals_of(cv: CrossValidation, choice: Choice) -> list[str]:
-    """What the shipped one is compared with, row by row; with a context ICL is the teacher, and no rival."""
-    names = ["base", "sft"] if cv.options.context else ["base", "icl", "sft"]
-    return [name for name in names if name in choice.candidates and name != choice.chosen.name]
+def compare_rivals(cv: CrossValidation, choice: Choice) -> dict[str, tuple]:
+    """The shipped one against base, ICL and SFT, row by row; with a context ICL is the teacher, and no rival."""
+    found = {}
+    for name in ["base", "sft"] if cv.options.context else ["base", "icl", "sft"]:
+        if name in choice.candidates and name != choice.chosen.name:
+            found[name] = compare_rows(choice.nested, choice.candidates[name])
+    return found
 
 
 def compare_rows(one: Candidate, other: Candidate) -> tuple[int, int, float]:
@@ -82,45 +79,35 @@ def compare_rows(one: Candidate, other: Candidate) -> tuple[int, int, float]:
 def nearest(candidates: dict[str, Candidate]) -> tuple | None:
     """The candidate with the lowest loss that is below the base's, compared with the base; None: there is none."""
     losses = {name: one.losses.mean().item() for name, one in candidates.items()}
-    better = [name for name in candidates if losses[name] < losses["base"]]
-    better = [name for name in better if name not in BASELINES]
-    if not better:
+    tried = [name for name in candidates if name not in BASELINES]
+    best = min(tried, key=losses.__getitem__)
+    if losses[best] >= losses["base"]:
         return None
-    best = min(better, key=losses.__getitem__)
     return best, *compare_rows(candidates[best], candidates["base"])
 
 
-def labelled_rows(cv: CrossValidation, chosen: Candidate) -> list[dict]:
-    """Every row with the label that the chosen candidate's folds, which have not seen it, give it."""
+def answered_rows(cv: CrossValidation, chosen: Candidate, held_out: HeldOut) -> list[dict]:
+    """Every row with what the chosen candidate's folds, which have not seen it, answer: a label or a text."""
     labels = cv.task.labels
-    tempered = chosen.scores / chosen.temperatures[:, None]
+    said = held_out.texts
+    confidences = held_out.confidences
+    if labels:
+        shares = (chosen.scores / chosen.temperatures[:, None]).softmax(-1)
+        said = [labels[best] for best in shares.argmax(-1)]
+        confidences = shares.amax(-1).tolist()
     found = []
-    for i, probabilities in enumerate(tempered.softmax(-1)):
-        best = int(probabilities.argmax())
-        about = about_row(cv, i, labels[best], probabilities[best].item(), bool(chosen.right[i]))
-        about["probabilities"] = dict(zip(labels, probabilities.tolist()))
+    for i, row in enumerate(cv.rows):
+        about = {
+            "prompt": question(row.prompt),
+            "true": row.answer.removeprefix(cv.task.blank),
+            "said": said[i],
+            "confidence": confidences[i],
+            "right": bool(chosen.right[i]),
+        }
+        if labels:
+            about["probabilities"] = dict(zip(labels, shares[i].tolist()))
         found.append(about)
     return found
-
-
-def text_rows(cv: CrossValidation, held_out: HeldOut) -> list[dict]:
-    """Every row with the text that the chosen candidate's folds, which have not seen it, generate for it."""
-    found = []
-    for i, text in enumerate(held_out.texts):
-        right = bool(held_out.right[i])
-        found.append(about_row(cv, i, text, held_out.confidences[i], right))
-    return found
-
-
-def about_row(cv: CrossValidation, i: int, said: str, confidence: float, right: bool) -> dict:
-    row = cv.rows[i]
-    return {
-        "prompt": question(row.prompt),
-        "true": row.answer.removeprefix(cv.task.blank),
-        "said": said,
-        "confidence": confidence,
-        "right": right,
-    }
 
 
 def question(prompt: str) -> str:

@@ -82,16 +82,12 @@ def nothing_shipped(report: dict) -> str:
             f"{second} must be significantly better) and significantly better than {commonest_share(report)}. "
             f"{bad_base(report)}{nearest_candidate(report)}{HELP}"
         )
+    lower = f"{opening}; on {rows} none had a significantly lower loss than the base ({base}"
     if "kl" in report:
-        return (
-            f"{opening}; on {rows} none had a significantly lower loss than the base ({base} in agreement "
-            f"with the model that sees the context) and was in agreement on more. {HELP}"
-        )
+        agreed = "in agreement with the model that sees the context"
+        return f"{lower} {agreed}) and was in agreement on more. {HELP}"
     if any(candidate["acc"][0] for candidate in candidates.values()):
-        return (
-            f"{opening}; on {rows} none had a significantly lower loss than the base ({base} right) "
-            f"and was right on more. {HELP}"
-        )
+        return f"{lower} right) and was right on more. {HELP}"
     none = f"{opening}; none gave any held-out answer exactly"
     if report["all_differ"]:
         return f"{none}, so held-out rows cannot judge answers that all differ."
