@@ -150,7 +150,7 @@ MUTANTS = {
             "episode are_the_other",
         ),
     ],
-    "ia2mini/fitting/folds.py": [
+    "ia2mini/fitting/crossval.py": [
         ("all_but(rows, part)", "rows", "folds rows_of_a_group"),
     ],
     "ia2mini/labels.py": [

@@ -16,7 +16,7 @@ from test_train import ADAPTERS, TRAINERS
 from ia2mini import FitOptions, fit, open_subject
 from ia2mini.engine.experiment import troubles, warn_of_failed_runs
 from ia2mini.engine.options import Options
-from ia2mini.fitting.crossval import make_cross_validation
+from ia2mini.fitting.crossval import CrossValidation
 from ia2mini.fitting.rows import read_own
 from ia2mini.fitting.selection import Candidate
 from ia2mini.fitting.training import train_final
@@ -209,7 +209,7 @@ def test_a_fit_shows_what_failed_and_never_chooses_it(subject, tmp_path):
 def test_a_final_training_that_diverges_ships_nothing(subject):
     rows, task = read_own(world.rows("toy-mood-remap", "train")[4:10])
     options = FitOptions(epochs=2, rates=(1e38,), methods=("sft",))
-    cv = make_cross_validation(subject, task, list(map(task.example, rows)), options)
+    cv = CrossValidation(subject, task, list(map(task.example, rows)), options)
     refused(
         lambda: train_final(cv, Candidate("sft", None, None, None)),
         "sft at rate 1e+38 diverged",

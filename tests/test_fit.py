@@ -22,7 +22,7 @@ from ia2mini.engine import experiment as engine
 from ia2mini.engine.experiment import count_steps, in_order, make_grid, teach_all
 from ia2mini.episode import with_demonstrations
 from ia2mini.fitting import held_out
-from ia2mini.fitting.crossval import CrossValidation, make_cross_validation, those_that_fit
+from ia2mini.fitting.crossval import CrossValidation, those_that_fit
 from ia2mini.fitting.fit import make_choice, ship
 from ia2mini.fitting.report import make_report
 from ia2mini.fitting.rows import read_own
@@ -56,7 +56,7 @@ def fitted(subject):
 
 def cross_validation(subject, rows, options=QUICK, **more) -> CrossValidation:
     rows, task = read_own(rows)
-    return make_cross_validation(subject, task, list(map(task.example, rows)), options, **more)
+    return CrossValidation(subject, task, list(map(task.example, rows)), options, **more)
 
 
 def run(*arguments, code=0, input=None):

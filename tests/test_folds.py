@@ -7,7 +7,7 @@ import pytest
 from sklearn.model_selection import StratifiedKFold
 
 from ia2mini.episode import seeded
-from ia2mini.fitting.folds import (
+from ia2mini.fitting.crossval import (
     DEMONSTRATION_PARTS,
     alternate_labels,
     balanced,

@@ -10,7 +10,7 @@ from reference import peft_twin
 from ia2mini import FitOptions, open_subject
 from ia2mini.adapters import adapted
 from ia2mini.engine.experiment import teach_all
-from ia2mini.fitting.crossval import make_cross_validation
+from ia2mini.fitting.crossval import CrossValidation
 from ia2mini.fitting.fit import prepare_fit
 from ia2mini.fitting.held_out import answer_held_out, score_by_probes
 from ia2mini.fitting.training import experiment_of_folds, train_final, train_folds
@@ -38,7 +38,7 @@ def test_held_out_rows_are_scored_by_weights_that_never_saw_them():
     for i in fold:
         flipped = 1 - other[i].label
         other[i] = replace(other[i], label=flipped, answer=cv.task.labels[flipped])
-    again = make_cross_validation(subject, cv.task, other, cv.options)
+    again = CrossValidation(subject, cv.task, other, cv.options)
     again.folds = cv.folds
     assert not torch.equal(again.gold, cv.gold)
     same = answer_held_out(again, train_folds(again))["sft"].scores

@@ -8,7 +8,7 @@ from ia2mini.engine.experiment import count_steps
 from ia2mini.engine.options import FitOptions
 from ia2mini.engine.subject import open_subject
 from ia2mini.episode import draw_episode
-from ia2mini.fitting.crossval import make_cross_validation
+from ia2mini.fitting.crossval import CrossValidation
 from ia2mini.fitting.training import train_folds
 from ia2mini.tasks import Example, find_task, load_examples
 from ia2mini.teacher import teach
@@ -43,7 +43,7 @@ def test_a_fit_with_and_without_them():
     own, queries = rows[:12], [Example(row.prompt, "") for row in rows[12:18]]
     options = FitOptions(methods=("sft", "ia2"), folds=3, epochs=2, rates=(1e-2,))
     alone, more = (
-        make_cross_validation(subject, find_task("toy-mood"), own, options, some)
+        CrossValidation(subject, find_task("toy-mood"), own, options, some)
         for some in ([], queries)
     )
     for fold in more.folds:

@@ -3,6 +3,7 @@
 n rows, F folds, S settings of a method (its learning rates), R = F * S runs, C labels.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -15,24 +16,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import UsageError
-from ..adapters import Adapter
 from ..batch import TokenRow
 from ..engine.experiment import make_adapter
 from ..engine.options import FitOptions
 from ..engine.progress import silent
 from ..engine.store import NoStore, Store
 from ..engine.subject import Subject, max_label_tokens
-from ..episode import seeded
+from ..episode import Episode, all_but, seeded, shuffled
 from ..generate import STOP
 from ..methods import METHODS
 from ..tasks import Example, Task
 from ..tasks.rows import labels_after_prompt
 from ..train import Settings
-from .folds import Fold, balanced, draw_folds
 from .selection import Selection
 
 LEAST = 4  # prompts that cross-validation needs
 ALONE = 10  # up to this many are held out one at a time
+DEMONSTRATION_PARTS = 4  # parts of a fold's training rows, each with its own demonstrations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fold(Episode):
+    """An episode of a user's rows, and the held-out rows that it never sees."""
+
+    test: list[int]  # indices of the held-out rows
 
 
 @dataclass
@@ -42,20 +49,32 @@ class CrossValidation:
     subject: Subject
     task: Task
     rows: list[Example]
-    options: FitOptions
-    unlabelled: list[Example]  # rows without answers: the teacher's are what IA2 learns from
-    label_tokens: list[list[int]]  # of each label; of texts none
-    max_tokens: int  # of an answer
-    adapter: Adapter
-    settings: Settings
-    rates: tuple[float, ...]  # learning rates
-    folds: list[Fold] = field(default_factory=list)
+    options: FitOptions  # already checked (`check_options`)
+    # rows without answers: the teacher's are what IA2 learns from
+    unlabelled: list[Example] = field(default_factory=list)
     store: Store = field(default_factory=NoStore)  # from which an interrupted fit goes on
     bar: Callable[[str, int], tqdm] = silent  # bar(label, total)
     remarks: list[str] = field(default_factory=list)  # on unusual rows
     # fold -> its held-out rows with their answers, while candidates are scored (`held_out.true_answers`)
     true_answers: dict[int, list[TokenRow]] = field(default_factory=dict)
     states: Tensor | None = None  # the base's, once a probe has read them (`held_out.base_states`)
+
+    def __post_init__(self):
+        """Draw the folds. Raises UsageError for too long rows."""
+        model = self.subject.model
+        options = self.options
+        self.adapter = make_adapter(model, options)
+        self.rates = options.rates_for(self.subject.name, options.adapter)  # learning rates
+        layers = options.layer_numbers(model.config.num_hidden_layers)
+        self.settings = Settings(options.batch_size, options.epochs, layers=layers)
+        self.label_tokens: list[list[int]] = []  # of each label; of texts none
+        self.max_tokens = self.task.max_tokens  # of an answer
+        if self.task.labels:
+            answers = labels_after_prompt(self.task.prompt, self.task.labels)
+            prompt = self.rows[0].prompt
+            self.label_tokens = self.subject.tokenizer.label_tokens(prompt, answers)
+            self.max_tokens = max_label_tokens(self.label_tokens)
+        self.folds = make_folds(self)
 
     @property
     def stop(self) -> str | None:
@@ -87,37 +106,6 @@ class CrossValidation:
     def demonstration_tokens(self, example: Example) -> int:
         """Number of tokens of a row with its answer, as a demonstration before a query."""
         return self.count_tokens(f"{example.prompt}{example.answer}\n\n")
-
-
-def make_cross_validation(
-    subject: Subject,
-    task: Task,
-    rows: list[Example],
-    options: FitOptions,
-    unlabelled: list[Example] | tuple = (),
-) -> CrossValidation:
-    """Rows in folds. The options are already checked (`check_options`). Raises UsageError for too long rows."""
-    label_tokens: list[list[int]] = []
-    max_tokens = task.max_tokens
-    if task.labels:
-        answers = labels_after_prompt(task.prompt, task.labels)
-        label_tokens = subject.tokenizer.label_tokens(rows[0].prompt, answers)
-        max_tokens = max_label_tokens(label_tokens)
-    layers = options.layer_numbers(subject.model.config.num_hidden_layers)
-    cv = CrossValidation(
-        subject=subject,
-        task=task,
-        rows=rows,
-        options=options,
-        unlabelled=list(unlabelled),
-        label_tokens=label_tokens,
-        max_tokens=max_tokens,
-        adapter=make_adapter(subject.model, options),
-        settings=Settings(options.batch_size, options.epochs, layers=layers),
-        rates=options.rates_for(subject.name, options.adapter),
-    )
-    cv.folds = make_folds(cv)
-    return cv
 
 
 def candidate_names(task: Task, options: FitOptions) -> list[str]:
@@ -170,6 +158,16 @@ def make_folds(cv: CrossValidation) -> list[Fold]:
     return folds
 
 
+def episode_of_all_rows(cv: CrossValidation) -> Episode:
+    """What trains the final adapter."""
+    number = len(cv.folds)  # draws that no fold has made
+    draw = partial(choose_demonstrations, cv)
+    rng = seeded(cv.options.seed, number, "final")
+    demonstrations = demonstrations_among(cv.rows, draw, rng)
+    demonstrations += before_unlabelled(cv, number, cv.rows)
+    return Episode(cv.rows, [], demonstrations, icl=[], unlabelled=cv.unlabelled)
+
+
 def before_unlabelled(
     cv: CrossValidation, number: int, train: list[Example]
 ) -> list[list[Example]]:
@@ -205,3 +203,73 @@ def mean_tokens(cv: CrossValidation) -> dict[str, float]:
     query = fmean(cv.count_tokens(row.prompt) for row in cv.rows)
     demonstrations = fmean(sum(map(cv.demonstration_tokens, fold.icl[0])) for fold in cv.folds)
     return {"query": query, "icl": query + demonstrations}
+
+
+def draw_folds(
+    rows: list[Example], number_of_folds: int, draw: Callable, seed: int = 0
+) -> list[Fold]:
+    """Stratified k-fold, grouped by prompt: each part has equal shares of the labels and is held out once.
+
+    All folds train on equally many rows, without dev rows. `draw(rows, generator)`
+    gives the demonstrations that are drawn from some rows: for a training row from rows of the same fold
+    (`demonstrations_among`), for held-out rows from all of them.
+    """
+    parts = stratified_parts(rows, number_of_folds, seeded(seed, 0, "folds"))
+    train_size = len(rows) - max(map(len, parts))
+    folds = []
+    for number, test in enumerate(parts):
+        rng = seeded(seed, number, "fold")
+        others = shuffled(all_but(rows, test), rng)
+        train = alternate_labels(others)[:train_size]
+        demonstrations = demonstrations_among(train, draw, rng)
+        fold = Fold(
+            train=train,
+            dev=[],
+            demonstrations=demonstrations,
+            icl=[draw(train, rng)],
+            test=test,
+        )
+        folds.append(fold)
+    return folds
+
+
+def demonstrations_among(
+    rows: list[Example], draw: Callable, rng: np.random.Generator
+) -> list[list[Example]]:
+    """Demonstrations before each of some rows, `draw(other rows, generator)`; they never have the row's own prompt.
+
+    The rows are dealt into `DEMONSTRATION_PARTS` parts. All rows of a part see the same demonstrations, from the other
+    parts, so that the teacher reads these once a part.
+    """
+    parts = min(DEMONSTRATION_PARTS, len({row.prompt for row in rows}))
+    by_row: list[list[Example]] = [[] for _ in rows]
+    for part in stratified_parts(rows, parts, rng):
+        demonstrations = draw(all_but(rows, part), rng)
+        for i in part:
+            by_row[i] = demonstrations
+    return by_row
+
+
+def stratified_parts(rows: list[Example], parts: int, rng: np.random.Generator) -> list[list[int]]:
+    """Indices of all rows in parts with equal shares of each label; rows of one prompt stay together."""
+    by_prompt: dict[str, list[int]] = {}
+    for i in rng.permutation(len(rows)).tolist():
+        by_prompt.setdefault(rows[i].prompt, []).append(i)
+    groups = sorted(by_prompt.values(), key=lambda group: rows[group[0]].label or 0)
+    return [sum(groups[first::parts], []) for first in range(parts)]
+
+
+def alternate_labels(rows: list[Example]) -> list[Example]:
+    """The rows in an order that takes one of each label in turn."""
+    seen: Counter = Counter()
+    rounds = []  # how many rows of the same label stand before each
+    for row in rows:
+        rounds.append(seen[row.label])
+        seen[row.label] += 1
+    order = sorted(range(len(rows)), key=rounds.__getitem__)
+    return [rows[i] for i in order]
+
+
+def balanced(rows: list[Example], count: int, rng: np.random.Generator) -> list[Example]:
+    """Up to `count` rows in random order, each label as equally often as the rows allow."""
+    return shuffled(alternate_labels(shuffled(rows, rng))[:count], rng)

@@ -20,13 +20,7 @@ from ..tasks.chat import ChatTemplate
 from ..tasks.own import complete_rows
 from ..tasks.rows import Row, as_rows, only_column
 from ..tasks.turns import ALL_TURNS, open_turns
-from .crossval import (
-    CrossValidation,
-    check_number,
-    check_options,
-    choose_demonstrations,
-    make_cross_validation,
-)
+from .crossval import CrossValidation, check_number, check_options, choose_demonstrations
 from .held_out import answer_held_out, fit_final_probe
 from .predictor import Predictor
 from .report import Choice, make_report, question
@@ -103,7 +97,7 @@ def prepare_fit(
         if not task.labels:
             task = replace(task, max_tokens=max_answer_tokens(subject.tokenizer, examples))
     examples = list(dict.fromkeys(examples))  # a repeated row counts once
-    cv = make_cross_validation(subject, task, examples, options, unlabelled_examples)
+    cv = CrossValidation(subject, task, examples, options, unlabelled_examples)
     cv.remarks = remarks_on_queries + remarks(rows, task, examples, subject.tokenizer)
     return cv
 

@@ -5,7 +5,6 @@ Every phase trains for a fixed number of epochs: no row decides when to stop.
 
 import time
 from dataclasses import replace
-from functools import partial
 
 from torch import Tensor
 
@@ -20,15 +19,14 @@ from ..engine.experiment import (
 )
 from ..engine.options import ICL_SFT, phases_of
 from ..engine.progress import Progress
-from ..episode import Episode, seeded
+from ..episode import Episode
 from ..methods import sft
 from ..models.taps import device_of
 from ..scale.decode import fast_decoding
 from ..scale.pack import in_batches
 from ..teacher import TeacherSettings
 from ..train import Hooks, Trained
-from .crossval import CrossValidation, before_unlabelled, choose_demonstrations, mean_tokens
-from .folds import demonstrations_among
+from .crossval import CrossValidation, episode_of_all_rows, mean_tokens
 from .selection import Candidate
 
 SOFT_K = 1024  # likeliest tokens of a distribution that is matched
@@ -115,15 +113,10 @@ def steps_of_sft(cv: CrossValidation, experiment: Experiment) -> float:
 
 def train_final(cv: CrossValidation, candidate: Candidate) -> Tensor:
     """Weights [1, M] of a candidate, trained on every row at its learning rate. Raises UsageError if it diverges."""
-    rows = cv.rows
     rate = cv.rates[candidate.setting]
-    number = len(cv.folds)  # draws that no fold has made
-    draw = partial(choose_demonstrations, cv)
-    rng = seeded(cv.options.seed, number, "final")
-    demonstrations = demonstrations_among(rows, draw, rng) + before_unlabelled(cv, number, rows)
-    episode = Episode(rows, [], demonstrations, icl=[], unlabelled=cv.unlabelled)
     name = f"all rows at rate {rate:g}"
-    experiment = make_experiment(cv, name, [episode], (candidate.name,), (rate,))
+    episodes = [episode_of_all_rows(cv)]
+    experiment = make_experiment(cv, name, episodes, (candidate.name,), (rate,))
     theta = train_all(experiment)[candidate.name].theta
     if not theta.isfinite().all():
         diverged = f"{candidate.name} at rate {rate:g} diverged when trained on every row"
