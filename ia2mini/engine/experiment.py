@@ -38,9 +38,7 @@ def make_trainer(side_by_side: int | None = None) -> Callable:
 
 def make_adapter(model: nn.Module, options: AdapterOptions, scale_inputs: bool = False) -> Adapter:
     """The adapter that the options describe. Raises UsageError for targets that the model lacks."""
-    targets = matrices(options.targets)
-    if not targets:
-        targets = TARGETS
+    targets = matrices(options.targets) or TARGETS
     if options.adapter == "ia3":
         return IA3(model, targets, scale_inputs=scale_inputs)
     return LoRA(model, targets, rank=options.rank, alpha=options.alpha)
@@ -48,9 +46,7 @@ def make_adapter(model: nn.Module, options: AdapterOptions, scale_inputs: bool =
 
 def in_order(methods: tuple[str, ...], tuned: bool = False) -> list[str]:
     """The methods to train, in order: each after the phase that it starts from, a tuned teacher first."""
-    found = []
-    if tuned:
-        found.append(ICL_SFT)
+    found = [ICL_SFT] if tuned else []
     for method in methods:
         if method in STARTS_FROM:
             found.append(STARTS_FROM[method])
@@ -117,13 +113,11 @@ def teach_all(experiment: Experiment, tuned: Trained | None = None) -> list[Taug
     with experiment.phase("collect", "collecting", rows) as bar:
 
         def teach_one(number: int) -> Taught:
+            tokenizer = experiment.subject.tokenizer
             with teacher(experiment, tuned, number) as model:
+                settings = experiment.teacher_settings
                 return teach(
-                    model,
-                    experiment.subject.tokenizer,
-                    episodes[number],
-                    settings=experiment.teacher_settings,
-                    watch=bar.update,
+                    model, tokenizer, episodes[number], settings=settings, watch=bar.update
                 )
 
         return ranks.spread(teach_one, range(len(episodes)))
@@ -242,9 +236,10 @@ def make_race(experiment: Experiment, method: str, runs: int) -> Race | None:
 def warn_of_failed_runs(experiment: Experiment, method: str, found: Trained) -> None:
     """Warn of the runs whose dev loss was not finite. Raises UsageError if no learning rate is left."""
     told = []
-    for name, trouble in zip(run_names(experiment, method), troubles(found)):
+    for (number, rate, beta), trouble in zip(experiment.configs(method), troubles(found)):
+        mix = "" if beta is None else f" β {beta}"
         if trouble:
-            told.append(f"{name} {trouble}")
+            told.append(f"set {number} at rate {rate:g}{mix} {trouble}")
     finite = found.dev_loss.isfinite().view(len(experiment.episodes), -1)
     warn_of_failed(f"{experiment.name}, {method}", told, bool(finite.all(0).any()))
 
@@ -260,15 +255,6 @@ def troubles(trained: Trained) -> list[str]:
         else:
             found.append(f"diverged at step {broken}, kept as of step {best}")
     return found
-
-
-def run_names(experiment: Experiment, method: str) -> list[str]:
-    """The names of a method's runs in messages."""
-    names = []
-    for number, rate, beta in experiment.configs(method):
-        name = f"set {number} at rate {rate:g}"
-        names.append(name if beta is None else f"{name} β {beta}")
-    return names
 
 
 def warn_of_failed(method: str, told: list[str], rate_left: bool) -> list[str]:
