@@ -102,7 +102,7 @@ class AdapterOptions:
     rank: int = option(8, "Give LoRA's two matrices this rank.", least=1)
     alpha: float = option(8.0, "Scale LoRA's update by alpha / rank.")
     targets: tuple[str, ...] = option(
-        (), "Adapt these matrices, named as q_proj,k_proj or as qko.", shown="qko"
+        (), "Adapt these matrices: q_proj,k_proj or qko.", shown="qko"
     )
 
     @property
@@ -124,16 +124,10 @@ class AdapterOptions:
 class TrainOptions:
     """How every run trains."""
 
-    rates: tuple[float, ...] = option(
-        (), "Try these learning rates.", shown="the paper's three for the adapter"
-    )
-    layers: tuple[int, ...] = option(
-        (), "Match activations only in the layers with these numbers.", shown="all"
-    )
+    rates: tuple[float, ...] = option((), "Try these learning rates.", shown="the paper's three")
+    layers: tuple[int, ...] = option((), "Match activations only in these layers.", shown="all")
     batch_size: int = option(4, "Train on this many rows in one step.", least=1)
-    seed: int = option(
-        0, "Seed every random draw; 0 draws the training sets of the paper's scripts."
-    )
+    seed: int = option(0, "Seed every random draw; 0 draws the sets of the paper's scripts.")
 
     def __post_init__(self):
         for rate in self.rates:
@@ -158,13 +152,9 @@ class TrainOptions:
 class Options(TrainOptions, AdapterOptions):
     """Everything about a study that changes its numbers, but for tasks, data and checkpoint."""
 
-    n: tuple[int, ...] = option(
-        (4,), "Draw this many rows for a training set; 2,4,8 tries several."
-    )
+    n: tuple[int, ...] = option((4,), "Draw this many training rows; 2,4,8 tries several.")
     epochs: int = option(50, "Train for at most this many epochs.", least=1)
-    patience: int = option(
-        5, "Stop a run after this many evaluations of the dev loss without improvement.", least=1
-    )
+    patience: int = option(5, "Stop after this many evaluations without a lower dev loss.", least=1)
     methods: tuple[str, ...] = option(
         ("base", "icl", "sft", "ia2", "ia2-sft"),
         "Compare these methods. There are also ia2+sft, sft-ia2, soft, hidden and ridge; "
@@ -177,9 +167,7 @@ class Options(TrainOptions, AdapterOptions):
         shown="none",
     )
     sets: int = option(5, "Draw this many training sets, each with its own seed.", least=1)
-    betas: tuple[float, ...] = option(
-        (), "Weigh cross-entropy by each of these numbers in ia2+sft.", shown="four"
-    )
+    betas: tuple[float, ...] = option((), "Weigh cross-entropy by these in ia2+sft.", shown="four")
     labels: str = option(
         "truth",
         "Train SFT on the true answers, or on the model's own answers with demonstrations (icl).",
@@ -196,9 +184,7 @@ class Options(TrainOptions, AdapterOptions):
         "Show ICL the training set's N rows, or N - 1 other rows drawn for each query (pool).",
         ("set", "pool"),
     )
-    race: bool = option(
-        True, "Stop a learning rate early once it cannot win any more (with --select dev only)."
-    )
+    race: bool = option(True, "Stop a learning rate that cannot win any more (with --select dev).")
     select: str = option(
         "dev",
         "Choose the learning rate by dev loss or, as the paper does, by the evaluation rows.",
@@ -241,21 +227,17 @@ class FitOptions(TrainOptions, AdapterOptions):
         "demonstrations in the prompt and trains many times longer.",
     )
     rates: tuple[float, ...] = option(
-        (),
-        "Try these learning rates; held-out rows choose among several.",
-        shown="the paper's highest",
+        (), "Try these learning rates; held-out rows choose.", shown="the paper's highest"
     )
     epochs: int = option(5, "Train every phase for this many epochs.", least=1)
-    balance: bool = option(
-        False, "Let every label weigh the same in training, however many rows have it."
-    )
+    balance: bool = option(False, "Let every label weigh the same in training, however rare.")
     ship: str = option(
         "",
         "Ship this method (or icl, or probe), whatever the held-out rows say.",
         shown="held-out rows decide",
     )
     folds: int = option(
-        5, "Cross-validate in this many parts; up to 10 rows, each row is a part.", least=2
+        5, "Cross-validate in this many folds; up to 10 rows, each is one.", least=2
     )
     demonstrations: int = option(
         16, "Show the teacher at most this many rows, labels in turn, before each row.", least=1
@@ -265,13 +247,9 @@ class FitOptions(TrainOptions, AdapterOptions):
         "Generate at most this many tokens for --prompts; for ROWS the longest answer decides.",
         least=1,
     )
-    chat: bool = option(
-        False, "Write prompts and demonstrations as turns of the checkpoint's chat template."
-    )
+    chat: bool = option(False, "Write prompts and demonstrations by the model's chat template.")
     context: str = ""  # a text that the teacher sees before every query, instead of demonstrations
-    temperature: bool = option(
-        True, "Calibrate probabilities by one temperature, fitted on held-out rows."
-    )
+    temperature: bool = option(True, "Calibrate probabilities by a temperature from held-out rows.")
 
     def rates_for(self, model: str, adapter: str) -> tuple[float, ...]:
         """The rates that were given, else the highest of the paper's: few rows leave little to choose by."""
