@@ -105,9 +105,9 @@ def test_long_rows_are_scored_one_set_after_another(subject, tmp_path, monkeypat
     groups = []
     plain = scoring.score_runs
 
-    def noted(e, method, runs, reference, bar):
+    def noted(e, method, runs, references, bar):
         groups.append((method, len(runs)))
-        return plain(e, method, runs, reference, bar)
+        return plain(e, method, runs, references, bar)
 
     monkeypatch.setattr(scoring, "score_runs", noted)
     parts, _ = compare([MOOD], subject, options, tmp_path / "parts")

@@ -22,18 +22,16 @@ def asim_of_responses(
 
     As the released scripts have it, on the runs' own responses.
     """
-    runs = len(responses)
-    if runs == 1:
-        compared = rows
-        own = responses * len(rows)
-    else:
-        per_set = runs // len(rows)  # runs come set by set
-        compared = [rows[r // per_set] for r in range(runs)]
-        own = responses
-    as_scripts = e.options.paper_compat
-    if as_scripts:
-        compared = [cut_rows(e, mine, texts) for mine, texts in zip(compared, own)]
-    return layer_asim(model, compared, by_row=as_scripts)
+    pairs = max(len(rows), len(responses))  # runs come set by set
+    of_a_set = pairs // len(rows)
+    of_a_run = pairs // len(responses)
+    compared = []
+    for i in range(pairs):
+        mine = rows[i // of_a_set]
+        if e.options.paper_compat:
+            mine = cut_rows(e, mine, responses[i // of_a_run])
+        compared.append(mine)
+    return layer_asim(model, compared, by_row=e.options.paper_compat)
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
 """An evaluation, and the reference that scores are compared with.
 
-R runs, S sets, Q evaluation rows, C labels, L layers, n rows on which attention outputs are compared, D hidden.
+R runs, Q evaluation rows, C labels, L layers, n rows on which attention outputs are compared, D hidden.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -21,19 +21,13 @@ Scores = dict[str, Tensor]
 
 @dataclass
 class Reference:
-    """The base with each set's demonstrations (ICL): the reference of all methods."""
+    """The base with one set's demonstrations (ICL): the reference of all methods on that set."""
 
+    number: int  # of the set
     scores: Scores
-    outputs: Tensor | None = None  # of labels: attention outputs [L, S, n, D]
-    # of texts: each set's first n responses with their attention outputs
-    rows: list[list[TokenRow]] | None = None
-
-    def of_sets(self, sets: Tensor) -> "Reference":
-        """The reference of some of the sets, without ICL's scores."""
-        if self.outputs is not None:
-            return Reference({}, outputs=self.outputs[:, sets])
-        rows = [self.rows[number] for number in sets.tolist()]
-        return Reference({}, rows=rows)
+    outputs: Tensor | None = None  # of labels: attention outputs [L, 1, n, D]
+    # of texts: the first n responses with their attention outputs
+    rows: list[TokenRow] = field(default_factory=list)
 
 
 @dataclass

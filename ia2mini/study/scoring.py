@@ -54,51 +54,51 @@ def score_all(
             trained=trained,
             scored_runs=scored_runs,
         )
-        reference = None
+        references: list[Reference] = []
         for method in cell.study.options.methods:
             place = f"{experiment.name}/{method}-on-{name}"
             kept = experiment.store.tensors(place)
-            # the reference gives ICL's scores: its phase counts once, also where ICL is no method
+            # the references give ICL's scores: their phase counts once, also where ICL is no method
             if kept is None:
-                if reference is None:
-                    reference = make_reference(e)
-                scores = reference.scores
-                if method != "icl":
-                    scores = score_method(e, method, reference)
+                if not references:
+                    references = make_references(e)
+                if method == "icl":
+                    scores = join_runs([reference.scores for reference in references])
+                else:
+                    scores = score_method(e, method, references)
                 kept = experiment.store.keep(place, scores)
             elif method != "icl":
                 experiment.progress.kept()
             found[method, name] = kept
-        if reference is None:
+        if not references:
             experiment.progress.kept()
     return found
 
 
-def score_method(e: Evaluation, method: str, reference: Reference) -> Scores:
+def score_method(e: Evaluation, method: str, references: list[Reference]) -> Scores:
     """Score the base or a method's scored runs, each against the reference of its own set."""
+    runs = [0] if method == "base" else e.scored_runs[method]
+    sets = len(references)
+    groups: list[tuple[list[int], list[Reference]]] = []  # runs that are scored side by side
     if method == "base":
-        with e.phase(method, len(e.rows)) as bar:
-            return score_runs(e, method, [0], reference, bar)
-    sets = len(e.cell.episodes)
-    by_set = torch.tensor(e.scored_runs[method]).view(sets, -1)  # [S, runs of a set]
-    groups = number_of_groups(sets, by_set.numel() * max(map(len, e.prompts)))
-    with e.phase(method, by_set.numel() * len(e.rows)) as bar:
+        groups.append((runs, references))
+    elif method in WITH_DEMONSTRATIONS:
+        for r, run in enumerate(runs):
+            groups.append(([run], [references[r * sets // len(runs)]]))
+    else:
+        by_set = torch.tensor(runs).view(sets, -1)  # [S, runs of a set]
+        parts = number_of_groups(sets, len(runs) * max(map(len, e.prompts)))
+        for numbers in torch.arange(sets).tensor_split(parts):
+            group = [references[number] for number in numbers.tolist()]
+            if group:
+                groups.append((by_set[numbers].flatten().tolist(), group))
+    with e.phase(method, len(runs) * len(e.rows)) as bar:
 
-        def score_sets(group: Tensor) -> Scores | None:
-            if not len(group):
-                return None
-            if method in WITH_DEMONSTRATIONS:
-                of_runs: list[Scores | None] = []
-                for number in group.tolist():
-                    own = reference.of_sets(torch.tensor([number]))
-                    for run in by_set[number].tolist():
-                        of_runs.append(score_with_demonstrations(e, method, run, number, own, bar))
-                return join_runs(of_runs)
-            runs = by_set[group].flatten().tolist()
-            return score_runs(e, method, runs, reference.of_sets(group), bar)
+        def score_group(group: tuple[list[int], list[Reference]]) -> Scores:
+            mine, of_their_sets = group
+            return score_runs(e, method, mine, of_their_sets, bar)
 
-        parts = ranks.spread(score_sets, torch.arange(sets).tensor_split(groups))
-    return join_runs(parts)
+        return join_runs(ranks.spread(score_group, groups))
 
 
 def number_of_groups(sets: int, tokens: int) -> int:
@@ -110,41 +110,29 @@ def number_of_groups(sets: int, tokens: int) -> int:
     return ranks.size * math.ceil(needed / ranks.size)
 
 
-def join_runs(parts: list[Scores | None]) -> Scores:
-    there = [part for part in parts if part is not None]
-    joined = {}
-    for key in there[0]:
-        joined[key] = torch.cat([part[key] for part in there])
-    return joined
+def join_runs(parts: list[Scores]) -> Scores:
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
-def score_runs(e: Evaluation, method: str, runs: list[int], reference: Reference, bar) -> Scores:
-    """Score some runs of a method side by side."""
-    with student_of(e.cell, method, e.trained, runs) as student:
-        if e.labels:
-            return score_labels(e, student, e.prompts, len(runs), bar, reference.outputs)
-        names = [f"{method}-{run}" for run in runs]
-        responses, correct = score_texts(e, student, e.prompts, names, bar)
-        return {
-            "correct": correct,
-            "asim": asim_of_responses(e, student, reference.rows, responses),
-        }
-
-
-def score_with_demonstrations(
-    e: Evaluation, method: str, run: int, number: int, reference: Reference, bar
+def score_runs(
+    e: Evaluation, method: str, runs: list[int], references: list[Reference], bar
 ) -> Scores:
-    """Score one run with the demonstrations of its set (`number`) in the prompt."""
-    with student_of(e.cell, method, e.trained, [run]) as student:
-        student, prompts = share_demonstrations(student, e.cell, e.rows, number)
+    """Score some runs of a method side by side; a run that has demonstrations in its prompt is alone."""
+    prompts = e.prompts
+    with student_of(e.cell, method, e.trained, runs) as student:
+        if method in WITH_DEMONSTRATIONS:
+            (reference,) = references
+            student, prompts = share_demonstrations(student, e.cell, e.rows, reference.number)
         if e.labels:
-            return score_labels(e, student, prompts, 1, bar, reference.outputs)
-        responses, correct = score_texts(e, student, prompts, [f"{method}-{run}"], bar)
-        (rows,) = reference.rows
+            outputs = torch.cat([reference.outputs for reference in references], 1)
+            return score_labels(e, student, prompts, len(runs), bar, outputs)
+        names = [f"{method}-{run}" for run in runs]
+        responses, correct = score_texts(e, student, prompts, names, bar)
         compared = []
-        for row, prompt in zip(rows, prompts):
-            compared.append(replace(row, prompt=prompt))
-        return {"correct": correct, "asim": asim_of_responses(e, student, [compared], responses)}
+        for reference in references:
+            rows = zip(reference.rows, prompts)
+            compared.append([replace(row, prompt=prompt) for row, prompt in rows])
+        return {"correct": correct, "asim": asim_of_responses(e, student, compared, responses)}
 
 
 def student_of(
@@ -161,41 +149,32 @@ def student_of(
     return adapted(study.subject.model, adapter, trained[method].theta[runs])
 
 
-def make_reference(e: Evaluation) -> Reference:
+def make_references(e: Evaluation) -> list[Reference]:
     """The base with each set's demonstrations.
 
-    It is made on all rows if ICL is one of the methods, else only on the rows whose attention outputs are compared.
+    It reads all rows if ICL is one of the methods, else only the rows whose attention outputs are compared.
     """
     if "icl" not in e.options.methods:
         e = replace(e, rows=e.rows[: e.options.asim_rows])
     sets = len(e.cell.episodes)
-    reference_of_set = reference_of_labels if e.labels else reference_of_texts
     with e.phase("icl", sets * len(e.rows)) as bar:
-        parts = ranks.spread(partial(reference_of_set, e, bar), range(sets))
-    scores = join_runs([part.scores for part in parts])
-    scores["asim"] = torch.ones(sets, e.model.config.num_hidden_layers)
+        return ranks.spread(partial(make_reference, e, bar), range(sets))
+
+
+def make_reference(e: Evaluation, bar, number: int) -> Reference:
+    model, prompts = share_demonstrations(e.model, e.cell, e.rows, number)
     if e.labels:
-        outputs = torch.cat([part.outputs for part in parts], 1)
-        return Reference(scores, outputs=outputs)
-    return Reference(scores, rows=[part.rows[0] for part in parts])
-
-
-def reference_of_labels(e: Evaluation, bar, number: int) -> Reference:
-    model, prompts = share_demonstrations(e.model, e.cell, e.rows, number)
-    scores = score_labels(e, model, prompts, 1, bar)
-    return Reference(scores, outputs=scores.pop("outputs"))
-
-
-def reference_of_texts(e: Evaluation, bar, number: int) -> Reference:
-    compared = e.options.asim_rows
-    model, prompts = share_demonstrations(e.model, e.cell, e.rows, number)
-    (responses,), correct = score_texts(e, model, prompts, [f"icl-{number}"], bar)
-    rows = []
-    for prompt, response in zip(e.prompts[:compared], responses):
-        rows.append(TokenRow(prompt, with_end(e, response)))
-    settings = TeacherSettings(e.cell.max_tokens)
-    record_targets(model, rows, prompts[: len(rows)], settings)
-    return Reference({"correct": correct}, rows=[rows])
+        scores = score_labels(e, model, prompts, 1, bar)
+        reference = Reference(number, scores, outputs=scores.pop("outputs"))
+    else:
+        (responses,), correct = score_texts(e, model, prompts, [f"icl-{number}"], bar)
+        rows = []
+        for prompt, response in zip(e.prompts[: e.options.asim_rows], responses):
+            rows.append(TokenRow(prompt, with_end(e, response)))
+        record_targets(model, rows, prompts[: len(rows)], TeacherSettings(e.cell.max_tokens))
+        reference = Reference(number, {"correct": correct}, rows=rows)
+    reference.scores["asim"] = torch.ones(1, e.model.config.num_hidden_layers)
+    return reference
 
 
 def share_demonstrations(

@@ -74,12 +74,15 @@ def carry_out(
             experiment = experiment_of(cell, store, progress, trainer)
             for key, records in run_cell(cell, experiment).items():
                 found[key] += records
-    document: dict = {"cells": summarise(found["runs"], study.options.select)}
-    document.update(store.spent)
-    document.update(found)
-    document["config"] = config
-    document["versions"] = versions()
-    document = finite(document)
+    document = finite(
+        {
+            "cells": summarise(found["runs"], study.options.select),
+            **store.spent,
+            **found,
+            "config": config,
+            "versions": versions(),
+        }
+    )
     if ranks.chief:
         write_json(store.path / "results.json", document)
     return document, store.path
