@@ -21,7 +21,7 @@ from ia2mini.fitting.rows import read_own
 from ia2mini.fitting.selection import Candidate
 from ia2mini.fitting.training import train_final
 from ia2mini.report.fit import fit_table
-from ia2mini.report.study import write_report
+from ia2mini.report.page import write_report
 from ia2mini.report.tables import write_table
 from ia2mini.scale.pack import in_batches
 from ia2mini.study.study import compare

@@ -56,6 +56,9 @@ def test_the_first_screen_is_a_title_the_verdict_a_table_and_a_figure(tmp_path):
     outcome, chance = "<p>IA2→SFT against SFT: accuracy +21.0 points", "<p>The difference in"
     order = [first.index(part) for part in ("<h1>", outcome, chance, "<table", "<figure>")]
     assert order == sorted(order) and first.count("<p>") == 2
+    said = re.findall("<p>(.*?)</p>", first)
+    assert "2 pairs of task and set: too few for a p-value or an interval." in said[0]
+    assert all(sentence.endswith(".") for sentence in said)
     assert first.count("<table") == first.count("<figure>") == 1
     assert rest.count("<figure>") == 4 and rest.count("<table") == 3
     outside = re.sub(r"<details>.*</details>", "", page.partition("<main>")[2], flags=re.S)

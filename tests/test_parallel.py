@@ -31,7 +31,7 @@ SERVER.set_forkserver_preload(
         "ia2mini.cli.main",
         "ia2mini.study.study",
         "ia2mini.fitting.fit",
-        "ia2mini.report.study",
+        "ia2mini.report.page",
         "torch.distributed",
         "torch._dynamo",  # an optimizer of torch imports it, which takes a second
     ]

@@ -199,7 +199,7 @@ def test_of_one_set_no_deviation_is_shown():
     assert "±" not in text and "one set, so no deviation" in text
     assert re.search(r"SFT  +30.0  +0.17  +0.10  +0.35  +0.01\n", text)
     assert (
-        "accuracy +10.0 points; ECE -0.02; 1 pair of task and set: too few for a p-value or an interval"
+        "accuracy +10.0 points; ECE -0.02; 1 pair of task and set: too few for a p-value or an interval."
         in text
     )
 

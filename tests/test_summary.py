@@ -28,7 +28,7 @@ def versus(
 
 
 SFT, OURS = [0.6, 0.65, 0.7, 0.6, 0.64], [0.8, 0.86, 0.9, 0.81, 0.84]
-SHARED = "5 pairs of task and set, not independent: those of a task share their evaluation rows"
+SHARED = "5 pairs of task and set, not independent: those of a task share their evaluation rows."
 
 
 def test_verdict_of_a_certain_gain():
@@ -60,7 +60,7 @@ def test_verdict_of_what_may_be_chance():
 def test_verdict_of_few_pairs_has_no_interval(pairs):
     lines = versus(SFT[:pairs], [acc + 0.2 for acc in SFT[:pairs]])
     noun = "pair" if pairs == 1 else "pairs"
-    said = f"{pairs} {noun} of task and set: too few for a p-value or an interval"
+    said = f"{pairs} {noun} of task and set: too few for a p-value or an interval."
     assert lines[0] == f"IA2→SFT against SFT: accuracy +20.0 points; ECE -0.05; {said}"
     assert lines[1:] == ["The difference in accuracy may be chance; more --sets tell."]
 

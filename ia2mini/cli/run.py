@@ -183,8 +183,8 @@ def write_and_print_report(
 ) -> None:
     """Write a study's report; print its table and the files written."""
     from ..files import plural
+    from ..report.page import write_report
     from ..report.paper import add_paper, departures
-    from ..report.study import write_report
 
     if with_paper and not add_paper(document):
         others = ", ".join(departures(document))

@@ -286,27 +286,32 @@ def overlap(figure, view: dict) -> str | None:
     return "Overlap of the methods' LoRA subspaces"
 
 
+def candidates_of(report: dict) -> list[tuple[str, str, dict]]:
+    """What `fit` tried, and the whole choice as "shipped": method, name and measures of each.
+
+    The whole choice: each fold's rows are answered by what the other folds choose.
+    """
+    found = []
+    for method, measures in report["candidates"].items():
+        found.append((method, NAMES.get(method, method), measures))
+    if report["chosen"]:
+        name = "as chosen" if report["chosen"] == "base" else NAMES["shipped"]
+        found.append(("shipped", name, report["shipped"]))
+    return found
+
+
 def draw_candidates(report: dict):
     """What `fit` tried, as a matplotlib Figure: held-out rows right in percent, with their 95 % intervals."""
-    numbers = dict(report["candidates"])
-    if report["chosen"]:
-        numbers["shipped"] = report["shipped"]
     rows = []
-    for name, one in numbers.items():
-        mean, low, high = (None if end is None else 100 * end for end in one["acc"])
-        if low is None or math.isnan(low):
-            low = None
-        color = COLORS["ia2-sft"] if name == "shipped" else color_of(name)
-        rows.append(
-            ChartRow(
-                NAMES.get(name, name),
-                color,
-                mean,
-                low,
-                high,
-                with_interval(one["acc"]).replace(" %", ""),
-            )
-        )
+    for method, name, measures in candidates_of(report):
+        color = COLORS["ia2-sft"] if method == "shipped" else color_of(method)
+        mean, low, high = measures["acc"]
+        row = ChartRow(name, color, 100 * mean)
+        row.text = with_interval(measures["acc"]).replace(" %", "")
+        if low is not None and not math.isnan(low):
+            row.low = 100 * low
+            row.high = 100 * high
+        rows.append(row)
     figure = new_figure(1.2 + ROW * len(rows))
     axis = figure.subplots()
     draw_rows(axis, rows)

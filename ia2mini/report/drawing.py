@@ -71,10 +71,10 @@ class ChartRow:
 
     name: str
     color: str
-    mean: float | None
-    low: float | None  # of the interval; None where there is none
-    high: float | None
-    text: str
+    mean: float | None = None
+    low: float | None = None  # of the interval; None where there is none
+    high: float | None = None
+    text: str = "–"
     mark: float | None = None  # what to compare it with
 
 

@@ -9,13 +9,13 @@ from textwrap import fill
 from ..engine.intervals import LEAST_ROWS
 from ..files import json_line, plural, write_text
 from ..fitting.predictor import Predictor
-from ..fitting.sentence import NAMES, outcome, with_interval
+from ..fitting.sentence import outcome, with_interval
 from ..tasks.rows import Row, missing_part, prompt_of
 from ..tasks.turns import open_turns
 from .card import card
-from .charts import draw_candidates
+from .charts import candidates_of, draw_candidates
 from .drawing import png_of, styled
-from .markup import details, escaped, figure, first_screen, html_page, lines, table
+from .markup import details, escaped, figure, first_screen, html_page, lines, table, table_of
 from .tables import aligned
 
 HEADS = {
@@ -32,6 +32,15 @@ NO_BREAK = "\ue000"  # for a while in place of a blank at which no line breaks
 AGREES = "as with the context (%)"
 SUSPECTS = "suspects.jsonl"
 MATRIX = 20  # up to this many labels the page shows the confusion matrix
+SUSPECT_COLUMNS = {  # heading: field
+    "row": "row",
+    "prompt": "prompt",
+    "answer": "true",
+    "said when held out": "said",
+    "confidence": "confidence",
+    "of the answer": "probability",
+}
+WRONG_COLUMNS = {"prompt": "prompt", "answer": "true", "said": "said", "confidence": "confidence"}
 INTERVALS = "95 % intervals: Clopper-Pearson for shares, Student's t for means"
 
 
@@ -66,8 +75,9 @@ def notes(report: dict) -> list[str]:
         said.append("(null): the ECE that perfect calibration would show")
     if report["chosen"]:
         star = "nothing is shipped, the base stays" if report["chosen"] == "base" else "shipped"
+        _, as_shipped, _ = candidates_of(report)[-1]
         choice = "chosen anew without each fold's rows; quote this number"
-        said += [f"*: {star}", f"{choice_name(report)}: {choice}"]
+        said += [f"*: {star}", f"{as_shipped}: {choice}"]
     return said
 
 
@@ -76,34 +86,26 @@ def measured(report: dict, points: Sequence[str] = ()) -> list[list[str]]:
 
     `points`: the measures that are shown without their intervals.
     """
-    candidates = dict(report["candidates"])
-    if report["chosen"]:
-        candidates["shipped"] = report["shipped"]
-    known = []
-    for name in HEADS:
-        if any(name in numbers for numbers in candidates.values()):
-            known.append(name)
+    candidates = candidates_of(report)
     heads = dict(HEADS)
     if "kl" in report:
         heads["acc"] = AGREES
         heads["nll"] = "KL"
+    known = []
+    for name in HEADS:
+        if any(name in numbers for _, _, numbers in candidates):
+            known.append(name)
     rows = [["", *map(heads.get, known)]]
-    for name, numbers in candidates.items():
-        mark = " *" if name == report["chosen"] else ""
+    for method, name, numbers in candidates:
         entries = []
         for column in known:
             value = numbers.get(column)
             if column in points and value is not None:
                 value = value[0]
             entries.append(measure_with_interval(value, column))
-        called = choice_name(report) if name == "shipped" else NAMES.get(name, name)
-        rows.append([called + mark, *entries])
+        mark = " *" if method == report["chosen"] else ""
+        rows.append([name + mark, *entries])
     return rows
-
-
-def choice_name(report: dict) -> str:
-    """What the row is called in which each fold's rows are answered by the choice of the others."""
-    return "as chosen" if report["chosen"] == "base" else NAMES["shipped"]
 
 
 def measure_with_interval(value, name: str) -> str:
@@ -120,9 +122,7 @@ def measure_with_interval(value, name: str) -> str:
     return f"{mean + 0.0:.2f} ({low + 0.0:.2f} to {high + 0.0:.2f})"
 
 
-def write_fit_report(
-    predictor: Predictor, folder: Path, command: str, rows: Sequence[Row] = ()
-) -> None:
+def write_fit_report(predictor: Predictor, folder: Path, command: str, rows: Sequence[Row]) -> None:
     """Write report.html, held_out.jsonl (every row with its held-out answer) and the model card.
 
     suspects.jsonl, if there are any, has the rows to check first; `rows` (the fitted ones) give their places.
@@ -159,11 +159,10 @@ def suspects(report: dict, places: dict[str, str]) -> list[dict]:
     their own label. There are none for texts, and none if nothing is shipped.
     """
     held = report["held_out"]
-    wrong = [row for row in held if "probabilities" in row and not row["right"]]
-    if report["chosen"] == "base":
-        wrong = []
     found = []
-    for row in wrong:
+    for row in held:
+        if report["chosen"] == "base" or "probabilities" not in row or row["right"]:
+            continue
         about = {"row": places.get(row["prompt"])}
         about.update({name: row[name] for name in ("prompt", "true", "said", "confidence")})
         about["probability"] = row["probabilities"][row["true"]]
@@ -178,7 +177,10 @@ def fit_page(report: dict, command: str, odd: Sequence[dict] = ()) -> str:
     tokens = report["tokens"]
     price = f"A query costs {tokens['query']:.0f} tokens; with demonstrations {tokens['icl']:.0f}."
     meaning = [*notes(report), *calibration(report), price]
-    suspicious = [suspects_table(odd)] if odd else []
+    suspicious = []
+    if odd:
+        title = f"{plural(len(odd), 'row')} whose answer may be wrong, the likeliest mistake first"
+        suspicious.append(table_of(title, odd, SUSPECT_COLUMNS))
     made = [
         f"<pre>{escaped(command)}</pre>",
         lines([f"{report['seconds']:.0f} s in all."]),
@@ -205,21 +207,10 @@ def candidates_figure(report: dict) -> list[str]:
     with style:
         image = png_of(draw_candidates(report))
     said = []
-    for name, numbers in report["candidates"].items():
-        said.append(f"{NAMES.get(name, name)} {with_interval(numbers['acc'])}")
+    for _, name, numbers in candidates_of(report):
+        said.append(f"{name} {with_interval(numbers['acc'])}")
     caption = "Every row was answered by what was trained without it."
     return [figure(image, "png", f"{outcome(report)} Candidates: {', '.join(said)}.", caption)]
-
-
-def suspects_table(odd: Sequence[dict]) -> str:
-    """The rows whose own label may be wrong."""
-    cells = []
-    for row in odd:
-        shares = [f"{row['confidence']:.2f}", f"{row['probability']:.2f}"]
-        cells.append([row["row"] or "", row["prompt"], row["true"], row["said"], *shares])
-    title = f"{plural(len(odd), 'row')} whose answer may be wrong, the likeliest mistake first"
-    heads = ["row", "prompt", "answer", "said when held out", "confidence", "of the answer"]
-    return table(title, heads, cells, "text")
 
 
 def by_label(report: dict) -> list[str]:
@@ -229,14 +220,8 @@ def by_label(report: dict) -> list[str]:
     labels = [one["label"] for one in report["classes"]]
     each = []
     for one in report["classes"]:
-        each.append(
-            [
-                one["label"],
-                one["rows"],
-                percent_or_dash(one["precision"]),
-                percent_or_dash(one["recall"]),
-            ]
-        )
+        shares = [percent_or_dash(one[name]) for name in ("precision", "recall")]
+        each.append([one["label"], one["rows"], *shares])
     parts = [table("By answer", ["answer", "rows", "precision", "recall"], each, "means")]
     if len(labels) <= MATRIX:
         matrix = [[label, *row] for label, row in zip(labels, report["confusion"])]
@@ -254,14 +239,9 @@ def by_label(report: dict) -> list[str]:
 
 def wrong_answers(report: dict) -> str:
     """The held-out rows that were answered wrongly."""
-    held = []
-    for row in report["held_out"]:
-        if not row["right"]:
-            held.append([row["prompt"], row["true"], row["said"], f"{row['confidence']:.2f}"])
-    title = f"{plural(len(held), 'held-out row')} answered wrong"
-    if not held:
-        return lines([title])
-    return table(title, ["prompt", "answer", "said", "confidence"], held, "text")
+    wrong = [row for row in report["held_out"] if not row["right"]]
+    title = f"{plural(len(wrong), 'held-out row')} answered wrong"
+    return table_of(title, wrong, WRONG_COLUMNS) if wrong else lines([title])
 
 
 def calibration(report: dict) -> list[str]:
@@ -269,15 +249,14 @@ def calibration(report: dict) -> list[str]:
     if not report.get("calibration"):
         return []
     before, after = report["calibration"]
-    losses = f"the NLL would have been {after:.2f} instead of {before:.2f}"
+    verb = "would have been" if report["temperature"] == 1 else "is"
+    losses = f"the NLL {verb} {after:.2f} instead of {before:.2f}"
+    effect = f"with those that suit the other folds' rows {losses}"
     if report["temperature"] == 1:
-        return [f"No temperature: with those that suit the other folds' rows {losses}."]
-    losses = (
-        f"with those that suit the other folds' rows the NLL is {after:.2f} instead of {before:.2f}"
-    )
+        return [f"No temperature: {effect}."]
     chosen = report["candidates"][report["chosen"]]
     errors = f"ECE {chosen['ece_without_temperature']:.2f} without, {chosen['ece']:.2f} with it"
-    return [f"One temperature, {report['temperature']:.2f}: {losses} ({errors})."]
+    return [f"One temperature, {report['temperature']:.2f}: {effect} ({errors})."]
 
 
 def percent_or_dash(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 import html
 from base64 import b64encode
+from collections.abc import Sequence
 
 STYLE = """
 :root { color-scheme: light dark }
@@ -42,10 +43,15 @@ def html_page(title: str, about: str, body: list[str]) -> str:
     return "\n".join([start, *body, "</main></body></html>\n"])
 
 
-def escaped(text) -> str:
-    r"""Text for HTML: markup is escaped, control and other invisible characters are spelled out (\x1b)."""
+def escaped(value) -> str:
+    r"""Text for HTML: markup is escaped, control and other invisible characters are spelled out (\x1b).
+
+    Fractions have two digits; None is a dash.
+    """
+    if isinstance(value, float):
+        value = f"{value:.2f}"
     letters = []
-    for letter in "–" if text is None else str(text):
+    for letter in "–" if value is None else str(value):
         visible = letter.isprintable() or letter == "\n"
         letters.append(letter if visible else ascii(letter)[1:-1])
     return html.escape("".join(letters))
@@ -81,6 +87,12 @@ def table(caption: str, heads: list[str], rows: list[list], kind: str) -> str:
     box = f'<div class="box" role="region" tabindex="0" aria-label="{label}">'
     start = f'{box}<table class="{kind}"><caption>{label}</caption>'
     return f"{start}<thead><tr>{top}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+
+
+def table_of(caption: str, records: Sequence[dict], columns: dict[str, str]) -> str:
+    """A table of long texts, a row for each record; `columns`: heading -> field."""
+    rows = [[record[field] for field in columns.values()] for record in records]
+    return table(caption, list(columns), rows, "text")
 
 
 def figure(image: bytes, kind: str, description: str, caption: str) -> str:

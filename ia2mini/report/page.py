@@ -1,17 +1,34 @@
-"""A study as one HTML page: the verdict, a table and a figure; the rest is folded below them."""
+"""The report of a study: tables as files, figures, and one HTML page.
+
+The page shows the verdict, a table and a figure; the rest is folded below them.
+"""
 
 import json
 from datetime import date
 from pathlib import Path
 
 from ..engine.options import method_name
-from ..files import plural
-from .figures import FIGURES, alt_text
-from .markup import details, escaped, figure, first_screen, html_page, lines, table
+from ..files import plural, write_text
+from .figures import FIGURES, alt_text, draw_figures
+from .markup import details, escaped, figure, first_screen, html_page, lines, table, table_of
 from .summary import average, best, parts, title, verdict, views
-from .tables import HEADS, evaluation_rows, known_columns, legend, seconds_line, texts
+from .tables import evaluation_rows, legend, method_rows, seconds_line, write_table, write_tables
 
 MIME = {"png": "png", "svg": "svg+xml"}  # the formats of figures that a page can show
+
+
+def write_report(
+    document: dict, folder: Path, command: str = "", formats: tuple[str, ...] = ("png",)
+) -> list[str]:
+    """Write tables (text, Markdown, LaTeX, CSV), figures in `formats` and report.html into `folder`; figures' names.
+
+    No figures without matplotlib; without pandas only the text table and the page.
+    """
+    write_text(folder / "table.txt", write_table(document, full=True) + "\n")
+    write_tables(document, folder)
+    drawn = draw_figures(document, folder, formats)
+    write_text(folder / "report.html", write_page(document, folder, command))
+    return drawn
 
 
 def write_page(document: dict, folder: Path, command: str) -> str:
@@ -56,9 +73,8 @@ def means_table(part: dict, document: dict) -> str:
     rows = average(part["cells"])
     if not rows:
         return ""
-    columns = known_columns(rows, document)
-    heads = ["method", *map(HEADS.get, columns)]
-    return table(part["title"], heads, [texts(row, columns) for row in rows], "means")
+    heads, *body = method_rows(rows, document)
+    return table(part["title"], heads, body, "means")
 
 
 def task_section(name: str, document: dict) -> str:
@@ -91,11 +107,7 @@ def sample_table(sample: dict, right: bool) -> str:
     fields = ["prompt", "answer", "said"]
     if any(row["confidence"] is not None for row in rows):
         fields.append("confidence")
-    body = []
-    for row in rows:
-        entries = map(row.get, fields)
-        body.append([f"{e:.2f}" if isinstance(e, float) else e for e in entries])
-    return table(caption, fields, body, "text")
+    return table_of(caption, rows, dict(zip(fields, fields)))
 
 
 def how_made_section(document: dict, folder: Path, command: str) -> list[str]:

@@ -18,8 +18,8 @@ CHOICES = {
 
 def parts(document: dict) -> list[dict]:
     """What one table shows: each model, N, adapter and choice of rate, its `cells`."""
-    order = list(METHOD_NAMES)
-    cells = sorted(document["cells"], key=lambda cell: order_of(cell["method"], order))
+    places = {method: place for place, method in enumerate(METHOD_NAMES)}  # unknown ones: last
+    cells = sorted(document["cells"], key=lambda cell: places.get(cell["method"], len(places)))
     trained = [cell for cell in cells if cell["selected_by"]] or cells
     found = []
     for model, n, kind, by in grouped(trained, "model", "n", "adapter", "selected_by"):
@@ -27,11 +27,6 @@ def parts(document: dict) -> list[dict]:
         about = {"model": model, "n": n, "adapter": kind, "by": by}
         found.append({**about, "cells": mine, "title": title(mine, n, by)})
     return found
-
-
-def order_of(method: str, order: list[str]) -> int:
-    """The place of a method in tables; unknown methods come last."""
-    return order.index(method) if method in order else len(order)
 
 
 def cells_of(cells: list[dict], model: str, n: int, kind: str | None, by: str | None) -> list[dict]:
@@ -162,24 +157,18 @@ def paired(
 
 def verdict(cells: list[dict]) -> list[str]:
     """Sentences on the gain of IA2→SFT with intervals, and on whether ICL is worse than SFT."""
-    gain = paired(cells, "acc")
-    if gain is None:
+    lines = gain_over(cells, "ia2-sft", "sft")
+    if not lines:
         return []
-    line = (
-        f"IA2→SFT against SFT: accuracy {100 * gain.mean:+.1f} points{interval(gain, 100, '.1f')}"
-    )
-    calibration = paired(cells, "ece")
-    if calibration is not None:
-        line += f"; ECE {calibration.mean:+.2f}{interval(calibration, 1, '.2f')}"
-    lines = [f"{line}; {pairs_of(gain)}"]
+    gain = paired(cells, "acc")
     if not gain.p < 0.05:  # also where there was nothing to test
         lines.append("The difference in accuracy may be chance; more --sets tell.")
     elif gain.mean < 0:
         lines.append("IA2→SFT is worse than SFT here: take SFT.")
     for method in dict.fromkeys(cell["method"] for cell in cells):
         is_function = method.removesuffix("-sft").isidentifier()
-        if method not in METHOD_NAMES and is_function:
-            lines += own_loss_gain(cells, method)
+        if method not in METHOD_NAMES and is_function:  # with a loss of one's own
+            lines += gain_over(cells, method, "ia2-sft" if method.endswith("-sft") else "ia2")
     lead = paired(cells, "acc", "icl", "sft")
     if lead is not None and lead.mean < 0:
         less = "Demonstrations teach this model less than SFT does"
@@ -187,16 +176,20 @@ def verdict(cells: list[dict]) -> list[str]:
     return lines
 
 
-def own_loss_gain(cells: list[dict], method: str) -> list[str]:
-    """A sentence on a method with a loss of one's own, beside IA2 or IA2→SFT."""
-    rival = "ia2-sft" if method.endswith("-sft") else "ia2"
+def gain_over(cells: list[dict], method: str, rival: str) -> list[str]:
+    """A sentence on a method beside a rival: the gain in accuracy and, of labels, in ECE, and the number of pairs."""
     gain = paired(cells, "acc", method, rival)
     if gain is None:
         return []
     points = f"{100 * gain.mean:+.1f} points{interval(gain, 100, '.1f')}"
-    return [
-        f"{method_name(method)} against {method_name(rival)}: accuracy {points}; {pairs_of(gain)}"
-    ]
+    line = f"{method_name(method)} against {method_name(rival)}: accuracy {points}"
+    calibration = paired(cells, "ece", method, rival)
+    if calibration is not None:
+        line += f"; ECE {calibration.mean:+.2f}{interval(calibration, 1, '.2f')}"
+    pairs = f"{plural(gain.pairs, 'pair')} of task and set"
+    if gain.pairs < LEAST_ROWS:
+        return [f"{line}; {pairs}: too few for a p-value or an interval."]
+    return [f"{line}; {pairs}, not independent: those of a task share their evaluation rows."]
 
 
 def best(cells: list[dict]) -> str:
@@ -208,14 +201,6 @@ def best(cells: list[dict]) -> str:
     accuracy = f"{100 * first['acc_mean']:.1f} %"
     seen = plural(first["evaluations"], "evaluation")
     return f"{method_name(first['method'])} is right most often: {accuracy}, mean of {seen}."
-
-
-def pairs_of(test: PairedTest) -> str:
-    """ "20 pairs of task and set, not independent: …", or that they are too few for a test."""
-    pairs = f"{plural(test.pairs, 'pair')} of task and set"
-    if test.pairs < LEAST_ROWS:
-        return f"{pairs}: too few for a p-value or an interval"
-    return f"{pairs}, not independent: those of a task share their evaluation rows"
 
 
 def interval(test: PairedTest, factor: float, form: str) -> str:

@@ -17,16 +17,17 @@ USUAL_METRICS = ("acc", "ece", "ece_null", "asim")  # where no others are asked 
 HEADS = {**METRICS, "rate": "rate", "paper": "paper (% / ECE)"}  # these two always the last
 PERCENT = ("acc", "acc_labels")  # metrics that are shown in percent
 WITHOUT_DEVIATION = ("ece_null", "asim")
-SYMBOLS = {
-    "→": r"$\rightarrow$",
-    "↑": r"$\uparrow$",
-    "↓": r"$\downarrow$",
-    "±": r"$\pm$",
-    "–": "--",
-    "β": r"$\beta$",
-    "·": r"$\cdot$",
-}
-TO_LATEX = str.maketrans(SYMBOLS)
+TO_LATEX = str.maketrans(
+    {
+        "→": r"$\rightarrow$",
+        "↑": r"$\uparrow$",
+        "↓": r"$\downarrow$",
+        "±": r"$\pm$",
+        "–": "--",
+        "β": r"$\beta$",
+        "·": r"$\cdot$",
+    }
+)
 ESCAPES = str.maketrans(
     {
         "\\": r"\textbackslash ",
@@ -39,38 +40,22 @@ MARKUP = str.maketrans({"<": "&lt;", "&": "&amp;", **{sign: "\\" + sign for sign
 BOLD = "1"
 DIM = "2"
 YELLOW = "33"
-FORMULA = (
-    "=",
-    "+",
-    "-",
-    "@",
-    "＝",
-    "＋",
-    "－",
-    "＠",
-)  # what a spreadsheet's formula may begin with
+FORMULA = tuple("=+-@＝＋－＠")  # what a spreadsheet's formula may begin with
 
 
-def paint(text: str, code: str) -> str:
-    """A text in colour or bold for the terminal."""
-    return f"\x1b[{code}m{text}\x1b[0m" if text else text
-
-
-def unpainted(text: str, code: str) -> str:
-    return text
+def paint(text: str, code: str, color: bool) -> str:
+    """A text for the terminal, with `color` in colour or bold."""
+    return f"\x1b[{code}m{text}\x1b[0m" if color and text else text
 
 
 def write_table(document: dict, full: bool = False, color: bool = False) -> str:
     """Of each model, N and choice of rate the mean over evaluations (`full`: and each one), and what IA2 brought."""
-    painted = paint if color else unpainted
+    painted = partial(paint, color=color)
     lines = []
     for part in parts(document):
         blocks = blocks_of(part["cells"], full)
         every = list(chain.from_iterable(rows for _, rows in blocks))
-        columns = known_columns(every, document)
-        head, *body = aligned(
-            [["", *map(HEADS.get, columns)], *(texts(row, columns) for row in every)]
-        )
+        head, *body = aligned(method_rows(every, document, ""))
         lines += [painted(plain(part["title"], ""), BOLD), painted(head, DIM)]
         for heading, rows in blocks:
             lines.append(heading)
@@ -124,10 +109,14 @@ def known_columns(rows: list[dict], document: dict) -> list[str]:
     return columns
 
 
-def texts(row: dict, columns: list[str]) -> list[str]:
-    """A line of a table: the method, then its entries."""
-    method = plain(method_name(row["method"]), "")
-    return [method, *(table_entry(row, column) for column in columns)]
+def method_rows(rows: list[dict], document: dict, corner: str = "method") -> list[list[str]]:
+    """Headings, `corner` above the methods; then the method of each row, and its entries in the known columns."""
+    columns = known_columns(rows, document)
+    found = [[corner, *map(HEADS.get, columns)]]
+    for row in rows:
+        method = plain(method_name(row["method"]), "")
+        found.append([method, *(table_entry(row, column) for column in columns)])
+    return found
 
 
 def markdown(text: str) -> str:
@@ -190,18 +179,13 @@ def tokens_of_a_query(cells: list[dict]) -> list[str]:
     alone = []
     demonstrated = []
     for cell in cells:
-        tokens = cell.get("tokens_mean")
-        if tokens is None:
-            continue
-        if cell["method"] in WITH_DEMONSTRATIONS:
-            demonstrated.append(tokens)
-        else:
-            alone.append(tokens)
+        mine = demonstrated if cell["method"] in WITH_DEMONSTRATIONS else alone
+        if cell.get("tokens_mean") is not None:
+            mine.append(cell["tokens_mean"])
     if not alone or not demonstrated:
         return []
-    return [
-        f"a query has {fmean(alone):.0f} tokens, with demonstrations (ICL) {fmean(demonstrated):.0f}"
-    ]
+    shown = f"with demonstrations (ICL) {fmean(demonstrated):.0f}"
+    return [f"a query has {fmean(alone):.0f} tokens, {shown}"]
 
 
 def failures(document: dict) -> list[str]:
@@ -270,8 +254,8 @@ def write_tables(document: dict, folder: Path) -> None:
 def evaluation_rows(cells: list[dict], document: dict) -> list[list[str]]:
     """Headings, then a line for each cell: its task, its evaluation, the method and the entries."""
     cells = sorted(cells, key=lambda cell: (cell["task"], cell["ood"], cell["eval"]))
-    columns = known_columns(cells, document)
-    rows = [["trained on", "evaluated on", "method", *map(HEADS.get, columns)]]
-    for cell in cells:
-        rows.append([cell["task"], starred(cell["eval"], cell["ood"]), *texts(cell, columns)])
-    return rows
+    heads, *rows = method_rows(cells, document)
+    found = [["trained on", "evaluated on", *heads]]
+    for cell, row in zip(cells, rows):
+        found.append([cell["task"], starred(cell["eval"], cell["ood"]), *row])
+    return found
