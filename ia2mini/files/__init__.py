@@ -62,10 +62,15 @@ def is_there(path: Path) -> bool:
     return path.exists()
 
 
-def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, with or without a byte order mark. Raises UsageError."""
+def check_there(path: Path) -> None:
+    """Raises UsageError where no file is."""
     if not is_there(path):
         raise UsageError(f"{path}: no such file")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark. Raises UsageError."""
+    check_there(path)
     try:
         data = path.read_bytes()
         return data.decode("utf-8-sig")

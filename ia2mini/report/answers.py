@@ -8,7 +8,6 @@ import os
 import re
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 from .. import UsageError
@@ -16,7 +15,7 @@ from ..files import as_text, json_line, write, write_text
 from ..fitting.predictor import ANSWER_COLUMNS
 from ..tasks.delimited import style_of
 from ..tasks.rows import Row, named_sheet, rename_clashes
-from ..tasks.tables import missing_package
+from ..tasks.tables import need_package
 
 DIGITS = 4
 EXCEL_ROWS = 1_048_575  # below the header
@@ -37,8 +36,8 @@ def check_target(out: Path, rows: str) -> None:
     if rows != "-" and out.exists() and source.exists() and os.path.samefile(out, source):
         raise UsageError(f"--out {out}: holds the rows themselves; give another file")
     package = {".xlsx": "openpyxl", ".parquet": "pyarrow"}.get(suffix)
-    if package and find_spec(package) is None:
-        raise missing_package(package, out, f"writing {suffix}")
+    if package:
+        need_package(package, out, f"writing {suffix}")
 
 
 def check_size(out: Path, rows: list) -> None:

@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from unicodedata import normalize
 
@@ -25,58 +26,56 @@ def read_delimited(path: Path, default: str) -> list[tuple[str, dict[str, str]]]
     """The place of each row ("file:line") and its columns.
 
     A field in quotes may hold delimiters, line ends and doubled quotes. Lines of blanks are dropped, and so are fields
-    at the end of a row, and columns at the end, that have neither a name nor content. Raises UsageError.
+    at the end of a row, and columns, that have neither a name nor content. Raises UsageError.
     """
-    text = read_text(path)
+    delimiter, first_line, text = find_delimiter(path, default)
     if "\0" in text:
         raise UsageError(f"{path}: holds zero bytes, as UTF-16 does; save the file as UTF-8")
-    first_line = 1
-    declared = NAMED_DELIMITER.match(text)
-    if declared:
-        delimiter = declared[1]
-        text = text[declared.end() :]
-        first_line = 2
-    else:
-        delimiter = find_delimiter(text, path, default)
     lines = list(records(text, delimiter, path, first_line))
     if not lines:
         return []
-    line, first = lines[0]
-    header = [column_name(name) for name in first]
+    line, header = lines[0]
     rows = []
     for number, fields in lines[1:]:
-        line_of_blanks = len(fields) == 1 and not fields[0].strip()
-        if len(header) > 1 and line_of_blanks:
+        where = f"{path}:{number}"
+        if len(header) > 1 and len(fields) == 1 and not fields[0].strip():
             continue
-        rows.append((number, fields))
-        if len(header) > 1 and fields == first:
-            raise UsageError(f"{path}:{number}: the header stands here again; delete this line")
+        if len(header) > 1 and fields == header:
+            raise UsageError(f"{where}: the header stands here again; delete this line")
         while len(fields) > len(header) and not fields[-1].strip():
             fields.pop()
         if len(fields) != len(header):
             counts = f"{len(fields)} fields, the header has {len(header)}"
             mend = f"quote a field that holds {delimiter!r}, delete a title above the header"
-            raise UsageError(f"{path}:{number}: {counts}; {mend}")
-    while header and not header[-1]:
-        last = len(header) - 1
-        if any(fields[last].strip() for _, fields in rows):
-            break
-        header.pop()
-    check_names(f"{path}:{line}", header)
-    return [(f"{path}:{number}", dict(zip(header, fields))) for number, fields in rows]
+            raise UsageError(f"{where}: {counts}; {mend}")
+        rows.append((where, fields))
+    return under_header(f"{path}:{line}", header, rows)
+
+
+def under_header(where: str, header: list[str], rows: list[tuple[str, list]]) -> list[tuple]:
+    """The place of each row, and its values under the names of the header at `where`.
+
+    Columns without a name and without content are dropped. Raises UsageError for a column that is there twice.
+    """
+    kept = []
+    for name, *values in zip_longest(header, *(values for _, values in rows)):
+        name = "" if name is None else column_name(str(name))
+        if name or any(value is not None and str(value).strip() for value in values):
+            kept.append((name, values))
+    check_names(where, [name for name, _ in kept])
+    pairs = []
+    for number, (place, _) in enumerate(rows):
+        pairs.append((place, {name: values[number] for name, values in kept}))
+    return pairs
 
 
 def style_of(path: Path) -> tuple[str, bool]:
     """The delimiter of a CSV file, and whether the file begins with a byte order mark (Excel's sign of UTF-8)."""
-    text = read_text(path)
-    declared = NAMED_DELIMITER.match(text)
-    delimiter = declared[1] if declared else find_delimiter(text, path, ",")
+    delimiter, _, _ = find_delimiter(path, ",")
     return delimiter, path.read_bytes().startswith(codecs.BOM_UTF8)
 
 
-def records(
-    text: str, delimiter: str, path: Path, line: int = 1
-) -> Iterator[tuple[int, list[str]]]:
+def records(text: str, delimiter: str, path: Path, line: int) -> Iterator[tuple[int, list[str]]]:
     """The line at which each record begins, and its fields; `line` is that of the text. Raises UsageError.
 
     Where a quote follows blanks (`a, "b"`), blanks after a delimiter are no part of any field.
@@ -99,39 +98,40 @@ def records(
         raise UsageError(f"{path}:{start}: {error}; is a quote not closed?") from None
 
 
-def find_delimiter(text: str, path: Path, default: str) -> str:
-    """The delimiter that splits the header, and every row into as many fields; the default where none does.
+def find_delimiter(path: Path, default: str) -> tuple[str, int, str]:
+    """A file's delimiter, the line of its header, and the text from there on.
 
-    Raises UsageError where two do.
+    It is named in the first line, or splits the header, and every row into as many fields; the default where none
+    does. Raises UsageError where two do.
     """
+    text = read_text(path)
+    declared = NAMED_DELIMITER.match(text)
+    if declared:
+        return declared[1], 2, text[declared.end() :]
     uneven = {}
     for delimiter in dict.fromkeys((default, *DELIMITERS)):
         count = uneven_rows(text, path, delimiter)
         if count is not None:
             uneven[delimiter] = count
-    if not uneven:
-        return default
-    best, *others = sorted(uneven, key=uneven.get)
+    best, *others = sorted(uneven, key=uneven.get) or [default]
     if others and uneven[best] == uneven[others[0]] == 0:
         both = f"both {best!r} and {others[0]!r} split every line alike"
         raise UsageError(f"{path}: {both}; put the names of the header into quotes")
-    return best
+    return best, 1, text
 
 
 def uneven_rows(text: str, path: Path, delimiter: str) -> float | None:
     """How many rows do not have as many fields as the header; None where the delimiter does not split the header."""
     width = 0
-    count = 0
+    uneven: float = 0
     try:
-        for _, fields in records(text, delimiter, path):
+        for _, fields in records(text, delimiter, path, 1):
             width = width or len(fields)
-            if width == 1:
-                return None
             if len(fields) != width:
-                count += 1
+                uneven += 1
     except UsageError:  # a quote is not closed, or not before this delimiter
-        return math.inf if width else None
-    return count if width else None
+        uneven = math.inf
+    return uneven if width > 1 else None
 
 
 def column_name(cell: str) -> str:
