@@ -11,13 +11,10 @@ from .rows import Row, is_blank, no_column, placeholders
 PROMPTS = "text prompt question instruction input sentence query message content review ticket title".split()
 ANSWERS = "label answer output response completion category class target intent sentiment".split()
 # columns with these names may belong to a prompt: they are never left out silently
-PROMPT_PARTS = "context passage document paragraph premise hypothesis body description subject abstract".split()
-PROMPT_PARTS += (
-    "article system history dialogue choices options source_text aspect entity claim".split()
-)
-PROMPT_PARTS += "evidence support hint".split()
-INDEX_NAMES = ("", "id", "idx", "index", "nr", "uid", "uuid", "guid", "unnamed: 0")
-INDEX_NAMES += ("__index_level_0__",)  # of pandas in Parquet
+PROMPT_PARTS = """context passage document paragraph premise hypothesis body description subject abstract article
+    system history dialogue choices options source_text aspect entity claim evidence support hint""".split()
+INDEX_NAMES = ["", *"id idx index nr uid uuid guid".split()]
+INDEX_NAMES += ["unnamed: 0", "__index_level_0__"]  # of pandas in CSV and in Parquet
 ALPACA_ANSWERS = ("output", "response")
 ALPACA_INPUTS = ("input", "context")  # of Alpaca, of Dolly
 SENTENCE_WORDS = 3  # words of an entry that may belong to a prompt
@@ -67,22 +64,35 @@ def choose_columns(
         if column is not None and column not in header:
             raise no_column(rows[0].where, header, column)
     given = given_prompts(prompt, answer, template)
-    if not given:
-        alpaca = alpaca_columns(rows, header, answer, has_answers)
-        if alpaca is not None:
-            return alpaca
-    others = [column for column in header if not only_names_rows(rows, column)]
-    prompts, answers = candidates(header, others, given, answer, has_answers)
+    answers = [] if answer is None else [answer]
+    if has_answers and not answers:
+        answers = with_name(without(header, given), ANSWERS)
+    alpaca = [] if given else alpaca_prompts(header, answers, has_answers)
+    if alpaca:
+        prompts = alpaca
+        answers = with_name(answers, ALPACA_ANSWERS)
+    else:
+        prompts = given or with_name(without(header, answers), PROMPTS)
+        rest = without(header, [*prompts, *answers])
+        rest = [column for column in rest if not only_names_rows(rows, column)]
+        if len(rest) == 1 and not prompts and (answers or not has_answers):
+            prompts = rest
+        elif len(rest) == 1 and prompts and not answers and has_answers:
+            answers = rest
     left_out = without(header, [*prompts, *answers])
     unclear = [] if given else possible_prompts(rows, left_out)
     if not has_answers:
         unclear = without(unclear, with_name(unclear, ANSWERS))
-    prompt_known = bool(given) or len(prompts) == 1
-    answer_known = len(answers) == 1 if has_answers else True
+    if alpaca:  # its "text" is prompt and answer together
+        unclear = without(unclear, with_name(unclear, ["text"]))
+    prompt_known = given or alpaca or len(prompts) == 1
+    answer_known = not has_answers or len(answers) == 1
     if unclear or not prompt_known or not answer_known:
         parts = [column for column in header if column in (*prompts, *unclear)]
         raise UsageError(ask_for_columns(rows[0].where, header, parts, has_answers, answer_known))
     body = f"{{{prompts[0]}}}"
+    if alpaca:
+        body += f"\n{{?{prompts[1]}}}"
     if template is None and placeholders(body) != prompts:
         braces = "has braces or begins with a question mark, which mean something in a template"
         raise UsageError(f"{rows[0].where}: column {prompts[0]!r} {braces}; rename it")
@@ -105,49 +115,14 @@ def given_prompts(prompt: str | None, answer: str | None, template: str | None) 
     return given
 
 
-def candidates(
-    header: list[str], others: list[str], given: list[str], answer: str | None, has_answers: bool
-) -> tuple[list, list]:
-    """The columns that may hold the prompt, and those that may hold the answer.
-
-    If one of the two is known and one of `others` is left, that column is the other.
-    """
-    answers = [] if answer is None else [answer]
-    if has_answers and answer is None:
-        answers = with_name(without(header, given), ANSWERS)
-    prompts = given or with_name(without(header, answers), PROMPTS)
-    rest = without(others, [*prompts, *answers])
-    if len(rest) == 1:
-        if not prompts and (answers or not has_answers):
-            prompts = rest
-        elif prompts and not answers and has_answers:
-            answers = rest
-    return prompts, answers
-
-
-def alpaca_columns(
-    rows: list[Row], header: list[str], answer: str | None, has_answers: bool
-) -> ChosenColumns | None:
-    """The columns of rows in the form of Alpaca or Dolly: an instruction, an input that may be empty, a response.
-
-    None where they are not of that form, or where a further column may belong to the prompt.
-    """
+def alpaca_prompts(header: list[str], answers: list[str], has_answers: bool) -> list[str]:
+    """Instruction and input of rows in the form of Alpaca or Dolly, with their name for the answer; else nothing."""
     instructions = with_name(header, ["instruction"])
     inputs = with_name(header, ALPACA_INPUTS)
-    answers = with_name(header, ALPACA_ANSWERS)
-    if len(instructions) != 1 or len(inputs) != 1 or len(answers) > 1:
-        return None
-    if has_answers and not answers or answer not in (None, *answers):
-        return None
-    prompts = (*instructions, *inputs)
-    rest = without(header, [*prompts, *answers])
-    whole = with_name(rest, ["text"])  # Alpaca's own "text" is prompt and answer together
-    if possible_prompts(rows, without(rest, whole)):
-        return None
-    body = f"{{{instructions[0]}}}\n{{?{inputs[0]}}}"
+    of_form = len(instructions) == 1 and len(inputs) == 1
     if has_answers:
-        return ChosenColumns(prompts, answers[0], body, tuple(rest))
-    return ChosenColumns(prompts, None, body, tuple(without(header, prompts)))
+        of_form = of_form and len(with_name(answers, ALPACA_ANSWERS)) == 1
+    return instructions + inputs if of_form else []
 
 
 def with_name(columns: Iterable[str], names: Iterable[str]) -> list[str]:

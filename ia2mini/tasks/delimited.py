@@ -55,11 +55,12 @@ def read_delimited(path: Path, default: str) -> list[tuple[str, dict[str, str]]]
 def under_header(where: str, header: list[str], rows: list[tuple[str, list]]) -> list[tuple]:
     """The place of each row, and its values under the names of the header at `where`.
 
-    Columns without a name and without content are dropped. Raises UsageError for a column that is there twice.
+    Names lose blanks around them, and have accents as one letter each (NFC; macOS writes two). Columns without a name
+    and without content are dropped. Raises UsageError for a column that is there twice.
     """
     kept = []
     for name, *values in zip_longest(header, *(values for _, values in rows)):
-        name = "" if name is None else column_name(str(name))
+        name = "" if name is None else normalize("NFC", trimmed(str(name)))
         if name or any(value is not None and str(value).strip() for value in values):
             kept.append((name, values))
     check_names(where, [name for name, _ in kept])
@@ -132,11 +133,6 @@ def uneven_rows(text: str, path: Path, delimiter: str) -> float | None:
     except UsageError:  # a quote is not closed, or not before this delimiter
         uneven = math.inf
     return uneven if width > 1 else None
-
-
-def column_name(cell: str) -> str:
-    """A name of the header without blanks around it, its accents as one letter each (NFC; macOS writes two)."""
-    return normalize("NFC", trimmed(cell))
 
 
 def trimmed(text: str) -> str:
