@@ -11,7 +11,7 @@ import numpy as np
 
 from ia2mini import UsageError
 
-from .rows import Row, blank_of, fill, missing_part, prompt_of, whole_number
+from .rows import Row, blank_of, fill, find_label, missing_part, prompt_of
 from .world import TOY_TASKS
 
 
@@ -78,13 +78,11 @@ class Task:
         """Index of the row's label, or None where the row is not part of the task. UsageError for an unknown label."""
         indices = self.label_index or {str(i): i for i in range(len(self.labels))}
         text = row.text(self.answer_column)
-        key = next(
-            (key for key in (text, text.lower(), whole_number(text)) if key in indices), None
-        )
+        key = find_label(text, indices)
         if key is None:
-            listed = ", ".join(map(repr, indices))
+            unknown = f"unknown label {text!r} in column {self.answer_column!r}"
             raise UsageError(
-                f"{row.where}: unknown label {text!r} in column {self.answer_column!r}; known labels: {listed}"
+                f"{row.where}: {unknown}; known labels: {', '.join(map(repr, indices))}"
             )
         return indices[key]
 

@@ -32,7 +32,7 @@ class ChosenColumns:
     prompts: tuple[str, ...]
     answer: str | None  # None: the rows have no answers
     body: str
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[str, ...]
 
     def describe(self) -> str:
         """A sentence that names the chosen columns and those left out."""

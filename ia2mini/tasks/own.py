@@ -3,7 +3,6 @@
 import re
 import unicodedata
 from collections import Counter
-from dataclasses import replace
 
 from ia2mini import UsageError
 from ia2mini.files import check_text, plural
@@ -12,9 +11,11 @@ from .answers import parser_for
 from .catalog import Task
 from .columns import ChosenColumns, choose_columns
 from .rows import (
+    TRUE_FALSE,
     Row,
     check_columns,
     fill,
+    find_label,
     missing_part,
     placeholders,
     whole_number,
@@ -22,7 +23,6 @@ from .rows import (
 
 MOST_LABELS = 255
 BLANK_LINE = "\n\n"  # stands between demonstrations
-TRUE_FALSE = {"true": "1", "false": "0"}
 # may be a label, or stand for a missing one
 NULL_WORDS = ("none", "null", "na", "n/a", "#n/a", "nil")
 # names of columns
@@ -56,9 +56,8 @@ def own_task(
     complete, remarks = complete_rows(rows, body, answer)
     if not complete:
         empty = "the prompt" if missing_part(rows[0], body, None) else f"column {answer!r}"
-        raise UsageError(
-            f"{rows[0].where}: {empty} is empty, and no row has both a prompt and an answer"
-        )
+        lack = f"{empty} is empty, and no row has both a prompt and an answer"
+        raise UsageError(f"{rows[0].where}: {lack}")
     texts = [row.text(answer) for row in complete]
     different = {(fill(body, row), text) for row, text in zip(complete, texts)}
     labels, label_index, merged = read_labels(complete, answer)
@@ -66,6 +65,19 @@ def own_task(
         same = f"every row has the answer {labels[0]!r}; nothing can be learned from it"
         raise UsageError("; ".join([f"{name}: {same}", *remarks]))
     labelled = answers_are_labels(answer_kind, len(labels), len(different))
+    if labelled:
+        rows_of = Counter(labels[label_index[text]] for text in texts)
+        remarks += [*merged, columns.describe(), counted_labels(rows_of), *similar_labels(labels)]
+        how: dict = {"labels": labels, "label_index": label_index}
+    else:
+        remarks.append(columns.describe())
+        remarks.append(f"answers: free text, {len(set(texts))} different in {len(different)} rows")
+        broken = sum(BLANK_LINE in text.rstrip() for text in texts)
+        if broken:
+            ended = f"{plural(broken, 'answer')} with a blank line, where a generated answer ends"
+            mend = "write one line end in its place, or use --chat"
+            remarks.append(f"{ended}: never right; {mend}")
+        how = {"max_tokens": 200, "parser": parser_for(texts)}
     task = Task(
         name,
         name,
@@ -74,21 +86,9 @@ def own_task(
         prompt=template or default_template(columns, labelled),
         answer_column=answer,
         answer=f"{{{answer}}}",
+        remarks=tuple(remarks),
+        **how,
     )
-    if labelled:
-        rows_of = Counter(labels[label_index[text]] for text in texts)
-        remarks += [*merged, columns.describe(), counted_labels(rows_of), *similar_labels(labels)]
-        task = replace(task, labels=labels, label_index=label_index, remarks=tuple(remarks))
-        return complete, task
-    remarks.append(columns.describe())
-    remarks.append(f"answers: free text, {len(set(texts))} different in {len(different)} rows")
-    broken = sum(BLANK_LINE in text.rstrip() for text in texts)
-    if broken:
-        mend = "write one line end in its place, or use --chat"
-        remarks.append(
-            f"{plural(broken, 'answer')} with a blank line, where a generated answer ends: never right; {mend}"
-        )
-    task = replace(task, max_tokens=200, parser=parser_for(texts), remarks=tuple(remarks))
     return complete, task
 
 
@@ -112,9 +112,8 @@ def check_template(template: str | None) -> str | None:
         raise UsageError(f"template {template!r}: must name a column of the prompt, as {{text}}")
     doubled = re.search(r"\{\{[^{}]*\}\}", template)
     if doubled:
-        raise UsageError(
-            f"template {template!r}: {doubled[0]}: write single braces: {doubled[0][1:-1]}"
-        )
+        single = doubled[0][1:-1]
+        raise UsageError(f"template {template!r}: {doubled[0]}: write single braces: {single}")
     return template.replace("\\n", "\n")
 
 
@@ -176,26 +175,13 @@ def label_of_each_text(texts: list[str]) -> dict[str, str]:
 
 
 def true_answer(row: Row, column: str, labels: list[str]) -> str:
-    """The true answer in a column. Raises UsageError if there are labels and it is none of them.
-
-    A number, true, false and accents may be written in another way than in the label.
-    """
+    """The true answer in a column. Raises UsageError if there are labels and it means none of them (`find_label`)."""
     text = row.text(column)
-    if not labels or text in labels:
-        return text
-    label_of = {spelling(label): label for label in labels}
-    plain = spelling(text)
-    for known in (plain, TRUE_FALSE.get(plain)):
-        if known in label_of:
-            return label_of[known]
-    listed = ", ".join(map(repr, labels))
-    raise UsageError(f"{row.where}: answer {text!r} is none of the labels {listed}")
-
-
-def spelling(text: str) -> str:
-    """The common form of a whole number, of true and false, and of letters with accents."""
-    text = unicodedata.normalize("NFC", whole_number(text))
-    return text.lower() if text.lower() in TRUE_FALSE else text
+    label = find_label(text, labels) if labels else text
+    if label is None:
+        listed = ", ".join(map(repr, labels))
+        raise UsageError(f"{row.where}: answer {text!r} is none of the labels {listed}")
+    return label
 
 
 def complete_rows(
@@ -219,9 +205,8 @@ def complete_rows(
         if not places:
             continue
         named = first_places(places)
-        sentences.append(
-            f"left out for want of {part}: {len(places)} of {len(rows)} rows ({named})"
-        )
+        count = f"{len(places)} of {len(rows)} rows"
+        sentences.append(f"left out for want of {part}: {count} ({named})")
     return complete, sentences
 
 
@@ -241,36 +226,30 @@ def counted_labels(rows_of: Counter) -> str:
 
 
 def similar_labels(labels: tuple[str, ...]) -> list[str]:
-    """Sentences on labels that differ only in blanks or case, and on labels that may be mistakes."""
+    """Sentences on labels that are two ways to write one, and on labels that may be mistakes."""
     sentences = []
     first_of: dict[str, str] = {}
     for label in labels:
-        first = first_of.setdefault(" ".join(label.lower().split()), label)
+        first = first_of.setdefault(normalized(label), label)
         if first != label:
-            sentences.append(
-                f"labels {first!r} and {label!r} differ only in blanks or case; they are kept apart"
-            )
-    first_normalized: dict[str, str] = {}
-    for label in first_of.values():
-        first = first_normalized.setdefault(normalized(label), label)
-        if first != label:
-            sentences.append(
-                f"labels {first!r} and {label!r} are two ways to write the same; they are kept apart"
-            )
+            how = "are two ways to write the same"
+            if first.lower().split() == label.lower().split():
+                how = "differ only in blanks or case"
+            sentences.append(f"labels {first!r} and {label!r} {how}; they are kept apart")
     for label in labels:
         if label != label.strip():
             sentences.append(f"label {label!r} begins or ends with a blank, which is part of it")
         if label.strip().lower() in NULL_WORDS:
-            sentences.append(
-                f"{label!r} is read as a label; if it stands for no answer, empty these cells"
-            )
+            mend = "if it stands for no answer, empty these cells"
+            sentences.append(f"{label!r} is read as a label; {mend}")
     return sentences
 
 
 def normalized(label: str) -> str:
     """The common form of a label that is written in several ways: letters, invisible marks, numbers, true and 1."""
     seen = [letter for letter in label if unicodedata.category(letter) != "Cf"]
-    text = unicodedata.normalize("NFKC", "".join(seen)).casefold().strip()
+    words = unicodedata.normalize("NFKC", "".join(seen)).casefold().split()
+    text = " ".join(words)
     text = TRUE_FALSE.get(text, text)
     try:
         return str(float(text.replace(",", ".")))

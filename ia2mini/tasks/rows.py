@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from unicodedata import normalize
 
 from ia2mini import UsageError
 from ia2mini.files import read_text
@@ -23,6 +24,7 @@ COLUMN = re.compile(r"(\n?)\{(\??)([^{}]*)\}")
 WHOLE = re.compile(r"(-?\d+)\.0+")
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".xlsx")  # of files of rows
 BLOCK_SIZE = 64  # rows that are answered together
+TRUE_FALSE = {"true": "1", "false": "0"}
 MISSING = ("", "nan", "<na>")  # how an empty cell is written, in small letters
 
 
@@ -34,9 +36,8 @@ class Row(dict):
 
     def __init__(self, where: str, columns: dict):
         if not isinstance(columns, dict):
-            raise UsageError(
-                f"{where}: a JSON {type(columns).__name__}, not an object; one object a row is expected"
-            )
+            kind = type(columns).__name__
+            raise UsageError(f"{where}: a JSON {kind}, not an object; one object a row is expected")
         for name in columns:
             if not isinstance(name, str):
                 raise UsageError(f"{where}: column {name!r} has no text for a name; rename it")
@@ -145,6 +146,21 @@ def whole_number(text: str) -> str:
     return match[1] if match else text
 
 
+def find_label(text: str, labels: Iterable[str]) -> str | None:
+    """The label that a text means: a number, true, false and accents may be written in another way than in it."""
+    if text in labels:
+        return text
+    label_of = {spelling(label): label for label in labels}
+    plain = spelling(text)
+    return label_of.get(plain) or label_of.get(TRUE_FALSE.get(plain))
+
+
+def spelling(text: str) -> str:
+    """The common form of a whole number, of true and false, and of letters with accents."""
+    text = normalize("NFC", whole_number(text))
+    return text.lower() if text.lower() in TRUE_FALSE else text
+
+
 def is_blank(row: Row, column: str) -> bool:
     """Whether a column of a row holds nothing, or a text of blanks alone."""
     value = row.get(column)
@@ -163,9 +179,8 @@ def missing_part(row: Row, template: str, answer: str | None) -> str | None:
     if answer is None:
         return None
     value = row.get(answer)
-    if is_blank(row, answer) or (isinstance(value, str) and trimmed(value).lower() in MISSING):
-        return "answer"
-    return None
+    is_empty = isinstance(value, str) and trimmed(value).lower() in MISSING
+    return "answer" if is_empty or row.is_missing(answer) else None
 
 
 def read_rows(path: Path, named_classes: bool = True) -> list[Row]:
@@ -176,21 +191,24 @@ def read_rows(path: Path, named_classes: bool = True) -> list[Row]:
     """
     path, sheet = named_sheet(path)
     suffix = path.suffix.lower()
-    if path.is_dir() and suffix not in SUFFIXES:
-        pairs = read_saved(path, named_classes)
-    elif not suffix and not path.exists():
-        raise UsageError(f"{path}: no such file or folder")
-    elif suffix not in SUFFIXES:
-        listed = ", ".join(SUFFIXES)
-        raise UsageError(
-            f"{path}: unknown kind of file {path.suffix!r}; rows are read from {listed}"
-        )
+    if suffix == ".jsonl":
+        pairs = read_jsonl_rows(path)
+    elif suffix == ".json":
+        pairs = read_json_rows(path)
+    elif suffix in (".csv", ".tsv"):
+        pairs = read_delimited(path, "\t" if suffix == ".tsv" else ",")
     elif suffix == ".parquet":
         pairs = read_parquet(path, named_classes)
     elif suffix == ".xlsx":
         pairs = read_excel(path, sheet)
+    elif path.is_dir():
+        pairs = read_saved(path, named_classes)
+    elif suffix or path.exists():
+        listed = ", ".join(SUFFIXES)
+        kind = f"unknown kind of file {path.suffix!r}"
+        raise UsageError(f"{path}: {kind}; rows are read from {listed}")
     else:
-        pairs = TEXT_READERS[suffix](path)
+        raise UsageError(f"{path}: no such file or folder")
     if not pairs:
         raise UsageError(f"{path}: the file holds no rows")
     return [Row(where, columns) for where, columns in pairs]
@@ -238,20 +256,6 @@ def read_json_rows(path: Path) -> list[tuple]:
     if not isinstance(table, list):
         raise UsageError(f"{path}: a JSON {type(table).__name__}; a list of objects is expected")
     return [(f"{path} row {i}", columns) for i, columns in enumerate(table, 1)]
-
-
-def read_csv_rows(path: Path) -> list[tuple]:
-    """Rows of a file with a header; the delimiter is found from the file, and is a tab for .tsv if that fits."""
-    first = "\t" if path.suffix.lower() == ".tsv" else ","
-    return read_delimited(path, first)
-
-
-TEXT_READERS = {
-    ".jsonl": read_jsonl_rows,
-    ".json": read_json_rows,
-    ".csv": read_csv_rows,
-    ".tsv": read_csv_rows,
-}
 
 
 def as_rows(rows, column: str = "text") -> list[Row]:
