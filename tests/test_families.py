@@ -30,7 +30,7 @@ from bench import shapes as bench_shapes
 from ia2mini import UsageError
 from ia2mini.adapters import EVERY_MATRIX, IA3, LoRA, adapted
 from ia2mini.cli.main import main
-from ia2mini.cli.models import ROWS, RUNS, SHAPES, TOKENS, config_of, count_weights, fit_bytes
+from ia2mini.cli.models import KNOWN, ROWS, RUNS, TOKENS, config_of, count_weights, fit_bytes
 from ia2mini.engine.peft import read_adapter, save_adapter
 from ia2mini.generate import Decoding, generate
 from ia2mini.scale.memory import run_bytes
@@ -227,7 +227,7 @@ def test_models_are_listed_with_what_they_need():
         assert 0.8 < weights / 2 / billions < 1.55, line
 
 
-@pytest.mark.parametrize("beginning", SHAPES)
+@pytest.mark.parametrize("beginning", KNOWN)
 def test_the_stated_memory_is_counted_from_the_models_own_sizes(beginning):
     name = next(name for name in SHORT_NAMES if name.startswith(beginning))
     config = config_of(name)
