@@ -12,9 +12,7 @@ from ..files import plain, read_text
 from ..scale import ranks
 from .group import command_line, main, progress
 from .options import (
-    ANSWER_HELP,
-    PROMPT_HELP,
-    TEMPLATE_HELP,
+    column_options,
     compile_and_checkpoint,
     file_option,
     model_options,
@@ -28,9 +26,7 @@ from .rows import print_remarks, refuse_unnamed_model
 @click.argument("rows", required=False, type=click.Path(path_type=Path), metavar="[ROWS]")
 @model_options
 @options_of(FitOptions)
-@click.option("--prompt-column", help=PROMPT_HELP)
-@click.option("--answer-column", help=ANSWER_HELP)
-@click.option("--template", help=TEMPLATE_HELP)
+@column_options
 @click.option(
     "--labels/--text",
     "labelled",
@@ -39,16 +35,18 @@ from .rows import print_remarks, refuse_unnamed_model
 )
 @file_option(
     "--unlabelled",
-    "Add rows without answers: the teacher answers them, and IA2 learns from these answers.",
+    help="Add rows without answers: the teacher answers them, and IA2 learns from these answers.",
 )
 @file_option(
     "--context",
-    "Put this text (an instruction, a policy) into the weights: the teacher sees it before every query.",
+    help="Put this text (an instruction, a policy) into the weights: the teacher sees it before every query.",
 )
-@file_option("--prompts", "Take the queries for --context from this file; they need no answers.")
+@file_option(
+    "--prompts", help="Take the queries for --context from this file; they need no answers."
+)
 @file_option(
     "--out",
-    "Write into this folder; if the command is interrupted, it resumes there when it is typed again.",
+    help="Write into this folder; if the command is interrupted, it resumes there when it is typed again.",
     required=True,
 )
 def fit(rows, labelled, unlabelled, context, prompts, out, **given):

@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import fields
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from pathlib import Path
 from typing import get_args
 
@@ -59,8 +59,8 @@ def options_of(cls: type, **defaults):
     return combine_options(*found)
 
 
-def file_option(name: str, help: str, **more):
-    return click.option(name, type=click.Path(path_type=Path), help=help, **more)
+file_option = partial(click.option, type=click.Path(path_type=Path))
+flag = partial(click.option, is_flag=True)
 
 
 def combine_options(*options):
@@ -81,37 +81,54 @@ def make_deterministic(context, option, wanted: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-GUESS = "  [default: guessed from the header]"
-PROMPT_HELP = f"Take the prompt from this column.{GUESS}"
-ANSWER_HELP = f"Take the true answer from this column.{GUESS}"
-TEMPLATE_HELP = (
-    "Write prompts in this way, columns in braces.  [default: from the column, "
-    "as 'Review: {review}\\nSentiment:']"
-)
 MODEL_HELP = "Use this model: a folder, a hub id or a short name (`ia2mini models` lists them). Your own rows need one."
-DEVICE_HELP = (
-    "Compute on this device: cpu, cuda, cuda:1 and so on.  [default: a GPU if there is one]"
-)
 REVISION_HELP = "Take this branch, tag or commit on the hub."
-DTYPE_HELP = (
-    "Keep the model's frozen weights in this format.  [default: bfloat16 on a GPU; on a CPU too, "
-    "where CPU and checkpoint both have it, except in `run`; else float32]"
-)
-check_option = click.option(
-    "--check/--no-check", default=True, help="Check that no weight is NaN or infinite."
+machine_options = combine_options(
+    click.option(
+        "--device",
+        help="Compute on this device: cpu, cuda, cuda:1 and so on.  [default: a GPU if there is one]",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        help="Keep the model's frozen weights in this format.  [default: bfloat16 on a GPU; on a CPU too, "
+        "where CPU and checkpoint both have it, except in `run`; else float32]",
+    ),
+    click.option(
+        "--check/--no-check", default=True, help="Check that no weight is NaN or infinite."
+    ),
 )
 model_options = combine_options(
     click.option("--model", default="tiny", help=MODEL_HELP),
-    click.option("--device", help=DEVICE_HELP),
-    click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help=DTYPE_HELP),
     click.option("--revision", help=REVISION_HELP),
-    check_option,
-    click.option(
+    machine_options,
+    flag(
         "--deterministic",
-        is_flag=True,
         expose_value=False,
         callback=make_deterministic,
         help="Compute the same bits every time on a GPU, more slowly.",
+    ),
+)
+GUESS = "  [default: guessed from the header]"
+column_options = combine_options(
+    click.option("--prompt-column", help=f"Take the prompt from this column.{GUESS}"),
+    click.option("--answer-column", help=f"Take the true answer from this column.{GUESS}"),
+    click.option(
+        "--template",
+        help="Write prompts in this way, columns in braces.  [default: from the column, "
+        "as 'Review: {review}\\nSentiment:']",
+    ),
+)
+data_options = combine_options(
+    file_option("--data", help="Read your own rows from this file, in place of TASK."),
+    column_options,
+    file_option(
+        "--eval-data",
+        help="Evaluate --data on the rows of this file.  [default: a held-out part]",
+    ),
+    file_option(
+        "--data-dir",
+        help="Read the paper's tasks from DIR/sst2/train.jsonl and so on.  [default: hub]",
     ),
 )
 
@@ -142,17 +159,3 @@ def tell_of_compiling() -> None:
     click.echo(
         f"compiling (minutes at first; kept in {os.environ['TORCHINDUCTOR_CACHE_DIR']})", err=True
     )
-
-
-data_options = combine_options(
-    file_option("--data", "Read your own rows from this file, in place of TASK."),
-    click.option("--prompt-column", help=PROMPT_HELP),
-    click.option("--answer-column", help=ANSWER_HELP),
-    click.option("--template", help=TEMPLATE_HELP),
-    file_option(
-        "--eval-data", "Evaluate --data on the rows of this file.  [default: a held-out part]"
-    ),
-    file_option(
-        "--data-dir", "Read the paper's tasks from DIR/sst2/train.jsonl and so on.  [default: hub]"
-    ),
-)

@@ -22,6 +22,7 @@ from .options import (
     compile_and_checkpoint,
     data_options,
     file_option,
+    flag,
     model_options,
     options_of,
     pop_options,
@@ -36,14 +37,9 @@ COLUMNS_HELP = (
     "  [default: acc,ece,ece_null,asim; for --data also acc_labels]"
 )
 table_options = combine_options(
-    click.option(
-        "--full",
-        is_flag=True,
-        help="Print a line for every task and evaluation, not only their mean.",
-    ),
-    click.option(
+    flag("--full", help="Print a line for every task and evaluation, not only their mean."),
+    flag(
         "--with-paper",
-        is_flag=True,
         help="Print the paper's numbers beside ours where it has them; implies --full.",
     ),
     click.option(
@@ -59,12 +55,7 @@ table_options = combine_options(
         default="png",
         help="Draw the figures in these formats: png,pdf,svg.",
     ),
-    click.option(
-        "--json",
-        "as_json",
-        is_flag=True,
-        help="Print one JSON document on the last line of standard output.",
-    ),
+    flag("--json", "as_json", help="Print one JSON document on the last line of standard output."),
 )
 
 
@@ -84,14 +75,13 @@ table_options = combine_options(
     default=None,
     help="Compile the model and record CUDA graphs.  [default: on a GPU]",
 )
-@click.option(
+@flag(
     "--checkpointing",
-    is_flag=True,
     help="Save memory with long answers: compute blocks again in the backward pass.",
 )
 @file_option(
     "--out",
-    "Write results below this folder; the same command, typed again, resumes there.",
+    help="Write results below this folder; the same command, typed again, resumes there.",
     default="runs",
 )
 @table_options
@@ -147,12 +137,8 @@ def run(names, compiling, checkpointing, out, data_dir, side_by_side, **given):
 @click.argument(
     "folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FOLDER..."
 )
-@file_option("--out", "Write the joint report into this folder.", default="report")
-@click.option(
-    "--table-8",
-    is_flag=True,
-    help="Print the paper's Table 8, too: IA2→SFT against SFT, pooled by N.",
-)
+@file_option("--out", help="Write the joint report into this folder.", default="report")
+@flag("--table-8", help="Print the paper's Table 8, too: IA2→SFT against SFT, pooled by N.")
 @table_options
 def report(folders, out, table_8, **report_arguments):
     """Join finished runs into one report.

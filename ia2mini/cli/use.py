@@ -8,21 +8,17 @@ import click
 from .. import UsageError
 from ..files import json_line, plain, plural
 from .group import main, progress
-from .options import DEVICE_HELP, check_option, combine_options, file_option, model_options
+from .options import combine_options, file_option, flag, machine_options, model_options
 from .rows import read_new
 from .streams import need_input, need_output
 
-ICL_HELP = "Use the base model with demonstrations in its prompt instead, to compare."
+icl_option = flag(
+    "--icl", help="Use the base model with demonstrations in its prompt instead, to compare."
+)
 adapter_options = combine_options(
     click.argument("adapter", type=click.Path(path_type=Path, exists=True, file_okay=False)),
     click.option("--model", help="Use this base model.  [default: the one that the adapter names]"),
-    click.option("--device", help=DEVICE_HELP),
-    click.option(
-        "--dtype",
-        type=click.Choice(["float32", "bfloat16", "float16"]),
-        help="Keep the model's frozen weights in this format.",
-    ),
-    check_option,
+    machine_options,
     click.option(
         "--template",
         help="Write prompts in this way, columns in braces, for an adapter that peft wrote.",
@@ -43,15 +39,14 @@ adapter_options = combine_options(
     type=float,
     help="Answer only this share of the rows, as 0.9: the most certain ones.",
 )
-@click.option("--icl", is_flag=True, help=ICL_HELP)
-@click.option(
+@icl_option
+@flag(
     "--strict",
-    is_flag=True,
     help="Stop at the first wrong row.  [default: report it on stderr and leave it out]",
 )
 @file_option(
     "--out",
-    "Write a table of your rows with their answers: .csv, .tsv, .jsonl, .xlsx or .parquet."
+    help="Write a table of your rows with their answers: .csv, .tsv, .jsonl, .xlsx or .parquet."
     "  [default: JSONL to standard output]",
 )
 @click.option(
@@ -144,7 +139,7 @@ def write_answers(outcomes: Iterable, answers, rows: int, out: Path, digits: int
     "--answer-column",
     help="Take the true answer from this column.  [default: as in the rows it was fitted on]",
 )
-@click.option("--icl", is_flag=True, help=ICL_HELP)
+@icl_option
 def score(adapter, rows, answer_column, icl, **adapter_arguments):
     """Measure an adapter on labelled rows.
 
@@ -166,7 +161,7 @@ def score(adapter, rows, answer_column, icl, **adapter_arguments):
 
 @main.command()
 @adapter_options
-@file_option("--out", "Write the checkpoint into this new or empty folder.", required=True)
+@file_option("--out", help="Write the checkpoint into this new or empty folder.", required=True)
 def merge(adapter, out, **adapter_arguments):
     """Merge an adapter into its base model.
 
@@ -194,10 +189,8 @@ def merge(adapter, out, **adapter_arguments):
 @click.option(
     "--stop", help="Stop at this text too, besides the end of sequence; \\n is a line end."
 )
-@file_option("--adapter", "Use the adapter in this folder, on the base model that it names.")
-@click.option(
-    "--chat", is_flag=True, help="Write the prompt as a turn of the checkpoint's chat template."
-)
+@file_option("--adapter", help="Use the adapter in this folder, on the base model that it names.")
+@flag("--chat", help="Write the prompt as a turn of the checkpoint's chat template.")
 def generate(prompt, max_tokens, stop, adapter, chat, **model_arguments):
     """Continue a text greedily.
 
