@@ -437,5 +437,5 @@ def test_layers_by_number():
 
     assert numbers(36) is None and numbers(4, 2, 0, 2) == [0, 2]
     assert CommaSeparated(int).convert("2,0", None, None) == (2, 0)
-    with pytest.raises(BadParameter, match="'last-third' is not a list of int values"):
+    with pytest.raises(BadParameter, match="'last-third' is not a valid integer"):
         CommaSeparated(int).convert("last-third", None, None)

@@ -6,7 +6,7 @@ import signal
 import sys
 import warnings
 from contextlib import suppress
-from pathlib import Path
+from functools import partial
 
 import click
 
@@ -38,39 +38,34 @@ class Commands(click.Group):
         interrupts = []
         warnings.showwarning = lambda text, *where, **_: say(f"warning: {text}", f"warning: {text}")
         try:
-            try:
-                heed_interrupts(interrupts)
-                open_streams()
-                check_arguments(sys.argv[1:] if args is None else list(args))
-                sys.exit(super().main(args, **more | {"standalone_mode": False}))
-            except Exception:
-                if interrupts:
-                    raise KeyboardInterrupt from None
-                raise
-        except UsageError as error:
-            mistake = str(error)
-        except click.UsageError as error:
-            mistake = (
-                f"{error.format_message()} `{error.ctx.command_path} --help` lists what there is"
-            )
-        except click.ClickException as error:
-            mistake = error.format_message()
-        except (click.Abort, KeyboardInterrupt):  # click does not catch the latter everywhere
-            say(
-                "interrupted; finished work is kept, and the same command resumes it",
-                before="\n",
-            )
-            sys.exit(130)
-        except Exception as error:
+            heed_interrupts(interrupts)
+            open_streams()
+            check_arguments(sys.argv[1:] if args is None else list(args))
+            sys.exit(super().main(args, **more | {"standalone_mode": False}))
+        except (
+            Exception,
+            KeyboardInterrupt,
+        ) as error:  # click does not catch the latter everywhere
+            if interrupts or isinstance(error, (click.Abort, KeyboardInterrupt)):
+                kept = "finished work is kept, and the same command resumes it"
+                say(f"interrupted; {kept}", before="\n")
+                sys.exit(130)
             mistake = what_happened(error)
             if mistake is None:
                 raise
-        say(mistake)
-        sys.exit(2)
+            say(mistake)
+            sys.exit(2)
 
 
-def what_happened(error: Exception) -> str | None:
-    """A line for an error caused by the system (memory, disk, packages); None for a bug of ours."""
+def what_happened(error: BaseException) -> str | None:
+    """A line for a user's mistake, or an error of the system (memory, disk, packages); None for a bug of ours."""
+    if isinstance(error, UsageError):
+        return str(error)
+    if isinstance(error, click.UsageError):
+        command = error.ctx.command_path
+        return f"{error.format_message()} `{command} --help` lists what there is"
+    if isinstance(error, click.ClickException):
+        return error.format_message()
     if out_of_memory(error):
         return NO_MEMORY
     if isinstance(error, OSError) and error.errno is not None:
@@ -128,15 +123,12 @@ def main(context):
     if context.invoked_subcommand in PRINTING:
         need_output()
     if ranks.size > 1 and context.invoked_subcommand not in ("run", "fit"):
-        raise UsageError(
-            "only `run` and `fit` are spread over processes; start the others without torchrun"
-        )
+        alone = "only `run` and `fit` are spread over processes"
+        raise UsageError(f"{alone}; start the others without torchrun")
     keep_freed_memory()
-    lasting = Path(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ia2mini", "compiled"
-    )
+    lasting = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     # torch's own folder is deleted at a restart
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(lasting))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{lasting}/ia2mini/compiled")
 
 
 def command_line() -> str:
@@ -165,15 +157,9 @@ def progress(label: str, total: int):
     if not ranks.chief:
         return tqdm(disable=True)
     known = "{desc} {percentage:3.0f}%, {remaining} left, {elapsed} gone |{bar:10}|{postfix}"
+    bar = partial(tqdm, total=total, leave=False, bar_format=known)
     if sys.stderr.isatty():
-        return tqdm(desc=f"phase {label:<32}", total=total, leave=False, bar_format=known)
+        return bar(desc=f"phase {label:<32}")
     click.echo(f"phase {label}", err=True)
     slow = {"delay": MINUTE, "mininterval": MINUTE, "miniters": 1, "ascii": True}
-    return tqdm(
-        desc=f"phase {label}",
-        total=total,
-        leave=False,
-        bar_format=known,
-        file=Lines(),
-        **slow,
-    )
+    return bar(desc=f"phase {label}", file=Lines(), **slow)

@@ -9,28 +9,27 @@ from typing import get_args
 import click
 
 
+def type_of(kind: type, choices: tuple = (), least: float | None = None) -> click.ParamType:
+    """The type of an option with one value: one of `choices`, or not below `least`."""
+    if choices:
+        return click.Choice(choices)
+    if least is not None:
+        return click.IntRange(least) if kind is int else click.FloatRange(least)
+    return click.types.convert_type(kind)
+
+
 class CommaSeparated(click.ParamType):
+    """Values of one type, separated by commas."""
+
     def __init__(self, kind: type, choices: tuple = (), least: float | None = None):
-        self.kind, self.name = kind, {int: "N,N", float: "X,X", str: "A,B"}[kind]
-        self.choices, self.least = choices, least
+        self.name = {int: "N,N", float: "X,X", str: "A,B"}[kind]
+        self.type = type_of(kind, choices, least)
 
     def convert(self, value, param, context) -> tuple:
         if isinstance(value, tuple):
             return value
-        try:
-            found = tuple(dict.fromkeys(self.kind(part) for part in str(value).split(",") if part))
-        except ValueError:
-            self.fail(
-                f"{value!r} is not a list of {self.kind.__name__} values separated by commas.",
-                param,
-                context,
-            )
-        for one in found:
-            if self.choices and one not in self.choices:
-                self.fail(f"{one!r} is not one of {', '.join(self.choices)}.", param, context)
-            if self.least is not None and one < self.least:
-                self.fail(f"{one} is less than {self.least}.", param, context)
-        return found
+        parts = [part for part in str(value).split(",") if part]
+        return tuple(dict.fromkeys(self.type.convert(part, param, context) for part in parts))
 
 
 def options_of(cls: type, **defaults):
@@ -41,17 +40,16 @@ def options_of(cls: type, **defaults):
             continue
         about = f.metadata
         default = defaults.get(f.name, f.default)
+        one_or_many = type_of
         kind = f.type
         if get_args(f.type):
-            kind = CommaSeparated(get_args(f.type)[0], about["choices"], about["least"])
-        elif about["choices"]:
-            kind = click.Choice(about["choices"])
-        elif about["least"] is not None and kind is int:
-            kind = click.IntRange(about["least"])
+            one_or_many = CommaSeparated
+            kind = get_args(f.type)[0]
         given = ",".join(map(str, default)) if isinstance(default, tuple) else default
         if f.type is bool:
             more = {"is_flag": True}
         else:
+            kind = one_or_many(kind, about["choices"], about["least"])
             more = {"type": kind, "show_default": about["shown"] or True}
         name = f.name.replace("_", "-")
         name = f"--{name}/--no-{name}" if default is True else f"--{name}"
@@ -81,8 +79,15 @@ def make_deterministic(context, option, wanted: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-MODEL_HELP = "Use this model: a folder, a hub id or a short name (`ia2mini models` lists them). Your own rows need one."
-REVISION_HELP = "Take this branch, tag or commit on the hub."
+checkpoint_options = combine_options(
+    click.option(
+        "--model",
+        default="tiny",
+        help="Use this model: a folder, a hub id or a short name (`ia2mini models` lists them). "
+        "Your own rows need one.",
+    ),
+    click.option("--revision", help="Take this branch, tag or commit on the hub."),
+)
 machine_options = combine_options(
     click.option(
         "--device",
@@ -99,8 +104,7 @@ machine_options = combine_options(
     ),
 )
 model_options = combine_options(
-    click.option("--model", default="tiny", help=MODEL_HELP),
-    click.option("--revision", help=REVISION_HELP),
+    checkpoint_options,
     machine_options,
     flag(
         "--deterministic",

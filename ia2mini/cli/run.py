@@ -9,15 +9,14 @@ import click
 
 from .. import UsageError
 from ..engine.options import Options
-from ..files import plain
+from ..files import plain, plural, write_json
 from ..report.drawing import FORMATS
 from ..scale import ranks
 from ..study.table import METRICS
 from .group import command_line, main, progress
 from .options import (
-    MODEL_HELP,
-    REVISION_HELP,
     CommaSeparated,
+    checkpoint_options,
     combine_options,
     compile_and_checkpoint,
     data_options,
@@ -150,7 +149,6 @@ def report(folders, out, table_8, **report_arguments):
       ia2mini report runs/a runs/b --out both
       ia2mini report ranks/* --full --columns acc,nll --out ranks-joined
     """
-    from ..files import write_json
     from ..report.join import join
     from ..report.paper import write_table_8
 
@@ -168,47 +166,37 @@ def write_and_print_report(
     document: dict, folder: Path, full: bool, columns, figures, as_json: bool, with_paper: bool
 ) -> None:
     """Write a study's report; print its table and the files written."""
-    from ..files import plural
     from ..report.page import write_report
     from ..report.paper import add_paper, departures
+    from ..report.tables import seconds_line, write_table
 
     if with_paper and not add_paper(document):
         others = ", ".join(departures(document))
-        reason = (
-            f"the paper's runs had another {others}"
-            if others
-            else "the paper has none of these cells"
-        )
+        reason = "the paper has none of these cells"
+        if others:
+            reason = f"the paper's runs had another {others}"
         click.echo(f"--with-paper: no numbers of the paper are shown, since {reason}", err=True)
     table = document | {"columns": columns}
     drawn = write_report(table, folder, command_line(), figures)
-    show(table, full or with_paper)
-    written = (
-        plural(len(drawn), "figure") if drawn else "no figures (pip install 'ia2mini[report]')"
-    )
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    color = terminal and not os.environ.get("NO_COLOR")
+    click.echo(write_table(table, full or with_paper, color=color))
+    click.echo(seconds_line(table))
+    written = "no figures (pip install 'ia2mini[report]')"
+    if drawn:
+        written = plural(len(drawn), "figure")
+    tables = "table.txt (pip install 'ia2mini[report]': more)"
+    if (folder / "table.csv").exists():
+        tables = "tables"
     adapters = plural(len(document["adapters"]), "adapter")
-    tables = (
-        "tables"
-        if (folder / "table.csv").exists()
-        else "table.txt (pip install 'ia2mini[report]': more)"
-    )
     click.echo(f"{folder}: report.html, results.json, {tables}, {written}, {adapters} for peft")
     if as_json:
         click.echo(json.dumps(document))
 
 
-def show(document: dict, full: bool) -> None:
-    from ..report.tables import seconds_line, write_table
-
-    terminal = sys.stdout is not None and sys.stdout.isatty()
-    click.echo(write_table(document, full, color=terminal and not os.environ.get("NO_COLOR")))
-    click.echo(seconds_line(document))
-
-
 @main.command()
 @click.argument("name", required=False, metavar="[TASK]")
-@click.option("--model", default="tiny", help=MODEL_HELP)
-@click.option("--revision", help=REVISION_HELP)
+@checkpoint_options
 @click.option(
     "--n", default=4, type=click.IntRange(2), help="Show a training set of this many rows."
 )
@@ -241,9 +229,8 @@ def tasks(name, model, revision, n, data_dir, **data_arguments):
         sizes.insert(0, f"pool: {pool.origin['used']} of {pool.origin['rows']} rows")
         demonstrations = draw_episode(pool.rows, n).icl[0]
     print_remarks(task.remarks)
-    click.echo(
-        f"{task.name} ({task.tag}) from {task.hub or 'this package'} · {' · '.join(sizes)}\n"
-    )
+    source = task.hub or "this package"
+    click.echo(f"{task.name} ({task.tag}) from {source} · {' · '.join(sizes)}\n")
     for row in demonstrations:
         show_row("demonstration", "cyan", row, tokenizer)
     show_row("query", "yellow", examples.rows[0], tokenizer)
@@ -254,9 +241,7 @@ def list_tasks() -> None:
 
     click.echo(f"{'task':<24}{'paper':<16}{'answer':<28}evaluated on (* out of distribution)")
     for task in all_tasks().values():
-        answer = (
-            "/".join(task.labels)[:26] if task.labels else f"text, at most {task.max_tokens} tokens"
-        )
+        answer = "/".join(task.labels)[:26] or f"text, at most {task.max_tokens} tokens"
         evaluated = "evaluation only"
         if task.train:
             evaluated = ", ".join([task.name, *(f"{name}*" for name in task.ood)])
@@ -268,7 +253,6 @@ def show_row(role: str, color: str, row, tokenizer) -> None:
     prompt = len(tokenizer.encode(row.prompt))
     answer = len(tokenizer.encode_answer(row.prompt, row.answer, row.label is None))
     click.secho(f"{role}: {prompt} tokens, answer {answer}", dim=True)
-    text = click.style(plain(row.prompt), fg=color) + click.style(
-        plain(row.answer), fg="green", bold=True
-    )
+    text = click.style(plain(row.prompt), fg=color)
+    text += click.style(plain(row.answer), fg="green", bold=True)
     click.echo(text + "\n")
