@@ -82,9 +82,7 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
     answer_kind = None
     if labelled is not None:
         if only_context:
-            raise UsageError(
-                "--labels and --text say what ROWS are answered with; --context has none"
-            )
+            raise UsageError("--labels and --text are about answers in ROWS; --context has none")
         answer_kind = "labels" if labelled else "text"
     columns = Columns(
         given.pop("prompt_column"), given.pop("answer_column"), given.pop("template"), answer_kind
