@@ -9,19 +9,19 @@ from typing import get_args
 import click
 
 
-def type_of(kind: type, choices: tuple = (), least: float | None = None) -> click.ParamType:
-    """The type of an option with one value: one of `choices`, or not below `least`."""
+def type_of(kind, choices: tuple = (), least: int | None = None) -> click.ParamType:
+    """The type of an option: one of `choices`, a number from `least` on, or (tuple[int, ...]) several of them."""
+    if get_args(kind):
+        return CommaSeparated(get_args(kind)[0], choices, least)
     if choices:
         return click.Choice(choices)
-    if least is not None:
-        return click.IntRange(least) if kind is int else click.FloatRange(least)
-    return click.types.convert_type(kind)
+    return click.types.convert_type(kind) if least is None else click.IntRange(least)
 
 
 class CommaSeparated(click.ParamType):
     """Values of one type, separated by commas."""
 
-    def __init__(self, kind: type, choices: tuple = (), least: float | None = None):
+    def __init__(self, kind: type, choices: tuple = (), least: int | None = None):
         self.name = {int: "N,N", float: "X,X", str: "A,B"}[kind]
         self.type = type_of(kind, choices, least)
 
@@ -36,20 +36,14 @@ def options_of(cls: type, **defaults):
     """Give a command one option for each documented field of a dataclass; `defaults` replace those of the fields."""
     found = []
     for f in fields(cls):
-        if "help" not in f.metadata:
-            continue
         about = f.metadata
+        if "help" not in about:
+            continue
         default = defaults.get(f.name, f.default)
-        one_or_many = type_of
-        kind = f.type
-        if get_args(f.type):
-            one_or_many = CommaSeparated
-            kind = get_args(f.type)[0]
         given = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        if f.type is bool:
-            more = {"is_flag": True}
-        else:
-            kind = one_or_many(kind, about["choices"], about["least"])
+        more: dict = {"is_flag": True}
+        if f.type is not bool:
+            kind = type_of(f.type, about["choices"], about["least"])
             more = {"type": kind, "show_default": about["shown"] or True}
         name = f.name.replace("_", "-")
         name = f"--{name}/--no-{name}" if default is True else f"--{name}"
