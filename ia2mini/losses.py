@@ -1,8 +1,10 @@
-"""The losses (protocol section 4), float32 per answer position; `per_run` averages them to one loss per run."""
+"""The losses (protocol section 4), float32 per answer position; `mean_of_run` averages them to one loss per run.
 
-import warnings
+R runs, B rows of a run, P answer positions, L layers, D hidden, V vocabulary.
+"""
+
 from collections.abc import Callable, Sequence
-from functools import partial, wraps
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +12,15 @@ from torch import Tensor
 
 from . import UsageError
 from .batch import Batch
-from .errors import out_of_memory
+from .models.fused import fused
 
 LOSS_LOGITS = 2**25  # logits computed at once: 128 MB in float32
 
 
 def per_run(values: Tensor, weights: Tensor) -> Tensor:
     """Losses [R] from values [P], with weights [R, P / R] that average over positions of a row, then over rows."""
-    return (values.view(weights.shape) * weights).sum(1)
+    weighted = values.view(weights.shape) * weights
+    return weighted.sum(1)
 
 
 def per_run_in_bfloat16(values: Tensor, rows: Tensor, layers: int = 1) -> Tensor:
@@ -28,10 +31,18 @@ def per_run_in_bfloat16(values: Tensor, rows: Tensor, layers: int = 1) -> Tensor
     """
     positions = rows.sum(-1)  # [R, B] of each row
     of_run = values.view(len(rows), 1, -1)
-    row_means = (of_run * rows).sum(-1) / positions.clamp_min(1)
+    row_sums = (of_run * rows).sum(-1)
+    row_means = row_sums / positions.clamp_min(1)
     rounded = (row_means / layers).bfloat16() * layers
     rows_of_run = (positions > 0).sum(-1)
     return rounded.float().sum(-1) / rows_of_run
+
+
+def mean_of_run(values: Tensor, batch: Batch, layers: int = 1) -> Tensor:
+    """Each run's mean [R] of losses `values` [P], which are sums over so many layers."""
+    if batch.rows is None:
+        return per_run(values, batch.weights)
+    return per_run_in_bfloat16(values, batch.rows, layers)
 
 
 def activation_mse(outputs: Sequence[Tensor], targets: Tensor) -> Tensor:
@@ -53,41 +64,18 @@ class SquaredError(torch.autograd.Function):
         return squared_error_gradient(*ctx.saved_tensors, grad), None
 
 
-def fused(function: Callable) -> Callable:
-    """`function` as one kernel on a GPU, through torch.compile; as it is on a CPU, or where no compiler works."""
-    kernel = None
-
-    @wraps(function)
-    def call(*tensors: Tensor) -> Tensor:
-        nonlocal kernel
-        compiler_failed = kernel is function
-        if not tensors[0].is_cuda or compiler_failed:
-            return function(*tensors)
-        # only now: the compiler alone takes seconds to import
-        kernel = kernel or torch.compile(function, dynamic=True)
-        try:
-            return kernel(*tensors)
-        except Exception as error:  # a missing compiler raises various exceptions
-            if out_of_memory(error):
-                raise
-            result = function(*tensors)  # raises too if the compiler was not the cause
-            warnings.warn(f"{function.__name__} runs unfused: {type(error).__name__}", stacklevel=2)
-            kernel = function
-            return result
-
-    return call
-
-
 @fused
 def squared_error(output: Tensor, target: Tensor) -> Tensor:
-    return (output.float() - target.float()).square().mean(-1)
+    difference = output.float() - target.float()
+    return difference.square().mean(-1)
 
 
 @fused
 def squared_error_gradient(output: Tensor, target: Tensor, grad: Tensor) -> Tensor:
     D = output.shape[-1]
     difference = output.float() - target.float()
-    gradient = difference * (grad[:, None] * (2 / D))
+    slope = grad[:, None] * (2 / D)
+    gradient = difference * slope
     return gradient.to(output.dtype)
 
 
@@ -121,12 +109,15 @@ class HeadDivergence(torch.autograd.Function):
         values = []
         gradients = []
         for x, t, i in portions:
-            student = F.linear(x, head).float().log_softmax(-1)
+            logits = F.linear(x, head)
+            student = logits.float().log_softmax(-1)
+            share = t.exp()
             difference = t - student.gather(1, i)
-            values.append((t.exp() * difference).sum(-1))
+            values.append((share * difference).sum(-1))
             if ctx.needs_input_grad[0]:
                 # the gradient of KL for logits: softmax - exp(t)
-                grad_logits = student.exp_().scatter_add_(1, i, -t.exp())
+                grad_logits = student.exp_()
+                grad_logits.scatter_add_(1, i, -share)
                 gradients.append(grad_logits.to(x.dtype) @ head)
         ctx.save_for_backward(*gradients)
         return torch.cat(values)

@@ -17,12 +17,12 @@ from .batch import Batch, TokenRow, collate, send
 from .losses import (
     activation_mse,
     cross_entropy,
-    fused,
     kl_divergence,
+    mean_of_run,
     own_loss,
     per_run,
-    per_run_in_bfloat16,
 )
+from .models.fused import fused
 from .models.taps import Taps, network_of
 
 BETA1 = 0.9
@@ -310,13 +310,6 @@ def check_targets(runs: Runs) -> None:
             raise UsageError(f"loss {loss!r}: {lacking}; `TeacherSettings` asks `teach` for them")
     if "mse" in mix and "hidden" in mix:
         raise UsageError("losses 'mse' and 'hidden': a pass records one of the two; use one")
-
-
-def mean_of_run(values: Tensor, batch: Batch, layers: int = 1) -> Tensor:
-    """Each run's mean [R] of losses `values` [P], which are sums over so many layers."""
-    if batch.rows is None:
-        return per_run(values, batch.weights)
-    return per_run_in_bfloat16(values, batch.rows, layers)
 
 
 @torch.no_grad()

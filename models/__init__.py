@@ -1,8 +1,6 @@
 """What is computed: Llama and Qwen3, their taps, and checkpoints in the Hugging Face layout."""
 
-from ia2mini import UsageError
-
 from .checkpoint import load
 from .taps import Taps
 
-__all__ = ["load", "Taps", "UsageError"]
+__all__ = ["load", "Taps"]

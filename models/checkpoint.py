@@ -23,29 +23,22 @@ from .config import CLASSES, FAMILIES, read_folder_config, written_fields
 
 TINY = Path(__file__).parent / "tiny"  # the embedded checkpoint
 
-QWEN3 = "0.6B-Base 1.7B-Base 4B-Base 8B-Base 14B-Base 0.6B 1.7B 4B 8B 14B 32B".split()
-LLAMA = "3.2-1B 3.2-3B 3.2-1B-Instruct 3.2-3B-Instruct 3.1-8B 3.1-70B 3.1-8B-Instruct 3.1-70B-Instruct".split()
-SHORT_NAMES = {f"qwen3-{size.lower()}": f"Qwen/Qwen3-{size}" for size in QWEN3}
-SHORT_NAMES |= {f"llama-{size.lower()}": f"meta-llama/Llama-{size}" for size in LLAMA}
-SMOLLM2 = "135M 360M 1.7B 135M-Instruct 360M-Instruct 1.7B-Instruct".split()
-SHORT_NAMES |= {f"smollm2-{size.lower()}": f"HuggingFaceTB/SmolLM2-{size}" for size in SMOLLM2}
-QWEN2 = "0.5B 1.5B 3B 7B 0.5B-Instruct 1.5B-Instruct 3B-Instruct 7B-Instruct".split()
-SHORT_NAMES |= {f"qwen2.5-{size.lower()}": f"Qwen/Qwen2.5-{size}" for size in QWEN2}
-SHORT_NAMES |= {
-    "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
-    "smollm3-3b-base": "HuggingFaceTB/SmolLM3-3B-Base",
-    "mistral-7b-v0.3": "mistralai/Mistral-7B-v0.3",
-    "mistral-7b-instruct-v0.3": "mistralai/Mistral-7B-Instruct-v0.3",
-    "granite-3.3-2b-base": "ibm-granite/granite-3.3-2b-base",
-    "granite-3.3-2b-instruct": "ibm-granite/granite-3.3-2b-instruct",
-    "granite-3.3-8b-instruct": "ibm-granite/granite-3.3-8b-instruct",
-    "olmo2-1b": "allenai/OLMo-2-0425-1B",
-    "olmo2-1b-instruct": "allenai/OLMo-2-0425-1B-Instruct",
-    "olmo2-7b": "allenai/OLMo-2-1124-7B",
-    "olmo2-7b-instruct": "allenai/OLMo-2-1124-7B-Instruct",
-    "olmo2-13b": "allenai/OLMo-2-1124-13B",
-    "olmo2-13b-instruct": "allenai/OLMo-2-1124-13B-Instruct",
+HUB_IDS = {  # how they begin -> how they go on
+    "Qwen/Qwen3": "0.6B-Base 1.7B-Base 4B-Base 8B-Base 14B-Base 0.6B 1.7B 4B 8B 14B 32B",
+    "meta-llama/Llama": "3.2-1B 3.2-3B 3.2-1B-Instruct 3.2-3B-Instruct 3.1-8B 3.1-70B 3.1-8B-Instruct 3.1-70B-Instruct",
+    "HuggingFaceTB/SmolLM2": "135M 360M 1.7B 135M-Instruct 360M-Instruct 1.7B-Instruct",
+    "Qwen/Qwen2.5": "0.5B 1.5B 3B 7B 0.5B-Instruct 1.5B-Instruct 3B-Instruct 7B-Instruct",
+    "HuggingFaceTB/SmolLM3": "3B 3B-Base",
+    "mistralai/Mistral": "7B-v0.3 7B-Instruct-v0.3",
+    "ibm-granite/granite": "3.3-2b-base 3.3-2b-instruct 3.3-8b-instruct",
+    "allenai/OLMo-2": "0425-1B 0425-1B-Instruct 1124-7B 1124-7B-Instruct 1124-13B 1124-13B-Instruct",
 }
+SHORT_NAMES: dict[str, str] = {}
+for beginning, rest in HUB_IDS.items():
+    for end in rest.split():
+        hub_id = f"{beginning}-{end}"
+        name = hub_id.partition("/")[2].lower()
+        SHORT_NAMES[re.sub(r"olmo-2-\d+", "olmo2", name)] = hub_id  # without the month
 FILES = "config.json generation_config.json tokenizer*.json special_tokens_map.json chat_template.jinja".split()
 FILES += ["added_tokens.json", "adapter_config.json", "chat_template.json"]
 SINGLE = "model.safetensors"
@@ -54,7 +47,6 @@ WEIGHT_FILES = ["model*.safetensors", INDEX]
 STORED = ("F32", "BF16", "F16", "F64")
 LARGEST = "5GB"  # of a file of weights that is written
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-COMPARED_ROWS = 4096  # rows of these that are compared
 NUMBER = r"\d+(?:\.\d+)?"  # in a model's name
 NEAR = 0.6  # least likeness of an unknown name to one that may have been meant, of 1
 
@@ -272,27 +264,14 @@ def fill_parameters(
             raise UsageError(f"{where[name]}: tensor {name} holds NaN or infinity; {way}")
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
-    tied = model.config.tie_word_embeddings
-    if tied and HEAD in where and not same_tensor(where, HEAD, EMBEDDING):
-        says = f"config.json ties head and embedding (tie_word_embeddings), but {HEAD} is another than {EMBEDDING}"
-        mend = "set tie_word_embeddings to false to use it (as transformers 5 does), or remove it from the file"
-        raise UsageError(f"{folder}: {says}; {mend}")
+    if model.config.tie_word_embeddings and HEAD in where:
+        with safe_open(where[HEAD], "pt", device=str(device)) as f:
+            head = f.get_tensor(HEAD).to(dtype)
+        if not torch.equal(head, model.get_parameter(EMBEDDING)):
+            says = f"config.json ties head and embedding (tie_word_embeddings), but {HEAD} is another than {EMBEDDING}"
+            mend = "set tie_word_embeddings to false to use it (as transformers 5 does), or remove it from the file"
+            raise UsageError(f"{folder}: {says}; {mend}")
     model.tie()
-
-
-def same_tensor(where: dict[str, Path], one: str, other: str) -> bool:
-    """Whether two stored tensors [V, D] are equal, read some rows at a time."""
-    with safe_open(where[one], "pt") as f, safe_open(where[other], "pt") as g:
-        a = f.get_slice(one)
-        b = g.get_slice(other)
-        if a.get_shape() != b.get_shape():
-            return False
-        rows = a.get_shape()[0]
-        for start in range(0, rows, COMPARED_ROWS):
-            some = slice(start, start + COMPARED_ROWS)
-            if not torch.equal(a[some].double(), b[some].double()):
-                return False
-    return True
 
 
 def save(

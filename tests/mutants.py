@@ -61,12 +61,12 @@ MUTANTS = {
     ],
     "ia2mini/losses.py": [
         ("partial(student, cache=batch.packed)", "student", "own_loss share_a_line"),
-        ("weights).sum(1)", "weights).mean(1)", "losses a_run_averages"),
+        ("weighted.sum(1)", "weighted.mean(1)", "losses a_run_averages"),
         ("(2 / D)", "(1 / D)", "losses gradients_of_the_squared"),
         ("teacher.float().log_softmax(-1), ids", "teacher.float(), ids", "losses equal_naive"),
         (
-            "scatter_add_(1, i, -t.exp())",
-            "scatter_add_(1, i, t.expm1())",
+            "scatter_add_(1, i, -share)",
+            "scatter_add_(1, i, share - 1)",
             "losses through_the_head",
         ),
     ],
@@ -173,7 +173,7 @@ MUTANTS = {
     "ia2mini/prefix.py": [
         ("[prompt[:-1] for prompt in prompts]", "prompts", "evaluate one_query"),
     ],
-    "ia2mini/scoring.py": [
+    "ia2mini/fitting/answers.py": [
         (
             "-torch.stack(log_probabilities).logsumexp(0)",
             "-log_probabilities[0]",

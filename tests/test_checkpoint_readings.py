@@ -77,12 +77,6 @@ def test_a_head_beside_the_embedding(tmp_path, family, tied, head):
     refused(lambda: load(folder), str(folder), said)
 
 
-def test_rows_of_head_and_embedding_are_compared_to_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "COMPARED_ROWS", 7)
-    test_a_head_beside_the_embedding(tmp_path / "a", "qwen3", True, "equal")
-    test_a_head_beside_the_embedding(tmp_path / "b", "qwen3", True, "differs in its last row")
-
-
 ROPES = {  # what config.json says: is it read?
     "theta at the top": ({"rope_theta": 300.0}, True),
     "theta inside": (

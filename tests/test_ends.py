@@ -18,11 +18,12 @@ from tokenizers import decoders, models, pre_tokenizers
 from ia2mini import open_subject
 from ia2mini.batch import truth_row
 from ia2mini.cli.main import main
+from ia2mini.fitting.answers import answer_texts
 from ia2mini.fitting.predictor import FOREIGN, Predictor
 from ia2mini.fitting.score import score_rows
 from ia2mini.generate import Decoding, before_stop
 from ia2mini.labels import Scoring, label_scores
-from ia2mini.scoring import answer_texts, score
+from ia2mini.scoring import score
 from ia2mini.tasks import Example, same_answer
 from ia2mini.tasks.chat import ChatTemplate
 from ia2mini.tasks.rows import Row

@@ -1,6 +1,7 @@
 """Greedy generation against transformers on a real checkpoint, stop texts anywhere, the teacher token by token."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from ia2mini.adapters import IA3, LoRA, adapted
 from ia2mini.batch import TokenRow, by_length, truth_row
 from ia2mini.episode import Episode, with_demonstrations
 from ia2mini.generate import Decoding, DecodingHooks, before_stop, generate
-from ia2mini.scale.decode import ended_leave, fast_decoding, half_leaves
+from ia2mini.scale.decode import fast_decoding, who_stays
 from ia2mini.tasks import Example
 from ia2mini.teacher import Taught, TeacherSettings, record_targets, teach
 from ia2mini.tokenizer import Tokenizer
@@ -22,8 +23,8 @@ from ia2mini.tokenizer import Tokenizer
 CPU = torch.device("cpu")
 HOOKS = {
     "plain": DecodingHooks(),
-    "rows leave at once": DecodingHooks(who_stays=ended_leave),
-    "half of them at once": DecodingHooks(fixed_shape=True, who_stays=half_leaves),
+    "rows leave at once": DecodingHooks(who_stays=who_stays),
+    "half of them at once": DecodingHooks(None, True, partial(who_stays, by_halves=True)),
 }
 STORY = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park with her big red ball "

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from commands import invoke
+from ia2mini.models.fused import fused
 from pretend_gpu import pretended_gpu
 from reference import from_start, in_order, make_checkpoint, make_rows, relative, starts
 
@@ -21,7 +22,6 @@ from ia2mini import UsageError
 from ia2mini.adapters import LoRA
 from ia2mini.engine.store import Store
 from ia2mini.errors import out_of_memory
-from ia2mini.losses import fused
 from ia2mini.scale import graphs, ranks
 from ia2mini.scale.memory import within_memory
 from ia2mini.tokenizer import Tokenizer

@@ -18,6 +18,7 @@ from ia2mini.adapters import IA3
 from ia2mini.batch import TokenRow
 from ia2mini.engine.experiment import make_trainer
 from ia2mini.engine.peft import save_adapter
+from ia2mini.fitting.answers import answer_scores
 from ia2mini.fitting.probe import last_states
 from ia2mini.generate import Decoding, generate
 from ia2mini.labels import Scoring, label_scores
@@ -25,7 +26,6 @@ from ia2mini.methods import METHODS
 from ia2mini.scale.decode import fast_decoding
 from ia2mini.scale.graphs import recorded
 from ia2mini.scale.pack import in_batches
-from ia2mini.scoring import answer_scores
 from ia2mini.tasks import find_task, load_examples, world
 from ia2mini.teacher import TeacherSettings
 from ia2mini.train import Hooks, Settings, train

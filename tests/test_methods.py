@@ -8,10 +8,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from ia2mini.models import UsageError
 from reference import make_rows, peft_twin, plain_fit, relative
 from test_train import ADAPTERS, own_cross_entropy, watching
 
+from ia2mini import UsageError
 from ia2mini.batch import TokenRow, collate
 from ia2mini.engine.experiment import make_trainer
 from ia2mini.methods import ICL, METHODS, Grid

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from ia2mini.models import Taps, UsageError, load
+from ia2mini.models import Taps, load
 from ia2mini.models.attention import Cache, Prefix
 from ia2mini.models.layers import Head
 from ia2mini.models.taps import device_of
@@ -22,6 +22,7 @@ from reference import (
 )
 from torch._dynamo.testing import CompileCounter
 
+from ia2mini import UsageError
 from ia2mini.adapters import LoRA, adapted
 from ia2mini.scale.blocks import checkpoint_blocks, compile_blocks
 

@@ -19,10 +19,10 @@ from ..methods import METHODS, WITH_DEMONSTRATIONS
 from ..prefix import share_prefix
 from ..scale import ranks
 from ..scale.decode import decoding_for
-from ..scoring import answer_scores, answer_texts
 from ..tasks import same_answer
 from ..teacher import TeacherSettings, record_targets
 from ..train import Trained
+from .answers import answer_scores, answer_texts
 from .crossval import CrossValidation, candidate_names
 from .probe import PENALTIES, Probe, fit_probe, held_out_scores, last_states
 from .selection import Candidate, HeldOut

@@ -19,7 +19,6 @@ from ..labels import Scoring, label_scores
 from ..methods import WITH_DEMONSTRATIONS
 from ..prefix import share_prefix
 from ..scale.decode import decoding_for
-from ..scoring import answer_texts
 from ..tasks import Example, same_answer
 from ..tasks.chat import ChatTemplate
 from ..tasks.own import true_answer
@@ -36,6 +35,7 @@ from ..tasks.rows import (
 )
 from ..tasks.turns import ALL_TURNS, open_turns
 from . import folder as folders
+from .answers import answer_texts
 from .measures import confidence_threshold
 from .probe import Probe, last_states, read_probe
 from .spec import FOREIGN, check_given, read_spec

@@ -15,9 +15,9 @@ WORTH_RECORDING = 8  # recording the steps pays for responses of at least this m
 def fast_decoding(device: torch.device, max_tokens: int) -> DecodingHooks:
     """Hooks for responses of up to so many tokens: where steps are recorded, rows leave by halves, so shapes stay."""
     if device.type not in RECORDERS or max_tokens < WORTH_RECORDING:
-        return DecodingHooks(who_stays=ended_leave)
+        return DecodingHooks(who_stays=who_stays)
     record = partial(recorded, device=device)
-    return DecodingHooks(record, fixed_shape=True, who_stays=half_leaves)
+    return DecodingHooks(record, True, partial(who_stays, by_halves=True))
 
 
 def decoding_for(model: nn.Module, max_tokens: int, stop: str | None) -> Decoding:
@@ -25,28 +25,18 @@ def decoding_for(model: nn.Module, max_tokens: int, stop: str | None) -> Decodin
     return Decoding(max_tokens, stop, hooks=fast_decoding(device_of(model), max_tokens))
 
 
-def ended_leave(going: list[bool], runs: int) -> list[int] | None:
-    staying = equally_many(going, runs)
-    if len(staying) == len(going):
-        return None
-    return staying
+def who_stays(going: list[bool], runs: int, by_halves: bool = False) -> list[int] | None:
+    """The rows that stay in the batch where finished ones leave, `by_halves` only half of the batch; None: all.
 
-
-def half_leaves(going: list[bool], runs: int) -> list[int] | None:
-    staying = equally_many(going, runs)
-    if len(staying) > len(going) // 2:
-        return None
-    return staying
-
-
-def equally_many(going: list[bool], runs: int) -> list[int]:
-    """The unfinished rows; runs with fewer of them keep finished rows, so that all runs have equally many."""
+    Runs with fewer unfinished rows keep finished ones, so that all runs have equally many.
+    """
     size = len(going) // runs
     starts = range(0, len(going), size)
-    most = max(sum(going[start : start + size]) for start in starts)
+    longest = max(sum(going[start : start + size]) for start in starts)
     staying = []
     for start in starts:
         rows = range(start, start + size)
         going_first = sorted(rows, key=lambda row: not going[row])
-        staying += going_first[:most]
-    return staying
+        staying += going_first[:longest]
+    most = len(going) // 2 if by_halves else len(going) - 1
+    return staying if len(staying) <= most else None

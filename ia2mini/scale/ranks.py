@@ -101,14 +101,7 @@ def gather(value) -> list:
 
 def first(function: Callable):
     """Call `function` on the first process only, and give its result to all."""
-    if size == 1:
-        return function()
-    import torch.distributed as dist
-
-    box = [packed(function()) if chief else None]
-    with one_line_when_lost():
-        dist.broadcast_object_list(box)
-    return unpacked(box[0])
+    return gather(function() if chief else None)[0]
 
 
 def packed(value) -> bytes:
