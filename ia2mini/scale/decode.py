@@ -16,8 +16,11 @@ def fast_decoding(device: torch.device, max_tokens: int) -> DecodingHooks:
     """Hooks for responses of up to so many tokens: where steps are recorded, rows leave by halves, so shapes stay."""
     if device.type not in RECORDERS or max_tokens < WORTH_RECORDING:
         return DecodingHooks(who_stays=who_stays)
-    record = partial(recorded, device=device)
-    return DecodingHooks(record, True, partial(who_stays, by_halves=True))
+    return DecodingHooks(
+        wrap=partial(recorded, device=device),
+        fixed_shape=True,
+        who_stays=partial(who_stays, by_halves=True),
+    )
 
 
 def decoding_for(model: nn.Module, max_tokens: int, stop: str | None) -> Decoding:
@@ -31,12 +34,19 @@ def who_stays(going: list[bool], runs: int, by_halves: bool = False) -> list[int
     Runs with fewer unfinished rows keep finished ones, so that all runs have equally many.
     """
     size = len(going) // runs
-    starts = range(0, len(going), size)
-    longest = max(sum(going[start : start + size]) for start in starts)
-    staying = []
-    for start in starts:
+    rows_of_runs = []
+    for start in range(0, len(going), size):
         rows = range(start, start + size)
         going_first = sorted(rows, key=lambda row: not going[row])
-        staying += going_first[:longest]
-    most = len(going) // 2 if by_halves else len(going) - 1
+        rows_of_runs.append(going_first)
+    longest = 0
+    for rows in rows_of_runs:
+        unfinished = [row for row in rows if going[row]]
+        longest = max(longest, len(unfinished))
+    staying = []
+    for rows in rows_of_runs:
+        staying += rows[:longest]
+    most = len(going) - 1
+    if by_halves:
+        most = len(going) // 2
     return staying if len(staying) <= most else None
