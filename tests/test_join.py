@@ -209,7 +209,8 @@ def test_one_name_for_two_things_is_refused(studies, tmp_path, option):
     refused(
         tmp_path / "out",
         [studies["topic"], eight, other],
-        f"{option} of {name}: not the same in",
+        f"{option} of {name} = ",
+        "do not belong together; leave one out",
         str(other),
     )
 

@@ -167,7 +167,12 @@ def test_the_files_content_is_what_a_run_belongs_to(subject, file, tmp_path, mon
     assert first == again and len({plain, first, changed}) == 3
     joined = join([plain, first])
     assert {cell["method"] for cell in joined["cells"]} == {"sft", "copied", "copied-sft"}
-    refused(lambda: join([first, changed]), str(changed), "its loss copied is another")
+    refused(
+        lambda: join([first, changed]),
+        str(changed),
+        "loss of copied = ",
+        "do not belong together; leave one out",
+    )
 
 
 CALL = "def own(student, batch):\n    found = student(batch.ids, logits=batch.at)\n    return "

@@ -1,6 +1,7 @@
 """Join finished studies: one set of tables, tests and figures for all."""
 
 import math
+from collections import Counter
 from pathlib import Path
 from statistics import fmean
 
@@ -10,7 +11,7 @@ from ..files import read_json
 from ..fitting.spec import MISSING, is_number, is_text_or_none, is_whole_number, misfit
 from ..study.table import METRICS
 
-# options in which joined studies may differ: tables show them, they change no number, or `check_sources` compares them
+# options in which joined studies may differ: tables show them, they change no number, or `fixed` compares them
 FREE = {
     "adapter", "alpha", "betas", "checkpoint", "device", "dtype", "evals", "loss", "methods", "model", "n", "pools",
     "rank", "rates", "targets", "tasks", "templates",
@@ -18,16 +19,12 @@ FREE = {
 SAME_CELL = ("model", "task", "n", "method", "eval", "adapter", "selected_by")
 
 
-is_finite = is_number(-1e300, 1e300)
-is_share = is_number(0, 1)
-
-
-def number_or_none(value) -> bool:
-    return value is None or is_finite(value)
+def number_or_none(value, least: float = -1e300, most: float = 1e300) -> bool:
+    return value is None or is_number(least, most)(value)
 
 
 def share_or_none(value) -> bool:
-    return value is None or is_share(value)
+    return number_or_none(value, 0, 1)
 
 
 def is_of_adapter(value) -> bool:
@@ -108,23 +105,21 @@ def join(folders: list[Path]) -> dict:
     """
     documents = {str(folder): read_results(folder) for folder in folders}
     configs = {folder: document["config"] for folder, document in documents.items()}
-    check_options(configs)
-    check_losses(configs)
-    check_sources(documents)
+    check_belonging(documents)
     joined: dict = {key: [] for key in (*LISTS, "adapters")}
+    seconds: Counter = Counter()
     for folder, document in documents.items():
         about = {"model": document["cells"][0]["model"], "study": folder}
         for key in LISTS:
             joined[key] += [{**record, **about} for record in document[key]]
         joined["adapters"] += [f"{folder}/{name}" for name in document["adapters"]]
+        seconds.update(document["seconds"])
     joined["cells"] = without_repeats(joined["cells"])
-    joined["seconds"] = add_up([document["seconds"] for document in documents.values()])
-    joined["peak_memory_bytes"] = max(
-        document["peak_memory_bytes"] for document in documents.values()
-    )
+    joined["seconds"] = dict(seconds)
+    joined["peak_memory_bytes"] = max(one["peak_memory_bytes"] for one in documents.values())
     joined["config"] = join_configs(list(configs.values()))
     joined["studies"] = configs
-    joined["versions"] = next(iter(documents.values()))["versions"]
+    joined["versions"] = documents[str(folders[0])]["versions"]
     return joined
 
 
@@ -140,11 +135,7 @@ def read_results(folder: Path) -> dict:
         raise UsageError(
             f"{folder}: a report of several studies; give the folders of its studies instead"
         )
-    field = misfit(document, RESULTS, "")
-    if field is None and not document["cells"]:
-        field = "cells"
-    for cell in document["cells"] if field is None else []:
-        field = field or contradiction(cell, document["cells"])
+    field = misfit(document, RESULTS, "") or contradiction(document["cells"])
     if field:
         wrong = f"field {field} is missing or not what it should be"
         raise UsageError(
@@ -153,63 +144,52 @@ def read_results(folder: Path) -> dict:
     return document
 
 
-def contradiction(cell: dict, cells: list[dict]) -> str | None:
-    """The first field of a cell that does not follow from its other fields, or from those of the other `cells`."""
-    for metric in METRICS:
-        known = [value for value in cell[metric] if value is not None]
-        mean = cell[f"{metric}_mean"]
-        if len(cell[metric]) != cell["sets"]:
-            return f"cells.{metric}"
-        if (mean is None) == bool(known):
-            return f"cells.{metric}_mean"
-        if known and not math.isclose(mean, fmean(known), rel_tol=1e-6, abs_tol=1e-9):
-            return f"cells.{metric}_mean"
-    for other in cells:
-        same = other["method"] == cell["method"] and other["task"] == cell["task"]
-        if same and len(other["asim_layers"]) != len(cell["asim_layers"]):
+def contradiction(cells: list[dict]) -> str | None:
+    """The first field of `cells` that does not follow from the others; "cells" if there are none."""
+    if not cells:
+        return "cells"
+    layers: dict[tuple, int] = {}
+    for cell in cells:
+        for metric in METRICS:
+            known = [value for value in cell[metric] if value is not None]
+            mean = cell[f"{metric}_mean"]
+            if len(cell[metric]) != cell["sets"]:
+                return f"cells.{metric}"
+            if (mean is None) == bool(known):
+                return f"cells.{metric}_mean"
+            if known and not math.isclose(mean, fmean(known), rel_tol=1e-6, abs_tol=1e-9):
+                return f"cells.{metric}_mean"
+        depth = len(cell["asim_layers"])
+        if layers.setdefault((cell["method"], cell["task"]), depth) != depth:
             return "cells.asim_layers"
     return None
 
 
-def check_options(configs: dict[str, dict]) -> None:
-    """Raises UsageError if studies differ in an option that the tables do not show."""
-    first_folder, first = next(iter(configs.items()))
-    for folder, config in configs.items():
-        for option in sorted((first.keys() | config.keys()) - FREE):
-            theirs = first.get(option)
-            mine = config.get(option)
-            if mine != theirs:
-                both = f"{option} = {theirs!r} in {first_folder} and {mine!r} in {folder}"
-                raise UsageError(f"{both}: these studies do not belong together")
-
-
-def check_losses(configs: dict[str, dict]) -> None:
-    """Raises UsageError if two studies use one name for different losses of one's own."""
-    known: dict[str, str] = {}
-    for folder, config in configs.items():
-        for name, digest in config.get("loss", {}).items():
-            if known.setdefault(name, digest) != digest:
-                raise UsageError(
-                    f"{folder}: its loss {name} is another than in the studies before it; "
-                    "run one of them again with another name"
-                )
-
-
-def check_sources(documents: dict[str, dict]) -> None:
-    """Raises UsageError if studies mean other weights, templates or rows by the same name."""
-    known: dict[tuple, tuple] = {}
+def check_belonging(documents: dict[str, dict]) -> None:
+    """Raises UsageError if studies differ in what no table shows, or call two things by one name."""
+    options: set[str] = set()
+    for document in documents.values():
+        options.update(document["config"])
+    known: dict[str, tuple] = {}
     for folder, document in documents.items():
-        config = document["config"]
-        model = document["cells"][0]["model"]
-        sources = {(name, model): config.get(name) for name in ("checkpoint", "dtype")}
-        for option in ("templates", "pools", "evals"):
-            for name, value in (config.get(option) or {}).items():
-                sources[option, name] = value.get("digest") if isinstance(value, dict) else value
-        for (what, name), value in sources.items():
-            first, theirs = known.setdefault((what, name), (folder, value))
-            if theirs != value:
-                both = f"{what} of {name}: not the same in {first} and {folder}"
-                raise UsageError(f"{both}: these studies do not belong together")
+        for what, value in fixed(document, sorted(options - FREE)).items():
+            first, theirs = known.setdefault(what, (folder, value))
+            if value != theirs:
+                both = f"{what} = {theirs!r} in {first} and {value!r} in {folder}"
+                raise UsageError(f"{both}: these studies do not belong together; leave one out")
+
+
+def fixed(document: dict, options: list[str]) -> dict:
+    """What must be the same in all studies that have it: these options, and what is meant by each name."""
+    config = document["config"]
+    found = {option: config.get(option) for option in options}
+    for option in ("checkpoint", "dtype"):
+        found[f"{option} of {document['cells'][0]['model']}"] = config.get(option)
+    for option in ("loss", "templates", "pools", "evals"):
+        for name, value in (config.get(option) or {}).items():
+            origin = value.get("digest") if isinstance(value, dict) else value
+            found[f"{option} of {name}"] = origin
+    return found
 
 
 def without_repeats(cells: list[dict]) -> list[dict]:
@@ -224,14 +204,6 @@ def without_repeats(cells: list[dict]) -> list[dict]:
                 raise UsageError(f"{both}: leave one out")
         found.append(first)
     return found
-
-
-def add_up(seconds: list[dict[str, float]]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for one in seconds:
-        for stage, took in one.items():
-            total[stage] = total.get(stage, 0.0) + took
-    return total
 
 
 def join_configs(configs: list[dict]) -> dict:
