@@ -26,6 +26,7 @@ from .drawing import (
     keep_whole,
     name_ends,
     new_figure,
+    panels,
     set_note,
 )
 from .summary import average
@@ -43,6 +44,14 @@ def by_method(cells: list[dict], field: str) -> dict[str, list[dict]]:
     """The cells that have the field, of each method."""
     known = [cell for cell in cells if cell.get(field) is not None]
     return {method: mine for (method,), mine in grouped(known, "method").items()}
+
+
+def by_pair(overlaps: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """The records of overlap of each pair of methods."""
+    found: dict[tuple, list[dict]] = {}
+    for record in overlaps:
+        found.setdefault(tuple(record["methods"]), []).append(record)
+    return found
 
 
 def known_metrics(cells: list[dict]) -> list[str]:
@@ -67,8 +76,7 @@ def set_scale(axis, metric: str, which: str) -> None:
     """Set the axis: accuracy from 0 to 100, ECE from 0, wider if something is drawn beyond."""
     keep_whole(axis, which, 0, 100 if metric == "acc" else 0)
     if metric == "acc":
-        ticks = axis.set_xticks if which == "x" else axis.set_yticks
-        ticks([0, 50, 100])
+        axis.set(**{f"{which}ticks": [0, 50, 100]})
 
 
 def methods(figure, view: dict) -> str | None:
@@ -77,8 +85,7 @@ def methods(figure, view: dict) -> str | None:
     metrics = known_metrics(means)
     if not metrics:
         return None
-    figure.set_size_inches(figure.get_figwidth(), 1.4 + ROW * len(means))
-    axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    axes = panels(figure, 1.4 + ROW * len(means), 1, len(metrics), sharey=True)
     for axis, metric in zip(axes, metrics):
         draw_rows(axis, [chart_row(mean, metric) for mean in means])
         set_scale(axis, metric, "x")
@@ -93,7 +100,7 @@ def methods(figure, view: dict) -> str | None:
 def chart_row(row: dict, metric: str) -> ChartRow:
     """A row of `average` as a line of the chart."""
     factor = DRAWN_METRICS[metric]
-    drawn = ChartRow(method_name(row["method"]), color_of(row["method"]), None, None, None, "–")
+    drawn = ChartRow(method_name(row["method"]), color_of(row["method"]))
     mean = row.get(f"{metric}_mean")
     if mean is None:
         return drawn
@@ -113,11 +120,10 @@ def by_n(figure, view: dict) -> str:
     sides = sorted({cell["ood"] for cell in view["cells"]})
     drawn = {cell["method"] for cell in view["cells"]}
     height = panel_height(len(drawn))
-    panels = list(product(sides, metrics))
-    figure.set_size_inches(figure.get_figwidth(), 1.2 + (height + 0.6) * len(panels))
-    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    shown = list(product(sides, metrics))
+    axes = panels(figure, 1.2 + (height + 0.6) * len(shown), len(shown))
     sizes = [part["n"] for part in view["parts"]]
-    for axis, (ood, metric) in zip(axes, panels):
+    for axis, (ood, metric) in zip(axes, shown):
         draw_over_n(axis, view["parts"], ood, metric, height)
         where = "out of distribution" if ood else "in distribution"
         axis.set_title(f"{METRICS[metric]}, {where}")
@@ -168,8 +174,7 @@ def asim_layers(figure, view: dict) -> str | None:
     if not lines:
         return None
     height = 1.4 * panel_height(len(lines))
-    figure.set_size_inches(figure.get_figwidth(), 1.5 + height)
-    axis = figure.subplots()
+    (axis,) = panels(figure, 1.5 + height)
     ends = []
     for shift, (method, mine) in zip(shifts(len(lines)), lines.items()):
         color = color_of(method)
@@ -197,8 +202,7 @@ def asim_scatter(figure, view: dict) -> str | None:
     if not metrics:
         return None
     height = panel_height(len(by_method(cells, "asim_mean")))
-    figure.set_size_inches(figure.get_figwidth(), 1.4 + (height + 0.5) * len(metrics))
-    axes = figure.subplots(len(metrics), 1, squeeze=False)[:, 0]
+    axes = panels(figure, 1.4 + (height + 0.5) * len(metrics), len(metrics))
     for axis, metric in zip(axes, metrics):
         ends = []
         for method, mine in by_method(cells, f"{metric}_mean").items():
@@ -226,11 +230,10 @@ def reliability(figure, view: dict) -> str | None:
     if not diagrams:
         return None
     lines = math.ceil(len(diagrams) / DIAGRAMS_A_ROW)
-    figure.set_size_inches(figure.get_figwidth(), 1.3 + 1.7 * lines)
-    axes = figure.subplots(lines, DIAGRAMS_A_ROW, squeeze=False, sharex=True, sharey=True)
-    for axis in axes.flat[len(diagrams) :]:
+    axes = panels(figure, 1.3 + 1.7 * lines, lines, DIAGRAMS_A_ROW, sharex=True, sharey=True)
+    for axis in axes[len(diagrams) :]:
         axis.set_visible(False)
-    for place, (axis, (method, mine)) in enumerate(zip(axes.flat, diagrams.items())):
+    for place, (axis, (method, mine)) in enumerate(zip(axes, diagrams.items())):
         draw_reliability(axis, mine, color_of(method))
         axis.set_title(method_name(method))
         if place % DIAGRAMS_A_ROW == 0:
@@ -254,31 +257,27 @@ def draw_reliability(axis, cells: list[dict], color: str) -> None:
     axis.plot([0, 100], [0, 100], color=FAINT, linestyle="--", linewidth=1, zorder=1)
     axis.plot(x, y, color=color, linewidth=1, zorder=2)
     axis.scatter(x, y, area, color=color, zorder=3)
-    axis.set(xlim=(-12, 112), ylim=(-12, 112), aspect="equal")
-    axis.set_xticks([0, 50, 100])
-    axis.set_yticks([0, 50, 100])
+    ticks = [0, 50, 100]
+    axis.set(xlim=(-12, 112), ylim=(-12, 112), aspect="equal", xticks=ticks, yticks=ticks)
 
 
 def overlap(figure, view: dict) -> str | None:
     """One line for each pair of methods: the mean over tasks with its deviation over sets, and the value of chance."""
     rows = []
-    for key in dict.fromkeys(tuple(record["methods"]) for record in view["overlap"]):
-        mine = [record for record in view["overlap"] if tuple(record["methods"]) == key]
-        sets = np.mean([record["overlap"] for record in mine], axis=0)  # over tasks
+    for pair, records in by_pair(view["overlap"]).items():
+        sets = np.mean([record["overlap"] for record in records], axis=0)  # over tasks
         mean = float(sets.mean())
-        row = ChartRow(
-            " · ".join(map(method_name, key)), COLORS["ia2-sft"], mean, None, None, f"{mean:.2f}"
-        )
+        row = ChartRow(" · ".join(map(method_name, pair)), COLORS["ia2-sft"], mean)
         half = deviation(sets.tolist())
         if half is not None:
             row.low = mean - half
             row.high = mean + half
-        row.mark = mine[-1]["chance"]
+        row.text = f"{mean:.2f}"
+        row.mark = records[-1]["chance"]
         rows.append(row)
     if not rows:
         return None
-    figure.set_size_inches(figure.get_figwidth(), 1.5 + ROW * len(rows))
-    axis = figure.subplots()
+    (axis,) = panels(figure, 1.5 + ROW * len(rows))
     draw_rows(axis, rows)
     keep_whole(axis, "x", 0, 0)
     axis.set_title("share of the subspace in common")

@@ -6,7 +6,6 @@ its point, drawn whole, and the note below a figure says which interval it is. N
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from textwrap import fill
@@ -92,6 +91,12 @@ def new_figure(height: float = WIDTH):
     return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
+def panels(figure, height: float, rows: int = 1, columns: int = 1, **shared: bool) -> list:
+    """The axes of a figure that is made so many inches high, row by row; `shared` as in matplotlib's `subplots`."""
+    figure.set_size_inches(WIDTH, height)
+    return list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
+
+
 def set_heading(figure, *lines: str) -> None:
     """Lines at the top left, broken where they are too long."""
     text = "\n".join(fill(line, CHARACTERS) for line in lines)
@@ -131,12 +136,11 @@ def draw_rows(axis, rows: Sequence[ChartRow]) -> None:
 
 def keep_whole(axis, which: str, low: float, high: float) -> None:
     """Limits of the x or y axis: `low` to `high` and whatever is drawn beyond, with room for marks at the ends."""
-    drawn = axis.dataLim.intervalx if which == "x" else axis.dataLim.intervaly
+    drawn = getattr(axis.dataLim, f"interval{which}")
     first = min(low, drawn[0])
     last = max(high, drawn[1])
     room = 0.04 * (last - first) or 0.04
-    set_limits = axis.set_xlim if which == "x" else axis.set_ylim
-    set_limits(first - room, last + room)
+    axis.set(**{f"{which}lim": (first - room, last + room)})
 
 
 def name_ends(axis, ends: Sequence[tuple[float, float, str, str]], height: float) -> None:
@@ -175,14 +179,14 @@ def spread(shares: Sequence[float], apart: float) -> list[float]:
     return places
 
 
+def image_of(figure, form: str) -> bytes:
+    """A figure as the bytes of a file of this format."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format=form, metadata={FORMATS[form]: None})
+    return buffer.getvalue()
+
+
 def save(figure, path: Path) -> None:
     """Write a figure, whole or not at all, in the format that the name ends with."""
-    form = path.suffix[1:]
-    write(path, partial(figure.savefig, format=form, metadata={FORMATS[form]: None}))
-
-
-def png_of(figure) -> bytes:
-    """A figure as the bytes of a PNG file."""
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    image = image_of(figure, path.suffix[1:])
+    write(path, lambda temporary: temporary.write_bytes(image))

@@ -4,7 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from . import charts, descriptions
+import numpy as np
+
+from ..engine.options import method_name
+from . import charts
+from .charts import by_method, by_pair
 from .drawing import new_figure, save, set_heading, styled
 from .summary import views
 
@@ -17,6 +21,39 @@ class StudyFigure(NamedTuple):
     numbers: Callable | None = None  # view -> numbers that no table has, for the alt text
 
 
+def layers_in_words(view: dict) -> str:
+    """The layers where each method is most and least similar to ICL."""
+    said = []
+    for method, cells in by_method(view["cells"], "asim_layers").items():
+        if method == "icl":
+            continue
+        mean = np.mean([cell["asim_layers"] for cell in cells], axis=0)
+        low = f"{mean.min():.2f} in layer {mean.argmin()}"
+        high = f"{mean.max():.2f} in layer {mean.argmax()}"
+        said.append(f"{method_name(method)} from {low} to {high}")
+    return ", ".join(said)
+
+
+def reliability_in_words(view: dict) -> str:
+    """The mean confidence and accuracy of each method."""
+    said = []
+    for method, cells in by_method(view["cells"], "reliability").items():
+        rows, confidences, right = np.sum([cell["reliability"] for cell in cells], axis=(0, 1))
+        sure = f"{100 * confidences / rows:.1f} % sure"
+        said.append(f"{method_name(method)} {sure}, {100 * right / rows:.1f} % right")
+    return "; ".join(said)
+
+
+def overlap_in_words(view: dict) -> str:
+    """The overlap of each pair of methods."""
+    said = []
+    for pair, records in by_pair(view["overlap"]).items():
+        mean = np.mean([record["overlap"] for record in records])
+        names = " and ".join(map(method_name, pair))
+        said.append(f"{names} {mean:.2f} (chance {records[-1]['chance']:.2f})")
+    return ", ".join(said)
+
+
 FIGURES = {  # in the order of the page
     "methods": StudyFigure(charts.methods, "Means over evaluations."),
     "by_n": StudyFigure(
@@ -25,7 +62,7 @@ FIGURES = {  # in the order of the page
     "asim_layers": StudyFigure(
         charts.asim_layers,
         "Likeness of attention outputs to those with demonstrations (asim; 1: the same), layer by layer.",
-        descriptions.asim_layers,
+        layers_in_words,
     ),
     "asim_scatter": StudyFigure(
         charts.asim_scatter,
@@ -34,12 +71,12 @@ FIGURES = {  # in the order of the page
     "reliability": StudyFigure(
         charts.reliability,
         "Are answers right as often as their confidence says?",
-        descriptions.reliability,
+        reliability_in_words,
     ),
     "overlap": StudyFigure(
         charts.overlap,
         "Share of LoRA's subspace that two methods have in common (paper Figure 4).",
-        descriptions.overlap,
+        overlap_in_words,
     ),
 }
 

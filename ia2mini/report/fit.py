@@ -14,7 +14,7 @@ from ..tasks.rows import Row, missing_part, prompt_of
 from ..tasks.turns import open_turns
 from .card import card
 from .charts import candidates_of, draw_candidates
-from .drawing import png_of, styled
+from .drawing import image_of, styled
 from .markup import details, escaped, figure, first_screen, html_page, lines, table, table_of
 from .tables import aligned
 
@@ -205,7 +205,7 @@ def candidates_figure(report: dict) -> list[str]:
     except ImportError:
         return []
     with style:
-        image = png_of(draw_candidates(report))
+        image = image_of(draw_candidates(report), "png")
     said = []
     for _, name, numbers in candidates_of(report):
         said.append(f"{name} {with_interval(numbers['acc'])}")
