@@ -160,7 +160,7 @@ def test_latex_is_one_table_of_plain_letters(hostile_study):
     assert not re.findall(rf"\\(?!{commands}|uparrow|downarrow|pm|beta|cdot|\\)[a-z]+", bare)
     assert bare.count("{") == bare.count("}") and not set("%#~^") & set(bare)
     assert (
-        r"\textbackslash input\{g\} \$h\$ \%" in text.split(r"\caption")[1].splitlines()[0]
+        r"\textbackslash{}input\{g\} \$h\$ \%" in text.split(r"\caption")[1].splitlines()[0]
         and "\n\n#" not in text
     )
 

@@ -278,7 +278,7 @@ def test_latex_escapes_and_is_a_table_a_choice():
     )
     rows = latex_rows(text)
     assert {len(row) for row in rows} == {8} and len(rows) == 2 * (1 + 6)
-    escaped = r"50\%\_a\&b\#\{\}\$\textasciitilde \textasciicircum \textbackslash"
+    escaped = r"50\%\_a\&b\#\{\}\$\textasciitilde{}\textasciicircum{}\textbackslash{}"
     assert rows[1][0].strip() == escaped and escaped in text.split(r"\caption")[1].splitlines()[0]
     assert rows[0][3] == r"accuracy (\%) $\uparrow$" and rows[1][7] == "--"
     assert rows[5][2] == "IA2+SFT" and rows[5][7] == r"0.001 $\beta$ 0.5"

@@ -178,10 +178,8 @@ def write_excel(out: Path, answers: Answers) -> None:
 
 def excel_value(value):
     """A value for Excel: numbers of up to 15 digits and dates as they are, all else as text."""
-    if isinstance(value, bool):
-        return value
     if isinstance(value, int) and len(str(abs(value))) <= EXCEL_DIGITS:
-        return value
+        return value  # also of True and False
     if isinstance(value, float) and math.isfinite(value):
         return value
     is_zoned = getattr(value, "tzinfo", None) is not None

@@ -8,7 +8,7 @@ from statistics import fmean
 from .. import UsageError
 from ..engine.select import grouped
 from ..files import read_json
-from ..fitting.spec import MISSING, is_number, is_text_or_none, is_whole_number, misfit
+from ..fitting.spec import is_number, is_text_or_none, is_whole_number, misfit
 from ..study.table import METRICS
 
 # options in which joined studies may differ: tables show them, they change no number, or `fixed` compares them
@@ -34,11 +34,6 @@ def is_of_adapter(value) -> bool:
 
 def are_seconds(value) -> bool:
     return isinstance(value, dict) and all(map(is_number(0, 1e300), value.values()))
-
-
-def loss_digests(value) -> bool:
-    """Whether a value is what `run.json` says of losses of one's own; most studies have none."""
-    return value is MISSING or isinstance(value, dict)
 
 
 CELL = {
@@ -91,7 +86,6 @@ RESULTS = {
         "model": str,
         "labels": str,
         "methods": [str],
-        "loss": loss_digests,
     },
     "versions": dict,
 }
@@ -127,20 +121,14 @@ def read_results(folder: Path) -> dict:
     """The results of a finished study. Raises UsageError."""
     path = folder / "results.json"
     if not path.is_file():
-        raise UsageError(
-            f"{folder}: no results.json there; give folders of finished `ia2mini run`s"
-        )
+        raise UsageError(f"{folder}: no results.json there; give folders of finished runs")
     document = read_json(path)
     if "studies" in document:
-        raise UsageError(
-            f"{folder}: a report of several studies; give the folders of its studies instead"
-        )
+        raise UsageError(f"{folder}: a report of several studies; give their folders instead")
     field = misfit(document, RESULTS, "") or contradiction(document["cells"])
     if field:
-        wrong = f"field {field} is missing or not what it should be"
-        raise UsageError(
-            f"{path}: {wrong}; it is not the results of an `ia2mini run` of this version"
-        )
+        wrong = f"{path}: field {field} is missing or not what it should be"
+        raise UsageError(f"{wrong}; it is not the results of an `ia2mini run` of this version")
     return document
 
 
@@ -186,7 +174,8 @@ def fixed(document: dict, options: list[str]) -> dict:
     for option in ("checkpoint", "dtype"):
         found[f"{option} of {document['cells'][0]['model']}"] = config.get(option)
     for option in ("loss", "templates", "pools", "evals"):
-        for name, value in (config.get(option) or {}).items():
+        named = config.get(option)
+        for name, value in named.items() if isinstance(named, dict) else ():
             origin = value.get("digest") if isinstance(value, dict) else value
             found[f"{option} of {name}"] = origin
     return found

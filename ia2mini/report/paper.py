@@ -2,12 +2,14 @@
 
 import csv
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 from .. import UsageError
 from ..engine.intervals import PairedTest, paired_test
 from ..engine.options import BETAS, RATES, Options
 from ..engine.select import grouped
+from ..files import finite
 
 FIELDS = ("model", "n", "adapter", "labels", "task", "eval", "method")
 SAME = ("layers", "sets", "epochs", "patience", "batch_size", "eval_rows", "soft_k")
@@ -15,30 +17,19 @@ SAME = ("layers", "sets", "epochs", "patience", "batch_size", "eval_rows", "soft
 
 def departures(document: dict) -> list[str]:
     """The options, as they are typed, by which the runs of a study, or of joined ones, are not those of the paper."""
-    studies = document.get("studies") or {"": document["config"]}
+    usual = finite(asdict(Options()))  # as a document has them
     found = []
-    for config in studies.values():
-        found += departures_of(config)
+    for config in (document.get("studies") or {"": document["config"]}).values():
+        for name in SAME:
+            if finite(config[name]) != usual[name]:
+                found.append(f"--{name.replace('_', '-')}")
+        if config["rates"] and tuple(config["rates"]) != RATES[config["adapter"]]:
+            found.append("--rates")
+        if config["betas"] and tuple(config["betas"]) not in BETAS.values():
+            found.append("--betas")
+        if "draw" in config:
+            found.append("another teacher")
     return list(dict.fromkeys(found))
-
-
-def departures_of(config: dict) -> list[str]:
-    """Those of one study."""
-    usual = Options()
-    found = []
-    for name in SAME:
-        value = config[name]
-        if isinstance(value, list):
-            value = tuple(value)
-        if value != getattr(usual, name):
-            found.append(f"--{name.replace('_', '-')}")
-    if config["rates"] and tuple(config["rates"]) != RATES[config["adapter"]]:
-        found.append("--rates")
-    if config["betas"] and tuple(config["betas"]) not in BETAS.values():
-        found.append("--betas")
-    if "draw" in config:
-        found.append("another teacher")
-    return found
 
 
 def add_paper(document: dict) -> int:
@@ -95,19 +86,16 @@ def write_table_8(document: dict) -> str:
     """Table 8 as text. Raises UsageError where no cell belongs in it."""
     found = table_8(document)
     if not found:
-        raise UsageError(
-            "no cells of SFT and IA2→SFT with LoRA on true answers; Table 8 compares these"
-        )
+        wanted = "SFT and IA2→SFT with LoRA on true answers"
+        raise UsageError(f"no cells of {wanted}; Table 8 compares these")
     lines = [f"{'task':<14}{'metric':<8}{'rate by':<9}{'N':>4}{'t':>9}{'p':>12}{'pairs':>7}"]
     for kind, n, metric, by, test in found:
         tested = f"{test.t:>9.4f}{test.p:>12.4g}"
         if math.isnan(test.p):
             tested = f"{'–':>9}{'–':>12}"
         lines.append(f"{kind:<14}{metric:<8}{by:<9}{n:>4}{tested}{test.pairs:>7}")
-    lines.append(
-        "A pair is one set on one evaluation; pairs of one evaluation share its rows: not independent."
-    )
-    return "\n".join(lines)
+    shared = "pairs of one evaluation share its rows: not independent"
+    return "\n".join([*lines, f"A pair is one set on one evaluation; {shared}."])
 
 
 def pooled(cells: list[dict], metric: str) -> PairedTest:

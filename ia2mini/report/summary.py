@@ -17,32 +17,28 @@ CHOICES = {
 
 
 def parts(document: dict) -> list[dict]:
-    """What one table shows: each model, N, adapter and choice of rate, its `cells`."""
-    places = {method: place for place, method in enumerate(METHOD_NAMES)}  # unknown ones: last
-    cells = sorted(document["cells"], key=lambda cell: places.get(cell["method"], len(places)))
-    trained = [cell for cell in cells if cell["selected_by"]] or cells
-    found = []
-    for model, n, kind, by in grouped(trained, "model", "n", "adapter", "selected_by"):
-        mine = cells_of(cells, model, n, kind, by)
-        about = {"model": model, "n": n, "adapter": kind, "by": by}
-        found.append({**about, "cells": mine, "title": title(mine, n, by)})
-    return found
-
-
-def cells_of(cells: list[dict], model: str, n: int, kind: str | None, by: str | None) -> list[dict]:
-    """The cells of an adapter and a choice of the rate, below base and ICL.
+    """What one table shows: each model, N, adapter and choice of the rate, its `cells` below those of base and ICL.
 
     Base and ICL are left out on the evaluations that only another adapter or choice has.
     """
-    here = [cell for cell in cells if cell["model"] == model and cell["n"] == n]
-    trained = [cell for cell in here if cell["selected_by"]]
-    own = [cell for cell in trained if cell["adapter"] == kind and cell["selected_by"] == by]
-    elsewhere = evaluations(trained) - evaluations(own)
+    places = {method: place for place, method in enumerate(METHOD_NAMES)}  # unknown ones: last
+    cells = sorted(document["cells"], key=lambda cell: places.get(cell["method"], len(places)))
+    trained = [cell for cell in cells if cell["selected_by"]]
+    untrained = grouped([cell for cell in cells if not cell["selected_by"]], "model", "n")
+    by_size = grouped(trained, "model", "n")
     found = []
-    for cell in here:
-        if not cell["selected_by"] and (cell["task"], cell["eval"]) not in elsewhere:
-            found.append(cell)
-    return found + own
+    for about, own in grouped(trained or cells, "model", "n", "adapter", "selected_by").items():
+        model, n, kind, by = about
+        elsewhere = evaluations(by_size.get((model, n), [])) - evaluations(own)
+        mine = []
+        for cell in untrained.get((model, n), []):
+            if (cell["task"], cell["eval"]) not in elsewhere:
+                mine.append(cell)
+        if trained:
+            mine += own
+        part = {"model": model, "n": n, "adapter": kind, "by": by}
+        found.append({**part, "cells": mine, "title": title(mine, n, by)})
+    return found
 
 
 def views(document: dict):

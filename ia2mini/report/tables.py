@@ -26,13 +26,9 @@ TO_LATEX = str.maketrans(
         "–": "--",
         "β": r"$\beta$",
         "·": r"$\cdot$",
-    }
-)
-ESCAPES = str.maketrans(
-    {
-        "\\": r"\textbackslash ",
-        "~": r"\textasciitilde ",
-        "^": r"\textasciicircum ",
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
         **{sign: "\\" + sign for sign in "&%$#_{}"},
     }
 )
@@ -122,6 +118,10 @@ def method_rows(rows: list[dict], document: dict, corner: str = "method") -> lis
 def markdown(text: str) -> str:
     """A name for Markdown: in one line, without HTML, code or links."""
     return plain(text, "").translate(MARKUP)
+
+
+def latex(text: str) -> str:
+    return plain(text, "").translate(TO_LATEX)
 
 
 def spreadsheet_safe(value):
@@ -239,11 +239,10 @@ def write_tables(document: dict, folder: Path) -> None:
         lines = table.map(markdown).to_markdown(index=False, disable_numparse=True)
         said = "\n".join(verdict(part["cells"]))
         of_markdown.append(f"**{markdown(part['title'])}**\n\n{lines}\n\n{said}\n")
-        caption = plain(part["title"], "").translate(ESCAPES)
-        entries = table.map(partial(plain, kept=""))
-        of_latex.append(entries.to_latex(index=False, escape=True, caption=caption))
+        entries = table.map(latex).rename(columns=latex)
+        of_latex.append(entries.to_latex(index=False, escape=False, caption=latex(part["title"])))
     write_text(folder / "table.md", "\n".join(of_markdown))
-    write_text(folder / "table.tex", "\n".join(of_latex).translate(TO_LATEX))
+    write_text(folder / "table.tex", "\n".join(of_latex))
     flat = []
     for cell in document["cells"]:
         numbers = {name: value for name, value in cell.items() if not isinstance(value, list)}
