@@ -168,12 +168,15 @@ def by_run(x: Tensor, R: int) -> Tensor:
 
 
 @contextmanager
-def adapted(model: nn.Module, adapter: Adapter, theta: Tensor) -> Iterator[Callable]:
-    """The model itself, its linear maps changed by `adapter` with weights theta [R, M].
+def adapted(model: nn.Module, adapter: Adapter | None, theta: Tensor | None) -> Iterator[Callable]:
+    """The model itself, its linear maps changed by `adapter` with weights theta [R, M]; as it is where theta is None.
 
     The rows of each batch must come in R equal groups, run by run. Gradients reach theta. Call the backward pass inside
     the `with` too: checkpointed layers are recomputed in it, and need the adapter.
     """
+    if theta is None:
+        yield model
+        return
     weights = unpack(theta, adapter.shapes)
     try:
         for name, linear in adapter.linears.items():

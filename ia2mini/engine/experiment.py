@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -125,14 +125,14 @@ def teach_all(experiment: Experiment, tuned: Trained | None = None) -> list[Taug
 
 def teacher(experiment: Experiment, tuned: Trained | None, number: int) -> AbstractContextManager:
     """A context with the teacher of episode `number`: the base, or the run of `tuned` on that episode."""
-    model = experiment.subject.model
-    if tuned is None:
-        return nullcontext(model)
-    sets = len(experiment.episodes)
-    weights = tuned.theta.unflatten(0, (sets, -1))  # [S, learning rates, M]
-    dev_losses = tuned.dev_loss.view(sets, -1)
-    rate = int(dev_losses.mean(0).argmin())
-    return adapted(model, experiment.adapter, weights[number, [rate]])
+    theta = None
+    if tuned is not None:
+        sets = len(experiment.episodes)
+        weights = tuned.theta.unflatten(0, (sets, -1))  # [S, learning rates, M]
+        dev_losses = tuned.dev_loss.view(sets, -1)
+        rate = int(dev_losses.mean(0).argmin())
+        theta = weights[number, [rate]]
+    return adapted(experiment.subject.model, experiment.adapter, theta)
 
 
 def true_sets(experiment: Experiment) -> list[Taught]:

@@ -12,6 +12,7 @@ from .. import UsageError
 from ..adapters import Adapter, unpack
 from ..files import check_name, read_json, write_json
 from ..models.checkpoint import save
+from ..tokenizer import Tokenizer
 
 MERGED = "merged.json"  # in a merged checkpoint: what was merged
 
@@ -64,21 +65,14 @@ class Merged(Adapter):
 
 @torch.no_grad()
 def save_merged(
-    model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path, tokenizer=None
+    model: nn.Module, adapter: Adapter, theta: Tensor, folder: Path, tokenizer: Tokenizer
 ) -> None:
-    """Write a checkpoint whose matrices hold the adapter's change, computed in float32; the model stays as it is.
-
-    With `tokenizer` the checkpoint is complete: its tokenizer.json and its end-of-sequence ids are written too.
-    """
+    """Write a checkpoint whose matrices hold the adapter's change, computed in float32; the model stays as it is."""
     theta = theta.to(next(model.parameters()).device)
     weights = {name: w[0] for name, w in unpack(theta[None], adapter.shapes).items()}
     changed = {}
     for name, linear in adapter.linears.items():
         for key, tensor in adapter.merged(name, weights).items():
             changed[key] = tensor.to(linear.weight.dtype)
-    words = None
-    ends = None
-    if tokenizer is not None:
-        words = tokenizer.backend.to_str()
-        ends = list(tokenizer.eos_ids) or None
-    save(model, folder, words, ends, changed)
+    ends = list(tokenizer.eos_ids) or None
+    save(model, folder, tokenizer.backend.to_str(), ends, changed)

@@ -4,7 +4,7 @@ n rows, F folds, S settings of a candidate, M weights of an adapter, C labels.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import compress
 
@@ -33,7 +33,9 @@ def answer_held_out(cv: CrossValidation, trained: dict[str, Trained]) -> dict[st
     """Each candidate's scores of held-out rows. Warns of failed runs; raises UsageError if no learning rate is left."""
     held_out = {}
     for name in candidate_names(cv.task, cv.options):
-        weights = fold_weights(cv, trained[name]) if name in METHODS else None
+        weights = None
+        if name in METHODS:
+            weights = trained[name].theta.unflatten(0, (len(cv.folds), -1))  # [F, S, M]
         one = HeldOut(name, score_held_out(cv, name, weights))
         if name in METHODS:
             one.troubles = warn_of_failed_folds(cv, one)
@@ -42,11 +44,6 @@ def answer_held_out(cv: CrossValidation, trained: dict[str, Trained]) -> dict[st
         held_out[name] = one
     cv.true_answers.clear()  # the teacher's distributions are large
     return held_out
-
-
-def fold_weights(cv: CrossValidation, trained: Trained) -> Tensor:
-    """The weights of R runs as [F, S, M]."""
-    return trained.theta.unflatten(0, (len(cv.folds), -1))
 
 
 def score_held_out(cv: CrossValidation, name: str, weights: Tensor | None) -> Tensor:
@@ -114,10 +111,7 @@ def answering(
     fold = cv.folds[number]
     queries = [cv.rows[i].prompt for i in fold.test]
     demonstrations = fold.icl if name in WITH_DEMONSTRATIONS else [[]]
-    under: AbstractContextManager = nullcontext(cv.subject.model)
-    if weights is not None:
-        under = adapted(cv.subject.model, cv.adapter, weights)
-    with under as model:
+    with adapted(cv.subject.model, cv.adapter, weights) as model:
         if weights is None or name in WITH_DEMONSTRATIONS:
             yield share_prefix(model, tokenizer, demonstrations, queries)
         else:
@@ -161,16 +155,15 @@ def warn_of_failed_folds(cv: CrossValidation, held_out: HeldOut) -> list[str]:
 def add_texts(cv: CrossValidation, held_out: HeldOut, weights: Tensor | None) -> None:
     """Generate an answer to every held-out row, at the learning rate that the other folds choose, and check it.
 
-    `weights` as in `fold_weights`.
+    `weights` [F, S, M].
     """
     if weights is not None:
         every = range(len(cv.folds))
         picks = cv.selection.picks(cv.selection.losses(held_out), every)
         weights = weights[every, [picks[fold] for fold in every]]  # [F, M]
     held_out.texts, held_out.confidences = generate_held_out(cv, held_out.name, weights)
-    right = []
-    for text, row in zip(held_out.texts, cv.rows):
-        right.append(same_answer(cv.task.parser, text, row.answer))
+    answered = zip(held_out.texts, cv.rows)
+    right = [same_answer(cv.task.parser, text, row.answer) for text, row in answered]
     held_out.right = torch.tensor(right)
 
 

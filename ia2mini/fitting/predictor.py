@@ -1,7 +1,7 @@
 """A fitted adapter in use: it answers new rows with probabilities, one by one or in scikit-learn's style."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
@@ -74,9 +74,8 @@ class Predictor:
 
     def student(self, with_adapter: bool = True) -> AbstractContextManager:
         """The model with the adapter if there is one, else the base."""
-        if with_adapter and self.adapter:
-            return adapted(self.subject.model, self.adapter, self.theta)
-        return nullcontext(self.subject.model)
+        theta = self.theta if with_adapter else None
+        return adapted(self.subject.model, self.adapter, theta)
 
     @property
     def classes_(self) -> np.ndarray:
@@ -102,10 +101,8 @@ class Predictor:
     def score(self, rows, labels, icl: bool = False) -> float:
         """The share of right answers, by the true ones in `labels`. Raises UsageError, also for an unknown label."""
         predicted = self.predict(rows, icl)
-        true = []
-        for number, label in enumerate(labels, 1):
-            row = Row(f"label {number}", {"label": label})
-            true.append(true_answer(row, "label", self.spec["labels"]))
+        rows = [Row(f"label {i}", {"label": label}) for i, label in enumerate(labels, 1)]
+        true = [true_answer(row, "label", self.spec["labels"]) for row in rows]
         if len(predicted) != len(true) or not true:
             counts = f"{len(predicted)} rows and {len(true)} labels"
             raise UsageError(f"{counts}: give one label for each row")

@@ -79,7 +79,8 @@ def nothing_shipped(report: dict) -> str:
         second = join_names([NAMES[name] for name in candidates if name in SECOND_CHOICE])
         return (
             f"{opening}; on {rows} none was both better than the base ({base} right; "
-            f"{second} must be significantly better) and significantly better than {commonest_share(report)}. "
+            f"{second} must be significantly better) and significantly better than always giving the commonest "
+            f"answer ({percent(candidates['commonest']['acc'][0])}). "
             f"{bad_base(report)}{nearest_candidate(report)}{HELP}"
         )
     lower = f"{opening}; on {rows} none had a significantly lower loss than the base ({base}"
@@ -92,11 +93,6 @@ def nothing_shipped(report: dict) -> str:
     if report["all_differ"]:
         return f"{none}, so held-out rows cannot judge answers that all differ."
     return f"{none}. {HELP}"
-
-
-def commonest_share(report: dict) -> str:
-    right = report["candidates"]["commonest"]["acc"][0]
-    return f"always giving the commonest answer ({percent(right)})"
 
 
 def bad_base(report: dict) -> str:
