@@ -108,19 +108,17 @@ def teach_all(experiment: Experiment, tuned: Trained | None = None) -> list[Taug
     """
     if not experiment.has_teacher:
         return true_sets(experiment)
-    episodes = experiment.episodes
-    rows = sum(len(episode.demonstrations) for episode in episodes)
+    tokenizer = experiment.subject.tokenizer
+    settings = experiment.teacher_settings
+    rows = sum(len(episode.demonstrations) for episode in experiment.episodes)
     with experiment.phase("collect", "collecting", rows) as bar:
 
         def teach_one(number: int) -> Taught:
-            tokenizer = experiment.subject.tokenizer
+            episode = experiment.episodes[number]
             with teacher(experiment, tuned, number) as model:
-                settings = experiment.teacher_settings
-                return teach(
-                    model, tokenizer, episodes[number], settings=settings, watch=bar.update
-                )
+                return teach(model, tokenizer, episode, settings=settings, watch=bar.update)
 
-        return ranks.spread(teach_one, range(len(episodes)))
+        return ranks.spread(teach_one, range(len(experiment.episodes)))
 
 
 def teacher(experiment: Experiment, tuned: Trained | None, number: int) -> AbstractContextManager:
@@ -187,9 +185,8 @@ def train_method(
             going = state.dev_loss[state.going]
             if going.isfinite().any():  # there are dev rows
                 losses = f"{going.min():.3g} to {going.max():.3g}"
-                bar.set_postfix_str(
-                    f"{len(going)} of {len(runs)} runs going, dev loss {losses}", refresh=False
-                )
+                told = f"{len(going)} of {len(runs)} runs going, dev loss {losses}"
+                bar.set_postfix_str(told, refresh=False)
             return race(state) if race else False
 
         record = partial(recorded, device=device_of(experiment.subject.model))

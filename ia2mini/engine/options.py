@@ -101,9 +101,7 @@ class AdapterOptions:
     adapter: str = option("lora", "Train this kind of adapter.", RATES)
     rank: int = option(8, "Give LoRA's two matrices this rank.", least=1)
     alpha: float = option(8.0, "Scale LoRA's update by alpha / rank.")
-    targets: tuple[str, ...] = option(
-        (), "Adapt these matrices: q_proj,k_proj or qko.", shown="qko"
-    )
+    targets: tuple[str, ...] = option((), "Adapt these matrices: q_proj,k_proj or qk.", shown="qko")
 
     @property
     def adapter_name(self) -> str:

@@ -78,10 +78,8 @@ class Store:
             aside = path.with_name(f"{path.name}.bad")
             path.replace(aside)
             reason = str(error).removeprefix(f"{path}: ")
-            warnings.warn(
-                f"{path}: damaged ({reason}); set aside as {aside.name} and computed again",
-                stacklevel=3,
-            )
+            told = f"{path}: damaged ({reason}); set aside as {aside.name} and computed again"
+            warnings.warn(told, stacklevel=3)
             return None
 
     @contextmanager
@@ -142,12 +140,8 @@ def peak_memory() -> int:
 
 def versions() -> dict[str, str]:
     """The versions of Python and packages, and the processor, that computed the results."""
-    found = {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "torch": torch.__version__,
-    }
-    for package in ("ia2mini", "tokenizers", "safetensors", "numpy"):
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in ("torch", "ia2mini", "tokenizers", "safetensors", "numpy"):
         found[package] = version(package)
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()

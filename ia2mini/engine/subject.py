@@ -34,9 +34,7 @@ class Subject:
         """The most tokens that the model can read, its own answer included."""
         return self.model.config.max_position_embeddings
 
-    def check_room(
-        self, prompt: str, tokens: int, mend: str = "cut the row or leave it out"
-    ) -> None:
+    def check_room(self, prompt: str, tokens: int, mend: str = "cut it or leave it out") -> None:
         """Raises UsageError if a prompt with its answer (`tokens` in all) is longer than the model can read."""
         if tokens > self.context_length:
             need = f"{tokens} tokens with its answer, more than the {self.context_length} tokens the model reads"

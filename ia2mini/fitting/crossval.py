@@ -168,14 +168,12 @@ def episode_of_all_rows(cv: CrossValidation) -> Episode:
     return Episode(cv.rows, [], demonstrations, icl=[], unlabelled=cv.unlabelled)
 
 
-def before_unlabelled(
-    cv: CrossValidation, number: int, train: list[Example]
-) -> list[list[Example]]:
+def before_unlabelled(cv: CrossValidation, number: int, rows: list[Example]) -> list[list[Example]]:
     """The demonstrations before each row without an answer: some of the training rows of episode `number`."""
     queries = {row.prompt for row in cv.unlabelled}
-    others = [row for row in train if row.prompt not in queries]
+    others = [row for row in rows if row.prompt not in queries]
     rng = seeded(cv.options.seed, number, "unlabelled")
-    demonstrations = choose_demonstrations(cv, others or train, rng)
+    demonstrations = choose_demonstrations(cv, others or rows, rng)
     return [demonstrations] * len(cv.unlabelled)
 
 
@@ -205,30 +203,22 @@ def mean_tokens(cv: CrossValidation) -> dict[str, float]:
     return {"query": query, "icl": query + demonstrations}
 
 
-def draw_folds(
-    rows: list[Example], number_of_folds: int, draw: Callable, seed: int = 0
-) -> list[Fold]:
+def draw_folds(rows: list[Example], count: int, draw: Callable, seed: int = 0) -> list[Fold]:
     """Stratified k-fold, grouped by prompt: each part has equal shares of the labels and is held out once.
 
     All folds train on equally many rows, without dev rows. `draw(rows, generator)`
     gives the demonstrations that are drawn from some rows: for a training row from rows of the same fold
     (`demonstrations_among`), for held-out rows from all of them.
     """
-    parts = stratified_parts(rows, number_of_folds, seeded(seed, 0, "folds"))
+    parts = stratified_parts(rows, count, seeded(seed, 0, "folds"))
     train_size = len(rows) - max(map(len, parts))
     folds = []
     for number, test in enumerate(parts):
         rng = seeded(seed, number, "fold")
         others = shuffled(all_but(rows, test), rng)
         train = alternate_labels(others)[:train_size]
-        demonstrations = demonstrations_among(train, draw, rng)
-        fold = Fold(
-            train=train,
-            dev=[],
-            demonstrations=demonstrations,
-            icl=[draw(train, rng)],
-            test=test,
-        )
+        shown = demonstrations_among(train, draw, rng)
+        fold = Fold(train=train, dev=[], demonstrations=shown, icl=[draw(train, rng)], test=test)
         folds.append(fold)
     return folds
 

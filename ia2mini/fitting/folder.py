@@ -175,10 +175,8 @@ def compare_base(folder: Path, subject: Subject) -> None:
     named = read_config(folder).get("base_model_name_or_path")
     from_hub = subject.revision is not None
     if from_hub and isinstance(named, str) and named.lower() != subject.base.lower():
-        warnings.warn(
-            f"{folder}: names {named[:200]!r} as its base and is used on {subject.base}",
-            stacklevel=4,
-        )
+        told = f"{folder}: names {named[:200]!r} as its base and is used on {subject.base}"
+        warnings.warn(told, stacklevel=4)
     if is_there(folder / "tokenizer.json"):
         compare_tokens(folder, subject)
 
@@ -198,10 +196,8 @@ def compare_tokens(folder: Path, subject: Subject) -> None:
     further = sorted(theirs.keys() - ours.keys())
     if further:
         named = ", ".join(map(repr, further[:3]))
-        warnings.warn(
-            f"{folder}: its tokenizer.json has tokens that the base lacks, read as plain text: {named}",
-            stacklevel=4,
-        )
+        lacking = f"tokens that the base lacks, read as plain text: {named}"
+        warnings.warn(f"{folder}: its tokenizer.json has {lacking}", stacklevel=4)
 
 
 def weights_digest(theta: torch.Tensor) -> str:

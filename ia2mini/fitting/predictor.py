@@ -74,7 +74,7 @@ class Predictor:
 
     def student(self, with_adapter: bool = True) -> AbstractContextManager:
         """The model with the adapter if there is one, else the base."""
-        theta = self.theta if with_adapter else None
+        theta = self.theta if with_adapter and self.adapter else None
         return adapted(self.subject.model, self.adapter, theta)
 
     @property

@@ -68,18 +68,16 @@ def remarks(
         sentences.append(f"{plural(repeats, 'row')} repeated another and counted once")
     contrary = len(examples) - len({example.prompt for example in examples})
     if contrary:
-        sentences.append(
-            f"{plural(contrary, 'row')} had the prompt of another row but a different answer"
-        )
+        same = "the prompt of another row but a different answer"
+        sentences.append(f"{plural(contrary, 'row')} had {same}")
     answers = {example.answer for example in examples}
     if not task.labels and len(answers) == len(examples) > 1:
         sentences.append("every row has another answer, so that answers are read as text")
     rows_of = Counter(example.label for example in examples)
     rare = [repr(label) for i, label in enumerate(task.labels) if rows_of[i] == 1]
     if rare:
-        sentences.append(
-            f"only one row has the answer {', '.join(rare)}: held out, nothing like it was trained on"
-        )
+        only = f"only one row has the answer {', '.join(rare)}"
+        sentences.append(f"{only}: held out, nothing like it was trained on")
     lengths = tokenizer.count([task.prompt_of(row) for row in rows])
     sentences += [*task.remarks, *far_longer(rows, lengths)]
     if not task.labels and task.answer:
@@ -93,10 +91,9 @@ def far_longer(rows: list[Row], lengths: list[int]) -> list[str]:
     sentences = []
     for row, tokens in zip(rows, lengths):
         if tokens > max(LONG, FAR * usual):
+            size = f"{tokens} tokens, half of the rows have at most {usual:.0f}"
             costs = "it takes most of the time; cut it, or leave it out"
-            sentences.append(
-                f"{row.where} has {tokens} tokens, half of the rows have at most {usual:.0f}: {costs}"
-            )
+            sentences.append(f"{row.where} has {size}: {costs}")
     return sentences
 
 

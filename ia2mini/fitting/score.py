@@ -42,9 +42,8 @@ def score_rows(predictor: Predictor, rows: list[Row], icl: bool, column: str | N
         right = [predictor.is_right(one["answer"], text) for one, text in zip(found, true)]
         numbers = {"acc": list(share_interval(right.count(True), len(right)))}
         report["candidates"] = {name: numbers}
-    told = [
-        f"{NAMES.get(name, name)}: {with_interval(numbers['acc'])} of {plural(len(rows), 'row')} right."
-    ]
+    share = f"{with_interval(numbers['acc'])} of {plural(len(rows), 'row')}"
+    told = [f"{NAMES.get(name, name)}: {share} right."]
     if len(rows) < LEAST_ROWS:
         told.append("So few rows prove nothing.")
     fitted = count_fitted(predictor, rows)

@@ -124,13 +124,11 @@ def decision_template(predictor: "Predictor") -> str:
         state = f"{{{literal(columns[0])}: state}} if state is string else state"
     labels = literal(predictor.written_labels())
     criteria = literal(dict.fromkeys(predictor.written_labels()))
-    expected_question = (
-        f'ask one question {{"type": "choice", "criteria": {criteria}}}, in this order'
-    )
+    expected = f'ask one question {{"type": "choice", "criteria": {criteria}}}, in this order'
     lines = [
         "{#- Written by ia2mini: the prompt of `ia2mini predict`. `state`: a row, its columns by name. -#}",
         f'{{%- if question.type != "choice" or question.options != {labels} -%}}',
-        f"  {{{{- raise_exception({literal(expected_question)}) -}}}}",
+        f"  {{{{- raise_exception({literal(expected)}) -}}}}",
         "{%- endif -%}",
         f"{{%- set row = {state} -%}}",
         "{%- if row is not mapping -%}",
