@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from functools import cache, wraps
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,24 @@ from hypothesis import settings
 from ia2mini.models.checkpoint import load
 from reference import EOS, make_checkpoint, upstream
 
+from ia2mini.tasks import world
+
 # of a job in the background; tests send it to their children
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("busy", deadline=None)  # no test may fail because the machine is busy
 settings.load_profile("busy")
 torch.set_num_threads(1)  # models here are tiny: threads would only wait for each other
+
+drawn = cache(world.rows)
+
+
+@wraps(world.rows)
+def rows_drawn_once(name: str, role: str) -> list[dict]:
+    return [dict(row) for row in drawn(name, role)]
+
+
+world.rows = rows_drawn_once  # thousands of sentences, in every other test
 
 
 @pytest.fixture(scope="session")

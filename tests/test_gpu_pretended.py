@@ -22,7 +22,7 @@ from ia2mini.fitting.answers import answer_scores
 from ia2mini.fitting.probe import last_states
 from ia2mini.generate import Decoding, generate
 from ia2mini.labels import Scoring, label_scores
-from ia2mini.methods import METHODS
+from ia2mini.methods import METHODS, STARTS_FROM
 from ia2mini.scale.decode import fast_decoding
 from ia2mini.scale.graphs import recorded
 from ia2mini.scale.pack import in_batches
@@ -64,8 +64,10 @@ def path(
     sets = [set_of_rows(model, tokenizer, seed) for seed in range(2)]
     found = {"targets": sets[0].icl_train[0].activations.cpu()}
     grid = Grid(model, ADAPTERS[kind](model), sets, [1e-2, 1e-3], settings=SHORT, **around(device))
+    fits = {}
     for method in trained:
-        fitted = METHODS[method](grid)
+        first = [fits[STARTS_FROM[method]]] if method in STARTS_FROM else []
+        fitted = fits[method] = METHODS[method](grid, *first)
         found[method] = fitted.theta.cpu()
         found[f"{method}, dev loss"] = fitted.dev_loss
         scores = score(model, tokenizer, rows, LABELS, grid.adapter, fitted.theta)
@@ -147,6 +149,8 @@ def test_so_do_the_commands(tmp_path, dtype, gpu):
             "2",
             "--eval-rows",
             "4",
+            "--methods",
+            "icl,ia2",
             "--figures=",
             "--out",
             tmp_path / "run",
@@ -175,7 +179,7 @@ def test_an_evaluation_of_the_dev_loss_waits_once_and_a_step_never(gpu):
     """Also where runs leave on the way: then their batch is made anew."""
     model, tokenizer = load("tiny", torch.bfloat16, "cuda")
     sets = [set_of_rows(model, tokenizer, seed) for seed in range(3)]
-    settings, waited, live = Settings(batch_size=2, epochs=20, patience=2), [], []
+    settings, waited, live = Settings(batch_size=2, epochs=10, patience=1), [], []
 
     def watch(state):
         waited.append(sum(gpu.waits.values()))
