@@ -231,7 +231,7 @@ def uneven(runs: int, rows: int, long: int, seed: int = 0) -> list[list[TokenRow
 def test_a_long_row_among_short_ones_has_batches_of_its_own_and_the_same_loss(tiny, mix):
     """And the gradient of every run; no batch is much longer than what it holds."""
     _, model = tiny
-    adapter, runs = LoRA(model), uneven(6, 4, 1500)
+    adapter, runs = LoRA(model), uneven(6, 4, 1100)
     theta = starts(adapter, model, 6) + 0.05 * torch.randn(6, 1)
     weights = {name: torch.linspace(0.5, 1, 6) * w for name, w in MIXES[mix].items()}
     found = []
@@ -273,17 +273,17 @@ def test_however_uneven_rows_are_batches_hold_each_once_and_little_else(lengths)
 
 def test_training_with_a_long_row_gives_what_whole_batches_give(tiny):
     _, model = tiny
-    adapter, runs = LoRA(model), uneven(3, 4, 1500)
+    adapter, runs = LoRA(model), uneven(3, 4, 1100)
     rates, weights = torch.tensor([1e-2, 3e-2, 1e-3]), {"ce": torch.ones(3)}
     given = Runs(
         starts(adapter, model, 3),
         rates,
         runs,
-        uneven(3, 2, 1500, 9),
+        uneven(3, 2, 1100, 9),
         weights,
         [lambda epoch: range(4)] * 3,
     )
-    settings = Settings(batch_size=2, epochs=3)
+    settings = Settings(batch_size=2, epochs=2)
     found = train_runs(model, adapter, given, settings, Hooks(in_batches))
     whole = train_runs(model, adapter, given, settings)
     assert torch.equal(found.steps, whole.steps)
