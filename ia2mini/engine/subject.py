@@ -1,6 +1,6 @@
 """The model that a command or a notebook works with, and how it is opened by name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -10,6 +10,8 @@ from ..files import check_text, plain
 from ..models.checkpoint import SHORT_NAMES, TINY, load, locate
 from ..scale.device import usable, weight_dtype
 from ..tasks import Example
+from ..tasks.chat import ChatTemplate
+from ..tasks.turns import ALL_TURNS
 from ..tokenizer import Tokenizer
 
 
@@ -33,6 +35,11 @@ class Subject:
     def context_length(self) -> int:
         """The most tokens that the model can read, its own answer included."""
         return self.model.config.max_position_embeddings
+
+    def in_turns(self, template: str) -> tuple["Subject", ChatTemplate]:
+        """The subject, its texts ending where a turn does, and what makes a prompt of `template` a turn."""
+        as_turn = ChatTemplate(self.folder, self.tokenizer, conversations=template == ALL_TURNS)
+        return replace(self, tokenizer=as_turn.tokenizer), as_turn
 
     def check_room(self, prompt: str, tokens: int, mend: str = "cut it or leave it out") -> None:
         """Raises UsageError if a prompt with its answer (`tokens` in all) is longer than the model can read."""

@@ -16,10 +16,9 @@ from ..methods import METHODS
 from ..prefix import share_prefix
 from ..scale.decode import decoding_for
 from ..tasks import Example, Task
-from ..tasks.chat import ChatTemplate
 from ..tasks.own import complete_rows
 from ..tasks.rows import Row, as_rows, only_column
-from ..tasks.turns import ALL_TURNS, open_turns
+from ..tasks.turns import open_turns
 from .crossval import CrossValidation, check_number, check_options, choose_demonstrations
 from .held_out import answer_held_out, fit_final_probe
 from .predictor import Predictor
@@ -64,11 +63,7 @@ def fit(
 
 
 def prepare_fit(
-    rows,
-    subject: Subject,
-    options: FitOptions,
-    columns: Columns | tuple = (),
-    unlabelled=(),
+    rows, subject: Subject, options: FitOptions, columns: Columns | tuple = (), unlabelled=()
 ) -> CrossValidation:
     """Rows in folds, before anything is trained. Raises UsageError.
 
@@ -78,8 +73,7 @@ def prepare_fit(
     check_options(options, task)
     as_turn: Callable = str
     if options.chat:
-        as_turn = ChatTemplate(subject.folder, subject.tokenizer, task.prompt == ALL_TURNS)
-        subject = replace(subject, tokenizer=as_turn.tokenizer)
+        subject, as_turn = subject.in_turns(task.prompt)
         task = replace(task, prompt=task.prompt.rstrip(" "))  # an answer begins its turn
     prompts = [render_turn(as_turn, task, row) for row in rows]
     check_number(prompts)

@@ -72,10 +72,9 @@ def score_by_model(cv: CrossValidation, name: str, weights: Tensor | None) -> Te
     joined = torch.cat(parts, 1)
     scores = torch.empty_like(joined)
     scores[:, sum(cv.test_rows, [])] = joined
-    if name not in METHODS:
-        return scores
-    finite = scores.isfinite().all(-1, keepdim=True)
-    return torch.where(finite, scores, -torch.inf)
+    if name in METHODS:
+        scores[~scores.isfinite().all(-1)] = -torch.inf
+    return scores
 
 
 def score_fold(cv: CrossValidation, name: str, number: int, weights: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +20,6 @@ from ..methods import WITH_DEMONSTRATIONS
 from ..prefix import share_prefix
 from ..scale.decode import decoding_for
 from ..tasks import Example, same_answer
-from ..tasks.chat import ChatTemplate
 from ..tasks.own import true_answer
 from ..tasks.rows import (
     Row,
@@ -33,7 +32,7 @@ from ..tasks.rows import (
     only_column,
     rename_clashes,
 )
-from ..tasks.turns import ALL_TURNS, open_turns
+from ..tasks.turns import open_turns
 from . import folder as folders
 from .answers import answer_texts
 from .measures import confidence_threshold
@@ -68,9 +67,7 @@ class Predictor:
     def __post_init__(self):
         self.as_turn = str
         if self.spec["chat"]:
-            conversations = self.spec["template"] == ALL_TURNS
-            self.as_turn = ChatTemplate(self.subject.folder, self.subject.tokenizer, conversations)
-            self.subject = replace(self.subject, tokenizer=self.as_turn.tokenizer)
+            self.subject, self.as_turn = self.subject.in_turns(self.spec["template"])
 
     def student(self, with_adapter: bool = True) -> AbstractContextManager:
         """The model with the adapter if there is one, else the base."""

@@ -9,14 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from .. import UsageError
-from ..engine.experiment import (
-    Experiment,
-    count_steps,
-    in_order,
-    make_grid,
-    train_all,
-    true_sets,
-)
+from ..engine.experiment import Experiment, count_steps, in_order, make_grid, train_all, true_sets
 from ..engine.options import ICL_SFT, phases_of
 from ..engine.progress import Progress
 from ..episode import Episode
