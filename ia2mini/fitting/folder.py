@@ -208,7 +208,7 @@ def base_of(folder: Path) -> tuple[str, str | None]:
     """The base that a saved adapter names, and its commit on the hub. Raises UsageError."""
     kept = read_spec(folder)
     if kept:
-        return kept["base"]["name"], kept["base"].get("revision")
+        return kept["base"]["name"], kept["base"]["revision"]
     config = read_config(folder)
     for key in ("base_model_name_or_path", "revision"):
         if not isinstance(config.get(key), str | None):

@@ -73,8 +73,7 @@ def true_answers(rows: list[Row], spec: dict, column: str) -> list[str]:
         row = open_turns(row, spec["template"])
         is_missing = missing_part(row, spec["template"], column) == "answer"
         if is_missing and row.get(column) not in labels:
-            there = ", ".join(map(repr, row))
-            missing = f"no answer in column {column!r} (of {there})"
+            missing = f"no answer in column {column!r} (of {', '.join(map(repr, row))})"
             raise UsageError(f"{row.where}: {missing}; see --answer-column")
         true.append(true_answer(row, column, labels))
     return true

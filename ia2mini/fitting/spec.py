@@ -50,11 +50,6 @@ def is_nonblank(value) -> bool:
     return is_text(value) and value.strip() != ""
 
 
-def is_optional_text(value) -> bool:
-    """Whether a value is a text, None, or missing."""
-    return value is MISSING or is_text_or_none(value)
-
-
 def is_template(value) -> bool:
     return is_text(value) and bool(placeholders(value))
 
@@ -88,7 +83,7 @@ SHAPE = {
     "report": dict,
     "adapter_digest": is_text_or_none,
     "probe_digest": is_text_or_none,
-    "base": {"name": is_nonblank, "revision": is_optional_text},
+    "base": {"name": is_nonblank, "revision": is_text_or_none},
     "canary": {"dtype": is_text, "base": CANARY, "adapted": CANARY},
 }
 
