@@ -69,6 +69,7 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
     from ..fitting.fit import fit as fit_rows
     from ..fitting.folder import check_out_folder
     from ..fitting.rows import Columns, read_own
+    from ..fitting.spec import SPEC
     from ..report.fit import fit_table, wrapped, write_fit_report
     from ..tasks.rows import as_rows
 
@@ -79,11 +80,9 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
         raise UsageError("give ROWS, or --context with --prompts")
     refuse_unnamed_model("ROWS" if only_rows else "--context")
     model_arguments = pop_options(given, "model", "device", "dtype", "revision", "check")
-    answer_kind = None
-    if labelled is not None:
-        if only_context:
-            raise UsageError("--labels and --text are about answers in ROWS; --context has none")
-        answer_kind = "labels" if labelled else "text"
+    if labelled is not None and only_context:
+        raise UsageError("--labels and --text are about answers in ROWS; --context has none")
+    answer_kind = {True: "labels", False: "text"}.get(labelled)
     columns = Columns(
         given.pop("prompt_column"), given.pop("answer_column"), given.pop("template"), answer_kind
     )
@@ -95,7 +94,9 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
     check_number([task.prompt_of(row) for row in complete])
     subject = open_subject(**model_arguments)
     compile_and_checkpoint(subject.model)
-    print_remarks([*task.remarks, dtype_note(subject), *earlier_fit(out)])
+    print_remarks([*task.remarks, dtype_note(subject)])
+    if (out / SPEC).is_file():
+        print_remarks([f"{out}: holds an earlier fit, which is replaced when this one ends"])
     predictor = fit_rows(own, subject, options, columns, unlabelled or (), keep=out, bar=progress)
     ranks.stop()
     if not ranks.chief:
@@ -141,12 +142,3 @@ def dtype_note(subject) -> str:
     if subject.dtype == "float32":
         other = "bfloat16 is faster where the machine has it"
     return f"{subject.name} computes in {subject.dtype} (--dtype {other})"
-
-
-def earlier_fit(out: Path) -> list[str]:
-    """A line on a fit that this one will replace, if there is one."""
-    from ..fitting.spec import SPEC
-
-    if not (out / SPEC).is_file():
-        return []
-    return [f"{out}: holds an earlier fit, which is replaced when this one ends"]

@@ -14,7 +14,7 @@ from .. import UsageError
 from ..errors import NO_MEMORY, out_of_memory
 from ..files import plain
 from ..scale import ranks
-from .help import GroupedCommand, in_order_of_use
+from .help import ORDER, GroupedCommand
 from .streams import check_arguments, keep_freed_memory, need_output, open_streams
 
 MINUTE = 60
@@ -28,7 +28,8 @@ class Commands(click.Group):
     command_class = GroupedCommand
 
     def list_commands(self, context) -> list[str]:
-        return in_order_of_use(list(self.commands))
+        rank = dict(zip(ORDER, range(len(ORDER))))  # a command that is new comes last
+        return sorted(self.commands, key=lambda name: (rank.get(name, len(rank)), name))
 
     def invoke(self, context):
         ranks.start()

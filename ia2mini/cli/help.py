@@ -28,22 +28,10 @@ class GroupedCommand(click.Command):
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         rest = [option for option in self.get_params(context) if isinstance(option, click.Option)]
-        for heading, names in GROUPS.items():
+        for heading in (*GROUPS, "Help"):
+            names = GROUPS.get(heading, [option.name for option in rest])
             found = [option for option in rest if option.name in names]
             rest = [option for option in rest if option not in found]
-            write_options(context, formatter, heading, found)
-        write_options(context, formatter, "Help", rest)
-
-
-def write_options(context, formatter, heading: str, options: list[click.Option]) -> None:
-    """One group of options under its heading; nothing where there are none."""
-    records = [option.get_help_record(context) for option in options]
-    if records:
-        with formatter.section(heading):
-            formatter.write_dl(records)
-
-
-def in_order_of_use(commands: list[str]) -> list[str]:
-    """Own rows first, as in the README; a command that is new comes last."""
-    known = [name for name in ORDER if name in commands]
-    return known + sorted(set(commands) - set(known))
+            if found:
+                with formatter.section(heading):
+                    formatter.write_dl([option.get_help_record(context) for option in found])

@@ -46,25 +46,20 @@ def need_input() -> None:
 def need_output() -> None:
     """Raises UsageError if standard output is closed, for commands that only print."""
     if sys.stdout is None:
-        raise UsageError(
-            "standard output is closed, and the answer goes there; send it to a file or a pipe"
-        )
+        mend = "send it to a file or a pipe"
+        raise UsageError(f"standard output is closed, and the answer goes there; {mend}")
 
 
 def check_arguments(arguments: list[str]) -> None:
     """Raises UsageError for an argument that is not UTF-8."""
     for argument in arguments:
-        if not LONE_SURROGATE.search(argument):
-            continue
-        encoding = sys.getfilesystemencoding()
-        if encoding != "utf-8":
-            raise UsageError(
-                f"argument {argument!r}: Python reads arguments as {encoding} here; set PYTHONUTF8=1"
-            )
-        typed = LONE_SURROGATE.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", argument)
-        raise UsageError(
-            f"argument '{typed}' is not UTF-8; type it in UTF-8, or give the file a name in UTF-8"
-        )
+        if LONE_SURROGATE.search(argument):
+            typed = LONE_SURROGATE.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", argument)
+            encoding = sys.getfilesystemencoding()
+            mend = "type it in UTF-8, or give the file a name in UTF-8"
+            if encoding != "utf-8":
+                mend = f"Python reads arguments as {encoding} here; set PYTHONUTF8=1"
+            raise UsageError(f"argument '{typed}' is not UTF-8; {mend}")
 
 
 def keep_freed_memory() -> None:

@@ -42,17 +42,15 @@ def check_name(path: Path) -> None:
     try:
         str(path.absolute()).encode()
     except UnicodeEncodeError:
-        raise UsageError(
-            f"{plain(str(path), '')}: its name, or a folder's above it, is not UTF-8; rename it"
-        ) from None
+        odd = "its name, or a folder's above it, is not UTF-8"
+        raise UsageError(f"{plain(str(path), '')}: {odd}; rename it") from None
 
 
 def check_text(text: str, what: str, mend: str) -> None:
     """Raises UsageError for a text with half a surrogate pair, which tokenizers and files cannot hold."""
     if LONE_SURROGATE.search(text):
-        raise UsageError(
-            f"{what} {text[:60]!r} holds half a surrogate pair, which is no character; {mend}"
-        )
+        half = "half a surrogate pair, which is no character"
+        raise UsageError(f"{what} {text[:60]!r} holds {half}; {mend}")
 
 
 def is_there(path: Path) -> bool:
@@ -80,9 +78,8 @@ def read_text(path: Path) -> str:
         if data.startswith(PACKED):
             raise UsageError(f"{path}: is packed (gzip, or zip as of Excel); unpack it") from None
         line = data.count(b"\n", 0, error.start) + 1
-        raise UsageError(
-            f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8"
-        ) from None
+        byte = f"byte 0x{data[error.start]:02x}"
+        raise UsageError(f"{path}:{line}: not UTF-8 ({byte}); save the file as UTF-8") from None
 
 
 def read_json(path: Path) -> dict:
@@ -117,10 +114,8 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        reason, mend = (
-            getattr(error, "strerror", None) or error,
-            "free some space or choose another folder with --out",
-        )
+        reason = getattr(error, "strerror", None) or error
+        mend = "free some space or choose another folder with --out"
         raise UsageError(f"{path}: cannot be written ({reason}); {mend}") from None
     finally:
         with suppress(OSError):  # after the rename, or without permission

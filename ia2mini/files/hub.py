@@ -30,9 +30,8 @@ def patiently(fetch: Callable):
         except Exception as error:
             cause = error.__cause__ or error
             status = getattr(getattr(cause, "response", None), "status_code", 0)
-            if wait is None or not (
-                status == 429 or status >= 500 or type(cause).__name__ in BROKEN_OFF
-            ):
+            is_brief = status == 429 or status >= 500 or type(cause).__name__ in BROKEN_OFF
+            if wait is None or not is_brief:
                 raise
         time.sleep(wait)
 
@@ -70,9 +69,7 @@ def hub_errors(repo: str, kind: str, revision: str | None, instead: str) -> Iter
         missing = f"not in the local cache, and the hub {answer}"
         raise UsageError(f"{repo}: {missing}; check the network, or {instead}") from None
     except Exception as error:  # bad ids and the client's own network errors, whose classes differ between its versions
-        reason = re.sub(
-            "Bearer [^'\"]*", "Bearer …", " ".join(f"{type(error).__name__}: {error}".split())
-        )[:160]
-        raise UsageError(
-            f"{repo}: cannot be downloaded ({reason}); check the network, or {instead}"
-        ) from None
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = re.sub("Bearer [^'\"]*", "Bearer …", told)[:160]
+        failed = f"cannot be downloaded ({reason})"
+        raise UsageError(f"{repo}: {failed}; check the network, or {instead}") from None

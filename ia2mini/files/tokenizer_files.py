@@ -92,12 +92,12 @@ def add_tokens(tokenizer: Tokenizer, folder: Path) -> None:
     """
     settings = token_settings(folder)
     path = folder / "tokenizer_config.json"
+    named, further = special_tokens(settings, path)
     if "added_tokens_decoder" in settings:
         numbered = numbered_tokens(settings["added_tokens_decoder"], path)
     else:  # as files of older versions have it
         path = folder / "added_tokens.json"
-        numbered = old_numbered_tokens(path, settings)
-    named, further = special_tokens(settings, folder)
+        numbered = old_numbered_tokens(path, named + further)
     there = list(tokenizer.get_added_tokens_decoder().values())
     known = set(map(repr, there))
     new = [token for _, token in sorted(numbered.items()) if repr(token) not in known]
@@ -122,17 +122,15 @@ def numbered_tokens(value, path: Path) -> dict[int, AddedToken]:
     found = {}
     for number, token in value.items():
         if not number.isdecimal() or len(number) > 9 or not isinstance(token, dict):
-            raise UsageError(
-                f"{path}: added_tokens_decoder: {repr(number)[:40]} is not an id with a token"
-            )
+            entry = f"added_tokens_decoder: {repr(number)[:40]}"
+            raise UsageError(f"{path}: {entry} is not an id with a token")
         found[int(number)] = token_of(token, path, special=False)
     return found
 
 
-def old_numbered_tokens(path: Path, settings: dict) -> dict[int, AddedToken]:
+def old_numbered_tokens(path: Path, special_tokens: list[AddedToken]) -> dict[int, AddedToken]:
     """Id -> token of added_tokens.json, {text: id}. Raises UsageError."""
-    named, further = special_tokens(settings, path.parent)
-    special = {token.content for token in named + further}
+    special = {token.content for token in special_tokens}
     found = {}
     for text, number in (read_json(path) if is_there(path) else {}).items():
         if type(number) is not int or not text:
@@ -141,9 +139,8 @@ def old_numbered_tokens(path: Path, settings: dict) -> dict[int, AddedToken]:
     return found
 
 
-def special_tokens(settings: dict, folder: Path) -> tuple[list[AddedToken], list[AddedToken]]:
+def special_tokens(settings: dict, path: Path) -> tuple[list[AddedToken], list[AddedToken]]:
     """Special tokens that have a name of their own in the settings, and further ones. Raises UsageError."""
-    path = folder / "tokenizer_config.json"
     named = [settings.get(name) for name in NAMED]
     older = settings.get("additional_special_tokens") or []
     further = settings.get("extra_special_tokens") or older
@@ -176,9 +173,8 @@ def token_of(value, path: Path, special: bool) -> AddedToken:
     fields = {"content": value} if isinstance(value, str) else value
     text = fields.get("content") if isinstance(fields, dict) else None
     if not isinstance(text, str):
-        raise UsageError(
-            f"{path} (or special_tokens_map.json beside it): {repr(value)[:80]} is not a token"
-        )
+        files = f"{path} (or special_tokens_map.json beside it)"
+        raise UsageError(f"{files}: {repr(value)[:80]} is not a token")
     flags = {name: fields[name] for name in FLAGS if name in fields}
     if special:
         flags["special"] = True
@@ -189,20 +185,16 @@ def token_of(value, path: Path, special: bool) -> AddedToken:
 
 def check_ends(tokenizer: Tokenizer, settings: dict, folder: Path) -> None:
     """Raises UsageError where settings and tokenizer.json differ in whether BOS and EOS stand around every text."""
-    for name, place in (("bos", 0), ("eos", -1)):
+    with broken_tokenizer():
+        written = tokenizer.encode("").ids
+    for name, at_edge in (("bos", written[:1]), ("eos", written[-1:])):
         wanted = settings.get(f"add_{name}_token")
         token = settings.get(f"{name}_token")
         if wanted is None or token is None:
             continue
-        with broken_tokenizer():
-            written = tokenizer.encode("").ids
-        number = tokenizer.token_to_id(
-            token_of(token, folder / "tokenizer_config.json", special=True).content
-        )
-        there = number in (written[:1] if place == 0 else written[-1:])
-        if there != bool(wanted):
-            what = f"add_{name}_token = {str(wanted).lower()}"
-            has = "adds it" if there else "does not add it"
-            raise UsageError(
-                f"{folder}: tokenizer_config.json says {what}, tokenizer.json {has}; change one of them"
-            )
+        text = token_of(token, folder / "tokenizer_config.json", special=True).content
+        is_added = tokenizer.token_to_id(text) in at_edge
+        if is_added != bool(wanted):
+            what = f"tokenizer_config.json says add_{name}_token = {str(wanted).lower()}"
+            has = "adds it" if is_added else "does not add it"
+            raise UsageError(f"{folder}: {what}, tokenizer.json {has}; change one of them")

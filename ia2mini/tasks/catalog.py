@@ -109,9 +109,7 @@ def arrange(task: Task, role: str, rows: list[Row]) -> list[Row]:
         elif step == "filter":
             rows = [row for row in rows if not task.labels or task.label_of(row) is not None]
         elif step == "complete":
-            rows = [
-                row for row in rows if missing_part(row, task.prompt, task.answer_column) is None
-            ]
+            rows = [row for row in rows if not missing_part(row, task.prompt, task.answer_column)]
         elif step == "unique":
             first = {fill(task.prompt, row): row for row in reversed(rows)}
             rows = [row for row in rows if first[fill(task.prompt, row)] is row]
@@ -127,10 +125,8 @@ def list_choices(choices: list[str]) -> str:
 
 def shuffle_choices(row: Row) -> dict:
     """SciQ's four choices in an order drawn from a generator seeded with the question's text: the same in any file."""
-    choices = [
-        row.text(column)
-        for column in ("distractor1", "distractor2", "distractor3", "correct_answer")
-    ]
+    columns = ("distractor1", "distractor2", "distractor3", "correct_answer")
+    choices = [row.text(column) for column in columns]
     order = random.Random(row.text("question")).sample(range(4), 4)
     return {"choices": list_choices([choices[i] for i in order]), "label": order.index(3)}
 
@@ -155,9 +151,8 @@ PREPARE = {prepare.__name__: prepare for prepare in (shuffle_choices, eight_choi
 def all_tasks() -> dict[str, Task]:
     """Every task by its name: the paper's twelve (of `paper.json`), then the embedded ones."""
     tasks = {}
-    for name, fields in json.loads(
-        Path(__file__).with_name("paper.json").read_text(encoding="utf-8")
-    ).items():
+    paper = Path(__file__).with_name("paper.json").read_text(encoding="utf-8")
+    for name, fields in json.loads(paper).items():
         values: dict = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         tasks[name] = Task(name, **values)
     for toy in TOY_TASKS:

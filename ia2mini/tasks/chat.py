@@ -2,6 +2,7 @@
 
 import json
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from jinja2 import TemplateError, nodes
@@ -66,10 +67,8 @@ class ChatTemplate:
     def find_end(self, tokenizer: Tokenizer) -> int | None:
         """The first special token after an assistant's turn."""
         answer = "An answer"
-        turns = [
-            {"role": "user", "content": "A question"},
-            {"role": "assistant", "content": answer},
-        ]
+        turns = [{"role": "user", "content": "A question"}]
+        turns.append({"role": "assistant", "content": answer})
         try:
             text = self.render(turns, open_answer=False)
         except UsageError:  # it may take no such turns; those that are needed say so themselves
@@ -85,14 +84,9 @@ class ChatTemplate:
 
     def render(self, turns: list[dict], open_answer: bool = True) -> Rendered:
         """The conversation as text; with `open_answer` up to where the assistant's answer begins. Raises UsageError."""
-        variables = {
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": open_answer,
-            **self.tokens,
-        }
+        variables = {"tools": None, "documents": None, "add_generation_prompt": open_answer}
         try:
-            text = self.template.render(messages=turns, **variables)
+            text = self.template.render({**variables, **self.tokens, "messages": turns})
         except UsageError:
             raise
         except Exception as error:  # a template is a program, and raises what a program does
@@ -125,14 +119,12 @@ def template_of(folder: Path) -> str:
     if isinstance(source, list) and all(isinstance(entry, dict) for entry in source):
         by_name = {entry.get("name"): entry.get("template") for entry in source}
         if source and "default" not in by_name:
-            raise UsageError(
-                f"{folder}: none of its chat templates {sorted(map(str, by_name))} is called 'default'"
-            )
+            names = sorted(map(str, by_name))
+            raise UsageError(f"{folder}: none of its chat templates {names} is called 'default'")
         source = by_name.get("default")
     if not isinstance(source, str):
-        raise UsageError(
-            f"{folder}: --chat needs a chat template (chat_template.jinja or tokenizer_config.json)"
-        )
+        files = "chat_template.jinja or tokenizer_config.json"
+        raise UsageError(f"{folder}: --chat needs a chat template ({files})")
     return source
 
 
@@ -141,17 +133,11 @@ def sandbox() -> Sandbox:
     environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = tojson
+    # Jinja's own filter of that name escapes what HTML would read
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = strftime_now
     return environment
-
-
-def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """JSON as it is, where Jinja's own filter of that name escapes what HTML would read."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
 
 
 def refuse(message: str):

@@ -142,17 +142,15 @@ def read_labels(rows: list[Row], answer: str) -> tuple[tuple[str, ...], dict[str
     In a column of whole numbers 1 and 1.0 are one label; true is 1, too, where all others are 0 or 1. In a column of
     truth values true and True are one.
     """
-    written: dict[str, set[str]] = {}  # a text -> how it stands in the file, strings in quotes
+    label_of = label_of_each_text([*dict.fromkeys(row.text(answer) for row in rows)])
+    spellings: dict[str, set[str]] = {}  # how a label stands in the file, strings in quotes
     for row in rows:
-        written.setdefault(row.text(answer), set()).add(repr(row[answer]))
-    label_of = label_of_each_text(list(written))
-    labels = tuple(sorted(set(label_of.values())))
-    spellings: dict[str, set[str]] = {label: set() for label in labels}
-    for text, label in label_of.items():
-        spellings[label].update(written[text])
+        label = label_of[row.text(answer)]
+        spellings.setdefault(label, set()).add(repr(row[answer]))
+    labels = tuple(sorted(spellings))
     sentences = []
     for label in labels:
-        if len(spellings[label]) > 1 or label not in written:
+        if len(spellings[label]) > 1 or label not in label_of:
             listed = ", ".join(sorted(spellings[label]))
             sentences.append(f"{listed} in column {answer!r} is read as label {label!r}")
     index = {label: i for i, label in enumerate(labels)}

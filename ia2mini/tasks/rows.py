@@ -13,7 +13,7 @@ from pathlib import Path
 from unicodedata import normalize
 
 from ia2mini import UsageError
-from ia2mini.files import read_text
+from ia2mini.files import check_text, read_text
 
 from .delimited import read_delimited, trimmed
 from .tables import is_frame, plain_value, read_excel, read_frame, read_parquet, read_saved
@@ -59,9 +59,7 @@ class Row(dict):
         """
         value = self[column]
         if isinstance(value, str):
-            if re.search("[\ud800-\udfff]", value):
-                half = "half a surrogate pair, which is no character; mend the \\ud… escape"
-                raise UsageError(f"{self.where}: column {column!r} holds {half}")
+            check_text(value, f"{self.where}: column {column!r}:", "mend the \\ud… escape")
             return value
         if self.is_missing(column):
             raise UsageError(f"{self.where}: column {column!r} holds nothing")
@@ -234,10 +232,11 @@ def parse_json(text: str, where: str, expected: str):
     """The value of a JSON text. Raises UsageError, also for an object that gives a key twice."""
     try:
         return json.loads(text, object_pairs_hook=unique_keys)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # also a key that is given twice, or an endless number
         raise UsageError(f"{where}: not JSON ({error}); {expected}") from None
-    except ValueError as error:  # a key that is given twice, or an endless number
-        raise UsageError(f"{where}: not JSON that can be read ({error})") from None
 
 
 def read_jsonl_rows(path: Path) -> list[tuple]:
@@ -302,9 +301,7 @@ def rename_clashes(row: dict, added: Collection[str]) -> dict:
     """The columns of a row; a name that is in `added`, also one with row_ before it, gets row_ before it."""
     columns = {}
     for name, value in row.items():
-        stem = name
-        while stem.startswith("row_"):
-            stem = stem.removeprefix("row_")
+        stem = re.sub("^(row_)+", "", name)
         columns[f"row_{name}" if stem in added else name] = value
     return columns
 

@@ -61,11 +61,9 @@ def fetch(task: Task, role: str, data_dir: str | Path | None) -> tuple[list[Row]
     """All rows of the split for a role, in the source's order, and their origin."""
     split = task.train if role == "train" else task.eval
     if task.hub is None and not task.files:
-        origin = {"source": "embedded", "files": [task.name]}
-        rows = []
-        for i, row in enumerate(world.rows(task.name, role), 1):
-            rows.append(Row(f"{task.name} {role} row {i}", row))
-        return rows, origin
+        numbered = enumerate(world.rows(task.name, role), 1)
+        rows = [Row(f"{task.name} {role} row {i}", row) for i, row in numbered]
+        return rows, {"source": "embedded", "files": [task.name]}
     if task.files:
         train, evaluation = task.files
         path = Path(train if role == "train" else evaluation)
@@ -144,11 +142,9 @@ def read_hub(repo: str, config: str | None, splits: tuple[str, ...]) -> tuple[li
         for split in splits:
             of_split = [str(file) for file in files if file.parts[:2] == (wanted, split)]
             if not of_split:
-                folder = f"{config or 'default'}/{'+'.join(splits)}"
+                folder = f"{config or 'default'}/{'+'.join(splits)} in branch {PARQUET}"
                 found = ", ".join(sorted({str(file.parent) for file in files})) or "nothing"
-                raise UsageError(
-                    f"{repo}: no Parquet folder {folder} in branch {PARQUET}; found {found}"
-                )
+                raise UsageError(f"{repo}: no Parquet folder {folder}; found {found}")
             chosen += of_split
         return chosen
 
@@ -161,20 +157,16 @@ def read_archive(repo: str, name: str, sha256: str, member: str) -> tuple[list[R
     (path,), origin = download(repo, lambda names: [name])
     data = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise UsageError(
-            f"{path}: missing, or not the published file of sha256 {sha256}; delete it and try again"
-        )
+        other = f"missing, or not the published file of sha256 {sha256}"
+        raise UsageError(f"{path}: {other}; delete it and try again")
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         inside = next(entry for entry in archive.namelist() if PurePosixPath(entry).name == member)
         lines = archive.read(inside).decode("latin-1").split("\n")
     places = {"negative": 0, "neutral": 1, "positive": 2}
     rows = []
-    for line in lines:
-        if not line.strip():
-            continue
+    for number, line in enumerate(filter(str.strip, lines), 1):
         sentence, _, label = line.rstrip("\r").rpartition("@")
-        columns = {"sentence": sentence, "label": places[label]}
-        rows.append(Row(f"{name}:{len(rows) + 1}", columns))
+        rows.append(Row(f"{name}:{number}", {"sentence": sentence, "label": places[label]}))
     return rows, origin
 
 
@@ -196,15 +188,13 @@ def custom_task(
         remarks = (*remarks, *left_out)
     prompts = len({fill(task.prompt, row) for row in complete})
     held_out = min(max(prompts // 5, 20), prompts // 2, EVAL)
-    steps = ("complete", "unique", "shuffle", "filter")
-    if not eval_path:
-        steps = (*steps, "split")
+    steps = ("complete", "unique", "shuffle", "filter", "split")
     return replace(
         task,
         name=plain(file.stem, ""),
         tag=plain(file.name, ""),
         remarks=remarks,
-        steps=steps,
+        steps=steps[:-1] if eval_path else steps,
         held_out=held_out,
         files=(str(path), str(eval_path or path)),
     )
