@@ -15,7 +15,7 @@ from ia2mini.fitting.fit import open_store, prepare_fit
 from ia2mini.fitting.held_out import score_held_out
 from ia2mini.fitting.rows import Columns, read_own
 from ia2mini.tasks import custom_task, find_task, load_examples
-from ia2mini.tasks.own import own_task, queries_task, similar_labels
+from ia2mini.tasks.own import own_task, similar_labels
 from ia2mini.tasks.rows import fill, read_rows
 
 CATEGORIES = ("label", "target", "category", "class", "sentiment", "lang", "label_text")
@@ -175,7 +175,7 @@ def test_named_columns_are_taken_and_the_others_named():
             "{text}",
         )
         refused(
-            lambda template=template: queries_task(rows, "q", None, template),
+            lambda template=template: own_task(rows, "q", Columns(template=template), queries=True),
             "must name a column",
             "{text}",
         )
@@ -211,7 +211,7 @@ def test_alpacas_rows_are_read_as_such(names, more):
     said = task.remarks[-2]
     assert all(repr(name) in said for name in (*names, *more)) and "Alpaca" in said
     assert ("left out: 'text'" in said) == bool(more)
-    _, asking = queries_task(kept, "queries")
+    _, asking = own_task(kept, "queries", queries=True)
     assert fill(asking.prompt, kept[0]) == "Question: Give the capital.\nFrance\nAnswer: "
 
 

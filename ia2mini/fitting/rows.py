@@ -4,27 +4,18 @@ import re
 from collections import Counter
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 from .. import UsageError
 from ..files import plain, plural
 from ..tasks import Example, Task
-from ..tasks.own import first_places, own_task, queries_task
+from ..tasks.columns import Columns
+from ..tasks.own import first_places, own_task
 from ..tasks.rows import Row, as_rows
 from ..tasks.turns import ALL_TURNS, ANSWER, holds_turns, open_turns
 from ..tokenizer import Tokenizer
 
 LONG = 500  # a row of fewer tokens is never called far longer than the others
 FAR = 10  # times the median length: longer rows are
-
-
-class Columns(NamedTuple):
-    """The columns of prompt and answer; None: guessed from the header."""
-
-    prompt: str | None = None
-    answer: str | None = None
-    template: str | None = None  # of the prompt, columns in braces
-    answer_kind: str | None = None  # "labels" or "text"; None: as the answers repeat
 
 
 def read_own(
@@ -42,9 +33,7 @@ def read_own(
         columns = columns_of_turns(columns, rows[0].where, chat)
         rows = [open_turns(row, columns.template) for row in rows]
     name = plain(Path(re.split(r":| ?row ", rows[0].where)[0]).stem, "") or "rows"
-    if queries:
-        return queries_task(rows, name, columns.prompt, columns.template)
-    return own_task(rows, name, *columns)
+    return own_task(rows, name, columns, queries)
 
 
 def columns_of_turns(columns: Columns, where: str, chat: bool) -> Columns:

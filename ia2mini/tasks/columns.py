@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ia2mini import UsageError
 
@@ -23,6 +24,15 @@ MAX_CATEGORIES = 20
 COUNT = re.compile(r"\d{1,18}")
 NO_TEXT = re.compile(r"https?://\S+|\d{4}-\d\d-\d\d([ T].*)?")  # an address of a page, a date
 LEAST_COUNTED = 4  # rows; a column that counts fewer may as well hold answers
+
+
+class Columns(NamedTuple):
+    """The columns of prompt and answer; None: guessed from the header."""
+
+    prompt: str | None = None
+    answer: str | None = None
+    template: str | None = None  # of the prompt, columns in braces
+    answer_kind: str | None = None  # "labels" or "text"; None: as the answers repeat
 
 
 @dataclass(frozen=True)
@@ -48,26 +58,21 @@ class ChosenColumns:
         return text
 
 
-def choose_columns(
-    rows: list[Row],
-    prompt: str | None,
-    answer: str | None,
-    template: str | None,
-    has_answers: bool = True,
-) -> ChosenColumns:
-    """The columns of prompt and answer (without `has_answers`: of the prompt alone): as given, else guessed.
+def choose_columns(rows: list[Row], columns: Columns, queries: bool = False) -> ChosenColumns:
+    """The columns of prompt and answer (of `queries` the prompt alone): as given, else guessed.
 
     Raises UsageError where a given column is not there, and where the header may be read in several ways.
     """
+    prompt, answer, template, _ = columns
     header = list(dict.fromkeys(column for row in rows for column in row))
     for column in (*placeholders(template or ""), prompt, answer):
         if column is not None and column not in header:
             raise no_column(rows[0].where, header, column)
-    given = given_prompts(prompt, answer, template)
+    given = given_prompts(columns)
     answers = [] if answer is None else [answer]
-    if has_answers and not answers:
+    if not queries and not answers:
         answers = with_name(without(header, given), ANSWERS)
-    alpaca = [] if given else alpaca_prompts(header, answers, has_answers)
+    alpaca = [] if given else alpaca_prompts(header, answers, queries)
     if alpaca:
         prompts = alpaca
         answers = with_name(answers, ALPACA_ANSWERS)
@@ -75,32 +80,33 @@ def choose_columns(
         prompts = given or with_name(without(header, answers), PROMPTS)
         rest = without(header, [*prompts, *answers])
         rest = [column for column in rest if not only_names_rows(rows, column)]
-        if len(rest) == 1 and not prompts and (answers or not has_answers):
+        if len(rest) == 1 and not prompts and (answers or queries):
             prompts = rest
-        elif len(rest) == 1 and prompts and not answers and has_answers:
+        elif len(rest) == 1 and prompts and not answers and not queries:
             answers = rest
     left_out = without(header, [*prompts, *answers])
     unclear = [] if given else possible_prompts(rows, left_out)
-    if not has_answers:
+    if queries:
         unclear = without(unclear, with_name(unclear, ANSWERS))
     if alpaca:  # its "text" is prompt and answer together
         unclear = without(unclear, with_name(unclear, ["text"]))
     prompt_known = given or alpaca or len(prompts) == 1
-    answer_known = not has_answers or len(answers) == 1
+    answer_known = queries or len(answers) == 1
     if unclear or not prompt_known or not answer_known:
         parts = [column for column in header if column in (*prompts, *unclear)]
-        raise UsageError(ask_for_columns(rows[0].where, header, parts, has_answers, answer_known))
+        raise UsageError(ask_for_columns(rows[0].where, header, parts, queries, answer_known))
     body = f"{{{prompts[0]}}}"
     if alpaca:
         body += f"\n{{?{prompts[1]}}}"
     if template is None and placeholders(body) != prompts:
         braces = "has braces or begins with a question mark, which mean something in a template"
         raise UsageError(f"{rows[0].where}: column {prompts[0]!r} {braces}; rename it")
-    return ChosenColumns(tuple(prompts), answers[0] if has_answers else None, body, tuple(left_out))
+    return ChosenColumns(tuple(prompts), None if queries else answers[0], body, tuple(left_out))
 
 
-def given_prompts(prompt: str | None, answer: str | None, template: str | None) -> list[str]:
+def given_prompts(columns: Columns) -> list[str]:
     """The columns of the prompt that were named. Raises UsageError where names contradict one another."""
+    prompt, answer, template, _ = columns
     if template is None:
         if prompt is not None and prompt == answer:
             raise UsageError(f"column {answer!r} cannot be both prompt and answer")
@@ -115,12 +121,12 @@ def given_prompts(prompt: str | None, answer: str | None, template: str | None) 
     return given
 
 
-def alpaca_prompts(header: list[str], answers: list[str], has_answers: bool) -> list[str]:
+def alpaca_prompts(header: list[str], answers: list[str], queries: bool) -> list[str]:
     """Instruction and input of rows in the form of Alpaca or Dolly, with their name for the answer; else nothing."""
     instructions = with_name(header, ["instruction"])
     inputs = with_name(header, ALPACA_INPUTS)
     of_form = len(instructions) == 1 and len(inputs) == 1
-    if has_answers:
+    if not queries:
         of_form = of_form and len(with_name(answers, ALPACA_ANSWERS)) == 1
     return instructions + inputs if of_form else []
 
@@ -174,12 +180,12 @@ def is_sentence(value) -> bool:
 
 
 def ask_for_columns(
-    where: str, header: list[str], parts: list[str], has_answers: bool, answer_known: bool
+    where: str, header: list[str], parts: list[str], queries: bool, answer_known: bool
 ) -> str:
     """The sentence that asks for the columns' names; `parts` may all belong to the prompt."""
     listed = ", ".join(map(repr, header))
     text = f"{where}: columns {listed}: name yours with --prompt-column"
-    if has_answers:
+    if not queries:
         text += " and --answer-column"
     if len(parts) > 1 and answer_known:
         braces = [f"{{{column}}}" for column in parts]

@@ -9,7 +9,7 @@ from ia2mini.files import check_text, plural
 
 from .answers import parser_for
 from .catalog import Task
-from .columns import ChosenColumns, choose_columns
+from .columns import ChosenColumns, Columns, choose_columns
 from .rows import (
     TRUE_FALSE,
     Row,
@@ -21,6 +21,7 @@ from .rows import (
     whole_number,
 )
 
+GUESSED = Columns()
 MOST_LABELS = 255
 BLANK_LINE = "\n\n"  # stands between demonstrations
 # may be a label, or stand for a missing one
@@ -33,27 +34,25 @@ LABEL_WIDTH = 40  # characters of each that are shown
 
 
 def own_task(
-    rows: list[Row],
-    name: str,
-    prompt: str | None = None,
-    answer: str | None = None,
-    template: str | None = None,
-    answer_kind: str | None = None,
+    rows: list[Row], name: str, columns: Columns = GUESSED, queries: bool = False
 ) -> tuple[list[Row], Task]:
-    """The rows that have a prompt and an answer, and their task.
+    """The rows that have a prompt and an answer, and their task; `queries` need no answer, and get a text.
 
-    The columns `prompt` and `answer` are guessed from the header if not given. In a template, `\\n` is a line end.
-    `answer_kind` says whether answers are "labels" or "text". Without it at most 255 different answers, each given
-    twice on average to different prompts, are labels: `task.labels`, sorted. Others are text, parsed as numbers, boxes
-    or after `####` where every answer has that form. What was decided is in `task.remarks`. UsageError for
-    whatever is wrong with the rows or the template.
+    In a template `\\n` is a line end. Without `columns.answer_kind` at most 255 different answers, each given twice on
+    average to different prompts, are labels: `task.labels`, sorted. Others are text, parsed as numbers, boxes or after
+    `####` where every answer has that form. What was decided is in `task.remarks`. UsageError for whatever is wrong
+    with the rows or the template.
     """
-    template = check_template(template)
-    columns = choose_columns(rows, prompt, answer, template)
-    body = template or columns.body
+    template = check_template(columns.template)
+    chosen = choose_columns(rows, columns._replace(template=template), queries)
+    body = template or chosen.body
     check_text(body, "the template", "rename the column")
-    answer = columns.answer
+    answer = chosen.answer
     complete, remarks = complete_rows(rows, body, answer)
+    if queries:
+        prompt = template or default_template(chosen, False)
+        said = (*remarks, chosen.describe())
+        return complete, Task(name, name, prompt=prompt, answer="", parser="text", remarks=said)
     if not complete:
         empty = "the prompt" if missing_part(rows[0], body, None) else f"column {answer!r}"
         lack = f"{empty} is empty, and no row has both a prompt and an answer"
@@ -64,13 +63,13 @@ def own_task(
     if len(labels) == 1:
         same = f"every row has the answer {labels[0]!r}; nothing can be learned from it"
         raise UsageError("; ".join([f"{name}: {same}", *remarks]))
-    labelled = answers_are_labels(answer_kind, len(labels), len(different))
+    labelled = answers_are_labels(columns.answer_kind, len(labels), len(different))
     if labelled:
         rows_of = Counter(labels[label_index[text]] for text in texts)
-        remarks += [*merged, columns.describe(), counted_labels(rows_of), *similar_labels(labels)]
+        remarks += [*merged, chosen.describe(), counted_labels(rows_of), *similar_labels(labels)]
         how: dict = {"labels": labels, "label_index": label_index}
     else:
-        remarks.append(columns.describe())
+        remarks.append(chosen.describe())
         remarks.append(f"answers: free text, {len(set(texts))} different in {len(different)} rows")
         broken = sum(BLANK_LINE in text.rstrip() for text in texts)
         if broken:
@@ -83,7 +82,7 @@ def own_task(
         name,
         train="train",
         eval="eval",
-        prompt=template or default_template(columns, labelled),
+        prompt=template or default_template(chosen, labelled),
         answer_column=answer,
         answer=f"{{{answer}}}",
         remarks=tuple(remarks),
@@ -253,26 +252,3 @@ def normalized(label: str) -> str:
         return str(float(text.replace(",", ".")))
     except ValueError:
         return text
-
-
-def queries_task(
-    rows: list[Row], name: str, prompt=None, template: str | None = None
-) -> tuple[list[Row], Task]:
-    """The rows that have a prompt, and their task without answers: the model answers with text.
-
-    Raises UsageError if no column is known.
-    """
-    template = check_template(template)
-    columns = choose_columns(rows, prompt, None, template, has_answers=False)
-    template = template or default_template(columns, False)
-    check_text(template, "the template", "rename the column")
-    complete, remarks = complete_rows(rows, template, None)
-    task = Task(
-        name,
-        name,
-        prompt=template,
-        answer="",
-        parser="text",
-        remarks=(*remarks, columns.describe()),
-    )
-    return complete, task

@@ -16,6 +16,7 @@ from ia2mini.files.hub import hub_errors, patiently
 
 from . import world
 from .catalog import Example, Task, arrange
+from .columns import Columns
 from .own import complete_rows, own_task
 from .rows import SUFFIXES, Row, fill, read_rows
 
@@ -180,7 +181,7 @@ def custom_task(
     """
     file = Path(path)
     rows = read_rows(file)
-    complete, task = own_task(rows, str(path), prompt, answer, template)
+    complete, task = own_task(rows, str(path), Columns(prompt, answer, template))
     remarks = task.remarks
     if eval_path:
         others = read_rows(Path(eval_path))
