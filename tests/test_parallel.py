@@ -38,13 +38,13 @@ SERVER.set_forkserver_preload(
 )
 STORES = []
 BOUND = 1e-4  # of results' numbers, and of weights relative to their norm: processors round sums in their own order
-RACING = "run toy-mood --n 4 --sets 2 --epochs 16 --eval-rows 12 --figures= --device cpu".split()
+RACING = "run toy-mood --n 4 --sets 2 --epochs 16 --eval-rows 8 --figures= --device cpu".split()
 RACING += ["--methods", "icl,sft,ia2,ia2-sft"]
 CELL = [*RACING, "--no-race"]  # rates race only where one process trains all runs
-CELLS = "run toy-mood toy-sums-short --n 2 --sets 2 --epochs 4 --eval-rows 8 --figures=".split()
+CELLS = "run toy-mood toy-sums-short --n 2 --sets 2 --epochs 2 --eval-rows 6 --figures=".split()
 CELLS += "--methods base,icl,ia2 --device cpu".split()
 FIT = (
-    "fit --model tiny --rates 3e-3,1e-2 --epochs 4 --folds 3 --methods sft,ia2 --device cpu".split()
+    "fit --model tiny --rates 3e-3,1e-2 --epochs 2 --folds 3 --methods sft,ia2 --device cpu".split()
 )
 LOST = (
     "ia2mini: another process has ended; finished work is kept, and the same command resumes it\n"
