@@ -74,6 +74,26 @@ def our_generate(stand: Stand, prompts: list[list[int]], tokens: int) -> list[li
     return decode(stand.model, stand.tokenizer, prompts, decoding)
 
 
+def add_timings(
+    result: Result,
+    what: tuple[str, str],
+    times: dict[str, Timing],
+    counts: dict[str, int],
+    notes: dict[str, str],
+) -> None:
+    """A line for every stack, and how much faster than each peer we are.
+
+    `what` was timed, and its unit; `counts`: how many of something were done, to be told a second.
+    """
+    name, unit = what
+    for stack, timing in times.items():
+        rates = {said: count / timing.seconds for said, count in counts.items()}
+        result.add(Line(name, stack, timing, unit, rates, notes.get(stack, "")))
+    for stack, timing in times.items():
+        if stack != "us":
+            result.ratio(f"{stack} / us", timing, times["us"])
+
+
 def collect(
     stand: Stand,
     rows: int = 8,
@@ -116,20 +136,8 @@ def collect(
         stand.device,
     )
     times["(a)"] = some["(a)"].scaled(rows * tokens / sample)
-    for name, timing in times.items():
-        note = f"extrapolated from {sample} of {rows * tokens} passes" if name == "(a)" else ""
-        result.add(
-            Line(
-                "collect",
-                name,
-                timing,
-                "set",
-                {"answer tokens/s": rows * tokens / timing.seconds},
-                note,
-            )
-        )
-    for name in ("(a)", "(b)"):
-        result.ratio(f"{name} / us", times[name], times["us"])
+    notes = {"(a)": f"extrapolated from {sample} of {rows * tokens} passes"}
+    add_timings(result, ("collect", "set"), times, {"answer tokens/s": rows * tokens}, notes)
     overhead(stand, result, prompts, tokens, seconds / 4)
     return result
 
@@ -216,22 +224,13 @@ def icl(
         }
         times = race(stacks, 3, seconds, stand.device)
         times["(a)"] = Timing.of([clock(lambda: a.score(whole[:4], first), stand.device)])
-    counts = {"us": queries, "(b)": sample, "(b) with a copied cache": cached, "(a)": 4}
-    for name, timing in times.items():
-        times[name] = timing = timing.scaled(queries / counts[name])
-        note = f"extrapolated from {counts[name]} queries" if counts[name] < queries else ""
-        result.add(
-            Line(
-                "ICL evaluation",
-                name,
-                timing,
-                f"{queries} queries",
-                {"queries/s": queries / timing.seconds},
-                note,
-            )
-        )
-    for name in list(times)[1:]:
-        result.ratio(f"{name} / us", times[name], times["us"])
+    notes = {}
+    for name, count in {"(b)": sample, "(b) with a copied cache": cached, "(a)": 4}.items():
+        times[name] = times[name].scaled(queries / count)
+        if count < queries:
+            notes[name] = f"extrapolated from {count} queries"
+    what = ("ICL evaluation", f"{queries} queries")
+    add_timings(result, what, times, {"queries/s": queries}, notes)
     return result
 
 
@@ -267,18 +266,6 @@ def generate(
         stand.device,
     )
     times["(a)"] = some["(a)"].scaled(rows * tokens / sample)
-    for name, timing in times.items():
-        note = f"extrapolated from {sample} of {rows * tokens} passes" if name == "(a)" else ""
-        result.add(
-            Line(
-                "generate",
-                name,
-                timing,
-                "batch",
-                {"new tokens/s": rows * tokens / timing.seconds},
-                note,
-            )
-        )
-    for name in ("(a)", "(b)"):
-        result.ratio(f"{name} / us", times[name], times["us"])
+    notes = {"(a)": f"extrapolated from {sample} of {rows * tokens} passes"}
+    add_timings(result, ("generate", "batch"), times, {"new tokens/s": rows * tokens}, notes)
     return result

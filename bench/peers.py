@@ -111,8 +111,6 @@ def left_padded(prompts: list[list[int]], device) -> dict[str, Tensor]:
 class AsReleased(Peer):
     """Peer (a)."""
 
-    name = "(a)"
-
     @torch.no_grad()
     def collect(
         self,
@@ -202,7 +200,6 @@ class AsReleased(Peer):
 class UsedWell(Peer):
     """Peer (b)."""
 
-    name = "(b)"
     adam = {"fused": True}
 
     @torch.no_grad()
