@@ -262,7 +262,7 @@ class CellSize:
             total += decode.cost(config, size)
         return total
 
-    def memory(self, config, size: int = 2, side_by_side: int | None = None) -> float:
+    def memory(self, config, size: int = 2) -> float:
         """Bytes at most in training: the frozen weights, and what the runs of a step keep for the backward pass."""
         weights = config.num_hidden_layers * sum(matrices(config))
         tables = 1 if config.tie_word_embeddings else 2
@@ -274,8 +274,6 @@ class CellSize:
             config, rows * longest, rows * self.answer, size, lora_size(config, self.rank)
         )
         runs = self.sets * self.configs
-        if side_by_side is not None:
-            runs = min(runs, side_by_side)
         return size * weights + runs * kept
 
 

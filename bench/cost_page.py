@@ -131,7 +131,7 @@ def table(shape: str, task: str, cell: CellSize) -> list[str]:
     return out
 
 
-def measured(folder: Path = RESULTS) -> list[str]:
+def measured() -> list[str]:
     """Our own steps and cells on a CPU, as kept in bench/results: what was reached in each stage."""
     out = [
         "## Measured on a CPU",
@@ -139,19 +139,19 @@ def measured(folder: Path = RESULTS) -> list[str]:
         "float32, two cores. A training step, from the newest whole bench:",
         "",
     ]
-    for result in newest(folder, "*-all-cpu.json")["results"]:
+    for result in newest("*-all-cpu.json")["results"]:
         if result["bench"] == "step":
             shape = result["about"].partition(":")[0]
             out += [f"- {shape}, {step_reached(entry)}" for entry in our_lines(result)]
     out += ["", "The stages of `python -m bench cell`, which scores three methods:", ""]
     out += table_head("shape", "date", "stage", "GFLOP", "s", "GFLOP/s")
     for shape in ("tiny", "100m"):
-        out += cell_reached(shape, newest(folder, f"*-cell-{shape}-cpu.json"))
+        out += cell_reached(shape, newest(f"*-cell-{shape}-cpu.json"))
     return out
 
 
-def newest(folder: Path, pattern: str) -> dict:
-    return json.loads(sorted(folder.glob(pattern))[-1].read_text())
+def newest(pattern: str) -> dict:
+    return json.loads(sorted(RESULTS.glob(pattern))[-1].read_text())
 
 
 def our_lines(result: dict) -> list[dict]:
