@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from ia2mini.models import UsageError, load
+from ia2mini.models import load
 from reference import make_checkpoint, peft_twin, random_ids, twin_parameters, twin_theta
 from test_train import adam_step
 
+from ia2mini import UsageError
 from ia2mini.adapters import EVERY_MATRIX, IA3, TARGETS, LoRA, adapted, find_linears, unpack
 from ia2mini.train import State
 

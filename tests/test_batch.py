@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from ia2mini.models import UsageError, load
+from ia2mini.models import load
 from ia2mini.models.attention import Packed
 from reference import (
     EOS,
@@ -21,6 +21,7 @@ from reference import (
 )
 from tokenizers import Tokenizer as Backend
 
+from ia2mini import UsageError
 from ia2mini.adapters import IA3, LoRA, adapted
 from ia2mini.batch import TokenRow, by_length, collate, truth_row
 from ia2mini.episode import with_demonstrations

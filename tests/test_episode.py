@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from ia2mini.models import UsageError
 
 from bench.studies.controls import controlled
+from ia2mini import UsageError
 from ia2mini.episode import draw_episode, seeded, with_demonstrations
 from ia2mini.tasks import Example
 

@@ -58,7 +58,8 @@ def test_numbers_that_json_lacks_become_null():
 FULL = """
 import resource, signal, sys
 from pathlib import Path
-from ia2mini.models import UsageError, load
+from ia2mini import UsageError
+from ia2mini.models import load
 from ia2mini.models.checkpoint import save
 model, _ = load(sys.argv[1])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

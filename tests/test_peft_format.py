@@ -7,9 +7,10 @@ import peft
 import pytest
 import torch
 import transformers
-from ia2mini.models import UsageError, load
+from ia2mini.models import load
 from reference import random_ids, upstream
 
+from ia2mini import UsageError
 from ia2mini.adapters import EVERY_MATRIX, IA3, TARGETS, LoRA, adapted
 from ia2mini.engine.merge import save_merged
 from ia2mini.engine.peft import save_adapter
