@@ -36,29 +36,7 @@ COLORS = {
 }
 OTHER = "#777777"  # a method without a colour
 OTHER_SFT = "#882255"  # and SFT from there
-STYLE: dict = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": FAINT,
-    "axes.grid": True,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 9,
-    "figure.titlesize": 9,
-    "font.size": 9,
-    "grid.color": "#e6e6e6",
-    "lines.linewidth": 1.4,
-    "lines.markersize": 5,
-    "pdf.fonttype": 42,
-    "savefig.dpi": 200,
-    "svg.hashsalt": "ia2mini",
-    "text.color": INK,
-    "text.parse_math": False,  # a $ in a task's name is a $
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "ytick.labelcolor": INK,
-}
+STYLE = Path(__file__).parent / "figures.mplstyle"
 # format of a file -> the metadata that is left out, so that a document gives the same bytes again
 FORMATS = {"png": "Software", "pdf": "CreationDate", "svg": "Date"}
 LINE_OF_TEXT = 0.165  # inches
@@ -81,7 +59,7 @@ def styled():
     """A context in which matplotlib draws in this style. ImportError where matplotlib is not installed."""
     from matplotlib import rc_context
 
-    return rc_context(STYLE)
+    return rc_context(fname=STYLE)
 
 
 def new_figure(height: float = WIDTH):

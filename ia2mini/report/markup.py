@@ -3,41 +3,16 @@
 import html
 from base64 import b64encode
 from collections.abc import Sequence
+from pathlib import Path
 
-STYLE = """
-:root { color-scheme: light dark }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: auto; padding: 1rem; overflow-wrap: anywhere }
-h1 { font-size: 1.35rem; line-height: 1.3; margin: .5rem 0 } h2 { font-size: 1rem; margin-bottom: 0 }
-header p { font-size: 1.05rem; max-width: 45rem }
-small, figcaption, table { font-size: .875rem } code, pre { font-size: .8125rem }
-.first { display: flex; flex-wrap: wrap; gap: 0 2rem; align-items: start }
-.first > * { min-width: 0; max-width: 100% }
-details { border-top: 1px solid #8886; padding: .4rem 0 } details details { margin-left: 1rem }
-summary { font-weight: 600; cursor: pointer }
-pre { white-space: pre-wrap; padding: .7rem; border: 1px solid #8886 }
-.box { overflow-x: auto; margin: 1rem 0 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; white-space: nowrap }
-caption { text-align: left; white-space: normal; font-weight: 600; min-width: 13rem; max-width: calc(100vw - 2rem) }
-th, td { text-align: right; padding: .2rem .6rem; border-bottom: 1px solid #8884; vertical-align: top }
-thead th { white-space: normal; vertical-align: bottom }
-th:first-child, .text *, .evaluations :nth-child(2) { text-align: left } tbody th { font-weight: normal }
-.means th:first-child { position: sticky; left: 0; background: Canvas }
-.text tbody * { white-space: pre-wrap; min-width: 3.5rem } .text tbody th { min-width: 13rem; overflow-wrap: anywhere }
-figure { margin: 1rem 0 } .card { background: white; border-radius: .4rem; border: 1px solid #8884; padding: .5rem }
-.card { width: fit-content; max-width: 100%; box-sizing: border-box }
-img { display: block; max-width: 100%; height: auto }
-@media (max-width: 30rem) {
-  table { font-size: .8rem } th, td { padding: .2rem .3rem } .text tbody th { min-width: 9rem }
-  .card { padding: .2rem }
-}
-"""
+STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
 
 def html_page(title: str, about: str, body: list[str]) -> str:
     """A page from its title, the HTML below the title, and the rest of its body."""
     screen = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     meta = f'<meta charset="utf-8">{screen}'
-    head = f"<head>{meta}<title>{escaped(title)}</title><style>{STYLE}</style></head>"
+    head = f"<head>{meta}<title>{escaped(title)}</title><style>\n{STYLE}</style></head>"
     top = f"<body><header><h1>{escaped(title)}</h1>{about}</header><main>"
     start = f'<!doctype html><html lang="en">{head}{top}'
     return "\n".join([start, *body, "</main></body></html>\n"])
