@@ -24,7 +24,7 @@ class Reference:
     """The base with one set's demonstrations (ICL): the reference of all methods on that set."""
 
     number: int  # of the set
-    scores: Scores
+    scores: Scores = field(default_factory=dict)
     outputs: Tensor | None = None  # of labels: attention outputs [L, 1, n, D]
     # of texts: the first n responses with their attention outputs
     rows: list[TokenRow] = field(default_factory=list)

@@ -4,8 +4,8 @@ R runs, S sets, Q evaluation rows, C labels, L layers, n rows on which attention
 """
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 
@@ -118,11 +118,8 @@ def score_runs(
     e: Evaluation, method: str, runs: list[int], references: list[Reference], bar
 ) -> Scores:
     """Score some runs of a method side by side; a run that has demonstrations in its prompt is alone."""
-    prompts = e.prompts
-    with student_of(e.cell, method, e.trained, runs) as student:
-        if method in WITH_DEMONSTRATIONS:
-            (reference,) = references
-            student, prompts = share_demonstrations(student, e.cell, e.rows, reference.number)
+    first = references[0].number
+    with student_of(e.cell, method, e.trained, runs, e.rows, first) as (student, prompts):
         if e.labels:
             outputs = torch.cat([reference.outputs for reference in references], 1)
             return score_labels(e, student, prompts, len(runs), bar, outputs)
@@ -135,18 +132,28 @@ def score_runs(
         return {"correct": correct, "asim": asim_of_responses(e, student, compared, responses)}
 
 
+@contextmanager
 def student_of(
-    cell: Cell, method: str, trained: dict[str, Trained], runs: list[int]
-) -> AbstractContextManager:
-    """A context with the model as some runs of a method have adapted it; for base and ICL it is the base.
+    cell: Cell, method: str, trained: dict, runs: list[int], rows: list[Example], number: int
+) -> Iterator[tuple[Callable, list[list[int]]]]:
+    """A context with the model as some runs of a method have adapted it, and with the rows' prompts.
 
-    With `--paper-compat` the adapter is merged into bfloat16 weights, as in the released scripts.
+    For base and ICL it is the base. If the method sees demonstrations, it has read those of set `number`, and the
+    prompts are what follows them. With `--paper-compat` the adapter is merged into bfloat16 weights, as in the released
+    scripts.
     """
     study = cell.study
-    if method in UNTRAINED:
-        return nullcontext(study.subject.model)
-    adapter = Merged(study.adapter) if study.options.paper_compat else study.adapter
-    return adapted(study.subject.model, adapter, trained[method].theta[runs])
+    tokenizer = study.subject.tokenizer
+    queries = [row.prompt for row in rows]
+    context = nullcontext(study.subject.model)
+    if method not in UNTRAINED:
+        adapter = Merged(study.adapter) if study.options.paper_compat else study.adapter
+        context = adapted(study.subject.model, adapter, trained[method].theta[runs])
+    with context as student:
+        if method in WITH_DEMONSTRATIONS:
+            yield share_prefix(student, tokenizer, cell.episodes[number].icl, queries)
+        else:
+            yield student, tokenizer.encode_all(queries)
 
 
 def make_references(e: Evaluation) -> list[Reference]:
@@ -162,28 +169,20 @@ def make_references(e: Evaluation) -> list[Reference]:
 
 
 def make_reference(e: Evaluation, bar, number: int) -> Reference:
-    model, prompts = share_demonstrations(e.model, e.cell, e.rows, number)
-    if e.labels:
-        scores = score_labels(e, model, prompts, 1, bar)
-        reference = Reference(number, scores, outputs=scores.pop("outputs"))
-    else:
-        (responses,), correct = score_texts(e, model, prompts, [f"icl-{number}"], bar)
-        rows = []
-        for prompt, response in zip(e.prompts[: e.options.asim_rows], responses):
-            rows.append(TokenRow(prompt, with_end(e, response)))
-        record_targets(model, rows, prompts[: len(rows)], TeacherSettings(e.cell.max_tokens))
-        reference = Reference(number, {"correct": correct}, rows=rows)
+    reference = Reference(number)
+    with student_of(e.cell, "icl", e.trained, [], e.rows, number) as (model, prompts):
+        if e.labels:
+            reference.scores = score_labels(e, model, prompts, 1, bar)
+            reference.outputs = reference.scores.pop("outputs")
+        else:
+            (responses,), correct = score_texts(e, model, prompts, [f"icl-{number}"], bar)
+            for prompt, response in zip(e.prompts[: e.options.asim_rows], responses):
+                reference.rows.append(TokenRow(prompt, with_end(e, response)))
+            settings = TeacherSettings(e.cell.max_tokens)
+            record_targets(model, reference.rows, prompts[: len(reference.rows)], settings)
+            reference.scores = {"correct": correct}
     reference.scores["asim"] = torch.ones(1, e.model.config.num_hidden_layers)
     return reference
-
-
-def share_demonstrations(
-    model: Callable, cell: Cell, rows: list[Example], number: int
-) -> tuple[Callable, list[list[int]]]:
-    """A model that has read a set's demonstrations once, and the rest of each row's prompt."""
-    tokenizer = cell.study.subject.tokenizer
-    queries = [row.prompt for row in rows]
-    return share_prefix(model, tokenizer, cell.episodes[number].icl, queries)
 
 
 def score_labels(
@@ -261,20 +260,16 @@ def dev_temperatures(
     cell: Cell, method: str, trained: dict[str, Trained], scored_runs: dict[str, list[int]]
 ) -> list[float]:
     """The temperature that fits the dev rows of a run's set best: one per scored run (base and ICL: per set)."""
-    tokenizer = cell.study.subject.tokenizer
     sets = len(cell.episodes)
     runs = range(sets) if method in UNTRAINED else scored_runs[method]
-    per_set = len(runs) // sets  # runs come set by set
+    labels = cell.labels[cell.task.name]
+    scoring = Scoring(ends=cell.study.subject.tokenizer.eos_ids)
     found = []
     for place, run in enumerate(runs):
-        number = place // per_set
+        number = place * sets // len(runs)  # runs come set by set
         dev = cell.episodes[number].dev
-        with student_of(cell, method, trained, [run]) as student:
-            prompts = tokenizer.encode_all([row.prompt for row in dev])
-            if method in WITH_DEMONSTRATIONS:
-                student, prompts = share_demonstrations(student, cell, dev, number)
-            scoring = Scoring(ends=tokenizer.eos_ids)
-            scores = label_scores(student, prompts, cell.labels[cell.task.name], scoring)
+        with student_of(cell, method, trained, [run], dev, number) as (student, prompts):
+            scores = label_scores(student, prompts, labels, scoring)
         gold = torch.tensor([row.label for row in dev])
         found.append(fit_temperature(scores.log_probabilities[0], gold))
     return found
