@@ -10,8 +10,8 @@ from ia2mini.methods import sft
 class Bias(Adapter):
     """y + b for y = W x, b [out] starting at zero."""
 
-    def __init__(self, model, targets=TARGETS, layers=None):
-        super().__init__(model, targets, layers)
+    def __init__(self, model, targets=TARGETS):
+        super().__init__(model, targets)
         self.shapes = {name: (linear.out_features,) for name, linear in self.linears.items()}
 
     def change(self, name, weights):

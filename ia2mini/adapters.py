@@ -26,10 +26,9 @@ class Adapter:
 
     shapes: dict[str, tuple]
 
-    def __init__(self, model: nn.Module, targets, layers: list[int] | None):
+    def __init__(self, model: nn.Module, targets):
         self.targets = tuple(targets)
-        self.layers = layers
-        self.linears = find_linears(model, targets, layers)
+        self.linears = find_linears(model, targets)
 
     def init(self, generator: Generator) -> Tensor:
         """First weights of one run, [M] float32 on the CPU."""
@@ -47,12 +46,10 @@ class Adapter:
 class LoRA(Adapter):
     """W x + (alpha / rank) B A x, A [rank, in] random, B [out, rank] zero at first (Hu et al. 2021; as in peft)."""
 
-    def __init__(
-        self, model: nn.Module, targets=TARGETS, layers: list[int] | None = None, rank=8, alpha=8.0
-    ):
+    def __init__(self, model: nn.Module, targets=TARGETS, rank=8, alpha=8.0):
         if rank < 1:
             raise UsageError(f"rank {rank}: LoRA needs a rank of at least 1")
-        super().__init__(model, targets, layers)
+        super().__init__(model, targets)
         self.rank = rank
         self.alpha = alpha
         self.scale = alpha / rank
@@ -117,10 +114,9 @@ class IA3(Adapter):
         self,
         model: nn.Module,
         targets=TARGETS,
-        layers: list[int] | None = None,
         scale_inputs: bool | Collection[str] = False,
     ):
-        super().__init__(model, targets, layers)
+        super().__init__(model, targets)
         self.inputs: set[str] = set()
         if scale_inputs is True:
             self.inputs = set(self.linears)
@@ -187,19 +183,13 @@ def adapted(model: nn.Module, adapter: Adapter | None, theta: Tensor | None) -> 
             linear.change = None
 
 
-def find_linears(model: nn.Module, targets, layers: list[int] | None) -> dict[str, Linear]:
-    """Name -> every `Linear` called one of `targets` in `layers` (None: all). Raises UsageError for no match."""
-    depth = model.config.num_hidden_layers
-    for layer in layers or ():
-        if not 0 <= layer < depth:
-            raise UsageError(f"layer {layer}: this model has layers 0 to {depth - 1}")
+def find_linears(model: nn.Module, targets) -> dict[str, Linear]:
+    """Name -> every `Linear` called one of `targets`. Raises UsageError for no match."""
     linears = {}
     matched = set()
     for name, module in model.named_modules():
-        if not isinstance(module, Linear):
-            continue
-        _, _, layer, *_, target = name.split(".")  # model.layers.<layer>.….<target>
-        if target in targets and (layers is None or int(layer) in layers):
+        target = name.rpartition(".")[2]  # of model.layers.<layer>.….<target>
+        if isinstance(module, Linear) and target in targets:
             linears[name] = module
             matched.add(target)
     for target in targets:

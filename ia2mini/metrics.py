@@ -30,19 +30,6 @@ def accuracy(correct) -> float:
     return _mean(_float64(correct))
 
 
-def macro_f1(predicted, gold) -> float:
-    """Mean F1 of the labels that were predicted or are true; `predicted` and `gold` [Q] are indices of labels."""
-    predicted = np.asarray(predicted)
-    gold = np.asarray(gold)
-    scores = []
-    for label in np.union1d(predicted, gold):
-        positive = predicted == label
-        true = gold == label
-        true_positive = np.sum(positive & true)
-        scores.append(2 * true_positive / (np.sum(positive) + np.sum(true)))
-    return _mean(np.array(scores))
-
-
 def share_ties(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
     """`correct` [Q], with rows of equal confidence each given their mean."""
     _, tie = np.unique(confidence, return_inverse=True)

@@ -18,9 +18,9 @@ from ia2mini.engine.peft import save_adapter
 PEFT = {
     "lora": lambda m: LoRA(m),
     "lora-every-matrix": lambda m: LoRA(m, EVERY_MATRIX, rank=3, alpha=6.0),
-    "lora-one-layer": lambda m: LoRA(m, layers=[2], rank=4),
+    "lora-one-matrix": lambda m: LoRA(m, ("o_proj",), rank=4),
     "ia3": lambda m: IA3(m),
-    "ia3-one-layer-values-mlp": lambda m: IA3(m, ("v_proj", "down_proj"), layers=[1]),
+    "ia3-values-mlp": lambda m: IA3(m, ("v_proj", "down_proj")),
     "ia3-inputs": lambda m: IA3(m, (*TARGETS, "down_proj"), scale_inputs=True),
 }
 

@@ -137,7 +137,6 @@ def test_what_we_save_is_read_back(tiny, tmp_path, kind):
         "ia3-inputs": lambda: IA3(
             model,
             ("k_proj", "down_proj"),
-            layers=[0, 2],
             scale_inputs=["model.layers.0.mlp.down_proj"],
         ),
     }[kind]()

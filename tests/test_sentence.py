@@ -9,9 +9,9 @@ from mistakes import refused
 from sklearn.metrics import f1_score
 
 from ia2mini import FitOptions, fit, open_subject
+from ia2mini.fitting.measures import macro_f1
 from ia2mini.fitting.score import score_rows
 from ia2mini.fitting.sentence import join_names, p_value, sentence, with_interval
-from ia2mini.metrics import macro_f1
 from ia2mini.report.fit import fit_table
 from ia2mini.tasks import world
 from ia2mini.tasks.rows import as_rows

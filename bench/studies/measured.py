@@ -9,6 +9,7 @@ from statistics import median
 import torch
 
 from ia2mini import metrics
+from ia2mini.fitting.measures import macro_f1
 
 from ..timing import clock
 
@@ -58,7 +59,7 @@ def judged(log_probabilities: list[list[float]], gold: list[int]) -> dict[str, f
     right = said == truth
     return {
         "% accuracy": 100 * metrics.accuracy(right),
-        "% macro-F1": 100 * metrics.macro_f1(said, truth),
+        "% macro-F1": 100 * macro_f1(said, truth),
         "NLL": metrics.row_losses(scores, truth).mean().item(),
         "ECE": metrics.ece(confidence, right),
         "ECE null": metrics.ece_null(confidence),

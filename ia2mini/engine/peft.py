@@ -56,11 +56,10 @@ def peft_config(adapter: Adapter, base: str) -> dict:
         config["lora_dropout"] = 0.0
         config["bias"] = "none"
         config["target_modules"] = list(adapter.targets)
-        config["layers_to_transform"] = adapter.layers
+        config["layers_to_transform"] = None
         return config
     assert isinstance(adapter, IA3)
     config["peft_type"] = "IA3"
-    # peft cannot restrict (IA)3 to layers but takes full module names
     config["target_modules"] = list(adapter.linears)
     config["feedforward_modules"] = sorted(adapter.inputs)
     return config

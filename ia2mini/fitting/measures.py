@@ -2,13 +2,14 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from .. import UsageError
 from ..engine.intervals import mean_interval, share_interval
-from ..metrics import ece, ece_null, macro_f1, row_losses, smooth_ece
+from ..metrics import ece, ece_null, row_losses, smooth_ece
 
 
 def measures(scores: Tensor, gold: Tensor, temperatures=1.0, right: Tensor | None = None) -> dict:
@@ -42,6 +43,19 @@ def measures(scores: Tensor, gold: Tensor, temperatures=1.0, right: Tensor | Non
         "smooth_ece": smooth_ece(confidence, right.numpy()),
         "ece_without_temperature": ece(untempered.numpy(), right.numpy()),
     }
+
+
+def macro_f1(predicted, gold) -> float:
+    """Mean F1 of the labels that were predicted or are true; `predicted` and `gold` [Q] are indices of labels."""
+    predicted = np.asarray(predicted)
+    gold = np.asarray(gold)
+    scores = []
+    for label in np.union1d(predicted, gold):
+        positive = predicted == label
+        true = gold == label
+        true_positive = np.sum(positive & true)
+        scores.append(2 * true_positive / (np.sum(positive) + np.sum(true)))
+    return float(np.mean(scores))
 
 
 def accuracy_with_interval(right: Tensor) -> list[float]:

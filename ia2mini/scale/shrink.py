@@ -4,17 +4,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import nn
 
-from ..train import Hooks, Runs, Settings, State
+from ..train import Hooks, State
 from .parts import put_state, take_runs, take_state
 
 
-def never(model: nn.Module, runs: Runs, settings: Settings) -> bool:
-    return False
-
-
-def shrinking(train: Callable, by_halves: Callable = never) -> Callable:
+def shrinking(train: Callable, by_halves: Callable | None = None) -> Callable:
     """Wrap `train`: whenever runs have finished, it is called again for the others.
 
     If `by_halves(model, runs, settings)` is true, they leave only when half of the batch has finished.
@@ -25,7 +20,7 @@ def shrinking(train: Callable, by_halves: Callable = never) -> Callable:
         while len(live):
             going = take_runs(runs, live)
             most = len(live) - 1  # if this many or fewer still train, the finished ones leave
-            if by_halves(model, going, settings):
+            if by_halves is not None and by_halves(model, going, settings):
                 most = len(live) // 2
             some_left = False
 
