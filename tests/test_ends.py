@@ -197,7 +197,7 @@ def test_the_confidence_of_a_text_is_that_of_what_was_generated(tiny):
     ending = Tokenizer(tokenizer.backend, ends)
     kinds = set()
     for text_stop in (None, stop):
-        texts, sure = answer_texts(model, ending, prompts, Decoding(6, text_stop))
+        texts, sure = zip(*answer_texts(model, ending, prompts, Decoding(6, text_stop)))
         for ids, text, found in zip(prompts, texts, sure, strict=True):
             said, logs = plain_text(net, ending, ids, 6, text_stop)
             kinds.add("end" if said[-1] in ends else "limit" if len(said) == 6 else "stop")

@@ -71,15 +71,16 @@ def answer_texts(
     prompts: list[list[int]],
     decoding: Decoding,
     watch: Watch = None,
-) -> tuple[list[str], list[float]]:
-    """What a model answers to prompts, greedily, and the geometric mean of its tokens' probabilities.
+) -> list[tuple[str, float]]:
+    """What a model answers to each prompt, greedily, and the geometric mean of its tokens' probabilities.
 
     Every token that was generated counts: an EOS with the probability of all EOS tokens, or those of the stop text.
     """
     answers = responses(model, tokenizer, prompts, decoding, watch)
     rows = []
+    texts = []
     for prompt, response in zip(prompts, answers):
         rows.append(TokenRow(prompt, response.generated))
-    confidence = answer_scores(model, rows, ends=tokenizer.eos_ids)[0].exp()
-    texts = [tokenizer.decode(response.ids) for response in answers]
-    return texts, confidence.tolist()
+        texts.append(tokenizer.decode(response.ids))
+    confidences = answer_scores(model, rows, ends=tokenizer.eos_ids)[0].exp()
+    return list(zip(texts, confidences.tolist()))

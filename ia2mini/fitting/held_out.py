@@ -160,33 +160,32 @@ def add_texts(cv: CrossValidation, held_out: HeldOut, weights: Tensor | None) ->
         every = range(len(cv.folds))
         picks = cv.selection.picks(cv.selection.losses(held_out), every)
         weights = weights[every, [picks[fold] for fold in every]]  # [F, M]
-    held_out.texts, held_out.confidences = generate_held_out(cv, held_out.name, weights)
-    answered = zip(held_out.texts, cv.rows)
-    right = [same_answer(cv.task.parser, text, row.answer) for text, row in answered]
+    found = generate_held_out(cv, held_out.name, weights)
+    right = []
+    for i, row in enumerate(cv.rows):
+        generated, confidence = found[i]
+        text = generated.removeprefix(cv.task.blank)
+        held_out.texts.append(text)
+        held_out.confidences.append(confidence)
+        right.append(same_answer(cv.task.parser, text, row.answer))
     held_out.right = torch.tensor(right)
 
 
 def generate_held_out(
     cv: CrossValidation, name: str, weights: Tensor | None
-) -> tuple[list[str], list[float]]:
-    """Greedy answers to every held-out row, and their confidences; `weights` [F, M] of the folds' adapters."""
+) -> dict[int, tuple[str, float]]:
+    """The greedy answer to every held-out row, and its confidence; `weights` [F, M] of the folds' adapters."""
     tokenizer = cv.subject.tokenizer
     decoding = decoding_for(cv.subject.model, cv.max_tokens, cv.stop)
     with cv.bar(f"answers of {name}", len(cv.rows)) as bar:
 
-        def answer(number: int) -> tuple[list[str], list[float]]:
+        def answer(number: int) -> list[tuple[str, float]]:
             one_fold = None if weights is None else weights[number][None]
             with answering(cv, name, number, one_fold) as (model, prompts):
                 return answer_texts(model, tokenizer, prompts, decoding, bar.update)
 
         parts = ranks.spread(answer, range(len(cv.folds)))
-    texts = [""] * len(cv.rows)
-    confidences = [0.0] * len(cv.rows)
-    for rows, (fold_texts, fold_confidences) in zip(cv.test_rows, parts):
-        for i, text, confidence in zip(rows, fold_texts, fold_confidences):
-            texts[i] = text.removeprefix(cv.task.blank)
-            confidences[i] = confidence
-    return texts, confidences
+    return dict(zip(sum(cv.test_rows, []), sum(parts, [])))
 
 
 def score_by_probes(cv: CrossValidation) -> Tensor:

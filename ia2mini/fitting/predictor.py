@@ -270,10 +270,9 @@ class Predictor:
     def generate_texts(self, student, ids: list[list[int]]) -> list[dict]:
         """Generate a text after each prompt; returns the texts and their confidences."""
         decoding = decoding_for(self.subject.model, self.spec["max_tokens"], self.spec["stop"])
-        texts, confidences = answer_texts(student, self.subject.tokenizer, ids, decoding)
         blank = blank_of(self.spec["template"])
         answers = []
-        for text, confidence in zip(texts, confidences):
+        for text, confidence in answer_texts(student, self.subject.tokenizer, ids, decoding):
             answers.append({"answer": text.removeprefix(blank), "confidence": confidence})
         return answers
 
