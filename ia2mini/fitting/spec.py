@@ -93,25 +93,23 @@ def misfit(value, shape, name: str) -> str | None:
 
     A shape is a type, a function that tells whether a value is right, or an object or a list of shapes.
     """
-    if isinstance(shape, type):
-        return None if isinstance(value, shape) else name
-    if callable(shape):
-        return None if shape(value) else name
     if isinstance(shape, dict):
-        if not isinstance(value, dict):
-            return name
-        parts = []
-        for key, inner in shape.items():
-            parts.append((value.get(key, MISSING), inner, f"{name}.{key}".lstrip(".")))
+        fits = isinstance(value, dict)
+    elif isinstance(shape, list):
+        fits = isinstance(value, (list, tuple))
+    elif isinstance(shape, type):
+        fits = isinstance(value, shape)
     else:
-        if not isinstance(value, (list, tuple)):
-            return name
-        parts = [(part, shape[0], name) for part in value]
-    for part, inner, part_name in parts:
-        field = misfit(part, inner, part_name)
-        if field:
-            return field
-    return None
+        fits = shape(value)
+    if not fits:
+        return name
+    found = []
+    if isinstance(shape, dict):
+        for key, inner in shape.items():
+            found.append(misfit(value.get(key, MISSING), inner, f"{name}.{key}".lstrip(".")))
+    elif isinstance(shape, list):
+        found = [misfit(part, shape[0], name) for part in value]
+    return next(filter(None, found), None)
 
 
 def read_spec(folder: Path) -> dict | None:
