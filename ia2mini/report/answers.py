@@ -94,19 +94,17 @@ class Answers:
     def table(self) -> tuple[list[str], list[list]]:
         """A header and a line for every row: own columns, answer columns, and p(label) of each label."""
         shares = [f"p({label})" for label in self.labels]
-        reserved = {*ANSWER_COLUMNS, *self.names, *shares}
-        own = [rename_clashes(row, reserved) for row, _ in self.pairs]
-        known: dict[str, None] = {}
-        for row in own:
-            known.update(dict.fromkeys(row))
-        header = list(known)
-        lines = []
-        for row, (_, answer) in zip(own, self.pairs):
-            line = [row.get(name) for name in header]
-            line += [answer.get(name) for name in self.names]
-            line += [answer.get("probabilities", {}).get(label) for label in self.labels]
-            lines.append(line)
-        return [*header, *self.names, *shares], lines
+        added = [*self.names, *shares]
+        own: dict[str, None] = {}  # columns, in order
+        records = []
+        for row, answer in self.pairs:
+            renamed = rename_clashes(row, {*ANSWER_COLUMNS, *added})
+            own.update(dict.fromkeys(renamed))
+            probabilities = answer.get("probabilities", {}).items()
+            by_label = {f"p({label})": share for label, share in probabilities}
+            records.append({**renamed, **answer, **by_label})
+        header = [*own, *added]
+        return header, [[record.get(name) for name in header] for record in records]
 
     def write(self, out: Path) -> None:
         """Write them as a file, whole or not at all. Raises UsageError."""

@@ -40,7 +40,8 @@ def add_paper(document: dict) -> int:
     config = document["config"]
     if departures(document):
         return 0
-    known = paper_rows()
+    with (Path(__file__).parent / "paper.csv").open(encoding="utf-8") as file:
+        known = {tuple(row[field] for field in FIELDS): row for row in csv.DictReader(file)}
     found = 0
     for cell in document["cells"]:
         labels = config["labels"] if cell["method"] in ("sft", "ia2-sft") else ""
@@ -51,13 +52,6 @@ def add_paper(document: dict) -> int:
             cell["paper"] = " / ".join(filter(None, (row["acc"], row["ece"])))
             found += 1
     return found
-
-
-def paper_rows() -> dict[tuple, dict]:
-    """The rows of paper.csv by their values of FIELDS."""
-    with (Path(__file__).parent / "paper.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return {tuple(row[field] for field in FIELDS): row for row in rows}
 
 
 def table_8(document: dict) -> list[tuple[str, int, str, str, PairedTest]]:

@@ -194,8 +194,8 @@ def open_folder(cells: list[Cell], out: Path, draw: Callable = draw_episode) -> 
         "ia2mini": __version__,
         "tasks": [task.name for task in tasks],
         "model": study.subject.base,
+        **asdict(options),
     }
-    config.update(asdict(options))
     del config["loss"]  # a path does not identify a loss; its content does
     if study.losses:
         config["loss"] = {loss.name: loss.digest for loss in study.losses}

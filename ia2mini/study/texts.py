@@ -4,13 +4,13 @@ R runs, Q evaluation rows.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..generate import Decoding, generate
-from ..models.taps import device_of
-from ..scale.decode import fast_decoding
+from ..generate import STOP, generate
+from ..scale.decode import decoding_for
 from ..tasks import same_answer
 from .cells import Cell
 from .evaluation import Evaluation
@@ -36,11 +36,7 @@ def generate_texts(
     e: Evaluation, model: Callable, prompts: list[list[int]], runs: int, bar
 ) -> list[dict]:
     """Generate the texts of each run, in the form that is kept."""
-    decoding = Decoding(
-        e.task.max_tokens,
-        runs=runs,
-        hooks=fast_decoding(device_of(e.model), e.task.max_tokens),
-    )
+    decoding = replace(decoding_for(e.model, e.task.max_tokens, STOP), runs=runs)
 
     def watch(queries: int) -> None:
         bar.update(queries * runs)
