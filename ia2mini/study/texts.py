@@ -23,13 +23,15 @@ def score_texts(
 
     All runs answer side by side. The texts of each run are kept.
     """
+    store = e.experiment.store
     files = [texts_file(e.cell, run, e.name) for run in runs]
-    kept = [e.experiment.store.json(file) for file in files]
+    kept = [store.json(file) for file in files]
     if None in kept:
-        kept = generate_texts(e, model, prompts, len(runs), bar)
-        kept = [e.experiment.store.keep_json(file, texts) for file, texts in zip(files, kept)]
+        generated = generate_texts(e, model, prompts, len(runs), bar)
+        kept = [store.keep_json(file, texts) for file, texts in zip(files, generated)]
     responses = [texts["ids"] for texts in kept]
-    return responses, torch.stack(list(map(parsed_correct, kept)))
+    correct = [parsed_correct(texts) for texts in kept]
+    return responses, torch.stack(correct)
 
 
 def generate_texts(
@@ -45,7 +47,8 @@ def generate_texts(
     answers = [row.answer for row in e.rows]
     kept = []
     for r in range(runs):
-        ids = responses[r * len(prompts) : (r + 1) * len(prompts)]
+        first = r * len(prompts)
+        ids = responses[first : first + len(prompts)]
         texts = [e.tokenizer.decode(response) for response in ids]
         kept.append({"texts": texts, "parser": e.task.parser, "ids": ids, "answers": answers})
     return kept
@@ -57,11 +60,13 @@ def texts_file(cell: Cell, run: str, name: str) -> str:
 
 def parsed_correct(kept: dict) -> Tensor:
     """Whether each kept text parses to the same value as its true answer, [Q] bool."""
-    parser = kept["parser"]
-    pairs = zip(kept["texts"], kept["answers"])
-    return torch.tensor([same_answer(parser, text, answer) for text, answer in pairs])
+    correct = []
+    for text, answer in zip(kept["texts"], kept["answers"]):
+        correct.append(same_answer(kept["parser"], text, answer))
+    return torch.tensor(correct)
 
 
 def with_end(e: Evaluation, response: list[int]) -> list[int]:
     """A generated response with the end-of-sequence token, unless it was cut."""
-    return (response + e.tokenizer.closing)[: e.cell.max_tokens]
+    ended = response + e.tokenizer.closing
+    return ended[: e.cell.max_tokens]
