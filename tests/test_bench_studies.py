@@ -76,7 +76,7 @@ def test_the_effect_is_what_the_librarys_document_says(tmp_path, monkeypatch):
 def test_the_matrix_of_causes_compares_the_same_sets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(effect.TASKS, "classification", ("toy-mood", "toy-topic"))
-    options = Options(n=(2,), sets=1, eval_rows=10, epochs=1, rates=(1e-2,))
+    options = Options(n=(2,), sets=1, eval_rows=4, epochs=1, rates=(1e-2,))
     found = causes.causes(open_subject("tiny", "cpu"), options, "classification")
     documents = [json.loads(file.read_text()) for file in Path("runs").glob("*/results.json")]
     what = "classification, N = 2"
@@ -244,7 +244,7 @@ def test_bands_of_layers():
 def test_which_layers_matter_is_told_with_a_figure(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(effect.TASKS, "classification", ("toy-mood",))
-    options = Options(n=(2,), sets=2, eval_rows=10, epochs=2, rates=(1e-2,))
+    options = Options(n=(2,), sets=2, eval_rows=4, epochs=1, rates=(1e-2,))
     found = layers.layers(
         open_subject("tiny", "cpu"), options, "classification", matched=("ridge",)
     )
