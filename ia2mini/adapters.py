@@ -176,11 +176,11 @@ def adapted(model: nn.Module, adapter: Adapter | None, theta: Tensor | None) -> 
     weights = unpack(theta, adapter.shapes)
     try:
         for name, linear in adapter.linears.items():
-            linear.change = adapter.change(name, weights)
+            linear.adapted = adapter.change(name, weights)
         yield model
     finally:
         for linear in adapter.linears.values():
-            linear.change = None
+            linear.adapted = None
 
 
 def find_linears(model: nn.Module, targets) -> dict[str, Linear]:

@@ -52,7 +52,7 @@ def solve(
             B = weights[f"{name}.B"]
             linear = adapter.linears[name]
             solver = partial(solve_one, A, B, target / factor, batch, adapter.scale)
-            linear.change = partial(solved_first, solver, linear.change)
+            linear.adapted = partial(solved_first, solver, linear.adapted)
         student(batch.ids, logits=False, cache=batch.packed)
     return theta
 

@@ -160,7 +160,8 @@ class Tokenizer:
                 raise UsageError(f"{same}; choose other labels")
             label_of[tuple(ids)] = label
         # sorted, a list that begins others stands right before one of them
-        prefixes = [pair for pair in pairwise(sorted(label_of)) if is_prefix(*pair)]
+        pairs = pairwise(sorted(label_of))
+        prefixes = [(short, long) for short, long in pairs if long[: len(short)] == short]
         if not prefixes:
             return tokens
         if not self.closing:
@@ -171,8 +172,3 @@ class Tokenizer:
                 f"{conflict}, and {lack}; add it to its config.json, or choose other labels"
             )
         return [ids + self.closing for ids in tokens]
-
-
-def is_prefix(short: Sequence[int], long: Sequence[int]) -> bool:
-    """Whether the longer list goes on from the shorter one."""
-    return len(short) < len(long) and long[: len(short)] == short

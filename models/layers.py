@@ -57,14 +57,14 @@ class Normalise(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear with a place for an adapter: `change(base, x)` is called instead of the frozen map `base(x)`."""
+    """nn.Linear with a place for an adapter: `adapted(base, x)` is called instead of the frozen map `base(x)`."""
 
-    change: Callable | None = None  # no parameter: names stay the checkpoint's own
+    adapted: Callable | None = None  # no parameter: names stay the checkpoint's own
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.change is None:
+        if self.adapted is None:
             return self.base(x)
-        return self.change(self.base, x)
+        return self.adapted(self.base, x)
 
     def base(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)

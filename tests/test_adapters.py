@@ -134,7 +134,7 @@ def test_adapters_are_gone_after_the_block_even_after_an_error(model, kind):
         assert (student(ids) - plain).abs().max() > 1e-3
         raise RuntimeError("in the block")
     assert torch.equal(model(ids), plain)
-    assert all(linear.change is None for linear in find_linears(model, EVERY_MATRIX).values())
+    assert all(linear.adapted is None for linear in find_linears(model, EVERY_MATRIX).values())
 
 
 def test_only_the_chosen_matrices_are_found(model):

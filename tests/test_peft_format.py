@@ -73,7 +73,7 @@ def test_a_merged_checkpoint_equals_the_adapted_model(tiny, tmp_path, kind):
         assert (model(ids) - expected).abs().max() > 1e-2
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
-    assert all(linear.change is None for linear in adapter.linears.values())
+    assert all(linear.adapted is None for linear in adapter.linears.values())
 
 
 def test_the_model_in_memory_survives_a_failed_save(tiny, tmp_path):
