@@ -38,10 +38,8 @@ def read_own(
 
 def columns_of_turns(columns: Columns, where: str, chat: bool) -> Columns:
     """The columns of rows with conversations. UsageError if neither --chat nor a template says how to write them."""
-    template = columns.template
-    if template is None and chat:
-        template = ALL_TURNS
-    if template in (None, ALL_TURNS) and not chat:
+    template = ALL_TURNS if columns.template is None else columns.template
+    if template == ALL_TURNS and not chat:
         mend = "give --chat, or a template of its system's and user's turn: --template '{user}\\nLabel:'"
         raise UsageError(f"{where}: a conversation (messages): {mend}")
     return columns._replace(template=template, answer=columns.answer or ANSWER)
