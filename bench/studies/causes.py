@@ -13,22 +13,20 @@ from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
-from ia2mini.cli.group import progress
 from ia2mini.engine.intervals import paired_test
 from ia2mini.engine.options import UNTRAINED, Options
 from ia2mini.engine.select import grouped
 from ia2mini.engine.subject import Subject
 from ia2mini.episode import draw_episode
 from ia2mini.report.summary import average, paired
-from ia2mini.study.study import compare
 from ia2mini.tasks import Task, load_examples
 
 from ..cost import Cost
 from ..report import Line, Result, difference
 from .after import accuracies_with_demonstrations, phases_of, spent
 from .controls import TEACHERS, Control
-from .effect import about, kept, tasks_of
-from .reopened import RUNS, Reopened, reopen
+from .effect import about, studied, tasks_of
+from .reopened import Reopened, reopen
 
 TRUE = TEACHERS[0]
 MATCHED = ("ia2", "ridge", "hidden", "soft")
@@ -61,12 +59,11 @@ def causes(
     for teacher in teachers:
         asked = replace(options, methods=methods_of(teacher, matched))
         draw = drawn_for(teacher, tasks)
-        document, folder = compare(tasks, subject, asked, RUNS, bar=progress, draw=draw)
+        document = studied(result, f"teacher {teacher}", tasks, subject, asked, draw=draw)
         for cell in document["cells"]:
             cells.append(cell | {"method": named(cell["method"], teacher)})
         for (n, method), records in grouped(document["runs"], "n", "method").items():
             steps[n, named(method, teacher)] = fmean(record["steps"] for record in records)
-        result.remarks.append(f"teacher {teacher}: {kept(document, folder)}")
         if teacher == TRUE:
             reopened = reopen(tasks, subject, asked, draw)
             stays(result, part, reopened, document)

@@ -47,9 +47,14 @@ def about(subject: Subject, options: Options, part: str) -> str:
     return f"{subject.name}, {part}: {options.sets} sets, {options.eval_rows} evaluation rows"
 
 
-def kept(document: dict, folder: Path) -> str:
-    """Where a study is, and how long it took."""
-    return f"{folder}, {sum(document['seconds'].values()):.0f} s in all"
+def studied(
+    result: Result, what: str, tasks: list[Task], subject: Subject, options: Options, **how
+) -> dict:
+    """The document of a study, which goes on where it was; where it is, and its seconds, are a remark on `what`."""
+    document, folder = compare(tasks, subject, options, RUNS, bar=progress, **how)
+    seconds = sum(document["seconds"].values())
+    result.remarks.append(f"{what}: {folder}, {seconds:.0f} s in all")
+    return document
 
 
 def effect(subject: Subject, options: Options, part: str, data: Path | None = None) -> Result:
@@ -61,14 +66,13 @@ def effect(subject: Subject, options: Options, part: str, data: Path | None = No
     sizes = f"{subject.name}: {options.sets} sets, {options.eval_rows} evaluation rows"
     said = f"{sizes}, rates {rates} chosen by dev loss; gains in points of accuracy, paired by task and set"
     result = Result("effect", said, [])
-    document, folder = compare(tasks_of(part, data), subject, options, RUNS, bar=progress)
+    document = studied(result, part, tasks_of(part, data), subject, options)
     cells = [cell for cell in document["cells"] if cell["selected_by"] != "eval"]
     for n in options.n:
         compared(result, part, [cell for cell in cells if cell["n"] == n])
         overlap(
             result, f"{part}, N = {n}", [found for found in document["overlap"] if found["n"] == n]
         )
-    result.remarks.append(f"{part}: {kept(document, folder)}")
     return result
 
 

@@ -5,7 +5,6 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from ia2mini.cli.group import progress
 from ia2mini.engine.options import METHOD_NAMES, Options
 from ia2mini.engine.select import grouped
 from ia2mini.engine.subject import Subject
@@ -23,11 +22,9 @@ from ia2mini.report.drawing import (
     styled,
 )
 from ia2mini.report.summary import average, interval, paired
-from ia2mini.study.study import compare
 
 from ..report import RESULTS, Line, Result, difference, newest
-from .effect import about, kept, tasks_of
-from .reopened import RUNS
+from .effect import about, studied, tasks_of
 
 CONTROLS = ("base", "icl", "sft")
 MATCHED = ("ia2", "ridge")
@@ -65,14 +62,13 @@ def layers(
         for first in matched:
             methods += [first, f"{first}-sft"]
         asked = replace(options, layers=chosen, methods=tuple(methods))
-        document, folder = compare(tasks_of(part, data), subject, asked, RUNS, bar=progress)
+        document = studied(result, band, tasks_of(part, data), subject, asked)
         for cell in document["cells"]:
             if not cell["ood"]:
                 method = cell["method"]
                 cells.append(
                     cell | {"method": method if method in CONTROLS else f"{method}, {band}"}
                 )
-        result.remarks.append(f"{band}: {kept(document, folder)}")
     for (n,), mine in grouped(cells, "n").items():
         for row in average(mine):
             rates = {"% accuracy": 100 * row["acc_mean"], "asim": row["asim_mean"]}

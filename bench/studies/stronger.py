@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from ia2mini import UsageError
-from ia2mini.cli.group import progress
 from ia2mini.engine.options import METHOD_NAMES, Options
 from ia2mini.engine.own_loss import further
 from ia2mini.engine.select import grouped
@@ -19,12 +18,11 @@ from ia2mini.engine.subject import Subject
 from ia2mini.files import json_line, write_text
 from ia2mini.methods import ICL, Grid
 from ia2mini.report.summary import average, paired
-from ia2mini.study.study import compare
 from ia2mini.tasks import Task, custom_task
 from ia2mini.train import Trained
 
 from ..report import Line, Result, difference
-from .effect import about, kept, tasks_of
+from .effect import about, studied, tasks_of
 from .fit import CALLED, called, real_rows
 from .reopened import RUNS
 from .sdft import sdft
@@ -96,10 +94,9 @@ def stronger(subject: Subject, options: Options, part: str, data: Path | None = 
     cells = []
     with further_methods():
         for teacher, asked in (("plain", plain), ("tuned", tuned)):
-            document, folder = compare(tasks, subject, asked, RUNS, bar=progress)
+            document = studied(result, f"{teacher} teacher", tasks, subject, asked)
             for cell in document["cells"]:
                 cells.append(cell | {"method": named(cell["method"], teacher)})
-            result.remarks.append(f"{teacher} teacher: {kept(document, folder)}")
     for (n, ood), mine in grouped(cells, "n", "ood").items():
         where = f"{part}, N = {n}{', out of distribution' if ood else ''}"
         listed(result, where, mine)
