@@ -331,6 +331,8 @@ def test_the_candidates_of_fit_are_drawn_with_their_intervals():
     assert len(axis.collections) == 3, "what has no interval shows none"
     assert [text.get_text() for text in axis.texts][:2] == ["29 (13 to 51)", "62 (41 to 81)"]
     assert axis.get_yticklabels()[-1].get_text() == "as shipped"
+    (axis,) = draw_candidates(REPORT | {"chosen": "base"}).axes  # nothing is shipped
+    assert axis.get_yticklabels()[-1].get_text() == "as chosen"
 
 
 @pytest.mark.parametrize(
