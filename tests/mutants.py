@@ -233,6 +233,9 @@ MUTANTS = {
     "bench/studies/sdft.py": [
         ("divergence = own.exp()", "divergence = teacher.exp()", "tuned sdfts_loss"),
     ],
+    "bench/studies/bayes.py": [
+        ("mean = U.T @ B @ A", "mean = A", "bayes without_noise"),
+    ],
     "ia2mini/teacher.py": [
         ("icl_dev=rows[n:labelled]", "icl_dev=rows[n:]", "unlabelled only_ia2"),
     ],

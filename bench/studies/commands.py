@@ -16,6 +16,8 @@ from ia2mini.files import write_text
 from .. import rivals_figure, rivals_page
 from ..report import finish, show
 from . import layers
+from .bayes import METHODS as BAYESIAN
+from .bayes import bayes
 from .causes import MATCHED, causes
 from .controls import TEACHERS
 from .effect import METHODS, TASKS, effect
@@ -76,16 +78,16 @@ def typed(*folders: str) -> str:
     return " ".join(["python -m bench", *words])
 
 
-def add_study(name: str, ask: Callable, *more, part=PART) -> None:
+def add_study(name: str, ask: Callable, *more, part=PART, methods=METHODS) -> None:
     """A command that asks something of the runs of a study: `ask(subject, options, part, data)`."""
 
     @click.command(name, help=ask.__doc__)
     @combine_options(part, *FOUND, SAVE, *more)
-    @options_of(Options, n=(2, 4, 8), sets=10, methods=METHODS, eval_rows=100)
+    @options_of(Options, n=(2, 4, 8), sets=10, methods=methods, eval_rows=100)
     def command(part, model, dtype, data_dir, save, **given):
         asked = {option: given.pop(option) for option in OF_A_STUDY if option in given}
         options = Options(**given)
-        if name != "effect" and options.select != "dev":
+        if name in ("bayes", "causes", "layers", "stronger") and options.select != "dev":
             raise UsageError(f"{name} takes the rates of the dev loss: leave out --select")
         result = ask(open_subject(model, "cpu", dtype), options, part, data_dir, **asked)
         show(result)
@@ -99,6 +101,7 @@ def add_study(name: str, ask: Callable, *more, part=PART) -> None:
 add_study("effect", effect)
 add_study("causes", causes, SEEN, what_is_matched(MATCHED))
 add_study("layers", layers.layers, what_is_matched(layers.MATCHED))
+add_study("bayes", bayes, methods=BAYESIAN)
 add_study("stronger", stronger, part=part_of([*TASKS, "words"]))
 
 

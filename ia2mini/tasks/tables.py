@@ -9,7 +9,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +29,8 @@ SPLITS = "dataset_dict.json"  # of several, each in a folder of its own
 
 def need_package(package: str, path: Path, what: str) -> None:
     """Raises UsageError if a package of the extra `data` is missing."""
-    try:
-        import_module(package)
-    except ImportError:
-        raise UsageError(f"{path}: {what} needs {package}: pip install 'ia2mini[data]'") from None
+    if find_spec(package) is None:
+        raise UsageError(f"{path}: {what} needs {package}: pip install 'ia2mini[data]'")
 
 
 @contextmanager
