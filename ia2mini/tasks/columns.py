@@ -88,10 +88,11 @@ def choose_columns(rows: list[Row], columns: Columns, queries: bool = False) -> 
     unclear = [] if given else possible_prompts(rows, left_out)
     if queries:
         unclear = without(unclear, with_name(unclear, ANSWERS))
-    if alpaca:  # its "text" is prompt and answer together
-        unclear = without(unclear, with_name(unclear, ["text"]))
     prompt_known = given or alpaca or len(prompts) == 1
     answer_known = queries or len(answers) == 1
+    if alpaca:  # its "text" is prompt and answer together
+        unclear = without(unclear, with_name(unclear, ["text"]))
+        answer_known = answer_known and not with_name(unclear, ANSWERS)
     if unclear or not prompt_known or not answer_known:
         parts = [column for column in header if column in (*prompts, *unclear)]
         raise UsageError(ask_for_columns(rows[0].where, header, parts, queries, answer_known))

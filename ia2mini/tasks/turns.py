@@ -34,8 +34,8 @@ def open_turns(row: Row, template: str | None) -> Row:
         return row
     turns = read_each(f"{row.where}: messages", messages)
     columns = {name: value for name, value in row.items() if name != MESSAGES}
-    for name in ROLES:
-        if name in columns:
+    for name in columns:
+        if name in ROLES:
             raise UsageError(f"{row.where}: both messages and a column {name!r}; rename the column")
     if turns and turns[-1]["role"] == "assistant":
         columns[ANSWER] = turns.pop()["content"]
@@ -56,24 +56,22 @@ def open_turns(row: Row, template: str | None) -> Row:
 
 
 def read_each(where: str, turns: list) -> list[dict[str, str]]:
-    return [read_turn(where, number, turn) for number, turn in enumerate(turns, 1)]
-
-
-def read_turn(where: str, number: int, turn) -> dict[str, str]:
-    """The role and the text of a turn. Raises UsageError for whatever is no text of a known role."""
-    if not isinstance(turn, dict) or turn.get("role") not in ROLES:
-        roles = ", ".join(ROLES)
-        raise UsageError(f"{where}: turn {number} has no role of {roles}: {repr(turn)[:60]}")
-    content = turn.get("content")
-    if isinstance(content, list):  # in parts
-        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
-    if turn.get("tool_calls") or turn.get("function_call"):
-        content = None
-    if not isinstance(content, str):
-        mend = "leave the row out, or write it as text"
-        raise UsageError(f"{where}: turn {number} is no text (a call of a tool, an image?); {mend}")
-    return {"role": ROLES[turn["role"]], "content": content}
+    """The role and the text of each turn. Raises UsageError for whatever is no text of a known role."""
+    found = []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict) or turn.get("role") not in ROLES:
+            roles = ", ".join(ROLES)
+            raise UsageError(f"{where}: turn {number} has no role of {roles}: {repr(turn)[:60]}")
+        content = turn.get("content")
+        if isinstance(content, list):  # in parts
+            parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+            content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+        if not isinstance(content, str) or turn.get("tool_calls") or turn.get("function_call"):
+            kinds = "a call of a tool, an image?"
+            mend = "leave the row out, or write it as text"
+            raise UsageError(f"{where}: turn {number} is no text ({kinds}); {mend}")
+        found.append({"role": ROLES[turn["role"]], "content": content})
+    return found
 
 
 def read_turns(question: str) -> list[dict[str, str]]:
