@@ -185,15 +185,15 @@ def token_of(value, path: Path, special: bool) -> AddedToken:
 
 def check_ends(tokenizer: Tokenizer, settings: dict, folder: Path) -> None:
     """Raises UsageError where settings and tokenizer.json differ in whether BOS and EOS stand around every text."""
-    with broken_tokenizer():
-        written = tokenizer.encode("").ids
-    for name, at_edge in (("bos", written[:1]), ("eos", written[-1:])):
+    for name, edge in (("bos", slice(0, 1)), ("eos", slice(-1, None))):
         wanted = settings.get(f"add_{name}_token")
         token = settings.get(f"{name}_token")
         if wanted is None or token is None:
             continue
         text = token_of(token, folder / "tokenizer_config.json", special=True).content
-        is_added = tokenizer.token_to_id(text) in at_edge
+        with broken_tokenizer():
+            written = tokenizer.encode("").ids
+        is_added = tokenizer.token_to_id(text) in written[edge]
         if is_added != bool(wanted):
             what = f"tokenizer_config.json says add_{name}_token = {str(wanted).lower()}"
             has = "adds it" if is_added else "does not add it"
