@@ -168,9 +168,11 @@ def generate_responses(
 
     def observer(indices: list[int], tokens: list[int], logits: Tensor, outputs: Tensor) -> None:
         """Keep what prompts `indices` show: logits [b, V] and outputs [L, b, D] where `tokens` were chosen."""
-        soft = likeliest_tokens(logits, settings.soft_k) if settings.soft_k else ()
-        for i, *step in zip(indices, tokens, outputs.unbind(1), *soft):
-            steps[i].append(tuple(step))
+        seen: list = [tokens, outputs.unbind(1)]
+        if settings.soft_k:
+            seen += likeliest_tokens(logits, settings.soft_k)
+        for i, step in zip(indices, zip(*seen)):
+            steps[i].append(step)
 
     decoding = Decoding(
         max_tokens=settings.max_tokens,

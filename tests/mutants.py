@@ -249,11 +249,7 @@ MUTANTS = {
         ("if not is_ready(stream):", "if False:", "predictor lines_as_they_come"),
     ],
     "ia2mini/tasks/chat.py": [
-        (
-            'environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)',
-            "pass",
-            "chat many_templates",
-        ),
+        ('environment.filters["tojson"] = tojson', "pass", "chat many_templates"),
         ("return Rendered(text)", "return text", "chat rendering_equals"),
     ],
     "ia2mini/files/__init__.py": [

@@ -272,6 +272,8 @@ def test_unknown_names_labels_and_roles():
         match=r"rows.csv:7: unknown label '-1' in column 'label'; known labels: '0', '1'",
     ):
         find_task("sst2").label_of(Row("rows.csv:7", {"label": -1}))
+    yes_no = Task("own", "own", labels=("no", "yes"), label_index={"no": 0, "yes": 1})
+    assert yes_no.label_of(Row("rows.csv:8", {"label": "Yes"})) == 1
     with pytest.raises(UsageError, match="poems is only evaluated on"):
         load_examples(find_task("poems"), "train")
     with pytest.raises(UsageError, match="f.jsonl:2: the answer is empty"):

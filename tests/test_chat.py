@@ -198,6 +198,7 @@ MANY = {
     + "<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}<|assistant|>\n",
     "tojson": LOOP
     + "{{ m | tojson }} {{ m.content | tojson(indent=2) }}{% endfor %}{{ {'b': 1, 'a': '<é&>'} | tojson }}",
+    "positional": "{{ messages | tojson(false, 3) }}",
     "sorted": "{{ messages | tojson(sort_keys=true, separators=(',', ':'), ensure_ascii=true) }}",
     "generation": LOOP
     + "{% if m.role == 'assistant' %}{% generation %}A: {{ m.content }}\n  {% endgeneration %}"

@@ -43,10 +43,8 @@ class Commands(click.Group):
             open_streams()
             check_arguments(sys.argv[1:] if args is None else list(args))
             sys.exit(super().main(args, **more | {"standalone_mode": False}))
-        except (
-            Exception,
-            KeyboardInterrupt,
-        ) as error:  # click does not catch the latter everywhere
+        # click does not catch the latter everywhere
+        except (Exception, KeyboardInterrupt) as error:
             if interrupts or isinstance(error, (click.Abort, KeyboardInterrupt)):
                 kept = "finished work is kept, and the same command resumes it"
                 say(f"interrupted; {kept}", before="\n")

@@ -78,8 +78,7 @@ class CrossValidation:
 
     @property
     def stop(self) -> str | None:
-        """The text at which a generated answer ends; a turn of a chat ends by its own token."""
-        return None if self.options.chat else STOP
+        return stop_text(self.options)
 
     @property
     def gold(self) -> Tensor:
@@ -106,6 +105,11 @@ class CrossValidation:
     def demonstration_tokens(self, example: Example) -> int:
         """Number of tokens of a row with its answer, as a demonstration before a query."""
         return self.count_tokens(f"{example.prompt}{example.answer}\n\n")
+
+
+def stop_text(options: FitOptions) -> str | None:
+    """The text at which a generated answer ends; a turn of a chat ends by its own token."""
+    return None if options.chat else STOP
 
 
 def candidate_names(task: Task, options: FitOptions) -> list[str]:
@@ -170,6 +174,8 @@ def episode_of_all_rows(cv: CrossValidation) -> Episode:
 
 def before_unlabelled(cv: CrossValidation, number: int, rows: list[Example]) -> list[list[Example]]:
     """The demonstrations before each row without an answer: some of the training rows of episode `number`."""
+    if not cv.unlabelled:
+        return []
     queries = {row.prompt for row in cv.unlabelled}
     others = [row for row in rows if row.prompt not in queries]
     rng = seeded(cv.options.seed, number, "unlabelled")

@@ -11,7 +11,7 @@ from ..engine.progress import silent
 from ..engine.store import Store, checkpoint_digest
 from ..engine.subject import Subject, max_answer_tokens
 from ..episode import seeded, with_demonstrations
-from ..generate import STOP, generate
+from ..generate import generate
 from ..methods import METHODS
 from ..prefix import share_prefix
 from ..scale.decode import decoding_for
@@ -19,7 +19,13 @@ from ..tasks import Example, Task
 from ..tasks.own import complete_rows
 from ..tasks.rows import Row, as_rows, only_column
 from ..tasks.turns import open_turns
-from .crossval import CrossValidation, check_number, check_options, choose_demonstrations
+from .crossval import (
+    CrossValidation,
+    check_number,
+    check_options,
+    choose_demonstrations,
+    stop_text,
+)
 from .held_out import answer_held_out, fit_final_probe
 from .predictor import Predictor
 from .report import Choice, make_report, question
@@ -119,8 +125,7 @@ def answer_with_context(prompts: list[str], subject: Subject, options: FitOption
     tokenizer = subject.tokenizer
     context = [Example(options.context, "")]
     model, ids = share_prefix(subject.model, tokenizer, [context], prompts)
-    stop = None if options.chat else STOP
-    decoding = decoding_for(subject.model, options.max_tokens, stop)
+    decoding = decoding_for(subject.model, options.max_tokens, stop_text(options))
     responses = map(tokenizer.decode, generate(model, tokenizer, ids, decoding))
     return [Example(prompt, response) for prompt, response in zip(prompts, responses)]
 

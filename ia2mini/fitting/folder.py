@@ -137,7 +137,8 @@ def check_digests(spec: dict, folder: Path) -> None:
     """Raises UsageError if the adapter or the probe is not the file that was saved."""
     for what, name in {"adapter": ADAPTER[0], "probe": PROBE}.items():
         if spec.get(f"{what}_digest") != digest(folder / name):
-            raise UsageError(f"{folder}: the {what} is damaged: {name} is another file")
+            damage = f"{name} is not the file that was saved"
+            raise UsageError(f"{folder}: the {what} is damaged: {damage}")
 
 
 def ships_adapter(folder: Path, kept: dict | None) -> bool:

@@ -120,7 +120,8 @@ def held_out_scores(states: Tensor, gold: Tensor, folds: list[list[int]], labels
 
 def write_probe(probe: Probe, path: Path) -> None:
     """Write a probe's two tensors as one file."""
-    write(path, partial(save_file, vars(probe)))
+    tensors = {"weight": probe.weight.contiguous(), "bias": probe.bias.contiguous()}
+    write(path, partial(save_file, tensors))
 
 
 def read_probe(folder: Path, labels: int, hidden: int) -> Probe:

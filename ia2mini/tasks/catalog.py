@@ -78,7 +78,7 @@ class Task:
         """Index of the row's label, or None where the row is not part of the task. UsageError for an unknown label."""
         indices = self.label_index or {str(i): i for i in range(len(self.labels))}
         text = row.text(self.answer_column)
-        key = find_label(text, indices)
+        key = find_label(text, indices) or find_label(text.lower(), indices)
         if key is None:
             unknown = f"unknown label {text!r} in column {self.answer_column!r}"
             raise UsageError(

@@ -232,10 +232,8 @@ def parse_json(text: str, where: str, expected: str):
     """The value of a JSON text. Raises UsageError, also for an object that gives a key twice."""
     try:
         return json.loads(text, object_pairs_hook=unique_keys)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # also a key that is given twice, or an endless number
+    # a ValueError is also a key that is given twice, or an endless number
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not JSON ({error}); {expected}") from None
 
 

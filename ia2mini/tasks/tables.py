@@ -38,9 +38,8 @@ def reading(path: Path, kind: str) -> Iterator[None]:
     """Turn every error into a UsageError: the file is damaged, or memory is too small."""
     try:
         yield
-    except (
-        Exception
-    ) as error:  # of zip, XML, the packages, and Python's for texts and dates that are none
+    # of zip, XML, the packages, and Python's for texts and dates that are none
+    except Exception as error:
         problem = f"not a whole {kind} file ({error})"
         if out_of_memory(error):
             problem = f"too little memory to read it ({error}); give a part of its rows"
