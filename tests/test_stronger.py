@@ -7,7 +7,7 @@ from statistics import fmean
 import pytest
 
 from bench.studies import effect
-from bench.studies.stronger import ITSELF, MATCHED, PLAIN, WORD_ROWS, stronger, words
+from bench.studies.stronger import ITSELF, MATCHED, PLAIN, stronger
 from ia2mini.engine.options import Options
 from ia2mini.engine.subject import open_subject
 from ia2mini.tasks import load_examples
@@ -41,7 +41,7 @@ def test_words_are_labels_of_real_rows_and_no_row_is_in_both_parts(
 ):
     monkeypatch.chdir(tmp_path)
     for task, labels in zip(
-        words(shared_data),
+        effect.tasks_of("words", shared_data),
         ({"negative", "positive"}, {"World", "Sports", "Business", "Technology"}),
         strict=True,
     ):
@@ -49,4 +49,4 @@ def test_words_are_labels_of_real_rows_and_no_row_is_in_both_parts(
         pool = load_examples(task, "train").rows
         fresh = load_examples(task, "eval").rows
         assert not {row.prompt for row in pool} & {row.prompt for row in fresh}
-        assert len(pool) <= WORD_ROWS * len(labels)
+        assert len(pool) <= effect.WORD_ROWS * len(labels)

@@ -29,13 +29,9 @@ from .stronger import stronger
 COMMANDS: list[click.Command] = []
 
 
-def part_of(names):
-    return click.option(
-        "--part", type=click.Choice(list(names)), default="classification", show_default=True
-    )
-
-
-PART = part_of(TASKS)
+PART = click.option(
+    "--part", type=click.Choice(list(TASKS)), default="classification", show_default=True
+)
 FOUND = (
     click.option("--model", default="tiny", show_default=True, help="folder, hub id or short name"),
     click.option(
@@ -78,11 +74,11 @@ def typed(*folders: str) -> str:
     return " ".join(["python -m bench", *words])
 
 
-def add_study(name: str, ask: Callable, *more, part=PART, methods=METHODS) -> None:
+def add_study(name: str, ask: Callable, *more, methods=METHODS) -> None:
     """A command that asks something of the runs of a study: `ask(subject, options, part, data)`."""
 
     @click.command(name, help=ask.__doc__)
-    @combine_options(part, *FOUND, SAVE, *more)
+    @combine_options(PART, *FOUND, SAVE, *more)
     @options_of(Options, n=(2, 4, 8), sets=10, methods=methods, eval_rows=100)
     def command(part, model, dtype, data_dir, save, **given):
         asked = {option: given.pop(option) for option in OF_A_STUDY if option in given}
@@ -102,7 +98,7 @@ add_study("effect", effect)
 add_study("causes", causes, SEEN, what_is_matched(MATCHED))
 add_study("layers", layers.layers, what_is_matched(layers.MATCHED))
 add_study("bayes", bayes, methods=BAYESIAN)
-add_study("stronger", stronger, part=part_of([*TASKS, "words"]))
+add_study("stronger", stronger)
 
 
 @click.command("gain", help=gain.__doc__)

@@ -10,28 +10,21 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ia2mini import UsageError
 from ia2mini.engine.options import METHOD_NAMES, Options
 from ia2mini.engine.own_loss import further
 from ia2mini.engine.select import grouped
 from ia2mini.engine.subject import Subject
-from ia2mini.files import json_line, write_text
 from ia2mini.methods import ICL, Grid
 from ia2mini.report.summary import average, paired
-from ia2mini.tasks import Task, custom_task
 from ia2mini.train import Trained
 
 from ..report import Line, Result, difference
 from .effect import about, studied, tasks_of
-from .fit import CALLED, called, real_rows
-from .reopened import RUNS
 from .sdft import sdft
 
 PLAIN = ("base", "icl", "icl-sft", "sft", "sft-sft", "soft", "sdft")
 MATCHED = ("ia2", "ia2-sft", "hidden", "hidden-sft", "ridge-sft")  # under both teachers
 ITSELF = ("own", "own-sft")  # IA2 from the tuned teacher's own weights
-WORDS = ("sst2", "ag_news")  # real rows with words as labels
-WORD_ROWS = 75  # of each label and each half: to draw sets from, and for evaluation
 METRICS = {  # metric -> what it says, its factor and its digits
     "acc": ("% accuracy", 100, ".1f"),
     "nll": ("NLL", 1, ".3f"),
@@ -88,7 +81,7 @@ def further_methods() -> Iterator[None]:
 def stronger(subject: Subject, options: Options, part: str, data: Path | None = None) -> Result:
     """Plain and tuned teachers, what they teach by activations, SFT, and SDFT, with paired tests over task and set."""
     result = Result("stronger", f"{about(subject, options, part)}; rates chosen by dev loss", [])
-    tasks = words(data) if part == "words" else tasks_of(part, data)
+    tasks = tasks_of(part, data)
     plain = replace(options, methods=PLAIN + MATCHED)
     tuned = replace(options, methods=MATCHED + ITSELF, teacher="tuned")
     cells = []
@@ -109,24 +102,6 @@ def stronger(subject: Subject, options: Options, part: str, data: Path | None = 
 
 def named(method: str, teacher: str) -> str:
     return method if teacher == "plain" else f"{method}, {teacher}"
-
-
-def words(data: Path | None) -> list[Task]:
-    """SST2 and AG News with words as labels: as many rows of each label for training as for evaluation."""
-    if data is None:
-        raise UsageError(
-            "words: name the folder that holds sst2/train.jsonl … with --data-dir or $IA2MINI_DATA"
-        )
-    tasks = []
-    for name in WORDS:
-        pool, fresh = [called(rows, name) for rows in real_rows(data, name, WORD_ROWS, draw=0)]
-        files = []
-        for what, rows in (("train", pool), ("eval", fresh)):
-            files.append(RUNS / "words" / f"{name}-{what}.jsonl")
-            write_text(files[-1], "".join(json_line(row) + "\n" for row in rows))
-        column, label = CALLED[name].values()
-        tasks.append(custom_task(files[0], column, label, eval_path=files[1]))
-    return tasks
 
 
 def listed(result: Result, where: str, cells: list[dict]) -> None:
