@@ -5,7 +5,7 @@ import torch
 from ia2mini.models import load
 from reference import make_checkpoint, relative
 
-from bench.studies import bayes, effect
+from bench.studies import bayes, tasks
 from bench.studies.bayes import DRAWS, METHODS, TOLERANCE, average_scores, drawn_weights
 from ia2mini.adapters import LoRA, adapted, unpack
 from ia2mini.engine.options import Options
@@ -61,7 +61,7 @@ def test_averages_are_of_shares():
 
 def test_the_study_takes_the_widest_noise_that_its_rows_bear(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(effect.TASKS, "classification", ("toy-mood",))
+    monkeypatch.setitem(tasks.TASKS, "classification", ("toy-mood",))
     options = Options(
         n=(4,), sets=2, eval_rows=10, epochs=4, rates=(1e-2,), methods=METHODS, batch_size=4
     )

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.__main__ import main  # noqa: E402
 from bench.studies import after, causes, controls, effect, fit, gain, layers, reopened  # noqa: E402
+from bench.studies import tasks as study_tasks  # noqa: E402
 from ia2mini import UsageError, draw_episode, open_subject  # noqa: E402
 from ia2mini.engine.options import FitOptions, Options  # noqa: E402
 from ia2mini.engine.select import chosen  # noqa: E402
@@ -24,7 +25,7 @@ from ia2mini.tasks import find_task, load_examples  # noqa: E402
 
 def test_the_effect_is_what_the_librarys_document_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(effect.TASKS, "classification", ("toy-mood", "toy-topic"))
+    monkeypatch.setitem(study_tasks.TASKS, "classification", ("toy-mood", "toy-topic"))
     options = Options(n=(2,), sets=2, methods=effect.METHODS, eval_rows=10, epochs=3)
     found = effect.effect(open_subject("tiny", "cpu"), options, "classification")
     (kept,) = Path("runs").iterdir()
@@ -75,7 +76,7 @@ def test_the_effect_is_what_the_librarys_document_says(tmp_path, monkeypatch):
 
 def test_the_matrix_of_causes_compares_the_same_sets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(effect.TASKS, "classification", ("toy-mood", "toy-topic"))
+    monkeypatch.setitem(study_tasks.TASKS, "classification", ("toy-mood", "toy-topic"))
     options = Options(n=(2,), sets=1, eval_rows=4, epochs=1, rates=(1e-2,))
     found = causes.causes(open_subject("tiny", "cpu"), options, "classification")
     documents = [json.loads(file.read_text()) for file in Path("runs").glob("*/results.json")]
@@ -243,7 +244,7 @@ def test_bands_of_layers():
 
 def test_which_layers_matter_is_told_with_a_figure(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(effect.TASKS, "classification", ("toy-mood",))
+    monkeypatch.setitem(study_tasks.TASKS, "classification", ("toy-mood",))
     options = Options(n=(2,), sets=2, eval_rows=4, epochs=1, rates=(1e-2,))
     found = layers.layers(
         open_subject("tiny", "cpu"), options, "classification", matched=("ridge",)
@@ -266,11 +267,11 @@ def test_a_study_says_which_choice_of_the_rate_it_needs():
 
 
 def test_relations_are_read_from_a_folder(tmp_path, shared_data):
-    names = [task.name for task in effect.tasks_of("relations", shared_data)]
+    names = [task.name for task in study_tasks.tasks_of("relations", shared_data)]
     assert names == ["antonym", "present_past", "singular_plural"]
     for folder in (None, tmp_path):
         with pytest.raises(UsageError, match="--data-dir"):
-            effect.tasks_of("relations", folder)
+            study_tasks.tasks_of("relations", folder)
 
 
 def test_the_figure_of_gains_reads_the_newest_results(tmp_path):

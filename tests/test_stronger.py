@@ -6,7 +6,7 @@ from statistics import fmean
 
 import pytest
 
-from bench.studies import effect
+from bench.studies import tasks
 from bench.studies.stronger import ITSELF, MATCHED, PLAIN, stronger
 from ia2mini.engine.options import Options
 from ia2mini.engine.subject import open_subject
@@ -15,7 +15,7 @@ from ia2mini.tasks import load_examples
 
 def test_plain_and_tuned_teachers_are_compared_on_the_same_sets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(effect.TASKS, "classification", ("toy-mood",))
+    monkeypatch.setitem(tasks.TASKS, "classification", ("toy-mood",))
     options = Options(n=(2,), sets=2, eval_rows=8, epochs=2, rates=(1e-2,))
     found = stronger(open_subject("tiny", "cpu"), options, "classification")
     cells = {}
@@ -41,7 +41,7 @@ def test_words_are_labels_of_real_rows_and_no_row_is_in_both_parts(
 ):
     monkeypatch.chdir(tmp_path)
     for task, labels in zip(
-        effect.tasks_of("words", shared_data),
+        tasks.tasks_of("words", shared_data),
         ({"negative", "positive"}, {"World", "Sports", "Business", "Technology"}),
         strict=True,
     ):
@@ -49,4 +49,4 @@ def test_words_are_labels_of_real_rows_and_no_row_is_in_both_parts(
         pool = load_examples(task, "train").rows
         fresh = load_examples(task, "eval").rows
         assert not {row.prompt for row in pool} & {row.prompt for row in fresh}
-        assert len(pool) <= effect.WORD_ROWS * len(labels)
+        assert len(pool) <= tasks.WORD_ROWS * len(labels)

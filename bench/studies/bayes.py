@@ -19,8 +19,9 @@ from ia2mini.metrics import ece, fit_temperature, row_losses
 from ia2mini.tasks import Example
 
 from ..report import Line, Result, difference
-from .effect import about, studied, tasks_of
+from .effect import about, studied
 from .reopened import Reopened, reopen
+from .tasks import tasks_of
 
 METHODS = ("sft", "ia2-sft")
 DRAWS = 10

@@ -25,8 +25,9 @@ from ..cost import Cost
 from ..report import Line, Result, difference
 from .after import accuracies_with_demonstrations, phases_of, spent
 from .controls import TEACHERS, Control
-from .effect import about, studied, tasks_of
+from .effect import about, studied
 from .reopened import Reopened, reopen
+from .tasks import tasks_of
 
 TRUE = TEACHERS[0]
 MATCHED = ("ia2", "ridge", "hidden", "soft")

@@ -20,11 +20,12 @@ from .bayes import METHODS as BAYESIAN
 from .bayes import bayes
 from .causes import MATCHED, causes
 from .controls import TEACHERS
-from .effect import METHODS, TASKS, effect
+from .effect import METHODS, effect
 from .fit import REAL, gate
 from .gain import gain
 from .rivals import DATA_SETS, PARTS, Cells, rivals
 from .stronger import stronger
+from .tasks import TASKS
 
 COMMANDS: list[click.Command] = []
 

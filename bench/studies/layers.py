@@ -24,7 +24,8 @@ from ia2mini.report.drawing import (
 from ia2mini.report.summary import average, interval, paired
 
 from ..report import RESULTS, Line, Result, difference, newest
-from .effect import about, studied, tasks_of
+from .effect import about, studied
+from .tasks import tasks_of
 
 CONTROLS = ("base", "icl", "sft")
 MATCHED = ("ia2", "ridge")

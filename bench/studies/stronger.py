@@ -19,8 +19,9 @@ from ia2mini.report.summary import average, paired
 from ia2mini.train import Trained
 
 from ..report import Line, Result, difference
-from .effect import about, studied, tasks_of
+from .effect import about, studied
 from .sdft import sdft
+from .tasks import tasks_of
 
 PLAIN = ("base", "icl", "icl-sft", "sft", "sft-sft", "soft", "sdft")
 MATCHED = ("ia2", "ia2-sft", "hidden", "hidden-sft", "ridge-sft")  # under both teachers
