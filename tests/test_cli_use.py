@@ -135,6 +135,7 @@ MISTAKES = {
     "device of others": ("run toy-mood --device xpu", "--device xpu: ia2mini runs on cpu and cuda", "use --device cpu"),
     "rescore": ("rescore {g}/nowhere", "rescore"),
     "empty prompt": ("generate --model {g}/model --prompt=", "--prompt is empty"),
+    "rows before the adapter": ("predict {g}/mine.csv {g}/model", "mine.csv: is a file", "comes first"),
 }  # fmt: skip
 
 

@@ -15,8 +15,17 @@ from .streams import need_input, need_output
 icl_option = flag(
     "--icl", help="Use the base model with demonstrations in its prompt instead, to compare."
 )
+
+
+def check_folder(context, parameter, path: Path) -> Path:
+    """The folder of an adapter. Raises UsageError for a file: rows and adapter may be swapped."""
+    if not path.is_dir():
+        raise UsageError(f"{path}: is a file; the adapter's folder comes first, then the rows")
+    return path
+
+
 adapter_options = combine_options(
-    click.argument("adapter", type=click.Path(path_type=Path, exists=True, file_okay=False)),
+    click.argument("adapter", type=click.Path(path_type=Path, exists=True), callback=check_folder),
     click.option("--model", help="Use this base model.  [default: the one that the adapter names]"),
     machine_options,
     click.option(
