@@ -13,8 +13,10 @@ import pytest
 from click.testing import CliRunner
 from mistakes import refused
 from pyarrow import parquet
+from scipy import stats
 
 from ia2mini import FitOptions, fit, load_adapter, open_subject
+from ia2mini.cli.fit import few_rows_note, margin
 from ia2mini.cli.main import main
 from ia2mini.files import finite, json_line
 from ia2mini.tasks import world
@@ -69,7 +71,9 @@ def test_fit_says_how_rows_were_read_and_what_to_type_next(tmp_path):
         "columns: the prompt is 'text'; the answer is 'label'",
         "answers: 2 labels (0: 10, 1: 2)",
     ]
-    assert found.stderr.splitlines()[:4] == lines
+    told = found.stderr.splitlines()
+    assert told[:4] == lines
+    assert told[4].startswith("12 rows are few: they measure accuracy to within about 23 points")
     *_, last, next_command = found.stdout.splitlines()
     assert not set(lines) & set(found.stdout.splitlines()), "told once"
     assert shlex.split(next_command.removeprefix("next: ")) == [
@@ -117,6 +121,13 @@ def test_a_true_answer_may_be_written_in_several_ways(labels):
             lambda other=other: true_answer(Row("here", {"label": other}), "label", list(labels)),
             repr(other),
         )
+
+
+@pytest.mark.parametrize("rows", [8, 16, 100])
+def test_the_margin_of_few_rows_is_half_the_width_of_an_interval(rows):
+    low, high = stats.norm.interval(0.95, 0.8, (0.8 * 0.2 / rows) ** 0.5)
+    assert margin(rows) == pytest.approx(100 * (high - low) / 2, rel=1e-3)
+    assert few_rows_note(29) and not few_rows_note(30)
 
 
 def test_queries_without_a_prompt_are_left_out_and_named(saved):

@@ -1,5 +1,6 @@
 """The command for one's own rows: fit."""
 
+import math
 import shlex
 import shutil
 from pathlib import Path
@@ -20,6 +21,8 @@ from .options import (
     pop_options,
 )
 from .rows import print_remarks, refuse_unnamed_model
+
+FEW = 30  # fewer rows are told to be few
 
 
 @main.command()
@@ -94,7 +97,7 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
     check_number([task.prompt_of(row) for row in complete])
     subject = open_subject(**model_arguments)
     compile_and_checkpoint(subject.model)
-    print_remarks([*task.remarks, dtype_note(subject)])
+    print_remarks([*task.remarks, *few_rows_note(len(complete)), dtype_note(subject)])
     if (out / SPEC).is_file():
         print_remarks([f"{out}: holds an earlier fit, which is replaced when this one ends"])
     predictor = fit_rows(own, subject, options, columns, unlabelled or (), keep=out, bar=progress)
@@ -134,6 +137,21 @@ def files_of(predictor, out: Path) -> str:
     if (out / SUSPECTS).is_file():
         files.append(f"{SUSPECTS} (rows whose answers may be wrong)")
     return ", ".join(files)
+
+
+def few_rows_note(rows: int) -> list[str]:
+    """A line, before training, on how little few rows can show."""
+    if rows >= FEW:
+        return []
+    within = f"they measure accuracy to within about {margin(rows):.0f} points"
+    with_more = f"100 rows: {margin(100):.0f}"
+    only = "only large differences between methods show"
+    return [f"{rows} rows are few: {within} ({with_more}), so that {only}"]
+
+
+def margin(rows: int) -> float:
+    """Half the width of a 95 % interval, in points, around 80 % right of so many rows (normal approximation)."""
+    return 100 * 1.96 * math.sqrt(0.8 * 0.2 / rows)
 
 
 def dtype_note(subject) -> str:
