@@ -29,6 +29,9 @@ METHOD_NAMES = {  # method: as it is written, in the order of every table and fi
     "ia2+sft": "IA2+SFT",
     "ia2-sft": "IA2→SFT",
 }
+# the methods that `fit` tries. On the teacher's answers to a context SFT does harm (docs/results.md)
+FOR_ROWS = ("sft", "ia2-sft", "hidden-sft")
+FOR_A_CONTEXT = ("ia2", "hidden", "soft")
 LETTERS = {  # letter -> matrix, in the order of a layer
     "q": "q_proj",
     "k": "k_proj",
@@ -220,9 +223,10 @@ class FitOptions(TrainOptions, AdapterOptions):
     """How one's own rows become an adapter."""
 
     methods: tuple[str, ...] = option(
-        ("sft", "ia2-sft", "hidden-sft"),
+        None,
         "Try these methods, beside the base model, ICL and a linear probe. sft alone is the fastest; icl-sft keeps "
         "demonstrations in the prompt and trains many times longer.",
+        shown=f"{','.join(FOR_ROWS)}; with --context {','.join(FOR_A_CONTEXT)}",
     )
     rates: tuple[float, ...] = option(
         (), "Try these learning rates; held-out rows choose.", shown="the paper's highest"
@@ -248,6 +252,12 @@ class FitOptions(TrainOptions, AdapterOptions):
     chat: bool = option(False, "Write prompts and demonstrations by the model's chat template.")
     context: str = ""  # a text that the teacher sees before every query, instead of demonstrations
     temperature: bool = option(True, "Calibrate probabilities by a temperature from held-out rows.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.methods is None:
+            usual = FOR_A_CONTEXT if self.context else FOR_ROWS
+            object.__setattr__(self, "methods", usual)
 
     def rates_for(self, model: str, adapter: str) -> tuple[float, ...]:
         """The rates that were given, else the highest of the paper's: few rows leave little to choose by."""

@@ -13,6 +13,7 @@ NAMES = METHOD_NAMES | {
     "probe": "linear probe",
 }
 EXPLAINED = {  # what is shipped, where its name does not say enough
+    "hidden": "hidden (IA2 on the residual stream) is shipped",
     "hidden-sft": "hidden→SFT (IA2 on the residual stream, then SFT) is shipped",
     "probe": "A linear probe on the base's last hidden state is shipped, without an adapter",
     "icl": "Demonstrations in the prompt (ICL) are shipped, without an adapter",
@@ -47,22 +48,26 @@ def outcome(report: dict) -> str:
 def shipped(report: dict) -> str:
     """What is shipped, and the held-out accuracy of the whole choice."""
     measures = report["shipped"]
-    chosen = report["chosen"]
-    opening = EXPLAINED.get(chosen, f"{NAMES[chosen]} is shipped")
-    if report["wanted"]:
-        opening += ", as requested"
     calibration = f", ECE {measures['ece']:.2f}" if "ece" in measures else ""
     rows = plural(report["rows"], "held-out row")
-    return f"{opening}: {with_interval(measures['acc'])} of {rows} right{calibration}, {EACH}."
+    right = f"{with_interval(measures['acc'])} of {rows} right{calibration}"
+    return f"{opening(report)}: {right}, {EACH}."
+
+
+def opening(report: dict) -> str:
+    """What is shipped."""
+    chosen = report["chosen"]
+    words = EXPLAINED.get(chosen, f"{NAMES[chosen]} is shipped")
+    return f"{words}, as requested" if report["wanted"] else words
 
 
 def context_shipped(report: dict) -> str:
     """The same for a context."""
     measures = report["shipped"]
-    opening = f"{NAMES[report['chosen']]} is shipped"
     agreement = f"{with_interval(measures['acc'])} of {plural(report['rows'], 'held-out prompt')}"
     kl = f"KL {measures['nll'][0]:.2f} nats a token (base {report['kl']['base']:.2f})"
-    return f"{opening}: it answers as the model that sees the context on {agreement}, {kl}, {EACH}."
+    answers = f"it answers as the model that sees the context on {agreement}"
+    return f"{opening(report)}: {answers}, {kl}, {EACH}."
 
 
 def nothing_shipped(report: dict) -> str:
