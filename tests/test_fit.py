@@ -339,10 +339,13 @@ def test_a_context_goes_into_the_weights(subject, tmp_path):
     run("fit", "--context", tmp_path / "long.txt", *how[2:], "--out", tmp_path / "p", code=2)
 
 
-def test_of_a_context_what_aligns_is_tried_without_sft():
-    assert FitOptions().methods == ("sft", "ia2-sft", "hidden-sft")
-    assert FitOptions(context="Be brief.").methods == ("ia2", "hidden", "soft")
-    assert FitOptions(context="Be brief.", methods=("sft",)).methods == ("sft",)
+def test_of_a_context_ia2_alone_is_tried_and_trained_longer():
+    rows = FitOptions()
+    assert (rows.methods, rows.epochs) == (("sft", "ia2-sft", "hidden-sft"), 5)
+    context = FitOptions(context="Be brief.")
+    assert (context.methods, context.epochs) == (("ia2",), 15)
+    given = FitOptions(context="Be brief.", methods=("sft",), epochs=2)
+    assert (given.methods, given.epochs) == (("sft",), 2)
 
 
 def test_a_killed_fit_goes_on_and_nothing_half_written_stays(subject, tmp_path, monkeypatch):

@@ -97,7 +97,8 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
     check_number([task.prompt_of(row) for row in complete])
     subject = open_subject(**model_arguments)
     compile_and_checkpoint(subject.model)
-    print_remarks([*task.remarks, *few_rows_note(len(complete)), dtype_note(subject)])
+    few = few_rows_note(len(complete)) if only_rows else []
+    print_remarks([*task.remarks, *few, dtype_note(subject)])
     if (out / SPEC).is_file():
         print_remarks([f"{out}: holds an earlier fit, which is replaced when this one ends"])
     predictor = fit_rows(own, subject, options, columns, unlabelled or (), keep=out, bar=progress)

@@ -29,9 +29,11 @@ METHOD_NAMES = {  # method: as it is written, in the order of every table and fi
     "ia2+sft": "IA2+SFT",
     "ia2-sft": "IA2→SFT",
 }
-# the methods that `fit` tries. On the teacher's answers to a context SFT does harm (docs/results.md)
-FOR_ROWS = ("sft", "ia2-sft", "hidden-sft")
-FOR_A_CONTEXT = ("ia2", "hidden", "soft")
+# what `fit` tries, and for how many epochs. SFT on the teacher's answers to a context does harm (docs/results.md)
+ROW_METHODS = ("sft", "ia2-sft", "hidden-sft")
+ROW_EPOCHS = 5
+CONTEXT_METHODS = ("ia2",)
+CONTEXT_EPOCHS = 15
 LETTERS = {  # letter -> matrix, in the order of a layer
     "q": "q_proj",
     "k": "k_proj",
@@ -226,12 +228,17 @@ class FitOptions(TrainOptions, AdapterOptions):
         None,
         "Try these methods, beside the base model, ICL and a linear probe. sft alone is the fastest; icl-sft keeps "
         "demonstrations in the prompt and trains many times longer.",
-        shown=f"{','.join(FOR_ROWS)}; with --context {','.join(FOR_A_CONTEXT)}",
+        shown=f"{','.join(ROW_METHODS)}; with --context {','.join(CONTEXT_METHODS)}",
     )
     rates: tuple[float, ...] = option(
         (), "Try these learning rates; held-out rows choose.", shown="the paper's highest"
     )
-    epochs: int = option(5, "Train every phase for this many epochs.", least=1)
+    epochs: int = option(
+        None,
+        "Train every phase for this many epochs.",
+        least=1,
+        shown=f"{ROW_EPOCHS}; with --context {CONTEXT_EPOCHS}",
+    )
     balance: bool = option(False, "Let every label weigh the same in training, however rare.")
     ship: str = option(
         "",
@@ -256,8 +263,11 @@ class FitOptions(TrainOptions, AdapterOptions):
     def __post_init__(self):
         super().__post_init__()
         if self.methods is None:
-            usual = FOR_A_CONTEXT if self.context else FOR_ROWS
-            object.__setattr__(self, "methods", usual)
+            usual_methods = CONTEXT_METHODS if self.context else ROW_METHODS
+            object.__setattr__(self, "methods", usual_methods)
+        if self.epochs is None:
+            usual_epochs = CONTEXT_EPOCHS if self.context else ROW_EPOCHS
+            object.__setattr__(self, "epochs", usual_epochs)
 
     def rates_for(self, model: str, adapter: str) -> tuple[float, ...]:
         """The rates that were given, else the highest of the paper's: few rows leave little to choose by."""
