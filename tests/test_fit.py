@@ -25,11 +25,11 @@ from ia2mini.fitting import held_out
 from ia2mini.fitting.crossval import CrossValidation, those_that_fit
 from ia2mini.fitting.fit import make_choice, ship
 from ia2mini.fitting.report import make_report
-from ia2mini.fitting.rows import read_own
+from ia2mini.fitting.rows import read_own, remarks
 from ia2mini.fitting.training import experiment_of_folds, train_folds
 from ia2mini.methods import METHODS, Grid
 from ia2mini.metrics import ece, fit_temperature
-from ia2mini.tasks import world
+from ia2mini.tasks import Example, world
 from ia2mini.train import Hooks, Trained, train
 
 QUICK = FitOptions(epochs=4, rates=(1e-2,), methods=("sft",), folds=3)
@@ -337,6 +337,16 @@ def test_a_context_goes_into_the_weights(subject, tmp_path):
     assert len(said.splitlines()) == 16
     (tmp_path / "long.txt").write_text("good " * 5000)
     run("fit", "--context", tmp_path / "long.txt", *how[2:], "--out", tmp_path / "p", code=2)
+
+
+def test_answers_that_a_context_gives_are_not_remarked_as_read(subject):
+    rows, task = read_own([{"text": row["text"]} for row in toy_rows(4)], queries=True)
+    examples = [Example(task.prompt_of(row), f"answer {i}") for i, row in enumerate(rows)]
+    assert not any(
+        "read as text" in said for said in remarks(rows, task, examples, subject.tokenizer)
+    )
+    given = replace(task, answer="{text}")
+    assert any("read as text" in said for said in remarks(rows, given, examples, subject.tokenizer))
 
 
 def test_of_a_context_ia2_alone_is_tried_and_trained_longer():

@@ -58,7 +58,8 @@ def remarks(
         same = "the prompt of another row but a different answer"
         sentences.append(f"{plural(contrary, 'row')} had {same}")
     answers = {example.answer for example in examples}
-    if not task.labels and len(answers) == len(examples) > 1:
+    given_texts = bool(task.answer) and not task.labels  # not the model's own, after a context
+    if given_texts and len(answers) == len(examples) > 1:
         sentences.append("every row has another answer, so that answers are read as text")
     rows_of = Counter(example.label for example in examples)
     rare = [repr(label) for i, label in enumerate(task.labels) if rows_of[i] == 1]
@@ -67,7 +68,7 @@ def remarks(
         sentences.append(f"{only}: held out, nothing like it was trained on")
     lengths = tokenizer.count([task.prompt_of(row) for row in rows])
     sentences += [*task.remarks, *far_longer(rows, lengths)]
-    if not task.labels and task.answer:
+    if given_texts:
         sentences += ending_early(rows, task, tokenizer)
     return sentences
 
