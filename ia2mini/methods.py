@@ -137,10 +137,10 @@ def then_sft(first: str) -> Callable:
     return both_phases
 
 
-def sft_ia2(grid: Grid, tuned: Trained | None = None) -> Trained:
+def sft_ia2(grid: Grid, start: Trained | None = None) -> Trained:
     """IA2 → SFT in reverse: cross-entropy first, then alignment."""
-    tuned = tuned or sft(grid)
-    return grid.train("sft-ia2", {"mse": 1.0}, ICL, start=tuned)
+    start = start or sft(grid)
+    return grid.train("sft-ia2", {"mse": 1.0}, ICL, start)
 
 
 def ia2_plus_sft(grid: Grid) -> Trained:

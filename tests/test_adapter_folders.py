@@ -264,6 +264,8 @@ def test_the_same_merge_may_be_made_again_and_no_other(base, twin, saved, tmp_pa
             "merge", adapter, "--out", out, *more, code=2
         )
     assert contents(out) == kept | {out / "mine.txt": b"kept"}
+    rounded = run("merge", saved, "--out", tmp_path / "b", "--dtype", "bfloat16")
+    assert "rounded to bfloat16" in rounded and "rounded" not in first
 
 
 def test_tokens_beside_tokenizer_json_go_with_a_merge(base, saved, tmp_path):

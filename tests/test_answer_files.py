@@ -180,10 +180,12 @@ def test_digits_coverage_and_standard_input(saved, tmp_path):
     run("predict", saved, "-", "--digits", 9, "--out", out, input=given)
     found = [float(value) for value in table(out)["confidence"]]
     assert found == [round(row["confidence"], 9) for row in full]
-    run("predict", saved, "-", "--coverage", 0.5, "--out", out, input=given)
+    told = run("predict", saved, "-", "--coverage", 0.5, "--out", out, input=given).stdout
     covered = list(load_adapter(saved).answer_rows(rows, coverage=0.5))
     assert list(table(out)["answer"]) == [row["answer"] for row in covered]
     assert list(table(out)["abstained"]) == [row.get("abstained") for row in covered]
+    abstained = sum(row["answer"] is None for row in covered)
+    assert abstained and f"{abstained} of them not answered" in told
 
 
 def test_answers_that_are_texts_have_no_probabilities(texts, tmp_path):

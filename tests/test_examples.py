@@ -29,13 +29,13 @@ def test_a_tap_equals_a_hook(capsys, monkeypatch):
     assert len(differences) == 2 and max(differences) < 1e-5
 
 
-def test_ia2_by_hand_beats_sft_and_is_short(capsys):
-    runpy.run_path(str(EXAMPLES / "ia2_by_hand.py"))
+def test_ia2_in_python_beats_sft_and_is_short(capsys):
+    runpy.run_path(str(EXAMPLES / "ia2_in_python.py"))
     said = dict(
         re.findall(r"^(sft|ia2|ia2-sft) +accuracy (\S+),", capsys.readouterr().out, re.MULTILINE)
     )
     assert float(said["ia2"]) > float(said["sft"]) + 0.2
-    until_own_loss = (EXAMPLES / "ia2_by_hand.py").read_text().split("def cosine")[0]
+    until_own_loss = (EXAMPLES / "ia2_in_python.py").read_text().split("def cosine")[0]
     assert until_own_loss.count("\n") <= 30
 
 

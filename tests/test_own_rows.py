@@ -74,6 +74,7 @@ def test_fit_says_how_rows_were_read_and_what_to_type_next(tmp_path):
     told = found.stderr.splitlines()
     assert told[:4] == lines
     assert told[4].startswith("12 rows are few: they measure accuracy to within about 23 points")
+    assert "8 to 16 rows of each label (16 to 32) are better" in told[4]
     *_, last, next_command = found.stdout.splitlines()
     assert not set(lines) & set(found.stdout.splitlines()), "told once"
     assert shlex.split(next_command.removeprefix("next: ")) == [
@@ -127,7 +128,8 @@ def test_a_true_answer_may_be_written_in_several_ways(labels):
 def test_the_margin_of_few_rows_is_half_the_width_of_an_interval(rows):
     low, high = stats.norm.interval(0.95, 0.8, (0.8 * 0.2 / rows) ** 0.5)
     assert margin(rows) == pytest.approx(100 * (high - low) / 2, rel=1e-3)
-    assert few_rows_note(29) and not few_rows_note(30)
+    assert few_rows_note(29, 2) and not few_rows_note(30, 2)
+    assert "label" not in few_rows_note(29, 0)[0], "of text"
 
 
 def test_queries_without_a_prompt_are_left_out_and_named(saved):

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from mistakes import refused
 from sklearn.metrics import f1_score
 
 from ia2mini import FitOptions, fit, open_subject
+from ia2mini.cli.fit import next_step
 from ia2mini.fitting.measures import macro_f1
 from ia2mini.fitting.score import score_rows
 from ia2mini.fitting.sentence import join_names, p_value, sentence, with_interval
@@ -100,6 +102,26 @@ def test_a_base_that_is_worse_than_the_commonest_answer_is_warned_of():
     assert (
         "The base is worse than always giving the commonest answer: do not use it either." in text
     )
+
+
+def test_what_to_do_next_never_contradicts_the_sentence():
+    out = Path("out")
+    assert next_step(report("sft"), out) == "next: ia2mini predict out NEW_ROWS"
+    good_base = next_step(report("base"), out)
+    assert good_base.startswith("next: add rows") and "predict out" in good_base
+    worse = report("base")
+    worse["candidates"]["commonest"] = numbers(0.66, 0.6)
+    assert "predict" not in next_step(worse, out)
+
+
+@pytest.mark.parametrize("least, told", [(2, True), (15, True), (16, False)])
+def test_how_many_more_rows_may_help_depends_on_the_rarest_label(least, told):
+    classes = [
+        {"label": "a", "rows": 20, "recall": 1.0},
+        {"label": "b", "rows": least, "recall": 1.0},
+    ]
+    text = sentence(report("base", classes=classes))
+    assert ("more rows (8 to 16 of each label), or a larger model" in text) == told
 
 
 def test_of_texts_and_contexts_it_says_why_nothing_is_shipped():

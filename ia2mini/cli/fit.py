@@ -97,7 +97,7 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
     check_number([task.prompt_of(row) for row in complete])
     subject = open_subject(**model_arguments)
     compile_and_checkpoint(subject.model)
-    few = few_rows_note(len(complete)) if only_rows else []
+    few = few_rows_note(len(complete), len(task.labels)) if only_rows else []
     print_remarks([*task.remarks, *few, dtype_note(subject)])
     if (out / SPEC).is_file():
         print_remarks([f"{out}: holds an earlier fit, which is replaced when this one ends"])
@@ -111,7 +111,7 @@ def fit(rows, labelled, unlabelled, context, prompts, out, **given):
         shutil.rmtree(unfinished)
     click.echo(plain(fit_table(predictor.report, task.remarks)))
     click.echo(wrapped(f"{out}: {files_of(predictor, out)}"))
-    click.echo(plain(f"next: ia2mini predict {shlex.quote(str(out))} NEW_ROWS"))
+    click.echo(plain(next_step(predictor.report, out)))
 
 
 def read_context(path: Path) -> str:
@@ -140,14 +140,32 @@ def files_of(predictor, out: Path) -> str:
     return ", ".join(files)
 
 
-def few_rows_note(rows: int) -> list[str]:
-    """A line, before training, on how little few rows can show."""
+def next_step(report: dict, out: Path) -> str:
+    """What to type next."""
+    from ..fitting.sentence import commonest_beats_base
+
+    predict = f"ia2mini predict {shlex.quote(str(out))} NEW_ROWS"
+    if report["chosen"] != "base":
+        return f"next: {predict}"
+    again = "next: add rows and type the same command again"
+    if commonest_beats_base(report):
+        return again
+    return f"{again}, or let the model answer as it is: {predict}"
+
+
+def few_rows_note(rows: int, labels: int) -> list[str]:
+    """A line, before training, on how little few rows can show; for text `labels` is 0."""
+    from ..fitting.sentence import ROWS_OF_A_LABEL
+
     if rows >= FEW:
         return []
     within = f"they measure accuracy to within about {margin(rows):.0f} points"
-    with_more = f"100 rows: {margin(100):.0f}"
-    only = "only large differences between methods show"
-    return [f"{rows} rows are few: {within} ({with_more}), so that {only}"]
+    note = f"{rows} rows are few: {within} (100 rows: {margin(100):.0f}). Only large differences between methods show"
+    if labels:
+        low, high = ROWS_OF_A_LABEL
+        more = f"{low} to {high} rows of each label ({low * labels} to {high * labels})"
+        note += f", and often nothing is shipped; {more} are better"
+    return [note]
 
 
 def margin(rows: int) -> float:

@@ -42,12 +42,15 @@ def options_of(cls: type, **defaults):
         default = defaults.get(f.name, f.default)
         given = ",".join(map(str, default)) if isinstance(default, tuple) else default
         more: dict = {"is_flag": True}
+        text = about["help"]
         if f.type is not bool:
             kind = type_of(f.type, about["choices"], about["least"])
-            more = {"type": kind, "show_default": about["shown"] or True}
+            more = {"type": kind, "show_default": not about["shown"]}
+        if about["shown"]:  # click would write it in brackets
+            text += f"  [default: {about['shown']}]"
         name = f.name.replace("_", "-")
         name = f"--{name}/--no-{name}" if default is True else f"--{name}"
-        found.append(click.option(name, f.name, default=given, help=about["help"], **more))
+        found.append(click.option(name, f.name, default=given, help=text, **more))
     return combine_options(*found)
 
 

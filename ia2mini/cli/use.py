@@ -74,8 +74,9 @@ def predict(adapter, rows, coverage, icl, strict, out, digits, **adapter_argumen
       echo '{"ticket": "Where is my parcel?"}' | ia2mini predict tickets -
 
     It prints JSONL: the row's own columns, the answer, its confidence and, for labels, the probability of each. Where
-    --coverage abstains, `answer` is null and `abstained` has the answer. A column of yours with such a name becomes
-    `row_answer` and so on. With --out the file has a line for every row; a row that is left out has a `reason`.
+    --coverage abstains, `answer` is null and `abstained` has the answer that was not given. A column of
+    yours with such a name becomes `row_answer` and so on. With --out the file has a line for every row; a row that is
+    left out has a `reason`.
     """
     from ..fitting.predictor import raise_errors
     from ..report.answers import Answers, check_size, check_target
@@ -138,6 +139,8 @@ def write_answers(outcomes: Iterable, answers, rows: int, out: Path, digits: int
     told = f"{out}: {plural(rows, 'row')}"
     if answers.left_out:
         told += f", {answers.left_out} of them without an answer: see the column `reason`"
+    if answers.abstains:
+        told += f", {answers.abstained} of them not answered for lack of confidence: see the column `abstained`"
     click.echo(plain(told))
 
 
@@ -182,8 +185,13 @@ def merge(adapter, out, **adapter_arguments):
       ia2mini merge tickets --out tickets-merged
       ia2mini merge peft-lora --model smollm2-135m-instruct --out merged
     """
-    gap = open_adapter(adapter, **adapter_arguments).merge(out)
-    click.echo(f"{out}: merged; largest difference of a logit to the unmerged model {gap:.1e}")
+    predictor = open_adapter(adapter, **adapter_arguments)
+    gap = predictor.merge(out)
+    told = f"{out}: merged; largest difference of a logit to the unmerged model {gap:.1e}"
+    dtype = predictor.subject.dtype
+    if dtype != "float32":
+        told += f", since merged weights are rounded to {dtype} (--dtype float32: not rounded)"
+    click.echo(told)
 
 
 @main.command()

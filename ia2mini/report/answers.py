@@ -85,6 +85,10 @@ class Answers:
         return sum("reason" in answer for _, answer in self.pairs)
 
     @property
+    def abstained(self) -> int:
+        return sum("abstained" in answer for _, answer in self.pairs)
+
+    @property
     def names(self) -> list[str]:
         """The columns added to every row, without the probabilities."""
         if self.abstains:

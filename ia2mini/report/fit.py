@@ -38,7 +38,7 @@ SUSPECT_COLUMNS = {  # heading: field
     "answer": "true",
     "said when held out": "said",
     "confidence": "confidence",
-    "of the answer": "probability",
+    "probability of the answer": "probability",
 }
 WRONG_COLUMNS = {"prompt": "prompt", "answer": "true", "said": "said", "confidence": "confidence"}
 INTERVALS = "95 % intervals: Clopper-Pearson for shares, Student's t for means"
@@ -251,7 +251,7 @@ def calibration(report: dict) -> list[str]:
     before, after = report["calibration"]
     verb = "would have been" if report["temperature"] == 1 else "is"
     losses = f"the NLL {verb} {after:.2f} instead of {before:.2f}"
-    effect = f"with those that suit the other folds' rows {losses}"
+    effect = f"with temperatures fitted on the other folds' rows {losses}"
     if report["temperature"] == 1:
         return [f"No temperature: {effect}."]
     chosen = report["candidates"][report["chosen"]]

@@ -3,11 +3,13 @@
 import torch
 
 from ia2mini import METHODS, Grid, LoRA, Taps, draw_episode, load, score, teach
+from ia2mini.losses import per_run
 from ia2mini.tasks import find_task, load_examples
 
 model, tokenizer = load("tiny")
 task = find_task("toy-mood-flip")
-pool, test = load_examples(task, "train").rows, load_examples(task, "eval", limit=200).rows
+pool = load_examples(task, "train").rows
+test = load_examples(task, "eval", limit=200).rows
 # 4 rows train, 2 decide when to stop, each sees the others as demonstrations
 episode = draw_episode(pool, n=4)
 # answers and attention outputs of the base model with demonstrations
@@ -29,7 +31,7 @@ def cosine(student, batch) -> torch.Tensor:
     taps = Taps(batch.at)
     student(batch.ids, taps=taps, logits=False)
     distance = 1 - torch.cosine_similarity(taps.stack(), batch.activations, dim=-1).mean(0)  # [P]
-    return (distance.view(batch.weights.shape) * batch.weights).sum(1)
+    return per_run(distance, batch.weights)
 
 
 trained = grid.train("cosine", {cosine: 1.0}, answers="icl")
