@@ -116,6 +116,15 @@ def lines(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def test_a_notebook_shows_the_sentence_and_not_every_weight(saved, subject):
+    fitted, folder = saved()
+    assert repr(subject) == "<Subject tiny, float32>"
+    shown = repr(fitted)
+    assert shown.startswith("<Predictor ") and "on <Subject tiny, float32>" in shown
+    assert shown.endswith(fitted.report["sentence"])
+    assert repr(load_adapter(folder)) == shown, "kept in the folder"
+
+
 def test_wrong_rows_are_told_and_left_out(saved, tmp_path):
     folder, good = saved()[1], [json.dumps(row) for row in toy_rows(3, split="eval")]
     text = "\n".join(

@@ -26,6 +26,10 @@ class Subject:
     base: str  # what peft shall load the adapters onto: hub id or absolute folder
     revision: str | None = None  # commit on the hub
 
+    def __repr__(self) -> str:
+        """One line, in place of every layer of the model."""
+        return f"<Subject {self.name}, {self.dtype}>"
+
     @property
     def dtype(self) -> str:
         """The number format of the frozen weights, as "float32"."""

@@ -69,6 +69,11 @@ class Predictor:
         if self.spec["chat"]:
             self.subject, self.as_turn = self.subject.in_turns(self.spec["template"])
 
+    def __repr__(self) -> str:
+        """One line and the sentence of the fit, in place of every row and weight."""
+        about = f"<Predictor {self.spec['method']} on {self.subject!r}>"
+        return "\n".join([about, self.report["sentence"]]) if "sentence" in self.report else about
+
     def student(self, with_adapter: bool = True) -> AbstractContextManager:
         """The model with the adapter if there is one, else the base."""
         theta = self.theta if with_adapter and self.adapter else None
