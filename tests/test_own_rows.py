@@ -138,6 +138,7 @@ def test_queries_without_a_prompt_are_left_out_and_named(saved):
     options = FitOptions(epochs=1, rates=(1e-2,), methods=("ia2",), folds=2)
     report = fit(rows, open_subject("tiny", "cpu"), options, unlabelled=more).report
     assert "left out for want of prompt: 2 of 3 rows (row 2, row 3)" in report["remarks"]
+    assert any(remark.startswith("1 row without answers joined") for remark in report["remarks"])
 
 
 def test_run_and_tasks_guess_columns_as_fit_does(tmp_path):

@@ -11,6 +11,7 @@ from ..engine.progress import silent
 from ..engine.store import Store, checkpoint_digest
 from ..engine.subject import Subject, max_answer_tokens
 from ..episode import seeded, with_demonstrations
+from ..files import plural
 from ..generate import generate
 from ..methods import METHODS
 from ..prefix import share_prefix
@@ -98,6 +99,11 @@ def prepare_fit(
             task = replace(task, max_tokens=max_answer_tokens(subject.tokenizer, examples))
     examples = list(dict.fromkeys(examples))  # a repeated row counts once
     cv = CrossValidation(subject, task, examples, options, unlabelled_examples)
+    if queries:
+        more = plural(len(queries), "row")
+        remarks_on_queries += [
+            f"{more} without answers joined: the teacher answers them, IA2 learns from that"
+        ]
     cv.remarks = remarks_on_queries + remarks(rows, task, examples, subject.tokenizer)
     return cv
 
