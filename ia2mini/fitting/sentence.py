@@ -65,10 +65,11 @@ def opening(report: dict) -> str:
 def context_shipped(report: dict) -> str:
     """The same for a context."""
     measures = report["shipped"]
-    agreement = f"{with_interval(measures['acc'])} of {plural(report['rows'], 'held-out prompt')}"
+    prompts = plural(report["rows"], "held-out prompt")
     kl = f"KL {measures['nll'][0]:.2f} nats a token (base {report['kl']['base']:.2f})"
-    answers = f"it answers as the model that sees the context on {agreement}"
-    return f"{opening(report)}: {answers}, {kl}, {EACH}."
+    distance = f"{kl} from the model that sees the context"
+    same = f"word for word its answer on {with_interval(measures['acc'])} of {prompts}"
+    return f"{opening(report)}: {distance}, {same}, {EACH}."
 
 
 def nothing_shipped(report: dict) -> str:
