@@ -16,7 +16,7 @@ from ia2mini.fitting.held_out import score_held_out
 from ia2mini.fitting.rows import Columns, read_own
 from ia2mini.tasks import custom_task, find_task, load_examples
 from ia2mini.tasks.own import own_task, similar_labels
-from ia2mini.tasks.rows import fill, read_rows
+from ia2mini.tasks.rows import Row, check_columns, fill, read_rows
 
 CATEGORIES = ("label", "target", "category", "class", "sentiment", "lang", "label_text")
 WORDS = "one two three four five six seven eight".split()
@@ -215,6 +215,17 @@ def test_alpacas_rows_are_read_as_such(names, more):
     assert fill(asking.prompt, kept[0]) == "Question: Give the capital.\nFrance\nAnswer: "
 
 
+def test_a_column_that_may_be_empty_is_not_missed_for_its_spelling():
+    """It would be left out of the prompt, and the row be answered without it."""
+    for name in ("Input", "INPUT", " input"):
+        row = Row("new.csv:2", {"instruction": "Give the capital.", name: "France"})
+        said = f"new.csv:2: no column 'input', but {name!r}"
+        refused(lambda row=row: fill("{instruction}\n{?input}", row), said)
+    rows = [Row("new.csv:2", {"instruction": "Give the capital.", "inputs": "France"})]
+    with pytest.warns(UserWarning, match="no row has a column 'input'"):
+        check_columns(rows, "{instruction}\n{?input}")
+
+
 def labelled(labels: list) -> list[dict]:
     return [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)]
 
@@ -327,6 +338,8 @@ def test_labels_that_may_be_mistakes_are_remarked():
         ("Yes", "yes"): "differ only in blanks or case",
         ("1", "1,0"): "two ways to write the same",
         ("01", "1"): "two ways to write the same",
+        ("-1", "\N{MINUS SIGN}1"): "two ways to write the same",
+        ("-0", "0"): "two ways to write the same",
         ("1", "2", "true"): "two ways to write the same",
         ("yes", "yes\u200b"): "two ways to write the same",
         ("\ufeffyes", "Yes"): "two ways to write the same",

@@ -113,6 +113,14 @@ WRONG = {
         "two columns of the same name, 'label'",
     ),
     "two files in one": ("text;label\na;0\ntext;label\nb;1\n", "rows.csv:3: the header", "delete"),
+    "two files in one, a mark between": (
+        "text;label\na;0\n\ufefftext;label\nb;1\n",
+        "rows.csv:3: the header",
+    ),
+    "the header again in other letters": (
+        "text,label\na,0\n Text, Label\nb,1\n",
+        "rows.csv:3: the header",
+    ),
     "only a header": ("text;label\n", "rows.csv: the file holds no rows"),
     "only a mark": ("\ufeff", "rows.csv: the file holds no rows"),
 }

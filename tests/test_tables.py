@@ -59,6 +59,12 @@ def test_an_excel_sheet_is_read_as_by_pandas(tmp_path):
     assert task.labels == ("0", "1") and task.name == "own"
 
 
+def test_a_header_that_stands_in_a_sheet_again_is_no_row(tmp_path):
+    lines = [["text", "label"], *own_lines(), ["Text ", "label"], *own_lines()]
+    path = workbook(tmp_path / "rows.xlsx", {"a": lines})
+    refused(lambda: read_rows(path), f"{path} row 10: the header stands here again")
+
+
 def own_lines():
     return [[f"text {i}", i % 2] for i in range(8)]
 

@@ -80,8 +80,6 @@ def predict(adapter, rows, coverage, icl, strict, out, digits, **adapter_argumen
     """
     from ..fitting.predictor import raise_errors
     from ..report.answers import Answers, check_size, check_target
-    from ..tasks.rows import Row, check_columns
-    from ..tasks.turns import holds_turns
 
     if rows == "-":
         need_input()
@@ -94,8 +92,7 @@ def predict(adapter, rows, coverage, icl, strict, out, digits, **adapter_argumen
         check_size(out, new)
     predictor = open_adapter(adapter, **adapter_arguments)
     if isinstance(new, list):
-        read = [row for row in new if isinstance(row, Row) and not holds_turns(row)]
-        check_columns(read, predictor.spec["template"])
+        check_template_columns(new, predictor)
     outcomes = predictor.outcomes(new, icl, coverage)
     if strict:
         outcomes = raise_errors(outcomes)
@@ -104,6 +101,15 @@ def predict(adapter, rows, coverage, icl, strict, out, digits, **adapter_argumen
     else:
         answers = Answers(rows, predictor.spec["labels"], coverage is not None)
         write_answers(outcomes, answers, len(new), out, digits)
+
+
+def check_template_columns(rows: Iterable, predictor) -> None:
+    """`check_columns` of an adapter's template in rows that are no conversations."""
+    from ..tasks.rows import Row, check_columns
+    from ..tasks.turns import holds_turns
+
+    read = [row for row in rows if isinstance(row, Row) and not holds_turns(row)]
+    check_columns(read, predictor.spec["template"])
 
 
 def print_answers(outcomes: Iterable, digits: int | None) -> None:
@@ -168,6 +174,7 @@ def score(adapter, rows, answer_column, icl, **adapter_arguments):
 
     rows = read_rows(rows)  # its mistakes show before a model is loaded
     predictor = open_adapter(adapter, **adapter_arguments)
+    check_template_columns(rows, predictor)
     click.echo(plain(fit_table(score_rows(predictor, rows, icl, answer_column))))
 
 

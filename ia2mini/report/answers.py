@@ -2,10 +2,12 @@
 
 import csv
 import datetime
+import io
 import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ DIGITS = 4
 EXCEL_ROWS = 1_048_575  # below the header
 EXCEL_CHARACTERS = 32_767  # of a cell
 EXCEL_DIGITS = 15  # of a number that Excel keeps whole
+NO_FIELDS = "struct<>"  # a type of Arrow that Parquet does not have
 NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 
 
@@ -141,12 +144,17 @@ def write_delimited(out: Path, answers: Answers) -> None:
     def writer(path: Path) -> None:
         encoding = "utf-8-sig" if mark else "utf-8"
         with path.open("w", encoding=encoding, errors="backslashreplace", newline="") as file:
-            lines = csv.writer(file, delimiter=delimiter, lineterminator="\n")
-            lines.writerow(header)
-            for line in table:
-                lines.writerow([cell_text(value) for value in line])
+            for line in [header, *table]:
+                file.write(csv_line(map(cell_text, line), delimiter))
 
     write(out, writer)
+
+
+def csv_line(cells: Iterable, delimiter: str) -> str:
+    """A line of a CSV file; a cell with a line end of any kind stands in quotes, also one of "\\r" alone."""
+    line = io.StringIO(newline="")
+    csv.writer(line, delimiter=delimiter, lineterminator="\r\n").writerow(cells)
+    return line.getvalue().removesuffix("\r\n") + "\n"
 
 
 def cell_text(value):
@@ -197,7 +205,7 @@ def whole_text(value) -> str:
 
 
 def write_parquet(out: Path, answers: Answers) -> None:
-    """Parquet; a column of different types is text."""
+    """Parquet; a column of different types, or of objects without fields, is text."""
     import pyarrow
     from pyarrow import parquet
 
@@ -206,6 +214,8 @@ def write_parquet(out: Path, answers: Answers) -> None:
     for name, values in zip(map(whole_text, header), zip(*table)):
         try:
             columns[name] = pyarrow.array(values)
+            if NO_FIELDS in str(columns[name].type):
+                raise TypeError("an object without fields")
         except (pyarrow.ArrowException, ValueError, OverflowError, TypeError):
             texts = []
             for value in values:

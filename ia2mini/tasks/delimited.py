@@ -40,8 +40,6 @@ def read_delimited(path: Path, default: str) -> list[tuple[str, dict[str, str]]]
         where = f"{path}:{number}"
         if len(header) > 1 and len(fields) == 1 and not fields[0].strip():
             continue
-        if len(header) > 1 and fields == header:
-            raise UsageError(f"{where}: the header stands here again; delete this line")
         while len(fields) > len(header) and not fields[-1].strip():
             fields.pop()
         if len(fields) != len(header):
@@ -56,7 +54,8 @@ def under_header(where: str, header: list[str], rows: list[tuple[str, list]]) ->
     """The place of each row, and its values under the names of the header at `where`.
 
     Names lose blanks around them, and have accents as one letter each (NFC; macOS writes two). Columns without a name
-    and without content are dropped. Raises UsageError for a column that is there twice.
+    and without content are dropped. Raises UsageError for a column that is there twice, and for
+    a row that is the header again.
     """
     kept = []
     for name, *values in zip_longest(header, *(values for _, values in rows)):
@@ -66,8 +65,18 @@ def under_header(where: str, header: list[str], rows: list[tuple[str, list]]) ->
     check_names(where, [name for name, _ in kept])
     pairs = []
     for number, (place, _) in enumerate(rows):
-        pairs.append((place, {name: values[number] for name, values in kept}))
+        row = {name: values[number] for name, values in kept}
+        if len(row) > 1 and all(
+            plain_name(value) == plain_name(name) for name, value in row.items()
+        ):
+            raise UsageError(f"{place}: the header stands here again; delete this line")
+        pairs.append((place, row))
     return pairs
+
+
+def plain_name(value) -> str:
+    """A column's name, in any case, without blanks and marks around it."""
+    return "" if value is None else normalize("NFC", trimmed(str(value))).casefold()
 
 
 def style_of(path: Path) -> tuple[str, bool]:

@@ -249,6 +249,7 @@ def normalized(label: str) -> str:
     text = " ".join(words)
     text = TRUE_FALSE.get(text, text)
     try:
-        return str(float(text.replace(",", ".")))
+        text = text.replace("\N{MINUS SIGN}", "-")
+        return str(float(text.replace(",", ".")) + 0.0)  # -0 is 0
     except ValueError:
         return text

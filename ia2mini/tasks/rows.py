@@ -7,6 +7,7 @@ names the file and, where there is one, the line.
 import json
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -87,10 +88,15 @@ def needed_columns(template: str) -> list[str]:
 
 
 def check_columns(rows: list[Row], template: str, answer: str | None = None) -> None:
-    """Raises UsageError where a column that the template or the answer needs is in no row."""
-    for column in (*needed_columns(template), answer):
-        if rows and column is not None and not any(column in row for row in rows):
+    """Raises UsageError where a column that the template or the answer needs is in no row; warns of any other."""
+    needed = [*needed_columns(template), answer]
+    for column in (*placeholders(template), answer):
+        if not rows or column is None or any(column in row for row in rows):
+            continue
+        if column in needed:
             raise no_column(rows[0].where, rows[0], column)
+        told = f"no row has a column {column!r}, which the template takes where it is there"
+        warnings.warn(f"{rows[0].where}: {told}", stacklevel=2)
 
 
 def only_column(template: str) -> str:
@@ -102,16 +108,27 @@ def only_column(template: str) -> str:
 def fill(template: str, row: Row) -> str:
     """A template with every `{column}` replaced by that column's text.
 
-    `{?column}` may be empty or missing; then a line end right before it is dropped, too.
+    `{?column}` may be empty or missing; then a line end right before it is dropped, too. Raises UsageError where it is
+    there in another spelling.
     """
 
     def text_of(match: re.Match) -> str:
         line_end, may_be_empty, column = match.groups()
         if may_be_empty and is_blank(row, column):
+            refuse_other_spelling(row, column)
             return ""
         return line_end + row.text(column)
 
     return COLUMN.sub(text_of, template)
+
+
+def refuse_other_spelling(row: Row, column: str) -> None:
+    """Raises UsageError where a row lacks a column, and has one whose name differs in case or blanks alone."""
+    if column in row:
+        return
+    for name in row:
+        if name.strip().casefold() == column.strip().casefold():
+            raise UsageError(f"{row.where}: no column {column!r}, but {name!r}; rename it")
 
 
 def blank_of(template: str) -> str:
