@@ -172,7 +172,7 @@ def test_what_does_not_belong_together_is_refused(studies, tmp_path):
         other = changed(eight, tmp_path / option, config=config | {option: value})
         refused(out, [eight, other], f"{option} = ", "do not belong together")
     cells = read_json(eight / "results.json")["cells"]
-    another = {"acc": [0.5, 0.25], "acc_mean": 0.375}
+    another = {"acc": [0.5, 0.25], "acc_mean": 0.375, "acc_std": 0.125 * 2**0.5}
     other = changed(eight, tmp_path / "cells", cells=[cells[0] | another, *cells[1:]])
     refused(
         out,
@@ -190,6 +190,31 @@ def test_what_does_not_belong_together_is_refused(studies, tmp_path):
     result = report(kept, kept, studies["four"])
     assert result.exit_code == 2 and "a study is there" in result.stderr
     assert read_json(kept / "results.json") == read_json(eight / "results.json")
+
+
+def test_a_report_replaces_nothing_but_an_earlier_report(studies, tmp_path):
+    """Another study's results were lost here, and a table of one's own."""
+    for name, text in (("results.json", '{"cells": []}'), ("table.csv", "mine"), ("a.png", "")):
+        folder = tmp_path / name.replace(".", "-")
+        folder.mkdir()
+        (folder / name).write_text(text)
+        result = report(folder, studies["four"])
+        assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
+        assert list(folder.iterdir()) == [folder / name] and (folder / name).read_text() == text
+    out = tmp_path / "out"
+    assert report(out, studies["four"]).exit_code == 0
+    assert report(out, studies["topic"]).exit_code == 0
+    assert list(read_json(out / "results.json")["studies"]) == [str(studies["topic"])]
+
+
+def test_a_page_shows_no_figure_of_an_earlier_report(studies, tmp_path):
+    out = tmp_path / "out"
+    report(out, studies["four"])
+    (out / "methods.png").write_bytes(b"of an earlier report")
+    (out / "mine.png").write_bytes(b"mine")
+    result = report(out, studies["topic"])
+    assert result.exit_code == 0 and "data:image" not in (out / "report.html").read_text()
+    assert (out / "mine.png").exists()
 
 
 def renamed(value):
@@ -234,11 +259,15 @@ def misshapen(document: dict):
         ("ece", [math.nan, 0.1]),
         ("acc_mean", 0.123),
         ("acc_mean", None),
+        ("acc_std", -3),
+        ("acc_std", None),
         ("asim_layers", cell["asim_layers"] + [0.5]),
         ("n", -2),
     ):
         cells = [cell | {key: value}, *document["cells"][1:]]
         yield f"cells.{key}", document | {"cells": cells}
+    without = [cell | {"asim_layers": []} for cell in document["cells"]]
+    yield "cells.asim_layers", document | {"cells": without}
     yield "cells", document | {"cells": []}
     yield "adapters", document | {"adapters": ["../../elsewhere"]}
     yield "seconds", document | {"seconds": {"train": "long"}}

@@ -149,12 +149,13 @@ def report(folders, out, table_8, **report_arguments):
       ia2mini report runs/a runs/b --out both
       ia2mini report ranks/* --full --columns acc,nll --out ranks-joined
     """
-    from ..report.join import join
+    from ..report.figures import remove_figures
+    from ..report.join import check_report_folder, join
     from ..report.paper import write_table_8
 
     document = join(list(folders))
-    if out.resolve() in [folder.resolve() for folder in folders]:
-        raise UsageError(f"--out {out}: a study is there; give another folder")
+    check_report_folder(out)
+    remove_figures(document, out)
     pooled = write_table_8(document) if table_8 else None
     write_json(out / "results.json", document)
     write_and_print_report(document, out, **report_arguments)

@@ -9,7 +9,7 @@ import numpy as np
 from ..engine.options import method_name
 from . import charts
 from .charts import by_method, by_pair
-from .drawing import new_figure, save, set_heading, styled
+from .drawing import FORMATS, new_figure, save, set_heading, styled
 from .summary import views
 
 
@@ -100,6 +100,14 @@ def draw_figures(document: dict, folder: Path, formats: tuple[str, ...] = ("png"
                     names.append(f"{name}{view['suffix']}.{form}")
                     save(figure, folder / names[-1])
     return names
+
+
+def remove_figures(document: dict, folder: Path) -> None:
+    """Remove what an earlier report drew under the names of this one's figures: its page shows those that are there."""
+    for view in views(document):
+        for name in FIGURES:
+            for form in FORMATS:
+                (folder / f"{name}{view['suffix']}.{form}").unlink(missing_ok=True)
 
 
 def draw(name: str, view: dict):

@@ -7,9 +7,9 @@ from statistics import fmean
 
 from .. import UsageError
 from ..engine.select import grouped
-from ..files import read_json
+from ..files import is_there, read_json
 from ..fitting.spec import is_number, is_text_or_none, is_whole_number, misfit
-from ..study.table import METRICS
+from ..study.table import METRICS, deviation
 
 # options in which joined studies may differ: tables show them, they change no number, or `fixed` compares them
 FREE = {
@@ -132,6 +132,20 @@ def read_results(folder: Path) -> dict:
     return document
 
 
+def check_report_folder(folder: Path) -> None:
+    """Raises UsageError for a folder with a study, or with any other file that is not of an earlier report."""
+    results = folder / "results.json"
+    mend = "give another folder"
+    if is_there(results):
+        if "studies" not in read_json(results):
+            raise UsageError(f"--out {folder}: a study is there; {mend}")
+        return
+    for path in sorted(folder.glob("*")):
+        if path.is_file() and not path.name.startswith("."):
+            what = f"holds {path.name!r} and is no folder of an earlier report"
+            raise UsageError(f"--out {folder}: {what}; {mend}")
+
+
 def contradiction(cells: list[dict]) -> str | None:
     """The first field of `cells` that does not follow from the others; "cells" if there are none."""
     if not cells:
@@ -147,8 +161,16 @@ def contradiction(cells: list[dict]) -> str | None:
                 return f"cells.{metric}_mean"
             if known and not math.isclose(mean, fmean(known), rel_tol=1e-6, abs_tol=1e-9):
                 return f"cells.{metric}_mean"
+            spread = cell[f"{metric}_std"]
+            expected = deviation(known)
+            if (spread is None) != (expected is None):
+                return f"cells.{metric}_std"
+            if spread is not None and not math.isclose(
+                spread, expected, rel_tol=1e-6, abs_tol=1e-9
+            ):
+                return f"cells.{metric}_std"
         depth = len(cell["asim_layers"])
-        if layers.setdefault((cell["method"], cell["task"]), depth) != depth:
+        if not depth or layers.setdefault((cell["method"], cell["task"]), depth) != depth:
             return "cells.asim_layers"
     return None
 
