@@ -1,6 +1,7 @@
 """From one's own rows to an adapter: nothing leaks, the numbers are right, the odd is said, a killed fit goes on."""
 
 import json
+import re
 import warnings
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,7 @@ from ia2mini.adapters import adapted
 from ia2mini.cli.main import main
 from ia2mini.engine import experiment as engine
 from ia2mini.engine.experiment import count_steps, in_order, make_grid, teach_all
+from ia2mini.engine.options import Options
 from ia2mini.episode import with_demonstrations
 from ia2mini.fitting import held_out
 from ia2mini.fitting.crossval import CrossValidation, those_that_fit
@@ -356,6 +358,23 @@ def test_of_a_context_ia2_alone_is_tried_and_trained_longer():
     assert (context.methods, context.epochs) == (("ia2",), 15)
     given = FitOptions(context="Be brief.", methods=("sft",), epochs=2)
     assert (given.methods, given.epochs) == (("sft",), 2)
+
+
+@pytest.mark.parametrize("kind", [FitOptions, Options])
+def test_options_in_python_are_those_of_the_command_line(kind):
+    """A negative seed and no fold at all ended in an error of numpy or of Python."""
+    for name, wrong, told in (
+        ("seed", -1, "seed = -1: at least 0"),
+        ("epochs", 0, "epochs = 0: at least 1"),
+        ("batch_size", 0, "batch_size = 0: at least 1"),
+        ("adapter", "dora", "adapter = 'dora': give one of lora, ia3"),
+        ("rates", 1e-2, "rates = 0.01: give a tuple, as (0.01,)"),
+        ("methods", "sft", "methods = 'sft': give a tuple, as ('sft',)"),
+    ):
+        with pytest.raises(UsageError, match=re.escape(told)):
+            kind(**{name: wrong})
+    with pytest.raises(UsageError, match="folds = 0: at least 2"):
+        FitOptions(folds=0)
 
 
 def test_a_killed_fit_goes_on_and_nothing_half_written_stays(subject, tmp_path, monkeypatch):

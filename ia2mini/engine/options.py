@@ -1,7 +1,8 @@
 """What results depend on: every option once, with default and help; the command line is made from it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
+from typing import get_origin
 
 from .. import UsageError
 
@@ -82,6 +83,20 @@ def option(
     )
 
 
+def check_value(f: Field, value) -> None:
+    """Raises UsageError for a value that the command line would not take, where an option is given in Python."""
+    if value is None or "least" not in f.metadata:
+        return
+    if get_origin(f.type) is tuple and not isinstance(value, (tuple, list)):
+        raise UsageError(f"{f.name} = {value!r}: give a tuple, as ({value!r},)")
+    least = f.metadata["least"]
+    if least is not None and not value >= least:
+        raise UsageError(f"{f.name} = {value!r}: at least {least} is needed")
+    choices = f.metadata["choices"]
+    if choices and value not in choices:
+        raise UsageError(f"{f.name} = {value!r}: give one of {', '.join(choices)}")
+
+
 def matrices(targets: tuple[str, ...]) -> tuple[str, ...]:
     """The matrices of `--targets`, given by name, by letters ("qko") or as "all", in the order of a layer.
 
@@ -130,9 +145,13 @@ class TrainOptions:
     rates: tuple[float, ...] = option((), "Try these learning rates.", shown="the paper's three")
     layers: tuple[int, ...] = option((), "Match activations only in these layers.", shown="all")
     batch_size: int = option(4, "Train on this many rows in one step.", least=1)
-    seed: int = option(0, "Seed every random draw; 0 draws the sets of the paper's scripts.")
+    seed: int = option(
+        0, "Seed every random draw; 0 draws the sets of the paper's scripts.", least=0
+    )
 
     def __post_init__(self):
+        for f in fields(self):
+            check_value(f, getattr(self, f.name))
         for rate in self.rates:
             if not 0 < rate < float("inf"):
                 raise UsageError(f"--rates {rate:g}: a learning rate is a positive number")
