@@ -189,6 +189,14 @@ def test_the_deviation_of_a_mean_is_that_of_the_sets_means():
     assert row["asim_mean"] is not None and row["asim_std"] is None  # not known of every set
 
 
+def test_a_metric_that_is_not_there_for_one_row_is_unknown():
+    """A study on a single evaluation row ended in an error of `statistics`."""
+    runs = [record("sft", n, 0.3, 0.01, 0.1, nll_left_out=float("nan")) for n in range(2)]
+    (cell,) = summarise(runs)
+    assert cell["nll_left_out"] == [None, None] and cell["nll_left_out_mean"] is None
+    assert cell["nll_left_out_std"] is None and cell["acc_std"] == 0
+
+
 def test_of_one_set_no_deviation_is_shown():
     runs = [
         record("sft", 0, 0.3, 0.01, 0.1),

@@ -386,6 +386,16 @@ def test_a_file_for_evaluation_and_a_template(tmp_path):
         load_examples(task, "eval")
 
 
+def test_rows_that_are_trained_on_and_evaluated_are_counted(tmp_path):
+    rows = [{"text": f"x {i}", "label": str(i % 2)} for i in range(30)]
+    train = write_rows(tmp_path / "train.jsonl", rows)
+    both = write_rows(tmp_path / "both.jsonl", [rows[3], {"text": "new", "label": "1"}])
+    told = "1 of 2 evaluation rows have a prompt of the rows to train on"
+    assert told in custom_task(train, eval_path=both).remarks[-1]
+    fresh = write_rows(tmp_path / "fresh.jsonl", [{"text": "new", "label": "1"}])
+    assert not any("to train on" in one for one in custom_task(train, eval_path=fresh).remarks)
+
+
 def test_answers_that_are_text_and_their_parsers(tmp_path):
     for answers, parser in {
         ("so #### 1,0", "#### 2"): "number",

@@ -1,5 +1,6 @@
 """The cells of the tables, from the records of runs: means and deviations over sets at the chosen learning rate."""
 
+import math
 from statistics import fmean, stdev
 
 from ..engine.select import chosen, grouped
@@ -48,7 +49,7 @@ def table_cell(runs: list[dict], by: str | None, rate: float | None, beta: float
     cell["rate"] = rate
     cell["beta"] = beta
     for metric in METRICS:
-        values = [run.get(metric) for run in runs]
+        values = [number_or_nothing(run.get(metric)) for run in runs]
         known = [value for value in values if value is not None]
         cell[metric] = values
         cell[f"{metric}_mean"] = fmean(known) if known else None
@@ -59,6 +60,11 @@ def table_cell(runs: list[dict], by: str | None, rate: float | None, beta: float
     by_run = [run["asim_layers"] for run in runs]
     cell["asim_layers"] = [fmean(layer) for layer in zip(*by_run)]
     return cell
+
+
+def number_or_nothing(value: float | None) -> float | None:
+    """A metric; None for NaN, which one that leaves a row out is where there is no other row."""
+    return None if value is None or math.isnan(value) else value
 
 
 def sums(bins: tuple[list[float], ...]) -> list[float]:

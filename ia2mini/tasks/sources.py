@@ -184,9 +184,10 @@ def custom_task(
     complete, task = own_task(rows, str(path), Columns(prompt, answer, template))
     remarks = task.remarks
     if eval_path:
-        others = read_rows(Path(eval_path))
-        _, left_out = complete_rows(others, task.prompt, task.answer_column)
-        remarks = (*remarks, *left_out)
+        others, left_out = complete_rows(
+            read_rows(Path(eval_path)), task.prompt, task.answer_column
+        )
+        remarks = (*remarks, *left_out, *repeated_prompts(task, complete, others))
     prompts = len({fill(task.prompt, row) for row in complete})
     held_out = min(max(prompts // 5, 20), prompts // 2, EVAL)
     steps = ("complete", "unique", "shuffle", "filter", "split")
@@ -199,3 +200,13 @@ def custom_task(
         held_out=held_out,
         files=(str(path), str(eval_path or path)),
     )
+
+
+def repeated_prompts(task: Task, rows: list[Row], others: list[Row]) -> list[str]:
+    """A sentence where evaluation rows have prompts of the rows that are trained on."""
+    known = {fill(task.prompt, row) for row in rows}
+    again = sum(fill(task.prompt, row) in known for row in others)
+    if not again:
+        return []
+    fitted = "a prompt of the rows to train on: accuracy on new rows may be lower"
+    return [f"{again} of {len(others)} evaluation rows have {fitted}"]
