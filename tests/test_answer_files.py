@@ -114,7 +114,7 @@ def test_every_row_has_its_line_in_order(saved, tmp_path, kind):
 def test_line_ends_of_any_kind_and_objects_without_fields(saved, tmp_path, kind):
     path = tmp_path / "rows.jsonl"
     text = "a good\rfilm, \r\ntruly\n"
-    rows = [{"text": text, "more": {}, "parts": [{}]}, {"text": "a bad film"}]
+    rows = [{"text": text, "more": {}, "parts": [{}], "old": "a\rb"}, {"text": "a bad film"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / f"out.{kind}"
     run("predict", saved, path, "--out", out)
@@ -125,7 +125,7 @@ def test_line_ends_of_any_kind_and_objects_without_fields(saved, tmp_path, kind)
         found = table(out).to_dict("records")
         assert found[0]["more"] == "{}" and found[0]["parts"] == "[{}]"
     assert [row["text"] for row in found] == [text, "a bad film"]
-    assert found[1].get("more") is None
+    assert found[0]["old"] == "a\rb" and found[1].get("more") is None
 
 
 def test_a_line_that_is_no_row_keeps_its_place(saved, tmp_path):
