@@ -17,7 +17,7 @@ from ia2mini.scale.decode import fast_decoding
 from ia2mini.scale.graphs import CapturedStep, recorded
 from ia2mini.scale.pack import in_batches, pack
 from ia2mini.teacher import Taught, TeacherSettings, teach
-from ia2mini.train import Hooks, Settings, State, Trained, adam, losses
+from ia2mini.train import Hooks, Settings, State, Trained, adam, run_losses
 
 from .cost import Pass, flops
 from .peers import PEERS, Peer
@@ -62,7 +62,7 @@ class OurStep:
         """Losses [R] and the gradient [R, M]."""
         theta = self.state.theta
         with adapted(self.stand.model, self.stand.adapter, theta) as student:
-            found = losses(student, self.batch, self.mix)
+            found = run_losses(student, self.batch, self.mix)
             return found.detach(), *torch.autograd.grad(found.sum(), theta)
 
     def step(self) -> None:

@@ -199,7 +199,7 @@ def train(
         gradient = torch.zeros_like(state.theta)
         for batch in batches:
             with adapted(model, adapter, batch.of_runs(state.theta)) as student:
-                loss = losses(student, batch, runs.mix, settings.layers)  # [R]
+                loss = run_losses(student, batch, runs.mix, settings.layers)  # [R]
                 gradient += torch.autograd.grad(loss.sum(), state.theta)[0]
         adam(state.theta.detach(), gradient, state.m, state.v, state.t, rates)
 
@@ -270,7 +270,9 @@ def adam(theta: Tensor, gradient: Tensor, m: Tensor, v: Tensor, t: Tensor, rates
     theta.addcdiv_(m * step_size, root)
 
 
-def losses(student: Callable, batch: Batch, mix: dict, layers: list[int] | None = None) -> Tensor:
+def run_losses(
+    student: Callable, batch: Batch, mix: dict, layers: list[int] | None = None
+) -> Tensor:
     """Each run's loss [R]: the sum of the losses in `mix`, each times its weight [R]. `layers`: those aligned."""
     values: dict = {loss: own_loss(loss, student, batch) for loss in mix if callable(loss)}
     residual = "hidden" in mix
@@ -320,7 +322,7 @@ def loss_over_batches(
     total = torch.zeros(len(theta), device=theta.device)
     for batch in batches:
         with adapted(model, adapter, batch.of_runs(theta)) as student:
-            loss = losses(student, batch, mix, layers)
+            loss = run_losses(student, batch, mix, layers)
         if batch.runs is None:
             total = total + loss
         else:

@@ -29,7 +29,7 @@ from ia2mini.scale import pack as packing
 from ia2mini.scale.pack import ONE_BATCH_TOKENS, in_batches, pack
 from ia2mini.tasks import Example
 from ia2mini.tokenizer import Tokenizer
-from ia2mini.train import Hooks, Runs, Settings, loss_over_batches, losses, train_runs
+from ia2mini.train import Hooks, Runs, Settings, loss_over_batches, run_losses, train_runs
 
 TEXT = st.text(max_size=30)
 
@@ -202,7 +202,7 @@ def test_runs_of_unequal_numbers_of_rows_have_the_loss_they_have_alone(
         batch = pack(collate(runs)) if packed else collate(runs)
         assert (batch.packed is not None) == packed
         with adapted(model, adapter, theta) as student:
-            found = losses(
+            found = run_losses(
                 student,
                 batch,
                 {name: torch.full((len(runs),), w) for name, w in MIXES[mix].items()},
@@ -240,7 +240,7 @@ def test_a_long_row_among_short_ones_has_batches_of_its_own_and_the_same_loss(ti
         leaf = theta.clone().requires_grad_()
         for batch in batches:
             with adapted(model, adapter, batch.of_runs(leaf)) as student:
-                losses(student, batch, weights).sum().backward()
+                run_losses(student, batch, weights).sum().backward()
         found.append((loss_over_batches(model, adapter, theta, batches, weights, None), leaf.grad))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
     for one, other in zip(found[0][1], found[1][1], strict=True):

@@ -205,7 +205,7 @@ def test_adapters_name_a_base_that_is_found_from_anywhere(ground, tmp_path, monk
 def test_the_same_command_does_not_train_again(ground, finished, monkeypatch):
     before = (finished[1] / "results.json").read_bytes()
     forbid(monkeypatch, "ia2mini.engine.experiment.train_method")
-    forbid(monkeypatch, "ia2mini.train.losses")
+    forbid(monkeypatch, "ia2mini.train.run_losses")
     result = invoke(*toy(ground, ground / "runs"))
     assert result.exit_code == 0 and [p.name for p in (ground / "runs").iterdir()] == [
         finished[1].name
@@ -228,7 +228,7 @@ def test_paper_compat_reports_the_rate_that_is_best_on_the_evaluation_rows(groun
 
 
 @pytest.mark.parametrize(
-    "where, after", [("engine.experiment.train_method", 2), ("train.losses", 9)]
+    "where, after", [("engine.experiment.train_method", 2), ("train.run_losses", 9)]
 )
 def test_an_interrupted_run_goes_on_to_the_same_numbers(
     where, after, ground, finished, tmp_path, monkeypatch

@@ -23,7 +23,7 @@ from ia2mini.study.scoring import spellings
 from ia2mini.study.study import compare
 from ia2mini.tasks import find_task
 from ia2mini.tokenizer import Tokenizer
-from ia2mini.train import losses
+from ia2mini.train import run_losses
 
 COMPAT = Options(n=(2,), sets=2, epochs=3, eval_rows=8, rates=(1e-3, 1e-2), paper_compat=True)
 
@@ -81,7 +81,7 @@ def test_losses_are_rounded_row_by_row(packed, tmp_path):
             each = []
             for row in rows:
                 with torch.no_grad(), adapted(model, adapter, theta[[r]]) as student:
-                    value = losses(student, collate([[row]]), mix)[0]
+                    value = run_losses(student, collate([[row]]), mix)[0]
                 if name == "mse":
                     value = (value / L).bfloat16() * L
                 # transformers' is float32
@@ -94,7 +94,7 @@ def test_losses_are_rounded_row_by_row(packed, tmp_path):
             if not packed:
                 plain = collate(runs)
                 as_scripts = replace(plain, rows=as_scripts.rows)
-            found, plain = (losses(student, batch, mix) for batch in (as_scripts, plain))
+            found, plain = (run_losses(student, batch, mix) for batch in (as_scripts, plain))
         assert found.tolist() == pytest.approx(expected, rel=1e-6)
         assert name == "ce" or (found - plain).abs().max() > 1e-4, "nothing was rounded"
 

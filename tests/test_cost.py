@@ -33,7 +33,7 @@ from ia2mini.scale import blocks
 from ia2mini.scale.memory import run_bytes
 from ia2mini.study.cells import make_cells
 from ia2mini.tasks import find_task
-from ia2mini.train import Settings, losses
+from ia2mini.train import Settings, run_losses
 
 
 @pytest.fixture(autouse=True)
@@ -200,7 +200,7 @@ def test_bytes_kept_for_the_backward_pass(family, phase):
             adapted(model, adapter, theta) as student,
             torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
         ):
-            graph = losses(student, batch, mix)  # noqa: F841  (held: addresses stay apart)
+            graph = run_losses(student, batch, mix)  # noqa: F841  (held: addresses stay apart)
         kept[layers, runs] = sum(t.untyped_storage().nbytes() for t in seen.values())
         wide = [
             t.shape
@@ -245,9 +245,9 @@ def test_kernels_of_a_layer(family):
         with torch.no_grad(), Kernels() as plain:
             model(batch.ids, logits=batch.at)
         with torch.no_grad(), adapted(model, adapter, theta) as student, Kernels() as forward:
-            losses(student, batch, mix)
+            run_losses(student, batch, mix)
         with adapted(model, adapter, theta.requires_grad_()) as student, Kernels() as both:
-            torch.autograd.grad(losses(student, batch, mix).sum(), theta)
+            torch.autograd.grad(run_losses(student, batch, mix).sum(), theta)
         counts[layers] = plain.total, forward.total, both.total
     plain, forward, both = (b - a for a, b in zip(counts[2], counts[3]))
     kind = model.config.model_type

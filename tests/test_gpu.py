@@ -18,7 +18,7 @@ from ia2mini.losses import activation_mse, squared_error
 from ia2mini.scale.blocks import compile_blocks
 from ia2mini.scale.memory import run_bytes
 from ia2mini.scale.pack import pack
-from ia2mini.train import State, losses
+from ia2mini.train import State, run_losses
 
 GPU = torch.cuda.is_available()
 DEVICE, BACKEND = ("cuda", "inductor") if GPU else ("cpu", "eager")
@@ -40,7 +40,7 @@ def gradient(model, phase: str, dtype=torch.float32) -> tuple[torch.Tensor, torc
     ]
     batch = pack(collate(rows)).to(torch.device(DEVICE))
     with adapted(model, adapter, theta) as student:
-        found = losses(student, batch, {phase: torch.ones(2, device=DEVICE)})
+        found = run_losses(student, batch, {phase: torch.ones(2, device=DEVICE)})
         return found.detach(), *torch.autograd.grad(found.sum(), theta)
 
 
@@ -172,7 +172,9 @@ def test_the_estimate_of_memory_is_near_what_a_step_takes(tmp_path):
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         with adapted(model, adapter, state.theta) as student:
-            (gradient_now,) = torch.autograd.grad(losses(student, batch, mix).sum(), state.theta)
+            (gradient_now,) = torch.autograd.grad(
+                run_losses(student, batch, mix).sum(), state.theta
+            )
             adam_step(state, gradient_now, torch.ones(runs, device=DEVICE))
         peak[runs] = torch.cuda.max_memory_allocated() - before
     each = run_bytes(model.config, 4 * 149, 0, 2, 0)

@@ -111,7 +111,7 @@ def test_runs_are_halved_on_a_cpu_too(model, monkeypatch, failing):
     adapter = LoRA(model)
     room = 2
     most = []
-    plain = ia2mini.train.losses
+    plain = ia2mini.train.run_losses
     rows = [make_rows(4, r) for r in range(5)]
     dev = [make_rows(2, 50 + r) for r in range(5)]
     orders = [partial(in_order, r) for r in range(5)]
@@ -127,7 +127,7 @@ def test_runs_are_halved_on_a_cpu_too(model, monkeypatch, failing):
             failing()
         return plain(student, batch, *more)
 
-    monkeypatch.setattr(ia2mini.train, "losses", losses)
+    monkeypatch.setattr(ia2mini.train, "run_losses", losses)
     train_in_parts = from_start(within_memory(train))
     with pytest.warns(UserWarning, match="out of memory with 5 runs side by side; going on with 2"):
         found = train_in_parts(model, adapter, runs, settings).trained()
@@ -143,7 +143,7 @@ def test_runs_are_halved_on_a_cpu_too(model, monkeypatch, failing):
         pytest.raises(UsageError, match="not enough memory for a single run"),
     ):
         train_in_parts(model, adapter, runs, settings)
-    monkeypatch.setattr(ia2mini.train, "losses", lambda *arguments: torch.ones(2) @ torch.ones(3))
+    monkeypatch.setattr(ia2mini.train, "run_losses", lambda *arguments: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         train_in_parts(model, adapter, runs, settings)
 

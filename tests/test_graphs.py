@@ -99,9 +99,9 @@ def test_training_recorded_equals_training(model, recorded, monkeypatch, kind, m
     """Runs leave at once, or half of them together: either way the same with recordings."""
     trainer = from_start(shrinking(train, lambda *step: batch_size == 4))
     adapter, R, calls = ADAPTERS[kind](model), 4, []
-    plain_losses = ia2mini.train.losses
+    plain_losses = ia2mini.train.run_losses
     monkeypatch.setattr(
-        ia2mini.train, "losses", lambda *args: calls.append(1) or plain_losses(*args)
+        ia2mini.train, "run_losses", lambda *args: calls.append(1) or plain_losses(*args)
     )
     theta, rates = starts(adapter, model, R).to(DEVICE), torch.tensor([1e-1, 1e-4, 3e-2, 1e-3])
     rows = [
@@ -315,13 +315,13 @@ class Crowded(Tape):
 def test_out_of_memory_while_recording_means_fewer_runs_and_graphs_go_on(model, monkeypatch):
     monkeypatch.setitem(graphs.RECORDERS, DEVICE, Crowded)
     arguments = race_of(model, 4)
-    plain_losses = ia2mini.train.losses
+    plain_losses = ia2mini.train.run_losses
 
-    def losses(student, batch, *more):
+    def failing_losses(student, batch, *more):
         Crowded.runs = len(batch.weights)
         return plain_losses(student, batch, *more)
 
-    monkeypatch.setattr(ia2mini.train, "losses", losses)
+    monkeypatch.setattr(ia2mini.train, "run_losses", failing_losses)
     settings, Crowded.room, tried = Settings(epochs=5), 2, []
 
     def noted(model, adapter, runs, *more) -> State:

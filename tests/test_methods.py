@@ -19,7 +19,7 @@ from ia2mini.scale import memory
 from ia2mini.scale.blocks import checkpoint_blocks, is_checkpointed
 from ia2mini.scale.memory import run_bytes, within_memory
 from ia2mini.teacher import Taught, balanced
-from ia2mini.train import Settings, Trained, losses, train
+from ia2mini.train import Settings, Trained, run_losses, train
 
 TRUTH, TAUGHT = ("truth", {"ce": 1.0}), ("icl", {"mse": 1.0})
 PHASES = {  # method -> its phases: which rows, which losses (protocol section 4)
@@ -247,5 +247,5 @@ def test_balanced_answers_weigh_as_scikit_learn_has_it(model):
         for row, weight in zip(rows, expected):
             logits = model(torch.tensor([row.prompt]))[0, -1]
             total += weight * -logits.log_softmax(-1)[row.answer[0]].item()
-        found = losses(model, collate([weighted]), {"ce": torch.ones(1)})
+        found = run_losses(model, collate([weighted]), {"ce": torch.ones(1)})
     assert found.item() == pytest.approx(total / len(rows), rel=1e-5)

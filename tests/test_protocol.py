@@ -60,13 +60,13 @@ def ours(
     engine, teach, losses = (
         ia2mini.engine.experiment,
         ia2mini.engine.experiment.teach,
-        ia2mini.train.losses,
+        ia2mini.train.run_losses,
     )
     monkeypatch.setattr(
         engine, "teach", lambda *args, **more: taught.append(teach(*args, **more)) or taught[-1]
     )
     monkeypatch.setattr(
-        ia2mini.train, "losses", lambda *args: seen.append(losses(*args)) or seen[-1]
+        ia2mini.train, "run_losses", lambda *args: seen.append(losses(*args)) or seen[-1]
     )
     subject = Subject(*load(folder), folder, "random", str(folder))
     document, kept = compare([task], subject, o, out)

@@ -27,7 +27,7 @@ from ia2mini.scale.pack import in_batches, pack
 from ia2mini.scale.parts import put_state, take_state
 from ia2mini.scale.race import FIRST, Race
 from ia2mini.scale.shrink import shrinking
-from ia2mini.train import Hooks, Runs, Settings, State, adam, losses, train, train_runs
+from ia2mini.train import Hooks, Runs, Settings, State, adam, run_losses, train, train_runs
 
 ADAPTERS = {
     "lora": LoRA,
@@ -64,7 +64,7 @@ def test_losses_of_a_batch_equal_the_plain_ones(folder, model, kind, mix, packed
     batch = pack(collate(rows)) if packed else collate(rows)
     assert (batch.packed is not None) == packed
     with torch.no_grad(), adapted(model, adapter, theta) as student:
-        found = losses(student, batch, weights)
+        found = run_losses(student, batch, weights)
         for r in range(2):
             twin = peft_twin(folder, adapter, theta[r])
             expected = sum(plain_loss(twin, row, MIXES[mix]).item() for row in rows[r]) / 3
@@ -344,7 +344,7 @@ def overfitting(model, **settings):
         model, adapter, runs, Settings(**settings), watching(lambda state: looks.append(state.step))
     )
     with torch.no_grad(), adapted(model, adapter, found.theta) as student:
-        return found, looks, losses(student, collate(dev), mix).item()
+        return found, looks, run_losses(student, collate(dev), mix).item()
 
 
 def test_the_best_dev_state_is_kept_not_the_last(model):
@@ -367,11 +367,11 @@ def test_only_the_chosen_layers_are_aligned(model):
     adapter, batch = IA3(model), collate([make_rows(3, 0)])
     theta = starts(adapter, model, 1)
     with torch.no_grad(), adapted(model, adapter, theta) as student:
-        whole = losses(student, batch, {"mse": torch.ones(1)}).item()
+        whole = run_losses(student, batch, {"mse": torch.ones(1)}).item()
         parts = []
         for layer in range(2):
             chosen = replace(batch, activations=batch.activations[[layer]])
-            parts.append(losses(student, chosen, {"mse": torch.ones(1)}, [layer]).item())
+            parts.append(run_losses(student, chosen, {"mse": torch.ones(1)}, [layer]).item())
     assert sum(parts) == pytest.approx(whole, rel=1e-6) and min(parts) > 0.01
     rows = [
         [replace(row, activations=row.activations[[0]]) for row in make_rows(2, seed)]
