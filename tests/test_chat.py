@@ -361,8 +361,6 @@ def test_a_context_is_the_systems_turn(talking, tmp_path):
         "--model",
         talking,
         "--chat",
-        "--template",
-        "{text}",
         "--max-tokens",
         3,
         "--methods",
@@ -379,6 +377,7 @@ def test_a_context_is_the_systems_turn(talking, tmp_path):
     assert spec["demonstrations"] == [
         {"prompt": (tmp_path / "context.txt").read_text(), "answer": ""}
     ]
+    assert spec["template"] == "{text}", "a query is the whole turn"
     assert spec["report"]["candidates"]["icl"]["nll"][0] == pytest.approx(0, abs=1e-4)
     assert spec["report"]["candidates"]["icl"]["acc"][0] == 1
 

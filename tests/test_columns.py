@@ -213,6 +213,8 @@ def test_alpacas_rows_are_read_as_such(names, more):
     assert ("left out: 'text'" in said) == bool(more)
     _, asking = own_task(kept, "queries", queries=True)
     assert fill(asking.prompt, kept[0]) == "Question: Give the capital.\nFrance\nAnswer: "
+    _, said = own_task(kept, "queries", queries=True, chat=True)
+    assert fill(said.prompt, kept[0]) == "Give the capital.\nFrance", "as a person says it"
 
 
 def test_a_column_that_may_be_empty_is_not_missed_for_its_spelling():
@@ -356,10 +358,25 @@ def test_answers_that_do_not_repeat_are_texts_and_that_is_said():
     different = [{"text": f"q{i}", "label": f"a{i}"} for i in range(6)]
     for rows in (different, different * 2, different * 5):  # repeated rows tell nothing new
         task = own_task(read_own(rows)[0], "own")[1]
-        assert not task.labels and task.remarks[-1] == "answers: free text, 6 different in 6 rows"
+        told = "answers: free text, 6 different in 6 rows; right is the same, word for word"
+        assert not task.labels and task.remarks[-1] == told
     again = [row | {"text": row["text"] + "!"} for row in different]
     task = own_task(read_own(different + again)[0], "own")[1]
     assert len(task.labels) == 6 and task.remarks[-1].startswith("answers: 6 labels (a0: 2, ")
+
+
+@pytest.mark.parametrize(
+    "answer, right",
+    [
+        ("It is 3 and 4. #### {}", "the same number"),
+        (r"so \boxed{{{}}}", r"the same in \boxed{}"),
+        ("Well. #### on {} legs", "the same after ####"),
+        ("on {} legs", "the same, word for word"),
+    ],
+)
+def test_it_says_which_texts_are_right(answer, right):
+    rows = [{"text": f"q{i}", "label": answer.format(i)} for i in range(6)]
+    assert read_own(rows)[1].remarks[-1].endswith(f"; right is {right}")
 
 
 def test_answers_that_a_blank_line_cuts_are_told_of():
@@ -377,7 +394,8 @@ def test_labels_are_what_repeats_up_to_255_or_what_one_says():
         task = read_own(rows)[1]
         told = f"answers: {count} labels"
         if not labelled:
-            told = f"answers: free text, {count} different in {count * times} rows"
+            texts = f"{count} different in {count * times} rows"
+            told = f"answers: free text, {texts}; right is the same, word for word"
         assert (len(task.labels) == count) == labelled and task.remarks[-1] == told
     few = labelled_rows(3, 1)
     assert not read_own(few)[1].labels

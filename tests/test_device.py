@@ -8,6 +8,7 @@ from ia2mini.models.checkpoint import TINY
 
 from ia2mini import UsageError, open_subject
 from ia2mini.batch import send
+from ia2mini.cli.fit import dtype_note
 from ia2mini.scale import device, graphs, memory
 from ia2mini.train import Runs, Settings, State
 
@@ -28,6 +29,19 @@ def test_nothing_is_said_of_other_devices():
         warnings.simplefilter("error")
         assert device.weight_dtype(TINY, "cpu", "float16") == torch.float16
         assert device.weight_dtype(TINY, "cuda", None) == torch.bfloat16
+
+
+@pytest.mark.parametrize("hardware", [True, False])
+def test_bfloat16_on_a_cpu_without_it_is_said_to_be_slow_and_never_recommended(
+    hardware, monkeypatch, recwarn
+):
+    monkeypatch.setattr(device, "bfloat16_in_hardware", lambda: hardware)
+    assert device.weight_dtype(TINY, "cpu", "bfloat16") == torch.bfloat16
+    slow = [str(warning.message) for warning in recwarn]
+    assert slow == ([] if hardware else [device.SLOW])
+    recommended = "--dtype bfloat16 is faster" in dtype_note(open_subject("tiny", "cpu"))
+    assert recommended == hardware
+    assert "float32 is more exact" in dtype_note(open_subject("tiny", "cpu", "bfloat16"))
 
 
 @pytest.mark.skipif(HAS_MPS, reason="there is an Apple GPU")

@@ -175,7 +175,13 @@ def margin(rows: int) -> float:
 
 def dtype_note(subject) -> str:
     """A line that says in which dtype the model computes, and what the other would bring."""
-    other = "float32 is more exact"
-    if subject.dtype == "float32":
-        other = "bfloat16 is faster where the machine has it"
-    return f"{subject.name} computes in {subject.dtype} (--dtype {other})"
+    from ..models.taps import device_of
+    from ..scale.device import bfloat16_in_hardware
+
+    note = f"{subject.name} computes in {subject.dtype}"
+    if subject.dtype != "float32":
+        return f"{note} (--dtype float32 is more exact)"
+    device = device_of(subject.model).type
+    if device == "cuda" or device == "cpu" and bfloat16_in_hardware():
+        note += " (--dtype bfloat16 is faster)"
+    return note

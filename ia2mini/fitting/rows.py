@@ -33,7 +33,7 @@ def read_own(
         columns = columns_of_turns(columns, rows[0].where, chat)
         rows = [open_turns(row, columns.template) for row in rows]
     name = plain(Path(re.split(r":| ?row ", rows[0].where)[0]).stem, "") or "rows"
-    return own_task(rows, name, columns, queries)
+    return own_task(rows, name, columns, queries, chat)
 
 
 def columns_of_turns(columns: Columns, where: str, chat: bool) -> Columns:

@@ -10,6 +10,7 @@ from .. import UsageError
 from ..files import read_json
 
 KNOWN = ("cpu", "cuda", "mps")
+SLOW = "--dtype bfloat16: this CPU has no instructions for it; float32 is many times faster here"
 EXPERIMENT = "--device mps is an experiment: nobody has run ia2mini on an Apple GPU; compare with --device cpu"
 
 
@@ -39,6 +40,8 @@ def weight_dtype(folder: Path, device: str, asked: str | None) -> torch.dtype:
             raise UsageError(f"--dtype {asked}: on mps ia2mini computes in float32 alone")
         warnings.warn(EXPERIMENT, stacklevel=3)
         return torch.float32
+    if asked == "bfloat16" and device == "cpu" and not bfloat16_in_hardware():
+        warnings.warn(SLOW, stacklevel=3)
     return getattr(torch, asked or usual_dtype(folder, device))
 
 

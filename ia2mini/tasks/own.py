@@ -28,17 +28,27 @@ BLANK_LINE = "\n\n"  # stands between demonstrations
 NULL_WORDS = ("none", "null", "na", "n/a", "#n/a", "nil")
 # names of columns
 UNINFORMATIVE = "text prompt input content instruction label answer output response completion target class y".split()
+RIGHT_IS = {  # parser -> which answers are right
+    "number": "the same number",
+    "boxed": "the same in \\boxed{}",
+    "hashes": "the same after ####",
+    "text": "the same, word for word",
+}
 MAX_NAMED = 10  # rows that a sentence names
 LABELS_COUNTED = 10  # up to so many labels are shown with their numbers of rows
 LABEL_WIDTH = 40  # characters of each that are shown
 
 
 def own_task(
-    rows: list[Row], name: str, columns: Columns = GUESSED, queries: bool = False
+    rows: list[Row],
+    name: str,
+    columns: Columns = GUESSED,
+    queries: bool = False,
+    chat: bool = False,
 ) -> tuple[list[Row], Task]:
     """The rows that have a prompt and an answer, and their task; `queries` need no answer, and get a text.
 
-    In a template `\\n` is a line end. Without `columns.answer_kind` at most 255 different answers, each given twice on
+    A query in a `chat` is what the user says, without "Question:" and "Answer:". In a template `\\n` is a line end. Without `columns.answer_kind` at most 255 different answers, each given twice on
     average to different prompts, are labels: `task.labels`, sorted. Others are text, parsed as numbers, boxes or after
     `####` where every answer has that form. What was decided is in `task.remarks`. UsageError for whatever is wrong
     with the rows or the template.
@@ -50,7 +60,7 @@ def own_task(
     answer = chosen.answer
     complete, remarks = complete_rows(rows, body, answer)
     if queries:
-        prompt = template or default_template(chosen, False)
+        prompt = body if chat else template or default_template(chosen, False)
         said = (*remarks, chosen.describe())
         return complete, Task(name, name, prompt=prompt, answer="", parser="text", remarks=said)
     if not complete:
@@ -69,14 +79,9 @@ def own_task(
         remarks += [*merged, chosen.describe(), counted_labels(rows_of), *similar_labels(labels)]
         how: dict = {"labels": labels, "label_index": label_index}
     else:
-        remarks.append(chosen.describe())
-        remarks.append(f"answers: free text, {len(set(texts))} different in {len(different)} rows")
-        broken = sum(BLANK_LINE in text.rstrip() for text in texts)
-        if broken:
-            ended = f"{plural(broken, 'answer')} with a blank line, where a generated answer ends"
-            mend = "write one line end in its place, or use --chat"
-            remarks.append(f"{ended}: never right; {mend}")
-        how = {"max_tokens": 200, "parser": parser_for(texts)}
+        parser = parser_for(texts)
+        remarks += [chosen.describe(), *described_texts(texts, len(different), parser)]
+        how = {"max_tokens": 200, "parser": parser}
     task = Task(
         name,
         name,
@@ -89,6 +94,18 @@ def own_task(
         **how,
     )
     return complete, task
+
+
+def described_texts(texts: list[str], different_rows: int, parser: str) -> list[str]:
+    """Sentences on answers that are text: how many, which are right, and that a blank line ends one."""
+    count = f"{len(set(texts))} different in {different_rows} rows"
+    sentences = [f"answers: free text, {count}; right is {RIGHT_IS[parser]}"]
+    broken = sum(BLANK_LINE in text.rstrip() for text in texts)
+    if broken:
+        ended = f"{plural(broken, 'answer')} with a blank line, where a generated answer ends"
+        mend = "write one line end in its place, or use --chat"
+        sentences.append(f"{ended}: never right; {mend}")
+    return sentences
 
 
 def answers_are_labels(kind: str | None, labels: int, rows: int) -> bool:
