@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 
 from ia2mini import __version__
 from ia2mini.adapters import LoRA, adapted
-from ia2mini.cli.group import progress
 from ia2mini.cli.options import options_of
 from ia2mini.engine.options import FitOptions
+from ia2mini.engine.progress import progress
 from ia2mini.engine.subject import open_subject as load_subject
 from ia2mini.methods import METHODS
 
@@ -51,7 +51,7 @@ def finished(ground) -> tuple[Result, Path]:
     """A whole run and its folder."""
     with pytest.MonkeyPatch.context() as m:
         # of a phase no line but the first, however long it takes
-        m.setattr("ia2mini.cli.group.MINUTE", 10**6)
+        m.setattr("ia2mini.engine.progress.MINUTE", 10**6)
         result = invoke(*toy(ground, ground / "runs"))
     assert result.exit_code == 0, result.output
     (folder,) = (ground / "runs").iterdir()
@@ -71,7 +71,7 @@ def test_what_is_on_by_default_can_be_turned_off():
 
 
 def test_long_work_says_how_far_it_is_where_there_is_no_terminal(monkeypatch, capsys):
-    monkeypatch.setattr("ia2mini.cli.group.MINUTE", 0)
+    monkeypatch.setattr("ia2mini.engine.progress.MINUTE", 0)
     with progress("3/20 training sft", 40) as bar:
         for _ in range(40):
             bar.update()
@@ -81,7 +81,7 @@ def test_long_work_says_how_far_it_is_where_there_is_no_terminal(monkeypatch, ca
         assert re.fullmatch(
             r"phase 3/20 training sft +\d+%, \S+ left, \d\d:\d\d gone \|[# \d]{10}\|", line
         ), line
-    monkeypatch.setattr("ia2mini.cli.group.MINUTE", 60)
+    monkeypatch.setattr("ia2mini.engine.progress.MINUTE", 60)
     with progress("4/20 short", 3) as bar:
         bar.update(3)
     assert capsys.readouterr().err == "phase 4/20 short\n"

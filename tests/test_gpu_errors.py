@@ -143,7 +143,9 @@ def test_runs_are_halved_on_a_cpu_too(model, monkeypatch, failing):
         pytest.raises(UsageError, match="not enough memory for a single run"),
     ):
         train_in_parts(model, adapter, runs, settings)
-    monkeypatch.setattr(ia2mini.train, "run_losses", lambda *arguments: torch.ones(2) @ torch.ones(3))
+    monkeypatch.setattr(
+        ia2mini.train, "run_losses", lambda *arguments: torch.ones(2) @ torch.ones(3)
+    )
     with pytest.raises(RuntimeError, match="size"):
         train_in_parts(model, adapter, runs, settings)
 

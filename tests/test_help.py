@@ -85,7 +85,7 @@ def test_the_command_alone_shows_own_rows_first():
 def test_the_bar_keeps_the_remaining_time_in_eighty_columns(monkeypatch):
     import io
 
-    from ia2mini.cli import group
+    from ia2mini.engine.progress import progress
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -94,7 +94,7 @@ def test_the_bar_keeps_the_remaining_time_in_eighty_columns(monkeypatch):
     shown = Terminal()
     monkeypatch.setattr("sys.stderr", shown)
     monkeypatch.setenv("COLUMNS", "80")
-    with group.progress("12/16 toy-mood-remap-n16: training ia2-sft", 10) as bar:
+    with progress("12/16 toy-mood-remap-n16: training ia2-sft", 10) as bar:
         bar.ncols = 80
         bar.start_t -= 5000
         bar.n = 5

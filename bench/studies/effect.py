@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from statistics import fmean
 
-from ia2mini.cli.group import progress
 from ia2mini.engine.options import Options
+from ia2mini.engine.progress import progress
 from ia2mini.engine.select import grouped
 from ia2mini.engine.subject import Subject
 from ia2mini.report.summary import average, paired

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ia2mini.cli.group import progress
 from ia2mini.engine.experiment import Experiment, make_trainer, train_all
 from ia2mini.engine.options import Options
-from ia2mini.engine.progress import Progress
+from ia2mini.engine.progress import Progress, progress
 from ia2mini.engine.select import runs_to_score
 from ia2mini.engine.subject import Subject
 from ia2mini.episode import draw_episode

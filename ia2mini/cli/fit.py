@@ -9,9 +9,10 @@ import click
 
 from .. import UsageError
 from ..engine.options import FitOptions
+from ..engine.progress import progress
 from ..files import plain, read_text
 from ..scale import ranks
-from .group import command_line, main, progress
+from .group import command_line, main
 from .options import (
     column_options,
     compile_and_checkpoint,

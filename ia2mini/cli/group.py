@@ -6,7 +6,6 @@ import signal
 import sys
 import warnings
 from contextlib import suppress
-from functools import partial
 
 import click
 
@@ -17,7 +16,6 @@ from ..scale import ranks
 from .help import ORDER, GroupedCommand
 from .streams import check_arguments, keep_freed_memory, need_output, open_streams
 
-MINUTE = 60
 # commands that only print; `predict` without --out does, too
 PRINTING = ("score", "generate", "tasks", "models")
 
@@ -133,32 +131,3 @@ def main(context):
 def command_line() -> str:
     """The command as typed, for reports."""
     return shlex.join(["ia2mini", *sys.argv[1:]])
-
-
-class Lines:
-    """Where a progress bar is written if stderr is not a terminal: one line each time."""
-
-    def write(self, text: str) -> None:
-        if text.strip():
-            click.echo(text.strip(), err=True)
-
-    def flush(self) -> None:
-        pass
-
-
-def progress(label: str, total: int):
-    """A progress bar on stderr with the remaining time. If stderr is no terminal: one line, then one a minute.
-
-    The time comes before the bar, so a narrow terminal cuts the bar and not the time.
-    """
-    from tqdm import tqdm
-
-    if not ranks.chief:
-        return tqdm(disable=True)
-    known = "{desc} {percentage:3.0f}%, {remaining} left, {elapsed} gone |{bar:10}|{postfix}"
-    bar = partial(tqdm, total=total, leave=False, bar_format=known)
-    if sys.stderr.isatty():
-        return bar(desc=f"phase {label:<32}")
-    click.echo(f"phase {label}", err=True)
-    slow = {"delay": MINUTE, "mininterval": MINUTE, "miniters": 1, "ascii": True}
-    return bar(desc=f"phase {label}", file=Lines(), **slow)

@@ -9,11 +9,12 @@ import click
 
 from .. import UsageError
 from ..engine.options import Options
+from ..engine.progress import progress
 from ..files import plain, plural, write_json
 from ..report.drawing import FORMATS
 from ..scale import ranks
 from ..study.table import METRICS
-from .group import command_line, main, progress
+from .group import command_line, main
 from .options import (
     CommaSeparated,
     checkpoint_options,

@@ -6,8 +6,9 @@ from pathlib import Path
 import click
 
 from .. import UsageError
+from ..engine.progress import progress
 from ..files import json_line, plain, plural
-from .group import main, progress
+from .group import main
 from .options import combine_options, file_option, flag, machine_options, model_options
 from .rows import read_new
 from .streams import need_input, need_output

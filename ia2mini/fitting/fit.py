@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import UsageError, __version__
 from ..engine.options import FitOptions
-from ..engine.progress import silent
+from ..engine.progress import progress
 from ..engine.store import Store, checkpoint_digest
 from ..engine.subject import Subject, max_answer_tokens
 from ..episode import seeded, with_demonstrations
@@ -42,7 +42,7 @@ def fit(
     columns: Columns | tuple = (),
     unlabelled=(),
     keep: Path | None = None,
-    bar: Callable = silent,
+    bar: Callable = progress,
 ) -> Predictor:
     """Cross-validate on `rows`, choose, train that on all: a Predictor (`.report`, `.predict(rows)`, `.save(dir)`).
 
@@ -50,6 +50,7 @@ def fit(
     and whether the answers are "labels" or "text"; what is None is seen from the rows.
     With `options.context` the rows need no answers: they are the queries that the model answers when it sees that text.
     `unlabelled` rows join IA2's queries: the teacher answers them. With `keep`, a folder, an interrupted fit goes on.
+    `bar` shows on stderr how far it is; `engine.progress.silent` shows nothing.
     Raises UsageError for whatever is wrong with rows, columns or options.
 
         fitted = fit("tickets.csv", open_subject("llama-3.2-1b"))

@@ -48,10 +48,10 @@ def own_task(
 ) -> tuple[list[Row], Task]:
     """The rows that have a prompt and an answer, and their task; `queries` need no answer, and get a text.
 
-    A query in a `chat` is what the user says, without "Question:" and "Answer:". In a template `\\n` is a line end. Without `columns.answer_kind` at most 255 different answers, each given twice on
-    average to different prompts, are labels: `task.labels`, sorted. Others are text, parsed as numbers, boxes or after
-    `####` where every answer has that form. What was decided is in `task.remarks`. UsageError for whatever is wrong
-    with the rows or the template.
+    A query in a `chat` is what the user says, without "Question:" and "Answer:". In a template `\\n` is a line end.
+    Without `columns.answer_kind` at most 255 different answers, each given twice on average to different prompts, are
+    labels: `task.labels`, sorted. Others are text, parsed as numbers, boxes or after `####` where every answer has that
+    form. What was decided is in `task.remarks`. UsageError for whatever is wrong with the rows or the template.
     """
     template = check_template(columns.template)
     chosen = choose_columns(rows, columns._replace(template=template), queries)
