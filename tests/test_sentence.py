@@ -51,6 +51,10 @@ def test_an_adapter_is_told_by_the_whole_choice_and_row_by_row():
     assert (
         "Compared with base (50 %): 4 rows gained, none lost (p = .12: it may be chance)." in text
     )
+    lower = sentence(report("sft", lower_loss=["base"]))
+    assert "(p = .12: it may be chance, but its loss is significantly lower)." in lower
+    surely_more = sentence(report("sft", lower_loss=["base"], against={"base": (9, 0, 0.004)}))
+    assert "(p = .004)." in surely_more
     assert "Compared with ICL (75 % at 10.0 × the tokens): right on the same rows." in text
     assert "Always giving the commonest answer: 50 %." in text
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..engine.intervals import sign_test
 from .crossval import CrossValidation, mean_tokens
 from .measures import classes, measures
-from .selection import BASELINES, Candidate, HeldOut, right_alone
+from .selection import BASELINES, Candidate, HeldOut, has_lower_loss, right_alone
 from .sentence import sentence
 
 
@@ -25,6 +25,7 @@ def make_report(cv: CrossValidation, held_out: dict[str, HeldOut], choice: Choic
     candidates = choice.candidates
     chosen = choice.chosen
     numbers = {name: measure_candidate(cv, candidate) for name, candidate in candidates.items()}
+    against = compare_rivals(cv, choice)
     troubles = []
     for one in held_out.values():
         troubles += one.troubles
@@ -43,7 +44,8 @@ def make_report(cv: CrossValidation, held_out: dict[str, HeldOut], choice: Choic
         "shipped": measure_candidate(cv, choice.nested),
         "remarks": [*troubles, *cv.remarks],
         "all_differ": len({row.answer for row in cv.rows}) == len(cv.rows),
-        "against": compare_rivals(cv, choice),
+        "against": against,
+        "lower_loss": [name for name in against if has_lower_loss(choice.nested, candidates[name])],
         "nearest": nearest(candidates),
     }
     if task.labels:

@@ -182,13 +182,19 @@ def significantly_better(one: Candidate, other: Candidate, of_labels: bool) -> b
     By Student's t test of the rows' losses or, of labels, by the sign test of the rows on which only one is right: a
     few rows that it is sure of and wrong spread the losses so far that t sees nothing.
     """
-    gained = other.losses - one.losses - LEAST_GAIN
-    if surely_positive(gained.tolist(), SIGNIFICANCE):
+    if has_lower_loss(one, other):
         return True
-    if not of_labels or gained.mean() <= 0:
+    gained = (other.losses - one.losses).mean()
+    if not of_labels or gained <= LEAST_GAIN:
         return False
     more, less = right_alone(one, other)
     return surely_more(more, less, SIGNIFICANCE)
+
+
+def has_lower_loss(one: Candidate, other: Candidate) -> bool:
+    """Whether the mean loss is significantly lower by more than `LEAST_GAIN`, by Student's t test."""
+    gained = other.losses - one.losses - LEAST_GAIN
+    return surely_positive(gained.tolist(), SIGNIFICANCE)
 
 
 def right_alone(one: Candidate, other: Candidate) -> tuple[int, int]:

@@ -148,6 +148,8 @@ def differences(report: dict) -> list[str]:
         gained = f"{plural(gained_rows, 'row')} gained" if gained_rows else "no row gained"
         lost = f"{lost_rows} lost" if lost_rows else "none lost"
         chance = ": it may be chance" if p >= CHANCE else ""
+        if chance and name in report.get("lower_loss", ()):
+            chance += ", but its loss is significantly lower"
         sentences.append(f"{beside}: {gained}, {lost} ({p_value(p)}{chance}).")
     return sentences
 
