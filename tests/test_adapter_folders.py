@@ -21,6 +21,7 @@ from ia2mini import FitOptions, fit, load_adapter, open_subject
 from ia2mini.cli.main import main
 from ia2mini.fitting.folder import base_of
 from ia2mini.report.page import loading_code
+from ia2mini.scale import device
 from ia2mini.tasks import world
 from ia2mini.tasks.chat import template_of
 
@@ -246,7 +247,8 @@ def test_merge_writes_into_a_new_or_empty_folder_alone(base, saved, tmp_path):
         assert load_file(tmp_path / name / "model.safetensors")
 
 
-def test_the_same_merge_may_be_made_again_and_no_other(base, twin, saved, tmp_path):
+def test_the_same_merge_may_be_made_again_and_no_other(base, twin, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "bfloat16_in_hardware", lambda: True)  # else a line more is said
     out = tmp_path / "m"
     first = run("merge", saved, "--out", out)
     kept = contents(out)

@@ -14,7 +14,7 @@ from ia2mini.adapters import IA3, LoRA, adapted, unpack
 from ia2mini.batch import collate
 from ia2mini.methods import METHODS
 from ia2mini.ridge import STRENGTHS, ridge_regression, solve
-from ia2mini.train import losses
+from ia2mini.train import run_losses
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -48,7 +48,7 @@ def test_each_layer_makes_up_for_what_it_lacks(model):
 
     def error(theta) -> float:
         with torch.no_grad(), adapted(model, adapter, theta) as student:
-            return losses(student, batch, {"mse": torch.ones(1)}).item()
+            return run_losses(student, batch, {"mse": torch.ones(1)}).item()
 
     assert sum(len(row.answer) for row in rows) <= 6 and error(found) < 0.05 * error(theta)
     before, after = unpack(theta, adapter.shapes), unpack(found, adapter.shapes)

@@ -221,9 +221,10 @@ def test_controls_teach_something_else_and_leave_sft_alone(subject, tmp_path):
             )
         else:
             assert len({other["dev_loss"] for other in [record, *others]}) == 4
-    nothing = [r for r in found["none"].values() if r["method"] in ("ia2", "hidden")]
-    # the teacher without demonstrations is the base itself
-    assert all(r["dev_loss"] < 1e-6 for r in nothing)
+    # the teacher without demonstrations is the base itself; a tiny rate, for Adam makes steps of rounding errors
+    still = replace(options, methods=("ia2", "hidden"), rates=(1e-9,))
+    document, _ = compare(tasks, subject, still, tmp_path, draw=Control("none", pools))
+    assert max(r["dev_loss"] for r in document["runs"]) < 1e-6
 
 
 def test_a_race_ends_rates_that_nobody_would_choose(subject, tmp_path):
