@@ -10,7 +10,7 @@ from ia2mini import FitOptions, open_subject
 from ia2mini.engine.store import Store
 from ia2mini.fitting import training
 from ia2mini.fitting.fit import prepare_fit
-from ia2mini.fitting.training import duration, train_folds
+from ia2mini.fitting.training import duration, estimate, train_folds
 from ia2mini.tasks import world
 
 OPTIONS = FitOptions(rates=(1e-3, 1e-2), methods=("sft", "ia2-sft"), folds=4, epochs=5)
@@ -44,10 +44,23 @@ def test_the_estimate_counts_steps_of_every_phase(monkeypatch, tmp_path):
 
 
 def test_who_sees_no_bars_reads_no_estimate(capfd):
-    """A notebook or a process that is not the first: `fit` prints nothing by itself."""
+    """A process that is not the first, or who asked for silence."""
     cv = prepare_fit(world.rows("toy-mood", "train")[:12], open_subject("tiny", "cpu"), OPTIONS)
     train_folds(cv)
     assert capfd.readouterr() == ("", "")
+
+
+def test_of_long_training_it_says_what_takes_less():
+    rows = world.rows("toy-mood", "train")[:12]
+    cv = prepare_fit(rows, open_subject("tiny", "cpu"), FitOptions(folds=4))
+    methods = ["sft", "ia2", "ia2-sft", "hidden", "hidden-sft"]
+    # fifteen steps each, and half as many again for all rows
+    assert estimate(cv, methods, 1.0) == "all training: about 2 min"
+    less = "with --methods hidden-sft, the best of them on public data, 8 min"
+    assert estimate(cv, methods, 10.0) == f"all training: about 19 min; {less}"
+    assert estimate(cv, ["sft"], 10.0) == "all training: about 4 min", "which tries less"
+    only = prepare_fit(rows, open_subject("tiny", "cpu"), FitOptions(methods=("hidden-sft",)))
+    assert ";" not in estimate(only, methods[3:], 100.0)
 
 
 @pytest.mark.parametrize("seconds, text", [(40, "40 s"), (720, "12 min"), (12600, "3.5 h")])

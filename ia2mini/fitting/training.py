@@ -22,6 +22,8 @@ from ..train import Hooks, Trained
 from .crossval import CrossValidation, episode_of_all_rows, mean_tokens
 from .selection import Candidate
 
+LONG = 180  # seconds of training, above which it says what takes less
+QUICK = "hidden-sft"
 SOFT_K = 1024  # likeliest tokens of a distribution that is matched
 
 
@@ -87,16 +89,25 @@ def time_a_step(cv: CrossValidation, experiment: Experiment) -> None:
         seconds = time.perf_counter() - begun
         bar.update()
         if not bar.disable:
-            whole = duration(seconds * steps_of_sft(cv, experiment))
             bar.clear()
-            bar.fp.write(f"all training: about {whole}\n")
+            bar.fp.write(f"{estimate(cv, experiment.methods, seconds)}\n")
 
 
-def steps_of_sft(cv: CrossValidation, experiment: Experiment) -> float:
+def estimate(cv: CrossValidation, methods: list[str], seconds: float) -> str:
+    """How long all training takes, from the `seconds` of a step of SFT; of a long one what takes less."""
+    whole = seconds * steps_of_sft(cv, methods)
+    said = f"all training: about {duration(whole)}"
+    if whole > LONG and QUICK in methods and cv.options.methods != (QUICK,):
+        less = seconds * steps_of_sft(cv, in_order((QUICK,)))
+        said += f"; with --methods {QUICK}, the best of them on public data, {duration(less)}"
+    return said
+
+
+def steps_of_sft(cv: CrossValidation, methods: list[str]) -> float:
     """How many steps of SFT on all folds take as long as all training of a fit."""
     tokens = mean_tokens(cv)
     steps = 0.0
-    for method in experiment.methods:
+    for method in methods:
         longer = tokens["icl"] / tokens["query"] if method == ICL_SFT else 1.0
         steps += longer * count_steps(cv.settings, cv.folds[0], method)
     # all rows are one run more, after rates × folds of them; it counts twice, for alone it is slower than beside others
