@@ -54,29 +54,32 @@ def under_header(where: str, header: list[str], rows: list[tuple[str, list]]) ->
     """The place of each row, and its values under the names of the header at `where`.
 
     Names lose blanks around them, and have accents as one letter each (NFC; macOS writes two). Columns without a name
-    and without content are dropped. Raises UsageError for a column that is there twice, and for
-    a row that is the header again.
+    and without content are dropped. Raises UsageError for a column that is there twice, and where the header stands
+    again.
     """
     kept = []
     for name, *values in zip_longest(header, *(values for _, values in rows)):
-        name = "" if name is None else normalize("NFC", trimmed(str(name)))
+        name = column_name(name)
         if name or any(value is not None and str(value).strip() for value in values):
             kept.append((name, values))
     check_names(where, [name for name, _ in kept])
     pairs = []
     for number, (place, _) in enumerate(rows):
         row = {name: values[number] for name, values in kept}
-        if len(row) > 1 and all(
-            plain_name(value) == plain_name(name) for name, value in row.items()
-        ):
+        if len(row) > 1 and all(same_name(value, name) for name, value in row.items()):
             raise UsageError(f"{place}: the header stands here again; delete this line")
         pairs.append((place, row))
     return pairs
 
 
-def plain_name(value) -> str:
-    """A column's name, in any case, without blanks and marks around it."""
-    return "" if value is None else normalize("NFC", trimmed(str(value))).casefold()
+def column_name(value) -> str:
+    """A cell as the name of a column: without blanks and invisible marks around it, accents as one letter each."""
+    return "" if value is None else normalize("NFC", trimmed(str(value)))
+
+
+def same_name(one, other) -> bool:
+    """Whether two cells name the same column, in any case."""
+    return column_name(one).casefold() == column_name(other).casefold()
 
 
 def style_of(path: Path) -> tuple[str, bool]:

@@ -16,7 +16,7 @@ from unicodedata import normalize
 from ia2mini import UsageError
 from ia2mini.files import check_text, read_text
 
-from .delimited import read_delimited, trimmed
+from .delimited import read_delimited, same_name, trimmed
 from .tables import is_frame, plain_value, read_excel, read_frame, read_parquet, read_saved
 
 # in a template: a line end before it, whether it may be empty, its name
@@ -127,7 +127,7 @@ def refuse_other_spelling(row: Row, column: str) -> None:
     if column in row:
         return
     for name in row:
-        if name.strip().casefold() == column.strip().casefold():
+        if same_name(name, column):
             raise UsageError(f"{row.where}: no column {column!r}, but {name!r}; rename it")
 
 
