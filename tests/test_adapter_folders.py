@@ -248,7 +248,9 @@ def test_merge_writes_into_a_new_or_empty_folder_alone(base, saved, tmp_path):
 
 
 def test_the_same_merge_may_be_made_again_and_no_other(base, twin, saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(device, "bfloat16_in_hardware", lambda: True)  # else a line more is said
+    monkeypatch.setattr(
+        device, "bfloat16_in_hardware", lambda cpu: True
+    )  # else a line more is said
     out = tmp_path / "m"
     first = run("merge", saved, "--out", out)
     kept = contents(out)

@@ -35,7 +35,7 @@ def test_nothing_is_said_of_other_devices():
 def test_bfloat16_on_a_cpu_without_it_is_said_to_be_slow_and_never_recommended(
     hardware, monkeypatch, recwarn
 ):
-    monkeypatch.setattr(device, "bfloat16_in_hardware", lambda: hardware)
+    monkeypatch.setattr(device, "bfloat16_in_hardware", lambda device: hardware)
     assert device.weight_dtype(TINY, "cpu", "bfloat16") == torch.bfloat16
     slow = [str(warning.message) for warning in recwarn]
     assert slow == ([] if hardware else [device.SLOW])

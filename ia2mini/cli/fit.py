@@ -182,7 +182,6 @@ def dtype_note(subject) -> str:
     note = f"{subject.name} computes in {subject.dtype}"
     if subject.dtype != "float32":
         return f"{note} (--dtype float32 is more exact)"
-    device = device_of(subject.model).type
-    if device == "cuda" or device == "cpu" and bfloat16_in_hardware():
+    if bfloat16_in_hardware(device_of(subject.model).type):
         note += " (--dtype bfloat16 is faster)"
     return note

@@ -40,7 +40,7 @@ def weight_dtype(folder: Path, device: str, asked: str | None) -> torch.dtype:
             raise UsageError(f"--dtype {asked}: on mps ia2mini computes in float32 alone")
         warnings.warn(EXPERIMENT, stacklevel=3)
         return torch.float32
-    if asked == "bfloat16" and device == "cpu" and not bfloat16_in_hardware():
+    if asked == "bfloat16" and not bfloat16_in_hardware(device):
         warnings.warn(SLOW, stacklevel=3)
     return getattr(torch, asked or usual_dtype(folder, device))
 
@@ -54,11 +54,13 @@ def usual_dtype(folder: Path, device: str) -> str:
         return "float32"  # loading will say what is missing
     raw = read_json(config)
     stored = raw.get("dtype", raw.get("torch_dtype"))
-    return "bfloat16" if stored == "bfloat16" and bfloat16_in_hardware() else "float32"
+    return "bfloat16" if stored == "bfloat16" and bfloat16_in_hardware(device) else "float32"
 
 
-def bfloat16_in_hardware() -> bool:
-    """Whether the CPU multiplies bfloat16 matrices itself: AVX512-BF16 or AMX."""
+def bfloat16_in_hardware(device: str) -> bool:
+    """Whether a device multiplies bfloat16 matrices itself: a GPU does, of CPUs those with AVX512-BF16 or AMX."""
+    if device != "cpu":
+        return not is_mps(device)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
