@@ -20,10 +20,9 @@ from ..scale.pack import in_batches
 from ..teacher import TeacherSettings
 from ..train import Hooks, Trained
 from .crossval import CrossValidation, episode_of_all_rows, mean_tokens
-from .selection import Candidate
+from .selection import PREFERRED, Candidate
 
 LONG = 180  # seconds of training, above which it says what takes less
-QUICK = "hidden-sft"
 SOFT_K = 1024  # likeliest tokens of a distribution that is matched
 
 
@@ -97,9 +96,10 @@ def estimate(cv: CrossValidation, methods: list[str], seconds: float) -> str:
     """How long all training takes, from the `seconds` of a step of SFT; of a long one what takes less."""
     whole = seconds * steps_of_sft(cv, methods)
     said = f"all training: about {duration(whole)}"
-    if whole > LONG and QUICK in methods and cv.options.methods != (QUICK,):
-        less = seconds * steps_of_sft(cv, in_order((QUICK,)))
-        said += f"; with --methods {QUICK}, the best of them on public data, {duration(less)}"
+    preferred, *_ = PREFERRED
+    if whole > LONG and preferred in methods and cv.options.methods != (preferred,):
+        less = seconds * steps_of_sft(cv, in_order((preferred,)))
+        said += f"; with --methods {preferred} alone {duration(less)}"
     return said
 
 
