@@ -34,6 +34,7 @@ TRAINED = ("sft", "ia2", "ia2-sft", "soft", "hidden", "ridge")
 ADAPTERS = {"lora": LoRA, "ia3": IA3}
 SHORT = Settings(batch_size=2, epochs=2, patience=2)
 LABELS = ("0", "1")
+NEAR_TIE = 0.15  # two steps of bfloat16 between logits of 8 to 16
 
 
 @pytest.fixture
@@ -75,17 +76,19 @@ def path(
     demonstrations = tuple(load_examples(find_task("toy-mood"), "train").rows[:4])
     scores = score(model, tokenizer, rows, LABELS, demonstrations=demonstrations)
     found["icl, scores"] = torch.tensor([scores[0]["nll"]])
-    prompts = tokenizer.encode_all([row.prompt for row in rows[:3]])
     decoding = Decoding(10, stop=None, hooks=fast_decoding(torch.device(device), 10))
-    found["generated"] = torch.tensor(generate(model, tokenizer, prompts, decoding))
+    found["generated"] = torch.tensor(generate(model, tokenizer, prompts_of(tokenizer), decoding))
     return found
+
+
+def prompts_of(tokenizer) -> list[list[int]]:
+    """Three prompts that texts are generated after."""
+    rows = load_examples(find_task("toy-mood"), "eval").rows[:3]
+    return tokenizer.encode_all([row.prompt for row in rows])
 
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], allowed: float) -> None:
     assert found.keys() == expected.keys()
-    if allowed > 1e-3:  # of near ties rounding decides, and every token after one depends on it
-        first_tokens = found.pop("generated")[:, 0], expected.pop("generated")[:, 0]
-        assert torch.equal(*first_tokens)
     for name, value in expected.items():
         assert (
             not isinstance(found[name], GpuTensor)
@@ -100,8 +103,23 @@ def test_the_path_gives_what_it_gives_on_a_cpu(dtype, allowed):
     replays = Tape.replays
     with pretended_gpu() as gpu:
         found = path("cuda", dtype)
+    if dtype == torch.bfloat16:
+        same_texts(found.pop("generated"), expected.pop("generated"))
     same(found, expected, allowed)
     assert gpu.sent and not gpu.unfused and Tape.replays > replays
+
+
+def same_texts(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Tokens [prompts, tokens] of bfloat16: the same up to the first near tie, which rounding decides."""
+    model, tokenizer = load("tiny", torch.bfloat16)
+    assert found.shape == expected.shape
+    for prompt, mine, theirs in zip(prompts_of(tokenizer), found.tolist(), expected.tolist()):
+        if mine == theirs:
+            continue
+        first = [one == other for one, other in zip(mine, theirs)].index(False)
+        logits = model(torch.tensor([prompt + theirs[:first]]))[0, -1].float()
+        gap = logits[theirs[first]] - logits[mine[first]]
+        assert gap.abs() < NEAR_TIE, (prompt, mine, theirs, gap)
 
 
 def plain(device: str) -> dict:
@@ -182,7 +200,7 @@ def test_an_evaluation_of_the_dev_loss_waits_once_and_a_step_never(gpu):
     """Also where runs leave on the way: then their batch is made anew."""
     model, tokenizer = load("tiny", torch.bfloat16, "cuda")
     sets = [set_of_rows(model, tokenizer, seed) for seed in range(3)]
-    settings, waited, live = Settings(batch_size=2, epochs=10, patience=1), [], []
+    settings, waited, live = Settings(batch_size=2, epochs=40, patience=1), [], []
 
     def watch(state):
         waited.append(sum(gpu.waits.values()))
@@ -193,7 +211,7 @@ def test_an_evaluation_of_the_dev_loss_waits_once_and_a_step_never(gpu):
         model, LoRA(model), sets, [1e-1, 1e-2, 1e-4], settings=settings, **fast("cuda", watch)
     )
     METHODS["ia2"](grid)
-    assert len(set(live)) > 1, "runs leave on the way"
+    assert len(set(live)) > 2, "runs leave at different looks"
     each = np.diff(waited)
     assert WAITS["a training step"] == 0
     assert len(each) > 5 and set(each) == {WAITS["an evaluation of the dev loss"]}
